@@ -1,0 +1,25 @@
+# make demo: a real model continues a real prompt through the 2-bit cache.   make test: every test that this machine can run.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/demo.done
+	$(BIN)/python -m minioscar generate smollm2-135m "The capital of France is" --raw --max-tokens 24
+
+test: .venv/test.done
+	$(BIN)/python -m minioscar pull smollm2-135m >/dev/null
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -rs
+
+# An environment is current while it is newer than pyproject.toml.
+.venv/demo.done: EXTRA = gguf
+.venv/test.done: EXTRA = test
+.venv/%.done: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("minioscar needs Python 3.10 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRA)]'
+	@touch $@
+
+clean:
+	rm -rf .venv

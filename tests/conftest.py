@@ -1,0 +1,37 @@
+"""What every test may ask for: a seed that is printed, and a skip with the reason where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+
+@pytest.fixture
+def seed() -> int:
+    """Random data starts here; printed, so that a failure can be run again with MINIOSCAR_TEST_SEED."""
+    value = int(os.environ.get("MINIOSCAR_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    print(f"MINIOSCAR_TEST_SEED={value}")
+    return value
+
+
+def cuda_missing() -> str | None:
+    """Why GPU tests cannot run here, or None."""
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed (pip install 'minioscar[cuda13]')"
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no CUDA device: {error}"
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    reason = cuda_missing() if gpu else None
+    if reason:
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason=reason))
