@@ -1,0 +1,78 @@
+"""The transformer, top to bottom: a reader starts here.
+
+Llama, Mistral, Qwen2 and Qwen3 are one architecture with three switches (bias on q, k, v; a norm on q and k; tied embeddings).
+The array code does not know which back end runs it, nor what a token costs in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .cache import Batch, Cache
+from .config import Config
+from .errors import UserError
+from .oscar import Scheme, hadamard
+from .weights import Weights, rotate_values
+
+if TYPE_CHECKING:
+    from .ops.reference import Reference
+
+Array = Any
+Progress = Callable[[Iterable], Iterable]  # wraps the loop over layers, as tqdm does
+
+
+class Model:
+    """Weights, bound to a scheme of the cache (values rotated in the weights where it rotates) and to a back end."""
+
+    def __init__(self, config: Config, weights: Weights, scheme: Scheme, ops: Reference):
+        self.config, self.scheme, self.ops = config, scheme, ops
+        check_scheme(config, scheme)
+        self.weights = rotate_values(weights, config, ops) if scheme.rotate else weights
+        self.tables: tuple[Array, Array] | None = None  # cos and sin of RoPE for the positions seen so far
+
+    def forward(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool = False, progress: Progress = iter) -> np.ndarray:
+        """Runs new tokens through all layers and puts them into the cache.
+
+        ids: int [tokens], sequence after sequence as `batch` says. Returns logits on the host, float32 [sequences, vocab] of
+        each sequence's last token, or [tokens, vocab] of all if `every`.
+        """
+        ops, config, weights = self.ops, self.config, self.weights
+        cos, sin = (table[ops.xp.asarray(batch.positions)] for table in self._tables(int(max(batch.positions)) + 1))
+        x = ops.embed(weights.embed, ids)  # [tokens, hidden]
+        for layer, kept in progress(list(zip(weights.layers, cache.layers, strict=True))):
+            h = ops.rms_norm(x, layer.input_norm, config.rms_norm_eps)
+            qkv = ops.linear(h, layer.qkv, layer.qkv_bias)
+            qkv = qkv.reshape(len(ids), -1, config.head_dim)  # [tokens, q_heads + 2 * kv_heads, head_dim]
+            q, k, v = ops.xp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1)
+            if config.qk_norm:
+                q, k = ops.rms_norm(q, layer.q_norm, config.rms_norm_eps), ops.rms_norm(k, layer.k_norm, config.rms_norm_eps)
+            q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+            q, k, norms = ops.rotate_scale(q, k, self.scheme)
+            y = ops.attention(q, k, v, kept, self.scheme, batch)  # [tokens, q_heads, head_dim]
+            ops.append(kept, k, v, norms, self.scheme, batch)  # after attention: a block is quantized behind the token that fills it
+            x = x + ops.linear(y.reshape(len(ids), -1), layer.o, layer.o_bias)
+            h = ops.rms_norm(x, layer.post_norm, config.rms_norm_eps)
+            x = x + ops.linear(ops.silu_mul(ops.linear(h, layer.gate_up)), layer.down)
+        cache.advance(batch)
+        x = x if every else x[ops.xp.asarray(batch.last)]
+        return ops.numpy(ops.logits(ops.rms_norm(x, weights.norm, config.rms_norm_eps), weights.head))
+
+    def _tables(self, positions: int) -> tuple[Array, Array]:
+        if self.tables is None or len(self.tables[0]) < positions:
+            size = max(1024, 1 << (positions - 1).bit_length())  # grows by doubling
+            self.tables = tuple(self.ops.xp.asarray(table) for table in self.config.rope.tables(size))
+        return self.tables
+
+
+def check_scheme(config: Config, scheme: Scheme) -> None:
+    """Raises UserError where the model's head_dim does not fit the scheme's groups or has no Hadamard matrix."""
+    if scheme.quantized and config.head_dim % 16:
+        raise UserError(f"head_dim {config.head_dim} is not a multiple of 16, so --kv {scheme.name} has no groups for it; use --kv bf16")
+    if scheme.rotate:
+        try:
+            hadamard(config.head_dim)
+        except ValueError as error:
+            raise UserError(f"--kv {scheme.name}: {error}; use --kv bf16 or kivi") from None

@@ -1,0 +1,191 @@
+"""Every operation of the model in plain array code: the meaning of each, and what runs where there is no GPU.
+
+`xp` is NumPy here; the CUDA back end is a subclass that puts CuPy in its place and raw kernels where they pay. Tokens of all
+sequences of a batch lie one after another, `[tokens, ...]`, without padding. Activations are float32 (`dtype`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+
+from .. import oscar
+from ..cache import BF16, Batch
+from ..oscar import WINDOW, Scheme
+
+Array = Any
+QUERIES = 256  # queries of one sequence whose scores are in memory at once
+
+
+class Reference:
+    name = "cpu"
+    xp = np
+    dtype = np.dtype(np.float32)  # of weights and activations
+
+    # --- between host and device
+
+    def array(self, x: np.ndarray) -> Array:
+        """A weight or table on this back end, floats in its dtype."""
+        return np.asarray(x, self.dtype)
+
+    def numpy(self, x: Array) -> np.ndarray:
+        return np.asarray(x)
+
+    def free_bytes(self) -> int:
+        """Memory that a model and its cache may take, in bytes."""
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    # --- the transformer
+
+    def embed(self, table: Array, ids: np.ndarray) -> Array:
+        """table [vocab, hidden], ids int [tokens] on the host -> [tokens, hidden]."""
+        return table[self.xp.asarray(ids)]
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467); float32 inside. Shape and dtype of x."""
+        xp = self.xp
+        y = x.astype(xp.float32)
+        y = y / xp.sqrt((y * y).mean(axis=-1, keepdims=True) + xp.float32(eps))
+        return (y * weight.astype(xp.float32)).astype(x.dtype)
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """x [tokens, in] @ weight [out, in] transposed + bias [out] -> [tokens, out]."""
+        y = x @ weight.T
+        return y if bias is None else y + bias
+
+    def logits(self, x: Array, weight: Array) -> Array:
+        """The last projection: x [tokens, hidden], weight [vocab, hidden] -> float32 [tokens, vocab]."""
+        return x @ weight.T
+
+    def rope(self, x: Array, cos: Array, sin: Array) -> Array:
+        """Turns channel pairs (i, i + d/2) by their angles: x [tokens, heads, d], cos and sin float32 [tokens, d/2]."""
+        xp = self.xp
+        a, b = xp.split(x.astype(xp.float32), 2, axis=-1)
+        cos, sin = cos[:, None], sin[:, None]
+        return xp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+    def silu_mul(self, gate_up: Array) -> Array:
+        """silu(gate) * up: [tokens, 2 * n] -> [tokens, n]; float32 inside."""
+        xp = self.xp
+        gate, up = xp.split(gate_up.astype(xp.float32), 2, axis=-1)
+        return (gate / (1 + xp.exp(-gate)) * up).astype(gate_up.dtype)
+
+    def rotate_scale(self, q: Array, k: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
+        """Steps 1 and 2 of OScaR on new tokens: q' = q.H, K' = K.H, n_t; each only where the scheme has it.
+
+        q [tokens, q_heads, d], k [tokens, kv_heads, d] after RoPE. Norms are float32 [tokens], of K' as BF16 keeps it, over
+        all kv heads and channels.
+        """
+        if scheme.rotate:
+            q, k = oscar.rotate(q, self.xp).astype(q.dtype), oscar.rotate(k, self.xp).astype(k.dtype)
+        return q, k, oscar.token_norms(k.astype(BF16), self.xp) if scheme.scale else None
+
+    # --- the cache
+
+    def append(self, layer: dict[str, Array], k: Array, v: Array, norms: Array | None, scheme: Scheme, batch: Batch) -> None:
+        """Writes new tokens: into the window, and every full block of WINDOW tokens from there into packed form.
+
+        k, v [tokens, kv_heads, d] as `rotate_scale` left them, norms [tokens]. Everything passes through BF16 first.
+        """
+        xp = self.xp
+        for slot, start, span in batch.spans():
+            rows = {"keys": k[span].astype(BF16).swapaxes(0, 1), "values": v[span].astype(BF16).swapaxes(0, 1)}  # [heads, n, d]
+            count = span.stop - span.start
+            if not scheme.quantized:
+                for name, new in rows.items():
+                    layer[name][slot, :, start : start + count] = new
+                continue
+            held = start % WINDOW
+            if scheme.scale:
+                kept = max(min(count, layer["norms"].shape[1] - start), 0)  # a last partial block has no room, nor needs it
+                layer["norms"][slot, start : start + kept] = norms[span][:kept]
+            full, left = divmod(held + count, WINDOW)
+            if full:
+                blocks = {name: xp.concatenate([layer[f"window_{name}"][slot, :, :held], new], axis=1) for name, new in rows.items()}
+                self.pack(layer, slot, start - held, *(block[:, : full * WINDOW] for block in blocks.values()), scheme)
+                rows, held = {name: block[:, full * WINDOW :] for name, block in blocks.items()}, 0
+            for name, new in rows.items():
+                layer[f"window_{name}"][slot, :, held:left] = new
+
+    def pack(self, layer: dict[str, Array], slot: int, first: int, keys: Array, values: Array, scheme: Scheme) -> None:
+        """Quantizes whole blocks, BF16 [kv_heads, n, d], as tokens first ... first + n - 1 of a row, and keeps its sinks."""
+        xp, tokens = self.xp, slice(first, first + keys.shape[1])
+        norms = layer["norms"][slot, tokens] if scheme.scale else None
+        codes, step, minimum = oscar.quantize_keys(keys, norms, scheme, xp)
+        layer["key_codes"][slot, :, tokens] = oscar.pack(codes, scheme.bits, xp)
+        groups = slice(first // scheme.group, tokens.stop // scheme.group) if scheme.key_axis == "token" else tokens
+        layer["key_step"][slot, :, groups], layer["key_min"][slot, :, groups] = step, minimum
+        codes, step, minimum = oscar.quantize_values(values, scheme, xp)
+        layer["value_codes"][slot, :, tokens] = oscar.pack(codes, scheme.bits, xp)
+        layer["value_step"][slot, :, tokens] = step
+        if minimum is not None:
+            layer["value_min"][slot, :, tokens] = minimum
+        self.keep_sinks(layer, slot, first, keys, values, scheme)
+
+    def keep_sinks(self, layer: dict[str, Array], slot: int, first: int, keys: Array, values: Array, scheme: Scheme) -> None:
+        """The first tokens of a row stay in BF16 beside the cache; their packed slots are not read."""
+        if scheme.sinks and first == 0:
+            layer["sink_keys"][slot], layer["sink_values"][slot] = keys[:, : scheme.sinks], values[:, : scheme.sinks]
+
+    def past(self, layer: dict[str, Array], slot: int, length: int, scheme: Scheme) -> tuple[Array, Array]:
+        """What attention takes the first `length` tokens of a row to be: keys, values, float32 [kv_heads, length, d]."""
+        xp = self.xp
+        if not scheme.quantized:
+            return tuple(layer[name][slot, :, :length].astype(xp.float32) for name in ("keys", "values"))
+        packed = length - length % WINDOW
+        parts: list[tuple[Array, Array]] = []
+        if packed:
+            groups = packed // scheme.group if scheme.key_axis == "token" else packed
+            keys = oscar.dequantize_keys(
+                oscar.unpack(layer["key_codes"][slot, :, :packed], scheme.bits, xp),
+                layer["key_step"][slot, :, :groups],
+                layer["key_min"][slot, :, :groups],
+                layer["norms"][slot, :packed] if scheme.scale else None,
+                scheme,
+                xp,
+            )
+            values = oscar.dequantize_values(
+                oscar.unpack(layer["value_codes"][slot, :, :packed], scheme.bits, xp),
+                layer["value_step"][slot, :, :packed],
+                None if scheme.symmetric_values else layer["value_min"][slot, :, :packed],
+                scheme,
+                xp,
+            )
+            if scheme.sinks:
+                keys[:, : scheme.sinks], values[:, : scheme.sinks] = layer["sink_keys"][slot], layer["sink_values"][slot]
+            parts.append((keys, values))
+        window = length % WINDOW
+        parts.append(tuple(layer[f"window_{name}"][slot, :, :window].astype(xp.float32) for name in ("keys", "values")))
+        keys, values = (xp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        return keys, values
+
+    def attention(self, q: Array, k: Array, v: Array, layer: dict[str, Array], scheme: Scheme, batch: Batch) -> Array:
+        """Causal grouped-query attention of new tokens over the cache and, unquantized, over each other.
+
+        q [tokens, q_heads, d], k and v [tokens, kv_heads, d]; the cache does not hold the new tokens yet. One new token is a
+        decode step, many on an empty row are a prefill. softmax(q.k / sqrt(d)).v in float32 -> [tokens, q_heads, d] in q's dtype.
+        """
+        xp = self.xp
+        out = xp.empty(q.shape, q.dtype)
+        kv_heads, dim = k.shape[1:]
+        scale = xp.float32(1 / math.sqrt(dim))
+        for slot, start, span in batch.spans():
+            new = (x[span].astype(xp.float32).swapaxes(0, 1) for x in (k, v))
+            keys, values = (xp.concatenate(pair, axis=1) for pair in zip(self.past(layer, slot, start, scheme), new, strict=True))
+            for first in range(span.start, span.stop, QUERIES):
+                last = min(first + QUERIES, span.stop)
+                n, seen = last - first, start + last - span.start  # tokens that the last of these queries sees
+                x = (q[first:last].astype(xp.float32) * scale).reshape(n, kv_heads, -1, dim)  # [n, kv_heads, group, d]
+                x = x.transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)
+                scores = (x @ keys[:, :seen].swapaxes(1, 2)).reshape(kv_heads, -1, n, seen)
+                if n > 1:
+                    scores[..., seen - n :] += xp.triu(xp.full((n, n), -xp.inf, xp.float32), 1)
+                scores -= scores.max(axis=-1, keepdims=True)
+                xp.exp(scores, out=scores)
+                total = scores.sum(axis=-1, keepdims=True)
+                y = (scores.reshape(kv_heads, -1, seen) @ values[:, :seen]).reshape(kv_heads, -1, n, dim) / total
+                out[first:last] = y.transpose(2, 0, 1, 3).reshape(n, -1, dim)
+        return out

@@ -1,0 +1,193 @@
+"""safetensors -> the arrays of a model: every name, shape and dtype checked against the config before a byte is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import oscar
+from .config import Config, read_json
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .ops.reference import Reference
+
+Array = Any
+DTYPES = ("F32", "F16", "BF16")
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one layer; matrices are [out, in]. Projections that read the same input stand in one matrix."""
+
+    input_norm: Array  # [hidden]
+    qkv: Array  # [(q_heads + 2 * kv_heads) * head_dim, hidden]: all q heads, then all k heads, then all v heads
+    qkv_bias: Array | None
+    q_norm: Array | None  # [head_dim]
+    k_norm: Array | None
+    o: Array  # [hidden, q_heads * head_dim]
+    o_bias: Array | None
+    post_norm: Array  # [hidden]
+    gate_up: Array  # [2 * intermediate, hidden]
+    down: Array  # [hidden, intermediate]
+
+
+@dataclass(frozen=True)
+class Weights:
+    embed: Array  # [vocab, hidden]
+    layers: tuple[Layer, ...]
+    norm: Array  # [hidden]
+    head: Array  # [vocab, hidden]; the same array as embed where they are tied
+
+
+def expected(config: Config) -> dict[str, tuple[int, ...]]:
+    """Tensor name, as Hugging Face checkpoints spell it, -> shape."""
+    hidden, inter, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    for i in range(config.num_layers):
+        layer = f"model.layers.{i}."
+        for name, out in (("q", config.q_size), ("k", config.kv_size), ("v", config.kv_size)):
+            shapes[f"{layer}self_attn.{name}_proj.weight"] = (out, hidden)
+            if config.qkv_bias:
+                shapes[f"{layer}self_attn.{name}_proj.bias"] = (out,)
+        shapes[f"{layer}self_attn.o_proj.weight"] = (hidden, config.q_size)
+        if config.output_bias:
+            shapes[f"{layer}self_attn.o_proj.bias"] = (hidden,)
+        if config.qk_norm:
+            shapes[f"{layer}self_attn.q_norm.weight"] = shapes[f"{layer}self_attn.k_norm.weight"] = (dim,)
+        shapes[f"{layer}mlp.gate_proj.weight"] = shapes[f"{layer}mlp.up_proj.weight"] = (inter, hidden)
+        shapes[f"{layer}mlp.down_proj.weight"] = (hidden, inter)
+        shapes[f"{layer}input_layernorm.weight"] = shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
+    return shapes
+
+
+class Checkpoint:
+    """The tensors of a model folder, one safetensors file or shards with an index, opened but not read."""
+
+    def __init__(self, folder: Path, config: Config, stack: ExitStack):
+        from safetensors import SafetensorError, safe_open
+
+        self.folder, self.files = folder, {}
+        for file in _files(folder):
+            try:
+                handle = stack.enter_context(safe_open(folder / file, "np"))
+                self.files.update((name, handle) for name in handle.keys())
+            except FileNotFoundError:
+                raise UserError(f"{folder / file} does not exist; fetch the model again") from None
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{folder / file} is truncated or not a safetensors file ({error}); fetch the model again") from None
+        self._check(expected(config))
+
+    def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        for name, shape in shapes.items():
+            if name not in self.files:
+                raise UserError(f"{self.folder}: tensor {name} is missing; the weights do not belong to this config.json or are incomplete")
+            tensor = self.files[name].get_slice(name)
+            if tuple(tensor.get_shape()) != shape:
+                raise UserError(f"{self.folder}: tensor {name} has shape {tensor.get_shape()}, but config.json asks for {list(shape)}")
+            if tensor.get_dtype() not in DTYPES:
+                raise UserError(f"{self.folder}: tensor {name} has dtype {tensor.get_dtype()}; only {', '.join(DTYPES)} are supported")
+        for name in self.files:
+            if name.startswith("model.layers.") and name not in shapes and not name.endswith("rotary_emb.inv_freq"):
+                raise UserError(f"{self.folder}: tensor {name} has no place in this architecture; it is not implemented")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.files[name].get_tensor(name)
+
+
+def _files(folder: Path) -> list[str]:
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}; minioscar reads safetensors weights only")
+        return [SINGLE]
+    files = read_json(folder / INDEX, "it lists the shards").get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{folder / INDEX} has no weight_map; fetch the model again")
+    names = sorted(set(map(str, files.values())))
+    for name in names:
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise UserError(f"{folder / INDEX} names {name!r}, which is not a safetensors file of this folder; refusing to open it")
+    return names
+
+
+def load(folder: Path, config: Config, ops: Reference, progress: bool = False) -> Weights:
+    """Reads the weights onto the back end, in its dtype. Raises UserError for what `Checkpoint` refuses."""
+    from tqdm import tqdm
+
+    with ExitStack() as stack:
+        tensors = Checkpoint(folder, config, stack)
+        need, free = config.parameters() * ops.dtype.itemsize, ops.free_bytes()
+        if need > free:
+            raise UserError(f"{folder}: the weights take {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of {ops.name} memory are free")
+        embed = ops.array(tensors["model.embed_tokens.weight"])
+        layers = tqdm(range(config.num_layers), desc="load", unit="layer", leave=False, disable=None if progress else True)
+        return Weights(
+            embed=embed,
+            layers=tuple(_layer(tensors, f"model.layers.{i}.", config, ops) for i in layers),
+            norm=ops.array(tensors["model.norm.weight"]),
+            head=embed if config.tie_embeddings else ops.array(tensors["lm_head.weight"]),
+        )
+
+
+def _layer(tensors: Checkpoint, prefix: str, config: Config, ops: Reference) -> Layer:
+    def get(name: str, present: bool = True) -> Array | None:
+        return ops.array(tensors[prefix + name]) if present else None
+
+    def joined(names: list[str], present: bool = True) -> Array | None:
+        return ops.xp.concatenate([ops.array(tensors[prefix + name]) for name in names]) if present else None
+
+    return Layer(
+        input_norm=get("input_layernorm.weight"),
+        qkv=joined([f"self_attn.{n}_proj.weight" for n in "qkv"]),
+        qkv_bias=joined([f"self_attn.{n}_proj.bias" for n in "qkv"], config.qkv_bias),
+        q_norm=get("self_attn.q_norm.weight", config.qk_norm),
+        k_norm=get("self_attn.k_norm.weight", config.qk_norm),
+        o=get("self_attn.o_proj.weight"),
+        o_bias=get("self_attn.o_proj.bias", config.output_bias),
+        post_norm=get("post_attention_layernorm.weight"),
+        gate_up=joined(["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
+        down=get("mlp.down_proj.weight"),
+    )
+
+
+def rotate_values(weights: Weights, config: Config, ops: Reference) -> Weights:
+    """V's half of canalized rotation, folded into the weights: v_proj's rows and o_proj's columns times H, head by head.
+
+    v' = H.v for every kv head, and o_proj.H undoes it, since H.H = I: the model computes what it did, on rotated values.
+    Arrays that do not change are shared with `weights`. Raises ValueError where head_dim has no Hadamard matrix.
+    """
+
+    def rotated(x: Array, heads: int, axis: int) -> Array:
+        """x, split into heads along `axis`, each times H along that axis."""
+        x = ops.xp.moveaxis(x, axis, -1)
+        y = oscar.rotate(x.reshape(*x.shape[:-1], heads, config.head_dim), ops.xp).reshape(x.shape)
+        return ops.xp.moveaxis(y, -1, axis).astype(x.dtype)
+
+    def fold(layer: Layer) -> Layer:
+        v = config.q_size + config.kv_size  # where the rows of v begin
+        qkv, bias = layer.qkv.copy(), layer.qkv_bias
+        qkv[v:] = rotated(qkv[v:], config.num_kv_heads, 0)
+        if bias is not None:
+            bias = bias.copy()
+            bias[v:] = rotated(bias[v:], config.num_kv_heads, 0)
+        return replace(layer, qkv=qkv, qkv_bias=bias, o=ops.xp.ascontiguousarray(rotated(layer.o, config.num_heads, 1)))
+
+    return replace(weights, layers=tuple(map(fold, weights.layers)))
+
+
+def arrays(weights: Weights) -> Iterator[Array]:
+    """Every array once (a tied head is the embedding)."""
+    yield weights.embed
+    yield weights.norm
+    if weights.head is not weights.embed:
+        yield weights.head
+    for layer in weights.layers:
+        yield from (array for array in vars(layer).values() if array is not None)
