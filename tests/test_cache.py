@@ -1,0 +1,142 @@
+"""The cache holds, bit for bit, what oscar.py says, whichever way the tokens came in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from minioscar import oscar
+from minioscar.cache import BF16, Cache, cache_bytes
+from minioscar.config import Config
+from minioscar.ops.reference import Reference
+from minioscar.oscar import SCHEMES, WINDOW
+
+from .tiny import CONFIG
+
+QUANTIZED = [name for name, scheme in SCHEMES.items() if scheme.quantized]
+
+
+def config(**changes) -> Config:
+    return Config.from_dict({**CONFIG, "head_dim": 64, **changes})
+
+
+def appended(scheme, keys, values, pieces, context=640):
+    """A one-layer cache after the tokens came in pieces of the given sizes; keys, values [tokens, kv_heads, d]."""
+    ops = Reference()
+    cache = Cache(config(num_hidden_layers=1), scheme, 2, context, ops)
+    norms, at = oscar.token_norms(keys.astype(BF16)), 0
+    for count in pieces:
+        batch = cache.place([1], [count])
+        span = slice(at, at + count)
+        ops.append(cache.layers[0], keys[span], values[span], norms[span] if scheme.scale else None, scheme, batch)
+        cache.advance(batch)
+        at += count
+    return cache, norms
+
+
+PIECES = [[640], [300, 340], [1] * 260, [127, 1, 1, 127, 384], [128, 128, 128], [500, 12, 12, 1], [5]]
+
+
+@pytest.mark.parametrize("pieces", PIECES, ids=lambda p: f"{len(p)}x{p[0]}")
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_packed_blocks_window_and_sinks_are_what_oscar_says(name, pieces, seed):
+    scheme, n = SCHEMES[name], sum(pieces)
+    keys, values = np.random.default_rng(seed).standard_normal((2, n, 2, 64)).astype(np.float32)
+    cache, norms = appended(scheme, keys, values, pieces)
+    layer, packed = cache.layers[0], n // WINDOW * WINDOW
+    stored = {"keys": keys.astype(BF16).swapaxes(0, 1), "values": values.astype(BF16).swapaxes(0, 1)}
+    assert cache.lengths.tolist() == [0, n]
+    for kind, by_token in (("key", scheme.key_axis == "token"), ("value", False)):
+        whole = stored[f"{kind}s"][:, :packed]
+        if packed == 0:
+            continue
+        if kind == "key":
+            codes, step, minimum = oscar.quantize_keys(whole, norms[:packed], scheme)
+        else:
+            codes, step, minimum = oscar.quantize_values(whole, scheme)
+        groups = packed // scheme.group if by_token else packed
+        np.testing.assert_array_equal(oscar.unpack(layer[f"{kind}_codes"][1, :, :packed], scheme.bits), codes)
+        np.testing.assert_array_equal(layer[f"{kind}_step"][1, :, :groups], step)
+        if minimum is not None:
+            np.testing.assert_array_equal(layer[f"{kind}_min"][1, :, :groups], minimum)
+        if scheme.sinks:
+            np.testing.assert_array_equal(layer[f"sink_{kind}s"][1], whole[:, : scheme.sinks])
+    if scheme.scale:
+        np.testing.assert_array_equal(layer["norms"][1, :n], norms)
+    for kind in ("keys", "values"):
+        np.testing.assert_array_equal(layer[f"window_{kind}"][1, :, : n - packed], stored[kind][:, packed:])
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_attention_reads_dequantized_blocks_sinks_and_window(name, seed):
+    scheme, n = SCHEMES[name], 300
+    keys, values = np.random.default_rng(seed).standard_normal((2, n, 2, 64)).astype(np.float32)
+    cache, norms = appended(scheme, keys, values, [n])
+    got_keys, got_values = Reference().past(cache.layers[0], 1, n, scheme)
+    want = {"keys": keys.astype(BF16).astype(np.float32).swapaxes(0, 1), "values": values.astype(BF16).astype(np.float32).swapaxes(0, 1)}
+    exact = {**want}
+    packed = slice(0, 256)
+    want["keys"] = want["keys"].copy()
+    want["keys"][:, packed] = oscar.dequantize_keys(*oscar.quantize_keys(want["keys"][:, packed], norms[packed], scheme), norms[packed], scheme)
+    want["values"] = want["values"].copy()
+    want["values"][:, packed] = oscar.dequantize_values(*oscar.quantize_values(want["values"][:, packed], scheme), scheme)
+    for kind, got in (("keys", got_keys), ("values", got_values)):
+        want[kind][:, : scheme.sinks] = exact[kind][:, : scheme.sinks]
+        np.testing.assert_array_equal(got, want[kind])
+        assert (got[:, 256:] == exact[kind][:, 256:]).all() and (got[:, scheme.sinks : 256] != exact[kind][:, scheme.sinks : 256]).any()
+
+
+def test_window_of_128_is_flushed_after_the_step_that_fills_it(seed):
+    """The 128th token still attends to its whole block unquantized; the 129th sees the block quantized."""
+    scheme, ops, rng = SCHEMES["oscar"], Reference(), np.random.default_rng(seed)
+    keys, values = rng.standard_normal((2, 130, 2, 64)).astype(BF16).astype(np.float32)
+    for last in (127, 128):
+        cache, _ = appended(scheme, keys[:last], values[:last], [last])
+        q = rng.standard_normal((1, 4, 64)).astype(np.float32)
+        got = ops.attention(q, keys[last : last + 1], values[last : last + 1], cache.layers[0], scheme, cache.place([1], [1]))
+        scores = np.einsum("hgd,thd->hgt", q[0].reshape(2, 2, 64), keys[: last + 1]) / 8
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        exact = np.einsum("hgt,thd->hgd", p / p.sum(-1, keepdims=True), values[: last + 1]).reshape(4, 64)
+        error = np.linalg.norm(got[0] - exact) / np.linalg.norm(exact)
+        assert error < 1e-5 if last == 127 else error > 1e-2
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(("batch", "context"), [(1, 64), (1, 128), (3, 1000), (2, 2048)])
+def test_nbytes_is_exact_and_known_before_allocation(name, batch, context):
+    cache = Cache(config(), SCHEMES[name], batch, context, Reference())
+    assert cache.nbytes == cache_bytes(config(), SCHEMES[name], batch, context) == sum(a.nbytes for layer in cache.layers for a in layer.values())
+
+
+def test_oscar_takes_3_bits_an_element_and_a_norm():
+    c, scheme = config(num_hidden_layers=1), SCHEMES["oscar"]
+    slope = cache_bytes(c, scheme, 1, 4096) - cache_bytes(c, scheme, 1, 2048)
+    elements = 2 * 2048 * c.num_kv_heads * c.head_dim
+    assert slope == elements * 3 // 8 + 2048 * 4
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_tokens_in_chunks_up_to_the_flush_are_tokens_one_by_one(name, seed):
+    """What `eval` relies on. Keys and values are BF16 numbers here, so that only the order of float32 sums can differ."""
+    scheme, ops, rng = SCHEMES[name], Reference(), np.random.default_rng(seed)
+    keys, values = rng.standard_normal((2, 330, 2, 64)).astype(BF16).astype(np.float32)
+    q, norms, outputs = rng.standard_normal((330, 4, 64)).astype(np.float32), oscar.token_norms(keys), []
+    for pieces in ([150] + [1] * 180, [150, 106, 74]):
+        cache, rows, at = Cache(config(num_hidden_layers=1), scheme, 1, 330, ops), [], 0
+        for count in pieces:
+            batch, span = cache.place([0], [count]), slice(at, at + count)
+            rows.append(ops.attention(q[span], keys[span], values[span], cache.layers[0], scheme, batch))
+            ops.append(cache.layers[0], keys[span], values[span], norms[span], scheme, batch)
+            cache.advance(batch)
+            at += count
+        outputs.append(np.concatenate(rows))
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=2e-6 * abs(outputs[1]).max())
+
+
+def test_a_row_that_is_full_is_refused_and_a_reset_row_is_empty():
+    cache = Cache(config(), SCHEMES["int2"], 2, 16, Reference())
+    cache.advance(cache.place([0], [16]))
+    with pytest.raises(ValueError, match="row 0 holds 16 of 16 tokens"):
+        cache.place([0], [1])
+    cache.reset(0)
+    assert cache.place([0], [16]).starts == (0,)

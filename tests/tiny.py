@@ -1,0 +1,56 @@
+"""Tiny random models for tests: a config, its weights as a safetensors folder, and an engine without a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from minioscar import engine
+from minioscar.config import Config
+from minioscar.weights import expected
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def write_model(folder: Path, seed: int, **changes) -> Path:
+    """Writes config.json and model.safetensors with random float32 weights; `changes` go into the config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = {**CONFIG, **changes}
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_file(random_weights(Config.from_dict(raw), seed), folder / "model.safetensors")
+    return folder
+
+
+def random_weights(config: Config, seed: int) -> dict[str, np.ndarray]:
+    """Matrices that keep the size of activations, norms around 1, biases that matter."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in expected(config).items():
+        x = rng.standard_normal(shape).astype(np.float32)
+        if "norm" in name:
+            x = 1 + 0.2 * x
+        elif "embed" not in name and not name.endswith("bias"):
+            x *= 1.5 / np.sqrt(shape[-1])
+        tensors[name] = x
+    return tensors
+
+
+def load(folder: Path, kv: str = "int2", device: str = "cpu") -> engine.Engine:
+    return engine.load(folder, kv, device, tokenizer=False)
