@@ -82,7 +82,6 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 (failure), 2 (wrong use or input), 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
     try:
         args = parser().parse_args(argv)
         COMMANDS[args.command](args)
@@ -90,25 +89,31 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
     except BrokenPipeError:  # the reader of stdout left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except UserError as error:
-        code, message = 2, str(error)
-    except Failure as error:
-        code, message = 1, str(error)
-    except MemoryError as error:
-        code, message = 1, f"out of memory ({error}); use a shorter --ctx or a smaller model"
-    except Exception as error:
-        code, message = 1, f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback"
-    if debug:
-        import traceback
+    except (KeyboardInterrupt, Exception) as error:
+        if "--debug" in argv:
+            import traceback
 
-        traceback.print_exc()
-    print(f"minioscar: {' '.join(message.split())}", file=sys.stderr)
-    return code
+            traceback.print_exc()
+        code, message = explained(error)
+        print(f"minioscar: {' '.join(message.split())}", file=sys.stderr)
+        return code
+
+
+def explained(error: BaseException) -> tuple[int, str]:
+    """Exit code and message of an error."""
+    match error:
+        case KeyboardInterrupt():
+            return 130, "interrupted"
+        case UserError():
+            return 2, str(error)
+        case Failure():
+            return 1, str(error)
+        case MemoryError():  # CuPy's is one too
+            return 1, f"out of memory ({error}); use a shorter --ctx or a smaller model"
+    return 1, f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback"
 
 
 def run_generate(args: argparse.Namespace) -> None:

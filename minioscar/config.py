@@ -59,9 +59,9 @@ class Config:
         kv_heads = get.count("num_key_value_heads", heads)
         if heads % kv_heads:
             raise UserError(f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-        if raw.get("head_dim") is None and hidden % heads:
+        if raw.get("head_dim") is None and kind != "qwen3" and hidden % heads:
             raise UserError(f"{source}: hidden_size {hidden} is not a multiple of num_attention_heads {heads} and there is no head_dim")
-        head_dim = get.count("head_dim", hidden // heads)
+        head_dim = get.count("head_dim", 128 if kind == "qwen3" else hidden // heads)
         if head_dim % 8:
             raise UserError(f"{source}: head_dim {head_dim} is not supported; it must be a multiple of 8")
         max_positions = get.count("max_position_embeddings", 2048)
@@ -104,7 +104,7 @@ class Config:
 
 def _attention_span(raw: Mapping[str, Any], get: _Reader) -> int:
     """Tokens a query may look back. Sliding windows are not implemented, but within one window attention is full attention."""
-    window = raw.get("sliding_window")
+    window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)  # what a missing key means to transformers
     if raw["model_type"] in ("qwen2", "qwen3") and not get.flag("use_sliding_window", False):
         window = None
     kinds = raw.get("layer_types") or []
@@ -113,7 +113,7 @@ def _attention_span(raw: Mapping[str, Any], get: _Reader) -> int:
             raise UserError(f"{get.source}: layer type {kind!r} is not supported; only full_attention is")
     if window is None or (kinds and "sliding_attention" not in kinds):
         return 2**31
-    return get.count("sliding_window")
+    return get.count("sliding_window", window)
 
 
 class _Reader:

@@ -148,6 +148,7 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every position of one sequence, as prefill computes them; float32 [len(ids), vocab]."""
         ids = self.encode(ids)
+        self._context([ids], 1, None)
         cache = Cache(self.config, self.scheme, 1, len(ids), self.ops)
         return self.model.forward(np.array(ids), cache, cache.place([0], [len(ids)]), every=True)
 

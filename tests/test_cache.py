@@ -76,10 +76,11 @@ def test_attention_reads_dequantized_blocks_sinks_and_window(name, seed):
     want = {"keys": keys.astype(BF16).astype(np.float32).swapaxes(0, 1), "values": values.astype(BF16).astype(np.float32).swapaxes(0, 1)}
     exact = {**want}
     packed = slice(0, 256)
-    want["keys"] = want["keys"].copy()
-    want["keys"][:, packed] = oscar.dequantize_keys(*oscar.quantize_keys(want["keys"][:, packed], norms[packed], scheme), norms[packed], scheme)
-    want["values"] = want["values"].copy()
-    want["values"][:, packed] = oscar.dequantize_values(*oscar.quantize_values(want["values"][:, packed], scheme), scheme)
+    want = {kind: x.copy() for kind, x in want.items()}
+    codes = oscar.quantize_keys(want["keys"][:, packed], norms[packed], scheme)
+    want["keys"][:, packed] = oscar.dequantize_keys(*codes, norms[packed], scheme)
+    codes = oscar.quantize_values(want["values"][:, packed], scheme)
+    want["values"][:, packed] = oscar.dequantize_values(*codes, scheme)
     for kind, got in (("keys", got_keys), ("values", got_values)):
         want[kind][:, : scheme.sinks] = exact[kind][:, : scheme.sinks]
         np.testing.assert_array_equal(got, want[kind])
@@ -105,7 +106,8 @@ def test_window_of_128_is_flushed_after_the_step_that_fills_it(seed):
 @pytest.mark.parametrize(("batch", "context"), [(1, 64), (1, 128), (3, 1000), (2, 2048)])
 def test_nbytes_is_exact_and_known_before_allocation(name, batch, context):
     cache = Cache(config(), SCHEMES[name], batch, context, Reference())
-    assert cache.nbytes == cache_bytes(config(), SCHEMES[name], batch, context) == sum(a.nbytes for layer in cache.layers for a in layer.values())
+    allocated = sum(array.nbytes for layer in cache.layers for array in layer.values())
+    assert cache.nbytes == cache_bytes(config(), SCHEMES[name], batch, context) == allocated
 
 
 def test_oscar_takes_3_bits_an_element_and_a_norm():

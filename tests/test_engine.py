@@ -110,6 +110,7 @@ def test_results_report_the_exact_cache_and_the_times(folder):
         (lambda e: e.generate([1], ctx=1025), "--ctx 1025 is out of range; this model has 1024"),
         (lambda e: e.generate([1], max_tokens=0), "max_tokens 0"),
         (lambda e: e.generate("text"), "without a tokenizer"),
+        (lambda e: e.logits([1] * 1025), "prompt has 1025 tokens, but the context holds 1024"),
     ],
 )
 def test_impossible_requests_are_refused_in_one_line(folder, call, message):

@@ -101,7 +101,8 @@ def test_unpack_undoes_pack(bits, seed):
 
 @pytest.mark.parametrize(
     ("name", "dim", "bits"),
-    [("bf16", 128, 16), ("kivi", 128, 3), ("quarot", 64, 3), ("oscar", 64, 3), ("int2", 128, 2.75), ("int2-compact", 128, 2.375), ("int4", 64, 5)],
+    [("bf16", 128, 16), ("kivi", 128, 3), ("quarot", 64, 3), ("oscar", 64, 3), ("int2", 128, 2.75), ("int4", 64, 5)]
+    + [("int2-compact", 128, 2.375), ("int2-compact", 96, 2.5)],
 )
 def test_bits_per_element_are_those_of_the_paper_and_the_design(name, dim, bits):
     assert SCHEMES[name].bits_per_element(dim) == bits

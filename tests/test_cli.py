@@ -1,0 +1,175 @@
+"""The command line's stable promises: streams, JSON keys, exit codes, one line for every error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minioscar import hub
+from minioscar.cli import main
+
+from .tiny import write_model
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return hub.resolve("smollm2-135m")
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_answers_before_anything_heavy_is_imported():
+    """Counted in modules, which a loaded machine cannot blur, and in seconds of the fastest of three runs."""
+    listing = "import sys; from minioscar.cli import main; main(['--help']); print({'numpy', 'tokenizers', 'cupy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True).stdout.rstrip().endswith("set()")
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "minioscar", "--help"], check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3
+
+
+def test_demo_prints_paris_on_stdout_and_statistics_on_stderr(smollm2, capsys):
+    code, out, err = run(capsys, "generate", "smollm2-135m", "The capital of France is", "--raw", "--max-tokens", 24)
+    assert code == 0 and out.startswith(" Paris") and out.endswith("\n")
+    assert "tokens/s" in err and "int2 cache" in err and "Paris" not in err
+
+
+def test_generate_json_is_one_object_with_the_stable_keys(smollm2, capsys):
+    code, out, _ = run(capsys, "generate", smollm2, "Hi", "--max-tokens", 3, "--json", "--kv", "oscar", "--temperature", "0.8", "--seed", 3)
+    result = json.loads(out)
+    keys = "text token_ids prompt_tokens new_tokens finish_reason kv kv_bytes device prefill_s decode_s tokens_per_s"
+    assert code == 0 and set(result) == set(keys.split())
+    assert result["kv"] == "oscar" and result["new_tokens"] == len(result["token_ids"]) <= 3
+    assert result["prompt_tokens"] > 10  # the chat template is the default where a model has one
+
+
+def test_prompt_file_is_the_prompt(smollm2, capsys, tmp_path):
+    (tmp_path / "p.txt").write_text("The capital of France is")
+    code, out, _ = run(capsys, "generate", smollm2, "--prompt-file", tmp_path / "p.txt", "--raw", "--max-tokens", 1)
+    assert (code, out) == (0, " Paris\n")
+
+
+def test_eval_json_has_the_baseline_first_and_the_stable_keys(smollm2, capsys):
+    code, out, _ = run(capsys, "eval", smollm2, "--prefill", 150, "--decode", 20, "--kv", "oscar,int2", "--json")
+    report = json.loads(out)
+    assert code == 0 and set(report) == {"model", "device", "prefill", "decode", "results"}
+    assert [row["kv"] for row in report["results"]] == ["bf16", "oscar", "int2"]
+    assert set(report["results"][0]) == {"kv", "bits_per_element", "nll", "ppl", "dnll", "kl", "top1"}
+    assert (report["results"][0]["kl"], report["results"][0]["top1"], report["results"][0]["dnll"]) == (0, 1, 0)
+    assert all(row["kl"] > 0 for row in report["results"][1:])
+
+
+def test_eval_prints_a_table(smollm2, capsys, tmp_path):
+    (tmp_path / "t.txt").write_text("one two three four five six seven eight nine ten eleven twelve")
+    code, out, _ = run(capsys, "eval", smollm2, "--prefill", 5, "--decode", 3, "--kv", "int4", "--text", tmp_path / "t.txt")
+    assert code == 0 and "| int4 | 5.000 |" in out
+
+
+def test_info_needs_no_weights(smollm2, capsys, tmp_path):
+    shutil.copy(smollm2 / "config.json", tmp_path)
+    code, out, _ = run(capsys, "info", tmp_path, "--ctx", 8192, "--batch", 4, "--json")
+    report = json.loads(out)
+    assert code == 0 and report["parameters"] == 134_515_008
+    by = {row["kv"]: row for row in report["schemes"]}
+    assert by["bf16"]["bytes_per_token"] == 30 * 2 * 3 * 64 * 2 and by["int2"]["bits_per_element"] == 2.75
+    assert by["bf16"]["cache_bytes"] == 4 * 8192 * 23040
+    assert 5 < by["int2"]["ratio_to_bf16"] < 5.82
+    code, out, _ = run(capsys, "info", "smollm2-135m", "--ctx", 8192, "--batch", 4)
+    assert code == 0 and "134,515,008 parameters" in out and "int2-compact" in out
+
+
+def test_pull_prints_the_folder(smollm2, capsys):
+    code, out, _ = run(capsys, "pull", "smollm2-135m")
+    assert code == 0 and Path(out.strip()) == smollm2
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return write_model(tmp_path / "tiny", 3)
+
+
+def cases(tiny: Path) -> dict[str, tuple[list[str], str]]:
+    empty = tiny.parent / "empty"
+    empty.mkdir()
+    odd = tiny.parent / "odd"
+    write_model(odd, 3)
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    torn = write_model(tiny.parent / "torn", 3)
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
+    shutil.copy(hub.resolve("smollm2-135m") / "tokenizer.json", torn)
+    smollm2 = "smollm2-135m"
+    latin = tiny.parent / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    return {
+        "no command": ([], "COMMAND"),
+        "unknown command": (["fly"], "'fly'"),
+        "unknown flag": (["generate", smollm2, "x", "--fast"], "--fast"),
+        "not a number": (["generate", smollm2, "x", "--max-tokens", "many"], "'many'"),
+        "no prompt": (["generate", smollm2], "give either PROMPT or --prompt-file"),
+        "two prompts": (["generate", smollm2, "x", "--prompt-file", "y"], "give either PROMPT or --prompt-file"),
+        "empty prompt": (["generate", smollm2, ""], "prompt is empty"),
+        "missing prompt file": (["generate", smollm2, "--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        "prompt not UTF-8": (["generate", smollm2, "--prompt-file", str(latin)], "UTF-8"),
+        "chat and raw": (["generate", smollm2, "x", "--chat", "--raw"], "--raw"),
+        "unknown model": (["generate", "no-such-model", "x"], "no-such-model"),
+        "folder without config": (["generate", str(empty), "x"], "config.json"),
+        "unsupported model": (["generate", str(odd), "x"], "'mamba'"),
+        "truncated weights": (["generate", str(torn), "x"], "truncated"),
+        "no tokenizer": (["generate", str(tiny), "x"], "tokenizer.json"),
+        "unknown scheme": (["generate", smollm2, "x", "--kv", "int1"], "'int1'"),
+        "context too long": (["generate", smollm2, "x", "--ctx", "9000"], "8192"),
+        "context below 1": (["generate", smollm2, "x", "--ctx", "0"], "--ctx 0"),
+        "no tokens": (["generate", smollm2, "x", "--max-tokens", "0"], "max_tokens 0"),
+        "prompt longer than context": (["generate", smollm2, "one two three four", "--raw", "--ctx", "2"], "context holds 2"),
+        "temperature": (["generate", smollm2, "x", "--temperature", "-1"], "temperature -1"),
+        "top-p": (["generate", smollm2, "x", "--top-p", "2"], "top_p 2"),
+        "eval scheme": (["eval", smollm2, "--kv", "oscar,foo"], "'foo'"),
+        "eval too long": (["eval", smollm2, "--prefill", "8000", "--decode", "1000"], "8192"),
+        "eval short text": (["eval", smollm2, "--text", str(tiny / "config.json"), "--prefill", "2000"], "the text has"),
+        "eval nothing": (["eval", smollm2, "--decode", "0"], "at least 1"),
+        "info context": (["info", smollm2, "--ctx", "10000"], "8192"),
+        "info batch": (["info", smollm2, "--batch", "0"], "--batch 0"),
+        "pull unknown": (["pull", "no-such-model"], "no-such-model"),
+    }
+
+
+def test_every_bad_input_is_one_line_and_exit_code_2(tiny, capsys):
+    for name, (argv, mention) in cases(tiny).items():
+        start = time.perf_counter()
+        code, out, err = run(capsys, *argv)
+        assert (code, out) == (2, ""), name
+        assert err.startswith("minioscar: ") and err.count("\n") == 1 and mention in err, (name, err)
+        assert time.perf_counter() - start < 10, f"{name}: refused only after long work"
+
+
+def test_device_cuda_without_cuda_is_refused(smollm2, capsys, monkeypatch):
+    monkeypatch.setattr("minioscar.ops.cuda_missing", lambda: "no usable GPU")
+    code, _, err = run(capsys, "generate", smollm2, "x", "--device", "cuda")
+    assert code == 2 and err == "minioscar: --device cuda: no usable GPU; --device cpu works everywhere\n"
+
+
+def test_debug_shows_the_traceback_and_the_line(capsys):
+    code, _, err = run(capsys, "info", "no-such-model", "--debug")
+    assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("minioscar: ")
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(smollm2, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minioscar.model.Model.forward", interrupt)
+    code, _, err = run(capsys, "generate", smollm2, "x")
+    assert code == 130 and err.splitlines()[-1] == "minioscar: interrupted"
