@@ -1,8 +1,8 @@
-# make demo: a real model continues a real prompt through the 2-bit cache.   make test: every test that this machine can run.
+# make demo: a real model continues a real prompt through the 2-bit cache.   make test: every test that this machine can run.   make results: README tables.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test results clean
 
 demo: .venv/demo.done
 	$(BIN)/python -m minioscar generate smollm2-135m "The capital of France is" --raw --max-tokens 24
@@ -11,6 +11,9 @@ test: .venv/test.done
 	$(BIN)/python -m minioscar pull smollm2-135m >/dev/null
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -rs
+
+results:  # the tables of README.md, from docs/results/*.json
+	$(PYTHON) docs/render.py
 
 # An environment is current while it is newer than pyproject.toml.
 .venv/demo.done: EXTRA = gguf

@@ -154,8 +154,10 @@ def quantize(x: Array, axis: int, group: int, bits: int, shrink: float = 1.0, xp
 def dequantize(codes: Array, step: Array, minimum: Array, axis: int, group: int, xp: Any = np) -> Array:
     """x = step * code + minimum. Shapes as `quantize` returns them; float32."""
     codes, axis = _split(codes, axis, group)
-    step, minimum = (xp.expand_dims(a.astype(xp.float32), axis) for a in (step, minimum))
-    return _join(codes.astype(xp.float32) * step + minimum, axis)
+    x = codes.astype(xp.float32)
+    x *= xp.expand_dims(step.astype(xp.float32), axis)
+    x += xp.expand_dims(minimum.astype(xp.float32), axis)
+    return _join(x, axis)
 
 
 def quantize_symmetric(x: Array, axis: int, group: int, bits: int, shrink: float = 1.0, xp: Any = np) -> tuple[Array, Array]:
@@ -174,7 +176,10 @@ def quantize_symmetric(x: Array, axis: int, group: int, bits: int, shrink: float
 def dequantize_symmetric(codes: Array, step: Array, axis: int, group: int, bits: int, xp: Any = np) -> Array:
     """x = step * (code - (2^bits - 1) / 2); float32."""
     codes, axis = _split(codes, axis, group)
-    return _join((codes.astype(xp.float32) - xp.float32((2**bits - 1) / 2)) * xp.expand_dims(step.astype(xp.float32), axis), axis)
+    x = codes.astype(xp.float32)
+    x -= xp.float32((2**bits - 1) / 2)
+    x *= xp.expand_dims(step.astype(xp.float32), axis)
+    return _join(x, axis)
 
 
 def _split(x: Array, axis: int, group: int) -> tuple[Array, int]:
@@ -214,7 +219,9 @@ def quantize_keys(keys: Array, norms: Array, scheme: Scheme, xp: Any = np) -> tu
 def dequantize_keys(codes: Array, step: Array, minimum: Array, norms: Array, scheme: Scheme, xp: Any = np) -> Array:
     """What attention takes the keys to be: the inverse of `quantize_keys`, norms multiplied back; float32."""
     keys = dequantize(codes, step, minimum, *_key_groups(scheme, codes.shape[-1]), xp)
-    return keys * norms[:, None] if scheme.scale else keys
+    if scheme.scale:
+        keys *= norms[:, None]
+    return keys
 
 
 def quantize_values(values: Array, scheme: Scheme, xp: Any = np) -> tuple[Array, Array, Array | None]:

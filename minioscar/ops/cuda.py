@@ -38,6 +38,9 @@ class Cuda(Reference):
     def free_bytes(self) -> int:
         return cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
 
+    def widen(self, x: Array) -> Array:
+        return x.astype(cupy.float32)
+
     def logits(self, x: Array, weight: Array) -> Array:
         """In float32: the difference between two tokens is often smaller than the bfloat16 rounding of a logit."""
         x = x.astype(cupy.float32)
