@@ -25,7 +25,8 @@ def fidelity() -> str:
     for row in report["results"]:
         lines.append("| `{kv}` | {bits_per_element:.3f} | {kl:.4f} | {dnll:+.4f} | {top1:.1%} |".format(**row))
     lines.append("")
-    lines.append("Prefill {prefill}, then {decode} tokens decoded teacher-forced; {device}; one window of the default text.".format(**report))
+    where = f"({report['device']}), one window of the default text"
+    lines.append(f"{report['prefill']} tokens prefilled, then {report['decode']} decoded teacher-forced {where}.")
     return "\n".join(lines)
 
 

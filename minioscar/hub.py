@@ -195,7 +195,7 @@ def _check(path: Path, wheel: Wheel) -> None:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != wheel.sha256:
-        raise Failure(
+        raise UserError(
             f"{wheel.filename}: sha256 should be {wheel.sha256} but is {digest.hexdigest()} ({path.stat().st_size} of {wheel.size} bytes);"
             " the download is damaged or not the real one, nothing was kept: run it again or use another package index"
         )

