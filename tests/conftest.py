@@ -7,6 +7,8 @@ import random
 
 import pytest
 
+from minioscar.ops import cuda_missing
+
 
 @pytest.fixture
 def seed() -> int:
@@ -14,19 +16,6 @@ def seed() -> int:
     value = int(os.environ.get("MINIOSCAR_TEST_SEED") or random.SystemRandom().randrange(2**31))
     print(f"MINIOSCAR_TEST_SEED={value}")
     return value
-
-
-def cuda_missing() -> str | None:
-    """Why GPU tests cannot run here, or None."""
-    try:
-        import cupy
-    except ImportError:
-        return "CuPy is not installed (pip install 'minioscar[cuda13]')"
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"no CUDA device: {error}"
-    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
