@@ -24,7 +24,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def layout(config: Config, scheme: Scheme, batch: int, context: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Name -> (shape, dtype) of the arrays of one layer: the one place that says what a cache is made of.
+    """Name -> (shape, dtype) of the arrays of one layer, in their plain form; another back end may put the same bytes into pages.
 
     The axes are batch, kv_heads, tokens (or groups of tokens, or blocks' worth of them), channels (or groups, or packed bytes).
     """
@@ -95,7 +95,7 @@ class Cache:
     def __init__(self, config: Config, scheme: Scheme, batch: int, context: int, ops: Reference):
         self.scheme, self.context = scheme, context
         self.lengths = np.zeros(batch, np.int64)
-        shapes = layout(config, scheme, batch, context)
+        shapes = ops.layout(config, scheme, batch, context)
         self.layers = [
             {name: ops.xp.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()} for _ in range(config.num_layers)
         ]

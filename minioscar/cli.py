@@ -74,6 +74,7 @@ def parser() -> Parser:
     evaluate.add_argument("--text", metavar="F", help="a UTF-8 text file (the topics of Python's help)")
     evaluate.add_argument("--prefill", type=int, default=1024, metavar="P", help="tokens of the prompt (1024)")
     evaluate.add_argument("--decode", type=int, default=512, metavar="T", help="tokens decoded, teacher-forced (512)")
+    evaluate.add_argument("--windows", type=int, default=1, metavar="N", help="stretches of the text, one after the other (1)")
     evaluate.add_argument("--kv", default="kivi,oscar,int2,int2-compact", metavar="A,B,C", help=f"schemes: {SCHEMES}")
     device(evaluate)
     return main
@@ -165,7 +166,8 @@ def run_eval(args: argparse.Namespace) -> None:
     text = None if args.text is None else read_text(args.text)
     schemes = [name.strip() for name in args.kv.split(",")]
     report = evaluate.evaluate(
-        args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, device=args.device, progress=sys.stderr.isatty()
+        args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows, device=args.device,
+        progress=sys.stderr.isatty(),
     )
     print(json.dumps(report) if args.json else evaluate.table(report))
 

@@ -25,7 +25,7 @@ from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, Scheme
 from .sampling import Sampling, sample
 from .tokenizer import Tokenizer
-from .weights import Weights
+from .weights import Weights, for_scheme
 from .weights import load as load_weights
 
 Prompt = str | Sequence[int]
@@ -58,7 +58,7 @@ class Generation:
 
 
 class Engine:
-    """A model on a back end, bound to a KV scheme. `load` makes one."""
+    """A model on a back end, bound to a KV scheme, its weights prepared for it by `for_scheme`. `load` makes one."""
 
     def __init__(
         self, config: Config, weights: Weights, tokenizer: Tokenizer | None, scheme: Scheme, ops: Reference, progress: bool = False
@@ -230,7 +230,8 @@ def load(
     if ctx is not None and not 1 <= ctx <= config.max_positions:
         raise UserError(f"--ctx {ctx} is out of range; {folder.name} has {config.max_positions} positions")
     words = Tokenizer(folder) if tokenizer else None
-    return Engine(config, load_weights(folder, config, ops, progress), words, scheme, ops, progress)
+    weights = for_scheme(load_weights(folder, config, ops, progress), config, scheme, ops)
+    return Engine(config, weights, words, scheme, ops, progress)
 
 
 def scheme_named(name: str) -> Scheme:

@@ -12,10 +12,12 @@ from .config import Config
 from .engine import Engine, scheme_named
 from .errors import UserError
 from .hub import resolve
+from .model import check_scheme
 from .ops import backend
-from .oscar import WINDOW
+from .oscar import WINDOW, Scheme
 from .tokenizer import Tokenizer
 from .weights import load as load_weights
+from .weights import rotate_values
 
 BASELINE = "bf16"
 
@@ -31,6 +33,8 @@ class Row:
     dnll: float  # nll minus the unquantized run's
     kl: float  # KL(unquantized || this)
     top1: float  # share of positions whose likeliest token is the unquantized run's
+    dnll_se: float | None  # standard errors of dnll and kl over the windows; None for a single one
+    kl_se: float | None
 
 
 def default_text() -> str:
@@ -41,43 +45,59 @@ def default_text() -> str:
 
 
 def evaluate(
-    model: str, schemes: Sequence[str], *, text: str | None = None, prefill: int = 1024, decode: int = 512, device: str = "auto",
-    progress: bool = False,
+    model: str, schemes: Sequence[str], *, text: str | None = None, prefill: int = 1024, decode: int = 512, windows: int = 1,
+    device: str = "auto", progress: bool = False,
 ) -> dict:
-    """Runs every scheme over the first prefill + decode + 1 tokens of a text and returns the object of `eval --json`.
+    """Runs every scheme over `windows` stretches of prefill + decode + 1 tokens of a text; the object of `eval --json`.
 
-    The prompt is prefilled, then `decode` true tokens are fed; the prediction at each of those positions counts. Raises
-    UserError for an unknown scheme, a text that is too short or a context that the model does not have.
+    The first stretch begins with the text and each follows the one before. Its prompt is prefilled, then `decode` true tokens are
+    fed; the prediction at each of those positions counts. Raises UserError for an unknown scheme, a text that is too short or
+    a context that the model does not have.
     """
     from tqdm import tqdm
 
     names = [BASELINE, *(name for name in dict.fromkeys(schemes) if name != BASELINE)]
-    for name in names:
-        scheme_named(name)
-    if prefill < 1 or decode < 1:
-        raise UserError("--prefill and --decode must be at least 1")
+    wanted = [scheme_named(name) for name in names]
+    for name, value in (("prefill", prefill), ("decode", decode), ("windows", windows)):
+        if value < 1:
+            raise UserError(f"--{name} {value} is out of range; it must be at least 1")
     ops, folder = backend(device), resolve(model)
     config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
+    for scheme in wanted:
+        check_scheme(config, scheme)
     if prefill + decode > config.max_positions:
         raise UserError(f"--prefill {prefill} + --decode {decode} exceed the model's {config.max_positions} positions")
-    ids = tokenizer.encode(default_text() if text is None else text)[: prefill + decode + 1]
-    if len(ids) < prefill + decode + 1:
-        raise UserError(f"the text has {len(ids)} tokens, but {prefill + decode + 1} are needed; lower --prefill or --decode")
-    weights = load_weights(folder, config, ops, progress)
-    rows: list[Row] = []
-    truth: list[np.ndarray] = []  # log-probabilities of the unquantized run, chunk by chunk
-    with tqdm(total=len(names) * (prefill + decode), desc="eval", unit="token", leave=False, disable=None if progress else True) as bar:
-        for name in names:
-            bar.set_postfix_str(name)
-            engine = Engine(config, weights, tokenizer, scheme_named(name), ops)
-            chunks = map(log_softmax, teacher_forced(engine, ids, prefill, bar.update))
-            if name == BASELINE:
-                truth = list(chunks)
-                chunks = iter(truth)
-            rows.append(compare(name, engine.scheme.bits_per_element(config.head_dim), chunks, truth, np.array(ids[prefill + 1 :])))
-            if len(rows) > 1:
-                rows[-1].dnll = rows[-1].nll - rows[0].nll
-    return {"model": str(model), "device": ops.name, "prefill": prefill, "decode": decode, "results": [asdict(row) for row in rows]}
+    ids, size = tokenizer.encode(default_text() if text is None else text), prefill + decode + 1
+    if len(ids) < windows * size:
+        raise UserError(f"the text has {len(ids)} tokens, but {windows * size} are needed; lower --prefill, --decode or --windows")
+    plain = load_weights(folder, config, ops, progress)
+    rotated = rotate_values(plain, config, ops) if any(scheme.rotate for scheme in wanted) else plain
+    engines = [Engine(config, rotated if scheme.rotate else plain, tokenizer, scheme, ops) for scheme in wanted]
+    scores: list[list[np.ndarray]] = [[] for _ in names]  # per scheme and window: nll, kl, top1
+    total = len(names) * windows * (prefill + decode)
+    with tqdm(total=total, desc="eval", unit="token", leave=False, disable=None if progress else True) as bar:
+        for start in range(0, windows * size, size):
+            window = ids[start : start + size]
+            truth: list[np.ndarray] = []  # log-probabilities of the unquantized run, chunk by chunk
+            for engine, found in zip(engines, scores, strict=True):
+                bar.set_postfix_str(engine.scheme.name)
+                chunks = map(log_softmax, teacher_forced(engine, window, prefill, bar.update))
+                truth = truth or list(chunks)  # the first engine is the baseline
+                chunks = iter(truth) if engine is engines[0] else chunks
+                found.append(compare(chunks, truth, np.array(window[prefill + 1 :])))
+    rows = [summary(scheme, config.head_dim, np.array(found), np.array(scores[0])) for scheme, found in zip(wanted, scores, strict=True)]
+    return {
+        "model": str(model), "device": ops.name, "prefill": prefill, "decode": decode, "windows": windows,
+        "results": [asdict(row) for row in rows],
+    }
+
+
+def summary(scheme: Scheme, head_dim: int, scores: np.ndarray, baseline: np.ndarray) -> Row:
+    """Means, and standard errors where there are several windows. scores, baseline: float64 [windows, (nll, kl, top1)]."""
+    nll, kl, top1 = scores.mean(axis=0).tolist()
+    change, several = scores[:, 0] - baseline[:, 0], len(scores) > 1
+    errors = [float(x.std(ddof=1) / np.sqrt(len(x))) if several else None for x in (change, scores[:, 1])]
+    return Row(scheme.name, scheme.bits_per_element(head_dim), nll, float(np.exp(nll)), float(change.mean()), kl, top1, *errors)
 
 
 def teacher_forced(engine: Engine, ids: Sequence[int], prefill: int, done=lambda tokens: None) -> Iterator[np.ndarray]:
@@ -96,8 +116,8 @@ def teacher_forced(engine: Engine, ids: Sequence[int], prefill: int, done=lambda
         done(len(chunk))
 
 
-def compare(name: str, bits: float, chunks: Iterable[np.ndarray], truth: Iterable[np.ndarray], targets: np.ndarray) -> Row:
-    """Metrics of one run against the unquantized one; both are log-probabilities float32 [n, vocab] in equal chunks."""
+def compare(chunks: Iterable[np.ndarray], truth: Iterable[np.ndarray], targets: np.ndarray) -> tuple[float, float, float]:
+    """NLL, KL and top-1 agreement of one run; both are log-probabilities float32 [n, vocab] in equal chunks."""
     nll = kl = top1 = 0.0
     at = 0
     for ours, theirs in zip(chunks, truth, strict=True):
@@ -106,7 +126,7 @@ def compare(name: str, bits: float, chunks: Iterable[np.ndarray], truth: Iterabl
         kl += float((np.exp(theirs) * (theirs - ours)).sum(dtype=np.float64))
         top1 += float((ours.argmax(1) == theirs.argmax(1)).sum())
         at += len(ours)
-    return Row(name, bits, nll / at, float(np.exp(nll / at)), 0.0, kl / at, top1 / at)
+    return nll / at, kl / at, top1 / at
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -119,6 +139,6 @@ def table(report: dict) -> str:
     """The report as a Markdown table."""
     lines = ["| kv | bits/element | NLL | perplexity | ΔNLL | KL | top-1 |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in report["results"]:
-        lines.append("| {kv} | {bits_per_element:.3f} | {nll:.4f} | {ppl:.3f} | {dnll:+.4f} | {kl:.4f} | {top1:.3f} |".format(**row))
+        kl = "{kl:.4f}" if row["kl_se"] is None else "{kl:.4f} ± {kl_se:.4f}"
+        lines.append(("| {kv} | {bits_per_element:.3f} | {nll:.4f} | {ppl:.3f} | {dnll:+.4f} | " + kl + " | {top1:.3f} |").format(**row))
     return "\n".join(lines)
-

@@ -15,7 +15,7 @@ from .cache import Batch, Cache
 from .config import Config
 from .errors import UserError
 from .oscar import Scheme, hadamard
-from .weights import Weights, rotate_values
+from .weights import Weights
 
 if TYPE_CHECKING:
     from .ops.reference import Reference
@@ -25,12 +25,12 @@ Progress = Callable[[Iterable], Iterable]  # wraps the loop over layers, as tqdm
 
 
 class Model:
-    """Weights, bound to a scheme of the cache (values rotated in the weights where it rotates) and to a back end."""
+    """Weights, bound to a scheme of the cache and to a back end; values are rotated in the weights where the scheme rotates."""
 
     def __init__(self, config: Config, weights: Weights, scheme: Scheme, ops: Reference):
         self.config, self.scheme, self.ops = config, scheme, ops
         check_scheme(config, scheme)
-        self.weights = rotate_values(weights, config, ops) if scheme.rotate else weights
+        self.weights = weights
         self.tables: tuple[Array, Array] | None = None  # cos and sin of RoPE for the positions seen so far
 
     def forward(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool = False, progress: Progress = iter) -> np.ndarray:
@@ -40,19 +40,13 @@ class Model:
         each sequence's last token, or [tokens, vocab] of all if `every`.
         """
         ops, config, weights = self.ops, self.config, self.weights
-        cos, sin = (table[ops.xp.asarray(batch.positions)] for table in self._tables(int(max(batch.positions)) + 1))
+        tables = self._tables(int(max(batch.positions)) + 1)
         x = ops.embed(weights.embed, ids)  # [tokens, hidden]
         for layer, kept in progress(list(zip(weights.layers, cache.layers, strict=True))):
             h = ops.rms_norm(x, layer.input_norm, config.rms_norm_eps)
-            qkv = ops.linear(h, layer.qkv, layer.qkv_bias)
-            qkv = qkv.reshape(len(ids), -1, config.head_dim)  # [tokens, q_heads + 2 * kv_heads, head_dim]
-            q, k, v = ops.xp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1)
-            if config.qk_norm:
-                q, k = ops.rms_norm(q, layer.q_norm, config.rms_norm_eps), ops.rms_norm(k, layer.k_norm, config.rms_norm_eps)
-            q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
-            q, k, norms = ops.rotate_scale(q, k, self.scheme)
-            y = ops.attention(q, k, v, kept, self.scheme, batch)  # [tokens, q_heads, head_dim]
-            ops.append(kept, k, v, norms, self.scheme, batch)  # after attention: a block is quantized behind the token that fills it
+            qkv = ops.linear(h, layer.qkv, layer.qkv_bias)  # [tokens, (q_heads + 2 * kv_heads) * head_dim]
+            q, new = ops.rotate_scale(qkv, layer, tables, kept, config, self.scheme, batch)  # QK-norm, RoPE, rotation, norms
+            y = ops.attention(q, new, kept, self.scheme, batch)  # [tokens, q_heads, head_dim]; the cache has the new tokens now
             x = x + ops.linear(y.reshape(len(ids), -1), layer.o, layer.o_bias)
             h = ops.rms_norm(x, layer.post_norm, config.rms_norm_eps)
             x = x + ops.linear(ops.silu_mul(ops.linear(h, layer.gate_up)), layer.down)

@@ -183,6 +183,11 @@ def rotate_values(weights: Weights, config: Config, ops: Reference) -> Weights:
     return replace(weights, layers=tuple(map(fold, weights.layers)))
 
 
+def for_scheme(weights: Weights, config: Config, scheme: oscar.Scheme, ops: Reference) -> Weights:
+    """The weights as a model with this KV scheme wants them."""
+    return rotate_values(weights, config, ops) if scheme.rotate else weights
+
+
 def arrays(weights: Weights) -> Iterator[Array]:
     """Every array once (a tied head is the embedding)."""
     yield weights.embed

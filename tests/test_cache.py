@@ -8,7 +8,7 @@ import pytest
 from minioscar import oscar
 from minioscar.cache import BF16, Cache, cache_bytes
 from minioscar.config import Config
-from minioscar.ops.reference import Reference
+from minioscar.ops.reference import New, Reference
 from minioscar.oscar import SCHEMES, WINDOW
 
 from .tiny import CONFIG
@@ -28,7 +28,7 @@ def appended(scheme, keys, values, pieces, context=640):
     for count in pieces:
         batch = cache.place([1], [count])
         span = slice(at, at + count)
-        ops.append(cache.layers[0], keys[span], values[span], norms[span] if scheme.scale else None, scheme, batch)
+        ops.append(New(keys[span], values[span], norms[span] if scheme.scale else None), cache.layers[0], scheme, batch)
         cache.advance(batch)
         at += count
     return cache, norms
@@ -94,7 +94,8 @@ def test_window_of_128_is_flushed_after_the_step_that_fills_it(seed):
     for last in (127, 128):
         cache, _ = appended(scheme, keys[:last], values[:last], [last])
         q = rng.standard_normal((1, 4, 64)).astype(np.float32)
-        got = ops.attention(q, keys[last : last + 1], values[last : last + 1], cache.layers[0], scheme, cache.place([1], [1]))
+        new = New(keys[last : last + 1], values[last : last + 1], oscar.token_norms(keys[last : last + 1]))
+        got = ops.attention(q, new, cache.layers[0], scheme, cache.place([1], [1]))
         scores = np.einsum("hgd,thd->hgt", q[0].reshape(2, 2, 64), keys[: last + 1]) / 8
         p = np.exp(scores - scores.max(-1, keepdims=True))
         exact = np.einsum("hgt,thd->hgd", p / p.sum(-1, keepdims=True), values[: last + 1]).reshape(4, 64)
@@ -127,8 +128,7 @@ def test_tokens_in_chunks_up_to_the_flush_are_tokens_one_by_one(name, seed):
         cache, rows, at = Cache(config(num_hidden_layers=1), scheme, 1, 330, ops), [], 0
         for count in pieces:
             batch, span = cache.place([0], [count]), slice(at, at + count)
-            rows.append(ops.attention(q[span], keys[span], values[span], cache.layers[0], scheme, batch))
-            ops.append(cache.layers[0], keys[span], values[span], norms[span], scheme, batch)
+            rows.append(ops.attention(q[span], New(keys[span], values[span], norms[span]), cache.layers[0], scheme, batch))
             cache.advance(batch)
             at += count
         outputs.append(np.concatenate(rows))

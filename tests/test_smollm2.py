@@ -26,11 +26,12 @@ def layers(model) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     loaded, found = engine.load(model, "bf16", "cpu"), []
     attention = loaded.ops.attention
 
-    def spy(q, k, v, *rest):
+    def spy(q, new, *rest):
+        k, v, _ = new
         heads, dim = k.shape[1:]
         asking = q[PACKED:].reshape(-1, heads, q.shape[1] // heads, dim).swapaxes(0, 1).reshape(heads, -1, dim)
         found.append((asking, k[:PACKED].swapaxes(0, 1), v[:PACKED].swapaxes(0, 1)))
-        return attention(q, k, v, *rest)
+        return attention(q, new, *rest)
 
     loaded.ops.attention = spy
     loaded.logits(np.load(FIXTURE)["long_prompt"])
@@ -88,9 +89,9 @@ def test_quantized_cache_of_the_whole_model_is_oscar_bit_for_bit_after_prefill_a
     scheme, seen = quantized.scheme, []
     append = quantized.ops.append
 
-    def spy(layer, k, v, norms, scheme, batch):
-        seen.append((k, v, norms))
-        append(layer, k, v, norms, scheme, batch)
+    def spy(new, *rest):
+        seen.append(new)
+        append(new, *rest)
 
     quantized.ops.append = spy
     cache = Cache(quantized.config, scheme, 1, 320, quantized.ops)

@@ -54,3 +54,8 @@ def random_weights(config: Config, seed: int) -> dict[str, np.ndarray]:
 
 def load(folder: Path, kv: str = "int2", device: str = "cpu") -> engine.Engine:
     return engine.load(folder, kv, device, tokenizer=False)
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    """||got - want|| / ||want||."""
+    return float(np.linalg.norm(got.astype(np.float32) - want) / np.linalg.norm(want))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -14,6 +15,8 @@ def backend(device: str) -> Reference:
     """device: "cpu", "cuda", or "auto" (cuda where there is one). Raises UserError for "cuda" without one."""
     from .reference import Reference
 
+    if os.environ.get("MINIOSCAR_BACKEND") == "simt":
+        return _simulator()
     if device == "cpu":
         return Reference()
     reason = cuda_missing()
@@ -24,6 +27,15 @@ def backend(device: str) -> Reference:
     if device == "cuda":
         raise UserError(f"--device cuda: {reason}; --device cpu works everywhere")
     return Reference()
+
+
+def _simulator() -> Reference:
+    """The CUDA back end on the simulator of the tests, for whoever works on kernels without a GPU (tests/simt/README.md)."""
+    try:
+        from tests.simt.backend import Simt
+    except ImportError as error:
+        raise UserError(f"MINIOSCAR_BACKEND=simt works in a checkout of minioscar only ({error}); unset it") from None
+    return Simt()
 
 
 def cuda_missing() -> str | None:

@@ -1,82 +1,172 @@
-"""The same operations on CuPy: the reference's array code in bfloat16, and raw kernels (kernels/*.cu) where they pay."""
+"""The same operations on CuPy: raw kernels (kernels/*.cu) for all that touches the cache, the reference's array code for the rest.
+
+Quantized caches are pages (kernels/LAYOUT.md). Where the kernels have no page for a scheme or head_dim (`raw.unsupported`: quarot,
+whose key groups lie along channels, and unusual head sizes), the reference's arrays and array code serve on the GPU too.
+"""
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import cupy
 import numpy as np
 
-from ..cache import BF16
-from ..oscar import Scheme, hadamard, odd_part
-from .reference import Reference
+from .. import oscar
+from ..cache import BF16, Batch
+from ..config import Config
+from ..oscar import WINDOW, Scheme
+from ..weights import Layer
+from . import pages, raw
+from .reference import New, Reference
 
 Array = Any
-KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 VOCABULARY = 16384  # rows of the last projection that are widened to float32 at once
 
 
-@cache
-def kernel(name: str) -> cupy.RawKernel:
-    """The kernel of kernels/<name>.cu, compiled by NVRTC for the card that is there; CuPy keeps the binary on disk."""
-    return cupy.RawModule(code=(KERNELS / f"{name}.cu").read_text(), options=("-std=c++17",)).get_function(name)
+@dataclass(frozen=True)
+class Indices:
+    """A batch as the kernels want it: int32 arrays on the device."""
+
+    batch: Batch
+    positions: Array  # [tokens]
+    rows: Array  # [tokens]: the cache row of each
+    slots: Array  # [sequences]
+    starts: Array
+    counts: Array
+    firsts: Array  # [sequences]: where a sequence's first token stands among the tokens
+    lengths: Array  # [cache rows]: tokens before this pass, -1 for a row that is not in the batch
 
 
 class Cuda(Reference):
     name = "cuda"
-    xp = cupy
     dtype = BF16
 
+    def __init__(self) -> None:
+        import cupy
+
+        self.xp = cupy
+        properties = cupy.cuda.runtime.getDeviceProperties(0)
+        self.multiprocessors = properties["multiProcessorCount"]
+        self.capability = 10 * properties["major"] + properties["minor"]
+        self.indices: Indices | None = None
+        self.scratch: dict[tuple, tuple[Array, Array]] = {}  # of decode attention: workspace and counters, by their sizes
+
+    def run(self, launch: raw.Launch) -> None:
+        raw.run(launch)
+
+    # --- between host and device
+
     def array(self, x: np.ndarray) -> Array:
-        return cupy.asarray(np.asarray(x).astype(self.dtype))
+        return self.xp.asarray(np.asarray(x).astype(self.dtype))
 
     def numpy(self, x: Array) -> np.ndarray:
-        return cupy.asnumpy(x)
+        return self.xp.asnumpy(x)
 
     def free_bytes(self) -> int:
-        return cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
+        return self.xp.cuda.runtime.memGetInfo()[0] + self.xp.get_default_memory_pool().free_bytes()
 
     def widen(self, x: Array) -> Array:
-        return x.astype(cupy.float32)
+        return x.astype(np.float32)
+
+    # --- the transformer
 
     def logits(self, x: Array, weight: Array) -> Array:
         """In float32: the difference between two tokens is often smaller than the bfloat16 rounding of a logit."""
-        x = x.astype(cupy.float32)
-        parts = [x @ weight[i : i + VOCABULARY].astype(cupy.float32).T for i in range(0, len(weight), VOCABULARY)]
-        return cupy.concatenate(parts, axis=1)
+        x = x.astype(np.float32)
+        parts = [x @ weight[i : i + VOCABULARY].astype(np.float32).T for i in range(0, len(weight), VOCABULARY)]
+        return self.xp.concatenate(parts, axis=1)
 
-    def rotate_scale(self, q: Array, k: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
-        if not (scheme.rotate or scheme.scale):
-            return q, k, None
-        q, k = cupy.ascontiguousarray(q), cupy.ascontiguousarray(k)
-        tokens, q_heads, dim = q.shape
-        q_out, k_out = cupy.empty_like(q), cupy.empty_like(k)
-        norms = cupy.empty(tokens, cupy.float32) if scheme.scale else None
-        order = odd_part(dim) if scheme.rotate else 1
-        sizes = map(np.int32, (q_heads, k.shape[1], dim, order, scheme.rotate))
-        kernel("rotate_scale")((tokens,), (128,), (q, k, _odd_matrix(order), q_out, k_out, _or_null(norms), *sizes))
-        return q_out, k_out, norms
+    def rotate_scale(
+        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], kept: dict[str, Array], config: Config, scheme: Scheme, batch: Batch
+    ) -> tuple[Array, New | None]:
+        heads = raw.Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+        if _plain(scheme, heads.head_dim):
+            return super().rotate_scale(qkv, layer, tables, kept, config, scheme, batch)
+        xp, at, norms = self.xp, self._indices(batch, kept), kept.get("norms")
+        q = xp.empty((len(qkv), heads.q_heads, heads.head_dim), self.dtype)
+        options = {"norms": norms, "norm_stride": 0 if norms is None else norms.shape[1], "slots": at.rows, "eps": config.rms_norm_eps}
+        options |= {"rotate": scheme.rotate, "q_weight": layer.q_norm, "k_weight": layer.k_norm}
+        if _decodes(batch):  # the new token goes to its place at once
+            keys, values = (kept[name if not scheme.quantized else f"window_{name}"] for name in ("keys", "values"))
+            place = {"keys": keys, "values": values, "places": keys.shape[2]}
+            self.run(raw.rotate_scale(heads, qkv, at.positions, *tables, q, **options, **place))
+            return q, None
+        k = xp.empty((len(qkv), heads.kv_heads, heads.head_dim), self.dtype)
+        self.run(raw.rotate_scale(heads, qkv, at.positions, *tables, q, **options, k_out=k))
+        v = qkv.reshape(len(qkv), -1, heads.head_dim)[:, heads.q_heads + heads.kv_heads :]
+        return q, New(k, v, None)  # the norms are in the cache
 
-    def pack(self, layer: dict[str, Array], slot: int, first: int, keys: Array, values: Array, scheme: Scheme) -> None:
-        keys, values = cupy.ascontiguousarray(keys), cupy.ascontiguousarray(values)
-        heads, n, dim = keys.shape
-        outputs = ("norms", "key_codes", "key_step", "key_min", "value_codes", "value_step", "value_min")
-        rows = [_or_null(layer[name][slot] if name in layer else None) for name in outputs]
-        group, capacity = scheme.group, layer["key_codes"].shape[2]
-        sizes = (n, dim, first, capacity, scheme.bits, group, scheme.value_group(dim), scheme.key_axis == "token")
-        factors = (scheme.shrink, scheme.shrink / ((2**scheme.bits - 1) / 2))
-        arguments = (keys, values, *rows, *map(np.int32, sizes), *map(np.float32, factors))
-        kernel("pack")((n // group, heads), (128,), arguments, shared_mem=group * dim)
-        self.keep_sinks(layer, slot, first, keys, values, scheme)
+    # --- the cache
+
+    def layout(self, config: Config, scheme: Scheme, batch: int, context: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        arrays = super().layout(config, scheme, batch, context)
+        if not scheme.quantized or _plain(scheme, config.head_dim):
+            return arrays
+        tokens = context // WINDOW * WINDOW
+        page = (batch, config.num_kv_heads, tokens // raw.PAGE_TOKENS, raw.page_bytes(scheme, config.head_dim))
+        unpaged = {name: array for name, array in arrays.items() if name.startswith(("window", "sink", "norms"))}
+        return {"pages": (page, np.dtype(np.uint8)), **unpaged}
+
+    def attention(self, q: Array, new: New | None, kept: dict[str, Array], scheme: Scheme, batch: Batch) -> Array:
+        if new is not None:
+            return super().attention(q, new, kept, scheme, batch)
+        at, cached = self._indices(batch, kept), kept["keys" if not scheme.quantized else "window_keys"]
+        heads = raw.Heads(q.shape[1], cached.shape[1], q.shape[2])
+        size = len(at.lengths)
+        everyone = batch.slots == tuple(range(size))
+        if not everyone:  # the kernel takes q by cache row
+            q, packed = self.xp.zeros((size, *q.shape[1:]), q.dtype), q
+            q[at.slots] = packed
+        plan = raw.plan(heads, scheme, size, self.multiprocessors, self.capability)
+        out = self.xp.empty_like(q)
+        workspace, arrived = self._scratch(plan, heads, size)
+        self.run(raw.decode_attention(heads, scheme, plan, q, kept, at.lengths, out, None, workspace, arrived))
+        if scheme.quantized:
+            self.run(raw.pack_step(heads, scheme, at.lengths, kept))
+        return out if everyone else out[at.slots]
+
+    def append(self, new: New, layer: dict[str, Array], scheme: Scheme, batch: Batch) -> None:
+        if "pages" not in layer:
+            return super().append(new, layer, scheme, batch)
+        at, (k, v, _) = self._indices(batch, layer), new
+        heads = raw.Heads(k.shape[1], k.shape[1], k.shape[2])  # q heads play no part here
+        strides = k.strides[0] // 2, v.strides[0] // 2
+        self.run(raw.pack_bulk(heads, scheme, k, v, at.firsts, at.slots, at.starts, at.counts, layer, max(batch.counts), *strides))
+        self.run(raw.fill_window(heads, scheme, k, v, at.firsts, at.slots, at.starts, at.counts, layer, *strides))
+
+    def packed(self, layer: dict[str, Array], slot: int, tokens: int, scheme: Scheme) -> tuple[Array, Array]:
+        if "pages" not in layer:
+            return super().packed(layer, slot, tokens, scheme)
+        dim = layer["window_keys"].shape[3]
+        found = pages.unpack(layer["pages"][slot, :, : tokens // raw.PAGE_TOKENS], scheme, dim, self.xp)
+        norms = layer["norms"][slot, :tokens] if scheme.scale else None
+        keys = oscar.dequantize_keys(found["key_codes"], found["key_step"], found["key_min"], norms, scheme, self.xp)
+        return keys, oscar.dequantize_values(found["value_codes"], found["value_step"], found["value_min"], scheme, self.xp)
+
+    # --- what the kernels need besides
+
+    def _indices(self, batch: Batch, kept: dict[str, Array]) -> Indices:
+        """The arrays of a batch; the layers of one pass ask for the same."""
+        if self.indices is None or self.indices.batch is not batch:
+            rows = next(iter(kept.values())).shape[0]
+            lengths = np.full(rows, -1)
+            lengths[list(batch.slots)] = batch.starts
+            firsts = np.cumsum(batch.counts) - batch.counts
+            found = batch.positions, np.repeat(batch.slots, batch.counts), batch.slots, batch.starts, batch.counts, firsts, lengths
+            self.indices = Indices(batch, *(self.xp.asarray(np.asarray(x, np.int32)) for x in found))
+        return self.indices
+
+    def _scratch(self, plan: raw.Plan, heads: raw.Heads, batch: int) -> tuple[Array, Array]:
+        floats, counters = plan.workspace_floats(heads.head_dim), batch * heads.kv_heads * plan.share
+        if (floats, counters) not in self.scratch:
+            self.scratch[floats, counters] = self.xp.empty(floats, np.float32), self.xp.zeros(counters, np.int32)
+        return self.scratch[floats, counters]
 
 
-@cache
-def _odd_matrix(order: int) -> cupy.ndarray:
-    """P of rotate_scale.cu: entries +-1."""
-    return cupy.asarray(hadamard(order) * np.float32(np.sqrt(order)))
+def _decodes(batch: Batch) -> bool:
+    return set(batch.counts) == {1}
 
 
-def _or_null(array: Array | None) -> Array | np.uint64:
-    return np.uint64(0) if array is None else array
+def _plain(scheme: Scheme, head_dim: int) -> bool:
+    """Whether the reference's arrays and array code serve on this back end too."""
+    return raw.unsupported(scheme, head_dim) is not None if scheme.quantized else head_dim not in raw.HEAD_DIMS

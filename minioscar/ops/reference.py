@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .. import oscar
-from ..cache import BF16, Batch
+from ..cache import BF16, Batch, layout
 from ..oscar import WINDOW, Scheme
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..weights import Layer
 
 Array = Any
 QUERIES = 256  # queries of one sequence whose scores are in memory at once
+
+
+class New(NamedTuple):
+    """New tokens on their way into the cache."""
+
+    k: Array  # [tokens, kv_heads, d], rotated if the scheme does
+    v: Array
+    norms: Array | None  # float32 [tokens], of k as BF16 keeps it, over all kv heads and channels
 
 
 class Reference:
@@ -73,24 +85,50 @@ class Reference:
         gate, up = xp.split(gate_up.astype(xp.float32), 2, axis=-1)
         return (gate / (1 + xp.exp(-gate)) * up).astype(gate_up.dtype)
 
-    def rotate_scale(self, q: Array, k: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
-        """Steps 1 and 2 of OScaR on new tokens: q' = q.H, K' = K.H, n_t; each only where the scheme has it.
+    def rotate_scale(
+        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], kept: dict[str, Array], config: Config, scheme: Scheme, batch: Batch
+    ) -> tuple[Array, New | None]:
+        """From the qkv projection to what attention takes: QK-norm, RoPE, and steps 1 and 2 of OScaR where the scheme has them.
 
-        q [tokens, q_heads, d], k [tokens, kv_heads, d] after RoPE. Norms are float32 [tokens], of K' as BF16 keeps it, over
-        all kv heads and channels.
+        qkv [tokens, (q_heads + 2 * kv_heads) * d]; tables: cos and sin, float32 [positions, d/2]. Returns q' = q.H
+        [tokens, q_heads, d] and the new tokens K' = K.H, V, n_t. A back end may write them into the cache at once, `kept`,
+        and return None; `attention` knows.
         """
+        xp, heads = self.xp, config.num_heads
+        qkv = qkv.reshape(len(qkv), -1, config.head_dim)
+        q, k, v = xp.split(qkv, [heads, heads + config.num_kv_heads], axis=1)
+        q, k = q.astype(xp.float32), k.astype(xp.float32)  # rounded once, at the end
+        if config.qk_norm:
+            q, k = self.rms_norm(q, layer.q_norm, config.rms_norm_eps), self.rms_norm(k, layer.k_norm, config.rms_norm_eps)
+        cos, sin = (table[xp.asarray(batch.positions)] for table in tables)
+        q, k = self.rope(q, cos, sin), self.rope(k, cos, sin)
         if scheme.rotate:
-            q, k = oscar.rotate(q, self.xp).astype(q.dtype), oscar.rotate(k, self.xp).astype(k.dtype)
-        return q, k, oscar.token_norms(k.astype(BF16), self.xp) if scheme.scale else None
+            q, k = oscar.rotate(q, xp), oscar.rotate(k, xp)
+        q, k = q.astype(qkv.dtype), k.astype(qkv.dtype)
+        return q, New(k, v, oscar.token_norms(k.astype(BF16), xp) if scheme.scale else None)
+
+    def attention(self, q: Array, new: New, kept: dict[str, Array], scheme: Scheme, batch: Batch) -> Array:
+        """Attention of new tokens over the cache and, unquantized, over each other; after it the cache holds them.
+
+        One new token is a decode step, many on an empty row are a prefill. A block of WINDOW tokens is quantized behind the
+        token that fills it, which still sees it as it was. q and the result are [tokens, q_heads, d].
+        """
+        y = self.attend(q, new.k, new.v, kept, scheme, batch)
+        self.append(new, kept, scheme, batch)
+        return y
 
     # --- the cache
 
-    def append(self, layer: dict[str, Array], k: Array, v: Array, norms: Array | None, scheme: Scheme, batch: Batch) -> None:
+    def layout(self, config: Config, scheme: Scheme, batch: int, context: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """The arrays of one layer of a cache on this back end; as many bytes on each."""
+        return layout(config, scheme, batch, context)
+
+    def append(self, new: New, layer: dict[str, Array], scheme: Scheme, batch: Batch) -> None:
         """Writes new tokens: into the window, and every full block of WINDOW tokens from there into packed form.
 
-        k, v [tokens, kv_heads, d] as `rotate_scale` left them, norms [tokens]. Everything passes through BF16 first.
+        Everything passes through BF16 first.
         """
-        xp = self.xp
+        xp, (k, v, norms) = self.xp, new
         for slot, start, span in batch.spans():
             rows = {"keys": k[span].astype(BF16).swapaxes(0, 1), "values": v[span].astype(BF16).swapaxes(0, 1)}  # [heads, n, d]
             count = span.stop - span.start
@@ -144,22 +182,7 @@ class Reference:
             return keys, values
         packed = length - length % WINDOW
         if packed:
-            groups = packed // scheme.group if scheme.key_axis == "token" else packed
-            keys[:, :packed] = oscar.dequantize_keys(
-                oscar.unpack(layer["key_codes"][slot, :, :packed], scheme.bits, xp),
-                layer["key_step"][slot, :, :groups],
-                layer["key_min"][slot, :, :groups],
-                layer["norms"][slot, :packed] if scheme.scale else None,
-                scheme,
-                xp,
-            )
-            values[:, :packed] = oscar.dequantize_values(
-                oscar.unpack(layer["value_codes"][slot, :, :packed], scheme.bits, xp),
-                layer["value_step"][slot, :, :packed],
-                None if scheme.symmetric_values else layer["value_min"][slot, :, :packed],
-                scheme,
-                xp,
-            )
+            keys[:, :packed], values[:, :packed] = self.packed(layer, slot, packed, scheme)
             if scheme.sinks:
                 for out, name in ((keys, "sink_keys"), (values, "sink_values")):
                     out[:, : scheme.sinks] = self.widen(layer[name][slot])
@@ -167,15 +190,35 @@ class Reference:
             out[:, packed:length] = self.widen(layer[name][slot, :, : length - packed])
         return keys, values
 
+    def packed(self, layer: dict[str, Array], slot: int, tokens: int, scheme: Scheme) -> tuple[Array, Array]:
+        """The packed tokens of a row, dequantized: keys, values, float32 [kv_heads, tokens, d]. Sinks are not put in."""
+        xp, groups = self.xp, tokens // scheme.group if scheme.key_axis == "token" else tokens
+        keys = oscar.dequantize_keys(
+            oscar.unpack(layer["key_codes"][slot, :, :tokens], scheme.bits, xp),
+            layer["key_step"][slot, :, :groups],
+            layer["key_min"][slot, :, :groups],
+            layer["norms"][slot, :tokens] if scheme.scale else None,
+            scheme,
+            xp,
+        )
+        values = oscar.dequantize_values(
+            oscar.unpack(layer["value_codes"][slot, :, :tokens], scheme.bits, xp),
+            layer["value_step"][slot, :, :tokens],
+            None if scheme.symmetric_values else layer["value_min"][slot, :, :tokens],
+            scheme,
+            xp,
+        )
+        return keys, values
+
     def widen(self, x: Array) -> Array:
         """BF16 -> float32, exactly: the upper half of the word. (NumPy's own conversion of ml_dtypes takes three times as long.)"""
         return (x.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
-    def attention(self, q: Array, k: Array, v: Array, layer: dict[str, Array], scheme: Scheme, batch: Batch) -> Array:
-        """Causal grouped-query attention of new tokens over the cache and, unquantized, over each other.
+    def attend(self, q: Array, k: Array, v: Array, layer: dict[str, Array], scheme: Scheme, batch: Batch) -> Array:
+        """Causal grouped-query attention over the cache, which does not hold the new tokens yet, and the new tokens.
 
-        q [tokens, q_heads, d], k and v [tokens, kv_heads, d]; the cache does not hold the new tokens yet. One new token is a
-        decode step, many on an empty row are a prefill. softmax(q.k / sqrt(d)).v in float32 -> [tokens, q_heads, d] in q's dtype.
+        q [tokens, q_heads, d], k and v [tokens, kv_heads, d]. softmax(q.k / sqrt(d)).v in float32 -> [tokens, q_heads, d] in
+        q's dtype.
         """
         xp = self.xp
         out = xp.empty(q.shape, q.dtype)

@@ -1,0 +1,429 @@
+// attention.cuh: what the two decode kernels share. The cache of all sequences is one long list of units, sequence after sequence, kv head
+// after kv head; a unit is what one warp copies and attends to at a time: a packed page of 64 tokens, or a tile of up to 16 BF16 tokens
+// (about as many bytes). Every warp of the grid takes an equal, contiguous part of the list, found from the lengths in device memory, so a
+// fixed grid serves every step of a captured graph and sequences of unequal length. A warp copies STAGES units ahead into its own ring.
+//
+// A head that one warp has whole goes straight out; else the warps' parts meet in shared memory, the blocks' parts in `workspace`, where
+// the last block to arrive merges them. All merging is in list order: equal inputs give equal bits. No float atomics.
+//
+// Set by -D: HEAD_DIM, Q_PER_KV (1..8 q heads that share a kv head), BLOCK_WARPS, STAGES, OUT_BF16. The including file says UNIT_BYTES (of a
+// unit in the ring) and ONES_ROW (row of State::sums that holds the sum of p), and has a type Units (how many units, where each is).
+#ifndef MINIOSCAR_ATTENTION_CUH
+#define MINIOSCAR_ATTENTION_CUH
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include "device.cuh"
+
+typedef __nv_bfloat16 bf16;
+constexpr unsigned FULL = 0xffffffffu;
+constexpr int D = HEAD_DIM, TILE_TOKENS = 16, TILE_BYTES = TILE_TOKENS * D * 2 * 2;  // of keys, then values
+constexpr int Q_BYTES = Q_PER_KV * D * 2, OUT = Q_PER_KV * D, HEAD_STRIDE = D + 8;   // + 8: no bank conflicts between heads
+constexpr int CHANNEL_TILES = D / 16;
+constexpr float LOWEST = -1e30f, LN2 = 0.69314718f;
+#if OUT_BF16
+typedef bf16 Output;
+__device__ __forceinline__ bf16 to_output(float x) { return __float2bfloat16_rn(x); }
+#else
+typedef float Output;
+__device__ __forceinline__ float to_output(float x) { return x; }
+#endif
+
+// Where the results go. Heads here are kv heads of all sequences, one after another, each with Q_PER_KV rows of D.
+struct Results {
+  Output* out;       // [heads, Q_PER_KV, D]
+  float* lse;        // [heads, Q_PER_KV] natural logarithm of the sum of exp(logit), or null
+  float* workspace;  // [2 * gridDim.x, Q_PER_KV * (D + 2)]
+  int* arrived;      // [heads], zero before and after
+};
+
+// What a warp knows of one head: sums of p * value in units of `o` (scale of channel tile j: UnitScale), sums of p * parameter and of p,
+// and the reference m: p = 2^(x - m). A lane holds q heads 2c and 2c + 1.
+struct State {
+  float o[CHANNEL_TILES][4];
+  float sums[4];
+  float m0, m1;
+  bool fresh;
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < CHANNEL_TILES; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
+    sums[0] = sums[1] = sums[2] = sums[3] = m0 = m1 = 0.f, fresh = true;
+  }
+  // Moves the references up by x0, x1.
+  __device__ __forceinline__ void move(float x0, float x1) {
+    const float f0 = ex2(-x0), f1 = ex2(-x1);
+    m0 += x0, m1 += x1, fresh = false;
+#pragma unroll
+    for (int j = 0; j < CHANNEL_TILES; j++) o[j][0] *= f0, o[j][1] *= f1, o[j][2] *= f0, o[j][3] *= f1;
+    sums[0] *= f0, sums[1] *= f1, sums[2] *= f0, sums[3] *= f1;
+  }
+};
+
+// How far the references must move for logits whose largest of this lane stand x0, x1 above them: to the largest of all lanes of the
+// column plus 3, so that few later ones surpass it; never down, but the first time.
+__device__ __forceinline__ void reference_step(float& x0, float& x1, bool fresh) {
+#pragma unroll
+  for (int other = 4; other < 32; other *= 2) {
+    x0 = fmaxf(x0, __shfl_xor_sync(FULL, x0, other));
+    x1 = fmaxf(x1, __shfl_xor_sync(FULL, x1, other));
+  }
+  x0 += 3.f, x1 += 3.f;
+  if (!fresh) x0 = fmaxf(x0, 0.f), x1 = fmaxf(x1, 0.f);
+}
+
+// Channel of row `row` (0..15) of channel tile j: a lane's 16-byte load of 8 neighbouring channels then feeds two tiles (LAYOUT.md).
+__device__ __forceinline__ int value_channel(int j, int row) { return j / 2 * 32 + row % 8 / 2 * 8 + j % 2 * 4 + row / 8 * 2 + row % 2; }
+
+// One tile of `valid` (1..16) BF16 tokens: keys [16][D], values [16][D] in shared memory; q [Q_PER_KV][D]. The state's `o` is true to scale.
+__device__ __forceinline__ void attend_tile(State& state, const unsigned char* tile, const unsigned char* q, int valid, float scale_log2) {
+  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const uint4 none = make_uint4(0, 0, 0, 0);
+  const bool has0 = r < valid, has1 = r + 8 < valid;
+  float x[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+  for (int i = 0; i < D / 32; i++) {
+    const int at = i * 64 + c * 16;
+    const uint4 k0 = has0 ? *(const uint4*)(tile + r * D * 2 + at) : none, k1 = has1 ? *(const uint4*)(tile + (r + 8) * D * 2 + at) : none;
+    const uint4 b = *(const uint4*)(q + r % Q_PER_KV * D * 2 + at);
+    mma_m16n8k16_bf16(x, k0.x, k1.x, k0.y, k1.y, b.x, b.y);
+    mma_m16n8k16_bf16(x, k0.z, k1.z, k0.w, k1.w, b.z, b.w);
+  }
+  const float m[2] = {state.m0, state.m1};
+#pragma unroll
+  for (int i = 0; i < 4; i++) x[i] = (i < 2 ? has0 : has1) ? fmaf(x[i], scale_log2, -m[i % 2]) : -INFINITY;
+  if (__any_sync(FULL, state.fresh || fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) > 1.f)) {
+    float x0 = fmaxf(x[0], x[2]), x1 = fmaxf(x[1], x[3]);
+    reference_step(x0, x1, state.fresh);
+    state.move(x0, x1);
+    x[0] -= x0, x[1] -= x1, x[2] -= x0, x[3] -= x1;
+  }
+  uint32_t high[2], low[2];  // p as the sum of two bf16: 16 bits of mantissa
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const float p0 = ex2(x[2 * i]), p1 = ex2(x[2 * i + 1]);
+    high[i] = pack_bf16x2(p0, p1);
+    low[i] = pack_bf16x2(p0 - __uint_as_float(high[i] << 16), p1 - __uint_as_float(high[i] & 0xffff0000u));
+    high[i] = movmatrix(high[i]), low[i] = movmatrix(low[i]);
+  }
+  const uint32_t one0 = r == ONES_ROW ? 0x3f803f80u : 0u, one1 = r + 8 == ONES_ROW ? 0x3f803f80u : 0u;
+  mma_m16n8k16_bf16(state.sums, one0, one1, one0, one1, high[0], high[1]);
+  mma_m16n8k16_bf16(state.sums, one0, one1, one0, one1, low[0], low[1]);
+  const unsigned char* values = tile + TILE_BYTES / 2;
+#pragma unroll
+  for (int i = 0; i < D / 32; i++) {
+    const int at = i * 64 + c * 16;
+    const uint4 v0 = has0 ? *(const uint4*)(values + r * D * 2 + at) : none, v1 = has1 ? *(const uint4*)(values + (r + 8) * D * 2 + at) : none;
+    uint32_t a0 = movmatrix(v0.x), a1 = movmatrix(v0.y), a2 = movmatrix(v1.x), a3 = movmatrix(v1.y);
+    mma_m16n8k16_bf16(state.o[2 * i], a0, a1, a2, a3, high[0], high[1]);
+    mma_m16n8k16_bf16(state.o[2 * i], a0, a1, a2, a3, low[0], low[1]);
+    a0 = movmatrix(v0.z), a1 = movmatrix(v0.w), a2 = movmatrix(v1.z), a3 = movmatrix(v1.w);
+    mma_m16n8k16_bf16(state.o[2 * i + 1], a0, a1, a2, a3, high[0], high[1]);
+    mma_m16n8k16_bf16(state.o[2 * i + 1], a0, a1, a2, a3, low[0], low[1]);
+  }
+}
+
+// --- the list of units
+
+// A place in the list: unit `unit` of `units` of kv head `head` of sequence `row`, whose length is `tokens`.
+struct Cursor {
+  int row, head, unit, units, tokens;
+};
+
+// Per-warp ring of units in shared memory, filled STAGES ahead, and the copy under way for each slot.
+constexpr int SLOT_BYTES = UNIT_BYTES + Q_BYTES;
+struct Ring {
+  unsigned char* slots;
+  uint64_t* barriers;
+  uint64_t policy;
+  int bytes;  // announced for the slot that is being filled
+
+  __device__ __forceinline__ void setup(unsigned char* memory, uint64_t* bars) {
+    slots = memory, barriers = bars;
+#if BULK_COPIES
+    policy = l2_evict_first();
+    if (threadIdx.x % 32 == 0) {
+      for (int i = 0; i < STAGES; i++) mbarrier_init(&barriers[i], 1);
+      mbarrier_init_fence();
+    }
+    __syncwarp();
+#endif
+  }
+  __device__ __forceinline__ void copy(int slot, int to, const void* from, int n) {
+#if BULK_COPIES
+    if (threadIdx.x % 32 == 0) bulk_copy(slots + slot * SLOT_BYTES + to, from, n, &barriers[slot], policy);
+#else
+    for (int i = threadIdx.x % 32 * 16; i < n; i += 512) cp_async_16(slots + slot * SLOT_BYTES + to + i, (const char*)from + i);
+#endif
+  }
+  __device__ __forceinline__ void announce(int slot, int n) {  // before the copies of a slot: their bytes
+#if BULK_COPIES
+    if (threadIdx.x % 32 == 0) mbarrier_arrive_expect_tx(&barriers[slot], n);
+#endif
+  }
+  __device__ __forceinline__ void end() {  // after the copies of a slot, or where there are none left
+#if !BULK_COPIES
+    cp_async_commit();
+#endif
+  }
+  __device__ __forceinline__ void wait(int slot, uint32_t parity) {
+#if BULK_COPIES
+    mbarrier_wait(&barriers[slot], parity);
+#else
+    cp_async_wait<STAGES - 1>();
+    __syncwarp();
+#endif
+  }
+};
+
+// --- the parts of a head that several warps or blocks have
+
+// Shared memory after the rings: q of each warp's head | first parts | (m, l) of first and last parts | their heads | barriers | the sequences' first units
+constexpr int RING_BYTES = BLOCK_WARPS * STAGES * SLOT_BYTES, PART_BYTES = Q_PER_KV * HEAD_STRIDE * 4;
+constexpr int AT_Q = RING_BYTES, AT_PARTS = AT_Q + BLOCK_WARPS * Q_BYTES, AT_ML = AT_PARTS + BLOCK_WARPS * PART_BYTES;
+constexpr int AT_HEADS = AT_ML + BLOCK_WARPS * 2 * Q_PER_KV * 8, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16, AT_ROWS = AT_BARRIERS + BLOCK_WARPS * STAGES * 8;
+static_assert(STAGES * SLOT_BYTES >= PART_BYTES, "the last part goes into the drained ring");
+
+__device__ __forceinline__ float* part_o(unsigned char* smem, int part) {  // part 2w: first of warp w, 2w + 1: its last
+  return (float*)(part % 2 ? smem + part / 2 * STAGES * SLOT_BYTES : smem + AT_PARTS + part / 2 * PART_BYTES);
+}
+
+__device__ __forceinline__ void store_lse(const Results& to, int head, int q_head, float m, float l) {
+  if (to.lse) to.lse[(size_t)head * Q_PER_KV + q_head] = (m + log2f(l)) * LN2;
+}
+
+// The last block to arrive at a head that several share: merges parts first ... of blocks from ... from + n - 1, in this order.
+__device__ __forceinline__ void merge_blocks(const Results& to, int head, int from, int n, int first) {
+  constexpr int BATCH = 16;
+  for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
+    const int q_head = i / (D / 2);
+    float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
+    for (int k = 0; k < n; k += BATCH) {
+      float2 v[BATCH], ml[BATCH];
+      float highest = m;
+#pragma unroll
+      for (int u = 0; u < BATCH; u++) {
+        v[u] = make_float2(0.f, 0.f), ml[u] = make_float2(LOWEST, 0.f);
+        if (k + u < n) {
+          const float* part = to.workspace + (size_t)(k + u ? 2 * (from + k + u) : first) * (OUT + 2 * Q_PER_KV);
+          v[u] = __ldcg((const float2*)part + i), ml[u] = __ldcg((const float2*)(part + OUT) + q_head);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < BATCH; u++) highest = fmaxf(highest, ml[u].x);
+      const float f = ex2(m - highest);
+      m = highest, l *= f, a0 *= f, a1 *= f;
+#pragma unroll
+      for (int u = 0; u < BATCH; u++) {
+        const float g = ex2(ml[u].x - m);
+        l += g * ml[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
+      }
+    }
+    Output* out = to.out + (size_t)head * OUT + 2 * i;
+    const float inverse = rcp_approx(l);
+    out[0] = to_output(a0 * inverse), out[1] = to_output(a1 * inverse);
+    if (i % (D / 2) == 0) store_lse(to, head, q_head, m, l);
+  }
+}
+
+// --- the walk over the list
+
+// Units: count(tokens) of a sequence; fetch(ring, slot, cursor, q or null) copies one; load_query(q) makes a Query of a head's q;
+// attend(state, query, data, q, cursor) takes one unit in; result(state, ...) turns a sum into a number true to scale.
+template <class Units>
+struct Walk {
+  const Units& units;
+  const int* first;   // [batch + 1] number of each sequence's first unit
+  const int* tokens;  // [batch]
+  int batch, heads;
+
+  __device__ __forceinline__ Cursor locate(int x) const {  // x < first[batch]
+    int row = 0, end = batch;
+    while (end - row > 1) {
+      const int middle = (row + end) / 2;
+      if (first[middle] <= x) row = middle; else end = middle;
+    }
+    const int n = units.count(tokens[row]), head = (x - first[row]) / n;
+    return {row, head, x - first[row] - head * n, n, tokens[row]};
+  }
+  __device__ __forceinline__ void advance(Cursor& at) const {
+    if (++at.unit < at.units) return;
+    at.unit = 0;
+    if (++at.head < heads) return;
+    at.head = 0;
+    do at.row++; while (at.row < batch && first[at.row + 1] == first[at.row]);
+    if (at.row < batch) at.tokens = tokens[at.row], at.units = units.count(at.tokens);
+  }
+};
+
+// lengths [batch]; a sequence has lengths[b] + added tokens, and none where that is not positive: its output is 0.
+// q [batch, heads, Q_PER_KV, D]. Dynamic shared memory: AT_ROWS + 4 * (2 * batch + 1) bytes.
+template <class Units>
+__device__ __forceinline__ void attend(const Units& units, const bf16* q, const int* lengths, int added, int batch, int heads, const Results& to) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  struct Shared { int head, blocks, from, first, last; };
+  __shared__ Shared shared[2];  // the heads that this block shares with others: at its begin, at its end
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, block = blockIdx.x, blocks = gridDim.x;
+  int* first = (int*)(smem + AT_ROWS);
+  int* tokens = first + batch + 1;
+  int* part_head = (int*)(smem + AT_HEADS);
+  unsigned char* q_own = smem + AT_Q + warp * Q_BYTES;
+  Ring ring;
+  ring.setup(smem + warp * STAGES * SLOT_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
+  for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
+  if (lane < 2) part_head[2 * warp + lane] = -1;
+  __syncthreads();
+  if (warp == 0) {
+    int sum = 0;
+    for (int b = lane; b < batch + lane; b += 32) {  // as many rounds for every lane
+      int n = b < batch ? units.count(tokens[b]) * heads : 0, upto = n;
+#pragma unroll
+      for (int below = 1; below < 32; below *= 2) {
+        const int other = __shfl_up_sync(FULL, upto, below);
+        if (lane >= below) upto += other;
+      }
+      if (b < batch) first[b] = sum + upto - n;
+      sum += __shfl_sync(FULL, upto, 31);
+    }
+    if (lane == 0) first[batch] = sum;
+  }
+  __syncthreads();
+
+  const Walk<Units> walk = {units, first, tokens, batch, heads};
+  const int total = first[batch];
+  const int busy = min(blocks, max(total, 1));  // blocks that have a unit: the first ones, so that all of a head's blocks report for it
+  const int each = total / busy, over = total - each * busy;
+  auto begin_of = [&](int b) { b = min(b, busy); return each * b + over * b / busy; };  // total * b / busy in 32 bits
+  const int lo = begin_of(block), hi = begin_of(block + 1);
+  const int begin = lo + warp * (hi - lo) / BLOCK_WARPS, end = lo + (warp + 1) * (hi - lo) / BLOCK_WARPS;
+
+  int asked = begin;
+  Cursor ahead = {}, at = {};
+  if (begin < end) ahead = at = walk.locate(begin);
+  auto request = [&](int slot) {
+    if (asked < end) {
+      const bool head_begins = asked == begin || ahead.unit == 0;
+      units.fetch(ring, slot, ahead, head_begins ? q + (size_t)(ahead.row * heads + ahead.head) * OUT : nullptr);
+      asked++;
+      walk.advance(ahead);
+    }
+    ring.end();
+  };
+#pragma unroll
+  for (int slot = 0; slot < STAGES; slot++) request(slot);
+
+  if (warp == 0 && lane < 2) {  // while the first units are on their way
+    Shared& mine = shared[lane];
+    mine.blocks = 0, mine.last = 0;
+    if (lo < hi) {
+      const int x = lane ? hi - 1 : lo;
+      const Cursor where = walk.locate(x);
+      const int head_lo = x - where.unit, head_hi = head_lo + where.units;
+      if ((head_lo < lo || head_hi > hi) && !(lane && head_lo <= lo)) {
+        auto owner = [&](int y) {  // the last block that begins at y or before
+          int b = min(busy - 1, (int)((float)y * busy / total));
+          while (begin_of(b) > y) b--;
+          while (begin_of(b + 1) <= y) b++;
+          return b;
+        };
+        mine.head = where.row * heads + where.head, mine.from = owner(head_lo), mine.blocks = owner(head_hi - 1) - mine.from + 1;
+        mine.first = 2 * mine.from + (begin_of(mine.from) < head_lo);
+      }
+    }
+  }
+
+  int slot = 0;
+  uint32_t parity = 0;
+  for (int x = begin; x < end;) {
+    const int head = at.row * heads + at.head, stop = min(end, x - at.unit + at.units);
+    const bool whole = at.unit == 0 && stop == x + at.units;
+    ring.wait(slot, parity);
+    for (int i = lane; i < Q_BYTES / 16; i += 32) ((uint4*)q_own)[i] = ((const uint4*)(ring.slots + slot * SLOT_BYTES + UNIT_BYTES))[i];
+    __syncwarp();
+    const typename Units::Query query = units.load_query(q_own);
+    State state;
+    state.clear();
+    for (; x < stop; x++) {
+      ring.wait(slot, parity);
+      units.attend(state, query, ring.slots + slot * SLOT_BYTES, q_own, at);
+      __syncwarp();
+      request(slot);
+      walk.advance(at);
+      if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+    constexpr int ONES_LANE = ONES_ROW % 8 * 4, ONES_AT = ONES_ROW / 8 * 2;
+    const float l0 = __shfl_sync(FULL, state.sums[ONES_AT], ONES_LANE + c), l1 = __shfl_sync(FULL, state.sums[ONES_AT + 1], ONES_LANE + c);
+    const int part = 2 * warp + (stop == end);
+    float* partial = part_o(smem, part);
+    const float inverse[2] = {rcp_approx(l0), rcp_approx(l1)};
+#pragma unroll
+    for (int j = 0; j < CHANNEL_TILES; j++) {
+      const float2 zero = units.zero_term(state, j);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int q_head = 2 * c + i % 2, channel = value_channel(j, r + i / 2 * 8);
+        const float y = fmaf(state.o[j][i], units.unit_scale(j), i % 2 ? zero.y : zero.x);
+        if (q_head >= Q_PER_KV) continue;
+        if (whole) to.out[(size_t)head * OUT + q_head * D + channel] = to_output(y * inverse[i % 2]);
+        else partial[q_head * HEAD_STRIDE + channel] = y;
+      }
+    }
+    if (r == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int q_head = 2 * c + i;
+        const float m = i ? state.m1 : state.m0, l = i ? l1 : l0;
+        if (q_head >= Q_PER_KV) continue;
+        if (whole) store_lse(to, head, q_head, m, l);
+        else ((float2*)(smem + AT_ML))[part * Q_PER_KV + q_head] = make_float2(m, l);
+      }
+    }
+    if (!whole && lane == 0) part_head[part] = head;
+    __syncwarp();
+  }
+  for (int b = block; b < batch; b += blocks)
+    if (first[b] == first[b + 1])
+      for (int i = threadIdx.x; i < heads * OUT; i += BLOCK_WARPS * 32) to.out[(size_t)b * heads * OUT + i] = to_output(0.f);
+  __syncthreads();
+
+  for (int k = 0, next; k < 2 * BLOCK_WARPS; k = next) {  // the parts are in list order, so those of a head are neighbours
+    const int head = part_head[k];
+    next = k + 1;
+    if (head < 0) continue;
+    while (next < 2 * BLOCK_WARPS && (part_head[next] == head || part_head[next] < 0)) next++;
+    const bool at_begin = shared[0].blocks && shared[0].head == head, at_end = shared[1].blocks && shared[1].head == head;
+    for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
+      const int q_head = i / (D / 2), channel = i % (D / 2) * 2;
+      const float2* ml = (const float2*)(smem + AT_ML) + q_head;
+      float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
+      for (int p = k; p < next; p++)
+        if (part_head[p] >= 0) m = fmaxf(m, ml[p * Q_PER_KV].x);
+      for (int p = k; p < next; p++) {
+        if (part_head[p] < 0) continue;
+        const float f = ex2(ml[p * Q_PER_KV].x - m);
+        const float2 v = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel);
+        l += f * ml[p * Q_PER_KV].y, a0 += f * v.x, a1 += f * v.y;
+      }
+      if (at_begin || at_end) {
+        const Shared& mine = shared[at_begin ? 0 : 1];
+        float* part = to.workspace + (size_t)(block == mine.from ? mine.first : 2 * block) * (OUT + 2 * Q_PER_KV);
+        __stcg((float2*)part + i, make_float2(a0, a1));
+        if (channel == 0) __stcg((float2*)(part + OUT) + q_head, make_float2(m, l));
+      } else {
+        Output* out = to.out + (size_t)head * OUT + 2 * i;
+        const float inverse = rcp_approx(l);
+        out[0] = to_output(a0 * inverse), out[1] = to_output(a1 * inverse);
+        if (channel == 0) store_lse(to, head, q_head, m, l);
+      }
+    }
+  }
+  if (!shared[0].blocks && !shared[1].blocks) return;
+  __syncthreads();
+  if (threadIdx.x < 2 && shared[threadIdx.x].blocks) {
+    Shared& mine = shared[threadIdx.x];
+    mine.last = atomic_add_acq_rel(to.arrived + mine.head, 1) == mine.blocks - 1;
+    if (mine.last) to.arrived[mine.head] = 0;
+  }
+  __syncthreads();
+  for (int e = 0; e < 2; e++)
+    if (shared[e].last) merge_blocks(to, shared[e].head, shared[e].from, shared[e].blocks, shared[e].first);
+}
+#endif

@@ -1,0 +1,232 @@
+"""Launches of the raw kernels: which file, which macros, which grid, in which order the arguments go. No arithmetic here.
+
+Every function returns a `Launch`; `run` sends it to the card through CuPy. Arrays are CuPy arrays (or what else the caller runs them on),
+contiguous, with shapes as the kernel's file says. A cache of the quantized kind is, per layer (all in device memory):
+pages uint8 [batch, kv_heads, pages, page_bytes] · norms float32 [batch, tokens] · sink_keys, sink_values bf16 [batch, kv_heads, sinks, d] ·
+window_keys, window_values bf16 [batch, kv_heads, WINDOW, d]. `lengths` int32 [batch] counts the tokens before this step; -1 marks a row
+that is not in use.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..oscar import WINDOW, Scheme
+
+Array = Any
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+PAGE_TOKENS = 64
+HEAD_DIMS = (64, 96, 128, 256)
+SHARED_BYTES = {80: 163, 86: 99, 89: 99, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}  # KiB a block may have
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of one attention layer."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    source: str
+    name: str
+    defines: tuple[str, ...]
+    grid: tuple[int, ...]
+    block: int
+    args: tuple[Any, ...]
+    shared: int = 0
+
+
+# --- the packed layout
+
+
+def unsupported(scheme: Scheme, head_dim: int) -> str | None:
+    """Why the packed kernels cannot hold this scheme, or None."""
+    if scheme.key_axis != "token":
+        return f"{scheme.name}: key groups run along the channels of a token; the packed layout wants them along tokens"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    if scheme.bits not in (2, 4) or scheme.group not in (32, 64) or scheme.value_group(head_dim) not in (32, 64):
+        return f"{scheme.name}: {scheme.bits} bits in groups of {scheme.group} have no packed layout"
+    return None
+
+
+def page_bytes(scheme: Scheme, head_dim: int) -> int:
+    """Bytes of 64 tokens of one kv head, keys and values."""
+    codes = 2 * PAGE_TOKENS * head_dim * scheme.bits // 8
+    keys = 2 * 2 * PAGE_TOKENS // scheme.group * head_dim
+    return codes + keys + (1 if scheme.symmetric_values else 2) * 2 * PAGE_TOKENS * head_dim // scheme.value_group(head_dim)
+
+
+def layout_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
+    """Macros of layout.cuh. Raises ValueError where `unsupported` has a reason."""
+    if reason := unsupported(scheme, head_dim):
+        raise ValueError(reason)
+    group = scheme.value_group(head_dim)
+    flags = f"SYMMETRIC={scheme.symmetric_values:d}", f"SCALED={scheme.scale:d}"
+    return f"HEAD_DIM={head_dim}", f"BITS={scheme.bits}", f"KEY_GROUP={scheme.group}", f"VALUE_GROUP={group}", *flags
+
+
+# --- rotate, scale, append; pack
+
+
+def rotate_scale(heads: Heads, qkv: Array, positions: Array, cos: Array, sin: Array, q_out: Array, *, rotate: bool, k_out: Array | None = None,
+                 keys: Array | None = None, values: Array | None = None, places: int = WINDOW, slots: Array | None = None, norms: Array | None = None,
+                 norm_stride: int = 0, q_weight: Array | None = None, k_weight: Array | None = None, eps: float = 0.0) -> Launch:  # fmt: skip
+    """qkv [tokens, (q_heads + 2 kv_heads) * d] -> q_out, and K' to k_out, or K' and V to their place in keys, values."""
+    tokens = positions.shape[0]
+    others = heads.q_heads + (heads.kv_heads if k_out is None else 0)
+    args = (qkv, q_weight, k_weight, cos, sin, positions, slots, q_out, k_out, keys, values, norms,
+            *map(np.int32, (heads.q_heads, heads.kv_heads, places, norm_stride, rotate)), np.float32(eps))  # fmt: skip
+    return Launch("rotate_scale.cu", "rotate_scale", (f"HEAD_DIM={heads.head_dim}",), (tokens, 1 + -(-others // 8)), 256, args)
+
+
+def pack_step(heads: Heads, scheme: Scheme, lengths: Array, cache: dict[str, Array], layers: int = 1) -> Launch:
+    """After the attention of a decode step: packs the window of every row whose new token (number lengths[b]) filled it.
+
+    With layers > 1 every array of the cache has one more axis in front and all layers are packed in this one launch.
+    """
+    return _pack(heads, scheme, None, None, None, None, lengths, None, cache, 2, layers)
+
+
+def pack_bulk(heads: Heads, scheme: Scheme, keys: Array, values: Array, first_rows: Array, slots: Array | None, starts: Array, counts: Array,
+              cache: dict[str, Array], most: int, key_stride: int, value_stride: int) -> Launch:  # fmt: skip
+    """After a prefill: row slots[s] held starts[s] tokens and got counts[s] (at most `most`), rows first_rows[s] ... of keys and values."""
+    pages = (WINDOW - 1 + most) // WINDOW * (WINDOW // PAGE_TOKENS)
+    return _pack(heads, scheme, keys, values, first_rows, slots, starts, counts, cache, max(pages, 1), 1, key_stride, value_stride)
+
+
+def _pack(heads: Heads, scheme: Scheme, keys: Any, values: Any, first_rows: Any, slots: Any, starts: Array, counts: Any, cache: dict[str, Array],
+          pages: int, layers: int, key_stride: int = 0, value_stride: int = 0) -> Launch:  # fmt: skip
+    norms = cache.get("norms")
+    sizes = (key_stride, value_stride, cache["pages"].shape[-4], heads.kv_heads, norms.shape[-1] if norms is not None else 0,
+             cache["pages"].shape[-2], scheme.sinks)  # fmt: skip
+    factors = (scheme.shrink, scheme.shrink / ((2**scheme.bits - 1) / 2))
+    args = (keys, values, first_rows, slots, starts, counts, *(cache[n] for n in ("window_keys", "window_values")),
+            *(cache.get(n) for n in ("sink_keys", "sink_values")), norms, cache["pages"], *map(np.int32, sizes), *map(np.float32, factors))  # fmt: skip
+    grid = pages, layers * heads.kv_heads, starts.shape[0]
+    return Launch("pack.cu", "pack", layout_defines(scheme, heads.head_dim), grid, 2 * heads.head_dim, args)
+
+
+def fill_window(heads: Heads, scheme: Scheme, keys: Array, values: Array, first_rows: Array, slots: Array | None, starts: Array, counts: Array,
+                cache: dict[str, Array], key_stride: int, value_stride: int) -> Launch:  # fmt: skip
+    """After `pack_bulk`: the tokens behind the last full block."""
+    args = (keys, values, first_rows, slots, starts, counts, cache["window_keys"], cache["window_values"],
+            *map(np.int32, (key_stride, value_stride, heads.kv_heads)))  # fmt: skip
+    return Launch("pack.cu", "fill_window", layout_defines(scheme, heads.head_dim), (heads.kv_heads, starts.shape[0]), 256, args)
+
+
+# --- decode attention
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a decode kernel is cut: fixed for a model, a scheme, a batch and a card, so that one graph serves every step."""
+
+    q_per_kv: int  # q heads of one unit of work; more than 8 that share a kv head are two such
+    share: int
+    warps: int
+    stages: int
+    blocks: int
+
+    def workspace_floats(self, head_dim: int) -> int:
+        return 2 * self.blocks * self.q_per_kv * (head_dim + 2)
+
+
+def plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, capability: int, blocks_per_sm: int = 1) -> Plan:
+    """The largest ring of copies that fits; a grid that cuts as few heads as possible."""
+    together = heads.q_heads // heads.kv_heads
+    share = next(s for s in range(1, together + 1) if together % s == 0 and together // s <= 8)
+    best = None
+    stages = 2 if scheme.quantized else 3
+    for warps in (8, 4, 2, 1):
+        best = Plan(together // share, share, warps, stages, 0)
+        if shared_bytes(heads.head_dim, scheme, best, batch) <= SHARED_BYTES.get(capability, 99) * 1024 // blocks_per_sm - 1024:
+            break
+    work, most = batch * heads.kv_heads * share, multiprocessors * blocks_per_sm
+    even = max((n for n in range(most * 15 // 16, most + 1) if n % work == 0 or work % n == 0), default=most)
+    return replace(best, blocks=even)
+
+
+def _unit_bytes(head_dim: int, scheme: Scheme) -> int:
+    tile = 16 * head_dim * 4
+    return max(tile, page_bytes(scheme, head_dim) + (256 if scheme.scale else 0)) if scheme.quantized else tile
+
+
+def shared_bytes(head_dim: int, scheme: Scheme, p: Plan, batch: int) -> int:
+    """Dynamic shared memory of a decode kernel: attention.cuh, AT_ROWS and what follows."""
+    q = p.q_per_kv * head_dim * 2
+    ring = p.warps * p.stages * (_unit_bytes(head_dim, scheme) + q)
+    heads = ring + p.warps * (q + p.q_per_kv * (head_dim + 8) * 4 + 2 * p.q_per_kv * 8 + 8)
+    return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * (2 * batch + 1)
+
+
+def decode_attention(heads: Heads, scheme: Scheme, p: Plan, q: Array, cache: dict[str, Array], lengths: Array, out: Array, lse: Array | None,
+                     workspace: Array, arrived: Array, *, added: int = 1, scale: float | None = None) -> Launch:  # fmt: skip
+    """q [batch, q_heads, d] bf16 -> out, bf16 or float32, over lengths[b] + added tokens of each row.
+
+    workspace float32 [p.workspace_floats(d)], arrived int32 [batch * kv_heads * p.share], zero (and zero again afterwards); lse float32
+    [batch, q_heads] or None. scale: of the logits, 1 / sqrt(d) unless given.
+    """
+    d, batch = heads.head_dim, lengths.shape[0]
+    macros = (f"Q_PER_KV={p.q_per_kv}", f"BLOCK_WARPS={p.warps}", f"STAGES={p.stages}", f"OUT_BF16={out.dtype.itemsize == 2:d}")
+    scale_log2 = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e))
+    results = (lengths, out, lse, workspace, arrived)
+    shared = shared_bytes(d, scheme, p, batch)
+    if not scheme.quantized:
+        sizes = (batch, heads.kv_heads, p.share, cache["keys"].shape[-2], added)
+        args = (q, cache["keys"], cache["values"], *results, *map(np.int32, sizes), scale_log2)
+        return Launch("decode_attention_bf16.cu", "decode_attention_bf16", (f"HEAD_DIM={d}", *macros), (p.blocks,), p.warps * 32, args, shared)
+    norms = cache.get("norms")
+    sizes = (batch, heads.kv_heads, p.share, cache["pages"].shape[-2], norms.shape[-1] if norms is not None else 0, scheme.sinks, added)
+    named = (cache.get(n) for n in ("sink_keys", "sink_values", "window_keys", "window_values"))
+    args = (q, cache["pages"], norms, *named, *results, *map(np.int32, sizes), scale_log2)
+    defines = (*layout_defines(scheme, d), *macros)
+    return Launch("decode_attention.cu", "decode_attention", defines, (p.blocks,), p.warps * 32, args, shared)
+
+
+# --- on the card
+
+
+@cache
+def source(name: str) -> str:
+    """Text of a kernel with its own headers put in: CuPy's cache of binaries does not look into included files."""
+    seen: set[str] = set()
+
+    def inline(text: str) -> str:
+        def put(match: re.Match[str]) -> str:
+            if match[1] in seen:
+                return ""
+            seen.add(match[1])
+            return inline((KERNELS / match[1]).read_text())
+
+        return re.sub(r'^#include "([\w.]+)"$', put, text, flags=re.MULTILINE)
+
+    return inline((KERNELS / name).read_text())
+
+
+@cache
+def kernel(file: str, name: str, defines: tuple[str, ...], shared: int) -> Any:
+    """The compiled kernel, allowed `shared` bytes of dynamic shared memory."""
+    import cupy
+
+    function = cupy.RawModule(code=source(file), options=("-std=c++17", *(f"-D{d}" for d in defines))).get_function(name)
+    if shared > 48 * 1024:
+        function.max_dynamic_shared_size_bytes = shared
+    return function
+
+
+def run(launch: Launch) -> None:
+    """On CuPy's current device and stream."""
+    args = tuple(np.uintp(0) if a is None else a for a in launch.args)
+    kernel(launch.source, launch.name, launch.defines, launch.shared)(launch.grid, (launch.block,), args, shared_mem=launch.shared)

@@ -1,0 +1,96 @@
+"""One test for two devices: a kernel runs simulated on the CPU (`simt`) and, where there is one, on the GPU (`cuda`).
+
+    @on_each_device
+    def test_something(device, seed):
+        kernel = device.compile(CASES / "some.cu", "some<128>", ["GROUP=32"])
+        out = device.empty((4, 128), np.float32)
+        kernel(grid, block, [device.array(x), out, np.int32(n)], shared=1024)
+        assert_something(device.numpy(out))
+
+`device.run(launch)` does the middle part for a `Launch` of minioscar.ops.raw. Scalars are NumPy scalars of the kernel's own types. `empty`
+is filled with 0xFF: NaN, or a size that no array has. `arch` is the least compute capability: the one that is simulated, while a card
+compiles for its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minioscar.ops.raw import KERNELS, Launch
+
+from . import simt
+
+
+class Device:
+    """What both have in common."""
+
+    def run(self, launch: Launch, arch: int = 80, seed: int = 0) -> None:
+        """A launch of one of the package's kernels."""
+        kernel = self.compile(KERNELS / launch.source, launch.name, launch.defines, arch)
+        kernel(launch.grid, launch.block, launch.args, shared=launch.shared, seed=seed)
+
+
+class SimtDevice(Device):
+    """Kernels on the CPU, with every access to memory checked."""
+
+    name = "simt"
+    array, empty, numpy = staticmethod(simt.array), staticmethod(simt.empty), staticmethod(simt.numpy)
+
+    @staticmethod
+    def compile(source: Path, name: str, defines: Sequence[str] = (), arch: int = 80) -> Callable[..., None]:
+        return simt.compile_kernel(source, name, defines, arch)
+
+
+class CudaDevice(Device):
+    """The same on the GPU, through CuPy and NVRTC."""
+
+    name = "cuda"
+
+    @staticmethod
+    def compile(source: Path, name: str, defines: Sequence[str] = (), arch: int = 80) -> Callable[..., None]:
+        import cupy
+
+        capability = int(cupy.cuda.Device().compute_capability)
+        if capability < arch:
+            pytest.skip(f"needs a card of compute capability {arch / 10}, this one has {capability / 10}")
+        options = ("-std=c++17", f"-I{KERNELS}", f"-I{source.parent}", *(f"-D{d}" for d in defines))
+        module = cupy.RawModule(code=source.read_text(), options=options, name_expressions=[name] if "<" in name else None)
+        kernel = module.get_function(name)
+
+        def launch(grid: Any, block: Any, args: Sequence[Any], shared: int = 0, seed: int = 0, checks: bool = True) -> None:
+            if shared > 48 * 1024:
+                kernel.max_dynamic_shared_size_bytes = shared
+            three = [(n,) if isinstance(n, int) else tuple(n) for n in (grid, block)]
+            kernel(*three, tuple(np.uintp(0) if a is None else a for a in args), shared_mem=shared)
+
+        return launch
+
+    @staticmethod
+    def array(values: Any) -> Any:
+        import cupy
+
+        return cupy.asarray(values)
+
+    @staticmethod
+    def empty(shape: int | Sequence[int], dtype: Any) -> Any:
+        import cupy
+
+        out = cupy.empty(shape, dtype)
+        out.view(np.uint8).fill(0xFF)
+        return out
+
+    @staticmethod
+    def numpy(device_array: Any, allow_unwritten: bool = False) -> np.ndarray:
+        return device_array.get()
+
+
+_no_simt = simt.missing()
+SIMT = pytest.param(SimtDevice(), id="simt", marks=pytest.mark.skipif(_no_simt is not None, reason=str(_no_simt)))
+CUDA = pytest.param(CudaDevice(), id="cuda", marks=pytest.mark.gpu)
+on_each_device = pytest.mark.parametrize("device", [SIMT, CUDA])
+on_simt = pytest.mark.parametrize("device", [SIMT])

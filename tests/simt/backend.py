@@ -1,0 +1,63 @@
+"""The CUDA back end on the simulator: ops/cuda.py as it is, its arrays in simulated global memory, its launches run by `simt`.
+
+`MINIOSCAR_BACKEND=simt python -m minioscar generate ...` runs a model through it, slowly, to show that the path works.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minioscar.ops import raw
+from minioscar.ops.cuda import Cuda
+from minioscar.ops.reference import Reference
+
+from . import _arrays, array, compile_kernel, empty
+
+ARCH = 80
+MULTIPROCESSORS = 3  # few, so that heads are shared between blocks even in small caches
+
+
+class _Memory:
+    """NumPy, but what it allocates lies where the simulator watches."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def empty(self, shape: Any, dtype: Any = float) -> np.ndarray:
+        return empty(shape, dtype)
+
+    def zeros(self, shape: Any, dtype: Any = float) -> np.ndarray:
+        return array(np.zeros(shape, dtype))
+
+    def asarray(self, x: Any, dtype: Any = None) -> np.ndarray:
+        return array(np.asarray(x, dtype))
+
+    def empty_like(self, x: np.ndarray) -> np.ndarray:
+        return empty(x.shape, x.dtype)
+
+
+class Simt(Cuda):
+    name = "simt"
+    widen, numpy, free_bytes = Reference.widen, Reference.numpy, Reference.free_bytes
+
+    def __init__(self) -> None:
+        self.xp: Any = _Memory()
+        self.multiprocessors, self.capability = MULTIPROCESSORS, ARCH
+        self.indices, self.scratch = None, {}
+
+    def run(self, launch: raw.Launch) -> None:
+        kernel = compile_kernel(raw.KERNELS / launch.source, launch.name, launch.defines, ARCH)
+        args = [array(a) if isinstance(a, np.ndarray) and not _simulated(a) else a for a in launch.args]
+        kernel(launch.grid, launch.block, args, shared=launch.shared)
+
+    def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+        """As cuBLAS does it: float32 sums, one rounding to BF16. (NumPy leaves a product of two BF16 matrices in float32.)"""
+        y = x.astype(np.float32) @ weight.astype(np.float32).T
+        return array((y if bias is None else y.astype(self.dtype) + bias).astype(self.dtype))
+
+
+def _simulated(x: np.ndarray) -> bool:
+    """Inputs that NumPy made (a temporary of array code) are copied in; outputs always are the back end's own arrays."""
+    return any(start <= x.ctypes.data < start + max(size, 1) for start, (size, _) in _arrays.items())

@@ -1,0 +1,101 @@
+// faults.cu: small kernels that are right with fault = 0 and have one planted fault otherwise.
+#include "device.cuh"
+
+extern "C" __global__ void shift_left(const float* x, float* out, int n, int fault) {  // out[i] = x[i + 1], the last one stays
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) out[i] = x[i + (i < n - 1 || fault)];
+}
+
+extern "C" __global__ void rotate(const float* x, float* out, int n, int fault) {  // out[t] = x[(t + 1) % n] twice, through dynamic shared memory
+  extern __shared__ __align__(16) float held[];
+  const int t = threadIdx.x;
+  held[t + (fault == 1)] = x[t];                          // 1: one word too far
+  if (fault != 2) __syncthreads();                        // 2: no barrier before the words of others are read
+  out[t] = held[fault == 3 ? t + 1 : (t + 1) % n];        // 3: reads one word too far
+  if (fault == 4 && t < 16) __syncthreads();              // 4: not by all
+  if (fault != 5) __syncthreads();                        // 5: no barrier before they are overwritten
+  held[t] = 2.f * x[t];
+  __syncthreads();
+  out[t] = held[(t + 1) % n] - out[t];
+}
+
+extern "C" __global__ void average(const float* x, float* out, int n, int fault) {  // of neighbours in a warp, through static shared memory
+  __shared__ float first[32], second[32];
+  float* p = fault == 1 ? second + 1 : second;            // 1: past the end, behind the compiler's back
+  const int t = threadIdx.x;
+  if (fault != 2 || t > 0) first[t] = x[t];               // 2: one word stays unwritten
+  if (fault != 3) __syncwarp();                           // 3: no order between lanes
+  p[t] = first[t ^ 1] + first[t];
+  __syncwarp();
+  out[t] = .5f * second[t];
+  if (fault == 4 && t < 16) out[t] += __shfl_xor_sync(0xffffffffu, x[t], 1);  // 4: half of the lanes stay away
+}
+
+extern "C" __global__ void stream(const uint4* x, uint4* out, int n, int fault) {  // two buffers of 32 x 16 bytes filled by cp.async; out = x
+  __shared__ uint4 buffer[2][32];
+  const int t = threadIdx.x;
+  cp_async_16(&buffer[0][t], &x[t]);
+  cp_async_commit();
+  for (int i = 0; i < n; i++) {
+    if (i + 1 < n) cp_async_16(&buffer[(i + 1) & 1][t], &x[32 * (i + 1) + t]);
+    cp_async_commit();
+    if (fault == 1) cp_async_wait<2>();                   // 1: waits for too few
+    else cp_async_wait<1>();
+    if (fault != 2) __syncthreads();                      // 2: others' copies are not visible yet
+    out[32 * i + (t ^ 1)] = buffer[i & 1][t ^ 1];
+    if (fault != 3) __syncthreads();                      // 3: the next copy overwrites what others still read
+  }
+}
+
+extern "C" __global__ void sum_of_blocks(const float* x, float* out, float* part, int* counter, int n, int fault) {  // by the block that comes last
+  __shared__ int last;
+  const int t = threadIdx.x;
+  part[fault == 1 ? t : blockIdx.x * blockDim.x + t] = x[blockIdx.x * blockDim.x + t];  // 1: every block writes the same words
+  if (fault != 2) __threadfence();                        // 2: not visible to other blocks
+  if (fault != 3) __syncthreads();                        // 3: counts before all threads have written
+  if (t == 0) last = atomicAdd(counter, 1) == (int)gridDim.x - 1;
+  __syncthreads();
+  if (last && t == 0 && fault != 4) {                     // 4: nobody writes the result
+    float s = 0.f;
+    for (int i = 0; i < n; i++) s += part[i];
+    *out = s;
+  }
+}
+
+#if BULK_COPIES
+// Two warps share two buffers of 1 KB that bulk copies fill; a barrier for full ones, one for those that both warps have read. out = x
+extern "C" __global__ void pipeline(const float4* x, float4* out, int n, int fault) {
+  extern __shared__ __align__(128) float4 ring[];
+  __shared__ __align__(8) uint64_t full[2], read[2];
+  const int t = threadIdx.x;
+  if (t == 0)
+    for (int s = 0; s < 2; s++) mbarrier_init(&full[s], 1), mbarrier_init(&read[s], 2);
+  mbarrier_init_fence();
+  __syncthreads();
+  auto fill = [&](int i) {
+    mbarrier_arrive_expect_tx(&full[i & 1], fault == 4 ? 1040 : 1024);  // 4: announces more than it copies
+    bulk_copy(ring + 64 * (i & 1), x + 64 * i, 1024, &full[i & 1], l2_evict_first());
+  };
+  if (t == 0) fill(0), fill(1);
+  for (int i = 0; i < n; i++) {
+    const int s = i & 1, parity = i >> 1 & 1;
+    if (fault == 1 ? false : fault == 2 ? t % 32 == 0 : true) mbarrier_wait(&full[s], parity);  // 1: nobody waits; 2: one lane a warp,
+    if (fault == 2) __shfl_sync(0xffffffffu, t, 0);         // and a shuffle, which makes the others come later but orders no memory
+    out[64 * i + t] = ring[64 * s + t];
+    __syncwarp();
+    if (t % 32 == 0) mbarrier_arrive_expect_tx(&read[s], 0);
+    if (t == 0 && i + 2 < n) {
+      if (fault != 3) mbarrier_wait(&read[s], parity);    // 3: overwrites what the other warp may still read
+      fill(i + 2);
+    }
+  }
+}
+#endif
+
+extern "C" __global__ void vectors(const float* x, float* out, int n, int fault) {  // out = x, four at a time, with odd bits flipped by a shift
+  const int t = threadIdx.x;
+  const float4 v = *reinterpret_cast<const float4*>(x + 4 * t + (fault == 1));  // 1: misaligned
+  float four[4] = {v.x, v.y, v.z, v.w};
+  const int last = fault == 2 ? 5 : 4;                    // 2: an index past a local array
+  for (int i = 0; i < last; i++) out[4 * t + (i & 3)] = four[i] * (float)(1u << (fault == 3 ? n + 32 : 0));  // 3: a shift by more than the width
+}

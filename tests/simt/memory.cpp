@@ -1,0 +1,311 @@
+// memory.cpp: every load and store of a kernel, seen through the calls that g++ -fsanitize=thread puts before them.
+//
+// For each 4-byte word of global and shared memory a shadow keeps which bytes are addressable, which have been written, and up to four recent accesses.
+// Two accesses to one byte by different threads, a write among them (not both atomic), must be ordered: by a block-wide barrier (an "epoch"), by __syncwarp
+// inside a warp, by an mbarrier or named barrier (Clocks), or, between blocks, by a __threadfence with an atomic after it and an atomic in the later block.
+// Shuffles, votes and matrix operations do not order memory, as in CUDA's documentation.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "runtime.h"
+
+namespace simt {
+
+struct Cell {  // one access
+  uint64_t epoch : 28, clock : 18, thread : 11, bytes : 4, write : 1, atomic : 1;
+  void* pc;
+};
+
+struct Region {
+  uintptr_t base;
+  size_t size, used;
+  uint8_t* state;       // a word: addressable bytes << 4 | written bytes
+  Cell (*cells)[4];
+  uint32_t live_epoch;  // accesses of earlier epochs are over and done
+};
+
+static Region global, shared;
+static uint32_t clocks[WARPS + 1];            // counts each warp's synchronizations in this epoch; [WARPS]: of ENGINE
+static uint32_t warp_synced[WARPS];           // the clock after the last __syncwarp
+static Clocks seen[MAX_THREADS];
+static bool any_seen;                         // any non-zero entry of `seen`
+static uint64_t since_switch;
+
+struct Block {  // what a block has made visible to others, and when
+  Index index;
+  uint32_t start, released, warp_epoch[WARPS], warp_clock[WARPS];
+};
+static std::vector<Block> blocks;
+static uint32_t acquired_epoch, acquired_warps;  // in the running block: by an atomic
+
+static void* reserve(size_t bytes) {
+  return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
+
+static void create(Region& r, uintptr_t base, size_t size) {
+  r.base = base, r.size = size;
+  r.state = (uint8_t*)reserve(size / 4 + 64);
+  r.cells = (Cell(*)[4])reserve(size / 4 * sizeof(Cell[4]));
+}
+
+static void mark(Region& r, const void* address, size_t bytes, bool addressable, bool written) {
+  const size_t begin = (uintptr_t)address - r.base, end = begin + bytes;
+  for (size_t o = begin; o < end;) {
+    const size_t w = o / 4, stop = std::min(end, 4 * w + 4);
+    const uint8_t m = ((1 << (stop - o)) - 1) << (o % 4);
+    r.state[w] = (r.state[w] & ~(m | m << 4)) | (addressable ? m << 4 : 0) | (written ? m : 0);
+    o = stop;
+  }
+}
+
+// ---- Order.
+static bool ordered_across_blocks(const Cell& c) {
+  auto it = std::upper_bound(blocks.begin(), blocks.end(), c.epoch, [](uint64_t e, const Block& b) { return e < b.start; }) - 1;
+  const int w = c.thread == ENGINE ? 0 : warp_of(c.thread);
+  const bool released = c.epoch < it->released || (c.epoch == it->warp_epoch[w] && c.clock <= it->warp_clock[w]);
+  return released && (acquired_epoch < launch.epoch || acquired_warps >> warp_of(current->index) & 1);
+}
+
+static bool ordered(const Cell& c) {
+  if (c.epoch < launch.block_epoch) return ordered_across_blocks(c);
+  if (c.epoch < launch.epoch || c.thread == uint64_t(current->index)) return true;
+  const int mine = warp_of(current->index), its = warp_of(c.thread);
+  return (its == mine && c.clock < warp_synced[mine]) || (any_seen && c.clock < seen[current->index].warp[its]);
+}
+
+static const char* verb(Kind kind) { return kind == READ ? "read" : kind == WRITE ? "write" : "atomic"; }
+
+[[noreturn]] static void race(const Cell& c, Kind kind, size_t bytes, const void* address, void* pc) {
+  char who[96];
+  if (c.thread == ENGINE) strcpy(who, "a bulk copy whose mbarrier it has not waited for");
+  else {
+    const unsigned t = c.thread, x = launch.block_dim.x, y = launch.block_dim.y;
+    int n = sprintf(who, "the %s by thread (%u,%u,%u)", verb(c.atomic ? ATOMIC : c.write ? WRITE : READ), t % x, t / x % y, t / x / y);
+    if (c.epoch < launch.block_epoch) {
+      auto it = std::upper_bound(blocks.begin(), blocks.end(), c.epoch, [](uint64_t e, const Block& b) { return e < b.start; }) - 1;
+      sprintf(who + n, " of block (%u,%u,%u)", it->index.x, it->index.y, it->index.z);
+    }
+  }
+  note_other(c.pc);
+  fault(pc, address, "race: %s of %zu bytes at @ is not ordered after %s", verb(kind), bytes, who);
+}
+
+static void record(Region& r, size_t word, uint8_t bytes, Kind kind, size_t total, const void* address, void* pc) {
+  const bool write = kind != READ, atomic = kind == ATOMIC;
+  Cell *cells = r.cells[word], *put = nullptr;
+  for (int i = 0; i < 4; i++) {
+    Cell& c = cells[i];
+    if (c.epoch < r.live_epoch) { put = &c; continue; }
+    if (!(c.bytes & bytes)) continue;
+    const bool before = ordered(c);
+    if (!before && (c.write || write) && !(c.atomic && atomic)) race(c, kind, total, address, pc);
+    if (before && !(c.bytes & ~bytes) && (write || !c.write)) put = &c;  // whoever must come after c must come after this one too
+  }
+  if (!put) put = &cells[random_below(4)];
+  *put = Cell{launch.epoch, clocks[warp_of(current->index)], uint64_t(current->index), bytes, write, atomic, pc};
+}
+
+[[noreturn]] static void bad(Region& r, const void* address, size_t bytes, Kind kind, void* pc) {
+  const char* space = &r == &global ? "global" : "shared";
+  for (size_t o = (uintptr_t)address - r.base, end = o + bytes; o < end; o++) {
+    if (!(r.state[o / 4] >> (4 + o % 4) & 1)) fault(pc, (void*)(r.base + o), "out of bounds: %s of %zu bytes of %s memory at @", verb(kind), bytes, space);
+    if (r.state[o / 4] >> (o % 4) & 1) continue;
+    if (const char* copy = copy_in_flight((void*)(r.base + o), 1)) fault(pc, (void*)(r.base + o), "read of %zu bytes at @ %s", bytes, copy);
+    fault(pc, (void*)(r.base + o), "read of unwritten %s memory: %zu bytes at @", space, bytes);
+  }
+  __builtin_unreachable();
+}
+
+void access(const void* address, size_t bytes, Kind kind, void* pc) {
+  const uintptr_t p = (uintptr_t)address;
+  if (p - (uintptr_t)stacks < size_t(stacks_end - stacks) || !launch.checks || !current) return;
+  if (++since_switch >> 28) fault(pc, address, "no end in sight: 2^28 accesses in one epoch (does it wait for another block or for a thread?)");
+  Region* r = p - shared.base < shared.size ? &shared : p - global.base < global.size ? &global : nullptr;
+  if (!r) {
+    if (p - (uintptr_t)launch.module_begin < size_t(launch.module_end - launch.module_begin)) return;
+    fault(pc, address, "out of bounds: %s of %zu bytes at address %p, where no array is", verb(kind), bytes, address);
+  }
+  if (r == &global && kind == WRITE) current->fenced = false;
+  const size_t begin = p - r->base, end = begin + bytes;
+  for (size_t o = begin; o < end;) {
+    const size_t w = o / 4, stop = std::min(end, 4 * w + 4);
+    const uint8_t m = ((1 << (stop - o)) - 1) << (o % 4);
+    const uint8_t need = kind == WRITE ? m << 4 : m | m << 4;
+    if ((r->state[w] & need) != need) bad(*r, address, bytes, kind, pc);
+    record(*r, w, m, kind, bytes, address, pc);
+    if (kind != READ) r->state[w] |= m;
+    o = stop;
+  }
+}
+
+struct Variable { size_t offset, bytes, guard; };  // guard: g++'s mark that an array has been constructed, which needs no work here
+static std::vector<Variable> variables;            // what the block may use of the segment
+static void poison_shared() {
+  memset(shared.state, 0, shared.size / 4 + 1);
+  for (const Variable& v : variables) {
+    memset((char*)shared.base + v.offset, v.guard ? 1 : 0xFF, v.bytes);
+    mark(shared, (char*)shared.base + v.offset, v.bytes, true, v.guard);
+  }
+}
+
+void begin_launch() {
+  launch.start_epoch = global.live_epoch = ++launch.epoch;
+  blocks.clear();
+}
+
+void begin_block() {
+  launch.block_epoch = shared.live_epoch = ++launch.epoch;
+  blocks.push_back(Block{launch.block, launch.epoch});
+  acquired_epoch = ~0u, acquired_warps = 0;
+  after_block_barrier();
+  poison_shared();
+}
+
+void after_block_barrier() {
+  launch.epoch++;
+  since_switch = 0;
+  memset(clocks, 0, sizeof clocks);
+  memset(warp_synced, 0, sizeof warp_synced);
+  if (any_seen) memset(seen, 0, sizeof seen);
+  any_seen = false;
+}
+
+void after_warp_sync(int warp, uint32_t mask) {  // a partial mask is taken to order the whole warp: a race may be missed, none is invented
+  warp_synced[warp] = ++clocks[warp];
+  if (!any_seen) return;
+  Clocks all{};
+  for (int l = 0; l < 32; l++)
+    if (mask >> l & 1)
+      for (int w = 0; w <= WARPS; w++) all.warp[w] = std::max(all.warp[w], seen[32 * warp + l].warp[w]);
+  for (int l = 0; l < 32; l++)
+    if (mask >> l & 1) seen[32 * warp + l] = all;
+}
+
+static Clocks& today(Clocks& c) {  // what was seen before the last block-wide barrier is ordered by it
+  if (c.epoch != launch.epoch) c = Clocks{launch.epoch, {}};
+  return c;
+}
+
+void release(int thread, Clocks& into) {
+  const int w = warp_of(thread);
+  today(into);
+  for (int i = 0; i <= WARPS; i++) into.warp[i] = std::max(into.warp[i], seen[thread].warp[i]);
+  into.warp[w] = std::max(into.warp[w], ++clocks[w]);
+}
+
+void release_engine(Clocks& into) { today(into).warp[WARPS] = ++clocks[WARPS]; }
+
+void acquire(int thread, Clocks& from) {
+  any_seen = true;
+  today(from);
+  for (int i = 0; i <= WARPS; i++) seen[thread].warp[i] = std::max(seen[thread].warp[i], from.warp[i]);
+}
+
+void in_flight(const void* address, size_t bytes) {
+  if (launch.checks) mark(shared, address, bytes, true, false);
+  memset((void*)address, 0xFF, bytes);
+}
+
+void landed(const void* address, size_t bytes, int writer) {
+  if (!launch.checks) return;
+  mark(shared, address, bytes, true, true);
+  const size_t begin = (uintptr_t)address - shared.base;
+  for (size_t w = begin / 4; w < (begin + bytes) / 4; w++) {
+    memset(shared.cells[w], 0, sizeof(Cell[4]));
+    shared.cells[w][0] = Cell{launch.epoch, clocks[writer == ENGINE ? WARPS : warp_of(writer)], uint64_t(writer), 15, true, false, nullptr};
+  }
+}
+
+void fence() { current->fenced = true; }
+
+void atomic(const void* address, size_t bytes, bool acquire_release) {
+  access(address, bytes, ATOMIC, SIMT_PC);
+  if ((uintptr_t)address - global.base >= global.size) return;
+  if (current->fenced || acquire_release) {
+    Block& b = blocks.back();
+    const int w = warp_of(current->index);
+    b.released = launch.epoch, b.warp_epoch[w] = launch.epoch, b.warp_clock[w] = clocks[w]++;
+  }
+  acquired_epoch = std::min(acquired_epoch, launch.epoch);
+  acquired_warps |= 1u << warp_of(current->index);
+}
+
+uint32_t shared_address(const void* p) {
+  if ((uintptr_t)p - shared.base >= shared.size) fault(SIMT_PC, p, "not an address of shared memory");
+  return uint32_t((uintptr_t)p - shared.base);
+}
+void* shared_pointer(uint32_t address) { return (void*)(shared.base + address); }
+
+// ---- For the driver: global memory, and what of the module's thread-local segment is shared memory.
+extern "C" void* simt_alloc(size_t bytes) {  // contents 0xFF: NaN in every float type
+  if (!global.base) create(global, (uintptr_t)reserve(size_t(1) << 30), size_t(1) << 30);
+  const size_t at = (global.used + 255 + 256) / 256 * 256;  // at least 256 bytes between arrays
+  if (at + bytes + 256 > global.size) return nullptr;
+  global.used = at + bytes;
+  void* p = (void*)(global.base + at);
+  memset(p, 0xFF, bytes);
+  mark(global, p, bytes, true, false);
+  return p;
+}
+
+extern "C" void simt_mark_written(const void* p, size_t bytes) { mark(global, p, bytes, true, true); }
+
+extern "C" long simt_first_unwritten(const void* p, size_t bytes) {
+  for (size_t o = (uintptr_t)p - global.base, i = 0; i < bytes; i++)
+    if (!(global.state[(o + i) / 4] >> ((o + i) % 4) & 1)) return long(i);
+  return -1;
+}
+
+extern "C" void simt_free(const void* p, size_t bytes, int last) {  // addresses are used again only after the last array has gone
+  mark(global, p, bytes, false, false);
+  if (!last) return;
+  madvise(global.state, global.size / 4, MADV_DONTNEED);
+  madvise(global.cells, global.size / 4 * sizeof(Cell[4]), MADV_DONTNEED);
+  madvise((void*)global.base, global.size, MADV_DONTNEED);
+  global.used = 0;
+}
+
+extern "C" void simt_shared(char* base, size_t bytes, const Variable* usable, int count) {
+  if (!shared.state) create(shared, 0, 1 << 20);
+  shared.base = (uintptr_t)base, shared.size = bytes;
+  variables.assign(usable, usable + count);
+}
+
+// ---- The calls that the compiler inserts.
+[[noreturn]] static void misaligned(void* p, size_t n, void* pc) { fault(pc, p, "misaligned: access of %zu bytes at @", n); }
+static inline void aligned(void* p, size_t n, Kind kind, void* pc) {
+  if ((uintptr_t)p % n && current) misaligned(p, n, pc);
+  access(p, n, kind, pc);
+}
+#define SIZES(F) F(1) F(2) F(4) F(8) F(16)
+#define HOOKS(n)                                                                                       \
+  extern "C" void __tsan_read##n(void* p) { aligned(p, n, READ, SIMT_PC); }                             \
+  extern "C" void __tsan_write##n(void* p) { aligned(p, n, WRITE, SIMT_PC); }                           \
+  extern "C" void __tsan_volatile_read##n(void* p) { aligned(p, n, READ, SIMT_PC); }                    \
+  extern "C" void __tsan_volatile_write##n(void* p) { aligned(p, n, WRITE, SIMT_PC); }                  \
+  extern "C" void __tsan_unaligned_read##n(void* p) { access(p, n, READ, SIMT_PC); }                    \
+  extern "C" void __tsan_unaligned_write##n(void* p) { access(p, n, WRITE, SIMT_PC); }
+SIZES(HOOKS)
+extern "C" void __tsan_read_range(void* p, size_t n) { access(p, n, READ, SIMT_PC); }
+extern "C" void __tsan_write_range(void* p, size_t n) { access(p, n, WRITE, SIMT_PC); }
+extern "C" void __tsan_vptr_update(void**, void*) {}
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
+
+// -fsanitize=alignment,bounds,shift-exponent: the rest of what C++ leaves undefined and a GPU does differently.
+struct TypeMismatch { void *file, *line_column, *type; unsigned char log_alignment; };
+extern "C" void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, void* p) {
+  if (current) fault(SIMT_PC, p, "misaligned: address @ is not a multiple of %d", 1 << data->log_alignment);
+}
+extern "C" void __ubsan_handle_out_of_bounds(void*, unsigned long index) {
+  if (current) fault(SIMT_PC, nullptr, "out of bounds: index %ld of an array of fixed size", long(index));
+}
+extern "C" void __ubsan_handle_shift_out_of_bounds(void*, unsigned long, unsigned long by) {
+  if (current) fault(SIMT_PC, nullptr, "shift by %ld, more than the width of the type", long(by));
+}
+}  // namespace simt

@@ -1,0 +1,103 @@
+"""Planted faults are caught in every order of threads that is tried, each with its thread and line; without them the same kernels pass."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from . import simt
+from .kernel_device import on_each_device, on_simt
+
+SOURCE = Path(__file__).parent / "simt" / "cases" / "faults.cu"
+ORDERS = range(6)
+
+# kernel: grid, block, dynamic shared bytes, n, what the output should be
+KERNELS = {
+    "shift_left": (2, 64, 0, 100, lambda x: np.append(x[1:100], x[99])),
+    "rotate": (1, 64, 256, 64, lambda x: np.roll(x[:64], -1)),
+    "average": (1, 32, 0, 32, lambda x: np.repeat((x[:32:2] + x[1:32:2]) / 2, 2)),
+    "stream": (1, 32, 0, 5, lambda x: x[: 5 * 128]),
+    "vectors": (1, 32, 0, 0, lambda x: x[:128]),
+    "sum_of_blocks": (5, 64, 0, 320, lambda x: x[:320].sum(dtype=np.float64)),
+    "pipeline": (1, 64, 2 * 1024, 5, lambda x: x[: 5 * 256]),
+}
+
+
+def run(device, name: str, fault: int, seed: int, order: int) -> tuple[np.ndarray, np.ndarray]:
+    grid, block, shared, n, expected = KERNELS[name]
+    x = np.random.default_rng(seed).integers(-1000, 1000, 2048).astype(np.float32)
+    y = expected(x)
+    x = x[: 100 if name == "shift_left" else x.size]
+    out = device.empty(np.shape(y) or 1, np.float32)
+    args = [device.array(x), out, np.int32(n), np.int32(fault)]
+    if name == "sum_of_blocks":
+        args = [*args[:2], device.empty(320, np.float32), device.array(np.zeros(1, np.int32)), *args[2:]]
+    device.compile(SOURCE, name, arch=90 if name == "pipeline" else 80)(grid, block, args, shared=shared, seed=order)
+    return device.numpy(out).ravel(), np.ravel(y)
+
+
+@on_each_device
+@pytest.mark.parametrize("name", KERNELS)
+def test_without_a_fault_nothing_is_reported(device, name, seed):
+    for order in ORDERS:
+        got, expected = run(device, name, 0, seed, order)
+        assert np.array_equal(got, expected)
+
+
+@on_simt
+@pytest.mark.parametrize(
+    ("name", "fault", "message"),
+    [
+        ("shift_left", 1, r"\(35,0,0\): out of bounds: read of 4 bytes of global memory at argument 0, float32\[100\] \+ 400 of 400"),
+        ("rotate", 1, r"thread \(63,0,0\): out of bounds: write of 4 bytes of shared memory at dynamic shared memory \+ 256 of 256 bytes"),
+        ("rotate", 2, r"race: .* is not ordered after|read of unwritten shared memory"),
+        ("rotate", 3, r"thread \(63,0,0\): out of bounds: read of 4 bytes of shared memory"),
+        ("rotate", 4, r"divergent barrier: __syncthreads at line 16 while others wait in the one at line 15|line 15 while .* line 16"),
+        ("rotate", 5, r"race: (read|write) of 4 bytes at dynamic shared memory .* is not ordered after the (read|write) by thread"),
+        ("average", 1, r"thread \(31,0,0\): out of bounds: write of 4 bytes of shared memory at shared second \+ 128 of 128 bytes"),
+        ("average", 2, r"read of unwritten shared memory: 4 bytes at shared first \+ 0 of 128"),
+        ("average", 3, r"race: .* is not ordered after|read of unwritten shared memory"),
+        ("average", 4, r"a shuffle at line \d+"),
+        ("stream", 1, r"a cp.async in flight will write: its wait is missing"),
+        ("stream", 2, r"race: .* is not ordered after the write|cp.async in flight will write|unwritten shared memory"),
+        ("stream", 3, r"race: .* is not ordered after|that a cp.async in flight will write"),
+        ("vectors", 1, r"misaligned"),
+        ("vectors", 2, r"out of bounds: index 4 of an array of fixed size"),
+        ("vectors", 3, r"shift by 32"),
+        ("sum_of_blocks", 1, r"race: write of 4 bytes at argument 2, .* is not ordered after the write by thread \(\d+,0,0\) of block"),
+        ("sum_of_blocks", 2, r"race: read .* is not ordered after the write by thread \(\d+,0,0\) of block"),
+        ("sum_of_blocks", 3, r"race: read .* is not ordered after the write by thread \(\d+,0,0\)|read of unwritten global memory"),
+        ("sum_of_blocks", 4, r"was never written"),
+        ("pipeline", 1, r"a bulk copy in flight will write: nobody has waited for its mbarrier|read of unwritten shared memory"),
+        ("pipeline", 2, r"race: read .* is not ordered after a bulk copy whose mbarrier it has not waited for"),
+        ("pipeline", 3, r"race: write .* is not ordered after the read by thread|a bulk copy in flight will write"),
+        ("pipeline", 4, r"no thread can go on \(divergent barrier\?\): thread \(\d+,0,0\) waits for an mbarrier"),
+    ],
+)
+def test_a_planted_fault_is_reported_with_its_thread_and_line(device, name, fault, message, seed):
+    for order in ORDERS:
+        with pytest.raises(simt.Fault, match=message) as caught:
+            run(device, name, fault, seed, order)
+        text = str(caught.value)
+        print(text)
+        assert "never written" in text or re.match(rf"{name}( at faults\.cu:\d+)?, block \(\d+,0,0\) thread \(\d+,0,0\): ", text), text
+
+
+@on_simt
+def test_an_argument_of_the_wrong_type_is_refused(device):
+    kernel = device.compile(SOURCE, "rotate")
+    x, out = device.array(np.zeros(64, np.float32)), device.empty(64, np.float32)
+    with pytest.raises(TypeError, match="argument 2 of rotate is float32, the kernel takes i0004"):
+        kernel(1, 64, [x, out, np.float32(64), np.int32(0)], shared=256)
+    with pytest.raises(TypeError, match="takes 4 arguments, not 3"):
+        kernel(1, 64, [x, out, np.int32(64)], shared=256)
+
+
+@on_simt
+def test_without_checks_a_kernel_still_runs(device, seed):
+    x, out = device.array(np.arange(64, dtype=np.float32)), device.empty(64, np.float32)
+    device.compile(SOURCE, "rotate")(1, 64, [x, out, np.int32(64), np.int32(0)], shared=256, checks=False)
+    assert np.array_equal(device.numpy(out, allow_unwritten=True), np.roll(np.arange(64), -1))

@@ -1,0 +1,158 @@
+"""The kernels against oscar.py, simulated and on a GPU: rotation, norms and packing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from minioscar import oscar
+from minioscar.ops import raw
+
+from .kernel_device import on_each_device
+from .kernels_numpy import BF16, unpack_page
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+
+
+def rope(x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
+    """x: [tokens, heads, d]; cosines and sines of its positions [tokens, d / 2]; half-split pairs."""
+    a, b = np.split(x, 2, axis=-1)
+    c, s = cosines[:, None], sines[:, None]
+    return np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+
+
+def qk_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def near(got: np.ndarray, exact: np.ndarray) -> bool:
+    """Rounded to bf16 once: half a unit in the last place of 8 bits, and float32 errors of the largest number of its head."""
+    got = got.astype(np.float64)
+    return bool(np.all(np.abs(got - exact) <= 2.0**-8 * np.abs(exact) + 1e-6 * np.abs(exact).max(-1, keepdims=True)))
+
+
+@on_each_device
+@pytest.mark.parametrize("prefill", [False, True])
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "normed"), [(9, 3, False), (4, 1, True), (12, 10, True)])
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(device, seed, d, q_heads, kv_heads, normed, rotate, prefill):
+    rng = np.random.default_rng(seed)
+    tokens, slots, places, norm_stride, eps = 4, 5, 128, 300, 1e-6
+    qkv = rng.normal(size=(tokens, q_heads + 2 * kv_heads, d)).astype(BF16)
+    qkv[1, q_heads : q_heads + kv_heads] = 0  # a token whose keys have norm 0
+    weights = [rng.uniform(0.5, 2, d).astype(BF16) if normed else None for _ in "qk"]
+    positions, rows = np.array([0, 130, -1, 299], np.int32), np.array([3, 0, 1, 2], np.int32)
+    angles = np.arange(norm_stride)[:, None] * 1e4 ** -(np.arange(d // 2) / (d // 2))
+    cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    q_out = device.empty((tokens, q_heads, d), BF16)
+    k_out = device.empty((tokens, kv_heads, d), BF16) if prefill else None
+    keys, values = (None if prefill else device.empty((slots, kv_heads, places, d), BF16) for _ in "kv")
+    norms = device.empty((slots, norm_stride), np.float32)
+    q_weight, k_weight = (w if w is None else device.array(w) for w in weights)
+    launch = raw.rotate_scale(
+        raw.Heads(q_heads, kv_heads, d), *map(device.array, (qkv, positions, cosines, sines)), q_out, rotate=rotate, k_out=k_out,
+        keys=keys, values=values, places=places, slots=device.array(rows), norms=norms, norm_stride=norm_stride,
+        q_weight=q_weight, k_weight=k_weight, eps=eps,
+    )  # fmt: skip
+    device.run(launch, seed=seed % 7)
+    q_got, n_got, k_got = (device.numpy(a, allow_unwritten=True) for a in (q_out, norms, k_out if prefill else keys))
+
+    x = qkv.astype(np.float64)
+    q, k = x[:, :q_heads], x[:, q_heads : q_heads + kv_heads]
+    if normed:
+        q, k = (qk_norm(y, w.astype(np.float64), eps) for y, w in zip((q, k), weights, strict=True))
+    q, k = (rope(y, cosines[positions].astype(np.float64), sines[positions].astype(np.float64)) for y in (q, k))
+    if rotate:
+        q, k = (y @ oscar.hadamard(d).astype(np.float64) for y in (q, k))
+    for t, (position, row) in enumerate(zip(positions, rows, strict=True)):
+        if position < 0:
+            assert np.all(q_got[t].view(np.uint16) == 0xFFFF) and np.all(n_got[row].view(np.uint32) == 0xFFFFFFFF)
+            continue
+        key = k_got[t] if prefill else k_got[row, :, position % places]
+        assert near(q_got[t], q[t]) and near(key, k[t])
+        expected = oscar.token_norms(key[None])[0]
+        assert abs(n_got[row, position] - expected) <= 1e-6 * expected
+    if prefill:
+        return
+    live = rows[positions >= 0], slice(None), positions[positions >= 0] % places
+    assert np.array_equal(device.numpy(values, allow_unwritten=True)[live], qkv[positions >= 0, q_heads + kv_heads :])
+    k_got[live] = np.frombuffer(b"\xff\xff", BF16)[0]
+    assert np.all(k_got.view(np.uint16) == 0xFFFF)  # nothing else was written
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ["oscar", "int2", "int2-compact", "int4", "kivi"])
+@pytest.mark.parametrize("d", [64, 96, 128, 256])
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name):
+    scheme, rng = oscar.SCHEMES[name], np.random.default_rng(seed)
+    if d % scheme.value_group(d) or d % 32:
+        pytest.skip(f"{name} has no groups for head_dim {d}")
+    batch, kv_heads, capacity, norm_stride, sinks = 3, 2, 10, 640, scheme.sinks
+    starts = np.array([0, 70, 200] if step == "prefill" else [127, 128, 383], np.int32)
+    counts = np.array([300, 58, 55] if step == "prefill" else [1, 1, 1], np.int32)
+    total = starts + counts
+    history = [rng.normal(size=(2, kv_heads, n, d)).astype(BF16) for n in total]  # keys and values of each sequence
+    for h in history:
+        h[0] *= rng.uniform(0.01, 10, (h.shape[2], 1)).astype(BF16)  # norms of very different size
+        h[:, :, :32, :8] = 0.5  # groups in which all are equal
+    norms = np.full((batch, norm_stride), np.nan, np.float32)
+    window = np.full((2, batch, kv_heads, 128, d), np.nan, BF16)
+    slots = np.array([2, 0, 1], np.int32)
+    for s, h in zip(slots, history, strict=True):
+        norms[s, : h.shape[2]] = oscar.token_norms(h[0].transpose(1, 0, 2)) if scheme.scale else 1
+    for s, start, n, h in zip(slots, starts, total, history, strict=True):
+        for t in range(start // 128 * 128, start if step == "prefill" else n):
+            window[:, s, :, t % 128] = h[:, :, t]
+    new = np.concatenate([h[:, :, start:] for h, start in zip(history, starts, strict=True)], axis=2).transpose(0, 2, 1, 3)
+    first_rows = np.append(0, np.cumsum(counts)[:-1]).astype(np.int32)
+    pages = device.empty((batch, kv_heads, capacity, raw.page_bytes(scheme, d)), np.uint8)
+    sink = [device.empty((batch, kv_heads, max(sinks, 1), d), BF16) for _ in "kv"]
+    cache = {"pages": pages, "norms": device.array(norms), "sink_keys": sink[0], "sink_values": sink[1]}
+    cache |= {"window_keys": device.array(window[0]), "window_values": device.array(window[1])}
+    heads = raw.Heads(kv_heads, kv_heads, d)
+    if step == "prefill":
+        rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
+        launch = raw.pack_bulk(heads, scheme, *map(device.array, new), *rows, cache, int(counts.max()), kv_heads * d, kv_heads * d)
+    else:
+        launch = raw.pack_step(heads, scheme, device.array(starts[np.argsort(slots)]), cache)
+    device.run(launch, seed=seed % 7)
+    got = device.numpy(pages, allow_unwritten=True)
+    sinks_got = [device.numpy(a, allow_unwritten=True) for a in sink]
+    for s, start, n, h in zip(slots, starts, total, history, strict=True):
+        begin, end = start // 128 * 128, n // 128 * 128
+        assert np.all(got[s, :, : begin // 64] == 255) and np.all(got[s, :, end // 64 :] == 255)
+        if begin == end:
+            continue
+        k, v = h[:, :, begin:end].astype(np.float32)
+        expected = [*oscar.quantize_keys(k, norms[s, begin:end], scheme), *oscar.quantize_values(v, scheme)]
+        pieces = unpack_page(got[s, :, begin // 64 : end // 64], scheme, d)
+        names = [f"{kind}_{part}" for kind in ("key", "value") for part in ("codes", "step", "min")]
+        for piece, theirs in zip(names, expected, strict=True):
+            mine = pieces[piece]
+            assert mine is None if theirs is None else np.array_equal(mine.reshape(theirs.shape), theirs), piece
+        kept = range(begin, min(end, sinks))
+        for i in range(2):
+            assert np.array_equal(sinks_got[i][s][:, list(kept)], h[i][:, list(kept)])
+
+
+@on_each_device
+@pytest.mark.parametrize("d", [64, 96])
+def test_tokens_behind_the_last_full_block_go_to_the_window(device, seed, d):
+    scheme, rng, kv_heads = oscar.SCHEMES["int2"], np.random.default_rng(seed), 3
+    starts, counts, slots = np.array([0, 70, 200, 127], np.int32), np.array([300, 58, 50, 1], np.int32), np.array([2, 0, 1, 3], np.int32)
+    new = rng.normal(size=(2, counts.sum(), kv_heads, d)).astype(BF16)
+    first_rows = np.append(0, np.cumsum(counts)[:-1]).astype(np.int32)
+    names = ("window_keys", "window_values")
+    before = np.zeros((4, kv_heads, oscar.WINDOW, d), BF16)
+    cache = {n: device.array(before) for n in names}
+    rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
+    heads = raw.Heads(kv_heads, kv_heads, d)
+    device.run(raw.fill_window(heads, scheme, *map(device.array, new), *rows, cache, kv_heads * d, kv_heads * d), seed=seed % 7)
+    for x, name in zip(new, names, strict=True):
+        expected = before.copy()
+        for first, slot, start, n in zip(first_rows, slots, starts, counts, strict=True):
+            for t in range(max(start, (start + n) // oscar.WINDOW * oscar.WINDOW), start + n):
+                expected[slot, :, t % oscar.WINDOW] = x[first + t - start]
+        assert np.array_equal(device.numpy(cache[name]), expected)
