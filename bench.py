@@ -25,9 +25,10 @@ import numpy as np
 from minioscar import engine
 from minioscar.cache import Cache, cache_bytes
 from minioscar.errors import UserError
+from minioscar.ops import backend
 from minioscar.weights import arrays
 
-COMMANDS = ("decode", "prefill", "all")
+COMMANDS = ("kernel", "decode", "prefill", "all")
 
 
 def timed(ops, run: Callable[[], object], repeats: int, warm_up: int = 2) -> tuple[float, float]:
@@ -45,16 +46,19 @@ def timed(ops, run: Callable[[], object], repeats: int, warm_up: int = 2) -> tup
 
 
 def ceilings(ops) -> dict[str, float]:
-    """Copy bandwidth (read + written) and the matrix rate in the dtype of the weights, on data larger than the caches."""
-    xp, size = ops.xp, 2**28 if ops.name == "cuda" else 2**26
+    """Copy bandwidth (read + written) and the matrix rate in the dtype of the weights: the best of several, on data no cache holds."""
     rng = np.random.default_rng(0)
-    a = xp.asarray(rng.integers(0, 255, size, dtype=np.uint8)).repeat(4)
-    b = xp.empty_like(a)
-    copy, _ = timed(ops, lambda: xp.copyto(b, a), 10)
-    n = 8192 if ops.name == "cuda" else 4096
+    if ops.name == "cuda":
+        from minioscar.measure import copy_bandwidth
+
+        n, copy = 8192, copy_bandwidth()
+    else:
+        n, a = 4096, rng.integers(0, 255, 2**28, dtype=np.uint8)
+        b = np.empty_like(a)
+        copy = 2 * a.nbytes / min(timed(ops, lambda: np.copyto(b, a), 1, 1)[0] for _ in range(8))
     x, y = (ops.array(rng.standard_normal((n, n), np.float32)) for _ in range(2))
-    product, _ = timed(ops, lambda: x @ y.T, 5)
-    return {"copy_tb_s": 2 * a.nbytes / copy / 1e12, "matmul_tflop_s": 2 * n**3 / product / 1e12}
+    product = min(timed(ops, lambda: x @ y.T, 1, 1)[0] for _ in range(4))
+    return {"copy_tb_s": copy / 1e12, "matmul_tflop_s": 2 * n**3 / product / 1e12}
 
 
 def prefilled(e: engine.Engine, tokens: int, room: int) -> Cache:
@@ -124,6 +128,14 @@ def show(what: str, tokens: int, took: str, row: dict) -> None:
     print(f"{what:8}{row['kv']:13} {tokens:7} tokens {took} {rate:8.1f} tokens/s {share:6.1%} of the limit")
 
 
+def show_kernel(row: dict) -> None:
+    heads = f"{row['q_heads']}/{row['kv_heads']} d{row['head_dim']}"
+    print(
+        f"{row['op']:26}{row['kv']:13} {row['batch']:3} x {row['context']:6}  {heads:11} {row['us']:9.2f} us  "
+        f"{row['fraction_of_copy']:6.1%} of copy over {row['bytes'] / 1e6:.1f} MB  {row.get('peers', '')}", flush=True,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
@@ -132,25 +144,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", default="512,2048", help="tokens in the cache before the step (512,2048); multiples of 128")
     parser.add_argument("--tokens", default="512,2048", help="prompt lengths of prefill (512,2048)")
     parser.add_argument("--steps", type=int, default=20, help="decode steps timed (20)")
+    parser.add_argument("--quick", action="store_true", help="kernel: two cases only")
+    parser.add_argument("--peers", action="store_true", help="kernel: torch's attention kernels in the same run")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--json", metavar="F", help="write the result to a file")
     args = parser.parse_args(argv)
     try:
         contexts, prompts = ([int(n) for n in text.split(",")] for text in (args.context, args.tokens))
-        engines = [engine.load(args.model, kv, args.device, tokenizer=False) for kv in args.kv.split(",")]
+        ops = backend(args.device)
+        if args.what == "kernel" and ops.name != "cuda":
+            raise UserError("kernel needs a GPU; decode and prefill run anywhere")
+        names = args.kv.split(",") if args.what != "kernel" else []
+        engines = [engine.load(args.model, kv, args.device, tokenizer=False) for kv in names]
     except (UserError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    ops = engines[0].ops
     limits = ceilings(ops)
-    report: dict = {"meta": meta(ops), "ceilings": limits, "decode": [], "prefill": []}
+    report: dict = {"meta": meta(ops), "ceilings": limits, "kernel": [], "decode": [], "prefill": []}
     print(f"{report['meta']['card']}: copy {limits['copy_tb_s']:.4g} TB/s, matrix product {limits['matmul_tflop_s']:.4g} TFLOP/s")
+    if ops.name == "cuda" and args.what in ("kernel", "all"):
+        import bench_kernels
+
+        report["kernel"] = bench_kernels.measure(limits["copy_tb_s"] * 1e12, args.quick, args.peers, show_kernel)
     for e in engines:
-        for context in contexts if args.what != "prefill" else ():
+        for context in contexts if args.what in ("decode", "all") else ():
             row = decode(e, args.model, context, limits, args.steps)
             report["decode"].append(row)
             show("decode", context, f"{row['ms']:9.2f} ms", row)
-    for tokens in prompts if args.what != "decode" else ():
+    for tokens in prompts if args.what in ("prefill", "all") else ():
         row = prefill(engines[-1], args.model, tokens, limits)
         report["prefill"].append(row)
         show("prefill", tokens, f"{row['s']:9.2f} s ", row)

@@ -28,8 +28,9 @@ def test_bench_runs_without_a_gpu_and_writes_the_stable_keys(pytestconfig, tmp_p
     argv = f"all --model {model} --device cpu --kv bf16,int2 --context 128 --tokens 64 --steps 3 --json {file}"
     assert bench.main(argv.split()) == 0
     report = json.loads(file.read_text())
-    assert set(report) == {"meta", "ceilings", "decode", "prefill"} and set(report["ceilings"]) == {"copy_tb_s", "matmul_tflop_s"}
+    assert set(report) == {"meta", "ceilings", "kernel", "decode", "prefill"} and set(report["ceilings"]) == {"copy_tb_s", "matmul_tflop_s"}
     assert {"card", "driver", "cuda", "versions", "commit", "date"} <= set(report["meta"])
     assert [(row["kv"], row["context"]) for row in report["decode"]] == [("bf16", 128), ("int2", 128)]
     assert all(row["ms"] > 0 and row["fraction_of_limit"] > 0 for row in report["decode"])
     assert bench.main(["decode", "--model", "nowhere"]) == 2
+    assert bench.main(["kernel", "--device", "cpu"]) == 2
