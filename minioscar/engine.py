@@ -23,7 +23,7 @@ from .hub import resolve
 from .model import Model, Progress, check_scheme
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, Scheme
-from .sampling import Sampling, sample
+from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import Weights, for_scheme
 from .weights import load as load_weights
@@ -191,8 +191,8 @@ class Run:
         while slots:
             counts = [len(x) for x in inputs]
             bar = engine.layers_bar(sum(counts))
-            logits = engine.model.forward(np.concatenate(inputs), cache, cache.place(slots, counts), progress=bar)
-            tokens = [sample(row, self.sampling, slot, step) for slot, row in zip(slots, logits, strict=True)]
+            ids, batch = np.concatenate(inputs), cache.place(slots, counts)
+            tokens = engine.model.step(ids, cache, batch, self.sampling, step, bar).tolist()
             spent, before = time.perf_counter() - before, time.perf_counter()
             for slot, token in zip(slots, tokens, strict=True):
                 result = results[slot]

@@ -15,6 +15,7 @@ from .cache import Batch, Cache
 from .config import Config
 from .errors import UserError
 from .oscar import Scheme, hadamard
+from .sampling import Sampling
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -33,26 +34,29 @@ class Model:
         self.weights = weights
         self.tables: tuple[Array, Array] | None = None  # cos and sin of RoPE for the positions seen so far
 
-    def forward(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool = False, progress: Progress = iter) -> np.ndarray:
-        """Runs new tokens through all layers and puts them into the cache.
+    def step(self, ids: np.ndarray, cache: Cache, batch: Batch, sampling: Sampling, step: int, progress: Progress = iter) -> np.ndarray:
+        """The next token of every sequence of `batch` after its new tokens `ids`; int64 [sequences] on the host."""
+        return self.ops.sample(self._logits(ids, cache, batch, False, progress), sampling, batch.slots, step)
 
-        ids: int [tokens], sequence after sequence as `batch` says. Returns logits on the host, float32 [sequences, vocab] of
-        each sequence's last token, or [tokens, vocab] of all if `every`.
-        """
-        ops, config, weights = self.ops, self.config, self.weights
+    def forward(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool = False) -> np.ndarray:
+        """Logits on the host, float32: [sequences, vocab] of each sequence's last token, or [tokens, vocab] of all if `every`."""
+        return self.ops.numpy(self._logits(ids, cache, batch, every))
+
+    def _logits(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool, progress: Progress = iter) -> Array:
+        """Runs new tokens, int [tokens], sequence after sequence as `batch` says, through all layers and puts them into the cache."""
+        ops, config, weights, eps = self.ops, self.config, self.weights, self.config.rms_norm_eps
         tables = self._tables(int(max(batch.positions)) + 1)
         x = ops.embed(weights.embed, ids)  # [tokens, hidden]
         for layer, kept in progress(list(zip(weights.layers, cache.layers, strict=True))):
-            h = ops.rms_norm(x, layer.input_norm, config.rms_norm_eps)
-            qkv = ops.linear(h, layer.qkv, layer.qkv_bias)  # [tokens, (q_heads + 2 * kv_heads) * head_dim]
+            qkv = ops.linear(x, layer.qkv, layer.qkv_bias, norm=(layer.input_norm, eps))  # [tokens, (q_heads + 2 * kv_heads) * head_dim]
             q, new = ops.rotate_scale(qkv, layer, tables, kept, config, self.scheme, batch)  # QK-norm, RoPE, rotation, norms
             y = ops.attention(q, new, kept, self.scheme, batch)  # [tokens, q_heads, head_dim]; the cache has the new tokens now
-            x = x + ops.linear(y.reshape(len(ids), -1), layer.o, layer.o_bias)
-            h = ops.rms_norm(x, layer.post_norm, config.rms_norm_eps)
-            x = x + ops.linear(ops.silu_mul(ops.linear(h, layer.gate_up)), layer.down)
+            x = ops.linear(y.reshape(len(ids), -1), layer.o, layer.o_bias, residual=x)
+            h = ops.linear(x, layer.gate_up, norm=(layer.post_norm, eps), silu=True)  # [tokens, intermediate]
+            x = ops.linear(h, layer.down, residual=x)
         cache.advance(batch)
         x = x if every else x[ops.xp.asarray(batch.last)]
-        return ops.numpy(ops.logits(ops.rms_norm(x, weights.norm, config.rms_norm_eps), weights.head))
+        return ops.linear(x, weights.head, norm=(weights.norm, eps), float32=True)
 
     def _tables(self, positions: int) -> tuple[Array, Array]:
         if self.tables is None or len(self.tables[0]) < positions:

@@ -69,7 +69,9 @@ def outputs(ops, c: Config, scheme, weights, seed: int) -> list[np.ndarray]:
 
 @on_each_backend
 @pytest.mark.parametrize("kv", SCHEMES)
-@pytest.mark.parametrize(("family", "dim", "heads"), [("llama", 64, (4, 2)), ("qwen3", 128, (6, 1)), ("llama", 96, (3, 3)), ("qwen3", 256, (2, 1))])
+@pytest.mark.parametrize(
+    ("family", "dim", "heads"), [("llama", 64, (4, 2)), ("qwen3", 128, (6, 1)), ("llama", 96, (3, 3)), ("qwen3", 256, (2, 1))]
+)
 def test_attention_over_the_cache_is_that_of_the_reference(make, family, dim, heads, kv, seed):
     c = config(model_type=family, head_dim=dim, num_attention_heads=heads[0], num_key_value_heads=heads[1])
     rng = np.random.default_rng(seed)

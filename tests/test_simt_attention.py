@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from minioscar import oscar
+from minioscar.cache import BF16
 from minioscar.ops import raw
 
 from .kernel_device import on_each_device
-from .kernels_numpy import BF16, attention
 
 BATCH, KV_HEADS, CAPACITY = 4, 2, 640
 WARPS, STAGES, ADDED = 4, 2, 1
+
+
+def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One query token in float64: q [q_heads, d], keys, values [kv_heads, n, d] -> out [q_heads, d], log-sum-exp [q_heads]."""
+    heads, _, d = keys.shape
+    x = q.reshape(heads, -1, d).astype(np.float64) @ keys.astype(np.float64).swapaxes(1, 2) / math.sqrt(d)
+    top = x.max(axis=-1, keepdims=True)
+    p = np.exp(x - top)
+    total = p.sum(axis=-1, keepdims=True)
+    return (p @ values / total).reshape(-1, d), (np.log(total) + top).reshape(-1)
 
 
 def history(rng: np.random.Generator, n: int, d: int, kind: str) -> np.ndarray:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from minioscar import oscar
+from minioscar.cache import BF16
 from minioscar.ops import raw
+from minioscar.ops.pages import unpack
 
 from .kernel_device import on_each_device
-from .kernels_numpy import BF16, unpack_page
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
@@ -127,7 +128,7 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
             continue
         k, v = h[:, :, begin:end].astype(np.float32)
         expected = [*oscar.quantize_keys(k, norms[s, begin:end], scheme), *oscar.quantize_values(v, scheme)]
-        pieces = unpack_page(got[s, :, begin // 64 : end // 64], scheme, d)
+        pieces = unpack(got[s, :, begin // 64 : end // 64], scheme, d)
         names = [f"{kind}_{part}" for kind in ("key", "value") for part in ("codes", "step", "min")]
         for piece, theirs in zip(names, expected, strict=True):
             mine = pieces[piece]

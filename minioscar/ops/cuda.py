@@ -6,6 +6,7 @@ whose key groups lie along channels, and unusual head sizes), the reference's ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from .. import oscar
 from ..cache import BF16, Batch
 from ..config import Config
 from ..oscar import WINDOW, Scheme
+from ..sampling import Sampling
 from ..weights import Layer
 from . import pages, raw
 from .reference import New, Reference
@@ -70,11 +72,16 @@ class Cuda(Reference):
 
     # --- the transformer
 
-    def logits(self, x: Array, weight: Array) -> Array:
-        """In float32: the difference between two tokens is often smaller than the bfloat16 rounding of a logit."""
+    def product(self, x: Array, weight: Array, float32: bool) -> Array:
+        """Logits in float32: the difference between two tokens is often smaller than the bfloat16 rounding of a logit."""
+        if not float32:
+            return x @ weight.T
         x = x.astype(np.float32)
         parts = [x @ weight[i : i + VOCABULARY].astype(np.float32).T for i in range(0, len(weight), VOCABULARY)]
         return self.xp.concatenate(parts, axis=1)
+
+    def sample(self, logits: Array, sampling: Sampling, sequences: Sequence[int], step: int) -> np.ndarray:
+        return super().sample(self.numpy(logits), sampling, sequences, step)
 
     def rotate_scale(
         self, qkv: Array, layer: Layer, tables: tuple[Array, Array], kept: dict[str, Array], config: Config, scheme: Scheme, batch: Batch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from .. import oscar
 from ..cache import BF16, Batch, layout
 from ..oscar import WINDOW, Scheme
+from ..sampling import Sampling, sample
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -63,13 +65,26 @@ class Reference:
         y = y / xp.sqrt((y * y).mean(axis=-1, keepdims=True) + xp.float32(eps))
         return (y * weight.astype(xp.float32)).astype(x.dtype)
 
-    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        """x [tokens, in] @ weight [out, in] transposed + bias [out] -> [tokens, out]."""
-        y = x @ weight.T
-        return y if bias is None else y + bias
+    def linear(
+        self, x: Array, weight: Array, bias: Array | None = None, *, norm: tuple[Array, float] | None = None, silu: bool = False,
+        residual: Array | None = None, float32: bool = False,
+    ) -> Array:
+        """residual + act(rms_norm(x) @ weight.T + bias), each part where it is given: [tokens, in] -> [tokens, out].
 
-    def logits(self, x: Array, weight: Array) -> Array:
-        """The last projection: x [tokens, hidden], weight [vocab, hidden] -> float32 [tokens, vocab]."""
+        weight [out, in]. norm: the weight [in] and eps of an RMSNorm of x before. silu: weight holds gate rows, then up rows;
+        silu(gate) * up, [tokens, out / 2]. float32: the result is float32, whatever the dtype of the activations.
+        """
+        if norm is not None:
+            x = self.rms_norm(x, *norm)
+        y = self.product(x, weight, float32)
+        if bias is not None:
+            y = y + bias
+        if silu:
+            y = self.silu_mul(y)
+        return y if residual is None else residual + y
+
+    def product(self, x: Array, weight: Array, float32: bool) -> Array:
+        """x [tokens, in] @ weight [out, in] transposed."""
         return x @ weight.T
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
@@ -116,6 +131,10 @@ class Reference:
         y = self.attend(q, new.k, new.v, kept, scheme, batch)
         self.append(new, kept, scheme, batch)
         return y
+
+    def sample(self, logits: Array, sampling: Sampling, sequences: Sequence[int], step: int) -> np.ndarray:
+        """The next token of each row of logits, float32 [n, vocab]; int64 [n] on the host. Row i draws as sequence sequences[i]."""
+        return np.array([sample(row, sampling, sequence, step) for row, sequence in zip(logits, sequences, strict=True)])
 
     # --- the cache
 

@@ -52,10 +52,9 @@ class Simt(Cuda):
         args = [array(a) if isinstance(a, np.ndarray) and not _simulated(a) else a for a in launch.args]
         kernel(launch.grid, launch.block, args, shared=launch.shared)
 
-    def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    def product(self, x: np.ndarray, weight: np.ndarray, float32: bool) -> np.ndarray:
         """As cuBLAS does it: float32 sums, one rounding to BF16. (NumPy leaves a product of two BF16 matrices in float32.)"""
-        y = x.astype(np.float32) @ weight.astype(np.float32).T
-        return array((y if bias is None else y.astype(self.dtype) + bias).astype(self.dtype))
+        return array((x.astype(np.float32) @ weight.astype(np.float32).T).astype(np.float32 if float32 else self.dtype))
 
 
 def _simulated(x: np.ndarray) -> bool:
