@@ -82,7 +82,7 @@ def packing(h: raw.Heads, scheme: Scheme, cache: dict[str, Array], rng: Any) -> 
     stride = h.kv_heads * h.head_dim
     for row in range(rows):
         ints = [cupy.asarray([x], np.int32) for x in (0, row, 0, context)]
-        launch = raw.pack_bulk(h, scheme, k, v, *ints, cache, context, stride, stride)
+        launch = raw.pack_bulk(h, scheme, raw.Arrivals(k, v, stride, stride, *ints, context), cache)
         yield context, lambda launch=launch: raw.run(launch)
 
 
@@ -125,11 +125,11 @@ def compile_all(wanted: list[Case]) -> None:
     for case in wanted:
         cache = {name: cupy.empty((1, 1, 1, 1), np.uint8) for name in ("keys", "values", "pages", "norms")}
         launch = raw.decode_attention(case.heads, SCHEMES[case.kv], plan_of(case), q, cache, np.empty(case.batch), q, None, None, None)
-        seen[launch.source, launch.name, launch.defines, launch.shared] = None
+        seen[launch.source, launch.name, launch.defines] = None
         if SCHEMES[case.kv].quantized:
-            seen["pack.cu", "pack", raw.layout_defines(SCHEMES[case.kv], case.heads.head_dim), 0] = None
+            seen["pack.cu", "pack", raw.layout_defines(SCHEMES[case.kv], case.heads.head_dim)] = None
     with multiprocessing.get_context("spawn").Pool(min(len(seen), os.cpu_count() or 1)) as pool:  # each fills the cache on disk
-        pool.starmap(raw.kernel, [(*key[:3], 0) for key in seen], chunksize=1)
+        pool.starmap(raw.kernel, list(seen), chunksize=1)
 
 
 def measure(copy_rate: float, quick: bool, peers: bool, show: Callable[[dict], None]) -> list[dict]:

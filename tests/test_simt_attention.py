@@ -65,7 +65,8 @@ def packed_cache(device, sequences, scheme, heads) -> dict:
         cache |= {f"sink_{n}": device.empty((BATCH, KV_HEADS, scheme.sinks, d), BF16) for n in ("keys", "values")}
     keys, values = (device.array(x) for x in np.concatenate(sequences, axis=2).transpose(0, 2, 1, 3))
     first, starts, counts = (device.array(np.array(x, np.int32)) for x in (np.cumsum([0, *rows[:-1]]), [0] * BATCH, packed))
-    device.run(raw.pack_bulk(heads, scheme, keys, values, first, None, starts, counts, cache, max(rows), KV_HEADS * d, KV_HEADS * d))
+    new = raw.Arrivals(keys, values, KV_HEADS * d, KV_HEADS * d, first, None, starts, counts, max(rows))
+    device.run(raw.pack_bulk(heads, scheme, new, cache))
     return cache
 
 

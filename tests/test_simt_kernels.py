@@ -115,7 +115,8 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
     heads = raw.Heads(kv_heads, kv_heads, d)
     if step == "prefill":
         rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
-        launch = raw.pack_bulk(heads, scheme, *map(device.array, new), *rows, cache, int(counts.max()), kv_heads * d, kv_heads * d)
+        arrivals = raw.Arrivals(*map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()))
+        launch = raw.pack_bulk(heads, scheme, arrivals, cache)
     else:
         launch = raw.pack_step(heads, scheme, device.array(starts[np.argsort(slots)]), cache)
     device.run(launch, seed=seed % 7)
@@ -150,7 +151,8 @@ def test_tokens_behind_the_last_full_block_go_to_the_window(device, seed, d):
     cache = {n: device.array(before) for n in names}
     rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
     heads = raw.Heads(kv_heads, kv_heads, d)
-    device.run(raw.fill_window(heads, scheme, *map(device.array, new), *rows, cache, kv_heads * d, kv_heads * d), seed=seed % 7)
+    arrivals = raw.Arrivals(*map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()))
+    device.run(raw.fill_window(heads, scheme, arrivals, cache), seed=seed % 7)
     for x, name in zip(new, names, strict=True):
         expected = before.copy()
         for first, slot, start, n in zip(first_rows, slots, starts, counts, strict=True):

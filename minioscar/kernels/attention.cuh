@@ -19,7 +19,7 @@ constexpr unsigned FULL = 0xffffffffu;
 constexpr int D = HEAD_DIM, TILE_TOKENS = 16, TILE_BYTES = TILE_TOKENS * D * 2 * 2;  // of keys, then values
 constexpr int Q_BYTES = Q_PER_KV * D * 2, OUT = Q_PER_KV * D, HEAD_STRIDE = D + 8;   // + 8: no bank conflicts between heads
 constexpr int CHANNEL_TILES = D / 16;
-constexpr float LOWEST = -1e30f, LN2 = 0.69314718f;
+constexpr float LOWEST = -1e30f, NEVER = -1e38f, LN2 = 0.69314718f;
 #if OUT_BF16
 typedef bf16 Output;
 __device__ __forceinline__ bf16 to_output(float x) { return __float2bfloat16_rn(x); }
@@ -89,7 +89,7 @@ __device__ __forceinline__ void attend_tile(State& state, const unsigned char* t
   }
   const float m[2] = {state.m0, state.m1};
 #pragma unroll
-  for (int i = 0; i < 4; i++) x[i] = (i < 2 ? has0 : has1) ? fmaf(x[i], scale_log2, -m[i % 2]) : -INFINITY;
+  for (int i = 0; i < 4; i++) x[i] = (i < 2 ? has0 : has1) ? fmaf(x[i], scale_log2, -m[i % 2]) : NEVER;
   if (__any_sync(FULL, state.fresh || fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) > 1.f)) {
     float x0 = fmaxf(x[0], x[2]), x1 = fmaxf(x[1], x[3]);
     reference_step(x0, x1, state.fresh);
@@ -289,9 +289,8 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
 
   const Walk<Units> walk = {units, first, tokens, batch, heads};
   const int total = first[batch];
-  const int busy = min(blocks, max(total, 1));  // blocks that have a unit: the first ones, so that all of a head's blocks report for it
-  const int each = total / busy, over = total - each * busy;
-  auto begin_of = [&](int b) { b = min(b, busy); return each * b + over * b / busy; };  // total * b / busy in 32 bits
+  const int busy = min(blocks, max(total, 1)), each = total / busy, over = total - each * busy;  // the first blocks have at least one unit
+  auto begin_of = [&](int b) { b = min(b, busy); return each * b + over * b / busy; };         // total * b / busy in 32 bits
   const int lo = begin_of(block), hi = begin_of(block + 1);
   const int begin = lo + warp * (hi - lo) / BLOCK_WARPS, end = lo + (warp + 1) * (hi - lo) / BLOCK_WARPS;
 

@@ -22,14 +22,14 @@ static_assert(VALUE_GROUPS <= 8, "groups of values are rows of one MMA tile");
 
 // 2^BITS to the power of a place: by how much a masked code is too large. Where a channel tile meets several places (D = 96), p is
 // lifted to the largest.
-__device__ constexpr int place(int tile) { return tile % TILES % PLACES; }
-__device__ constexpr int value_place(int channel_tile) {
+__device__ __forceinline__ constexpr int place(int tile) { return tile % TILES % PLACES; }
+__device__ __forceinline__ constexpr int value_place(int channel_tile) {
   int most = 0;
   for (int s = 0; s < 4; s++) most = place(value_tile(s, channel_tile)) > most ? place(value_tile(s, channel_tile)) : most;
   return most;
 }
-__device__ constexpr float power_of_two(int n) { return n > 0 ? 2.f * power_of_two(n - 1) : 1.f; }
-__device__ constexpr uint32_t half2_power_of_two(int n) { return (uint32_t)(15 + n) << 10 | (uint32_t)(15 + n) << 26; }
+__device__ __forceinline__ constexpr float power_of_two(int n) { return (float)(1 << n); }
+__device__ __forceinline__ constexpr uint32_t half2_power_of_two(int n) { return (uint32_t)(15 + n) << 10 | (uint32_t)(15 + n) << 26; }
 
 __device__ __forceinline__ uint32_t masked(uint32_t word, int tile) { return word & (((1u << BITS) - 1) * 0x00010001u << (place(tile) * BITS)); }
 
@@ -159,7 +159,7 @@ struct Pages {
       for (int j = 0; j < 4; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          if (16 * j + i / 2 * 8 + r < skipped) x[j][i] = -INFINITY;
+          if (16 * j + i / 2 * 8 + r < skipped) x[j][i] = NEVER;
     }
     // p is kept below 2 (bit 14 of an fp16 clear): a page that breaks this moves the references, so most pay four ORs and a vote.
     uint32_t p[4][2], any = 0;
@@ -214,7 +214,7 @@ struct Pages {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32)
+extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
 decode_attention(const bf16* __restrict__ q, const unsigned char* __restrict__ pages, const float* __restrict__ norms,
                  const bf16* __restrict__ sink_keys, const bf16* __restrict__ sink_values, const bf16* __restrict__ window_keys,
                  const bf16* __restrict__ window_values, const int* __restrict__ lengths, Output* __restrict__ out, float* __restrict__ lse,

@@ -31,7 +31,7 @@ struct Tiles {
   __device__ __forceinline__ float2 zero_term(const State&, int) const { return make_float2(0.f, 0.f); }
 };
 
-extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32)
+extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
 decode_attention_bf16(const bf16* __restrict__ q, const bf16* __restrict__ keys, const bf16* __restrict__ values, const int* __restrict__ lengths,
                       Output* __restrict__ out, float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived,
                       int batch, int kv_heads, int share, int capacity, int added, float scale_log2) {

@@ -90,7 +90,7 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* bar, int byt
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_addr(bar)), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
-  asm volatile("{\n.reg .pred p;\nL:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra D;\nbra L;\nD:\n}" ::"r"(smem_addr(bar)), "r"(parity) : "memory");
+  asm volatile("{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra ARRIVED;\nbra WAIT;\nARRIVED:\n}" ::"r"(smem_addr(bar)), "r"(parity) : "memory");
 }
 __device__ __forceinline__ uint64_t l2_evict_first() {
   uint64_t policy;

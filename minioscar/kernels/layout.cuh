@@ -20,8 +20,8 @@ constexpr int PAGE_BYTES = VALUE_STEP + VALUE_PARAM_BYTES * (SYMMETRIC ? 1 : 2);
 
 // Key tile (token tile 0..3, k step = 16 channels) and value tile (token step 0..3, channel tile) -> its number; number / TILES is
 // the 16-byte load it is in, number % TILES the place there.
-__device__ constexpr int key_tile(int token_tile, int k_step) { return k_step * 4 + token_tile; }
-__device__ constexpr int value_tile(int token_step, int channel_tile) { return token_step * (DIM / 16) + channel_tile; }
+__device__ __forceinline__ constexpr int key_tile(int token_tile, int k_step) { return k_step * 4 + token_tile; }
+__device__ __forceinline__ constexpr int value_tile(int token_step, int channel_tile) { return token_step * (DIM / 16) + channel_tile; }
 
 static_assert(DIM % 32 == 0 && DIM % VALUE_GROUP == 0 && PAGE_TOKENS % KEY_GROUP == 0 && PAGE_BYTES % 16 == 0, "shape");
 #endif

@@ -189,7 +189,7 @@ __device__ __forceinline__ void pack_values(const Source& from, int first, int p
   }
 }
 
-extern "C" __global__ void __launch_bounds__(HEAD_DIM * 2)
+extern "C" __global__ void __launch_bounds__(HEAD_DIM * 2, HEAD_DIM > 128 ? 1 : 256 / HEAD_DIM)
 pack(const bf16* __restrict__ new_keys, const bf16* __restrict__ new_values, const int* __restrict__ first_rows, const int* __restrict__ slots,
      const int* __restrict__ starts, const int* __restrict__ counts, const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values,
      bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values, const float* __restrict__ norms, unsigned char* __restrict__ pages,

@@ -93,7 +93,7 @@ __device__ __forceinline__ void hadamard(float (&x)[EACH], float* line, int lane
   }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * BLOCK_WARPS)
+extern "C" __global__ void __launch_bounds__(32 * BLOCK_WARPS, 1)
 rotate_scale(const bf16* __restrict__ qkv, const bf16* __restrict__ q_weight, const bf16* __restrict__ k_weight, const float* __restrict__ cosines,
              const float* __restrict__ sines, const int* __restrict__ positions, const int* __restrict__ slots, bf16* __restrict__ q_out,
              bf16* __restrict__ k_out, bf16* __restrict__ keys, bf16* __restrict__ values, float* __restrict__ norms,
@@ -169,6 +169,6 @@ rotate_scale(const bf16* __restrict__ qkv, const bf16* __restrict__ q_weight, co
   if (threadIdx.x == 0) {
     float total = 0.f;
     for (int w = 0; w < BLOCK_WARPS; w++) total += squares[w];
-    norms[slot * norm_stride + position] = total == 0.f ? 1.f : __fsqrt_rn(total);
+    norms[slot * norm_stride + position] = total == 0.f ? 1.f : total * rsqrtf(total);
   }
 }

@@ -138,8 +138,9 @@ class Cuda(Reference):
         at, (k, v, _) = self._indices(batch, layer), new
         heads = raw.Heads(k.shape[1], k.shape[1], k.shape[2])  # q heads play no part here
         strides = k.strides[0] // 2, v.strides[0] // 2
-        self.run(raw.pack_bulk(heads, scheme, k, v, at.firsts, at.slots, at.starts, at.counts, layer, max(batch.counts), *strides))
-        self.run(raw.fill_window(heads, scheme, k, v, at.firsts, at.slots, at.starts, at.counts, layer, *strides))
+        new = raw.Arrivals(k, v, *strides, at.firsts, at.slots, at.starts, at.counts, max(batch.counts))
+        self.run(raw.pack_bulk(heads, scheme, new, layer))
+        self.run(raw.fill_window(heads, scheme, new, layer))
 
     def packed(self, layer: dict[str, Array], slot: int, tokens: int, scheme: Scheme) -> tuple[Array, Array]:
         if "pages" not in layer:

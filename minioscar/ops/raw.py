@@ -80,15 +80,36 @@ def layout_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
 # --- rotate, scale, append; pack
 
 
-def rotate_scale(heads: Heads, qkv: Array, positions: Array, cos: Array, sin: Array, q_out: Array, *, rotate: bool, k_out: Array | None = None,
-                 keys: Array | None = None, values: Array | None = None, places: int = WINDOW, slots: Array | None = None, norms: Array | None = None,
-                 norm_stride: int = 0, q_weight: Array | None = None, k_weight: Array | None = None, eps: float = 0.0) -> Launch:  # fmt: skip
+def rotate_scale(
+    heads: Heads, qkv: Array, positions: Array, cos: Array, sin: Array, q_out: Array, *, rotate: bool, k_out: Array | None = None,
+    keys: Array | None = None, values: Array | None = None, places: int = WINDOW, slots: Array | None = None,
+    norms: Array | None = None, norm_stride: int = 0, q_weight: Array | None = None, k_weight: Array | None = None, eps: float = 0.0,
+) -> Launch:
     """qkv [tokens, (q_heads + 2 kv_heads) * d] -> q_out, and K' to k_out, or K' and V to their place in keys, values."""
     tokens = positions.shape[0]
     others = heads.q_heads + (heads.kv_heads if k_out is None else 0)
-    args = (qkv, q_weight, k_weight, cos, sin, positions, slots, q_out, k_out, keys, values, norms,
-            *map(np.int32, (heads.q_heads, heads.kv_heads, places, norm_stride, rotate)), np.float32(eps))  # fmt: skip
+    sizes = map(np.int32, (heads.q_heads, heads.kv_heads, places, norm_stride, rotate))
+    args = (qkv, q_weight, k_weight, cos, sin, positions, slots, q_out, k_out, keys, values, norms, *sizes, np.float32(eps))
     return Launch("rotate_scale.cu", "rotate_scale", (f"HEAD_DIM={heads.head_dim}",), (tokens, 1 + -(-others // 8)), 256, args)
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Tokens of a prefill on their way into the cache. Row slots[s] held starts[s] tokens and gets counts[s], at most `most`.
+
+    They are rows first_rows[s] ... of keys and values, bf16 [rows, kv_heads, d] whose rows are key_stride, value_stride numbers apart.
+    first_rows, slots (None: row s), starts and counts are int32 [sequences] on the device.
+    """
+
+    keys: Array
+    values: Array
+    key_stride: int
+    value_stride: int
+    first_rows: Array
+    slots: Array | None
+    starts: Array
+    counts: Array
+    most: int
 
 
 def pack_step(heads: Heads, scheme: Scheme, lengths: Array, cache: dict[str, Array], layers: int = 1) -> Launch:
@@ -96,34 +117,33 @@ def pack_step(heads: Heads, scheme: Scheme, lengths: Array, cache: dict[str, Arr
 
     With layers > 1 every array of the cache has one more axis in front and all layers are packed in this one launch.
     """
-    return _pack(heads, scheme, None, None, None, None, lengths, None, cache, 2, layers)
+    nothing = Arrivals(None, None, 0, 0, None, None, lengths, None, 1)
+    return _pack(heads, scheme, nothing, cache, WINDOW // PAGE_TOKENS, layers)
 
 
-def pack_bulk(heads: Heads, scheme: Scheme, keys: Array, values: Array, first_rows: Array, slots: Array | None, starts: Array, counts: Array,
-              cache: dict[str, Array], most: int, key_stride: int, value_stride: int) -> Launch:  # fmt: skip
-    """After a prefill: row slots[s] held starts[s] tokens and got counts[s] (at most `most`), rows first_rows[s] ... of keys and values."""
-    pages = (WINDOW - 1 + most) // WINDOW * (WINDOW // PAGE_TOKENS)
-    return _pack(heads, scheme, keys, values, first_rows, slots, starts, counts, cache, max(pages, 1), 1, key_stride, value_stride)
+def pack_bulk(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Array]) -> Launch:
+    """After a prefill: packs every block that is full now, from the window and from the new tokens."""
+    return _pack(heads, scheme, new, cache, max((WINDOW - 1 + new.most) // WINDOW, 1) * (WINDOW // PAGE_TOKENS), 1)
 
 
-def _pack(heads: Heads, scheme: Scheme, keys: Any, values: Any, first_rows: Any, slots: Any, starts: Array, counts: Any, cache: dict[str, Array],
-          pages: int, layers: int, key_stride: int = 0, value_stride: int = 0) -> Launch:  # fmt: skip
-    norms = cache.get("norms")
-    sizes = (key_stride, value_stride, cache["pages"].shape[-4], heads.kv_heads, norms.shape[-1] if norms is not None else 0,
-             cache["pages"].shape[-2], scheme.sinks)  # fmt: skip
+def _pack(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Array], pages: int, layers: int) -> Launch:
+    norms, where = cache.get("norms"), cache["pages"].shape
+    norm_stride = 0 if norms is None else norms.shape[-1]
+    sizes = (new.key_stride, new.value_stride, where[-4], heads.kv_heads, norm_stride, where[-2], scheme.sinks)
     factors = (scheme.shrink, scheme.shrink / ((2**scheme.bits - 1) / 2))
-    args = (keys, values, first_rows, slots, starts, counts, *(cache[n] for n in ("window_keys", "window_values")),
-            *(cache.get(n) for n in ("sink_keys", "sink_values")), norms, cache["pages"], *map(np.int32, sizes), *map(np.float32, factors))  # fmt: skip
-    grid = pages, layers * heads.kv_heads, starts.shape[0]
+    kept = (cache.get(name) for name in ("window_keys", "window_values", "sink_keys", "sink_values", "norms", "pages"))
+    numbers = *map(np.int32, sizes), *map(np.float32, factors)
+    args = (new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts, *kept, *numbers)
+    grid = pages, layers * heads.kv_heads, new.starts.shape[0]
     return Launch("pack.cu", "pack", layout_defines(scheme, heads.head_dim), grid, 2 * heads.head_dim, args)
 
 
-def fill_window(heads: Heads, scheme: Scheme, keys: Array, values: Array, first_rows: Array, slots: Array | None, starts: Array, counts: Array,
-                cache: dict[str, Array], key_stride: int, value_stride: int) -> Launch:  # fmt: skip
+def fill_window(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Array]) -> Launch:
     """After `pack_bulk`: the tokens behind the last full block."""
-    args = (keys, values, first_rows, slots, starts, counts, cache["window_keys"], cache["window_values"],
-            *map(np.int32, (key_stride, value_stride, heads.kv_heads)))  # fmt: skip
-    return Launch("pack.cu", "fill_window", layout_defines(scheme, heads.head_dim), (heads.kv_heads, starts.shape[0]), 256, args)
+    sizes = map(np.int32, (new.key_stride, new.value_stride, heads.kv_heads))
+    window = cache["window_keys"], cache["window_values"]
+    args = (new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts, *window, *sizes)
+    return Launch("pack.cu", "fill_window", layout_defines(scheme, heads.head_dim), (heads.kv_heads, new.starts.shape[0]), 256, args)
 
 
 # --- decode attention
@@ -171,8 +191,10 @@ def shared_bytes(head_dim: int, scheme: Scheme, p: Plan, batch: int) -> int:
     return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * (2 * batch + 1)
 
 
-def decode_attention(heads: Heads, scheme: Scheme, p: Plan, q: Array, cache: dict[str, Array], lengths: Array, out: Array, lse: Array | None,
-                     workspace: Array, arrived: Array, *, added: int = 1, scale: float | None = None) -> Launch:  # fmt: skip
+def decode_attention(
+    heads: Heads, scheme: Scheme, p: Plan, q: Array, cache: dict[str, Array], lengths: Array, out: Array, lse: Array | None,
+    workspace: Array, arrived: Array, *, added: int = 1, scale: float | None = None,
+) -> Launch:
     """q [batch, q_heads, d] bf16 -> out, bf16 or float32, over lengths[b] + added tokens of each row.
 
     workspace float32 [p.workspace_floats(d)], arrived int32 [batch * kv_heads * p.share], zero (and zero again afterwards); lse float32
@@ -186,7 +208,8 @@ def decode_attention(heads: Heads, scheme: Scheme, p: Plan, q: Array, cache: dic
     if not scheme.quantized:
         sizes = (batch, heads.kv_heads, p.share, cache["keys"].shape[-2], added)
         args = (q, cache["keys"], cache["values"], *results, *map(np.int32, sizes), scale_log2)
-        return Launch("decode_attention_bf16.cu", "decode_attention_bf16", (f"HEAD_DIM={d}", *macros), (p.blocks,), p.warps * 32, args, shared)
+        defines = (f"HEAD_DIM={d}", *macros)
+        return Launch("decode_attention_bf16.cu", "decode_attention_bf16", defines, (p.blocks,), p.warps * 32, args, shared)
     norms = cache.get("norms")
     sizes = (batch, heads.kv_heads, p.share, cache["pages"].shape[-2], norms.shape[-1] if norms is not None else 0, scheme.sinks, added)
     named = (cache.get(n) for n in ("sink_keys", "sink_values", "window_keys", "window_values"))
@@ -216,17 +239,17 @@ def source(name: str) -> str:
 
 
 @cache
-def kernel(file: str, name: str, defines: tuple[str, ...], shared: int) -> Any:
-    """The compiled kernel, allowed `shared` bytes of dynamic shared memory."""
+def kernel(file: str, name: str, defines: tuple[str, ...]) -> Any:
+    """The compiled kernel, allowed all the dynamic shared memory that a block may have."""
     import cupy
 
     function = cupy.RawModule(code=source(file), options=("-std=c++17", *(f"-D{d}" for d in defines))).get_function(name)
-    if shared > 48 * 1024:
-        function.max_dynamic_shared_size_bytes = shared
+    most = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+    function.max_dynamic_shared_size_bytes = most - function.shared_size_bytes
     return function
 
 
 def run(launch: Launch) -> None:
     """On CuPy's current device and stream."""
     args = tuple(np.uintp(0) if a is None else a for a in launch.args)
-    kernel(launch.source, launch.name, launch.defines, launch.shared)(launch.grid, (launch.block,), args, shared_mem=launch.shared)
+    kernel(launch.source, launch.name, launch.defines)(launch.grid, (launch.block,), args, shared_mem=launch.shared)
