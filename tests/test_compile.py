@@ -40,7 +40,7 @@ def launches(capability: int, everything: bool) -> dict[str, tuple[str, tuple[st
         launch = attention(kv, dim, together, capability)
         found[f"{launch.name} {kv} d{dim} {together}"] = launch.source, launch.defines, launch.block
     for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
-        found[f"pack {kv} d{dim}"] = "pack.cu", raw.layout_defines(SCHEMES[kv], dim), 2 * dim
+        found[f"pack {kv} d{dim}"] = "pack.cu", raw.layout_defines(SCHEMES[kv], dim), dim
     for dim in (128, *((64, 80, 96, 256) if everything else ())):
         found[f"rotate_scale d{dim}"] = "rotate_scale.cu", (f"HEAD_DIM={dim}",), 256
     return found
