@@ -144,6 +144,12 @@ struct Cursor {
   const float* norms;         // of its tokens
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 // Per-warp ring of units in shared memory, filled STAGES ahead, and the q of the heads that these units are of.
 struct Ring {
   unsigned char *slots, *queries;
@@ -164,18 +170,23 @@ struct Ring {
   __device__ __forceinline__ unsigned char* slot_at(int slot) const { return slots + slot * UNIT_BYTES; }
   __device__ __forceinline__ unsigned char* query_at(int number) const { return queries + number % STAGES * Q_BYTES; }
 
-  // Starts copies of `bytes` in all into a slot: copies(copy) calls copy(to, from, n), all multiples of 16.
-  template <class Copies>
-  __device__ __forceinline__ void fill(int slot, int bytes, Copies copies) {
+  // Starts the copies that fill a slot, all sizes multiples of 16 bytes and perhaps 0.
+  template <int N>
+  __device__ __forceinline__ void fill(int slot, const Copy (&copies)[N]) {
 #if BULK_COPIES
     if (elect_one()) {
+      int bytes = 0;
+#pragma unroll
+      for (int i = 0; i < N; i++) bytes += copies[i].bytes;
       mbarrier_arrive_expect_tx(&barriers[slot], bytes);
-      copies([&](void* to, const void* from, int n) { bulk_copy(to, from, n, &barriers[slot], policy); });
+#pragma unroll
+      for (int i = 0; i < N; i++)
+        if (copies[i].bytes) bulk_copy(copies[i].to, copies[i].from, copies[i].bytes, &barriers[slot], policy);
     }
 #else
-    copies([&](void* to, const void* from, int n) {
-      for (int i = threadIdx.x % 32 * 16; i < n; i += 512) cp_async_16((char*)to + i, (const char*)from + i);
-    });
+#pragma unroll
+    for (int k = 0; k < N; k++)
+      for (int i = threadIdx.x % 32 * 16; i < copies[k].bytes; i += 512) cp_async_16((char*)copies[k].to + i, (const char*)copies[k].from + i);
 #endif
   }
   __device__ __forceinline__ void end() {  // after the copies of a slot, or where there are none left

@@ -68,11 +68,9 @@ struct Pages {
   }
   __device__ __forceinline__ void copy_page(Ring& ring, int slot, const Cursor& at, const bf16* q) const {
     unsigned char* to = ring.slot_at(slot);
-    ring.fill(slot, UNIT_BYTES + (q ? Q_BYTES : 0), [&](auto copy) {
-      copy(to, at.page + (size_t)at.unit * PAGE_BYTES, PAGE_BYTES);
-      if (SCALED) copy(to + PAGE_BYTES, at.norms + at.unit * PAGE_TOKENS, 256);
-      if (q) copy(ring.query_at(at.number), q, Q_BYTES);
-    });
+    ring.fill(slot, {{to, at.page + (size_t)at.unit * PAGE_BYTES, PAGE_BYTES},
+                     {to + PAGE_BYTES, at.norms + at.unit * PAGE_TOKENS, SCALED ? 256 : 0},
+                     {ring.query_at(at.number), q, q ? Q_BYTES : 0}});
   }
   struct Tile { int first, valid; bool sink; };
   __device__ __forceinline__ Tile tile(const Cursor& at) const {
@@ -86,11 +84,9 @@ struct Pages {
     const size_t from = ((size_t)(at.row * kv_heads + at.head / SHARE) * (t.sink ? sinks : WINDOW) + t.first) * D;
     const int n = t.valid * D * 2;
     unsigned char* to = ring.slot_at(slot);
-    ring.fill(slot, 2 * n + (q ? Q_BYTES : 0), [&](auto copy) {
-      copy(to, (t.sink ? sink_keys : window_keys) + from, n);
-      copy(to + TILE_TOKENS * D * 2, (t.sink ? sink_values : window_values) + from, n);
-      if (q) copy(ring.query_at(at.number), q, Q_BYTES);
-    });
+    ring.fill(slot, {{to, (t.sink ? sink_keys : window_keys) + from, n},
+                     {to + TILE_TOKENS * D * 2, (t.sink ? sink_values : window_values) + from, n},
+                     {ring.query_at(at.number), q, q ? Q_BYTES : 0}});
   }
   __device__ __forceinline__ static Query load_query(const unsigned char* q) {
     Query query;

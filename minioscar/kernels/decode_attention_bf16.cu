@@ -20,11 +20,7 @@ struct Tiles {
     const size_t from = ((size_t)(at.row * kv_heads + at.head / SHARE) * capacity + at.unit * TILE_TOKENS) * D;
     const int n = valid(at) * D * 2;
     unsigned char* to = ring.slot_at(slot);
-    ring.fill(slot, 2 * n + (q ? Q_BYTES : 0), [&](auto copy) {
-      copy(to, keys + from, n);
-      copy(to + TILE_TOKENS * D * 2, values + from, n);
-      if (q) copy(ring.query_at(at.number), q, Q_BYTES);
-    });
+    ring.fill(slot, {{to, keys + from, n}, {to + TILE_TOKENS * D * 2, values + from, n}, {ring.query_at(at.number), q, q ? Q_BYTES : 0}});
   }
   __device__ __forceinline__ static Query load_query(const unsigned char*) { return {}; }
   __device__ __forceinline__ void attend_page(State&, const Query&, const unsigned char*, int) const {}
