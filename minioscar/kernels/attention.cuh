@@ -246,6 +246,7 @@ constexpr int AT_Q = BLOCK_WARPS * RING_BYTES, AT_PARTS = AT_Q + BLOCK_WARPS * S
 constexpr int AT_HEADS = AT_ML + BLOCK_WARPS * 2 * Q_PER_KV * 8, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16;
 constexpr int AT_ROWS = AT_BARRIERS + BLOCK_WARPS * STAGES * 8;
 static_assert(RING_BYTES >= PART_BYTES && UNIT_BYTES % 16 == 0, "the last part goes into the drained ring");
+static_assert(2 * BLOCK_WARPS <= 32, "a lane a part");
 
 __device__ __forceinline__ float* part_o(unsigned char* smem, int part) {  // part 2w: first of warp w, 2w + 1: its last
   return (float*)(part % 2 ? smem + part / 2 * RING_BYTES : smem + AT_PARTS + part / 2 * PART_BYTES);
@@ -334,19 +335,18 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   int* part_head = (int*)(smem + AT_HEADS);
   Ring ring;
   ring.setup(smem + warp * RING_BYTES, smem + AT_Q + warp * STAGES * Q_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
-  for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
   if (lane < 2) part_head[2 * warp + lane] = -1;
-  __syncthreads();
   if (warp == 0) {
     int sum = 0;
     for (int b = lane; b < batch + lane; b += 32) {  // as many rounds for every lane
-      int n = b < batch && tokens[b] > 0 ? units.count(tokens[b]) * heads : 0, upto = n;
+      const int length = b < batch ? lengths[b] + added : 0, n = length > 0 ? units.count(length) * heads : 0;
+      int upto = n;
 #pragma unroll
       for (int below = 1; below < 32; below *= 2) {
         const int other = __shfl_up_sync(FULL, upto, below);
         if (lane >= below) upto += other;
       }
-      if (b < batch) first[b] = sum + upto - n;
+      if (b < batch) first[b] = sum + upto - n, tokens[b] = length;
       sum += __shfl_sync(FULL, upto, 31);
     }
     if (lane == 0) first[batch] = sum;
@@ -355,8 +355,9 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
 
   const Walk<Units> walk = {units, first, tokens, batch, heads};
   const int total = first[batch];
-  const int busy = min(blocks, max(total, 1)), each = total / busy, over = total - each * busy;  // the first blocks have at least one unit
-  auto begin_of = [&](int b) { b = min(b, busy); return each * b + over * b / busy; };         // total * b / busy in 32 bits
+  const int each = total / blocks, longer = total - each * blocks;  // the first `longer` blocks have one more
+  auto begin_of = [&](int b) { return each * b + min(b, longer); };
+  auto owner = [&](int x) { return x < longer * (each + 1) ? x / (each + 1) : longer + (x - longer * (each + 1)) / each; };  // of a unit
   const int lo = begin_of(block), hi = begin_of(block + 1);
   const int begin = lo + warp * (hi - lo) / BLOCK_WARPS, end = lo + (warp + 1) * (hi - lo) / BLOCK_WARPS;
 
@@ -384,12 +385,6 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
       const Cursor where = walk.locate(x);
       const int head_lo = x - where.unit, head_hi = head_lo + where.units;
       if ((head_lo < lo || head_hi > hi) && !(lane && head_lo <= lo)) {
-        auto owner = [&](int y) {  // the last block that begins at y or before
-          int b = min(busy - 1, (int)((float)y * busy / total));
-          while (begin_of(b) > y) b--;
-          while (begin_of(b + 1) <= y) b++;
-          return b;
-        };
         mine.head = where.row * heads + where.head, mine.from = owner(head_lo), mine.blocks = owner(head_hi - 1) - mine.from + 1;
         mine.first = 2 * mine.from + (begin_of(mine.from) < head_lo);
       }
@@ -433,23 +428,31 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
       for (int i = threadIdx.x; i < heads * OUT; i += BLOCK_WARPS * 32) to.out[(size_t)b * heads * OUT + i] = to_output(0.f);
   __syncthreads();
 
-  for (int k = 0, next; k < 2 * BLOCK_WARPS; k = next) {  // the parts are in list order, so those of a head are neighbours
-    const int head = part_head[k];
-    next = k + 1;
-    if (head < 0) continue;
-    while (next < 2 * BLOCK_WARPS && (part_head[next] == head || part_head[next] < 0)) next++;
+  // Parts are in list order, so those of a head are neighbours: a head begins where the part before, of those that there are, is another's.
+  const int own = lane < 2 * BLOCK_WARPS ? part_head[lane] : -1;
+  const unsigned there = __ballot_sync(FULL, own >= 0), below = there & ((1u << lane) - 1);
+  const int previous = __shfl_sync(FULL, own, below ? 31 - __clz(below) : lane);
+  for (unsigned begins = __ballot_sync(FULL, own >= 0 && !(below && previous == own)); begins; begins &= begins - 1) {
+    const int k = __ffs(begins) - 1, head = __shfl_sync(FULL, own, k);
+    const unsigned later = begins & (begins - 1), parts = there & ~((1u << k) - 1) & (later ? (later & -later) - 1 : FULL);
     const bool at_begin = shared[0].blocks && shared[0].head == head, at_end = shared[1].blocks && shared[1].head == head;
     for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
       const int q_head = i / (D / 2), channel = i % (D / 2) * 2;
       const float2* ml = (const float2*)(smem + AT_ML) + q_head;
+      float2 of[2 * BLOCK_WARPS];
       float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
-      for (int p = k; p < next; p++)
-        if (part_head[p] >= 0) m = fmaxf(m, ml[p * Q_PER_KV].x);
-      for (int p = k; p < next; p++) {
-        if (part_head[p] < 0) continue;
-        const float f = ex2(ml[p * Q_PER_KV].x - m);
-        const float2 v = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel);
-        l += f * ml[p * Q_PER_KV].y, a0 += f * v.x, a1 += f * v.y;
+#pragma unroll
+      for (int p = 0; p < 2 * BLOCK_WARPS; p++) {
+        of[p] = make_float2(LOWEST, 0.f);
+        if (parts >> p & 1) of[p] = ml[p * Q_PER_KV];
+        m = fmaxf(m, of[p].x);
+      }
+#pragma unroll
+      for (int p = 0; p < 2 * BLOCK_WARPS; p++) {
+        float2 v = make_float2(0.f, 0.f);
+        if (parts >> p & 1) v = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel);
+        const float f = ex2(of[p].x - m);
+        l += f * of[p].y, a0 += f * v.x, a1 += f * v.y;
       }
       if (at_begin || at_end) {
         const Shared& mine = shared[at_begin ? 0 : 1];
