@@ -61,7 +61,8 @@ constexpr float EMPTY = 8388608.f;  // 2^23
 template <bool CENTRED>
 struct Coder {
   float minimum, step, low, middle;
-  __device__ __forceinline__ explicit Coder(const Stored& g) : minimum(g.minimum), step(g.step) {
+  Divisor divisor;
+  __device__ __forceinline__ explicit Coder(const Stored& g) : minimum(g.minimum), step(g.step), divisor(g.step == 0.f ? 1.f : g.step) {
     low = CENTRED ? -step : 0.5f * step, middle = CENTRED ? -5.9604645e-8f * step : 1.5f * step;
     if (step == 0.f) low = middle = __uint_as_float(0x7f800000u);
   }
@@ -73,7 +74,7 @@ struct Coder {
       half = __fmaf_rn(upper, 2.f * weight, half);
       half = __fmaf_rn(set_gt(__fmaf_rn(upper, -2.f * step, d), low), weight, half);
     } else {
-      const float y = __fadd_rn(Divisor(step == 0.f ? 1.f : step).divide(d), CENTRED ? TOP * 0.5f : 0.f);
+      const float y = __fadd_rn(divisor.divide(d), CENTRED ? TOP * 0.5f : 0.f);
       const float code = __fsub_rn(__fadd_rn(fminf(fmaxf(y, 0.f), (float)TOP), EMPTY), EMPTY);  // 2^23 + y rounds y to even
       half = __fmaf_rn(step == 0.f ? 0.f : code, weight, half);
     }
