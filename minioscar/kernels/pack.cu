@@ -83,7 +83,8 @@ struct Coder {
 
 // A word of codes is gathered as two float32 numbers, 16 bits above 2^23: sums of codes are exact, and their bits are the word's.
 struct Word {
-  float halves[2] = {EMPTY, EMPTY};
+  float halves[2];
+  __device__ __forceinline__ void clear() { halves[0] = halves[1] = EMPTY; }  // no initializers: nvcc 13.0 forgets them in arrays of arrays
   __device__ __forceinline__ uint32_t bits() const { return __byte_perm(__float_as_uint(halves[0]), __float_as_uint(halves[1]), 0x5410); }
 };
 
@@ -157,6 +158,10 @@ __device__ __forceinline__ void pack_keys(const Source& from, int first, int chu
   }
   Word words[8 / TILES][4];
 #pragma unroll
+  for (int i = 0; i < 8 / TILES; i++)
+#pragma unroll
+    for (int w = 0; w < 4; w++) words[i][w].clear();
+#pragma unroll
   for (int g = 0; g < KEY_GROUPS; g++) {
     constexpr int N = 8 / KEY_GROUPS;  // of a lane's 8 tokens
     Row low = rows[N * g], high = rows[N * g];
@@ -202,6 +207,8 @@ __device__ __forceinline__ void pack_values(const Source& from, int first, int p
   for (int load = 0; load < 8 / TILES; load++) {
     constexpr int UNITS = TILES / 2;
     Word words[4];
+#pragma unroll
+    for (int w = 0; w < 4; w++) words[w].clear();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       Row rows[UNITS];
