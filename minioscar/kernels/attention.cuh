@@ -204,7 +204,14 @@ struct Ring {
   }
 };
 
-// Units: enter(cursor) sets what hangs on the sequence and head; copy_page(ring, slot, cursor, q or null) and copy_tile
+// x / n for 0 <= x < 2^24 and quotients below 2^20: a division that does not take a hundred clocks.
+__device__ __forceinline__ int quotient(int x, int n) {
+  int q = (int)((float)x * rcp_approx((float)n));  // off by one at the most
+  if (q * n > x) q--;
+  return (q + 1) * n <= x ? q + 1 : q;
+}
+
+// Units: count(tokens) of a sequence's heads; enter(cursor) sets what hangs on the sequence and head; copy_page(ring, slot, cursor, q or null) and copy_tile
 // copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, q, cursor) take a page and a tile in; unit_scale(j),
 // zero_term(state, j) and half_of(j) turn sums into numbers true to scale: of the column half that knows tile j.
 template <class Units>
@@ -220,9 +227,10 @@ struct Walk {
       const int middle = (row + end) / 2;
       if (first[middle] <= x) row = middle; else end = middle;
     }
+    x -= first[row];
     Cursor at = {row, 0, 0, 0, 0, tokens[row]};
-    units.enter(at);
-    at.head = (x - first[row]) / at.units, at.unit = x - first[row] - at.head * at.units;
+    const int n = units.count(at.tokens);
+    at.head = quotient(x, n), at.unit = x - at.head * n;
     units.enter(at);
     return at;
   }
@@ -355,9 +363,9 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
 
   const Walk<Units> walk = {units, first, tokens, batch, heads};
   const int total = first[batch];
-  const int each = total / blocks, longer = total - each * blocks;  // the first `longer` blocks have one more
+  const int each = quotient(total, blocks), longer = total - each * blocks;  // the first `longer` blocks have one more
   auto begin_of = [&](int b) { return each * b + min(b, longer); };
-  auto owner = [&](int x) { return x < longer * (each + 1) ? x / (each + 1) : longer + (x - longer * (each + 1)) / each; };  // of a unit
+  auto owner = [&](int x) { return x < longer * (each + 1) ? quotient(x, each + 1) : longer + quotient(x - longer * (each + 1), each); };  // of a unit
   const int lo = begin_of(block), hi = begin_of(block + 1);
   const int begin = lo + warp * (hi - lo) / BLOCK_WARPS, end = lo + (warp + 1) * (hi - lo) / BLOCK_WARPS;
 
@@ -374,7 +382,7 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
     }
     ring.end();
   };
-#pragma unroll
+#pragma unroll 1  // code that runs once is fetched once: less of it
   for (int slot = 0; slot < STAGES; slot++) request(slot);
 
   if (warp == 0 && lane < 2) {  // while the first units are on their way
@@ -439,20 +447,28 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
     for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
       const int q_head = i / (D / 2), channel = i % (D / 2) * 2;
       const float2* ml = (const float2*)(smem + AT_ML) + q_head;
-      float2 of[2 * BLOCK_WARPS];
       float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
+#pragma unroll 1
+      for (unsigned left = parts; left;) {
+        constexpr int BATCH = 4;  // loads that do not wait for each other
+        float2 of[BATCH], v[BATCH];
+        float highest = m;
 #pragma unroll
-      for (int p = 0; p < 2 * BLOCK_WARPS; p++) {
-        of[p] = make_float2(LOWEST, 0.f);
-        if (parts >> p & 1) of[p] = ml[p * Q_PER_KV];
-        m = fmaxf(m, of[p].x);
-      }
+        for (int u = 0; u < BATCH; u++) {
+          of[u] = make_float2(LOWEST, 0.f), v[u] = make_float2(0.f, 0.f);
+          if (left) {
+            const int p = __ffs(left) - 1;
+            of[u] = ml[p * Q_PER_KV], v[u] = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel);
+          }
+          highest = fmaxf(highest, of[u].x), left &= left - 1;
+        }
+        const float f = ex2(m - highest);
+        m = highest, l *= f, a0 *= f, a1 *= f;
 #pragma unroll
-      for (int p = 0; p < 2 * BLOCK_WARPS; p++) {
-        float2 v = make_float2(0.f, 0.f);
-        if (parts >> p & 1) v = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel);
-        const float f = ex2(of[p].x - m);
-        l += f * of[p].y, a0 += f * v.x, a1 += f * v.y;
+        for (int u = 0; u < BATCH; u++) {
+          const float g = ex2(of[u].x - m);
+          l += g * of[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
+        }
       }
       if (at_begin || at_end) {
         const Shared& mine = shared[at_begin ? 0 : 1];
