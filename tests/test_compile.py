@@ -26,7 +26,7 @@ def attention(kv: str, dim: int, together: int, capability: int) -> raw.Launch:
     plan = raw.plan(heads, scheme, 1, MULTIPROCESSORS, capability)
     cache = {name: np.empty((1, 1, 1, 1), np.uint8) for name in ("keys", "values", "pages", "norms")}
     out = np.empty(1, np.uint16)
-    return raw.decode_attention(heads, scheme, plan, out, cache, np.empty(1, np.int32), out, None, None, None)
+    return raw.decode_attention(heads, scheme, plan, out, cache, np.empty(1, np.int32), None, out, None, None, None)
 
 
 def launches(capability: int, everything: bool) -> dict[str, tuple[str, tuple[str, ...], int]]:

@@ -108,7 +108,9 @@ def run(
     workspace = device.empty(plan.workspace_floats(d), np.float32)
     arrived = device.array(np.zeros(batch * KV_HEADS * plan.share, np.int32))
     known = device.array(np.array(lengths, np.int32) - 1)
-    device.run(raw.decode_attention(heads, scheme, plan, device.array(q), cache, known, out, lse, workspace, arrived), arch, order)
+    tasks = device.empty(plan.task_shape, np.int32)
+    device.run(raw.schedule(heads, scheme, plan, known, tasks), arch, order)
+    device.run(raw.decode_attention(heads, scheme, plan, device.array(q), cache, known, tasks, out, lse, workspace, arrived), arch, order)
     assert not device.numpy(arrived).any()
     expected = np.zeros(q.shape), np.zeros(q.shape[:2])
     for b, x in enumerate(sequences):

@@ -1,7 +1,8 @@
 // attention.cuh: what the two decode kernels share. The cache of all sequences is one long list of units, sequence after sequence, kv head
 // after kv head; a unit is what one warp copies and attends to at a time: a packed page of 64 tokens, or a tile of BF16 tokens of about as
-// many bytes. Every warp of the grid takes an equal, contiguous part of the list, found from the lengths in device memory, so a fixed grid
-// serves every step of a captured graph and sequences of unequal length. A warp copies STAGES units ahead into its own ring.
+// many bytes. Every warp of the grid takes an equal, contiguous part of the list. Which one, `schedule` finds from the lengths in device
+// memory, once a step for all layers; so a fixed grid serves every step of a captured graph and sequences of unequal length. A warp copies
+// STAGES units ahead into its own ring.
 //
 // A head that one warp has whole goes straight out; else the warps' parts meet in shared memory, the blocks' parts in `workspace`, where
 // the last block to arrive merges them. All merging is in list order: equal inputs give equal bits. No float atomics.
@@ -204,51 +205,91 @@ struct Ring {
   }
 };
 
-// x / n for 0 <= x < 2^24 and quotients below 2^20: a division that does not take a hundred clocks.
-__device__ __forceinline__ int quotient(int x, int n) {
-  int q = (int)((float)x * rcp_approx((float)n));  // off by one at the most
-  if (q * n > x) q--;
-  return (q + 1) * n <= x ? q + 1 : q;
+// Units: count(tokens) of a sequence's heads; enter(cursor) sets what hangs on the sequence and head; copy_page(ring, slot, cursor, q or
+// null) and copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, q,
+// cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j), zero_term(state, j) and half_of(j) turn sums
+// into numbers true to scale: of the column half that knows tile j.
+template <class Units>
+__device__ __forceinline__ void next_head(const Units& units, Cursor& at, const int* tokens, int batch, int heads) {
+  at.unit = 0, at.number++;
+  if (++at.head == heads) {
+    at.head = 0;
+    do at.row++; while (at.row < batch && tokens[at.row] <= 0);
+    if (at.row == batch) return;
+    at.tokens = tokens[at.row];
+  }
+  units.enter(at);
 }
 
-// Units: count(tokens) of a sequence's heads; enter(cursor) sets what hangs on the sequence and head; copy_page(ring, slot, cursor, q or null) and copy_tile
-// copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, q, cursor) take a page and a tile in; unit_scale(j),
-// zero_term(state, j) and half_of(j) turn sums into numbers true to scale: of the column half that knows tile j.
-template <class Units>
-struct Walk {
-  const Units& units;
-  const int* first;   // [batch + 1] number of each sequence's first unit
-  const int* tokens;  // [batch]
-  int batch, heads;
+// --- the schedule
 
-  __device__ __forceinline__ Cursor locate(int x) const {  // x < first[batch]
+// What a warp does: `count` units from unit `unit` of head `head` of sequence `row` on.
+struct Task { int row, head, unit, count; };
+// A head that this block shares with others, at its begin or its end: blocks from ... from + blocks - 1 have parts, the first of them at
+// `first` in the workspace. No such head: blocks = 0.
+struct Shared { int head, blocks, from, first; };
+// Of a block: its warps' tasks, then the two heads.
+constexpr int BLOCK_TASKS = BLOCK_WARPS + 2;
+
+// Grid (blocks of the attention kernel), BLOCK_WARPS * 32 threads, 4 * (2 * batch + 1) bytes of dynamic shared memory.
+template <class Units>
+__device__ __forceinline__ void schedule_block(const Units& units, const int* lengths, int added, int batch, int heads, int4* tasks) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  int* first = (int*)smem;  // [batch + 1] number of each sequence's first unit
+  int* tokens = first + batch + 1;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x, blocks = gridDim.x;
+  if (warp == 0) {
+    int sum = 0;
+    for (int b = lane; b < batch + lane; b += 32) {  // as many rounds for every lane
+      const int length = b < batch ? lengths[b] + added : 0, n = length > 0 ? units.count(length) * heads : 0;
+      int upto = n;
+#pragma unroll
+      for (int below = 1; below < 32; below *= 2) {
+        const int other = __shfl_up_sync(FULL, upto, below);
+        if (lane >= below) upto += other;
+      }
+      if (b < batch) first[b] = sum + upto - n, tokens[b] = length;
+      sum += __shfl_sync(FULL, upto, 31);
+    }
+    if (lane == 0) first[batch] = sum;
+  }
+  __syncthreads();
+  const int total = first[batch], each = total / blocks, longer = total - each * blocks;  // the first `longer` blocks have one more
+  auto begin_of = [&](int b) { return each * b + min(b, longer); };
+  auto owner = [&](int x) { return x < longer * (each + 1) ? x / (each + 1) : longer + (x - longer * (each + 1)) / each; };  // of a unit
+  auto locate = [&](int x) -> Task {  // x < total; count is that of the head
     int row = 0, end = batch;
     while (end - row > 1) {
       const int middle = (row + end) / 2;
       if (first[middle] <= x) row = middle; else end = middle;
     }
-    x -= first[row];
-    Cursor at = {row, 0, 0, 0, 0, tokens[row]};
-    const int n = units.count(at.tokens);
-    at.head = quotient(x, n), at.unit = x - at.head * n;
-    units.enter(at);
-    return at;
+    const int n = units.count(tokens[row]), head = (x - first[row]) / n;
+    return {row, head, x - first[row] - head * n, n};
+  };
+  const int lo = begin_of(block), hi = begin_of(block + 1), begin = lo + warp * (hi - lo) / BLOCK_WARPS;
+  const int count = lo + (warp + 1) * (hi - lo) / BLOCK_WARPS - begin;
+  if (lane == 0) {
+    const Task at = count ? locate(begin) : Task{0, 0, 0, 0};
+    tasks[block * BLOCK_TASKS + warp] = make_int4(at.row, at.head, at.unit, count);
   }
-  __device__ __forceinline__ void next_head(Cursor& at) const {
-    at.unit = 0, at.number++;
-    if (++at.head == heads) {
-      at.head = 0;
-      do at.row++; while (at.row < batch && first[at.row + 1] == first[at.row]);
-      if (at.row == batch) return;
-      at.tokens = tokens[at.row];
+  if (threadIdx.x < 2) {
+    Shared mine = {0, 0, 0, 0};
+    if (lo < hi) {
+      const int x = threadIdx.x ? hi - 1 : lo;
+      const Task where = locate(x);
+      const int head_lo = x - where.unit, head_hi = head_lo + where.count;
+      if ((head_lo < lo || head_hi > hi) && !(threadIdx.x && head_lo <= lo)) {
+        const int from = owner(head_lo);
+        mine = {where.row * heads + where.head, owner(head_hi - 1) - from + 1, from, 2 * from + (begin_of(from) < head_lo)};
+      }
     }
-    units.enter(at);
+    tasks[block * BLOCK_TASKS + BLOCK_WARPS + threadIdx.x] = make_int4(mine.head, mine.blocks, mine.from, mine.first);
   }
-};
+}
 
 // --- the parts of a head that several warps or blocks have
 
-// Shared memory: the warps' rings | their q | first parts | (m, l) of first and last parts | their heads | barriers | the sequences' first units
+// Shared memory: the warps' rings | their q | first parts | (m, l) of first and last parts | their heads | barriers | the sequences' tokens
 constexpr int RING_BYTES = STAGES * UNIT_BYTES, PART_BYTES = Q_PER_KV * HEAD_STRIDE * 4;
 constexpr int AT_Q = BLOCK_WARPS * RING_BYTES, AT_PARTS = AT_Q + BLOCK_WARPS * STAGES * Q_BYTES, AT_ML = AT_PARTS + BLOCK_WARPS * PART_BYTES;
 constexpr int AT_HEADS = AT_ML + BLOCK_WARPS * 2 * Q_PER_KV * 8, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16;
@@ -331,77 +372,44 @@ __device__ __forceinline__ void merge_blocks(const Results& to, int head, int fr
 // --- the walk over the list
 
 // lengths [batch]; a sequence has lengths[b] + added tokens, and none where that is not positive: its output is 0.
-// q [batch, heads, Q_PER_KV, D]. Dynamic shared memory: AT_ROWS + 4 * (2 * batch + 1) bytes.
+// q [batch, heads, Q_PER_KV, D]. Dynamic shared memory: AT_ROWS + 4 * batch bytes.
 template <class Units>
-__device__ __forceinline__ void attend(const Units& units, const bf16* q, const int* lengths, int added, int batch, int heads, const Results& to) {
+__device__ __forceinline__ void attend(const Units& units, const bf16* q, const int* lengths, const int4* tasks, int added, int batch, int heads,
+                                       const Results& to) {
   extern __shared__ __align__(128) unsigned char smem[];
-  struct Shared { int head, blocks, from, first, last; };
-  __shared__ Shared shared[2];  // the heads that this block shares with others: at its begin, at its end
+  __shared__ int4 shared_heads[2];
+  __shared__ int last[2];  // whether this block is the last to arrive at them
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x, blocks = gridDim.x;
-  int* first = (int*)(smem + AT_ROWS);
-  int* tokens = first + batch + 1;
+  int* tokens = (int*)(smem + AT_ROWS);
   int* part_head = (int*)(smem + AT_HEADS);
   Ring ring;
   ring.setup(smem + warp * RING_BYTES, smem + AT_Q + warp * STAGES * Q_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
+  const int4 task = tasks[block * BLOCK_TASKS + warp];
+  for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
+  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
   if (lane < 2) part_head[2 * warp + lane] = -1;
-  if (warp == 0) {
-    int sum = 0;
-    for (int b = lane; b < batch + lane; b += 32) {  // as many rounds for every lane
-      const int length = b < batch ? lengths[b] + added : 0, n = length > 0 ? units.count(length) * heads : 0;
-      int upto = n;
-#pragma unroll
-      for (int below = 1; below < 32; below *= 2) {
-        const int other = __shfl_up_sync(FULL, upto, below);
-        if (lane >= below) upto += other;
-      }
-      if (b < batch) first[b] = sum + upto - n, tokens[b] = length;
-      sum += __shfl_sync(FULL, upto, 31);
-    }
-    if (lane == 0) first[batch] = sum;
-  }
   __syncthreads();
 
-  const Walk<Units> walk = {units, first, tokens, batch, heads};
-  const int total = first[batch];
-  const int each = quotient(total, blocks), longer = total - each * blocks;  // the first `longer` blocks have one more
-  auto begin_of = [&](int b) { return each * b + min(b, longer); };
-  auto owner = [&](int x) { return x < longer * (each + 1) ? quotient(x, each + 1) : longer + quotient(x - longer * (each + 1), each); };  // of a unit
-  const int lo = begin_of(block), hi = begin_of(block + 1);
-  const int begin = lo + warp * (hi - lo) / BLOCK_WARPS, end = lo + (warp + 1) * (hi - lo) / BLOCK_WARPS;
-
-  int asked = begin;
-  Cursor ahead = {}, at = {};
-  if (begin < end) ahead = at = walk.locate(begin);
+  Cursor at = {task.x, task.y, task.z, 0, 0, 0, 0, nullptr, nullptr};
+  if (task.w) at.tokens = tokens[at.row], units.enter(at);
+  Cursor ahead = at;
+  int asked = 0;
   auto request = [&](int slot) {
-    if (asked < end) {
-      const bf16* head_q = asked == begin || ahead.unit == 0 ? q + (size_t)(ahead.row * heads + ahead.head) * OUT : nullptr;
+    if (asked < task.w) {
+      const bf16* head_q = asked == 0 || ahead.unit == 0 ? q + (size_t)(ahead.row * heads + ahead.head) * OUT : nullptr;
       if (ahead.unit < ahead.pages) units.copy_page(ring, slot, ahead, head_q);
       else units.copy_tile(ring, slot, ahead, head_q);
       asked++;
-      if (++ahead.unit == ahead.units) walk.next_head(ahead);
+      if (++ahead.unit == ahead.units) next_head(units, ahead, tokens, batch, heads);
     }
     ring.end();
   };
 #pragma unroll 1  // code that runs once is fetched once: less of it
   for (int slot = 0; slot < STAGES; slot++) request(slot);
 
-  if (warp == 0 && lane < 2) {  // while the first units are on their way
-    Shared& mine = shared[lane];
-    mine.blocks = 0, mine.last = 0;
-    if (lo < hi) {
-      const int x = lane ? hi - 1 : lo;
-      const Cursor where = walk.locate(x);
-      const int head_lo = x - where.unit, head_hi = head_lo + where.units;
-      if ((head_lo < lo || head_hi > hi) && !(lane && head_lo <= lo)) {
-        mine.head = where.row * heads + where.head, mine.from = owner(head_lo), mine.blocks = owner(head_hi - 1) - mine.from + 1;
-        mine.first = 2 * mine.from + (begin_of(mine.from) < head_lo);
-      }
-    }
-  }
-
   int slot = 0;
   uint32_t parity = 0;
-  for (int left = end - begin; left > 0;) {
+  for (int left = task.w; left > 0;) {
     const int stop = min(at.unit + left, at.units), pages_stop = min(stop, at.pages);  // this warp's units of this head
     const bool whole = at.unit == 0 && stop == at.units;
     left -= stop - at.unit;
@@ -420,6 +428,7 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
       units.attend_page(state, query, ring.slot_at(slot), at.unit);
       done();
     }
+    Units::finish_pages(state);
     for (; at.unit < stop; at.unit++) {
       ring.wait(slot, parity);
       units.attend(state, ring.slot_at(slot), own_q, at);
@@ -429,13 +438,14 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
     store_sums<Units>(state, smem, to, head, whole, part);
     if (!whole && lane == 0) part_head[part] = head;
     __syncwarp();
-    if (left) walk.next_head(at);
+    if (left) next_head(units, at, tokens, batch, heads);
   }
   for (int b = block; b < batch; b += blocks)
-    if (first[b] == first[b + 1])
+    if (tokens[b] <= 0)
       for (int i = threadIdx.x; i < heads * OUT; i += BLOCK_WARPS * 32) to.out[(size_t)b * heads * OUT + i] = to_output(0.f);
   __syncthreads();
 
+  const Shared* shared = (const Shared*)shared_heads;
   // Parts are in list order, so those of a head are neighbours: a head begins where the part before, of those that there are, is another's.
   const int own = lane < 2 * BLOCK_WARPS ? part_head[lane] : -1;
   const unsigned there = __ballot_sync(FULL, own >= 0), below = there & ((1u << lane) - 1);
@@ -486,12 +496,12 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   if (!shared[0].blocks && !shared[1].blocks) return;
   __syncthreads();
   if (threadIdx.x < 2 && shared[threadIdx.x].blocks) {
-    Shared& mine = shared[threadIdx.x];
-    mine.last = atomic_add_acq_rel(to.arrived + mine.head, 1) == mine.blocks - 1;
-    if (mine.last) to.arrived[mine.head] = 0;
+    const Shared& mine = shared[threadIdx.x];
+    last[threadIdx.x] = atomic_add_acq_rel(to.arrived + mine.head, 1) == mine.blocks - 1;
+    if (last[threadIdx.x]) to.arrived[mine.head] = 0;
   }
   __syncthreads();
   for (int e = 0; e < 2; e++)
-    if (shared[e].last) merge_blocks(to, shared[e].head, shared[e].from, shared[e].blocks, shared[e].first);
+    if (last[e]) merge_blocks(to, shared[e].head, shared[e].from, shared[e].blocks, shared[e].first);
 }
 #endif

@@ -22,6 +22,8 @@ constexpr int K_STEPS = D / 16;
 constexpr float LIFT = SCALED ? 32.f : 0.125f;  // keeps q * key_step in the normal range of fp16
 constexpr float ZERO = SYMMETRIC ? -((1 << BITS) - 1) / 2.f : 1.f;
 constexpr bool TWO_KEYS = HALVES == 2 && KEY_GROUPS == 2, TWO_VALUES = HALVES == 2 && VALUE_GROUPS > 1;
+// Whether all codes of a byte meet the same small operand: then they need not be separated (Codes).
+constexpr bool NESTED_KEYS = TWO_KEYS || KEY_GROUPS == 1, NESTED_VALUES = D % 64 == 0 && (TWO_VALUES || VALUE_GROUP == 64);
 constexpr int LANE_TILES = 4 / HALVES;                             // token tiles whose logits a lane takes
 constexpr int LANE_GROUPS = TWO_VALUES ? VALUE_PAIRS : VALUE_GROUPS;  // groups of values whose steps a lane multiplies p by
 static_assert(VALUE_GROUPS <= 8, "groups of values are rows of one MMA tile");
@@ -39,13 +41,25 @@ __device__ __forceinline__ constexpr float power_of_two(int n) { return (float)(
 __device__ __forceinline__ constexpr uint32_t half2_power_of_two(int n) { return (uint32_t)(15 + n) << 10 | (uint32_t)(15 + n) << 26; }
 __device__ __forceinline__ constexpr int group_of(int channel_tile) { return channel_tile * 16 / VALUE_GROUP; }
 
-__device__ __forceinline__ uint32_t masked(uint32_t word, int tile) { return word & (((1u << BITS) - 1) * 0x00010001u << (place(tile) * BITS)); }
-
-// The word of a tile: loaded with the first tile of its load, shifted for the places that masks do not reach.
-__device__ __forceinline__ void advance_word(uint4& word, const unsigned char* codes, int tile) {
-  if (tile % TILES == 0) word = ((const uint4*)codes)[tile / TILES * 32 + threadIdx.x % 32];
-  if (tile % TILES == PLACES) word.x >>= 8, word.y >>= 8, word.z >>= 8, word.w >>= 8;
-}
+// The operands of tiles 0, 1, 2 ... of one load after the other. A tile's codes, masked in place; or, nested, with those of the places below
+// them in the byte, whose product is then subtracted from this one: a mask fewer a byte, and no shift.
+template <bool NESTED>
+struct Codes {
+  uint4 bits;
+  __device__ __forceinline__ void advance(const unsigned char* codes, int tile) {
+    if (tile % TILES == 0) word = ((const uint4*)codes)[tile / TILES * 32 + threadIdx.x % 32];
+    if (tile % PLACES) return;
+    const bool upper = tile % TILES;
+    auto byte = [=](uint32_t w) { return !NESTED ? upper ? w >> 8 : w : upper ? __byte_perm(w, 0, 0x4341) : w & 0x00ff00ffu; };
+    bits.x = byte(word.x), bits.y = byte(word.y), bits.z = byte(word.z), bits.w = byte(word.w);
+  }
+  __device__ __forceinline__ static uint32_t operand(uint32_t bits, int tile) {
+    if (!NESTED) return bits & (((1u << BITS) - 1) * 0x00010001u << (place(tile) * BITS));
+    return place(tile) == PLACES - 1 ? bits : bits & ((1u << (place(tile) + 1) * BITS) - 1) * 0x00010001u;
+  }
+ private:
+  uint4 word;
+};
 
 struct Pages {
   const unsigned char* data;
@@ -104,6 +118,14 @@ struct Pages {
     const uint32_t bits = (uint32_t)(127 - 24 + BITS * value_place(j)) << 7;
     return bits | bits << 16;
   }
+  __device__ __forceinline__ static void finish_pages(State& state) {
+    if (!NESTED_VALUES) return;
+#pragma unroll
+    for (int j = CHANNEL_TILES - 1; j > 0; j--)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (j % PLACES) state.o[j][i] -= state.o[j - 1][i];
+  }
   __device__ __forceinline__ static int half_of(int j) { return VALUE_GROUPS > 1 ? group_of(j) % 2 : j % 2; }
   __device__ __forceinline__ static float2 zero_term(const State& state, int j) {
     const int from = value_group_place(group_of(j)) * 4 + threadIdx.x % 4;
@@ -119,7 +141,8 @@ struct Pages {
     const bool second = HALVES == 2 && c >= 2;                     // the half that this lane takes logits of
     const unsigned char* steps = data + KEY_STEP + c * 16 + (TWO_KEYS && r >= 4 ? 64 : 0);  // the half that its column of q is for
     float sum[4][4], minima[3 - KEY_GROUPS][4];
-    uint4 word = {}, low = {};
+    uint4 low = {};
+    Codes<NESTED_KEYS> codes;
 #pragma unroll
     for (int s = 0; s < K_STEPS; s++) {
       const uint32_t q0 = query.b[s][0], q1 = query.b[s][1];
@@ -137,11 +160,19 @@ struct Pages {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         const int tile = key_tile(j, s), g = TWO_KEYS ? 0 : j * 16 / KEY_GROUP;
-        advance_word(word, data, tile);
-        const uint32_t a0 = masked(word.x, tile), a1 = masked(word.y, tile), a2 = masked(word.z, tile), a3 = masked(word.w, tile);
+        codes.advance(data, tile);
+        const uint32_t a0 = codes.operand(codes.bits.x, tile), a1 = codes.operand(codes.bits.y, tile);
+        const uint32_t a2 = codes.operand(codes.bits.z, tile), a3 = codes.operand(codes.bits.w, tile);
         if (s) mma_m16n8k16_f16(sum[j], a0, a1, a2, a3, b[g][0], b[g][1]);
         else mma_m16n8k16_f16_fresh(sum[j], a0, a1, a2, a3, b[g][0], b[g][1]);
       }
+    }
+    if (NESTED_KEYS) {
+#pragma unroll
+      for (int j = 3; j > 0; j--)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (j % PLACES) sum[j][i] -= sum[j - 1][i];
     }
     if (KEY_GROUPS == 1) {
 #pragma unroll
@@ -214,7 +245,7 @@ struct Pages {
 
     constexpr uint32_t ONES = 0x3c003c00u;
     const int first = TWO_VALUES && r >= 4 ? VALUE_PAIRS : 0;  // where the groups that this lane's column is for begin
-    uint4 word = {};
+    Codes<NESTED_VALUES> codes;
 #pragma unroll
     for (int s = 0; s < 4; s++) {
       const unsigned char* params = data + (s * 4 + c) * VALUE_GROUPS * 8;
@@ -240,8 +271,10 @@ struct Pages {
 #pragma unroll
       for (int j = 0; j < CHANNEL_TILES; j++) {
         const int tile = value_tile(s, j), g = value_group_place(group_of(j)) % LANE_GROUPS;
-        advance_word(word, data + VALUE_CODES, tile);
-        mma_m16n8k16_f16(state.o[j], masked(word.x, tile), masked(word.y, tile), masked(word.z, tile), masked(word.w, tile), b[g][0], b[g][1]);
+        codes.advance(data + VALUE_CODES, tile);
+        const uint32_t a0 = codes.operand(codes.bits.x, tile), a1 = codes.operand(codes.bits.y, tile);
+        const uint32_t a2 = codes.operand(codes.bits.z, tile), a3 = codes.operand(codes.bits.w, tile);
+        mma_m16n8k16_f16(state.o[j], a0, a1, a2, a3, b[g][0], b[g][1]);
       }
     }
   }
@@ -250,9 +283,16 @@ struct Pages {
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
 decode_attention(const bf16* __restrict__ q, const unsigned char* __restrict__ pages, const float* __restrict__ norms,
                  const bf16* __restrict__ sink_keys, const bf16* __restrict__ sink_values, const bf16* __restrict__ window_keys,
-                 const bf16* __restrict__ window_values, const int* __restrict__ lengths, Output* __restrict__ out, float* __restrict__ lse,
-                 float* __restrict__ workspace, int* __restrict__ arrived, int batch, int kv_heads, int page_capacity,
+                 const bf16* __restrict__ window_values, const int* __restrict__ lengths, const int4* __restrict__ tasks, Output* __restrict__ out,
+                 float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived, int batch, int kv_heads, int page_capacity,
                  int norm_stride, int sinks, int added, float scale_log2) {
   attend(Pages{pages, norms, sink_keys, sink_values, window_keys, window_values, kv_heads, page_capacity, norm_stride, sinks, scale_log2},
-         q, lengths, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
+         q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
+schedule(const int* __restrict__ lengths, int4* __restrict__ tasks, int batch, int kv_heads, int sinks, int added) {
+  Pages pages = {};
+  pages.sinks = sinks;
+  schedule_block(pages, lengths, added, batch, kv_heads * SHARE, tasks);
 }

@@ -23,6 +23,7 @@ struct Tiles {
     ring.fill(slot, {{to, keys + from, n}, {to + TILE_TOKENS * D * 2, values + from, n}, {ring.query_at(at.number), q, q ? Q_BYTES : 0}});
   }
   __device__ __forceinline__ static Query load_query(const unsigned char*) { return {}; }
+  __device__ __forceinline__ static void finish_pages(State&) {}
   __device__ __forceinline__ void attend_page(State&, const Query&, const unsigned char*, int) const {}
   __device__ __forceinline__ void attend(State& state, const unsigned char* data, const unsigned char* q, const Cursor& at) const {
     attend_tile<Tiles>(state, data, q, valid(at), scale_log2);
@@ -35,7 +36,12 @@ struct Tiles {
 
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
 decode_attention_bf16(const bf16* __restrict__ q, const bf16* __restrict__ keys, const bf16* __restrict__ values, const int* __restrict__ lengths,
-                      Output* __restrict__ out, float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived,
+                      const int4* __restrict__ tasks, Output* __restrict__ out, float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived,
                       int batch, int kv_heads, int capacity, int added, float scale_log2) {
-  attend(Tiles{keys, values, kv_heads, capacity, scale_log2}, q, lengths, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
+  attend(Tiles{keys, values, kv_heads, capacity, scale_log2}, q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
+schedule(const int* __restrict__ lengths, int4* __restrict__ tasks, int batch, int kv_heads, int sinks, int added) {
+  schedule_block(Tiles{}, lengths, added, batch, kv_heads * SHARE, tasks);
 }

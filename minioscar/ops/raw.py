@@ -165,6 +165,11 @@ class Plan:
     def workspace_floats(self, head_dim: int) -> int:
         return 2 * self.blocks * self.q_per_kv * (head_dim + 2)
 
+    @property
+    def task_shape(self) -> tuple[int, int, int]:
+        """Of the schedule, int32: a row of four for every warp of a block and for the two heads that it shares (attention.cuh)."""
+        return self.blocks, self.warps + 2, 4
+
 
 def plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, capability: int) -> Plan:
     """The most warps whose rings of copies fit; a grid that cuts as few heads as possible."""
@@ -188,35 +193,44 @@ def shared_bytes(head_dim: int, scheme: Scheme, p: Plan, batch: int) -> int:
     """Dynamic shared memory of a decode kernel: attention.cuh, AT_ROWS and what follows."""
     ring = p.stages * (_unit_bytes(head_dim, scheme) + p.q_per_kv * head_dim * 2)
     heads = p.warps * (ring + p.q_per_kv * (head_dim + 8) * 4 + 2 * p.q_per_kv * 8 + 8)
-    return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * (2 * batch + 1)
+    return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * batch
+
+
+def schedule(heads: Heads, scheme: Scheme, p: Plan, lengths: Array, tasks: Array, *, added: int = 1) -> Launch:
+    """Which warp attends to what: lengths [batch] -> tasks int32 [p.task_shape], for every layer of one step."""
+    file, defines = _decode_source(heads, scheme, p, True)
+    args = (lengths, tasks, *map(np.int32, (lengths.shape[0], heads.kv_heads, scheme.sinks, added)))
+    return Launch(file, "schedule", defines, (p.blocks,), p.warps * 32, args, 4 * (2 * lengths.shape[0] + 1))
 
 
 def decode_attention(
-    heads: Heads, scheme: Scheme, p: Plan, q: Array, cache: dict[str, Array], lengths: Array, out: Array, lse: Array | None,
-    workspace: Array, arrived: Array, *, added: int = 1, scale: float | None = None,
+    heads: Heads, scheme: Scheme, p: Plan, q: Array, cache: dict[str, Array], lengths: Array, tasks: Array, out: Array,
+    lse: Array | None, workspace: Array, arrived: Array, *, added: int = 1, scale: float | None = None,
 ) -> Launch:
-    """q [batch, q_heads, d] bf16 -> out, bf16 or float32, over lengths[b] + added tokens of each row.
+    """q [batch, q_heads, d] bf16 -> out, bf16 or float32, over lengths[b] + added tokens of each row, as `schedule` has cut them.
 
     workspace float32 [p.workspace_floats(d)], arrived int32 [batch * kv_heads * p.share], zero (and zero again afterwards); lse float32
-    [batch, q_heads] or None. scale: of the logits, 1 / sqrt(d) unless given.
+    [batch, q_heads] or None, not written for a row without tokens. scale: of the logits, 1 / sqrt(d) unless given.
     """
-    d, batch = heads.head_dim, lengths.shape[0]
-    cut = f"Q_PER_KV={p.q_per_kv}", f"SHARE={p.share}", f"BLOCK_WARPS={p.warps}", f"STAGES={p.stages}"
-    macros = (*cut, f"OUT_BF16={out.dtype.itemsize == 2:d}")
+    d, batch, norms = heads.head_dim, lengths.shape[0], cache.get("norms")
     scale_log2 = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e))
-    results = (lengths, out, lse, workspace, arrived)
-    shared = shared_bytes(d, scheme, p, batch)
-    if not scheme.quantized:
+    results = (lengths, tasks, out, lse, workspace, arrived)
+    if scheme.quantized:
+        sizes = (batch, heads.kv_heads, cache["pages"].shape[-2], 0 if norms is None else norms.shape[-1], scheme.sinks, added)
+        named = (cache.get(n) for n in ("sink_keys", "sink_values", "window_keys", "window_values"))
+        args = (q, cache["pages"], norms, *named, *results, *map(np.int32, sizes), scale_log2)
+    else:
         sizes = (batch, heads.kv_heads, cache["keys"].shape[-2], added)
         args = (q, cache["keys"], cache["values"], *results, *map(np.int32, sizes), scale_log2)
-        defines = (f"HEAD_DIM={d}", *macros)
-        return Launch("decode_attention_bf16.cu", "decode_attention_bf16", defines, (p.blocks,), p.warps * 32, args, shared)
-    norms = cache.get("norms")
-    sizes = (batch, heads.kv_heads, cache["pages"].shape[-2], norms.shape[-1] if norms is not None else 0, scheme.sinks, added)
-    named = (cache.get(n) for n in ("sink_keys", "sink_values", "window_keys", "window_values"))
-    args = (q, cache["pages"], norms, *named, *results, *map(np.int32, sizes), scale_log2)
-    defines = (*layout_defines(scheme, d), *macros)
-    return Launch("decode_attention.cu", "decode_attention", defines, (p.blocks,), p.warps * 32, args, shared)
+    file, defines = _decode_source(heads, scheme, p, out.dtype.itemsize == 2)
+    return Launch(file, file.removesuffix(".cu"), defines, (p.blocks,), p.warps * 32, args, shared_bytes(d, scheme, p, batch))
+
+
+def _decode_source(heads: Heads, scheme: Scheme, p: Plan, out_bf16: bool) -> tuple[str, tuple[str, ...]]:
+    cut = f"Q_PER_KV={p.q_per_kv}", f"SHARE={p.share}", f"BLOCK_WARPS={p.warps}", f"STAGES={p.stages}", f"OUT_BF16={out_bf16:d}"
+    if scheme.quantized:
+        return "decode_attention.cu", (*layout_defines(scheme, heads.head_dim), *cut)
+    return "decode_attention_bf16.cu", (f"HEAD_DIM={heads.head_dim}", *cut)
 
 
 # --- on the card
