@@ -205,7 +205,7 @@ struct Ring {
   }
 };
 
-// Units: count(tokens) of a sequence's heads; enter(cursor) sets what hangs on the sequence and head; copy_page(ring, slot, cursor, q or
+// Units: count(tokens) of a sequence's heads; enter(cursor) sets pages and units from tokens, point(cursor) the pointers; copy_page(ring, slot, cursor, q or
 // null) and copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, q,
 // cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j), zero_term(state, j) and half_of(j) turn sums
 // into numbers true to scale: of the column half that knows tile j.
@@ -217,19 +217,20 @@ __device__ __forceinline__ void next_head(const Units& units, Cursor& at, const 
     do at.row++; while (at.row < batch && tokens[at.row] <= 0);
     if (at.row == batch) return;
     at.tokens = tokens[at.row];
+    units.enter(at);
   }
-  units.enter(at);
+  units.point(at);
 }
 
 // --- the schedule
 
-// What a warp does: `count` units from unit `unit` of head `head` of sequence `row` on.
-struct Task { int row, head, unit, count; };
+// What a warp does: `count` units from unit `unit` of head `head` of sequence `row` on; and what `enter` says of that head.
+struct Task { int row, head, unit, count, pages, units, tokens, unused; };
 // A head that this block shares with others, at its begin or its end: blocks from ... from + blocks - 1 have parts, the first of them at
 // `first` in the workspace. No such head: blocks = 0.
 struct Shared { int head, blocks, from, first; };
-// Of a block: its warps' tasks, then the two heads.
-constexpr int BLOCK_TASKS = BLOCK_WARPS + 2;
+// Of a block, in int4: its warps' tasks, then the two heads.
+constexpr int BLOCK_TASKS = 2 * BLOCK_WARPS + 2;
 
 // Grid (blocks of the attention kernel), BLOCK_WARPS * 32 threads, 4 * (2 * batch + 1) bytes of dynamic shared memory.
 template <class Units>
@@ -257,33 +258,36 @@ __device__ __forceinline__ void schedule_block(const Units& units, const int* le
   const int total = first[batch], each = total / blocks, longer = total - each * blocks;  // the first `longer` blocks have one more
   auto begin_of = [&](int b) { return each * b + min(b, longer); };
   auto owner = [&](int x) { return x < longer * (each + 1) ? x / (each + 1) : longer + (x - longer * (each + 1)) / each; };  // of a unit
-  auto locate = [&](int x) -> Task {  // x < total; count is that of the head
+  auto locate = [&](int x) -> Task {  // x < total
     int row = 0, end = batch;
     while (end - row > 1) {
       const int middle = (row + end) / 2;
       if (first[middle] <= x) row = middle; else end = middle;
     }
-    const int n = units.count(tokens[row]), head = (x - first[row]) / n;
-    return {row, head, x - first[row] - head * n, n};
+    Cursor at = {row, 0, 0, 0, 0, tokens[row]};
+    units.enter(at);
+    const int head = (x - first[row]) / at.units;
+    return {row, head, x - first[row] - head * at.units, 0, at.pages, at.units, at.tokens, 0};
   };
   const int lo = begin_of(block), hi = begin_of(block + 1), begin = lo + warp * (hi - lo) / BLOCK_WARPS;
   const int count = lo + (warp + 1) * (hi - lo) / BLOCK_WARPS - begin;
   if (lane == 0) {
-    const Task at = count ? locate(begin) : Task{0, 0, 0, 0};
-    tasks[block * BLOCK_TASKS + warp] = make_int4(at.row, at.head, at.unit, count);
+    const Task at = count ? locate(begin) : Task{};
+    tasks[block * BLOCK_TASKS + 2 * warp] = make_int4(at.row, at.head, at.unit, count);
+    tasks[block * BLOCK_TASKS + 2 * warp + 1] = make_int4(at.pages, at.units, at.tokens, 0);
   }
   if (threadIdx.x < 2) {
     Shared mine = {0, 0, 0, 0};
     if (lo < hi) {
       const int x = threadIdx.x ? hi - 1 : lo;
       const Task where = locate(x);
-      const int head_lo = x - where.unit, head_hi = head_lo + where.count;
+      const int head_lo = x - where.unit, head_hi = head_lo + where.units;
       if ((head_lo < lo || head_hi > hi) && !(threadIdx.x && head_lo <= lo)) {
         const int from = owner(head_lo);
         mine = {where.row * heads + where.head, owner(head_hi - 1) - from + 1, from, 2 * from + (begin_of(from) < head_lo)};
       }
     }
-    tasks[block * BLOCK_TASKS + BLOCK_WARPS + threadIdx.x] = make_int4(mine.head, mine.blocks, mine.from, mine.first);
+    tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x] = make_int4(mine.head, mine.blocks, mine.from, mine.first);
   }
 }
 
@@ -384,28 +388,29 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   int* part_head = (int*)(smem + AT_HEADS);
   Ring ring;
   ring.setup(smem + warp * RING_BYTES, smem + AT_Q + warp * STAGES * Q_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
-  const int4 task = tasks[block * BLOCK_TASKS + warp];
-  for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
-  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
-  if (lane < 2) part_head[2 * warp + lane] = -1;
-  __syncthreads();
-
-  Cursor at = {task.x, task.y, task.z, 0, 0, 0, 0, nullptr, nullptr};
-  if (task.w) at.tokens = tokens[at.row], units.enter(at);
+  const int4 task = tasks[block * BLOCK_TASKS + 2 * warp], where = tasks[block * BLOCK_TASKS + 2 * warp + 1];
+  Cursor at = {task.x, task.y, task.z, where.x, where.y, where.z, 0, nullptr, nullptr};
+  units.point(at);
   Cursor ahead = at;
   int asked = 0;
   auto request = [&](int slot) {
     if (asked < task.w) {
+      if (ahead.unit == ahead.units) next_head(units, ahead, tokens, batch, heads);
       const bf16* head_q = asked == 0 || ahead.unit == 0 ? q + (size_t)(ahead.row * heads + ahead.head) * OUT : nullptr;
       if (ahead.unit < ahead.pages) units.copy_page(ring, slot, ahead, head_q);
       else units.copy_tile(ring, slot, ahead, head_q);
-      asked++;
-      if (++ahead.unit == ahead.units) next_head(units, ahead, tokens, batch, heads);
+      asked++, ahead.unit++;
     }
     ring.end();
   };
+  request(0);  // before anything else; it knows its head without `tokens`
+#pragma unroll 1
+  for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
+  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
+  if (lane < 2) part_head[2 * warp + lane] = -1;
+  __syncthreads();
 #pragma unroll 1  // code that runs once is fetched once: less of it
-  for (int slot = 0; slot < STAGES; slot++) request(slot);
+  for (int slot = 1; slot < STAGES; slot++) request(slot);
 
   int slot = 0;
   uint32_t parity = 0;
