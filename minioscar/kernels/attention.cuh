@@ -389,6 +389,11 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   Ring ring;
   ring.setup(smem + warp * RING_BYTES, smem + AT_Q + warp * STAGES * Q_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
   const int4 task = tasks[block * BLOCK_TASKS + 2 * warp], where = tasks[block * BLOCK_TASKS + 2 * warp + 1];
+  // Asked for before the first copy: whatever is read after it waits behind all the bytes that are under way.
+#pragma unroll 1
+  for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
+  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
+  if (lane < 2) part_head[2 * warp + lane] = -1;
   Cursor at = {task.x, task.y, task.z, where.x, where.y, where.z, 0, nullptr, nullptr};
   units.point(at);
   Cursor ahead = at;
@@ -403,11 +408,7 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
     }
     ring.end();
   };
-  request(0);  // before anything else; it knows its head without `tokens`
-#pragma unroll 1
-  for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
-  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
-  if (lane < 2) part_head[2 * warp + lane] = -1;
+  request(0);  // it knows its head without `tokens`
   __syncthreads();
 #pragma unroll 1  // code that runs once is fetched once: less of it
   for (int slot = 1; slot < STAGES; slot++) request(slot);
