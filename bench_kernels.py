@@ -164,7 +164,7 @@ def entry(op: str, case: Case, us: float, spread: float, size: int, copy_rate: f
 
 
 def writing(rng: Any, copy_rate: float) -> Iterator[dict]:
-    """rotate_scale with append, pack of a step that finds nothing full, and the bulk pack of a prompt."""
+    """rotate_scale with append, pack of a step that finds nothing full, the schedule of a step, and the bulk pack of a prompt."""
     case = Case("int2", 1, 131072)
     scheme, h = SCHEMES[case.kv], case.heads
     cache = filled(case, rng)
@@ -177,7 +177,9 @@ def writing(rng: Any, copy_rate: float) -> Iterator[dict]:
     options |= {"q_weight": weight, "k_weight": weight, "eps": 1e-6}
     rotate = raw.rotate_scale(h, qkv, lengths, cos, cos, q, rotate=True, **options)
     pack = raw.pack_step(h, scheme, lengths, cache)
-    for op, made in (("rotate_scale_append", (rotate,)), ("rotate_scale_append_pack", (rotate, pack))):
+    plan = plan_of(case)
+    schedule = raw.schedule(h, scheme, plan, lengths, cupy.empty(plan.task_shape, np.int32))
+    for op, made in (("rotate_scale_append", (rotate,)), ("rotate_scale_append_pack", (rotate, pack)), ("schedule", (schedule,))):
 
         def launch(made: tuple = made) -> None:
             for one in made:
