@@ -17,9 +17,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include "device.cuh"
+#include "schedule.cuh"
 
 typedef __nv_bfloat16 bf16;
-constexpr unsigned FULL = 0xffffffffu;
 constexpr int D = HEAD_DIM, TOKEN_BYTES = D * 2 * 2;  // of a BF16 token: key and value
 constexpr int TILE_TOKENS = UNIT_BYTES / TOKEN_BYTES < 16 ? UNIT_BYTES / TOKEN_BYTES : 16;
 constexpr int Q_BYTES = Q_PER_KV * D * 2, OUT = Q_PER_KV * D, HEAD_STRIDE = D + 8;  // + 8: no bank conflicts between heads
@@ -135,15 +135,7 @@ __device__ __forceinline__ void attend_tile(State& state, const unsigned char* t
   }
 }
 
-// --- the list of units
-
-// Units of one kv head: its pages first, then its tiles. `unit` is the next one of them.
-struct Cursor {
-  int row, head, unit, pages, units, tokens;
-  int number;                 // of heads that this warp has begun before
-  const unsigned char* page;  // of this head, the one that unit 0 is
-  const float* norms;         // of its tokens
-};
+// --- copies
 
 struct Copy {
   void* to;
@@ -204,92 +196,6 @@ struct Ring {
 #endif
   }
 };
-
-// Units: count(tokens) of a sequence's heads; enter(cursor) sets pages and units from tokens, point(cursor) the pointers; copy_page(ring, slot, cursor, q or
-// null) and copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, q,
-// cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j), zero_term(state, j) and half_of(j) turn sums
-// into numbers true to scale: of the column half that knows tile j.
-template <class Units>
-__device__ __forceinline__ void next_head(const Units& units, Cursor& at, const int* tokens, int batch, int heads) {
-  at.unit = 0, at.number++;
-  if (++at.head == heads) {
-    at.head = 0;
-    do at.row++; while (at.row < batch && tokens[at.row] <= 0);
-    if (at.row == batch) return;
-    at.tokens = tokens[at.row];
-    units.enter(at);
-  }
-  units.point(at);
-}
-
-// --- the schedule
-
-// What a warp does: `count` units from unit `unit` of head `head` of sequence `row` on; and what `enter` says of that head.
-struct Task { int row, head, unit, count, pages, units, tokens, unused; };
-// A head that this block shares with others, at its begin or its end: blocks from ... from + blocks - 1 have parts, the first of them at
-// `first` in the workspace. No such head: blocks = 0.
-struct Shared { int head, blocks, from, first; };
-// Of a block, in int4: its warps' tasks, then the two heads.
-constexpr int BLOCK_TASKS = 2 * BLOCK_WARPS + 2;
-
-// Grid (blocks of the attention kernel), BLOCK_WARPS * 32 threads, 4 * (2 * batch + 1) bytes of dynamic shared memory.
-template <class Units>
-__device__ __forceinline__ void schedule_block(const Units& units, const int* lengths, int added, int batch, int heads, int4* tasks) {
-  extern __shared__ __align__(128) unsigned char smem[];
-  int* first = (int*)smem;  // [batch + 1] number of each sequence's first unit
-  int* tokens = first + batch + 1;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x, blocks = gridDim.x;
-  if (warp == 0) {
-    int sum = 0;
-    for (int b = lane; b < batch + lane; b += 32) {  // as many rounds for every lane
-      const int length = b < batch ? lengths[b] + added : 0, n = length > 0 ? units.count(length) * heads : 0;
-      int upto = n;
-#pragma unroll
-      for (int below = 1; below < 32; below *= 2) {
-        const int other = __shfl_up_sync(FULL, upto, below);
-        if (lane >= below) upto += other;
-      }
-      if (b < batch) first[b] = sum + upto - n, tokens[b] = length;
-      sum += __shfl_sync(FULL, upto, 31);
-    }
-    if (lane == 0) first[batch] = sum;
-  }
-  __syncthreads();
-  const int total = first[batch], each = total / blocks, longer = total - each * blocks;  // the first `longer` blocks have one more
-  auto begin_of = [&](int b) { return each * b + min(b, longer); };
-  auto owner = [&](int x) { return x < longer * (each + 1) ? x / (each + 1) : longer + (x - longer * (each + 1)) / each; };  // of a unit
-  auto locate = [&](int x) -> Task {  // x < total
-    int row = 0, end = batch;
-    while (end - row > 1) {
-      const int middle = (row + end) / 2;
-      if (first[middle] <= x) row = middle; else end = middle;
-    }
-    Cursor at = {row, 0, 0, 0, 0, tokens[row]};
-    units.enter(at);
-    const int head = (x - first[row]) / at.units;
-    return {row, head, x - first[row] - head * at.units, 0, at.pages, at.units, at.tokens, 0};
-  };
-  const int lo = begin_of(block), hi = begin_of(block + 1), begin = lo + warp * (hi - lo) / BLOCK_WARPS;
-  const int count = lo + (warp + 1) * (hi - lo) / BLOCK_WARPS - begin;
-  if (lane == 0) {
-    const Task at = count ? locate(begin) : Task{};
-    tasks[block * BLOCK_TASKS + 2 * warp] = make_int4(at.row, at.head, at.unit, count);
-    tasks[block * BLOCK_TASKS + 2 * warp + 1] = make_int4(at.pages, at.units, at.tokens, 0);
-  }
-  if (threadIdx.x < 2) {
-    Shared mine = {0, 0, 0, 0};
-    if (lo < hi) {
-      const int x = threadIdx.x ? hi - 1 : lo;
-      const Task where = locate(x);
-      const int head_lo = x - where.unit, head_hi = head_lo + where.units;
-      if ((head_lo < lo || head_hi > hi) && !(threadIdx.x && head_lo <= lo)) {
-        const int from = owner(head_lo);
-        mine = {where.row * heads + where.head, owner(head_hi - 1) - from + 1, from, 2 * from + (begin_of(from) < head_lo)};
-      }
-    }
-    tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x] = make_int4(mine.head, mine.blocks, mine.from, mine.first);
-  }
-}
 
 // --- the parts of a head that several warps or blocks have
 
@@ -375,6 +281,11 @@ __device__ __forceinline__ void merge_blocks(const Results& to, int head, int fr
 
 // --- the walk over the list
 
+// Units: count(tokens) of a sequence's heads; enter(cursor) sets pages and units from tokens, point(cursor) the pointers; copy_page(ring,
+// slot, cursor, q or null) and copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and
+// attend(state, data, q, cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j), zero_term(state, j) and
+// half_of(j) turn sums into numbers true to scale: of the column half that knows tile j.
+//
 // lengths [batch]; a sequence has lengths[b] + added tokens, and none where that is not positive: its output is 0.
 // q [batch, heads, Q_PER_KV, D]. Dynamic shared memory: AT_ROWS + 4 * batch bytes.
 template <class Units>
