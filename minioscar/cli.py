@@ -14,7 +14,9 @@ from typing import NoReturn
 from . import __version__
 from .errors import Failure, UserError
 
-SCHEMES = "bf16, kivi, quarot, rotation, scaling, oscar, int2, int2-compact, int4"
+SCHEMES = (
+    "bf16, kivi, quarot, rotation, scaling, ott, turboquant, oscar, int2, int2-compact, int2-shaped, int2-compact-shaped, int4"
+)
 EXAMPLES = """examples:
   python -m minioscar generate smollm2-135m "The capital of France is" --raw
   python -m minioscar generate Qwen/Qwen3-0.6B --prompt-file question.txt --max-tokens 500 --temperature 0.7

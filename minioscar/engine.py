@@ -24,6 +24,7 @@ from .model import Model, Progress, check_scheme
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, Scheme
 from .sampling import Sampling
+from .shaping import shape_keys
 from .tokenizer import Tokenizer
 from .weights import Weights, for_scheme
 from .weights import load as load_weights
@@ -231,6 +232,8 @@ def load(
         raise UserError(f"--ctx {ctx} is out of range; {folder.name} has {config.max_positions} positions")
     words = Tokenizer(folder) if tokenizer else None
     weights = for_scheme(load_weights(folder, config, ops, progress), config, scheme, ops)
+    if scheme.shaped:
+        weights = shape_keys(weights, config, ops)
     return Engine(config, weights, words, scheme, ops, progress)
 
 

@@ -15,6 +15,7 @@ from .hub import resolve
 from .model import check_scheme
 from .ops import backend
 from .oscar import WINDOW, Scheme
+from .shaping import shape_keys
 from .tokenizer import Tokenizer
 from .weights import load as load_weights
 from .weights import rotate_values
@@ -72,7 +73,9 @@ def evaluate(
         raise UserError(f"the text has {len(ids)} tokens, but {windows * size} are needed; lower --prefill, --decode or --windows")
     plain = load_weights(folder, config, ops, progress)
     rotated = rotate_values(plain, config, ops) if any(scheme.rotate for scheme in wanted) else plain
-    engines = [Engine(config, rotated if scheme.rotate else plain, tokenizer, scheme, ops) for scheme in wanted]
+    shaped = shape_keys(rotated, config, ops) if any(scheme.shaped for scheme in wanted) else rotated
+    weights = [shaped if scheme.shaped else rotated if scheme.rotate else plain for scheme in wanted]
+    engines = [Engine(config, prepared, tokenizer, scheme, ops) for scheme, prepared in zip(wanted, weights, strict=True)]
     scores: list[list[np.ndarray]] = [[] for _ in names]  # per scheme and window: nll, kl, top1
     total = len(names) * windows * (prefill + decode)
     with tqdm(total=total, desc="eval", unit="token", leave=False, disable=None if progress else True) as bar:
