@@ -78,6 +78,9 @@ def parser() -> Parser:
     evaluate.add_argument("--decode", type=int, default=512, metavar="T", help="tokens decoded, teacher-forced (512)")
     evaluate.add_argument("--windows", type=int, default=1, metavar="N", help="stretches of the text, one after the other (1)")
     evaluate.add_argument("--kv", default="kivi,oscar,int2,int2-compact", metavar="A,B,C", help=f"schemes: {SCHEMES}")
+    needle = "also retrieve passkeys from so many tokens of the text (512,1024,2048)"
+    evaluate.add_argument("--needle", nargs="?", const="512,1024,2048", metavar="N,N", help=needle)
+    evaluate.add_argument("--drift", type=int, default=0, metavar="N", help="also follow a greedy continuation for N tokens (0: no)")
     device(evaluate)
     return main
 
@@ -168,10 +171,18 @@ def run_eval(args: argparse.Namespace) -> None:
     text = None if args.text is None else read_text(args.text)
     schemes = [name.strip() for name in args.kv.split(",")]
     report = evaluate.evaluate(
-        args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows, device=args.device,
-        progress=sys.stderr.isatty(),
+        args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows, needles=lengths(args.needle),
+        continued=args.drift, device=args.device, progress=sys.stderr.isatty(),
     )
     print(json.dumps(report) if args.json else evaluate.table(report))
+
+
+def lengths(option: str | None) -> list[int]:
+    """The numbers of --needle. Raises UserError for anything else."""
+    try:
+        return [int(n) for n in option.split(",")] if option else []
+    except ValueError:
+        raise UserError(f"--needle {option!r} is not a list of lengths; write --needle 512,1024") from None
 
 
 def read_text(path: str) -> str:
