@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   python -m minioscar generate smollm2-135m "The capital of France is" --raw
   python -m minioscar generate Qwen/Qwen3-0.6B --prompt-file question.txt --max-tokens 500 --temperature 0.7
   python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024
+  python -m minioscar inspect smollm2-135m --out report
   python -m minioscar info smollm2-135m --ctx 8192 --batch 4
 
 MODEL is a folder, a name under weights/, or a Hugging Face id; smollm2-135m is built in."""
@@ -82,6 +83,13 @@ def parser() -> Parser:
     evaluate.add_argument("--needle", nargs="?", const="512,1024,2048", metavar="N,N", help=needle)
     evaluate.add_argument("--drift", type=int, default=0, metavar="N", help="also follow a greedy continuation for N tokens (0: no)")
     device(evaluate)
+
+    inspect = command("inspect", "token norms, spread inside groups, sinks and errors per scheme: a report with figures")
+    inspect.add_argument("--text", metavar="F", help="a UTF-8 text file (the topics of Python's help)")
+    inspect.add_argument("--tokens", type=int, default=1024, metavar="N", help="of the text's beginning, a multiple of 128 (1024)")
+    inspect.add_argument("--kv", default="kivi,rotation,scaling,oscar,int2,int2-shaped", metavar="A,B,C", help=f"schemes: {SCHEMES}")
+    inspect.add_argument("--out", default="report", metavar="DIR", help="folder for report.html and report.json (report)")
+    device(inspect)
     return main
 
 
@@ -177,6 +185,19 @@ def run_eval(args: argparse.Namespace) -> None:
     print(json.dumps(report) if args.json else evaluate.table(report))
 
 
+def run_inspect(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from . import inspection, report
+
+    report.check(Path(args.out))
+    text = None if args.text is None else read_text(args.text)
+    schemes = [name.strip() for name in args.kv.split(",")]
+    found = inspection.inspect(args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty())
+    files = report.write(found, Path(args.out))
+    print(json.dumps(found) if args.json else files[-1])
+
+
 def lengths(option: str | None) -> list[int]:
     """The numbers of --needle. Raises UserError for anything else."""
     try:
@@ -195,4 +216,4 @@ def read_text(path: str) -> str:
 
 
 GENERATE_KEYS = "text token_ids prompt_tokens new_tokens finish_reason kv kv_bytes device prefill_s decode_s tokens_per_s".split()
-COMMANDS = {"generate": run_generate, "pull": run_pull, "info": run_info, "eval": run_eval}
+COMMANDS = {"generate": run_generate, "pull": run_pull, "info": run_info, "eval": run_eval, "inspect": run_inspect}

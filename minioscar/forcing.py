@@ -20,9 +20,14 @@ def teacher_forced(engine: Engine, ids: Sequence[int], prefill: int, done: Done 
     model at once and see exactly what they would see one by one: the packed blocks, the window, and each other unquantized.
     """
     cache = Cache(engine.config, engine.scheme, 1, len(ids) - 1, engine.ops)
-    feed = np.array(ids[:-1])
-    engine.model.forward(feed[:prefill], cache, cache.place([0], [prefill]))
+    engine.model.forward(np.array(ids[:prefill]), cache, cache.place([0], [prefill]))
     done(prefill)
+    yield from followed(engine, ids, cache, done)
+
+
+def followed(engine: Engine, ids: Sequence[int], cache: Cache, done: Done = lambda tokens: None) -> Iterator[np.ndarray]:
+    """The same from where row 0 of a cache stands, with as many of ids in it as it is long."""
+    feed = np.array(ids[:-1])
     while int(cache.lengths[0]) < len(feed):
         chunk = feed[int(cache.lengths[0]) : next_flush(cache)]
         yield engine.model.forward(chunk, cache, cache.place([0], [len(chunk)]), every=True)
