@@ -12,8 +12,8 @@ test: .venv/test.done
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -rs
 
-results:  # the tables of README.md, from docs/results/*.json
-	$(PYTHON) docs/render.py
+results: .venv/test.done  # the tables of README.md and docs/fidelity.md and docs/results/pareto.svg, from docs/results/*.json
+	$(BIN)/python docs/render.py
 
 # An environment is current while it is newer than pyproject.toml.
 .venv/demo.done: EXTRA = gguf

@@ -46,8 +46,29 @@ class Keys:
     offset: int = 0  # tokens that share a mean, about which the groups are symmetric, instead of a minimum each
     refit: bool = False  # the norm that fits best after rounding
     params: Callable[[Array, Array], tuple[Array, Array]] | None = None  # what storing step and minimum makes of them
+    choices: tuple[Keys, ...] = ()  # of these, the one with the smaller squared error is taken in each group of each channel
+    rank: int = 0  # of a term, in float16, that is taken off each block of each head before
+    exact: int = 0  # tokens of each block and head, those with the largest errors, that stay in BF16
 
     def __call__(self, keys: Array, feedback: Array | None) -> Array:
+        blocks = keys.reshape(len(keys), -1, oscar.WINDOW, keys.shape[-1])
+        if self.choices:
+            group = self.scheme.group
+            backs = np.stack([choice(keys, feedback).reshape(len(keys), -1, group, keys.shape[-1]) for choice in self.choices])
+            errors = ((backs - keys.reshape(backs.shape[1:])) ** 2).sum(axis=3, keepdims=True)
+            return np.take_along_axis(backs, errors.argmin(axis=0)[None], axis=0).reshape(keys.shape)
+        if self.rank:
+            u, size, v = np.linalg.svd(blocks, full_matrices=False)
+            term = f16(u[..., : self.rank] * size[..., None, : self.rank]) @ f16(v[..., : self.rank, :])
+            return replace(self, rank=0)((blocks - term).reshape(keys.shape), feedback) + term.reshape(keys.shape)
+        if self.exact:
+            back = replace(self, exact=0)(keys, feedback).reshape(blocks.shape)
+            worst = np.argsort(((back - blocks) ** 2).sum(axis=-1), axis=-1)[..., -self.exact :, None]
+            np.put_along_axis(back, worst, np.take_along_axis(blocks, worst, axis=2), axis=2)
+            return back.reshape(keys.shape)
+        return self.rounded(keys, feedback)
+
+    def rounded(self, keys: Array, feedback: Array | None) -> Array:
         norms = oscar.token_norms(keys.swapaxes(0, 1))
         x, top, group = keys / norms[:, None], 2**self.scheme.bits - 1, self.scheme.group
         if self.offset:
@@ -122,8 +143,8 @@ def rounded(x: Array, step: Array) -> Array:
 class Lab(Reference):
     """The reference back end, on which packed blocks are kept as the idea reads them back."""
 
-    def __init__(self, keys: Keys, values: Values, correction: float):
-        self.keys, self.values, self.correction = keys, values, correction
+    def __init__(self, keys: Keys, values: Values, correction: float = 0.0, centered: bool = False):
+        self.keys, self.values, self.correction, self.centered = keys, values, correction, centered
 
     def layout(self, config: Config, scheme: Scheme, batch: int, context: int) -> dict:
         arrays = layout(config, scheme, batch, context)
@@ -135,7 +156,12 @@ class Lab(Reference):
         tokens = slice(first, first + keys.shape[1])
         self.keep_sinks(layer, slot, first, keys, values, scheme)
         keys, values = keys.astype(np.float32), values.astype(np.float32)
-        layer["back_keys"][slot, :, tokens] = back = self.keys(keys, feedback)
+        if self.centered:  # a constant taken off every key of a sequence is a constant in its logits: softmax does not see it
+            mean = layer.setdefault("mean", keys[:, scheme.sinks :].mean(axis=1, keepdims=True))
+            back = self.keys(keys - mean, feedback) + mean
+        else:
+            back = self.keys(keys, feedback)
+        layer["back_keys"][slot, :, tokens] = back
         layer["back_values"][slot, :, tokens] = self.values(values)
         if self.correction:  # the variance of a rounded channel, taken from the errors themselves
             error = (back - keys).reshape(len(keys), -1, self.keys.scheme.group, keys.shape[-1])
@@ -177,9 +203,14 @@ IDEAS: dict[str, tuple[Keys, Values, dict[str, Any]]] = {
     "128 sinks": (K, V, {"sinks": 128}),
     "value groups of 64, shrink 0.8": (K, V64, {}),
     "norms refitted": (Keys(3, refit=True), V, {}),
+    "keys: centered on the mean of the prefill": (K, V, {"centered": True}),
     "keys: mean of 128, symmetric 32": (Keys(2.625, offset=128), V, {}),
     "keys: step and minimum in 8 bits": (Keys(2.5, params=eight_bits), V, {}),
     "keys: wider outer levels": (Keys(3, levels=(-0.1, 1, 2, 3.1)), V, {}),
+    "keys: the better of two codebooks": (Keys(3 + 1 / 32, choices=(K, Keys(3, levels=(-0.3, 0.9, 2.1, 3.3)))), V, {}),
+    "keys: shrink 0.8, 0.9 or 1 by group": (Keys(3, choices=tuple(Keys(3, int2(shrink=s)) for s in (0.8, 0.9, 1.0))), V, {}),
+    "keys: a rank-1 term a block": (Keys(3 + 16 * (1 / 64 + 1 / 128), rank=1), V, {}),
+    "keys: 2 worst tokens a block exact": (Keys(3 + 2 * 16 / 128, exact=2), V, {}),
     "values: Lloyd-Max spacing": (K, Values(2.5, levels=(0.25, 0.85)), {}),
     "values: least-squares step": (K, Values(2.5, least_squares=True), {}),
     "values: half the error carried on": (K, Values(2.5, carried=0.5), {}),
@@ -242,7 +273,7 @@ def main() -> None:
     for name in names:
         keys, values, options = IDEAS[name]
         scheme = replace(SCHEMES["int2-shaped"], name=name, sinks=options.get("sinks", 32))
-        lab = Lab(keys, values, options.get("correction", 0.0))
+        lab = Lab(keys, values, options.get("correction", 0.0), options.get("centered", False))
         runs.append(Engine(config, other if options.get("balance") else shaped, tokenizer, scheme, lab))
     ids, size = tokenizer.encode(evaluate.default_text()), PREFILL + DECODE + 1
     scores: list[list[tuple[float, float, float]]] = [[] for _ in runs]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minioscar import evaluate, hub
+from minioscar import cli, evaluate, hub, oscar
 from minioscar.cli import main
 
 from .tiny import write_model
@@ -38,6 +38,11 @@ def test_help_answers_before_anything_heavy_is_imported():
         subprocess.run([sys.executable, "-m", "minioscar", "--help"], check=True, stdout=subprocess.DEVNULL)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.3
+
+
+def test_help_names_every_scheme():
+    """It is typed there, so that --help imports nothing."""
+    assert cli.SCHEMES.split(", ") == list(oscar.SCHEMES)
 
 
 def test_demo_prints_paris_on_stdout_and_statistics_on_stderr(smollm2, capsys):

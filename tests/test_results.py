@@ -1,9 +1,11 @@
-"""The README says what the committed measurements say."""
+"""README, docs and figures say what the committed measurements say."""
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
+import re
 
 from .tiny import write_model
 
@@ -15,11 +17,20 @@ def module(name: str, path):
     return found
 
 
-def test_readme_tables_are_rendered_from_their_json(pytestconfig):
-    render = module("render", pytestconfig.rootpath / "docs" / "render.py")
-    text = (pytestconfig.rootpath / "README.md").read_text()
-    assert {block[2] for block in render.BLOCK.finditer(text)} == set(render.TABLES)
-    assert render.rendered(text) == text, "run `make results`"
+def test_tables_are_rendered_from_their_json(pytestconfig):
+    render, used = module("render", pytestconfig.rootpath / "docs" / "render.py"), set()
+    for page in render.PAGES:
+        text = (pytestconfig.rootpath / page).read_text()
+        used |= {block[2] for block in render.BLOCK.finditer(text)}
+        assert render.rendered(text) == text, f"{page}: run `make results`"
+    assert used == set(render.TABLES)
+
+
+def test_pareto_plot_shows_the_committed_numbers(pytestconfig):
+    pareto = module("pareto", pytestconfig.rootpath / "docs" / "pareto.py")
+    description = re.search(r"<dc:description>(.*?)</dc:description>", (pareto.RESULTS / "pareto.svg").read_text(), re.DOTALL)
+    assert json.loads(html.unescape(description[1])) == pareto.points(), "run `make results`"
+    assert pareto.front({"a": [3, 0.2, 0], "b": [2, 0.5, 0], "c": [2.5, 0.6, 0], "d": [4, 0.1, 0]}) == [(2, 0.5), (3, 0.2), (4, 0.1)]
 
 
 def test_bench_runs_without_a_gpu_and_writes_the_stable_keys(pytestconfig, tmp_path):
