@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 COLORS = {
     "kivi": "#8c8c8c", "quarot": "#c9a227", "rotation": "#56b4e9", "scaling": "#e69f00", "oscar": "#0072b2", "int2": "#d55e00",
+    "ott": "#a6761d", "turboquant": "#7570b3",
     "int2-compact": "#cc79a7", "int2-shaped": "#009e73", "int2-compact-shaped": "#66c2a5", "int4": "#333333",
 }
 STEP_COLORS = dict(zip(STEPS, ("#8c8c8c", "#e69f00", "#56b4e9", "#0072b2"), strict=True))
@@ -129,14 +130,11 @@ def bound(fig: Figure, report: dict) -> None:
     for name in shown:
         left.plot(data["spread"], data["errors"][name], "o-", color=COLORS[name], label=name, ms=5)
     left.set(title="Error of a token's key, by how much its group outweighs it", ylabel="error / norm of the key",
-             xlabel="largest norm of the group / norm of the token", xscale="log")
-    left.set_ylim(0, 1.05 * max(data["bound"][-1], 0.5))
-    ticks = [t for t in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32, 64) if t <= 1.1 * data["spread"][-1]]
-    left.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    left.set_xticks([], minor=True)
+             xlabel="largest norm of the group / norm of the token", xscale="log" if data["spread"][-1] > 10 else "linear")
+    left.set_ylim(0, 1.05 * max(data["bound"]))
     left.legend(loc="upper left")
     right.bar(range(len(data["tokens"])), data["tokens"], color="#bbbbbb")
-    right.set_xticks(range(len(data["tokens"])), [f"{s:.2g}" for s in data["spread"]])
+    right.set_xticks(range(len(data["tokens"])), [f"{s:.3g}" for s in data["spread"]], rotation=45)
     right.set(title="Tokens at each spread", xlabel="largest norm / norm of the token", yscale="log")
 
 

@@ -34,7 +34,7 @@ STEPS = ("raw", "scaled", "rotated", "rotated and scaled")
 QUANTILES = (0, 0.05, 0.5, 0.95, 1)
 ASKING = 128  # queries at the end, whose attention is computed with every scheme
 SINK_SHARE = 0.05  # of a layer's attention, by mean over heads and queries far behind: a token that gets more is a sink there
-SPREADS = np.geomspace(1, 64, 19)  # edges of the bins of the norm spread
+SPREADS = 12  # bins of the norm spread, from 1 to the largest, evenly in its logarithm
 
 
 def inspect(
@@ -181,8 +181,8 @@ def imbalance(layers: Sequence[dict]) -> dict:
     """Mean bound and key errors of all tokens of all layers, in bins of the norm spread of their groups (empty bins are left out)."""
     tokens = [layer["of_tokens"] for layer in layers]
     spread, limit = (np.concatenate([layer[name] for layer in tokens]) for name in ("spread", "bound"))
-    bins = np.clip(np.digitize(spread, SPREADS) - 1, 0, len(SPREADS) - 2)
-    used = [b for b in range(len(SPREADS) - 1) if (bins == b).any()]
+    bins = np.minimum(np.log(spread) / max(np.log(spread.max()), 1e-9) * SPREADS, SPREADS - 1).astype(int)
+    used = [b for b in range(SPREADS) if (bins == b).any()]
 
     def means(values: np.ndarray) -> list:
         return rounded(np.array([values[bins == b].mean() for b in used]))
