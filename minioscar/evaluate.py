@@ -72,15 +72,16 @@ def evaluate(
     config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
     for scheme in wanted:
         check_scheme(config, scheme)
-    longest = max(prefill + decode, prefill + continued + 1, max(needles, default=0) + needle.MARGIN)
+    haystack = max(needle.blocks(needles), default=0)
+    longest = max(prefill + decode, prefill + continued + 1, haystack + needle.MARGIN)
     if longest > config.max_positions:
         options = "--prefill, --decode, --drift or --needle"
         raise UserError(f"this takes {longest} positions, but the model has {config.max_positions}; lower {options}")
     ids, size = tokenizer.encode(default_text() if text is None else text), prefill + decode + 1
     if len(ids) < windows * size:
         raise UserError(f"the text has {len(ids)} tokens, but {windows * size} are needed; lower --prefill, --decode or --windows")
-    if len(ids) < max(needles, default=0):
-        raise UserError(f"the text has {len(ids)} tokens, too few for --needle {max(needles)}; use a longer text or shorter lengths")
+    if len(ids) < haystack:
+        raise UserError(f"the text has {len(ids)} tokens, but --needle {max(needles)} needs {haystack}; use a longer text")
     engines = engines_for(wanted, load_weights(folder, config, ops, progress), config, tokenizer, ops)
     stretches = [ids[start : start + size] for start in range(0, windows * size, size)]
     parts: dict[str, tuple[int, Callable[[Done], Any]]] = {

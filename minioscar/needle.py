@@ -20,7 +20,7 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 HIDDEN, QUESTION = "\n\nNote: the secret passkey is {}.\n\n", "\n\nNote: the secret passkey is"
 ANSWER_TOKENS = 8
 REPEATS = 2  # passkeys at each length and depth
-MARGIN = WINDOW + 64  # positions beyond a length: rounding up to a block, question and answer
+MARGIN = 64  # positions beyond a haystack, for question and answer
 
 
 @dataclass(frozen=True)
