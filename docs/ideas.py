@@ -195,6 +195,8 @@ K, V = Keys(3), Values(2.5)
 V64 = Values(2.25, int2(group=64, shrink=0.8))
 IDEAS: dict[str, tuple[Keys, Values, dict[str, Any]]] = {
     "int2": (K, V, {}),
+    "values in 8 bits": (K, Values(8.5, int2(bits=8, shrink=1.0)), {}),
+    "keys in 8 bits": (Keys(9, int2(bits=8, shrink=1.0)), V, {}),
     "softmax bias corrected": (K, V, {"correction": 1.0}),
     "keys' shrink 0.85": (Keys(3, int2(shrink=0.85)), V, {}),
     "keys' shrink 0.95": (Keys(3, int2(shrink=0.95)), V, {}),

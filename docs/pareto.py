@@ -16,6 +16,8 @@ FAMILIES = {
     "minioscar": ("#d55e00", "o", ("int2", "int2-compact")),
     "minioscar, shaped": ("#009e73", "o", ("int2-shaped", "int2-compact-shaped")),
 }
+LABELLED_BELOW = ("oscar", "ott")
+LABELLED_LEFT = ("int2-compact", "int2-compact-shaped", "turboquant", "quarot", "kivi", "rotation")
 
 
 def points() -> dict[str, dict[str, list[float]]]:
@@ -45,18 +47,19 @@ def draw(path: Path) -> None:
              "figure.constrained_layout.use": True, "legend.frameon": False}
     with rc_context(style):
         figure = Figure(figsize=(13, 5.8))
-        for axes, (title, rows) in zip(figure.subplots(1, 2, sharey=True), points().items(), strict=True):
+        for axes, (title, rows) in zip(figure.subplots(1, 2), points().items(), strict=True):
             axes.step(*zip(*front(rows), strict=True), where="post", color="#bbbbbb", lw=1.2, zorder=1)
             for family, (color, marker, names) in FAMILIES.items():
                 bits, kl, error = zip(*(rows[name] for name in names), strict=True)
                 axes.errorbar(bits, kl, error, fmt=marker, color=color, ms=8, capsize=3, label=family)
                 for name in names:
-                    left = name in ("int2-compact", "int2-compact-shaped", "turboquant", "quarot")
-                    place = {"xytext": (-9 if left else 9, 4), "textcoords": "offset points", "ha": "right" if left else "left"}
-                    axes.annotate(name, rows[name][:2], **place, fontsize=10.5, color=color)
-            axes.set(title=title, xlabel="bits per element", yscale="log", xlim=(1.55, 5.35))
+                    left, x = (True, -9) if name in LABELLED_LEFT else (False, 9)
+                    place = {"xytext": (x, -13 if name in LABELLED_BELOW else 4), "textcoords": "offset points"}
+                    axes.annotate(name, rows[name][:2], **place, ha="right" if left else "left", fontsize=10.5, color=color)
+            axes.set(title=title, xlabel="bits per element", yscale="log", xlim=(0.9, 5.6))
             axes.grid(color="#eeeeee", which="both")
             axes.set_axisbelow(True)
+            axes.yaxis.set_major_formatter("{x:g}")
         figure.axes[0].set_ylabel("KL to the unquantized run (nats per token)")
         figure.axes[1].legend(loc="upper right", fontsize=11)
         figure.savefig(path, metadata={"Date": None, "Description": json.dumps(points())})

@@ -81,7 +81,9 @@ def ideas() -> str:
         name = f"`{rows[0]['kv']}`" if rows[0]["kv"] in ("oscar", "int2") else rows[0]["kv"]
         cells = " | ".join("{kl:.4f} ± {kl_se:.4f}".format(**row) for row in rows)
         lines.append(f"| {name} | {rows[0]['bits_per_element']:.3f} | {cells} |")
-    lines += ["", f"{reports[0]['prefill']} tokens prefilled, {reports[0]['decode']} decoded; {reports[0]['windows']} windows."]
+    plain, biased = (f"{report['results'][0]['nll'] - report['results'][0]['dnll']:.3f}" for report in reports)
+    size = f"{reports[0]['prefill']:,} tokens prefilled, {reports[0]['decode']:,} decoded; {reports[0]['windows']} windows"
+    lines += ["", f"{size}, the same for both models, whose unquantized NLLs there are {plain} and {biased}."]
     return "\n".join(lines)
 
 
