@@ -185,6 +185,4 @@ def _decodes(batch: Batch) -> bool:
 
 def _plain(scheme: Scheme, head_dim: int) -> bool:
     """Whether the reference's arrays and array code serve on this back end too."""
-    if scheme.shaped or scheme.codebook or scheme.outliers:
-        return True
     return raw.unsupported(scheme, head_dim) is not None if scheme.quantized else head_dim not in raw.HEAD_DIMS

@@ -52,6 +52,8 @@ class Launch:
 
 def unsupported(scheme: Scheme, head_dim: int) -> str | None:
     """Why the packed kernels cannot hold this scheme, or None."""
+    if scheme.shaped or scheme.codebook or scheme.outliers:
+        return f"{scheme.name}: pack.cu does not know how to choose its codes"
     if scheme.key_axis != "token":
         return f"{scheme.name}: key groups run along the channels of a token; the packed layout wants them along tokens"
     if head_dim not in HEAD_DIMS:
