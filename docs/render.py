@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and docs/fidelity.md from docs/results/*.json: `make results`. A figure is never typed by hand.
+"""Fills the tables of README.md and the pages of docs/ from docs/results/*.json: `make results`. A figure is never typed by hand.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; NAME is a function below.
 """
@@ -14,7 +14,7 @@ RESULTS = ROOT / "docs" / "results"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
-PAGES = ("README.md", "docs/fidelity.md")
+PAGES = ("README.md", "docs/fidelity.md", "docs/kernels.md")
 
 
 def load(name: str) -> dict:
@@ -131,7 +131,94 @@ def size() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"fidelity": fidelity, "cpu": cpu, "size": size, "models": models, "ideas": ideas, "drift": drift, "needle": needle}
+KERNELS = "kernels-h200"
+
+
+def kernels() -> list[dict]:
+    """bench.py kernel --peers --json, with the fastest BF16 kernel of the same run beside every cache of its shape."""
+    rows = load(KERNELS)["kernel"]
+    shape = ("batch", "context", "q_heads", "kv_heads", "head_dim")
+    best: dict[tuple, tuple[float, str]] = {}
+    for row in rows:
+        if row["op"] == "decode_attention" and row["kv"] == "bf16":
+            times = {"ours": row["us"], **{name: us for name, us in row.get("peers", {}).items() if isinstance(us, float)}}
+            best[tuple(row[key] for key in shape)] = min((us, name) for name, us in times.items())
+    return [{**row, "best_bf16": best.get(tuple(row[key] for key in shape))} for row in rows]
+
+
+def kernel_table(rows: list[dict]) -> list[str]:
+    lines = ["| `--kv` | sequences x tokens | q / kv heads, head_dim | µs | MB | of the copy rate | fastest BF16 |"]
+    lines.append("| --- |" + " --- |" * 6)
+    for row in rows:
+        other = row["best_bf16"]
+        beside = "" if other is None or row["kv"] == "bf16" else f"{other[0]:.1f} µs ({PEERS[other[1]]}): {other[0] / row['us']:.1f}x"
+        shape = "{batch} x {context:,} | {q_heads} / {kv_heads}, {head_dim}".format(**row)
+        size = f"{row['us']:.1f} | {row['bytes'] / 1e6:.1f} | {row['fraction_of_copy']:.0%}"
+        lines.append(f"| `{row['kv']}` | {shape} | {size} | {beside} |")
+    return lines
+
+
+PEERS = {"ours": "ours", "sdpa_fa2": "FlashAttention-2", "sdpa_cudnn": "cuDNN"}
+
+
+def kernel_note() -> str:
+    report = load(KERNELS)
+    meta, copy = report["meta"], report["ceilings"]["copy_tb_s"]
+    spread = max(row["us_spread"] for row in report["kernel"] if row["op"] == "decode_attention")
+    return (
+        f"{meta['card']}, driver {meta['driver']}, torch {meta['versions']['torch']} for the peers; 20 launches in one replayed graph on "
+        f"caches that no L2 holds, median of 25 replays, which spread by at most {spread:.1%}. The copy rate is {copy:.2f} TB/s, read and "
+        "written, over the bytes of the cache that a step must read; every window is half full."
+    )
+
+
+def peers_of(row: dict) -> str:
+    return ", ".join(f"{PEERS[name]} " + (f"{us:.1f} µs" if isinstance(us, float) else us) for name, us in row["peers"].items())
+
+
+def gpu() -> str:
+    """The README's choice of `decode_kernels`."""
+    rows = [row for row in kernels() if row["op"] == "decode_attention" and any(row["best_bf16"] or ())]
+    return "\n".join([*kernel_table(rows), "", "Decode attention alone. " + kernel_note()])
+
+
+def decode_kernels() -> str:
+    rows = [row for row in kernels() if row["op"] == "decode_attention"]
+    peers = "; ".join(f"{row['batch']} x {row['context']:,}: {peers_of(row)}" for row in rows if "peers" in row)
+    return "\n".join([*kernel_table(rows), "", kernel_note(), "", f"BF16 in torch, in the same run: {peers}."])
+
+
+def other_kernels() -> str:
+    lines = ["| | `--kv` | tokens | µs | MB in and out | of the copy rate |", "| --- |" + " --- |" * 5]
+    names = {
+        "rotate_scale_append": "rotate_scale, the new token in its place",
+        "rotate_scale_append_pack": "the same, and pack finding nothing full",
+        "schedule": "schedule (once a step)", "pack_bulk": "pack of a prompt",
+    }
+    for row in kernels():
+        if row["op"] in names:
+            moved = f"{row['bytes'] / 1e6:.1f} | {row['fraction_of_copy']:.0%}" if row["op"] == "pack_bulk" else "- | latency"
+            tokens = f"{row['context']:,}" if row["op"] == "pack_bulk" else "1"
+            lines.append(f"| {names[row['op']]} | `{row['kv']}` | {tokens} | {row['us']:.2f} | {moved} |")
+    return "\n".join([*lines, "", "32 q heads, 8 kv heads, head_dim 128, one sequence; a layer."])
+
+
+def resources() -> str:
+    """tests/test_compile.py's record: on a card of compute capability 9.0 all kernels, on the others the range."""
+    rows = json.loads((RESULTS / "resources.json").read_text())
+    lines = ["| kernel, cache, head_dim, q heads a kv head | threads | registers (9.0) | (8.0 to 12.0) | shared memory, bytes (9.0) |"]
+    lines.append("| --- |" + " --- |" * 4)
+    for row in rows:
+        if row["arch"] == 90:
+            same = [other["registers"] for other in rows if other["kernel"] == row["kernel"]]
+            every = f"{min(same)} to {max(same)}" if len(same) > 1 else ""
+            shared = row["static_shared"] + row["dynamic_shared"]
+            lines.append(f"| `{row['kernel']}` | {row['threads']} | {row['registers']} | {every} | {shared:,} |")
+    return "\n".join(lines)
+
+
+TABLES = {"decode_kernels": decode_kernels, "other_kernels": other_kernels, "resources": resources, "gpu": gpu}
+TABLES |= {"fidelity": fidelity, "cpu": cpu, "size": size, "models": models, "ideas": ideas, "drift": drift, "needle": needle}
 
 
 def rendered(text: str) -> str:
