@@ -200,8 +200,8 @@ struct Ring {
 // --- the parts of a head that several warps or blocks have
 
 // A part, float32: sums [Q_PER_KV][stride], then (m, l) [Q_PER_KV]. The stride is HEAD_STRIDE in shared memory and D in the workspace, where
-// a part takes WORKSPACE_PART floats; both take multiples of 16 bytes.
-constexpr int PART_BYTES = Q_PER_KV * (HEAD_STRIDE + 4) * 4, WORKSPACE_PART = Q_PER_KV * (D + 4);
+// a part takes WORKSPACE_PART floats.
+constexpr int PART_BYTES = Q_PER_KV * (HEAD_STRIDE + 4) * 4, WORKSPACE_PART = Q_PER_KV * (D + 2);
 // Shared memory: the warps' rings | their q | first parts | heads of first and last parts | barriers | the sequences' tokens
 constexpr int RING_BYTES = STAGES * UNIT_BYTES, AT_Q = BLOCK_WARPS * RING_BYTES, AT_PARTS = AT_Q + BLOCK_WARPS * STAGES * Q_BYTES;
 constexpr int AT_HEADS = AT_PARTS + BLOCK_WARPS * PART_BYTES, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16;
@@ -247,10 +247,9 @@ __device__ __forceinline__ void store_sums(const State& state, unsigned char* sm
   }
 }
 
-// Merges the parts in shared memory that `parts` has bits for, in this order: to `part`, of that stride, or, where it is null, to the output
-// of `head`.
-// Called, not inlined: for the last block to arrive at a head, a second time, and then its code is at hand.
-__device__ __noinline__ void merge(unsigned parts, float* part, int stride, Output* out, float* lse, int head) {
+// Merges the parts in shared memory that `parts` has bits for, in this order: to `part` in the workspace, or, where that is null, to the
+// output of `head`. Called, not inlined: a block that has several heads fetches the code once.
+__device__ __noinline__ void merge(unsigned parts, float* part, Output* out, float* lse, int head) {
   extern __shared__ __align__(128) unsigned char smem[];
   for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
     const int q_head = i / (D / 2), channel = i % (D / 2) * 2;
@@ -278,8 +277,8 @@ __device__ __noinline__ void merge(unsigned parts, float* part, int stride, Outp
       }
     }
     if (part) {
-      *(float2*)(part + q_head * stride + channel) = make_float2(a0, a1);
-      if (channel == 0) ((float2*)(part + Q_PER_KV * stride))[q_head] = make_float2(m, l);
+      __stcg((float2*)part + i, make_float2(a0, a1));
+      if (channel == 0) __stcg((float2*)(part + OUT) + q_head, make_float2(m, l));
     } else {
       const float inverse = rcp_approx(l);
       out[(size_t)head * OUT + 2 * i] = to_output(a0 * inverse), out[(size_t)head * OUT + 2 * i + 1] = to_output(a1 * inverse);
@@ -288,29 +287,38 @@ __device__ __noinline__ void merge(unsigned parts, float* part, int stride, Outp
   }
 }
 
-// The last block to arrive at a shared head: its blocks' parts come to shared memory and are merged there, in rounds if there are many.
+// The last block to arrive at a shared head: merges its blocks' parts in list order, all loads of a round under way at once. (Through shared
+// memory and `merge`, whose code is at hand, it took 2 to 3 microseconds more.)
 __device__ __forceinline__ void merge_blocks(const Results& to, const Shared& mine) {
-  extern __shared__ __align__(128) unsigned char smem[];
-  const bool once = mine.blocks <= PARTS;
-  int sum = -1;  // where the sum of the rounds before stands: 0 and PARTS - 1 in turn, the others are for the round's parts
-  for (int k = 0; k < mine.blocks;) {
-    const int n = min(mine.blocks - k, once ? PARTS : PARTS - 2), first = once ? 0 : 1;
-    auto part_of = [&](int u) { return to.workspace + (size_t)(k + u ? 2 * (mine.from + k + u) : mine.first) * WORKSPACE_PART; };
-#pragma unroll 4
-    for (int i = threadIdx.x; i < n * (OUT / 4); i += BLOCK_WARPS * 32) {
-      const int u = i / (OUT / 4), at = i % (OUT / 4), q_head = at / (D / 4), quarter = at % (D / 4);
-      ((float4*)(part_at(smem, first + u) + q_head * HEAD_STRIDE))[quarter] = __ldcg((const float4*)part_of(u) + at);
+  constexpr int ROUND = 16;
+  for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
+    const int q_head = i / (D / 2);
+    float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
+    for (int k = 0; k < mine.blocks; k += ROUND) {
+      float2 v[ROUND], ml[ROUND];
+      float highest = m;
+#pragma unroll
+      for (int u = 0; u < ROUND; u++) {
+        v[u] = make_float2(0.f, 0.f), ml[u] = make_float2(LOWEST, 0.f);
+        if (k + u < mine.blocks) {
+          const float* part = to.workspace + (size_t)(k + u ? 2 * (mine.from + k + u) : mine.first) * WORKSPACE_PART;
+          v[u] = __ldcg((const float2*)part + i), ml[u] = __ldcg((const float2*)(part + OUT) + q_head);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < ROUND; u++) highest = fmaxf(highest, ml[u].x);
+      const float f = ex2(m - highest);
+      m = highest, l *= f, a0 *= f, a1 *= f;
+#pragma unroll
+      for (int u = 0; u < ROUND; u++) {
+        const float g = ex2(ml[u].x - m);
+        l += g * ml[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
+      }
     }
-    for (int i = threadIdx.x; i < n * Q_PER_KV; i += BLOCK_WARPS * 32) {
-      const int u = i / Q_PER_KV, q_head = i % Q_PER_KV;
-      ((float2*)(part_at(smem, first + u) + Q_PER_KV * HEAD_STRIDE))[q_head] = __ldcg((const float2*)(part_of(u) + OUT) + q_head);
-    }
-    __syncthreads();
-    k += n;
-    const unsigned parts = (n == 32 ? FULL : ((1u << n) - 1) << first) | (sum < 0 ? 0u : 1u << sum);
-    sum = sum == 0 ? PARTS - 1 : 0;
-    merge(parts, k < mine.blocks ? part_at(smem, sum) : nullptr, HEAD_STRIDE, to.out, to.lse, mine.head);
-    __syncthreads();
+    Output* out = to.out + (size_t)mine.head * OUT + 2 * i;
+    const float inverse = rcp_approx(l);
+    out[0] = to_output(a0 * inverse), out[1] = to_output(a1 * inverse);
+    if (i % (D / 2) == 0) store_lse(to, mine.head, q_head, m, l);
   }
 }
 
@@ -408,7 +416,7 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
     const bool at_begin = shared[0].blocks && shared[0].head == head, at_end = shared[1].blocks && shared[1].head == head;
     const Shared& mine = shared[at_begin ? 0 : 1];
     float* part = to.workspace + (size_t)(block == mine.from ? mine.first : 2 * block) * WORKSPACE_PART;
-    merge(parts, at_begin || at_end ? part : nullptr, D, to.out, to.lse, head);
+    merge(parts, at_begin || at_end ? part : nullptr, to.out, to.lse, head);
   }
   if (!shared[0].blocks && !shared[1].blocks) return;
   __syncthreads();

@@ -162,7 +162,7 @@ class Plan:
     blocks: int
 
     def workspace_floats(self, head_dim: int) -> int:
-        return 2 * self.blocks * self.q_per_kv * (head_dim + 4)
+        return 2 * self.blocks * self.q_per_kv * (head_dim + 2)
 
     @property
     def task_shape(self) -> tuple[int, int, int]:
