@@ -41,7 +41,7 @@ __device__ __forceinline__ int head_of_column(int n) { return min(n % COLUMNS, Q
 struct Results {
   Output* out;       // [heads, Q_PER_KV, D]
   float* lse;        // [heads, Q_PER_KV] natural logarithm of the sum of exp(logit), or null
-  float* workspace;  // [2 * gridDim.x] parts
+  float* workspace;  // [2 * gridDim.x, Q_PER_KV * (D + 2)]
   int* arrived;      // [heads], zero before and after
 };
 
@@ -199,17 +199,15 @@ struct Ring {
 
 // --- the parts of a head that several warps or blocks have
 
-// A part, float32: sums [Q_PER_KV][stride], then (m, l) [Q_PER_KV]. The stride is HEAD_STRIDE in shared memory and D in the workspace, where
-// a part takes WORKSPACE_PART floats.
-constexpr int PART_BYTES = Q_PER_KV * (HEAD_STRIDE + 4) * 4, WORKSPACE_PART = Q_PER_KV * (D + 2);
-// Shared memory: the warps' rings | their q | first parts | heads of first and last parts | barriers | the sequences' tokens
-constexpr int RING_BYTES = STAGES * UNIT_BYTES, AT_Q = BLOCK_WARPS * RING_BYTES, AT_PARTS = AT_Q + BLOCK_WARPS * STAGES * Q_BYTES;
-constexpr int AT_HEADS = AT_PARTS + BLOCK_WARPS * PART_BYTES, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16;
-constexpr int AT_ROWS = AT_BARRIERS + BLOCK_WARPS * STAGES * 8, PARTS = 2 * BLOCK_WARPS;
+// Shared memory: the warps' rings | their q | first parts | (m, l) of first and last parts | their heads | barriers | the sequences' tokens
+constexpr int RING_BYTES = STAGES * UNIT_BYTES, PART_BYTES = Q_PER_KV * HEAD_STRIDE * 4;
+constexpr int AT_Q = BLOCK_WARPS * RING_BYTES, AT_PARTS = AT_Q + BLOCK_WARPS * STAGES * Q_BYTES, AT_ML = AT_PARTS + BLOCK_WARPS * PART_BYTES;
+constexpr int AT_HEADS = AT_ML + BLOCK_WARPS * 2 * Q_PER_KV * 8, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16;
+constexpr int AT_ROWS = AT_BARRIERS + BLOCK_WARPS * STAGES * 8;
 static_assert(RING_BYTES >= PART_BYTES && UNIT_BYTES % 16 == 0, "the last part goes into the drained ring");
-static_assert(PARTS <= 32, "a lane a part");
+static_assert(2 * BLOCK_WARPS <= 32, "a lane a part");
 
-__device__ __forceinline__ float* part_at(unsigned char* smem, int part) {  // part 2w: first of warp w, 2w + 1: its last
+__device__ __forceinline__ float* part_o(unsigned char* smem, int part) {  // part 2w: first of warp w, 2w + 1: its last
   return (float*)(part % 2 ? smem + part / 2 * RING_BYTES : smem + AT_PARTS + part / 2 * PART_BYTES);
 }
 
@@ -222,7 +220,7 @@ template <class Units>
 __device__ __forceinline__ void store_sums(const State& state, unsigned char* smem, const Results& to, int head, bool whole, int part) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const float l[2] = {state.sums[2], state.sums[3]}, inverse[2] = {rcp_approx(l[0]), rcp_approx(l[1])};
-  float* partial = part_at(smem, part);
+  float* partial = part_o(smem, part);
 #pragma unroll
   for (int j = 0; j < CHANNEL_TILES; j++) {
     const float2 zero = Units::zero_term(state, j);
@@ -243,91 +241,50 @@ __device__ __forceinline__ void store_sums(const State& state, unsigned char* sm
     const float m = i ? state.m1 : state.m0;
     if (q_head >= Q_PER_KV) continue;
     if (whole) store_lse(to, head, q_head, m, l[i]);
-    else ((float2*)(partial + Q_PER_KV * HEAD_STRIDE))[q_head] = make_float2(m, l[i]);
+    else ((float2*)(smem + AT_ML))[part * Q_PER_KV + q_head] = make_float2(m, l[i]);
   }
 }
 
-// Merges the parts in shared memory that `parts` has bits for, in this order: to `part` in the workspace, or, where that is null, to the
-// output of `head`. Called, not inlined: a block that has several heads fetches the code once.
-__device__ __noinline__ void merge(unsigned parts, float* part, Output* out, float* lse, int head) {
-  extern __shared__ __align__(128) unsigned char smem[];
-  for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
-    const int q_head = i / (D / 2), channel = i % (D / 2) * 2;
-    float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
-#pragma unroll 1
-    for (unsigned left = parts; left;) {
-      constexpr int BATCH = 4;  // loads that do not wait for each other
-      float2 ml[BATCH], v[BATCH];
-      float highest = m;
-#pragma unroll
-      for (int u = 0; u < BATCH; u++) {
-        ml[u] = make_float2(LOWEST, 0.f), v[u] = make_float2(0.f, 0.f);
-        if (left) {
-          const float* from = part_at(smem, __ffs(left) - 1);
-          ml[u] = ((const float2*)(from + Q_PER_KV * HEAD_STRIDE))[q_head], v[u] = *(const float2*)(from + q_head * HEAD_STRIDE + channel);
-        }
-        highest = fmaxf(highest, ml[u].x), left &= left - 1;
-      }
-      const float f = ex2(m - highest);
-      m = highest, l *= f, a0 *= f, a1 *= f;
-#pragma unroll
-      for (int u = 0; u < BATCH; u++) {
-        const float g = ex2(ml[u].x - m);
-        l += g * ml[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
-      }
-    }
-    if (part) {
-      __stcg((float2*)part + i, make_float2(a0, a1));
-      if (channel == 0) __stcg((float2*)(part + OUT) + q_head, make_float2(m, l));
-    } else {
-      const float inverse = rcp_approx(l);
-      out[(size_t)head * OUT + 2 * i] = to_output(a0 * inverse), out[(size_t)head * OUT + 2 * i + 1] = to_output(a1 * inverse);
-      if (channel == 0 && lse) lse[(size_t)head * Q_PER_KV + q_head] = (m + log2f(l)) * LN2;
-    }
-  }
-}
-
-// The last block to arrive at a shared head: merges its blocks' parts in list order, all loads of a round under way at once. (Through shared
-// memory and `merge`, whose code is at hand, it took 2 to 3 microseconds more.)
-__device__ __forceinline__ void merge_blocks(const Results& to, const Shared& mine) {
-  constexpr int ROUND = 16;
+// The last block to arrive at a head that several share: merges parts first ... of blocks from ... from + n - 1, in this order.
+__device__ __forceinline__ void merge_blocks(const Results& to, int head, int from, int n, int first) {
+  constexpr int BATCH = 16;
   for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
     const int q_head = i / (D / 2);
     float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
-    for (int k = 0; k < mine.blocks; k += ROUND) {
-      float2 v[ROUND], ml[ROUND];
+    for (int k = 0; k < n; k += BATCH) {
+      float2 v[BATCH], ml[BATCH];
       float highest = m;
 #pragma unroll
-      for (int u = 0; u < ROUND; u++) {
+      for (int u = 0; u < BATCH; u++) {
         v[u] = make_float2(0.f, 0.f), ml[u] = make_float2(LOWEST, 0.f);
-        if (k + u < mine.blocks) {
-          const float* part = to.workspace + (size_t)(k + u ? 2 * (mine.from + k + u) : mine.first) * WORKSPACE_PART;
+        if (k + u < n) {
+          const float* part = to.workspace + (size_t)(k + u ? 2 * (from + k + u) : first) * (OUT + 2 * Q_PER_KV);
           v[u] = __ldcg((const float2*)part + i), ml[u] = __ldcg((const float2*)(part + OUT) + q_head);
         }
       }
 #pragma unroll
-      for (int u = 0; u < ROUND; u++) highest = fmaxf(highest, ml[u].x);
+      for (int u = 0; u < BATCH; u++) highest = fmaxf(highest, ml[u].x);
       const float f = ex2(m - highest);
       m = highest, l *= f, a0 *= f, a1 *= f;
 #pragma unroll
-      for (int u = 0; u < ROUND; u++) {
+      for (int u = 0; u < BATCH; u++) {
         const float g = ex2(ml[u].x - m);
         l += g * ml[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
       }
     }
-    Output* out = to.out + (size_t)mine.head * OUT + 2 * i;
+    Output* out = to.out + (size_t)head * OUT + 2 * i;
     const float inverse = rcp_approx(l);
     out[0] = to_output(a0 * inverse), out[1] = to_output(a1 * inverse);
-    if (i % (D / 2) == 0) store_lse(to, mine.head, q_head, m, l);
+    if (i % (D / 2) == 0) store_lse(to, head, q_head, m, l);
   }
 }
 
 // --- the walk over the list
 
-// Units: count(tokens) of a sequence's heads; enter(cursor) sets pages and units from tokens, point(cursor) the pointers; copy_page(ring,
-// slot, cursor, q or null) and copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and
-// attend(state, data, q, cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j), zero_term(state, j) and
-// half_of(j) turn sums into numbers true to scale: of the column half that knows tile j.
+// Units: count(tokens) of a sequence's heads; enter(cursor) sets what hangs on the sequence and head; copy_page(ring, slot, cursor, q or
+// null) and copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, q,
+// cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j), zero_term(state, j) and half_of(j) turn sums
+// into numbers true to scale: of the column half that knows tile j.
 //
 // lengths [batch]; a sequence has lengths[b] + added tokens, and none where that is not positive: its output is 0.
 // q [batch, heads, Q_PER_KV, D]. Dynamic shared memory: AT_ROWS + 4 * batch bytes.
@@ -342,30 +299,28 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   int* part_head = (int*)(smem + AT_HEADS);
   Ring ring;
   ring.setup(smem + warp * RING_BYTES, smem + AT_Q + warp * STAGES * Q_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
-  const int4 task = tasks[block * BLOCK_TASKS + 2 * warp], where = tasks[block * BLOCK_TASKS + 2 * warp + 1];
-  // Asked for before the first copy: whatever is read after it waits behind all the bytes that are under way.
-#pragma unroll 1
+  const int4 task = tasks[block * BLOCK_TASKS + warp];
   for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
-  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
+  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
   if (lane < 2) part_head[2 * warp + lane] = -1;
-  Cursor at = {task.x, task.y, task.z, where.x, where.y, where.z, 0, nullptr, nullptr};
-  units.point(at);
+  __syncthreads();
+
+  Cursor at = {task.x, task.y, task.z, 0, 0, 0, 0, nullptr, nullptr};
+  if (task.w) at.tokens = tokens[at.row], units.enter(at);
   Cursor ahead = at;
   int asked = 0;
   auto request = [&](int slot) {
     if (asked < task.w) {
-      if (ahead.unit == ahead.units) next_head(units, ahead, tokens, batch, heads);
       const bf16* head_q = asked == 0 || ahead.unit == 0 ? q + (size_t)(ahead.row * heads + ahead.head) * OUT : nullptr;
       if (ahead.unit < ahead.pages) units.copy_page(ring, slot, ahead, head_q);
       else units.copy_tile(ring, slot, ahead, head_q);
-      asked++, ahead.unit++;
+      asked++;
+      if (++ahead.unit == ahead.units) next_head(units, ahead, tokens, batch, heads);
     }
     ring.end();
   };
-  request(0);  // it knows its head without `tokens`
-  __syncthreads();
 #pragma unroll 1  // code that runs once is fetched once: less of it
-  for (int slot = 1; slot < STAGES; slot++) request(slot);
+  for (int slot = 0; slot < STAGES; slot++) request(slot);
 
   int slot = 0;
   uint32_t parity = 0;
@@ -414,9 +369,44 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
     const int k = __ffs(begins) - 1, head = __shfl_sync(FULL, own, k);
     const unsigned later = begins & (begins - 1), parts = there & ~((1u << k) - 1) & (later ? (later & -later) - 1 : FULL);
     const bool at_begin = shared[0].blocks && shared[0].head == head, at_end = shared[1].blocks && shared[1].head == head;
-    const Shared& mine = shared[at_begin ? 0 : 1];
-    float* part = to.workspace + (size_t)(block == mine.from ? mine.first : 2 * block) * WORKSPACE_PART;
-    merge(parts, at_begin || at_end ? part : nullptr, to.out, to.lse, head);
+    for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
+      const int q_head = i / (D / 2), channel = i % (D / 2) * 2;
+      const float2* ml = (const float2*)(smem + AT_ML) + q_head;
+      float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
+#pragma unroll 1
+      for (unsigned left = parts; left;) {
+        constexpr int BATCH = 4;  // loads that do not wait for each other
+        float2 of[BATCH], v[BATCH];
+        float highest = m;
+#pragma unroll
+        for (int u = 0; u < BATCH; u++) {
+          of[u] = make_float2(LOWEST, 0.f), v[u] = make_float2(0.f, 0.f);
+          if (left) {
+            const int p = __ffs(left) - 1;
+            of[u] = ml[p * Q_PER_KV], v[u] = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel);
+          }
+          highest = fmaxf(highest, of[u].x), left &= left - 1;
+        }
+        const float f = ex2(m - highest);
+        m = highest, l *= f, a0 *= f, a1 *= f;
+#pragma unroll
+        for (int u = 0; u < BATCH; u++) {
+          const float g = ex2(of[u].x - m);
+          l += g * of[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
+        }
+      }
+      if (at_begin || at_end) {
+        const Shared& mine = shared[at_begin ? 0 : 1];
+        float* part = to.workspace + (size_t)(block == mine.from ? mine.first : 2 * block) * (OUT + 2 * Q_PER_KV);
+        __stcg((float2*)part + i, make_float2(a0, a1));
+        if (channel == 0) __stcg((float2*)(part + OUT) + q_head, make_float2(m, l));
+      } else {
+        Output* out = to.out + (size_t)head * OUT + 2 * i;
+        const float inverse = rcp_approx(l);
+        out[0] = to_output(a0 * inverse), out[1] = to_output(a1 * inverse);
+        if (channel == 0) store_lse(to, head, q_head, m, l);
+      }
+    }
   }
   if (!shared[0].blocks && !shared[1].blocks) return;
   __syncthreads();
@@ -427,6 +417,6 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   }
   __syncthreads();
   for (int e = 0; e < 2; e++)
-    if (last[e]) merge_blocks(to, shared[e]);
+    if (last[e]) merge_blocks(to, shared[e].head, shared[e].from, shared[e].blocks, shared[e].first);
 }
 #endif

@@ -77,8 +77,6 @@ struct Pages {
   __device__ __forceinline__ void enter(Cursor& at) const {
     const int packed = packed_tokens(at.tokens);
     at.pages = pages(packed), at.units = at.pages + tiles(at.tokens, packed);
-  }
-  __device__ __forceinline__ void point(Cursor& at) const {
     at.page = data + ((size_t)(at.row * kv_heads + at.head / SHARE) * page_capacity + sinks / PAGE_TOKENS) * PAGE_BYTES;
     at.norms = norms + (size_t)at.row * norm_stride + sinks / PAGE_TOKENS * PAGE_TOKENS;
   }

@@ -151,6 +151,9 @@ def fill_window(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Ar
 # --- decode attention
 
 
+CUTS, BF16_CUTS = ((12, 2), (8, 2), (4, 2), (2, 2), (1, 2)), ((8, 2), (4, 3), (4, 2), (2, 2), (1, 2))  # (warps, stages), best first
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a decode kernel is cut: fixed for a model, a scheme, a batch and a card, so that one graph serves every step."""
@@ -166,21 +169,21 @@ class Plan:
 
     @property
     def task_shape(self) -> tuple[int, int, int]:
-        """Of the schedule, int32: two rows of four for every warp of a block, one for each head that it shares (attention.cuh)."""
-        return self.blocks, 2 * self.warps + 2, 4
+        """Of the schedule, int32: a row of four for every warp of a block and for the two heads that it shares (attention.cuh)."""
+        return self.blocks, self.warps + 2, 4
 
 
 def plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, capability: int) -> Plan:
-    """The cut that was fastest where it was measured and fits the card; a grid that cuts as few heads as possible."""
+    """The most warps whose rings of copies fit; a grid that cuts as few heads as possible."""
     together = heads.q_heads // heads.kv_heads
     share = next(s for s in range(1, together + 1) if together % s == 0 and together // s <= 8)
     work = batch * heads.kv_heads * share
     even = (n for n in range(multiprocessors * 15 // 16, multiprocessors + 1) if n % work == 0 or work % n == 0)
     blocks = max(even, default=multiprocessors)
     room = SHARED_BYTES.get(capability, 99) * 1024 - 1024
-    # 12 warps hide the arithmetic of small pages; larger ones, and the sums of 256 channels, leave registers and time for 8.
-    most = 12 if scheme.quantized and scheme.symmetric_values and heads.head_dim <= 128 else 8
-    plans = [Plan(together // share, share, warps, 2, blocks) for warps in (most, 8, 4, 2, 1)]
+    plans = [Plan(together // share, share, warps, stages, blocks) for warps, stages in (CUTS if scheme.quantized else BF16_CUTS)]
+    if heads.head_dim > 128:  # sums of 256 channels leave registers for 8 warps
+        plans = [p for p in plans if p.warps <= 8]
     return next((p for p in plans if shared_bytes(heads.head_dim, scheme, p, batch) <= room), plans[-1])
 
 
@@ -191,7 +194,7 @@ def _unit_bytes(head_dim: int, scheme: Scheme) -> int:
 def shared_bytes(head_dim: int, scheme: Scheme, p: Plan, batch: int) -> int:
     """Dynamic shared memory of a decode kernel: attention.cuh, AT_ROWS and what follows."""
     ring = p.stages * (_unit_bytes(head_dim, scheme) + p.q_per_kv * head_dim * 2)
-    heads = p.warps * (ring + p.q_per_kv * (head_dim + 12) * 4 + 8)
+    heads = p.warps * (ring + p.q_per_kv * (head_dim + 8) * 4 + 2 * p.q_per_kv * 8 + 8)
     return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * batch
 
 
