@@ -9,19 +9,53 @@ import argparse
 import json
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
 from .errors import Failure, UserError
 
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .generation import Generation, Options
+    from .prompt_cache import PromptCache
+
 SCHEMES = "bf16, kivi, quarot, rotation, scaling, oscar, int2, int2-compact, int4"
 EXAMPLES = """examples:
   python -m minioscar generate smollm2-135m "The capital of France is" --raw
-  python -m minioscar generate Qwen/Qwen3-0.6B --prompt-file question.txt --max-tokens 500 --temperature 0.7
+  python -m minioscar chat Qwen/Qwen3-0.6B
+  python -m minioscar cache Qwen/Qwen3-0.6B --prompt-file book.txt --out book.kv.safetensors
+  python -m minioscar generate Qwen/Qwen3-0.6B "Who is the narrator?" --cache book.kv.safetensors
   python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024
   python -m minioscar info smollm2-135m --ctx 8192 --batch 4
 
-MODEL is a folder, a name under weights/, or a Hugging Face id; smollm2-135m is built in."""
+MODEL is a folder, a name under weights/, or a Hugging Face id; smollm2-135m is built in. COMMAND --help has examples of each."""
+MORE_EXAMPLES = {
+    "generate": """examples:
+  python -m minioscar generate smollm2-135m "Tell me about Paris" --temperature 0.7 --top-p 0.9 --seed 3
+  cat question.txt | python -m minioscar generate Qwen/Qwen3-0.6B -
+  python -m minioscar generate smollm2-135m "1, 2, 3," --raw --stop 10 --json --logprobs 3
+  python -m minioscar generate smollm2-135m --prompts-file prompts.jsonl --batch 16 > answers.jsonl
+  python -m minioscar generate smollm2-135m "And the second chapter?" --cache book.kv.safetensors
+
+A line of prompts.jsonl is a JSON string or {"prompt": "...", "id": ...} or {"messages": [{"role": "user", "content": "..."}]}; a line
+that fails becomes {"line": N, "error": "..."} and the others go on.""",
+    "chat": """examples:
+  python -m minioscar chat smollm2-135m --system "Answer in one sentence."
+  python -m minioscar chat smollm2-135m --cache book.kv.safetensors
+  printf 'Hello\\nWhat did I say?\\n' | python -m minioscar chat smollm2-135m
+
+In the conversation, /help lists the commands: /reset, /save FILE, /stats, /exit. Ctrl-C stops an answer and keeps the conversation.""",
+    "cache": """examples:
+  python -m minioscar cache Qwen/Qwen3-0.6B --prompt-file book.txt --out book.kv.safetensors
+  python -m minioscar generate Qwen/Qwen3-0.6B "Who is the narrator?" --cache book.kv.safetensors
+  python -m minioscar chat Qwen/Qwen3-0.6B --cache book.kv.safetensors
+
+The text is read once; what --cache goes on with is read behind it: in the same message of a chat, or (--raw) in the same text. The file
+is bound to the model, its weights and --kv, not to the device.""",
+    "pull": "example:\n  python -m minioscar pull Qwen/Qwen3-0.6B",
+    "info": "example:\n  python -m minioscar info Qwen/Qwen3-0.6B --ctx 32768 --batch 8",
+    "eval": "example:\n  python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024 --windows 3 --json",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,30 +72,58 @@ def parser() -> Parser:
     commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, help: str) -> Parser:
-        sub = commands.add_parser(name, help=help, description=help)
+        sub = commands.add_parser(
+            name, help=help, description=help, epilog=MORE_EXAMPLES.get(name), formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         sub.add_argument("model", metavar="MODEL", help="folder, name under weights/, or Hugging Face id")
         sub.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error; look for NaN in every operation")
         return sub
 
     def device(sub: Parser) -> None:
         sub.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU if there is one")
 
+    def scheme(sub: Parser) -> None:
+        sub.add_argument("--kv", metavar="SCHEME", help=f"how the KV cache is kept: {SCHEMES} (int2, or that of --cache)")
+
+    def answering(sub: Parser, max_tokens: int, ctx: str) -> None:
+        sub.add_argument("--cache", metavar="F", help="go on from a prompt cache that the command cache, or /save in a chat, wrote")
+        scheme(sub)
+        sub.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=f"stop after so many new tokens ({max_tokens})")
+        sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+        sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1: off)")
+        sub.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: off)")
+        sub.add_argument("--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the likeliest (0: off)")
+        sub.add_argument("--seed", type=int, default=0, metavar="S", help="of the random numbers (0)")
+        sub.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be given several times")
+        sub.add_argument("--ctx", type=int, metavar="N", help=f"capacity of the cache in tokens ({ctx})")
+        device(sub)
+
+    def rendering(sub: Parser) -> None:
+        mode = sub.add_mutually_exclusive_group()
+        mode.add_argument("--chat", action="store_true", default=None, help="render the chat template (default for a model that has one)")
+        mode.add_argument("--raw", action="store_false", dest="chat", help="plain continuation")
+
     generate = command("generate", "continue a prompt, or answer it")
-    generate.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text; or use --prompt-file")
+    generate.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text, or - for standard input; or use one of the files")
     generate.add_argument("--prompt-file", metavar="F", help="read the prompt from a UTF-8 file")
-    generate.add_argument("--kv", default="int2", metavar="SCHEME", help=f"how the KV cache is kept: {SCHEMES} (int2)")
-    generate.add_argument("--max-tokens", type=int, default=256, metavar="N", help="stop after so many new tokens (256)")
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1: off)")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: off)")
-    generate.add_argument("--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the likeliest (0: off)")
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="of the random numbers (0)")
-    generate.add_argument("--ctx", type=int, metavar="N", help="capacity of the cache in tokens (what prompt and --max-tokens need)")
-    device(generate)
-    mode = generate.add_mutually_exclusive_group()
-    mode.add_argument("--chat", action="store_true", default=None, help="render the chat template (default for a model that has one)")
-    mode.add_argument("--raw", action="store_false", dest="chat", help="plain continuation")
+    generate.add_argument("--prompts-file", metavar="F", help="many prompts, one a line of JSON; one line of JSON for each on stdout")
+    generate.add_argument("--batch", type=int, default=8, metavar="B", help="prompts of --prompts-file that run at a time (8)")
+    generate.add_argument("--n", type=int, default=1, metavar="N", help="answers to each prompt, drawn independently (1)")
+    generate.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities of new tokens and the K likeliest; in JSON output")
+    answering(generate, 256, "what prompt and --max-tokens need")
+    rendering(generate)
+
+    chat = command("chat", "a conversation in the terminal, its cache kept between turns")
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    answering(chat, 1024, "the model's, or what fits into memory")
+
+    cache = command("cache", "read a text once, for generate and chat --cache")
+    cache.add_argument("--prompt-file", metavar="F", required=True, help="the text, in UTF-8; - is standard input")
+    cache.add_argument("--out", metavar="F", required=True, help="the file to write, such as book.kv.safetensors")
+    scheme(cache)
+    device(cache)
+    rendering(cache)
 
     command("pull", "fetch a model into weights/")
 
@@ -118,32 +180,126 @@ def explained(error: BaseException) -> tuple[int, str]:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    from .sampling import Sampling
-
-    if (args.prompt is None) == (args.prompt_file is None):
-        raise UserError("give either PROMPT or --prompt-file")
-    prompt = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
-    if not prompt:
+    sources = [source for source in (args.prompt, args.prompt_file, args.prompts_file) if source is not None]
+    if len(sources) > 1 or not (sources or args.cache):
+        raise UserError("give one of PROMPT, --prompt-file and --prompts-file")
+    if args.logprobs is not None and not (args.json or args.prompts_file):
+        raise UserError("--logprobs needs --json: they are part of the JSON output")
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
+    options = wanted(args)
+    if args.prompts_file is not None:
+        return run_prompts(args, options)
+    prompt = read_text(args.prompt_file) if args.prompt_file is not None else read_text("-") if args.prompt == "-" else args.prompt or ""
+    if not (prompt or args.cache):
         raise UserError("the prompt is empty; give it some text")
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-
-    from .engine import load
-
-    engine = load(args.model, args.kv, args.device, ctx=args.ctx, progress=sys.stderr.isatty())
-    run = engine.start([prompt], max_tokens=args.max_tokens, ctx=args.ctx, chat=args.chat, sampling=sampling)
+    engine, cache = loaded(args)
+    run = engine.start([prompt], ctx=args.ctx, chat=args.chat, options=options, cache=cache)
     for _, piece in run:
-        if not args.json:
+        if not args.json and options.n == 1:
             print(piece, end="", flush=True)
-    result = run.results[0]
+    found = [answer_object(result) for result in run.results]
     if args.json:
-        print(json.dumps({key: getattr(result, key) for key in GENERATE_KEYS}))
+        print(json.dumps(found[0] if options.n == 1 else {"n": options.n, "answers": found}))
         return
-    print()
+    print("\n---\n".join(answer["text"] for answer in found) if options.n > 1 else "")
+    result, new = run.results[0], sum(result.new_tokens for result in run.results)
+    cached = f", {result.prompt_tokens - result.prefilled_tokens} more from the cache" if cache else ""
     print(
-        f"[{result.prompt_tokens} tokens in {result.prefill_s:.2f} s, {result.new_tokens} new in {result.decode_s:.2f} s "
+        f"[{result.prefilled_tokens} tokens{cached} in {result.prefill_s:.2f} s, {new} new in {result.decode_s:.2f} s "
         f"({result.tokens_per_s:.1f} tokens/s), {result.finish_reason}; {result.kv} cache {result.kv_bytes / 1e6:.1f} MB, {result.device}]",
         file=sys.stderr,
     )
+
+
+def run_prompts(args: argparse.Namespace, options: Options) -> None:
+    from tqdm import tqdm
+
+    from . import prompts
+
+    lines = list(prompts.parse(read_bytes(args.prompts_file).split(b"\n")))
+    if not lines:
+        raise UserError(f"{args.prompts_file} has no prompts; a line is a JSON string or an object with \"prompt\"")
+    engine, cache = loaded(args)
+    failed, bar = [], tqdm(total=len(lines), desc="prompts", unit="line", leave=False, disable=None if sys.stderr.isatty() else True)
+    with bar:
+        answered = prompts.answers(engine, lines, batch=args.batch, options=options, ctx=args.ctx, chat=args.chat, cache=cache)
+        for line, results in answered:
+            for index, result in enumerate(results):
+                numbered = {"index": index} if options.n > 1 else {}
+                print(json.dumps(line.head() | numbered | answer_object(result)), flush=True)
+            if line.error is not None:
+                failed.append(line.number)
+                print(json.dumps(line.head() | {"error": line.error}), flush=True)
+            bar.update()
+    if failed:
+        which = f"line{'s' * (len(failed) > 1)} {', '.join(map(str, failed[:5]))}{', ...' * (len(failed) > 5)}"
+        raise UserError(f"{args.prompts_file}: {len(failed)} of {len(lines)} prompts failed ({which}); their \"error\" on stdout says why")
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    from . import chat
+    from .conversation import Conversation
+
+    options = wanted(args)
+    engine, cache = loaded(args)
+    conversation = Conversation(engine, system=args.system, cache=cache, ctx=args.ctx)
+    chat.talk(conversation, {"max_tokens": options.max_tokens, "sampling": options.sampling, "stop": options.stop}, quiet=args.json)
+    if args.json:
+        print(json.dumps(chat.summary(conversation)))
+
+
+def run_cache(args: argparse.Namespace) -> None:
+    import time
+
+    from .cache import cache_bytes
+    from .files import check_writable
+    from .oscar import SCHEMES
+
+    text = read_text(args.prompt_file)
+    if not text:
+        raise UserError(f"{args.prompt_file} is empty; give it some text")
+    check_writable(args.out)
+    engine, _ = loaded(args)
+    before = time.perf_counter()
+    cache = engine.prefill(text, args.chat)
+    seconds = time.perf_counter() - before
+    cache.save(args.out)
+    report = {
+        "file": args.out, "tokens": len(cache), "kv": engine.scheme.name, "kv_bytes": cache.nbytes, "file_bytes": os.path.getsize(args.out),
+        "bf16_bytes": cache_bytes(engine.config, SCHEMES["bf16"], 1, len(cache)), "device": engine.ops.name, "prefill_s": seconds,
+    }
+    print(json.dumps(report) if args.json else args.out)
+    if not args.json:
+        sizes = f"{report['file_bytes'] / 1e6:.1f} MB, {report['bf16_bytes'] / report['kv_bytes']:.2f}x less cache than in bf16"
+        print(f"[{len(cache)} tokens in {seconds:.2f} s; {report['kv']}, {sizes}, {report['device']}]", file=sys.stderr)
+
+
+def wanted(args: argparse.Namespace) -> Options:
+    from .generation import Options
+    from .sampling import Sampling
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+    return Options(args.max_tokens, sampling, tuple(args.stop), getattr(args, "logprobs", None), getattr(args, "n", 1))
+
+
+def loaded(args: argparse.Namespace) -> tuple[Engine, PromptCache | None]:
+    """The model, and the prompt cache if --cache names one, which is checked before the weights are read."""
+    from .engine import load
+
+    file, ctx = getattr(args, "cache", None), getattr(args, "ctx", None)
+    if file is not None and getattr(args, "chat", None) is not None:
+        raise UserError("--chat and --raw were decided when the prompt cache was made; leave them out")
+    engine = load(args.model, args.kv, args.device, ctx=ctx, progress=sys.stderr.isatty(), cache=file, debug=args.debug)
+    return engine, engine.load_cache(file) if file is not None else None
+
+
+def answer_object(result: Generation) -> dict:
+    """The object of `generate --json`."""
+    from dataclasses import asdict
+
+    found = {key: getattr(result, key) for key in GENERATE_KEYS}
+    return found if result.logprobs is None else found | {"logprobs": [asdict(logprob) for logprob in result.logprobs]}
 
 
 def run_pull(args: argparse.Namespace) -> None:
@@ -173,13 +329,24 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 file. Raises UserError where it cannot be read."""
+    """A UTF-8 file, or standard input for -. Raises UserError where it cannot be read."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read as UTF-8 text ({error}); give a text file") from None
 
 
+def read_bytes(path: str) -> bytes:
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read()
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise UserError(f"{path} cannot be read ({error}); name a file") from None
+
+
 GENERATE_KEYS = "text token_ids prompt_tokens new_tokens finish_reason kv kv_bytes device prefill_s decode_s tokens_per_s".split()
-COMMANDS = {"generate": run_generate, "pull": run_pull, "info": run_info, "eval": run_eval}
+COMMANDS = {
+    "generate": run_generate, "chat": run_chat, "cache": run_cache, "pull": run_pull, "info": run_info, "eval": run_eval,
+}

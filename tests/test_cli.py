@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minioscar import hub
+from minioscar import cli, hub
 from minioscar.cli import main
 
 from .tiny import write_model
@@ -38,6 +39,18 @@ def test_help_answers_before_anything_heavy_is_imported():
         subprocess.run([sys.executable, "-m", "minioscar", "--help"], check=True, stdout=subprocess.DEVNULL)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.3
+
+
+def test_every_example_of_the_help_is_a_command_that_parses(capsys):
+    texts = [cli.EXAMPLES, *cli.MORE_EXAMPLES.values()]
+    examples = [line.split("python -m minioscar ")[1] for text in texts for line in text.splitlines() if "python -m minioscar " in line]
+    assert {example.split()[0] for example in examples} == set(cli.COMMANDS)
+    for example in examples:
+        words = shlex.split(example.split(" > ")[0])
+        assert cli.parser().parse_args(words).command == words[0]
+    for command in cli.COMMANDS:
+        assert main([command, "--help"]) == 0
+        assert "example" in capsys.readouterr().out
 
 
 def test_demo_prints_paris_on_stdout_and_statistics_on_stderr(smollm2, capsys):
@@ -118,8 +131,8 @@ def cases(tiny: Path) -> dict[str, tuple[list[str], str]]:
         "unknown command": (["fly"], "'fly'"),
         "unknown flag": (["generate", smollm2, "x", "--fast"], "--fast"),
         "not a number": (["generate", smollm2, "x", "--max-tokens", "many"], "'many'"),
-        "no prompt": (["generate", smollm2], "give either PROMPT or --prompt-file"),
-        "two prompts": (["generate", smollm2, "x", "--prompt-file", "y"], "give either PROMPT or --prompt-file"),
+        "no prompt": (["generate", smollm2], "give one of PROMPT, --prompt-file and --prompts-file"),
+        "two prompts": (["generate", smollm2, "x", "--prompt-file", "y"], "give one of PROMPT, --prompt-file and --prompts-file"),
         "empty prompt": (["generate", smollm2, ""], "prompt is empty"),
         "missing prompt file": (["generate", smollm2, "--prompt-file", "nowhere.txt"], "nowhere.txt"),
         "prompt not UTF-8": (["generate", smollm2, "--prompt-file", str(latin)], "UTF-8"),
