@@ -61,7 +61,15 @@ class Lines:
                         partial.chmod(0o600)
 
     def message(self) -> str:
-        """One message. Raises EOFError at the end, KeyboardInterrupt on Ctrl-C."""
+        """One message. Raises EOFError at the end, KeyboardInterrupt on Ctrl-C, UserError for text that is not UTF-8."""
+        try:
+            text = self._message()
+            text.encode()
+        except UnicodeError:
+            raise UserError("the message is not valid Unicode (was it UTF-8?); convert it to UTF-8") from None
+        return text
+
+    def _message(self) -> str:
         line = self._line(PROMPT)
         if line.lstrip().startswith(QUOTES):
             lines = [line.lstrip().removeprefix(QUOTES)]
@@ -125,19 +133,17 @@ def talk(conversation: Conversation, options: dict[str, Any], quiet: bool = Fals
         while True:
             try:
                 text = lines.message()
-            except EOFError:
-                break
-            except KeyboardInterrupt:
-                if not lines.terminal:
-                    raise
-                _say("\n(Ctrl-D or /exit leaves)")
-                continue
-            try:
                 if text.startswith("/") and lines.terminal:
                     if not command(conversation, text):
                         break
                 elif text.strip():
                     answer(conversation, text, options, quiet)
+            except EOFError:
+                break
+            except KeyboardInterrupt:  # at the prompt; `answer` takes care of its own
+                if not lines.terminal:
+                    raise
+                _say("\n(Ctrl-D or /exit leaves)")
             except (UserError, Failure) as error:
                 if not lines.terminal:
                     raise

@@ -142,11 +142,21 @@ def parser() -> Parser:
     return main
 
 
+def parsed(argv: list[str]) -> argparse.Namespace:
+    """argparse takes an optional PROMPT only where it stands next to MODEL; anywhere else it is left over."""
+    args, rest = parser().parse_known_args(argv)
+    if len(rest) == 1 and getattr(args, "prompt", "") is None and (rest[0] == "-" or not rest[0].startswith("-")):
+        args.prompt = rest.pop()
+    if rest:
+        raise UserError(f"unrecognized arguments: {' '.join(rest)}; see minioscar {args.command} --help")
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 (failure), 2 (wrong use or input), 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = parser().parse_args(argv)
+        args = parsed(argv)
         COMMANDS[args.command](args)
         sys.stdout.flush()
         return 0

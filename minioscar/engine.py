@@ -136,20 +136,23 @@ class Engine:
                 raise UserError("the prompt is empty; give it some text")
             ids = self.tokenizer.prompt_ids(prompt, self.tokenizer.has_chat_template if chat is None else chat)
         elif len(prompt) and isinstance(prompt[0], Mapping):
-            ids = self.render(prompt)
+            return self.render(prompt)
         else:
             ids = [*(cache.ids if cache else ()), *(int(i) for i in prompt)]
+        return self._checked(ids)
+
+    def _checked(self, ids: list[int]) -> list[int]:
         if not ids:
-            raise UserError("the prompt is empty; give it some text")
+            raise UserError("the prompt is empty, or becomes no tokens; give it some text")
         if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
             raise UserError(f"the prompt has token ids outside 0 ... {self.config.vocab_size - 1}; the tokenizer is not this model's")
         return ids
 
-    def render(self, messages: Sequence[Message], answer: bool = True) -> list[int]:
-        """Token ids of a chat, by the model's template. answer: with the beginning of the assistant's next message."""
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a chat, by the model's template, with the beginning of the answer."""
         if not well_formed(messages):
             raise UserError('messages must be objects {"role": text, "content": text}')
-        return self.tokenizer.encode(self.tokenizer.chat([dict(m) for m in messages], answer))
+        return self._checked(self.tokenizer.encode(self.tokenizer.chat([dict(m) for m in messages])))
 
     def capacity(self, ids: list[list[int]], options: Options, ctx: int | None) -> int:
         """The capacity of the cache, every limit checked before anything is computed."""
@@ -183,7 +186,7 @@ class Engine:
             ids = self.encode(prompt, chat=False)
         else:  # only what does not depend on how it goes on: two ways to go on agree on it
             ids = self.render(continued(messages, "a"))
-            ids = ids[: common(ids, self.render(continued(messages, "1")))]
+            ids = self._checked(ids[: common(ids, self.render(continued(messages, "1")))])
         context = self.padded(self.capacity([ids], Options(max_tokens=1), None))
         run = Run(self, [ids], self.new_cache(1, context), Options(max_tokens=1))
         logits = run.prefill()[0]

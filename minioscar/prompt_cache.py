@@ -167,7 +167,7 @@ class File:
     def scheme(self) -> str:
         """The scheme's name. Raises UserError if it is none."""
         name = self._json("scheme").get("name")
-        if name not in SCHEMES:
+        if not isinstance(name, str) or name not in SCHEMES:
             raise UserError(f"{self.path} was made with --kv {name!r}, which this minioscar does not have; make it again")
         return name
 
@@ -184,7 +184,7 @@ class File:
 
     def _same(self, what: str, theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> None:
         for name in dict.fromkeys([*ours, *theirs]):
-            a, b = theirs.get(name), ours.get(name)
+            a, b = (fields.get(name, "nothing") for fields in (theirs, ours))
             if isinstance(a, dict) and isinstance(b, dict):
                 self._same(what, a, b, f"{prefix}{name}.")
             elif a != b:

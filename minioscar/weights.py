@@ -131,8 +131,11 @@ def fingerprint(folder: Path) -> str:
         return digest.digest()
 
     files = _files(folder)
-    with ThreadPoolExecutor() as threads:
-        return hashlib.sha256(b"".join(threads.map(of_file, files))).hexdigest()
+    try:
+        with ThreadPoolExecutor() as threads:
+            return hashlib.sha256(b"".join(threads.map(of_file, files))).hexdigest()
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); fetch the model again") from None
 
 
 def load(folder: Path, config: Config, ops: Reference, progress: bool = False) -> Weights:

@@ -74,6 +74,13 @@ def test_prompt_file_is_the_prompt(smollm2, capsys, tmp_path):
     assert (code, out) == (0, " Paris\n")
 
 
+def test_the_prompt_may_stand_anywhere(smollm2, capsys):
+    for argv in (["--raw", "--max-tokens", "1", "The capital of France is"], ["--raw", "The capital of France is", "--max-tokens", "1"]):
+        assert run(capsys, "generate", smollm2, *argv)[:2] == (0, " Paris\n")
+    code, _, err = run(capsys, "generate", smollm2, "--raw", "a", "b")
+    assert code == 2 and "unrecognized arguments: " in err
+
+
 def test_eval_json_has_the_baseline_first_and_the_stable_keys(smollm2, capsys):
     code, out, _ = run(capsys, "eval", smollm2, "--prefill", 150, "--decode", 20, "--kv", "oscar,int2", "--json")
     report = json.loads(out)
