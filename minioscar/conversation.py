@@ -8,7 +8,7 @@ else at the block before, whose tokens are then fed again (`cache.left_after_cut
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from .cache import Cache
 from .engine import GREEDY, Engine
 from .errors import UserError
 from .generation import MAX_TOKENS, Generation, Options, Run
+from .oscar import WINDOW
 from .prompt_cache import Message, PromptCache, common, continued
 from .sampling import Sampling
 
@@ -41,6 +42,7 @@ class Conversation:
         self.last: Generation | None = None
         self.cache: Cache | None = None
         self.held: list[int] = []  # the tokens in row 0 of the cache
+        self._answer: Generator[str, None, None] | None = None
         if cache is not None:
             engine.belongs(cache)
             if len(cache) >= self.context:
@@ -52,8 +54,8 @@ class Conversation:
 
     def _room(self, ctx: int | None) -> int:
         config, scheme, ops = self.engine.config, self.engine.scheme, self.engine.ops
-        if ctx is None:
-            ctx = memory.longest_context(config, scheme, ops, 1, ops.free_bytes())
+        if ctx is None:  # a fifth is left for what no arithmetic knows
+            ctx = memory.longest_context(config, scheme, ops, 1, ops.free_bytes() * 4 // 5) or min(WINDOW, config.max_positions)
         if not 1 <= ctx <= config.max_positions:
             raise UserError(f"--ctx {ctx} is out of range; this model has {config.max_positions} positions")
         memory.check(config, scheme, ops, 1, ctx, 1)
@@ -61,18 +63,23 @@ class Conversation:
 
     def say(
         self, text: str, *, max_tokens: int = MAX_TOKENS, sampling: Sampling = GREEDY, stop: Sequence[str] = ()
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The answer to a user's message, as it comes; parameters as in `Engine.generate`.
 
         The message and what there is of its answer join the conversation, also where the iteration is broken off (Ctrl-C, a closed
         iterator); a message that got no answer at all does not. Raises UserError, the conversation as it was, for an empty message
         or one that the context does not hold any more.
         """
+        if self._answer is not None:
+            self._answer.close()  # one that was left standing has ended here
+        sampling = replace(sampling, seed=(sampling.seed + self.turns) % 2**64)  # another turn draws other numbers
+        self._answer = self._say(text, Options(max_tokens, sampling, stop))
+        return self._answer
+
+    def _say(self, text: str, options: Options) -> Generator[str, None, None]:
         messages = continued(self.messages, text)
         if not text.strip() and len(messages) > len(self.messages):  # a document may be answered as it is
             raise UserError("the message is empty; say something")
-        sampling = replace(sampling, seed=(sampling.seed + self.turns) % 2**64)  # another turn draws other numbers
-        options = Options(max_tokens, sampling, stop)
         ids = self.engine.render(messages)
         if len(ids) >= self.context:
             raise UserError(f"the conversation would have {len(ids)} tokens, the context holds {self.context}; begin anew or raise --ctx")

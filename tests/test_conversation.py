@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from minioscar import memory
 from minioscar.cache import Cache
 from minioscar.conversation import Conversation
 from minioscar.errors import Failure, UserError
@@ -138,6 +139,27 @@ def test_an_answer_that_never_began_leaves_no_message(folder):
     conversation = Conversation(talker(folder), ctx=1024)
     conversation.say("the cat")  # not iterated
     assert conversation.messages == []
+
+
+def test_an_answer_left_standing_ends_where_the_next_message_begins(folder):
+    engine = talker(folder)
+    engine.tokenizer.eos_ids = frozenset()
+    conversation = Conversation(engine, ctx=1024)
+    first = conversation.say("the cat", max_tokens=20)
+    heard = next(first) + next(first)
+    say(conversation, "the dog", max_tokens=2)
+    assert [m["content"] for m in conversation.messages[:3]] == ["the cat", heard, "the dog"]
+    assert list(first) == []
+
+
+def test_without_a_context_given_what_fits_is_taken(folder, monkeypatch):
+    engine = talker(folder, "bf16")
+    whole = memory.needed(engine.config, engine.scheme, engine.ops, 1, 512).total
+    monkeypatch.setattr(engine.ops, "free_bytes", lambda: whole * 5 // 4 + 10)
+    assert Conversation(engine).context == 512
+    monkeypatch.setattr(engine.ops, "free_bytes", lambda: 1000)
+    with pytest.raises(UserError, match="context 128 needs .* not even 128 tokens fit"):
+        Conversation(engine)
 
 
 def test_out_of_memory_in_a_turn_frees_the_cache_and_the_conversation_goes_on(folder, monkeypatch):
