@@ -116,7 +116,7 @@ class Engine:
         if wanted.stop:
             _ = self.tokenizer  # a stop string needs text
         ids = [self.encode(prompt, chat, cache) for prompt in prompts]
-        context = self.capacity(ids, wanted, ctx)
+        context = self.capacity(ids, wanted, ctx, cache)
         kept = self.new_cache(len(ids) * wanted.n, context)
         logits = None
         if cache is not None:
@@ -154,8 +154,8 @@ class Engine:
             raise UserError('messages must be objects {"role": text, "content": text}')
         return self._checked(self.tokenizer.encode(self.tokenizer.chat([dict(m) for m in messages])))
 
-    def capacity(self, ids: list[list[int]], options: Options, ctx: int | None) -> int:
-        """The capacity of the cache, every limit checked before anything is computed."""
+    def capacity(self, ids: list[list[int]], options: Options, ctx: int | None, cache: PromptCache | None = None) -> int:
+        """The capacity of the cache, every limit checked before anything is computed. cache: holds the beginning of the prompts."""
         if not ids:
             raise UserError("there is no prompt; give at least one")
         longest, limit = max(map(len, ids)), self.config.max_positions
@@ -165,7 +165,8 @@ class Engine:
             way_out = "shorten it or raise --ctx" if ctx and ctx < limit else "shorten it"
             raise UserError(f"the prompt has {longest} tokens, but the context holds {ctx or limit}; {way_out}")
         context = ctx or min(longest + options.max_tokens, limit)
-        memory.check(self.config, self.scheme, self.ops, len(ids) * options.n, context, sum(map(len, ids)))
+        fed = sum(len(prompt) - (common(prompt, cache.ids) if cache else 0) for prompt in ids)
+        memory.check(self.config, self.scheme, self.ops, len(ids) * options.n, context, max(fed, 1))
         return context
 
     # --- prompt caches
@@ -260,15 +261,19 @@ def load(
         folder = resolve(str(model))
         config = Config.from_folder(folder)
         check_scheme(config, scheme)
+        sha256 = fingerprint(folder) if saved else None
         if saved:
-            saved.check(config, scheme, fingerprint(folder))
+            saved.check(config, scheme, sha256)
     if ctx is not None and not 1 <= ctx <= config.max_positions:
         raise UserError(f"--ctx {ctx} is out of range; {folder.name} has {config.max_positions} positions")
     words = Tokenizer(folder) if tokenizer else None
     if ctx is not None:
         memory.check(config, scheme, ops, 1, ctx, 1, config.parameters() * ops.dtype.itemsize)
     weights = for_scheme(load_weights(folder, config, ops, progress), config, scheme, ops)
-    return Engine(config, weights, words, scheme, Watch(ops, weights) if debug else ops, progress, folder)
+    engine = Engine(config, weights, words, scheme, Watch(ops, weights) if debug else ops, progress, folder)
+    if sha256 is not None:
+        engine.weights_sha256 = sha256
+    return engine
 
 
 def scheme_named(name: str) -> Scheme:

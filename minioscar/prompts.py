@@ -78,7 +78,7 @@ def answers(
 def _checked(engine: Engine, line: Line, options: Options, ctx: int | None, chat: bool | None, cache: PromptCache | None) -> Line:
     if line.error is None:
         try:
-            engine.capacity([engine.encode(line.prompt, chat, cache)], options, ctx)
+            engine.capacity([engine.encode(line.prompt, chat, cache)], options, ctx, cache)
         except UserError as error:
             return Line(line.number, error=str(error), id=line.id)
     return line

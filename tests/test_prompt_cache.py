@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from minioscar import engine as module
+from minioscar import memory
 from minioscar.cache import Cache, row_layout
 from minioscar.cli import main
 from minioscar.config import Config
@@ -171,6 +172,25 @@ def test_a_prompt_that_parts_from_the_document_uses_what_they_share(folder, kv, 
     got, again, want = (engine.model.forward(np.array(other[held:]), c, c.place([0], [len(other) - held])) for c in (kept, cut, straight))
     np.testing.assert_array_equal(got, again)
     assert relative(got, want) < 0.03  # float32 sums in another order, and the codes that they tip
+
+
+def test_only_what_is_read_counts_as_work(engine, monkeypatch):
+    """A document that fits because it need not be read again."""
+    cache = engine.prefill(TEXT * 30)
+    cost = memory.needed(engine.config, engine.scheme, engine.ops, 1, len(cache) + 40, 40)
+    assert cost.total < memory.needed(engine.config, engine.scheme, engine.ops, 1, len(cache) + 40).total
+    monkeypatch.setattr(engine.ops, "free_bytes", lambda: cost.total)
+    assert engine.generate("the cat", cache=cache, max_tokens=4).new_tokens <= 4
+    with pytest.raises(UserError, match="needs .* but .* are free"):
+        engine.generate(TEXT * 30 + "the cat", max_tokens=4)
+
+
+def test_the_weights_are_hashed_once(folder, file, monkeypatch):
+    hashed, fingerprint = [], module.fingerprint
+    monkeypatch.setattr(module, "fingerprint", lambda folder: hashed.append(folder) or fingerprint(folder))
+    loaded = module.load(folder, device="cpu", cache=file)
+    loaded.load_cache(file)
+    assert len(hashed) == 1
 
 
 def test_ids_go_on_with_ids(tmp_path):
