@@ -59,20 +59,18 @@ def row_layout(config: Config, scheme: Scheme, length: int) -> dict[str, tuple[t
     This is what a saved cache consists of. Arrays that would be empty are left out.
     """
     capacity = min(-(-length // WINDOW) * WINDOW, config.max_positions)
-    packed, rows = length // WINDOW * WINDOW, {}
+    tokens, rows = length // WINDOW * WINDOW if scheme.quantized else length, {}
+    whole = capacity // WINDOW * WINDOW if scheme.quantized else capacity  # tokens that the arrays of `layout` are for
     for name, (shape, dtype) in layout(config, scheme, 1, capacity).items():
-        size = list(shape[1:])  # [kv_heads, tokens or groups, ...]; norms are [tokens]
+        size = list(shape[1:])  # [kv_heads, tokens or groups or blocks, ...]; norms are [tokens]
         if name == "norms":
             size[0] = min(length, size[0])
         elif name.startswith("window"):
-            size[1] = length - packed
+            size[1] = length - tokens
         elif name.startswith("sink"):
-            size[1] = size[1] if packed else 0
-        elif scheme.quantized:
-            by_group = name in ("key_step", "key_min") and scheme.key_axis == "token"
-            size[1] = packed // scheme.group if by_group else packed
+            size[1] = size[1] if tokens else 0
         else:
-            size[1] = length
+            size[1] = size[1] * tokens // whole if whole else 0
         rows[name] = (tuple(size), dtype)
     return {name: (shape, dtype) for name, (shape, dtype) in rows.items() if math.prod(shape)}
 

@@ -151,7 +151,8 @@ class Cuda(Reference):
 
     def put_in(self, row: dict[str, np.ndarray], layer: dict[str, Array], slot: int, config: Config, scheme: Scheme) -> None:
         if "pages" in layer and "key_codes" in row:
-            found = repage.pages({name: self.xp.asarray(row[name]) for name in row if name in repage.NAMES}, scheme, self.xp)
+            packed = {name: self.xp.asarray(row[name]) for name in row if name in repage.NAMES}
+            found = repage.pages(packed, scheme, layer["pages"].shape[-1], self.xp)
             layer["pages"][slot, :, : found.shape[1]] = found
             row = {name: array for name, array in row.items() if name not in repage.NAMES}
         super().put_in(row, layer, slot, config, scheme)
