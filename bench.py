@@ -100,7 +100,7 @@ def prefill(e: engine.Engine, name: str, tokens: int, limits: dict[str, float]) 
 def meta(ops) -> dict[str, object]:
     """What the figures were measured on."""
     found = {}
-    for package in ("numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes"):
+    for package in ("numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes", "torch"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -110,9 +110,18 @@ def meta(ops) -> dict[str, object]:
     if ops.name == "cuda":
         properties = ops.xp.cuda.runtime.getDeviceProperties(0)
         runtime = ops.xp.cuda.runtime
-        return {"card": properties["name"].decode(), "driver": runtime.driverGetVersion(), "cuda": runtime.runtimeGetVersion(), **about}
+        return {"card": properties["name"].decode(), "driver": driver(), "cuda": runtime.runtimeGetVersion(), **about}
     cores = len(os.sched_getaffinity(0))
     return {"card": f"no GPU: {cores} CPU cores, {cpu_name()}, {platform.machine()}", "driver": None, "cuda": None, **about}
+
+
+def driver() -> str:
+    """Version of the card's driver, as nvidia-smi says it."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown: nvidia-smi did not say"
 
 
 def cpu_name() -> str:

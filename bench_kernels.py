@@ -108,7 +108,9 @@ def attention(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict
     out = cupy.empty(q.shape, BF16)
     workspace = cupy.empty(plan.workspace_floats(h.head_dim), np.float32)
     arrived = cupy.zeros(case.batch * h.kv_heads * plan.share, np.int32)
-    made = [raw.decode_attention(h, scheme, plan, q, cache, lengths, out, None, workspace, arrived) for cache in caches]
+    tasks = cupy.empty(plan.task_shape, np.int32)
+    raw.run(raw.schedule(h, scheme, plan, lengths, tasks))  # once a step, for all layers: its own row
+    made = [raw.decode_attention(h, scheme, plan, q, cache, lengths, tasks, out, None, workspace, arrived) for cache in caches]
     return [lambda launch=launch: raw.run(launch) for launch in made], caches
 
 
@@ -124,7 +126,8 @@ def compile_all(wanted: list[Case]) -> None:
     seen = {}
     for case in wanted:
         cache = {name: cupy.empty((1, 1, 1, 1), np.uint8) for name in ("keys", "values", "pages", "norms")}
-        launch = raw.decode_attention(case.heads, SCHEMES[case.kv], plan_of(case), q, cache, np.empty(case.batch), q, None, None, None)
+        lengths = np.empty(case.batch)
+        launch = raw.decode_attention(case.heads, SCHEMES[case.kv], plan_of(case), q, cache, lengths, None, q, None, None, None)
         seen[launch.source, launch.name, launch.defines] = None
         if SCHEMES[case.kv].quantized:
             seen["pack.cu", "pack", raw.layout_defines(SCHEMES[case.kv], case.heads.head_dim)] = None
@@ -161,7 +164,7 @@ def entry(op: str, case: Case, us: float, spread: float, size: int, copy_rate: f
 
 
 def writing(rng: Any, copy_rate: float) -> Iterator[dict]:
-    """rotate_scale with append, pack of a step that finds nothing full, and the bulk pack of a prompt."""
+    """rotate_scale with append, pack of a step that finds nothing full, the schedule of a step, and the bulk pack of a prompt."""
     case = Case("int2", 1, 131072)
     scheme, h = SCHEMES[case.kv], case.heads
     cache = filled(case, rng)
@@ -174,7 +177,9 @@ def writing(rng: Any, copy_rate: float) -> Iterator[dict]:
     options |= {"q_weight": weight, "k_weight": weight, "eps": 1e-6}
     rotate = raw.rotate_scale(h, qkv, lengths, cos, cos, q, rotate=True, **options)
     pack = raw.pack_step(h, scheme, lengths, cache)
-    for op, made in (("rotate_scale_append", (rotate,)), ("rotate_scale_append_pack", (rotate, pack))):
+    plan = plan_of(case)
+    schedule = raw.schedule(h, scheme, plan, lengths, cupy.empty(plan.task_shape, np.int32))
+    for op, made in (("rotate_scale_append", (rotate,)), ("rotate_scale_append_pack", (rotate, pack)), ("schedule", (schedule,))):
 
         def launch(made: tuple = made) -> None:
             for one in made:

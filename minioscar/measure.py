@@ -21,6 +21,7 @@ def graph_time(launches: Sequence[Callable[[], None]], replays: int = 25, warm_u
 
     launches[i % len] is captured as launch i of LAUNCHES; each is called once before, so that compilation stays out.
     """
+    cupy.cuda.Device().synchronize()  # what filled the buffers may still run on another stream
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         for launch in launches:

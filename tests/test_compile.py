@@ -1,13 +1,14 @@
 """Every kernel compiles for every supported card without a GPU, in its budget of registers and without spills.
 
-The budget is what lets as many blocks run as raw.plan counts on: 65,536 registers a multiprocessor over the threads of a block.
+NVRTC is what compiles them on a card too. The budget is what lets a block run as raw.plan counts on: 65,536 registers a multiprocessor
+over its threads. `python -m tests.test_compile` writes what each takes to docs/results/resources.json.
 """
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,48 +17,86 @@ import pytest
 from minioscar.ops import raw
 from minioscar.oscar import SCHEMES
 
-ARCHES = ("80", "86", "89", "90a", "100", "120")
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed (pip install 'minioscar[nvrtc]'); a card compiles for itself")
+
+ARCHES = (80, 86, 89, 90, 100, 120)
 MULTIPROCESSORS = 132
-NVCC = shutil.which("nvcc")
+RECORD = Path(__file__).resolve().parent.parent / "docs" / "results" / "resources.json"
+SHAPES = [("int2", 128, 4), ("bf16", 128, 4)]  # scheme, head_dim, q heads a kv head: on every card
+MORE = [("oscar", 128, 4), ("int2-compact", 128, 8), ("int4", 128, 4), ("kivi", 96, 1), ("int2", 64, 3), ("int2", 256, 7), ("bf16", 256, 8)]
 
 
-def attention(kv: str, dim: int, together: int, capability: int) -> raw.Launch:
-    heads, scheme = raw.Heads(2 * together, 2, dim), SCHEMES[kv]
-    plan = raw.plan(heads, scheme, 1, MULTIPROCESSORS, capability)
-    cache = {name: np.empty((1, 1, 1, 1), np.uint8) for name in ("keys", "values", "pages", "norms")}
-    out = np.empty(1, np.uint16)
-    return raw.decode_attention(heads, scheme, plan, out, cache, np.empty(1, np.int32), out, None, None, None)
-
-
-def launches(capability: int, everything: bool) -> dict[str, tuple[str, tuple[str, ...], int]]:
-    """Label -> file, macros, threads of a block."""
-    wanted = [("int2", 128, 4), ("bf16", 128, 4)]
-    if everything:
-        wanted += [("oscar", 128, 4), ("int2-compact", 128, 8), ("int4", 128, 4), ("kivi", 96, 1), ("int2", 64, 3), ("int2", 256, 7)]
-        wanted += [("bf16", 256, 8)]
-    found = {}
-    for kv, dim, together in wanted:
-        launch = attention(kv, dim, together, capability)
-        found[f"{launch.name} {kv} d{dim} {together}"] = launch.source, launch.defines, launch.block
-    for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
-        found[f"pack {kv} d{dim}"] = "pack.cu", raw.layout_defines(SCHEMES[kv], dim), 2 * dim
+def launches(arch: int) -> dict[str, raw.Launch]:
+    """Label -> what is launched for a shape on a card of this compute capability."""
+    found, everything = {}, arch == 90
+    ints, out = np.empty(1, np.int32), np.empty(1, np.uint16)
+    cache = {name: np.empty((1, 1, 1, 1), np.uint8) for name in ("keys", "values", "pages", "norms", "window_keys", "window_values")}
+    for kv, dim, together in SHAPES + MORE * everything:
+        heads, scheme = raw.Heads(2 * together, 2, dim), SCHEMES[kv]
+        plan = raw.plan(heads, scheme, 1, MULTIPROCESSORS, arch)
+        launch = raw.decode_attention(heads, scheme, plan, out, cache, ints, ints, out, None, out, ints)
+        found[f"{launch.name} {kv} d{dim} {together}:1"] = launch
+        if kv == "int2" and dim == 128:
+            found[f"schedule {kv} d{dim} {together}:1"] = raw.schedule(heads, scheme, plan, ints, ints)
+    for kv, dim in [("int2", 128)] + [("int2-compact", 128), ("int4", 64), ("oscar", 256)] * everything:
+        found[f"pack {kv} d{dim}"] = raw.pack_step(raw.Heads(2, 2, dim), SCHEMES[kv], ints, cache)
     for dim in (128, *((64, 80, 96, 256) if everything else ())):
-        found[f"rotate_scale d{dim}"] = "rotate_scale.cu", (f"HEAD_DIM={dim}",), 256
+        found[f"rotate_scale d{dim}"] = raw.rotate_scale(raw.Heads(8, 2, dim), out, ints, out, out, out, rotate=True)
     return found
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed; the kernels are compiled by NVRTC on the card")
+def headers() -> Path:
+    """Of CUDA, which the wheel nvidia-cuda-runtime brings (cuda_fp16.h, cuda_bf16.h)."""
+    import nvidia
+
+    return next(found for root in nvidia.__path__ for found in Path(root).glob("*/include") if (found / "cuda_fp16.h").exists())
+
+
+def compiled(launch: raw.Launch, arch: int) -> tuple[str, bytes]:
+    """The log with ptxas's report, and the cubin. Raises AssertionError with the log where it does not compile."""
+    options = [f"--gpu-architecture=sm_{arch}", "-std=c++17", "--ptxas-options=-v", f"-I{headers()}", *(f"-D{d}" for d in launch.defines)]
+    program = checked(nvrtc.nvrtcCreateProgram(raw.source(launch.source).encode(), launch.source.encode(), 0, [], []))
+    (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
+    checked(nvrtc.nvrtcGetProgramLog(program, log))
+    text = log.decode(errors="replace")
+    assert code == nvrtc.nvrtcResult.NVRTC_SUCCESS, text[:3000]
+    cubin = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
+    checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    return text, bytes(cubin)
+
+
+def checked(answer: tuple):
+    code, *rest = answer
+    assert code == nvrtc.nvrtcResult.NVRTC_SUCCESS, code
+    return rest[0] if rest else None
+
+
+def resources(arch: int) -> Iterator[dict]:
+    """What each kernel of a card takes: registers a thread, static and dynamic shared memory in bytes, bytes spilled."""
+    for label, launch in launches(arch).items():
+        log, cubin = compiled(launch, arch)
+        assert cubin[:4] == b"\x7fELF", label
+        report = re.split(r"Compiling entry function '(\w+)'", log)
+        own = dict(zip(report[1::2], report[2::2], strict=True))[launch.name]
+        yield {
+            "kernel": label, "arch": arch, "threads": launch.block, "registers": int(re.search(r"Used (\d+) registers", own)[1]),
+            "static_shared": sum(map(int, re.findall(r"(\d+) bytes smem", own))), "dynamic_shared": launch.shared,
+            "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", own))),
+        }
+
+
 @pytest.mark.parametrize("arch", ARCHES)
-def test_kernels_compile_within_their_registers_and_without_spills(arch: str, tmp_path: Path):
-    capability = int(arch.rstrip("a"))
-    for label, (file, defines, threads) in launches(capability, everything=arch == "90a").items():
-        source = tmp_path / file
-        source.write_text(raw.source(file))
-        options = ["-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-Xptxas", "-v", *(f"-D{d}" for d in defines)]
-        done = subprocess.run([NVCC, *options, source, "-o", tmp_path / "out.cubin"], capture_output=True, text=True)
-        assert done.returncode == 0, f"{label} for sm_{arch}: {done.stderr[-2000:]}"
-        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)]
-        registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-        print(f"sm_{arch} {label}: {max(registers)} registers, {sum(spills)} bytes spilled, {threads} threads")
-        assert registers and not any(spills), f"{label} for sm_{arch} spills: {done.stderr[-800:]}"
-        assert max(registers) * threads <= 65536, f"{label} for sm_{arch}: {max(registers)} registers of {threads} threads do not fit"
+def test_kernels_compile_within_their_registers_and_without_spills(arch: int):
+    recorded = {row["kernel"] for row in json.loads(RECORD.read_text()) if row["arch"] == arch}
+    for row in resources(arch):
+        print(json.dumps(row))
+        assert row["spilled"] == 0, row
+        assert row["registers"] * row["threads"] <= 65536, row
+        assert row["static_shared"] + row["dynamic_shared"] <= raw.SHARED_BYTES[arch] * 1024, row
+        recorded.remove(row["kernel"])
+    assert not recorded, f"{RECORD.name} has kernels that are gone: {recorded}"
+
+
+if __name__ == "__main__":
+    RECORD.write_text(json.dumps([row for arch in ARCHES for row in resources(arch)], indent=1) + "\n")

@@ -1,24 +1,30 @@
 // attention.cuh: what the two decode kernels share. The cache of all sequences is one long list of units, sequence after sequence, kv head
-// after kv head; a unit is what one warp copies and attends to at a time: a packed page of 64 tokens, or a tile of up to 16 BF16 tokens
-// (about as many bytes). Every warp of the grid takes an equal, contiguous part of the list, found from the lengths in device memory, so a
-// fixed grid serves every step of a captured graph and sequences of unequal length. A warp copies STAGES units ahead into its own ring.
+// after kv head; a unit is what one warp copies and attends to at a time: a packed page of 64 tokens, or a tile of BF16 tokens of about as
+// many bytes. Every warp of the grid takes an equal, contiguous part of the list. Which one, `schedule` finds from the lengths in device
+// memory, once a step for all layers; so a fixed grid serves every step of a captured graph and sequences of unequal length. A warp copies
+// STAGES units ahead into its own ring.
 //
 // A head that one warp has whole goes straight out; else the warps' parts meet in shared memory, the blocks' parts in `workspace`, where
 // the last block to arrive merges them. All merging is in list order: equal inputs give equal bits. No float atomics.
 //
-// Set by -D: HEAD_DIM, Q_PER_KV (1..8 q heads that share a kv head), BLOCK_WARPS, STAGES, OUT_BF16. The including file says UNIT_BYTES (of a
-// unit in the ring) and ONES_ROW (row of State::sums that holds the sum of p), and has a type Units (how many units, where each is).
+// q is the small operand of every MMA, a column a head. Up to 4 heads stand in the 8 columns twice, so that the two halves can be about
+// different groups of steps (decode_attention.cu).
+//
+// Set by -D: HEAD_DIM, Q_PER_KV (1..8 q heads that share a kv head), SHARE (how many such sets a kv head has), BLOCK_WARPS, STAGES, OUT_BF16.
+// The including file says UNIT_BYTES (of a unit in the ring) and has a type Units (how many units, where each is, what to do with it).
 #ifndef MINIOSCAR_ATTENTION_CUH
 #define MINIOSCAR_ATTENTION_CUH
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include "device.cuh"
+#include "schedule.cuh"
 
 typedef __nv_bfloat16 bf16;
-constexpr unsigned FULL = 0xffffffffu;
-constexpr int D = HEAD_DIM, TILE_TOKENS = 16, TILE_BYTES = TILE_TOKENS * D * 2 * 2;  // of keys, then values
-constexpr int Q_BYTES = Q_PER_KV * D * 2, OUT = Q_PER_KV * D, HEAD_STRIDE = D + 8;   // + 8: no bank conflicts between heads
+constexpr int D = HEAD_DIM, TOKEN_BYTES = D * 2 * 2;  // of a BF16 token: key and value
+constexpr int TILE_TOKENS = UNIT_BYTES / TOKEN_BYTES < 16 ? UNIT_BYTES / TOKEN_BYTES : 16;
+constexpr int Q_BYTES = Q_PER_KV * D * 2, OUT = Q_PER_KV * D, HEAD_STRIDE = D + 8;  // + 8: no bank conflicts between heads
 constexpr int CHANNEL_TILES = D / 16;
+constexpr int HALVES = Q_PER_KV <= 4 ? 2 : 1, COLUMNS = 8 / HALVES;
 constexpr float LOWEST = -1e30f, NEVER = -1e38f, LN2 = 0.69314718f;
 #if OUT_BF16
 typedef bf16 Output;
@@ -28,7 +34,10 @@ typedef float Output;
 __device__ __forceinline__ float to_output(float x) { return x; }
 #endif
 
-// Where the results go. Heads here are kv heads of all sequences, one after another, each with Q_PER_KV rows of D.
+// The q head in column n; columns without one repeat the last.
+__device__ __forceinline__ int head_of_column(int n) { return min(n % COLUMNS, Q_PER_KV - 1); }
+
+// Where the results go. Heads here are kv heads (times SHARE) of all sequences, one after another, each with Q_PER_KV rows of D.
 struct Results {
   Output* out;       // [heads, Q_PER_KV, D]
   float* lse;        // [heads, Q_PER_KV] natural logarithm of the sum of exp(logit), or null
@@ -36,8 +45,8 @@ struct Results {
   int* arrived;      // [heads], zero before and after
 };
 
-// What a warp knows of one head: sums of p * value in units of `o` (scale of channel tile j: UnitScale), sums of p * parameter and of p,
-// and the reference m: p = 2^(x - m). A lane holds q heads 2c and 2c + 1.
+// What a warp knows of one head: sums of p * value in units of `o` (Units::unit_scale of channel tile j), sums of p * parameter (rows 0..7:
+// sums[0], sums[1]) and of p (rows 8..15: sums[2], sums[3]), and the reference m: p = 2^(x - m). A lane holds columns 2c and 2c + 1.
 struct State {
   float o[CHANNEL_TILES][4];
   float sums[4];
@@ -59,10 +68,10 @@ struct State {
 };
 
 // How far the references must move for logits whose largest of this lane stand x0, x1 above them: to the largest of all lanes of the
-// column plus 3, so that few later ones surpass it; never down, but the first time.
+// head plus 3, so that few later ones surpass it; never down, but the first time.
 __device__ __forceinline__ void reference_step(float& x0, float& x1, bool fresh) {
 #pragma unroll
-  for (int other = 4; other < 32; other *= 2) {
+  for (int other = HALVES == 2 ? 2 : 4; other < 32; other *= 2) {
     x0 = fmaxf(x0, __shfl_xor_sync(FULL, x0, other));
     x1 = fmaxf(x1, __shfl_xor_sync(FULL, x1, other));
   }
@@ -73,7 +82,11 @@ __device__ __forceinline__ void reference_step(float& x0, float& x1, bool fresh)
 // Channel of row `row` (0..15) of channel tile j: a lane's 16-byte load of 8 neighbouring channels then feeds two tiles (LAYOUT.md).
 __device__ __forceinline__ int value_channel(int j, int row) { return j / 2 * 32 + row % 8 / 2 * 8 + j % 2 * 4 + row / 8 * 2 + row % 2; }
 
-// One tile of `valid` (1..16) BF16 tokens: keys [16][D], values [16][D] in shared memory; q [Q_PER_KV][D]. The state's `o` is true to scale.
+constexpr uint32_t ONE_BF16X2 = 0x3f803f80u;
+__device__ __forceinline__ uint32_t in_units(uint32_t p, uint32_t unit) { return unit == ONE_BF16X2 ? p : mul_bf16x2(p, unit); }
+
+// One tile of `valid` (1..TILE_TOKENS) BF16 tokens: keys, then values, [TILE_TOKENS][D] each; q [Q_PER_KV][D], all in shared memory.
+template <class Units>
 __device__ __forceinline__ void attend_tile(State& state, const unsigned char* tile, const unsigned char* q, int valid, float scale_log2) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const uint4 none = make_uint4(0, 0, 0, 0);
@@ -83,7 +96,7 @@ __device__ __forceinline__ void attend_tile(State& state, const unsigned char* t
   for (int i = 0; i < D / 32; i++) {
     const int at = i * 64 + c * 16;
     const uint4 k0 = has0 ? *(const uint4*)(tile + r * D * 2 + at) : none, k1 = has1 ? *(const uint4*)(tile + (r + 8) * D * 2 + at) : none;
-    const uint4 b = *(const uint4*)(q + r % Q_PER_KV * D * 2 + at);
+    const uint4 b = *(const uint4*)(q + head_of_column(r) * D * 2 + at);
     mma_m16n8k16_bf16(x, k0.x, k1.x, k0.y, k1.y, b.x, b.y);
     mma_m16n8k16_bf16(x, k0.z, k1.z, k0.w, k1.w, b.z, b.w);
   }
@@ -104,40 +117,40 @@ __device__ __forceinline__ void attend_tile(State& state, const unsigned char* t
     low[i] = pack_bf16x2(p0 - __uint_as_float(high[i] << 16), p1 - __uint_as_float(high[i] & 0xffff0000u));
     high[i] = movmatrix(high[i]), low[i] = movmatrix(low[i]);
   }
-  const uint32_t one0 = r == ONES_ROW ? 0x3f803f80u : 0u, one1 = r + 8 == ONES_ROW ? 0x3f803f80u : 0u;
-  mma_m16n8k16_bf16(state.sums, one0, one1, one0, one1, high[0], high[1]);
-  mma_m16n8k16_bf16(state.sums, one0, one1, one0, one1, low[0], low[1]);
-  const unsigned char* values = tile + TILE_BYTES / 2;
+  mma_m16n8k16_bf16(state.sums, 0, ONE_BF16X2, 0, ONE_BF16X2, high[0], high[1]);
+  mma_m16n8k16_bf16(state.sums, 0, ONE_BF16X2, 0, ONE_BF16X2, low[0], low[1]);
+  const unsigned char* values = tile + TILE_TOKENS * D * 2;
 #pragma unroll
-  for (int i = 0; i < D / 32; i++) {
-    const int at = i * 64 + c * 16;
+  for (int j = 0; j < CHANNEL_TILES; j += 2) {
+    const int at = j * 32 + c * 16;
     const uint4 v0 = has0 ? *(const uint4*)(values + r * D * 2 + at) : none, v1 = has1 ? *(const uint4*)(values + (r + 8) * D * 2 + at) : none;
-    uint32_t a0 = movmatrix(v0.x), a1 = movmatrix(v0.y), a2 = movmatrix(v1.x), a3 = movmatrix(v1.y);
-    mma_m16n8k16_bf16(state.o[2 * i], a0, a1, a2, a3, high[0], high[1]);
-    mma_m16n8k16_bf16(state.o[2 * i], a0, a1, a2, a3, low[0], low[1]);
-    a0 = movmatrix(v0.z), a1 = movmatrix(v0.w), a2 = movmatrix(v1.z), a3 = movmatrix(v1.w);
-    mma_m16n8k16_bf16(state.o[2 * i + 1], a0, a1, a2, a3, high[0], high[1]);
-    mma_m16n8k16_bf16(state.o[2 * i + 1], a0, a1, a2, a3, low[0], low[1]);
+    const uint32_t a[2][4] = {{movmatrix(v0.x), movmatrix(v0.y), movmatrix(v1.x), movmatrix(v1.y)},
+                              {movmatrix(v0.z), movmatrix(v0.w), movmatrix(v1.z), movmatrix(v1.w)}};
+#pragma unroll
+    for (int u = 0; u < 2; u++) {
+      const uint32_t unit = Units::unit_bf16x2(j + u);  // p in units of o: an exact power of two
+      mma_m16n8k16_bf16(state.o[j + u], a[u][0], a[u][1], a[u][2], a[u][3], in_units(high[0], unit), in_units(high[1], unit));
+      mma_m16n8k16_bf16(state.o[j + u], a[u][0], a[u][1], a[u][2], a[u][3], in_units(low[0], unit), in_units(low[1], unit));
+    }
   }
 }
 
-// --- the list of units
+// --- copies
 
-// A place in the list: unit `unit` of `units` of kv head `head` of sequence `row`, whose length is `tokens`.
-struct Cursor {
-  int row, head, unit, units, tokens;
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
 };
 
-// Per-warp ring of units in shared memory, filled STAGES ahead, and the copy under way for each slot.
-constexpr int SLOT_BYTES = UNIT_BYTES + Q_BYTES;
+// Per-warp ring of units in shared memory, filled STAGES ahead, and the q of the heads that these units are of.
 struct Ring {
-  unsigned char* slots;
+  unsigned char *slots, *queries;
   uint64_t* barriers;
   uint64_t policy;
-  int bytes;  // announced for the slot that is being filled
 
-  __device__ __forceinline__ void setup(unsigned char* memory, uint64_t* bars) {
-    slots = memory, barriers = bars;
+  __device__ __forceinline__ void setup(unsigned char* memory, unsigned char* q_memory, uint64_t* bars) {
+    slots = memory, queries = q_memory, barriers = bars;
 #if BULK_COPIES
     policy = l2_evict_first();
     if (threadIdx.x % 32 == 0) {
@@ -147,16 +160,26 @@ struct Ring {
     __syncwarp();
 #endif
   }
-  __device__ __forceinline__ void copy(int slot, int to, const void* from, int n) {
+  __device__ __forceinline__ unsigned char* slot_at(int slot) const { return slots + slot * UNIT_BYTES; }
+  __device__ __forceinline__ unsigned char* query_at(int number) const { return queries + number % STAGES * Q_BYTES; }
+
+  // Starts the copies that fill a slot, all sizes multiples of 16 bytes and perhaps 0.
+  template <int N>
+  __device__ __forceinline__ void fill(int slot, const Copy (&copies)[N]) {
 #if BULK_COPIES
-    if (threadIdx.x % 32 == 0) bulk_copy(slots + slot * SLOT_BYTES + to, from, n, &barriers[slot], policy);
+    if (elect_one()) {
+      int bytes = 0;
+#pragma unroll
+      for (int i = 0; i < N; i++) bytes += copies[i].bytes;
+      mbarrier_arrive_expect_tx(&barriers[slot], bytes);
+#pragma unroll
+      for (int i = 0; i < N; i++)
+        if (copies[i].bytes) bulk_copy(copies[i].to, copies[i].from, copies[i].bytes, &barriers[slot], policy);
+    }
 #else
-    for (int i = threadIdx.x % 32 * 16; i < n; i += 512) cp_async_16(slots + slot * SLOT_BYTES + to + i, (const char*)from + i);
-#endif
-  }
-  __device__ __forceinline__ void announce(int slot, int n) {  // before the copies of a slot: their bytes
-#if BULK_COPIES
-    if (threadIdx.x % 32 == 0) mbarrier_arrive_expect_tx(&barriers[slot], n);
+#pragma unroll
+    for (int k = 0; k < N; k++)
+      for (int i = threadIdx.x % 32 * 16; i < copies[k].bytes; i += 512) cp_async_16((char*)copies[k].to + i, (const char*)copies[k].from + i);
 #endif
   }
   __device__ __forceinline__ void end() {  // after the copies of a slot, or where there are none left
@@ -176,18 +199,50 @@ struct Ring {
 
 // --- the parts of a head that several warps or blocks have
 
-// Shared memory after the rings: q of each warp's head | first parts | (m, l) of first and last parts | their heads | barriers | the sequences' first units
-constexpr int RING_BYTES = BLOCK_WARPS * STAGES * SLOT_BYTES, PART_BYTES = Q_PER_KV * HEAD_STRIDE * 4;
-constexpr int AT_Q = RING_BYTES, AT_PARTS = AT_Q + BLOCK_WARPS * Q_BYTES, AT_ML = AT_PARTS + BLOCK_WARPS * PART_BYTES;
-constexpr int AT_HEADS = AT_ML + BLOCK_WARPS * 2 * Q_PER_KV * 8, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16, AT_ROWS = AT_BARRIERS + BLOCK_WARPS * STAGES * 8;
-static_assert(STAGES * SLOT_BYTES >= PART_BYTES, "the last part goes into the drained ring");
+// Shared memory: the warps' rings | their q | first parts | (m, l) of first and last parts | their heads | barriers | the sequences' tokens
+constexpr int RING_BYTES = STAGES * UNIT_BYTES, PART_BYTES = Q_PER_KV * HEAD_STRIDE * 4;
+constexpr int AT_Q = BLOCK_WARPS * RING_BYTES, AT_PARTS = AT_Q + BLOCK_WARPS * STAGES * Q_BYTES, AT_ML = AT_PARTS + BLOCK_WARPS * PART_BYTES;
+constexpr int AT_HEADS = AT_ML + BLOCK_WARPS * 2 * Q_PER_KV * 8, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16;
+constexpr int AT_ROWS = AT_BARRIERS + BLOCK_WARPS * STAGES * 8;
+static_assert(RING_BYTES >= PART_BYTES && UNIT_BYTES % 16 == 0, "the last part goes into the drained ring");
+static_assert(2 * BLOCK_WARPS <= 32, "a lane a part");
 
 __device__ __forceinline__ float* part_o(unsigned char* smem, int part) {  // part 2w: first of warp w, 2w + 1: its last
-  return (float*)(part % 2 ? smem + part / 2 * STAGES * SLOT_BYTES : smem + AT_PARTS + part / 2 * PART_BYTES);
+  return (float*)(part % 2 ? smem + part / 2 * RING_BYTES : smem + AT_PARTS + part / 2 * PART_BYTES);
 }
 
 __device__ __forceinline__ void store_lse(const Results& to, int head, int q_head, float m, float l) {
   if (to.lse) to.lse[(size_t)head * Q_PER_KV + q_head] = (m + log2f(l)) * LN2;
+}
+
+// The sums of a head that a warp has: to the output if the head is whole, else to shared memory as `part`.
+template <class Units>
+__device__ __forceinline__ void store_sums(const State& state, unsigned char* smem, const Results& to, int head, bool whole, int part) {
+  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const float l[2] = {state.sums[2], state.sums[3]}, inverse[2] = {rcp_approx(l[0]), rcp_approx(l[1])};
+  float* partial = part_o(smem, part);
+#pragma unroll
+  for (int j = 0; j < CHANNEL_TILES; j++) {
+    const float2 zero = Units::zero_term(state, j);
+    if (HALVES == 2 && Units::half_of(j) != c / 2) continue;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int q_head = (2 * c + i % 2) % COLUMNS, channel = value_channel(j, r + i / 2 * 8);
+      const float y = fmaf(state.o[j][i], Units::unit_scale(j), i % 2 ? zero.y : zero.x);
+      if (q_head >= Q_PER_KV) continue;
+      if (whole) to.out[(size_t)head * OUT + q_head * D + channel] = to_output(y * inverse[i % 2]);
+      else partial[q_head * HEAD_STRIDE + channel] = y;
+    }
+  }
+  if (r || c >= COLUMNS / 2) return;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int q_head = 2 * c + i;
+    const float m = i ? state.m1 : state.m0;
+    if (q_head >= Q_PER_KV) continue;
+    if (whole) store_lse(to, head, q_head, m, l[i]);
+    else ((float2*)(smem + AT_ML))[part * Q_PER_KV + q_head] = make_float2(m, l[i]);
+  }
 }
 
 // The last block to arrive at a head that several share: merges parts first ... of blocks from ... from + n - 1, in this order.
@@ -226,180 +281,121 @@ __device__ __forceinline__ void merge_blocks(const Results& to, int head, int fr
 
 // --- the walk over the list
 
-// Units: count(tokens) of a sequence; fetch(ring, slot, cursor, q or null) copies one; load_query(q) makes a Query of a head's q;
-// attend(state, query, data, q, cursor) takes one unit in; result(state, ...) turns a sum into a number true to scale.
-template <class Units>
-struct Walk {
-  const Units& units;
-  const int* first;   // [batch + 1] number of each sequence's first unit
-  const int* tokens;  // [batch]
-  int batch, heads;
-
-  __device__ __forceinline__ Cursor locate(int x) const {  // x < first[batch]
-    int row = 0, end = batch;
-    while (end - row > 1) {
-      const int middle = (row + end) / 2;
-      if (first[middle] <= x) row = middle; else end = middle;
-    }
-    const int n = units.count(tokens[row]), head = (x - first[row]) / n;
-    return {row, head, x - first[row] - head * n, n, tokens[row]};
-  }
-  __device__ __forceinline__ void advance(Cursor& at) const {
-    if (++at.unit < at.units) return;
-    at.unit = 0;
-    if (++at.head < heads) return;
-    at.head = 0;
-    do at.row++; while (at.row < batch && first[at.row + 1] == first[at.row]);
-    if (at.row < batch) at.tokens = tokens[at.row], at.units = units.count(at.tokens);
-  }
-};
-
+// Units: count(tokens) of a sequence's heads; enter(cursor) sets pages and units from tokens, point(cursor) the pointers; copy_page(ring,
+// slot, cursor, q or null) and copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and
+// attend(state, data, q, cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j), zero_term(state, j) and
+// half_of(j) turn sums into numbers true to scale: of the column half that knows tile j.
+//
 // lengths [batch]; a sequence has lengths[b] + added tokens, and none where that is not positive: its output is 0.
-// q [batch, heads, Q_PER_KV, D]. Dynamic shared memory: AT_ROWS + 4 * (2 * batch + 1) bytes.
+// q [batch, heads, Q_PER_KV, D]. Dynamic shared memory: AT_ROWS + 4 * batch bytes.
 template <class Units>
-__device__ __forceinline__ void attend(const Units& units, const bf16* q, const int* lengths, int added, int batch, int heads, const Results& to) {
+__device__ __forceinline__ void attend(const Units& units, const bf16* q, const int* lengths, const int4* tasks, int added, int batch, int heads,
+                                       const Results& to) {
   extern __shared__ __align__(128) unsigned char smem[];
-  struct Shared { int head, blocks, from, first, last; };
-  __shared__ Shared shared[2];  // the heads that this block shares with others: at its begin, at its end
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, block = blockIdx.x, blocks = gridDim.x;
-  int* first = (int*)(smem + AT_ROWS);
-  int* tokens = first + batch + 1;
+  __shared__ int4 shared_heads[2];
+  __shared__ int last[2];  // whether this block is the last to arrive at them
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x, blocks = gridDim.x;
+  int* tokens = (int*)(smem + AT_ROWS);
   int* part_head = (int*)(smem + AT_HEADS);
-  unsigned char* q_own = smem + AT_Q + warp * Q_BYTES;
   Ring ring;
-  ring.setup(smem + warp * STAGES * SLOT_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
+  ring.setup(smem + warp * RING_BYTES, smem + AT_Q + warp * STAGES * Q_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
+  const int4 task = tasks[block * BLOCK_TASKS + 2 * warp], where = tasks[block * BLOCK_TASKS + 2 * warp + 1];
+  // Asked for before the first copy: whatever is read after it waits behind all the bytes that are under way.
+#pragma unroll 1
   for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
+  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
   if (lane < 2) part_head[2 * warp + lane] = -1;
-  __syncthreads();
-  if (warp == 0) {
-    int sum = 0;
-    for (int b = lane; b < batch + lane; b += 32) {  // as many rounds for every lane
-      int n = b < batch ? units.count(tokens[b]) * heads : 0, upto = n;
-#pragma unroll
-      for (int below = 1; below < 32; below *= 2) {
-        const int other = __shfl_up_sync(FULL, upto, below);
-        if (lane >= below) upto += other;
-      }
-      if (b < batch) first[b] = sum + upto - n;
-      sum += __shfl_sync(FULL, upto, 31);
-    }
-    if (lane == 0) first[batch] = sum;
-  }
-  __syncthreads();
-
-  const Walk<Units> walk = {units, first, tokens, batch, heads};
-  const int total = first[batch];
-  const int busy = min(blocks, max(total, 1)), each = total / busy, over = total - each * busy;  // the first blocks have at least one unit
-  auto begin_of = [&](int b) { b = min(b, busy); return each * b + over * b / busy; };         // total * b / busy in 32 bits
-  const int lo = begin_of(block), hi = begin_of(block + 1);
-  const int begin = lo + warp * (hi - lo) / BLOCK_WARPS, end = lo + (warp + 1) * (hi - lo) / BLOCK_WARPS;
-
-  int asked = begin;
-  Cursor ahead = {}, at = {};
-  if (begin < end) ahead = at = walk.locate(begin);
+  Cursor at = {task.x, task.y, task.z, where.x, where.y, where.z, 0, nullptr, nullptr};
+  units.point(at);
+  Cursor ahead = at;
+  int asked = 0;
   auto request = [&](int slot) {
-    if (asked < end) {
-      const bool head_begins = asked == begin || ahead.unit == 0;
-      units.fetch(ring, slot, ahead, head_begins ? q + (size_t)(ahead.row * heads + ahead.head) * OUT : nullptr);
-      asked++;
-      walk.advance(ahead);
+    if (asked < task.w) {
+      if (ahead.unit == ahead.units) next_head(units, ahead, tokens, batch, heads);
+      const bf16* head_q = asked == 0 || ahead.unit == 0 ? q + (size_t)(ahead.row * heads + ahead.head) * OUT : nullptr;
+      if (ahead.unit < ahead.pages) units.copy_page(ring, slot, ahead, head_q);
+      else units.copy_tile(ring, slot, ahead, head_q);
+      asked++, ahead.unit++;
     }
     ring.end();
   };
-#pragma unroll
-  for (int slot = 0; slot < STAGES; slot++) request(slot);
-
-  if (warp == 0 && lane < 2) {  // while the first units are on their way
-    Shared& mine = shared[lane];
-    mine.blocks = 0, mine.last = 0;
-    if (lo < hi) {
-      const int x = lane ? hi - 1 : lo;
-      const Cursor where = walk.locate(x);
-      const int head_lo = x - where.unit, head_hi = head_lo + where.units;
-      if ((head_lo < lo || head_hi > hi) && !(lane && head_lo <= lo)) {
-        auto owner = [&](int y) {  // the last block that begins at y or before
-          int b = min(busy - 1, (int)((float)y * busy / total));
-          while (begin_of(b) > y) b--;
-          while (begin_of(b + 1) <= y) b++;
-          return b;
-        };
-        mine.head = where.row * heads + where.head, mine.from = owner(head_lo), mine.blocks = owner(head_hi - 1) - mine.from + 1;
-        mine.first = 2 * mine.from + (begin_of(mine.from) < head_lo);
-      }
-    }
-  }
+  request(0);  // it knows its head without `tokens`
+  __syncthreads();
+#pragma unroll 1  // code that runs once is fetched once: less of it
+  for (int slot = 1; slot < STAGES; slot++) request(slot);
 
   int slot = 0;
   uint32_t parity = 0;
-  for (int x = begin; x < end;) {
-    const int head = at.row * heads + at.head, stop = min(end, x - at.unit + at.units);
-    const bool whole = at.unit == 0 && stop == x + at.units;
+  for (int left = task.w; left > 0;) {
+    const int stop = min(at.unit + left, at.units), pages_stop = min(stop, at.pages);  // this warp's units of this head
+    const bool whole = at.unit == 0 && stop == at.units;
+    left -= stop - at.unit;
     ring.wait(slot, parity);
-    for (int i = lane; i < Q_BYTES / 16; i += 32) ((uint4*)q_own)[i] = ((const uint4*)(ring.slots + slot * SLOT_BYTES + UNIT_BYTES))[i];
-    __syncwarp();
-    const typename Units::Query query = units.load_query(q_own);
+    const unsigned char* own_q = ring.query_at(at.number);
+    const typename Units::Query query = Units::load_query(own_q);
     State state;
     state.clear();
-    for (; x < stop; x++) {
-      ring.wait(slot, parity);
-      units.attend(state, query, ring.slots + slot * SLOT_BYTES, q_own, at);
+    auto done = [&]() {
       __syncwarp();
       request(slot);
-      walk.advance(at);
       if (++slot == STAGES) slot = 0, parity ^= 1;
+    };
+    for (; at.unit < pages_stop; at.unit++) {
+      ring.wait(slot, parity);
+      units.attend_page(state, query, ring.slot_at(slot), at.unit);
+      done();
     }
-    constexpr int ONES_LANE = ONES_ROW % 8 * 4, ONES_AT = ONES_ROW / 8 * 2;
-    const float l0 = __shfl_sync(FULL, state.sums[ONES_AT], ONES_LANE + c), l1 = __shfl_sync(FULL, state.sums[ONES_AT + 1], ONES_LANE + c);
-    const int part = 2 * warp + (stop == end);
-    float* partial = part_o(smem, part);
-    const float inverse[2] = {rcp_approx(l0), rcp_approx(l1)};
-#pragma unroll
-    for (int j = 0; j < CHANNEL_TILES; j++) {
-      const float2 zero = units.zero_term(state, j);
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int q_head = 2 * c + i % 2, channel = value_channel(j, r + i / 2 * 8);
-        const float y = fmaf(state.o[j][i], units.unit_scale(j), i % 2 ? zero.y : zero.x);
-        if (q_head >= Q_PER_KV) continue;
-        if (whole) to.out[(size_t)head * OUT + q_head * D + channel] = to_output(y * inverse[i % 2]);
-        else partial[q_head * HEAD_STRIDE + channel] = y;
-      }
+    Units::finish_pages(state);
+    for (; at.unit < stop; at.unit++) {
+      ring.wait(slot, parity);
+      units.attend(state, ring.slot_at(slot), own_q, at);
+      done();
     }
-    if (r == 0) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int q_head = 2 * c + i;
-        const float m = i ? state.m1 : state.m0, l = i ? l1 : l0;
-        if (q_head >= Q_PER_KV) continue;
-        if (whole) store_lse(to, head, q_head, m, l);
-        else ((float2*)(smem + AT_ML))[part * Q_PER_KV + q_head] = make_float2(m, l);
-      }
-    }
+    const int part = 2 * warp + (left == 0), head = at.row * heads + at.head;
+    store_sums<Units>(state, smem, to, head, whole, part);
     if (!whole && lane == 0) part_head[part] = head;
     __syncwarp();
+    if (left) next_head(units, at, tokens, batch, heads);
   }
   for (int b = block; b < batch; b += blocks)
-    if (first[b] == first[b + 1])
+    if (tokens[b] <= 0)
       for (int i = threadIdx.x; i < heads * OUT; i += BLOCK_WARPS * 32) to.out[(size_t)b * heads * OUT + i] = to_output(0.f);
   __syncthreads();
 
-  for (int k = 0, next; k < 2 * BLOCK_WARPS; k = next) {  // the parts are in list order, so those of a head are neighbours
-    const int head = part_head[k];
-    next = k + 1;
-    if (head < 0) continue;
-    while (next < 2 * BLOCK_WARPS && (part_head[next] == head || part_head[next] < 0)) next++;
+  const Shared* shared = (const Shared*)shared_heads;
+  // Parts are in list order, so those of a head are neighbours: a head begins where the part before, of those that there are, is another's.
+  const int own = lane < 2 * BLOCK_WARPS ? part_head[lane] : -1;
+  const unsigned there = __ballot_sync(FULL, own >= 0), below = there & ((1u << lane) - 1);
+  const int previous = __shfl_sync(FULL, own, below ? 31 - __clz(below) : lane);
+  for (unsigned begins = __ballot_sync(FULL, own >= 0 && !(below && previous == own)); begins; begins &= begins - 1) {
+    const int k = __ffs(begins) - 1, head = __shfl_sync(FULL, own, k);
+    const unsigned later = begins & (begins - 1), parts = there & ~((1u << k) - 1) & (later ? (later & -later) - 1 : FULL);
     const bool at_begin = shared[0].blocks && shared[0].head == head, at_end = shared[1].blocks && shared[1].head == head;
     for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
       const int q_head = i / (D / 2), channel = i % (D / 2) * 2;
       const float2* ml = (const float2*)(smem + AT_ML) + q_head;
       float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
-      for (int p = k; p < next; p++)
-        if (part_head[p] >= 0) m = fmaxf(m, ml[p * Q_PER_KV].x);
-      for (int p = k; p < next; p++) {
-        if (part_head[p] < 0) continue;
-        const float f = ex2(ml[p * Q_PER_KV].x - m);
-        const float2 v = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel);
-        l += f * ml[p * Q_PER_KV].y, a0 += f * v.x, a1 += f * v.y;
+#pragma unroll 1
+      for (unsigned left = parts; left;) {
+        constexpr int BATCH = 4;  // loads that do not wait for each other
+        float2 of[BATCH], v[BATCH];
+        float highest = m;
+#pragma unroll
+        for (int u = 0; u < BATCH; u++) {
+          of[u] = make_float2(LOWEST, 0.f), v[u] = make_float2(0.f, 0.f);
+          if (left) {
+            const int p = __ffs(left) - 1;
+            of[u] = ml[p * Q_PER_KV], v[u] = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel);
+          }
+          highest = fmaxf(highest, of[u].x), left &= left - 1;
+        }
+        const float f = ex2(m - highest);
+        m = highest, l *= f, a0 *= f, a1 *= f;
+#pragma unroll
+        for (int u = 0; u < BATCH; u++) {
+          const float g = ex2(of[u].x - m);
+          l += g * of[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
+        }
       }
       if (at_begin || at_end) {
         const Shared& mine = shared[at_begin ? 0 : 1];
@@ -417,12 +413,12 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   if (!shared[0].blocks && !shared[1].blocks) return;
   __syncthreads();
   if (threadIdx.x < 2 && shared[threadIdx.x].blocks) {
-    Shared& mine = shared[threadIdx.x];
-    mine.last = atomic_add_acq_rel(to.arrived + mine.head, 1) == mine.blocks - 1;
-    if (mine.last) to.arrived[mine.head] = 0;
+    const Shared& mine = shared[threadIdx.x];
+    last[threadIdx.x] = atomic_add_acq_rel(to.arrived + mine.head, 1) == mine.blocks - 1;
+    if (last[threadIdx.x]) to.arrived[mine.head] = 0;
   }
   __syncthreads();
   for (int e = 0; e < 2; e++)
-    if (shared[e].last) merge_blocks(to, shared[e].head, shared[e].from, shared[e].blocks, shared[e].first);
+    if (last[e]) merge_blocks(to, shared[e].head, shared[e].from, shared[e].blocks, shared[e].first);
 }
 #endif

@@ -18,6 +18,16 @@ constexpr int KEY_STEP = CODE_BYTES, KEY_MIN = KEY_STEP + KEY_PARAM_BYTES, VALUE
 constexpr int VALUE_STEP = VALUE_CODES + CODE_BYTES, VALUE_MIN = VALUE_STEP + VALUE_PARAM_BYTES;
 constexpr int PAGE_BYTES = VALUE_STEP + VALUE_PARAM_BYTES * (SYMMETRIC ? 1 : 2);
 
+// Which token of a page stands in row r or r + 8 (half 1) of token tile j: a lane's norms are then neighbours.
+__device__ __forceinline__ constexpr int token_of(int j, int half, int r) { return j / 2 * 32 + 4 * r + j % 2 * 2 + half; }
+
+// Parameters of values stand in the order even groups, odd groups: what a lane of either half wants is one load.
+constexpr int VALUE_PAIRS = (VALUE_GROUPS + 1) / 2;
+__device__ __forceinline__ constexpr int value_group_place(int group) { return group % 2 * VALUE_PAIRS + group / 2; }
+__device__ __forceinline__ constexpr int tile_of_place(int place) {  // first channel tile of the group in a place
+  return (place < VALUE_PAIRS ? 2 * place : 2 * (place - VALUE_PAIRS) + 1) * (VALUE_GROUP / 16);
+}
+
 // Key tile (token tile 0..3, k step = 16 channels) and value tile (token step 0..3, channel tile) -> its number; number / TILES is
 // the 16-byte load it is in, number % TILES the place there.
 __device__ __forceinline__ constexpr int key_tile(int token_tile, int k_step) { return k_step * 4 + token_tile; }

@@ -6,10 +6,9 @@
 //   starts[s] comes from the window, a newer one from new_keys, new_values. Without those (null) the new tokens are in the window
 //   already and counts is not read but taken as 1: the decode step, which mostly finds nothing full and returns.
 // fill_window: the new tokens after the last full block go to the window.
-// pack: grid (pages, layers * kv_heads, sequences), HEAD_DIM / 16 warps: half of them take 64 tokens x 32 channels of keys each,
-//   half as many values; a lane holds 64 numbers in registers and nothing goes through shared memory.
+// pack: grid (2 * pages, layers * kv_heads, sequences), keys and values in turn; each of HEAD_DIM / 32 warps takes 64 tokens x 32 channels.
+//   A lane holds 64 numbers in registers and nothing goes through shared memory.
 // reads 2 B and writes BITS / 8 B an element (and the steps); float32 in oscar.py's order, so codes, steps and minima equal its own.
-// Division is a product with the reciprocal and two corrections, which gives the IEEE quotient while nothing under- or overflows.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include "device.cuh"
@@ -23,43 +22,71 @@ typedef __nv_bfloat16 bf16;
 constexpr unsigned FULL = 0xffffffffu;
 constexpr int TOP = (1 << BITS) - 1;
 
-struct Group {  // x = step * (code - centre) + minimum
-  float step, reciprocal, minimum, centre;
+// Division by one y of many x that gives the IEEE quotient while nothing under- or overflows: with r = RN(1/y) and its error `low`,
+// q = RN(x * (r + low)) is one of the two floats around x / y, and then RN(q + (x - y q) r) is the nearer one (Markstein, IBM J. Res.
+// Dev. 34(1), 1990, theorem on division by the correctly rounded reciprocal).
+struct Divisor {
+  float y, r, low;
+  __device__ __forceinline__ explicit Divisor(float divisor) : y(divisor), r(rcp_approx(divisor)) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) r = __fmaf_rn(__fmaf_rn(-y, r, 1.f), r, r);
+    low = __fmul_rn(__fmaf_rn(-y, r, 1.f), r);
+  }
+  __device__ __forceinline__ float divide(float x) const {
+    const float q = __fmaf_rn(x, r, __fmul_rn(x, low));
+    return __fmaf_rn(__fmaf_rn(-y, q, x), r, q);
+  }
 };
 
-// 1 / y to the last bit or next to it: what `divide` starts from.
-__device__ __forceinline__ float reciprocal_of(float y) {
-  const float r = rcp_approx(y);
-  return __fmaf_rn(__fmaf_rn(-y, r, 1.f), r, r);
-}
-
-__device__ __forceinline__ float divide(float x, float y, float reciprocal) {
-  float q = __fmul_rn(x, reciprocal);
-  q = __fmaf_rn(__fmaf_rn(-y, q, x), reciprocal, q);
-  return __fmaf_rn(__fmaf_rn(-y, q, x), reciprocal, q);
-}
-
 __device__ __forceinline__ float rounded_to_half(float x) { return __half2float(__float2half_rn(x)); }
-
-__device__ __forceinline__ Group with_reciprocal(float step, float minimum, float centre) {
-  return {step, step == 0.f ? 0.f : reciprocal_of(step), minimum, step == 0.f ? 0.f : centre};  // a step of 0 gives codes 0
-}
-
-__device__ __forceinline__ Group asymmetric(float low, float high, float shrink) {
-  const float width = __fsub_rn(high, low), span = __fmul_rn(width, shrink);
-  return with_reciprocal(rounded_to_half(divide(span, (float)TOP, 1.f / TOP)), rounded_to_half(__fadd_rn(low, __fmul_rn(__fsub_rn(width, span), 0.5f))), 0.f);
-}
-
-__device__ __forceinline__ Group symmetric(float largest, float factor) {
-  return with_reciprocal(rounded_to_half(__fmul_rn(largest, factor)), 0.f, TOP * 0.5f);
-}
-
-__device__ __forceinline__ uint32_t code(float x, const Group& g) {
-  const float y = __fadd_rn(divide(__fsub_rn(x, g.minimum), g.step, g.reciprocal), g.centre);
-  return __float_as_uint(__fadd_rn(fminf(fmaxf(y, 0.f), (float)TOP), 8388608.f)) & TOP;  // 2^23 + y rounds y to even
-}
-
 __device__ __forceinline__ uint16_t half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
+
+// What is stored of a group, x = step * code + minimum or, symmetric, step * (code - TOP / 2).
+struct Stored { float step, minimum; };
+
+__device__ __forceinline__ Stored asymmetric(float low, float high, float shrink) {
+  const float width = __fsub_rn(high, low), span = __fmul_rn(width, shrink);
+  return {rounded_to_half(Divisor((float)TOP).divide(span)), rounded_to_half(__fadd_rn(low, __fmul_rn(__fsub_rn(width, span), 0.5f)))};
+}
+__device__ __forceinline__ Stored symmetric(float largest, float factor) { return {rounded_to_half(__fmul_rn(largest, factor)), 0.f}; }
+
+constexpr float EMPTY = 8388608.f;  // 2^23
+
+// Codes of numbers of a group: round((x - minimum) / step), or round(x / step + TOP / 2), clipped; a step of 0 gives codes 0.
+// Of 2 bits there are comparisons in place of the division, and they decide as it does, every rounding counted: float32 numbers beside
+// step / 2, 3 step / 2, 5 step / 2 (exact: a step has 11 bits) differ from these by more than 2^-24 of them, and the quotient's distance
+// to 1/2, 3/2, 5/2 survives its rounding; at them rounding is to even, hence >, >=, >. Symmetric, x has 8 bits and a step 11, so that
+// x / step is +-1 or 2^-11 away from it; and x / step + 3/2 rounds up to 3/2 from -2^-24 on. The upper two codes are compared after
+// 2 step are taken away, which is exact where it matters.
+template <bool CENTRED>
+struct Coder {
+  float minimum, step, low, middle;
+  Divisor divisor;
+  __device__ __forceinline__ explicit Coder(const Stored& g) : minimum(g.minimum), step(g.step), divisor(g.step == 0.f ? 1.f : g.step) {
+    low = CENTRED ? -step : 0.5f * step, middle = CENTRED ? -5.9604645e-8f * step : 1.5f * step;
+    if (step == 0.f) low = middle = __uint_as_float(0x7f800000u);
+  }
+  __device__ __forceinline__ void put(float x, int shift, float& half) const {
+    const float weight = (float)(1 << shift);
+    float d = CENTRED ? x : __fsub_rn(x, minimum);
+    if (BITS == 2) {
+      const float upper = set_ge(d, middle);
+      half = __fmaf_rn(upper, 2.f * weight, half);
+      half = __fmaf_rn(set_gt(__fmaf_rn(upper, -2.f * step, d), low), weight, half);
+    } else {
+      const float y = __fadd_rn(divisor.divide(d), CENTRED ? TOP * 0.5f : 0.f);
+      const float code = __fsub_rn(__fadd_rn(fminf(fmaxf(y, 0.f), (float)TOP), EMPTY), EMPTY);  // 2^23 + y rounds y to even
+      half = __fmaf_rn(step == 0.f ? 0.f : code, weight, half);
+    }
+  }
+};
+
+// A word of codes is gathered as two float32 numbers, 16 bits above 2^23: sums of codes are exact, and their bits are the word's.
+struct Word {
+  float halves[2];
+  __device__ __forceinline__ void clear() { halves[0] = halves[1] = EMPTY; }  // no initializers: nvcc 13.0 forgets them in arrays of arrays
+  __device__ __forceinline__ uint32_t bits() const { return __byte_perm(__float_as_uint(halves[0]), __float_as_uint(halves[1]), 0x5410); }
+};
 
 // The 8 numbers that a lane owns of one token and chunk.
 struct Row { float x[8]; };
@@ -71,82 +98,117 @@ __device__ __forceinline__ Row unpack(uint4 raw) {
   return row;
 }
 
-// Where the tokens of one page come from and go to, for one kv head.
-struct Source {
-  const bf16 *window_keys, *window_values, *new_keys, *new_values;  // row of token `base`'s window slot 0; new: row of token `start`
-  int base, start, key_stride, value_stride;
-  __device__ __forceinline__ const bf16* key(int t) const {
-    return t < start ? window_keys + (t - base) * DIM : new_keys + (size_t)(t - start) * key_stride;
+// The largest of all lanes r of their number k = r, negated first if `least`: each round a lane gives half of its numbers to a partner.
+__device__ __forceinline__ float own_channel(Row row, bool least) {
+  const int r = threadIdx.x % 32 / 4;
+  if (least) {
+#pragma unroll
+    for (int k = 0; k < 8; k++) row.x[k] = -row.x[k];
   }
-  __device__ __forceinline__ const bf16* value(int t) const {
-    return t < start ? window_values + (t - base) * DIM : new_values + (size_t)(t - start) * value_stride;
+#pragma unroll
+  for (int half = 4; half; half /= 2)
+#pragma unroll
+    for (int k = 0; k < half; k++) {
+      const float given = r & half ? row.x[k] : row.x[k + half], kept = r & half ? row.x[k + half] : row.x[k];
+      row.x[k] = fmaxf(kept, __shfl_xor_sync(FULL, given, 4 * half));
+    }
+  return row.x[0];
+}
+
+// Keys or values of one kv head: the window holds the tokens of block `base` before `start`, `fresh` those from there on.
+struct Source {
+  const bf16 *window, *fresh;
+  int base, start, stride;
+  // 16 bytes at `at` of N tokens first + token(i), of one page.
+  template <int N, class Token>
+  __device__ __forceinline__ void load(uint4 (&raw)[N], int first, int at, Token token) const {
+    if (first >= start) {
+      const bf16* from = fresh + (size_t)(first - start) * stride + at;
+#pragma unroll
+      for (int i = 0; i < N; i++) raw[i] = *(const uint4*)(from + (size_t)token(i) * stride);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        const int t = first + token(i);
+        raw[i] = *(const uint4*)((t < start ? window + (t - base) * DIM : fresh + (size_t)(t - start) * stride) + at);
+      }
+    }
   }
 };
 
 // 64 tokens x 32 channels (chunk) of keys; norms: of the page's tokens; sink: row of the page's first token, its first `kept` tokens stay.
 __device__ __forceinline__ void pack_keys(const Source& from, int first, int chunk, const float* norms, float shrink, unsigned char* page, bf16* sink, int kept) {
-  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, at = 32 * chunk + 8 * c;
   uint4 raw[8];
-  float norm[8];
+  from.load(raw, first, at, [=](int i) { return token_of(i / 2, i % 2, r); });
+  if (kept > 0) {
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    raw[i] = *(const uint4*)(from.key(first + 8 * i + r) + 32 * chunk + 8 * c);
-    norm[i] = SCALED ? norms[8 * i + r] : 1.f;
+    for (int i = 0; i < 8; i++)
+      if (token_of(i / 2, i % 2, r) < kept) *(uint4*)(sink + token_of(i / 2, i % 2, r) * DIM + at) = raw[i];
   }
   Row rows[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    if (8 * i + r < kept) *(uint4*)(sink + (8 * i + r) * DIM + 32 * chunk + 8 * c) = raw[i];
     rows[i] = unpack(raw[i]);
     if (SCALED) {
-      const float reciprocal = reciprocal_of(norm[i]);
+      const Divisor divisor(norms[token_of(i / 2, i % 2, r)]);
 #pragma unroll
-      for (int k = 0; k < 8; k++) rows[i].x[k] = divide(rows[i].x[k], norm[i], reciprocal);
+      for (int k = 0; k < 8; k++) rows[i].x[k] = divisor.divide(rows[i].x[k]);
     }
   }
-  uint32_t words[TILES == 8 ? 1 : 2][4] = {};
+  Word words[8 / TILES][4];
+#pragma unroll
+  for (int i = 0; i < 8 / TILES; i++)
+#pragma unroll
+    for (int w = 0; w < 4; w++) words[i][w].clear();
 #pragma unroll
   for (int g = 0; g < KEY_GROUPS; g++) {
     constexpr int N = 8 / KEY_GROUPS;  // of a lane's 8 tokens
+    Row low = rows[N * g], high = rows[N * g];
+#pragma unroll
+    for (int i = 1; i < N; i++)
+#pragma unroll
+      for (int k = 0; k < 8; k++) low.x[k] = fminf(low.x[k], rows[N * g + i].x[k]), high.x[k] = fmaxf(high.x[k], rows[N * g + i].x[k]);
+    const Stored own = asymmetric(-own_channel(low, true), own_channel(high, false), shrink);  // of channel r of the 8
+    // of two groups: a word of minima a (k step, half of it, group); of one: (half, k step)
+    const int two = ((chunk * 2 + r / 4) * 4 + c) * 8 + r % 4 / 2 * 4 + g * 2 + r % 2, one = (chunk * 4 + c) * 8 + r % 4 / 2 * 4 + r / 4 * 2 + r % 2;
+    ((uint16_t*)(page + KEY_STEP))[((chunk * KEY_GROUPS + g) * 4 + c) * 8 + r] = half_bits(own.step);
+    ((uint16_t*)(page + KEY_MIN))[KEY_GROUPS == 2 ? two : one] = half_bits(own.minimum);
 #pragma unroll
     for (int k = 0; k < 8; k++) {
-      float low = rows[N * g].x[k], high = low;
-#pragma unroll
-      for (int i = 1; i < N; i++) low = fminf(low, rows[N * g + i].x[k]), high = fmaxf(high, rows[N * g + i].x[k]);
-#pragma unroll
-      for (int other = 4; other < 32; other *= 2) {
-        low = fminf(low, __shfl_xor_sync(FULL, low, other));
-        high = fmaxf(high, __shfl_xor_sync(FULL, high, other));
-      }
-      const Group group = asymmetric(low, high, shrink);
-      const int at = (((chunk * 4 + c) * 2 + k / 4) * KEY_GROUPS + g) * 4 + k % 4;
-      if (r == 0) ((uint16_t*)(page + KEY_STEP))[at] = half_bits(group.step);
-      if (r == 1) ((uint16_t*)(page + KEY_MIN))[at] = half_bits(group.minimum);
+      const Coder<false> coder({__shfl_sync(FULL, own.step, 4 * k + c), __shfl_sync(FULL, own.minimum, 4 * k + c)});
 #pragma unroll
       for (int i = N * g; i < N * g + N; i++) {
-        const int tile = key_tile(i / 2, k / 4), word = k / 2 % 2 * 2 + i % 2;  // token 16 * (i/2) + 8 * (i%2) + r
-        words[tile / TILES % (8 / TILES)][word] |= code(rows[i].x[k], group) << (16 * (k % 2) + tile % TILES * BITS);
+        const int tile = key_tile(i / 2, k / 4), word = k / 2 % 2 * 2 + i % 2;
+        coder.put(rows[i].x[k], tile % TILES * BITS, words[tile / TILES % (8 / TILES)][word].halves[k % 2]);
       }
     }
   }
 #pragma unroll
   for (int i = 0; i < 8 / TILES; i++)
-    ((uint4*)page)[(chunk * (8 / TILES) + i) * 32 + lane] = make_uint4(words[i][0], words[i][1], words[i][2], words[i][3]);
+    ((uint4*)page)[(chunk * (8 / TILES) + i) * 32 + lane] = make_uint4(words[i][0].bits(), words[i][1].bits(), words[i][2].bits(), words[i][3].bits());
 }
 
-// Value tiles 8 * part ... 8 * part + 7: four times 16 tokens x 32 channels.
+// Value tiles 8 * part ... 8 * part + 7: four times 16 tokens x 32 channels, halves of 8 tokens one after the other.
 __device__ __forceinline__ void pack_values(const Source& from, int first, int part, float shrink, float factor, unsigned char* page, bf16* sink, int kept) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   uint4 raw[4][2];
 #pragma unroll
-  for (int u = 0; u < 4; u++)
+  for (int u = 0; u < 4; u++) {
+    const int step = (4 * part + u) / CHUNKS, at = (4 * part + u) % CHUNKS * 32 + 8 * c;
+    from.load(raw[u], first, at, [=](int i) { return token_of(step, i, r); });
+    if (kept > 0) {
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-      raw[u][i] = *(const uint4*)(from.value(first + (4 * part + u) / CHUNKS * 16 + 8 * i + r) + (4 * part + u) % CHUNKS * 32 + 8 * c);
+      for (int i = 0; i < 2; i++)
+        if (token_of(step, i, r) < kept) *(uint4*)(sink + token_of(step, i, r) * DIM + at) = raw[u][i];
+    }
+  }
 #pragma unroll
   for (int load = 0; load < 8 / TILES; load++) {
     constexpr int UNITS = TILES / 2;
-    uint32_t words[4] = {};
+    Word words[4];
+#pragma unroll
+    for (int w = 0; w < 4; w++) words[w].clear();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       Row rows[UNITS];
@@ -170,42 +232,42 @@ __device__ __forceinline__ void pack_values(const Source& from, int first, int p
       for (int u = 0; u < UNITS; u++) {
         const int pair = VALUE_GROUP == 64 ? u ^ 1 : u;
         const float l = fminf(low[u], low[pair]), h = fmaxf(high[u], high[pair]);
-        const Group group = SYMMETRIC ? symmetric(h, factor) : asymmetric(l, h, shrink);
-        const int unit = 4 * part + load * UNITS + u, step = unit / CHUNKS, chunk = unit % CHUNKS, t = step * 16 + 8 * i + r;
-        const int at = ((step * 4 + r / 2) * VALUE_GROUPS + chunk * 32 / VALUE_GROUP) * 4 + 2 * i + r % 2;
+        const Stored group = SYMMETRIC ? symmetric(h, factor) : asymmetric(l, h, shrink);
+        const Coder<SYMMETRIC> coder(group);
+        const int unit = 4 * part + load * UNITS + u, step = unit / CHUNKS, chunk = unit % CHUNKS;
+        const int at = ((step * 4 + r / 2) * VALUE_GROUPS + value_group_place(chunk * 32 / VALUE_GROUP)) * 4 + 2 * i + r % 2;
         if (c == 0 && chunk * 32 % VALUE_GROUP == 0) ((uint16_t*)(page + VALUE_STEP))[at] = half_bits(group.step);
         if (c == 1 && chunk * 32 % VALUE_GROUP == 0 && !SYMMETRIC) ((uint16_t*)(page + VALUE_MIN))[at] = half_bits(group.minimum);
-        if (t < kept) *(uint4*)(sink + t * DIM + 32 * chunk + 8 * c) = raw[load * UNITS + u][i];
 #pragma unroll
-        for (int k = 0; k < 8; k++) {  // channel 8c + k of the chunk: tile 2u + k/4, rows +8 if k/2 is odd
-          const int word = 2 * i + k / 2 % 2, shift = 16 * (k % 2) + (2 * u + k / 4) * BITS;
-          words[word] |= code(rows[u].x[k], group) << shift;
-        }
+        for (int k = 0; k < 8; k++)  // channel 8c + k of the chunk: tile 2u + k/4, rows +8 if k/2 is odd
+          coder.put(rows[u].x[k], (2 * u + k / 4) * BITS, words[2 * i + k / 2 % 2].halves[k % 2]);
       }
     }
+    uint32_t turned[4];  // from (token, channels) to (channel, tokens)
 #pragma unroll
-    for (int w = 0; w < 4; w++) words[w] = movmatrix(words[w]);  // from (token, channels) to (channel, tokens)
-    ((uint4*)(page + VALUE_CODES))[(part * (8 / TILES) + load) * 32 + lane] = make_uint4(words[0], words[1], words[2], words[3]);
+    for (int w = 0; w < 4; w++) turned[w] = movmatrix(words[w].bits());
+    ((uint4*)(page + VALUE_CODES))[(part * (8 / TILES) + load) * 32 + lane] = make_uint4(turned[0], turned[1], turned[2], turned[3]);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(HEAD_DIM * 2, HEAD_DIM > 128 ? 1 : 256 / HEAD_DIM)
+extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
 pack(const bf16* __restrict__ new_keys, const bf16* __restrict__ new_values, const int* __restrict__ first_rows, const int* __restrict__ slots,
      const int* __restrict__ starts, const int* __restrict__ counts, const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values,
      bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values, const float* __restrict__ norms, unsigned char* __restrict__ pages,
      int key_stride, int value_stride, int batch, int kv_heads, int norm_stride, int page_capacity, int sinks, float shrink, float factor) {
-  const int s = blockIdx.z, layer = blockIdx.y / kv_heads, head = blockIdx.y % kv_heads, warp = threadIdx.x / 32;
+  const int s = blockIdx.z, layer = blockIdx.y / kv_heads, head = blockIdx.y % kv_heads, warp = threadIdx.x / 32, n = blockIdx.x / 2;
+  const bool keys = blockIdx.x % 2 == 0;
   const int start = starts[s], count = new_keys ? counts[s] : 1, base = start / WINDOW * WINDOW;
-  if (start < 0 || (int)blockIdx.x >= (start - base + count) / WINDOW * (WINDOW / PAGE_TOKENS)) return;
-  const size_t row = (size_t)layer * batch + (slots ? slots[s] : s), cell = row * kv_heads + head;
-  const int first = base + blockIdx.x * PAGE_TOKENS, kept = sinks - first;  // tokens of this page that are sinks, if positive
-  const size_t fresh = new_keys ? first_rows[s] : 0;
-  const Source from = {window_keys + cell * WINDOW * DIM, window_values + cell * WINDOW * DIM, new_keys + fresh * key_stride + head * DIM,
-                       new_values + fresh * value_stride + head * DIM, base, new_keys ? start : first + PAGE_TOKENS, key_stride, value_stride};
-  unsigned char* page = pages + (cell * page_capacity + first / PAGE_TOKENS) * PAGE_BYTES;
-  const size_t sink = (cell * sinks + first) * DIM;
-  if (warp < CHUNKS) pack_keys(from, first, warp, norms + row * norm_stride + first, shrink, page, sink_keys + sink, kept);
-  else pack_values(from, first, warp - CHUNKS, shrink, factor, page, sink_values + sink, kept);
+  if (start < 0 || n >= (start - base + count) / WINDOW * (WINDOW / PAGE_TOKENS)) return;
+  const int row = layer * batch + (slots ? slots[s] : s), cell = row * kv_heads + head;
+  const int first = base + n * PAGE_TOKENS, kept = sinks - first;  // tokens of this page that are sinks, if positive
+  const int fresh = new_keys ? first_rows[s] : 0, stride = keys ? key_stride : value_stride;
+  const Source from = {(keys ? window_keys : window_values) + (size_t)cell * (WINDOW * DIM), (keys ? new_keys : new_values) + (size_t)fresh * stride + head * DIM,
+                       base, new_keys ? start : first + PAGE_TOKENS, stride};
+  unsigned char* page = pages + ((size_t)cell * page_capacity + first / PAGE_TOKENS) * PAGE_BYTES;
+  bf16* sink = (keys ? sink_keys : sink_values) + ((long long)cell * sinks + first) * DIM;
+  if (keys) pack_keys(from, first, warp, norms + (size_t)row * norm_stride + first, shrink, page, sink, kept);
+  else pack_values(from, first, warp, shrink, factor, page, sink, kept);
 }
 
 // grid (kv_heads, sequences)

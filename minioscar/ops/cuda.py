@@ -51,7 +51,8 @@ class Cuda(Reference):
         self.multiprocessors = properties["multiProcessorCount"]
         self.capability = 10 * properties["major"] + properties["minor"]
         self.indices: Indices | None = None
-        self.scratch: dict[tuple, tuple[Array, Array]] = {}  # of decode attention: workspace and counters, by their sizes
+        self.scheduled: Indices | None = None  # the pass that the schedule of decode attention is for
+        self.scratch: dict[tuple, tuple[Array, Array, Array]] = {}
 
     def run(self, launch: raw.Launch) -> None:
         raw.run(launch)
@@ -134,8 +135,11 @@ class Cuda(Reference):
             q[at.slots] = packed
         plan = raw.plan(heads, scheme, size, self.multiprocessors, self.capability)
         out = self.xp.empty_like(q)
-        workspace, arrived = self._scratch(plan, heads, size)
-        self.run(raw.decode_attention(heads, scheme, plan, q, kept, at.lengths, out, None, workspace, arrived))
+        tasks, workspace, arrived = self._scratch(plan, heads, size)
+        if self.scheduled is not at:  # once a step: the layers differ in nothing that it looks at
+            self.run(raw.schedule(heads, scheme, plan, at.lengths, tasks))
+            self.scheduled = at
+        self.run(raw.decode_attention(heads, scheme, plan, q, kept, at.lengths, tasks, out, None, workspace, arrived))
         if scheme.quantized:
             self.run(raw.pack_step(heads, scheme, at.lengths, kept))
         return out if everyone else out[at.slots]
@@ -189,11 +193,14 @@ class Cuda(Reference):
             self.indices = Indices(batch, *(self.xp.asarray(np.asarray(x, np.int32)) for x in found))
         return self.indices
 
-    def _scratch(self, plan: raw.Plan, heads: raw.Heads, batch: int) -> tuple[Array, Array]:
-        floats, counters = plan.workspace_floats(heads.head_dim), batch * heads.kv_heads * plan.share
-        if (floats, counters) not in self.scratch:
-            self.scratch[floats, counters] = self.xp.empty(floats, np.float32), self.xp.zeros(counters, np.int32)
-        return self.scratch[floats, counters]
+    def _scratch(self, plan: raw.Plan, heads: raw.Heads, batch: int) -> tuple[Array, Array, Array]:
+        """Of decode attention: the schedule, the workspace, and the counters."""
+        key = plan, heads, batch
+        if key not in self.scratch:
+            counters = self.xp.zeros(batch * heads.kv_heads * plan.share, np.int32)
+            workspace = self.xp.empty(plan.workspace_floats(heads.head_dim), np.float32)
+            self.scratch[key] = self.xp.empty(plan.task_shape, np.int32), workspace, counters
+        return self.scratch[key]
 
 
 def _decodes(batch: Batch) -> bool:

@@ -16,14 +16,20 @@ Array = Any
 PAGE_TOKENS = 64
 
 
+def rows() -> np.ndarray:
+    """Where each token of a page stands among the rows of its four token tiles (16 * tile + row); int64 [64]."""
+    t = np.arange(PAGE_TOKENS)
+    return 16 * (t // 32 * 2 + t % 4 // 2) + 8 * (t % 2) + t % 32 // 4
+
+
 @cache
 def code_places(bits: int, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """32-bit word and lowest bit of every code of a page, each [64 tokens, dim]: of keys, then of values."""
-    t, ch = np.meshgrid(np.arange(PAGE_TOKENS), np.arange(dim), indexing="ij")
+    t, ch = np.meshgrid(rows(), np.arange(dim), indexing="ij")
     chunk, c, k = ch // 32, ch % 32 // 8, ch % 8
-    # keys: tile (token / 16, 16 channels = half k/4 of chunk), lane (token % 8, c), word (k half k/2%2, token half)
+    # t is a row. Keys: tile (row / 16, 16 channels = half k/4 of chunk), lane (row % 8, c), word (k half k/2%2, row half)
     key = _place(bits, (2 * chunk + k // 4) * 4 + t // 16, t % 8 * 4 + c, k // 2 % 2 * 2 + t // 8 % 2, k % 2)
-    # values: tile (token / 16, channel tile), whose rows are channels 8(row/2%4) + 4(tile%2) + 2(row/8) + row%2 of the chunk
+    # Values: tile (row / 16, channel tile), whose rows are channels 8(row/2%4) + 4(tile%2) + 2(row/8) + row%2 of the chunk
     row = 8 * (k // 2 % 2) + 2 * c + k % 2
     value = _place(bits, t // 16 * (dim // 16) + 2 * chunk + k // 4, row % 8 * 4 + t % 8 // 2, t // 8 % 2 * 2 + row // 8, t % 2)
     return *key, *value
@@ -56,11 +62,18 @@ def unpack(pages: Array, scheme: Scheme, dim: int, xp: Any = np) -> dict[str, Ar
     for kind in ("key", "value"):
         codes = raw[f"{kind}_codes"].view(np.uint32)[..., words[kind]] >> bits[kind]
         found[f"{kind}_codes"] = (codes & np.uint32(2**scheme.bits - 1)).astype(np.uint8).reshape(heads, -1, dim)
-    for name in ("key_step", "key_min"):  # stored [chunk of 32 channels][quarter][half][group][4 channels]
-        x = raw[name].view(np.float16).reshape(heads, n, dim // 32, 4, 2, groups, 4)
-        found[name] = xp.moveaxis(x, 5, 2).reshape(heads, n * groups, dim)
-    for name in ("value_step", "value_min"):  # stored [token/16][token%8/2][group][token/8%2][token%2]
+    x = raw["key_step"].view(np.float16).reshape(heads, n, dim // 32, groups, 4, 8)  # [chunk of 32 channels][group][quarter][8 channels]
+    found["key_step"] = x.swapaxes(2, 3).reshape(heads, n * groups, dim)
+    x = raw["key_min"].view(np.float16)
+    if groups == 2:  # [chunk][half of 16 channels][quarter][pair][group][2 channels]
+        x = x.reshape(heads, n, dim // 32, 2, 4, 2, 2, 2).transpose(0, 1, 6, 2, 4, 3, 5, 7)
+    else:  # [chunk][quarter][pair][half][2 channels]
+        x = x.reshape(heads, n, dim // 32, 4, 2, 2, 2).transpose(0, 1, 2, 3, 5, 4, 6)
+    found["key_min"] = x.reshape(heads, n * groups, dim)
+    order = xp.asarray(np.argsort(np.r_[0:value_groups:2, 1:value_groups:2]))  # groups stand even ones first
+    for name in ("value_step", "value_min"):  # [row/16][row%8/2][group][row/8%2][row%2]
         if name in raw:
-            x = raw[name].view(np.float16).reshape(heads, n, 4, 4, value_groups, 2, 2)
-            found[name] = x.transpose(0, 1, 2, 5, 3, 6, 4).reshape(heads, n * PAGE_TOKENS, value_groups)
+            x = raw[name].view(np.float16).reshape(heads, n, 4, 4, value_groups, 2, 2)[:, :, :, :, order]
+            x = x.transpose(0, 1, 2, 5, 3, 6, 4).reshape(heads, n, PAGE_TOKENS, value_groups)
+            found[name] = x[:, :, xp.asarray(rows())].reshape(heads, n * PAGE_TOKENS, value_groups)
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,8 @@ def _pack(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Array], 
     kept = (cache.get(name) for name in ("window_keys", "window_values", "sink_keys", "sink_values", "norms", "pages"))
     numbers = *map(np.int32, sizes), *map(np.float32, factors)
     args = (new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts, *kept, *numbers)
-    grid = pages, layers * heads.kv_heads, new.starts.shape[0]
-    return Launch("pack.cu", "pack", layout_defines(scheme, heads.head_dim), grid, 2 * heads.head_dim, args)
+    grid = 2 * pages, layers * heads.kv_heads, new.starts.shape[0]
+    return Launch("pack.cu", "pack", layout_defines(scheme, heads.head_dim), grid, heads.head_dim, args)
 
 
 def fill_window(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Array]) -> Launch:
@@ -162,60 +162,72 @@ class Plan:
     def workspace_floats(self, head_dim: int) -> int:
         return 2 * self.blocks * self.q_per_kv * (head_dim + 2)
 
+    @property
+    def task_shape(self) -> tuple[int, int, int]:
+        """Of the schedule, int32: two rows of four for every warp of a block, one for each head that it shares (attention.cuh)."""
+        return self.blocks, 2 * self.warps + 2, 4
 
-def plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, capability: int, blocks_per_sm: int = 1) -> Plan:
-    """The largest ring of copies that fits; a grid that cuts as few heads as possible."""
+
+def plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, capability: int) -> Plan:
+    """The cut that was fastest where it was measured and fits the card; a grid that cuts as few heads as possible."""
     together = heads.q_heads // heads.kv_heads
     share = next(s for s in range(1, together + 1) if together % s == 0 and together // s <= 8)
-    best = None
-    stages = 2 if scheme.quantized else 3
-    for warps in (8, 4, 2, 1):
-        best = Plan(together // share, share, warps, stages, 0)
-        if shared_bytes(heads.head_dim, scheme, best, batch) <= SHARED_BYTES.get(capability, 99) * 1024 // blocks_per_sm - 1024:
-            break
-    work, most = batch * heads.kv_heads * share, multiprocessors * blocks_per_sm
-    even = max((n for n in range(most * 15 // 16, most + 1) if n % work == 0 or work % n == 0), default=most)
-    return replace(best, blocks=even)
+    work = batch * heads.kv_heads * share
+    even = (n for n in range(multiprocessors * 15 // 16, multiprocessors + 1) if n % work == 0 or work % n == 0)
+    blocks = max(even, default=multiprocessors)
+    room = SHARED_BYTES.get(capability, 99) * 1024 - 1024
+    # 12 warps hide the arithmetic of small pages; larger ones, and the sums of 256 channels, leave registers and time for 8.
+    most = 12 if scheme.quantized and scheme.symmetric_values and heads.head_dim <= 128 else 8
+    plans = [Plan(together // share, share, warps, 2, blocks) for warps in (most, 8, 4, 2, 1)]
+    return next((p for p in plans if shared_bytes(heads.head_dim, scheme, p, batch) <= room), plans[-1])
 
 
 def _unit_bytes(head_dim: int, scheme: Scheme) -> int:
-    tile = 16 * head_dim * 4
-    return max(tile, page_bytes(scheme, head_dim) + (256 if scheme.scale else 0)) if scheme.quantized else tile
+    return page_bytes(scheme, head_dim) + (256 if scheme.scale else 0) if scheme.quantized else 16 * head_dim * 4
 
 
 def shared_bytes(head_dim: int, scheme: Scheme, p: Plan, batch: int) -> int:
     """Dynamic shared memory of a decode kernel: attention.cuh, AT_ROWS and what follows."""
-    q = p.q_per_kv * head_dim * 2
-    ring = p.warps * p.stages * (_unit_bytes(head_dim, scheme) + q)
-    heads = ring + p.warps * (q + p.q_per_kv * (head_dim + 8) * 4 + 2 * p.q_per_kv * 8 + 8)
-    return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * (2 * batch + 1)
+    ring = p.stages * (_unit_bytes(head_dim, scheme) + p.q_per_kv * head_dim * 2)
+    heads = p.warps * (ring + p.q_per_kv * (head_dim + 8) * 4 + 2 * p.q_per_kv * 8 + 8)
+    return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * batch
+
+
+def schedule(heads: Heads, scheme: Scheme, p: Plan, lengths: Array, tasks: Array, *, added: int = 1) -> Launch:
+    """Which warp attends to what: lengths [batch] -> tasks int32 [p.task_shape], for every layer of one step."""
+    file, defines = _decode_source(heads, scheme, p, True)
+    args = (lengths, tasks, *map(np.int32, (lengths.shape[0], heads.kv_heads, scheme.sinks, added)))
+    return Launch(file, "schedule", defines, (p.blocks,), p.warps * 32, args, 4 * (2 * lengths.shape[0] + 1))
 
 
 def decode_attention(
-    heads: Heads, scheme: Scheme, p: Plan, q: Array, cache: dict[str, Array], lengths: Array, out: Array, lse: Array | None,
-    workspace: Array, arrived: Array, *, added: int = 1, scale: float | None = None,
+    heads: Heads, scheme: Scheme, p: Plan, q: Array, cache: dict[str, Array], lengths: Array, tasks: Array, out: Array,
+    lse: Array | None, workspace: Array, arrived: Array, *, added: int = 1, scale: float | None = None,
 ) -> Launch:
-    """q [batch, q_heads, d] bf16 -> out, bf16 or float32, over lengths[b] + added tokens of each row.
+    """q [batch, q_heads, d] bf16 -> out, bf16 or float32, over lengths[b] + added tokens of each row, as `schedule` has cut them.
 
     workspace float32 [p.workspace_floats(d)], arrived int32 [batch * kv_heads * p.share], zero (and zero again afterwards); lse float32
-    [batch, q_heads] or None. scale: of the logits, 1 / sqrt(d) unless given.
+    [batch, q_heads] or None, not written for a row without tokens. scale: of the logits, 1 / sqrt(d) unless given.
     """
-    d, batch = heads.head_dim, lengths.shape[0]
-    macros = (f"Q_PER_KV={p.q_per_kv}", f"BLOCK_WARPS={p.warps}", f"STAGES={p.stages}", f"OUT_BF16={out.dtype.itemsize == 2:d}")
+    d, batch, norms = heads.head_dim, lengths.shape[0], cache.get("norms")
     scale_log2 = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e))
-    results = (lengths, out, lse, workspace, arrived)
-    shared = shared_bytes(d, scheme, p, batch)
-    if not scheme.quantized:
-        sizes = (batch, heads.kv_heads, p.share, cache["keys"].shape[-2], added)
+    results = (lengths, tasks, out, lse, workspace, arrived)
+    if scheme.quantized:
+        sizes = (batch, heads.kv_heads, cache["pages"].shape[-2], 0 if norms is None else norms.shape[-1], scheme.sinks, added)
+        named = (cache.get(n) for n in ("sink_keys", "sink_values", "window_keys", "window_values"))
+        args = (q, cache["pages"], norms, *named, *results, *map(np.int32, sizes), scale_log2)
+    else:
+        sizes = (batch, heads.kv_heads, cache["keys"].shape[-2], added)
         args = (q, cache["keys"], cache["values"], *results, *map(np.int32, sizes), scale_log2)
-        defines = (f"HEAD_DIM={d}", *macros)
-        return Launch("decode_attention_bf16.cu", "decode_attention_bf16", defines, (p.blocks,), p.warps * 32, args, shared)
-    norms = cache.get("norms")
-    sizes = (batch, heads.kv_heads, p.share, cache["pages"].shape[-2], norms.shape[-1] if norms is not None else 0, scheme.sinks, added)
-    named = (cache.get(n) for n in ("sink_keys", "sink_values", "window_keys", "window_values"))
-    args = (q, cache["pages"], norms, *named, *results, *map(np.int32, sizes), scale_log2)
-    defines = (*layout_defines(scheme, d), *macros)
-    return Launch("decode_attention.cu", "decode_attention", defines, (p.blocks,), p.warps * 32, args, shared)
+    file, defines = _decode_source(heads, scheme, p, out.dtype.itemsize == 2)
+    return Launch(file, file.removesuffix(".cu"), defines, (p.blocks,), p.warps * 32, args, shared_bytes(d, scheme, p, batch))
+
+
+def _decode_source(heads: Heads, scheme: Scheme, p: Plan, out_bf16: bool) -> tuple[str, tuple[str, ...]]:
+    cut = f"Q_PER_KV={p.q_per_kv}", f"SHARE={p.share}", f"BLOCK_WARPS={p.warps}", f"STAGES={p.stages}", f"OUT_BF16={out_bf16:d}"
+    if scheme.quantized:
+        return "decode_attention.cu", (*layout_defines(scheme, heads.head_dim), *cut)
+    return "decode_attention_bf16.cu", (f"HEAD_DIM={heads.head_dim}", *cut)
 
 
 # --- on the card

@@ -45,7 +45,7 @@ class Simt(Cuda):
     def __init__(self) -> None:
         self.xp: Any = _Memory()
         self.multiprocessors, self.capability = MULTIPROCESSORS, ARCH
-        self.indices, self.scratch = None, {}
+        self.indices, self.scheduled, self.scratch = None, None, {}
 
     def run(self, launch: raw.Launch) -> None:
         kernel = compile_kernel(raw.KERNELS / launch.source, launch.name, launch.defines, ARCH)

@@ -29,9 +29,12 @@ SIMT_INLINE float rcp_approx(float x) {  // 1 ulp is promised: one or the other 
   if (y != exact && (__float_as_uint(x) * 0x9E3779B9u >> 31)) y = nextafterf(y, y < exact ? INFINITY : -INFINITY);
   return fabsf(y) < FLT_MIN ? copysignf(0.f, y) : y;
 }
+SIMT_INLINE float set_ge(float a, float b) { return a >= b ? 1.f : 0.f; }
+SIMT_INLINE float set_gt(float a, float b) { return a > b ? 1.f : 0.f; }
 SIMT_INLINE uint32_t pack_f16x2(float low, float high) { return simt::bits_of<uint32_t>(__floats2half2_rn(low, high)); }
 SIMT_INLINE uint32_t pack_bf16x2(float low, float high) { return simt::bits_of<uint32_t>(__floats2bfloat162_rn(low, high)); }
 SIMT_INLINE uint32_t mul_f16x2(uint32_t a, uint32_t b) { return simt::bits_of<uint32_t>(__hmul2(simt::bits_of<__half2>(a), simt::bits_of<__half2>(b))); }
+SIMT_INLINE uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return simt::bits_of<uint32_t>(__hmul2(simt::bits_of<__nv_bfloat162>(a), simt::bits_of<__nv_bfloat162>(b))); }
 
 // --- memory
 
@@ -46,6 +49,7 @@ SIMT_INLINE void cp_async_wait() { simt::copy_wait(N); }
 
 #define BULK_COPIES (__CUDA_ARCH__ >= 900)
 #if BULK_COPIES
+SIMT_INLINE bool elect_one() { return threadIdx.x % 32 == 0; }
 SIMT_INLINE void mbarrier_init(uint64_t* bar, int arrivals) { simt::mbarrier_init(bar, arrivals); }
 SIMT_INLINE void mbarrier_init_fence() {}
 SIMT_INLINE void mbarrier_arrive_expect_tx(uint64_t* bar, int bytes) { simt::mbarrier_arrive(bar, bytes); }

@@ -1,0 +1,233 @@
+"""Decode attention against float64 over the dequantized cache, simulated and on a GPU; pack.cu fills the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from minioscar import oscar
+from minioscar.cache import BF16
+from minioscar.ops import raw
+from minioscar.oscar import SCHEMES, WINDOW, Scheme
+
+from .kernel_device import on_each_device, on_the_card
+
+KV_HEADS = 2
+LIMIT = 2e-3  # ||error|| / ||reference|| of float32 outputs
+RAGGED = (300, 1, 128, 513)
+
+
+def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One query token in float64: q [q_heads, d], keys, values [kv_heads, n, d] -> out [q_heads, d], log-sum-exp [q_heads]."""
+    heads, _, d = keys.shape
+    x = q.reshape(heads, -1, d).astype(np.float64) @ keys.astype(np.float64).swapaxes(1, 2) / math.sqrt(d)
+    top = x.max(axis=-1, keepdims=True)
+    p = np.exp(x - top)
+    total = p.sum(axis=-1, keepdims=True)
+    return (p @ values / total).reshape(-1, d), (np.log(total) + top).reshape(-1)
+
+
+def history(rng: np.random.Generator, n: int, d: int, kind: str, q: np.ndarray) -> np.ndarray:
+    """Keys and values of n tokens, BF16 [2, KV_HEADS, n, d]."""
+    x = rng.normal(size=(2, KV_HEADS, n, d))
+    if kind == "zero":
+        x[:] = 0
+    elif kind == "equal":
+        x[0] = x[0, :, :1]
+    elif kind == "ramp":  # each page has larger logits than all before
+        x[0] *= np.linspace(0.1, 8, n)[:, None]
+    elif kind == "tail":  # infinite kurtosis; of 2 degrees of freedom logits reach hundreds, and q * step in fp16 costs up to 3e-3
+        x = rng.standard_t(3, size=x.shape)
+    elif kind == "sink" and n:  # a token of large norm
+        x[0, :, 0] *= 20
+    elif kind == "peak" and n:  # a token in the middle whose logit stands 30 above the largest other, about 4
+        x[0, :, n // 2] = q * (34 * math.sqrt(d) / (q @ q))
+    return x.astype(BF16)
+
+
+def dequantized(x: np.ndarray, packed: int, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
+    """What attention takes the keys and values of a sequence to be, its first `packed` tokens packed."""
+    keys, values = x.astype(np.float32)
+    if packed:
+        norms = oscar.token_norms(x[0, :, :packed].transpose(1, 0, 2)) if scheme.scale else np.ones(packed, np.float32)
+        old = slice(scheme.sinks, packed)
+        keys[:, old] = oscar.dequantize_keys(*oscar.quantize_keys(keys[:, :packed], norms, scheme), norms, scheme)[:, old]
+        values[:, old] = oscar.dequantize_values(*oscar.quantize_values(values[:, :packed], scheme), scheme)[:, old]
+    return keys, values
+
+
+def packed_tokens(n: int) -> int:
+    """Of a sequence whose last token, the n-th, is new."""
+    return max(n - 1, 0) // WINDOW * WINDOW
+
+
+def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: raw.Heads) -> dict:
+    """The cache of one layer: full blocks before the last token packed, the rest in the window."""
+    d, rows, batch = heads.head_dim, [x.shape[2] for x in sequences], len(sequences)
+    capacity = max(max(rows), 1) + 64
+    if not scheme.quantized:
+        plain = np.full((2, batch, KV_HEADS, capacity, d), np.nan, BF16)
+        for b, x in enumerate(sequences):
+            plain[:, b, :, : x.shape[2]] = x
+        return {n: device.array(x) for n, x in zip(("keys", "values"), plain, strict=True)}
+    packed = [packed_tokens(n) for n in rows]
+    window, norms = np.full((2, batch, KV_HEADS, WINDOW, d), np.nan, BF16), np.ones((batch, -(-capacity // 64) * 64), np.float32)
+    for b, (x, old) in enumerate(zip(sequences, packed, strict=True)):
+        window[:, b, :, : x.shape[2] - old] = x[:, :, old:]
+        norms[b, : x.shape[2]] = oscar.token_norms(x[0].transpose(1, 0, 2))
+    pages = device.empty((batch, KV_HEADS, -(-capacity // 64), raw.page_bytes(scheme, d)), np.uint8)
+    cache = {"pages": pages, "norms": device.array(norms)}
+    cache |= {f"window_{n}": device.array(w) for n, w in zip(("keys", "values"), window, strict=True)}
+    if scheme.sinks:
+        cache |= {f"sink_{n}": device.empty((batch, KV_HEADS, scheme.sinks, d), BF16) for n in ("keys", "values")}
+    keys, values = (device.array(x) for x in np.concatenate(sequences, axis=2).transpose(0, 2, 1, 3))
+    first, starts, counts = (device.array(np.array(x, np.int32)) for x in (np.cumsum([0, *rows[:-1]]), [0] * batch, packed))
+    new = raw.Arrivals(keys, values, KV_HEADS * d, KV_HEADS * d, first, None, starts, counts, max(rows))
+    device.run(raw.pack_bulk(heads, scheme, new, cache))
+    return cache
+
+
+def run(
+    device, scheme: Scheme, d: int, plan: raw.Plan, lengths: Sequence[int], seed: int, *, kind: str = "", arch: int = 80, order: int = 0,
+    reference: bool = True,
+):
+    """Output and log-sum-exp, the kernel's and the reference's, each [batch, q_heads, ...]; lengths count the new token."""
+    rng, batch = np.random.default_rng(seed), len(lengths)
+    heads = raw.Heads(KV_HEADS * plan.share * plan.q_per_kv, KV_HEADS, d)
+    q = rng.normal(size=(batch, heads.q_heads, d))
+    if kind == "peak":
+        q = q[0, 0] + 0.05 * q
+    q = q.astype(BF16)
+    sequences = [history(rng, n, d, kind, q[0, 0].astype(np.float64)) for n in lengths]
+    cache = filled(device, sequences, scheme, heads)
+    out, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:2], np.float32)
+    workspace = device.empty(plan.workspace_floats(d), np.float32)
+    arrived = device.array(np.zeros(batch * KV_HEADS * plan.share, np.int32))
+    known = device.array(np.array(lengths, np.int32) - 1)
+    tasks = device.empty(plan.task_shape, np.int32)
+    device.run(raw.schedule(heads, scheme, plan, known, tasks), arch, order)
+    device.run(raw.decode_attention(heads, scheme, plan, device.array(q), cache, known, tasks, out, lse, workspace, arrived), arch, order)
+    assert not device.numpy(arrived).any()
+    expected = np.zeros(q.shape), np.zeros(q.shape[:2])
+    for b, x in enumerate(sequences):
+        if x.shape[2] and reference:
+            old = packed_tokens(x.shape[2]) if scheme.quantized else 0
+            expected[0][b], expected[1][b] = attention(q[b], *dequantized(x, old, scheme))
+    return (device.numpy(out), device.numpy(lse, allow_unwritten=True)), expected
+
+
+def check(got, expected, lengths):
+    alive = np.array(lengths) > 0
+    assert np.all(np.isfinite(got[0])) and np.all(got[0][~alive] == 0)
+    size = np.linalg.norm(expected[0])
+    error = np.linalg.norm(got[0].astype(np.float64) - expected[0])
+    print(f"error {error / size if size else error:.1e}")
+    assert error <= LIMIT * size
+    if alive.any():
+        assert np.abs(got[1] - expected[1])[alive].max() <= LIMIT * max(1, np.abs(expected[1]).max())
+
+
+CASES = [  # scheme, head_dim, q heads of a unit of work, units that share a kv head, compute capability
+    ("int2", 128, 4, 1, 80),
+    ("int2", 128, 4, 1, 90),
+    ("int2", 64, 3, 1, 80),
+    ("int2", 96, 8, 1, 80),
+    ("int2", 96, 2, 1, 90),
+    ("int2", 256, 1, 1, 80),
+    ("int2-compact", 128, 8, 2, 80),
+    ("int2-compact", 128, 4, 1, 80),
+    ("int2-compact", 64, 1, 1, 90),
+    ("oscar", 128, 7, 1, 80),
+    ("oscar", 64, 2, 1, 90),
+    ("scaling", 256, 5, 1, 80),
+    ("kivi", 96, 4, 1, 80),
+    ("rotation", 128, 6, 1, 80),
+    ("int4", 128, 4, 1, 80),
+    ("int4", 64, 8, 1, 90),
+    ("bf16", 128, 4, 1, 80),
+    ("bf16", 64, 3, 1, 90),
+    ("bf16", 256, 8, 1, 80),
+]
+
+
+@on_each_device
+@pytest.mark.parametrize(("name", "d", "q_per_kv", "share", "arch"), CASES)
+def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(device, seed, name, d, q_per_kv, share, arch):
+    for blocks, lengths in ((1, RAGGED), (5, RAGGED), (23, (129, 0, 257, 64)), (9, (2, 385, 0, 0))):
+        plan = raw.Plan(q_per_kv, share, 4, 2, blocks)
+        check(*run(device, SCHEMES[name], d, plan, lengths, seed, arch=arch), lengths)
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ["int2", "bf16"])
+def test_decode_attention_over_fewer_units_than_blocks(device, seed, name):
+    for lengths in ((2, 385, 0, 0), (0, 40, 0, 1), (0, 0, 0, 0)):
+        check(*run(device, SCHEMES[name], 128, raw.Plan(4, 1, 4, 2, 132), lengths, seed), lengths)
+
+
+@on_each_device
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 127, 128, 129, 130, 191, 192, 193, 256, 257])
+@pytest.mark.parametrize("name", ["int2", "bf16"])
+def test_decode_attention_around_every_boundary(device, seed, name, n):
+    check(*run(device, SCHEMES[name], 64, raw.Plan(2, 1, 4, 2, 3), (n,), seed), (n,))
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ["int2", "bf16"])
+@pytest.mark.parametrize("kind", ["zero", "equal", "ramp", "tail", "sink", "peak"])
+def test_decode_attention_over_difficult_caches(device, seed, kind, name):
+    check(*run(device, SCHEMES[name], 128, raw.Plan(4, 1, 4, 2, 5), RAGGED, seed, kind=kind), RAGGED)
+
+
+@on_each_device
+@pytest.mark.parametrize("sinks", [0, 32, 64, 100, 128])
+def test_decode_attention_with_any_number_of_sinks(device, seed, sinks):
+    scheme = replace(SCHEMES["int2"], sinks=sinks)
+    check(*run(device, scheme, 64, raw.Plan(3, 1, 4, 2, 5), RAGGED, seed), RAGGED)
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ["int2", "bf16"])
+def test_decode_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(device, seed, name):
+    plan, kept = raw.Plan(4, 1, 4, 2, 7), {"reference": False}
+    first, *others = [run(device, SCHEMES[name], 128, plan, RAGGED, seed, order=order, **kept)[0] for order in range(4)]
+    assert all(np.array_equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+# --- the whole grid, with the plans that the engine makes: on the card only
+
+
+def planned(scheme: Scheme, d: int, together: int, batch: int) -> raw.Plan:
+    import cupy
+
+    device = cupy.cuda.Device()
+    heads = raw.Heads(KV_HEADS * together, KV_HEADS, d)
+    return raw.plan(heads, scheme, batch, device.attributes["MultiProcessorCount"], int(device.compute_capability))
+
+
+OTHERS = [name for name, scheme in SCHEMES.items() if name != "int2" and not (scheme.quantized and raw.unsupported(scheme, 128))]
+GRID = [("int2", d, together) for d in raw.HEAD_DIMS for together in (*range(1, 9), 16)]
+GRID += [(name, d, (2 * i + 3 * j) % 8 + 1) for i, name in enumerate(OTHERS) for j, d in enumerate(raw.HEAD_DIMS)]
+
+
+@on_the_card
+@pytest.mark.parametrize(("name", "d", "together"), GRID)
+def test_decode_attention_over_the_grid_of_shapes(device, seed, name, d, together):
+    lengths = (1, 31, 128, 129, 0, 640, 1500, 257)
+    check(*run(device, SCHEMES[name], d, planned(SCHEMES[name], d, together, len(lengths)), lengths, seed), lengths)
+
+
+@on_the_card
+@pytest.mark.parametrize("name", ["int2", "bf16"])
+@pytest.mark.parametrize("batch", [1, 16, 64, 256])
+def test_decode_attention_over_batches(device, seed, batch, name):
+    lengths = tuple(np.random.default_rng(seed + 1).integers(0, 700, batch).tolist()) if batch > 1 else (20000,)
+    plan = planned(SCHEMES[name], 128, 4, batch)
+    got, expected = run(device, SCHEMES[name], 128, plan, lengths, seed)
+    check(got, expected, lengths)
+    again = run(device, SCHEMES[name], 128, plan, lengths, seed, reference=False)[0]
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(got, again, strict=True))  # no log-sum-exp of no tokens
