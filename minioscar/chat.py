@@ -29,7 +29,7 @@ HELP = f"""\
 /stats        context, cache and speed
 /help         this
 /exit         leave; so does Ctrl-D
-{QUOTES}           begins and ends a message of several lines; so does a \\ at the end of a line go on
+{QUOTES}           begins and ends a message of several lines; behind a \\ at its end, too, a line goes on
 Ctrl-C        stops an answer; what there is of it stays part of the conversation"""
 
 
@@ -39,20 +39,20 @@ class Lines:
     def __init__(self) -> None:
         self.terminal = sys.stdin.isatty()
         self.editing = self.terminal and sys.stdout.isatty()
-        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-        self.history = state / "minioscar" / "history"
+        state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+        self.history = None if state.startswith("~") else Path(state) / "minioscar" / "history"  # ~ stays where there is no home
 
     @contextlib.contextmanager
     def remembered(self) -> Iterator[None]:
         """Reads the history of earlier conversations and writes this one's behind it."""
         readline = _readline() if self.editing else None
-        if readline:
+        if readline and self.history:
             with contextlib.suppress(OSError):
                 readline.read_history_file(self.history)
         try:
             yield
         finally:
-            if readline:
+            if readline and self.history:
                 with contextlib.suppress(OSError, UserError, Failure):  # a home that cannot be written costs the history, no more
                     self.history.parent.mkdir(parents=True, exist_ok=True)
                     readline.set_history_length(1000)
@@ -71,16 +71,14 @@ class Lines:
 
     def _message(self) -> str:
         line = self._line(PROMPT)
-        if line.lstrip().startswith(QUOTES):
-            lines = [line.lstrip().removeprefix(QUOTES)]
-            while not lines[-1].rstrip().endswith(QUOTES):
+        quoted = line.lstrip().startswith(QUOTES)
+        lines = [line.lstrip().removeprefix(QUOTES) if quoted else line]
+        with contextlib.suppress(EOFError):  # then the message is what there is
+            while not lines[-1].rstrip().endswith(QUOTES) if quoted else lines[-1].endswith("\\"):
+                lines[-1] = lines[-1] if quoted else lines[-1][:-1]
                 lines.append(self._line(MORE))
-            return "\n".join(lines).rstrip().removesuffix(QUOTES).strip("\n")
-        lines = [line]
-        while lines[-1].endswith("\\"):
-            lines[-1] = lines[-1][:-1]
-            lines.append(self._line(MORE))
-        return "\n".join(lines)
+        text = "\n".join(lines)
+        return text.rstrip().removesuffix(QUOTES).strip("\n") if quoted else text
 
     def _line(self, prompt: str) -> str:
         if self.editing:

@@ -198,7 +198,7 @@ class Run:
         """One decode step: the next token of each row, and the logits if they are wanted."""
         model, sampling, sequences = self.engine.model, self.options.sampling, [self.sequences[slot] for slot in slots]
         if self.options.logprobs is None:
-            tokens = self._pass(slots, inputs, lambda ids, batch: model.step(ids, self.cache, batch, sampling, step, sequences))
+            tokens = self._pass(slots, inputs, lambda ids, batch: model.step(ids, self.cache, batch, sampling, step, sequences=sequences))
             return tokens.tolist(), None
         logits = self._pass(slots, inputs, lambda ids, batch: model.forward(ids, self.cache, batch))
         return [sample(row, sampling, sequence, step) for row, sequence in zip(logits, sequences, strict=True)], logits

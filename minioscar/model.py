@@ -34,12 +34,16 @@ class Model:
         self.weights = weights
         self.tables: tuple[Array, Array] | None = None  # cos and sin of RoPE for the positions seen so far
 
-    def step(self, ids: np.ndarray, cache: Cache, batch: Batch, sampling: Sampling, step: int, sequences: Sequence[int]) -> np.ndarray:
+    def step(
+        self, ids: np.ndarray, cache: Cache, batch: Batch, sampling: Sampling, step: int, progress: Progress = iter,
+        sequences: Sequence[int] | None = None,
+    ) -> np.ndarray:
         """The next token of every sequence of `batch` after its new tokens `ids`; int64 [sequences] on the host.
 
-        Row i draws the random number of `step` as sequence sequences[i].
+        Sequence i draws the random number of `step` as sequences[i] (None: as its row).
         """
-        return self.ops.sample(self._logits(ids, cache, batch, False), sampling, sequences, step)
+        logits = self._logits(ids, cache, batch, False, progress)
+        return self.ops.sample(logits, sampling, batch.slots if sequences is None else sequences, step)
 
     def forward(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool = False, progress: Progress = iter) -> np.ndarray:
         """Logits on the host, float32: [sequences, vocab] of each sequence's last token, or [tokens, vocab] of all if `every`."""

@@ -51,6 +51,18 @@ def test_on_a_pipe_a_line_is_a_message_and_stdout_is_the_answers(folder):
     assert re.fullmatch(r"\[context \d+ of 1024 \(\d+%\); \d+ tokens read, \d+ written \([\d.]+ a second\)(; cut: .*)?\]\n", plain.stderr)
 
 
+@pytest.mark.parametrize(("text", "message"), [('"""one\ntwo', "one\ntwo"), ("one\\", "one"), ("one\\\n", "one"), ("one", "one")])
+def test_a_message_that_the_end_of_the_input_cuts_short_is_still_said(folder, text, message):
+    assert json.loads(piped(folder, text, "--json").stdout)["messages"][0]["content"] == message
+
+
+def test_without_a_home_there_is_no_history_and_no_folder_called_tilde(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert chat.Lines().history is None
+
+
 def test_json_is_one_object(folder):
     report = json.loads(piped(folder, "the cat\n", "--json", "--system", "so", "--kv", "oscar", "--ctx", "256").stdout)
     assert set(report) == {"messages", "kv", "device", "context", "context_used"}
