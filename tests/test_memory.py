@@ -13,8 +13,10 @@ import pytest
 from minioscar import memory
 from minioscar.cache import Cache
 from minioscar.errors import UserError
+from minioscar.generation import Options
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
+from minioscar.weights import arrays
 
 from .tiny import load, write_model
 
@@ -86,6 +88,22 @@ def test_a_context_that_cannot_fit_is_refused_before_the_weights_are_read(tmp_pa
     monkeypatch.setattr(module, "load_weights", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(UserError, match=r"context 1024 needs .* \(weights 0\.\d MB, int2 cache .*, work .*\) but 1\.0 MB"):
         module.load(folder, "int2", "cpu", ctx=1024, tokenizer=False)
+
+
+def test_the_longest_context_of_info_is_the_longest_that_is_not_refused(tmp_path, monkeypatch):
+    from minioscar import info
+
+    folder = write_model(tmp_path / "m", 1, max_position_embeddings=8192)
+    weights = sum(array.nbytes for array in arrays(load(folder).model.weights))
+    monkeypatch.setattr(Reference, "free_bytes", lambda self: weights + 12_000_000)
+    rows = {row["kv"]: row["longest_context"] for row in info.describe(str(folder), None, 1, "cpu")["schemes"]}
+    assert 128 <= rows["bf16"] < rows["int2"] < 8192
+    monkeypatch.setattr(Reference, "free_bytes", lambda self: 12_000_000)  # the weights are loaded now
+    for kv in ("bf16", "int2"):
+        engine = load(folder, kv)
+        assert engine.capacity([[1] * rows[kv]], Options(), rows[kv]) == rows[kv]
+        with pytest.raises(UserError, match="memory are free; --ctx"):
+            engine.capacity([[1] * (rows[kv] + 128)], Options(), rows[kv] + 128)
 
 
 def test_a_real_allocation_that_fails_is_one_line_and_exit_code_1(tmp_path):
