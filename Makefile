@@ -12,7 +12,7 @@ test: .venv/test.done
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -rs
 
-results: .venv/test.done  # the tables and figures of README.md and docs/, from docs/results/*.json and the code's own arithmetic
+results: .venv/test.done  # the tables and figures of README.md and docs/, from docs/results/*.json and the code's arithmetic
 	$(BIN)/python docs/render.py
 	$(BIN)/python docs/figures.py
 

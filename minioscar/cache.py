@@ -44,8 +44,13 @@ def layout(config: Config, scheme: Scheme, batch: int, context: int) -> dict[str
         "window_keys": ((batch, heads, WINDOW, dim), BF16),
         "window_values": ((batch, heads, WINDOW, dim), BF16),
     }
-    if not scheme.symmetric_values:
+    if scheme.codebook:
+        del arrays["key_min"]
+    elif not scheme.symmetric_values:
         arrays["value_min"] = arrays["value_step"]
+    if scheme.outliers:
+        kept = (batch, heads, tokens // WINDOW, scheme.outliers)
+        arrays |= {"outlier_keys": ((*kept, dim), BF16), "outlier_values": ((*kept, dim), BF16), "outlier_places": (kept, np.uint8)}
     if scheme.scale:
         arrays["norms"] = ((batch, tokens), np.float32)
     if scheme.sinks:

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from .generation import Generation, Options
     from .prompt_cache import PromptCache
 
-SCHEMES = "bf16, kivi, quarot, rotation, scaling, oscar, int2, int2-compact, int4"
+SCHEMES = (
+    "bf16, kivi, quarot, rotation, scaling, ott, turboquant, oscar, int2, int2-compact, int2-shaped, int2-compact-shaped, int4"
+)
 EXAMPLES = """examples:
   python -m minioscar generate smollm2-135m "The capital of France is" --raw
   python -m minioscar chat Qwen/Qwen3-0.6B
   python -m minioscar cache Qwen/Qwen3-0.6B --prompt-file book.txt --out book.kv.safetensors
   python -m minioscar generate Qwen/Qwen3-0.6B "Who is the narrator?" --cache book.kv.safetensors
   python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024
+  python -m minioscar inspect smollm2-135m --out report
   python -m minioscar info smollm2-135m --ctx 8192 --batch 4
 
 MODEL is a folder, a name under weights/, or a Hugging Face id; smollm2-135m is built in. COMMAND --help has examples of each."""
@@ -54,7 +57,10 @@ The text is read once; what --cache goes on with is read behind it: in the same 
 is bound to the model, its weights and --kv, not to the device.""",
     "pull": "example:\n  python -m minioscar pull Qwen/Qwen3-0.6B",
     "info": "example:\n  python -m minioscar info Qwen/Qwen3-0.6B --ctx 32768 --batch 8",
-    "eval": "example:\n  python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024 --windows 3 --json",
+    "eval": """examples:
+  python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024 --windows 3 --json
+  python -m minioscar eval smollm2-135m --kv int2 --needle 512,1024 --drift 256""",
+    "inspect": "example:\n  python -m minioscar inspect smollm2-135m --out report",
 }
 
 
@@ -138,7 +144,17 @@ def parser() -> Parser:
     evaluate.add_argument("--decode", type=int, default=512, metavar="T", help="tokens decoded, teacher-forced (512)")
     evaluate.add_argument("--windows", type=int, default=1, metavar="N", help="stretches of the text, one after the other (1)")
     evaluate.add_argument("--kv", default="kivi,oscar,int2,int2-compact", metavar="A,B,C", help=f"schemes: {SCHEMES}")
+    needle = "also retrieve passkeys from so many tokens of the text (512,1024,2048)"
+    evaluate.add_argument("--needle", nargs="?", const="512,1024,2048", metavar="N,N", help=needle)
+    evaluate.add_argument("--drift", type=int, default=0, metavar="N", help="also follow a greedy continuation for N tokens (0: no)")
     device(evaluate)
+
+    inspect = command("inspect", "token norms, spread inside groups, sinks and errors per scheme: a report with figures")
+    inspect.add_argument("--text", metavar="F", help="a UTF-8 text file (the topics of Python's help)")
+    inspect.add_argument("--tokens", type=int, default=1024, metavar="N", help="of the text's beginning, a multiple of 128 (1024)")
+    inspect.add_argument("--kv", default="kivi,rotation,scaling,oscar,int2,int2-shaped", metavar="A,B,C", help=f"schemes: {SCHEMES}")
+    inspect.add_argument("--out", default="report", metavar="DIR", help="folder for report.html and report.json (report)")
+    device(inspect)
     return main
 
 
@@ -332,10 +348,31 @@ def run_eval(args: argparse.Namespace) -> None:
     text = None if args.text is None else read_text(args.text)
     schemes = [name.strip() for name in args.kv.split(",")]
     report = evaluate.evaluate(
-        args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows, device=args.device,
-        progress=sys.stderr.isatty(),
+        args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows, needles=lengths(args.needle),
+        continued=args.drift, device=args.device, progress=sys.stderr.isatty(),
     )
     print(json.dumps(report) if args.json else evaluate.table(report))
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from . import inspection, report
+
+    report.check(Path(args.out))
+    text = None if args.text is None else read_text(args.text)
+    schemes = [name.strip() for name in args.kv.split(",")]
+    found = inspection.inspect(args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty())
+    files = report.write(found, Path(args.out))
+    print(json.dumps(found) if args.json else files[-1])
+
+
+def lengths(option: str | None) -> list[int]:
+    """The numbers of --needle. Raises UserError for anything else."""
+    try:
+        return [int(n) for n in option.split(",")] if option else []
+    except ValueError:
+        raise UserError(f"--needle {option!r} is not a list of lengths; write --needle 512,1024") from None
 
 
 def read_text(path: str) -> str:
@@ -359,4 +396,5 @@ def read_bytes(path: str) -> bytes:
 GENERATE_KEYS = "text token_ids prompt_tokens new_tokens finish_reason kv kv_bytes device prefill_s decode_s tokens_per_s".split()
 COMMANDS = {
     "generate": run_generate, "chat": run_chat, "cache": run_cache, "pull": run_pull, "info": run_info, "eval": run_eval,
+    "inspect": run_inspect,
 }

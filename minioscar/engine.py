@@ -27,6 +27,7 @@ from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
 from .prompt_cache import File, Message, PromptCache, common, continued, well_formed
 from .sampling import Sampling
+from .shaping import shape_keys
 from .tokenizer import Tokenizer
 from .watch import Watch
 from .weights import Weights, fingerprint, for_scheme
@@ -270,6 +271,8 @@ def load(
     if ctx is not None:
         memory.check(config, scheme, ops, 1, ctx, 1, config.parameters() * ops.dtype.itemsize)
     weights = for_scheme(load_weights(folder, config, ops, progress), config, scheme, ops)
+    if scheme.shaped:
+        weights = shape_keys(weights, config, ops)
     engine = Engine(config, weights, words, scheme, Watch(ops, weights) if debug else ops, progress, folder)
     if sha256 is not None:
         engine.weights_sha256 = sha256

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
-from .cache import Cache
+from . import drift, needle
 from .config import Config
 from .engine import Engine, scheme_named
 from .errors import UserError
+from .forcing import Done, divergence, log_softmax, teacher_forced
 from .hub import resolve
 from .model import check_scheme
 from .ops import backend
-from .oscar import WINDOW, Scheme
+from .ops.reference import Reference
+from .oscar import Scheme
+from .shaping import shape_keys
 from .tokenizer import Tokenizer
+from .weights import Weights, rotate_values
 from .weights import load as load_weights
-from .weights import rotate_values
 
 BASELINE = "bf16"
 
@@ -46,50 +50,77 @@ def default_text() -> str:
 
 def evaluate(
     model: str, schemes: Sequence[str], *, text: str | None = None, prefill: int = 1024, decode: int = 512, windows: int = 1,
-    device: str = "auto", progress: bool = False,
+    needles: Sequence[int] = (), continued: int = 0, device: str = "auto", progress: bool = False,
 ) -> dict:
     """Runs every scheme over `windows` stretches of prefill + decode + 1 tokens of a text; the object of `eval --json`.
 
     The first stretch begins with the text and each follows the one before. Its prompt is prefilled, then `decode` true tokens are
-    fed; the prediction at each of those positions counts. Raises UserError for an unknown scheme, a text that is too short or
-    a context that the model does not have.
+    fed; the prediction at each of those positions counts. needles: also retrieve passkeys from haystacks of these lengths.
+    continued: also follow a greedy continuation of each prompt for so many tokens. Raises UserError for an unknown scheme, a text
+    that is too short or a context that the model does not have.
     """
     from tqdm import tqdm
 
     names = [BASELINE, *(name for name in dict.fromkeys(schemes) if name != BASELINE)]
     wanted = [scheme_named(name) for name in names]
-    for name, value in (("prefill", prefill), ("decode", decode), ("windows", windows)):
+    for name, value in (("prefill", prefill), ("decode", decode), ("windows", windows), ("needle", min(needles, default=1))):
         if value < 1:
             raise UserError(f"--{name} {value} is out of range; it must be at least 1")
+    if continued < 0:
+        raise UserError(f"--drift {continued} is out of range; it must be at least 0")
     ops, folder = backend(device), resolve(model)
     config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
     for scheme in wanted:
         check_scheme(config, scheme)
-    if prefill + decode > config.max_positions:
-        raise UserError(f"--prefill {prefill} + --decode {decode} exceed the model's {config.max_positions} positions")
+    haystack = max(needle.blocks(needles), default=0)
+    longest = max(prefill + decode, prefill + continued + 1, haystack + needle.MARGIN)
+    if longest > config.max_positions:
+        options = "--prefill, --decode, --drift or --needle"
+        raise UserError(f"this takes {longest} positions, but the model has {config.max_positions}; lower {options}")
     ids, size = tokenizer.encode(default_text() if text is None else text), prefill + decode + 1
     if len(ids) < windows * size:
         raise UserError(f"the text has {len(ids)} tokens, but {windows * size} are needed; lower --prefill, --decode or --windows")
-    plain = load_weights(folder, config, ops, progress)
-    rotated = rotate_values(plain, config, ops) if any(scheme.rotate for scheme in wanted) else plain
-    engines = [Engine(config, rotated if scheme.rotate else plain, tokenizer, scheme, ops) for scheme in wanted]
-    scores: list[list[np.ndarray]] = [[] for _ in names]  # per scheme and window: nll, kl, top1
-    total = len(names) * windows * (prefill + decode)
-    with tqdm(total=total, desc="eval", unit="token", leave=False, disable=None if progress else True) as bar:
-        for start in range(0, windows * size, size):
-            window = ids[start : start + size]
-            truth: list[np.ndarray] = []  # log-probabilities of the unquantized run, chunk by chunk
-            for engine, found in zip(engines, scores, strict=True):
-                bar.set_postfix_str(engine.scheme.name)
-                chunks = map(log_softmax, teacher_forced(engine, window, prefill, bar.update))
-                truth = truth or list(chunks)  # the first engine is the baseline
-                chunks = iter(truth) if engine is engines[0] else chunks
-                found.append(compare(chunks, truth, np.array(window[prefill + 1 :])))
-    rows = [summary(scheme, config.head_dim, np.array(found), np.array(scores[0])) for scheme, found in zip(wanted, scores, strict=True)]
-    return {
-        "model": str(model), "device": ops.name, "prefill": prefill, "decode": decode, "windows": windows,
-        "results": [asdict(row) for row in rows],
+    if len(ids) < haystack:
+        raise UserError(f"the text has {len(ids)} tokens, but --needle {max(needles)} needs {haystack}; use a longer text")
+    engines = engines_for(wanted, load_weights(folder, config, ops, progress), config, tokenizer, ops)
+    stretches = [ids[start : start + size] for start in range(0, windows * size, size)]
+    parts: dict[str, tuple[int, Callable[[Done], Any]]] = {
+        "results": (len(engines) * windows * (size - 1), lambda done: fidelity(engines, stretches, prefill, done)),
     }
+    if continued:
+        prompts = [stretch[:prefill] for stretch in stretches]
+        parts["drift"] = drift.cost(engines, windows, prefill, continued), lambda done: drift.drift(engines, prompts, continued, done)
+    if needles:
+        parts["needle"] = needle.cost(engines, needles), lambda done: needle.needle(engines, ids, needles, done)
+    report = {"model": str(model), "device": ops.name, "prefill": prefill, "decode": decode, "windows": windows}
+    for name, (tokens, run) in parts.items():
+        with tqdm(total=tokens, desc=f"eval: {name}", unit="token", leave=False, disable=None if progress else True) as bar:
+            report[name] = run(bar.update)
+    return report
+
+
+def engines_for(wanted: Sequence[Scheme], plain: Weights, config: Config, tokenizer: Tokenizer, ops: Reference) -> list[Engine]:
+    """An engine for each scheme; those that want the same weights share them."""
+    rotated = rotate_values(plain, config, ops) if any(scheme.rotate for scheme in wanted) else plain
+    shaped = shape_keys(rotated, config, ops) if any(scheme.shaped for scheme in wanted) else rotated
+    weights = [shaped if scheme.shaped else rotated if scheme.rotate else plain for scheme in wanted]
+    return [Engine(config, prepared, tokenizer, scheme, ops) for scheme, prepared in zip(wanted, weights, strict=True)]
+
+
+def fidelity(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefill: int, done: Done) -> list[dict]:
+    """The rows of the table, one an engine, over all windows; engines[0] is the baseline."""
+    scores: list[list[tuple[float, float, float]]] = [[] for _ in engines]
+    for window in windows:
+        truth: list[np.ndarray] = []  # log-probabilities of the unquantized run, chunk by chunk
+        for engine, found in zip(engines, scores, strict=True):
+            chunks = map(log_softmax, teacher_forced(engine, window, prefill, done))
+            truth = truth or list(chunks)  # the first engine is the baseline
+            found.append(compare(iter(truth) if engine is engines[0] else chunks, truth, np.array(window[prefill + 1 :])))
+    baseline = np.array(scores[0])
+    return [
+        asdict(summary(engine.scheme, engine.config.head_dim, np.array(found), baseline))
+        for engine, found in zip(engines, scores, strict=True)
+    ]
 
 
 def summary(scheme: Scheme, head_dim: int, scores: np.ndarray, baseline: np.ndarray) -> Row:
@@ -100,22 +131,6 @@ def summary(scheme: Scheme, head_dim: int, scores: np.ndarray, baseline: np.ndar
     return Row(scheme.name, scheme.bits_per_element(head_dim), nll, float(np.exp(nll)), float(change.mean()), kl, top1, *errors)
 
 
-def teacher_forced(engine: Engine, ids: Sequence[int], prefill: int, done=lambda tokens: None) -> Iterator[np.ndarray]:
-    """Logits, in chunks, at positions prefill ... len(ids) - 2 of a decode that is fed the true tokens.
-
-    The window is flushed only when a block of WINDOW tokens is full, so all tokens up to the next flush can go through the
-    model at once and see exactly what they would see one by one: the packed blocks, the window, and each other unquantized.
-    """
-    cache = Cache(engine.config, engine.scheme, 1, len(ids) - 1, engine.ops)
-    feed = np.array(ids[:-1])
-    engine.model.forward(feed[:prefill], cache, cache.place([0], [prefill]))
-    done(prefill)
-    while (start := int(cache.lengths[0])) < len(feed):
-        chunk = feed[start : (start // WINDOW + 1) * WINDOW]
-        yield engine.model.forward(chunk, cache, cache.place([0], [len(chunk)]), every=True)
-        done(len(chunk))
-
-
 def compare(chunks: Iterable[np.ndarray], truth: Iterable[np.ndarray], targets: np.ndarray) -> tuple[float, float, float]:
     """NLL, KL and top-1 agreement of one run; both are log-probabilities float32 [n, vocab] in equal chunks."""
     nll = kl = top1 = 0.0
@@ -123,16 +138,10 @@ def compare(chunks: Iterable[np.ndarray], truth: Iterable[np.ndarray], targets: 
     for ours, theirs in zip(chunks, truth, strict=True):
         rows = np.arange(len(ours))
         nll -= float(ours[rows, targets[at + rows]].sum(dtype=np.float64))
-        kl += float((np.exp(theirs) * (theirs - ours)).sum(dtype=np.float64))
+        kl += float(divergence(theirs, ours).sum())
         top1 += float((ours.argmax(1) == theirs.argmax(1)).sum())
         at += len(ours)
     return nll / at, kl / at, top1 / at
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 [n, vocab], accumulated in float64."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
 
 
 def table(report: dict) -> str:
@@ -141,4 +150,7 @@ def table(report: dict) -> str:
     for row in report["results"]:
         kl = "{kl:.4f}" if row["kl_se"] is None else "{kl:.4f} ± {kl_se:.4f}"
         lines.append(("| {kv} | {bits_per_element:.3f} | {nll:.4f} | {ppl:.3f} | {dnll:+.4f} | " + kl + " | {top1:.3f} |").format(**row))
+    for part in (drift, needle):
+        if (name := part.__name__.rpartition(".")[2]) in report:
+            lines += ["", part.table(report[name])]
     return "\n".join(lines)

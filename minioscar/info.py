@@ -75,11 +75,11 @@ def text(report: dict) -> str:
         ),
         "",
         "KV cache at context {context}, batch {batch}:".format(**report),
-        f"{'kv':14}{'bits/element':>13}{'bytes/token':>13}{'cache':>12}{'vs bf16':>9}{'longest context that fits':>27}",
+        f"{'kv':20}{'bits/element':>13}{'bytes/token':>13}{'cache':>12}{'vs bf16':>9}{'longest context that fits':>27}",
     ]
     for row in report["schemes"]:
         lines.append(
-            "{kv:14}{bits_per_element:>13.3f}{bytes_per_token:>13.0f}{0:>9.1f} MB{ratio_to_bf16:>8.2f}x{longest_context:>27}".format(
+            "{kv:20}{bits_per_element:>13.3f}{bytes_per_token:>13.0f}{0:>9.1f} MB{ratio_to_bf16:>8.2f}x{longest_context:>27}".format(
                 row["cache_bytes"] / 1e6, **row
             )
         )

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from . import codebook
+
 Array = Any  # numpy.ndarray or cupy.ndarray: the code below runs on either
 
 WINDOW = 128  # R: the newest tokens stay in BF16 until there are this many, then all of them are quantized at once
@@ -27,6 +29,9 @@ class Scheme:
     scale: divide keys by the token's norm.  key_axis: "token" = a group is `group` tokens of one channel (per-channel
     quantization), "channel" = `group` channels of one token.  symmetric_values: step only, no minimum.
     shrink: the range is narrowed to this fraction about its middle.  sinks: first tokens kept in BF16.
+    shaped: rounding errors of keys are fed back, so that they avoid what queries look at (`quantize_shaped`).
+    codebook: a random rotation and Lloyd-Max levels (codebook.py).  outliers: of each block and kv head, so many tokens with the
+    smallest keys stay in BF16 beside it.
     """
 
     name: str
@@ -38,6 +43,9 @@ class Scheme:
     symmetric_values: bool = False
     shrink: float = 1.0
     sinks: int = 0
+    shaped: bool = False
+    codebook: bool = False
+    outliers: int = 0
 
     @property
     def quantized(self) -> bool:
@@ -48,12 +56,12 @@ class Scheme:
         return math.gcd(self.group, head_dim)
 
     def bits_per_element(self, head_dim: int) -> float:
-        """Codes, steps and minima, averaged over keys and values; the norm of a token is not in it."""
+        """Codes, steps, minima and outlier tokens, averaged over keys and values; the norm of a token is not in it."""
         if not self.quantized:
             return 16.0
-        key = self.bits + 32 / (self.group if self.key_axis == "token" else self.value_group(head_dim))
-        value = self.bits + (16 if self.symmetric_values else 32) / self.value_group(head_dim)
-        return (key + value) / 2
+        key = self.bits + (16 if self.codebook else 32) / (self.group if self.key_axis == "token" else self.value_group(head_dim))
+        value = self.bits + (16 if self.symmetric_values or self.codebook else 32) / self.value_group(head_dim)
+        return (key + value) / 2 + self.outliers * (16 + 8 / (2 * head_dim)) / WINDOW
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -64,9 +72,13 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("quarot", rotate=True, key_axis="channel"),
         Scheme("rotation", rotate=True),
         Scheme("scaling", scale=True),
+        Scheme("ott", outliers=3),
+        Scheme("turboquant", key_axis="channel", group=256, codebook=True),
         Scheme("oscar", rotate=True, scale=True),
         Scheme("int2", rotate=True, scale=True, shrink=0.9, sinks=32, symmetric_values=True),
         Scheme("int2-compact", rotate=True, scale=True, group=64, shrink=0.85, sinks=64, symmetric_values=True),
+        Scheme("int2-shaped", rotate=True, scale=True, shrink=0.9, sinks=32, symmetric_values=True, shaped=True),
+        Scheme("int2-compact-shaped", rotate=True, scale=True, group=64, shrink=0.85, sinks=64, symmetric_values=True, shaped=True),
         Scheme("int4", bits=4, rotate=True, scale=True),
     )
 }
@@ -182,6 +194,41 @@ def dequantize_symmetric(codes: Array, step: Array, axis: int, group: int, bits:
     return _join(x, axis)
 
 
+def quantize_shaped(
+    keys: Array, feedback: Array, group: int, bits: int, shrink: float = 1.0, xp: Any = np
+) -> tuple[Array, Array, Array]:
+    """`quantize` along tokens, with the rounding error of each channel fed back into the channels after it.
+
+    keys [kv_heads, tokens, d], feedback float32 [kv_heads, d, d] (`feedback_matrix`). Step and min are those of `quantize`; then,
+    for i = 0 ... d - 1: the code of channel i is rounded, and x_j -= (x_i - what it reads back as) * feedback[i, j] for j > i.
+    The errors e of a token come out with a small e.M.e rather than a small e.e: noise shaping, as GPTQ (arXiv 2210.17323) does
+    for weights. The result is stored and read like any other.
+    """
+    codes, step, minimum = quantize(keys, -2, group, bits, shrink, xp)
+    x, top = xp.moveaxis(keys, -1, 0).astype(xp.float32, order="C"), 2**bits - 1  # [d, kv_heads, tokens]
+    low, width = (xp.moveaxis(xp.repeat(a.astype(xp.float32), group, axis=-2), -1, 0) for a in (minimum, step))
+    for i in range(len(x)):
+        code = xp.where(width[i] == 0, xp.uint8(0), _round((x[i] - low[i]) / _nonzero(width[i], xp), top, xp))
+        codes[..., i] = code
+        error = x[i] - (code * width[i] + low[i])
+        x[i + 1 :] -= error * xp.moveaxis(feedback[:, i, i + 1 :], -1, 0)[..., None]
+    return codes, step, minimum
+
+
+def feedback_matrix(energy: np.ndarray, floor: float = 0.03) -> np.ndarray:
+    """How the error of one rotated channel is to be fed into the later ones, from what queries weigh channels with.
+
+    energy [d]: mean square of the queries in each channel before rotation, equal in both channels of a RoPE pair (so that it
+    holds at every position). The error e of a rotated key costs e.M.e in logits, M = H.diag(energy).H, to which `floor` of its
+    mean is added. With U the upper Cholesky factor of M's inverse (M^-1 = U^T.U), feedback[i, j] = U[i, j] / U[i, i] for j > i,
+    else 0. float32 [d, d]. GPTQ (arXiv 2210.17323), section 3.
+    """
+    h = hadamard(len(energy)).astype(np.float64)
+    m = (h * (energy + floor * energy.mean())) @ h
+    upper = np.linalg.cholesky(np.linalg.inv(m)).T
+    return np.triu(upper / np.diag(upper)[:, None], 1).astype(np.float32)
+
+
 def _split(x: Array, axis: int, group: int) -> tuple[Array, int]:
     """Splits `axis` (counted from the end, negative) into [..., groups, group, ...]; the second is the new axis to reduce."""
     at = x.ndim + axis
@@ -194,7 +241,7 @@ def _join(x: Array, axis: int) -> Array:
 
 
 def _nonzero(step: Array, xp: Any) -> Array:
-    return xp.where(step == 0, xp.float16(1), step).astype(xp.float32)
+    return xp.where(step == 0, step.dtype.type(1), step).astype(xp.float32)
 
 
 def _round(x: Array, top: int, xp: Any) -> Array:
@@ -204,20 +251,31 @@ def _round(x: Array, top: int, xp: Any) -> Array:
 # --- the two halves of a block, as a scheme wants them
 
 
-def quantize_keys(keys: Array, norms: Array, scheme: Scheme, xp: Any = np) -> tuple[Array, Array, Array]:
+def quantize_keys(
+    keys: Array, norms: Array, scheme: Scheme, xp: Any = np, feedback: Array | None = None
+) -> tuple[Array, Array, Array | None]:
     """keys [kv_heads, tokens, head_dim] (rotated if the scheme does), norms [tokens] -> codes, step, min of keys / norm.
 
     The codes have the keys' shape; step and min are [kv_heads, tokens/group, head_dim], or, for quantization per token,
-    [kv_heads, tokens, head_dim/group]. `tokens` must be a multiple of the group.
+    [kv_heads, tokens, head_dim/group]; a codebook has no min (None). `tokens` must be a multiple of the group. feedback: what
+    `quantize_shaped` takes, for a shaped scheme only. Raises ValueError where it is missing.
     """
     keys = keys.astype(xp.float32)
+    if scheme.codebook:
+        return *codebook.quantize(keys, scheme.value_group(keys.shape[-1]), xp), None
     if scheme.scale:
         keys = keys / norms[:, None]
+    if scheme.shaped:
+        if feedback is None:
+            raise ValueError(f"{scheme.name} needs the feedback matrix of its layer; shaping.shape_keys puts it into the weights")
+        return quantize_shaped(keys, feedback, scheme.group, scheme.bits, scheme.shrink, xp)
     return quantize(keys, *_key_groups(scheme, keys.shape[-1]), scheme.bits, scheme.shrink, xp)
 
 
-def dequantize_keys(codes: Array, step: Array, minimum: Array, norms: Array, scheme: Scheme, xp: Any = np) -> Array:
+def dequantize_keys(codes: Array, step: Array, minimum: Array | None, norms: Array, scheme: Scheme, xp: Any = np) -> Array:
     """What attention takes the keys to be: the inverse of `quantize_keys`, norms multiplied back; float32."""
+    if scheme.codebook:
+        return codebook.dequantize(codes, step, xp)
     keys = dequantize(codes, step, minimum, *_key_groups(scheme, codes.shape[-1]), xp)
     if scheme.scale:
         keys *= norms[:, None]
@@ -227,6 +285,8 @@ def dequantize_keys(codes: Array, step: Array, minimum: Array, norms: Array, sch
 def quantize_values(values: Array, scheme: Scheme, xp: Any = np) -> tuple[Array, Array, Array | None]:
     """values [kv_heads, tokens, head_dim] -> codes, step, min (None if symmetric): groups of channels of one token."""
     group = scheme.value_group(values.shape[-1])
+    if scheme.codebook:
+        return *codebook.quantize(values, group, xp), None
     if scheme.symmetric_values:
         return *quantize_symmetric(values, -1, group, scheme.bits, scheme.shrink, xp), None
     return quantize(values, -1, group, scheme.bits, scheme.shrink, xp)
@@ -235,6 +295,8 @@ def quantize_values(values: Array, scheme: Scheme, xp: Any = np) -> tuple[Array,
 def dequantize_values(codes: Array, step: Array, minimum: Array | None, scheme: Scheme, xp: Any = np) -> Array:
     """The inverse of `quantize_values`; float32."""
     group = scheme.value_group(codes.shape[-1])
+    if scheme.codebook:
+        return codebook.dequantize(codes, step, xp)
     if scheme.symmetric_values:
         return dequantize_symmetric(codes, step, -1, group, scheme.bits, xp)
     return dequantize(codes, step, minimum, -1, group, xp)

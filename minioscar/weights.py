@@ -36,6 +36,7 @@ class Layer:
     post_norm: Array  # [hidden]
     gate_up: Array  # [2 * intermediate, hidden]
     down: Array  # [hidden, intermediate]
+    key_feedback: Array | None = None  # float32 [kv_heads, head_dim, head_dim], for a shaped scheme: oscar.feedback_matrix
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from minioscar.config import Config
 from minioscar.ops.reference import New, Reference
 from minioscar.oscar import SCHEMES, WINDOW
 
-from .tiny import CONFIG
+from .tiny import CONFIG, key_feedback
 
-QUANTIZED = [name for name, scheme in SCHEMES.items() if scheme.quantized]
+QUANTIZED = [name for name, scheme in SCHEMES.items() if scheme.quantized and not scheme.outliers]  # outliers: a test of their own
 
 
 def config(**changes) -> Config:
@@ -28,7 +28,8 @@ def appended(scheme, keys, values, pieces, context=640):
     for count in pieces:
         batch = cache.place([1], [count])
         span = slice(at, at + count)
-        ops.append(New(keys[span], values[span], norms[span] if scheme.scale else None), cache.layers[0], scheme, batch)
+        new = New(keys[span], values[span], norms[span] if scheme.scale else None, key_feedback(scheme, 2, 64))
+        ops.append(new, cache.layers[0], scheme, batch)
         cache.advance(batch)
         at += count
     return cache, norms
@@ -51,7 +52,7 @@ def test_packed_blocks_window_and_sinks_are_what_oscar_says(name, pieces, seed):
         if packed == 0:
             continue
         if kind == "key":
-            codes, step, minimum = oscar.quantize_keys(whole, norms[:packed], scheme)
+            codes, step, minimum = oscar.quantize_keys(whole, norms[:packed], scheme, feedback=key_feedback(scheme, 2, 64))
         else:
             codes, step, minimum = oscar.quantize_values(whole, scheme)
         groups = packed // scheme.group if by_token else packed
@@ -77,7 +78,7 @@ def test_attention_reads_dequantized_blocks_sinks_and_window(name, seed):
     exact = {**want}
     packed = slice(0, 256)
     want = {kind: x.copy() for kind, x in want.items()}
-    codes = oscar.quantize_keys(want["keys"][:, packed], norms[packed], scheme)
+    codes = oscar.quantize_keys(want["keys"][:, packed], norms[packed], scheme, feedback=key_feedback(scheme, 2, 64))
     want["keys"][:, packed] = oscar.dequantize_keys(*codes, norms[packed], scheme)
     codes = oscar.quantize_values(want["values"][:, packed], scheme)
     want["values"][:, packed] = oscar.dequantize_values(*codes, scheme)
@@ -85,6 +86,27 @@ def test_attention_reads_dequantized_blocks_sinks_and_window(name, seed):
         want[kind][:, : scheme.sinks] = exact[kind][:, : scheme.sinks]
         np.testing.assert_array_equal(got, want[kind])
         assert (got[:, 256:] == exact[kind][:, 256:]).all() and (got[:, scheme.sinks : 256] != exact[kind][:, scheme.sinks : 256]).any()
+
+
+@pytest.mark.parametrize("pieces", [[300], [100, 100, 100], [127, 1, 172]], ids=str)
+def test_outlier_tokens_are_those_of_smallest_keys_and_come_back_exactly(pieces, seed):
+    """Three of each block and kv head; no other token of their groups pays for them."""
+    scheme, rng = SCHEMES["ott"], np.random.default_rng(seed)
+    keys, values = (4 + rng.standard_normal((2, 300, 2, 64))).astype(BF16).astype(np.float32)
+    small = {0: ([3, 17, 90], [5, 6, 127]), 1: ([0, 64, 65], [31, 32, 100])}  # kv head -> places in blocks 0 and 1
+    for head, blocks in small.items():
+        for block, places in enumerate(blocks):
+            keys[np.array(places) + WINDOW * block, head] *= 0.01
+    keys = keys.astype(BF16).astype(np.float32)
+    cache, _ = appended(scheme, keys, values, pieces)
+    got_keys, got_values = Reference().past(cache.layers[0], 1, 300, scheme)
+    for head, blocks in small.items():
+        places = np.concatenate([np.array(places) + WINDOW * block for block, places in enumerate(blocks)])
+        np.testing.assert_array_equal(got_keys[head, places], keys[places, head])
+        np.testing.assert_array_equal(got_values[head, places], values[places, head])
+        others = np.setdiff1d(np.arange(256), places)
+        assert abs(got_keys[head, others] - keys[others, head]).max() < 1.5  # 4 +- 3 in 4 levels; with a 0 in the group, 4 / 3 more
+        assert (got_values[head, others] != values[others, head]).any(axis=1).all()
 
 
 def test_window_of_128_is_flushed_after_the_step_that_fills_it(seed):
@@ -128,7 +150,8 @@ def test_tokens_in_chunks_up_to_the_flush_are_tokens_one_by_one(name, seed):
         cache, rows, at = Cache(config(num_hidden_layers=1), scheme, 1, 330, ops), [], 0
         for count in pieces:
             batch, span = cache.place([0], [count]), slice(at, at + count)
-            rows.append(ops.attention(q[span], New(keys[span], values[span], norms[span]), cache.layers[0], scheme, batch))
+            new = New(keys[span], values[span], norms[span], key_feedback(scheme, 2, 64))
+            rows.append(ops.attention(q[span], new, cache.layers[0], scheme, batch))
             cache.advance(batch)
             at += count
         outputs.append(np.concatenate(rows))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minioscar import cli, hub
+from minioscar import cli, evaluate, hub, oscar
 from minioscar.cli import main
 
 from .tiny import write_model
@@ -51,6 +51,11 @@ def test_every_example_of_the_help_is_a_command_that_parses(capsys):
     for command in cli.COMMANDS:
         assert main([command, "--help"]) == 0
         assert "example" in capsys.readouterr().out
+
+
+def test_help_names_every_scheme():
+    """It is typed there, so that --help imports nothing."""
+    assert cli.SCHEMES.split(", ") == list(oscar.SCHEMES)
 
 
 def test_demo_prints_paris_on_stdout_and_statistics_on_stderr(smollm2, capsys):
@@ -97,6 +102,19 @@ def test_eval_prints_a_table(smollm2, capsys, tmp_path):
     assert code == 0 and "| int4 | 5.000 |" in out
 
 
+def test_eval_with_needle_and_drift_adds_their_objects_and_tables(smollm2, capsys, monkeypatch):
+    monkeypatch.setattr("minioscar.needle.DEPTHS", (0.5,))
+    options = ["--prefill", 130, "--decode", 5, "--kv", "int4", "--needle", "100", "--drift", 10]
+    code, out, _ = run(capsys, "eval", smollm2, *options, "--json")
+    report = json.loads(out)
+    assert code == 0 and set(report) == {"model", "device", "prefill", "decode", "windows", "results", "drift", "needle"}
+    assert report["drift"]["tokens"] == 10 and len(report["drift"]["results"][1]["first_difference"]) == 1
+    assert set(report["drift"]["results"][1]) == {"kv", "first_difference", "same_tokens", "kl"}
+    assert report["needle"]["lengths"] == [128] and set(report["needle"]["results"][1]) == {"kv", "exact_match", "by_length_and_depth"}
+    tables = evaluate.table(report)
+    assert "| int4 | 5.000 |" in tables and "Passkeys found" in tables and "Greedy continuation, 10 tokens" in tables
+
+
 def test_info_needs_no_weights(smollm2, capsys, tmp_path):
     shutil.copy(smollm2 / "config.json", tmp_path)
     code, out, _ = run(capsys, "info", tmp_path, "--ctx", 8192, "--batch", 4, "--json")
@@ -133,6 +151,8 @@ def cases(tiny: Path) -> dict[str, tuple[list[str], str]]:
     smollm2 = "smollm2-135m"
     latin = tiny.parent / "latin.txt"
     latin.write_bytes(b"caf\xe9")
+    passage = tiny.parent / "passage.txt"
+    passage.write_text("one two three four five six seven eight nine ten")
     return {
         "no command": ([], "COMMAND"),
         "unknown command": (["fly"], "'fly'"),
@@ -160,6 +180,12 @@ def cases(tiny: Path) -> dict[str, tuple[list[str], str]]:
         "eval too long": (["eval", smollm2, "--prefill", "8000", "--decode", "1000"], "8192"),
         "eval short text": (["eval", smollm2, "--text", str(tiny / "config.json"), "--prefill", "2000"], "the text has"),
         "eval nothing": (["eval", smollm2, "--decode", "0"], "at least 1"),
+        "needle no number": (["eval", smollm2, "--needle", "512,long"], "'512,long'"),
+        "needle below 1": (["eval", smollm2, "--needle", "0"], "--needle 0"),
+        "needle too long": (["eval", smollm2, "--needle", "8192"], "8192"),
+        "needle short text": (["eval", smollm2, "--text", str(passage), *"--prefill 3 --decode 3 --needle 700".split()], "--needle 700"),
+        "drift below 0": (["eval", smollm2, "--drift", "-1"], "--drift -1"),
+        "drift too long": (["eval", smollm2, "--drift", "8000"], "8192"),
         "info context": (["info", smollm2, "--ctx", "10000"], "8192"),
         "info batch": (["info", smollm2, "--batch", "0"], "--batch 0"),
         "pull unknown": (["pull", "no-such-model"], "no-such-model"),

@@ -17,7 +17,7 @@ import pytest
 from minioscar.ops import raw
 from minioscar.oscar import SCHEMES
 
-nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed (pip install 'minioscar[nvrtc]'); a card compiles for itself")
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install 'minioscar[nvrtc]'")
 
 ARCHES = (80, 86, 89, 90, 100, 120)
 MULTIPROCESSORS = 132

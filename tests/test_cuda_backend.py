@@ -17,7 +17,7 @@ from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
 
 from . import simt
-from .tiny import CONFIG, load, relative, write_model
+from .tiny import CONFIG, key_feedback, load, relative, write_model
 
 _no_simt = simt.missing()
 
@@ -56,6 +56,8 @@ def outputs(ops, c: Config, scheme, weights, seed: int) -> list[np.ndarray]:
     cache = Cache(c, scheme, 3, 400, ops)
     tables = tuple(ops.xp.asarray(table) for table in c.rope.tables(400))
     layer = SimpleNamespace(**{name: ops.array(w) if w is not None else None for name, w in weights.items()})
+    if scheme.shaped:
+        layer.key_feedback = ops.xp.asarray(key_feedback(scheme, c.num_kv_heads, c.head_dim))
     for counts in STEPS:
         qkv = rng.standard_normal((sum(counts), c.q_size + 2 * c.kv_size)).astype(BF16).astype(np.float32)
         qkv[:, c.q_size : c.q_size + 8] *= 4  # an outlier channel and a token of small norm: what rotation and scaling are for

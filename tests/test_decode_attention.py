@@ -170,6 +170,12 @@ def test_decode_attention_over_fewer_units_than_blocks(device, seed, name):
 
 
 @on_each_device
+@pytest.mark.parametrize("name", ["int2", "bf16"])
+def test_a_head_of_more_blocks_than_there_is_room_for_is_merged_in_rounds(device, seed, name):
+    check(*run(device, SCHEMES[name], 64, raw.Plan(3, 1, 2, 2, 61), (1400,), seed), (1400,))
+
+
+@on_each_device
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 127, 128, 129, 130, 191, 192, 193, 256, 257])
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_decode_attention_around_every_boundary(device, seed, name, n):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minioscar import evaluate
-from minioscar.oscar import SCHEMES
+from minioscar.oscar import SCHEMES, Scheme
 
 
 def test_identical_runs_have_kl_0_and_agree_everywhere(seed):
@@ -23,6 +23,14 @@ def test_metrics_of_two_known_distributions():
     nll, kl, top1 = evaluate.compare([q], [p], np.array([0]))
     assert nll == pytest.approx(np.log(4)) and top1 == 0
     assert kl == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))
+
+
+def test_a_scheme_that_loses_nothing_measures_nothing(monkeypatch):
+    """Eight bits a code: the whole path of rotation, norms and packed blocks, and a KL of a millionth of what two bits cost."""
+    monkeypatch.setitem(SCHEMES, "8bit", Scheme("8bit", bits=8, rotate=True, scale=True))
+    exact, ours, oscar = evaluate.evaluate("smollm2-135m", ["8bit", "oscar"], prefill=260, decode=30, device="cpu")["results"]
+    assert (exact["kl"], exact["dnll"], exact["top1"]) == (0, 0, 1)
+    assert 0 <= ours["kl"] < 1e-4 < oscar["kl"] / 100 and abs(ours["dnll"]) < 0.01
 
 
 def test_log_softmax_is_normalized_for_large_logits():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import html
 import importlib.util
 import json
 import re
@@ -55,6 +56,13 @@ def test_links_of_the_docs_lead_somewhere(pytestconfig):
         for target in re.findall(r"\]\(([^)#\s]+)", prose):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_pareto_plot_shows_the_committed_numbers(pytestconfig):
+    pareto = module("pareto", pytestconfig.rootpath / "docs" / "pareto.py")
+    description = re.search(r"<dc:description>(.*?)</dc:description>", (pareto.RESULTS / "pareto.svg").read_text(), re.DOTALL)
+    assert json.loads(html.unescape(description[1])) == pareto.points(), "run `make results`"
+    assert pareto.front({"a": [3, 0.2, 0], "b": [2, 0.5, 0], "c": [2.5, 0.6, 0], "d": [4, 0.1, 0]}) == [(2, 0.5), (3, 0.2), (4, 0.1)]
 
 
 def test_bench_runs_without_a_gpu_and_writes_the_stable_keys(pytestconfig, tmp_path):

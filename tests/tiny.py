@@ -10,8 +10,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from minioscar import engine
+from minioscar import engine, oscar
 from minioscar.config import Config
+from minioscar.oscar import Scheme
 from minioscar.weights import expected
 
 CONFIG = {
@@ -85,3 +86,11 @@ def load(folder: Path, kv: str = "int2", device: str = "cpu") -> engine.Engine:
 def relative(got: np.ndarray, want: np.ndarray) -> float:
     """||got - want|| / ||want||."""
     return float(np.linalg.norm(got.astype(np.float32) - want) / np.linalg.norm(want))
+
+
+def key_feedback(scheme: Scheme, heads: int, dim: int) -> np.ndarray | None:
+    """What a shaped scheme wants of a layer, for queries that weigh each RoPE pair up to ten times as much as another; else None."""
+    if not scheme.shaped:
+        return None
+    energies = np.exp(np.random.default_rng(1).uniform(0, np.log(10), (heads, dim // 2)))
+    return np.stack([oscar.feedback_matrix(np.concatenate([energy, energy])) for energy in energies])

@@ -41,7 +41,7 @@ __device__ __forceinline__ int head_of_column(int n) { return min(n % COLUMNS, Q
 struct Results {
   Output* out;       // [heads, Q_PER_KV, D]
   float* lse;        // [heads, Q_PER_KV] natural logarithm of the sum of exp(logit), or null
-  float* workspace;  // [2 * gridDim.x, Q_PER_KV * (D + 2)]
+  float* workspace;  // [2 * gridDim.x] parts
   int* arrived;      // [heads], zero before and after
 };
 
@@ -199,15 +199,17 @@ struct Ring {
 
 // --- the parts of a head that several warps or blocks have
 
-// Shared memory: the warps' rings | their q | first parts | (m, l) of first and last parts | their heads | barriers | the sequences' tokens
-constexpr int RING_BYTES = STAGES * UNIT_BYTES, PART_BYTES = Q_PER_KV * HEAD_STRIDE * 4;
-constexpr int AT_Q = BLOCK_WARPS * RING_BYTES, AT_PARTS = AT_Q + BLOCK_WARPS * STAGES * Q_BYTES, AT_ML = AT_PARTS + BLOCK_WARPS * PART_BYTES;
-constexpr int AT_HEADS = AT_ML + BLOCK_WARPS * 2 * Q_PER_KV * 8, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16;
-constexpr int AT_ROWS = AT_BARRIERS + BLOCK_WARPS * STAGES * 8;
+// A part, float32: sums [Q_PER_KV][stride], then (m, l) [Q_PER_KV]. The stride is HEAD_STRIDE in shared memory and D in the workspace, where
+// a part takes WORKSPACE_PART floats; both take multiples of 16 bytes.
+constexpr int PART_BYTES = Q_PER_KV * (HEAD_STRIDE + 4) * 4, WORKSPACE_PART = Q_PER_KV * (D + 4);
+// Shared memory: the warps' rings | their q | first parts | heads of first and last parts | barriers | the sequences' tokens
+constexpr int RING_BYTES = STAGES * UNIT_BYTES, AT_Q = BLOCK_WARPS * RING_BYTES, AT_PARTS = AT_Q + BLOCK_WARPS * STAGES * Q_BYTES;
+constexpr int AT_HEADS = AT_PARTS + BLOCK_WARPS * PART_BYTES, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16;
+constexpr int AT_ROWS = AT_BARRIERS + BLOCK_WARPS * STAGES * 8, PARTS = 2 * BLOCK_WARPS;
 static_assert(RING_BYTES >= PART_BYTES && UNIT_BYTES % 16 == 0, "the last part goes into the drained ring");
-static_assert(2 * BLOCK_WARPS <= 32, "a lane a part");
+static_assert(PARTS <= 32, "a lane a part");
 
-__device__ __forceinline__ float* part_o(unsigned char* smem, int part) {  // part 2w: first of warp w, 2w + 1: its last
+__device__ __forceinline__ float* part_at(unsigned char* smem, int part) {  // part 2w: first of warp w, 2w + 1: its last
   return (float*)(part % 2 ? smem + part / 2 * RING_BYTES : smem + AT_PARTS + part / 2 * PART_BYTES);
 }
 
@@ -220,7 +222,7 @@ template <class Units>
 __device__ __forceinline__ void store_sums(const State& state, unsigned char* smem, const Results& to, int head, bool whole, int part) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const float l[2] = {state.sums[2], state.sums[3]}, inverse[2] = {rcp_approx(l[0]), rcp_approx(l[1])};
-  float* partial = part_o(smem, part);
+  float* partial = part_at(smem, part);
 #pragma unroll
   for (int j = 0; j < CHANNEL_TILES; j++) {
     const float2 zero = Units::zero_term(state, j);
@@ -241,29 +243,32 @@ __device__ __forceinline__ void store_sums(const State& state, unsigned char* sm
     const float m = i ? state.m1 : state.m0;
     if (q_head >= Q_PER_KV) continue;
     if (whole) store_lse(to, head, q_head, m, l[i]);
-    else ((float2*)(smem + AT_ML))[part * Q_PER_KV + q_head] = make_float2(m, l[i]);
+    else ((float2*)(partial + Q_PER_KV * HEAD_STRIDE))[q_head] = make_float2(m, l[i]);
   }
 }
 
-// The last block to arrive at a head that several share: merges parts first ... of blocks from ... from + n - 1, in this order.
-__device__ __forceinline__ void merge_blocks(const Results& to, int head, int from, int n, int first) {
-  constexpr int BATCH = 16;
+// Merges the parts in shared memory that `parts` has bits for, in this order: to `part`, of that stride, or, where it is null, to the output
+// of `head`.
+// Called, not inlined: for the last block to arrive at a head, a second time, and then its code is at hand.
+__device__ __noinline__ void merge(unsigned parts, float* part, int stride, Output* out, float* lse, int head) {
+  extern __shared__ __align__(128) unsigned char smem[];
   for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
-    const int q_head = i / (D / 2);
+    const int q_head = i / (D / 2), channel = i % (D / 2) * 2;
     float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
-    for (int k = 0; k < n; k += BATCH) {
-      float2 v[BATCH], ml[BATCH];
+#pragma unroll 1
+    for (unsigned left = parts; left;) {
+      constexpr int BATCH = 4;  // loads that do not wait for each other
+      float2 ml[BATCH], v[BATCH];
       float highest = m;
 #pragma unroll
       for (int u = 0; u < BATCH; u++) {
-        v[u] = make_float2(0.f, 0.f), ml[u] = make_float2(LOWEST, 0.f);
-        if (k + u < n) {
-          const float* part = to.workspace + (size_t)(k + u ? 2 * (from + k + u) : first) * (OUT + 2 * Q_PER_KV);
-          v[u] = __ldcg((const float2*)part + i), ml[u] = __ldcg((const float2*)(part + OUT) + q_head);
+        ml[u] = make_float2(LOWEST, 0.f), v[u] = make_float2(0.f, 0.f);
+        if (left) {
+          const float* from = part_at(smem, __ffs(left) - 1);
+          ml[u] = ((const float2*)(from + Q_PER_KV * HEAD_STRIDE))[q_head], v[u] = *(const float2*)(from + q_head * HEAD_STRIDE + channel);
         }
+        highest = fmaxf(highest, ml[u].x), left &= left - 1;
       }
-#pragma unroll
-      for (int u = 0; u < BATCH; u++) highest = fmaxf(highest, ml[u].x);
       const float f = ex2(m - highest);
       m = highest, l *= f, a0 *= f, a1 *= f;
 #pragma unroll
@@ -272,10 +277,40 @@ __device__ __forceinline__ void merge_blocks(const Results& to, int head, int fr
         l += g * ml[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
       }
     }
-    Output* out = to.out + (size_t)head * OUT + 2 * i;
-    const float inverse = rcp_approx(l);
-    out[0] = to_output(a0 * inverse), out[1] = to_output(a1 * inverse);
-    if (i % (D / 2) == 0) store_lse(to, head, q_head, m, l);
+    if (part) {
+      *(float2*)(part + q_head * stride + channel) = make_float2(a0, a1);
+      if (channel == 0) ((float2*)(part + Q_PER_KV * stride))[q_head] = make_float2(m, l);
+    } else {
+      const float inverse = rcp_approx(l);
+      out[(size_t)head * OUT + 2 * i] = to_output(a0 * inverse), out[(size_t)head * OUT + 2 * i + 1] = to_output(a1 * inverse);
+      if (channel == 0 && lse) lse[(size_t)head * Q_PER_KV + q_head] = (m + log2f(l)) * LN2;
+    }
+  }
+}
+
+// The last block to arrive at a shared head: its blocks' parts come to shared memory and are merged there, in rounds if there are many.
+__device__ __forceinline__ void merge_blocks(const Results& to, const Shared& mine) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  const bool once = mine.blocks <= PARTS;
+  int sum = -1;  // where the sum of the rounds before stands: 0 and PARTS - 1 in turn, the others are for the round's parts
+  for (int k = 0; k < mine.blocks;) {
+    const int n = min(mine.blocks - k, once ? PARTS : PARTS - 2), first = once ? 0 : 1;
+    auto part_of = [&](int u) { return to.workspace + (size_t)(k + u ? 2 * (mine.from + k + u) : mine.first) * WORKSPACE_PART; };
+#pragma unroll 4
+    for (int i = threadIdx.x; i < n * (OUT / 4); i += BLOCK_WARPS * 32) {
+      const int u = i / (OUT / 4), at = i % (OUT / 4), q_head = at / (D / 4), quarter = at % (D / 4);
+      ((float4*)(part_at(smem, first + u) + q_head * HEAD_STRIDE))[quarter] = __ldcg((const float4*)part_of(u) + at);
+    }
+    for (int i = threadIdx.x; i < n * Q_PER_KV; i += BLOCK_WARPS * 32) {
+      const int u = i / Q_PER_KV, q_head = i % Q_PER_KV;
+      ((float2*)(part_at(smem, first + u) + Q_PER_KV * HEAD_STRIDE))[q_head] = __ldcg((const float2*)(part_of(u) + OUT) + q_head);
+    }
+    __syncthreads();
+    k += n;
+    const unsigned parts = (n == 32 ? FULL : ((1u << n) - 1) << first) | (sum < 0 ? 0u : 1u << sum);
+    sum = sum == 0 ? PARTS - 1 : 0;
+    merge(parts, k < mine.blocks ? part_at(smem, sum) : nullptr, HEAD_STRIDE, to.out, to.lse, mine.head);
+    __syncthreads();
   }
 }
 
@@ -371,44 +406,9 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
     const int k = __ffs(begins) - 1, head = __shfl_sync(FULL, own, k);
     const unsigned later = begins & (begins - 1), parts = there & ~((1u << k) - 1) & (later ? (later & -later) - 1 : FULL);
     const bool at_begin = shared[0].blocks && shared[0].head == head, at_end = shared[1].blocks && shared[1].head == head;
-    for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
-      const int q_head = i / (D / 2), channel = i % (D / 2) * 2;
-      const float2* ml = (const float2*)(smem + AT_ML) + q_head;
-      float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
-#pragma unroll 1
-      for (unsigned left = parts; left;) {
-        constexpr int BATCH = 4;  // loads that do not wait for each other
-        float2 of[BATCH], v[BATCH];
-        float highest = m;
-#pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-          of[u] = make_float2(LOWEST, 0.f), v[u] = make_float2(0.f, 0.f);
-          if (left) {
-            const int p = __ffs(left) - 1;
-            of[u] = ml[p * Q_PER_KV], v[u] = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel);
-          }
-          highest = fmaxf(highest, of[u].x), left &= left - 1;
-        }
-        const float f = ex2(m - highest);
-        m = highest, l *= f, a0 *= f, a1 *= f;
-#pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-          const float g = ex2(of[u].x - m);
-          l += g * of[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
-        }
-      }
-      if (at_begin || at_end) {
-        const Shared& mine = shared[at_begin ? 0 : 1];
-        float* part = to.workspace + (size_t)(block == mine.from ? mine.first : 2 * block) * (OUT + 2 * Q_PER_KV);
-        __stcg((float2*)part + i, make_float2(a0, a1));
-        if (channel == 0) __stcg((float2*)(part + OUT) + q_head, make_float2(m, l));
-      } else {
-        Output* out = to.out + (size_t)head * OUT + 2 * i;
-        const float inverse = rcp_approx(l);
-        out[0] = to_output(a0 * inverse), out[1] = to_output(a1 * inverse);
-        if (channel == 0) store_lse(to, head, q_head, m, l);
-      }
-    }
+    const Shared& mine = shared[at_begin ? 0 : 1];
+    float* part = to.workspace + (size_t)(block == mine.from ? mine.first : 2 * block) * WORKSPACE_PART;
+    merge(parts, at_begin || at_end ? part : nullptr, D, to.out, to.lse, head);
   }
   if (!shared[0].blocks && !shared[1].blocks) return;
   __syncthreads();
@@ -419,6 +419,6 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   }
   __syncthreads();
   for (int e = 0; e < 2; e++)
-    if (last[e]) merge_blocks(to, shared[e].head, shared[e].from, shared[e].blocks, shared[e].first);
+    if (last[e]) merge_blocks(to, shared[e]);
 }
 #endif

@@ -1,7 +1,8 @@
 """The same operations on CuPy: raw kernels (kernels/*.cu) for all that touches the cache, the reference's array code for the rest.
 
 Quantized caches are pages (kernels/LAYOUT.md). Where the kernels have no page for a scheme or head_dim (`raw.unsupported`: quarot,
-whose key groups lie along channels, and unusual head sizes), the reference's arrays and array code serve on the GPU too.
+whose key groups lie along channels, and unusual head sizes) or do not know how to fill it (shaped rounding, a codebook, outlier
+tokens), the reference's arrays and array code serve on the GPU too.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ class Cuda(Reference):
     def append(self, new: New, layer: dict[str, Array], scheme: Scheme, batch: Batch) -> None:
         if "pages" not in layer:
             return super().append(new, layer, scheme, batch)
-        at, (k, v, _) = self._indices(batch, layer), new
+        at, k, v = self._indices(batch, layer), new.k, new.v
         heads = raw.Heads(k.shape[1], k.shape[1], k.shape[2])  # q heads play no part here
         strides = k.strides[0] // 2, v.strides[0] // 2
         new = raw.Arrivals(k, v, *strides, at.firsts, at.slots, at.starts, at.counts, max(batch.counts))

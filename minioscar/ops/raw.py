@@ -52,6 +52,8 @@ class Launch:
 
 def unsupported(scheme: Scheme, head_dim: int) -> str | None:
     """Why the packed kernels cannot hold this scheme, or None."""
+    if scheme.shaped or scheme.codebook or scheme.outliers:
+        return f"{scheme.name}: pack.cu does not know how to choose its codes"
     if scheme.key_axis != "token":
         return f"{scheme.name}: key groups run along the channels of a token; the packed layout wants them along tokens"
     if head_dim not in HEAD_DIMS:
@@ -160,7 +162,7 @@ class Plan:
     blocks: int
 
     def workspace_floats(self, head_dim: int) -> int:
-        return 2 * self.blocks * self.q_per_kv * (head_dim + 2)
+        return 2 * self.blocks * self.q_per_kv * (head_dim + 4)
 
     @property
     def task_shape(self) -> tuple[int, int, int]:
@@ -189,7 +191,7 @@ def _unit_bytes(head_dim: int, scheme: Scheme) -> int:
 def shared_bytes(head_dim: int, scheme: Scheme, p: Plan, batch: int) -> int:
     """Dynamic shared memory of a decode kernel: attention.cuh, AT_ROWS and what follows."""
     ring = p.stages * (_unit_bytes(head_dim, scheme) + p.q_per_kv * head_dim * 2)
-    heads = p.warps * (ring + p.q_per_kv * (head_dim + 8) * 4 + 2 * p.q_per_kv * 8 + 8)
+    heads = p.warps * (ring + p.q_per_kv * (head_dim + 12) * 4 + 8)
     return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * batch
 
 

@@ -32,6 +32,7 @@ class New(NamedTuple):
     k: Array  # [tokens, kv_heads, d], rotated if the scheme does
     v: Array
     norms: Array | None  # float32 [tokens], of k as BF16 keeps it, over all kv heads and channels
+    feedback: Array | None = None  # Layer.key_feedback, for a shaped scheme
 
 
 class Reference:
@@ -137,7 +138,8 @@ class Reference:
         if scheme.rotate:
             q, k = oscar.rotate(q, xp), oscar.rotate(k, xp)
         q, k = q.astype(qkv.dtype), k.astype(qkv.dtype)
-        return q, New(k, v, oscar.token_norms(k.astype(BF16), xp) if scheme.scale else None)
+        norms = oscar.token_norms(k.astype(BF16), xp) if scheme.scale else None
+        return q, New(k, v, norms, layer.key_feedback if scheme.shaped else None)
 
     def attention(self, q: Array, new: New, kept: dict[str, Array], scheme: Scheme, batch: Batch) -> Array:
         """Attention of new tokens over the cache and, unquantized, over each other; after it the cache holds them.
@@ -177,7 +179,7 @@ class Reference:
 
         Everything passes through BF16 first.
         """
-        xp, (k, v, norms) = self.xp, new
+        xp, (k, v, norms, feedback) = self.xp, new
         for slot, start, span in batch.spans():
             rows = {"keys": k[span].astype(BF16).swapaxes(0, 1), "values": v[span].astype(BF16).swapaxes(0, 1)}  # [heads, n, d]
             count = span.stop - span.start
@@ -192,30 +194,61 @@ class Reference:
             full, left = divmod(held + count, WINDOW)
             if full:
                 blocks = {name: xp.concatenate([layer[f"window_{name}"][slot, :, :held], new], axis=1) for name, new in rows.items()}
-                self.pack(layer, slot, start - held, *(block[:, : full * WINDOW] for block in blocks.values()), scheme)
+                self.pack(layer, slot, start - held, *(block[:, : full * WINDOW] for block in blocks.values()), scheme, feedback)
                 rows, held = {name: block[:, full * WINDOW :] for name, block in blocks.items()}, 0
             for name, new in rows.items():
                 layer[f"window_{name}"][slot, :, held:left] = new
 
-    def pack(self, layer: dict[str, Array], slot: int, first: int, keys: Array, values: Array, scheme: Scheme) -> None:
+    def pack(
+        self, layer: dict[str, Array], slot: int, first: int, keys: Array, values: Array, scheme: Scheme, feedback: Array | None = None
+    ) -> None:
         """Quantizes whole blocks, BF16 [kv_heads, n, d], as tokens first ... first + n - 1 of a row, and keeps its sinks."""
         xp, tokens = self.xp, slice(first, first + keys.shape[1])
+        self.keep_sinks(layer, slot, first, keys, values, scheme)
+        if scheme.outliers:
+            keys = self.keep_outliers(layer, slot, first, keys, values, scheme)
         norms = layer["norms"][slot, tokens] if scheme.scale else None
-        codes, step, minimum = oscar.quantize_keys(keys, norms, scheme, xp)
+        codes, step, minimum = oscar.quantize_keys(keys, norms, scheme, xp, feedback)
         layer["key_codes"][slot, :, tokens] = oscar.pack(codes, scheme.bits, xp)
         groups = slice(first // scheme.group, tokens.stop // scheme.group) if scheme.key_axis == "token" else tokens
-        layer["key_step"][slot, :, groups], layer["key_min"][slot, :, groups] = step, minimum
+        layer["key_step"][slot, :, groups] = step
+        if minimum is not None:
+            layer["key_min"][slot, :, groups] = minimum
         codes, step, minimum = oscar.quantize_values(values, scheme, xp)
         layer["value_codes"][slot, :, tokens] = oscar.pack(codes, scheme.bits, xp)
         layer["value_step"][slot, :, tokens] = step
         if minimum is not None:
             layer["value_min"][slot, :, tokens] = minimum
-        self.keep_sinks(layer, slot, first, keys, values, scheme)
 
     def keep_sinks(self, layer: dict[str, Array], slot: int, first: int, keys: Array, values: Array, scheme: Scheme) -> None:
         """The first tokens of a row stay in BF16 beside the cache; their packed slots are not read."""
         if scheme.sinks and first == 0:
             layer["sink_keys"][slot], layer["sink_values"][slot] = keys[:, : scheme.sinks], values[:, : scheme.sinks]
+
+    def keep_outliers(
+        self, layer: dict[str, Array], slot: int, first: int, keys: Array, values: Array, scheme: Scheme
+    ) -> Array:
+        """Of each block and kv head, the tokens whose keys have the smallest 1-norms stay in BF16 (OTT, arXiv 2505.10938).
+
+        Returns the keys with the mean of their block's other tokens in these places, so that they stretch no group's range.
+        """
+        xp, (heads, n, dim) = self.xp, keys.shape
+        blocks = keys.astype(xp.float32).reshape(heads, -1, WINDOW, dim)
+        places = xp.argsort(abs(blocks).sum(axis=-1), axis=-1)[..., : scheme.outliers]  # [heads, blocks, outliers]
+        at, index = slice(first // WINDOW, (first + n) // WINDOW), _block_index(places, xp)
+        layer["outlier_places"][slot, :, at] = places
+        layer["outlier_keys"][slot, :, at] = keys.reshape(blocks.shape)[index]
+        layer["outlier_values"][slot, :, at] = values.reshape(blocks.shape)[index]
+        others = (blocks.sum(axis=2) - blocks[index].sum(axis=2)) / (WINDOW - scheme.outliers)
+        blocks[index] = others[:, :, None]
+        return blocks.reshape(keys.shape)
+
+    def put_outliers(self, keys: Array, values: Array, layer: dict[str, Array], slot: int) -> None:
+        """What `keep_outliers` kept, into the packed part of a row, float32 [kv_heads, n, d]."""
+        blocks = keys.shape[1] // WINDOW
+        index = _block_index(layer["outlier_places"][slot, :, :blocks], self.xp)
+        for out, name in ((keys, "outlier_keys"), (values, "outlier_values")):
+            out.reshape(out.shape[0], blocks, WINDOW, -1)[index] = self.widen(layer[name][slot, :, :blocks])
 
     def past(self, layer: dict[str, Array], slot: int, length: int, scheme: Scheme, room: int = 0) -> tuple[Array, Array]:
         """What attention takes the first `length` tokens of a row to be: keys, values, float32 [kv_heads, length + room, d].
@@ -231,7 +264,10 @@ class Reference:
             return keys, values
         packed = length - length % WINDOW
         if packed:
-            keys[:, :packed], values[:, :packed] = self.packed(layer, slot, packed, scheme)
+            parts = self.packed(layer, slot, packed, scheme)
+            if scheme.outliers:
+                self.put_outliers(*parts, layer, slot)
+            keys[:, :packed], values[:, :packed] = parts
             if scheme.sinks:
                 for out, name in ((keys, "sink_keys"), (values, "sink_values")):
                     out[:, : scheme.sinks] = self.widen(layer[name][slot])
@@ -245,7 +281,7 @@ class Reference:
         keys = oscar.dequantize_keys(
             oscar.unpack(layer["key_codes"][slot, :, :tokens], scheme.bits, xp),
             layer["key_step"][slot, :, :groups],
-            layer["key_min"][slot, :, :groups],
+            None if scheme.codebook else layer["key_min"][slot, :, :groups],
             layer["norms"][slot, :tokens] if scheme.scale else None,
             scheme,
             xp,
@@ -253,7 +289,7 @@ class Reference:
         values = oscar.dequantize_values(
             oscar.unpack(layer["value_codes"][slot, :, :tokens], scheme.bits, xp),
             layer["value_step"][slot, :, :tokens],
-            None if scheme.symmetric_values else layer["value_min"][slot, :, :tokens],
+            None if scheme.codebook or scheme.symmetric_values else layer["value_min"][slot, :, :tokens],
             scheme,
             xp,
         )
@@ -290,3 +326,9 @@ class Reference:
                 y = (scores.reshape(kv_heads, -1, seen) @ values[:, :seen]).reshape(kv_heads, -1, n, dim) / total
                 out[first:last] = y.transpose(2, 0, 1, 3).reshape(n, -1, dim)
         return out
+
+
+def _block_index(places: Array, xp: Any) -> tuple[Array, Array, Array]:
+    """places [heads, blocks, n] of tokens in their blocks -> what picks them from [heads, blocks, WINDOW, d]."""
+    heads, blocks, _ = places.shape
+    return xp.arange(heads)[:, None, None], xp.arange(blocks)[:, None], places

@@ -19,6 +19,7 @@
 #define __shared__ thread_local  // the module's thread-local segment is the shared memory of the block that runs
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
+#define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define __maxnreg__(n)

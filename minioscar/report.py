@@ -1,0 +1,91 @@
+"""report.json and report.html of `inspect`: figures of what inspection.py measured, each with a few lines for a student."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+from .figures import FIGURES, STYLE, drawn, sinks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+body {{ font: 17px/1.55 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 3rem auto; padding: 0 1.5rem; }}
+h1 {{ font-size: 1.9rem; margin-bottom: 0; }} h2 {{ font-size: 1.3rem; margin-top: 3rem; }}
+figure {{ margin: 1rem 0; }} figure svg {{ width: 100%; height: auto; }} p {{ max-width: 46rem; }}
+table {{ border-collapse: collapse; }} td, th {{ padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #ddd; }}
+td:nth-child(2) {{ text-align: left; font-family: monospace; white-space: pre; }} .dim {{ color: #666; }}
+</style></head><body>
+<h1>{title}</h1>
+<p class="dim">{subtitle}</p>
+{body}
+</body></html>
+"""
+
+
+def check(folder: Path) -> None:
+    """Raises UserError where a report cannot be made, before anything is measured: no matplotlib, no folder to write to."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("inspect draws its figures with matplotlib, which is not installed; pip install 'minioscar[plot]'") from None
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{folder} cannot be written to ({existing} is no folder or is write-protected); give another --out")
+
+
+def write(report: dict, folder: Path) -> list[Path]:
+    """Writes report.json and report.html into the folder, each whole or not at all; returns their paths."""
+    files = {"report.json": json.dumps(report), "report.html": page(report)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            part = folder / f".{name}.part"
+            part.write_text(text, encoding="utf-8")
+            part.replace(folder / name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}); give another --out") from None
+    return [folder / name for name in files]
+
+
+def page(report: dict) -> str:
+    """The whole report as one HTML file that loads nothing."""
+    parts = []
+    for title, text, draw in FIGURES:
+        parts += [f"<h2>{html.escape(title)}</h2>", f"<figure>{svg(draw, report)}</figure>", f"<p>{text}</p>"]
+        if draw is sinks:
+            parts.append(sink_table(report))
+    subtitle = (
+        f"{len(report['layers'])} layers, {report['kv_heads']} kv heads of {report['head_dim']} channels; {report['tokens']:,} tokens of "
+        f"text, one unquantized run on {report['device']}. Keys are taken after RoPE, in groups of {report['group']} tokens."
+    )
+    title = html.escape(f"What quantization meets in {Path(report['model']).name}")
+    return PAGE.format(title=title, subtitle=html.escape(subtitle), body="\n".join(parts))
+
+
+def svg(draw: Callable[[Figure, dict], None], report: dict) -> str:
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    with rc_context(STYLE):
+        drawn(draw, report).savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def sink_table(report: dict) -> str:
+    rows = [
+        f"<tr><td>{sink['position']}</td><td>{html.escape(repr(sink['text']))}</td><td>{sink['layers']}</td>"
+        f"<td>{sink['attention']:.1%}</td><td>{sink['norm_to_median']:.2f}</td></tr>"
+        for sink in report["sinks"][:10]
+    ]
+    head = "<tr><th>token</th><th>text</th><th>sink in layers</th><th>attention received</th><th>norm / median</th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>" if rows else "<p>No token is a sink in any layer.</p>"

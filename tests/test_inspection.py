@@ -1,0 +1,135 @@
+"""`inspect`: its measures on cases with known answers, its findings on a real model, its files."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from minioscar import figures, inspection, oscar, report
+from minioscar.cli import main
+from minioscar.config import Config
+from minioscar.oscar import SCHEMES
+
+from .tiny import CONFIG
+
+KV = ["kivi", "rotation", "scaling", "oscar", "int2"]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    return inspection.inspect("smollm2-135m", KV, tokens=256, device="cpu")
+
+
+def test_no_token_of_rotated_keys_is_further_off_than_its_bound(seed):
+    """And the bound is not idle: keys of one group whose norms differ by 16 come within a factor of four of it."""
+    rng = np.random.default_rng(seed)
+    k = rng.standard_normal((2, 128, 32)).astype(np.float32)
+    k[:, ::7] /= 16
+    norms = oscar.token_norms(k.swapaxes(0, 1))
+    turned = oscar.rotate(k).reshape(2, 4, 32, 32)
+    bound = inspection.bound(norms, turned.max(axis=2) - turned.min(axis=2))
+    back, _ = inspection.kept(k, k, norms, SCHEMES["rotation"], Config.from_dict(CONFIG), None)
+    errors = np.linalg.norm(back - k, axis=(0, 2)) / norms
+    assert (errors <= bound * 1.01).all() and errors.max() > bound.max() / 4  # 1 %: keys pass through BF16, steps through float16
+    assert bound[::7].min() > 4 * np.delete(bound, np.s_[::7]).max()
+
+
+def test_attention_received_is_that_of_distant_queries_only():
+    q, k = np.zeros((1, 1, 300, 8), np.float32), np.zeros((1, 300, 8), np.float32)
+    share = inspection.received(q, k)  # equal scores: query i gives each of its i + 1 keys 1 / (i + 1)
+    assert share[0] == pytest.approx(np.mean([1 / (i + 1) for i in range(128, 300)]), rel=1e-5)
+    assert share[171] == pytest.approx(1 / 300, rel=1e-5) and (share[172:] == 0).all()
+
+
+def test_stretch_is_the_range_with_the_token_over_the_range_without():
+    group = np.array([[[0.0, 1.0], [1.0, 2.0], [3.0, 1.5]]], np.float32)
+    np.testing.assert_allclose(inspection.stretch(group, 2), [[3, 1]])
+
+
+def test_the_first_token_of_smollm2_is_a_sink_with_a_small_key(found):
+    sink = found["sinks"][0]
+    assert sink["position"] == 0 and sink["layers"] > 20 and sink["attention"] > 0.2 and sink["norm_to_median"] < 0.6
+
+
+def test_token_norm_imbalance_on_a_real_model(found):
+    """Without scaling the error follows the norm spread of the group, within the bound; with it, it does not rise."""
+    data = found["imbalance"]
+    assert data["spread"][-1] > 3 * data["spread"][0] and sum(data["tokens"]) == 256 * len(found["layers"])
+    for name in ("kivi", "rotation"):
+        assert data["errors"][name][-1] > 2.5 * data["errors"][name][0]
+    assert all(error <= bound for error, bound in zip(data["errors"]["rotation"], data["bound"], strict=True))
+    for name in ("scaling", "oscar"):
+        assert data["errors"][name][-1] < 1.2 * data["errors"][name][0]
+    assert found["errors_by_token"]["kivi"]["keys"][0] > 2 * found["errors_by_token"]["oscar"]["keys"][0]
+    assert max(found["errors_by_token"]["int2"]["keys"][:32]) < 2**-9 < 0.05 < min(found["errors_by_token"]["int2"]["keys"][32:])  # BF16
+
+
+def test_scaling_without_rotation_makes_new_outliers(found):
+    """The Scaling-Induced Outlier Artifact: the token of lowest norm stretches its group more than before, unless keys are rotated."""
+    worst = {step: np.mean([layer["stretch"][step][0] for layer in found["layers"]]) for step in inspection.STEPS}
+    assert worst["scaled"] > 1.4 * worst["raw"] and worst["scaled"] > 1.5 * worst["rotated and scaled"]
+    assert len(found["example"]["keys"]["scaled"]) == 32 and found["example"]["low_norm_token"] == 0
+
+
+def test_norms_survive_rotation_and_are_one_after_scaling(found):
+    for layer in found["layers"]:
+        np.testing.assert_allclose(layer["norms"]["k"]["raw"], layer["norms"]["k"]["rotated"], rtol=2e-3)
+        np.testing.assert_allclose(layer["norms"]["q"]["raw"], layer["norms"]["q"]["rotated"], rtol=2e-3)
+        assert np.array(layer["norms"]["k"]["scaled"]).max() <= 1
+        assert np.array(layer["norms"]["v"]["raw"]).shape == (3, len(inspection.QUANTILES))
+
+
+def test_report_is_two_files_that_need_nothing_else(found, tmp_path):
+    files = report.write(found, tmp_path / "new" / "folder")
+    assert [file.name for file in files] == ["report.json", "report.html"] and sorted(tmp_path.rglob(".*")) == []
+    assert json.loads(files[0].read_text()) == json.loads(json.dumps(found))
+    html = files[1].read_text()
+    assert html.count("<svg") == len(figures.FIGURES) and html.count("<h2>") == len(figures.FIGURES)
+    assert not re.search(r"""(src|href)=["'](?!#|data:)""", html) and "<script" not in html
+
+
+def test_the_same_numbers_give_the_same_bytes(found):
+    _, _, draw = figures.FIGURES[4]
+    assert report.svg(draw, found) == report.svg(draw, found)
+
+
+def test_every_figure_draws_what_was_measured(found):
+    for _, text, draw in figures.FIGURES:
+        axes = figures.drawn(draw, found).axes
+        assert axes and text.endswith(".")
+    lines = {line.get_label(): line.get_ydata() for line in figures.drawn(figures.bound, found).axes[0].lines}
+    np.testing.assert_array_equal(lines["oscar"], found["imbalance"]["errors"]["oscar"])
+    np.testing.assert_array_equal(lines["bound without scaling"], found["imbalance"]["bound"])
+
+
+def test_command_writes_the_report_and_prints_where(capsys, tmp_path, monkeypatch, found):
+    monkeypatch.setattr("minioscar.inspection.inspect", lambda *args, **options: found)
+    monkeypatch.setattr("minioscar.report.FIGURES", figures.FIGURES[:1])
+    assert main(["inspect", "smollm2-135m", "--out", str(tmp_path / "r")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'r' / 'report.html'}\n" and (tmp_path / "r" / "report.json").exists()
+    assert main(["inspect", "smollm2-135m", "--out", str(tmp_path / "r"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["schemes"] == KV
+
+
+@pytest.mark.parametrize(
+    ("options", "mention"),
+    [(["--tokens", "1000"], "--tokens 1000"), (["--tokens", "128"], "at least 256")]
+    + [(["--tokens", "16384"], "8192"), (["--kv", "foo"], "'foo'")],
+)
+def test_bad_input_is_one_line(options, mention, capsys, tmp_path):
+    assert main(["inspect", "smollm2-135m", "--out", str(tmp_path / "r"), *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and mention in err and not (tmp_path / "r").exists()
+
+
+def test_a_missing_matplotlib_and_a_bad_folder_are_named_with_the_way_out(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main(["inspect", "smollm2-135m", "--out", str(tmp_path / "file" / "r")]) == 2
+    assert "give another --out" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["inspect", "smollm2-135m"]) == 2
+    assert "pip install 'minioscar[plot]'" in capsys.readouterr().err
