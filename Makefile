@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test results clean
+.PHONY: demo test results soak clean
 
 demo: .venv/demo.done
 	$(BIN)/python -m minioscar generate smollm2-135m "The capital of France is" --raw --max-tokens 24
@@ -12,8 +12,12 @@ test: .venv/test.done
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -rs
 
-results: .venv/test.done  # the tables of README.md and docs/fidelity.md and docs/results/pareto.svg, from docs/results/*.json
+results: .venv/test.done  # the tables and figures of README.md and docs/, from docs/results/*.json and the code's arithmetic
 	$(BIN)/python docs/render.py
+	$(BIN)/python docs/figures.py
+
+soak: .venv/test.done  # 20,000 mutated inputs, then two hours of random requests; hours of one core
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --json docs/results/soak.json
 
 # An environment is current while it is newer than pyproject.toml.
 .venv/demo.done: EXTRA = gguf

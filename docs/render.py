@@ -1,6 +1,6 @@
-"""Fills the tables of README.md and the pages of docs/ from docs/results/*.json: `make results`. A figure is never typed by hand.
+"""Fills the tables of README.md and docs/ from docs/results/*.json and from the code's own arithmetic: `make results`.
 
-A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; NAME is a function below.
+A figure is never typed by hand. A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; NAME is a function below.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ import json
 import re
 from pathlib import Path
 
+from minioscar.cache import cache_bytes
+from minioscar.config import Config
+from minioscar.oscar import SCHEMES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
-
-PAGES = ("README.md", "docs/fidelity.md", "docs/kernels.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels")))
 
 
 def load(name: str) -> dict:
@@ -64,13 +67,7 @@ def models() -> str:
 
 def everything(kv: str, context: int) -> float:
     """Bits per element of an allocated cache of SmolLM2-135M."""
-    from minioscar.cache import cache_bytes
-    from minioscar.config import Config
-    from minioscar.oscar import SCHEMES
-
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-    config = Config.from_dict({"model_type": "llama", "vocab_size": 49152, **shape})
-    return 16 * cache_bytes(config, SCHEMES[kv], 1, context) / cache_bytes(config, SCHEMES["bf16"], 1, context)
+    return 16 * cache_bytes(smollm2(), SCHEMES[kv], 1, context) / cache_bytes(smollm2(), SCHEMES["bf16"], 1, context)
 
 
 def ideas() -> str:
@@ -130,6 +127,116 @@ def size() -> str:
     lines.append(report["note"])
     return "\n".join(lines)
 
+
+# --- the arithmetic of SmolLM2-135M, for docs/reading.md
+
+
+def smollm2() -> Config:
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    rest = {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
+    return Config.from_dict({"model_type": "llama", **shape, **rest})
+
+
+def reading_weights() -> str:
+    c = smollm2()
+    qkv = c.q_size + 2 * c.kv_size
+    rows = [
+        ("embedding, also the last projection", 1, (c.vocab_size, c.hidden_size)),
+        ("qkv", c.num_layers, (qkv, c.hidden_size)),
+        ("o", c.num_layers, (c.hidden_size, c.q_size)),
+        ("gate and up", c.num_layers, (2 * c.intermediate_size, c.hidden_size)),
+        ("down", c.num_layers, (c.hidden_size, c.intermediate_size)),
+    ]
+    lines, total = ["| weights | shape | MB in BF16 |", "| --- | --- | --- |"], 0
+    for name, times, shape in rows:
+        numbers = times * shape[0] * shape[1]
+        total += numbers
+        lines.append(f"| {f'{times} x ' if times > 1 else ''}{name} | {list(shape)} | {2 * numbers / 1e6:.1f} |")
+    norms = (2 * c.num_layers + 1) * c.hidden_size
+    assert total + norms == c.parameters()
+    lines.append(f"| norms | {2 * c.num_layers + 1} x [{c.hidden_size}] | {2 * norms / 1e6:.1f} |")
+    lines.append(f"| all of it | {c.parameters():,} numbers | {2 * c.parameters() / 1e6:.1f} |")
+    lines.append("")
+    lines.append(
+        "On a GPU the weights are kept in BF16, 2 bytes a number; on a CPU in float32, because NumPy multiplies nothing smaller, so "
+        "twice as much."
+    )
+    return "\n".join(lines)
+
+
+def per_token(config: Config, kv: str) -> int:
+    """Bytes that one more token costs in all layers, window and sinks aside."""
+    return (cache_bytes(config, SCHEMES[kv], 1, 8192) - cache_bytes(config, SCHEMES[kv], 1, 4096)) // 4096
+
+
+def reading_cache() -> str:
+    c = smollm2()
+    lines = [
+        f"| `--kv` | a token, one layer | a token, {c.num_layers} layers | {c.max_positions:,} tokens, window and sinks included |",
+        "| --- | --- | --- | --- |",
+    ]
+    for kv in ("bf16", "oscar", "int2", "int2-compact"):
+        token, whole = per_token(c, kv), cache_bytes(c, SCHEMES[kv], 1, c.max_positions)
+        lines.append(f"| `{kv}` | {token / c.num_layers:.1f} B | {token:,} B | {whole / 1e6:.1f} MB |")
+    lines += ["", f"SmolLM2-135M: {c.num_kv_heads} kv heads of {c.head_dim} channels, keys and values."]
+    return "\n".join(lines)
+
+
+def reading_step() -> str:
+    c, weights = smollm2(), 2 * smollm2().parameters()
+    lines = [
+        "| tokens in the cache | weights | cache in `bf16` | cache in `int2` | step: `bf16` | step: `int2` |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for context in (512, 2048, 8192):
+        kept = [cache_bytes(c, SCHEMES[kv], 1, context) for kv in ("bf16", "int2")]
+        cells = " | ".join(f"{size / 1e6:.1f} MB" for size in (weights, *kept, *(weights + size for size in kept)))
+        lines.append(f"| {context:,} | {cells} |")
+    lines += [
+        "",
+        "SmolLM2-135M, one sequence, weights in BF16. With 32 sequences at once the weights are read once for all of them, and the "
+        "cache 32 times: then it is nearly all that counts.",
+    ]
+    return "\n".join(lines)
+
+
+def schemes() -> str:
+    """The switches of every scheme, for docs/method.md."""
+    lines = ["| `--kv` | keys | groups of keys | values | kept in BF16 | bits/element |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, s in SCHEMES.items():
+        if not s.quantized:
+            lines.append(f"| `{name}` | as they are | | as they are | everything | {s.bits_per_element(128):.3f} |")
+            continue
+        switches = {
+            "rotated": s.rotate, "rotated at random, Lloyd-Max levels": s.codebook, "divided by the token's norm": s.scale,
+            f"range x {s.shrink}": s.shrink < 1, "errors steered": s.shaped,
+        }
+        keys = "; ".join([f"{s.bits} bits", ", ".join(word for word, on in switches.items() if on)]).removesuffix("; ")
+        along = f"{s.group} tokens of one channel" if s.key_axis == "token" else f"{s.value_group(128)} channels of one token"
+        step = "step only" if s.symmetric_values or s.codebook else "step and min"
+        values = f"{'rotated, ' if s.rotate or s.codebook else ''}{step}, groups of {s.value_group(128)}"
+        kept = ["window"] + [f"first {s.sinks} tokens"] * bool(s.sinks) + [f"{s.outliers} tokens a block"] * bool(s.outliers)
+        lines.append(f"| `{name}` | {keys} | {along} | {values} | {', '.join(kept)} | {s.bits_per_element(128):.3f} |")
+    lines += ["", "At head_dim 128. The window is the newest 0 … 127 tokens. Norms, 4 bytes a token and layer, come on top."]
+    return "\n".join(lines)
+
+
+def prompt_cache() -> str:
+    """docs/prompt_cache.py."""
+    report = load("prompt-cache")
+    rows, meta = report["rows"], report["meta"]
+    largest = rows[0]["file_bytes"]
+    lines = ["| `--kv` | file | smaller than `bf16` | read the document | load the file | first token: from the file | without it |"]
+    lines.append("| --- |" + " --- |" * 6)
+    for row in rows:
+        times = " | ".join(f"{row[key]:.2f} s" for key in ("read_s", "load_s", "first_token_from_cache_s", "first_token_without_s"))
+        lines.append(f"| `{row['kv']}` | {row['file_bytes'] / 1e6:.1f} MB | {largest / row['file_bytes']:.2f}x | {times} |")
+    where = f"{meta['model']}, {rows[0]['tokens']:,} tokens of the default text and a question of {rows[0]['question_tokens']}"
+    lines += ["", f"{where}; {meta['device']}, {meta['threads']} thread{'s' * (meta['threads'] > 1)}, processor time."]
+    return "\n".join(lines)
+
+
+# --- kernels
 
 KERNELS = "kernels-h200"
 
@@ -219,6 +326,8 @@ def resources() -> str:
 
 TABLES = {"decode_kernels": decode_kernels, "other_kernels": other_kernels, "resources": resources, "gpu": gpu}
 TABLES |= {"fidelity": fidelity, "cpu": cpu, "size": size, "models": models, "ideas": ideas, "drift": drift, "needle": needle}
+TABLES |= {"reading_weights": reading_weights, "reading_cache": reading_cache, "reading_step": reading_step}
+TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache}
 
 
 def rendered(text: str) -> str:

@@ -58,10 +58,44 @@ def layout(config: Config, scheme: Scheme, batch: int, context: int) -> dict[str
     return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
 
 
+def row_layout(config: Config, scheme: Scheme, length: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Name -> (shape, dtype) of what one layer of a row of `length` tokens holds, in plain form: `layout` without the batch axis, cut.
+
+    This is what a saved cache consists of. Arrays that would be empty are left out.
+    """
+    capacity = min(-(-length // WINDOW) * WINDOW, config.max_positions)
+    tokens, rows = length // WINDOW * WINDOW if scheme.quantized else length, {}
+    whole = capacity // WINDOW * WINDOW if scheme.quantized else capacity  # tokens that the arrays of `layout` are for
+    for name, (shape, dtype) in layout(config, scheme, 1, capacity).items():
+        size = list(shape[1:])  # [kv_heads, tokens or groups or blocks, ...]; norms are [tokens]
+        if name == "norms":
+            size[0] = min(length, size[0])
+        elif name.startswith("window"):
+            size[1] = length - tokens
+        elif name.startswith("sink"):
+            size[1] = size[1] if tokens else 0
+        else:
+            size[1] = size[1] * tokens // whole if whole else 0
+        rows[name] = (tuple(size), dtype)
+    return {name: (shape, dtype) for name, (shape, dtype) in rows.items() if math.prod(shape)}
+
+
 def cache_bytes(config: Config, scheme: Scheme, batch: int, context: int) -> int:
     """Bytes of a whole cache, before it is made; equal to the `nbytes` that it will have."""
     arrays = layout(config, scheme, batch, context).values()
     return config.num_layers * sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
+
+
+def left_after_cut(scheme: Scheme, held: int, length: int) -> int:
+    """How many tokens of a row of `held` are left when it is cut to `length`.
+
+    The window can be cut anywhere. A packed block cannot be taken apart, so a cut within one keeps the blocks before it: up to
+    WINDOW - 1 tokens fewer than asked for.
+    """
+    if length >= held:
+        return held
+    inside = not scheme.quantized or length >= held - held % WINDOW
+    return length if inside else length - length % WINDOW
 
 
 @dataclass(frozen=True)
@@ -121,6 +155,23 @@ class Cache:
         """The new tokens of `batch` are now part of their rows."""
         for slot, start, count in zip(batch.slots, batch.starts, batch.counts, strict=True):
             self.lengths[slot] = start + count
+
+    def broken_off(self, batch: Batch) -> None:
+        """After a pass that ended midway: some layers have its tokens and others not, and windows may be overwritten."""
+        for slot, start in zip(batch.slots, batch.starts, strict=True):
+            self.lengths[slot] = start - start % WINDOW if self.scheme.quantized else start
+
+    def truncate(self, slot: int, length: int) -> int:
+        """Forgets the tokens of a row from `length` on; returns how many are left (`left_after_cut`). The caller feeds the rest again."""
+        self.lengths[slot] = left_after_cut(self.scheme, int(self.lengths[slot]), length)
+        return int(self.lengths[slot])
+
+    def copy(self, source: int, target: int) -> None:
+        """Row `target` becomes what row `source` is."""
+        for layer in self.layers:
+            for array in layer.values():
+                array[target] = array[source]
+        self.lengths[target] = self.lengths[source]
 
     def reset(self, slot: int) -> None:
         """Row `slot` is empty again. What its arrays hold is never read: every read is bounded by the length."""

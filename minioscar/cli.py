@@ -1,17 +1,14 @@
-"""The command line: stdout carries the result and nothing else, progress and statistics go to stderr.
-
-Everything heavy is imported by the command that needs it, so that --help and a wrong flag answer at once.
-"""
+"""The command line: its options, its exit codes, and every error in one line. What the commands do is in commands.py."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from typing import NoReturn
 
 from . import __version__
+from .commands import COMMANDS
 from .errors import Failure, UserError
 
 SCHEMES = (
@@ -19,12 +16,44 @@ SCHEMES = (
 )
 EXAMPLES = """examples:
   python -m minioscar generate smollm2-135m "The capital of France is" --raw
-  python -m minioscar generate Qwen/Qwen3-0.6B --prompt-file question.txt --max-tokens 500 --temperature 0.7
+  python -m minioscar chat Qwen/Qwen3-0.6B
+  python -m minioscar cache Qwen/Qwen3-0.6B --prompt-file book.txt --out book.kv.safetensors
+  python -m minioscar generate Qwen/Qwen3-0.6B "Who is the narrator?" --cache book.kv.safetensors
   python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024
   python -m minioscar inspect smollm2-135m --out report
   python -m minioscar info smollm2-135m --ctx 8192 --batch 4
 
-MODEL is a folder, a name under weights/, or a Hugging Face id; smollm2-135m is built in."""
+MODEL is a folder, a name under weights/, or a Hugging Face id; smollm2-135m is built in. COMMAND --help has examples of each."""
+MORE_EXAMPLES = {
+    "generate": """examples:
+  python -m minioscar generate smollm2-135m "Tell me about Paris" --temperature 0.7 --top-p 0.9 --seed 3
+  cat question.txt | python -m minioscar generate Qwen/Qwen3-0.6B -
+  python -m minioscar generate smollm2-135m "1, 2, 3," --raw --stop 10 --json --logprobs 3
+  python -m minioscar generate smollm2-135m --prompts-file prompts.jsonl --batch 16 > answers.jsonl
+  python -m minioscar generate smollm2-135m "And the second chapter?" --cache book.kv.safetensors
+
+A line of prompts.jsonl is a JSON string or {"prompt": "...", "id": ...} or {"messages": [{"role": "user", "content": "..."}]}; a line
+that fails becomes {"line": N, "error": "..."} and the others go on.""",
+    "chat": """examples:
+  python -m minioscar chat smollm2-135m --system "Answer in one sentence."
+  python -m minioscar chat smollm2-135m --cache book.kv.safetensors
+  printf 'Hello\\nWhat did I say?\\n' | python -m minioscar chat smollm2-135m
+
+In the conversation, /help lists the commands: /reset, /save FILE, /stats, /exit. Ctrl-C stops an answer and keeps the conversation.""",
+    "cache": """examples:
+  python -m minioscar cache Qwen/Qwen3-0.6B --prompt-file book.txt --out book.kv.safetensors
+  python -m minioscar generate Qwen/Qwen3-0.6B "Who is the narrator?" --cache book.kv.safetensors
+  python -m minioscar chat Qwen/Qwen3-0.6B --cache book.kv.safetensors
+
+The text is read once; what --cache goes on with is read behind it: in the same message of a chat, or (--raw) in the same text. The file
+is bound to the model, its weights and --kv, not to the device.""",
+    "pull": "example:\n  python -m minioscar pull Qwen/Qwen3-0.6B",
+    "info": "example:\n  python -m minioscar info Qwen/Qwen3-0.6B --ctx 32768 --batch 8",
+    "eval": """examples:
+  python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024 --windows 3 --json
+  python -m minioscar eval smollm2-135m --kv int2 --needle 512,1024 --drift 256""",
+    "inspect": "example:\n  python -m minioscar inspect smollm2-135m --out report",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,30 +70,58 @@ def parser() -> Parser:
     commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, help: str) -> Parser:
-        sub = commands.add_parser(name, help=help, description=help)
+        sub = commands.add_parser(
+            name, help=help, description=help, epilog=MORE_EXAMPLES.get(name), formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         sub.add_argument("model", metavar="MODEL", help="folder, name under weights/, or Hugging Face id")
         sub.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error; look for NaN in every operation")
         return sub
 
     def device(sub: Parser) -> None:
         sub.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU if there is one")
 
+    def scheme(sub: Parser) -> None:
+        sub.add_argument("--kv", metavar="SCHEME", help=f"how the KV cache is kept: {SCHEMES} (int2, or that of --cache)")
+
+    def answering(sub: Parser, max_tokens: int, ctx: str) -> None:
+        sub.add_argument("--cache", metavar="F", help="go on from a prompt cache that the command cache, or /save in a chat, wrote")
+        scheme(sub)
+        sub.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=f"stop after so many new tokens ({max_tokens})")
+        sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+        sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1: off)")
+        sub.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: off)")
+        sub.add_argument("--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the likeliest (0: off)")
+        sub.add_argument("--seed", type=int, default=0, metavar="S", help="of the random numbers (0)")
+        sub.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be given several times")
+        sub.add_argument("--ctx", type=int, metavar="N", help=f"capacity of the cache in tokens ({ctx})")
+        device(sub)
+
+    def rendering(sub: Parser) -> None:
+        mode = sub.add_mutually_exclusive_group()
+        mode.add_argument("--chat", action="store_true", default=None, help="render the chat template (default for a model that has one)")
+        mode.add_argument("--raw", action="store_false", dest="chat", help="plain continuation")
+
     generate = command("generate", "continue a prompt, or answer it")
-    generate.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text; or use --prompt-file")
+    generate.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text, or - for standard input; or use one of the files")
     generate.add_argument("--prompt-file", metavar="F", help="read the prompt from a UTF-8 file")
-    generate.add_argument("--kv", default="int2", metavar="SCHEME", help=f"how the KV cache is kept: {SCHEMES} (int2)")
-    generate.add_argument("--max-tokens", type=int, default=256, metavar="N", help="stop after so many new tokens (256)")
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1: off)")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: off)")
-    generate.add_argument("--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the likeliest (0: off)")
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="of the random numbers (0)")
-    generate.add_argument("--ctx", type=int, metavar="N", help="capacity of the cache in tokens (what prompt and --max-tokens need)")
-    device(generate)
-    mode = generate.add_mutually_exclusive_group()
-    mode.add_argument("--chat", action="store_true", default=None, help="render the chat template (default for a model that has one)")
-    mode.add_argument("--raw", action="store_false", dest="chat", help="plain continuation")
+    generate.add_argument("--prompts-file", metavar="F", help="many prompts, one a line of JSON; one line of JSON for each on stdout")
+    generate.add_argument("--batch", type=int, default=8, metavar="B", help="prompts of --prompts-file that run at a time (8)")
+    generate.add_argument("--n", type=int, default=1, metavar="N", help="answers to each prompt, drawn independently (1)")
+    generate.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities of new tokens and the K likeliest; in JSON output")
+    answering(generate, 256, "what prompt and --max-tokens need")
+    rendering(generate)
+
+    chat = command("chat", "a conversation in the terminal, its cache kept between turns")
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    answering(chat, 1024, "the model's, or what fits into memory")
+
+    cache = command("cache", "read a text once, for generate and chat --cache")
+    cache.add_argument("--prompt-file", metavar="F", required=True, help="the text, in UTF-8; - is standard input")
+    cache.add_argument("--out", metavar="F", required=True, help="the file to write, such as book.kv.safetensors")
+    scheme(cache)
+    device(cache)
+    rendering(cache)
 
     command("pull", "fetch a model into weights/")
 
@@ -93,11 +150,21 @@ def parser() -> Parser:
     return main
 
 
+def parsed(argv: list[str]) -> argparse.Namespace:
+    """argparse takes an optional PROMPT only where it stands next to MODEL; anywhere else it is left over."""
+    args, rest = parser().parse_known_args(argv)
+    if len(rest) == 1 and getattr(args, "prompt", "") is None and (rest[0] == "-" or not rest[0].startswith("-")):
+        args.prompt = rest.pop()
+    if rest:
+        raise UserError(f"unrecognized arguments: {' '.join(rest)}; see minioscar {args.command} --help")
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 (failure), 2 (wrong use or input), 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = parser().parse_args(argv)
+        args = parsed(argv)
         COMMANDS[args.command](args)
         sys.stdout.flush()
         return 0
@@ -128,92 +195,3 @@ def explained(error: BaseException) -> tuple[int, str]:
         case MemoryError():  # CuPy's is one too
             return 1, f"out of memory ({error}); use a shorter --ctx or a smaller model"
     return 1, f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback"
-
-
-def run_generate(args: argparse.Namespace) -> None:
-    from .sampling import Sampling
-
-    if (args.prompt is None) == (args.prompt_file is None):
-        raise UserError("give either PROMPT or --prompt-file")
-    prompt = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
-    if not prompt:
-        raise UserError("the prompt is empty; give it some text")
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-
-    from .engine import load
-
-    engine = load(args.model, args.kv, args.device, ctx=args.ctx, progress=sys.stderr.isatty())
-    run = engine.start([prompt], max_tokens=args.max_tokens, ctx=args.ctx, chat=args.chat, sampling=sampling)
-    for _, piece in run:
-        if not args.json:
-            print(piece, end="", flush=True)
-    result = run.results[0]
-    if args.json:
-        print(json.dumps({key: getattr(result, key) for key in GENERATE_KEYS}))
-        return
-    print()
-    print(
-        f"[{result.prompt_tokens} tokens in {result.prefill_s:.2f} s, {result.new_tokens} new in {result.decode_s:.2f} s "
-        f"({result.tokens_per_s:.1f} tokens/s), {result.finish_reason}; {result.kv} cache {result.kv_bytes / 1e6:.1f} MB, {result.device}]",
-        file=sys.stderr,
-    )
-
-
-def run_pull(args: argparse.Namespace) -> None:
-    from .hub import pull
-
-    folder = pull(args.model)
-    print(json.dumps({"model": args.model, "folder": str(folder)}) if args.json else folder)
-
-
-def run_info(args: argparse.Namespace) -> None:
-    from . import info
-
-    report = info.describe(args.model, args.ctx, args.batch, args.device)
-    print(json.dumps(report) if args.json else info.text(report))
-
-
-def run_eval(args: argparse.Namespace) -> None:
-    from . import evaluate
-
-    text = None if args.text is None else read_text(args.text)
-    schemes = [name.strip() for name in args.kv.split(",")]
-    report = evaluate.evaluate(
-        args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows, needles=lengths(args.needle),
-        continued=args.drift, device=args.device, progress=sys.stderr.isatty(),
-    )
-    print(json.dumps(report) if args.json else evaluate.table(report))
-
-
-def run_inspect(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from . import inspection, report
-
-    report.check(Path(args.out))
-    text = None if args.text is None else read_text(args.text)
-    schemes = [name.strip() for name in args.kv.split(",")]
-    found = inspection.inspect(args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty())
-    files = report.write(found, Path(args.out))
-    print(json.dumps(found) if args.json else files[-1])
-
-
-def lengths(option: str | None) -> list[int]:
-    """The numbers of --needle. Raises UserError for anything else."""
-    try:
-        return [int(n) for n in option.split(",")] if option else []
-    except ValueError:
-        raise UserError(f"--needle {option!r} is not a list of lengths; write --needle 512,1024") from None
-
-
-def read_text(path: str) -> str:
-    """A UTF-8 file. Raises UserError where it cannot be read."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); give a text file") from None
-
-
-GENERATE_KEYS = "text token_ids prompt_tokens new_tokens finish_reason kv kv_bytes device prefill_s decode_s tokens_per_s".split()
-COMMANDS = {"generate": run_generate, "pull": run_pull, "info": run_info, "eval": run_eval, "inspect": run_inspect}

@@ -12,6 +12,7 @@ from .errors import UserError
 from .rope import Rope
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MOST = {"num_hidden_layers": 4096, "head_dim": 2048}  # what is made from these numbers before a weight is seen must stay small
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Config:
         kind = raw.get("model_type")
         if kind not in MODEL_TYPES:
             raise UserError(f"{source}: model_type {kind!r} is not supported; minioscar runs {', '.join(MODEL_TYPES)}")
-        for name in raw.get("architectures") or []:
+        for name in get.items("architectures"):
             if not str(name).endswith("ForCausalLM"):
                 raise UserError(f"{source}: architecture {name!r} is not supported; only ...ForCausalLM models generate text")
         if raw.get("quantization_config"):
@@ -62,8 +63,8 @@ class Config:
         if raw.get("head_dim") is None and kind != "qwen3" and hidden % heads:
             raise UserError(f"{source}: hidden_size {hidden} is not a multiple of num_attention_heads {heads} and there is no head_dim")
         head_dim = get.count("head_dim", 128 if kind == "qwen3" else hidden // heads)
-        if head_dim % 8:
-            raise UserError(f"{source}: head_dim {head_dim} is not supported; it must be a multiple of 8")
+        if head_dim % 8 or head_dim > MOST["head_dim"]:
+            raise UserError(f"{source}: head_dim {head_dim} is not supported; it must be a multiple of 8, at most {MOST['head_dim']}")
         max_positions = get.count("max_position_embeddings", 2048)
         rope = Rope.from_config(raw, head_dim, max_positions, source)
         biased = kind != "mistral" and get.flag("attention_bias", False)
@@ -72,7 +73,7 @@ class Config:
             vocab_size=get.count("vocab_size"),
             hidden_size=hidden,
             intermediate_size=get.count("intermediate_size"),
-            num_layers=get.count("num_hidden_layers"),
+            num_layers=get.count("num_hidden_layers", most=MOST["num_hidden_layers"]),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -107,7 +108,7 @@ def _attention_span(raw: Mapping[str, Any], get: _Reader) -> int:
     window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)  # what a missing key means to transformers
     if raw["model_type"] in ("qwen2", "qwen3") and not get.flag("use_sliding_window", False):
         window = None
-    kinds = raw.get("layer_types") or []
+    kinds = get.items("layer_types")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise UserError(f"{get.source}: layer type {kind!r} is not supported; only full_attention is")
@@ -122,11 +123,13 @@ class _Reader:
     def __init__(self, raw: Mapping[str, Any], source: str):
         self.raw, self.source = raw, source
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, most: int = 2**31) -> int:
         value = self.raw.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
             raise UserError(f"{self.source}: {key} must be a positive whole number, not {value!r}")
+        if value > most:
+            raise UserError(f"{self.source}: {key} {value} is not supported; it must be at most {most}")
         return value
 
     def positive(self, key: str, default: float) -> float:
@@ -140,6 +143,13 @@ class _Reader:
         value = default if value is None else value
         if not isinstance(value, bool):
             raise UserError(f"{self.source}: {key} must be true or false, not {value!r}")
+        return value
+
+    def items(self, key: str) -> list[Any]:
+        value = self.raw.get(key)
+        value = [] if value is None else value
+        if not isinstance(value, list):
+            raise UserError(f"{self.source}: {key} must be a list, not {value!r}")
         return value
 
     def only(self, key: str, supported: Any, default: Any) -> None:

@@ -7,66 +7,51 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 
+from . import memory
 from . import ops as back_ends
-from .cache import Cache, cache_bytes
+from .cache import Cache
 from .config import Config
-from .errors import UserError
+from .errors import Failure, UserError
+from .generation import MAX_TOKENS, Generation, Options, Run
 from .hub import resolve
 from .model import Model, Progress, check_scheme
 from .ops.reference import Reference
-from .oscar import DEFAULT_SCHEME, SCHEMES, Scheme
+from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
+from .prompt_cache import File, Message, PromptCache, common, continued, well_formed
 from .sampling import Sampling
 from .shaping import shape_keys
 from .tokenizer import Tokenizer
-from .weights import Weights, for_scheme
+from .watch import Watch
+from .weights import Weights, fingerprint, for_scheme
 from .weights import load as load_weights
 
-Prompt = str | Sequence[int]
-MAX_TOKENS = 256
+Prompt = str | Sequence[int] | Sequence[Message]
+GREEDY = Sampling()
 SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
-
-
-@dataclass
-class Generation:
-    """What one prompt became. Times are of the whole batch it was in, in seconds."""
-
-    prompt_tokens: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None  # "stop": an end token came (it is not in token_ids); "length": max_tokens or the context is full
-    kv: str = ""
-    kv_bytes: int = 0  # of the whole cache
-    device: str = ""
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-
-    @property
-    def new_tokens(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Decode steps per second; the first token belongs to the prefill. 0 if there was only that one."""
-        return (self.new_tokens - 1) / self.decode_s if self.decode_s and self.new_tokens > 1 else 0.0
 
 
 class Engine:
     """A model on a back end, bound to a KV scheme, its weights prepared for it by `for_scheme`. `load` makes one."""
 
     def __init__(
-        self, config: Config, weights: Weights, tokenizer: Tokenizer | None, scheme: Scheme, ops: Reference, progress: bool = False
+        self, config: Config, weights: Weights, tokenizer: Tokenizer | None, scheme: Scheme, ops: Reference, progress: bool = False,
+        folder: Path | None = None,
     ):
-        self.config, self.scheme, self.ops, self.progress = config, scheme, ops, progress
+        self.config, self.scheme, self.ops, self.progress, self.folder = config, scheme, ops, progress, folder
         self._tokenizer = tokenizer
         self.model = Model(config, weights, scheme, ops)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -74,84 +59,183 @@ class Engine:
             raise UserError("this model was loaded without a tokenizer; give token ids instead of text")
         return self._tokenizer
 
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the weight files; read once, when a prompt cache is saved or loaded."""
+        if self.folder is None:
+            raise UserError("this model was not loaded from a folder, so a prompt cache cannot be bound to it; use minioscar.load")
+        return fingerprint(self.folder)
+
     # --- text
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> Generation: ...
+    @overload
+    def generate(self, prompts: list[str], **options: Any) -> list[Generation]: ...
+    @overload
+    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Generation | list[Generation]: ...
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, max_tokens: int = MAX_TOKENS, ctx: int | None = None, chat: bool | None = None,
-        sampling: Sampling | None = None,
+        sampling: Sampling = GREEDY, stop: Sequence[str] = (), logprobs: int | None = None, cache: PromptCache | None = None,
     ) -> Generation | list[Generation]:
         """Continues one prompt, or several of unequal lengths as one batch (a list then, in their order).
 
-        A prompt is text or token ids. chat: render text with the model's chat template (None: if it has one). ctx: capacity
-        of the cache in tokens (None: what the prompts and max_tokens need). Raises UserError for an empty prompt or one
-        that does not fit.
+        A prompt is text, token ids, or the messages of a chat, [{"role", "content"}, ...]. chat: render text with the model's
+        chat template (None: if it has one). ctx: capacity of the cache in tokens (None: what the prompts and max_tokens need).
+        stop: the text ends before any of these strings. logprobs: log-probabilities of the new tokens, and of so many likeliest
+        ones beside each. cache: what `prefill` or `load_cache` returned; prompts go on from there (`PromptCache.followed_by`), and
+        only what it does not hold is computed. Raises UserError for an empty prompt, one that does not fit, or a value out of
+        range; Failure if memory runs out.
         """
-        alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-        generations = self.start([prompts] if alone else prompts, max_tokens=max_tokens, ctx=ctx, chat=chat, sampling=sampling)
-        for _ in generations:
+        alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer | Mapping))
+        options = Options(max_tokens, sampling, stop, logprobs)
+        run = self.start([prompts] if alone else prompts, ctx=ctx, chat=chat, cache=cache, options=options)
+        for _ in run:
             pass
-        return generations.results[0] if alone else generations.results
+        return run.results[0] if alone else run.results
 
-    def stream(self, prompt: Prompt, **options) -> Iterator[str]:
-        """The same for one prompt, text as it comes; options as in `generate`."""
-        for _, piece in self.start([prompt], **options):
+    def stream(
+        self, prompt: Prompt, *, max_tokens: int = MAX_TOKENS, ctx: int | None = None, chat: bool | None = None,
+        sampling: Sampling = GREEDY, stop: Sequence[str] = (), cache: PromptCache | None = None,
+    ) -> Iterator[str]:
+        """The same for one prompt, text as it comes; parameters as in `generate`."""
+        for _, piece in self.start([prompt], ctx=ctx, chat=chat, cache=cache, options=Options(max_tokens, sampling, stop)):
             if piece:
                 yield piece
 
     def start(
-        self, prompts: Sequence[Prompt], *, max_tokens: int = MAX_TOKENS, ctx: int | None = None, chat: bool | None = None,
-        sampling: Sampling | None = None,
+        self, prompts: Sequence[Prompt], *, ctx: int | None = None, chat: bool | None = None, cache: PromptCache | None = None,
+        sequences: Sequence[int] | None = None, options: Options | None = None,
     ) -> Run:
-        """Checks everything and allocates the cache; iterate the result for (prompt, piece of text), token by token."""
-        ids = [self.encode(prompt, chat) for prompt in prompts]
-        context = self._context(ids, max_tokens, ctx)
-        cache = Cache(self.config, self.scheme, len(ids), context, self.ops)
-        return Run(self, ids, cache, max_tokens, sampling or Sampling())
+        """Checks everything and allocates the cache; iterate the result for (answer, piece of text), token by token.
 
-    def encode(self, prompt: Prompt, chat: bool | None = None) -> list[int]:
-        """Token ids of a prompt. Raises UserError for an empty one or for ids that the model does not have."""
+        The other half of `generate`, and more: options.n answers to each prompt, which is read once for all of them. sequences: the
+        number under which each answer draws its random numbers (None: its place in the batch).
+        """
+        wanted = options or Options()
+        if wanted.stop:
+            _ = self.tokenizer  # a stop string needs text
+        ids = [self.encode(prompt, chat, cache) for prompt in prompts]
+        context = self.capacity(ids, wanted, ctx, cache)
+        kept = self.new_cache(len(ids) * wanted.n, context)
+        logits = None
+        if cache is not None:
+            self.belongs(cache)
+            for i, prompt in enumerate(ids):
+                again = prompt == cache.ids and cache.logits is not None
+                logits = cache.logits if again else logits
+                cache.fill(kept, i * wanted.n, len(prompt) if again else min(common(prompt, cache.ids), len(prompt) - 1))
+        return Run(self, ids, kept, wanted, logits, sequences)
+
+    def encode(self, prompt: Prompt, chat: bool | None = None, cache: PromptCache | None = None) -> list[int]:
+        """Token ids of a whole prompt. Raises UserError for an empty one or for ids that the model does not have."""
+        if cache is not None and isinstance(prompt, str):
+            prompt, chat = cache.followed_by(prompt), False
         if isinstance(prompt, str):
             if not prompt:
                 raise UserError("the prompt is empty; give it some text")
             ids = self.tokenizer.prompt_ids(prompt, self.tokenizer.has_chat_template if chat is None else chat)
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            return self.render(prompt)
         else:
-            ids = [int(i) for i in prompt]
+            ids = [*(cache.ids if cache else ()), *(int(i) for i in prompt)]
+        return self._checked(ids)
+
+    def _checked(self, ids: list[int]) -> list[int]:
         if not ids:
-            raise UserError("the prompt is empty; give it some text")
+            raise UserError("the prompt is empty, or becomes no tokens; give it some text")
         if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
             raise UserError(f"the prompt has token ids outside 0 ... {self.config.vocab_size - 1}; the tokenizer is not this model's")
         return ids
 
-    def _context(self, ids: list[list[int]], max_tokens: int, ctx: int | None) -> int:
-        """The capacity of the cache, every limit checked before anything is computed."""
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a chat, by the model's template, with the beginning of the answer."""
+        if not well_formed(messages):
+            raise UserError('messages must be objects {"role": text, "content": text}')
+        return self._checked(self.tokenizer.encode(self.tokenizer.chat([dict(m) for m in messages])))
+
+    def capacity(self, ids: list[list[int]], options: Options, ctx: int | None, cache: PromptCache | None = None) -> int:
+        """The capacity of the cache, every limit checked before anything is computed. cache: holds the beginning of the prompts."""
         if not ids:
             raise UserError("there is no prompt; give at least one")
-        if max_tokens < 1:
-            raise UserError(f"max_tokens {max_tokens} is out of range; ask for at least one token")
         longest, limit = max(map(len, ids)), self.config.max_positions
         if ctx is not None and not 1 <= ctx <= limit:
             raise UserError(f"--ctx {ctx} is out of range; this model has {limit} positions")
         if longest > (ctx or limit):
             way_out = "shorten it or raise --ctx" if ctx and ctx < limit else "shorten it"
             raise UserError(f"the prompt has {longest} tokens, but the context holds {ctx or limit}; {way_out}")
-        context = ctx or min(longest + max_tokens, limit)
-        need, free = cache_bytes(self.config, self.scheme, len(ids), context), self.ops.free_bytes()
-        if need > free:
-            fits = longest_context(self.config, self.scheme, len(ids), free)
-            raise UserError(
-                f"a {self.scheme.name} cache for {len(ids)} x {context} tokens takes {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB of "
-                f"{self.ops.name} memory are free; --ctx {fits} fits"
-            )
+        context = ctx or min(longest + options.max_tokens, limit)
+        fed = sum(len(prompt) - (common(prompt, cache.ids) if cache else 0) for prompt in ids)
+        memory.check(self.config, self.scheme, self.ops, len(ids) * options.n, context, max(fed, 1))
         return context
+
+    # --- prompt caches
+
+    def prefill(self, prompt: Prompt, chat: bool | None = None) -> PromptCache:
+        """Reads a prompt now, for `generate(..., cache=...)` and `PromptCache.save` later; prompt and chat as in `generate`.
+
+        A text that the chat template is for becomes a user's message that the prompt of later calls goes on with.
+        """
+        messages = text = None
+        if isinstance(prompt, str) and (self.tokenizer.has_chat_template if chat is None else chat):
+            messages = [{"role": "user", "content": prompt}]
+        elif isinstance(prompt, str):
+            text = prompt
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            messages = list(prompt)
+        if messages is None or not prompt:
+            ids = self.encode(prompt, chat=False)
+        else:  # only what does not depend on how it goes on: two ways to go on agree on it
+            ids = self.render(continued(messages, "a"))
+            ids = self._checked(ids[: common(ids, self.render(continued(messages, "1")))])
+        context = self.padded(self.capacity([ids], Options(max_tokens=1), None))
+        run = Run(self, [ids], self.new_cache(1, context), Options(max_tokens=1))
+        logits = run.prefill()[0]
+        return PromptCache.of(self, run.cache, ids, messages=messages, text=text, logits=logits)
+
+    def load_cache(self, path: str | Path) -> PromptCache:
+        """A prompt cache that `PromptCache.save` wrote. Raises UserError where it was not made with this model and scheme."""
+        return PromptCache.load(path, self)
+
+    def belongs(self, cache: PromptCache) -> None:
+        """Raises UserError for a prompt cache of another engine."""
+        if cache.engine is not self:
+            raise UserError("this prompt cache belongs to another loaded model; save it and load it with this one")
+
+    def padded(self, context: int) -> int:
+        """A capacity of whole blocks, if the model has so many positions: a row of it can be saved and go on in any other."""
+        return min(-(-context // WINDOW) * WINDOW, self.config.max_positions)
 
     # --- logits
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every position of one sequence, as prefill computes them; float32 [len(ids), vocab]."""
         ids = self.encode(ids)
-        self._context([ids], 1, None)
+        self.capacity([ids], Options(max_tokens=1), None)
+        return self._or_out_of_memory(lambda: self._logits(np.array(ids)))
+
+    def _logits(self, ids: np.ndarray) -> np.ndarray:
         cache = Cache(self.config, self.scheme, 1, len(ids), self.ops)
-        return self.model.forward(np.array(ids), cache, cache.place([0], [len(ids)]), every=True)
+        return self.model.forward(ids, cache, cache.place([0], [len(ids)]), every=True)
+
+    # --- memory and progress
+
+    def new_cache(self, batch: int, context: int) -> Cache:
+        return self._or_out_of_memory(lambda: Cache(self.config, self.scheme, batch, context, self.ops))
+
+    def _or_out_of_memory(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except MemoryError as error:
+            reason = str(error) or "no more memory"
+        raise self.out_of_memory(reason)  # here the frames of `work`, and their arrays, are gone
+
+    def out_of_memory(self, reason: str) -> Failure:
+        """What to raise; whoever calls this has let go of the cache."""
+        self.ops.release()
+        fits = memory.longest_context(self.config, self.scheme, self.ops, 1, self.ops.free_bytes())
+        return Failure(f"out of {self.ops.name} memory ({reason}); by its arithmetic --ctx {fits} fits now, a shorter prompt surely")
 
     def layers_bar(self, tokens: int) -> Progress:
         """Progress over the layers of a long forward pass, on stderr, if this engine shows progress."""
@@ -161,92 +245,41 @@ class Engine:
         return partial(tqdm, desc=f"prefill {tokens} tokens", unit="layer", leave=False) if shown else iter
 
 
-class Run:
-    """One batch being generated: iterate for (index of the prompt, piece of text), read `results` at any time."""
-
-    def __init__(self, engine: Engine, ids: list[list[int]], cache: Cache, max_tokens: int, sampling: Sampling):
-        self.engine, self.ids, self.cache, self.max_tokens, self.sampling = engine, ids, cache, max_tokens, sampling
-        self.results = [
-            Generation(len(prompt), kv=engine.scheme.name, kv_bytes=cache.nbytes, device=engine.ops.name) for prompt in ids
-        ]
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        engine, results = self.engine, self.results
-        tokenizer = engine._tokenizer
-        end_ids = tokenizer.eos_ids if tokenizer else frozenset()
-        streams = [tokenizer.stream() if tokenizer else None for _ in results]
-        for index, token in self._tokens(end_ids):
-            result, stream = results[index], streams[index]
-            piece = "" if stream is None or token is None else stream.add(token)
-            if result.finish_reason and stream:
-                piece += stream.flush()
-            result.text += piece
-            yield index, piece
-
-    def _tokens(self, end_ids: Iterable[int]) -> Iterator[tuple[int, int | None]]:
-        """(prompt, new token id) in order; None for the end token of a prompt, whose finish_reason is set by then."""
-        engine, cache, results = self.engine, self.cache, self.results
-        slots, step = list(range(len(self.ids))), 0
-        inputs = [np.array(prompt) for prompt in self.ids]
-        before = time.perf_counter()
-        while slots:
-            counts = [len(x) for x in inputs]
-            bar = engine.layers_bar(sum(counts))
-            ids, batch = np.concatenate(inputs), cache.place(slots, counts)
-            tokens = engine.model.step(ids, cache, batch, self.sampling, step, bar).tolist()
-            spent, before = time.perf_counter() - before, time.perf_counter()
-            for slot, token in zip(slots, tokens, strict=True):
-                result = results[slot]
-                if step:
-                    result.decode_s += spent
-                else:
-                    result.prefill_s = spent
-                if token in end_ids:
-                    result.finish_reason = "stop"
-                    yield slot, None
-                    continue
-                result.token_ids.append(token)
-                if len(result.token_ids) == self.max_tokens or cache.lengths[slot] == cache.context:
-                    result.finish_reason = "length"
-                yield slot, token
-            inputs = [np.array([token]) for slot, token in zip(slots, tokens, strict=True) if not results[slot].finish_reason]
-            slots, step = [slot for slot in slots if not results[slot].finish_reason], step + 1
-
-
 def load(
-    model: str | Path, kv: str = DEFAULT_SCHEME, device: str = "auto", *, ctx: int | None = None, progress: bool = False,
-    tokenizer: bool = True,
+    model: str | Path, kv: str | None = None, device: str = "auto", *, ctx: int | None = None, progress: bool = False,
+    tokenizer: bool = True, cache: str | Path | None = None, debug: bool = False,
 ) -> Engine:
     """Loads a model: a folder, a name under weights/, or a Hugging Face id.
 
-    kv: a scheme of `oscar.SCHEMES`. device: "auto", "cuda" or "cpu". ctx: refuse early if the model or the memory cannot hold
-    so many tokens. tokenizer=False: token ids only (the folder needs no tokenizer). Raises UserError for anything that cannot
-    work, before the weights are read.
+    kv: a scheme of `oscar.SCHEMES` (None: that of `cache`, else int2). device: "auto", "cuda" or "cpu". ctx: refuse early if the
+    model or the memory cannot hold so many tokens. tokenizer=False: token ids only (the folder needs no tokenizer). cache: a file
+    that `load_cache` will read; one of another model is refused now. debug: check what every operation computes for NaN and
+    infinity. Raises UserError for anything that cannot work, before the weights are read.
     """
-    scheme = scheme_named(kv)
-    ops = back_ends.backend(device)
-    folder = resolve(str(model))
-    config = Config.from_folder(folder)
-    check_scheme(config, scheme)
+    with File(cache) if cache is not None else nullcontext() as saved:
+        scheme = scheme_named(kv or (saved.scheme if saved else DEFAULT_SCHEME))
+        ops = back_ends.backend(device)
+        folder = resolve(str(model))
+        config = Config.from_folder(folder)
+        check_scheme(config, scheme)
+        sha256 = fingerprint(folder) if saved else None
+        if saved:
+            saved.check(config, scheme, sha256)
     if ctx is not None and not 1 <= ctx <= config.max_positions:
         raise UserError(f"--ctx {ctx} is out of range; {folder.name} has {config.max_positions} positions")
     words = Tokenizer(folder) if tokenizer else None
+    if ctx is not None:
+        memory.check(config, scheme, ops, 1, ctx, 1, config.parameters() * ops.dtype.itemsize)
     weights = for_scheme(load_weights(folder, config, ops, progress), config, scheme, ops)
     if scheme.shaped:
         weights = shape_keys(weights, config, ops)
-    return Engine(config, weights, words, scheme, ops, progress)
+    engine = Engine(config, weights, words, scheme, Watch(ops, weights) if debug else ops, progress, folder)
+    if sha256 is not None:
+        engine.weights_sha256 = sha256
+    return engine
 
 
 def scheme_named(name: str) -> Scheme:
     if name not in SCHEMES:
         raise UserError(f"--kv {name!r} is not a scheme; choose from {', '.join(SCHEMES)}")
     return SCHEMES[name]
-
-
-def longest_context(config: Config, scheme: Scheme, batch: int, free: int) -> int:
-    """The most tokens (a multiple of 128, at most the model's positions) whose cache fits `free` bytes; 0 if none does."""
-    low, high = 0, -(-config.max_positions // 128)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if cache_bytes(config, scheme, batch, middle * 128) <= free else (low, middle - 1)
-    return min(low * 128, config.max_positions)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from .cache import cache_bytes
 from .config import Config
-from .engine import longest_context
 from .errors import UserError
 from .hub import resolve
+from .memory import longest_context, size
 from .model import check_scheme
 from .ops import backend
 from .oscar import SCHEMES, WINDOW
@@ -37,7 +37,7 @@ def describe(model: str, ctx: int | None, batch: int, device: str) -> dict:
                 "bytes_per_token": per_token,
                 "cache_bytes": cache_bytes(config, scheme, batch, context),
                 "ratio_to_bf16": cache_bytes(config, SCHEMES["bf16"], batch, context) / cache_bytes(config, scheme, batch, context),
-                "longest_context": longest_context(config, scheme, batch, free - weights),
+                "longest_context": longest_context(config, scheme, ops, batch, free - weights),
             }
         )
     return {
@@ -56,6 +56,7 @@ def describe(model: str, ctx: int | None, batch: int, device: str) -> dict:
         "max_positions": config.max_positions,
         "device": ops.name,
         "weight_bytes": weights,
+        "work_bytes": ops.work_bytes(config, context, context),
         "free_bytes": free,
         "context": context,
         "batch": batch,
@@ -69,7 +70,9 @@ def text(report: dict) -> str:
         "{model}: {model_type}, {parameters:,} parameters, {layers} layers, hidden {hidden_size}, mlp {intermediate_size}".format(**report),
         "attention: {q_heads} q heads, {kv_heads} kv heads, head_dim {head_dim}".format(**report),
         "positions: {max_positions}, rope {rope}; vocabulary {vocab_size}".format(**report),
-        "on {device}: weights {0:.2f} GB, {1:.2f} GB free".format(report["weight_bytes"] / 1e9, report["free_bytes"] / 1e9, **report),
+        "on {device}: weights {0}, reading a prompt of {context} tokens takes {1} more; {2} free".format(
+            *(size(report[key]) for key in ("weight_bytes", "work_bytes", "free_bytes")), **report
+        ),
         "",
         "KV cache at context {context}, batch {batch}:".format(**report),
         f"{'kv':20}{'bits/element':>13}{'bytes/token':>13}{'cache':>12}{'vs bf16':>9}{'longest context that fits':>27}",

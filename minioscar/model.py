@@ -6,7 +6,7 @@ The array code does not know which back end runs it, nor what a token costs in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,13 +34,20 @@ class Model:
         self.weights = weights
         self.tables: tuple[Array, Array] | None = None  # cos and sin of RoPE for the positions seen so far
 
-    def step(self, ids: np.ndarray, cache: Cache, batch: Batch, sampling: Sampling, step: int, progress: Progress = iter) -> np.ndarray:
-        """The next token of every sequence of `batch` after its new tokens `ids`; int64 [sequences] on the host."""
-        return self.ops.sample(self._logits(ids, cache, batch, False, progress), sampling, batch.slots, step)
+    def step(
+        self, ids: np.ndarray, cache: Cache, batch: Batch, sampling: Sampling, step: int, progress: Progress = iter,
+        sequences: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """The next token of every sequence of `batch` after its new tokens `ids`; int64 [sequences] on the host.
 
-    def forward(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool = False) -> np.ndarray:
+        Sequence i draws the random number of `step` as sequences[i] (None: as its row).
+        """
+        logits = self._logits(ids, cache, batch, False, progress)
+        return self.ops.sample(logits, sampling, batch.slots if sequences is None else sequences, step)
+
+    def forward(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool = False, progress: Progress = iter) -> np.ndarray:
         """Logits on the host, float32: [sequences, vocab] of each sequence's last token, or [tokens, vocab] of all if `every`."""
-        return self.ops.numpy(self._logits(ids, cache, batch, every))
+        return self.ops.numpy(self._logits(ids, cache, batch, every, progress))
 
     def _logits(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool, progress: Progress = iter) -> Array:
         """Runs new tokens, int [tokens], sequence after sequence as `batch` says, through all layers and puts them into the cache."""

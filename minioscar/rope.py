@@ -49,18 +49,20 @@ class Rope:
         if nested:
             raise UserError(f"{source}: rope_parameters per layer type ({', '.join(nested)}) is not supported; one set for all layers is")
 
-        def number(key: str, default: float | None = None) -> float:
+        def number(key: str, default: float | None = None, least: float = 0) -> float:
             value = fields.get(key)
             value = default if value is None else value
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
                 raise UserError(f"{source}: rope option {key} of type {kind!r} must be a positive number, not {value!r}")
+            if value < least:
+                raise UserError(f"{source}: rope option {key} {value!r} is not supported; it must be at least {least}")
             return float(value)
 
-        theta = number("rope_theta", raw.get("rope_theta") or 10000.0)
+        theta = number("rope_theta", raw.get("rope_theta") or 10000.0, least=1.001)  # angles fall from channel to channel
         if kind == "default":
             return cls(kind, theta, head_dim, max_positions, max_positions)
         factor = number("factor")
-        original = int(number("original_max_position_embeddings", max_positions))
+        original = int(number("original_max_position_embeddings", max_positions, least=1))
         if kind == "linear":
             return cls(kind, theta, head_dim, max_positions, original, factor)
         if kind == "llama3":

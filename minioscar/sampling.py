@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import UserError
+from .errors import Failure, UserError
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,17 @@ def sample(logits: np.ndarray, sampling: Sampling, sequence: int, step: int) -> 
     """The next token id of one sequence: logits float32 [vocab].
 
     The random number comes from a counter (Philox, keyed by the seed, at [sequence, step]), so what a sequence draws does
-    not depend on the others of its batch.
+    not depend on the others of its batch. Raises Failure where the logits hold a NaN or an infinity.
     """
+    if not np.isfinite(logits.max()):
+        raise Failure("the model's logits are not finite; run again with --debug to see which layer and operation they come from")
     if sampling.temperature == 0:
         return int(logits.argmax())
-    x = logits.astype(np.float64) / sampling.temperature
+    with np.errstate(over="ignore"):  # a temperature next to 0 leaves the likeliest alone
+        x = (logits - logits.max()).astype(np.float64) / sampling.temperature
     if 0 < sampling.top_k < len(x):
         x[x < np.partition(x, -sampling.top_k)[-sampling.top_k]] = -np.inf
-    p = np.exp(x - x.max())
+    p = np.exp(x)
     p /= p.sum()
     if sampling.top_p < 1:
         order = np.argsort(-p, kind="stable")
@@ -57,3 +60,14 @@ def sample(logits: np.ndarray, sampling: Sampling, sequence: int, step: int) -> 
     u = np.random.Generator(np.random.Philox(key=sampling.seed, counter=[0, 0, sequence, step])).random()
     total = np.cumsum(p)
     return int(np.searchsorted(total, u * total[-1], side="right"))
+
+
+def likeliest(logits: np.ndarray, token: int, k: int) -> list[tuple[int, float]]:
+    """(id, log-probability) of `token`, then of the k likeliest tokens in order; logits float32 [vocab], natural logarithms."""
+    x = logits.astype(np.float64)
+    x -= x.max()
+    x -= np.log(np.exp(x).sum())
+    k = min(k, len(x))
+    top = np.argpartition(-x, k - 1)[:k] if k else np.empty(0, int)
+    top = top[np.lexsort((top, -x[top]))]
+    return [(i, float(x[i])) for i in (token, *top.tolist())]

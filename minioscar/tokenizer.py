@@ -36,7 +36,10 @@ class Tokenizer:
         self.eos_ids: frozenset[int] = ids or frozenset(() if eos_id is None else (eos_id,))
 
     def _id(self, token: str | None, default: Any) -> int | None:
-        found = None if token is None else self._tokenizer.token_to_id(token)
+        try:
+            found = None if token is None else self._tokenizer.token_to_id(token)
+        except UnicodeEncodeError:
+            raise UserError(f"{self.folder / 'tokenizer_config.json'}: the token {token!r} is not valid Unicode; fetch it again") from None
         return found if found is not None else min(_ids(default), default=None)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:

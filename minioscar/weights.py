@@ -119,6 +119,26 @@ def _files(folder: Path) -> list[str]:
     return names
 
 
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the bytes of the weight files, hex: equal for equal weights in equal files. Reads all of them once (1.8 GB/s a core)."""
+    import hashlib
+    from concurrent.futures import ThreadPoolExecutor
+
+    def of_file(name: str) -> bytes:
+        digest = hashlib.sha256()
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return digest.digest()
+
+    files = _files(folder)
+    try:
+        with ThreadPoolExecutor() as threads:
+            return hashlib.sha256(b"".join(threads.map(of_file, files))).hexdigest()
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); fetch the model again") from None
+
+
 def load(folder: Path, config: Config, ops: Reference, progress: bool = False) -> Weights:
     """Reads the weights onto the back end, in its dtype. Raises UserError for what `Checkpoint` refuses."""
     from tqdm import tqdm

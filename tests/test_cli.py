@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,18 @@ def test_help_answers_before_anything_heavy_is_imported():
     assert min(times) < 0.3
 
 
+def test_every_example_of_the_help_is_a_command_that_parses(capsys):
+    texts = [cli.EXAMPLES, *cli.MORE_EXAMPLES.values()]
+    examples = [line.split("python -m minioscar ")[1] for text in texts for line in text.splitlines() if "python -m minioscar " in line]
+    assert {example.split()[0] for example in examples} == set(cli.COMMANDS)
+    for example in examples:
+        words = shlex.split(example.split(" > ")[0])
+        assert cli.parser().parse_args(words).command == words[0]
+    for command in cli.COMMANDS:
+        assert main([command, "--help"]) == 0
+        assert "example" in capsys.readouterr().out
+
+
 def test_help_names_every_scheme():
     """It is typed there, so that --help imports nothing."""
     assert cli.SCHEMES.split(", ") == list(oscar.SCHEMES)
@@ -64,6 +77,13 @@ def test_prompt_file_is_the_prompt(smollm2, capsys, tmp_path):
     (tmp_path / "p.txt").write_text("The capital of France is")
     code, out, _ = run(capsys, "generate", smollm2, "--prompt-file", tmp_path / "p.txt", "--raw", "--max-tokens", 1)
     assert (code, out) == (0, " Paris\n")
+
+
+def test_the_prompt_may_stand_anywhere(smollm2, capsys):
+    for argv in (["--raw", "--max-tokens", "1", "The capital of France is"], ["--raw", "The capital of France is", "--max-tokens", "1"]):
+        assert run(capsys, "generate", smollm2, *argv)[:2] == (0, " Paris\n")
+    code, _, err = run(capsys, "generate", smollm2, "--raw", "a", "b")
+    assert code == 2 and "unrecognized arguments: " in err
 
 
 def test_eval_json_has_the_baseline_first_and_the_stable_keys(smollm2, capsys):
@@ -138,8 +158,8 @@ def cases(tiny: Path) -> dict[str, tuple[list[str], str]]:
         "unknown command": (["fly"], "'fly'"),
         "unknown flag": (["generate", smollm2, "x", "--fast"], "--fast"),
         "not a number": (["generate", smollm2, "x", "--max-tokens", "many"], "'many'"),
-        "no prompt": (["generate", smollm2], "give either PROMPT or --prompt-file"),
-        "two prompts": (["generate", smollm2, "x", "--prompt-file", "y"], "give either PROMPT or --prompt-file"),
+        "no prompt": (["generate", smollm2], "give one of PROMPT, --prompt-file and --prompts-file"),
+        "two prompts": (["generate", smollm2, "x", "--prompt-file", "y"], "give one of PROMPT, --prompt-file and --prompts-file"),
         "empty prompt": (["generate", smollm2, ""], "prompt is empty"),
         "missing prompt file": (["generate", smollm2, "--prompt-file", "nowhere.txt"], "nowhere.txt"),
         "prompt not UTF-8": (["generate", smollm2, "--prompt-file", str(latin)], "UTF-8"),

@@ -120,7 +120,7 @@ def test_impossible_requests_are_refused_in_one_line(folder, call, message):
 
 def test_a_context_that_does_not_fit_says_which_one_would(folder, monkeypatch):
     engine = load(folder, "int2")
-    monkeypatch.setattr(engine.ops, "free_bytes", lambda: 300_000)
+    monkeypatch.setattr(engine.ops, "free_bytes", lambda: 1_500_000)
     with pytest.raises(UserError, match=r"--ctx (\d+) fits") as error:
         engine.generate([1], ctx=1024)
     fits = int(str(error.value).split("--ctx ")[1].split()[0])

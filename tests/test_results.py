@@ -1,11 +1,15 @@
-"""README, docs and figures say what the committed measurements say."""
+"""README, docs and figures say what the committed measurements say, and their examples are true."""
 
 from __future__ import annotations
 
+import doctest
 import html
 import importlib.util
 import json
 import re
+from xml.etree import ElementTree
+
+import pytest
 
 from .tiny import write_model
 
@@ -24,6 +28,34 @@ def test_tables_are_rendered_from_their_json(pytestconfig):
         used |= {block[2] for block in render.BLOCK.finditer(text)}
         assert render.rendered(text) == text, f"{page}: run `make results`"
     assert used == set(render.TABLES)
+
+
+def test_figures_are_what_their_script_draws_and_every_figure_is_shown(pytestconfig, tmp_path):
+    figures, docs = module("figures", pytestconfig.rootpath / "docs" / "figures.py"), pytestconfig.rootpath / "docs"
+    figures.draw(tmp_path)
+    pages = "".join(page.read_text() for page in docs.glob("*.md"))
+    for name in figures.DRAWN:
+        assert (tmp_path / f"{name}.svg").read_text() == (figures.OUT / f"{name}.svg").read_text(), "run `make results`"
+        ElementTree.fromstring((tmp_path / f"{name}.svg").read_text())
+        assert f"(figures/{name}.svg)" in pages
+    assert {path.stem for path in figures.OUT.iterdir()} == set(figures.DRAWN)
+
+
+@pytest.mark.parametrize("page", ["reading.md", "method.md", "using.md"])
+def test_the_examples_of_the_docs_are_true(pytestconfig, page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = str(pytestconfig.rootpath / "docs" / page)
+    result = doctest.testfile(path, module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_links_of_the_docs_lead_somewhere(pytestconfig):
+    root = pytestconfig.rootpath
+    for page in (root / "README.md", *(root / "docs").glob("*.md")):
+        prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#\s]+)", prose):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_pareto_plot_shows_the_committed_numbers(pytestconfig):

@@ -224,6 +224,11 @@ def test_bos_is_the_tokenizers_else_the_models(tmp_path, files, wanted):
     assert Tokenizer(save(tmp_path, byte_level(), **files)).bos_id == wanted
 
 
+def test_a_token_that_is_half_a_character_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer_config.json: the token '.ud800' is not valid Unicode"):
+        Tokenizer(save(tmp_path, byte_level(), tokenizer_config={"eos_token": "\ud800"}))
+
+
 def test_a_missing_tokenizer_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no tokenizer.json"):
         Tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""Tiny random models for tests: a config, its weights as a safetensors folder, and an engine without a tokenizer."""
+"""Tiny random models for tests: a config, its weights as a safetensors folder, with a tokenizer where text is needed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minioscar import engine, oscar
 from minioscar.config import Config
@@ -37,6 +39,30 @@ def write_model(folder: Path, seed: int, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(raw))
     save_file(random_weights(Config.from_dict(raw), seed), folder / "model.safetensors")
     return folder
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def write_talker(folder: Path, seed: int, template: str | None = TEMPLATE, **changes) -> Path:
+    """The same with a byte-level tokenizer, and a chat template in the manner of ChatML. Its end token is <|end|>."""
+    write_model(folder, seed, **{"vocab_size": 320, "head_dim": 64, **changes})
+    library = Library(models.BPE())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    specials = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(["the cat sat on the mat, and the dog saw that the cat sat there"] * 3, trainer)
+    library.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|end|>"} | ({} if template is None else {"chat_template": template})
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def talker(folder: Path, kv: str = "int2") -> engine.Engine:
+    return engine.load(folder, kv, "cpu")
 
 
 def random_weights(config: Config, seed: int) -> dict[str, np.ndarray]:

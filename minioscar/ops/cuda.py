@@ -19,7 +19,7 @@ from ..config import Config
 from ..oscar import WINDOW, Scheme
 from ..sampling import Sampling
 from ..weights import Layer
-from . import pages, raw
+from . import pages, raw, repage
 from .reference import New, Reference
 
 Array = Any
@@ -68,6 +68,14 @@ class Cuda(Reference):
 
     def free_bytes(self) -> int:
         return self.xp.cuda.runtime.memGetInfo()[0] + self.xp.get_default_memory_pool().free_bytes()
+
+    def release(self) -> None:
+        self.xp.get_default_memory_pool().free_all_blocks()
+
+    def work_bytes(self, config: Config, tokens: int, context: int) -> int:
+        """No kernel can do with less; what array code takes on top differs by operation, and a pass that runs out is caught."""
+        widest = max(config.q_size + 2 * config.kv_size, 3 * config.intermediate_size)
+        return tokens * (2 * config.hidden_size + widest) * self.dtype.itemsize
 
     def widen(self, x: Array) -> Array:
         return x.astype(np.float32)
@@ -136,6 +144,23 @@ class Cuda(Reference):
         if scheme.quantized:
             self.run(raw.pack_step(heads, scheme, at.lengths, kept))
         return out if everyone else out[at.slots]
+
+    def take_out(self, layer: dict[str, Array], slot: int, length: int, config: Config, scheme: Scheme) -> dict[str, np.ndarray]:
+        packed = length // WINDOW * WINDOW
+        if "pages" not in layer or not packed:
+            return super().take_out(layer, slot, length, config, scheme)
+        whole = {name: array[slot : slot + 1] for name, array in layer.items() if name != "pages"}
+        rows = repage.plain(layer["pages"][slot, :, : packed // raw.PAGE_TOKENS], scheme, config.head_dim, self.xp)
+        whole |= {name: array[None] for name, array in rows.items()}
+        return super().take_out(whole, 0, length, config, scheme)
+
+    def put_in(self, row: dict[str, np.ndarray], layer: dict[str, Array], slot: int, config: Config, scheme: Scheme) -> None:
+        if "pages" in layer and "key_codes" in row:
+            packed = {name: self.xp.asarray(row[name]) for name in row if name in repage.NAMES}
+            found = repage.pages(packed, scheme, layer["pages"].shape[-1], self.xp)
+            layer["pages"][slot, :, : found.shape[1]] = found
+            row = {name: array for name, array in row.items() if name not in repage.NAMES}
+        super().put_in(row, layer, slot, config, scheme)
 
     def append(self, new: New, layer: dict[str, Array], scheme: Scheme, batch: Batch) -> None:
         if "pages" not in layer:

@@ -7,14 +7,14 @@ sequences of a batch lie one after another, `[tokens, ...]`, without padding. Ac
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .. import oscar
-from ..cache import BF16, Batch, layout
+from ..cache import BF16, Batch, layout, row_layout
+from ..memory import host_bytes
 from ..oscar import WINDOW, Scheme
 from ..sampling import Sampling, sample
 
@@ -51,7 +51,24 @@ class Reference:
 
     def free_bytes(self) -> int:
         """Memory that a model and its cache may take, in bytes."""
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return host_bytes()
+
+    def release(self) -> None:
+        """Gives memory that is in no use back, after a run that did not fit."""
+
+    def work_bytes(self, config: Config, tokens: int, context: int) -> int:
+        """The arrays of one forward pass of `tokens` tokens that ends at `context`, or of a later step; weights and cache apart."""
+        hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
+
+        def attention(n: int) -> int:
+            piece = min(QUERIES, n)
+            scores = config.num_heads * piece * context * (2 if n > QUERIES else 1)  # those of the last piece are still there
+            scores += piece * (2 * piece + 3 * q)  # the mask, q and y of a piece
+            unpacked = 2 * kv * (context - n)  # the past, twice for a moment
+            return n * (hidden + 3 * q + 6 * kv) + 2 * kv * context + max(unpacked, scores)
+
+        mlp = tokens * (2 * hidden + 8 * config.intermediate_size)
+        return self.dtype.itemsize * max(mlp, attention(tokens), attention(1), config.vocab_size)
 
     # --- the transformer
 
@@ -143,6 +160,19 @@ class Reference:
     def layout(self, config: Config, scheme: Scheme, batch: int, context: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """The arrays of one layer of a cache on this back end; as many bytes on each."""
         return layout(config, scheme, batch, context)
+
+    def take_out(self, layer: dict[str, Array], slot: int, length: int, config: Config, scheme: Scheme) -> dict[str, np.ndarray]:
+        """The first `length` tokens of a row as it is kept, on the host, in the form of `cache.row_layout`; copies."""
+        return {
+            name: np.array(self.numpy(layer[name][(slot, *map(slice, shape))]), order="C")
+            for name, (shape, _) in row_layout(config, scheme, length).items()
+        }
+
+    def put_in(self, row: dict[str, np.ndarray], layer: dict[str, Array], slot: int, config: Config, scheme: Scheme) -> None:
+        """The inverse of `take_out`, bit for bit, into a row of any capacity that holds so many tokens."""
+        for name, array in row.items():
+            cut = tuple(map(slice, map(min, array.shape, layer[name].shape[1:])))  # norms have no room in a last partial block
+            layer[name][(slot, *cut)] = self.xp.asarray(array[cut])
 
     def append(self, new: New, layer: dict[str, Array], scheme: Scheme, batch: Batch) -> None:
         """Writes new tokens: into the window, and every full block of WINDOW tokens from there into packed form.

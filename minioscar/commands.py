@@ -1,0 +1,215 @@
+"""What the commands do: stdout carries the result and nothing else, progress and statistics go to stderr.
+
+Everything heavy is imported by the command that needs it, so that --help and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .generation import Generation, Options
+    from .prompt_cache import PromptCache
+
+GENERATE_KEYS = "text token_ids prompt_tokens new_tokens finish_reason kv kv_bytes device prefill_s decode_s tokens_per_s".split()
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    sources = [source for source in (args.prompt, args.prompt_file, args.prompts_file) if source is not None]
+    if len(sources) > 1 or not (sources or args.cache):
+        raise UserError("give one of PROMPT, --prompt-file and --prompts-file")
+    if args.logprobs is not None and not (args.json or args.prompts_file):
+        raise UserError("--logprobs needs --json: they are part of the JSON output")
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
+    options = wanted(args)
+    if args.prompts_file is not None:
+        return run_prompts(args, options)
+    prompt = read_text(args.prompt_file) if args.prompt_file is not None else read_text("-") if args.prompt == "-" else args.prompt or ""
+    if not (prompt or args.cache):
+        raise UserError("the prompt is empty; give it some text")
+    engine, cache = loaded(args)
+    run = engine.start([prompt], ctx=args.ctx, chat=args.chat, options=options, cache=cache)
+    for _, piece in run:
+        if not args.json and options.n == 1:
+            print(piece, end="", flush=True)
+    found = [answer_object(result) for result in run.results]
+    if args.json:
+        print(json.dumps(found[0] if options.n == 1 else {"n": options.n, "answers": found}))
+        return
+    print("\n---\n".join(answer["text"] for answer in found) if options.n > 1 else "")
+    result, new = run.results[0], sum(result.new_tokens for result in run.results)
+    cached = f", {result.prompt_tokens - result.prefilled_tokens} more from the cache" if cache else ""
+    print(
+        f"[{result.prefilled_tokens} tokens{cached} in {result.prefill_s:.2f} s, {new} new in {result.decode_s:.2f} s "
+        f"({result.tokens_per_s:.1f} tokens/s), {result.finish_reason}; {result.kv} cache {result.kv_bytes / 1e6:.1f} MB, {result.device}]",
+        file=sys.stderr,
+    )
+
+
+def run_prompts(args: argparse.Namespace, options: Options) -> None:
+    from tqdm import tqdm
+
+    from . import prompts
+
+    lines = list(prompts.parse(read_bytes(args.prompts_file).split(b"\n")))
+    if not lines:
+        raise UserError(f"{args.prompts_file} has no prompts; a line is a JSON string or an object with \"prompt\"")
+    engine, cache = loaded(args)
+    failed, bar = [], tqdm(total=len(lines), desc="prompts", unit="line", leave=False, disable=None if sys.stderr.isatty() else True)
+    with bar:
+        answered = prompts.answers(engine, lines, batch=args.batch, options=options, ctx=args.ctx, chat=args.chat, cache=cache)
+        for line, results in answered:
+            for index, result in enumerate(results):
+                numbered = {"index": index} if options.n > 1 else {}
+                print(json.dumps(line.head() | numbered | answer_object(result)), flush=True)
+            if line.error is not None:
+                failed.append(line.number)
+                print(json.dumps(line.head() | {"error": line.error}), flush=True)
+            bar.update()
+    if failed:
+        which = f"line{'s' * (len(failed) > 1)} {', '.join(map(str, failed[:5]))}{', ...' * (len(failed) > 5)}"
+        raise UserError(f"{args.prompts_file}: {len(failed)} of {len(lines)} prompts failed ({which}); their \"error\" on stdout says why")
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    from . import chat
+    from .conversation import Conversation
+
+    options = wanted(args)
+    engine, cache = loaded(args)
+    conversation = Conversation(engine, system=args.system, cache=cache, ctx=args.ctx)
+    chat.talk(conversation, {"max_tokens": options.max_tokens, "sampling": options.sampling, "stop": options.stop}, quiet=args.json)
+    if args.json:
+        print(json.dumps(chat.summary(conversation)))
+
+
+def run_cache(args: argparse.Namespace) -> None:
+    import time
+
+    from .cache import cache_bytes
+    from .files import check_writable
+    from .oscar import SCHEMES
+
+    text = read_text(args.prompt_file)
+    if not text:
+        raise UserError(f"{args.prompt_file} is empty; give it some text")
+    check_writable(args.out)
+    engine, _ = loaded(args)
+    before = time.perf_counter()
+    cache = engine.prefill(text, args.chat)
+    seconds = time.perf_counter() - before
+    cache.save(args.out)
+    report = {
+        "file": args.out, "tokens": len(cache), "kv": engine.scheme.name, "kv_bytes": cache.nbytes, "file_bytes": os.path.getsize(args.out),
+        "bf16_bytes": cache_bytes(engine.config, SCHEMES["bf16"], 1, len(cache)), "device": engine.ops.name, "prefill_s": seconds,
+    }
+    print(json.dumps(report) if args.json else args.out)
+    if not args.json:
+        sizes = f"{report['file_bytes'] / 1e6:.1f} MB, {report['bf16_bytes'] / report['kv_bytes']:.2f}x less cache than in bf16"
+        print(f"[{len(cache)} tokens in {seconds:.2f} s; {report['kv']}, {sizes}, {report['device']}]", file=sys.stderr)
+
+
+def wanted(args: argparse.Namespace) -> Options:
+    from .generation import Options
+    from .sampling import Sampling
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+    return Options(args.max_tokens, sampling, tuple(args.stop), getattr(args, "logprobs", None), getattr(args, "n", 1))
+
+
+def loaded(args: argparse.Namespace) -> tuple[Engine, PromptCache | None]:
+    """The model, and the prompt cache if --cache names one, which is checked before the weights are read."""
+    from .engine import load
+
+    file, ctx = getattr(args, "cache", None), getattr(args, "ctx", None)
+    if file is not None and getattr(args, "chat", None) is not None:
+        raise UserError("--chat and --raw were decided when the prompt cache was made; leave them out")
+    engine = load(args.model, args.kv, args.device, ctx=ctx, progress=sys.stderr.isatty(), cache=file, debug=args.debug)
+    return engine, engine.load_cache(file) if file is not None else None
+
+
+def answer_object(result: Generation) -> dict:
+    """The object of `generate --json`."""
+    from dataclasses import asdict
+
+    found = {key: getattr(result, key) for key in GENERATE_KEYS}
+    return found if result.logprobs is None else found | {"logprobs": [asdict(logprob) for logprob in result.logprobs]}
+
+
+def run_pull(args: argparse.Namespace) -> None:
+    from .hub import pull
+
+    folder = pull(args.model)
+    print(json.dumps({"model": args.model, "folder": str(folder)}) if args.json else folder)
+
+
+def run_info(args: argparse.Namespace) -> None:
+    from . import info
+
+    report = info.describe(args.model, args.ctx, args.batch, args.device)
+    print(json.dumps(report) if args.json else info.text(report))
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from . import evaluate
+
+    text = None if args.text is None else read_text(args.text)
+    schemes = [name.strip() for name in args.kv.split(",")]
+    report = evaluate.evaluate(
+        args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows, needles=lengths(args.needle),
+        continued=args.drift, device=args.device, progress=sys.stderr.isatty(),
+    )
+    print(json.dumps(report) if args.json else evaluate.table(report))
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from . import inspection, report
+
+    report.check(Path(args.out))
+    text = None if args.text is None else read_text(args.text)
+    schemes = [name.strip() for name in args.kv.split(",")]
+    found = inspection.inspect(args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty())
+    files = report.write(found, Path(args.out))
+    print(json.dumps(found) if args.json else files[-1])
+
+
+def lengths(option: str | None) -> list[int]:
+    """The numbers of --needle. Raises UserError for anything else."""
+    try:
+        return [int(n) for n in option.split(",")] if option else []
+    except ValueError:
+        raise UserError(f"--needle {option!r} is not a list of lengths; write --needle 512,1024") from None
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 file, or standard input for -. Raises UserError where it cannot be read."""
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); give a text file") from None
+
+
+def read_bytes(path: str) -> bytes:
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read()
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise UserError(f"{path} cannot be read ({error}); name a file") from None
+
+
+COMMANDS = {
+    "generate": run_generate, "chat": run_chat, "cache": run_cache, "pull": run_pull, "info": run_info, "eval": run_eval,
+    "inspect": run_inspect,
+}

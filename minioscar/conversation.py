@@ -1,0 +1,113 @@
+"""A chat that keeps its cache between turns: only what the cache does not hold yet is prefilled.
+
+Every turn renders the whole history with the model's template and compares its tokens with those that the cache holds. Usually the
+history goes on where the cache ends. Where it does not (a template that drops the thoughts of earlier answers, an answer whose text
+splits into other tokens than the model drew), the cache is cut where the two part: anywhere in the window of the newest tokens,
+else at the block before, whose tokens are then fed again (`cache.left_after_cut`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from . import memory
+from .cache import Cache
+from .engine import GREEDY, Engine
+from .errors import UserError
+from .generation import MAX_TOKENS, Generation, Options, Run
+from .oscar import WINDOW
+from .prompt_cache import Message, PromptCache, common, continued
+from .sampling import Sampling
+
+
+class Conversation:
+    """Messages, and a cache of `context` tokens. `messages` may be read at any time; `last` is the newest answer as generated.
+
+    system: the first message. cache: a document or an earlier conversation to go on with; its messages are the first. ctx: tokens
+    (None: the model's positions, or what fits into memory), rounded up to whole blocks. Raises UserError where the model has no
+    chat template, where the context cannot be had, or for both system and cache.
+    """
+
+    def __init__(self, engine: Engine, *, system: str | None = None, cache: PromptCache | None = None, ctx: int | None = None):
+        if not engine.tokenizer.has_chat_template:
+            raise UserError(f"{engine.tokenizer.folder}: the model has no chat template, so it cannot chat; use generate --raw")
+        if cache is not None and (system is not None or cache.messages is None):
+            why = "the messages of a prompt cache begin the conversation, a system message cannot" if system else "it was made with --raw"
+            raise UserError(f"this prompt cache cannot begin this conversation: {why}")
+        self.engine, self.turns = engine, 0
+        self.context = self._room(ctx)
+        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.last: Generation | None = None
+        self.cache: Cache | None = None
+        self.held: list[int] = []  # the tokens in row 0 of the cache
+        self._answer: Generator[str, None, None] | None = None
+        if cache is not None:
+            engine.belongs(cache)
+            if len(cache) >= self.context:
+                raise UserError(f"the prompt cache has {len(cache)} tokens, but the context holds {self.context}; raise --ctx")
+            self.messages, self.cache = list(cache.messages), engine.new_cache(1, self.context)
+            cache.fill(self.cache, 0, len(cache))
+            self.held = list(cache.ids)
+        self._beginning = list(self.messages)
+
+    def _room(self, ctx: int | None) -> int:
+        config, scheme, ops = self.engine.config, self.engine.scheme, self.engine.ops
+        if ctx is None:  # a fifth is left for what no arithmetic knows
+            ctx = memory.longest_context(config, scheme, ops, 1, ops.free_bytes() * 4 // 5) or min(WINDOW, config.max_positions)
+        if not 1 <= ctx <= config.max_positions:
+            raise UserError(f"--ctx {ctx} is out of range; this model has {config.max_positions} positions")
+        memory.check(config, scheme, ops, 1, ctx, 1)
+        return self.engine.padded(ctx)  # whole blocks, so that the row can be saved
+
+    def say(
+        self, text: str, *, max_tokens: int = MAX_TOKENS, sampling: Sampling = GREEDY, stop: Sequence[str] = ()
+    ) -> Generator[str, None, None]:
+        """The answer to a user's message, as it comes; parameters as in `Engine.generate`.
+
+        The message and what there is of its answer join the conversation, also where the iteration is broken off (Ctrl-C, a closed
+        iterator); a message that got no answer at all does not. Raises UserError, the conversation as it was, for an empty message
+        or one that the context does not hold any more.
+        """
+        if self._answer is not None:
+            self._answer.close()  # one that was left standing has ended here
+        sampling = replace(sampling, seed=(sampling.seed + self.turns) % 2**64)  # another turn draws other numbers
+        self._answer = self._say(text, Options(max_tokens, sampling, stop))
+        return self._answer
+
+    def _say(self, text: str, options: Options) -> Generator[str, None, None]:
+        messages = continued(self.messages, text)
+        if not text.strip() and len(messages) > len(self.messages):  # a document may be answered as it is
+            raise UserError("the message is empty; say something")
+        ids = self.engine.render(messages)
+        if len(ids) >= self.context:
+            raise UserError(f"the conversation would have {len(ids)} tokens, the context holds {self.context}; begin anew or raise --ctx")
+        cache = self._cut(ids)
+        run = Run(self.engine, [ids], cache, options)
+        try:
+            for _, piece in run:
+                yield piece
+        finally:
+            self.cache, self.last = run.cache, run.results[0]
+            self.held = (ids + self.last.token_ids)[: run.cache.lengths[0]] if run.cache else []
+            if self.last.token_ids or self.last.finish_reason:
+                self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
+                self.turns += 1
+
+    def _cut(self, ids: list[int]) -> Cache:
+        """The cache, cut to what it shares with `ids`; at least the last of them is left to feed."""
+        if self.cache is None:
+            self.cache, self.held = self.engine.new_cache(1, self.context), []
+        self.cache.truncate(0, min(common(ids, self.held), len(ids) - 1))
+        return self.cache
+
+    def reset(self) -> None:
+        """Back to the beginning: the system message, or the document of the prompt cache, whose tokens are kept as far as can be."""
+        self.messages, self.turns, self.last = list(self._beginning), 0, None
+
+    def save(self, path: str | Path) -> None:
+        """Writes a prompt cache with which a conversation goes on later. Raises UserError where there is nothing to save."""
+        if self.cache is None or not self.held:
+            raise UserError("there is no conversation yet to save")
+        PromptCache.of(self.engine, self.cache, self.held, messages=self.messages).save(path)

@@ -1,0 +1,224 @@
+"""One batch of prompts being answered: prefill, then step by step, text as it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from .cache import Batch, Cache
+from .errors import UserError
+from .sampling import Sampling, likeliest, sample
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+T = TypeVar("T")
+MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of every prompt of a batch. Raises UserError for what cannot be.
+
+    max_tokens: new tokens at most. stop: the text ends before the first of these strings. logprobs: report the log-probability of
+    every new token, and of this many likeliest ones beside it (None: do not). n: answers to each prompt, drawn independently.
+    """
+
+    max_tokens: int = MAX_TOKENS
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens {self.max_tokens} is out of range; ask for at least one token")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise UserError(f"stop {self.stop!r} must be a list of strings, none of them empty")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 100:
+            raise UserError(f"logprobs {self.logprobs} is out of range; it must be 0 ... 100 likeliest tokens")
+        if self.n < 1:
+            raise UserError(f"n {self.n} is out of range; ask for at least one answer")
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural logarithm of the probability that the model itself gave a token, before temperature and filters."""
+
+    token_id: int
+    token: str  # its text; empty without a tokenizer, or for a special token
+    logprob: float
+    top: tuple[Logprob, ...] = ()  # the likeliest tokens of the same position
+
+
+@dataclass
+class Generation:
+    """What one prompt became. Times are of the whole batch it was in, in seconds."""
+
+    prompt_tokens: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)  # a stop string's tokens included, an end token not
+    finish_reason: str | None = None  # "stop": an end token or a stop string came; "length": max_tokens or the context is full
+    kv: str = ""
+    kv_bytes: int = 0  # of the whole cache
+    device: str = ""
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    prefilled_tokens: int = 0  # of the prompt's; the others were in the cache already
+    logprobs: list[Logprob] | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode steps per second; the first token belongs to the prefill. 0 if there was only that one."""
+        return (self.new_tokens - 1) / self.decode_s if self.decode_s and self.new_tokens > 1 else 0.0
+
+
+class StopText:
+    """Lets text through until a stop string comes, which it swallows; what may be the beginning of one is held back.
+
+    The stop string that is complete first counts, the longest if several are, however the text was cut into pieces.
+    """
+
+    def __init__(self, stops: Collection[str]):
+        self.stops, self.held, self.hit = tuple(stops), "", False
+
+    def add(self, piece: str) -> str:
+        text = self.held + piece
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        self.hit = bool(found)
+        end = min(found)[1] if found else len(text) - max((self._begun(text, stop) for stop in self.stops), default=0)
+        self.held = "" if found else text[end:]
+        return text[:end]
+
+    def flush(self) -> str:
+        """What was held back, once no text follows."""
+        held, self.held = self.held, ""
+        return held
+
+    @staticmethod
+    def _begun(text: str, stop: str) -> int:
+        """Characters at the end of the text that are the beginning of `stop`."""
+        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Run:
+    """One batch being generated: iterate for (index of the answer, piece of text), read `results` at any time.
+
+    ids: the whole prompts; of prompt i, row i * n of the cache holds the first `cache.lengths[i * n]` tokens already. The answers
+    to prompt i are i * n ... i * n + n - 1. logits, float32 [vocab]: what follows a prompt that the cache holds to its last token.
+    sequences: the number under which each answer draws its random numbers.
+    """
+
+    def __init__(
+        self, engine: Engine, ids: list[list[int]], cache: Cache, options: Options, logits: np.ndarray | None = None,
+        sequences: Sequence[int] | None = None,
+    ):
+        self.engine, self.ids, self.options, self.logits = engine, ids, options, logits
+        self.cache: Cache | None = cache  # None once a run that did not fit into memory has freed it
+        n = options.n
+        self.sequences = list(range(len(ids) * n)) if sequences is None else list(sequences)
+        self.results = [
+            Generation(
+                len(ids[i // n]), kv=engine.scheme.name, kv_bytes=cache.nbytes, device=engine.ops.name,
+                prefilled_tokens=len(ids[i // n]) - int(cache.lengths[i // n * n]), logprobs=None if options.logprobs is None else [],
+            )
+            for i in range(len(ids) * n)
+        ]
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        tokenizer = self.engine.tokenizer if self.engine.has_tokenizer else None
+        streams = [(tokenizer.stream() if tokenizer else None, StopText(self.options.stop)) for _ in self.results]
+        for index, token in self._tokens(tokenizer.eos_ids if tokenizer else frozenset()):
+            result, (stream, stops) = self.results[index], streams[index]
+            piece = "" if stream is None or token is None else stream.add(token)
+            if result.finish_reason and stream:
+                piece += stream.flush()
+            piece = stops.add(piece)
+            if stops.hit:
+                result.finish_reason = "stop"
+            elif result.finish_reason:
+                piece += stops.flush()
+            result.text += piece
+            yield index, piece
+
+    def _tokens(self, end_ids: Collection[int]) -> Iterator[tuple[int, int | None]]:
+        """(answer, new token id) in order; None for the end token of an answer, whose finish_reason is set by then."""
+        options, results, sequences = self.options, self.results, self.sequences
+        before = time.perf_counter()
+        logits, slots, step = self.prefill(), list(range(len(results))), 0
+        tokens = [sample(row, options.sampling, sequence, 0) for row, sequence in zip(logits, sequences, strict=True)]
+        while slots:
+            spent, before = time.perf_counter() - before, time.perf_counter()
+            for at, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
+                result = results[slot]
+                if step:
+                    result.decode_s += spent
+                else:
+                    result.prefill_s = spent
+                if token in end_ids:
+                    result.finish_reason = "stop"
+                    yield slot, None
+                    continue
+                result.token_ids.append(token)
+                if result.logprobs is not None:
+                    result.logprobs.append(self._logprob(logits[at], token))
+                if len(result.token_ids) == options.max_tokens or self.cache.lengths[slot] == self.cache.context:
+                    result.finish_reason = "length"
+                yield slot, token
+            going = [(slot, token) for slot, token in zip(slots, tokens, strict=True) if not results[slot].finish_reason]
+            slots, step = [slot for slot, _ in going], step + 1
+            if slots:
+                tokens, logits = self._step(slots, [[token] for _, token in going], step)
+
+    def prefill(self) -> np.ndarray:
+        """Puts every prompt into the cache, once for all of its answers; the logits after it for each, float32 [answers, vocab]."""
+        n = self.options.n
+        feeds = {i * n: ids[self.cache.lengths[i * n] :] for i, ids in enumerate(self.ids)}
+        feeds = {slot: ids for slot, ids in feeds.items() if ids}
+        found = dict.fromkeys(range(0, len(self.results), n), self.logits)
+        if feeds:
+            slots, inputs = list(feeds), list(feeds.values())
+            bar = self.engine.layers_bar(sum(map(len, inputs)))
+            logits = self._pass(slots, inputs, lambda ids, batch: self.engine.model.forward(ids, self.cache, batch, progress=bar))
+            found |= zip(slots, logits, strict=True)
+        for slot in found:
+            for other in range(slot + 1, slot + n):
+                self.cache.copy(slot, other)
+        return np.repeat(np.stack(list(found.values())), n, axis=0)
+
+    def _step(self, slots: list[int], inputs: list[list[int]], step: int) -> tuple[list[int], np.ndarray | None]:
+        """One decode step: the next token of each row, and the logits if they are wanted."""
+        model, sampling, sequences = self.engine.model, self.options.sampling, [self.sequences[slot] for slot in slots]
+        if self.options.logprobs is None:
+            tokens = self._pass(slots, inputs, lambda ids, batch: model.step(ids, self.cache, batch, sampling, step, sequences=sequences))
+            return tokens.tolist(), None
+        logits = self._pass(slots, inputs, lambda ids, batch: model.forward(ids, self.cache, batch))
+        return [sample(row, sampling, sequence, step) for row, sequence in zip(logits, sequences, strict=True)], logits
+
+    def _pass(self, slots: list[int], inputs: list[list[int]], forward: Callable[[np.ndarray, Batch], T]) -> T:
+        """One forward pass. Broken off, it leaves a cache that is whole again; out of memory, it leaves none."""
+        batch = self.cache.place(slots, list(map(len, inputs)))
+        try:
+            with np.errstate(all="ignore"):  # what becomes of an overflow is checked where it matters, at the logits
+                return forward(np.concatenate(inputs), batch)
+        except MemoryError as error:
+            reason = str(error) or "no more memory"
+        except BaseException:
+            self.cache.broken_off(batch)
+            raise
+        held, size = int(self.cache.lengths.max()), self.cache.nbytes
+        self.cache = None
+        raise self.engine.out_of_memory(f"{reason}, after {held} tokens; the cache of {size / 1e6:.1f} MB was freed")
+
+    def _logprob(self, logits: np.ndarray, token: int) -> Logprob:
+        words = self.engine.tokenizer if self.engine.has_tokenizer else None
+        found = [Logprob(i, words.decode([i]) if words else "", value) for i, value in likeliest(logits, token, self.options.logprobs)]
+        return Logprob(found[0].token_id, found[0].token, found[0].logprob, tuple(found[1:]))

@@ -1,0 +1,105 @@
+"""What a run needs in memory, worked out before anything is allocated, and what this machine has.
+
+need = weights + cache (exact, cache.py) + work, the arrays of one forward pass (`ops.work_bytes`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .cache import cache_bytes
+from .config import Config
+from .errors import UserError
+from .oscar import SCHEMES, WINDOW, Scheme
+
+if TYPE_CHECKING:
+    from .ops.reference import Reference
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes."""
+
+    weights: int  # still to be loaded
+    cache: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.work
+
+
+def needed(config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None, weights: int = 0) -> Need:
+    """For `batch` sequences of `context` tokens; tokens: the most that one forward pass takes in (None: the whole context of one)."""
+    work = ops.work_bytes(config, context if tokens is None else tokens, context)
+    return Need(weights, cache_bytes(config, scheme, batch, context), work)
+
+
+def check(config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None, weights: int = 0) -> None:
+    """Raises UserError, with the longest context that does fit, where `needed` exceeds what is free."""
+    need, free = needed(config, scheme, ops, batch, context, tokens, weights), ops.free_bytes()
+    if need.total <= free:
+        return
+    what = f"context {context}" if batch == 1 else f"{batch} x context {context}"
+    parts = f"{f'weights {size(need.weights)}, ' if need.weights else ''}{scheme.name} cache {size(need.cache)}, work {size(need.work)}"
+    fits = longest_context(config, scheme, ops, batch, free - weights, tokens)
+    ways = [f"--ctx {fits} fits"] if fits else ["not even 128 tokens fit"]
+    if scheme is SCHEMES["bf16"] and needed(config, SCHEMES["int2"], ops, batch, context, tokens, weights).total <= free:
+        ways.append("so does --kv int2")
+    if batch > 1:
+        ways.append("fewer sequences at once need less")
+    raise UserError(f"{what} needs {size(need.total)} ({parts}) but {size(free)} of {ops.name} memory are free; {', '.join(ways)}")
+
+
+def longest_context(config: Config, scheme: Scheme, ops: Reference, batch: int, free: int, tokens: int | None = None) -> int:
+    """The most tokens (a multiple of 128, at most the model's positions) that fit `free` bytes with their work; 0 if none do."""
+    low, high = 0, -(-config.max_positions // WINDOW)
+    while low < high:
+        middle = (low + high + 1) // 2
+        context = middle * WINDOW
+        fits = needed(config, scheme, ops, batch, context, None if tokens is None else min(tokens, context)).total <= free
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return min(low * WINDOW, config.max_positions)
+
+
+def size(count: int) -> str:
+    """Bytes, for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def host_bytes() -> int:
+    """Memory of this machine that a program may still take without swapping, in bytes; a container's limit counts."""
+    return min(_machine(), _cgroup())
+
+
+def _machine() -> int:
+    try:  # what Linux could free counts: its file cache fills all memory sooner or later
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # macOS counts only what it has in all
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+CGROUPS = (  # limit, use, and the file cache within the use: version 2, version 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the control group that a container runs in leaves; no limit where there is none (docs.kernel.org, cgroup-v2, memory)."""
+    for limit, use, cached in CGROUPS:
+        try:
+            most, used = int((root / limit).read_text()), int((root / use).read_text())
+            stat = dict(line.split() for line in (root / use).with_name("memory.stat").read_text().splitlines())
+            return max(most - used + int(stat.get(cached, 0)), 0)
+        except (OSError, ValueError):  # "max": no limit
+            continue
+    return 2**63

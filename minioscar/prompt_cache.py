@@ -1,0 +1,274 @@
+"""A prompt that a model has read once and need not read again: its tokens, its row of the cache, on the host or in a file.
+
+A file is safetensors: `ids`, `prompt` (JSON in UTF-8), `logits`, and per layer the arrays of `cache.row_layout`, which do not depend on
+the back end. Its metadata binds it to format, config, scheme and weights; `contents` is a digest of the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .cache import Cache, left_after_cut, row_layout
+from .config import Config
+from .errors import Failure, UserError
+from .files import replacing
+from .oscar import SCHEMES, WINDOW, Scheme
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+FORMAT, VERSION = "minioscar-prompt-cache", "1"
+
+
+@dataclass(frozen=True)
+class PromptCache:
+    """What `Engine.prefill` returns. messages or text say what the tokens are, so that a prompt can go on from there; neither: ids only.
+
+    rows: per layer, the arrays of `cache.row_layout`. logits: float32 [vocab], what the model says after the last token, if known.
+    """
+
+    engine: Engine
+    ids: list[int]
+    rows: list[dict[str, np.ndarray]]
+    messages: list[Message] | None = None
+    text: str | None = None
+    logits: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, engine: Engine, cache: Cache, ids: Sequence[int], **known: Any) -> PromptCache:
+        """A copy of row 0 of a cache that holds exactly these tokens."""
+        if cache.lengths[0] != len(ids):
+            raise ValueError(f"the cache holds {cache.lengths[0]} tokens, not {len(ids)}")
+        rows = [engine.ops.take_out(layer, 0, len(ids), engine.config, engine.scheme) for layer in cache.layers]
+        return cls(engine, list(ids), rows, **known)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for row in self.rows for array in row.values())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def followed_by(self, prompt: str) -> str | list[Message]:
+        """The whole prompt that `prompt` makes of this one: what a cached text goes on with, or the next message of a chat."""
+        if self.messages is not None:
+            return continued(self.messages, prompt)
+        if self.text is not None:
+            return self.text + prompt
+        raise UserError("this prompt cache holds token ids without their text; give token ids too")
+
+    def fill(self, cache: Cache, slot: int, tokens: int) -> None:
+        """Puts the first `tokens` tokens, or what can be had of them, into an empty row of a cache of the same model."""
+        config, scheme, length = self.engine.config, self.engine.scheme, left_after_cut(cache.scheme, len(self), tokens)
+        shapes = row_layout(config, scheme, length)
+        for row, layer in zip(self.rows, cache.layers, strict=True):
+            cut = {name: row[name][tuple(map(slice, shape))] for name, (shape, _) in shapes.items()}
+            self.engine.ops.put_in(cut, layer, slot, config, scheme)
+        cache.lengths[slot] = length
+
+    # --- files
+
+    def save(self, path: str | Path) -> None:
+        """Writes a file that `Engine.load_cache` reads. Raises UserError or Failure where it cannot be written."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import save_file
+
+        prompt = json.dumps({"messages": self.messages, "text": self.text}, ensure_ascii=False).encode()
+        tensors = {"ids": np.array(self.ids, np.int32), "prompt": np.frombuffer(prompt, np.uint8)}
+        if self.logits is not None:
+            tensors["logits"] = self.logits
+        tensors |= {f"layers.{i}.{name}": array for i, row in enumerate(self.rows) for name, array in row.items()}
+        tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        metadata = binding(self.engine.config, self.engine.scheme) | {"weights": self.engine.weights_sha256, "contents": digest(tensors)}
+        with replacing(path) as partial:
+            try:
+                save_file(tensors, partial, metadata)
+            except SafetensorError as error:  # a full disk
+                raise Failure(f"{path}: cannot be written: {error}; free space or name another file") from None
+
+    @classmethod
+    def load(cls, path: str | Path, engine: Engine) -> PromptCache:
+        """Raises UserError for a file that is damaged or not made with this model, weights and scheme."""
+        with File(path) as file:
+            file.check(engine.config, engine.scheme, engine.weights_sha256)
+            return cls(engine, *file.read(engine.config, engine.scheme))
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences of ids share at their beginning."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(differ[0]) if len(differ) else n
+
+
+def continued(messages: Sequence[Message], text: str) -> list[Message]:
+    """The chat after one more message of the user. An open message of the user's (a document) goes on with it, after a blank line."""
+    if messages and messages[-1]["role"] == "user":
+        *before, last = messages
+        return [*before, {**last, "content": f"{last['content']}\n\n{text}" if text else last["content"]}]
+    return [*messages, {"role": "user", "content": text}]
+
+
+def binding(config: Config, scheme: Scheme) -> dict[str, str]:
+    """What a file must agree with, but for the weights."""
+    made_with = {"config": asdict(config), "scheme": asdict(scheme) | {"window": WINDOW}}
+    return {"format": FORMAT, "version": VERSION} | {what: json.dumps(fields) for what, fields in made_with.items()}
+
+
+def digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all tensors, hex."""
+
+    def one(name: str) -> bytes:
+        array = np.ascontiguousarray(tensors[name])
+        head = f"{name} {array.dtype} {array.shape}".encode()
+        return hashlib.sha256(head + hashlib.sha256(array.reshape(-1).view(np.uint8)).digest()).digest()
+
+    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+        return hashlib.sha256(b"".join(threads.map(one, sorted(tensors)))).hexdigest()
+
+
+class File:
+    """A prompt cache's file, opened: first its metadata, at no cost, then `check`, then `read`."""
+
+    def __init__(self, path: str | Path):
+        from safetensors import SafetensorError, safe_open
+
+        self.path, self.stack = Path(path), ExitStack()
+        try:
+            self.handle = self.stack.enter_context(safe_open(self.path, "np"))
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist; make it with: python -m minioscar cache MODEL --prompt-file F --out {path}") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is truncated or not a safetensors file ({_line(error)}); make it again") from None
+        self.metadata = self.handle.metadata() or {}
+        if self.metadata.get("format") != FORMAT:
+            raise UserError(f"{path} is a safetensors file, but not a prompt cache of minioscar; make one with: python -m minioscar cache")
+        if self.metadata.get("version") != VERSION:
+            found = self.metadata.get("version")
+            raise UserError(f"{path} has version {found!r} of the format, this minioscar reads {VERSION!r}; make it again")
+
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    @property
+    def scheme(self) -> str:
+        """The scheme's name. Raises UserError if it is none."""
+        name = self._json("scheme").get("name")
+        if not isinstance(name, str) or name not in SCHEMES:
+            raise UserError(f"{self.path} was made with --kv {name!r}, which this minioscar does not have; make it again")
+        return name
+
+    def check(self, config: Config, scheme: Scheme, weights: str) -> None:
+        """Raises UserError, by name, where the file was not made with this config, scheme and weights."""
+        if self.scheme != scheme.name:
+            raise UserError(f"{self.path} was made with --kv {self.scheme}, not {scheme.name}; use --kv {self.scheme} or make it again")
+        for what, ours in binding(config, scheme).items():
+            if what in ("config", "scheme"):
+                self._same(what, self._json(what), json.loads(ours))
+        if self.metadata.get("weights") != weights:
+            found = str(self.metadata.get("weights"))[:12]
+            raise UserError(f"{self.path} was made with other weights (SHA-256 {found}..., here {weights[:12]}...); make it again")
+
+    def _same(self, what: str, theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> None:
+        for name in dict.fromkeys([*ours, *theirs]):
+            a, b = (fields.get(name, "nothing") for fields in (theirs, ours))
+            if isinstance(a, dict) and isinstance(b, dict):
+                self._same(what, a, b, f"{prefix}{name}.")
+            elif a != b:
+                difference = f"{prefix}{name} {_short(a)} there, {_short(b)} here"
+                raise UserError(f"{self.path} was made with another {what}: {difference}; make it again")
+
+    def _json(self, key: str) -> dict[str, Any]:
+        try:
+            value = json.loads(self.metadata[key])
+        except (KeyError, ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"{self.path} does not say which {key} it was made with; it is damaged: make it again")
+        return value
+
+    def read(self, config: Config, scheme: Scheme) -> tuple[list[int], list[dict[str, np.ndarray]], list[Message] | None, str | None, Any]:
+        """The fields of a PromptCache, every tensor checked. Raises UserError for a damaged file."""
+        names = set(self.handle.keys())
+        length, prompt = (self._length(name) if name in names else 0 for name in ("ids", "prompt"))
+        if not 0 < length <= config.max_positions:
+            raise self._damaged(f"it holds {length} tokens")
+        layer = row_layout(config, scheme, length)
+        expected = {f"layers.{i}.{name}": of for i in range(config.num_layers) for name, of in layer.items()}
+        expected |= {"ids": ((length,), np.dtype(np.int32)), "prompt": ((prompt,), np.dtype(np.uint8))}
+        if "logits" in names:
+            expected["logits"] = ((config.vocab_size,), np.dtype(np.float32))
+        if names != set(expected):
+            raise self._damaged(f"tensor {sorted(names ^ set(expected))[0]} is missing or has no place")
+        for name, (shape, _) in expected.items():
+            if self._shape(name) != shape:
+                raise self._damaged(f"tensor {name} has shape {list(self._shape(name))}, not {list(shape)}")
+        tensors = {name: self._tensor(name) for name in expected}
+        for name, (_, dtype) in expected.items():
+            if tensors[name].dtype != dtype:
+                raise self._damaged(f"tensor {name} is {tensors[name].dtype}, not {dtype}")
+        if digest(tensors) != self.metadata.get("contents"):
+            raise self._damaged("the digest of its tensors is not the one it was written with")
+        for name, array in tensors.items():
+            if array.dtype.kind not in "iu" and not np.isfinite(array).all():
+                raise self._damaged(f"tensor {name} holds a NaN or an infinity")
+        ids = tensors["ids"].tolist()
+        if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+            raise self._damaged(f"it has token ids outside 0 ... {config.vocab_size - 1}")
+        rows = [{name: tensors[f"layers.{i}.{name}"] for name in layer} for i in range(config.num_layers)]
+        return ids, rows, *self._prompt(tensors["prompt"]), tensors.get("logits")
+
+    def _prompt(self, raw: np.ndarray) -> tuple[list[Message] | None, str | None]:
+        try:
+            prompt = json.loads(raw.tobytes())
+            messages, text = prompt["messages"], prompt["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise self._damaged("its prompt is not readable") from None
+        if not (messages is None or well_formed(messages)) or not (text is None or isinstance(text, str)):
+            raise self._damaged("its prompt is not readable")
+        return messages, text
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.handle.get_slice(name).get_shape())
+
+    def _length(self, name: str) -> int:
+        return next(iter(self._shape(name)), 0)
+
+    def _tensor(self, name: str) -> np.ndarray:
+        from safetensors import SafetensorError
+
+        try:
+            return self.handle.get_tensor(name)
+        except (SafetensorError, TypeError, ValueError, AttributeError, OSError) as error:  # a dtype that NumPy has not
+            raise self._damaged(f"tensor {name} cannot be read: {_line(error)}") from None
+
+    def _damaged(self, reason: str) -> UserError:
+        return UserError(f"{self.path} is damaged ({reason}); make it again")
+
+
+def well_formed(messages: Any) -> bool:
+    """Whether this is a list of at least one {"role": str, "content": str}."""
+    return isinstance(messages, list | tuple) and len(messages) > 0 and all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:60]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,235 @@
+"""Hours of random requests to one loaded model: memory stays flat, and every answer is what a fresh process gives, bit for bit.
+
+    python -m tests.soak --hours 2 --cases 20000 --json docs/results/soak.json      what `make soak` runs; the fuzz first
+    python -m tests.soak --only 1234 --seed S                                       the digest of one request, in a fresh process
+
+A request is made from (seed, number) alone: single prompts, batches, several answers, chats with answers broken off, prompt caches saved
+and loaded, logits, wrong requests, and passes in which memory runs out or Ctrl-C comes. Its digest covers token ids, texts, finish
+reasons, log-probabilities and logits. Requests drawn at random are run again, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import gc
+import hashlib
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minioscar import Conversation, Engine, Failure, Options, Sampling, UserError, load
+from minioscar.evaluate import default_text
+from minioscar.generation import Generation
+
+from .fuzz import fuzz
+
+ROOT = Path(__file__).parents[1]
+
+
+class Request:
+    """One request to an engine; `run` returns what came of it, as JSON would have it."""
+
+    KINDS = ("single", "batch", "several", "chat", "cache", "logits", "wrong", "memory", "interrupt")
+
+    def __init__(self, engine: Engine, seed: int, number: int):
+        self.engine, self.rng = engine, random.Random(f"{seed}:{number}")
+        self.kind = self.rng.choice(self.KINDS)
+
+    def run(self) -> Any:
+        return getattr(self, self.kind)()
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.run(), sort_keys=True).encode()).hexdigest()
+
+    # --- what a request is made of
+
+    def text(self, most: int = 1200) -> str:
+        """A stretch of English, from a few characters to more than a block of the cache."""
+        whole, size = default_text(), int(self.rng.triangular(5, most, 60))
+        at = self.rng.randrange(len(whole) - size)
+        return whole[at : at + size]
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        rng = self.rng
+        temperature = rng.choice([0.0, 0.0, 0.7, 1.2])
+        sampling = Sampling(temperature, rng.choice([0, 40]), rng.choice([1.0, 0.9]), rng.choice([0.0, 0.05]), rng.randrange(2**32))
+        return {"max_tokens": rng.choice([1, 4, 16, 40]), "sampling": sampling, "stop": rng.choice([(), ("\n\n",), ("the", "."),])} | more
+
+    @staticmethod
+    def plain(result: Generation) -> dict[str, Any]:
+        entries = [entry for first in result.logprobs or [] for entry in (first, *first.top)]
+        probabilities = [[entry.token_id, entry.logprob] for entry in entries]
+        return {"ids": result.token_ids, "text": result.text, "why": result.finish_reason, "logprobs": probabilities}
+
+    # --- the kinds
+
+    def single(self) -> Any:
+        options = self.options(logprobs=self.rng.choice([None, 0, 3]))
+        return self.plain(self.engine.generate(self.text(), chat=self.rng.random() < 0.5, **options))
+
+    def batch(self) -> Any:
+        prompts = [self.text(600) for _ in range(self.rng.randint(2, 4))]
+        return [self.plain(result) for result in self.engine.generate(prompts, chat=False, **self.options())]
+
+    def several(self) -> Any:
+        run = self.engine.start([self.text()], chat=False, options=Options(**self.options(n=self.rng.randint(2, 3))))
+        for _ in run:
+            pass
+        return [self.plain(result) for result in run.results]
+
+    def chat(self) -> Any:
+        conversation, rng = Conversation(self.engine, system=rng_or_none(self.rng, self.text), ctx=1024), self.rng
+        for _ in range(rng.randint(1, 4)):
+            answer, left = conversation.say(self.text(400), **self.options()), rng.choice([10**9, 10**9, 0, 3])
+            for n, _ in enumerate(answer):
+                if n == left:  # broken off
+                    answer.close()
+                    break
+            if rng.random() < 0.2:
+                conversation.reset()
+        return [list(conversation.messages), conversation.held]
+
+    def cache(self) -> Any:
+        chat = self.rng.random() < 0.5
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "c.kv.safetensors"
+            self.engine.prefill(self.text(3000), chat=chat).save(path)
+            cache = self.engine.load_cache(path)
+        questions = [self.text(60) for _ in range(self.rng.randint(1, 2))]
+        return [self.plain(result) for result in self.engine.generate(questions, cache=cache, **self.options())]
+
+    def logits(self) -> Any:
+        ids = self.engine.encode(self.text(), chat=False)
+        return hashlib.sha256(self.engine.logits(ids).tobytes()).hexdigest()
+
+    def wrong(self) -> Any:
+        calls: list[Callable[[], Any]] = [
+            lambda: self.engine.generate(""),
+            lambda: self.engine.generate([1, 10**9]),
+            lambda: self.engine.generate(default_text()[:60_000]),
+            lambda: self.engine.generate("x", ctx=10**6),
+            lambda: self.engine.generate("x", max_tokens=0),
+            lambda: self.engine.load_cache("nowhere.safetensors"),
+            lambda: Conversation(self.engine, ctx=-1),
+        ]
+        try:
+            self.rng.choice(calls)()
+        except UserError as error:
+            return str(error)
+        raise AssertionError("a wrong request was answered")
+
+    def memory(self) -> Any:
+        return self._broken(MemoryError, Failure)
+
+    def interrupt(self) -> Any:
+        return self._broken(KeyboardInterrupt, KeyboardInterrupt)
+
+    def _broken(self, raised: type[BaseException], expected: type[BaseException]) -> Any:
+        """A conversation of two turns, the second of which breaks off in some layer of some pass; then it goes on."""
+        conversation, ops = Conversation(self.engine, ctx=1024), self.engine.ops
+        question, options = self.text(300), self.options(stop=())
+        "".join(conversation.say(self.text(900), **options))
+        left, attention = self.rng.randrange(4 * self.engine.config.num_layers), type(ops).attention
+
+        def attend(*args: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise raised("as if")
+            return attention(ops, *args)
+
+        ops.attention = attend  # type: ignore[method-assign]
+        try:
+            "".join(conversation.say(question, **options))
+        except expected:
+            pass
+        finally:
+            del ops.attention
+        "".join(conversation.say(self.text(100), **options))
+        return [list(conversation.messages), conversation.held]
+
+
+def rng_or_none(rng: random.Random, text: Callable[[int], str]) -> str | None:
+    return text(100) if rng.random() < 0.3 else None
+
+
+def engine() -> Engine:
+    return load("smollm2-135m", device="cpu")
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def soak(hours: float, seed: int, again: int) -> dict[str, Any]:
+    """Requests for so many hours, then `again` of them in fresh processes."""
+    one, start, end = engine(), time.monotonic(), time.monotonic() + hours * 3600
+    digests, kinds, resident, at = [], collections.Counter(), [], 0
+    while time.monotonic() < end:
+        request = Request(one, seed, at)
+        digests.append(request.digest())
+        kinds[request.kind] += 1
+        at += 1
+        if at % 10 == 0:
+            gc.collect()
+            resident.append((time.monotonic() - start, resident_mb()))
+        if at % 100 == 0:
+            print(f"{at} requests, {resident[-1][1]:.0f} MB, {(end - time.monotonic()) / 60:.0f} minutes left", file=sys.stderr, flush=True)
+    seconds, chosen = time.monotonic() - start, random.Random(seed).sample(range(at), min(again, at))
+    same = sum(digests[number] == fresh(seed, number) for number in chosen)
+    quarters = [float(np.median([mb for _, mb in part])) for part in np.array_split(resident, 4)] if len(resident) >= 4 else []
+    late = np.array(resident[len(resident) // 2 :])
+    slope = float(np.polyfit(late[:, 0] / 3600, late[:, 1], 1)[0]) if len(late) > 2 else 0.0
+    return {
+        "model": "smollm2-135m", "kv": one.scheme.name, "seed": seed, "seconds": round(seconds), "requests": at,
+        "kinds": dict(sorted(kinds.items())), "resident_mb_by_quarter": [round(mb, 1) for mb in quarters],
+        "growth_mb_per_hour": round(slope, 2), "fresh_processes": len(chosen), "equal_in_fresh_processes": same,
+    }
+
+
+def fresh(seed: int, number: int) -> str:
+    command = [sys.executable, "-m", "tests.soak", "--only", str(number), "--seed", str(seed)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="soak and fuzz")
+    parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--cases", type=int, default=20_000, help="of the fuzz; 0: none")
+    parser.add_argument("--again", type=int, default=60, help="requests that fresh processes run again")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", type=int, metavar="N")
+    parser.add_argument("--json", metavar="F")
+    args = parser.parse_args()
+    if os.environ.get("OMP_NUM_THREADS") != "1":  # NumPy reads it when it is imported; one thread sums in one order
+        os.execve(sys.executable, [sys.executable, "-m", "tests.soak", *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})
+    if args.only is not None:
+        print(Request(engine(), args.seed, args.only).digest())
+        return 0
+    machine = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version(), "numpy": np.__version__}
+    report: dict[str, Any] = {"meta": machine | {"threads": 1, "date": time.strftime("%Y-%m-%d")}}
+    if args.cases:
+        report["fuzz"] = fuzz(args.cases, args.seed, progress=sys.stderr.isatty())
+    report["soak"] = soak(args.hours, args.seed, args.again)
+    text = json.dumps(report, indent=1)
+    if args.json:
+        Path(args.json).write_text(text + "\n")
+    print(text)
+    found = report["soak"]
+    flat = abs(found["growth_mb_per_hour"]) * args.hours < 0.02 * max(found["resident_mb_by_quarter"] or [1])
+    return 0 if flat and found["equal_in_fresh_processes"] == found["fresh_processes"] and not report.get("fuzz", {}).get("failures") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

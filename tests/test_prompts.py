@@ -1,0 +1,216 @@
+"""Many prompts from one JSONL file: order kept, batches that change nothing, and a bad line that spoils no other."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minioscar.cli import main
+from minioscar.errors import UserError
+from minioscar.generation import Options
+from minioscar.prompts import answers, parse
+from minioscar.sampling import Sampling
+
+from .tiny import talker, write_talker
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_talker(tmp_path_factory.mktemp("prompts") / "model", 5)
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return talker(folder)
+
+
+# --- lines
+
+keys = st.sampled_from(["prompt", "messages", "id", "role", "content", "x"])
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda value: st.lists(value) | st.dictionaries(keys, value, max_size=4),
+    max_leaves=6,
+)
+lines = st.one_of(st.binary(max_size=20), values.map(lambda v: json.dumps(v).encode()), values.map(lambda v: json.dumps(v).encode()[:-1]))
+
+
+@settings(max_examples=400, deadline=None, print_blob=True)
+@given(raw=st.lists(lines, max_size=8))
+def test_every_line_is_a_prompt_or_an_error_in_its_place(raw):
+    raw = [line.replace(b"\n", b" ") for line in raw]
+    found = list(parse(raw))
+    assert [line.number for line in found] == [n for n, line in enumerate(raw, 1) if line.removeprefix(b"\xef\xbb\xbf").strip()]
+    for line in found:
+        assert (line.prompt is None) != (line.error is None)
+        assert line.error is None or "\n" not in line.error
+        json.dumps(line.head())
+        if line.prompt is not None:
+            value = json.loads(raw[line.number - 1].decode().removeprefix("\ufeff"))
+            assert line.prompt == (value if isinstance(value, str) else value.get("prompt") or value.get("messages"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "a"', "not JSON in UTF-8"),
+        (b'"caf\xe9"', "not JSON in UTF-8"),
+        (b"[" * 100_000, "not JSON in UTF-8"),
+        (b"9" * 10_000, "not JSON in UTF-8"),
+        (b"[1]", "needs to be a string, or an object"),
+        (b"{}", "needs to be a string, or an object"),
+        (b'{"prompt": "a", "messages": []}', "either"),
+        (b'{"prompt": ""}', '"prompt" must be text, and not empty'),
+        (b'{"prompt": ["a"]}', '"prompt" must be text'),
+        (b'{"messages": "a"}', '"messages" must be a list'),
+        (b'{"messages": []}', '"messages" must be a list'),
+        (b'{"messages": [{"role": "user"}]}', '"messages" must be a list'),
+    ],
+)
+def test_a_bad_line_says_what_is_wrong_with_it(line, message):
+    (found,) = parse([line])
+    assert found.prompt is None and message in found.error
+
+
+def test_blank_lines_a_byte_order_mark_and_carriage_returns_are_nothing():
+    found = list(parse([b'\xef\xbb\xbf"a"\r', b"", b"  \r", b'"b"']))
+    assert [(line.number, line.prompt) for line in found] == [(1, "a"), (4, "b")]
+
+
+# --- answers
+
+
+def texts(engine, lines, batch, **options) -> list:
+    return [(line.number, [r.token_ids for r in results]) for line, results in answers(engine, lines, batch=batch, **options)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_batch_changes_neither_order_nor_answers(engine, temperature):
+    given = list(parse(json.dumps("the cat " * n).encode() for n in (1, 9, 2, 30, 1, 4, 7)))
+    options = Options(max_tokens=10, sampling=Sampling(temperature=temperature, seed=5))
+    found = [texts(engine, given, batch, options=options) for batch in (1, 3, 8)]
+    assert [number for number, _ in found[0]] == [1, 2, 3, 4, 5, 6, 7]
+    assert found[0] == found[1] == found[2]
+    if temperature:
+        assert found[0][0][1] != found[0][4][1]  # equal prompts on two lines draw other numbers
+
+
+def test_a_line_that_does_not_fit_spoils_no_other(engine):
+    given = list(parse([b'"the cat"', json.dumps("the dog " * 900).encode(), b"oops", b'"\\ud800"', b'"a"']))
+    found = list(answers(engine, given, batch=5, options=Options(max_tokens=4)))
+    assert [line.error is None for line, _ in found] == [True, False, False, False, True]
+    assert "tokens, but the context holds 1024" in found[1][0].error and "not valid Unicode" in found[3][0].error
+    assert [len(results) for _, results in found] == [1, 0, 0, 0, 1]
+    assert found[0][1][0].token_ids == engine.generate("the cat", max_tokens=4).token_ids
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(engine, monkeypatch):
+    given, started, start = list(parse([b'"the cat"'] * 6)), [], engine.start
+
+    def refuse(prompts, **options):
+        started.append(len(prompts))
+        if len(prompts) > 2:
+            raise UserError("too much")
+        return start(prompts, **options)
+
+    monkeypatch.setattr(engine, "start", refuse)
+    found = list(answers(engine, given, batch=6, options=Options(max_tokens=3)))
+    assert started == [6, 3, 1, 2, 3, 1, 2] and all(line.error is None for line, _ in found)
+    assert [line.number for line, _ in found] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_document_is_shared_by_all_lines(engine):
+    cache = engine.prefill("the dog saw that the cat sat there. " * 9)
+    found = list(answers(engine, list(parse([b'"who?"', b'"where?"'])), batch=2, options=Options(max_tokens=4), cache=cache))
+    assert all(results[0].prefilled_tokens < 30 < results[0].prompt_tokens for _, results in found)
+
+
+# --- the command line
+
+
+def run(capsys, *argv) -> tuple[int, list[dict], str]:
+    code = main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, [json.loads(line) for line in out.splitlines()], err
+
+
+def test_prompts_file_is_jsonl_in_and_out(folder, engine, tmp_path, capsys):
+    file = tmp_path / "p.jsonl"
+    messages = [{"role": "system", "content": "so"}, {"role": "user", "content": "the cat"}]
+    file.write_text(f'"the cat"\n{json.dumps({"prompt": "the dog", "id": [7]})}\n\n{json.dumps({"messages": messages, "id": "m"})}')
+    base = ["generate", folder, "--prompts-file", file, "--device", "cpu", "--max-tokens", 6]
+    code, found, err = run(capsys, *base)
+    assert code == 0 and err == ""
+    assert [(one["line"], one.get("id")) for one in found] == [(1, None), (2, [7]), (4, "m")]
+    assert found[0]["token_ids"] == engine.generate("the cat", max_tokens=6).token_ids
+    assert found[2]["token_ids"] == engine.generate(messages, max_tokens=6).token_ids
+    stable = set("text token_ids prompt_tokens new_tokens finish_reason kv kv_bytes device prefill_s decode_s tokens_per_s".split())
+    assert set(found[0]) == stable | {"line"}
+    code, found, _ = run(capsys, *base, "--n", 2, "--temperature", 1, "--logprobs", 2)
+    assert [(one["line"], one["index"]) for one in found] == [(1, 0), (1, 1), (2, 0), (2, 1), (4, 0), (4, 1)]
+    assert all(len(one["logprobs"]) == one["new_tokens"] for one in found)
+    assert set(found[0]["logprobs"][0]) == {"token_id", "token", "logprob", "top"}
+
+
+def test_bad_lines_are_reported_on_both_streams_and_the_exit_code_is_2(folder, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_bytes(b'"the cat"\n{"id": 3}\n"caf\xe9"\n"a"\n')
+    code, found, err = run(capsys, "generate", folder, "--prompts-file", tmp_path / "p.jsonl", "--device", "cpu", "--max-tokens", 2)
+    assert code == 2 and [one["line"] for one in found] == [1, 2, 3, 4]
+    assert "error" in found[1] and found[1]["id"] == 3 and "error" in found[2] and "text" in found[3]
+    assert err.count("\n") == 1 and "2 of 4 prompts failed (lines 2, 3)" in err
+
+
+def test_a_dash_is_standard_input(folder, engine, capsys, monkeypatch):
+    want = engine.generate("the cat\n", max_tokens=5).text
+
+    def stdin(raw: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+
+    for argv in (["-"], ["--prompt-file", "-"]):
+        stdin(b"the cat\n")
+        assert main(["generate", str(folder), *argv, "--device", "cpu", "--max-tokens", "5"]) == 0
+        assert capsys.readouterr().out == want + "\n"
+    stdin(b'"the cat\\n"\n')
+    code, found, _ = run(capsys, "generate", folder, "--prompts-file", "-", "--device", "cpu", "--max-tokens", 5)
+    assert code == 0 and found[0]["text"] == want
+    stdin(b"")
+    assert main(["generate", str(folder), "-"]) == 2
+    assert "prompt is empty" in capsys.readouterr().err
+
+
+def test_n_answers_stop_and_logprobs_of_one_prompt(folder, engine, capsys):
+    base = ["generate", folder, "the cat", "--device", "cpu", "--max-tokens", 8, "--temperature", 1, "--seed", 2]
+    code, (found,), _ = run(capsys, *base, "--n", 3, "--json", "--logprobs", 1)
+    assert code == 0 and set(found) == {"n", "answers"} and len(found["answers"]) == 3
+    assert all(answer["logprobs"][0]["top"][0]["logprob"] <= 0 for answer in found["answers"])
+    assert main([str(a) for a in (*base, "--n", 3)]) == 0
+    assert capsys.readouterr().out == "\n---\n".join(answer["text"] for answer in found["answers"]) + "\n"
+    plain = engine.generate("the cat", max_tokens=30)
+    stops = ["--stop", plain.text[5:8], "--stop", "nothing"]
+    code, (found,), _ = run(capsys, "generate", folder, "the cat", "--device", "cpu", "--json", *stops)
+    assert code == 0 and found["text"] == plain.text[: plain.text.index(plain.text[5:8])] and found["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["x", "--prompts-file", "f"], "give one of PROMPT, --prompt-file and --prompts-file"),
+        (["x", "--logprobs", "3"], "--logprobs needs --json"),
+        (["x", "--json", "--logprobs", "-1"], "logprobs -1"),
+        (["x", "--n", "0"], "n 0 is out of range"),
+        (["x", "--stop", ""], "none of them empty"),
+        (["--prompts-file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--prompts-file", "/dev/null"], "has no prompts"),
+        (["--prompts-file", "/dev/null", "--batch", "0"], "--batch 0"),
+        (["--prompt-file", "a\0b"], "cannot be read"),
+    ],
+)
+def test_wrong_use_is_one_line(folder, capsys, argv, message):
+    assert main(["generate", str(folder), *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("minioscar: ") and err.count("\n") == 1 and message in err
