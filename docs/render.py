@@ -273,7 +273,8 @@ def kernel_note() -> str:
     meta, copy = report["meta"], report["ceilings"]["copy_tb_s"]
     spread = max(row["us_spread"] for row in report["kernel"] if row["op"] == "decode_attention")
     return (
-        f"{meta['card']}, driver {meta['driver']}, torch {meta['versions']['torch']} for the peers; 20 launches in one replayed graph on "
+        f"{meta['card']}, driver {meta['driver']}, torch {meta['versions']['torch']} for the peers, kernels of commit "
+        f"`{meta['commit']}`; 20 launches in one replayed graph on "
         f"caches that no L2 holds, median of 25 replays, which spread by at most {spread:.1%}. The copy rate is {copy:.2f} TB/s, read and "
         "written, over the bytes of the cache that a step must read; every window is half full."
     )
