@@ -40,6 +40,12 @@ def launches(arch: int) -> dict[str, raw.Launch]:
             found[f"schedule {kv} d{dim} {together}:1"] = raw.schedule(heads, scheme, plan, ints, ints)
     for kv, dim in [("int2", 128)] + [("int2-compact", 128), ("int4", 64), ("oscar", 256)] * everything:
         found[f"pack {kv} d{dim}"] = raw.pack_step(raw.Heads(2, 2, dim), SCHEMES[kv], ints, cache)
+    for dim, together in [(128, 4)] + [(64, 3), (96, 1), (256, 8)] * everything:
+        new = raw.Arrivals(out, out, 0, 0, ints, ints, ints, ints, 1)
+        found[f"prefill_attention d{dim} {together}:1"] = raw.prefill_attention(raw.Heads(2 * together, 2, dim), out, new, None, out, arch)
+    for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
+        past = np.empty((1, 2, 1, dim), np.uint16)
+        found[f"unpack {kv} d{dim}"] = raw.unpack(raw.Heads(2, 2, dim), SCHEMES[kv], ints, ints, cache, past, past)
     for dim in (128, *((64, 80, 96, 256) if everything else ())):
         found[f"rotate_scale d{dim}"] = raw.rotate_scale(raw.Heads(8, 2, dim), out, ints, out, out, out, rotate=True)
     return found

@@ -182,7 +182,7 @@ def test_movmatrix_transposes(device, seed):
     assert np.array_equal(device.numpy(out), fragments(np.ascontiguousarray(x.T), rows, columns))
 
 
-@on_simt
+@on_each_device
 def test_ldmatrix_gives_each_lane_its_elements(device, seed):
     x = np.random.default_rng(seed).integers(0, 65536, (4, 8, 8)).astype(np.uint16)
     out = device.empty((2, 32, 4), np.uint32)
