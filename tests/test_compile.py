@@ -43,6 +43,9 @@ def launches(arch: int) -> dict[str, raw.Launch]:
     for dim, together in [(128, 4)] + [(64, 3), (96, 1), (256, 8)] * everything:
         new = raw.Arrivals(out, out, 0, 0, ints, ints, ints, ints, 1)
         found[f"prefill_attention d{dim} {together}:1"] = raw.prefill_attention(raw.Heads(2 * together, 2, dim), out, new, None, out, arch)
+    for to, silu, dtype in (("bf16", False, np.uint16), ("silu, bf16", True, np.uint16), ("float32", False, np.float32)):
+        x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
+        found[f"linear to {to}"] = raw.linear(x, weight, y, MULTIPROCESSORS, arch, silu=silu)
     for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
         found[f"unpack {kv} d{dim}"] = raw.unpack(raw.Heads(2, 2, dim), SCHEMES[kv], ints, ints, cache, past, past)

@@ -278,6 +278,31 @@ def prefill_attention(
     return Launch("prefill_attention.cu", "prefill_attention", defines, grid, 32 * warps, args, shared(warps, row_tiles, tile))
 
 
+# --- linear layers of a decode step
+
+
+LINEAR_TOKENS = 8  # columns of an MMA
+
+
+def linear(
+    x: Array, weight: Array, out: Array, multiprocessors: int, capability: int, *, norm: tuple[Array, float] | None = None,
+    bias: Array | None = None, residual: Array | None = None, silu: bool = False,
+) -> Launch:
+    """`Reference.linear` of x [tokens, in], bf16, at most LINEAR_TOKENS of them; out bf16 or float32.
+
+    Raises ValueError for more tokens, or where x does not fit into a block's shared memory.
+    """
+    (tokens, size), (rows, _), tiles = x.shape, weight.shape, 2 if silu else 1
+    shared = tokens * (2 * size + 16) + tiles * 8 * 16 * 8 * 4
+    room = SHARED_BYTES.get(capability, 99) * 1024
+    if not 1 <= tokens <= LINEAR_TOKENS or size % 8 or shared > room:
+        raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear.cu on a card of capability {capability / 10}")
+    blocks = min(-(-rows // (16 * tiles)), multiprocessors * min(3, room // (shared + 1024) or 1))
+    weights, eps = norm or (None, 0.0)
+    args = (x, weights, weight, bias, residual, out, *map(np.int32, (tokens, size, rows)), np.float32(eps))
+    return Launch("linear.cu", "linear", (f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"), (blocks,), 256, args, shared)
+
+
 # --- on the card
 
 
