@@ -16,6 +16,7 @@ import pytest
 
 from minioscar.ops import raw
 from minioscar.oscar import SCHEMES
+from minioscar.sampling import Sampling
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install 'minioscar[nvrtc]'")
 
@@ -46,6 +47,7 @@ def launches(arch: int) -> dict[str, raw.Launch]:
     for to, silu, dtype in (("bf16", False, np.uint16), ("silu, bf16", True, np.uint16), ("float32", False, np.float32)):
         x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
         found[f"linear to {to}"] = raw.linear(x, weight, y, MULTIPROCESSORS, arch, silu=silu)
+    found["sample"] = raw.sample(np.empty((1, 1)), Sampling(), ints, ints, ints)
     for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
         found[f"unpack {kv} d{dim}"] = raw.unpack(raw.Heads(2, 2, dim), SCHEMES[kv], ints, ints, cache, past, past)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..oscar import WINDOW, Scheme
+from ..sampling import Sampling
 
 Array = Any
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
@@ -301,6 +302,20 @@ def linear(
     weights, eps = norm or (None, 0.0)
     args = (x, weights, weight, bias, residual, out, *map(np.int32, (tokens, size, rows)), np.float32(eps))
     return Launch("linear.cu", "linear", (f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"), (blocks,), 256, args, shared)
+
+
+# --- the next token
+
+
+def sample(logits: Array, sampling: Sampling, sequences: Array, steps: Array, tokens: Array) -> Launch:
+    """`sampling.sample` of every row of logits, float32 [batch, vocab]; sequences, steps and tokens are int32 [batch] on the device.
+
+    A row gets -1 where `sampling.sample` raises Failure.
+    """
+    scale = min(math.log2(math.e) / sampling.temperature, 1e30) if sampling.temperature else 0.0  # next to 0, the likeliest alone is left
+    numbers = np.float32(scale), np.int32(sampling.top_k), np.float64(sampling.top_p), np.float32(sampling.min_p), np.uint64(sampling.seed)
+    args = (logits, sequences, steps, tokens, np.int32(logits.shape[1]), *numbers)
+    return Launch("sample.cu", "sample", (), (len(logits),), 1024, args)
 
 
 # --- on the card
