@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minioscar.ops import raw
+from minioscar.ops import raw, raw_dense
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import Sampling
 
@@ -46,8 +46,13 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         found[f"prefill_attention d{dim} {together}:1"] = raw.prefill_attention(raw.Heads(2 * together, 2, dim), out, new, None, out, arch)
     for to, silu, dtype in (("bf16", False, np.uint16), ("silu, bf16", True, np.uint16), ("float32", False, np.float32)):
         x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
-        found[f"linear to {to}"] = raw.linear(x, weight, y, MULTIPROCESSORS, arch, silu=silu)
-    found["sample"] = raw.sample(np.empty((1, 1)), Sampling(), ints, ints, ints)
+        found[f"linear to {to}"] = raw_dense.linear(x, weight, y, MULTIPROCESSORS, arch, silu=silu)
+    for tokens in (48, *((128,) if everything else ())):
+        x, weight, y = np.empty((tokens, 4096)), np.empty((8192, 4096)), np.empty((1, 1), np.uint16)
+        batch = raw_dense.batch_plan(tokens, 4096, 8192, True, MULTIPROCESSORS, arch)
+        found[f"linear_batch of {tokens}"] = raw_dense.linear_batch(x, weight, y, batch, out, ints, silu=True)
+    found["rms_norm"] = raw_dense.rms_norm(x, out, 0, out)
+    found["sample"] = raw_dense.sample(np.empty((1, 1)), Sampling(), ints, ints, ints)
     for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
         found[f"unpack {kv} d{dim}"] = raw.unpack(raw.Heads(2, 2, dim), SCHEMES[kv], ints, ints, cache, past, past)

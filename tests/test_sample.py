@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minioscar.errors import Failure
-from minioscar.ops import raw
+from minioscar.ops import raw_dense
 from minioscar.sampling import Sampling, sample
 
 from .kernel_device import on_each_device, on_the_card
@@ -27,7 +27,7 @@ SAMPLINGS = [
 
 def drawn(device, logits: np.ndarray, sampling: Sampling, sequences: np.ndarray, steps: np.ndarray, order: int = 0) -> np.ndarray:
     tokens = device.empty(len(logits), np.int32)
-    device.run(raw.sample(device.array(logits), sampling, *map(device.array, (sequences, steps)), tokens), seed=order)
+    device.run(raw_dense.sample(device.array(logits), sampling, *map(device.array, (sequences, steps)), tokens), seed=order)
     return np.array(device.numpy(tokens))
 
 

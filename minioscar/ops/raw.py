@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from ..oscar import WINDOW, Scheme
-from ..sampling import Sampling
 
 Array = Any
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
@@ -277,45 +276,6 @@ def prefill_attention(
     grid = -(-new.most * group // (warps * row_tiles * 16)), heads.kv_heads, new.starts.shape[0]
     defines = f"HEAD_DIM={d}", f"Q_PER_KV={group}", *cut
     return Launch("prefill_attention.cu", "prefill_attention", defines, grid, 32 * warps, args, shared(warps, row_tiles, tile))
-
-
-# --- linear layers of a decode step
-
-
-LINEAR_TOKENS = 8  # columns of an MMA
-
-
-def linear(
-    x: Array, weight: Array, out: Array, multiprocessors: int, capability: int, *, norm: tuple[Array, float] | None = None,
-    bias: Array | None = None, residual: Array | None = None, silu: bool = False,
-) -> Launch:
-    """`Reference.linear` of x [tokens, in], bf16, at most LINEAR_TOKENS of them; out bf16 or float32.
-
-    Raises ValueError for more tokens, or where x does not fit into a block's shared memory.
-    """
-    (tokens, size), (rows, _), tiles = x.shape, weight.shape, 2 if silu else 1
-    shared = tokens * (2 * size + 16) + tiles * 8 * 16 * 8 * 4
-    room = SHARED_BYTES.get(capability, 99) * 1024
-    if not 1 <= tokens <= LINEAR_TOKENS or size % 8 or shared > room:
-        raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear.cu on a card of capability {capability / 10}")
-    blocks = min(-(-rows // (16 * tiles)), multiprocessors * min(3, room // (shared + 1024) or 1))
-    weights, eps = norm or (None, 0.0)
-    args = (x, weights, weight, bias, residual, out, *map(np.int32, (tokens, size, rows)), np.float32(eps))
-    return Launch("linear.cu", "linear", (f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"), (blocks,), 256, args, shared)
-
-
-# --- the next token
-
-
-def sample(logits: Array, sampling: Sampling, sequences: Array, steps: Array, tokens: Array) -> Launch:
-    """`sampling.sample` of every row of logits, float32 [batch, vocab]; sequences, steps and tokens are int32 [batch] on the device.
-
-    A row gets -1 where `sampling.sample` raises Failure.
-    """
-    scale = min(math.log2(math.e) / sampling.temperature, 1e30) if sampling.temperature else 0.0  # next to 0, the likeliest alone is left
-    numbers = np.float32(scale), np.int32(sampling.top_k), np.float64(sampling.top_p), np.float32(sampling.min_p), np.uint64(sampling.seed)
-    args = (logits, sequences, steps, tokens, np.int32(logits.shape[1]), *numbers)
-    return Launch("sample.cu", "sample", (), (len(logits),), 1024, args)
 
 
 # --- on the card
