@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minioscar.ops import raw
+from minioscar.ops import raw, raw_dense
 from minioscar.oscar import SCHEMES
+from minioscar.sampling import Sampling
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install 'minioscar[nvrtc]'")
 
@@ -40,6 +41,21 @@ def launches(arch: int) -> dict[str, raw.Launch]:
             found[f"schedule {kv} d{dim} {together}:1"] = raw.schedule(heads, scheme, plan, ints, ints)
     for kv, dim in [("int2", 128)] + [("int2-compact", 128), ("int4", 64), ("oscar", 256)] * everything:
         found[f"pack {kv} d{dim}"] = raw.pack_step(raw.Heads(2, 2, dim), SCHEMES[kv], ints, cache)
+    for dim, together in [(128, 4)] + [(64, 3), (96, 1), (256, 8)] * everything:
+        new = raw.Arrivals(out, out, 0, 0, ints, ints, ints, ints, 1)
+        found[f"prefill_attention d{dim} {together}:1"] = raw.prefill_attention(raw.Heads(2 * together, 2, dim), out, new, None, out, arch)
+    for to, silu, dtype in (("bf16", False, np.uint16), ("silu, bf16", True, np.uint16), ("float32", False, np.float32)):
+        x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
+        found[f"linear to {to}"] = raw_dense.linear(x, weight, y, MULTIPROCESSORS, arch, silu=silu)
+    for tokens in (48, *((128,) if everything else ())):
+        x, weight, y = np.empty((tokens, 4096)), np.empty((8192, 4096)), np.empty((1, 1), np.uint16)
+        batch = raw_dense.batch_plan(tokens, 4096, 8192, True, MULTIPROCESSORS, arch)
+        found[f"linear_batch of {tokens}"] = raw_dense.linear_batch(x, weight, y, batch, out, ints, silu=True)
+    found["rms_norm"] = raw_dense.rms_norm(x, out, 0, out)
+    found["sample"] = raw_dense.sample(np.empty((1, 1)), Sampling(), ints, ints, ints)
+    for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
+        past = np.empty((1, 2, 1, dim), np.uint16)
+        found[f"unpack {kv} d{dim}"] = raw.unpack(raw.Heads(2, 2, dim), SCHEMES[kv], ints, ints, cache, past, past)
     for dim in (128, *((64, 80, 96, 256) if everything else ())):
         found[f"rotate_scale d{dim}"] = raw.rotate_scale(raw.Heads(8, 2, dim), out, ints, out, out, out, rotate=True)
     return found

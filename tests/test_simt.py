@@ -78,11 +78,12 @@ def test_arithmetic_of_pairs_is_rounded_once(device, name, seed):
 def test_integer_intrinsics(device, seed):
     a, b = np.random.default_rng(seed).integers(0, 2**32, (2, 256), dtype=np.uint32)
     a[0] = 0
-    out = device.empty((6, 256), np.uint32)
+    out = device.empty((8, 256), np.uint32)
     device.compile(CASES / "numbers.cu", "integers")(2, 128, [device.array(a), device.array(b), out])
     wide = a.astype(np.uint64) | b.astype(np.uint64) << 32
     byte = [(wide >> np.uint64(8 * i)) & np.uint64(255) for i in (0, 5, 2, 7)]
     text = [f"{int(v):032b}" for v in a]
+    products = [((x << 32) + y) * ((y << 32) + x) >> 64 for x, y in zip(a.tolist(), b.tolist(), strict=True)]
     expected = [
         sum(v << np.uint64(8 * i) for i, v in enumerate(byte)),
         wide >> np.uint64(7) & np.uint64(0xFFFFFFFF),
@@ -90,6 +91,7 @@ def test_integer_intrinsics(device, seed):
         [t.count("1") for t in text],
         [t[::-1].find("1") + 1 for t in text],
         [int(t[::-1], 2) for t in text],
+        *zip(*((high & 0xFFFFFFFF, high >> 32) for high in products), strict=True),
     ]
     assert np.array_equal(device.numpy(out), np.array(expected, np.uint32))
 
@@ -182,7 +184,7 @@ def test_movmatrix_transposes(device, seed):
     assert np.array_equal(device.numpy(out), fragments(np.ascontiguousarray(x.T), rows, columns))
 
 
-@on_simt
+@on_each_device
 def test_ldmatrix_gives_each_lane_its_elements(device, seed):
     x = np.random.default_rng(seed).integers(0, 65536, (4, 8, 8)).astype(np.uint16)
     out = device.empty((2, 32, 4), np.uint32)

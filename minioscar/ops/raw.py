@@ -235,6 +235,49 @@ def _decode_source(heads: Heads, scheme: Scheme, p: Plan, out_bf16: bool) -> tup
     return "decode_attention_bf16.cu", (f"HEAD_DIM={heads.head_dim}", *cut)
 
 
+# --- the attention of a prefill
+
+
+def unpack(heads: Heads, scheme: Scheme, slots: Array | None, starts: Array, cache: dict[str, Array], keys: Array, values: Array) -> Launch:
+    """The first starts[s] tokens of row slots[s] (None: s) -> row s of keys, values, bf16 [sequences, kv_heads, capacity, d]."""
+    norms, where = cache.get("norms"), cache["pages"].shape
+    sizes = heads.kv_heads, where[-2], 0 if norms is None else norms.shape[-1], scheme.sinks, keys.shape[2]
+    named = (cache.get(n) for n in ("pages", "norms", "sink_keys", "sink_values", "window_keys", "window_values"))
+    args = (*named, slots, starts, keys, values, *map(np.int32, sizes))
+    grid = -(-keys.shape[2] // PAGE_TOKENS), heads.kv_heads, starts.shape[0]
+    return Launch("unpack.cu", "unpack", layout_defines(scheme, heads.head_dim), grid, 256, args)
+
+
+# head_dim -> (warps, row tiles of 16 a warp, keys of a tile, blocks a multiprocessor), best first
+PREFILL_CUTS = {64: [(4, 2, 64, 2)], 96: [(4, 2, 64, 2)], 128: [(4, 2, 48, 2)], 256: [(8, 1, 64, 1), (8, 1, 32, 1), (4, 1, 16, 2)]}
+
+
+def prefill_attention(
+    heads: Heads, q: Array, new: Arrivals, past: tuple[Array, Array] | None, out: Array, capability: int, *, scale: float | None = None
+) -> Launch:
+    """q [tokens, q_heads, d] -> out, both bf16: each new token over those before it and itself. scale: as in `decode_attention`.
+
+    past: keys and values of the older tokens, bf16 [rows, kv_heads, capacity, d], row new.slots[s] (None: s) of sequence s; None where
+    new.starts are all 0.
+    """
+    d, group = heads.head_dim, heads.q_heads // heads.kv_heads
+    keys, values = past if past else (None, None)
+
+    def shared(warps: int, row_tiles: int, tile: int) -> int:
+        return (warps * row_tiles * 16 + 4 * tile) * (2 * d + 16)
+
+    cuts = (cut for cut in PREFILL_CUTS[d] if shared(*cut[:3]) <= SHARED_BYTES.get(capability, 99) * 1024)
+    warps, row_tiles, tile, blocks = next(cuts)
+    sizes = new.key_stride, new.value_stride, heads.kv_heads, keys.shape[2] if past else 0
+    scale_log2 = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e))
+    rows = new.first_rows, new.slots, new.starts, new.counts
+    args = (q, new.keys, new.values, keys, values, *rows, out, *map(np.int32, sizes), scale_log2)
+    cut = f"BLOCK_WARPS={warps}", f"ROW_TILES={row_tiles}", f"TILE={tile}", f"BLOCKS={blocks}"
+    grid = -(-new.most * group // (warps * row_tiles * 16)), heads.kv_heads, new.starts.shape[0]
+    defines = f"HEAD_DIM={d}", f"Q_PER_KV={group}", *cut
+    return Launch("prefill_attention.cu", "prefill_attention", defines, grid, 32 * warps, args, shared(warps, row_tiles, tile))
+
+
 # --- on the card
 
 

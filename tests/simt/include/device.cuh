@@ -19,6 +19,8 @@ SIMT_MMA(mma_m16n8k16_f16, false, d)
 SIMT_MMA(mma_m16n8k16_f16_fresh, false, zero)
 SIMT_MMA(mma_m16n8k16_bf16, true, d)
 SIMT_INLINE uint32_t movmatrix(uint32_t a, SIMT_LINE) { return simt::movmatrix(a, line); }
+SIMT_INLINE void ldmatrix_x4(uint32_t (&d)[4], const void* row, SIMT_LINE) { simt::ldmatrix(d, 4, false, row, line); }
+SIMT_INLINE void ldmatrix_x4_trans(uint32_t (&d)[4], const void* row, SIMT_LINE) { simt::ldmatrix(d, 4, true, row, line); }
 SIMT_INLINE float ex2(float x) {  // .ftz: subnormals become zero
   const float y = exp2f(fabsf(x) < FLT_MIN ? 0.f : x);
   return y < FLT_MIN ? 0.f : y;

@@ -185,6 +185,7 @@ SIMT_INLINE int __popcll(unsigned long long x) { return __builtin_popcountll(x);
 SIMT_INLINE int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 SIMT_INLINE int __ffs(int x) { return __builtin_ffs(x); }
 SIMT_INLINE unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
+SIMT_INLINE unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned __int128)a * b >> 64; }
 SIMT_INLINE int __mulhi(int a, int b) { return (int)((int64_t)a * b >> 32); }
 SIMT_INLINE unsigned __brev(unsigned x) {
   unsigned r = 0;

@@ -1,0 +1,105 @@
+"""Launches of the raw kernels that know nothing of the cache: linear layers, norms and sampling of a decode step, as in raw.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..sampling import Sampling
+from .raw import SHARED_BYTES, Launch
+
+Array = Any
+
+LINEAR_TOKENS = 8  # columns of an MMA
+
+
+def linear(
+    x: Array, weight: Array, out: Array, multiprocessors: int, capability: int, *, norm: tuple[Array, float] | None = None,
+    bias: Array | None = None, residual: Array | None = None, silu: bool = False,
+) -> Launch:
+    """`Reference.linear` of x [tokens, in], bf16, at most LINEAR_TOKENS of them; out bf16 or float32.
+
+    Raises ValueError for more tokens, or where x does not fit into a block's shared memory.
+    """
+    (tokens, size), (rows, _), tiles = x.shape, weight.shape, 2 if silu else 1
+    shared = tokens * (2 * size + 16) + tiles * 8 * 16 * 8 * 4
+    room = SHARED_BYTES.get(capability, 99) * 1024
+    if not 1 <= tokens <= LINEAR_TOKENS or size % 8 or shared > room:
+        raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear.cu on a card of capability {capability / 10}")
+    blocks = min(-(-rows // (16 * tiles)), multiprocessors * min(3, room // (shared + 1024) or 1))
+    weights, eps = norm or (None, 0.0)
+    args = (x, weights, weight, bias, residual, out, *map(np.int32, (tokens, size, rows)), np.float32(eps))
+    return Launch("linear.cu", "linear", (f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"), (blocks,), 256, args, shared)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How linear_batch.cu is cut for a weight [rows, size], so many tokens and a card."""
+
+    columns: int
+    stages: int
+    splits: int
+    blocks: int  # of rows
+
+    @property
+    def workspace_floats(self) -> int:
+        return self.blocks * self.splits * 128 * self.columns
+
+
+def batch_plan(tokens: int, size: int, rows: int, silu: bool, multiprocessors: int, capability: int) -> BatchPlan:
+    """The parts of k that leave the fewest multiprocessors, of two blocks each, idle at the end.
+
+    Raises ValueError for more than 128 tokens.
+    """
+    if not 1 <= tokens <= 128 or size % 8:
+        raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear_batch.cu")
+    step = 16 if tokens <= 64 else 32
+    columns, room = -(-tokens // step) * step, SHARED_BYTES.get(capability, 99) * 1024
+    stages = next(n for n in (4, 3, 2) if n * (128 + columns) * 144 <= room)
+    width = 64 if silu else 128
+    blocks = -(-(rows // 2 if silu else rows) // width)
+    slots = 2 * multiprocessors
+    most = max(min(8, -(-size // 64) // stages), 1)  # fewer slabs than stages would be all beginning
+    splits = min(range(1, most + 1), key=lambda n: (-(-blocks * n // slots) / n, n))
+    return BatchPlan(columns, stages, splits, blocks)
+
+
+def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> Launch:
+    """x [tokens, size] -> out, both bf16."""
+    args = (x, weight, out, np.int32(x.shape[1]), np.float32(eps))
+    return Launch("linear_batch.cu", "rms_norm", _batch_defines(16, 4, False, True), (len(x),), 256, args)
+
+
+def linear_batch(
+    x: Array, weight: Array, out: Array, p: BatchPlan, workspace: Array, arrived: Array, *, bias: Array | None = None,
+    residual: Array | None = None, silu: bool = False,
+) -> Launch:
+    """As `linear`, for up to 128 tokens, already normed.
+
+    workspace float32 [p.workspace_floats]; arrived int32 [p.blocks], zero before and after.
+    """
+    (tokens, size), rows = x.shape, weight.shape[0]
+    args = (x, weight, bias, residual, out, workspace, arrived, *map(np.int32, (tokens, size, rows)))
+    defines, shared = _batch_defines(p.columns, p.stages, silu, out.dtype.itemsize == 2), p.stages * (128 + p.columns) * 144
+    return Launch("linear_batch.cu", "linear_batch", defines, (p.splits, p.blocks), 256, args, shared)
+
+
+def _batch_defines(columns: int, stages: int, silu: bool, out_bf16: bool) -> tuple[str, ...]:
+    return f"COLUMNS={columns}", f"STAGES={stages}", f"SILU={silu:d}", f"OUT_BF16={out_bf16:d}"
+
+
+# --- the next token
+
+
+def sample(logits: Array, sampling: Sampling, sequences: Array, steps: Array, tokens: Array) -> Launch:
+    """`sampling.sample` of every row of logits, float32 [batch, vocab]; sequences, steps and tokens are int32 [batch] on the device.
+
+    A row gets -1 where `sampling.sample` raises Failure.
+    """
+    scale = min(math.log2(math.e) / sampling.temperature, 1e30) if sampling.temperature else 0.0  # next to 0, the likeliest alone is left
+    numbers = np.float32(scale), np.int32(sampling.top_k), np.float64(sampling.top_p), np.float32(sampling.min_p), np.uint64(sampling.seed)
+    args = (logits, sequences, steps, tokens, np.int32(logits.shape[1]), *numbers)
+    return Launch("sample.cu", "sample", (), (len(logits),), 1024, args)

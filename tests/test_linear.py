@@ -1,0 +1,129 @@
+"""linear.cu and linear_batch.cu against float64, simulated and on a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from minioscar.cache import BF16
+from minioscar.ops import raw_dense
+
+from .kernel_device import on_each_device, on_the_card
+
+EPS = 1e-5
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    return x.astype(BF16).astype(np.float64)
+
+
+def check(device, seed: int, tokens: int, size: int, rows: int, *, order: int = 0, multiprocessors: int = 2, **parts: bool) -> np.ndarray:
+    """parts: norm, bias, residual, silu, float32. Returns what the kernel computed."""
+    rng, width = np.random.default_rng(seed), rows // 2 if parts.get("silu") else rows
+    x, weight = rng.normal(size=(tokens, size)).astype(BF16), (rng.normal(size=(rows, size)) / np.sqrt(size)).astype(BF16)
+    norm = rng.uniform(0.5, 1.5, size).astype(BF16) if parts.get("norm") else None
+    bias = rng.normal(size=rows).astype(BF16) if parts.get("bias") else None
+    residual = rng.normal(size=(tokens, width)).astype(BF16) if parts.get("residual") else None
+    out = device.empty((tokens, width), np.float32 if parts.get("float32") else BF16)
+    given = {name: device.array(a) for name, a in (("bias", bias), ("residual", residual)) if a is not None}
+    given |= {"silu": parts.get("silu", False)}
+    x_there, weight_there = device.array(x), device.array(weight)
+    if tokens <= raw_dense.LINEAR_TOKENS:
+        given |= {"norm": (device.array(norm), EPS)} if norm is not None else {}
+        device.run(raw_dense.linear(x_there, weight_there, out, multiprocessors, 80, **given), seed=order)
+    else:
+        if norm is not None:
+            normed = device.empty(x.shape, BF16)
+            device.run(raw_dense.rms_norm(x_there, device.array(norm), EPS, normed), seed=order)
+            x_there = normed
+        plan = raw_dense.batch_plan(tokens, size, rows, given["silu"], multiprocessors, 80)
+        workspace, arrived = device.empty(plan.workspace_floats, np.float32), device.array(np.zeros(plan.blocks, np.int32))
+        device.run(raw_dense.linear_batch(x_there, weight_there, out, plan, workspace, arrived, **given), seed=order)
+        assert not device.numpy(arrived).any()
+    got = np.array(device.numpy(out))
+
+    x, w = x.astype(np.float64), weight.astype(np.float64)
+    if norm is not None:
+        x = rounded(x / np.sqrt((x * x).mean(axis=1, keepdims=True) + EPS) * norm.astype(np.float64))
+    y, size_of = x @ w.T, abs(x) @ abs(w).T
+    # Float32 sums; and two numbers of the norm may be rounded to the other side than in float64, by 2^-8 of them at most.
+    error = 2.0**-20 * size_of + (2 * 2.0**-8 * (abs(x).max(axis=1)[:, None] * abs(w).max(axis=1)) if norm is not None else 0)
+    if bias is not None:
+        y = y + bias.astype(np.float64)
+    if parts.get("silu"):
+        (gate, up), (gate_error, up_error) = np.split(y, 2, axis=1), np.split(error, 2, axis=1)
+        y = gate / (1 + np.exp(-gate)) * up
+        error = 1.1 * gate_error * abs(up) + abs(gate) * up_error + 2.0**-20 * abs(y)  # the slope of silu is below 1.1
+    if residual is not None:
+        y = y + residual.astype(np.float64)
+    error = error + (0 if parts.get("float32") else 2.0**-8 * abs(y))
+    assert np.all(abs(got.astype(np.float64) - y) <= error)
+    return got
+
+
+SMALL = [(1, 576, 96), (3, 40, 34), (8, 1032, 16), (5, 8, 2), (2, 256, 250)]  # tokens, in, out
+BATCHES = [(9, 200, 34), (48, 840, 130), (64, 8, 2), (65, 640, 200), (128, 72, 256)]
+PARTS = [
+    {},
+    {"float32": True},
+    {"norm": True, "bias": True},
+    {"residual": True},
+    {"silu": True, "norm": True},
+    {"silu": True, "bias": True, "residual": True},
+    {"norm": True, "float32": True},
+]
+
+
+@on_each_device
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
+@pytest.mark.parametrize(("tokens", "size", "rows"), [*SMALL, *BATCHES])
+def test_linear_with_what_stands_before_and_behind_it(device, seed, tokens, size, rows, parts):
+    check(device, seed, tokens, size, rows, **parts)
+
+
+@on_each_device
+def test_linear_gives_equal_bits_on_every_grid_and_in_every_order(device, seed):
+    parts = {"norm": True, "residual": True, "multiprocessors": 1}
+    first = check(device, seed, 4, 288, 130, **parts)
+    for order, multiprocessors in ((1, 1), (2, 2), (3, 40)):
+        assert np.array_equal(first, check(device, seed, 4, 288, 130, order=order, **parts | {"multiprocessors": multiprocessors}))
+    assert raw_dense.batch_plan(20, 640, 130, False, 2, 80).splits == 2
+    first, *others = (check(device, seed, 20, 640, 130, order=order, **parts | {"multiprocessors": 2}) for order in range(3))
+    assert all(np.array_equal(first, other) for other in others)
+
+
+@on_each_device
+def test_a_token_of_a_batch_gets_the_bits_that_it_gets_alone(device, seed):
+    rng = np.random.default_rng(seed)
+    x, weight = rng.normal(size=(8, 320)).astype(BF16), rng.normal(size=(48, 320)).astype(BF16)
+    rows = []
+    for tokens in (8, 1):
+        out = device.empty((tokens, 48), np.float32)
+        device.run(raw_dense.linear(device.array(x[:tokens]), device.array(weight), out, 2, 80))
+        rows.append(np.array(device.numpy(out))[0])
+    assert np.array_equal(*rows)
+
+
+def test_what_does_not_fit_is_refused():
+    weight = np.empty((16, 12288), np.uint16)
+    for tokens, capability in ((9, 90), (8, 89), (0, 90)):
+        with pytest.raises(ValueError, match="no place"):
+            raw_dense.linear(np.empty((tokens, 12288), np.uint16), weight, weight, 132, capability)
+    with pytest.raises(ValueError, match="no place"):
+        raw_dense.batch_plan(129, 12288, 16, False, 132, 90)
+
+
+def test_the_parts_of_k_fill_the_card():
+    """Qwen3-8B on 132 multiprocessors: at the end of a launch at most a seventh of the 264 blocks that run at a time is idle."""
+    for size, rows, silu in ((4096, 6144, False), (4096, 4096, False), (4096, 24576, True), (12288, 4096, False), (4096, 151936, False)):
+        plan = raw_dense.batch_plan(48, size, rows, silu, 132, 90)
+        blocks = plan.blocks * plan.splits
+        assert blocks / (-(-blocks // 264) * 264) > 6 / 7, plan
+
+
+@on_the_card
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 48, 128])
+@pytest.mark.parametrize(("size", "rows"), [(4096, 6144), (576, 49152), (1536, 576), (9728, 2560)])
+def test_linear_of_models_shapes(device, seed, tokens, size, rows, parts):
+    check(device, seed, tokens, size, rows, multiprocessors=132, **parts)

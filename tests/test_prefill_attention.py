@@ -1,0 +1,122 @@
+"""The attention of a prefill against float64, and unpack.cu against oscar.py bit for bit; simulated and on a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from minioscar.cache import BF16
+from minioscar.ops import raw
+from minioscar.oscar import SCHEMES
+
+from .kernel_device import on_each_device, on_the_card
+from .test_decode_attention import KV_HEADS, dequantized, filled, history
+
+BF16_ROUNDING = 2.0**-8  # at most, of a number
+
+
+def causal(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """q [n, q_heads, d], the newest of the tokens of keys, values [kv_heads, tokens, d] -> [n, q_heads, d], in float64.
+
+    Then the same of the absolute values: what is lost where each p is rounded is at most so much of it.
+    """
+    n, heads, d = q.shape
+    kv_heads, tokens, _ = keys.shape
+    x = q.reshape(n, kv_heads, -1, d).transpose(1, 2, 0, 3).astype(np.float64) @ keys.astype(np.float64).swapaxes(1, 2)[:, None]
+    x = np.where(np.arange(tokens) <= np.arange(tokens - n, tokens)[:, None], x / math.sqrt(d), -np.inf)
+    p = np.exp(x - x.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    sizes = (v.astype(np.float64) for v in (values, abs(values)))
+    return tuple((p @ v[:, None]).transpose(2, 0, 1, 3).reshape(n, heads, d) for v in sizes)
+
+
+def check(
+    device, d: int, group: int, starts: Sequence[int], counts: Sequence[int], seed: int, *, kind: str = "", arch: int = 80, order: int = 0
+) -> np.ndarray:
+    """Sequences of starts[s] older and counts[s] new tokens, whose cache rows stand in reverse; returns what the kernel computed."""
+    rng, heads, batch = np.random.default_rng(seed), raw.Heads(KV_HEADS * group, KV_HEADS, d), len(starts)
+    q = rng.normal(size=(sum(counts) + 2, heads.q_heads, d)).astype(BF16)  # two tokens of nobody: first_rows leave a gap
+    sequences = [history(rng, n, d, kind, q[0, 0].astype(np.float64)) for n in np.add(starts, counts)]
+    past = np.full((2, batch, KV_HEADS, max(starts) + 3, d), np.nan, BF16)
+    qkv = np.full((2, len(q), KV_HEADS + 1, d), np.nan, BF16)  # rows a head longer than what is read of them
+    firsts, slots = np.cumsum([2, *counts[:-1]]).astype(np.int32), np.arange(batch, dtype=np.int32)[::-1].copy()
+    for x, slot, first, start, count in zip(sequences, slots, firsts, starts, counts, strict=True):
+        past[:, slot, :, :start] = x[:, :, :start]
+        qkv[:, first : first + count, :KV_HEADS] = x[:, :, start:].swapaxes(1, 2)
+    stride = (KV_HEADS + 1) * d
+    rows = (device.array(np.asarray(x, np.int32)) for x in (firsts, slots, starts, counts))
+    new = raw.Arrivals(*map(device.array, qkv), stride, stride, *rows, max(counts))
+    out = device.empty(q.shape, BF16)
+    older = tuple(map(device.array, past)) if any(starts) else None
+    device.run(raw.prefill_attention(heads, device.array(q), new, older, out, arch), arch, order)
+    got = np.array(device.numpy(out, allow_unwritten=True)).astype(np.float64)
+    assert np.all(np.isnan(got[:2])) and np.all(np.isfinite(got[2:]))
+    for x, first, count in zip(sequences, firsts, counts, strict=True):
+        expected, size = causal(q[first : first + count], *x)
+        error = abs(got[first : first + count] - expected)
+        allowed = 1.05 * BF16_ROUNDING * (size + abs(expected))  # of every p and of the result, and a little for float32 sums
+        print(f"{(error / allowed.clip(1e-30)).max():.2f} of what is allowed")
+        assert np.all(error <= allowed)
+    return got
+
+
+CASES = [(128, 4, 80), (64, 3, 90), (96, 1, 80), (256, 2, 80), (256, 1, 90), (256, 2, 120), (64, 8, 80), (128, 7, 90)]
+
+
+@on_each_device
+@pytest.mark.parametrize(("d", "group", "arch"), CASES)
+def test_prefill_attention_of_unequal_sequences_with_and_without_a_past(device, seed, d, group, arch):
+    check(device, d, group, (0, 70, 0), (1, 41, 67), seed, arch=arch)
+    check(device, d, group, (0, 0), (3, 35), seed, arch=arch)
+
+
+@on_each_device
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129])
+def test_prefill_attention_around_every_boundary(device, seed, n):
+    check(device, 64, 2, (0,), (n,), seed)
+    check(device, 128, 1, (n,), (3,), seed)
+
+
+@on_each_device
+@pytest.mark.parametrize("kind", ["zero", "equal", "ramp", "tail", "sink", "peak"])
+def test_prefill_attention_of_difficult_keys(device, seed, kind):
+    check(device, 128, 4, (70, 0), (20, 55), seed, kind=kind)
+
+
+@on_each_device
+def test_prefill_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(device, seed):
+    first, *others = (check(device, 64, 3, (40, 0), (50, 90), seed, order=order) for order in range(3))
+    assert all(np.array_equal(first, other, equal_nan=True) for other in others)
+
+
+@on_the_card
+@pytest.mark.parametrize("d", raw.HEAD_DIMS)
+@pytest.mark.parametrize("group", [*range(1, 9), 16])
+def test_prefill_attention_over_the_grid_of_shapes(device, seed, d, group):
+    import cupy
+
+    check(device, d, group, (0, 1000, 0, 257), (1500, 300, 1, 64), seed, arch=int(cupy.cuda.Device().compute_capability))
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ["int2", "int2-compact", "oscar", "int4", "kivi", "scaling"])
+@pytest.mark.parametrize("d", raw.HEAD_DIMS)
+def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
+    scheme, rng, lengths = SCHEMES[name], np.random.default_rng(seed), (300, 129, 40, 1)
+    if raw.unsupported(scheme, d):
+        pytest.skip(raw.unsupported(scheme, d))
+    heads = raw.Heads(KV_HEADS, KV_HEADS, d)
+    sequences = [history(rng, n, d, "tail", np.ones(d)) for n in lengths]
+    cache = filled(device, sequences, scheme, heads)  # as decode attention finds it, its last token in the window
+    slots = np.array([3, 0, 1, 2], np.int32)
+    starts = np.array(lengths, np.int32)[slots]
+    keys, values = (device.empty((len(slots), KV_HEADS, 320, d), BF16) for _ in "kv")
+    device.run(raw.unpack(heads, scheme, device.array(slots), device.array(starts), cache, keys, values), seed=seed % 5)
+    for row, slot in enumerate(slots):
+        n = lengths[slot]
+        for got, expected in zip((keys, values), dequantized(sequences[slot], n // 128 * 128, scheme), strict=True):
+            got = np.array(device.numpy(got, allow_unwritten=True))[row]
+            assert np.array_equal(got[:, :n], expected.astype(BF16)) and np.all(got[:, n:].view(np.uint16) == 0xFFFF)

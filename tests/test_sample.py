@@ -1,0 +1,83 @@
+"""sample.cu against sampling.py, token by token; simulated and on a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from minioscar.errors import Failure
+from minioscar.ops import raw_dense
+from minioscar.sampling import Sampling, sample
+
+from .kernel_device import on_each_device, on_the_card
+
+SAMPLINGS = [
+    Sampling(),
+    Sampling(1.0, seed=2**64 - 1),
+    Sampling(0.3, seed=7),
+    Sampling(1.0, top_k=1),
+    Sampling(1.5, top_k=40, seed=3),
+    Sampling(1.0, top_p=0.9, seed=4),
+    Sampling(2.0, top_p=0.05),
+    Sampling(1.0, min_p=0.1, seed=6),
+    Sampling(0.8, top_k=20, top_p=0.95, min_p=0.02, seed=5),
+    Sampling(1e-38),
+]
+
+
+def drawn(device, logits: np.ndarray, sampling: Sampling, sequences: np.ndarray, steps: np.ndarray, order: int = 0) -> np.ndarray:
+    tokens = device.empty(len(logits), np.int32)
+    device.run(raw_dense.sample(device.array(logits), sampling, *map(device.array, (sequences, steps)), tokens), seed=order)
+    return np.array(device.numpy(tokens))
+
+
+def check(device, seed: int, sampling: Sampling, vocab: int, batch: int, ties: bool = False) -> None:
+    rng = np.random.default_rng(seed)
+    logits = (3 * rng.standard_normal((batch, vocab))).astype(np.float32)
+    if ties:
+        logits = np.round(logits)
+    sequences, steps = rng.integers(0, 1000, (2, batch)).astype(np.int32)
+    got = drawn(device, logits, sampling, sequences, steps)
+    expected = [sample(row, sampling, int(n), int(step)) for row, n, step in zip(logits, sequences, steps, strict=True)]
+    assert got.tolist() == expected
+
+
+@on_each_device
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_the_device_draws_the_tokens_that_the_host_draws(device, seed, sampling):
+    for vocab, batch, ties in ((1, 1, False), (50, 3, True), (1500, 2, False)):
+        check(device, seed, sampling, vocab, batch, ties)
+
+
+@on_each_device
+def test_extreme_logits(device):
+    logits = np.full((5, 40), -np.inf, np.float32)
+    logits[0, 7] = -5  # one token alone can be drawn
+    logits[1], logits[1, 3] = 0, np.nan
+    logits[2, [1, 2]] = np.inf
+    logits[3] = np.linspace(-1e30, 1e30, 40)
+    logits[4] = -0.0
+    logits[4, 11] = 0.0  # equal to the others: the first is the largest
+    at = np.arange(5, dtype=np.int32)
+    for sampling in (Sampling(), Sampling(0.7, top_k=3, top_p=0.5, min_p=0.1)):
+        tokens = drawn(device, logits, sampling, at, at).tolist()
+        for row, i, token in zip(logits, at.tolist(), tokens, strict=True):
+            try:
+                assert token == sample(row, sampling, i, i)
+            except Failure:
+                assert token == -1 and i in (1, 2)
+
+
+@on_each_device
+def test_tokens_do_not_depend_on_the_order_of_threads_nor_on_the_batch(device, seed):
+    rng, sampling = np.random.default_rng(seed), Sampling(1.1, top_p=0.9, seed=9)
+    logits, at = rng.standard_normal((3, 700)).astype(np.float32), np.arange(3, dtype=np.int32)
+    first = drawn(device, logits, sampling, at, at + 5)
+    assert all(np.array_equal(first, drawn(device, logits, sampling, at, at + 5, order)) for order in (1, 2))
+    assert first[2] == drawn(device, logits[2:], sampling, at[2:], at[2:] + 5)[0]
+
+
+@on_the_card
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_the_device_draws_from_real_vocabularies(device, seed, sampling):
+    check(device, seed, sampling, 151936, 64)
