@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,6 +75,18 @@ def test_peers_get_our_tensors_and_one_that_fails_or_is_wrong_gives_its_reason(m
     assert found["fails"] == "NotImplementedError: not for this shape"
     assert set(found) == set(bench_peers.ATTENTION) and all(isinstance(value, float | str) for value in found.values())
     assert found["sdpa_fa2"] == 2.0  # torch has this one for CPUs too
+
+
+@pytest.mark.gpu
+def test_peers_that_are_installed_are_timed_on_a_card(seed):
+    pytest.importorskip("torch", reason="torch is not installed")
+    import cupy
+
+    made = caches(np.random.default_rng(seed), 2, 1024, head_dim=128)
+    on_card = [{name: cupy.asarray(x.view(np.uint16)).view(BF16) for name, x in cache.items()} for cache in made]
+    found = bench_peers.peer_times(case(2, 1024, q_heads=8, head_dim=128), on_card)
+    wanted = ["sdpa_fa2"] + [name for name in ("triton", "flashinfer") if find_spec(name)]
+    assert all(isinstance(found[name], float) and found[name] > 0 for name in wanted), found
 
 
 def test_the_pages_of_a_cache_are_its_tokens(seed):
