@@ -113,12 +113,13 @@ def graph_time(calls: list[Call], replays: int = 25) -> float:
 
     from minioscar.measure import LAUNCHES
 
+    count = max(LAUNCHES, len(calls))
     for call in calls:
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(LAUNCHES):
+        for i in range(count):
             calls[i % len(calls)]()
     times = []
     for i in range(3 + replays):
@@ -128,7 +129,7 @@ def graph_time(calls: list[Call], replays: int = 25) -> float:
         end.record()
         end.synchronize()
         if i >= 3:
-            times.append(start.elapsed_time(end) * 1e3 / LAUNCHES)
+            times.append(start.elapsed_time(end) * 1e3 / count)
     return statistics.median(times)
 
 

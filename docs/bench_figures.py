@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from canvas import BLUE, GREEN, INK, RED, Canvas
-from committed import NAMES, QWEN3_8B, attention_rows, benches, fastest_bf16, measured, shape_of
+from committed import NAMES, QWEN3_8B, attention_rows, benches, fastest_bf16, measured, on_gpu, shape_of
 
 from minioscar.cache import layout
 from minioscar.config import Config
@@ -34,11 +34,8 @@ def drawn() -> dict[str, Canvas]:
 
 def drawn_from(name: str, report: dict) -> dict[str, Canvas]:
     """Those that one report has the rows for; `name` begins theirs."""
-    made = speedups(report)
-    found = {f"{name}-speedup": made} if made else {}
-    for suffix, made in [*attention_times(report), *step_times(report), *throughputs(report)]:
-        found[f"{name}-{suffix}"] = made
-    return found
+    kernels = [*speedups(report), *attention_times(report)] if on_gpu(report) else []  # elsewhere they are NumPy's, at small shapes
+    return {f"{name}-{what}": canvas for what, canvas in [*kernels, *step_times(report), *throughputs(report)]}
 
 
 # --- lines over the context or the budget
@@ -131,7 +128,10 @@ def kv_lines(rows: list[dict], value: str, fraction: str) -> list[Line]:
 
 def attention_times(report: dict) -> Iterable[tuple[str, Canvas]]:
     card = report["meta"]["card"]
-    for (batch, q_heads, kv_heads, dim), rows in groups(attention_rows(report), "batch", "q_heads", "kv_heads", "head_dim"):
+    once: dict[tuple, dict] = {}  # a sweep comes by some cases again
+    for row in attention_rows(report, "kernel", "sweep"):
+        once.setdefault((row["kv"], shape_of(row)), row)
+    for (batch, q_heads, kv_heads, dim), rows in groups(once.values(), "batch", "q_heads", "kv_heads", "head_dim"):
         shape = f"batch {batch}, {q_heads} q and {kv_heads} kv heads of {dim}"
         title = f"Decode attention of one layer, {shape}, {card}"
         lines = kv_lines(rows, "us", "fraction_of_copy")
@@ -150,6 +150,8 @@ def throughputs(report: dict) -> Iterable[tuple[str, Canvas]]:
     """The most tokens/s that each cache reaches in a budget of memory, where there is more than one budget."""
     best: dict[tuple, dict[tuple, float]] = {}
     for row in report.get("throughput", ()):
+        if not row["tokens_per_s"]:  # not one sequence fits
+            continue
         rates = best.setdefault((row["model"], row["context"]), {})
         key = row["kv"], row["budget_gb"]
         rates[key] = max(row["tokens_per_s"], rates.get(key, 0))
@@ -170,14 +172,14 @@ def slug(name: str) -> str:
 # --- bars
 
 
-def speedups(report: dict) -> Canvas | None:
-    """Of decode attention, over the fastest BF16 kernel of the same run; None where no shape has both."""
+def speedups(report: dict) -> Iterable[tuple[str, Canvas]]:
+    """Of decode attention, over the fastest BF16 kernel of the same run; nothing where no shape has both."""
     best, rows = fastest_bf16(report), attention_rows(report)
     whole = {shape_of(row): row["bytes"] for row in rows if row["kv"] == "bf16"}
     shown = {(shape_of(row), row["kv"]): row for row in rows if row["kv"] in SPEEDUPS and shape_of(row) in best}
     shapes = list(dict.fromkeys(shape for shape, _ in shown))
     if not shapes:
-        return None
+        return
     title = f"Decode attention: times as fast as the fastest BF16 kernel of the same run, {report['meta']['card']}"
     height = 70 + 44 * len(shapes) + 24 * len(shown) + 40
     c, left, unit = Canvas(860, height, title), 130, 74
@@ -208,7 +210,7 @@ def speedups(report: dict) -> Canvas | None:
                 c.text(edge + 8, y + 13, f"{row['us']:.1f} µs; the bytes allow {limit:.1f}x", 12, fill=MUTED)
                 y += 24
         y += 18
-    return c
+    yield "speedup", c
 
 
 MEMORY_SHOWN = ("bf16", "int4", "oscar", "int2", "int2-compact")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 
 import bench_figures
-from committed import NAMES, QWEN3_8B, RESULTS, attention_rows, benches, fastest_bf16, load, measured, on_gpu, shape_of
+from committed import NAMES, QWEN3_8B, RESULTS, attention_rows, benches, fastest_bf16, foreign_group, load, measured, on_gpu, shape_of
 
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
@@ -171,7 +171,7 @@ def throughput_gain(reports: list[dict]) -> str:
     for report in reports:
         rates: dict[tuple, float] = {}
         for row in report.get("throughput", ()):
-            if row["context"] == 4096:
+            if row["context"] == 4096 and row["tokens_per_s"]:
                 key = row["model"], row["budget_gb"], row["kv"]
                 rates[key] = max(row["tokens_per_s"], rates.get(key, 0))
         for model, budget, kv in sorted(rates, key=str):
@@ -200,9 +200,8 @@ def section(name: str, report: dict) -> Iterator[str]:
     yield from (f"## {name}.json", "", f"{where}; {versions}; commit `{meta['commit']}`, {meta['date']}. Measured limits: {rates}.", "")
     for figure, canvas in bench_figures.drawn_from(name, report).items():
         yield from (f"![{canvas.title}](../figures/{figure}.svg)", "")
-    for part in ("kernel", "decode", "prefill", "throughput", "memory"):
+    for part, (head, cells) in PARTS.items():
         if report.get(part):
-            head, cells = PARTS[part]
             yield from (*table(head, (list(cells(row)) for row in report[part])), "", *reasons(report[part]))
 
 
@@ -213,13 +212,22 @@ def section_of_memory() -> Iterator[str]:
 
 def kernel_cells(row: dict) -> Iterator[str]:
     yield OPS.get(row["op"], row["op"])
-    yield f"`{row['kv']}`"
+    yield f"`{row['kv']}`" + (f", groups of {row['group']}" if foreign_group(row) else "")
     yield "{batch} x {context:,}".format(**row)
     yield "{q_heads} / {kv_heads}, {head_dim}".format(**row)
     yield f"{row['us']:.2f} (spread {row['us_spread']:.1%})"
     yield f"{row['us'] * row['fraction_of_copy']:.2f}"
     yield f"{row['fraction_of_copy']:.0%}"
     yield peer_cell(row, 1)
+
+
+def growth_cells(row: dict) -> Iterator[str]:
+    yield from (row["over"], f"`{row['kv']}`", f"{row['us_per_1000_tokens']:.3f}", f"{row['bytes_us_per_1000_tokens']:.3f}")
+    yield from (f"{1 / row['times_the_bytes']:.0%}", f"{row['us_at_0_tokens']:.2f}", f"{row['worst_error']:.0%}")
+
+
+def skipped_cells(row: dict) -> Iterator[str]:
+    yield from (OPS.get(row["op"], row["op"]), f"`{row['kv']}`", "{batch} x {context:,}".format(**row), row["skipped"])
 
 
 def decode_cells(row: dict) -> Iterator[str]:
@@ -238,7 +246,7 @@ def throughput_cells(row: dict) -> Iterator[str]:
 
 
 def memory_cells(row: dict) -> Iterator[str]:
-    yield from (f"`{row['kv']}`", "{batch} x {context:,}".format(**row), f"{row['cache_bytes'] / 1e6:,.1f}")
+    yield from (row["model"], f"`{row['kv']}`", "{batch} x {context:,}".format(**row), f"{row['cache_bytes'] / 1e6:,.1f}")
     yield from (f"{row['predicted_bytes'] / 1e6:,.1f}", f"{row['ratio_to_bf16']:.2f}x")
 
 
@@ -254,12 +262,17 @@ def reasons(rows: list[dict]) -> Iterator[str]:
 
 
 SHAPE = ("`--kv`", "sequences x tokens")
+KERNEL = ("q / kv heads, head_dim", "µs", "limit, µs", "of it", "peers, µs")
+GROWTH = ("µs per 1,000 tokens", "limit, µs", "of it", "µs at none", "worst error of the line")
 PARTS = {
-    "kernel": (["kernel", *SHAPE, "q / kv heads, head_dim", "µs", "limit, µs", "of it", "peers, µs"], kernel_cells),
+    "kernel": (["kernel", *SHAPE, *KERNEL], kernel_cells),
+    "sweep": (["sweep", *SHAPE, *KERNEL], kernel_cells),
+    "growth": (["growth over", "`--kv`", *GROWTH], growth_cells),
+    "skipped": (["not measured", *SHAPE, "why"], skipped_cells),
     "decode": (["decode", *SHAPE, "ms a step", "tokens/s", "limit, ms", "of it", "peers, ms"], decode_cells),
     "prefill": (["prefill", "tokens", "tokens/s", "limit, tokens/s", "of it", "peers, tokens/s"], prefill_cells),
     "throughput": (["throughput", "budget, GB", "`--kv`", "tokens", "sequences", "tokens/s"], throughput_cells),
-    "memory": ([*SHAPE, "cache, MB", "predicted, MB", "smaller than BF16"], memory_cells),
+    "memory": (["memory", *SHAPE, "cache, MB", "predicted, MB", "smaller than BF16"], memory_cells),
 }
 
 TABLES = {"decode_kernels": decode_kernels, "other_kernels": other_kernels, "resources": resources, "gpu": gpu, "cpu": cpu}

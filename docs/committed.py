@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from minioscar.oscar import SCHEMES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 
@@ -34,6 +36,16 @@ def on_gpu(report: dict) -> bool:
     return report["meta"]["driver"] is not None
 
 
+def attention_rows(report: dict, *parts: str) -> list[dict]:
+    """Decode attention with the group size that is the scheme's own (a sweep also tries others), of some parts of a report."""
+    rows = [row for part in parts or ("kernel",) for row in report.get(part, ()) if row["op"] == "decode_attention"]
+    return [row for row in rows if not foreign_group(row)]
+
+
+def foreign_group(row: dict) -> bool:
+    return row.get("group") not in (None, SCHEMES[row["kv"]].group)
+
+
 def fastest_bf16(report: dict) -> dict[tuple, tuple[float, str]]:
     """Shape of decode attention -> the fastest BF16 kernel of the same run: microseconds, name ("ours" or a peer's)."""
     best = {}
@@ -41,10 +53,6 @@ def fastest_bf16(report: dict) -> dict[tuple, tuple[float, str]]:
         if row["kv"] == "bf16":
             best[shape_of(row)] = min((us, name) for name, us in {"ours": row["us"], **measured(row)}.items())
     return best
-
-
-def attention_rows(report: dict) -> list[dict]:
-    return [row for row in report.get("kernel", ()) if row["op"] == "decode_attention"]
 
 
 def shape_of(row: dict) -> tuple:
