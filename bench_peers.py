@@ -12,7 +12,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Array = Tensor = Any
 Call = Callable[[], Tensor]
+Candidates = Iterator[Callable[[], list[Call]]]  # ways of a peer to do it; each prepares a call per cache
 Caches = Sequence[tuple[Tensor, Tensor]]  # keys and values, [batch, kv_heads, tokens, head_dim] in BF16
 Times = dict[str, float | str]  # or the reason why there is none
 
@@ -90,12 +91,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def fastest(candidates: Iterable[list[Call]], expected: Tensor) -> float:
+def fastest(candidates: Candidates, expected: Tensor) -> float:
     """Microseconds of the peer's fastest candidate. One that fails or is wrong is passed over, unless all of them are."""
     tried: list[tuple[float, list[Call]]] = []
     failure: Exception = RuntimeError("nothing to try for this shape")
-    for calls in candidates:
+    for prepare in candidates:
         try:
+            calls = prepare()
             off = float((calls[0]().float() - expected).norm() / expected.norm())
             if not off < CLOSE:
                 raise ArithmeticError(f"the result is off by {off:.2g} of its norm")
@@ -133,7 +135,7 @@ def graph_time(calls: list[Call], replays: int = 25) -> float:
     return statistics.median(times)
 
 
-def sdpa(backend: str, q: Tensor, caches: Caches) -> Iterator[list[Call]]:
+def sdpa(backend: str, q: Tensor, caches: Caches) -> Candidates:
     """torch's scaled_dot_product_attention, held to one of its back ends."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
@@ -142,10 +144,10 @@ def sdpa(backend: str, q: Tensor, caches: Caches) -> Iterator[list[Call]]:
         with sdpa_kernel(getattr(SDPBackend, backend)):
             return scaled_dot_product_attention(q.unsqueeze(2), k, v, enable_gqa=True).squeeze(2)
 
-    yield [partial(call, k, v) for k, v in caches]
+    yield lambda: [partial(call, k, v) for k, v in caches]
 
 
-def triton(q: Tensor, caches: Caches) -> Iterator[list[Call]]:
+def triton(q: Tensor, caches: Caches) -> Candidates:
     """bench_triton.py in all its tunings."""
     import torch
 
@@ -155,18 +157,18 @@ def triton(q: Tensor, caches: Caches) -> Iterator[list[Call]]:
     lengths = torch.full((batch,), tokens, dtype=torch.int32, device=q.device)
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     for tuning in bench_triton.TUNINGS:
-        yield bench_triton.decode(q, caches, lengths, tuning, multiprocessors)
+        yield partial(bench_triton.decode, q, caches, lengths, tuning, multiprocessors)
 
 
-def flashinfer(q: Tensor, caches: Caches) -> Iterator[list[Call]]:
+def flashinfer(q: Tensor, caches: Caches) -> Candidates:
     """FlashInfer on tensor cores: its kernel for one sequence, and the paged one that servers use (docs.flashinfer.ai, decode)."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper, single_decode_with_kv_cache
 
     if q.shape[0] == 1:
         options = {"kv_layout": "HND", "use_tensor_cores": True}
-        yield [lambda k=k, v=v: single_decode_with_kv_cache(q[0], k[0], v[0], **options)[None] for k, v in caches]
+        yield lambda: [lambda k=k, v=v: single_decode_with_kv_cache(q[0], k[0], v[0], **options)[None] for k, v in caches]
     for backend in ("fa2", "auto"):  # on Hopper `auto` is FlashAttention-3, whose tiles are made for many queries
-        yield paged(BatchDecodeWithPagedKVCacheWrapper, backend, q, caches)
+        yield partial(paged, BatchDecodeWithPagedKVCacheWrapper, backend, q, caches)
 
 
 def paged(wrapper_class: type, backend: str, q: Tensor, caches: Caches, page: int = 64) -> list[Call]:
@@ -198,7 +200,7 @@ def pages(x: Tensor, page: int) -> Tensor:
     return x.as_strided((count, kv_heads, page, dim), (page * dim, head_stride, dim, 1))
 
 
-ATTENTION: dict[str, Callable[[Tensor, Caches], Iterator[list[Call]]]] = {
+ATTENTION: dict[str, Callable[[Tensor, Caches], Candidates]] = {
     "sdpa_fa2": partial(sdpa, "FLASH_ATTENTION"),
     "sdpa_cudnn": partial(sdpa, "CUDNN_ATTENTION"),
     "triton": triton,

@@ -97,12 +97,12 @@ def decode(
     logs = torch.empty((batch, q_heads, splits), dtype=torch.float32, device=q.device)
     out, scale = torch.empty_like(q), dim**-0.5 * 1.4426950408889634  # log2(e): exponentials are to the base 2
     shape = {"GROUP": group, "ROWS": max(16, triton.next_power_of_2(group)), "DIM": dim, "BLOCK": tuning.block}
-    options = {"num_warps": tuning.warps, "num_stages": tuning.stages}
+    part, options = min(32, dim), {"num_warps": tuning.warps, "num_stages": tuning.stages}
 
     def call(k: Tensor, v: Tensor) -> Tensor:
         strides = k.stride(0), k.stride(1)
         attend[splits, kv_heads, batch](q, k, v, lengths, parts, logs, scale, per_split, *strides, **shape, **options)
-        combine[batch * q_heads, dim // 32](parts, logs, out, splits, DIM=dim, SPLITS=triton.next_power_of_2(splits), SLICE=32)
+        combine[batch * q_heads, dim // part](parts, logs, out, splits, DIM=dim, SPLITS=triton.next_power_of_2(splits), SLICE=part)
         return out
 
     return [lambda k=k, v=v: call(k, v) for k, v in caches]

@@ -58,14 +58,17 @@ def test_peers_get_our_tensors_and_one_that_fails_or_is_wrong_gives_its_reason(m
     pytest.importorskip("torch", reason="torch is not installed")
 
     def wrong(q, tensors):
-        yield [lambda: q.float() for _ in tensors]
+        yield lambda: [lambda: q.float() for _ in tensors]
 
-    def fails(q, tensors):
+    def fail():
         raise NotImplementedError("not for\nthis shape")
 
+    def fails(q, tensors):
+        yield fail
+
     def right(q, tensors):
-        yield from wrong(q, tensors)
-        yield [lambda k=k, v=v: bench_peers.attention(q, k, v).bfloat16() for k, v in tensors]
+        yield lambda: [lambda k=k, v=v: bench_peers.attention(q, k, v).bfloat16() for k, v in tensors]
+        yield from (*wrong(q, tensors), fail)
 
     monkeypatch.setattr(bench_peers, "graph_time", lambda calls, replays=25: float(len(calls)))
     monkeypatch.setattr(bench_peers, "ATTENTION", {**bench_peers.ATTENTION, "wrong": wrong, "fails": fails, "right": right})
