@@ -15,6 +15,7 @@ from typing import Any
 import cupy
 import numpy as np
 
+from bench_peers import peer_times
 from minioscar.cache import BF16
 from minioscar.measure import copies_of, graph_time
 from minioscar.ops import raw
@@ -197,52 +198,3 @@ def writing(rng: Any, copy_rate: float) -> Iterator[dict]:
         read = 2 * context * h.kv_heads * h.head_dim * 2 + 4 * context
         written = cache["pages"].nbytes + sum(cache[name].nbytes for name in ("sink_keys", "sink_values") if name in cache)
         yield entry("pack_bulk", case, us, spread, read + written, copy_rate)
-
-
-def peer_times(case: Case, caches: list[dict[str, Array]]) -> dict[str, float | str]:
-    """torch's attention kernels over the same BF16 tensors, timed the same way; what is absent or fails gives its reason."""
-    try:
-        import torch
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError as error:
-        return {"sdpa_fa2": f"no torch ({error})", "sdpa_cudnn": f"no torch ({error})"}
-    h, found = case.heads, {}
-    tensors = [tuple(torch.from_dlpack(cache[n].view(np.uint16)).view(torch.bfloat16)[:, :, : case.context + WINDOW // 2]
-                     for n in ("keys", "values")) for cache in caches]  # fmt: skip
-    q = torch.randn(case.batch, h.q_heads, 1, h.head_dim, device="cuda", dtype=torch.bfloat16)
-    for name, backend in (("sdpa_fa2", SDPBackend.FLASH_ATTENTION), ("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)):
-        try:
-            with sdpa_kernel(backend):
-                found[name] = torch_graph_time(
-                    [lambda k=k, v=v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True) for k, v in tensors]
-                )
-        except Exception as error:  # a peer that cannot run this shape is reported, not hidden
-            found[name] = " ".join(str(error).split())[:120]
-    return found
-
-
-def torch_graph_time(calls: list[Callable[[], Any]]) -> float:
-    """`measure.graph_time` for torch: microseconds of one call, 20 in one graph, median of 25 replays."""
-    import statistics
-
-    import torch
-
-    from minioscar.measure import LAUNCHES
-
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(LAUNCHES):
-            calls[i % len(calls)]()
-    times = []
-    for i in range(28):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(end) * 1e3 / LAUNCHES)
-    return statistics.median(times)

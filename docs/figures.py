@@ -1,9 +1,7 @@
-"""The figures of docs/reading.md and docs/method.md: docs/figures/*.svg, drawn from docs/results/figures.json and from the code itself.
+"""The figures of docs/reading.md and docs/method.md: drawn from docs/results/figures.json and from the code itself.
 
-    python docs/figures.py              draws them (part of `make results`)
+    python docs/figures.py              draws them and those of bench_figures.py (part of `make results`)
     python docs/figures.py --measure    first measures the numbers again, on SmolLM2-135M
-
-SVG is text, and these pictures are rectangles and lines: a dozen lines of a canvas are all the plotting library that they need.
 """
 
 from __future__ import annotations
@@ -12,45 +10,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from xml.sax.saxutils import escape
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT, NUMBERS = ROOT / "docs" / "figures", ROOT / "docs" / "results" / "figures.json"
-INK, FAINT, BLUE, RED, GREEN, SAND = "#1f2430", "#9aa0ab", "#3b6fb5", "#c0504d", "#5b9a5b", "#f1ece2"
+import bench_figures
+from canvas import BLUE, FAINT, GREEN, INK, RED, SAND, Canvas
+from committed import QWEN3_8B, RESULTS, ROOT
 
-
-class Canvas:
-    def __init__(self, width: int, height: int, title: str):
-        self.size, self.parts = (width, height), [f"<title>{escape(title)}</title>"]
-
-    def rect(self, x: float, y: float, w: float, h: float, fill: str = "none", stroke: str = "none") -> None:
-        where = f'x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}"'
-        self.parts.append(f'<rect {where} fill="{fill}" stroke="{stroke}"/>')
-
-    def text(
-        self, x: float, y: float, text: str, size: int = 13, anchor: str = "start", fill: str = INK, mono: bool = False,
-        upright: bool = False,
-    ) -> None:
-        family, turned = "monospace" if mono else "sans-serif", f' transform="rotate(-90 {x:.1f} {y:.1f})"' if upright else ""
-        attributes = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{fill}" font-family="{family}"{turned}'
-        self.parts.append(f'<text {attributes} xml:space="preserve">{escape(text)}</text>')
-
-    def line(
-        self, points: Sequence[tuple[float, float]], stroke: str = INK, width: float = 1.5, dash: str = "", arrow: bool = False
-    ) -> None:
-        more = f' stroke-dasharray="{dash}"' if dash else ""
-        more += ' marker-end="url(#arrow)"' if arrow else ""
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{stroke}" stroke-width="{width}"{more}/>')
-
-    def save(self, name: str, folder: Path) -> None:
-        width, height = self.size
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-        shape = f'<path d="M0,0 L8,4 L0,8 z" fill="{INK}"/>'
-        marker = f'<defs><marker id="arrow" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">{shape}</marker></defs>'
-        ground = f'<rect width="{width}" height="{height}" fill="white"/>'
-        folder.mkdir(exist_ok=True)
-        (folder / name).write_text("\n".join([head, marker, ground, *self.parts, "</svg>"]) + "\n", encoding="utf-8")
+OUT, NUMBERS = ROOT / "docs" / "figures", RESULTS / "figures.json"
 
 
 # --- the way of a token
@@ -266,9 +231,13 @@ DRAWN = {"path": path, "row": row, "group": group, "rotation": rotation, "norms"
 
 
 def draw(folder: Path = OUT) -> None:
+    for name, canvas in all_drawn().items():
+        canvas.save(f"{name}.svg", folder)
+
+
+def all_drawn() -> dict[str, Canvas]:
     numbers = json.loads(NUMBERS.read_text())
-    for name, make in DRAWN.items():
-        make(numbers).save(f"{name}.svg", folder)
+    return {name: make(numbers) for name, make in DRAWN.items()} | bench_figures.drawn()
 
 
 # --- the numbers
@@ -302,11 +271,9 @@ def measure() -> None:
         scheme, x = SCHEMES[name], (rotated if SCHEMES[name].rotate else keys).swapaxes(0, 1)
         back = oscar.dequantize_keys(*oscar.quantize_keys(x, norm, scheme), norm, scheme)
         errors[name] = (np.linalg.norm(back - x, axis=(0, 2)) / norm)[:48].round(4).tolist()
-    qwen = {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
-    qwen |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072}
-    config, contexts = Config.from_dict(qwen), [n * 16384 for n in range(9)]
+    config, contexts = Config.from_dict(QWEN3_8B), [n * 16384 for n in range(9)]
     read = {name: [cache_bytes(config, SCHEMES[name], 1, n) if n else 0 for n in contexts] for name in ("bf16", "oscar", "int2")}
-    per_head = {**qwen, "head_dim": 64, "num_key_value_heads": 1, "num_attention_heads": 1, "num_hidden_layers": 1}
+    per_head = {**QWEN3_8B, "head_dim": 64, "num_key_value_heads": 1, "num_attention_heads": 1, "num_hidden_layers": 1}
     one = {}
     for name in ("bf16", "int2"):
         arrays = row_layout(Config.from_dict(per_head), SCHEMES[name], 12800)

@@ -5,23 +5,18 @@ A figure is never typed by hand. A table stands between `<!-- results: NAME -->`
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
+
+import bench_tables
+from committed import RESULTS, ROOT, load
 
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
 from minioscar.oscar import SCHEMES
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels")))
-
-
-def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels", "results/README")))
 
 
 def fidelity() -> str:
@@ -98,24 +93,6 @@ def needle() -> str:
     from minioscar import needle as part
 
     return part.table(load("needle-smollm2-135m")["needle"]) + "\n\nSmolLM2-135M; the haystack is the default text."
-
-
-def cpu() -> str:
-    """bench.py all --json on a machine with no GPU."""
-    report = load("cpu")
-    limits = report["ceilings"]
-    lines = ["| | `--kv` | tokens | tokens/s | of the limit |", "| --- | --- | --- | --- | --- |"]
-    for kind, size in (("decode", "context"), ("prefill", "tokens")):
-        for row in report[kind]:
-            rate, share = f"{row['tokens_per_s']:.1f}", f"{row['fraction_of_limit']:.0%}"
-            lines.append(f"| {kind} | `{row['kv']}` | {row[size]:,} | {rate} | {share} |")
-    lines.append("")
-    lines.append(
-        f"SmolLM2-135M, batch 1, {report['meta']['card']}, NumPy {report['meta']['versions']['numpy']}. Limits: decode reads weights and "
-        f"cache once at the measured copy bandwidth ({limits['copy_tb_s'] * 1e3:.1f} GB/s); prefill multiplies at the measured matrix "
-        f"rate ({limits['matmul_tflop_s'] * 1e3:.0f} GFLOP/s)."
-    )
-    return "\n".join(lines)
 
 
 def size() -> str:
@@ -236,99 +213,9 @@ def prompt_cache() -> str:
     return "\n".join(lines)
 
 
-# --- kernels
-
-KERNELS = "kernels-h200"
-
-
-def kernels() -> list[dict]:
-    """bench.py kernel --peers --json, with the fastest BF16 kernel of the same run beside every cache of its shape."""
-    rows = load(KERNELS)["kernel"]
-    shape = ("batch", "context", "q_heads", "kv_heads", "head_dim")
-    best: dict[tuple, tuple[float, str]] = {}
-    for row in rows:
-        if row["op"] == "decode_attention" and row["kv"] == "bf16":
-            times = {"ours": row["us"], **{name: us for name, us in row.get("peers", {}).items() if isinstance(us, float)}}
-            best[tuple(row[key] for key in shape)] = min((us, name) for name, us in times.items())
-    return [{**row, "best_bf16": best.get(tuple(row[key] for key in shape))} for row in rows]
-
-
-def kernel_table(rows: list[dict]) -> list[str]:
-    lines = ["| `--kv` | sequences x tokens | q / kv heads, head_dim | µs | MB | of the copy rate | fastest BF16 |"]
-    lines.append("| --- |" + " --- |" * 6)
-    for row in rows:
-        other = row["best_bf16"]
-        beside = "" if other is None or row["kv"] == "bf16" else f"{other[0]:.1f} µs ({PEERS[other[1]]}): {other[0] / row['us']:.1f}x"
-        shape = "{batch} x {context:,} | {q_heads} / {kv_heads}, {head_dim}".format(**row)
-        size = f"{row['us']:.1f} | {row['bytes'] / 1e6:.1f} | {row['fraction_of_copy']:.0%}"
-        lines.append(f"| `{row['kv']}` | {shape} | {size} | {beside} |")
-    return lines
-
-
-PEERS = {"ours": "ours", "sdpa_fa2": "FlashAttention-2", "sdpa_cudnn": "cuDNN"}
-
-
-def kernel_note() -> str:
-    report = load(KERNELS)
-    meta, copy = report["meta"], report["ceilings"]["copy_tb_s"]
-    spread = max(row["us_spread"] for row in report["kernel"] if row["op"] == "decode_attention")
-    return (
-        f"{meta['card']}, driver {meta['driver']}, torch {meta['versions']['torch']} for the peers, kernels of commit "
-        f"`{meta['commit']}`; 20 launches in one replayed graph on "
-        f"caches that no L2 holds, median of 25 replays, which spread by at most {spread:.1%}. The copy rate is {copy:.2f} TB/s, read and "
-        "written, over the bytes of the cache that a step must read; every window is half full."
-    )
-
-
-def peers_of(row: dict) -> str:
-    return ", ".join(f"{PEERS[name]} " + (f"{us:.1f} µs" if isinstance(us, float) else us) for name, us in row["peers"].items())
-
-
-def gpu() -> str:
-    """The README's choice of `decode_kernels`."""
-    rows = [row for row in kernels() if row["op"] == "decode_attention" and any(row["best_bf16"] or ())]
-    return "\n".join([*kernel_table(rows), "", "Decode attention alone. " + kernel_note()])
-
-
-def decode_kernels() -> str:
-    rows = [row for row in kernels() if row["op"] == "decode_attention"]
-    peers = "; ".join(f"{row['batch']} x {row['context']:,}: {peers_of(row)}" for row in rows if "peers" in row)
-    return "\n".join([*kernel_table(rows), "", kernel_note(), "", f"BF16 in torch, in the same run: {peers}."])
-
-
-def other_kernels() -> str:
-    lines = ["| | `--kv` | tokens | µs | MB in and out | of the copy rate |", "| --- |" + " --- |" * 5]
-    names = {
-        "rotate_scale_append": "rotate_scale, the new token in its place",
-        "rotate_scale_append_pack": "the same, and pack finding nothing full",
-        "schedule": "schedule (once a step)", "pack_bulk": "pack of a prompt",
-    }
-    for row in kernels():
-        if row["op"] in names:
-            moved = f"{row['bytes'] / 1e6:.1f} | {row['fraction_of_copy']:.0%}" if row["op"] == "pack_bulk" else "- | latency"
-            tokens = f"{row['context']:,}" if row["op"] == "pack_bulk" else "1"
-            lines.append(f"| {names[row['op']]} | `{row['kv']}` | {tokens} | {row['us']:.2f} | {moved} |")
-    return "\n".join([*lines, "", "32 q heads, 8 kv heads, head_dim 128, one sequence; a layer."])
-
-
-def resources() -> str:
-    """tests/test_compile.py's record: on a card of compute capability 9.0 all kernels, on the others the range."""
-    rows = json.loads((RESULTS / "resources.json").read_text())
-    lines = ["| kernel, cache, head_dim, q heads a kv head | threads | registers (9.0) | (8.0 to 12.0) | shared memory, bytes (9.0) |"]
-    lines.append("| --- |" + " --- |" * 4)
-    for row in rows:
-        if row["arch"] == 90:
-            same = [other["registers"] for other in rows if other["kernel"] == row["kernel"]]
-            every = f"{min(same)} to {max(same)}" if len(same) > 1 else ""
-            shared = row["static_shared"] + row["dynamic_shared"]
-            lines.append(f"| `{row['kernel']}` | {row['threads']} | {row['registers']} | {every} | {shared:,} |")
-    return "\n".join(lines)
-
-
-TABLES = {"decode_kernels": decode_kernels, "other_kernels": other_kernels, "resources": resources, "gpu": gpu}
-TABLES |= {"fidelity": fidelity, "cpu": cpu, "size": size, "models": models, "ideas": ideas, "drift": drift, "needle": needle}
+TABLES = {"fidelity": fidelity, "size": size, "models": models, "ideas": ideas, "drift": drift, "needle": needle}
 TABLES |= {"reading_weights": reading_weights, "reading_cache": reading_cache, "reading_step": reading_step}
-TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache}
+TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache} | bench_tables.TABLES
 
 
 def rendered(text: str) -> str:

@@ -33,12 +33,12 @@ def test_tables_are_rendered_from_their_json(pytestconfig):
 def test_figures_are_what_their_script_draws_and_every_figure_is_shown(pytestconfig, tmp_path):
     figures, docs = module("figures", pytestconfig.rootpath / "docs" / "figures.py"), pytestconfig.rootpath / "docs"
     figures.draw(tmp_path)
-    pages = "".join(page.read_text() for page in docs.glob("*.md"))
-    for name in figures.DRAWN:
+    pages = "".join(page.read_text() for page in docs.rglob("*.md"))
+    for name in figures.all_drawn():
         assert (tmp_path / f"{name}.svg").read_text() == (figures.OUT / f"{name}.svg").read_text(), "run `make results`"
         ElementTree.fromstring((tmp_path / f"{name}.svg").read_text())
-        assert f"(figures/{name}.svg)" in pages
-    assert {path.stem for path in figures.OUT.iterdir()} == set(figures.DRAWN)
+        assert f"figures/{name}.svg)" in pages
+    assert {path.stem for path in figures.OUT.iterdir()} == set(figures.all_drawn())
 
 
 @pytest.mark.parametrize("page", ["reading.md", "method.md", "using.md"])
@@ -51,7 +51,7 @@ def test_the_examples_of_the_docs_are_true(pytestconfig, page, tmp_path, monkeyp
 
 def test_links_of_the_docs_lead_somewhere(pytestconfig):
     root = pytestconfig.rootpath
-    for page in (root / "README.md", *(root / "docs").glob("*.md")):
+    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
         prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
         for target in re.findall(r"\]\(([^)#\s]+)", prose):
             if "://" not in target:

@@ -1,0 +1,113 @@
+"""Tables and figures of bench.py's JSON: parts that no committed file has yet, shown with made-up rows; and what the tables promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import bench_figures
+import bench_tables
+import committed
+import pytest
+
+GROWTH = {"us_per_1000_tokens": 0.2, "us_at_0_tokens": 8.0, "worst_error": 0.03, "bytes_us_per_1000_tokens": 0.1, "times_the_bytes": 2.0}
+MEMORY = {"cache_bytes": 3e6, "predicted_bytes": 3e6, "ratio_to_bf16": 4.5}
+META = {"card": "Card", "driver": "1.2", "cuda": 13020, "versions": {"numpy": "2"}, "commit": "abc", "date": "2026-01-01"}
+
+
+def attention(kv: str, context: int, us: float, **more) -> dict:
+    shape = {"batch": 1, "context": context, "q_heads": 32, "kv_heads": 8, "head_dim": 128}
+    size = context * (4096 if kv == "bf16" else 704)
+    return {"op": "decode_attention", "kv": kv, **shape, "us": us, "us_spread": 0.01, "bytes": size, "fraction_of_copy": 0.5, **more}
+
+
+def step(kv: str, context: int, ms: float, **more) -> dict:
+    return {"model": "m", "kv": kv, "batch": 1, "context": context, "ms": ms, "tokens_per_s": 1e3 / ms, "fraction_of_limit": 0.8, **more}
+
+
+def rate(kv: str, budget: float, batch: int, tokens_per_s: float) -> dict:
+    return {"model": "m", "budget_gb": budget, "kv": kv, "context": 4096, "batch": batch, "tokens_per_s": tokens_per_s}
+
+
+@pytest.fixture
+def report() -> dict:
+    peers = {"sdpa_fa2": 150.0, "triton": 110.0, "flashinfer": "ModuleNotFoundError: No module named 'flashinfer'"}
+    slow = {"transformers": 60.0, "transformers_hqq2": "OutOfMemoryError: no room"}
+    return {
+        "meta": META,
+        "ceilings": {"copy_tb_s": 4.0, "matmul_tflop_s": 800.0},
+        "kernel": [attention("bf16", 131072, 120.0, peers=peers), attention("int2", 131072, 27.5)],
+        "sweep": [attention("int2", 4096, 9.0, group=32), attention("int2", 131072, 28.0), attention("int2", 131072, 26.0, group=64)],
+        "growth": [{"over": "context", "kv": "int2", "points": 2, **GROWTH}],
+        "skipped": [{"op": "decode_attention", "kv": "bf16", "batch": 9, "context": 4096, "skipped": "needs more"}],
+        "decode": [step("bf16", 32768, 6.0, peers=slow), step("bf16", 131072, 9.0, peers=slow), step("int2", 131072, 4.5)],
+        "prefill": [{"model": "m", "tokens": 512, "tokens_per_s": 900.0, "fraction_of_limit": 0.9, "peers": {"transformers": 800.0}}],
+        "throughput": [rate("bf16", 16, 0, 0.0), rate("bf16", 40, 8, 100.0), rate("bf16", 80, 20, 250.0)]
+        + [rate("int2", 80, 40, 500.0), rate("int2", 80, 90, 1000.0)],
+        "memory": [{"model": "m", "kv": "int2", "batch": 2, "context": 512, **MEMORY}],
+    }
+
+
+def test_every_part_of_a_report_has_a_table_with_the_limit_beside_the_figure(report):
+    text = "\n".join(bench_tables.section("made-up", report))
+    for line in (
+        "## made-up.json",
+        "| decode attention | `bf16` | 1 x 131,072 | 32 / 8, 128 | 120.00 (spread 1.0%) | 60.00 | 50% "
+        "| FlashAttention-2 150.0; Triton 110.0 |",
+        "| decode attention | `int2`, groups of 64 | 1 x 131,072 | 32 / 8, 128 | 26.00 (spread 1.0%) | 13.00 | 50% |  |",
+        "| context | `int2` | 0.200 | 0.100 | 50% | 8.00 | 3% |",
+        "| decode attention | `bf16` | 9 x 4,096 | needs more |",
+        "Not measured: FlashInfer (ModuleNotFoundError: No module named 'flashinfer').",
+        "| m | `bf16` | 1 x 131,072 | 9.00 | 111.1 | 7.20 | 80% | transformers 60.00 |",
+        "Not measured: transformers, 2-bit cache of HQQ (OutOfMemoryError: no room).",
+        "| m | 512 | 900 | 1,000 | 90% | transformers 800 |",
+        "| m | 80 | `int2` | 4,096 | 90 | 1,000 |",
+        "| m | 16 | `bf16` | 4,096 | 0 | 0 |",
+        "| m | `int2` | 2 x 512 | 3.0 | 3.0 | 4.50x |",
+    ):
+        assert line in text.splitlines()
+    assert "Card, driver 1.2, CUDA 13.2; numpy 2; commit `abc`, 2026-01-01" in text
+
+
+def test_every_part_with_something_to_show_has_a_figure(report, tmp_path: Path):
+    figures = bench_figures.drawn_from("made-up", report)
+    shown = {
+        "speedup": "4.0x",
+        "time-b1-32-8-128": "int2, ours: 27.5",
+        "step-m-b1": "limit of bf16: 7.2",
+        "throughput-m-4096": "int2: 1,000",
+    }
+    assert set(figures) == {f"made-up-{name}" for name in shown}
+    for name, words in shown.items():
+        figures[f"made-up-{name}"].save("figure.svg", tmp_path)
+        root = ElementTree.fromstring((tmp_path / "figure.svg").read_text())
+        assert words in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    without_a_card = {**report, "meta": {**META, "driver": None, "cuda": None}}
+    assert set(bench_figures.drawn_from("made-up", without_a_card)) == {"made-up-step-m-b1", "made-up-throughput-m-4096"}
+    assert bench_figures.drawn_from("empty", {**report, "kernel": [], "sweep": [], "decode": [], "throughput": []}) == {}
+
+
+def test_speed_is_compared_with_the_fastest_bf16_kernel_that_was_measured(report):
+    (best,) = committed.fastest_bf16(report).values()
+    assert best == (110.0, "triton")
+    assert bench_tables.attention_gain([report]) == (
+        "4.0x, 27.5 µs against the 110.0 µs of the fastest BF16 kernel in the same run (Triton), Card"
+    )
+    assert bench_tables.decode_gain([report]).startswith("2.0x, 4.50 ms against 9.00 ms with our own BF16 cache, m, Card")
+    assert bench_tables.throughput_gain([report]).startswith("4.0x, 1,000 tokens/s against 250 with our own BF16 cache, m in 80 GB, Card")
+    for gain in (bench_tables.attention_gain, bench_tables.decode_gain, bench_tables.throughput_gain):
+        assert gain([{**report, "kernel": [], "sweep": [], "decode": [], "throughput": []}]) == bench_tables.NOT_YET
+
+
+def test_memory_by_kind_adds_up_to_the_cache():
+    config = bench_figures.Config.from_dict(committed.QWEN3_8B)
+    for kv in bench_figures.MEMORY_SHOWN:
+        found = bench_figures.parts(config, kv, 48, 4096)
+        assert sum(found) == bench_tables.cache_bytes(config, bench_tables.SCHEMES[kv], 48, 4096)
+        assert (found[1] == 0) == (kv == "bf16")
+
+
+def test_labels_stand_apart_and_as_near_as_they_can():
+    assert bench_figures.apart([100, 10, 50], 17) == [100, 10, 50]
+    assert bench_figures.apart([52, 50, 200], 10) == [56, 46, 200]
+    assert bench_figures.apart([0, 9, 18], 10) == [-1, 9, 19]
