@@ -266,7 +266,7 @@ def prefill_attention(
     def shared(warps: int, row_tiles: int, tile: int) -> int:
         return (warps * row_tiles * 16 + 4 * tile) * (2 * d + 16)
 
-    cuts = (cut for cut in PREFILL_CUTS[d] if shared(*cut[:3]) <= SHARED_BYTES.get(capability, 99) * 1024)
+    cuts = (cut for cut in PREFILL_CUTS[d] if shared(*cut[:3]) <= SHARED_BYTES.get(capability, 99) * 1024 - 1024)
     warps, row_tiles, tile, blocks = next(cuts)
     sizes = new.key_stride, new.value_stride, heads.kv_heads, keys.shape[2] if past else 0
     scale_log2 = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e))

@@ -26,7 +26,7 @@ def linear(
     """
     (tokens, size), (rows, _), tiles = x.shape, weight.shape, 2 if silu else 1
     shared = tokens * (2 * size + 16) + tiles * 8 * 16 * 8 * 4
-    room = SHARED_BYTES.get(capability, 99) * 1024
+    room = SHARED_BYTES.get(capability, 99) * 1024 - 1024
     if not 1 <= tokens <= LINEAR_TOKENS or size % 8 or shared > room:
         raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear.cu on a card of capability {capability / 10}")
     blocks = min(-(-rows // (16 * tiles)), multiprocessors * min(3, room // (shared + 1024) or 1))
@@ -57,7 +57,7 @@ def batch_plan(tokens: int, size: int, rows: int, silu: bool, multiprocessors: i
     if not 1 <= tokens <= 128 or size % 8:
         raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear_batch.cu")
     step = 16 if tokens <= 64 else 32
-    columns, room = -(-tokens // step) * step, SHARED_BYTES.get(capability, 99) * 1024
+    columns, room = -(-tokens // step) * step, SHARED_BYTES.get(capability, 99) * 1024 - 1024
     stages = next(n for n in (4, 3, 2) if n * (128 + columns) * 144 <= room)
     width = 64 if silu else 128
     blocks = -(-(rows // 2 if silu else rows) // width)
