@@ -76,7 +76,7 @@ def measured(args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | N
         yield from kernels(args, ops, limits["copy_tb_s"] * 1e12)
     if plan is not None:
         for scheme in plan.schemes:  # one at a time: on a card two models may not fit
-            yield from whole_model(plan, commands, plan.load(scheme), limits, 1 if args.quick else 3)
+            yield from whole_model(plan, commands, plan.load(scheme), limits, 2 if args.quick else 3)
             ops.release()
 
 

@@ -7,6 +7,7 @@ an attempt at a batch runs in a forked process that the kernel gives no more dat
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import re
@@ -135,6 +136,7 @@ def steps_of(e: Engine, batch: int, context: int, steps: int) -> dict:
 def limited(e: Engine, budget: int, weights: int) -> tuple[Callable[[Work], dict | None], int]:
     """What runs work under the budget, and gives None where memory does not suffice; and the bytes outside of its control."""
     first = stepping(e, filled(e.config, e.scheme, e.ops, 1, 128, weights=e.model.weights))
+    gc.collect()  # what it would free during an attempt would be a present to it
     first()  # what is made once is there before the limit is: kernels, tables, cuBLAS's workspace
     if e.ops.name == "cpu":
         return partial(in_process, budget - weights, first), 0
