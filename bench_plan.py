@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 from bench_memory import budgets, enforceable
 from minioscar import engine, memory, presets
@@ -39,7 +38,6 @@ class Plan:
 def planned(args: argparse.Namespace, commands: tuple[str, ...], ops: Reference) -> Plan:
     """Raises UserError for whatever cannot work."""
     schemes = [engine.scheme_named(name.strip()) for name in args.kv.split(",")]
-    given = numbers("--context", args.context, multiple_of=WINDOW)
     batches = numbers("--batch", args.batch)
     prompts = numbers("--tokens", args.tokens or ("64" if args.quick else "512,2048"))
     steps = args.steps if args.steps is not None else 3 if args.quick else 20
@@ -48,17 +46,13 @@ def planned(args: argparse.Namespace, commands: tuple[str, ...], ops: Reference)
     config, load = model_of(args)
     for scheme in schemes:
         check_scheme(config, scheme)
-    longest = (config.max_positions - 1) // WINDOW * WINDOW
-    usual = {
-        name: [min(n, longest) for n in found]
-        for name, found in (QUICK if args.quick else USUAL if ops.name == "cuda" else USUAL_CPU).items()
-    }
-    contexts = {name: given or list(dict.fromkeys(found)) for name, found in usual.items() if name in commands}
+    contexts = contexts_of(args, commands, config, ops)
     weights = config.parameters() * ops.dtype.itemsize
     limits = budgets_of(args, ops, weights) if "throughput" in commands else []
     prompts = prompts if "prefill" in commands else []
-    check_sizes(config, schemes, contexts, batches, prompts, ops, weights)
-    return Plan(args.random_weights or args.model, load, schemes, contexts, batches, prompts, limits, steps)
+    plan = Plan(args.random_weights or args.model, load, schemes, contexts, batches, prompts, limits, steps)
+    check_sizes(plan, config, ops, weights)
+    return plan
 
 
 def numbers(option: str, text: str | None, multiple_of: int = 1) -> list[int]:
@@ -77,8 +71,19 @@ def model_of(args: argparse.Namespace) -> tuple[Config, Callable[[Scheme], Engin
     if args.random_weights:
         config = replace(presets.config_of(args.random_weights), max_positions=POSITIONS)
         return config, lambda scheme: presets.load(config, scheme.name, args.device)
-    load = partial(engine.load, args.model, device=args.device, tokenizer=False)
-    return Config.from_folder(resolve(args.model)), lambda scheme: load(scheme.name)
+    config = Config.from_folder(resolve(args.model))
+    return config, lambda scheme: engine.load(args.model, scheme.name, args.device, tokenizer=False)
+
+
+def contexts_of(args: argparse.Namespace, commands: tuple[str, ...], config: Config, ops: Reference) -> dict[str, list[int]]:
+    """Of every command that has a cache: those given, or the usual ones as far as the model's positions go."""
+    given = numbers("--context", args.context, multiple_of=WINDOW)
+    usual = QUICK if args.quick else USUAL if ops.name == "cuda" else USUAL_CPU
+    longest = (config.max_positions - 1) // WINDOW * WINDOW  # the step's own token has its place behind it
+    wanted = [name for name in usual if name in commands]
+    if wanted and not longest:
+        raise UserError(f"this model has {config.max_positions} positions; {wanted[0]} needs at least {WINDOW + 1}")
+    return {name: given or sorted({min(n, longest) for n in usual[name]}) for name in wanted}
 
 
 def budgets_of(args: argparse.Namespace, ops: Reference, weights: int) -> list[int]:
@@ -98,21 +103,16 @@ def budgets_of(args: argparse.Namespace, ops: Reference, weights: int) -> list[i
     return found
 
 
-def check_sizes(
-    config: Config,
-    schemes: list[Scheme],
-    contexts: dict[str, list[int]],
-    batches: list[int],
-    prompts: list[int],
-    ops: Reference,
-    weights: int,
-) -> None:
-    held = [n + 1 for found in contexts.values() for n in found]  # the step's own token has its place behind them
-    if max(held + prompts) > config.max_positions:
-        raise UserError(f"this model has {config.max_positions} positions, not {max(held + prompts)}; give a shorter --context or --tokens")
-    most = max([n + 1 for name, found in contexts.items() if name != "throughput" for n in found], default=0)
-    for scheme in schemes:
-        if most:
-            memory.check(config, scheme, ops, max(batches), most, max(batches), weights)
-        if prompts:
-            memory.check(config, scheme, ops, 1, max(prompts), max(prompts), weights)
+def check_sizes(plan: Plan, config: Config, ops: Reference, weights: int) -> None:
+    held = [n + 1 for contexts in plan.contexts.values() for n in contexts]
+    if max(held + plan.prompts) > config.max_positions:
+        asked = max(held + plan.prompts)
+        raise UserError(f"this model has {config.max_positions} positions, not {asked}; give a shorter --context or --tokens")
+    most = max((n + 1 for name, contexts in plan.contexts.items() if name != "throughput" for n in contexts), default=0)
+    sizes = [(max(plan.batches), most, max(plan.batches))] * bool(most) + [(1, n, n) for n in plan.prompts]
+    try:
+        for scheme in plan.schemes:
+            for batch, context, tokens in sizes:
+                memory.check(config, scheme, ops, batch, context, tokens, weights)
+    except UserError as error:
+        raise UserError(str(error).replace("--ctx", "--context")) from None
