@@ -1,9 +1,20 @@
-"""How long a prefill and a decode step take, and what fraction of the machine's limit that is.
+"""How fast and how small: kernels, decode steps, prefill, throughput in a budget, memory; each beside the machine's limit.
 
-    python bench.py decode --model smollm2-135m --kv bf16,int2 --context 512,2048 --json docs/results/cpu.json
+    python bench.py all --quick                            under a minute: does everything run, and about how fast?
+    python bench.py decode --model smollm2-135m --kv bf16,int2 --context 512,2048 --json cpu.json
+    python bench.py kernel --sweep --peers --json f.json   on a GPU: all shapes, how time grows, other kernels in the same run
+    python bench.py throughput --random-weights qwen3-8b --budget 24GB,48GB
+    python bench.py memory --random-weights qwen3-0.6b --kv bf16,oscar,int2
 
-The limit of a decode step is the bytes it must read (weights once, the cache once) over the measured copy bandwidth; that of a
-prefill is its multiply-adds over the measured matrix rate. Medians after a warm-up; the spread is (max - min) / median.
+kernel      decode attention, and on a GPU all that writes the cache: bytes that must move over the measured copy rate
+decode      a step of a whole model: weights and cache read once over the copy rate
+prefill     one prompt: multiply-adds over the measured matrix rate
+throughput  decode steps of the largest batch that really runs in a budget of memory, beside the weights
+memory      what the allocator gave for a cache, and the most that it and a step took together
+
+Limits are measured first. Times are medians after a warm-up; spread is (max - min) / median. On a GPU kernels are replayed from one
+graph over caches that no L2 holds, peers alike. Without one all runs in NumPy, kernel at small shapes: that tests the bench, and says
+nothing about a GPU. A sweep takes minutes, so it is asked for. stdout gets tables, stderr progress, --json everything.
 """
 
 from __future__ import annotations
@@ -13,115 +24,142 @@ import datetime
 import json
 import os
 import platform
-import statistics
+import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-import numpy as np
-
-from minioscar import engine
-from minioscar.cache import Cache, cache_bytes
-from minioscar.errors import UserError
+import bench_cases
+import bench_memory
+import bench_models
+from bench_plan import Plan, planned
+from bench_table import line, table
+from minioscar import presets
+from minioscar.cli import Parser
+from minioscar.engine import Engine
+from minioscar.errors import Failure, UserError
+from minioscar.files import check_writable, replacing
+from minioscar.measure import ceilings
 from minioscar.ops import backend
-from minioscar.weights import arrays
+from minioscar.ops.reference import Reference
 
-COMMANDS = ("kernel", "decode", "prefill", "all")
-
-
-def timed(ops, run: Callable[[], object], repeats: int, warm_up: int = 2) -> tuple[float, float]:
-    """Median seconds of a call and the spread of the calls. The device has finished when a call counts as done."""
-    seconds = []
-    for i in range(warm_up + repeats):
-        start = time.perf_counter()
-        run()
-        if ops.name == "cuda":
-            ops.xp.cuda.Device().synchronize()
-        if i >= warm_up:
-            seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds)
-    return median, (max(seconds) - min(seconds)) / median
+COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory")
+SECTIONS = ("kernel", "sweep", "growth", "skipped", *COMMANDS[1:])
+Rows = Iterator[tuple[str, dict]]  # section and row, as they are measured
 
 
-def ceilings(ops) -> dict[str, float]:
-    """Copy bandwidth (read + written) and the matrix rate in the dtype of the weights: the best of several, on data no cache holds."""
-    rng = np.random.default_rng(0)
+def parser() -> Parser:
+    found = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("what", choices=(*COMMANDS, "all"))
+    model = found.add_mutually_exclusive_group()
+    model.add_argument("--model", default="smollm2-135m", help="folder, name under weights/, or Hugging Face id (smollm2-135m)")
+    shapes = f"{', '.join(presets.PRESETS)}, or the path of a config.json"
+    model.add_argument("--random-weights", metavar="PRESET", help=f"instead of --model, a shape without files: {shapes}")
+    found.add_argument("--kv", default="bf16,int2", help="schemes; prefill takes the last (bf16,int2)")
+    found.add_argument("--context", help="tokens in the cache, multiples of 128 (decode: 512,2048; else 4096; a CPU's throughput: 1024)")
+    found.add_argument("--batch", default="1", help="sequences of decode and memory (1)")
+    found.add_argument("--tokens", help="prompt lengths of prefill (512,2048)")
+    found.add_argument("--budget", help="of throughput, weights included, such as 24GB,48GB (24GB; on a CPU the weights and 64MB)")
+    found.add_argument("--steps", type=int, help="decode steps timed (20)")
+    found.add_argument("--sweep", action="store_true", help="kernel: also contexts, batches, schemes and group sizes, and how time grows")
+    found.add_argument("--quick", action="store_true", help="less of everything, to under a minute")
+    found.add_argument("--peers", action="store_true", help="kernel: other libraries' kernels in the same run; needs a GPU")
+    found.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU if there is one")
+    found.add_argument("--json", metavar="F", help="write everything to a file")
+    return found
+
+
+def measured(args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | None, ops: Reference, limits: dict[str, float]) -> Rows:
+    if "kernel" in commands:
+        yield from kernels(args, ops, limits["copy_tb_s"] * 1e12)
+    if plan is not None:
+        for scheme in plan.schemes:  # one at a time: on a card two models may not fit
+            yield from whole_model(plan, commands, plan.load(scheme), limits, 2 if args.quick else 3)
+            ops.release()
+
+
+def kernels(args: argparse.Namespace, ops: Reference, copy_rate: float) -> Rows:
     if ops.name == "cuda":
-        from minioscar.measure import copy_bandwidth
+        import bench_kernels
 
-        n, copy = 8192, copy_bandwidth()
+        headlines, swept = bench_cases.cases(args.quick), bench_cases.sweep(args.quick)
     else:
-        n, a = 4096, rng.integers(0, 255, 2**28, dtype=np.uint8)
-        b = np.empty_like(a)
-        copy = 2 * a.nbytes / min(timed(ops, lambda: np.copyto(b, a), 1, 1)[0] for _ in range(8))
-    x, y = (ops.array(rng.standard_normal((n, n), np.float32)) for _ in range(2))
-    product = min(timed(ops, lambda: x @ y.T, 1, 1)[0] for _ in range(4))
-    return {"copy_tb_s": copy / 1e12, "matmul_tflop_s": 2 * n**3 / product / 1e12}
+        headlines, swept = bench_cases.small_cases(args.quick), bench_cases.small_sweep(args.quick)
+
+    def measure(cases: list[bench_cases.Case]) -> Iterator[dict]:
+        if ops.name == "cuda":
+            return bench_kernels.measure(cases, copy_rate, args.peers)
+        return bench_models.reference_kernel(cases, ops, copy_rate, 3 if args.quick else 10)
+
+    for row in measure(headlines):
+        yield "skipped" if "skipped" in row else "kernel", row
+    if ops.name == "cuda":
+        yield from (("kernel", row) for row in bench_kernels.writing(copy_rate))
+    if args.sweep:
+        found = []
+        for row in measure(swept):
+            found.append(row)
+            yield "skipped" if "skipped" in row else "sweep", row
+        yield from (("growth", row) for row in bench_cases.growth([row for row in found if "skipped" not in row], copy_rate))
 
 
-def prefilled(e: engine.Engine, tokens: int, room: int) -> Cache:
-    cache = Cache(e.config, e.scheme, 1, tokens + room, e.ops)
-    ids = np.random.default_rng(1).integers(0, e.config.vocab_size, tokens)
-    e.model.forward(ids, cache, cache.place([0], [tokens]))
-    return cache
+def whole_model(plan: Plan, commands: tuple[str, ...], e: Engine, limits: dict[str, float], prefills: int) -> Rows:
+    for context in plan.contexts.get("decode", ()):
+        for batch in plan.batches:
+            yield "decode", bench_models.decode(e, plan.model, batch, context, limits, plan.steps)
+    for context in plan.contexts.get("memory", ()):
+        for batch in plan.batches:
+            yield "memory", bench_memory.memory(e, plan.model, batch, context)
+    for context in plan.contexts.get("throughput", ()):
+        for budget in plan.budgets:
+            yield "throughput", bench_memory.throughput(e, plan.model, budget, context, plan.steps)
+    if e.scheme is plan.schemes[-1]:  # a prompt is read at full precision: the schemes differ in little
+        for tokens in plan.prompts:
+            yield "prefill", bench_models.prefill(e, plan.model, tokens, limits, prefills)
 
 
-def decode(e: engine.Engine, name: str, context: int, limits: dict[str, float], steps: int) -> dict:
-    """Steps at `context` tokens: every step is taken at the same length, whatever it appends."""
-    cache = prefilled(e, context, 1)
-    step = np.array([7])
-
-    def run() -> None:
-        e.model.forward(step, cache, cache.place([0], [1]))
-        cache.lengths[0] = context  # of context 128 * n, so no block is ever flushed and nothing that is read changes
-
-    seconds, spread = timed(e.ops, run, steps)
-    size = sum(array.nbytes for array in arrays(e.model.weights)) + cache_bytes(e.config, e.scheme, 1, context)
-    return {
-        "model": name, "kv": e.scheme.name, "batch": 1, "context": context, "ms": seconds * 1e3, "spread": spread,
-        "tokens_per_s": 1 / seconds, "bytes": size, "fraction_of_limit": size / (limits["copy_tb_s"] * 1e12) / seconds,
-    }
+# --- what it was measured on
 
 
-def prefill(e: engine.Engine, name: str, tokens: int, limits: dict[str, float]) -> dict:
-    """One prompt, logits of its last token."""
-    seconds, spread = timed(e.ops, lambda: prefilled(e, tokens, 0), 3, 1)
-    c = e.config
-    embedding = c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
-    flops = 2 * tokens * (c.parameters() - embedding) + 2 * tokens**2 * c.q_size * c.num_layers  # causal: half of 4 * n^2
-    return {
-        "model": name, "kv": e.scheme.name, "tokens": tokens, "s": seconds, "spread": spread, "tokens_per_s": tokens / seconds,
-        "flops": flops, "fraction_of_limit": flops / (limits["matmul_tflop_s"] * 1e12) / seconds,
-    }
+def meta(ops: Reference, args: argparse.Namespace, argv: list[str]) -> dict[str, object]:
+    about = {"device": ops.name, "quick": args.quick, "command": " ".join(["bench.py", *argv]), "versions": versions(), "commit": commit()}
+    about["date"] = datetime.date.today().isoformat()
+    if ops.name == "cuda":
+        runtime = ops.xp.cuda.runtime
+        card = runtime.getDeviceProperties(0)["name"].decode()
+        return {
+            "card": card,
+            "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "cuda": runtime.runtimeGetVersion(),
+            **about,
+        }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    about["note"] = "kernel is the NumPy reference at small shapes; nothing here says anything about a GPU"
+    return {"card": f"no GPU: {cores} CPU cores, {cpu_name()}, {platform.machine()}", "driver": None, "cuda": None, **about}
 
 
-def meta(ops) -> dict[str, object]:
-    """What the figures were measured on."""
-    found = {}
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
     for package in ("numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes", "torch"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    about = {"versions": {"python": platform.python_version(), **found}, "commit": commit, "date": datetime.date.today().isoformat()}
-    if ops.name == "cuda":
-        properties = ops.xp.cuda.runtime.getDeviceProperties(0)
-        runtime = ops.xp.cuda.runtime
-        return {"card": properties["name"].decode(), "driver": driver(), "cuda": runtime.runtimeGetVersion(), **about}
-    cores = len(os.sched_getaffinity(0))
-    return {"card": f"no GPU: {cores} CPU cores, {cpu_name()}, {platform.machine()}", "driver": None, "cuda": None, **about}
+    return found
 
 
-def driver() -> str:
-    """Version of the card's driver, as nvidia-smi says it."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def commit() -> str:
+    return said("git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty")
+
+
+def said(*command: str) -> str:
+    """The first line that a program prints."""
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
-        return "unknown: nvidia-smi did not say"
+        return f"unknown: {command[0]} did not say"
 
 
 def cpu_name() -> str:
@@ -132,63 +170,58 @@ def cpu_name() -> str:
         return "unknown processor"
 
 
-def show(what: str, tokens: int, took: str, row: dict) -> None:
-    rate, share = row["tokens_per_s"], row["fraction_of_limit"]
-    print(f"{what:8}{row['kv']:13} {tokens:7} tokens {took} {rate:8.1f} tokens/s {share:6.1%} of the limit")
+# --- what is shown
 
 
-def show_kernel(row: dict) -> None:
-    heads = f"{row['q_heads']}/{row['kv_heads']} d{row['head_dim']}"
-    print(
-        f"{row['op']:26}{row['kv']:13} {row['batch']:3} x {row['context']:6}  {heads:11} {row['us']:9.2f} us  "
-        f"{row['fraction_of_copy']:6.1%} of copy over {row['bytes'] / 1e6:.1f} MB  {row.get('peers', '')}", flush=True,
-    )
+def progress(text: str = "") -> None:
+    """A line on stderr, on a terminal in the place of the last one."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def run(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    commands = COMMANDS if args.what == "all" else (args.what,)
+    if args.json:
+        check_writable(args.json)
+    ops = backend(args.device)
+    if args.peers and ops.name != "cuda":
+        raise UserError("--peers needs a GPU: the other libraries' kernels run on nothing else")
+    plan = planned(args, commands, ops) if commands != ("kernel",) else None
+    progress("measuring copy bandwidth and matrix rate")
+    about, limits = meta(ops, args, argv), ceilings(ops, args.quick)
+    ops.release()
+    report: dict = {"meta": about, "ceilings": limits, **{section: [] for section in SECTIONS}}
+    try:
+        for section, row in measured(args, commands, plan, ops, limits):
+            report[section].append(row)
+            progress(f"{section}: {line(section, row)}")
+    finally:  # what there is when something breaks off, too
+        progress()
+        print(f"{about['card']}: copy {limits['copy_tb_s']:.4g} TB/s, matrix product {limits['matmul_tflop_s']:.4g} TFLOP/s")
+        print(*filter(None, [about.get("note")]), *(text for section in SECTIONS for text in table(section, report[section])), sep="\n")
+    if args.json:
+        with replacing(args.json) as path:
+            path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=COMMANDS)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--kv", default="bf16,int2", help="schemes (bf16,int2)")
-    parser.add_argument("--context", default="512,2048", help="tokens in the cache before the step (512,2048); multiples of 128")
-    parser.add_argument("--tokens", default="512,2048", help="prompt lengths of prefill (512,2048)")
-    parser.add_argument("--steps", type=int, default=20, help="decode steps timed (20)")
-    parser.add_argument("--quick", action="store_true", help="kernel: two cases only")
-    parser.add_argument("--peers", action="store_true", help="kernel: torch's attention kernels in the same run")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--json", metavar="F", help="write the result to a file")
-    args = parser.parse_args(argv)
+    """Returns the exit code: 0, 1 (failure), 2 (wrong use or input), 130 (Ctrl-C)."""
     try:
-        contexts, prompts = ([int(n) for n in text.split(",")] for text in (args.context, args.tokens))
-        ops = backend(args.device)
-        if args.what == "kernel" and ops.name != "cuda":
-            raise UserError("kernel needs a GPU; decode and prefill run anywhere")
-        names = args.kv.split(",") if args.what != "kernel" else []
-        engines = [engine.load(args.model, kv, args.device, tokenizer=False) for kv in names]
-    except (UserError, ValueError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    limits = ceilings(ops)
-    report: dict = {"meta": meta(ops), "ceilings": limits, "kernel": [], "decode": [], "prefill": []}
-    print(f"{report['meta']['card']}: copy {limits['copy_tb_s']:.4g} TB/s, matrix product {limits['matmul_tflop_s']:.4g} TFLOP/s")
-    if ops.name == "cuda" and args.what in ("kernel", "all"):
-        import bench_kernels
-
-        report["kernel"] = bench_kernels.measure(limits["copy_tb_s"] * 1e12, args.quick, args.peers, show_kernel)
-    for e in engines:
-        for context in contexts if args.what in ("decode", "all") else ():
-            row = decode(e, args.model, context, limits, args.steps)
-            report["decode"].append(row)
-            show("decode", context, f"{row['ms']:9.2f} ms", row)
-    for tokens in prompts if args.what in ("prefill", "all") else ():
-        row = prefill(engines[-1], args.model, tokens, limits)
-        report["prefill"].append(row)
-        show("prefill", tokens, f"{row['s']:9.2f} s ", row)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
-    return 0
+        run(sys.argv[1:] if argv is None else argv)
+        return 0
+    except UserError as error:
+        code, said = 2, str(error)
+    except Failure as error:
+        code, said = 1, str(error)
+    except MemoryError as error:
+        code, said = 1, f"out of memory ({error}); give a shorter --context or a smaller --batch"
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted; --json is not written"
+    print(f"bench: {' '.join(said.split())}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

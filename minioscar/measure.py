@@ -1,26 +1,41 @@
-"""Times of kernels on the card, as a captured decode step sees them: many launches in one replayed graph, on data that no cache holds."""
+"""Times and the limits they are held against. On a card: many launches in one replayed graph, on data that no cache holds."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import cupy
+import numpy as np
 
-LAUNCHES = 20  # in one graph
+if TYPE_CHECKING:
+    from .ops.reference import Reference
+
+LAUNCHES = 20  # in one graph, at least
 L2_BYTES = 64 << 20  # of the largest card so far, rounded up
 
 
 def copies_of(size: int) -> int:
     """How many sets of buffers of `size` bytes to rotate through, so that none is in L2 when its turn comes again."""
-    return min(LAUNCHES, max(2, -(-4 * L2_BYTES // size)))
+    return max(2, -(-4 * L2_BYTES // size))
+
+
+def median_and_spread(times: Sequence[float]) -> tuple[float, float]:
+    """The spread is (max - min) / median."""
+    median = statistics.median(times)
+    return median, (max(times) - min(times)) / median
 
 
 def graph_time(launches: Sequence[Callable[[], None]], replays: int = 25, warm_up: int = 3) -> tuple[float, float]:
-    """Microseconds of one launch (median over the replays) and their spread, (max - min) / median.
+    """Microseconds of one launch (median over the replays) and their spread.
 
-    launches[i % len] is captured as launch i of LAUNCHES; each is called once before, so that compilation stays out.
+    launches[i % len] is captured as launch i of LAUNCHES, or of as many as there are; each is called once before, so that
+    compilation stays out.
     """
+    import cupy
+
+    count = max(LAUNCHES, len(launches))
     cupy.cuda.Device().synchronize()  # what filled the buffers may still run on another stream
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
@@ -28,7 +43,7 @@ def graph_time(launches: Sequence[Callable[[], None]], replays: int = 25, warm_u
             launch()
         stream.synchronize()
         stream.begin_capture()
-        for i in range(LAUNCHES):
+        for i in range(count):
             launches[i % len(launches)]()
         graph = stream.end_capture()
         times = []
@@ -39,13 +54,50 @@ def graph_time(launches: Sequence[Callable[[], None]], replays: int = 25, warm_u
             end.record(stream)
             end.synchronize()
             if i >= warm_up:
-                times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / LAUNCHES)
-    median = statistics.median(times)
-    return median, (max(times) - min(times)) / median
+                times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / count)
+    return median_and_spread(times)
+
+
+def timed(ops: Reference, run: Callable[[], Any], repeats: int, warm_up: int = 2) -> tuple[float, float]:
+    """Seconds of a call (median) and their spread. The device has finished when a call counts as done."""
+    seconds = []
+    for i in range(warm_up + repeats):
+        start = time.perf_counter()
+        run()
+        if ops.name == "cuda":
+            ops.xp.cuda.Device().synchronize()
+        if i >= warm_up:
+            seconds.append(time.perf_counter() - start)
+    return median_and_spread(seconds)
+
+
+def ceilings(ops: Reference, quick: bool = False) -> dict[str, float]:
+    """The machine's limits: copy bandwidth (read + written) and the matrix rate in the dtype of the weights, the best of several.
+
+    quick: on a CPU over less data, so that the result is rougher.
+    """
+    if ops.name == "cuda":
+        n, copy = 8192, copy_bandwidth()
+    else:
+        n, copy = 1024 if quick else 4096, host_copy_bandwidth(ops, 2**26 if quick else 2**28)
+    rng = np.random.default_rng(0)
+    x, y = (ops.array(rng.standard_normal((n, n), np.float32)) for _ in range(2))
+    product = min(timed(ops, lambda: x @ y.T, 1, 1)[0] for _ in range(4))
+    return {"copy_tb_s": copy / 1e12, "matmul_tflop_s": 2 * n**3 / product / 1e12}
+
+
+def host_copy_bandwidth(ops: Reference, size: int) -> float:
+    """Bytes per second, read and written bytes counted; the best of eight."""
+    a = np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)
+    b = np.empty_like(a)
+    return 2 * size / min(timed(ops, lambda: np.copyto(b, a), 1, 1)[0] for _ in range(8))
 
 
 def copy_bandwidth(size: int = 1 << 32) -> float:
-    """Bytes per second of a device copy, read and written bytes counted; the best of ten."""
+    """Bytes per second of a device copy, read and written bytes counted; the best of ten. size: less where the card has less room."""
+    import cupy
+
+    size = min(size, cupy.cuda.runtime.memGetInfo()[0] // 4)
     a, b = cupy.empty(size, cupy.uint8), cupy.empty(size, cupy.uint8)
     a.fill(1)
     best = float("inf")
@@ -57,3 +109,12 @@ def copy_bandwidth(size: int = 1 << 32) -> float:
         end.synchronize()
         best = min(best, cupy.cuda.get_elapsed_time(start, end) * 1e-3)
     return 2 * size / best
+
+
+def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+    """Least squares y = slope * x + intercept, and the largest |error| / y of a point. Raises ValueError for one x only."""
+    if len(set(x)) < 2:
+        raise ValueError("a line needs two points")
+    xs, ys = np.asarray(x, float), np.asarray(y, float)
+    slope, intercept = np.polyfit(xs, ys, 1)
+    return float(slope), float(intercept), float((np.abs(slope * xs + intercept - ys) / ys).max())

@@ -1,0 +1,145 @@
+"""What `bench.py kernel` measures: the shapes, the bytes that each must move, and how time grows over them. Only arithmetic: no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from minioscar.cache import cache_bytes
+from minioscar.config import Config
+from minioscar.measure import copies_of, line
+from minioscar.memory import size
+from minioscar.ops import raw
+from minioscar.oscar import SCHEMES, WINDOW, Scheme
+
+PIECE = 1 << 26  # random numbers that are drawn at once, in float32 first
+
+
+@dataclass(frozen=True)
+class Case:
+    """Decode attention of `batch` sequences with `context` packed tokens each."""
+
+    kv: str
+    batch: int
+    context: int
+    heads: raw.Heads = raw.Heads(32, 8, 128)
+    peers: bool = False  # measure the other kernels on the same shape
+    group: int | None = None  # another group size than the scheme's own
+
+    @property
+    def scheme(self) -> Scheme:
+        scheme = SCHEMES[self.kv]
+        return scheme if self.group is None else replace(scheme, group=self.group)
+
+
+# --- on a card
+
+HEADLINES = [(1, 131072), (48, 4096), (1, 32768)]
+SHAPES = [(40, 8, 128), (64, 8, 128), (28, 4, 128), (16, 8, 128), (12, 2, 128), (9, 3, 64)]
+SWEPT = ("bf16", "int2", "oscar", "int2-compact", "int4")
+
+
+def cases(quick: bool) -> list[Case]:
+    found = [Case(kv, *shape, peers=kv == "bf16") for shape in HEADLINES for kv in ("bf16", "int2", "oscar", "int2-compact")]
+    if quick:
+        return found[:2]
+    found += [Case("int4", 1, 131072), Case("kivi", 1, 131072), Case("int2", 256, 4096), Case("int2", 8, 32768)]
+    return found + [Case("int2", 2 * (8 // heads[1]) if heads[2] == 128 else 12, 131072, raw.Heads(*heads)) for heads in SHAPES]
+
+
+def sweep(quick: bool) -> list[Case]:
+    """Context 1K to 256K at batch 1; batch 1 to 256 at 4K; at 1 x 128K every scheme that has kernels, and both group sizes."""
+    schemes, step = (SWEPT[:2], 4) if quick else (SWEPT, 1)
+    contexts = [Case(kv, 1, 1024 << i) for kv in schemes for i in range(0, 9, step)]
+    batches = [Case(kv, 1 << i, 4096) for kv in schemes for i in range(0, 9, step)]
+    packed = [] if quick else [kv for kv, s in SCHEMES.items() if s.quantized and raw.unsupported(s, 128) is None]
+    others = [Case(kv, 1, 131072) for kv in packed]
+    groups = [Case(kv, 1, 131072, group=96 - SCHEMES[kv].group) for kv in packed]  # 64 for 32 and 32 for 64
+    return list(dict.fromkeys(contexts + batches + others + groups))
+
+
+# --- without one: NumPy, small shapes
+
+SMALL = raw.Heads(8, 2, 64)
+
+
+def small_cases(quick: bool) -> list[Case]:
+    shapes = [(1, 256)] if quick else [(1, 1024), (1, 4096), (8, 1024)]
+    return [Case(kv, *shape, SMALL) for shape in shapes for kv in ("bf16", "int2", "oscar", "int2-compact")]
+
+
+def small_sweep(quick: bool) -> list[Case]:
+    schemes, most = (("bf16", "int2"), 3) if quick else (SWEPT, 5)
+    contexts = [Case(kv, 1, 128 << i, SMALL) for kv in schemes for i in range(most)]
+    return list(dict.fromkeys(contexts + [Case(kv, 1 << i, 256, SMALL) for kv in schemes for i in range(most)]))
+
+
+# --- bytes
+
+
+def moved_bytes(case: Case) -> int:
+    """What a step must read of the cache: pages (or BF16), norms, sinks and the window's 64 tokens."""
+    scheme, h = case.scheme, case.heads
+    token = h.kv_heads * h.head_dim * 2 * 2
+    if not scheme.quantized:
+        return case.batch * (case.context + WINDOW // 2) * token
+    pages = case.context // raw.PAGE_TOKENS * h.kv_heads * raw.page_bytes(scheme, h.head_dim)
+    return case.batch * (pages + 4 * case.context * scheme.scale + (scheme.sinks + WINDOW // 2) * token)
+
+
+def layer(heads: raw.Heads) -> Config:
+    """A model of one attention layer with these heads."""
+    shape = {"num_attention_heads": heads.q_heads, "num_key_value_heads": heads.kv_heads, "head_dim": heads.head_dim}
+    rest = {"hidden_size": heads.q_heads * heads.head_dim, "intermediate_size": 1, "vocab_size": 1, "num_hidden_layers": 1}
+    return Config.from_dict({"model_type": "llama", **shape, **rest})
+
+
+def allocated_bytes(case: Case) -> int:
+    """The caches that a measurement rotates through, and what fills the first."""
+    h = case.heads
+    one = cache_bytes(layer(h), case.scheme, case.batch, case.context + WINDOW)
+    drawn = 2 * case.context * h.kv_heads * h.head_dim * 2
+    return copies_of(moved_bytes(case)) * one + drawn + 6 * PIECE
+
+
+def too_large(case: Case, free: int) -> str | None:
+    """Why a case cannot be measured in `free` bytes, or None."""
+    need = allocated_bytes(case)
+    return None if need <= free else f"needs {size(need)}, but {size(free)} are free"
+
+
+# --- rows
+
+
+def entry(op: str, case: Case, us: float, spread: float, size: int, copy_rate: float) -> dict:
+    """A row of bench.py's JSON."""
+    h = case.heads
+    group = case.scheme.group if case.scheme.quantized else None
+    shape = {"q_heads": h.q_heads, "kv_heads": h.kv_heads, "head_dim": h.head_dim, "group": group}
+    times = {"us": us, "us_spread": spread, "bytes": size, "fraction_of_copy": size / (us * 1e-6) / copy_rate}
+    return {"op": op, "kv": case.kv, "batch": case.batch, "context": case.context, **shape, **times}
+
+
+def growth(rows: Sequence[dict], copy_rate: float) -> list[dict]:
+    """Least squares through the rows of a sweep: microseconds per 1,000 tokens and at none, beside the bytes' own time.
+
+    Tokens are those of all sequences: over contexts at batch 1, over batches at the context that most of them have.
+    worst_error: of the line, as a fraction of the time measured.
+    """
+    found = []
+    own = [row for row in rows if row["group"] in (None, SCHEMES[row["kv"]].group)]
+    alone = [row for row in own if row["batch"] == 1]
+    contexts = [row["context"] for row in own if row["batch"] > 1]
+    together = [row for row in own if contexts and row["context"] == contexts[0]]
+    for over, group in (("context", alone), ("batch", together)):
+        for kv in dict.fromkeys(row["kv"] for row in group):
+            points = [row for row in group if row["kv"] == kv]
+            tokens = [row["batch"] * row["context"] / 1000 for row in points]
+            if len(set(tokens)) < 2:
+                continue
+            slope, intercept, worst = line(tokens, [row["us"] for row in points])
+            moved = line(tokens, [row["bytes"] for row in points])[0] / copy_rate * 1e6
+            fit = {"us_per_1000_tokens": slope, "us_at_0_tokens": intercept, "worst_error": worst}
+            limit = {"bytes_us_per_1000_tokens": moved, "times_the_bytes": slope / moved}
+            found.append({"over": over, "kv": kv, "points": len(points), **fit, **limit})
+    return found

@@ -1,0 +1,106 @@
+"""`bench.py decode` and `prefill`: whole models; and `kernel` where there is no GPU: the NumPy back end's decode attention alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
+
+import numpy as np
+
+from bench_cases import Case, entry, layer, moved_bytes
+from minioscar import oscar
+from minioscar.cache import Cache, cache_bytes
+from minioscar.config import Config
+from minioscar.engine import GREEDY, Engine
+from minioscar.measure import copies_of, timed
+from minioscar.ops.reference import New, Reference
+from minioscar.oscar import WINDOW, Scheme
+from minioscar.weights import Weights, arrays
+
+MOST_COPIES = 8  # of a cache on a CPU, whose array code dequantizes it into new arrays anyway
+
+
+def filled(
+    config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, room: int = 1, weights: Weights | None = None
+) -> Cache:
+    """A cache of `batch` rows that hold the same `context` random tokens, and `room` for more. weights: what shaped schemes need."""
+    cache, rng = Cache(config, scheme, batch, context + room, ops), ops.xp.random.default_rng(0)
+    shape = context, config.num_kv_heads, config.head_dim
+    first = cache.place([0], [context])
+    for i, kept in enumerate(cache.layers):
+        k, v = (rng.standard_normal(shape, dtype=np.float32).astype(ops.dtype) for _ in range(2))
+        norms = oscar.token_norms(k, ops.xp) if scheme.scale else None
+        if norms is not None:  # where rotation and scaling are one kernel, it puts them there, not `append`
+            places = kept["norms"].shape[1]
+            kept["norms"][0, : min(context, places)] = norms[:places]
+        ops.append(New(k, v, norms, weights.layers[i].key_feedback if weights else None), kept, scheme, first)
+    for row in range(1, batch):
+        cache.copy(0, row)
+    cache.lengths[:] = context
+    return cache
+
+
+def weight_bytes(weights: Weights) -> int:
+    return sum(array.nbytes for array in arrays(weights))
+
+
+def step_bytes(e: Engine, batch: int, context: int) -> int:
+    """What a decode step must read: every matrix once, the caches once. Of an embedding that is not also the head it reads no more
+    than a row a sequence."""
+    weights = weight_bytes(e.model.weights) - (0 if e.config.tie_embeddings else e.model.weights.embed.nbytes)
+    return weights + cache_bytes(e.config, e.scheme, batch, context)
+
+
+def stepping(e: Engine, cache: Cache) -> Callable[[], None]:
+    """One decode step of all rows, with sampling. It leaves the cache as long as it was, so that every step takes the same."""
+    lengths, rows, ids = cache.lengths.copy(), list(range(len(cache.lengths))), np.full(len(cache.lengths), 7)
+
+    def step() -> None:
+        e.model.step(ids, cache, cache.place(rows, [1] * len(rows)), GREEDY, 0)
+        cache.lengths[:] = lengths
+
+    return step
+
+
+def decode(e: Engine, name: str, batch: int, context: int, limits: dict[str, float], steps: int) -> dict:
+    """Steps at a context of whole blocks: none of them fills a window, so no block is packed."""
+    cache = filled(e.config, e.scheme, e.ops, batch, context, weights=e.model.weights)
+    seconds, spread = timed(e.ops, stepping(e, cache), steps)
+    size = step_bytes(e, batch, context)
+    of_limit = {"bytes": size, "fraction_of_limit": size / (limits["copy_tb_s"] * 1e12) / seconds}
+    times = {"ms": seconds * 1e3, "spread": spread, "tokens_per_s": batch / seconds}
+    return {"model": name, "kv": e.scheme.name, "batch": batch, "context": context, **times, **of_limit}
+
+
+def prefill(e: Engine, name: str, tokens: int, limits: dict[str, float], repeats: int) -> dict:
+    """One prompt, logits of its last token."""
+    c, ids = e.config, np.random.default_rng(1).integers(0, e.config.vocab_size, tokens)
+
+    def read() -> None:
+        cache = Cache(c, e.scheme, 1, tokens, e.ops)
+        e.model.forward(ids, cache, cache.place([0], [tokens]))
+
+    seconds, spread = timed(e.ops, read, repeats, 1)
+    embedding = c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
+    flops = 2 * tokens * (c.parameters() - embedding) + 2 * tokens**2 * c.q_size * c.num_layers  # causal: half of 4 * n^2
+    of_limit = {"flops": flops, "fraction_of_limit": flops / (limits["matmul_tflop_s"] * 1e12) / seconds}
+    times = {"s": seconds, "spread": spread, "tokens_per_s": tokens / seconds}
+    return {"model": name, "kv": e.scheme.name, "tokens": tokens, **times, **of_limit}
+
+
+def reference_kernel(wanted: Sequence[Case], ops: Reference, copy_rate: float, repeats: int) -> Iterator[dict]:
+    """`bench_kernels.measure` without a GPU: a step of decode attention in NumPy, over caches that take turns, windows half full."""
+    for case in wanted:
+        seconds, spread = timed(ops, attending(case, ops), repeats)
+        yield entry("decode_attention", case, seconds * 1e6, spread, moved_bytes(case), copy_rate)
+
+
+def attending(case: Case, ops: Reference) -> Callable[[], None]:
+    config, h = layer(case.heads), case.heads
+    cache = filled(config, case.scheme, ops, case.batch, case.context + WINDOW // 2 - 1, WINDOW)
+    (first,) = cache.layers
+    copies = min(copies_of(cache.nbytes), MOST_COPIES) - 1
+    turns = cycle([first, *({name: array.copy() for name, array in first.items()} for _ in range(copies))])
+    rng, batch = np.random.default_rng(1), cache.place(list(range(case.batch)), [1] * case.batch)
+    q, k, v = (rng.standard_normal((case.batch, n, h.head_dim), np.float32) for n in (h.q_heads, h.kv_heads, h.kv_heads))
+    return lambda: ops.attend(q, k, v, next(turns), case.scheme, batch)

@@ -1,0 +1,118 @@
+"""What bench.py is asked to do with a model, all of it checked before anything long begins."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from bench_memory import budgets, enforceable
+from minioscar import engine, memory, presets
+from minioscar.config import Config
+from minioscar.engine import Engine
+from minioscar.errors import UserError
+from minioscar.hub import resolve
+from minioscar.model import check_scheme
+from minioscar.ops.reference import Reference
+from minioscar.oscar import WINDOW, Scheme
+
+USUAL = {"decode": (512, 2048), "throughput": (4096,), "memory": (4096,)}  # contexts
+USUAL_CPU = USUAL | {"throughput": (1024,)}
+QUICK = {"decode": (128,), "throughput": (256,), "memory": (256,)}
+ROOM, QUICK_ROOM = 64 * 10**6, 16 * 10**6  # of a CPU's usual budget, beside the weights: NumPy takes a second a step for so much cache
+POSITIONS = 1 << 20  # of random weights, which no context is too long for
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: str
+    load: Callable[[Scheme], Engine]
+    schemes: list[Scheme]
+    contexts: dict[str, list[int]]  # by command
+    batches: list[int]
+    prompts: list[int]
+    budgets: list[int]
+    steps: int
+
+
+def planned(args: argparse.Namespace, commands: tuple[str, ...], ops: Reference) -> Plan:
+    """Raises UserError for whatever cannot work."""
+    schemes = [engine.scheme_named(name.strip()) for name in args.kv.split(",")]
+    batches = numbers("--batch", args.batch)
+    prompts = numbers("--tokens", args.tokens or ("64" if args.quick else "512,2048"))
+    steps = args.steps if args.steps is not None else 3 if args.quick else 20
+    if steps < 1:
+        raise UserError(f"--steps {steps} is out of range; it must be at least 1")
+    config, load = model_of(args)
+    for scheme in schemes:
+        check_scheme(config, scheme)
+    contexts = contexts_of(args, commands, config, ops)
+    weights = config.parameters() * ops.dtype.itemsize
+    limits = budgets_of(args, ops, weights) if "throughput" in commands else []
+    prompts = prompts if "prefill" in commands else []
+    plan = Plan(args.random_weights or args.model, load, schemes, contexts, batches, prompts, limits, steps)
+    check_sizes(plan, config, ops, weights)
+    return plan
+
+
+def numbers(option: str, text: str | None, multiple_of: int = 1) -> list[int]:
+    """The list that an option gives; empty where it is not given."""
+    try:
+        found = [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        found = [0]
+    if any(n < 1 or n % multiple_of for n in found):
+        what = "positive whole numbers" if multiple_of == 1 else f"multiples of {multiple_of}"
+        raise UserError(f"{option} {text!r} is not a list of {what}, such as {option} {multiple_of},{2 * multiple_of}")
+    return found
+
+
+def model_of(args: argparse.Namespace) -> tuple[Config, Callable[[Scheme], Engine]]:
+    if args.random_weights:
+        config = replace(presets.config_of(args.random_weights), max_positions=POSITIONS)
+        return config, lambda scheme: presets.load(config, scheme.name, args.device)
+    config = Config.from_folder(resolve(args.model))
+    return config, lambda scheme: engine.load(args.model, scheme.name, args.device, tokenizer=False)
+
+
+def contexts_of(args: argparse.Namespace, commands: tuple[str, ...], config: Config, ops: Reference) -> dict[str, list[int]]:
+    """Of every command that has a cache: those given, or the usual ones as far as the model's positions go."""
+    given = numbers("--context", args.context, multiple_of=WINDOW)
+    usual = QUICK if args.quick else USUAL if ops.name == "cuda" else USUAL_CPU
+    longest = (config.max_positions - 1) // WINDOW * WINDOW  # the step's own token has its place behind it
+    wanted = [name for name in usual if name in commands]
+    if wanted and not longest:
+        raise UserError(f"this model has {config.max_positions} positions; {wanted[0]} needs at least {WINDOW + 1}")
+    return {name: given or sorted({min(n, longest) for n in usual[name]}) for name in wanted}
+
+
+def budgets_of(args: argparse.Namespace, ops: Reference, weights: int) -> list[int]:
+    enforceable(ops.name)
+    free = ops.free_bytes()
+    if args.budget:
+        found = budgets(args.budget)
+    elif ops.name == "cuda":
+        found = [min(24 * 10**9, free)]
+    else:
+        found = [weights + (QUICK_ROOM if args.quick else ROOM)]
+    for budget in found:
+        if budget <= weights:
+            raise UserError(f"--budget {memory.size(budget)} does not even hold the weights, {memory.size(weights)}; give a larger one")
+        if budget > free:
+            raise UserError(f"--budget {memory.size(budget)} is more than the {memory.size(free)} of {ops.name} memory that are free")
+    return found
+
+
+def check_sizes(plan: Plan, config: Config, ops: Reference, weights: int) -> None:
+    held = [n + 1 for contexts in plan.contexts.values() for n in contexts]
+    if max(held + plan.prompts) > config.max_positions:
+        asked = max(held + plan.prompts)
+        raise UserError(f"this model has {config.max_positions} positions, not {asked}; give a shorter --context or --tokens")
+    most = max((n + 1 for name, contexts in plan.contexts.items() if name != "throughput" for n in contexts), default=0)
+    sizes = [(max(plan.batches), most, max(plan.batches))] * bool(most) + [(1, n, n) for n in plan.prompts]
+    try:
+        for scheme in plan.schemes:
+            for batch, context, tokens in sizes:
+                memory.check(config, scheme, ops, batch, context, tokens, weights)
+    except UserError as error:
+        raise UserError(str(error).replace("--ctx", "--context")) from None

@@ -1,0 +1,302 @@
+"""bench.py on a CPU: every command, what its JSON promises, and that a budget is enforced rather than assumed."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+
+import bench
+import bench_cases
+import bench_memory
+import bench_models
+from minioscar import engine
+from minioscar.cache import cache_bytes
+from minioscar.config import Config
+from minioscar.measure import copies_of, line
+from minioscar.ops import raw
+from minioscar.ops.reference import Reference
+from minioscar.oscar import SCHEMES, WINDOW
+
+from . import simt
+from .tiny import CONFIG, write_model
+
+MB = 10**6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("bench") / "tiny", 1)
+
+
+@pytest.fixture(scope="module")
+def report(model, tmp_path_factory):
+    file = tmp_path_factory.mktemp("report") / "b.json"
+    argv = f"all --quick --sweep --model {model} --device cpu --kv bf16,oscar,int2 --batch 1,2 --budget 12MB --json {file}"
+    process = subprocess.run([sys.executable, bench.__file__, *argv.split()], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert all(f"\n{section}\n" in process.stdout for section in bench.SECTIONS if section != "skipped")
+    return json.loads(file.read_text())
+
+
+# --- the JSON
+
+
+def test_json_has_the_stable_keys(report):
+    assert {"card", "driver", "cuda", "versions", "commit", "date", "device", "quick", "command"} <= set(report["meta"])
+    assert set(report["ceilings"]) == {"copy_tb_s", "matmul_tflop_s"} and min(report["ceilings"].values()) > 0
+    attention = "op kv batch context q_heads kv_heads head_dim us us_spread bytes fraction_of_copy"
+    for section, keys in {
+        "kernel": attention, "sweep": attention, "decode": "model kv batch context ms tokens_per_s fraction_of_limit",
+        "prefill": "model tokens tokens_per_s fraction_of_limit", "throughput": "model budget_gb kv context batch tokens_per_s",
+        "memory": "kv batch context cache_bytes predicted_bytes ratio_to_bf16",
+        "growth": "over kv points us_per_1000_tokens us_at_0_tokens worst_error bytes_us_per_1000_tokens times_the_bytes",
+    }.items():  # fmt: skip
+        assert report[section], section
+        for row in report[section]:
+            assert set(keys.split()) <= set(row), section
+    assert report["skipped"] == []
+
+
+def test_a_run_without_a_gpu_says_so(report):
+    assert report["meta"]["device"] == "cpu" and report["meta"]["card"].startswith("no GPU") and "NumPy" in report["meta"]["note"]
+
+
+def test_times_are_positive_and_fractions_are_those_of_the_bytes(report):
+    copy, product = (report["ceilings"][name] * 1e12 for name in ("copy_tb_s", "matmul_tflop_s"))
+    for row in report["kernel"] + report["sweep"]:
+        assert row["us"] > 0 and row["us_spread"] >= 0
+        assert row["fraction_of_copy"] == pytest.approx(row["bytes"] / (row["us"] * 1e-6) / copy)
+    for row in report["decode"]:
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["ms"] * 1e3)
+        assert row["fraction_of_limit"] == pytest.approx(row["bytes"] / (row["ms"] * 1e-3) / copy)
+    for row in report["prefill"]:
+        assert row["fraction_of_limit"] == pytest.approx(row["flops"] / row["s"] / product)
+
+
+def test_every_scheme_batch_and_context_that_was_asked_for_is_there(report):
+    pairs = [(kv, batch) for kv in ("bf16", "oscar", "int2") for batch in (1, 2)]
+    for section, context in (("decode", 128), ("memory", 256)):
+        assert [(row["kv"], row["batch"], row["context"]) for row in report[section]] == [(*pair, context) for pair in pairs]
+    assert [row["kv"] for row in report["throughput"]] == ["bf16", "oscar", "int2"] and report["prefill"][0]["kv"] == "int2"
+
+
+def test_the_embedding_counts_as_read_only_where_it_is_the_head(tmp_path):
+    untied, tied = (
+        engine.load(write_model(tmp_path / str(tie), 1, tie_word_embeddings=tie), "bf16", "cpu", tokenizer=False) for tie in (False, True)
+    )
+    assert bench_models.step_bytes(untied, 1, 128) == bench_models.step_bytes(tied, 1, 128)
+
+
+@pytest.mark.skipif(simt.missing() is not None, reason=str(simt.missing()))
+def test_a_cache_is_filled_alike_on_the_cuda_back_end():
+    from .simt.backend import Simt
+
+    config, scheme, ops, reference = Config.from_dict(CONFIG | {"head_dim": 64}), SCHEMES["int2"], Simt(), Reference()
+    reference.dtype = ops.dtype
+    ours, wanted = (bench_models.filled(config, scheme, back_end, 2, 130) for back_end in (ops, reference))
+    assert "pages" in ours.layers[0] and list(ours.lengths) == [130, 130]
+    for slot in (0, 1):
+        row = ops.take_out(ours.layers[1], slot, 130, config, scheme)
+        for name, array in reference.take_out(wanted.layers[1], slot, 130, config, scheme).items():
+            np.testing.assert_array_equal(row[name], array, name)
+
+
+# --- memory
+
+
+def test_measured_cache_bytes_are_the_predicted_ones(report):
+    for row in report["memory"]:
+        assert row["cache_bytes"] == row["predicted_bytes"] and row["peak_bytes"] > row["cache_bytes"]
+        assert row["ratio_to_bf16"] == row["bf16_bytes"] / row["cache_bytes"]
+    assert [row["ratio_to_bf16"] for row in report["memory"] if row["kv"] == "bf16"] == [1, 1]
+
+
+@pytest.mark.parametrize("kv", [kv for kv, scheme in SCHEMES.items() if not scheme.shaped])
+def test_every_scheme_takes_in_memory_what_was_predicted(model, kv):
+    row = bench_memory.memory(engine.load(model, kv, "cpu", tokenizer=False), "tiny", 3, 384)
+    assert row["cache_bytes"] == row["predicted_bytes"]
+    assert row["ratio_of_codes"] == pytest.approx({"oscar": 16 / 3, "bf16": 1}.get(kv, row["ratio_of_codes"]))
+
+
+# --- throughput in a budget
+
+
+def test_a_budget_gives_memory_up_to_itself_and_no_more(model):
+    e = engine.load(model, "bf16", "cpu", tokenizer=False)
+    weights = bench_memory.weight_bytes(e.model.weights)
+    attempt, outside = bench_memory.limited(e, weights + 64 * MB, weights)
+    assert outside == 0
+    for pieces in (1, 100):  # one array, and many that malloc takes from its heap
+
+        def take(size: int, pieces: int = pieces) -> dict:
+            return {"bytes": sum(array.nbytes for array in [np.ones(size // pieces, np.uint8) for _ in range(pieces)])}
+
+        assert attempt(partial(take, 32 * MB)) == {"bytes": 32 * MB}  # not all 64: pytest's heap has holes, which are of the budget
+        assert attempt(partial(take, 66 * MB)) is None
+    assert np.ones(66 * MB, np.uint8).all()  # the limit was the attempts' alone
+
+
+def test_work_that_blas_cannot_survive_is_an_attempt_that_failed(model):
+    e = engine.load(model, "bf16", "cpu", tokenizer=False)
+    attempt, _ = bench_memory.limited(e, 2 * MB, 0)
+    assert attempt(lambda: os.kill(os.getpid(), signal.SIGKILL)) is None and attempt(lambda: ctypes.CDLL(None).exit(1)) is None
+
+
+def test_an_error_that_is_not_about_memory_is_not_taken_for_a_batch_too_large(model):
+    e = engine.load(model, "bf16", "cpu", tokenizer=False)
+    attempt, _ = bench_memory.limited(e, 100 * MB, 0)
+    with pytest.raises(bench_memory.Failure, match="ZeroDivisionError"):
+        attempt(lambda: 1 / 0)
+
+
+def test_the_batch_is_the_largest_that_runs_in_the_budget(report, model):
+    for row in report["throughput"]:
+        e = engine.load(model, row["kv"], "cpu", tokenizer=False)
+        batch, context, room = row["batch"], row["context"], round(row["budget_gb"] * 1e9) - row["weight_bytes"]
+        each = cache_bytes(e.config, e.scheme, 1, context + 1)
+        assert row["weight_bytes"] == bench_memory.weight_bytes(e.model.weights) and row["cache_bytes"] == batch * each < room
+        assert row["tokens_per_s"] == pytest.approx(batch / row["ms"] * 1e3)
+        assert all(ran == (int(n) <= batch) for n, ran in row["tried"].items()) and row["tried"][str(batch)]
+        assert str(batch + 1) in row["tried"] or (batch + 1) * each > room
+        assert room - batch * each < 4 * MB  # what a step takes besides, and malloc's fragments
+    bf16, int2 = (next(row["batch"] for row in report["throughput"] if row["kv"] == kv) for kv in ("bf16", "int2"))
+    assert bf16 < int2
+
+
+def test_a_budget_that_holds_no_sequence_is_a_row_that_says_so(model):
+    e = engine.load(model, "bf16", "cpu", tokenizer=False)
+    row = bench_memory.throughput(e, "tiny", bench_memory.weight_bytes(e.model.weights) + MB // 10, 512, 1)
+    assert row["batch"] == 0 and row["ms"] is None and row["tokens_per_s"] == 0
+
+
+@pytest.mark.parametrize("answer", [0, 1, 2, 63, 64])
+def test_largest_finds_the_border(answer):
+    asked = []
+    assert bench_memory.largest(lambda n: asked.append(n) or n <= answer, 64) == answer
+    assert answer in (0, *asked) and answer + 1 in (*asked, 65) and len(asked) <= 7
+
+
+# --- shapes, bytes and growth of the GPU's cases
+
+
+def test_moved_bytes_are_the_cache_without_half_of_its_window():
+    for case in bench_cases.cases(False) + bench_cases.sweep(False) + bench_cases.small_sweep(False):
+        scheme, h = case.scheme, case.heads
+        window = case.batch * WINDOW // 2 * h.kv_heads * h.head_dim * 4
+        whole = cache_bytes(bench_cases.layer(h), scheme, case.batch, case.context)
+        assert bench_cases.moved_bytes(case) == (whole - window if scheme.quantized else whole + window)
+        assert not scheme.quantized or raw.unsupported(scheme, h.head_dim) is None or h == bench_cases.SMALL
+
+
+def test_sweeps_cover_what_they_say_once():
+    found = bench_cases.sweep(False)
+    assert len(set(found)) == len(found)
+    for kv in bench_cases.SWEPT:
+        own = [case for case in found if case.kv == kv and case.group is None]
+        assert [1024 << i for i in range(9)] == sorted(case.context for case in own if case.batch == 1)
+        assert [1 << i for i in range(9)] == sorted(case.batch for case in own if case.context == 4096)
+    assert {(case.kv, case.scheme.group) for case in found} >= {(kv, group) for kv in ("kivi", "oscar", "int2") for group in (32, 64)}
+    assert set(bench_cases.sweep(True)) < set(found)
+
+
+def test_caches_that_take_turns_are_larger_than_l2():
+    for case in bench_cases.cases(False) + bench_cases.sweep(False):
+        size = bench_cases.moved_bytes(case)
+        assert (copies_of(size) - 1) * size > 128 << 20
+        assert bench_cases.allocated_bytes(case) > copies_of(size) * size
+
+
+def test_a_case_too_large_for_the_card_is_skipped_with_the_reason():
+    case = bench_cases.Case("bf16", 256, 4096)
+    assert bench_cases.too_large(case, 80 * 10**9) is None
+    assert re.fullmatch(r"needs \d+\.\d GB, but 4\.0 GB are free", bench_cases.too_large(case, 4 * 10**9))
+
+
+def test_growth_is_the_line_that_the_times_were_made_of():
+    cases = [bench_cases.Case("int2", 1, 1024 << i) for i in range(9)] + [bench_cases.Case("int2", 1 << i, 4096) for i in range(1, 9)]
+    cases += [bench_cases.Case("int2", 1, 131072, group=64), bench_cases.Case("kivi", 1, 131072)]
+    rate = 4e12
+    rows = []
+    for case in cases:
+        slope = 0.25 if case.group is None else 99  # another group size is not on the line
+        us = 7 + slope * case.batch * case.context / 1000
+        rows.append(bench_cases.entry("decode_attention", case, us, 0.01, bench_cases.moved_bytes(case), rate))
+    for row, over in zip(bench_cases.growth(rows, rate), ("context", "batch"), strict=True):
+        assert (row["over"], row["kv"], row["points"]) == (over, "int2", 9)
+        assert row["us_per_1000_tokens"] == pytest.approx(0.25) and row["us_at_0_tokens"] == pytest.approx(7)
+        assert row["worst_error"] < 1e-9 and row["times_the_bytes"] == pytest.approx(0.25 / row["bytes_us_per_1000_tokens"])
+    per_token = SCHEMES["int2"].bits_per_element(128) / 8 * 2 * 8 * 128 + 4
+    assert bench_cases.growth(rows, rate)[0]["bytes_us_per_1000_tokens"] == pytest.approx(per_token * 1000 / rate * 1e6)
+
+
+def test_a_line_says_how_far_its_worst_point_is():
+    slope, intercept, worst = line([1, 2, 3], [10.0, 20.0, 36.0])
+    assert (slope, intercept) == pytest.approx((13, -4)) and worst == pytest.approx(0.1)
+    with pytest.raises(ValueError):
+        line([2, 2], [1, 1])
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        ("all --quick --model nowhere", "nowhere"),
+        ("decode --context 500", "multiples of 128"),
+        ("decode --context x", "multiples of 128"),
+        ("decode --context 1024", "1024 positions"),
+        ("prefill --tokens 0", "positive"),
+        ("decode --batch 1,-2", "positive"),
+        ("decode --batch 99999999", "memory"),
+        ("decode --steps 0", "at least 1"),
+        ("memory --kv int9", "not a scheme"),
+        ("throughput --budget 24", "24GB,48GB"),
+        ("throughput --budget 0.1MB", "weights"),
+        ("throughput --budget 99999GB", "free"),
+        ("kernel --peers", "GPU"),
+        ("kernel --json nowhere/b.json", "no folder"),
+        ("decode --random-weights qwen9", "qwen3-0.6b"),
+        ("juggle", "invalid choice"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_in_one_line_before_anything_is_measured(argv, said, model, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ceilings", lambda *_: pytest.fail("it went on"))
+    chosen = [] if "--model" in argv or "--random" in argv else ["--model", str(model)]
+    assert bench.main([*argv.split(), *chosen, "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and re.fullmatch(r"bench: [^\n]*\n", err)
+
+
+def test_kernel_fetches_no_model(capsys):
+    assert bench.main("kernel --quick --device cpu --model nowhere".split()) == 0
+    assert "decode_attention" in capsys.readouterr().out
+
+
+def test_random_weights_need_no_files_and_have_all_positions(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "max_position_embeddings": 256}))
+    argv = f"decode --random-weights {tmp_path / 'config.json'} --kv int2 --context 512 --steps 1 --quick --device cpu"
+    assert bench.main(argv.split()) == 0
+    assert "1 x 512" in capsys.readouterr().out
+
+
+def test_ctrl_c_shows_what_there_is_and_leaves_no_file(model, tmp_path):
+    argv = f"all --quick --model {model} --device cpu --steps 10000000 --json {tmp_path / 'b.json'}"
+    process = subprocess.Popen([sys.executable, bench.__file__, *argv.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stderr.readline().startswith("kernel: decode_attention         int2-compact"):
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and err == "bench: interrupted; --json is not written\n"
+    assert out.count("decode_attention") == 4 and not list(tmp_path.iterdir())

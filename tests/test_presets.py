@@ -1,0 +1,57 @@
+"""Random weights of published shapes: the shapes are the published ones, the weights are repeatable and activations stay finite."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from minioscar import presets
+from minioscar.config import Config
+from minioscar.errors import UserError
+from minioscar.ops.reference import Reference
+from minioscar.weights import arrays
+
+from .tiny import CONFIG
+
+PUBLISHED = {"qwen3-8b": 8_190_735_360, "qwen3-0.6b": 596_049_920, "llama-3.1-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512}
+SMALL = {**CONFIG, "num_hidden_layers": 12}
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_presets_have_the_published_number_of_parameters(preset):
+    assert presets.config_of(preset).parameters() == PUBLISHED[preset]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"model_type": "qwen2"}, {"model_type": "qwen3", "tie_word_embeddings": True, "attention_bias": True}]
+)
+def test_random_weights_are_complete_repeatable_and_keep_activations_near_one(changes):
+    config, ops = Config.from_dict(SMALL | changes), Reference()
+    first, same, other = (presets.random_weights(config, ops, seed) for seed in (3, 3, 4))
+    assert sum(array.size for array in arrays(first)) == config.parameters()
+    assert (first.head is first.embed) == config.tie_embeddings
+    assert all(np.array_equal(a, b) for a, b in zip(arrays(first), arrays(same), strict=True))
+    assert not np.array_equal(first.embed, other.embed)
+    logits = presets.load(config, "int2", "cpu").logits(range(100))
+    assert np.isfinite(logits).all() and 0.5 < logits.std() < 2 * config.hidden_size**0.5  # a tied head meets its own token again
+
+
+def test_large_matrices_are_drawn_in_pieces(monkeypatch):
+    monkeypatch.setattr(presets, "PIECE", 1000)
+    weights = presets.random_weights(Config.from_dict(CONFIG), Reference())
+    assert 0.9 < weights.embed.std() < 1.1 and weights.embed.all()
+
+
+def test_a_path_to_any_config_json_is_a_preset(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert presets.config_of(str(tmp_path / "config.json")) == Config.from_dict(CONFIG)
+    for name, said in (("qwen9", "qwen3-0.6b"), (str(tmp_path / "nowhere" / "config.json"), "does not exist")):
+        with pytest.raises(UserError, match=said):
+            presets.config_of(name)
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_made():
+    with pytest.raises(UserError, match="take .* GB"):
+        presets.load(Config.from_dict({**CONFIG, "hidden_size": 2**20, "vocab_size": 2**30}), "bf16", "cpu")
