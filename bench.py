@@ -31,11 +31,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import bench_cases
-import bench_memory
-import bench_models
-from bench_plan import Plan, planned
-from bench_table import line, table
+from benchmarks import cases, memory, models, peers
+from benchmarks.plan import Plan, planned
+from benchmarks.table import line, table
 from minioscar import presets
 from minioscar.cli import Parser
 from minioscar.engine import Engine
@@ -47,6 +45,8 @@ from minioscar.ops.reference import Reference
 
 COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory")
 SECTIONS = ("kernel", "sweep", "growth", "skipped", *COMMANDS[1:])
+PACKAGES = ("numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes")
+PACKAGES += ("torch", "triton", "transformers", "flashinfer-python", "hqq", "optimum-quanto")  # the peers'
 Rows = Iterator[tuple[str, dict]]  # section and row, as they are measured
 
 
@@ -65,7 +65,7 @@ def parser() -> Parser:
     found.add_argument("--steps", type=int, help="decode steps timed (20)")
     found.add_argument("--sweep", action="store_true", help="kernel: also contexts, batches, schemes and group sizes, and how time grows")
     found.add_argument("--quick", action="store_true", help="less of everything, to under a minute")
-    found.add_argument("--peers", action="store_true", help="kernel: other libraries' kernels in the same run; needs a GPU")
+    found.add_argument("--peers", action="store_true", help="other libraries in the same run: kernels, whole models; needs a GPU")
     found.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU if there is one")
     found.add_argument("--json", metavar="F", help="write everything to a file")
     return found
@@ -73,51 +73,57 @@ def parser() -> Parser:
 
 def measured(args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | None, ops: Reference, limits: dict[str, float]) -> Rows:
     if "kernel" in commands:
-        yield from kernels(args, ops, limits["copy_tb_s"] * 1e12)
+        yield from kernel_rows(args, ops, limits["copy_tb_s"] * 1e12)
     if plan is not None:
+        found = []
         for scheme in plan.schemes:  # one at a time: on a card two models may not fit
-            yield from whole_model(plan, commands, plan.load(scheme), limits, 2 if args.quick else 3)
+            for section, row in whole_model(plan, plan.load(scheme), limits, 2 if args.quick else 3):
+                found.append((section, row))
+                yield section, row
             ops.release()
+        if args.peers:
+            progress("transformers, end to end")
+            peers.beside(plan.config, found, plan.steps)
 
 
-def kernels(args: argparse.Namespace, ops: Reference, copy_rate: float) -> Rows:
+def kernel_rows(args: argparse.Namespace, ops: Reference, copy_rate: float) -> Rows:
     if ops.name == "cuda":
-        import bench_kernels
+        from benchmarks import kernels
 
-        headlines, swept = bench_cases.cases(args.quick), bench_cases.sweep(args.quick)
+        headlines, swept = cases.cases(args.quick), cases.sweep(args.quick)
     else:
-        headlines, swept = bench_cases.small_cases(args.quick), bench_cases.small_sweep(args.quick)
+        headlines, swept = cases.small_cases(args.quick), cases.small_sweep(args.quick)
 
-    def measure(cases: list[bench_cases.Case]) -> Iterator[dict]:
+    def measure(wanted: list[cases.Case]) -> Iterator[dict]:
         if ops.name == "cuda":
-            return bench_kernels.measure(cases, copy_rate, args.peers)
-        return bench_models.reference_kernel(cases, ops, copy_rate, 3 if args.quick else 10)
+            return kernels.measure(wanted, copy_rate, args.peers)
+        return models.reference_kernel(wanted, ops, copy_rate, 3 if args.quick else 10)
 
     for row in measure(headlines):
         yield "skipped" if "skipped" in row else "kernel", row
     if ops.name == "cuda":
-        yield from (("kernel", row) for row in bench_kernels.writing(copy_rate))
+        yield from (("kernel", row) for row in kernels.writing(copy_rate))
     if args.sweep:
         found = []
         for row in measure(swept):
             found.append(row)
             yield "skipped" if "skipped" in row else "sweep", row
-        yield from (("growth", row) for row in bench_cases.growth([row for row in found if "skipped" not in row], copy_rate))
+        yield from (("growth", row) for row in cases.growth([row for row in found if "skipped" not in row], copy_rate))
 
 
-def whole_model(plan: Plan, commands: tuple[str, ...], e: Engine, limits: dict[str, float], prefills: int) -> Rows:
+def whole_model(plan: Plan, e: Engine, limits: dict[str, float], prefills: int) -> Rows:
     for context in plan.contexts.get("decode", ()):
         for batch in plan.batches:
-            yield "decode", bench_models.decode(e, plan.model, batch, context, limits, plan.steps)
+            yield "decode", models.decode(e, plan.model, batch, context, limits, plan.steps)
     for context in plan.contexts.get("memory", ()):
         for batch in plan.batches:
-            yield "memory", bench_memory.memory(e, plan.model, batch, context)
+            yield "memory", memory.memory(e, plan.model, batch, context)
     for context in plan.contexts.get("throughput", ()):
         for budget in plan.budgets:
-            yield "throughput", bench_memory.throughput(e, plan.model, budget, context, plan.steps)
+            yield "throughput", memory.throughput(e, plan.model, budget, context, plan.steps)
     if e.scheme is plan.schemes[-1]:  # a prompt is read at full precision: the schemes differ in little
         for tokens in plan.prompts:
-            yield "prefill", bench_models.prefill(e, plan.model, tokens, limits, prefills)
+            yield "prefill", models.prefill(e, plan.model, tokens, limits, prefills)
 
 
 # --- what it was measured on
@@ -142,7 +148,7 @@ def meta(ops: Reference, args: argparse.Namespace, argv: list[str]) -> dict[str,
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes", "torch"):
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -188,7 +194,7 @@ def run(argv: list[str]) -> None:
         check_writable(args.json)
     ops = backend(args.device)
     if args.peers and ops.name != "cuda":
-        raise UserError("--peers needs a GPU: the other libraries' kernels run on nothing else")
+        raise UserError("--peers needs a GPU: the other libraries are measured on nothing else")
     plan = planned(args, commands, ops) if commands != ("kernel",) else None
     progress("measuring copy bandwidth and matrix rate")
     about, limits = meta(ops, args, argv), ceilings(ops, args.quick)

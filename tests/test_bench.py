@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import bench
-import bench_cases
-import bench_memory
-import bench_models
+from benchmarks import cases as bench_cases
+from benchmarks import memory as bench_memory
+from benchmarks import models as bench_models
 from minioscar import engine
 from minioscar.cache import cache_bytes
 from minioscar.config import Config

@@ -1,4 +1,4 @@
-"""bench_peers.py: peers compute attention, and one that is absent, fails or is wrong says so in its place. Whole peers where installed."""
+"""benchmarks/peers.py: peers compute attention; one that is absent, fails or is wrong says so in its place. Whole where installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import bench_peers
+from benchmarks import peers
 from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.ops import cuda_missing
@@ -38,10 +38,10 @@ def caches(rng: np.random.Generator, batch: int, context: int, kv_heads: int = 2
 def test_absent_peers_give_their_reason(monkeypatch):
     for name in PEERS:
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
-    found = [bench_peers.peer_times(case(1, 128), [])]
+    found = [peers.peer_times(case(1, 128), [])]
     config = Config.from_dict(QWEN)
-    found += bench_peers.decode_peers(config, [(1, 128), (2, 128)]) + bench_peers.prefill_peers(config, [64])
-    names = [bench_peers.ATTENTION, bench_peers.CACHES, bench_peers.CACHES, {"transformers"}]
+    found += peers.decode_peers(config, [(1, 128), (2, 128)]) + peers.prefill_peers(config, [64])
+    names = [peers.ATTENTION, peers.CACHES, peers.CACHES, {"transformers"}]
     assert [set(times) for times in found] == [set(each) for each in names]
     assert all("torch" in why and "\n" not in why for times in found for why in times.values())
 
@@ -67,16 +67,16 @@ def test_peers_get_our_tensors_and_one_that_fails_or_is_wrong_gives_its_reason(m
         yield fail
 
     def right(q, tensors):
-        yield lambda: [lambda k=k, v=v: bench_peers.attention(q, k, v).bfloat16() for k, v in tensors]
+        yield lambda: [lambda k=k, v=v: peers.attention(q, k, v).bfloat16() for k, v in tensors]
         yield from (*wrong(q, tensors), fail)
 
-    monkeypatch.setattr(bench_peers, "graph_time", lambda calls, replays=25: float(len(calls)))
-    monkeypatch.setattr(bench_peers, "ATTENTION", {**bench_peers.ATTENTION, "wrong": wrong, "fails": fails, "right": right})
-    found = bench_peers.peer_times(case(2, 128), caches(np.random.default_rng(seed), 2, 128))
+    monkeypatch.setattr(peers, "graph_time", lambda calls, replays=25: float(len(calls)))
+    monkeypatch.setattr(peers, "ATTENTION", {**peers.ATTENTION, "wrong": wrong, "fails": fails, "right": right})
+    found = peers.peer_times(case(2, 128), caches(np.random.default_rng(seed), 2, 128))
     assert found["right"] == 2.0
     assert found["wrong"].startswith("ArithmeticError: the result is off by")
     assert found["fails"] == "NotImplementedError: not for this shape"
-    assert set(found) == set(bench_peers.ATTENTION) and all(isinstance(value, float | str) for value in found.values())
+    assert set(found) == set(peers.ATTENTION) and all(isinstance(value, float | str) for value in found.values())
     assert found["sdpa_fa2"] == 2.0  # torch has this one for CPUs too
 
 
@@ -87,7 +87,7 @@ def test_peers_that_are_installed_are_timed_on_a_card(seed):
 
     made = caches(np.random.default_rng(seed), 2, 1024, head_dim=128)
     on_card = [{name: cupy.asarray(x.view(np.uint16)).view(BF16) for name, x in cache.items()} for cache in made]
-    found = bench_peers.peer_times(case(2, 1024, q_heads=8, head_dim=128), on_card)
+    found = peers.peer_times(case(2, 1024, q_heads=8, head_dim=128), on_card)
     wanted = ["sdpa_fa2"] + [name for name in ("triton", "flashinfer") if find_spec(name)]
     assert all(isinstance(found[name], float) and found[name] > 0 for name in wanted), found
 
@@ -110,25 +110,42 @@ def test_the_pages_of_a_cache_are_its_tokens(seed):
 
         def run(self, q, pages):
             whole = [torch.stack([x[row].transpose(0, 1).flatten(1, 2) for row in self.rows]) for x in pages]
-            return bench_peers.attention(q, *whole)
+            return peers.attention(q, *whole)
 
-    (call,) = bench_peers.paged(Wrapper, "fa2", q, [(k, v)])
-    torch.testing.assert_close(call(), bench_peers.attention(q, k, v))
+    (call,) = peers.paged(Wrapper, "fa2", q, [(k, v)])
+    torch.testing.assert_close(call(), peers.attention(q, k, v))
     with pytest.raises(ValueError, match="190 tokens"):
-        bench_peers.paged(Wrapper, "fa2", q, [(k[:, :, :190], v[:, :, :190])])
+        peers.paged(Wrapper, "fa2", q, [(k[:, :, :190], v[:, :, :190])])
+
+
+def test_whole_models_stand_beside_the_rows_of_their_shape(monkeypatch):
+    asked = []
+
+    def decode(config, cases, steps):
+        asked.append(cases)
+        return [{"transformers": float(context)} for _, context in cases]
+
+    monkeypatch.setattr(peers, "decode_peers", decode)
+    monkeypatch.setattr(peers, "prefill_peers", lambda config, prompts: [{"transformers": float(n)} for n in prompts])
+    rows = [("decode", {"kv": kv, "batch": 1, "context": n}) for kv in ("bf16", "int2") for n in (128, 256)]
+    rows += [("memory", {"kv": "int2"}), ("prefill", {"tokens": 64})]
+    peers.beside(None, rows, 3)
+    assert asked == [[(1, 128), (1, 256)]]
+    assert [row["peers"]["transformers"] for section, row in rows if section != "memory"] == [128, 256, 128, 256, 64]
+    peers.beside(None, [("memory", {})], 3)  # nothing asked for, nothing loaded
 
 
 # --- the Triton kernel
 
 
 @pytest.fixture
-def bench_triton():
+def triton_decode():
     """Compiled where there is a card, else interpreted."""
     pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("triton", reason="triton is not installed")
-    import bench_triton
+    from benchmarks import triton_decode
 
-    return bench_triton
+    return triton_decode
 
 
 @pytest.mark.parametrize(
@@ -141,7 +158,7 @@ def bench_triton():
         (40, 2, 64, (100,), 64, 1),  # more q heads than 16 rows
     ],
 )
-def test_triton_decode_is_attention(bench_triton, seed, q_heads, kv_heads, head_dim, lengths, block, programs):
+def test_triton_decode_is_attention(triton_decode, seed, q_heads, kv_heads, head_dim, lengths, block, programs):
     import torch
 
     device, dtype = ("cuda", torch.bfloat16) if CARD else ("cpu", torch.float16)  # the interpreter has no BF16 dot
@@ -149,8 +166,8 @@ def test_triton_decode_is_attention(bench_triton, seed, q_heads, kv_heads, head_
     made = [rng.standard_normal((batch, n, max(lengths) + 7, head_dim), np.float32) for n in (kv_heads, kv_heads)]
     k, v = (torch.from_numpy(x).to(device, dtype)[:, :, : max(lengths)] for x in made)
     q = torch.from_numpy(rng.standard_normal((batch, q_heads, head_dim), np.float32)).to(device, dtype)
-    tuning = bench_triton.Tuning(block, 4, 2, programs)
-    (call,) = bench_triton.decode(q, [(k, v)], torch.tensor(lengths, dtype=torch.int32, device=device), tuning, 8)
+    tuning = triton_decode.Tuning(block, 4, 2, programs)
+    (call,) = triton_decode.decode(q, [(k, v)], torch.tensor(lengths, dtype=torch.int32, device=device), tuning, 8)
     found = call().double().cpu().numpy()
     q, k, v = (x.double().cpu().numpy() for x in (q, k, v))
     for row, length in enumerate(lengths):
@@ -163,24 +180,25 @@ def test_triton_decode_is_attention(bench_triton, seed, q_heads, kv_heads, head_
             assert np.linalg.norm(found[row, head] - expected) < tolerance * np.linalg.norm(expected)
 
 
-def test_triton_decode_refuses_a_head_it_has_no_tile_for(bench_triton):
+def test_triton_decode_refuses_a_head_it_has_no_tile_for(triton_decode):
     import torch
 
     q, k = torch.zeros(1, 2, 96), torch.zeros(1, 1, 8, 96)
     with pytest.raises(ValueError, match="head_dim 96"):
-        bench_triton.decode(q, [(k, k)], torch.tensor([8]), bench_triton.TUNINGS[0], 1)
+        triton_decode.decode(q, [(k, k)], torch.tensor([8]), triton_decode.TUNINGS[0], 1)
 
 
 COMPILE = """
-import bench_triton, sys
+import sys
+from benchmarks import triton_decode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 types = dict(zip("q k v lengths parts logs scale per_split row_stride head_stride".split(),
                  "*bf16 *bf16 *bf16 *i32 *fp32 *fp32 fp32 i32 i32 i32".split()))
-tile = bench_triton.TUNINGS[0]
+tile = triton_decode.TUNINGS[0]
 sizes = {"GROUP": 4, "ROWS": 16, "DIM": 128, "BLOCK": tile.block}
 aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 5, 7, 8, 9)}
-source = ASTSource(bench_triton.attend, types | dict.fromkeys(sizes, "constexpr"), sizes, aligned)
+source = ASTSource(triton_decode.attend, types | dict.fromkeys(sizes, "constexpr"), sizes, aligned)
 made = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": tile.warps, "num_stages": tile.stages})
 assert made.asm["cubin"] and "mma.sync" in made.asm["ptx"] and "cp.async" in made.asm["ptx"]
 """
@@ -204,9 +222,9 @@ def test_transformers_runs_the_same_shape_end_to_end(kind):
     pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     config = Config.from_dict({**QWEN, "model_type": kind})
-    (rate,) = bench_peers.prefill_peers(config, [32], "cpu")
+    (rate,) = peers.prefill_peers(config, [32], "cpu")
     assert rate["transformers"] > 0
-    for times in bench_peers.decode_peers(config, [(1, 128), (2, 256)], "cpu", steps=2):
+    for times in peers.decode_peers(config, [(1, 128), (2, 256)], "cpu", steps=2):
         assert times["transformers"] > 0
         for name, package in (("transformers_hqq2", "hqq"), ("transformers_quanto2", "quanto")):
             assert isinstance(times[name], float) or package in times[name].lower()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench_models import filled, stepping, weight_bytes
+from benchmarks.models import filled, stepping, weight_bytes
 from minioscar.cache import cache_bytes
 from minioscar.engine import Engine
 from minioscar.errors import Failure, UserError

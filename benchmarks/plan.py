@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from bench_memory import budgets, enforceable
+from benchmarks.memory import budgets, enforceable
 from minioscar import engine, memory, presets
 from minioscar.config import Config
 from minioscar.engine import Engine
@@ -26,6 +26,7 @@ POSITIONS = 1 << 20  # of random weights, which no context is too long for
 @dataclass(frozen=True)
 class Plan:
     model: str
+    config: Config
     load: Callable[[Scheme], Engine]
     schemes: list[Scheme]
     contexts: dict[str, list[int]]  # by command
@@ -50,7 +51,7 @@ def planned(args: argparse.Namespace, commands: tuple[str, ...], ops: Reference)
     weights = config.parameters() * ops.dtype.itemsize
     limits = budgets_of(args, ops, weights) if "throughput" in commands else []
     prompts = prompts if "prefill" in commands else []
-    plan = Plan(args.random_weights or args.model, load, schemes, contexts, batches, prompts, limits, steps)
+    plan = Plan(args.random_weights or args.model, config, load, schemes, contexts, batches, prompts, limits, steps)
     check_sizes(plan, config, ops, weights)
     return plan
 

@@ -22,7 +22,7 @@ from minioscar.config import Config
 from minioscar.oscar import WINDOW
 
 if TYPE_CHECKING:
-    from bench_kernels import Case
+    from benchmarks.cases import Case
 
 Array = Tensor = Any
 Call = Callable[[], Tensor]
@@ -148,16 +148,16 @@ def sdpa(backend: str, q: Tensor, caches: Caches) -> Candidates:
 
 
 def triton(q: Tensor, caches: Caches) -> Candidates:
-    """bench_triton.py in all its tunings."""
+    """benchmarks/triton_decode.py in all its tunings."""
     import torch
 
-    import bench_triton
+    from benchmarks import triton_decode
 
     batch, _, tokens, _ = caches[0][0].shape
     lengths = torch.full((batch,), tokens, dtype=torch.int32, device=q.device)
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    for tuning in bench_triton.TUNINGS:
-        yield partial(bench_triton.decode, q, caches, lengths, tuning, multiprocessors)
+    for tuning in triton_decode.TUNINGS:
+        yield partial(triton_decode.decode, q, caches, lengths, tuning, multiprocessors)
 
 
 def flashinfer(q: Tensor, caches: Caches) -> Candidates:
@@ -256,6 +256,18 @@ def prefill_peers(config: Config, prompts: Sequence[int], device: str = "cuda") 
         except Exception as error:
             found.append({"transformers": reason(error)})
     return found
+
+
+def beside(config: Config, rows: Sequence[tuple[str, dict]], steps: int) -> None:
+    """Puts transformers' figures into the rows of bench.py's sections decode and prefill, measured once for each shape."""
+    decode, prefill = ([row for section, row in rows if section == wanted] for wanted in ("decode", "prefill"))
+    cases = list(dict.fromkeys((row["batch"], row["context"]) for row in decode))
+    found = dict(zip(cases, decode_peers(config, cases, steps=steps) if cases else (), strict=True))
+    for row in decode:
+        row["peers"] = found[row["batch"], row["context"]]
+    prompts = [row["tokens"] for row in prefill]
+    for row, times in zip(prefill, prefill_peers(config, prompts) if prompts else (), strict=True):
+        row["peers"] = times
 
 
 def random_model(config: Config, device: str) -> Any:

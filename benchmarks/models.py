@@ -7,7 +7,7 @@ from itertools import cycle
 
 import numpy as np
 
-from bench_cases import Case, entry, layer, moved_bytes
+from benchmarks.cases import Case, entry, layer, moved_bytes
 from minioscar import oscar
 from minioscar.cache import Cache, cache_bytes
 from minioscar.config import Config
@@ -89,7 +89,7 @@ def prefill(e: Engine, name: str, tokens: int, limits: dict[str, float], repeats
 
 
 def reference_kernel(wanted: Sequence[Case], ops: Reference, copy_rate: float, repeats: int) -> Iterator[dict]:
-    """`bench_kernels.measure` without a GPU: a step of decode attention in NumPy, over caches that take turns, windows half full."""
+    """`kernels.measure` without a GPU: a step of decode attention in NumPy, over caches that take turns, windows half full."""
     for case in wanted:
         seconds, spread = timed(ops, attending(case, ops), repeats)
         yield entry("decode_attention", case, seconds * 1e6, spread, moved_bytes(case), copy_rate)

@@ -14,8 +14,8 @@ from typing import Any
 import cupy
 import numpy as np
 
-from bench_cases import PIECE, Case, entry, moved_bytes, too_large
-from bench_peers import peer_times
+from benchmarks.cases import PIECE, Case, entry, moved_bytes, too_large
+from benchmarks.peers import peer_times
 from minioscar.cache import BF16
 from minioscar.measure import copies_of, graph_time
 from minioscar.ops import raw

@@ -53,7 +53,7 @@ COLUMNS: dict[str, list[Column]] = {
     ],
     "prefill": [
         KV, number("tokens", 15, "tokens", ",d"), number("s", 10, "s", ".3f"), SPREAD, number("tokens/s", 10, "tokens_per_s", ".1f"),
-        number("of limit", 9, "fraction_of_limit", ".1%"), ("peers, s", -1, peers),
+        number("of limit", 9, "fraction_of_limit", ".1%"), ("peers, tokens/s", -1, peers),
     ],
     "throughput": [
         number("budget, GB", 10, "budget_gb", ".3f"), KV, number("tokens each", 12, "context", ",d"),
