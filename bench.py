@@ -6,7 +6,8 @@
     python bench.py throughput --random-weights qwen3-8b --budget 24GB,48GB
     python bench.py memory --random-weights qwen3-0.6b --kv bf16,oscar,int2
 
-kernel      decode attention, and on a GPU all that writes the cache: bytes that must move over the measured copy rate
+kernel      decode attention, and on a GPU all that writes the cache, linear layers, sampling, the attention of a prefill:
+            bytes that must move over the measured copy rate, or operations over the measured matrix rate
 decode      a step of a whole model: weights and cache read once over the copy rate
 prefill     one prompt: multiply-adds over the measured matrix rate
 throughput  decode steps of the largest batch that really runs in a budget of memory, beside the weights
@@ -44,7 +45,7 @@ from minioscar.ops import backend
 from minioscar.ops.reference import Reference
 
 COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory")
-SECTIONS = ("kernel", "sweep", "growth", "skipped", *COMMANDS[1:])
+SECTIONS = ("kernel", "dense", "sweep", "growth", "skipped", *COMMANDS[1:])
 PACKAGES = ("numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes")
 PACKAGES += ("torch", "triton", "transformers", "flashinfer-python", "hqq", "optimum-quanto")  # the peers'
 Rows = Iterator[tuple[str, dict]]  # section and row, as they are measured
@@ -73,7 +74,7 @@ def parser() -> Parser:
 
 def measured(args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | None, ops: Reference, limits: dict[str, float]) -> Rows:
     if "kernel" in commands:
-        yield from kernel_rows(args, ops, limits["copy_tb_s"] * 1e12)
+        yield from kernel_rows(args, ops, limits)
     if plan is not None:
         found = []
         for scheme in plan.schemes:  # one at a time: on a card two models may not fit
@@ -86,9 +87,10 @@ def measured(args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | N
             peers.beside(plan.config, found, plan.steps)
 
 
-def kernel_rows(args: argparse.Namespace, ops: Reference, copy_rate: float) -> Rows:
+def kernel_rows(args: argparse.Namespace, ops: Reference, limits: dict[str, float]) -> Rows:
+    copy_rate = limits["copy_tb_s"] * 1e12
     if ops.name == "cuda":
-        from benchmarks import kernels
+        from benchmarks import dense, kernels
 
         headlines, swept = cases.cases(args.quick), cases.sweep(args.quick)
     else:
@@ -103,6 +105,7 @@ def kernel_rows(args: argparse.Namespace, ops: Reference, copy_rate: float) -> R
         yield "skipped" if "skipped" in row else "kernel", row
     if ops.name == "cuda":
         yield from (("kernel", row) for row in kernels.writing(copy_rate))
+        yield from (("dense", row) for row in dense.measure(copy_rate, limits["matmul_tflop_s"] * 1e12, args.quick))
     if args.sweep:
         found = []
         for row in measure(swept):

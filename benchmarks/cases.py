@@ -58,6 +58,34 @@ def sweep(quick: bool) -> list[Case]:
     return list(dict.fromkeys(contexts + batches + others + groups))
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer, and what stands around it."""
+
+    name: str
+    size: int
+    rows: int
+    norm: bool = False
+    silu: bool = False
+    residual: bool = False
+    float32: bool = False
+
+
+DENSE = [  # of Qwen3-8B
+    Matrix("norm, qkv", 4096, 6144, norm=True),
+    Matrix("o, residual", 4096, 4096, residual=True),
+    Matrix("norm, gate and up, silu", 4096, 24576, norm=True, silu=True),
+    Matrix("down, residual", 12288, 4096, residual=True),
+    Matrix("norm, head", 4096, 151936, norm=True, float32=True),
+]
+PREFILLS = [(0, 4096), (0, 32768), (131072, 512)]  # tokens before, and new
+
+
+def pairs(past: int, new: int) -> int:
+    """(query, key that it sees) of one head."""
+    return new * past + new * (new + 1) // 2
+
+
 # --- without one: NumPy, small shapes
 
 SMALL = raw.Heads(8, 2, 64)

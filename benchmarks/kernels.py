@@ -82,10 +82,14 @@ def attention(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict
     return [lambda launch=launch: raw.run(launch) for launch in made], caches
 
 
-def plan_of(case: Case) -> raw.Plan:
+def card() -> tuple[int, int]:
+    """Multiprocessors and compute capability."""
     properties = cupy.cuda.runtime.getDeviceProperties(0)
-    capability = 10 * properties["major"] + properties["minor"]
-    return raw.plan(case.heads, case.scheme, case.batch, properties["multiProcessorCount"], capability)
+    return properties["multiProcessorCount"], 10 * properties["major"] + properties["minor"]
+
+
+def plan_of(case: Case) -> raw.Plan:
+    return raw.plan(case.heads, case.scheme, case.batch, *card())
 
 
 def compile_all(wanted: list[Case]) -> None:

@@ -41,6 +41,10 @@ KERNEL: list[Column] = [
 COLUMNS: dict[str, list[Column]] = {
     "kernel": KERNEL,
     "sweep": KERNEL,
+    "dense": [
+        text("operation", -24, "op"), text("shape", -40, "shape"), number("tokens", 9, "tokens", ",d"), number("µs", 10, "us", ".2f"),
+        number("spread", 7, "us_spread", ".1%"), number("of limit", 9, "fraction_of_limit", ".1%"),
+    ],
     "growth": [
         text("over", -8, "over"), KV, number("points", 7, "points", "d"), number("µs per 1,000 tokens", 20, "us_per_1000_tokens", ".3f"),
         number("their bytes' µs", 16, "bytes_us_per_1000_tokens", ".3f"), number("times", 7, "times_the_bytes", ".2f"),

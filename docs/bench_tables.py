@@ -221,6 +221,11 @@ def kernel_cells(row: dict) -> Iterator[str]:
     yield peer_cell(row, 1)
 
 
+def dense_cells(row: dict) -> Iterator[str]:
+    yield from (OPS.get(row["op"], row["op"]), row["shape"], f"{row['tokens']:,}", f"{row['us']:.2f} (spread {row['us_spread']:.1%})")
+    yield from (f"{row['us'] * row['fraction_of_limit']:.2f}", f"{row['fraction_of_limit']:.0%}")
+
+
 def growth_cells(row: dict) -> Iterator[str]:
     yield from (row["over"], f"`{row['kv']}`", f"{row['us_per_1000_tokens']:.3f}", f"{row['bytes_us_per_1000_tokens']:.3f}")
     yield from (f"{1 / row['times_the_bytes']:.0%}", f"{row['us_at_0_tokens']:.2f}", f"{row['worst_error']:.0%}")
@@ -266,6 +271,7 @@ KERNEL = ("q / kv heads, head_dim", "µs", "limit, µs", "of it", "peers, µs")
 GROWTH = ("µs per 1,000 tokens", "limit, µs", "of it", "µs at none", "worst error of the line")
 PARTS = {
     "kernel": (["kernel", *SHAPE, *KERNEL], kernel_cells),
+    "dense": (["the rest of a step", "shape", "tokens", "µs", "limit, µs", "of it"], dense_cells),
     "sweep": (["sweep", *SHAPE, *KERNEL], kernel_cells),
     "growth": (["growth over", "`--kv`", *GROWTH], growth_cells),
     "skipped": (["not measured", *SHAPE, "why"], skipped_cells),

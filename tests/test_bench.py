@@ -19,7 +19,7 @@ import bench
 from benchmarks import cases as bench_cases
 from benchmarks import memory as bench_memory
 from benchmarks import models as bench_models
-from minioscar import engine
+from minioscar import engine, presets
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
 from minioscar.measure import copies_of, line
@@ -44,7 +44,7 @@ def report(model, tmp_path_factory):
     argv = f"all --quick --sweep --model {model} --device cpu --kv bf16,oscar,int2 --batch 1,2 --budget 12MB --json {file}"
     process = subprocess.run([sys.executable, bench.__file__, *argv.split()], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert all(f"\n{section}\n" in process.stdout for section in bench.SECTIONS if section != "skipped")
+    assert all(f"\n{section}\n" in process.stdout for section in bench.SECTIONS if section not in ("skipped", "dense"))
     return json.loads(file.read_text())
 
 
@@ -64,7 +64,7 @@ def test_json_has_the_stable_keys(report):
         assert report[section], section
         for row in report[section]:
             assert set(keys.split()) <= set(row), section
-    assert report["skipped"] == []
+    assert report["skipped"] == report["dense"] == []
 
 
 def test_a_run_without_a_gpu_says_so(report):
@@ -214,6 +214,26 @@ def test_caches_that_take_turns_are_larger_than_l2():
         size = bench_cases.moved_bytes(case)
         assert (copies_of(size) - 1) * size > 128 << 20
         assert bench_cases.allocated_bytes(case) > copies_of(size) * size
+
+
+def test_the_rest_of_a_step_is_that_of_qwen3_8b():
+    config = presets.config_of("qwen3-8b")
+    qkv, o, gate_up, down, head = bench_cases.DENSE
+    assert (qkv.size, qkv.rows) == (config.hidden_size, config.q_size + 2 * config.kv_size)
+    assert (o.size, o.rows) == (config.q_size, config.hidden_size)
+    assert (down.size, down.rows) == (config.intermediate_size, config.hidden_size)
+    assert (gate_up.size, gate_up.rows) == (config.hidden_size, 2 * config.intermediate_size)
+    assert (head.size, head.rows) == (config.hidden_size, config.vocab_size)
+    assert bench_cases.pairs(5, 3) == sum(len(range(5 + t + 1)) for t in range(3))
+
+
+@pytest.mark.gpu
+def test_kernels_are_measured_on_a_card(tmp_path):
+    assert bench.main(["kernel", "--quick", "--json", str(tmp_path / "k.json")]) == 0
+    report = json.loads((tmp_path / "k.json").read_text())
+    assert report["kernel"] and report["dense"]
+    for row in report["kernel"] + report["dense"]:
+        assert 0 < row.get("fraction_of_copy", row.get("fraction_of_limit")) < 1.2
 
 
 def test_a_case_too_large_for_the_card_is_skipped_with_the_reason():

@@ -38,6 +38,7 @@ def report() -> dict:
         "ceilings": {"copy_tb_s": 4.0, "matmul_tflop_s": 800.0},
         "kernel": [attention("bf16", 131072, 120.0, peers=peers), attention("int2", 131072, 27.5)],
         "sweep": [attention("int2", 4096, 9.0, group=32), attention("int2", 131072, 28.0), attention("int2", 131072, 26.0, group=64)],
+        "dense": [{"op": "linear", "shape": "8 to 4", "tokens": 48, "us": 20.0, "us_spread": 0.01, "fraction_of_limit": 0.75}],
         "growth": [{"over": "context", "kv": "int2", "points": 2, **GROWTH}],
         "skipped": [{"op": "decode_attention", "kv": "bf16", "batch": 9, "context": 4096, "skipped": "needs more"}],
         "decode": [step("bf16", 32768, 6.0, peers=slow), step("bf16", 131072, 9.0, peers=slow), step("int2", 131072, 4.5)],
@@ -55,6 +56,7 @@ def test_every_part_of_a_report_has_a_table_with_the_limit_beside_the_figure(rep
         "| decode attention | `bf16` | 1 x 131,072 | 32 / 8, 128 | 120.00 (spread 1.0%) | 60.00 | 50% "
         "| FlashAttention-2 150.0; Triton 110.0 |",
         "| decode attention | `int2`, groups of 64 | 1 x 131,072 | 32 / 8, 128 | 26.00 (spread 1.0%) | 13.00 | 50% |  |",
+        "| linear | 8 to 4 | 48 | 20.00 (spread 1.0%) | 15.00 | 75% |",
         "| context | `int2` | 0.200 | 0.100 | 50% | 8.00 | 3% |",
         "| decode attention | `bf16` | 9 x 4,096 | needs more |",
         "Not measured: FlashInfer (ModuleNotFoundError: No module named 'flashinfer').",

@@ -1,0 +1,99 @@
+"""`bench.py kernel` on a card, the second half: the kernels of a step that are not the cache's, in the shapes of Qwen3-8B.
+
+Products and sampling beside the bytes that they must read, the attention of a prefill beside its operations. As everywhere, many
+launches in one replayed graph, over weights that no L2 holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cupy
+import numpy as np
+
+from benchmarks.cases import DENSE, PREFILLS, Case, Matrix, pairs
+from benchmarks.kernels import card, filled, random_bf16
+from minioscar.cache import BF16
+from minioscar.measure import copies_of, graph_time
+from minioscar.ops import raw, raw_dense
+from minioscar.sampling import Sampling
+
+Array = Any
+HEADS = raw.Heads(32, 8, 128)
+VOCABULARY, EPS = 151936, 1e-6
+TOKENS = (1, 8, 48, 128)
+
+
+def measure(copy_rate: float, matmul_rate: float, quick: bool) -> Iterator[dict]:
+    rng = cupy.random.default_rng(0)
+    for matrix in DENSE[:1] if quick else DENSE:
+        weights = [random_bf16((matrix.rows, matrix.size), rng)]
+        weights += [weights[0].copy() for _ in range(copies_of(weights[0].nbytes) - 1)]
+        for tokens in TOKENS[:1] if quick else TOKENS:
+            us, spread = graph_time(products(matrix, weights, tokens, rng))
+            yield row("linear", f"{matrix.size} to {matrix.rows}: {matrix.name}", tokens, us, spread, weights[0].nbytes, copy_rate)
+        del weights
+        cupy.get_default_memory_pool().free_all_blocks()
+    for name, sampling in (("greedy", Sampling()), ("top-k 40, top-p 0.9", Sampling(0.8, top_k=40, top_p=0.9))):
+        us, spread = graph_time([drawing(sampling, rng)])
+        yield row("sample", name, 1, us, spread, VOCABULARY * 4, copy_rate)
+    for past, new in PREFILLS[:1] if quick else PREFILLS:
+        us, spread = graph_time([prefill(past, new, rng)], replays=5)
+        operations = 4 * HEADS.head_dim * HEADS.q_heads * pairs(past, new)
+        yield row("prefill_attention", f"after {past:,} tokens", new, us, spread, operations, matmul_rate)
+    if not quick:
+        us, spread = graph_time([unpacking(131072, rng)], replays=5)
+        yield row("unpack", "int2", 131072, us, spread, 2 * 2 * 131072 * HEADS.kv_heads * HEADS.head_dim, copy_rate)
+
+
+def row(op: str, shape: str, tokens: int, us: float, spread: float, work: int, rate: float) -> dict:
+    """work: the bytes or operations that the limit is about, rate: of them a second."""
+    return {"op": op, "shape": shape, "tokens": tokens, "us": us, "us_spread": spread, "fraction_of_limit": work / (us * 1e-6) / rate}
+
+
+def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> list[Callable[[], None]]:
+    """A launch for each copy of the weights; of more than linear.LINEAR_TOKENS tokens the norm is a launch of its own, and counted."""
+    multiprocessors, capability = card()
+    x, norm = random_bf16((tokens, matrix.size), rng), cupy.ones(matrix.size, BF16)
+    width = matrix.rows // 2 if matrix.silu else matrix.rows
+    out = cupy.empty((tokens, width), np.float32 if matrix.float32 else BF16)
+    options = {"silu": matrix.silu, "residual": random_bf16((tokens, width), rng) if matrix.residual else None}
+    if tokens <= raw_dense.LINEAR_TOKENS:
+        options |= {"norm": (norm, EPS)} if matrix.norm else {}
+        made = [(raw_dense.linear(x, weight, out, multiprocessors, capability, **options),) for weight in weights]
+    else:
+        plan = raw_dense.batch_plan(tokens, matrix.size, matrix.rows, matrix.silu, multiprocessors, capability)
+        scratch = cupy.empty(plan.workspace_floats, np.float32), cupy.zeros(plan.blocks, np.int32)
+        normed = cupy.empty_like(x)
+        before = (raw_dense.rms_norm(x, norm, EPS, normed),) if matrix.norm else ()
+        made = [(*before, raw_dense.linear_batch(normed if before else x, weight, out, plan, *scratch, **options)) for weight in weights]
+
+    def run(launches: tuple[raw.Launch, ...]) -> None:
+        for launch in launches:
+            raw.run(launch)
+
+    return [lambda launches=launches: run(launches) for launches in made]
+
+
+def drawing(sampling: Sampling, rng: Any) -> Callable[[], None]:
+    logits = rng.standard_normal((1, VOCABULARY), dtype=np.float32) * 3
+    launch = raw_dense.sample(logits, sampling, *(cupy.zeros(1, np.int32) for _ in range(3)))
+    return lambda: raw.run(launch)
+
+
+def prefill(past: int, new: int, rng: Any) -> Callable[[], None]:
+    h, (_, capability) = HEADS, card()
+    q, k, v = (random_bf16((new, n, h.head_dim), rng) for n in (h.q_heads, h.kv_heads, h.kv_heads))
+    older = tuple(random_bf16((1, h.kv_heads, past, h.head_dim), rng) for _ in "kv") if past else None
+    stride = h.kv_heads * h.head_dim
+    arrivals = raw.Arrivals(k, v, stride, stride, *(cupy.asarray([n], np.int32) for n in (0, 0, past, new)), new)
+    launch = raw.prefill_attention(h, q, arrivals, older, cupy.empty_like(q), capability)
+    return lambda: raw.run(launch)
+
+
+def unpacking(tokens: int, rng: Any) -> Callable[[], None]:
+    case = Case("int2", 1, tokens, HEADS)
+    keys, values = (cupy.empty((1, HEADS.kv_heads, tokens, HEADS.head_dim), BF16) for _ in "kv")
+    launch = raw.unpack(HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), filled(case, rng), keys, values)
+    return lambda: raw.run(launch)
