@@ -320,7 +320,7 @@ def pack(codes: Array, bits: int, xp: Any = np) -> Array:
 def unpack(packed: Array, bits: int, xp: Any = np) -> Array:
     """The inverse of `pack`: uint8 bytes [..., m] -> uint8 codes [..., m * 8 / bits]."""
     table = xp.asarray(_codes_of_byte(bits))
-    return table[packed].view(xp.uint8).reshape(*packed.shape[:-1], -1)
+    return xp.take(table, packed).view(xp.uint8).reshape(*packed.shape[:-1], -1)  # faster than table[packed], and the same
 
 
 @cache
