@@ -16,7 +16,7 @@ results: .venv/test.done  # the tables and figures of README.md and docs/, from 
 	$(BIN)/python docs/render.py
 	$(BIN)/python docs/figures.py
 
-soak: .venv/test.done  # 20,000 mutated inputs, then two hours of random requests; hours of one core
+soak: .venv/test.done  # 20,000 mutated inputs, then an hour of random requests in each of two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --json docs/results/soak.json
 
 # An environment is current while it is newer than pyproject.toml.

@@ -1,6 +1,6 @@
-"""Hours of random requests to one loaded model: memory stays flat, and every answer is what a fresh process gives, bit for bit.
+"""Hours of random requests to a loaded model: memory stays flat, and every answer is what a fresh process gives, bit for bit.
 
-    python -m tests.soak --hours 2 --cases 20000 --json docs/results/soak.json      what `make soak` runs; the fuzz first
+    python -m tests.soak --json docs/results/soak.json      what `make soak` runs: the fuzz, then two processes for an hour each
     python -m tests.soak --only 1234 --seed S                                       the digest of one request, in a fresh process
 
 A request is made from (seed, number) alone: single prompts, batches, several answers, chats with answers broken off, prompt caches saved
@@ -55,10 +55,12 @@ class Request:
     # --- what a request is made of
 
     def text(self, most: int = 1200) -> str:
-        """A stretch of English, from a few characters to more than a block of the cache."""
+        """A stretch of English, from a few characters to more than a block of the cache; not blank."""
         whole, size = default_text(), int(self.rng.triangular(5, most, 60))
-        at = self.rng.randrange(len(whole) - size)
-        return whole[at : at + size]
+        while True:
+            at = self.rng.randrange(len(whole) - size)
+            if piece := whole[at : at + size].strip():
+                return piece
 
     def options(self, **more: Any) -> dict[str, Any]:
         rng = self.rng
@@ -203,11 +205,26 @@ def fresh(seed: int, number: int) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
 
 
+def side_by_side(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """`soak` in so many processes at a time, each with a seed of its own."""
+    options = ["--hours", str(args.hours), "--again", str(args.again), "--cases", "0", "--processes", "1"]
+    commands = [[sys.executable, "-m", "tests.soak", *options, "--seed", str(args.seed + i)] for i in range(args.processes)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for command in commands]
+    said = [process.communicate()[0] for process in running]
+    return [run for text in said for run in json.loads(text)["soak"]]
+
+
+def passed(run: dict[str, Any], hours: float) -> bool:
+    flat = abs(run["growth_mb_per_hour"]) * hours < 0.02 * max(run["resident_mb_by_quarter"] or [1])
+    return flat and run["equal_in_fresh_processes"] == run["fresh_processes"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="soak and fuzz")
-    parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--processes", type=int, default=2, help="of so many hours each, at the same time")
     parser.add_argument("--cases", type=int, default=20_000, help="of the fuzz; 0: none")
-    parser.add_argument("--again", type=int, default=60, help="requests that fresh processes run again")
+    parser.add_argument("--again", type=int, default=40, help="requests of each that fresh processes run again")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, metavar="N")
     parser.add_argument("--json", metavar="F")
@@ -221,14 +238,12 @@ def main() -> int:
     report: dict[str, Any] = {"meta": machine | {"threads": 1, "date": time.strftime("%Y-%m-%d")}}
     if args.cases:
         report["fuzz"] = fuzz(args.cases, args.seed, progress=sys.stderr.isatty())
-    report["soak"] = soak(args.hours, args.seed, args.again)
+    report["soak"] = side_by_side(args) if args.processes > 1 else [soak(args.hours, args.seed, args.again)]
     text = json.dumps(report, indent=1)
     if args.json:
         Path(args.json).write_text(text + "\n")
     print(text)
-    found = report["soak"]
-    flat = abs(found["growth_mb_per_hour"]) * args.hours < 0.02 * max(found["resident_mb_by_quarter"] or [1])
-    return 0 if flat and found["equal_in_fresh_processes"] == found["fresh_processes"] and not report.get("fuzz", {}).get("failures") else 1
+    return 0 if all(passed(run, args.hours) for run in report["soak"]) and not report.get("fuzz", {}).get("failures") else 1
 
 
 if __name__ == "__main__":
