@@ -8,7 +8,8 @@
 
 kernel      decode attention, and on a GPU all that writes the cache, linear layers, sampling, the attention of a prefill:
             bytes that must move over the measured copy rate, or operations over the measured matrix rate
-decode      a step of a whole model: weights and cache read once over the copy rate
+decode      a step of a whole model: weights and cache read once over the copy rate; on a GPU also as one captured graph,
+            which `generate` does not use yet
 prefill     one prompt: multiply-adds over the measured matrix rate
 throughput  decode steps of the largest batch that really runs in a budget of memory, beside the weights
 memory      what the allocator gave for a cache, and the most that it and a step took together
@@ -118,6 +119,8 @@ def whole_model(plan: Plan, e: Engine, limits: dict[str, float], prefills: int) 
     for context in plan.contexts.get("decode", ()):
         for batch in plan.batches:
             yield "decode", models.decode(e, plan.model, batch, context, limits, plan.steps)
+            if models.captured(e, batch):
+                yield "decode", models.decode_graph(e, plan.model, batch, context, limits, plan.steps)
     for context in plan.contexts.get("memory", ()):
         for batch in plan.batches:
             yield "memory", memory.memory(e, plan.model, batch, context)

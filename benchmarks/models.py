@@ -13,10 +13,12 @@ from minioscar.cache import Cache, cache_bytes
 from minioscar.config import Config
 from minioscar.engine import GREEDY, Engine
 from minioscar.measure import copies_of, timed
+from minioscar.ops.decode_step import DecodeStep, unsupported
 from minioscar.ops.reference import New, Reference
 from minioscar.oscar import WINDOW, Scheme
 from minioscar.weights import Weights, arrays
 
+IN_A_ROW = 8  # steps of a graph without the host between them
 MOST_COPIES = 8  # of a cache on a CPU, whose array code dequantizes it into new arrays anyway
 
 
@@ -66,10 +68,36 @@ def decode(e: Engine, name: str, batch: int, context: int, limits: dict[str, flo
     """Steps at a context of whole blocks: none of them fills a window, so no block is packed."""
     cache = filled(e.config, e.scheme, e.ops, batch, context, weights=e.model.weights)
     seconds, spread = timed(e.ops, stepping(e, cache), steps)
+    return decode_row(e, name, batch, context, limits, seconds, spread) | {"mode": "eager"}
+
+
+def decode_row(e: Engine, name: str, batch: int, context: int, limits: dict[str, float], seconds: float, spread: float) -> dict:
     size = step_bytes(e, batch, context)
     of_limit = {"bytes": size, "fraction_of_limit": size / (limits["copy_tb_s"] * 1e12) / seconds}
     times = {"ms": seconds * 1e3, "spread": spread, "tokens_per_s": batch / seconds}
     return {"model": name, "kv": e.scheme.name, "batch": batch, "context": context, **times, **of_limit}
+
+
+def captured(e: Engine, batch: int) -> bool:
+    """Whether a step of this engine can be measured as one graph too."""
+    return e.ops.name == "cuda" and unsupported(e.config, e.scheme, batch) is None
+
+
+def decode_graph(e: Engine, name: str, batch: int, context: int, limits: dict[str, float], steps: int) -> dict:
+    """The same as one captured graph of raw kernels, sampling included: ops/decode_step.py."""
+    cache = filled(e.config, e.scheme, e.ops, batch, context, IN_A_ROW + 1, e.model.weights)
+    tables = tuple(e.ops.xp.asarray(table) for table in e.config.rope.tables(cache.context))
+    step = DecodeStep(e.ops, e.config, e.model.weights, tables, cache, GREEDY)
+    graph, stream = step.graph(), e.ops.xp.cuda.Stream(non_blocking=True)
+
+    def run() -> None:
+        step.lengths.fill(context)
+        e.ops.xp.cuda.Device().synchronize()
+        for _ in range(IN_A_ROW):
+            graph.launch(stream)
+
+    seconds, spread = timed(e.ops, run, steps)
+    return decode_row(e, name, batch, context, limits, seconds / IN_A_ROW, spread) | {"mode": "graph"}
 
 
 def prefill(e: Engine, name: str, tokens: int, limits: dict[str, float], repeats: int) -> dict:

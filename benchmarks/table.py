@@ -52,7 +52,8 @@ COLUMNS: dict[str, list[Column]] = {
     ],
     "skipped": [text("operation", -24, "op"), KV, SHAPE, text("  skipped", -1, "skipped")],
     "decode": [
-        KV, SHAPE, number("ms", 10, "ms", ".2f"), SPREAD, number("tokens/s", 10, "tokens_per_s", ".1f"), megabytes("MB read", "bytes"),
+        KV, SHAPE, text("mode", 6, "mode"), number("ms", 10, "ms", ".2f"), SPREAD, number("tokens/s", 10, "tokens_per_s", ".1f"),
+        megabytes("MB read", "bytes"),
         number("of limit", 9, "fraction_of_limit", ".1%"), ("peers, ms", -1, peers),
     ],
     "prefill": [

@@ -6,7 +6,20 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 
 import bench_figures
-from committed import NAMES, QWEN3_8B, RESULTS, attention_rows, benches, fastest_bf16, foreign_group, load, measured, on_gpu, shape_of
+from committed import (
+    NAMES,
+    QWEN3_8B,
+    RESULTS,
+    attention_rows,
+    benches,
+    fastest_bf16,
+    foreign_group,
+    generated,
+    load,
+    measured,
+    on_gpu,
+    shape_of,
+)
 
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
@@ -150,7 +163,8 @@ def attention_gain(reports: list[dict]) -> str:
 
 def decode_gain(reports: list[dict]) -> str:
     for report in reports:
-        ms = {(row["model"], row["kv"]): row["ms"] for row in report["decode"] if (row["batch"], row["context"]) == (1, 131072)}
+        rows = [row for row in generated(report) if (row["batch"], row["context"]) == (1, 131072)]
+        ms = {(row["model"], row["kv"]): row["ms"] for row in rows}
         for model, kv in ms:
             if kv == "int2" and (model, "bf16") in ms:
                 ours, other = ms[model, "int2"], ms[model, "bf16"]
@@ -236,7 +250,8 @@ def skipped_cells(row: dict) -> Iterator[str]:
 
 
 def decode_cells(row: dict) -> Iterator[str]:
-    yield from (row["model"], f"`{row['kv']}`", "{batch} x {context:,}".format(**row), f"{row['ms']:.2f}", f"{row['tokens_per_s']:,.1f}")
+    kv = f"`{row['kv']}`" + (", one graph" if row.get("mode") == "graph" else "")
+    yield from (row["model"], kv, "{batch} x {context:,}".format(**row), f"{row['ms']:.2f}", f"{row['tokens_per_s']:,.1f}")
     yield from (f"{row['ms'] * row['fraction_of_limit']:.2f}", f"{row['fraction_of_limit']:.0%}", peer_cell(row, 2))
 
 

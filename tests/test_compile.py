@@ -51,6 +51,7 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         x, weight, y = np.empty((tokens, 4096)), np.empty((8192, 4096)), np.empty((1, 1), np.uint16)
         batch = raw_dense.batch_plan(tokens, 4096, 8192, True, MULTIPROCESSORS, arch)
         found[f"linear_batch of {tokens}"] = raw_dense.linear_batch(x, weight, y, batch, out, ints, silu=True)
+    found["embed"], found["advance"] = raw_dense.embed(out[None], ints, out), raw_dense.advance(ints, ints)
     found["rms_norm"] = raw_dense.rms_norm(x, out, 0, out)
     found["sample"] = raw_dense.sample(np.empty((1, 1)), Sampling(), ints, ints, ints)
     for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:

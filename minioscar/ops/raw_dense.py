@@ -13,7 +13,8 @@ from .raw import SHARED_BYTES, Launch
 
 Array = Any
 
-LINEAR_TOKENS = 8  # columns of an MMA
+LINEAR_TOKENS = 8  # of linear.cu: the columns of an MMA
+BATCH_TOKENS = 128  # of linear_batch.cu
 
 
 def linear(
@@ -52,9 +53,9 @@ class BatchPlan:
 def batch_plan(tokens: int, size: int, rows: int, silu: bool, multiprocessors: int, capability: int) -> BatchPlan:
     """The parts of k that leave the fewest multiprocessors, of two blocks each, idle at the end.
 
-    Raises ValueError for more than 128 tokens.
+    Raises ValueError for more than BATCH_TOKENS.
     """
-    if not 1 <= tokens <= 128 or size % 8:
+    if not 1 <= tokens <= BATCH_TOKENS or size % 8:
         raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear_batch.cu")
     step = 16 if tokens <= 64 else 32
     columns, room = -(-tokens // step) * step, SHARED_BYTES.get(capability, 99) * 1024 - 1024
@@ -77,7 +78,7 @@ def linear_batch(
     x: Array, weight: Array, out: Array, p: BatchPlan, workspace: Array, arrived: Array, *, bias: Array | None = None,
     residual: Array | None = None, silu: bool = False,
 ) -> Launch:
-    """As `linear`, for up to 128 tokens, already normed.
+    """As `linear`, for up to BATCH_TOKENS, already normed.
 
     workspace float32 [p.workspace_floats]; arrived int32 [p.blocks], zero before and after.
     """
@@ -103,3 +104,16 @@ def sample(logits: Array, sampling: Sampling, sequences: Array, steps: Array, to
     numbers = np.float32(scale), np.int32(sampling.top_k), np.float64(sampling.top_p), np.float32(sampling.min_p), np.uint64(sampling.seed)
     args = (logits, sequences, steps, tokens, np.int32(logits.shape[1]), *numbers)
     return Launch("sample.cu", "sample", (), (len(logits),), 1024, args)
+
+
+# --- around a step
+
+
+def embed(table: Array, tokens: Array, x: Array) -> Launch:
+    """x[i] = table[tokens[i]]: table bf16 [vocab, hidden], tokens int32 [n], x bf16 [n, hidden], hidden a multiple of 8."""
+    return Launch("step.cu", "embed", (), (len(tokens),), 128, (table, tokens, x, np.int32(table.shape[1])))
+
+
+def advance(lengths: Array, steps: Array) -> Launch:
+    """lengths and steps, int32 [rows], grow by one where the length is not negative."""
+    return Launch("step.cu", "advance", (), (1,), 128, (lengths, steps, np.int32(len(lengths))))

@@ -52,6 +52,10 @@ class Simt(Cuda):
         args = [array(a) if isinstance(a, np.ndarray) and not _simulated(a) else a for a in launch.args]
         kernel(launch.grid, launch.block, args, shared=launch.shared)
 
+    def linear(self, *args: Any, **options: Any) -> np.ndarray:
+        """A sum with a bias or residual is NumPy's own array; a strided view of it, such as v in qkv, could not be copied in as it is."""
+        return array(super().linear(*args, **options))
+
     def product(self, x: np.ndarray, weight: np.ndarray, float32: bool) -> np.ndarray:
         """As cuBLAS does it: float32 sums, one rounding to BF16. (NumPy leaves a product of two BF16 matrices in float32.)"""
         return array((x.astype(np.float32) @ weight.astype(np.float32).T).astype(np.float32 if float32 else self.dtype))

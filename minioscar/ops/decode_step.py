@@ -1,0 +1,129 @@
+"""A decode step as a list of launches on arrays that never move, so that one CUDA graph serves every step.
+
+Tokens, lengths and the numbers of the steps live on the device: a step reads the tokens that the step before has drawn, and the host
+reads them when it likes. Seven launches a layer: qkv with its norm · RoPE, rotation and the new token's place · attention · pack · o and
+residual · gate and up with their norm and silu · down and residual. More than LINEAR_TOKENS rows: a norm is a launch of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..cache import BF16, Cache
+from ..config import Config
+from ..oscar import Scheme
+from ..sampling import Sampling
+from . import raw, raw_dense
+
+if TYPE_CHECKING:
+    from ..weights import Weights
+    from .cuda import Cuda
+
+Array = Any
+
+
+class DecodeStep:
+    """tokens, lengths, steps, sequences: int32 [rows] on the device, a row of the cache each; length -1: not in use.
+
+    `run` takes a step with the newest token of each row (`tokens`), which stands at position `lengths`, and leaves the next one there;
+    `logits`, float32 [rows, vocab], are what it was drawn from. weights: for the cache's scheme. tables: cos and sin of RoPE for the
+    cache's context. Raises ValueError for schemes and shapes that have no kernels.
+    """
+
+    def __init__(
+        self, ops: Cuda, config: Config, weights: Weights, tables: tuple[Array, Array], cache: Cache, sampling: Sampling,
+        sequences: Sequence[int] | None = None,
+    ):
+        scheme, rows = cache.scheme, len(cache.lengths)
+        if reason := unsupported(config, scheme, rows):
+            raise ValueError(reason)
+        self.ops, self.config, self.cache, self.rows, self.eps, xp = ops, config, cache, rows, config.rms_norm_eps, ops.xp
+        self.heads = raw.Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+        self.launches: list[raw.Launch] = []
+        self.tokens, self.steps = (xp.zeros(rows, np.int32) for _ in range(2))
+        self.lengths = xp.asarray(np.full(rows, -1, np.int32))
+        self.sequences = xp.asarray(np.asarray(range(rows) if sequences is None else sequences, np.int32))
+        self.logits = xp.empty((rows, config.vocab_size), np.float32)
+
+        hidden, width = config.hidden_size, config.q_size + 2 * config.kv_size
+        x, middle = (xp.empty((rows, hidden), BF16) for _ in range(2))
+        qkv, y, h = (xp.empty((rows, n), BF16) for n in (width, config.q_size, config.intermediate_size))
+        self._scratch(weights)
+        plan = raw.plan(self.heads, scheme, rows, ops.multiprocessors, ops.capability)
+        tasks, workspace = xp.empty(plan.task_shape, np.int32), xp.empty(plan.workspace_floats(config.head_dim), np.float32)
+        arrived = xp.zeros(rows * config.num_kv_heads * plan.share, np.int32)
+        q, out = xp.empty((rows, config.num_heads, config.head_dim), BF16), y.reshape(rows, config.num_heads, config.head_dim)
+
+        self.launches += [raw_dense.embed(weights.embed, self.tokens, x), raw.schedule(self.heads, scheme, plan, self.lengths, tasks)]
+        for layer, kept in zip(weights.layers, cache.layers, strict=True):
+            self._product(x, layer.qkv, qkv, norm=layer.input_norm, bias=layer.qkv_bias)
+            norms, keys, values = kept.get("norms"), *(kept[n if not scheme.quantized else f"window_{n}"] for n in ("keys", "values"))
+            options = {"norms": norms, "norm_stride": 0 if norms is None else norms.shape[1], "eps": self.eps, "rotate": scheme.rotate}
+            options |= {"q_weight": layer.q_norm, "k_weight": layer.k_norm, "keys": keys, "values": values, "places": keys.shape[2]}
+            self.launches.append(raw.rotate_scale(self.heads, qkv, self.lengths, *tables, q, **options))
+            results = self.lengths, tasks, out, None, workspace, arrived
+            self.launches.append(raw.decode_attention(self.heads, scheme, plan, q, kept, *results))
+            if scheme.quantized:
+                self.launches.append(raw.pack_step(self.heads, scheme, self.lengths, kept))
+            self._product(y, layer.o, middle, bias=layer.o_bias, residual=x)
+            self._product(middle, layer.gate_up, h, norm=layer.post_norm, silu=True)
+            self._product(h, layer.down, x, residual=middle)
+        self._product(x, weights.head, self.logits, norm=weights.norm)
+        self.launches.append(raw_dense.sample(self.logits, sampling, self.sequences, self.steps, self.tokens))
+        self.launches.append(raw_dense.advance(self.lengths, self.steps))
+
+    def run(self) -> None:
+        for launch in self.launches:
+            self.ops.run(launch)
+
+    def graph(self) -> Any:
+        """`run` as one CUDA graph, on CuPy alone: graph.launch(stream) takes a step. It holds the addresses of this step's arrays."""
+        stream = self.ops.xp.cuda.Stream(non_blocking=True)
+        for launch in self.launches:
+            raw.kernel(launch.source, launch.name, launch.defines)  # nothing can be compiled or loaded during a capture
+        self.ops.xp.cuda.Device().synchronize()
+        with stream:
+            stream.begin_capture()
+            self.run()
+            return stream.end_capture()
+
+    def _scratch(self, weights: Weights) -> None:
+        """What products of many rows need, for the largest of them."""
+        layer, xp = weights.layers[0], self.ops.xp
+        matrices = [(layer.qkv, False), (layer.o, False), (layer.gate_up, True), (layer.down, False), (weights.head, False)]
+        plans = [self._plan(matrix, silu) for matrix, silu in matrices] if self.rows > raw_dense.LINEAR_TOKENS else []
+        self.partial = xp.empty(max((p.workspace_floats for p in plans), default=0), np.float32)
+        self.counters = xp.zeros(max((p.blocks for p in plans), default=0), np.int32)
+        self.normed = xp.empty((self.rows, self.config.hidden_size), BF16)
+
+    def _plan(self, weight: Array, silu: bool) -> raw_dense.BatchPlan:
+        rows, size = weight.shape
+        return raw_dense.batch_plan(self.rows, size, rows, silu, self.ops.multiprocessors, self.ops.capability)
+
+    def _product(self, x: Array, weight: Array, out: Array, *, norm: Array | None = None, silu: bool = False, **rest: Array | None) -> None:
+        if self.rows <= raw_dense.LINEAR_TOKENS:
+            normed = None if norm is None else (norm, self.eps)
+            card = self.ops.multiprocessors, self.ops.capability
+            self.launches.append(raw_dense.linear(x, weight, out, *card, norm=normed, silu=silu, **rest))
+            return
+        if norm is not None:
+            self.launches.append(raw_dense.rms_norm(x, norm, self.eps, self.normed))
+            x = self.normed
+        scratch = self.partial, self.counters
+        self.launches.append(raw_dense.linear_batch(x, weight, out, self._plan(weight, silu), *scratch, silu=silu, **rest))
+
+
+def unsupported(config: Config, scheme: Scheme, rows: int) -> str | None:
+    """Why a step of so many rows cannot be raw kernels alone, or None."""
+    if scheme.quantized and (reason := raw.unsupported(scheme, config.head_dim)):
+        return reason
+    if config.head_dim not in raw.HEAD_DIMS:
+        return f"head_dim {config.head_dim} is not one of {', '.join(map(str, raw.HEAD_DIMS))}"
+    if config.hidden_size % 8 or config.intermediate_size % 8:
+        return f"hidden and intermediate size {config.hidden_size}, {config.intermediate_size} must be multiples of 8"
+    if rows > raw_dense.BATCH_TOKENS:
+        return f"{rows} rows are more than {raw_dense.BATCH_TOKENS}"
+    return None

@@ -1,0 +1,140 @@
+"""ops/decode_step.py: a step of raw kernels alone against the NumPy model, on the simulator and on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from minioscar.cache import BF16, Cache
+from minioscar.engine import GREEDY
+from minioscar.ops.decode_step import DecodeStep
+from minioscar.oscar import SCHEMES
+from minioscar.sampling import Sampling, sample
+from minioscar.weights import Layer, Weights
+
+from .test_cuda_backend import on_each_backend
+from .tiny import load, relative, write_model
+
+FAMILIES = {"llama": {}, "qwen2": {"num_attention_heads": 6, "num_key_value_heads": 1}, "qwen3": {"tie_word_embeddings": True}}
+
+
+def prepared(engine, ops, prompts: list[np.ndarray], sampling: Sampling = GREEDY, room: int = 8) -> DecodeStep:
+    """A step over a cache that `ops` has filled with the prompts, but for the last token of each."""
+    cache = Cache(engine.config, engine.scheme, len(prompts) + 1, max(map(len, prompts)) + room, ops)  # the last row is not in use
+    slots = [i for i, ids in enumerate(prompts) if len(ids) > 1]
+    if slots:
+        counts = [len(prompts[i]) - 1 for i in slots]
+        engine.model.forward(np.concatenate([prompts[i][:-1] for i in slots]), cache, cache.place(slots, counts))
+    tables = engine.model._tables(cache.context)
+    step = DecodeStep(ops, engine.config, engine.model.weights, tables, cache, sampling)
+    step.tokens[: len(prompts)] = ops.xp.asarray(np.array([ids[-1] for ids in prompts], np.int32))
+    step.lengths[: len(prompts)] = ops.xp.asarray(np.array([len(ids) - 1 for ids in prompts], np.int32))
+    return step
+
+
+def of_backend(make, folder, kv: str):
+    """The NumPy engine with weights rounded to BF16, and one of the same weights on another back end."""
+    reference, engine, ops = load(folder, kv, "cpu"), load(folder, kv, "cpu"), make()
+    reference.model.weights = mapped(reference.model.weights, lambda x: x.astype(BF16).astype(np.float32))
+    engine.model.weights, engine.model.ops = mapped(reference.model.weights, ops.array), ops
+    return reference, engine, ops
+
+
+def mapped(weights: Weights, change) -> Weights:
+    layers = [{name: x if x is None else change(x) for name, x in vars(layer).items()} for layer in weights.layers]
+    outer = {name: change(getattr(weights, name)) for name in ("embed", "norm", "head")}
+    return replace(weights, layers=tuple(Layer(**layer) for layer in layers), **outer)
+
+
+@on_each_backend
+@pytest.mark.parametrize("kv", ["bf16", "int2", "int2-compact", "oscar", "kivi", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed):
+    """Over two steps, the window of one row filled and packed on the way.
+
+    The reference goes on with the back end's cache, once that is seen to be nearly its own: activations in BF16 put a hundredth of
+    the keys at another of four levels, which is not what is tested here.
+    """
+    folder = write_model(tmp_path / "m", seed, model_type=family, head_dim=64, num_hidden_layers=1, **FAMILIES[family])
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 160, n) for n in (128, 1, 40)]
+    reference, engine, ops = of_backend(make, folder, kv)
+    step = prepared(engine, ops, prompts)
+    cache = Cache(reference.config, reference.scheme, len(prompts), 140, reference.ops)
+    reference.model.forward(np.concatenate([prompts[0][:-1], prompts[2][:-1]]), cache, cache.place([0, 2], [127, 39]))
+    ids = np.array([p[-1] for p in prompts])
+    for _ in range(2):
+        for slot in range(3):
+            adopt(reference, cache, step, slot)
+        want = reference.model.forward(ids, cache, cache.place([0, 1, 2], [1, 1, 1]))
+        step.run()
+        got = np.array(ops.numpy(step.logits))[:3]
+        print(f"{relative(got, want):.4f}")
+        assert relative(got, want) < 0.03
+        tokens = np.array(ops.numpy(step.tokens))[:3]
+        assert np.array_equal(tokens, got.argmax(axis=1))
+        ids = tokens.astype(np.int64)
+    assert np.array_equal(np.array(ops.numpy(step.lengths)), [129, 2, 41, -1])
+
+
+def adopt(reference, cache: Cache, step: DecodeStep, slot: int) -> None:
+    """Row `slot` of the step's cache, in place of the reference's."""
+    ops, length = reference.ops, int(cache.lengths[slot])
+    for theirs, mine in zip(step.cache.layers, cache.layers, strict=True):
+        row = step.ops.take_out(theirs, slot, length, reference.config, reference.scheme)
+        before = ops.past(mine, slot, length, reference.scheme)
+        ops.put_in(row, mine, slot, reference.config, reference.scheme)
+        for own, adopted in zip(before, ops.past(mine, slot, length, reference.scheme), strict=True):
+            assert length == 0 or relative(adopted, own) < 0.15
+
+
+@on_each_backend
+def test_many_rows_give_what_each_gives_alone(make, tmp_path, seed):
+    """Ten rows take the products of linear_batch.cu, one those of linear.cu: equal within the roundings of BF16."""
+    folder = write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1)
+    prompts = [np.random.default_rng(seed + n).integers(0, 160, n) for n in range(1, 10)]
+    _, engine, ops = of_backend(make, folder, "int2")
+    together, alone = prepared(engine, ops, prompts), prepared(engine, ops, prompts[4:5])
+    for step in (together, alone):
+        step.run()
+    assert relative(np.array(ops.numpy(together.logits))[4], np.array(ops.numpy(alone.logits))[0]) < 0.02
+
+
+@on_each_backend
+def test_a_step_draws_what_the_host_draws_from_its_logits(make, tmp_path, seed):
+    sampling = Sampling(1.0, top_p=0.9, seed=seed)
+    _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), "int2")
+    step = prepared(engine, ops, [np.array([5, 7]), np.array([3])], sampling)
+    for number in range(3):
+        step.run()
+        logits, tokens = np.array(ops.numpy(step.logits)), np.array(ops.numpy(step.tokens))
+        assert tokens[:2].tolist() == [sample(logits[row], sampling, row, number) for row in range(2)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [3, 12])
+def test_a_graph_gives_the_bits_of_its_launches(tmp_path, seed, rows):
+    """Two hundred steps: every window is packed on the way."""
+    import cupy
+
+    folder = write_model(tmp_path / "m", seed, head_dim=128)
+    prompts = [np.random.default_rng(seed + n).integers(0, 160, 1 + 40 * n % 130) for n in range(rows)]
+    engine = load(folder, "int2", "cuda")
+    eager, captured = (prepared(engine, engine.ops, prompts, Sampling(1.0, top_k=50, seed=1), room=210) for _ in range(2))
+    graph, stream = captured.graph(), cupy.cuda.Stream(non_blocking=True)
+    for _ in range(200):
+        eager.run()
+        graph.launch(stream)
+    cupy.cuda.Device().synchronize()
+    for name in ("logits", "tokens", "lengths", "steps"):
+        assert np.array_equal(getattr(eager, name).get(), getattr(captured, name).get()), name
+
+
+def test_what_has_no_kernels_is_refused(tmp_path):
+    engine = load(write_model(tmp_path / "m", 1, head_dim=64), "quarot", "cpu")
+    for rows, kv, why in ((1, "quarot", "key groups"), (129, "bf16", "129 rows")):
+        cache = Cache(engine.config, SCHEMES[kv], rows, 8, engine.ops)
+        with pytest.raises(ValueError, match=why):
+            DecodeStep(engine.ops, engine.config, engine.model.weights, (None, None), cache, GREEDY)
