@@ -114,7 +114,7 @@ def _files(folder: Path) -> list[str]:
         raise UserError(f"{folder / INDEX} has no weight_map; fetch the model again")
     names = sorted(set(map(str, files.values())))
     for name in names:
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors") or not name.isprintable():
             raise UserError(f"{folder / INDEX} names {name!r}, which is not a safetensors file of this folder; refusing to open it")
     return names
 
