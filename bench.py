@@ -6,9 +6,9 @@
     python bench.py throughput --random-weights qwen3-8b --budget 24GB,48GB
     python bench.py memory --random-weights qwen3-0.6b --kv bf16,oscar,int2
 
-kernel      decode attention, and on a GPU all that writes the cache, linear layers, sampling, the attention of a prefill:
-            bytes that must move over the measured copy rate, or operations over the measured matrix rate
-decode      a step of a whole model: weights and cache read once over the copy rate; on a GPU also as one captured graph,
+kernel      decode attention, and on a GPU all that writes the cache: bytes that must move over the measured copy rate; with --step
+            linear layers, sampling and the attention of a prefill too, against bytes or operations
+decode      a step of a whole model: weights and cache read once over the copy rate; with --step also as one captured graph,
             which `generate` does not use yet
 prefill     one prompt: multiply-adds over the measured matrix rate
 throughput  decode steps of the largest batch that really runs in a budget of memory, beside the weights
@@ -43,6 +43,7 @@ from minioscar.errors import Failure, UserError
 from minioscar.files import check_writable, replacing
 from minioscar.measure import ceilings
 from minioscar.ops import backend
+from minioscar.ops.decode_step import unsupported
 from minioscar.ops.reference import Reference
 
 COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory")
@@ -66,6 +67,8 @@ def parser() -> Parser:
     found.add_argument("--budget", help="of throughput, weights included, such as 24GB,48GB (24GB; on a CPU the weights and 64MB)")
     found.add_argument("--steps", type=int, help="decode steps timed (20)")
     found.add_argument("--sweep", action="store_true", help="kernel: also contexts, batches, schemes and group sizes, and how time grows")
+    rest = "on a GPU also what has not passed on a card yet: kernel: the rest of a step; decode: a step as one graph"
+    found.add_argument("--step", action="store_true", help=rest)
     found.add_argument("--quick", action="store_true", help="less of everything, to under a minute")
     found.add_argument("--peers", action="store_true", help="other libraries in the same run: kernels, whole models; needs a GPU")
     found.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU if there is one")
@@ -106,7 +109,8 @@ def kernel_rows(args: argparse.Namespace, ops: Reference, limits: dict[str, floa
         yield "skipped" if "skipped" in row else "kernel", row
     if ops.name == "cuda":
         yield from (("kernel", row) for row in kernels.writing(copy_rate))
-        yield from (("dense", row) for row in dense.measure(copy_rate, limits["matmul_tflop_s"] * 1e12, args.quick))
+        if args.step:
+            yield from (("dense", row) for row in dense.measure(copy_rate, limits["matmul_tflop_s"] * 1e12, args.quick))
     if args.sweep:
         found = []
         for row in measure(swept):
@@ -119,7 +123,7 @@ def whole_model(plan: Plan, e: Engine, limits: dict[str, float], prefills: int) 
     for context in plan.contexts.get("decode", ()):
         for batch in plan.batches:
             yield "decode", models.decode(e, plan.model, batch, context, limits, plan.steps)
-            if models.captured(e, batch):
+            if plan.graph and unsupported(e.config, e.scheme, batch) is None:
                 yield "decode", models.decode_graph(e, plan.model, batch, context, limits, plan.steps)
     for context in plan.contexts.get("memory", ()):
         for batch in plan.batches:
@@ -199,8 +203,9 @@ def run(argv: list[str]) -> None:
     if args.json:
         check_writable(args.json)
     ops = backend(args.device)
-    if args.peers and ops.name != "cuda":
-        raise UserError("--peers needs a GPU: the other libraries are measured on nothing else")
+    if ops.name != "cuda" and (args.peers or args.step):
+        what = "--peers needs a GPU: the other libraries are" if args.peers else "--step needs a GPU: its kernels are"
+        raise UserError(f"{what} measured on nothing else")
     plan = planned(args, commands, ops) if commands != ("kernel",) else None
     progress("measuring copy bandwidth and matrix rate")
     about, limits = meta(ops, args, argv), ceilings(ops, args.quick)

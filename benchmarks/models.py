@@ -13,7 +13,7 @@ from minioscar.cache import Cache, cache_bytes
 from minioscar.config import Config
 from minioscar.engine import GREEDY, Engine
 from minioscar.measure import copies_of, timed
-from minioscar.ops.decode_step import DecodeStep, unsupported
+from minioscar.ops.decode_step import DecodeStep
 from minioscar.ops.reference import New, Reference
 from minioscar.oscar import WINDOW, Scheme
 from minioscar.weights import Weights, arrays
@@ -76,11 +76,6 @@ def decode_row(e: Engine, name: str, batch: int, context: int, limits: dict[str,
     of_limit = {"bytes": size, "fraction_of_limit": size / (limits["copy_tb_s"] * 1e12) / seconds}
     times = {"ms": seconds * 1e3, "spread": spread, "tokens_per_s": batch / seconds}
     return {"model": name, "kv": e.scheme.name, "batch": batch, "context": context, **times, **of_limit}
-
-
-def captured(e: Engine, batch: int) -> bool:
-    """Whether a step of this engine can be measured as one graph too."""
-    return e.ops.name == "cuda" and unsupported(e.config, e.scheme, batch) is None
 
 
 def decode_graph(e: Engine, name: str, batch: int, context: int, limits: dict[str, float], steps: int) -> dict:
