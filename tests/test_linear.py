@@ -109,6 +109,8 @@ def test_what_does_not_fit_is_refused():
     for tokens, capability in ((9, 90), (8, 89), (0, 90)):
         with pytest.raises(ValueError, match="no place"):
             raw_dense.linear(np.empty((tokens, 12288), np.uint16), weight, weight, 132, capability)
+        assert not raw_dense.fits(tokens, 12288, False, capability)
+    assert raw_dense.fits(8, 12288, False, 90) and raw_dense.fits(4, 8192, True, 89)
     with pytest.raises(ValueError, match="no place"):
         raw_dense.batch_plan(129, 12288, 16, False, 132, 90)
 

@@ -2,7 +2,7 @@
 
 Tokens, lengths and the numbers of the steps live on the device: a step reads the tokens that the step before has drawn, and the host
 reads them when it likes. Seven launches a layer: qkv with its norm · RoPE, rotation and the new token's place · attention · pack · o and
-residual · gate and up with their norm and silu · down and residual. More than LINEAR_TOKENS rows: a norm is a launch of its own.
+residual · gate and up with their norm and silu · down and residual. More rows than linear.cu has room for: a norm is a launch of its own.
 """
 
 from __future__ import annotations
@@ -94,17 +94,20 @@ class DecodeStep:
         """What products of many rows need, for the largest of them."""
         layer, xp = weights.layers[0], self.ops.xp
         matrices = [(layer.qkv, False), (layer.o, False), (layer.gate_up, True), (layer.down, False), (weights.head, False)]
-        plans = [self._plan(matrix, silu) for matrix, silu in matrices] if self.rows > raw_dense.LINEAR_TOKENS else []
+        plans = [self._plan(matrix, silu) for matrix, silu in matrices if not self._fits(matrix, silu)]
         self.partial = xp.empty(max((p.workspace_floats for p in plans), default=0), np.float32)
         self.counters = xp.zeros(max((p.blocks for p in plans), default=0), np.int32)
         self.normed = xp.empty((self.rows, self.config.hidden_size), BF16)
+
+    def _fits(self, weight: Array, silu: bool) -> bool:
+        return raw_dense.fits(self.rows, weight.shape[1], silu, self.ops.capability)
 
     def _plan(self, weight: Array, silu: bool) -> raw_dense.BatchPlan:
         rows, size = weight.shape
         return raw_dense.batch_plan(self.rows, size, rows, silu, self.ops.multiprocessors, self.ops.capability)
 
     def _product(self, x: Array, weight: Array, out: Array, *, norm: Array | None = None, silu: bool = False, **rest: Array | None) -> None:
-        if self.rows <= raw_dense.LINEAR_TOKENS:
+        if self._fits(weight, silu):
             normed = None if norm is None else (norm, self.eps)
             card = self.ops.multiprocessors, self.ops.capability
             self.launches.append(raw_dense.linear(x, weight, out, *card, norm=normed, silu=silu, **rest))

@@ -17,18 +17,30 @@ LINEAR_TOKENS = 8  # of linear.cu: the columns of an MMA
 BATCH_TOKENS = 128  # of linear_batch.cu
 
 
+def fits(tokens: int, size: int, silu: bool, capability: int) -> bool:
+    """Whether linear.cu has room for so many tokens of `size` numbers in a block's shared memory; linear_batch.cu always has."""
+    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and _linear_bytes(tokens, size, silu) <= _room(capability)
+
+
+def _linear_bytes(tokens: int, size: int, silu: bool) -> int:
+    return tokens * (2 * size + 16) + (2 if silu else 1) * 8 * 16 * 8 * 4
+
+
+def _room(capability: int) -> int:
+    return SHARED_BYTES.get(capability, 99) * 1024 - 1024  # a kibibyte for what a kernel declares itself
+
+
 def linear(
     x: Array, weight: Array, out: Array, multiprocessors: int, capability: int, *, norm: tuple[Array, float] | None = None,
     bias: Array | None = None, residual: Array | None = None, silu: bool = False,
 ) -> Launch:
     """`Reference.linear` of x [tokens, in], bf16, at most LINEAR_TOKENS of them; out bf16 or float32.
 
-    Raises ValueError for more tokens, or where x does not fit into a block's shared memory.
+    Raises ValueError where `fits` says no.
     """
     (tokens, size), (rows, _), tiles = x.shape, weight.shape, 2 if silu else 1
-    shared = tokens * (2 * size + 16) + tiles * 8 * 16 * 8 * 4
-    room = SHARED_BYTES.get(capability, 99) * 1024 - 1024
-    if not 1 <= tokens <= LINEAR_TOKENS or size % 8 or shared > room:
+    shared, room = _linear_bytes(tokens, size, silu), _room(capability)
+    if not fits(tokens, size, silu, capability):
         raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear.cu on a card of capability {capability / 10}")
     blocks = min(-(-rows // (16 * tiles)), multiprocessors * min(3, room // (shared + 1024) or 1))
     weights, eps = norm or (None, 0.0)
@@ -58,7 +70,7 @@ def batch_plan(tokens: int, size: int, rows: int, silu: bool, multiprocessors: i
     if not 1 <= tokens <= BATCH_TOKENS or size % 8:
         raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear_batch.cu")
     step = 16 if tokens <= 64 else 32
-    columns, room = -(-tokens // step) * step, SHARED_BYTES.get(capability, 99) * 1024 - 1024
+    columns, room = -(-tokens // step) * step, _room(capability)
     stages = next(n for n in (4, 3, 2) if n * (128 + columns) * 144 <= room)
     width = 64 if silu else 128
     blocks = -(-(rows // 2 if silu else rows) // width)
