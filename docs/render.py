@@ -6,6 +6,7 @@ A figure is never typed by hand. A table stands between `<!-- results: NAME -->`
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import bench_tables
 from committed import RESULTS, ROOT, load
@@ -213,9 +214,32 @@ def prompt_cache() -> str:
     return "\n".join(lines)
 
 
+def soak() -> str:
+    """tests/soak.py: the fuzz, then hours of requests."""
+    report = load("soak")
+    meta, fuzz, runs = report["meta"], report["fuzz"], report["soak"]
+    codes = {code: sum(kind.get(code, 0) for kind in fuzz["exit_codes"].values()) for code in ("0", "1", "2")}
+    fates = f"{codes['0']:,} answered, {codes['2']:,} refused as wrong input, {codes['1']:,} failed in one line"
+    broken = f"{len(fuzz['failures'])} tracebacks, hangs, crashes or files opened outside; {fates}"
+    lines = ["| what | how much | result |", "| --- | --- | --- |"]
+    lines.append(f"| mutated model folders, prompt caches and prompts | {fuzz['cases']:,} cases | {broken} |")
+    for run in runs:
+        quarters = " → ".join(f"{mb:.0f}" for mb in run["resident_mb_by_quarter"])
+        flat = f"resident memory by quarter {quarters} MB, {run['growth_mb_per_hour']:+.1f} MB an hour in the second half"
+        lines.append(f"| random requests to one process | {run['requests']:,} in {run['seconds'] / 60:.0f} minutes | {flat} |")
+    again, equal = (sum(run[key] for run in runs) for key in ("fresh_processes", "equal_in_fresh_processes"))
+    lines.append(f"| of them, each again in a fresh process | {again} | {equal} equal bit for bit |")
+    kinds = Counter()
+    for run in runs:
+        kinds.update(run["kinds"])
+    where = f"two processes at a time, one thread each; {meta['cpu']}, Python {meta['python']}, NumPy {meta['numpy']}, {meta['date']}"
+    asked = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
+    return "\n".join([*lines, "", f"SmolLM2-135M, `{runs[0]['kv']}`; {where}. Requests: {asked}."])
+
+
 TABLES = {"fidelity": fidelity, "size": size, "models": models, "ideas": ideas, "drift": drift, "needle": needle}
 TABLES |= {"reading_weights": reading_weights, "reading_cache": reading_cache, "reading_step": reading_step}
-TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache} | bench_tables.TABLES
+TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache, "soak": soak} | bench_tables.TABLES
 
 
 def rendered(text: str) -> str:
