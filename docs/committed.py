@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 
 from minioscar.oscar import SCHEMES
+from minioscar.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 
-QWEN3_8B = {
-    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
-}  # fmt: skip
+QWEN3_8B = {**PRESETS["qwen3-8b"], "max_position_embeddings": 131072}  # as long as what is measured
 NAMES = {
     "ours": "ours", "sdpa_fa2": "FlashAttention-2", "sdpa_cudnn": "cuDNN", "triton": "Triton", "flashinfer": "FlashInfer",
     "transformers": "transformers", "transformers_hqq2": "transformers, 2-bit cache of HQQ",

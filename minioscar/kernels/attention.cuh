@@ -17,22 +17,15 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include "device.cuh"
+#include "output.cuh"
 #include "schedule.cuh"
 
-typedef __nv_bfloat16 bf16;
 constexpr int D = HEAD_DIM, TOKEN_BYTES = D * 2 * 2;  // of a BF16 token: key and value
 constexpr int TILE_TOKENS = UNIT_BYTES / TOKEN_BYTES < 16 ? UNIT_BYTES / TOKEN_BYTES : 16;
 constexpr int Q_BYTES = Q_PER_KV * D * 2, OUT = Q_PER_KV * D, HEAD_STRIDE = D + 8;  // + 8: no bank conflicts between heads
 constexpr int CHANNEL_TILES = D / 16;
 constexpr int HALVES = Q_PER_KV <= 4 ? 2 : 1, COLUMNS = 8 / HALVES;
 constexpr float LOWEST = -1e30f, NEVER = -1e38f, LN2 = 0.69314718f;
-#if OUT_BF16
-typedef bf16 Output;
-__device__ __forceinline__ bf16 to_output(float x) { return __float2bfloat16_rn(x); }
-#else
-typedef float Output;
-__device__ __forceinline__ float to_output(float x) { return x; }
-#endif
 
 // The q head in column n; columns without one repeat the last.
 __device__ __forceinline__ int head_of_column(int n) { return min(n % COLUMNS, Q_PER_KV - 1); }

@@ -2,19 +2,11 @@
 // Set by -D: SILU (weight holds gate rows, then up rows), OUT_BF16.
 #ifndef MINIOSCAR_LINEAR_CUH
 #define MINIOSCAR_LINEAR_CUH
-#include <cuda_bf16.h>
 #include "device.cuh"
+#include "output.cuh"
 
-typedef __nv_bfloat16 bf16;
 constexpr unsigned FULL = 0xffffffffu;
 constexpr int WARPS = 8, THREADS = WARPS * 32, HALVES = SILU ? 2 : 1;
-#if OUT_BF16
-typedef bf16 Output;
-__device__ __forceinline__ bf16 to_output(float x) { return __float2bfloat16_rn(x); }
-#else
-typedef float Output;
-__device__ __forceinline__ float to_output(float x) { return x; }
-#endif
 
 __device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
