@@ -143,8 +143,15 @@ def rounded(x: Array, step: Array) -> Array:
 class Lab(Reference):
     """The reference back end, on which packed blocks are kept as the idea reads them back."""
 
-    def __init__(self, keys: Keys, values: Values, correction: float = 0.0, centered: bool = False):
+    def __init__(
+        self, keys: Keys, values: Values, correction: float = 0.0, centered: bool = False, shrinks: tuple[float, ...] = (),
+        where_needed: bool = False,
+    ):
+        """shrinks: of these, a layer keeps the one that loses least of the first keys it packs. where_needed: sinks in BF16 only in
+        layers whose first key is shorter than half of the median.
+        """
         self.keys, self.values, self.correction, self.centered = keys, values, correction, centered
+        self.shrinks, self.where_needed = shrinks, where_needed
 
     def layout(self, config: Config, scheme: Scheme, batch: int, context: int) -> dict:
         arrays = layout(config, scheme, batch, context)
@@ -159,8 +166,17 @@ class Lab(Reference):
         if self.centered:  # a constant taken off every key of a sequence is a constant in its logits: softmax does not see it
             mean = layer.setdefault("mean", keys[:, scheme.sinks :].mean(axis=1, keepdims=True))
             back = self.keys(keys - mean, feedback) + mean
+        elif self.shrinks:
+            backs = {shrink: replace(self.keys, scheme=replace(self.keys.scheme, shrink=shrink))(keys, feedback) for shrink in self.shrinks}
+            best = min(backs, key=lambda shrink: float(((backs[shrink] - keys)[:, scheme.sinks :] ** 2).sum()))
+            back = backs[layer.setdefault("shrink", best)]
         else:
             back = self.keys(keys, feedback)
+        if self.where_needed and first == 0:
+            norms = oscar.token_norms(keys.swapaxes(0, 1))
+            if norms[0] > np.median(norms) / 2:  # the first tokens are like all others
+                kept = back[:, : scheme.sinks], self.values(values)[:, : scheme.sinks]
+                layer["sink_keys"][slot], layer["sink_values"][slot] = (x.astype(BF16) for x in kept)
         layer["back_keys"][slot, :, tokens] = back
         layer["back_values"][slot, :, tokens] = self.values(values)
         if self.correction:  # the variance of a rounded channel, taken from the errors themselves
@@ -203,6 +219,8 @@ IDEAS: dict[str, tuple[Keys, Values, dict[str, Any]]] = {
     "values' shrink 0.8": (K, Values(2.5, int2(shrink=0.8)), {}),
     "8 sinks": (K, V, {"sinks": 8}),
     "128 sinks": (K, V, {"sinks": 128}),
+    "sinks only in layers that have them": (K, V, {"where_needed": True}),
+    "keys' shrink 0.8, 0.85, 0.9, 0.95 or 1 by layer": (K, V, {"shrinks": (0.8, 0.85, 0.9, 0.95, 1.0)}),
     "value groups of 64, shrink 0.8": (K, V64, {}),
     "norms refitted": (Keys(3, refit=True), V, {}),
     "keys: centered on the mean of the prefill": (K, V, {"centered": True}),
@@ -275,7 +293,7 @@ def main() -> None:
     for name in names:
         keys, values, options = IDEAS[name]
         scheme = replace(SCHEMES["int2-shaped"], name=name, sinks=options.get("sinks", 32))
-        lab = Lab(keys, values, options.get("correction", 0.0), options.get("centered", False))
+        lab = Lab(keys, values, **{option: value for option, value in options.items() if option not in ("sinks", "balance")})
         runs.append(Engine(config, other if options.get("balance") else shaped, tokenizer, scheme, lab))
     ids, size = tokenizer.encode(evaluate.default_text()), PREFILL + DECODE + 1
     scores: list[list[tuple[float, float, float]]] = [[] for _ in runs]
