@@ -13,10 +13,10 @@ import cupy
 import numpy as np
 
 from benchmarks.cases import DENSE, PREFILLS, Case, Matrix, pairs
-from benchmarks.kernels import card, filled, random_bf16
+from benchmarks.kernels import filled, properties, random_bf16
 from minioscar.cache import BF16
 from minioscar.measure import copies_of, graph_time
-from minioscar.ops import raw, raw_dense
+from minioscar.ops import card, raw, raw_dense
 from minioscar.sampling import Sampling
 
 Array = Any
@@ -54,7 +54,7 @@ def row(op: str, shape: str, tokens: int, us: float, spread: float, work: int, r
 
 def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> list[Callable[[], None]]:
     """A launch for each copy of the weights; of more than linear.LINEAR_TOKENS tokens the norm is a launch of its own, and counted."""
-    multiprocessors, capability = card()
+    multiprocessors, capability = properties()
     x, norm = random_bf16((tokens, matrix.size), rng), cupy.ones(matrix.size, BF16)
     width = matrix.rows // 2 if matrix.silu else matrix.rows
     out = cupy.empty((tokens, width), np.float32 if matrix.float32 else BF16)
@@ -71,7 +71,7 @@ def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> lis
 
     def run(launches: tuple[raw.Launch, ...]) -> None:
         for launch in launches:
-            raw.run(launch)
+            card.run(launch)
 
     return [lambda launches=launches: run(launches) for launches in made]
 
@@ -79,21 +79,21 @@ def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> lis
 def drawing(sampling: Sampling, rng: Any) -> Callable[[], None]:
     logits = rng.standard_normal((1, VOCABULARY), dtype=np.float32) * 3
     launch = raw_dense.sample(logits, sampling, *(cupy.zeros(1, np.int32) for _ in range(3)))
-    return lambda: raw.run(launch)
+    return lambda: card.run(launch)
 
 
 def prefill(past: int, new: int, rng: Any) -> Callable[[], None]:
-    h, (_, capability) = HEADS, card()
+    h, (_, capability) = HEADS, properties()
     q, k, v = (random_bf16((new, n, h.head_dim), rng) for n in (h.q_heads, h.kv_heads, h.kv_heads))
     older = tuple(random_bf16((1, h.kv_heads, past, h.head_dim), rng) for _ in "kv") if past else None
     stride = h.kv_heads * h.head_dim
     arrivals = raw.Arrivals(k, v, stride, stride, *(cupy.asarray([n], np.int32) for n in (0, 0, past, new)), new)
     launch = raw.prefill_attention(h, q, arrivals, older, cupy.empty_like(q), capability)
-    return lambda: raw.run(launch)
+    return lambda: card.run(launch)
 
 
 def unpacking(tokens: int, rng: Any) -> Callable[[], None]:
     case = Case("int2", 1, tokens, HEADS)
     keys, values = (cupy.empty((1, HEADS.kv_heads, tokens, HEADS.head_dim), BF16) for _ in "kv")
     launch = raw.unpack(HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), filled(case, rng), keys, values)
-    return lambda: raw.run(launch)
+    return lambda: card.run(launch)

@@ -18,7 +18,7 @@ from benchmarks.cases import PIECE, Case, entry, moved_bytes, too_large
 from benchmarks.peers import peer_times
 from minioscar.cache import BF16
 from minioscar.measure import copies_of, graph_time
-from minioscar.ops import raw
+from minioscar.ops import card, raw
 from minioscar.oscar import WINDOW, Scheme
 
 Array = Any
@@ -61,7 +61,7 @@ def packing(h: raw.Heads, scheme: Scheme, cache: dict[str, Array], rng: Any) -> 
     for row in range(rows):
         ints = [cupy.asarray([x], np.int32) for x in (0, row, 0, context)]
         launch = raw.pack_bulk(h, scheme, raw.Arrivals(k, v, stride, stride, *ints, context), cache)
-        yield context, lambda launch=launch: raw.run(launch)
+        yield context, lambda launch=launch: card.run(launch)
 
 
 def attention(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict[str, Array]]]:
@@ -77,19 +77,19 @@ def attention(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict
     workspace = cupy.empty(plan.workspace_floats(h.head_dim), np.float32)
     arrived = cupy.zeros(case.batch * h.kv_heads * plan.share, np.int32)
     tasks = cupy.empty(plan.task_shape, np.int32)
-    raw.run(raw.schedule(h, scheme, plan, lengths, tasks))  # once a step, for all layers: its own row
+    card.run(raw.schedule(h, scheme, plan, lengths, tasks))  # once a step, for all layers: its own row
     made = [raw.decode_attention(h, scheme, plan, q, cache, lengths, tasks, out, None, workspace, arrived) for cache in caches]
-    return [lambda launch=launch: raw.run(launch) for launch in made], caches
+    return [lambda launch=launch: card.run(launch) for launch in made], caches
 
 
-def card() -> tuple[int, int]:
+def properties() -> tuple[int, int]:
     """Multiprocessors and compute capability."""
-    properties = cupy.cuda.runtime.getDeviceProperties(0)
-    return properties["multiProcessorCount"], 10 * properties["major"] + properties["minor"]
+    found = cupy.cuda.runtime.getDeviceProperties(0)
+    return found["multiProcessorCount"], 10 * found["major"] + found["minor"]
 
 
 def plan_of(case: Case) -> raw.Plan:
-    return raw.plan(case.heads, case.scheme, case.batch, *card())
+    return raw.plan(case.heads, case.scheme, case.batch, *properties())
 
 
 def compile_all(wanted: list[Case]) -> None:
@@ -106,7 +106,7 @@ def compile_all(wanted: list[Case]) -> None:
     if not seen:
         return
     with multiprocessing.get_context("spawn").Pool(min(len(seen), os.cpu_count() or 1)) as pool:  # each fills the cache on disk
-        pool.starmap(raw.kernel, list(seen), chunksize=1)
+        pool.starmap(card.kernel, list(seen), chunksize=1)
 
 
 def measure(wanted: list[Case], copy_rate: float, peers: bool) -> Iterator[dict]:
@@ -152,7 +152,7 @@ def writing(copy_rate: float) -> Iterator[dict]:
 
         def launch(made: tuple = made) -> None:
             for one in made:
-                raw.run(one)
+                card.run(one)
 
         us, spread = graph_time([launch])
         yield entry(op, case, us, spread, 2 * qkv.nbytes, copy_rate)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minioscar.ops import raw, raw_dense
+from minioscar.ops import card, raw, raw_dense
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import Sampling
 
@@ -62,6 +62,12 @@ def launches(arch: int) -> dict[str, raw.Launch]:
     return found
 
 
+def test_every_kernel_waits_for_the_launch_before_it():
+    """Its begin overlaps that launch's end. The simulator runs one after the other and would not see a wait that is missing."""
+    found = [body for file in raw.KERNELS.glob("*.cu") for body in file.read_text().split("__global__")[1:]]
+    assert len(found) > 10 and all(body.index("wait_for_previous()") < body.index("allow_next()") for body in found)
+
+
 def headers() -> Path:
     """Of CUDA, which the wheel nvidia-cuda-runtime brings (cuda_fp16.h, cuda_bf16.h)."""
     import nvidia
@@ -72,7 +78,7 @@ def headers() -> Path:
 def compiled(launch: raw.Launch, arch: int) -> tuple[str, bytes]:
     """The log with ptxas's report, and the cubin. Raises AssertionError with the log where it does not compile."""
     options = [f"--gpu-architecture=sm_{arch}", "-std=c++17", "--ptxas-options=-v", f"-I{headers()}", *(f"-D{d}" for d in launch.defines)]
-    program = checked(nvrtc.nvrtcCreateProgram(raw.source(launch.source).encode(), launch.source.encode(), 0, [], []))
+    program = checked(nvrtc.nvrtcCreateProgram(card.source(launch.source).encode(), launch.source.encode(), 0, [], []))
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
     checked(nvrtc.nvrtcGetProgramLog(program, log))

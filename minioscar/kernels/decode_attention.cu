@@ -286,12 +286,14 @@ decode_attention(const bf16* __restrict__ q, const unsigned char* __restrict__ p
                  const bf16* __restrict__ window_values, const int* __restrict__ lengths, const int4* __restrict__ tasks, Output* __restrict__ out,
                  float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived, int batch, int kv_heads, int page_capacity,
                  int norm_stride, int sinks, int added, float scale_log2) {
+  wait_for_previous(), allow_next();
   attend(Pages{pages, norms, sink_keys, sink_values, window_keys, window_values, kv_heads, page_capacity, norm_stride, sinks, scale_log2},
          q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
 schedule(const int* __restrict__ lengths, int4* __restrict__ tasks, int batch, int kv_heads, int sinks, int added) {
+  wait_for_previous(), allow_next();
   Pages pages = {};
   pages.sinks = sinks;
   schedule_block(pages, lengths, added, batch, kv_heads * SHARE, tasks);

@@ -38,10 +38,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
 decode_attention_bf16(const bf16* __restrict__ q, const bf16* __restrict__ keys, const bf16* __restrict__ values, const int* __restrict__ lengths,
                       const int4* __restrict__ tasks, Output* __restrict__ out, float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived,
                       int batch, int kv_heads, int capacity, int added, float scale_log2) {
+  wait_for_previous(), allow_next();
   attend(Tiles{keys, values, kv_heads, capacity, scale_log2}, q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
 schedule(const int* __restrict__ lengths, int4* __restrict__ tasks, int batch, int kv_heads, int sinks, int added) {
+  wait_for_previous(), allow_next();
   schedule_block(Tiles{}, lengths, added, batch, kv_heads * SHARE, tasks);
 }

@@ -106,6 +106,22 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int N>
 __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+// --- launches that overlap (ops/card.py); nothing happens on cards and in launches that do not
+
+// Waits until every launch before this one has ended and what it wrote can be read. Each kernel calls it in every thread, before it writes
+// anything and before it reads what the launch directly before it may have written; whatever came earlier is there from the start.
+__device__ __forceinline__ void wait_for_previous() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The blocks of the next launch may take the room that this one's leave. After wait_for_previous: the one before is through then.
+__device__ __forceinline__ void allow_next() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define BULK_COPIES 1
 // True for one lane of a whole warp, which the compiler then knows to be one.

@@ -30,6 +30,7 @@ __device__ __forceinline__ void load_x(unsigned char* to, float* sums, const bf1
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3) linear(const bf16* x, const bf16* norm, const bf16* weight, const bf16* bias,
                                                                const bf16* residual, Output* out, int tokens, int K, int N, float eps) {
+  wait_for_previous(), allow_next();
   extern __shared__ __align__(128) unsigned char smem[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const int stride = K * 2 + 16, rows = N / HALVES, runs = (K + 31) / 32;

@@ -20,6 +20,7 @@ static_assert(COLUMNS % (16 * COLUMN_WARPS) == 0, "ldmatrix brings two column ti
 
 // grid (M), 256 threads.
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const bf16* x, const bf16* norm, bf16* out, int K, float eps) {
+  wait_for_previous(), allow_next();
   __shared__ float sums[WARPS];
   const size_t row = (size_t)blockIdx.x * K;
   sum_squares(x + row, sums, K);
@@ -71,6 +72,7 @@ __device__ __forceinline__ void multiply(float (&y)[ROW_TILES][COLUMN_TILES][4],
 // workspace float32 [blocks of rows][splits][ROWS][COLUMNS]; arrived int [blocks of rows], zero before and after.
 extern "C" __global__ void __launch_bounds__(THREADS) linear_batch(const bf16* x, const bf16* weight, const bf16* bias, const bf16* residual,
                                                                   Output* out, float* workspace, int* arrived, int tokens, int K, int N) {
+  wait_for_previous(), allow_next();
   extern __shared__ __align__(128) unsigned char smem[];
   __shared__ bool last;
   const int split = blockIdx.x, splits = gridDim.x, block = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -255,6 +255,7 @@ pack(const bf16* __restrict__ new_keys, const bf16* __restrict__ new_values, con
      const int* __restrict__ starts, const int* __restrict__ counts, const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values,
      bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values, const float* __restrict__ norms, unsigned char* __restrict__ pages,
      int key_stride, int value_stride, int batch, int kv_heads, int norm_stride, int page_capacity, int sinks, float shrink, float factor) {
+  wait_for_previous(), allow_next();
   const int s = blockIdx.z, layer = blockIdx.y / kv_heads, head = blockIdx.y % kv_heads, warp = threadIdx.x / 32, n = blockIdx.x / 2;
   const bool keys = blockIdx.x % 2 == 0;
   const int start = starts[s], count = new_keys ? counts[s] : 1, base = start / WINDOW * WINDOW;
@@ -274,6 +275,7 @@ pack(const bf16* __restrict__ new_keys, const bf16* __restrict__ new_values, con
 extern "C" __global__ void fill_window(const bf16* __restrict__ new_keys, const bf16* __restrict__ new_values, const int* __restrict__ first_rows,
                                        const int* __restrict__ slots, const int* __restrict__ starts, const int* __restrict__ counts,
                                        bf16* __restrict__ window_keys, bf16* __restrict__ window_values, int key_stride, int value_stride, int kv_heads) {
+  wait_for_previous(), allow_next();
   const int s = blockIdx.y, head = blockIdx.x, start = starts[s], end = start + counts[s], first = max(start, end / WINDOW * WINDOW);
   const size_t cell = ((size_t)(slots ? slots[s] : s) * kv_heads + head) * WINDOW;
   for (int i = threadIdx.x; i < (end - first) * (DIM / 8); i += blockDim.x) {

@@ -142,6 +142,7 @@ __device__ __forceinline__ void multiply_values(State& state, const float (&p)[R
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_attention(const bf16* q, const bf16* new_keys, const bf16* new_values,
     const bf16* past_keys, const bf16* past_values, const int* first_rows, const int* past_rows, const int* starts, const int* counts,
     bf16* out, int key_stride, int value_stride, int kv_heads, int capacity, float scale_log2) {
+  wait_for_previous(), allow_next();
   extern __shared__ __align__(128) unsigned char smem[];
   const int sequence = blockIdx.z, head = blockIdx.y, count = counts[sequence], start = starts[sequence];
   const int first = (gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS;  // the blocks with the most keys begin first

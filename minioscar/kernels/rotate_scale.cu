@@ -98,6 +98,7 @@ rotate_scale(const bf16* __restrict__ qkv, const bf16* __restrict__ q_weight, co
              const float* __restrict__ sines, const int* __restrict__ positions, const int* __restrict__ slots, bf16* __restrict__ q_out,
              bf16* __restrict__ k_out, bf16* __restrict__ keys, bf16* __restrict__ values, float* __restrict__ norms,
              int q_heads, int kv_heads, int places, int norm_stride, int rotate, float eps) {
+  wait_for_previous(), allow_next();
   __shared__ float lines[BLOCK_WARPS][POWER_OF_TWO ? 1 : DIM];
   __shared__ float squares[BLOCK_WARPS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, position = positions[blockIdx.x];

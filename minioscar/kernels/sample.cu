@@ -86,6 +86,7 @@ __device__ __forceinline__ uint64_t philox(uint64_t seed, uint64_t sequence, uin
 
 extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits, const int* sequences, const int* steps, int* tokens, int vocab,
                                                              float scale, int top_k, double top_p, float min_p, unsigned long long seed) {
+  wait_for_previous(), allow_next();
   __shared__ uint64_t best[THREADS / 32];
   Row row = {logits + (size_t)blockIdx.x * vocab, vocab, 0.f, scale};
   uint64_t largest = 0;  // key, then the smaller id

@@ -50,6 +50,7 @@ __device__ __forceinline__ float value_at(const unsigned char* page, int token, 
 extern "C" __global__ void __launch_bounds__(256) unpack(const unsigned char* pages, const float* norms, const bf16* sink_keys,
     const bf16* sink_values, const bf16* window_keys, const bf16* window_values, const int* slots, const int* starts, bf16* keys,
     bf16* values, int kv_heads, int page_count, int norm_stride, int sinks, int capacity) {
+  wait_for_previous(), allow_next();
   const int sequence = blockIdx.z, head = blockIdx.y, first = blockIdx.x * PAGE_TOKENS, start = starts[sequence];
   const size_t row = (size_t)(slots ? slots[sequence] : sequence) * kv_heads + head, out_row = (size_t)sequence * kv_heads + head;
   const int packed = start - start % WINDOW;

@@ -19,7 +19,7 @@ from ..config import Config
 from ..oscar import WINDOW, Scheme
 from ..sampling import Sampling
 from ..weights import Layer
-from . import pages, raw, repage
+from . import card, pages, raw, repage
 from .reference import New, Reference
 
 Array = Any
@@ -56,7 +56,7 @@ class Cuda(Reference):
         self.scratch: dict[tuple, tuple[Array, Array, Array]] = {}
 
     def run(self, launch: raw.Launch) -> None:
-        raw.run(launch)
+        card.run(launch)
 
     # --- between host and device
 

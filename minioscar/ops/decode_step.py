@@ -16,7 +16,7 @@ from ..cache import BF16, Cache
 from ..config import Config
 from ..oscar import Scheme
 from ..sampling import Sampling
-from . import raw, raw_dense
+from . import card, raw, raw_dense
 
 if TYPE_CHECKING:
     from ..weights import Weights
@@ -83,7 +83,7 @@ class DecodeStep:
         """`run` as one CUDA graph, on CuPy alone: graph.launch(stream) takes a step. It holds the addresses of this step's arrays."""
         stream = self.ops.xp.cuda.Stream(non_blocking=True)
         for launch in self.launches:
-            raw.kernel(launch.source, launch.name, launch.defines)  # nothing can be compiled or loaded during a capture
+            card.kernel(launch.source, launch.name, launch.defines)  # nothing can be compiled or loaded during a capture
         self.ops.xp.cuda.Device().synchronize()
         with stream:
             stream.begin_capture()

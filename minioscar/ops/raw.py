@@ -1,6 +1,6 @@
 """Launches of the raw kernels: which file, which macros, which grid, in which order the arguments go. No arithmetic here.
 
-Every function returns a `Launch`; `run` sends it to the card through CuPy. Arrays are CuPy arrays (or what else the caller runs them on),
+Every function returns a `Launch`; `card.run` sends it to the card. Arrays are CuPy arrays (or what else the caller runs them on),
 contiguous, with shapes as the kernel's file says. A cache of the quantized kind is, per layer (all in device memory):
 pages uint8 [batch, kv_heads, pages, page_bytes] · norms float32 [batch, tokens] · sink_keys, sink_values bf16 [batch, kv_heads, sinks, d] ·
 window_keys, window_values bf16 [batch, kv_heads, WINDOW, d]. `lengths` int32 [batch] counts the tokens before this step; -1 marks a row
@@ -10,9 +10,7 @@ that is not in use.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -276,40 +274,3 @@ def prefill_attention(
     grid = -(-new.most * group // (warps * row_tiles * 16)), heads.kv_heads, new.starts.shape[0]
     defines = f"HEAD_DIM={d}", f"Q_PER_KV={group}", *cut
     return Launch("prefill_attention.cu", "prefill_attention", defines, grid, 32 * warps, args, shared(warps, row_tiles, tile))
-
-
-# --- on the card
-
-
-@cache
-def source(name: str) -> str:
-    """Text of a kernel with its own headers put in: CuPy's cache of binaries does not look into included files."""
-    seen: set[str] = set()
-
-    def inline(text: str) -> str:
-        def put(match: re.Match[str]) -> str:
-            if match[1] in seen:
-                return ""
-            seen.add(match[1])
-            return inline((KERNELS / match[1]).read_text())
-
-        return re.sub(r'^#include "([\w.]+)"$', put, text, flags=re.MULTILINE)
-
-    return inline((KERNELS / name).read_text())
-
-
-@cache
-def kernel(file: str, name: str, defines: tuple[str, ...]) -> Any:
-    """The compiled kernel, allowed all the dynamic shared memory that a block may have."""
-    import cupy
-
-    function = cupy.RawModule(code=source(file), options=("-std=c++17", *(f"-D{d}" for d in defines))).get_function(name)
-    most = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-    function.max_dynamic_shared_size_bytes = most - function.shared_size_bytes
-    return function
-
-
-def run(launch: Launch) -> None:
-    """On CuPy's current device and stream."""
-    args = tuple(np.uintp(0) if a is None else a for a in launch.args)
-    kernel(launch.source, launch.name, launch.defines)(launch.grid, (launch.block,), args, shared_mem=launch.shared)

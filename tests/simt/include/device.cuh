@@ -49,6 +49,9 @@ SIMT_INLINE void cp_async_commit() { simt::copy_commit(); }
 template <int N>
 SIMT_INLINE void cp_async_wait() { simt::copy_wait(N); }
 
+SIMT_INLINE void wait_for_previous() {}  // launches run one after the other here
+SIMT_INLINE void allow_next() {}
+
 #define BULK_COPIES (__CUDA_ARCH__ >= 900)
 #if BULK_COPIES
 SIMT_INLINE bool elect_one() { return threadIdx.x % 32 == 0; }

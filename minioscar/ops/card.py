@@ -1,0 +1,100 @@
+"""From a `Launch` to the card: the text that NVRTC compiles, the compiled kernel, and the launch itself.
+
+From compute capability 9.0 on a launch may begin while the one before it still runs ("programmatic dependent launch", CUDA programming
+guide): a kernel waits by itself, in `wait_for_previous` of device.cuh, before it touches what another wrote. That takes the pause
+between two launches, a microsecond, out of every one of a decode step. CuPy cannot ask for it, so the driver is called directly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from .raw import KERNELS, Launch
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+
+
+@cache
+def source(name: str) -> str:
+    """Text of a kernel with its own headers put in: CuPy's cache of binaries does not look into included files."""
+    seen: set[str] = set()
+
+    def inline(text: str) -> str:
+        def put(match: re.Match[str]) -> str:
+            if match[1] in seen:
+                return ""
+            seen.add(match[1])
+            return inline((KERNELS / match[1]).read_text())
+
+        return re.sub(r'^#include "([\w.]+)"$', put, text, flags=re.MULTILINE)
+
+    return inline((KERNELS / name).read_text())
+
+
+@cache
+def kernel(file: str, name: str, defines: tuple[str, ...]) -> Any:
+    """The compiled kernel, allowed all the dynamic shared memory that a block may have."""
+    import cupy
+
+    function = cupy.RawModule(code=source(file), options=("-std=c++17", *(f"-D{d}" for d in defines))).get_function(name)
+    most = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+    function.max_dynamic_shared_size_bytes = most - function.shared_size_bytes
+    return function
+
+
+def run(launch: Launch) -> None:
+    """On CuPy's current device and stream. Raises cupy's CUDADriverError where the card refuses it."""
+    function = kernel(launch.source, launch.name, launch.defines)
+    if _overlaps():
+        _launch_overlapping(function.kernel.ptr, launch)
+        return
+    args = tuple(np.uintp(0) if a is None else a for a in launch.args)
+    function(launch.grid, (launch.block,), args, shared_mem=launch.shared)
+
+
+@cache
+def _overlaps() -> bool:
+    import cupy
+
+    return int(cupy.cuda.Device().compute_capability) >= 90
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute of cuda.h: the value is a union of 64 bytes
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("attribute_count", ctypes.c_uint),
+    ]
+
+
+@cache
+def _driver() -> Any:
+    launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    launch.argtypes = [ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    return launch
+
+
+def _launch_overlapping(function: int, launch: Launch) -> None:
+    import cupy
+
+    values = np.zeros(len(launch.args), np.uint64)  # a place of eight bytes for each argument
+    for place, a in zip(values.reshape(-1, 1), launch.args, strict=True):
+        if isinstance(a, np.generic):
+            place.view(a.dtype)[0] = a
+        elif a is not None:
+            place[0] = a.data.ptr
+    pointers = values.ctypes.data + 8 * np.arange(len(values), dtype=np.uint64)
+    attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1)
+    grid = (*launch.grid, 1, 1)[:3]
+    stream = cupy.cuda.get_current_stream().ptr
+    config = _Config(*map(int, grid), launch.block, 1, 1, launch.shared, stream, ctypes.pointer(attribute), 1)
+    if code := _driver()(config, function, pointers.ctypes.data, None):
+        raise cupy.cuda.driver.CUDADriverError(code)
