@@ -122,7 +122,8 @@ def wanted(args: argparse.Namespace) -> Options:
     from .sampling import Sampling
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    return Options(args.max_tokens, sampling, tuple(args.stop), getattr(args, "logprobs", None), getattr(args, "n", 1))
+    more = getattr(args, "logprobs", None), getattr(args, "n", 1), not getattr(args, "no_graph", False)
+    return Options(args.max_tokens, sampling, tuple(args.stop), *more)
 
 
 def loaded(args: argparse.Namespace) -> tuple[Engine, PromptCache | None]:

@@ -27,13 +27,15 @@ class Drift:
 
 def greedy(engine: Engine, ids: Sequence[int], count: int, done: Done) -> list[int]:
     """`count` tokens after ids, each the likeliest; an end token is a token like any other here."""
-    cache, new = Cache(engine.config, engine.scheme, 1, len(ids) + count, engine.ops), list(ids)
-    tokens: list[int] = []
-    for _ in range(count):
-        batch = cache.place([0], [len(new)])
-        new = engine.model.step(np.array(new), cache, batch, Sampling(), 0).tolist()
-        tokens += new
-        done(batch.counts[0])
+    cache = Cache(engine.config, engine.scheme, 1, len(ids) + count, engine.ops)
+    tokens = engine.model.step(np.array(ids), cache, cache.place([0], [len(ids)]), Sampling(), 0).tolist()
+    done(len(ids))
+    decoder = engine.ops.decoder(engine.model, cache, Sampling(), [0])
+    decoder.feed([0], tokens)
+    while len(tokens) < count:
+        decoder.launch([0])
+        tokens += decoder.read()[0].tolist()
+        done(1)
     return tokens
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from .cache import Batch, Cache
+from .decoding import Decoder
 from .errors import UserError
 from .sampling import Sampling, likeliest, sample
 
@@ -26,6 +29,7 @@ class Options:
 
     max_tokens: new tokens at most. stop: the text ends before the first of these strings. logprobs: report the log-probability of
     every new token, and of this many likeliest ones beside it (None: do not). n: answers to each prompt, drawn independently.
+    graph: on a GPU a decode step is one CUDA graph; False launches its kernels one by one, for debugging, and gives the same bits.
     """
 
     max_tokens: int = MAX_TOKENS
@@ -33,6 +37,7 @@ class Options:
     stop: Sequence[str] = ()
     logprobs: int | None = None
     n: int = 1
+    graph: bool = True
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -123,6 +128,7 @@ class Run:
     ):
         self.engine, self.ids, self.options, self.logits = engine, ids, options, logits
         self.cache: Cache | None = cache  # None once a run that did not fit into memory has freed it
+        self.decoder: Decoder | None = None
         n = options.n
         self.sequences = list(range(len(ids) * n)) if sequences is None else list(sequences)
         self.results = [
@@ -151,32 +157,71 @@ class Run:
 
     def _tokens(self, end_ids: Collection[int]) -> Iterator[tuple[int, int | None]]:
         """(answer, new token id) in order; None for the end token of an answer, whose finish_reason is set by then."""
-        options, results, sequences = self.options, self.results, self.sequences
-        before = time.perf_counter()
-        logits, slots, step = self.prefill(), list(range(len(results))), 0
-        tokens = [sample(row, options.sampling, sequence, 0) for row, sequence in zip(logits, sequences, strict=True)]
-        while slots:
-            spent, before = time.perf_counter() - before, time.perf_counter()
-            for at, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
-                result = results[slot]
-                if step:
-                    result.decode_s += spent
-                else:
-                    result.prefill_s = spent
-                if token in end_ids:
-                    result.finish_reason = "stop"
-                    yield slot, None
-                    continue
-                result.token_ids.append(token)
-                if result.logprobs is not None:
-                    result.logprobs.append(self._logprob(logits[at], token))
-                if len(result.token_ids) == options.max_tokens or self.cache.lengths[slot] == self.cache.context:
-                    result.finish_reason = "length"
-                yield slot, token
-            going = [(slot, token) for slot, token in zip(slots, tokens, strict=True) if not results[slot].finish_reason]
-            slots, step = [slot for slot, _ in going], step + 1
-            if slots:
-                tokens, logits = self._step(slots, [[token] for _, token in going], step)
+        options, results, before = self.options, self.results, time.perf_counter()
+        logits = self.prefill()
+        first = [sample(row, options.sampling, sequence, 0) for row, sequence in zip(logits, self.sequences, strict=True)]
+        for result in results:
+            result.prefill_s = time.perf_counter() - before
+        yield from self._taken(range(len(results)), first, logits, end_ids)
+        if any(not result.finish_reason for result in results):
+            for slots, tokens, logits, spent in self._steps(first):
+                for slot in slots:
+                    results[slot].decode_s += spent * (results[slot].finish_reason is None)
+                yield from self._taken(slots, tokens, logits, end_ids)
+
+    def _taken(
+        self, slots: Sequence[int], tokens: Sequence[int], logits: np.ndarray | None, end_ids: Collection[int]
+    ) -> Iterator[tuple[int, int | None]]:
+        """What one step brought, put into the results; answers that have ended get nothing more."""
+        for at, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
+            result = self.results[slot]
+            if result.finish_reason:
+                continue
+            if token in end_ids:
+                result.finish_reason = "stop"
+                yield slot, None
+                continue
+            result.token_ids.append(int(token))
+            if result.logprobs is not None:
+                result.logprobs.append(self._logprob(logits[at], int(token)))
+            if len(result.token_ids) == self.options.max_tokens or self.cache.lengths[slot] == self.cache.context:
+                result.finish_reason = "length"
+            yield slot, int(token)
+
+    def _steps(self, tokens: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None, float]]:
+        """Decode steps behind the prefill's tokens: rows, their tokens, logits if they are wanted, and the seconds it took.
+
+        As many steps as the back end takes ahead are launched before the first is read: an answer that ends by itself has then
+        cost a step too many, which is thrown away.
+        """
+        options, slots = self.options, range(len(self.results))
+        wanted = {"logits": options.logprobs is not None, "graph": options.graph}
+        ops, model = self.engine.ops, self.engine.model
+        self.decoder = self._guarded(lambda: ops.decoder(model, self.cache, options.sampling, self.sequences, **wanted))
+        try:
+            before, launched = time.perf_counter(), deque()
+            self.decoder.feed(slots, tokens)
+            while True:
+                while len(launched) <= self.decoder.ahead:
+                    going = [slot for slot in slots if self._goes_on(slot, len(launched))]
+                    if not going:
+                        break
+                    self._guarded(partial(self.decoder.launch, going))
+                    launched.append(going)
+                if not launched:
+                    return
+                found = self._guarded(self.decoder.read)
+                spent, before = time.perf_counter() - before, time.perf_counter()
+                yield launched.popleft(), *found, spent
+        finally:
+            if self.decoder is not None:
+                self.decoder.settle()
+
+    def _goes_on(self, slot: int, ahead: int) -> bool:
+        """Whether an answer takes one more step behind `ahead` steps whose tokens are not known yet."""
+        result, cache = self.results[slot], self.cache
+        room = len(result.token_ids) + ahead < self.options.max_tokens and cache.lengths[slot] + ahead < cache.context
+        return result.finish_reason is None and room
 
     def prefill(self) -> np.ndarray:
         """Puts every prompt into the cache, once for all of its answers; the logits after it for each, float32 [answers, vocab]."""
@@ -194,28 +239,25 @@ class Run:
                 self.cache.copy(slot, other)
         return np.repeat(np.stack(list(found.values())), n, axis=0)
 
-    def _step(self, slots: list[int], inputs: list[list[int]], step: int) -> tuple[list[int], np.ndarray | None]:
-        """One decode step: the next token of each row, and the logits if they are wanted."""
-        model, sampling, sequences = self.engine.model, self.options.sampling, [self.sequences[slot] for slot in slots]
-        if self.options.logprobs is None:
-            tokens = self._pass(slots, inputs, lambda ids, batch: model.step(ids, self.cache, batch, sampling, step, sequences=sequences))
-            return tokens.tolist(), None
-        logits = self._pass(slots, inputs, lambda ids, batch: model.forward(ids, self.cache, batch))
-        return [sample(row, sampling, sequence, step) for row, sequence in zip(logits, sequences, strict=True)], logits
-
     def _pass(self, slots: list[int], inputs: list[list[int]], forward: Callable[[np.ndarray, Batch], T]) -> T:
         """One forward pass. Broken off, it leaves a cache that is whole again; out of memory, it leaves none."""
         batch = self.cache.place(slots, list(map(len, inputs)))
         try:
+            return self._guarded(lambda: forward(np.concatenate(inputs), batch))
+        except BaseException:
+            if self.cache is not None:
+                self.cache.broken_off(batch)
+            raise
+
+    def _guarded(self, work: Callable[[], T]) -> T:
+        """Raises Failure, the cache freed, where memory runs out."""
+        try:
             with np.errstate(all="ignore"):  # what becomes of an overflow is checked where it matters, at the logits
-                return forward(np.concatenate(inputs), batch)
+                return work()
         except MemoryError as error:
             reason = str(error) or "no more memory"
-        except BaseException:
-            self.cache.broken_off(batch)
-            raise
         held, size = int(self.cache.lengths.max()), self.cache.nbytes
-        self.cache = None
+        work = self.decoder = self.cache = None
         raise self.engine.out_of_memory(f"{reason}, after {held} tokens; the cache of {size / 1e6:.1f} MB was freed")
 
     def _logprob(self, logits: np.ndarray, token: int) -> Logprob:

@@ -52,7 +52,7 @@ class Model:
     def _logits(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool, progress: Progress = iter) -> Array:
         """Runs new tokens, int [tokens], sequence after sequence as `batch` says, through all layers and puts them into the cache."""
         ops, config, weights, eps = self.ops, self.config, self.weights, self.config.rms_norm_eps
-        tables = self._tables(int(max(batch.positions)) + 1)
+        tables = self.tables_for(int(max(batch.positions)) + 1)
         x = ops.embed(weights.embed, ids)  # [tokens, hidden]
         for layer, kept in progress(list(zip(weights.layers, cache.layers, strict=True))):
             qkv = ops.linear(x, layer.qkv, layer.qkv_bias, norm=(layer.input_norm, eps))  # [tokens, (q_heads + 2 * kv_heads) * head_dim]
@@ -65,7 +65,8 @@ class Model:
         x = x if every else x[ops.xp.asarray(batch.last)]
         return ops.linear(x, weights.head, norm=(weights.norm, eps), float32=True)
 
-    def _tables(self, positions: int) -> tuple[Array, Array]:
+    def tables_for(self, positions: int) -> tuple[Array, Array]:
+        """Cosines and sines of RoPE for at least so many positions; float32 [positions or more, head_dim / 2]."""
         if self.tables is None or len(self.tables[0]) < positions:
             size = max(1024, 1 << (positions - 1).bit_length())  # grows by doubling
             self.tables = tuple(self.ops.xp.asarray(table) for table in self.config.rope.tables(size))

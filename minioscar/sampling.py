@@ -8,6 +8,8 @@ import numpy as np
 
 from .errors import Failure, UserError
 
+NOT_FINITE = "the model's logits are not finite; run again with --debug to see which layer and operation they come from"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -42,7 +44,7 @@ def sample(logits: np.ndarray, sampling: Sampling, sequence: int, step: int) -> 
     not depend on the others of its batch. Raises Failure where the logits hold a NaN or an infinity.
     """
     if not np.isfinite(logits.max()):
-        raise Failure("the model's logits are not finite; run again with --debug to see which layer and operation they come from")
+        raise Failure(NOT_FINITE)
     if sampling.temperature == 0:
         return int(logits.argmax())
     with np.errstate(over="ignore"):  # a temperature next to 0 leaves the likeliest alone

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from .decoding import Decoder
 from .errors import Failure
 from .weights import Weights
 
@@ -53,6 +54,9 @@ class Watch:
 
     def attention(self, *args: Any) -> Array:
         return self._finite(self._ops.attention(*args), "attention", {})
+
+    def decoder(self, *args: Any, logits: bool = False, graph: bool = True) -> Decoder:
+        return Decoder(*args, logits)  # of the operations above
 
     def _finite(self, result: Array, name: str, inputs: dict[str, Array | None]) -> Array:
         bad = self._bad(result)

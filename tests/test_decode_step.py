@@ -27,7 +27,7 @@ def prepared(engine, ops, prompts: list[np.ndarray], sampling: Sampling = GREEDY
     if slots:
         counts = [len(prompts[i]) - 1 for i in slots]
         engine.model.forward(np.concatenate([prompts[i][:-1] for i in slots]), cache, cache.place(slots, counts))
-    tables = engine.model._tables(cache.context)
+    tables = engine.model.tables_for(cache.context)
     step = DecodeStep(ops, engine.config, engine.model.weights, tables, cache, sampling)
     step.tokens[: len(prompts)] = ops.xp.asarray(np.array([ids[-1] for ids in prompts], np.int32))
     step.lengths[: len(prompts)] = ops.xp.asarray(np.array([len(ids) - 1 for ids in prompts], np.int32))

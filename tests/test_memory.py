@@ -39,7 +39,7 @@ def test_the_work_of_a_pass_is_predicted_within_a_third_of_what_it_allocates(tmp
     ids = np.zeros(past + tokens, int)
     if past:
         engine.model.forward(ids[:past], cache, cache.place([0], [past]))
-    engine.model._tables(past + tokens)  # made once
+    engine.model.tables_for(past + tokens)  # made once
     tracemalloc.start()
     engine.model.forward(ids[past:], cache, cache.place([0], [tokens]))
     peak = tracemalloc.get_traced_memory()[1]

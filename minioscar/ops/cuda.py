@@ -1,4 +1,4 @@
-"""The same operations on CuPy: raw kernels (kernels/*.cu) for all that touches the cache, the reference's array code for the rest.
+"""The same operations on CuPy: raw kernels (kernels/*.cu), and cuBLAS for the products of a prefill.
 
 Quantized caches are pages (kernels/LAYOUT.md). Where the kernels have no page for a scheme or head_dim (`raw.unsupported`: quarot,
 whose key groups lie along channels, and unusual head sizes) or do not know how to fill it (shaped rounding, a codebook, outlier
@@ -9,21 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import oscar
-from ..cache import BF16, Batch
+from ..cache import BF16, Batch, Cache
 from ..config import Config
+from ..decoding import Decoder
 from ..oscar import WINDOW, Scheme
 from ..sampling import Sampling
 from ..weights import Layer
-from . import card, pages, raw, repage
+from . import card, pages, raw, raw_dense, repage
+from .decode_step import DecodeStep, unsupported
+from .products import Products
+from .queued import Queue, QueuedDecoder
 from .reference import New, Reference
 
+if TYPE_CHECKING:
+    from ..model import Model
+
 Array = Any
-VOCABULARY = 16384  # rows of the last projection that are widened to float32 at once
+MLP_TOKENS = 8192  # whose gate and up projections are in memory at once
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Cuda(Reference):
         self.indices: Indices | None = None
         self.scheduled: Indices | None = None  # the pass that the schedule of decode attention is for
         self.scratch: dict[tuple, tuple[Array, Array, Array]] = {}
+        self.products = Products(self.xp, self.multiprocessors, self.capability)
 
     def run(self, launch: raw.Launch) -> None:
         card.run(launch)
@@ -82,13 +90,35 @@ class Cuda(Reference):
 
     # --- the transformer
 
+    def linear(
+        self, x: Array, weight: Array, bias: Array | None = None, *, norm: tuple[Array, float] | None = None, silu: bool = False,
+        residual: Array | None = None, float32: bool = False,
+    ) -> Array:
+        """Raw kernels for what is bound by the weights, and for logits, which want float32; cuBLAS for many tokens."""
+        (tokens, size), rows, most = x.shape, weight.shape[0] // (2 if silu else 1), raw_dense.BATCH_TOKENS
+        if size % 8:
+            return super().linear(x, weight, bias, norm=norm, silu=silu, residual=residual, float32=float32)
+        if tokens <= most or float32:
+            out = self.xp.empty((tokens, rows), np.float32 if float32 else self.dtype)
+            for i in range(0, tokens, most):
+                part = {"norm": norm, "bias": bias, "silu": silu, "residual": None if residual is None else residual[i : i + most]}
+                for launch in self.products.launches(x[i : i + most], weight, out[i : i + most], **part):
+                    self.run(launch)
+            return out
+        if norm is not None:
+            x, given = self.xp.empty_like(x), x
+            self.run(raw_dense.rms_norm(given, *norm, x))
+        if silu:  # gate and up together are the widest array of a pass: in pieces
+            out = self.xp.empty((tokens, rows), self.dtype)
+            for i in range(0, tokens, MLP_TOKENS):
+                out[i : i + MLP_TOKENS] = self.silu_mul(_plus(self.product(x[i : i + MLP_TOKENS], weight, False), bias))
+        else:
+            out = _plus(self.product(x, weight, False), bias)
+        return _plus(out, residual)
+
     def product(self, x: Array, weight: Array, float32: bool) -> Array:
         """Logits in float32: the difference between two tokens is often smaller than the bfloat16 rounding of a logit."""
-        if not float32:
-            return x @ weight.T
-        x = x.astype(np.float32)
-        parts = [x @ weight[i : i + VOCABULARY].astype(np.float32).T for i in range(0, len(weight), VOCABULARY)]
-        return self.xp.concatenate(parts, axis=1)
+        return x.astype(np.float32) @ weight.astype(np.float32).T if float32 else x @ weight.T
 
     def sample(self, logits: Array, sampling: Sampling, sequences: Sequence[int], step: int) -> np.ndarray:
         return super().sample(self.numpy(logits), sampling, sequences, step)
@@ -113,6 +143,17 @@ class Cuda(Reference):
         v = qkv.reshape(len(qkv), -1, heads.head_dim)[:, heads.q_heads + heads.kv_heads :]
         return q, New(k, v, None)  # the norms are in the cache
 
+    def decoder(
+        self, model: Model, cache: Cache, sampling: Sampling, sequences: Sequence[int], *, logits: bool = False, graph: bool = True
+    ) -> Decoder:
+        """What has no kernels (decode_step.unsupported) goes step by step through array code."""
+        if unsupported(model.config, cache.scheme, len(cache.lengths)):
+            return super().decoder(model, cache, sampling, sequences, logits=logits)
+        return QueuedDecoder(self, model, cache, sampling, sequences, logits, graph)
+
+    def queue(self, kernels: DecodeStep, graph: bool) -> Queue:
+        return Queue(kernels, graph)
+
     # --- the cache
 
     def layout(self, config: Config, scheme: Scheme, batch: int, context: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -125,8 +166,12 @@ class Cuda(Reference):
         return {"pages": (page, np.dtype(np.uint8)), **unpaged}
 
     def attention(self, q: Array, new: New | None, kept: dict[str, Array], scheme: Scheme, batch: Batch) -> Array:
-        if new is not None:
+        if new is not None and _plain(scheme, q.shape[2]):
             return super().attention(q, new, kept, scheme, batch)
+        if new is not None:
+            out = self._prefill(q, new, kept, scheme, batch)
+            self.append(new, kept, scheme, batch)
+            return out
         at, cached = self._indices(batch, kept), kept["keys" if not scheme.quantized else "window_keys"]
         heads = raw.Heads(q.shape[1], cached.shape[1], q.shape[2])
         size = len(at.lengths)
@@ -144,6 +189,21 @@ class Cuda(Reference):
         if scheme.quantized:
             self.run(raw.pack_step(heads, scheme, at.lengths, kept))
         return out if everyone else out[at.slots]
+
+    def _prefill(self, q: Array, new: New, kept: dict[str, Array], scheme: Scheme, batch: Batch) -> Array:
+        """A packed past is brought back to BF16 for the time of this layer; a plain one is read where it is."""
+        xp, at, (kv_heads, dim) = self.xp, self._indices(batch, kept), new.k.shape[1:]
+        heads, past, slots = raw.Heads(q.shape[1], kv_heads, dim), None, None
+        if any(batch.starts) and scheme.quantized:
+            pages = -(-max(batch.starts) // raw.PAGE_TOKENS)
+            past = tuple(xp.empty((len(batch.slots), kv_heads, pages * raw.PAGE_TOKENS, dim), self.dtype) for _ in range(2))
+            self.run(raw.unpack(heads, scheme, at.slots, at.starts, kept, *past))
+        elif any(batch.starts):
+            past, slots = (kept["keys"], kept["values"]), at.slots
+        out, strides = xp.empty_like(q), (new.k.strides[0] // 2, new.v.strides[0] // 2)
+        arrivals = raw.Arrivals(new.k, new.v, *strides, at.firsts, slots, at.starts, at.counts, max(batch.counts))
+        self.run(raw.prefill_attention(heads, q, arrivals, past, out, self.capability))
+        return out
 
     def take_out(self, layer: dict[str, Array], slot: int, length: int, config: Config, scheme: Scheme) -> dict[str, np.ndarray]:
         packed = length // WINDOW * WINDOW
@@ -202,6 +262,13 @@ class Cuda(Reference):
             workspace = self.xp.empty(plan.workspace_floats(heads.head_dim), np.float32)
             self.scratch[key] = self.xp.empty(plan.task_shape, np.int32), workspace, counters
         return self.scratch[key]
+
+
+def _plus(y: Array, x: Array | None) -> Array:
+    """y, with x added in place."""
+    if x is not None:
+        y += x
+    return y
 
 
 def _decodes(batch: Batch) -> bool:

@@ -17,6 +17,7 @@ from ..config import Config
 from ..oscar import Scheme
 from ..sampling import Sampling
 from . import card, raw, raw_dense
+from .products import Products
 
 if TYPE_CHECKING:
     from ..weights import Weights
@@ -51,7 +52,7 @@ class DecodeStep:
         hidden, width = config.hidden_size, config.q_size + 2 * config.kv_size
         x, middle = (xp.empty((rows, hidden), BF16) for _ in range(2))
         qkv, y, h = (xp.empty((rows, n), BF16) for n in (width, config.q_size, config.intermediate_size))
-        self._scratch(weights)
+        products = Products(xp, ops.multiprocessors, ops.capability)
         plan = raw.plan(self.heads, scheme, rows, ops.multiprocessors, ops.capability)
         tasks, workspace = xp.empty(plan.task_shape, np.int32), xp.empty(plan.workspace_floats(config.head_dim), np.float32)
         arrived = xp.zeros(rows * config.num_kv_heads * plan.share, np.int32)
@@ -59,7 +60,7 @@ class DecodeStep:
 
         self.launches += [raw_dense.embed(weights.embed, self.tokens, x), raw.schedule(self.heads, scheme, plan, self.lengths, tasks)]
         for layer, kept in zip(weights.layers, cache.layers, strict=True):
-            self._product(x, layer.qkv, qkv, norm=layer.input_norm, bias=layer.qkv_bias)
+            self.launches += products.launches(x, layer.qkv, qkv, norm=(layer.input_norm, self.eps), bias=layer.qkv_bias)
             norms, keys, values = kept.get("norms"), *(kept[n if not scheme.quantized else f"window_{n}"] for n in ("keys", "values"))
             options = {"norms": norms, "norm_stride": 0 if norms is None else norms.shape[1], "eps": self.eps, "rotate": scheme.rotate}
             options |= {"q_weight": layer.q_norm, "k_weight": layer.k_norm, "keys": keys, "values": values, "places": keys.shape[2]}
@@ -68,10 +69,10 @@ class DecodeStep:
             self.launches.append(raw.decode_attention(self.heads, scheme, plan, q, kept, *results))
             if scheme.quantized:
                 self.launches.append(raw.pack_step(self.heads, scheme, self.lengths, kept))
-            self._product(y, layer.o, middle, bias=layer.o_bias, residual=x)
-            self._product(middle, layer.gate_up, h, norm=layer.post_norm, silu=True)
-            self._product(h, layer.down, x, residual=middle)
-        self._product(x, weights.head, self.logits, norm=weights.norm)
+            self.launches += products.launches(y, layer.o, middle, bias=layer.o_bias, residual=x)
+            self.launches += products.launches(middle, layer.gate_up, h, norm=(layer.post_norm, self.eps), silu=True)
+            self.launches += products.launches(h, layer.down, x, residual=middle)
+        self.launches += products.launches(x, weights.head, self.logits, norm=(weights.norm, self.eps))
         self.launches.append(raw_dense.sample(self.logits, sampling, self.sequences, self.steps, self.tokens))
         self.launches.append(raw_dense.advance(self.lengths, self.steps))
 
@@ -89,34 +90,6 @@ class DecodeStep:
             stream.begin_capture()
             self.run()
             return stream.end_capture()
-
-    def _scratch(self, weights: Weights) -> None:
-        """What products of many rows need, for the largest of them."""
-        layer, xp = weights.layers[0], self.ops.xp
-        matrices = [(layer.qkv, False), (layer.o, False), (layer.gate_up, True), (layer.down, False), (weights.head, False)]
-        plans = [self._plan(matrix, silu) for matrix, silu in matrices if not self._fits(matrix, silu)]
-        self.partial = xp.empty(max((p.workspace_floats for p in plans), default=0), np.float32)
-        self.counters = xp.zeros(max((p.blocks for p in plans), default=0), np.int32)
-        self.normed = xp.empty((self.rows, self.config.hidden_size), BF16)
-
-    def _fits(self, weight: Array, silu: bool) -> bool:
-        return raw_dense.fits(self.rows, weight.shape[1], silu, self.ops.capability)
-
-    def _plan(self, weight: Array, silu: bool) -> raw_dense.BatchPlan:
-        rows, size = weight.shape
-        return raw_dense.batch_plan(self.rows, size, rows, silu, self.ops.multiprocessors, self.ops.capability)
-
-    def _product(self, x: Array, weight: Array, out: Array, *, norm: Array | None = None, silu: bool = False, **rest: Array | None) -> None:
-        if self._fits(weight, silu):
-            normed = None if norm is None else (norm, self.eps)
-            card = self.ops.multiprocessors, self.ops.capability
-            self.launches.append(raw_dense.linear(x, weight, out, *card, norm=normed, silu=silu, **rest))
-            return
-        if norm is not None:
-            self.launches.append(raw_dense.rms_norm(x, norm, self.eps, self.normed))
-            x = self.normed
-        scratch = self.partial, self.counters
-        self.launches.append(raw_dense.linear_batch(x, weight, out, self._plan(weight, silu), *scratch, silu=silu, **rest))
 
 
 def unsupported(config: Config, scheme: Scheme, rows: int) -> str | None:

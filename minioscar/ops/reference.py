@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .. import oscar
-from ..cache import BF16, Batch, layout, row_layout
+from ..cache import BF16, Batch, Cache, layout, row_layout
+from ..decoding import Decoder
 from ..memory import host_bytes
 from ..oscar import WINDOW, Scheme
 from ..sampling import Sampling, sample
 
 if TYPE_CHECKING:
     from ..config import Config
+    from ..model import Model
     from ..weights import Layer
 
 Array = Any
@@ -154,6 +156,12 @@ class Reference:
     def sample(self, logits: Array, sampling: Sampling, sequences: Sequence[int], step: int) -> np.ndarray:
         """The next token of each row of logits, float32 [n, vocab]; int64 [n] on the host. Row i draws as sequence sequences[i]."""
         return np.array([sample(row, sampling, sequence, step) for row, sequence in zip(logits, sequences, strict=True)])
+
+    def decoder(
+        self, model: Model, cache: Cache, sampling: Sampling, sequences: Sequence[int], *, logits: bool = False, graph: bool = True
+    ) -> Decoder:
+        """Decode steps of the rows of a cache, as decoding.py says. graph: for back ends that have such a thing."""
+        return Decoder(model, cache, sampling, sequences, logits)
 
     # --- the cache
 

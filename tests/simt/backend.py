@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import numpy as np
 
 from minioscar.ops import raw
 from minioscar.ops.cuda import Cuda
+from minioscar.ops.decode_step import DecodeStep
+from minioscar.ops.products import Products
+from minioscar.ops.queued import Queue
 from minioscar.ops.reference import Reference
 
 from . import _arrays, array, compile_kernel, empty
@@ -46,19 +50,42 @@ class Simt(Cuda):
         self.xp: Any = _Memory()
         self.multiprocessors, self.capability = MULTIPROCESSORS, ARCH
         self.indices, self.scheduled, self.scratch = None, None, {}
+        self.products = Products(self.xp, MULTIPROCESSORS, ARCH)
 
     def run(self, launch: raw.Launch) -> None:
         kernel = compile_kernel(raw.KERNELS / launch.source, launch.name, launch.defines, ARCH)
         args = [array(a) if isinstance(a, np.ndarray) and not _simulated(a) else a for a in launch.args]
         kernel(launch.grid, launch.block, args, shared=launch.shared)
 
-    def linear(self, *args: Any, **options: Any) -> np.ndarray:
-        """A sum with a bias or residual is NumPy's own array; a strided view of it, such as v in qkv, could not be copied in as it is."""
-        return array(super().linear(*args, **options))
+    def queue(self, kernels: DecodeStep, graph: bool) -> Queue:
+        return Immediate(kernels)
 
     def product(self, x: np.ndarray, weight: np.ndarray, float32: bool) -> np.ndarray:
         """As cuBLAS does it: float32 sums, one rounding to BF16. (NumPy leaves a product of two BF16 matrices in float32.)"""
         return array((x.astype(np.float32) @ weight.astype(np.float32).T).astype(np.float32 if float32 else self.dtype))
+
+
+class Immediate(Queue):
+    """No stream: a step has run when `go` returns."""
+
+    def __init__(self, kernels: DecodeStep):
+        self.kernels, self.found = kernels, deque()
+
+    def put(self, array: np.ndarray, values: np.ndarray) -> None:
+        array[...] = values
+
+    def get(self, array: np.ndarray) -> np.ndarray:
+        return np.array(array)
+
+    def go(self) -> None:
+        self.kernels.run()
+        self.found.append(np.array(self.kernels.tokens))
+
+    def tokens(self) -> np.ndarray:
+        return self.found.popleft()
+
+    def settle(self) -> None:
+        self.found.clear()
 
 
 def _simulated(x: np.ndarray) -> bool:

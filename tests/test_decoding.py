@@ -1,0 +1,110 @@
+"""Decoders: steps that are queued ahead, rows that end on the way, a step that is thrown away."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from minioscar.cache import Cache
+from minioscar.engine import GREEDY
+from minioscar.errors import Failure
+from minioscar.generation import Options
+from minioscar.ops.queued import QueuedDecoder
+from minioscar.sampling import Sampling
+
+from .test_cuda_backend import on_each_backend
+from .test_decode_step import of_backend
+from .tiny import load, write_model
+
+
+def started(engine, ops, prompts: list[np.ndarray], room: int = 8, sampling: Sampling = GREEDY, **options):
+    """A decoder behind the prefill of these prompts, fed with their first tokens."""
+    cache = Cache(engine.config, engine.scheme, len(prompts), max(map(len, prompts)) + room, ops)
+    slots = list(range(len(prompts)))
+    first = engine.model.step(np.concatenate(prompts), cache, cache.place(slots, list(map(len, prompts))), sampling, 0)
+    decoder = ops.decoder(engine.model, cache, sampling, slots, **options)
+    decoder.feed(slots, first)
+    return decoder, cache
+
+
+def steps(decoder, rows: list[list[int]]) -> list[list[int]]:
+    """A step of each of these sets of rows, as many ahead as the decoder takes."""
+    found, launched = [], 0
+    for done in range(len(rows)):
+        while launched < len(rows) and launched - done <= decoder.ahead:
+            decoder.launch(rows[launched])
+            launched += 1
+        found.append(decoder.read()[0].tolist())
+    decoder.settle()
+    return found
+
+
+@on_each_backend
+@pytest.mark.parametrize("kv", ["int2", "bf16"])
+def test_a_step_that_was_thrown_away_is_taken_again(make, kv, tmp_path, seed):
+    """It had filled the window of row 0, and packed it; in row 1 it stood first in a window that was packed a step before."""
+    _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), kv)
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 160, n) for n in (126, 127)]
+    (straight, _), (broken, cache) = (started(engine, ops, prompts) for _ in range(2))
+    assert isinstance(straight, QueuedDecoder) and straight.ahead == 1
+    want = steps(straight, [[0, 1]] * 4)
+    broken.launch([0, 1])
+    broken.launch([0, 1])
+    first = broken.read()[0]
+    broken.settle()
+    assert cache.lengths.tolist() == [127, 128]
+    broken.feed([0, 1], first, step=2)
+    assert [first.tolist(), *steps(broken, [[0, 1]] * 3)] == want
+    assert cache.lengths.tolist() == [130, 131]
+
+
+@on_each_backend
+def test_a_row_that_ends_leaves_the_others_alone_and_can_come_back(make, tmp_path, seed):
+    _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), "int2")
+    prompts = [np.random.default_rng(seed + n).integers(0, 160, n) for n in (3, 40)]
+    (together, _), (apart, cache) = (started(engine, ops, prompts, sampling=Sampling(1.0, seed=3)) for _ in range(2))
+    want = steps(together, [[0, 1]] * 3)
+    assert steps(apart, [[0, 1], [1], [1]]) == [want[0], want[1][1:], want[2][1:]]
+    assert cache.lengths.tolist() == [4, 43]
+    apart.feed([0], want[0][:1], step=2)
+    assert steps(apart, [[0], [0]]) == [want[1][:1], want[2][:1]]
+
+
+@on_each_backend
+def test_logits_come_with_the_tokens_that_were_drawn_from_them(make, tmp_path, seed):
+    _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), "int2")
+    prompts = [np.random.default_rng(seed).integers(0, 160, 5)]
+    without, _ = started(engine, ops, prompts)
+    decoder, _ = started(engine, ops, prompts, logits=True)
+    assert decoder.ahead == 0
+    for want in steps(without, [[0]] * 3):
+        decoder.launch([0])
+        tokens, logits = decoder.read()
+        assert tokens.tolist() == want == logits.argmax(axis=1).tolist()
+
+
+@on_each_backend
+def test_logits_that_are_not_finite_are_an_error(make, tmp_path, seed):
+    _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), "int2")
+    decoder, _ = started(engine, ops, [np.array([1, 2, 3])])
+    engine.model.weights.layers[0].down[0, 0] = np.nan
+    decoder.launch([0])
+    with pytest.raises(Failure, match="not finite"):
+        decoder.read()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv", ["int2", "bf16", "quarot"])
+def test_a_graph_and_its_launches_one_by_one_give_the_same_tokens(kv, tmp_path, seed):
+    """2,000 tokens of three rows, twice; quarot has no kernels of its own and goes through array code, for fewer."""
+    engine = load(write_model(tmp_path / "m", seed, head_dim=64, max_position_embeddings=4096), kv, "cuda")
+    prompts = [np.random.default_rng(seed + n).integers(0, 160, n).tolist() for n in (3, 128, 200)]
+    options = {"max_tokens": 50 if kv == "quarot" else 2000, "sampling": Sampling(0.8, top_k=40, top_p=0.9, seed=seed)}
+    runs = []
+    for graph in (True, True, False):
+        run = engine.start(prompts, options=Options(options["max_tokens"], options["sampling"], graph=graph))
+        for _ in run:
+            pass
+        runs.append([result.token_ids for result in run.results])
+    assert runs[0] == runs[1] == runs[2]
