@@ -6,10 +6,9 @@
     python bench.py throughput --random-weights qwen3-8b --budget 24GB,48GB
     python bench.py memory --random-weights qwen3-0.6b --kv bf16,oscar,int2
 
-kernel      decode attention, and on a GPU all that writes the cache: bytes that must move over the measured copy rate; with --step
-            linear layers, sampling and the attention of a prefill too, against bytes or operations
-decode      a step of a whole model: weights and cache read once over the copy rate; with --step also as one captured graph,
-            which `generate` does not use yet
+kernel      decode attention, and on a GPU all that writes the cache: bytes that must move over the measured copy rate; linear
+            layers, sampling and the attention of a prefill too, against bytes or operations
+decode      a step of a whole model as `generate` takes it: weights and cache read once over the copy rate; --breakdown: its kernels
 prefill     one prompt: multiply-adds over the measured matrix rate
 throughput  decode steps of the largest batch that really runs in a budget of memory, beside the weights
 memory      what the allocator gave for a cache, and the most that it and a step took together
@@ -47,7 +46,7 @@ from minioscar.ops.decode_step import unsupported
 from minioscar.ops.reference import Reference
 
 COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory")
-SECTIONS = ("kernel", "dense", "sweep", "growth", "skipped", *COMMANDS[1:])
+SECTIONS = ("kernel", "dense", "sweep", "growth", "skipped", "decode", "breakdown", *COMMANDS[2:])
 PACKAGES = ("numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes")
 PACKAGES += ("torch", "triton", "transformers", "flashinfer-python", "hqq", "optimum-quanto")  # the peers'
 Rows = Iterator[tuple[str, dict]]  # section and row, as they are measured
@@ -67,8 +66,7 @@ def parser() -> Parser:
     found.add_argument("--budget", help="of throughput, weights included, such as 24GB,48GB (24GB; on a CPU the weights and 64MB)")
     found.add_argument("--steps", type=int, help="decode steps timed (20)")
     found.add_argument("--sweep", action="store_true", help="kernel: also contexts, batches, schemes and group sizes, and how time grows")
-    rest = "on a GPU also what has not passed on a card yet: kernel: the rest of a step; decode: a step as one graph"
-    found.add_argument("--step", action="store_true", help=rest)
+    found.add_argument("--breakdown", action="store_true", help="decode, on a GPU: also every kernel of a step by itself")
     found.add_argument("--quick", action="store_true", help="less of everything, to under a minute")
     found.add_argument("--peers", action="store_true", help="other libraries in the same run: kernels, whole models; needs a GPU")
     found.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU if there is one")
@@ -82,7 +80,7 @@ def measured(args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | N
     if plan is not None:
         found = []
         for scheme in plan.schemes:  # one at a time: on a card two models may not fit
-            for section, row in whole_model(plan, plan.load(scheme), limits, 2 if args.quick else 3):
+            for section, row in whole_model(plan, plan.load(scheme), limits, 2 if args.quick else 3, args.breakdown):
                 found.append((section, row))
                 yield section, row
             ops.release()
@@ -109,8 +107,7 @@ def kernel_rows(args: argparse.Namespace, ops: Reference, limits: dict[str, floa
         yield "skipped" if "skipped" in row else "kernel", row
     if ops.name == "cuda":
         yield from (("kernel", row) for row in kernels.writing(copy_rate))
-        if args.step:
-            yield from (("dense", row) for row in dense.measure(copy_rate, limits["matmul_tflop_s"] * 1e12, args.quick))
+        yield from (("dense", row) for row in dense.measure(copy_rate, limits["matmul_tflop_s"] * 1e12, args.quick))
     if args.sweep:
         found = []
         for row in measure(swept):
@@ -119,12 +116,14 @@ def kernel_rows(args: argparse.Namespace, ops: Reference, limits: dict[str, floa
         yield from (("growth", row) for row in cases.growth([row for row in found if "skipped" not in row], copy_rate))
 
 
-def whole_model(plan: Plan, e: Engine, limits: dict[str, float], prefills: int) -> Rows:
+def whole_model(plan: Plan, e: Engine, limits: dict[str, float], prefills: int, breakdown: bool) -> Rows:
+    if breakdown:
+        from benchmarks.breakdown import kernels_of
     for context in plan.contexts.get("decode", ()):
         for batch in plan.batches:
             yield "decode", models.decode(e, plan.model, batch, context, limits, plan.steps)
-            if plan.graph and unsupported(e.config, e.scheme, batch) is None:
-                yield "decode", models.decode_graph(e, plan.model, batch, context, limits, plan.steps)
+            if breakdown and unsupported(e.config, e.scheme, batch) is None:
+                yield from (("breakdown", row) for row in kernels_of(e, batch, context, limits["copy_tb_s"] * 1e12))
     for context in plan.contexts.get("memory", ()):
         for batch in plan.batches:
             yield "memory", memory.memory(e, plan.model, batch, context)
@@ -203,8 +202,8 @@ def run(argv: list[str]) -> None:
     if args.json:
         check_writable(args.json)
     ops = backend(args.device)
-    if ops.name != "cuda" and (args.peers or args.step):
-        what = "--peers needs a GPU: the other libraries are" if args.peers else "--step needs a GPU: its kernels are"
+    if ops.name != "cuda" and (args.peers or args.breakdown):
+        what = "--peers needs a GPU: the other libraries are" if args.peers else "--breakdown needs a GPU: its kernels are"
         raise UserError(f"{what} measured on nothing else")
     plan = planned(args, commands, ops) if commands != ("kernel",) else None
     progress("measuring copy bandwidth and matrix rate")

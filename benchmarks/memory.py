@@ -41,7 +41,7 @@ def memory(e: Engine, name: str, batch: int, context: int) -> dict:
     and minima alone, as papers do: 5.33 for `oscar`.
     """
     scheme, room = e.scheme, context + 1
-    stepping(e, filled(e.config, scheme, e.ops, batch, context, weights=e.model.weights))()  # makes what stays: tables, kernels
+    stepping(e, filled(e.config, scheme, e.ops, batch, context, weights=e.model.weights))[0]()  # makes what stays: tables, kernels
     cache, peak = (pooled if e.ops.name == "cuda" else traced)(e, batch, context)
     predicted, bf16 = (cache_bytes(e.config, s, batch, room) for s in (scheme, SCHEMES["bf16"]))
     sizes = {"cache_bytes": cache, "predicted_bytes": predicted, "bf16_bytes": bf16, "peak_bytes": peak}
@@ -58,7 +58,7 @@ def traced(e: Engine, batch: int, context: int) -> tuple[int, int]:
         arrays = tracemalloc.take_snapshot().filter_traces([tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)])
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
-        stepping(e, cache)()
+        stepping(e, cache)[0]()
         size = sum(trace.size for trace in arrays.traces) - cache.lengths.nbytes
         return size, size + tracemalloc.get_traced_memory()[1] - before
     finally:
@@ -74,7 +74,7 @@ def pooled(e: Engine, batch: int, context: int) -> tuple[int, int]:
     size = pool.used_bytes() - before
     e.ops.release()
     held = pool.total_bytes()
-    stepping(e, cache)()
+    stepping(e, cache)[0]()
     return size, size + pool.total_bytes() - held
 
 
@@ -128,14 +128,14 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def steps_of(e: Engine, batch: int, context: int, steps: int) -> dict:
-    cache = filled(e.config, e.scheme, e.ops, batch, context, weights=e.model.weights)
-    seconds, spread = timed(e.ops, stepping(e, cache), steps, 1)
-    return {"ms": seconds * 1e3, "spread": spread, "tokens_per_s": batch / seconds}
+    run, count = stepping(e, filled(e.config, e.scheme, e.ops, batch, context, weights=e.model.weights))
+    seconds, spread = timed(e.ops, run, steps, 1)
+    return {"ms": seconds / count * 1e3, "spread": spread, "tokens_per_s": batch * count / seconds}
 
 
 def limited(e: Engine, budget: int, weights: int) -> tuple[Callable[[Work], dict | None], int]:
     """What runs work under the budget, and gives None where memory does not suffice; and the bytes outside of its control."""
-    first = stepping(e, filled(e.config, e.scheme, e.ops, 1, 128, weights=e.model.weights))
+    first, _ = stepping(e, filled(e.config, e.scheme, e.ops, 1, 128, weights=e.model.weights))
     gc.collect()  # what it would free during an attempt would be a present to it
     first()  # what is made once is there before the limit is: kernels, tables, cuBLAS's workspace
     if e.ops.name == "cpu":

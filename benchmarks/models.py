@@ -13,12 +13,11 @@ from minioscar.cache import Cache, cache_bytes
 from minioscar.config import Config
 from minioscar.engine import GREEDY, Engine
 from minioscar.measure import copies_of, timed
-from minioscar.ops.decode_step import DecodeStep
 from minioscar.ops.reference import New, Reference
 from minioscar.oscar import WINDOW, Scheme
 from minioscar.weights import Weights, arrays
 
-IN_A_ROW = 8  # steps of a graph without the host between them
+IN_A_ROW = 32  # decode steps that are timed together where they are queued
 MOST_COPIES = 8  # of a cache on a CPU, whose array code dequantizes it into new arrays anyway
 
 
@@ -53,46 +52,37 @@ def step_bytes(e: Engine, batch: int, context: int) -> int:
     return weights + cache_bytes(e.config, e.scheme, batch, context)
 
 
-def stepping(e: Engine, cache: Cache) -> Callable[[], None]:
-    """One decode step of all rows, with sampling. It leaves the cache as long as it was, so that every step takes the same."""
-    lengths, rows, ids = cache.lengths.copy(), list(range(len(cache.lengths))), np.full(len(cache.lengths), 7)
+def stepping(e: Engine, cache: Cache) -> tuple[Callable[[], None], int]:
+    """Decode steps of all rows, sampling included, as `generate` takes them; how many a call takes.
 
-    def step() -> None:
-        e.model.step(ids, cache, cache.place(rows, [1] * len(rows)), GREEDY, 0)
-        cache.lengths[:] = lengths
+    They leave the cache as long as it was, so that every call takes the same.
+    """
+    start, rows = cache.lengths.copy(), list(range(len(cache.lengths)))
+    decoder = e.ops.decoder(e.model, cache, GREEDY, rows)
+    room = int(cache.context - start.max())
+    count = min(IN_A_ROW, room) if decoder.ahead else 1  # what is queued ahead is timed in a row, as it runs
 
-    return step
+    def run() -> None:
+        cache.lengths[:], launched = start, 0
+        decoder.feed(rows, [7] * len(rows))
+        for done in range(count):
+            while launched < count and launched - done <= decoder.ahead:
+                decoder.launch(rows)
+                launched += 1
+            decoder.read()
+        cache.lengths[:] = start
+
+    return run, count
 
 
 def decode(e: Engine, name: str, batch: int, context: int, limits: dict[str, float], steps: int) -> dict:
     """Steps at a context of whole blocks: none of them fills a window, so no block is packed."""
-    cache = filled(e.config, e.scheme, e.ops, batch, context, weights=e.model.weights)
-    seconds, spread = timed(e.ops, stepping(e, cache), steps)
-    return decode_row(e, name, batch, context, limits, seconds, spread) | {"mode": "eager"}
-
-
-def decode_row(e: Engine, name: str, batch: int, context: int, limits: dict[str, float], seconds: float, spread: float) -> dict:
-    size = step_bytes(e, batch, context)
-    of_limit = {"bytes": size, "fraction_of_limit": size / (limits["copy_tb_s"] * 1e12) / seconds}
-    times = {"ms": seconds * 1e3, "spread": spread, "tokens_per_s": batch / seconds}
-    return {"model": name, "kv": e.scheme.name, "batch": batch, "context": context, **times, **of_limit}
-
-
-def decode_graph(e: Engine, name: str, batch: int, context: int, limits: dict[str, float], steps: int) -> dict:
-    """The same as one captured graph of raw kernels, sampling included: ops/decode_step.py."""
-    cache = filled(e.config, e.scheme, e.ops, batch, context, IN_A_ROW + 1, e.model.weights)
-    tables = tuple(e.ops.xp.asarray(table) for table in e.config.rope.tables(cache.context))
-    step = DecodeStep(e.ops, e.config, e.model.weights, tables, cache, GREEDY)
-    graph, stream = step.graph(), e.ops.xp.cuda.Stream(non_blocking=True)
-
-    def run() -> None:
-        step.lengths.fill(context)
-        e.ops.xp.cuda.Device().synchronize()
-        for _ in range(IN_A_ROW):
-            graph.launch(stream)
-
+    run, count = stepping(e, filled(e.config, e.scheme, e.ops, batch, context, IN_A_ROW, e.model.weights))
     seconds, spread = timed(e.ops, run, steps)
-    return decode_row(e, name, batch, context, limits, seconds / IN_A_ROW, spread) | {"mode": "graph"}
+    size = step_bytes(e, batch, context)
+    of_limit = {"bytes": size, "fraction_of_limit": size / (limits["copy_tb_s"] * 1e12) / (seconds / count)}
+    times = {"ms": seconds / count * 1e3, "spread": spread, "tokens_per_s": batch / (seconds / count)}
+    return {"model": name, "kv": e.scheme.name, "batch": batch, "context": context, **times, **of_limit}
 
 
 def prefill(e: Engine, name: str, tokens: int, limits: dict[str, float], repeats: int) -> dict:

@@ -34,7 +34,6 @@ class Plan:
     prompts: list[int]
     budgets: list[int]
     steps: int
-    graph: bool  # measure a decode step as one captured graph too
 
 
 def planned(args: argparse.Namespace, commands: tuple[str, ...], ops: Reference) -> Plan:
@@ -52,7 +51,7 @@ def planned(args: argparse.Namespace, commands: tuple[str, ...], ops: Reference)
     weights = config.parameters() * ops.dtype.itemsize
     limits = budgets_of(args, ops, weights) if "throughput" in commands else []
     prompts = prompts if "prefill" in commands else []
-    plan = Plan(args.random_weights or args.model, config, load, schemes, contexts, batches, prompts, limits, steps, args.step)
+    plan = Plan(args.random_weights or args.model, config, load, schemes, contexts, batches, prompts, limits, steps)
     check_sizes(plan, config, ops, weights)
     return plan
 

@@ -52,9 +52,13 @@ COLUMNS: dict[str, list[Column]] = {
     ],
     "skipped": [text("operation", -24, "op"), KV, SHAPE, text("  skipped", -1, "skipped")],
     "decode": [
-        KV, SHAPE, text("mode", 6, "mode"), number("ms", 10, "ms", ".2f"), SPREAD, number("tokens/s", 10, "tokens_per_s", ".1f"),
+        KV, SHAPE, number("ms", 10, "ms", ".2f"), SPREAD, number("tokens/s", 10, "tokens_per_s", ".1f"),
         megabytes("MB read", "bytes"),
         number("of limit", 9, "fraction_of_limit", ".1%"), ("peers, ms", -1, peers),
+    ],
+    "breakdown": [
+        KV, SHAPE, text("  kernel", -34, "kernel"), number("launches", 8, "launches", "d"), number("µs each", 9, "us", ".2f"),
+        number("µs a step", 10, "us_a_step", ".0f"), megabytes("MB each", "bytes"), number("of limit", 9, "fraction_of_limit", ".1%"),
     ],
     "prefill": [
         KV, number("tokens", 15, "tokens", ",d"), number("s", 10, "s", ".3f"), SPREAD, number("tokens/s", 10, "tokens_per_s", ".1f"),
