@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import oscar
+from .cache import BF16
 from .config import Config, read_json
 from .errors import UserError
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from .ops.reference import Reference
 
 Array = Any
-DTYPES = ("F32", "F16", "BF16")
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -71,16 +73,17 @@ def expected(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 class Checkpoint:
-    """The tensors of a model folder, one safetensors file or shards with an index, opened but not read."""
+    """The tensors of a model folder, one safetensors file or shards with an index, mapped into memory and read when they are looked at."""
 
     def __init__(self, folder: Path, config: Config, stack: ExitStack):
         from safetensors import SafetensorError, safe_open
 
-        self.folder, self.files = folder, {}
+        self.folder, self.files, self.places = folder, {}, {}
         for file in _files(folder):
             try:
                 handle = stack.enter_context(safe_open(folder / file, "np"))
                 self.files.update((name, handle) for name in handle.keys())
+                self.places.update(_places(folder / file))
             except FileNotFoundError:
                 raise UserError(f"{folder / file} does not exist; fetch the model again") from None
             except (SafetensorError, OSError) as error:
@@ -101,7 +104,19 @@ class Checkpoint:
                 raise UserError(f"{self.folder}: tensor {name} has no place in this architecture; it is not implemented")
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.files[name].get_tensor(name)
+        """A view of the file, read-only."""
+        data, dtype, shape, (begin, end) = self.places[name]
+        return data[begin:end].view(dtype).reshape(shape)
+
+
+def _places(path: Path) -> Iterator[tuple[str, tuple[np.ndarray, np.dtype, tuple[int, ...], tuple[int, int]]]]:
+    """Where the tensors of a file lie whose header the safetensors library has found to be sound: its size in 8 bytes, itself as JSON,
+    the data (github.com/huggingface/safetensors, Format)."""
+    data = np.memmap(path, np.uint8, "r")
+    size = 8 + int(data[:8].view("<u8")[0])
+    for name, entry in json.loads(bytes(data[8:size])).items():
+        if name != "__metadata__" and entry["dtype"] in DTYPES:
+            yield name, (data[size:], DTYPES[entry["dtype"]], tuple(entry["shape"]), tuple(entry["data_offsets"]))
 
 
 def _files(folder: Path) -> list[str]:

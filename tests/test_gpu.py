@@ -112,3 +112,12 @@ def test_smollm2_answers_sixteen_prompts_as_it_answers_each_alone(kv):
     gap = alone.max(axis=2) - np.take_along_axis(alone, np.array(tokens)[:, :, None], 2)[:, :, 0]
     print("SIXTEEN", kv, f"{(gap > 0).sum()} of {gap.size} tokens differ, largest gap {(gap / noise).max():.1f} of the noise")
     assert (gap <= 6 * noise).all() and (gap > 0).mean() < 0.05
+
+
+@pytest.mark.parametrize("count", [1, 1000, (8 << 20) // 2, (40 << 20) // 2 + 17])
+def test_weights_arrive_as_they_are(count, seed):
+    from minioscar.ops.upload import upload
+
+    x = np.random.default_rng(seed).integers(0, 2**16, count).astype(np.uint16)
+    for _ in range(2):
+        np.testing.assert_array_equal(upload(x).get(), x)

@@ -25,6 +25,7 @@ from .decode_step import DecodeStep, unsupported
 from .products import Products
 from .queued import Queue, QueuedDecoder
 from .reference import New, Reference
+from .upload import upload
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -69,7 +70,7 @@ class Cuda(Reference):
     # --- between host and device
 
     def array(self, x: np.ndarray) -> Array:
-        return self.xp.asarray(np.asarray(x).astype(self.dtype))
+        return upload(np.asarray(x).astype(self.dtype, copy=False))
 
     def numpy(self, x: Array) -> np.ndarray:
         return self.xp.asnumpy(x)
@@ -81,9 +82,12 @@ class Cuda(Reference):
         self.xp.get_default_memory_pool().free_all_blocks()
 
     def work_bytes(self, config: Config, tokens: int, context: int) -> int:
-        """No kernel can do with less; what array code takes on top differs by operation, and a pass that runs out is caught."""
-        widest = max(config.q_size + 2 * config.kv_size, 3 * config.intermediate_size)
-        return tokens * (2 * config.hidden_size + widest) * self.dtype.itemsize
+        """What is alive at once in a layer of model.py: while attention reads a past in BF16, or while the MLP runs."""
+        c = config
+        through = tokens * (c.hidden_size + 2 * c.q_size + 2 * c.kv_size + 2 * c.q_size)  # x, qkv, q, k, y
+        past = 2 * (context - tokens) * c.kv_size
+        mlp = tokens * (c.hidden_size + c.intermediate_size - c.kv_size) + min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
+        return (through + c.kv_size * tokens + max(past, mlp)) * self.dtype.itemsize + 4 * c.vocab_size
 
     def widen(self, x: Array) -> Array:
         return x.astype(np.float32)

@@ -45,8 +45,8 @@ class Reference:
     # --- between host and device
 
     def array(self, x: np.ndarray) -> Array:
-        """A weight or table on this back end, floats in its dtype."""
-        return np.asarray(x, self.dtype)
+        """A weight or table on this back end, floats in its dtype; a copy, since x may be a file that is mapped into memory."""
+        return np.array(x, self.dtype)
 
     def numpy(self, x: Array) -> np.ndarray:
         return np.asarray(x)

@@ -57,6 +57,9 @@ class Simt(Cuda):
         args = [array(a) if isinstance(a, np.ndarray) and not _simulated(a) else a for a in launch.args]
         kernel(launch.grid, launch.block, args, shared=launch.shared)
 
+    def array(self, x: np.ndarray) -> np.ndarray:
+        return array(np.asarray(x).astype(self.dtype))
+
     def queue(self, kernels: DecodeStep, graph: bool) -> Queue:
         return Immediate(kernels)
 
