@@ -84,10 +84,10 @@ class Cuda(Reference):
     def work_bytes(self, config: Config, tokens: int, context: int) -> int:
         """What is alive at once in a layer of model.py: while attention reads a past in BF16, or while the MLP runs."""
         c = config
-        through = tokens * (c.hidden_size + 2 * c.q_size + 2 * c.kv_size + 2 * c.q_size)  # x, qkv, q, k, y
+        held = tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
         past = 2 * (context - tokens) * c.kv_size
-        mlp = tokens * (c.hidden_size + c.intermediate_size - c.kv_size) + min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
-        return (through + c.kv_size * tokens + max(past, mlp)) * self.dtype.itemsize + 4 * c.vocab_size
+        mlp = tokens * (c.hidden_size + c.intermediate_size) + min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
+        return (held + max(past, mlp)) * self.dtype.itemsize + 4 * c.vocab_size
 
     def widen(self, x: Array) -> Array:
         return x.astype(np.float32)
