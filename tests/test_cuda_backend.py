@@ -35,13 +35,21 @@ def _card():
     return Cuda()
 
 
+SIMULATED = pytest.mark.skipif(_no_simt is not None, reason=str(_no_simt))
 on_each_backend = pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(_simulated, id="simt", marks=pytest.mark.skipif(_no_simt is not None, reason=str(_no_simt))),
-        pytest.param(_card, id="cuda", marks=pytest.mark.gpu),
-    ],
+    "make", [pytest.param(_simulated, id="simt", marks=SIMULATED), pytest.param(_card, id="cuda", marks=pytest.mark.gpu)]
 )
+LAYERS = [("llama", 64, (4, 2)), ("qwen3", 128, (6, 1)), ("llama", 96, (3, 3)), ("qwen3", 256, (2, 1))]
+FEW = {128: ("bf16", "int2", "int2-compact"), 96: ("int2",), 256: ("int4",)}  # on the simulator, where a case takes seconds
+
+
+def cases() -> list:
+    """Every scheme with every shape on the card; on the simulator with one shape, and some with each."""
+    found = [(layer, kv) for layer in LAYERS for kv in SCHEMES]
+    simulated = [pytest.param(_simulated, *layer, kv, id=f"{layer[0]}-{layer[1]}-{kv}-simt", marks=SIMULATED)
+                 for layer, kv in found if kv in FEW.get(layer[1], SCHEMES)]  # fmt: skip
+    real = [pytest.param(_card, *layer, kv, id=f"{layer[0]}-{layer[1]}-{kv}-cuda", marks=pytest.mark.gpu) for layer, kv in found]
+    return simulated + real
 
 
 def config(**changes) -> Config:
@@ -96,11 +104,7 @@ def codes_that_differ(got: dict[str, np.ndarray], want: dict[str, np.ndarray], s
     return differ
 
 
-@on_each_backend
-@pytest.mark.parametrize("kv", SCHEMES)
-@pytest.mark.parametrize(
-    ("family", "dim", "heads"), [("llama", 64, (4, 2)), ("qwen3", 128, (6, 1)), ("llama", 96, (3, 3)), ("qwen3", 256, (2, 1))]
-)
+@pytest.mark.parametrize(("make", "family", "dim", "heads", "kv"), cases())
 def test_attention_over_the_cache_is_that_of_the_reference(make, family, dim, heads, kv, seed):
     """Step by step: the reference goes on with the back end's rows once they are seen to be its own but for a few roundings.
 
