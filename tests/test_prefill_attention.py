@@ -63,7 +63,8 @@ def check(
     return got
 
 
-CASES = [(128, 4, 80), (64, 3, 90), (96, 1, 80), (256, 2, 80), (256, 1, 90), (256, 2, 120), (64, 8, 80), (128, 7, 90)]
+CASES = [(128, 4, 80), (64, 3, 80), (96, 1, 80), (256, 2, 80), (256, 1, 90), (256, 2, 120), (64, 8, 80), (128, 7, 80)]
+CASES += [(128, 4, 90), (64, 3, 90), (64, 8, 90), (128, 7, 90)]
 
 
 @on_each_device
@@ -81,14 +82,29 @@ def test_prefill_attention_around_every_boundary(device, seed, n):
 
 
 @on_each_device
-@pytest.mark.parametrize("kind", ["zero", "equal", "ramp", "tail", "sink", "peak"])
-def test_prefill_attention_of_difficult_keys(device, seed, kind):
-    check(device, 128, 4, (70, 0), (20, 55), seed, kind=kind)
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 127, 128, 129, 255, 256, 257])
+def test_prefill_attention_with_warpgroups_around_every_boundary(device, seed, n):
+    check(device, 64, 2, (0,), (n,), seed, arch=90)
+    check(device, 128, 1, (n,), (3,), seed, arch=90)
 
 
 @on_each_device
-def test_prefill_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(device, seed):
-    first, *others = (check(device, 64, 3, (40, 0), (50, 90), seed, order=order) for order in range(3))
+def test_prefill_attention_with_warpgroups_over_more_tiles_than_are_held(device, seed):
+    check(device, 128, 1, (450,), (200,), seed, arch=90)
+    check(device, 64, 5, (1000,), (30,), seed, arch=90)
+
+
+@on_each_device
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kind", ["zero", "equal", "ramp", "tail", "sink", "peak"])
+def test_prefill_attention_of_difficult_keys(device, seed, kind, arch):
+    check(device, 128, 4, (70, 0), (20, 55), seed, kind=kind, arch=arch)
+
+
+@on_each_device
+@pytest.mark.parametrize("arch", [80, 90])
+def test_prefill_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(device, seed, arch):
+    first, *others = (check(device, 64, 3, (40, 0), (50, 90), seed, arch=arch, order=order) for order in range(3))
     assert all(np.array_equal(first, other, equal_nan=True) for other in others)
 
 

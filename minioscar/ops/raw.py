@@ -248,6 +248,7 @@ def unpack(heads: Heads, scheme: Scheme, slots: Array | None, starts: Array, cac
 
 # head_dim -> (warps, row tiles of 16 a warp, keys of a tile, blocks a multiprocessor), best first
 PREFILL_CUTS = {64: [(4, 2, 64, 2)], 96: [(4, 2, 64, 2)], 128: [(4, 2, 48, 2)], 256: [(8, 1, 64, 1), (8, 1, 32, 1), (4, 1, 16, 2)]}
+PREFILL_STAGES = {64: 3, 128: 2}  # tiles of keys, and of values, that prefill_attention_sm90.cu holds
 
 
 def prefill_attention(
@@ -260,17 +261,18 @@ def prefill_attention(
     """
     d, group = heads.head_dim, heads.q_heads // heads.kv_heads
     keys, values = past if past else (None, None)
-
-    def shared(warps: int, row_tiles: int, tile: int) -> int:
-        return (warps * row_tiles * 16 + 4 * tile) * (2 * d + 16)
-
-    cuts = (cut for cut in PREFILL_CUTS[d] if shared(*cut[:3]) <= SHARED_BYTES.get(capability, 99) * 1024 - 1024)
-    warps, row_tiles, tile, blocks = next(cuts)
+    if capability == 90 and d in PREFILL_STAGES:
+        file, stages, threads, rows = "prefill_attention_sm90.cu", PREFILL_STAGES[d], 384, 128
+        cut, shared = (f"STAGES={stages}",), (rows + 2 * stages * 128) * 2 * d + 32 * stages
+    else:
+        file, room = "prefill_attention.cu", SHARED_BYTES.get(capability, 99) * 1024 - 1024
+        sizes = (((warps * row_tiles * 16 + 4 * tile) * (2 * d + 16), *cut) for cut in PREFILL_CUTS[d] for warps, row_tiles, tile, _ in [cut])
+        shared, warps, row_tiles, tile, blocks = next(size for size in sizes if size[0] <= room)
+        threads, rows = 32 * warps, warps * row_tiles * 16
+        cut = f"BLOCK_WARPS={warps}", f"ROW_TILES={row_tiles}", f"TILE={tile}", f"BLOCKS={blocks}"
     sizes = new.key_stride, new.value_stride, heads.kv_heads, keys.shape[2] if past else 0
     scale_log2 = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e))
-    rows = new.first_rows, new.slots, new.starts, new.counts
-    args = (q, new.keys, new.values, keys, values, *rows, out, *map(np.int32, sizes), scale_log2)
-    cut = f"BLOCK_WARPS={warps}", f"ROW_TILES={row_tiles}", f"TILE={tile}", f"BLOCKS={blocks}"
-    grid = -(-new.most * group // (warps * row_tiles * 16)), heads.kv_heads, new.starts.shape[0]
-    defines = f"HEAD_DIM={d}", f"Q_PER_KV={group}", *cut
-    return Launch("prefill_attention.cu", "prefill_attention", defines, grid, 32 * warps, args, shared(warps, row_tiles, tile))
+    where = new.first_rows, new.slots, new.starts, new.counts
+    args = (q, new.keys, new.values, keys, values, *where, out, *map(np.int32, sizes), scale_log2)
+    grid = -(-new.most * group // rows), heads.kv_heads, new.starts.shape[0]
+    return Launch(file, "prefill_attention", (f"HEAD_DIM={d}", f"Q_PER_KV={group}", *cut), grid, threads, args, shared)
