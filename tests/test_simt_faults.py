@@ -98,7 +98,7 @@ def test_a_planted_fault_is_reported_with_its_thread_and_line(device, name, faul
     ],
 )
 def test_a_fault_with_a_wgmma_is_reported(device, fault, message, seed):
-    a, b, c = (device.array(np.zeros(shape, dtype)) for shape, dtype in (((64, 64), np.uint16), ((128, 64), np.uint16), ((128, 64), np.float32)))
+    a, b, c = (device.array(np.zeros((rows, 64), dtype)) for rows, dtype in ((64, np.uint16), (128, np.uint16), (128, np.float32)))
     kernel = device.compile(SOURCE.with_name("warpgroups_sm90.cu"), "shared_shared", arch=90)
     for order in ORDERS:
         out = device.empty((128, 64), np.float32)

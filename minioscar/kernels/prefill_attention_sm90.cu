@@ -1,11 +1,15 @@
 // prefill_attention_sm90.cu: what prefill_attention.cu computes, from the same arguments, with the warpgroup instructions of compute capability
 // 9.0 (compiled for sm_90a): these multiply from shared memory, beside the threads, at nearly twice the rate of mma.sync.
 //
-// grid (blocks of queries, kv_heads, sequences). A block's 128 rows are (token, q head) pairs, head by head of token after token. Two warpgroups
+// grid (blocks of queries * parts, kv_heads, sequences). A block's 128 rows are (token, q head) pairs, head by head of token after token. Two warpgroups
 // have 64 rows each, a third one copies tiles of 128 keys and values ahead, each as soon as both have read what stood there before. A warpgroup
 // asks for the logits of tile j and for p . v of tile j - 1 together, and turns the logits into p while the latter, and then the other
 // warpgroup's products, are under way: they take turns in asking, so that one computes exponentials while the other multiplies.
 // Softmax with a running reference m that moves only when some p would pass 2^8; p is rounded to BF16, at most 2^-8 of it.
+//
+// Few new tokens after a long past are too few blocks for a card: then the keys are cut into parts of part_tiles tiles, a block each. Their sums
+// meet in workspace, float32 [sequences][kv_heads][blocks of queries][parts][128 rows](D sums) then (m, l), and the block that comes last,
+// counted in arrived, int [sequences][kv_heads][blocks of queries], zero before and after, adds them in their order.
 //
 // Shared memory: q | STAGES tiles of keys | of values | mbarriers. A row of 64 channels has 128 bytes, whose 16-byte pieces are exchanged as
 // wgmma_operand wants it; 128 channels are two such tiles, one behind the other. Operations: 4 D for each q head, query and key that it sees;
@@ -20,7 +24,8 @@ constexpr int TILE = 128, GROUPS = 2, GROUP = 128, BLOCK_ROWS = 64 * GROUPS, THR
 constexpr int KEY_TILES = TILE / 8, CHANNEL_TILES = D / 8;
 constexpr int PATTERN = 1024, HALF_BYTES = TILE * 128, TILE_BYTES = HALVES * HALF_BYTES, Q_BYTES = BLOCK_ROWS * D * 2;
 constexpr int AT_KEYS = Q_BYTES, AT_VALUES = AT_KEYS + STAGES * TILE_BYTES, AT_BARRIERS = AT_VALUES + STAGES * TILE_BYTES;
-constexpr int Q_IS_THERE = 1, TURN = 1 + GROUPS;  // named barriers, one a warpgroup
+constexpr int AT_LAST = AT_BARRIERS + 4 * STAGES * 8;
+constexpr int Q_IS_THERE = 1, TURN = 1 + GROUPS, MERGE = 1 + 2 * GROUPS;  // named barriers; of the first two one a warpgroup
 constexpr unsigned FULL = 0xffffffffu;
 constexpr float NEVER = -1e30f, HIDDEN = -1e38f, ROOM = 8.f;
 static_assert(BLOCK_ROWS == TILE, "q has the layout of a tile");
@@ -135,14 +140,57 @@ __device__ __forceinline__ void round_p(uint32_t (&p)[TILE / 16][4], const float
     for (int k = 0; k < 4; k++) p[s][k] = pack_bf16x2(x[2 * s + k / 2][k % 2 * 2], x[2 * s + k / 2][k % 2 * 2 + 1]);
 }
 
+// Leaves the sums of a part where the block that comes last finds them, and says whether that is this one; if so, they become those of all parts.
+__device__ __forceinline__ bool merge(float (&o)[CHANNEL_TILES][4], Softmax& state, float* sums, int* arrived, int part, int parts, int* last) {
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  float2* const scales = (float2*)(sums + (size_t)parts * BLOCK_ROWS * D);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const size_t n = part * BLOCK_ROWS + row + 8 * i;
+    if (c == 0) __stcg(scales + n, make_float2(state.m[i], state.l[i]));
+#pragma unroll
+    for (int k = 0; k < CHANNEL_TILES; k++) __stcg((float2*)(sums + n * D + 8 * k + 2 * c), make_float2(o[k][2 * i], o[k][2 * i + 1]));
+  }
+  named_barrier_wait(MERGE, GROUPS * GROUP);
+  if (threadIdx.x == 0) {
+    *last = atomic_add_acq_rel(arrived, 1) == parts - 1;
+    if (*last) *arrived = 0;
+  }
+  named_barrier_wait(MERGE, GROUPS * GROUP);
+  if (!*last) return false;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    float m = NEVER, l = 0.f;
+    for (int s = 0; s < parts; s++) m = fmaxf(m, __ldcg(scales + s * BLOCK_ROWS + row + 8 * i).x);
+#pragma unroll
+    for (int k = 0; k < CHANNEL_TILES; k++) o[k][2 * i] = o[k][2 * i + 1] = 0.f;
+    for (int s = 0; s < parts; s++) {
+      const size_t n = s * BLOCK_ROWS + row + 8 * i;
+      const float2 scale = __ldcg(scales + n);
+      const float weight = ex2(scale.x - m);
+      l += weight * scale.y;
+#pragma unroll
+      for (int k = 0; k < CHANNEL_TILES; k++) {
+        const float2 y = __ldcg((float2*)(sums + n * D + 8 * k + 2 * c));
+        o[k][2 * i] += weight * y.x, o[k][2 * i + 1] += weight * y.y;
+      }
+    }
+    state.l[i] = l;
+  }
+  return true;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const bf16* q, const bf16* new_keys, const bf16* new_values,
     const bf16* past_keys, const bf16* past_values, const int* first_rows, const int* past_rows, const int* starts, const int* counts,
-    bf16* out, int key_stride, int value_stride, int kv_heads, int capacity, float scale_log2) {
+    bf16* out, float* workspace, int* arrived, int key_stride, int value_stride, int kv_heads, int capacity, int parts, int part_tiles,
+    float scale_log2) {
   wait_for_previous(), allow_next();
   extern __shared__ __align__(1024) unsigned char smem[];
   const int sequence = blockIdx.z, head = blockIdx.y, rows = counts[sequence] * Q_PER_KV, start = starts[sequence];
-  const int first = (gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS;  // the blocks with the most keys begin first
-  if (first >= rows) return;
+  const int blocks = gridDim.x / parts, block = blocks - 1 - blockIdx.x / parts, part = blockIdx.x % parts;  // those with the most keys first
+  const int first = block * BLOCK_ROWS, end = start + (min(first + BLOCK_ROWS, rows) - 1) / Q_PER_KV + 1;  // of the keys that any row sees
+  const int from = part * part_tiles, all_tiles = (end + TILE - 1) / TILE, tiles = min(all_tiles - from, part_tiles);
+  if (first >= rows || tiles <= 0) return;
   uint64_t* barriers = (uint64_t*)(smem + AT_BARRIERS);
   const Ring keys = {smem + AT_KEYS, barriers, barriers + STAGES}, values = {smem + AT_VALUES, barriers + 2 * STAGES, barriers + 3 * STAGES};
   if (threadIdx.x == 0) {
@@ -154,7 +202,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const
   }
   __syncthreads();
 
-  const int end = start + (min(first + BLOCK_ROWS, rows) - 1) / Q_PER_KV + 1, tiles = (end + TILE - 1) / TILE;  // that any row sees
   const size_t row = first_rows[sequence];
   const int group = __shfl_sync(FULL, threadIdx.x / GROUP, 0);
   if (group == GROUPS) {
@@ -164,10 +211,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const
     const Tokens v = {past_values + past, new_values + row * value_stride + head * D, start, value_stride};
     for (int j = 0; j < tiles; j++) {
       keys.wait_empty(j);
-      copy_tile(keys.tile(j), k, j * TILE, end);
+      copy_tile(keys.tile(j), k, (from + j) * TILE, end);
       cp_async_arrive(keys.full + j % STAGES);
       values.wait_empty(j);
-      copy_tile(values.tile(j), v, j * TILE, end);
+      copy_tile(values.tile(j), v, (from + j) * TILE, end);
       cp_async_arrive(values.full + j % STAGES);
     }
     return;
@@ -191,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const
   for (int n = 0; n < CHANNEL_TILES; n++) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.f;
   const unsigned char* own_q = smem + group * 64 * 128;
   auto to_p = [&](int j) {  // and waits for what the next products need: a loop, across which ptxas moves no exponential
-    const int last = start - j * TILE;
+    const int last = start - (from + j) * TILE;
     state.soften(x, scale_log2, last + warp_row / Q_PER_KV >= TILE - 1, last + own_row / Q_PER_KV, last + (own_row + 8) / Q_PER_KV);
     hold(x);
     if (j + 1 < tiles) keys.wait_full(j + 1);
@@ -232,12 +279,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const
   wgmma_wait<0>();
   hold(o);
 
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    float& l = state.l[i];
+    l += __shfl_xor_sync(FULL, l, 1), l += __shfl_xor_sync(FULL, l, 2);
+  }
+  const int used = (all_tiles + part_tiles - 1) / part_tiles;
+  if (used > 1) {
+    const size_t number = ((size_t)sequence * kv_heads + head) * blocks + block;
+    float* sums = workspace + number * parts * BLOCK_ROWS * (D + 2);
+    if (!merge(o, state, sums, arrived + number, part, used, (int*)(smem + AT_LAST))) return;
+  }
   bf16* result = out + head_at + 2 * (lane % 4);
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    float l = state.l[i];
-    l += __shfl_xor_sync(FULL, l, 1), l += __shfl_xor_sync(FULL, l, 2);
-    const float inverse = 1.f / l;
+    const float inverse = 1.f / state.l[i];
     const int n = own_row + 8 * i;
     if (n >= rows) continue;
     bf16* to = result + n / Q_PER_KV * token_stride + n % Q_PER_KV * D;

@@ -93,7 +93,10 @@ void begin_block();
 void begin_launch();
 void after_block_barrier();
 void after_warp_sync(int warp, uint32_t mask);
-struct Clocks { uint32_t epoch, warp[WARPS + 1]; };  // what has been seen of each warp (and of ENGINE) since the last block-wide barrier
+struct Clocks {  // what has been seen of each warp (and of ENGINE) since the last block-wide barrier, and whether of other blocks
+  uint32_t epoch, warp[WARPS + 1];
+  bool acquired;
+};
 void release(int thread, Clocks& into);
 void release_engine(Clocks& into);
 void acquire(int thread, Clocks& from);
