@@ -35,11 +35,11 @@ def causal(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndar
 
 def check(
     device, d: int, group: int, starts: Sequence[int], counts: Sequence[int], seed: int, *, kind: str = "", arch: int = 80, order: int = 0,
-    parts: tuple[int, int] = (1, 0),
+    parts: tuple[int, int] = (1, 0), multiprocessors: int = 3,
 ) -> np.ndarray:
     """Sequences of starts[s] older and counts[s] new tokens, whose cache rows stand in reverse; returns what the kernel computed.
 
-    parts: at most so many of the keys, of so many tiles each.
+    parts: at most so many of the keys, of so many tiles each. multiprocessors: so few that a block has several items.
     """
     rng, heads, batch = np.random.default_rng(seed), raw.Heads(KV_HEADS * group, KV_HEADS, d), len(starts)
     q = rng.normal(size=(sum(counts) + 2, heads.q_heads, d)).astype(BF16)  # two tokens of nobody: first_rows leave a gap
@@ -58,7 +58,8 @@ def check(
     cut = raw.Parts(-(-max(counts) * group // raw.WGMMA_ROWS) * KV_HEADS * batch, *parts)
     arrived = device.array(np.zeros(cut.blocks, np.int32))
     scratch = (cut, device.empty(cut.workspace_floats(d), np.float32), arrived) if cut.parts > 1 else None
-    device.run(raw.prefill_attention(heads, device.array(q), new, older, out, arch, cut=scratch), arch, order)
+    launch = raw.prefill_attention(heads, device.array(q), new, older, out, arch, cut=scratch, multiprocessors=multiprocessors)
+    device.run(launch, arch, order)
     assert not np.any(device.numpy(arrived))
     got = np.array(device.numpy(out, allow_unwritten=True)).astype(np.float64)
     assert np.all(np.isnan(got[:2])) and np.all(np.isfinite(got[2:]))
@@ -147,7 +148,8 @@ def test_keys_are_cut_only_where_multiprocessors_would_be_idle():
 def test_prefill_attention_over_the_grid_of_shapes(device, seed, d, group):
     import cupy
 
-    check(device, d, group, (0, 1000, 0, 257), (1500, 300, 1, 64), seed, arch=int(cupy.cuda.Device().compute_capability))
+    arch = int(cupy.cuda.Device().compute_capability)
+    check(device, d, group, (0, 1000, 0, 257), (1500, 300, 1, 64), seed, arch=arch, multiprocessors=132)
 
 
 @on_each_device

@@ -1,19 +1,20 @@
 // prefill_attention_sm90.cu: what prefill_attention.cu computes, from the same arguments, with the warpgroup instructions of compute capability
 // 9.0 (compiled for sm_90a): these multiply from shared memory, beside the threads, at nearly twice the rate of mma.sync.
 //
-// grid (blocks of queries * parts, kv_heads, sequences). A block's 128 rows are (token, q head) pairs, head by head of token after token. Two warpgroups
-// have 64 rows each, a third one copies tiles of 128 keys and values ahead, each as soon as both have read what stood there before. A warpgroup
-// asks for the logits of tile j and for p . v of tile j - 1 together, and turns the logits into p while the latter, and then the other
-// warpgroup's products, are under way: they take turns in asking, so that one computes exponentials while the other multiplies.
+// An item is 128 rows of a kv head, (token, q head) pairs, head by head of token after token, and the keys that they see. A block takes several,
+// grid (at most a block a multiprocessor). Two warpgroups have 64 rows each; a third one copies tiles of 128 keys and values ahead, each as soon
+// as both have read what stood there before, and goes on with the next item while the others end one. A warpgroup asks for the logits of tile j
+// and for p . v of tile j - 1 together, and turns the logits into p while the latter, and then the other warpgroup's products, are under way:
+// they take turns in asking, so that one computes exponentials while the other multiplies.
 // Softmax with a running reference m that moves only when some p would pass 2^8; p is rounded to BF16, at most 2^-8 of it.
 //
-// Few new tokens after a long past are too few blocks for a card: then the keys are cut into parts of part_tiles tiles, a block each. Their sums
-// meet in workspace, float32 [sequences][kv_heads][blocks of queries][parts][128 rows](D sums) then (m, l), and the block that comes last,
-// counted in arrived, int [sequences][kv_heads][blocks of queries], zero before and after, adds them in their order.
+// Few new tokens after a long past are too few items for a card: then the keys are cut into parts of part_tiles tiles, an item each. Their sums
+// meet in workspace, float32 [sequences][kv_heads][blocks of rows][parts][128 rows](D sums), then (m, l), and the block that comes last, counted
+// in arrived, int [sequences][kv_heads][blocks of rows], zero before and after, adds them in their order.
 //
-// Shared memory: q | STAGES tiles of keys | of values | mbarriers. A row of 64 channels has 128 bytes, whose 16-byte pieces are exchanged as
-// wgmma_operand wants it; 128 channels are two such tiles, one behind the other. Operations: 4 D for each q head, query and key that it sees;
-// 64 KB from L2 for 8.4 million of them (D = 128).
+// Shared memory: q of this item and of the next | STAGES tiles of keys | of values | mbarriers. A row of 64 channels has 128 bytes, whose 16-byte
+// pieces are exchanged as wgmma_operand wants it; 128 channels are two such tiles, one behind the other.
+// Operations: 4 D for each q head, query and key that it sees; 64 KB from L2 for 8.4 million of them (D = 128).
 //
 // Set by -D: HEAD_DIM (64, 128), Q_PER_KV (any), STAGES.
 #include "device.cuh"
@@ -23,12 +24,40 @@ constexpr int D = HEAD_DIM, PIECES = D / 8, HALVES = D / 64;
 constexpr int TILE = 128, GROUPS = 2, GROUP = 128, BLOCK_ROWS = 64 * GROUPS, THREADS = (GROUPS + 1) * GROUP;
 constexpr int KEY_TILES = TILE / 8, CHANNEL_TILES = D / 8;
 constexpr int PATTERN = 1024, HALF_BYTES = TILE * 128, TILE_BYTES = HALVES * HALF_BYTES, Q_BYTES = BLOCK_ROWS * D * 2;
-constexpr int AT_KEYS = Q_BYTES, AT_VALUES = AT_KEYS + STAGES * TILE_BYTES, AT_BARRIERS = AT_VALUES + STAGES * TILE_BYTES;
+constexpr int AT_KEYS = 2 * Q_BYTES, AT_VALUES = AT_KEYS + STAGES * TILE_BYTES, AT_BARRIERS = AT_VALUES + STAGES * TILE_BYTES;
 constexpr int AT_LAST = AT_BARRIERS + 4 * STAGES * 8;
 constexpr int Q_IS_THERE = 1, TURN = 1 + GROUPS, MERGE = 1 + 2 * GROUPS;  // named barriers; of the first two one a warpgroup
 constexpr unsigned FULL = 0xffffffffu;
 constexpr float NEVER = -1e30f, HIDDEN = -1e38f, ROOM = 8.f;
 static_assert(BLOCK_ROWS == TILE, "q has the layout of a tile");
+
+// 128 rows of one kv head of a sequence, and the keys that they see, or a part of these.
+struct Item {
+  int sequence, head, block, part, parts, rows, start, first, end, from, tiles;  // parts: that there are for these rows
+};
+
+struct Items {
+  const int *starts, *counts;
+  int kv_heads, sequences, blocks, parts, part_tiles, total;
+
+  // The first of this block's items from number i on that has something to do: those with the most keys first, and as many of the longer as
+  // of the shorter ones for each block.
+  __device__ __forceinline__ bool find(int& i, Item& x) const {
+    for (; i * (int)gridDim.x < total; i++) {
+      int n = i * gridDim.x + (i % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+      if (n >= total) continue;
+      x.part = n % parts, n /= parts;
+      x.head = n % kv_heads, n /= kv_heads;
+      x.sequence = n % sequences, x.block = blocks - 1 - n / sequences;
+      x.rows = counts[x.sequence] * Q_PER_KV, x.start = starts[x.sequence], x.first = x.block * BLOCK_ROWS;
+      x.end = x.start + (min(x.first + BLOCK_ROWS, x.rows) - 1) / Q_PER_KV + 1;  // of the keys that any row sees
+      const int all = (x.end + TILE - 1) / TILE;
+      x.from = x.part * part_tiles, x.tiles = min(all - x.from, part_tiles), x.parts = (all + part_tiles - 1) / part_tiles;
+      if (x.first < x.rows && x.tiles > 0) return true;
+    }
+    return false;
+  }
+};
 
 // Keys or values of one kv head of a sequence.
 struct Tokens {
@@ -182,15 +211,10 @@ __device__ __forceinline__ bool merge(float (&o)[CHANNEL_TILES][4], Softmax& sta
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const bf16* q, const bf16* new_keys, const bf16* new_values,
     const bf16* past_keys, const bf16* past_values, const int* first_rows, const int* past_rows, const int* starts, const int* counts,
-    bf16* out, float* workspace, int* arrived, int key_stride, int value_stride, int kv_heads, int capacity, int parts, int part_tiles,
-    float scale_log2) {
+    bf16* out, float* workspace, int* arrived, int key_stride, int value_stride, int kv_heads, int capacity, int sequences, int blocks,
+    int parts, int part_tiles, float scale_log2) {
   wait_for_previous(), allow_next();
   extern __shared__ __align__(1024) unsigned char smem[];
-  const int sequence = blockIdx.z, head = blockIdx.y, rows = counts[sequence] * Q_PER_KV, start = starts[sequence];
-  const int blocks = gridDim.x / parts, block = blocks - 1 - blockIdx.x / parts, part = blockIdx.x % parts;  // those with the most keys first
-  const int first = block * BLOCK_ROWS, end = start + (min(first + BLOCK_ROWS, rows) - 1) / Q_PER_KV + 1;  // of the keys that any row sees
-  const int from = part * part_tiles, all_tiles = (end + TILE - 1) / TILE, tiles = min(all_tiles - from, part_tiles);
-  if (first >= rows || tiles <= 0) return;
   uint64_t* barriers = (uint64_t*)(smem + AT_BARRIERS);
   const Ring keys = {smem + AT_KEYS, barriers, barriers + STAGES}, values = {smem + AT_VALUES, barriers + 2 * STAGES, barriers + 3 * STAGES};
   if (threadIdx.x == 0) {
@@ -202,102 +226,121 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const
   }
   __syncthreads();
 
-  const size_t row = first_rows[sequence];
+  const Items items = {starts, counts, kv_heads, sequences, blocks, parts, part_tiles, blocks * parts * kv_heads * sequences};
+  Item item;
+  int number = 0, t = 0;  // of items, of tiles of all items so far
   const int group = __shfl_sync(FULL, threadIdx.x / GROUP, 0);
   if (group == GROUPS) {
     fewer_registers<40>();
-    const size_t past = ((size_t)(past_rows ? past_rows[sequence] : sequence) * kv_heads + head) * capacity * D;
-    const Tokens k = {past_keys + past, new_keys + row * key_stride + head * D, start, key_stride};
-    const Tokens v = {past_values + past, new_values + row * value_stride + head * D, start, value_stride};
-    for (int j = 0; j < tiles; j++) {
-      keys.wait_empty(j);
-      copy_tile(keys.tile(j), k, (from + j) * TILE, end);
-      cp_async_arrive(keys.full + j % STAGES);
-      values.wait_empty(j);
-      copy_tile(values.tile(j), v, (from + j) * TILE, end);
-      cp_async_arrive(values.full + j % STAGES);
+    for (; items.find(number, item); number++) {
+      const size_t past = ((size_t)(past_rows ? past_rows[item.sequence] : item.sequence) * kv_heads + item.head) * capacity * D;
+      const size_t row = first_rows[item.sequence];
+      const Tokens k = {past_keys + past, new_keys + row * key_stride + item.head * D, item.start, key_stride};
+      const Tokens v = {past_values + past, new_values + row * value_stride + item.head * D, item.start, value_stride};
+      for (int j = item.from; j < item.from + item.tiles; j++, t++) {
+        keys.wait_empty(t);
+        copy_tile(keys.tile(t), k, j * TILE, item.end);
+        cp_async_arrive(keys.full + t % STAGES);
+        values.wait_empty(t);
+        copy_tile(values.tile(t), v, j * TILE, item.end);
+        cp_async_arrive(values.full + t % STAGES);
+      }
     }
+    cp_async_commit(), cp_async_wait<0>();
     return;
   }
 
   more_registers<232>();
-  const int lane = threadIdx.x % 32, warp_row = first + threadIdx.x / 32 * 16, own_row = warp_row + lane / 4;
-  const size_t token_stride = (size_t)kv_heads * Q_PER_KV * D, head_at = (row * kv_heads + head) * Q_PER_KV * D;
-  for (int i = threadIdx.x % GROUP; i < 64 * PIECES; i += GROUP) {
-    const int r = group * 64 + i / PIECES, n = min(first + r, rows - 1);  // rows behind the last one repeat it
-    cp_async_16(smem + place(r, i % PIECES), q + head_at + n / Q_PER_KV * token_stride + n % Q_PER_KV * D + i % PIECES * 8);
-  }
-  cp_async_commit(), cp_async_wait<0>();
-  fence_async();
-  named_barrier_wait(Q_IS_THERE + group, GROUP);
-
-  float x[KEY_TILES][4], o[CHANNEL_TILES][4];
-  uint32_t p[TILE / 16][4];
-  Softmax state = {{NEVER, NEVER}, {0.f, 0.f}, {0.f, 0.f}, false};
-#pragma unroll
-  for (int n = 0; n < CHANNEL_TILES; n++) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.f;
-  const unsigned char* own_q = smem + group * 64 * 128;
-  auto to_p = [&](int j) {  // and waits for what the next products need: a loop, across which ptxas moves no exponential
-    const int last = start - (from + j) * TILE;
-    state.soften(x, scale_log2, last + warp_row / Q_PER_KV >= TILE - 1, last + own_row / Q_PER_KV, last + (own_row + 8) / Q_PER_KV);
-    hold(x);
-    if (j + 1 < tiles) keys.wait_full(j + 1);
-    values.wait_full(j);
-    fence_async();
+  const int lane = threadIdx.x % 32;
+  const size_t token_stride = (size_t)kv_heads * Q_PER_KV * D;
+  auto head_at = [&](const Item& x) { return ((size_t)first_rows[x.sequence] * kv_heads + x.head) * Q_PER_KV * D; };
+  auto copy_q = [&](const Item& x, unsigned char* to) {
+    const bf16* from = q + head_at(x);
+    for (int i = threadIdx.x % GROUP; i < 64 * PIECES; i += GROUP) {
+      const int r = group * 64 + i / PIECES, n = min(x.first + r, x.rows - 1);  // rows behind the last one repeat it
+      cp_async_16(to + place(r, i % PIECES), from + n / Q_PER_KV * token_stride + n % Q_PER_KV * D + i % PIECES * 8);
+    }
   };
   auto wait_turn = [&] { named_barrier_wait(TURN + group, 2 * GROUP); };
-  auto pass_turn = [&](int j) {  // as often as it is waited for
-    if (group == 0 || j + 1 < tiles) named_barrier_arrive(TURN + (group ^ 1), 2 * GROUP);
-  };
+  auto pass_turn = [&] { named_barrier_arrive(TURN + (group ^ 1), 2 * GROUP); };
 
-  if (group == 1) named_barrier_arrive(TURN, 2 * GROUP);  // warpgroup 0 begins
-  keys.wait_full(0), fence_async();
-  wait_turn();
-  hold(x), wgmma_fence();
-  multiply_keys(x, own_q, keys.tile(0)), wgmma_commit();
-  pass_turn(0);
-  wgmma_wait<0>(), hold(x);
-  keys.release(0);
-  to_p(0);
-  round_p(p, x);
-  for (int j = 1; j < tiles; j++) {
+  bool more = items.find(number, item);
+  if (more) copy_q(item, smem);
+  if (group == 1) pass_turn();  // warpgroup 0 begins
+  for (int n = 0; more; n++) {
+    cp_async_commit(), cp_async_wait<0>();
+    fence_async();
+    named_barrier_wait(Q_IS_THERE + group, GROUP);  // and all four warps are through with what the next q overwrites
+    Item next;
+    number++, more = items.find(number, next);
+    if (more) copy_q(next, smem + (n + 1) % 2 * Q_BYTES);
+
+    const int warp_row = item.first + threadIdx.x / 32 * 16, own_row = warp_row + lane / 4;
+    const unsigned char* own_q = smem + n % 2 * Q_BYTES + group * 64 * 128;
+    float x[KEY_TILES][4], o[CHANNEL_TILES][4];
+    uint32_t p[TILE / 16][4];
+    Softmax state = {{NEVER, NEVER}, {0.f, 0.f}, {0.f, 0.f}, false};
+#pragma unroll
+    for (int i = 0; i < CHANNEL_TILES; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
+    auto to_p = [&](int j) {  // and waits for what the next products need: a loop, across which ptxas moves no exponential
+      const int last = item.start - (item.from + j) * TILE;
+      state.soften(x, scale_log2, last + warp_row / Q_PER_KV >= TILE - 1, last + own_row / Q_PER_KV, last + (own_row + 8) / Q_PER_KV);
+      hold(x);
+      if (j + 1 < item.tiles) keys.wait_full(t + 1);
+      values.wait_full(t);
+      fence_async();
+    };
+    keys.wait_full(t), fence_async();
     wait_turn();
-    hold(x), hold(o), hold(p), wgmma_fence();
-    multiply_keys(x, own_q, keys.tile(j)), wgmma_commit();
-    multiply_values(o, p, values.tile(j - 1)), wgmma_commit();
-    pass_turn(j);
-    wgmma_wait<1>(), hold(x);
-    keys.release(j);
-    to_p(j);
-    wgmma_wait<0>(), hold(o), hold(p);
-    values.release(j - 1);
-    state.rescale(o);
+    hold(x), wgmma_fence();
+    multiply_keys(x, own_q, keys.tile(t)), wgmma_commit();
+    pass_turn();
+    wgmma_wait<0>(), hold(x);
+    keys.release(t);
+    to_p(0);
     round_p(p, x);
-  }
-  hold(o), hold(p), wgmma_fence();
-  multiply_values(o, p, values.tile(tiles - 1)), wgmma_commit();
-  wgmma_wait<0>();
-  hold(o);
+    t++;
+    for (int j = 1; j < item.tiles; j++, t++) {
+      wait_turn();
+      hold(x), hold(o), hold(p), wgmma_fence();
+      multiply_keys(x, own_q, keys.tile(t)), wgmma_commit();
+      multiply_values(o, p, values.tile(t - 1)), wgmma_commit();
+      pass_turn();
+      wgmma_wait<1>(), hold(x);
+      keys.release(t);
+      to_p(j);
+      wgmma_wait<0>(), hold(o), hold(p);
+      values.release(t - 1);
+      state.rescale(o);
+      round_p(p, x);
+    }
+    hold(o), hold(p), wgmma_fence();
+    multiply_values(o, p, values.tile(t - 1)), wgmma_commit();
+    wgmma_wait<0>(), hold(o);
+    values.release(t - 1);
 
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    float& l = state.l[i];
-    l += __shfl_xor_sync(FULL, l, 1), l += __shfl_xor_sync(FULL, l, 2);
-  }
-  const int used = (all_tiles + part_tiles - 1) / part_tiles;
-  if (used > 1) {
-    const size_t number = ((size_t)sequence * kv_heads + head) * blocks + block;
-    float* sums = workspace + number * parts * BLOCK_ROWS * (D + 2);
-    if (!merge(o, state, sums, arrived + number, part, used, (int*)(smem + AT_LAST))) return;
-  }
-  bf16* result = out + head_at + 2 * (lane % 4);
+    for (int i = 0; i < 2; i++) {
+      float& l = state.l[i];
+      l += __shfl_xor_sync(FULL, l, 1), l += __shfl_xor_sync(FULL, l, 2);
+    }
+    bool finish = true;
+    if (item.parts > 1) {
+      const size_t place = ((size_t)item.sequence * kv_heads + item.head) * blocks + item.block;
+      float* sums = workspace + place * parts * BLOCK_ROWS * (D + 2);
+      finish = merge(o, state, sums, arrived + place, item.part, item.parts, (int*)(smem + AT_LAST));
+    }
+    bf16* result = out + head_at(item) + 2 * (lane % 4);
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const float inverse = 1.f / state.l[i];
-    const int n = own_row + 8 * i;
-    if (n >= rows) continue;
-    bf16* to = result + n / Q_PER_KV * token_stride + n % Q_PER_KV * D;
+    for (int i = 0; i < 2; i++) {
+      const float inverse = 1.f / state.l[i];
+      const int row = own_row + 8 * i;
+      if (row >= item.rows || !finish) continue;
+      bf16* to = result + row / Q_PER_KV * token_stride + row % Q_PER_KV * D;
 #pragma unroll
-    for (int k = 0; k < CHANNEL_TILES; k++) *(uint32_t*)(to + 8 * k) = pack_bf16x2(o[k][2 * i] * inverse, o[k][2 * i + 1] * inverse);
+      for (int k = 0; k < CHANNEL_TILES; k++) *(uint32_t*)(to + 8 * k) = pack_bf16x2(o[k][2 * i] * inverse, o[k][2 * i + 1] * inverse);
+    }
+    item = next;
   }
+  if (group == 0) wait_turn();  // the other's last arrival
 }

@@ -249,7 +249,7 @@ def unpack(heads: Heads, scheme: Scheme, slots: Array | None, starts: Array, cac
 # head_dim -> (warps, row tiles of 16 a warp, keys of a tile, blocks a multiprocessor), best first
 PREFILL_CUTS = {64: [(4, 2, 64, 2)], 96: [(4, 2, 64, 2)], 128: [(4, 2, 48, 2)], 256: [(8, 1, 64, 1), (8, 1, 32, 1), (4, 1, 16, 2)]}
 WGMMA_STAGES = {64: 3, 128: 2}  # head_dim -> tiles of keys, and of values, that a block of prefill_attention_sm90.cu holds
-WGMMA_ROWS, WGMMA_TILE, WGMMA_BLOCK = 128, 128, 384
+WGMMA_ROWS, WGMMA_TILE = 128, 128
 PART_TILES = 4  # what a part of the keys costs beyond its own tiles: its begin, and its sums written and read
 
 
@@ -278,13 +278,13 @@ def prefill_parts(heads: Heads, most: int, sequences: int, capacity: int, multip
 
 def prefill_attention(
     heads: Heads, q: Array, new: Arrivals, past: tuple[Array, Array] | None, out: Array, capability: int, *, scale: float | None = None,
-    cut: tuple[Parts, Array, Array] | None = None,
+    cut: tuple[Parts, Array, Array] | None = None, multiprocessors: int = 132,
 ) -> Launch:
     """q [tokens, q_heads, d] -> out, both bf16: each new token over those before it and itself. scale: as in `decode_attention`.
 
     past: keys and values of the older tokens, bf16 [rows, kv_heads, capacity, d], row new.slots[s] (None: s) of sequence s; None where
     new.starts are all 0. cut: by `prefill_parts`, with workspace float32 [workspace_floats(d)] and arrived int32 [blocks], zero before
-    and after.
+    and after. multiprocessors: 132 of an H100 or H200; where there are fewer, some blocks have to wait.
     """
     d, group = heads.head_dim, heads.q_heads // heads.kv_heads
     keys, values = past if past else (None, None)
@@ -294,11 +294,13 @@ def prefill_attention(
     args, defines = (q, new.keys, new.values, keys, values, *where, out), (f"HEAD_DIM={d}", f"Q_PER_KV={group}")
     if capability == 90 and d in WGMMA_STAGES:
         parts, workspace, arrived = cut or (Parts(0, 1, 2**30), None, None)
-        args = (*args, workspace, arrived, *map(np.int32, (*sizes, parts.parts, parts.tiles)), scale_log2)
+        blocks, sequences = -(-new.most * group // WGMMA_ROWS), new.starts.shape[0]
+        args = (*args, workspace, arrived, *map(np.int32, (*sizes, sequences, blocks, parts.parts, parts.tiles)), scale_log2)
         stages = WGMMA_STAGES[d]
-        shared = (WGMMA_ROWS + 2 * stages * WGMMA_TILE) * 2 * d + 4 * stages * 8 + 8
-        grid = -(-new.most * group // WGMMA_ROWS) * parts.parts, heads.kv_heads, new.starts.shape[0]
-        return Launch("prefill_attention_sm90.cu", "prefill_attention", (*defines, f"STAGES={stages}"), grid, WGMMA_BLOCK, args, shared)
+        shared = (2 * WGMMA_ROWS + 2 * stages * WGMMA_TILE) * 2 * d + 4 * stages * 8 + 8
+        items = blocks * parts.parts * heads.kv_heads * sequences
+        grid = (min(items, multiprocessors),)
+        return Launch("prefill_attention_sm90.cu", "prefill_attention", (*defines, f"STAGES={stages}"), grid, 384, args, shared)
 
     def bytes_of(warps: int, row_tiles: int, tile: int, _blocks: int) -> int:
         return (warps * row_tiles * 16 + 4 * tile) * (2 * d + 16)
