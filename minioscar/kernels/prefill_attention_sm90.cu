@@ -271,10 +271,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const
     cp_async_commit(), cp_async_wait<0>();
     fence_async();
     named_barrier_wait(Q_IS_THERE + group, GROUP);  // and all four warps are through with what the next q overwrites
-    Item next;
-    number++, more = items.find(number, next);
-    if (more) copy_q(next, smem + (n + 1) % 2 * Q_BYTES);
-
     const int warp_row = item.first + threadIdx.x / 32 * 16, own_row = warp_row + lane / 4;
     const unsigned char* own_q = smem + n % 2 * Q_BYTES + group * 64 * 128;
     float x[KEY_TILES][4], o[CHANNEL_TILES][4];
@@ -295,6 +291,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const
     hold(x), wgmma_fence();
     multiply_keys(x, own_q, keys.tile(t)), wgmma_commit();
     pass_turn();
+    Item next;
+    number++, more = items.find(number, next);
+    if (more) copy_q(next, smem + (n + 1) % 2 * Q_BYTES);
     wgmma_wait<0>(), hold(x);
     keys.release(t);
     to_p(0);
