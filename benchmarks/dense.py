@@ -83,12 +83,14 @@ def drawing(sampling: Sampling, rng: Any) -> Callable[[], None]:
 
 
 def prefill(past: int, new: int, rng: Any) -> Callable[[], None]:
-    h, (_, capability) = HEADS, properties()
+    h, (multiprocessors, capability) = HEADS, properties()
     q, k, v = (random_bf16((new, n, h.head_dim), rng) for n in (h.q_heads, h.kv_heads, h.kv_heads))
     older = tuple(random_bf16((1, h.kv_heads, past, h.head_dim), rng) for _ in "kv") if past else None
     stride = h.kv_heads * h.head_dim
     arrivals = raw.Arrivals(k, v, stride, stride, *(cupy.asarray([n], np.int32) for n in (0, 0, past, new)), new)
-    launch = raw.prefill_attention(h, q, arrivals, older, cupy.empty_like(q), capability)
+    parts = raw.prefill_parts(h, new, 1, past, multiprocessors, capability)
+    cut = (parts, cupy.empty(parts.workspace_floats(h.head_dim), np.float32), cupy.zeros(parts.blocks, np.int32)) if parts else None
+    launch = raw.prefill_attention(h, q, arrivals, older, cupy.empty_like(q), capability, cut=cut, multiprocessors=multiprocessors)
     return lambda: card.run(launch)
 
 

@@ -77,7 +77,8 @@ def headers() -> Path:
 
 def compiled(launch: raw.Launch, arch: int) -> tuple[str, bytes]:
     """The log with ptxas's report, and the cubin. Raises AssertionError with the log where it does not compile."""
-    options = [f"--gpu-architecture=sm_{arch}", "-std=c++17", "--ptxas-options=-v", f"-I{headers()}", *(f"-D{d}" for d in launch.defines)]
+    target = f"--gpu-architecture={card.architecture(launch.source, arch)}"
+    options = [target, "-std=c++17", "--ptxas-options=-v", f"-I{headers()}", *(f"-D{d}" for d in launch.defines)]
     program = checked(nvrtc.nvrtcCreateProgram(card.source(launch.source).encode(), launch.source.encode(), 0, [], []))
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
@@ -102,6 +103,7 @@ def resources(arch: int) -> Iterator[dict]:
         assert cubin[:4] == b"\x7fELF", label
         report = re.split(r"Compiling entry function '(\w+)'", log)
         own = dict(zip(report[1::2], report[2::2], strict=True))[launch.name]
+        assert not re.search("wgmma|warpgroup", log), log  # "wgmma.mma_async instructions are serialized", "warpgroup.arrive is injected"
         yield {
             "kernel": label, "arch": arch, "threads": launch.block, "registers": int(re.search(r"Used (\d+) registers", own)[1]),
             "static_shared": sum(map(int, re.findall(r"(\d+) bytes smem", own))), "dynamic_shared": launch.shared,

@@ -34,9 +34,13 @@ def causal(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndar
 
 
 def check(
-    device, d: int, group: int, starts: Sequence[int], counts: Sequence[int], seed: int, *, kind: str = "", arch: int = 80, order: int = 0
+    device, d: int, group: int, starts: Sequence[int], counts: Sequence[int], seed: int, *, kind: str = "", arch: int = 80, order: int = 0,
+    parts: tuple[int, int] = (1, 0), multiprocessors: int = 3,
 ) -> np.ndarray:
-    """Sequences of starts[s] older and counts[s] new tokens, whose cache rows stand in reverse; returns what the kernel computed."""
+    """Sequences of starts[s] older and counts[s] new tokens, whose cache rows stand in reverse; returns what the kernel computed.
+
+    parts: at most so many of the keys, of so many tiles each. multiprocessors: so few that a block has several items.
+    """
     rng, heads, batch = np.random.default_rng(seed), raw.Heads(KV_HEADS * group, KV_HEADS, d), len(starts)
     q = rng.normal(size=(sum(counts) + 2, heads.q_heads, d)).astype(BF16)  # two tokens of nobody: first_rows leave a gap
     sequences = [history(rng, n, d, kind, q[0, 0].astype(np.float64)) for n in np.add(starts, counts)]
@@ -51,7 +55,12 @@ def check(
     new = raw.Arrivals(*map(device.array, qkv), stride, stride, *rows, max(counts))
     out = device.empty(q.shape, BF16)
     older = tuple(map(device.array, past)) if any(starts) else None
-    device.run(raw.prefill_attention(heads, device.array(q), new, older, out, arch), arch, order)
+    cut = raw.Parts(-(-max(counts) * group // raw.WGMMA_ROWS) * KV_HEADS * batch, *parts)
+    arrived = device.array(np.zeros(cut.blocks, np.int32))
+    scratch = (cut, device.empty(cut.workspace_floats(d), np.float32), arrived) if cut.parts > 1 else None
+    launch = raw.prefill_attention(heads, device.array(q), new, older, out, arch, cut=scratch, multiprocessors=multiprocessors)
+    device.run(launch, arch, order)
+    assert not np.any(device.numpy(arrived))
     got = np.array(device.numpy(out, allow_unwritten=True)).astype(np.float64)
     assert np.all(np.isnan(got[:2])) and np.all(np.isfinite(got[2:]))
     for x, first, count in zip(sequences, firsts, counts, strict=True):
@@ -63,7 +72,8 @@ def check(
     return got
 
 
-CASES = [(128, 4, 80), (64, 3, 90), (96, 1, 80), (256, 2, 80), (256, 1, 90), (256, 2, 120), (64, 8, 80), (128, 7, 90)]
+CASES = [(128, 4, 80), (64, 3, 80), (96, 1, 80), (256, 2, 80), (256, 1, 90), (256, 2, 120), (64, 8, 80), (128, 7, 80)]
+CASES += [(128, 4, 90), (64, 3, 90), (64, 8, 90), (128, 7, 90)]
 
 
 @on_each_device
@@ -81,15 +91,55 @@ def test_prefill_attention_around_every_boundary(device, seed, n):
 
 
 @on_each_device
-@pytest.mark.parametrize("kind", ["zero", "equal", "ramp", "tail", "sink", "peak"])
-def test_prefill_attention_of_difficult_keys(device, seed, kind):
-    check(device, 128, 4, (70, 0), (20, 55), seed, kind=kind)
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 127, 128, 129, 255, 256, 257])
+def test_prefill_attention_with_warpgroups_around_every_boundary(device, seed, n):
+    check(device, 64, 2, (0,), (n,), seed, arch=90)
+    check(device, 128, 1, (n,), (3,), seed, arch=90)
 
 
 @on_each_device
-def test_prefill_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(device, seed):
-    first, *others = (check(device, 64, 3, (40, 0), (50, 90), seed, order=order) for order in range(3))
+def test_prefill_attention_with_warpgroups_over_more_tiles_than_are_held(device, seed):
+    check(device, 128, 1, (450,), (200,), seed, arch=90)
+    check(device, 64, 5, (1000,), (30,), seed, arch=90)
+
+
+@on_each_device
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kind", ["zero", "equal", "ramp", "tail", "sink", "peak"])
+def test_prefill_attention_of_difficult_keys(device, seed, kind, arch):
+    check(device, 128, 4, (70, 0), (20, 55), seed, kind=kind, arch=arch)
+
+
+@on_each_device
+@pytest.mark.parametrize("arch", [80, 90])
+def test_prefill_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(device, seed, arch):
+    first, *others = (check(device, 64, 3, (40, 0), (50, 90), seed, arch=arch, order=order) for order in range(3))
     assert all(np.array_equal(first, other, equal_nan=True) for other in others)
+
+
+@on_each_device
+@pytest.mark.parametrize("parts", [(2, 4), (3, 2), (7, 1), (9, 1)])
+def test_prefill_attention_with_the_keys_cut_into_parts(device, seed, parts):
+    check(device, 128, 4, (700, 0, 120), (30, 45, 1), seed, arch=90, parts=parts)
+    check(device, 64, 1, (300, 0), (200, 129), seed, arch=90, kind="sink", parts=parts)
+
+
+@on_each_device
+def test_prefill_attention_in_parts_gives_equal_bits_in_every_order(device, seed):
+    first, *others = (check(device, 64, 3, (400, 0), (50, 90), seed, arch=90, order=order, parts=(4, 1)) for order in range(3))
+    assert all(np.array_equal(first, other, equal_nan=True) for other in others)
+
+
+def test_keys_are_cut_only_where_multiprocessors_would_be_idle():
+    heads = raw.Heads(32, 8, 128)
+    assert raw.prefill_parts(heads, 32768, 1, 0, 132, 90) is None
+    assert raw.prefill_parts(heads, 4096, 1, 0, 132, 90) is None
+    assert raw.prefill_parts(heads, 512, 1, 131072, 132, 90) is None  # 128 blocks
+    assert raw.prefill_parts(heads, 64, 1, 131072, 132, 90) == raw.Parts(16, 8, 129)
+    assert raw.prefill_parts(heads, 64, 1, 131072, 132, 80) is None
+    for most in (1, 100, 256, 700):
+        cut = raw.prefill_parts(heads, most, 1, 131072, 132, 90)
+        assert cut.parts * cut.tiles * raw.WGMMA_TILE >= 131072 + most
 
 
 @on_the_card
@@ -98,7 +148,8 @@ def test_prefill_attention_gives_equal_bits_in_every_order_of_blocks_and_threads
 def test_prefill_attention_over_the_grid_of_shapes(device, seed, d, group):
     import cupy
 
-    check(device, d, group, (0, 1000, 0, 257), (1500, 300, 1, 64), seed, arch=int(cupy.cuda.Device().compute_capability))
+    arch = int(cupy.cuda.Device().compute_capability)
+    check(device, d, group, (0, 1000, 0, 257), (1500, 300, 1, 64), seed, arch=arch, multiprocessors=132)
 
 
 @on_each_device

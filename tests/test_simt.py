@@ -174,6 +174,41 @@ def test_mma_fragments_multiply_like_numpy(device, name, seed):
     assert error.max() < 17 * 2.0**-23
 
 
+def sums(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the sums of a wgmma of n columns, [128, n / 2]: the PTX manual's fragment of accumulator D."""
+    t, i = np.arange(128)[:, None], np.arange(n // 2)
+    return t // 32 * 16 + t % 32 // 4 + 8 * (i // 2 % 2), i // 4 * 8 + t % 4 * 2 + i % 2
+
+
+@on_each_device
+@pytest.mark.parametrize("fresh", [False, True])
+def test_wgmma_of_two_operands_in_shared_memory_multiplies_like_numpy(device, fresh, seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(64, 64)).astype(TYPES["bfloat16"]), rng.normal(size=(128, 64)).astype(TYPES["bfloat16"])
+    c, out = rng.normal(size=(64, 128)).astype(np.float32), device.empty((128, 64), np.float32)
+    given = None if fresh else device.array(np.ascontiguousarray(c[sums(128)]))
+    kernel = device.compile(CASES / "warpgroups_sm90.cu", "shared_shared", arch=90)
+    kernel(1, 128, [device.array(a), device.array(b), given, out, np.int32(0)], shared=8192 + 16384)
+    k = [*range(16, 32), *range(48, 64)]
+    exact = a[:, k].astype(np.float64) @ b[:, k].astype(np.float64).T + (0 if fresh else c)
+    assert abs(device.numpy(out) - exact[sums(128)]).max() < 2 * 17 * 2.0**-23 * abs(exact).max()
+
+
+@on_each_device
+@pytest.mark.parametrize("n", [64, 128])
+def test_wgmma_of_registers_and_rows_of_shared_memory_multiplies_like_numpy(device, n, seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(64, 16)).astype(TYPES["bfloat16"]), rng.normal(size=(16, n)).astype(TYPES["bfloat16"])
+    c, out = rng.normal(size=(64, n)).astype(np.float32), device.empty((128, n // 2), np.float32)
+    t, i = np.arange(128)[:, None], np.arange(8)
+    own = fragments(a, t // 32 * 16 + t % 32 // 4 + 8 * (i // 2 % 2), t % 4 * 2 + i % 2 + 8 * (i // 4))
+    given = device.array(np.ascontiguousarray(c[sums(n)]))
+    kernel = device.compile(CASES / "warpgroups_sm90.cu", f"registers_shared_{n}", arch=90)
+    kernel(1, 128, [device.array(own), device.array(b), given, out], shared=4096)
+    exact = a.astype(np.float64) @ b.astype(np.float64) + c
+    assert abs(device.numpy(out) - exact[sums(n)]).max() < 17 * 2.0**-23 * abs(exact).max()
+
+
 @on_each_device
 def test_movmatrix_transposes(device, seed):
     x = np.random.default_rng(seed).integers(0, 65536, (8, 8)).astype(np.uint16)

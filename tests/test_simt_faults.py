@@ -87,6 +87,26 @@ def test_a_planted_fault_is_reported_with_its_thread_and_line(device, name, faul
 
 
 @on_simt
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (1, "wgmma without a wgmma.fence since the last wait"),
+        (2, "the sums of a wgmma in flight were written"),
+        (3, r"race: (read|write) .* is not ordered after the (read|write) by thread"),
+        (4, "wgmma whose pattern of swizzling does not begin at a multiple of 1024 bytes"),
+        (5, "the block ended with a wgmma in flight"),
+    ],
+)
+def test_a_fault_with_a_wgmma_is_reported(device, fault, message, seed):
+    a, b, c = (device.array(np.zeros((rows, 64), dtype)) for rows, dtype in ((64, np.uint16), (128, np.uint16), (128, np.float32)))
+    kernel = device.compile(SOURCE.with_name("warpgroups_sm90.cu"), "shared_shared", arch=90)
+    for order in ORDERS:
+        out = device.empty((128, 64), np.float32)
+        with pytest.raises(simt.Fault, match=message):
+            kernel(1, 128, [a, b, c, out, np.int32(fault)], shared=8192 + 16384, seed=order)
+
+
+@on_simt
 def test_an_argument_of_the_wrong_type_is_refused(device):
     kernel = device.compile(SOURCE, "rotate")
     x, out = device.array(np.zeros(64, np.float32)), device.empty(64, np.float32)

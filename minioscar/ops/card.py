@@ -8,8 +8,11 @@ between two launches, a microsecond, out of every one of a decode step. CuPy can
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,7 @@ PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 @cache
 def source(name: str) -> str:
-    """Text of a kernel with its own headers put in: CuPy's cache of binaries does not look into included files."""
+    """Text of a kernel with the package's headers put in: CuPy's cache of binaries does not look into included files."""
     seen: set[str] = set()
 
     def inline(text: str) -> str:
@@ -41,10 +44,48 @@ def kernel(file: str, name: str, defines: tuple[str, ...]) -> Any:
     """The compiled kernel, allowed all the dynamic shared memory that a block may have."""
     import cupy
 
-    function = cupy.RawModule(code=source(file), options=("-std=c++17", *(f"-D{d}" for d in defines))).get_function(name)
+    function = module(file, ("-std=c++17", *(f"-D{d}" for d in defines))).get_function(name)
     most = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
     function.max_dynamic_shared_size_bytes = most - function.shared_size_bytes
     return function
+
+
+def architecture(file: str, capability: int) -> str:
+    """What a kernel is compiled for. *_sm90.cu has instructions that are compute capability 9.0's alone."""
+    return f"sm_{capability}a" if file.endswith("_sm90.cu") else f"sm_{capability}"
+
+
+def module(file: str, options: tuple[str, ...], names: list[str] | None = None) -> Any:
+    """A file compiled for the card that is there; names: of the instances of its templates."""
+    import cupy
+
+    code, arch = source(file), architecture(file, int(cupy.cuda.Device().compute_capability))
+    if arch.endswith("a"):  # CuPy names the architecture itself, without the letter
+        return cupy.RawModule(path=str(_cubin(code, (f"--gpu-architecture={arch}", "-ftz=true", *options))))
+    return cupy.RawModule(code=code, options=options, name_expressions=names)
+
+
+def _cubin(code: str, options: tuple[str, ...]) -> Path:
+    """Compiled by NVRTC, and kept where CuPy keeps its own. Raises RuntimeError with NVRTC's log."""
+    from cupy.cuda import nvrtc
+
+    key = hashlib.sha256(repr((code, options, nvrtc.getVersion())).encode()).hexdigest()
+    path = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache") / f"minioscar-{key}.cubin"
+    if path.exists():
+        return path
+    program = nvrtc.createProgram(code, "minioscar.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        cubin = nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"{error}: {nvrtc.getProgramLog(program)}") from None
+    finally:
+        nvrtc.destroyProgram(program)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_bytes(cubin)
+    draft.replace(path)
+    return path
 
 
 def run(launch: Launch) -> None:

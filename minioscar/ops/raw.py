@@ -248,29 +248,66 @@ def unpack(heads: Heads, scheme: Scheme, slots: Array | None, starts: Array, cac
 
 # head_dim -> (warps, row tiles of 16 a warp, keys of a tile, blocks a multiprocessor), best first
 PREFILL_CUTS = {64: [(4, 2, 64, 2)], 96: [(4, 2, 64, 2)], 128: [(4, 2, 48, 2)], 256: [(8, 1, 64, 1), (8, 1, 32, 1), (4, 1, 16, 2)]}
+WGMMA_STAGES = {64: 3, 128: 2}  # head_dim -> tiles of keys, and of values, that a block of prefill_attention_sm90.cu holds
+WGMMA_ROWS, WGMMA_TILE = 128, 128
+PART_TILES = 4  # what a part of the keys costs beyond its own tiles: its begin, and its sums written and read
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How `prefill_attention` cuts the keys of a block of queries: fixed by shapes, so that one graph serves every length."""
+
+    blocks: int  # of queries, over all kv heads and sequences
+    parts: int
+    tiles: int  # of keys, of a part
+
+    def workspace_floats(self, head_dim: int) -> int:
+        return self.blocks * self.parts * WGMMA_ROWS * (head_dim + 2)
+
+
+def prefill_parts(heads: Heads, most: int, sequences: int, capacity: int, multiprocessors: int, capability: int) -> Parts | None:
+    """Where a card of this many multiprocessors would have idle ones without, else None. most, capacity: of new and of older tokens."""
+    if capability != 90 or heads.head_dim not in WGMMA_STAGES:
+        return None
+    blocks = -(-most * (heads.q_heads // heads.kv_heads) // WGMMA_ROWS) * heads.kv_heads * sequences
+    tiles = -(-(capacity + most) // WGMMA_TILE)
+    cuts = {parts: -(-tiles // parts) for parts in range(1, min(tiles, multiprocessors) + 1)}
+    parts = min(cuts, key=lambda parts: -(-blocks * parts // multiprocessors) * (cuts[parts] + PART_TILES))
+    return Parts(blocks, parts, cuts[parts]) if parts > 1 else None
 
 
 def prefill_attention(
-    heads: Heads, q: Array, new: Arrivals, past: tuple[Array, Array] | None, out: Array, capability: int, *, scale: float | None = None
+    heads: Heads, q: Array, new: Arrivals, past: tuple[Array, Array] | None, out: Array, capability: int, *, scale: float | None = None,
+    cut: tuple[Parts, Array, Array] | None = None, multiprocessors: int = 132,
 ) -> Launch:
     """q [tokens, q_heads, d] -> out, both bf16: each new token over those before it and itself. scale: as in `decode_attention`.
 
     past: keys and values of the older tokens, bf16 [rows, kv_heads, capacity, d], row new.slots[s] (None: s) of sequence s; None where
-    new.starts are all 0.
+    new.starts are all 0. cut: by `prefill_parts`, with workspace float32 [workspace_floats(d)] and arrived int32 [blocks], zero before
+    and after. multiprocessors: 132 of an H100 or H200; where there are fewer, some blocks have to wait.
     """
     d, group = heads.head_dim, heads.q_heads // heads.kv_heads
     keys, values = past if past else (None, None)
-
-    def shared(warps: int, row_tiles: int, tile: int) -> int:
-        return (warps * row_tiles * 16 + 4 * tile) * (2 * d + 16)
-
-    cuts = (cut for cut in PREFILL_CUTS[d] if shared(*cut[:3]) <= SHARED_BYTES.get(capability, 99) * 1024 - 1024)
-    warps, row_tiles, tile, blocks = next(cuts)
+    where = new.first_rows, new.slots, new.starts, new.counts
     sizes = new.key_stride, new.value_stride, heads.kv_heads, keys.shape[2] if past else 0
     scale_log2 = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e))
-    rows = new.first_rows, new.slots, new.starts, new.counts
-    args = (q, new.keys, new.values, keys, values, *rows, out, *map(np.int32, sizes), scale_log2)
-    cut = f"BLOCK_WARPS={warps}", f"ROW_TILES={row_tiles}", f"TILE={tile}", f"BLOCKS={blocks}"
-    grid = -(-new.most * group // (warps * row_tiles * 16)), heads.kv_heads, new.starts.shape[0]
-    defines = f"HEAD_DIM={d}", f"Q_PER_KV={group}", *cut
-    return Launch("prefill_attention.cu", "prefill_attention", defines, grid, 32 * warps, args, shared(warps, row_tiles, tile))
+    args, defines = (q, new.keys, new.values, keys, values, *where, out), (f"HEAD_DIM={d}", f"Q_PER_KV={group}")
+    if capability == 90 and d in WGMMA_STAGES:
+        parts, workspace, arrived = cut or (Parts(0, 1, 2**30), None, None)
+        blocks, sequences = -(-new.most * group // WGMMA_ROWS), new.starts.shape[0]
+        args = (*args, workspace, arrived, *map(np.int32, (*sizes, sequences, blocks, parts.parts, parts.tiles)), scale_log2)
+        stages = WGMMA_STAGES[d]
+        shared = (2 * WGMMA_ROWS + 2 * stages * WGMMA_TILE) * 2 * d + 4 * stages * 8 + 8
+        items = blocks * parts.parts * heads.kv_heads * sequences
+        grid = (min(items, multiprocessors),)
+        return Launch("prefill_attention_sm90.cu", "prefill_attention", (*defines, f"STAGES={stages}"), grid, 384, args, shared)
+
+    def bytes_of(warps: int, row_tiles: int, tile: int, _blocks: int) -> int:
+        return (warps * row_tiles * 16 + 4 * tile) * (2 * d + 16)
+
+    best = next(c for c in PREFILL_CUTS[d] if bytes_of(*c) <= SHARED_BYTES.get(capability, 99) * 1024 - 1024)
+    names = "BLOCK_WARPS", "ROW_TILES", "TILE", "BLOCKS"
+    defines = (*defines, *(f"{name}={n}" for name, n in zip(names, best, strict=True)))
+    grid = -(-new.most * group // (best[0] * best[1] * 16)), heads.kv_heads, new.starts.shape[0]
+    args = (*args, *map(np.int32, sizes), scale_log2)
+    return Launch("prefill_attention.cu", "prefill_attention", defines, grid, 32 * best[0], args, bytes_of(*best))

@@ -84,7 +84,7 @@ class _Report(ctypes.Structure):
 
 @functools.cache
 def _runtime() -> ctypes.CDLL:
-    sources = [HERE / name for name in ("scheduler.cpp", "memory.cpp", "copies.cpp")]
+    sources = [HERE / name for name in ("scheduler.cpp", "memory.cpp", "copies.cpp", "warpgroup.cpp")]
     flags = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wl,-Bsymbolic")
     path = _built(f"runtime-{_version()}", ".so", lambda out: _run("g++", *flags, *sources, "-o", out))
     lib = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

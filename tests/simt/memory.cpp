@@ -186,7 +186,7 @@ void after_warp_sync(int warp, uint32_t mask) {  // a partial mask is taken to o
 }
 
 static Clocks& today(Clocks& c) {  // what was seen before the last block-wide barrier is ordered by it
-  if (c.epoch != launch.epoch) c = Clocks{launch.epoch, {}};
+  if (c.epoch != launch.epoch) c = Clocks{launch.epoch, {}, false};
   return c;
 }
 
@@ -195,6 +195,7 @@ void release(int thread, Clocks& into) {
   today(into);
   for (int i = 0; i <= WARPS; i++) into.warp[i] = std::max(into.warp[i], seen[thread].warp[i]);
   into.warp[w] = std::max(into.warp[w], ++clocks[w]);
+  into.acquired |= acquired_warps >> w & 1;
 }
 
 void release_engine(Clocks& into) { today(into).warp[WARPS] = ++clocks[WARPS]; }
@@ -203,6 +204,7 @@ void acquire(int thread, Clocks& from) {
   any_seen = true;
   today(from);
   for (int i = 0; i <= WARPS; i++) seen[thread].warp[i] = std::max(seen[thread].warp[i], from.warp[i]);
+  acquired_warps |= uint32_t(from.acquired) << warp_of(thread);
 }
 
 void in_flight(const void* address, size_t bytes) {
@@ -227,8 +229,13 @@ void atomic(const void* address, size_t bytes, bool acquire_release) {
   if ((uintptr_t)address - global.base >= global.size) return;
   if (current->fenced || acquire_release) {
     Block& b = blocks.back();
-    const int w = warp_of(current->index);
-    b.released = launch.epoch, b.warp_epoch[w] = launch.epoch, b.warp_clock[w] = clocks[w]++;
+    const int own = warp_of(current->index);
+    for (int w = 0; w < WARPS; w++) {  // its own accesses, and those that it has seen by barriers of less than the block
+      const uint32_t clock = w == own ? clocks[w]++ : any_seen ? seen[current->index].warp[w] - 1 : ~0u;
+      if (clock == ~0u) continue;
+      b.warp_clock[w] = b.warp_epoch[w] == launch.epoch ? std::max(b.warp_clock[w], clock) : clock, b.warp_epoch[w] = launch.epoch;
+    }
+    b.released = launch.epoch;
   }
   acquired_epoch = std::min(acquired_epoch, launch.epoch);
   acquired_warps |= 1u << warp_of(current->index);

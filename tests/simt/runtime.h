@@ -15,6 +15,7 @@ struct Index { unsigned x, y, z; };
 void barrier(int line);                                     // __syncthreads
 unsigned barrier_reduce(unsigned value, char op, int line);  // __syncthreads_count, _and, _or: op '+', '&', '|'
 void barrier_named(int id, int threads, int line);          // bar.sync id, threads
+void barrier_named_arrive(int id, int threads);              // bar.arrive id, threads
 void sync_warp(uint32_t mask, int line);
 uint64_t shuffle(uint32_t mask, uint64_t value, int from, int line);
 uint32_t ballot(uint32_t mask, bool value, int line);
@@ -27,8 +28,15 @@ void mma_16816(float* d, const uint32_t* a, const uint32_t* b, const float* c, b
 void ldmatrix(uint32_t* out, int count, bool transposed, const void* row, int line);
 uint32_t movmatrix(uint32_t value, int line);
 
+// wgmma.mma_async, m64nNk16, BF16: d[N / 2] += a . b; a in registers (four, of each thread) or, where they are null, in shared memory.
+void wgmma(float* d, int n, bool fresh, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor, bool b_n_major, int line);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int groups, int line);
+
 void copy_async(void* shared, const void* global, int bytes, int source_bytes);  // cp.async; bytes past source_bytes become zero
 void copy_commit();
+void copy_arrive(void* barrier);                            // cp.async.mbarrier.arrive.noinc
 void copy_wait(int groups);                                 // until at most `groups` newest groups are in flight
 void mbarrier_init(void* barrier, int count);
 void mbarrier_arrive(void* barrier, unsigned transfer_bytes);
@@ -85,7 +93,10 @@ void begin_block();
 void begin_launch();
 void after_block_barrier();
 void after_warp_sync(int warp, uint32_t mask);
-struct Clocks { uint32_t epoch, warp[WARPS + 1]; };  // what has been seen of each warp (and of ENGINE) since the last block-wide barrier
+struct Clocks {  // what has been seen of each warp (and of ENGINE) since the last block-wide barrier, and whether of other blocks
+  uint32_t epoch, warp[WARPS + 1];
+  bool acquired;
+};
 void release(int thread, Clocks& into);
 void release_engine(Clocks& into);
 void acquire(int thread, Clocks& from);
@@ -97,6 +108,10 @@ void copies_begin_block();
 bool copies_deliver_one();  // completes a bulk copy that somebody waits for; false: there is none
 const char* copy_in_flight(const void* address, size_t bytes);
 bool bulk_pending();
+
+// warpgroup.cpp
+void wgmma_begin_block();
+bool wgmma_pending();
 
 #define SIMT_PC __builtin_return_address(0)
 }  // namespace simt

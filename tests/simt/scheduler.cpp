@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "meet.h"
 #include "runtime.h"
 
 namespace simt {
@@ -26,7 +27,7 @@ static void (*entry)(void**);
 static void** arguments;
 static int finished, arrived, barrier_line;
 static unsigned reduce_value, reduce_result;
-static struct { std::vector<int> who; } named[16];
+static struct { std::vector<int> who; int arrived; Clocks clocks; } named[16];
 
 struct Report { char text[640]; uint64_t address, pc, other_pc; };
 extern "C" { Report simt_report; }
@@ -163,6 +164,7 @@ static void run_thread() {
   }
   if (finished == launch.threads) {
     if (bulk_pending()) fault(nullptr, nullptr, "the block ended with a bulk copy in flight");
+    if (wgmma_pending()) fault(nullptr, nullptr, "the block ended with a wgmma in flight");
     leave(nullptr);
   }
   Thread* next = pick();
@@ -200,44 +202,22 @@ unsigned barrier_reduce(unsigned value, char op, int line) {
   return reduce_result;
 }
 
-void barrier_named(int id, int count, int line) {
+// Producers and consumers may meet from different lines; those that only arrive go on.
+static void named_arrival(int id, int count, bool waits) {
   auto& b = named[id & 15];
-  current->line = line;  // producers and consumers may meet from different lines
-  b.who.push_back(current->index);
-  if (int(b.who.size()) < count) return park(State::named);
-  Clocks all{};
-  for (int i : b.who) release(i, all);
-  for (int i : b.who) acquire(i, all), make_ready(threads[i]);
-  b.who.clear();
-  park(State::ready);
+  release(current->index, b.clocks);
+  if (waits) b.who.push_back(current->index);
+  if (++b.arrived > count) fault(SIMT_PC, nullptr, "more than %d threads at the named barrier %d", count, id);
+  if (b.arrived < count) return waits ? park(State::named) : void();
+  for (int i : b.who) acquire(i, b.clocks), make_ready(threads[i]);
+  b = {};
+  if (waits) park(State::ready);
 }
-
-// Every lane of `mask` must come to the same operation; the last one carries it out for all (`combine` gets each lane's args) and all go on.
-template <class Args>
-static void meet(void* pc, uint32_t mask, const char* op, int line, Args& args, void (*combine)(Args** lanes, uint32_t mask)) {
-  Thread& t = *current;
-  const int base = t.index & ~31;
-  const int lanes = launch.threads - base < 32 ? launch.threads - base : 32;
-  if (lanes < 32) mask &= (1u << lanes) - 1;  // lanes that the block does not have
-  if (!(mask >> (t.index - base) & 1)) fault(pc, nullptr, "%s with mask %08x, in which this lane is not", op, mask);
-  t.line = line, t.mask = mask, t.op = op, t.args = &args;
-  Args* all[32] = {};
-  bool complete = true;
-  for (int l = 0; l < lanes; l++) {
-    if (!(mask >> l & 1)) continue;
-    Thread& o = threads[base + l];
-    if (o.state == State::done) fault(pc, nullptr, "%s at line %d names lane %d in its mask, which has returned", op, line, l);
-    if (&o != &t && o.state != State::warp) { complete = false; continue; }
-    if (&o != &t && (o.mask != mask || o.line != line || strcmp(o.op, op)))
-      fault(pc, nullptr, "divergent warp: %s at line %d (mask %08x) while lane %d waits in %s at line %d (mask %08x)", op, line, mask, l, o.op, o.line, o.mask);
-    all[l] = (Args*)o.args;
-  }
-  if (!complete) return park(State::warp);
-  combine(all, mask);
-  for (int l = 0; l < lanes; l++)
-    if (mask >> l & 1) make_ready(threads[base + l]);
-  park(State::ready);
+void barrier_named(int id, int count, int line) {
+  current->line = line;
+  named_arrival(id, count, true);
 }
+void barrier_named_arrive(int id, int count) { named_arrival(id, count, false); }
 
 void sync_warp(uint32_t mask, int line) {
   char nothing = 0;
@@ -268,15 +248,6 @@ uint32_t ballot(uint32_t mask, bool value, int line) {
 }
 
 // ---- Matrix operations of a whole warp; fragments as in the PTX manual: g = lane / 4 and c = lane % 4.
-static float widen(uint16_t bits, bool bf16) {
-  uint32_t u = bf16 ? uint32_t(bits) << 16 : uint32_t(bits & 0x7FFF) << 13;
-  float f;
-  if (bf16) return memcpy(&f, &u, 4), f;
-  memcpy(&f, &u, 4), f *= 0x1p112f;  // exact, subnormals too
-  if ((bits & 0x7C00) == 0x7C00) u |= 0x7F800000, memcpy(&f, &u, 4);
-  return bits & 0x8000 ? -f : f;
-}
-
 struct Mma { const uint32_t *a, *b; const float* c; float* d; bool bf16; };
 void mma_16816(float* d, const uint32_t* a, const uint32_t* b, const float* c, bool bf16, int line) {
   Mma args{a, b, c, d, bf16};
@@ -352,8 +323,8 @@ extern "C" int simt_launch(void (*kernel)(void**), void** args, const unsigned* 
     launch.block = {b % grid[0], b / grid[0] % grid[1], b / grid[0] / grid[1]};
     finished = arrived = 0;
     ready.clear();
-    for (auto& n : named) n.who.clear();
-    begin_block(), copies_begin_block();
+    for (auto& n : named) n = {};
+    begin_block(), copies_begin_block(), wgmma_begin_block();
     for (int i = 0; i < launch.threads; i++) {
       Thread& t = threads[i] = Thread{};
       t.index = i, t.id = {i % block[0], i / block[0] % block[1], i / block[0] / block[1]};

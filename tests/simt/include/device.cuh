@@ -45,6 +45,7 @@ __attribute__((no_sanitize("thread"), noinline)) inline int atomic_add_acq_rel(i
   return (*p += x) - x;
 }
 SIMT_INLINE void cp_async_16(void* shared, const void* global) { simt::copy_async(shared, global, 16, 16); }
+SIMT_INLINE void cp_async_16_or_zero(void* shared, const void* global, bool there) { simt::copy_async(shared, global, 16, there ? 16 : 0); }
 SIMT_INLINE void cp_async_commit() { simt::copy_commit(); }
 template <int N>
 SIMT_INLINE void cp_async_wait() { simt::copy_wait(N); }
@@ -58,8 +59,28 @@ SIMT_INLINE bool elect_one() { return threadIdx.x % 32 == 0; }
 SIMT_INLINE void mbarrier_init(uint64_t* bar, int arrivals) { simt::mbarrier_init(bar, arrivals); }
 SIMT_INLINE void mbarrier_init_fence() {}
 SIMT_INLINE void mbarrier_arrive_expect_tx(uint64_t* bar, int bytes) { simt::mbarrier_arrive(bar, bytes); }
+SIMT_INLINE void mbarrier_arrive(uint64_t* bar) { simt::mbarrier_arrive(bar, 0); }
+SIMT_INLINE void cp_async_arrive(uint64_t* bar) { simt::copy_arrive(bar); }
 SIMT_INLINE void mbarrier_wait(uint64_t* bar, uint32_t parity, SIMT_LINE) { simt::mbarrier_wait(bar, parity, line); }
 SIMT_INLINE uint64_t l2_evict_first() { return 0; }
 SIMT_INLINE void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar, uint64_t) { simt::copy_bulk(shared, global, bytes, bar); }
+
+SIMT_INLINE void named_barrier_wait(int id, int threads, SIMT_LINE) { simt::barrier_named(id, threads, line); }
+SIMT_INLINE void named_barrier_arrive(int id, int threads) { simt::barrier_named_arrive(id, threads); }
+template <int N> SIMT_INLINE void fewer_registers() {}
+template <int N> SIMT_INLINE void more_registers() {}
+SIMT_INLINE void fence_async() {}
+SIMT_INLINE uint64_t wgmma_operand(const void* shared, int stride, int leading) {
+  return (uint64_t)1 << 62 | (uint64_t)(stride >> 4) << 32 | (uint64_t)(leading >> 4) << 16 | (smem_addr(shared) & 0x3ffff) >> 4;
+}
+SIMT_INLINE void wgmma_fence() { simt::wgmma_fence(); }
+SIMT_INLINE void wgmma_commit() { simt::wgmma_commit(); }
+template <int N> SIMT_INLINE void wgmma_wait(SIMT_LINE) { simt::wgmma_wait(N, line); }
+template <class T> SIMT_INLINE void hold(T&) {}
+template <bool FRESH> SIMT_INLINE void wgmma_bf16(float (&d)[16][4], uint64_t a, uint64_t b, SIMT_LINE) { simt::wgmma(&d[0][0], 128, FRESH, nullptr, a, b, false, line); }
+template <int N> SIMT_INLINE void wgmma_bf16(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) {
+  static_assert(N == 8 || N == 16);
+  simt::wgmma(&d[0][0], 8 * N, false, a, 0, b, true, line);
+}
 #endif
 #endif
