@@ -206,7 +206,10 @@ class Cuda(Reference):
             past, slots = (kept["keys"], kept["values"]), at.slots
         out, strides = xp.empty_like(q), (new.k.strides[0] // 2, new.v.strides[0] // 2)
         arrivals = raw.Arrivals(new.k, new.v, *strides, at.firsts, slots, at.starts, at.counts, max(batch.counts))
-        self.run(raw.prefill_attention(heads, q, arrivals, past, out, self.capability))
+        capacity = past[0].shape[2] if past else 0
+        found = raw.prefill_parts(heads, arrivals.most, len(batch.slots), capacity, self.multiprocessors, self.capability)
+        cut = None if found is None else (found, xp.empty(found.workspace_floats(dim), np.float32), xp.zeros(found.blocks, np.int32))
+        self.run(raw.prefill_attention(heads, q, arrivals, past, out, self.capability, cut=cut, multiprocessors=self.multiprocessors))
         return out
 
     def take_out(self, layer: dict[str, Array], slot: int, length: int, config: Config, scheme: Scheme) -> dict[str, np.ndarray]:
