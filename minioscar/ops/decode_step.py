@@ -72,7 +72,8 @@ class DecodeStep:
             self._product(middle, layer.gate_up, h, norm=layer.post_norm, silu=True)
             self._product(h, layer.down, x, residual=middle)
         self._product(x, weights.head, self.logits, norm=weights.norm)
-        self.launches.append(raw_dense.sample(self.logits, sampling, self.sequences, self.steps, self.tokens))
+        chosen = xp.zeros((rows, raw_dense.sample_words(config.vocab_size)), np.uint64)
+        self.launches += raw_dense.sample(self.logits, sampling, self.sequences, self.steps, self.tokens, chosen)
         self.launches.append(raw_dense.advance(self.lengths, self.steps))
 
     def run(self) -> None:
