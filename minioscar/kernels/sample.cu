@@ -59,7 +59,8 @@ template <int N>
 struct Histogram {
   uint32_t low[N], high[N];
   __device__ __forceinline__ void clear() {
-    for (int i = threadIdx.x; i < N; i += THREADS) low[i] = high[i] = 0;
+#pragma unroll
+    for (int i = 0; i < N / THREADS; i++) low[i * THREADS + threadIdx.x] = high[i * THREADS + threadIdx.x] = 0;
   }
   __device__ __forceinline__ void add(int i, uint64_t x) {
     const uint32_t old = atomicAdd(low + i, (uint32_t)x), carry = old + (uint32_t)x < old, upper = (uint32_t)(x >> 32) + carry;
@@ -91,15 +92,17 @@ __device__ __forceinline__ Reached reach(const uint64_t (&own)[EACH], uint64_t w
   return found;
 }
 
-// The largest bound such that the weights of entries of at least this value reach `wanted`, or one that no fewer entries pass; 0 if all of them
-// do not. weigh(i, value) sets entry i's value, of `bits` bits, and returns its weight. Eight bits a round.
+// The largest bound of bits 63 ... `end` such that the weights of the entries of at least this value reach `wanted`, or a smaller one that no
+// other entry of a weight passes; 0 if all together do not. weigh(i, value) sets entry i's value and returns its weight. Eight bits a round.
 template <class Weigh>
-__device__ __forceinline__ uint64_t bound_of(int n, int bits, uint64_t wanted, Weigh weigh) {
+__device__ __forceinline__ uint64_t bound_of(int n, int end, uint64_t wanted, Weigh weigh) {
   __shared__ Histogram<256> digits;
   uint64_t bound = 0;
-  for (int shift = bits - 8; shift >= 0; shift -= 8) {
+#pragma unroll 1
+  for (int shift = 56; shift >= end; shift -= 8) {
     digits.clear();
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < n; i += THREADS) {
       uint64_t value;
       const uint64_t weight = weigh(i, value);
@@ -129,14 +132,15 @@ struct Row {
   State* state;
   uint64_t *bins, *parts;
   float* maxima;
-  int *list, vocab;
+  uint64_t* list;
+  int vocab;
   float max, scale;  // scale: log2(e) / temperature
 
   __device__ __forceinline__ Row(const float* all, uint64_t* workspace, int words, int vocab, float scale)
       : logits(all + (size_t)blockIdx.y * vocab), vocab(vocab), max(0.f), scale(scale) {
     uint64_t* own = workspace + (size_t)blockIdx.y * words;
     state = (State*)own, bins = own + sizeof(State) / 8, parts = bins + BINS, maxima = (float*)(parts + gridDim.x);
-    list = (int*)(maxima + gridDim.x * GROUPS);
+    list = (uint64_t*)(maxima + gridDim.x * GROUPS);
   }
 
   __device__ __forceinline__ int id(int i) const { return blockIdx.x * PART + i * THREADS + threadIdx.x; }
@@ -213,6 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_max(const float*
   if (threadIdx.x == 0) row.parts[blockIdx.x] = largest;
   if (!row.last_block()) return;
 
+#pragma unroll 1
   for (int i = threadIdx.x; i < (int)gridDim.x; i += THREADS) largest = larger(largest, row.parts[i]);
   largest = block_max(largest, false);
   const int likeliest = (int)(0xffffffffu - (uint32_t)largest);
@@ -262,6 +267,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_mass(const float
   if (!row.last_block()) return;
 
   uint64_t total = 0, own[BINS / THREADS];
+#pragma unroll 1
   for (int i = threadIdx.x; i < (int)gridDim.x; i += THREADS) total += row.parts[i];
   total = block_sum(total);
 #pragma unroll
@@ -294,7 +300,7 @@ sample_draw(const float* logits, uint64_t* workspace, int words, const int* sequ
     if (bin < first) sum += drawn_mass(x[i]);
     else if (bin <= last) {
       const int at = atomicAdd(&row.state->listed, 1);
-      if (at < LIST) row.list[at] = row.id(i);
+      if (at < LIST) row.list[at] = value(x[i], row.id(i));
     }
   }
   sum = block_sum(sum);
@@ -303,40 +309,32 @@ sample_draw(const float* logits, uint64_t* workspace, int words, const int* sequ
 
   const bool listed = row.state->listed <= LIST;
   const int n = listed ? row.state->listed : vocab;
-  auto candidate = [&](int i, float& logit) {  // its id; -1: not between
-    const int id = listed ? row.list[i] : i;
-    logit = row.logits[id];
-    const int bin = row.bin(logit);
-    return bin >= first && bin <= last ? id : -1;
+  auto candidate = [&](int i) -> uint64_t {  // its value, 0: none
+    if (listed) return row.list[i];
+    const int bin = row.bin(row.logits[i]);
+    return bin >= first && bin <= last ? value(row.logits[i], i) : 0;
   };
-  uint32_t least = 0;  // of the candidates those of a key below are out
+  uint64_t edge = 0;  // of the candidates those of a value below are out
   if (top_k > 0)
-    least = bound_of(n, 32, top_k, [&](int i, uint64_t& value) -> uint64_t {
-      float logit;
-      const bool in = candidate(i, logit) >= 0;
-      value = key(logit);
-      return in;
-    });
-  uint64_t edge = (uint64_t)least << 32;  // of the candidates those of a value below are out
+    edge = bound_of(n, 32, top_k, [&](int i, uint64_t& value) -> uint64_t { return (value = candidate(i)) > 0; });
   if (top_p < 1) {
-    auto weigh = [&](int i, uint64_t& place) -> uint64_t {
-      float logit;
-      const int id = candidate(i, logit);
-      place = value(logit, id);
-      return id >= 0 && key(logit) >= least ? row.mass(row.weight(logit)) : 0;
+    auto weigh = [&](int i, uint64_t& value) -> uint64_t {
+      value = candidate(i);
+      return value > 0 && value >= edge ? row.mass(row.weight(logit_of(value >> 32))) : 0;
     };
     uint64_t wanted = row.state->wanted;
     if (top_k > 0) {
-      uint64_t total = 0, place;
-      for (int i = threadIdx.x; i < n; i += THREADS) total += weigh(i, place);
+      uint64_t total = 0, value;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < n; i += THREADS) total += weigh(i, value);
       wanted = part_of(top_p, block_sum(total));
     }
-    edge = larger(edge, bound_of(n, 64, wanted, weigh));
+    edge = larger(edge, bound_of(n, 0, wanted, weigh));
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < n; i += THREADS) {
-    float logit;
-    const int id = candidate(i, logit);
-    if (id >= 0 && value(logit, id) >= edge) atomicAdd(row.parts + id / PART, drawn_mass(logit));
+    const uint64_t value = candidate(i);
+    if (value > 0 && value >= edge) atomicAdd(row.parts + (0xffffffffu - (uint32_t)value) / PART, drawn_mass(logit_of(value >> 32)));
   }
   __syncthreads();
   if (threadIdx.x == 0) row.state->listed = 0;
@@ -359,7 +357,7 @@ sample_draw(const float* logits, uint64_t* workspace, int words, const int* sequ
   const Reached part = reach(own, passed);
   int id = part.at * PART;
   passed -= part.before, sum = 0;
-#pragma unroll 8
+#pragma unroll 1
   for (int i = 0; i < TOKENS; i++) sum += mass_at(id + TOKENS * threadIdx.x + i);
   const Reached stretch = reach({sum}, passed);
   id += TOKENS * stretch.at, passed -= stretch.before;

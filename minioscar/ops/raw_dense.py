@@ -112,7 +112,7 @@ SAMPLE_VOCAB = 2**21  # the most that sample.cu has room for
 
 def sample_words(vocab: int) -> int:
     """Of the workspace of a row of logits, in numbers of 64 bits: sample.cu, Row."""
-    return 4 + 1024 + 17 * -(-vocab // 2048) + 4096
+    return 4 + 1024 + 17 * -(-vocab // 2048) + 8192
 
 
 def sample(logits: Array, sampling: Sampling, sequences: Array, steps: Array, tokens: Array, workspace: Array) -> list[Launch]:
