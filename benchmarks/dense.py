@@ -45,6 +45,9 @@ def measure(copy_rate: float, matmul_rate: float, quick: bool) -> Iterator[dict]
         for batch in (1,) if quick else (1, 48, 256):
             us, spread = graph_time([drawing(sampling, batch, rng)])
             yield row("sample", name, batch, us, spread, batch * VOCABULARY * 4, copy_rate)
+    for name, launch, moved in elementwise(4096, rng):
+        us, spread = graph_time([together([launch])])
+        yield row(name, "12,288" if name == "silu_mul" else "4,096", 4096, us, spread, moved, copy_rate)
     for past, new in PREFILLS[:1] if quick else PREFILLS:
         us, spread = graph_time([prefill(past, new, rng)], replays=5)
         operations = 4 * HEADS.head_dim * HEADS.q_heads * pairs(past, new)
@@ -92,6 +95,14 @@ def together(launches: Sequence[raw.Launch]) -> Callable[[], None]:
             card.run(launch)
 
     return run
+
+
+def elementwise(tokens: int, rng: Any) -> Iterator[tuple[str, raw.Launch, int]]:
+    """Launch, and bytes in and out."""
+    gate_up, out = random_bf16((tokens, 24576), rng), cupy.empty((tokens, 12288), BF16)
+    yield "silu_mul", raw_dense.silu_mul(gate_up, out), gate_up.nbytes + out.nbytes
+    x, y = (random_bf16((tokens, 4096), rng) for _ in "xy")
+    yield "add", raw_dense.add(x, y), x.nbytes + 2 * y.nbytes
 
 
 def prefill(past: int, new: int, rng: Any) -> Callable[[], None]:

@@ -52,6 +52,8 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         batch = raw_dense.batch_plan(tokens, 4096, 8192, True, MULTIPROCESSORS, arch)
         found[f"linear_batch of {tokens}"] = raw_dense.linear_batch(x, weight, y, batch, out, ints, silu=True)
     found["embed"], found["advance"] = raw_dense.embed(out[None], ints, out), raw_dense.advance(ints, ints)
+    for launch in (raw_dense.silu_mul(out[None], np.empty((1, 8))), raw_dense.add(out[None], np.empty((1, 8)))):
+        found[launch.name] = launch
     found["rms_norm"] = raw_dense.rms_norm(x, out, 0, out)
     for batch in (1, *((64,) if everything else ())):
         for sampling in (Sampling(1, top_k=1), Sampling(1, top_p=0.5)):

@@ -1,4 +1,4 @@
-"""Launches of the raw kernels that know nothing of the cache: linear layers, norms and sampling of a decode step, as in raw.py."""
+"""Launches of the raw kernels that know nothing of the cache, as in raw.py: linear layers, norms, what stands between them, sampling."""
 
 from __future__ import annotations
 
@@ -102,6 +102,27 @@ def linear_batch(
 
 def _batch_defines(columns: int, stages: int, silu: bool, out_bf16: bool) -> tuple[str, ...]:
     return f"COLUMNS={columns}", f"STAGES={stages}", f"SILU={silu:d}", f"OUT_BF16={out_bf16:d}"
+
+
+# --- between the products of a prefill
+
+
+def silu_mul(gate_up: Array, out: Array) -> Launch:
+    """`Reference.silu_mul`: gate_up [tokens, 2 n] -> out [tokens, n], both bf16, n a multiple of 8."""
+    return _elementwise("silu_mul", out, gate_up, out)
+
+
+def add(x: Array, y: Array) -> Launch:
+    """y += x in bf16: y [tokens, n], x the same or a bias [n], n a multiple of 8."""
+    return _elementwise("add", y, x, y, np.int32(y.shape[1] // 8 if x.ndim == 2 else 0))
+
+
+def _elementwise(name: str, out: Array, a: Array, b: Array, *more: np.int32) -> Launch:
+    tokens, size = out.shape
+    if size % 8:
+        raise ValueError(f"rows of {size} numbers have no place in elementwise.cu, which takes multiples of 8")
+    grid = tokens, -(-size // 4096)
+    return Launch("elementwise.cu", name, (), grid, 256, (a, b, np.int32(size // 8), *more))
 
 
 # --- the next token
