@@ -146,7 +146,7 @@ struct Row {
   __device__ __forceinline__ int id(int i) const { return blockIdx.x * PART + i * THREADS + threadIdx.x; }
   __device__ __forceinline__ void load(float (&x)[TOKENS]) const {
 #pragma unroll
-    for (int i = 0; i < TOKENS; i++) x[i] = id(i) < vocab ? logits[id(i)] : -__uint_as_float(0x7f800000u);
+    for (int i = 0; i < TOKENS; i++) x[i] = id(i) < vocab ? __ldcg(logits + id(i)) : -__uint_as_float(0x7f800000u);
   }
   // False where the row's token is known already.
   __device__ __forceinline__ bool take_max() {
