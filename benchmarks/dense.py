@@ -6,7 +6,7 @@ launches in one replayed graph, over weights that no L2 holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cupy
@@ -23,6 +23,12 @@ Array = Any
 HEADS = raw.Heads(32, 8, 128)
 VOCABULARY, EPS = 151936, 1e-6
 TOKENS = (1, 8, 48, 128)
+SAMPLINGS = [
+    ("greedy", Sampling()),
+    ("top-k 40, top-p 0.9", Sampling(0.8, top_k=40, top_p=0.9)),
+    ("top-p 0.9", Sampling(0.8, top_p=0.9)),
+    ("temperature alone", Sampling(0.8)),
+]
 
 
 def measure(copy_rate: float, matmul_rate: float, quick: bool) -> Iterator[dict]:
@@ -35,9 +41,13 @@ def measure(copy_rate: float, matmul_rate: float, quick: bool) -> Iterator[dict]
             yield row("linear", f"{matrix.size} to {matrix.rows}: {matrix.name}", tokens, us, spread, weights[0].nbytes, copy_rate)
         del weights
         cupy.get_default_memory_pool().free_all_blocks()
-    for name, sampling in (("greedy", Sampling()), ("top-k 40, top-p 0.9", Sampling(0.8, top_k=40, top_p=0.9))):
-        us, spread = graph_time([drawing(sampling, rng)])
-        yield row("sample", name, 1, us, spread, VOCABULARY * 4, copy_rate)
+    for name, sampling in SAMPLINGS[:1] if quick else SAMPLINGS:
+        for batch in (1,) if quick else (1, 48, 256):
+            us, spread = graph_time([drawing(sampling, batch, rng)])
+            yield row("sample", name, batch, us, spread, batch * VOCABULARY * 4, copy_rate)
+    for name, launch, moved in elementwise(4096, rng):
+        us, spread = graph_time([together([launch])])
+        yield row(name, "12,288" if name == "silu_mul" else "4,096", 4096, us, spread, moved, copy_rate)
     for past, new in PREFILLS[:1] if quick else PREFILLS:
         us, spread = graph_time([prefill(past, new, rng)], replays=5)
         operations = 4 * HEADS.head_dim * HEADS.q_heads * pairs(past, new)
@@ -69,17 +79,30 @@ def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> lis
         before = (raw_dense.rms_norm(x, norm, EPS, normed),) if matrix.norm else ()
         made = [(*before, raw_dense.linear_batch(normed if before else x, weight, out, plan, *scratch, **options)) for weight in weights]
 
-    def run(launches: tuple[raw.Launch, ...]) -> None:
+    return [together(launches) for launches in made]
+
+
+def drawing(sampling: Sampling, batch: int, rng: Any) -> Callable[[], None]:
+    logits = rng.standard_normal((batch, VOCABULARY), dtype=np.float32) * 3
+    numbers = [cupy.zeros(batch, np.int32) for _ in range(3)]
+    workspace = cupy.zeros((batch, raw_dense.sample_words(VOCABULARY)), np.uint64)
+    return together(raw_dense.sample(logits, sampling, *numbers, workspace))
+
+
+def together(launches: Sequence[raw.Launch]) -> Callable[[], None]:
+    def run() -> None:
         for launch in launches:
             card.run(launch)
 
-    return [lambda launches=launches: run(launches) for launches in made]
+    return run
 
 
-def drawing(sampling: Sampling, rng: Any) -> Callable[[], None]:
-    logits = rng.standard_normal((1, VOCABULARY), dtype=np.float32) * 3
-    launch = raw_dense.sample(logits, sampling, *(cupy.zeros(1, np.int32) for _ in range(3)))
-    return lambda: card.run(launch)
+def elementwise(tokens: int, rng: Any) -> Iterator[tuple[str, raw.Launch, int]]:
+    """Launch, and bytes in and out."""
+    gate_up, out = random_bf16((tokens, 24576), rng), cupy.empty((tokens, 12288), BF16)
+    yield "silu_mul", raw_dense.silu_mul(gate_up, out), gate_up.nbytes + out.nbytes
+    x, y = (random_bf16((tokens, 4096), rng) for _ in "xy")
+    yield "add", raw_dense.add(x, y), x.nbytes + 2 * y.nbytes
 
 
 def prefill(past: int, new: int, rng: Any) -> Callable[[], None]:

@@ -52,8 +52,13 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         batch = raw_dense.batch_plan(tokens, 4096, 8192, True, MULTIPROCESSORS, arch)
         found[f"linear_batch of {tokens}"] = raw_dense.linear_batch(x, weight, y, batch, out, ints, silu=True)
     found["embed"], found["advance"] = raw_dense.embed(out[None], ints, out), raw_dense.advance(ints, ints)
+    for launch in (raw_dense.silu_mul(out[None], np.empty((1, 8))), raw_dense.add(out[None], np.empty((1, 8)))):
+        found[launch.name] = launch
     found["rms_norm"] = raw_dense.rms_norm(x, out, 0, out)
-    found["sample"] = raw_dense.sample(np.empty((1, 1)), Sampling(), ints, ints, ints)
+    for batch in (1, *((64,) if everything else ())):
+        for sampling in (Sampling(1, top_k=1), Sampling(1, top_p=0.5)):
+            for launch in raw_dense.sample(np.empty((batch, 2)), sampling, ints, ints, ints, np.empty((batch, 1))):
+                found[f"{launch.name} of {batch}"] = launch
     for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
         found[f"unpack {kv} d{dim}"] = raw.unpack(raw.Heads(2, 2, dim), SCHEMES[kv], ints, ints, cache, past, past)

@@ -21,14 +21,23 @@ SAMPLINGS = [
     Sampling(2.0, top_p=0.05),
     Sampling(1.0, min_p=0.1, seed=6),
     Sampling(0.8, top_k=20, top_p=0.95, min_p=0.02, seed=5),
+    Sampling(1.0, top_k=30, top_p=1 - 2**-53, seed=8),  # of which top-p takes nothing away
     Sampling(1e-38),
 ]
 
 
 def drawn(device, logits: np.ndarray, sampling: Sampling, sequences: np.ndarray, steps: np.ndarray, order: int = 0) -> np.ndarray:
-    tokens = device.empty(len(logits), np.int32)
-    device.run(raw_dense.sample(device.array(logits), sampling, *map(device.array, (sequences, steps)), tokens), seed=order)
-    return np.array(device.numpy(tokens))
+    """Twice, since a launch must leave the workspace as it was."""
+    there, at = device.array(logits), [device.array(x) for x in (sequences, steps)]
+    workspace = device.array(np.zeros((len(logits), raw_dense.sample_words(logits.shape[1])), np.uint64))
+    found = []
+    for again in range(2):
+        tokens = device.empty(len(logits), np.int32)
+        for launch in raw_dense.sample(there, sampling, *at, tokens, workspace):
+            device.run(launch, seed=order + again)
+        found.append(np.array(device.numpy(tokens)))
+    assert np.array_equal(*found)
+    return found[0]
 
 
 def check(device, seed: int, sampling: Sampling, vocab: int, batch: int, ties: bool = False) -> None:
@@ -45,8 +54,31 @@ def check(device, seed: int, sampling: Sampling, vocab: int, batch: int, ties: b
 @on_each_device
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_the_device_draws_the_tokens_that_the_host_draws(device, seed, sampling):
-    for vocab, batch, ties in ((1, 1, False), (50, 3, True), (1500, 2, False)):
+    for vocab, batch, ties in ((1, 1, False), (50, 3, True), (50, 20, False), (1500, 2, False), (4500, 1, False)):
         check(device, seed, sampling, vocab, batch, ties)
+
+
+@on_each_device
+def test_many_rows_of_several_parts(device, seed):
+    for sampling in (Sampling(), Sampling(1.0, top_k=40, top_p=0.9), Sampling(1.2, top_p=0.9)):
+        check(device, seed, sampling, 8400, 16)
+
+
+@on_each_device
+def test_a_cut_among_more_tokens_than_the_list_holds(device, seed):
+    """Of 9,000 equal ones the first are kept; of rounded ones thousands are equal."""
+    at = np.zeros(1, np.int32)
+    logits = np.zeros((1, 9000), np.float32)
+    for sampling in (Sampling(1.0, top_p=0.00105, seed=seed), Sampling(1.0, top_k=9, min_p=0.5), Sampling(1.0, top_k=9, top_p=0.3)):
+        assert drawn(device, logits, sampling, at, at)[0] == sample(logits[0], sampling, 0, 0)
+    logits = np.random.default_rng(seed).integers(0, 2, (1, 9000)).astype(np.float32) * 0.001
+    for sampling in (Sampling(1.0, top_p=0.3, seed=seed), Sampling(1.0, top_k=5000, top_p=0.9, seed=seed)):
+        assert drawn(device, logits, sampling, at, at)[0] == sample(logits[0], sampling, 0, 0)
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="no place"):
+        raw_dense.sample(np.empty((1, 2**21 + 1), np.float32), Sampling(), None, None, None, np.empty((1, 1)))
 
 
 @on_each_device
@@ -81,3 +113,4 @@ def test_tokens_do_not_depend_on_the_order_of_threads_nor_on_the_batch(device, s
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_the_device_draws_from_real_vocabularies(device, seed, sampling):
     check(device, seed, sampling, 151936, 64)
+    check(device, seed, sampling, 151936, 3)

@@ -6,10 +6,22 @@
 // logits float32 [batch][vocab]; token i gets the u of [sequences[i], steps[i]] from Philox4x64-10 (Salmon et al., SC 2011) under `seed`, as
 // NumPy draws it. tokens[i] = -1 where a logit is NaN or the largest is infinite.
 // p is kept as a whole number of 2^-40 of the largest: sums are exact, so equal in every order. (A token below 2^-41 is never drawn.)
-// grid (batch), 1,024 threads. Reads the logits, out of L2, once for the largest, 16 times for top-k, 17 for top-p, twice for the draw.
+//
+// Tokens stand in bins by how far p is below the largest: 24 bins an octave, 42 octaves; what is beyond has p = 0. The launches:
+//   sample_max   the largest logit; of top-k the last bin that is needed, since the k-th largest of the maxima of groups of tokens is not
+//                above the k-th largest token. A greedy token needs nothing else.
+//   sample_mass  of top-p without top-k: the sum of p of every bin, and so the bin in which top-p cuts.
+//   sample_draw  bins before `first` are in, those after `last` out; the few tokens between go to a list, where the cut is found exactly. Each
+//                block adds up its tokens that are in; the draw finds the block of tokens first, then the token in it.
+// Each: grid (parts of PART tokens, batch), 256 threads; each reads the logits once, and the last block of a row goes on alone.
+// A list that is too long (8,192) is no list: that block reads the row itself, slowly.
+//
+// Set by -D: TOKENS, of a thread.
 #include "device.cuh"
 
-constexpr int THREADS = 1024;
+constexpr int THREADS = 256, WARPS = THREADS / 32, PART = THREADS * TOKENS;
+constexpr int BINS = 1024, LIST = 8192, GROUPS = THREADS / 8;  // groups of a part: 8 lanes' tokens each
+constexpr float BINS_PER_OCTAVE = 24.f;
 constexpr unsigned FULL = 0xffffffffu;
 
 // Order-preserving: a < b as floats where key(a) < key(b); NaN above all.
@@ -17,10 +29,15 @@ __device__ __forceinline__ uint32_t key(float x) {
   const uint32_t bits = __float_as_uint(x + 0.f);  // -0 is 0
   return x != x ? ~0u : bits ^ (bits >> 31 ? ~0u : 0x80000000u);
 }
+__device__ __forceinline__ float logit_of(uint32_t key) { return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key); }
+// Larger for the larger logit and, of equal ones, for the smaller id.
+__device__ __forceinline__ uint64_t value(float logit, int id) { return (uint64_t)key(logit) << 32 | (0xffffffffu - id); }
+
+__device__ __forceinline__ uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
 // The sum over the block, and over the threads before this one.
 __device__ __forceinline__ uint64_t block_sum(uint64_t x, uint64_t* before = nullptr) {
-  __shared__ uint64_t warps[THREADS / 32];
+  __shared__ uint64_t warps[WARPS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint64_t own = x;
   for (int n = 1; n < 32; n *= 2) {
@@ -31,44 +48,129 @@ __device__ __forceinline__ uint64_t block_sum(uint64_t x, uint64_t* before = nul
   if (lane == 31) warps[warp] = x;
   __syncthreads();
   uint64_t total = 0, ahead = 0;
-  for (int w = 0; w < THREADS / 32; w++) ahead += w < warp ? warps[w] : 0, total += warps[w];
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) ahead += w < warp ? warps[w] : 0, total += warps[w];
   if (before) *before = ahead + x - own;
   return total;
 }
 
+// Sums of 64 bits in shared memory, by the atomics of 32 bits that there are: whoever makes the lower half run over adds the carry.
+template <int N>
+struct Histogram {
+  uint32_t low[N], high[N];
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < N / THREADS; i++) low[i * THREADS + threadIdx.x] = high[i * THREADS + threadIdx.x] = 0;
+  }
+  __device__ __forceinline__ void add(int i, uint64_t x) {
+    const uint32_t old = atomicAdd(low + i, (uint32_t)x), carry = old + (uint32_t)x < old, upper = (uint32_t)(x >> 32) + carry;
+    if (upper) atomicAdd(high + i, upper);
+  }
+  __device__ __forceinline__ uint64_t at(int i) const { return (uint64_t)high[i] << 32 | low[i]; }
+};
+
+// Of numbers of which thread t has EACH * t + {0 ... EACH - 1}: the first at which their sum from 0 on reaches `wanted` (-1: none does), that
+// number, and the sum of those before it.
+struct Reached { int at; uint64_t before, own; };
+template <int EACH>
+__device__ __forceinline__ Reached reach(const uint64_t (&own)[EACH], uint64_t wanted) {
+  __shared__ Reached found;
+  uint64_t sum = 0, before;
+#pragma unroll
+  for (int i = 0; i < EACH; i++) sum += own[i];
+  const uint64_t total = block_sum(sum, &before);
+  if (total < wanted) return {-1, total, 0};
+  if (before < wanted && before + sum >= wanted) {
+    int at = EACH * threadIdx.x;
+    uint64_t here = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+      if (before < wanted) before += here = own[i], at = EACH * threadIdx.x + i;
+    found = {at, before - here, here};
+  }
+  __syncthreads();
+  return found;
+}
+
+// The largest bound of bits 63 ... `end` such that the weights of the entries of at least this value reach `wanted`, or a smaller one that no
+// other entry of a weight passes; 0 if all together do not. weigh(i, value) sets entry i's value and returns its weight. Eight bits a round.
+template <class Weigh>
+__device__ __forceinline__ uint64_t bound_of(int n, int end, uint64_t wanted, Weigh weigh) {
+  __shared__ Histogram<256> digits;
+  uint64_t bound = 0;
+#pragma unroll 1
+  for (int shift = 56; shift >= end; shift -= 8) {
+    digits.clear();
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+      uint64_t value;
+      const uint64_t weight = weigh(i, value);
+      if (weight && value >> shift >> 8 == bound >> shift >> 8) digits.add(255 - (int)(value >> shift & 255), weight);
+    }
+    __syncthreads();
+    const Reached digit = reach({digits.at(threadIdx.x)}, wanted);  // the largest digit first
+    if (digit.at < 0) return 0;
+    bound |= (uint64_t)(255 - digit.at) << shift;
+    wanted -= digit.before;
+    if (wanted == digit.own) break;  // every entry that begins like this is needed
+  }
+  return bound;
+}
+
+struct State {  // of a row, from launch to launch
+  uint64_t wanted;      // of top-p without top-k: what the tokens of bin `first` are to add to those before them
+  float max;
+  int first, last;      // bins before `first` are in, those after `last` out
+  int arrived, listed;  // zero before and after a launch
+};
+
+// Workspace, `words` of 64 bits a row, zero at first: State, sums of bins (zero before and after), a number of each part, maxima of groups,
+// the list. raw_dense.sample_words.
 struct Row {
   const float* logits;
+  State* state;
+  uint64_t *bins, *parts;
+  float* maxima;
+  uint64_t* list;
   int vocab;
   float max, scale;  // scale: log2(e) / temperature
 
-  __device__ __forceinline__ float weight(float logit) const { return exp2f((logit - max) * scale); }
-  __device__ __forceinline__ uint64_t mass(float logit) const { return (uint64_t)(weight(logit) * 1099511627776.f + 0.5f); }
-
-  // Of all tokens whose key is at least `bound`: how many there are, or their mass.
-  __device__ __forceinline__ uint64_t above(uint32_t bound, bool counted) const {
-    uint64_t sum = 0;
-    for (int i = threadIdx.x; i < vocab; i += THREADS)
-      if (key(logits[i]) >= bound) sum += counted ? 1 : mass(logits[i]);
-    return block_sum(sum);
+  __device__ __forceinline__ Row(const float* all, uint64_t* workspace, int words, int vocab, float scale)
+      : logits(all + (size_t)blockIdx.y * vocab), vocab(vocab), max(0.f), scale(scale) {
+    uint64_t* own = workspace + (size_t)blockIdx.y * words;
+    state = (State*)own, bins = own + sizeof(State) / 8, parts = bins + BINS, maxima = (float*)(parts + gridDim.x);
+    list = (uint64_t*)(maxima + gridDim.x * GROUPS);
   }
-  // The largest bound for which `above` reaches `wanted`, not below `least`; two bits a round.
-  __device__ __forceinline__ uint32_t bound_of(uint64_t wanted, bool counted, uint32_t least) const {
-    uint32_t bound = 0;
-    for (int shift = 30; shift >= 0; shift -= 2) {
-      uint64_t sums[3] = {0, 0, 0};
-      for (int i = threadIdx.x; i < vocab; i += THREADS) {
-        const uint32_t k = key(logits[i]);
-        if (k < least) continue;
-        const uint64_t x = counted ? 1 : mass(logits[i]);
+
+  __device__ __forceinline__ int id(int i) const { return blockIdx.x * PART + i * THREADS + threadIdx.x; }
+  __device__ __forceinline__ void load(float (&x)[TOKENS]) const {
 #pragma unroll
-        for (uint32_t c = 1; c < 4; c++) sums[c - 1] += k >= (bound | c << shift) ? x : 0;
-      }
-      uint32_t step = 0;
-#pragma unroll
-      for (uint32_t c = 1; c < 4; c++) step = block_sum(sums[c - 1]) >= wanted ? c : step;
-      bound |= step << shift;
+    for (int i = 0; i < TOKENS; i++) x[i] = id(i) < vocab ? __ldcg(logits + id(i)) : -__uint_as_float(0x7f800000u);
+  }
+  // False where the row's token is known already.
+  __device__ __forceinline__ bool take_max() {
+    max = state->max;
+    return fabsf(max) <= 3.4028235e38f;
+  }
+  // True in the block that comes last, which sees what the others have written.
+  __device__ __forceinline__ bool last_block() const {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      last = atomic_add_acq_rel(&state->arrived, 1) == (int)gridDim.x - 1;
+      if (last) state->arrived = 0;
     }
-    return bound;
+    __syncthreads();
+    return last;
+  }
+
+  __device__ __forceinline__ float weight(float logit) const { return exp2f((logit - max) * scale); }
+  static __device__ __forceinline__ uint64_t mass(float weight) { return (uint64_t)(weight * 1099511627776.f + 0.5f); }
+  // Never smaller for a smaller logit. BINS: the mass is 0.
+  __device__ __forceinline__ int bin(float logit) const {
+    const float distance = (max - logit) * (scale * BINS_PER_OCTAVE);
+    return distance < BINS ? (int)distance : BINS;
   }
 };
 
@@ -84,68 +186,181 @@ __device__ __forceinline__ uint64_t philox(uint64_t seed, uint64_t sequence, uin
   return c[0];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits, const int* sequences, const int* steps, int* tokens, int vocab,
-                                                             float scale, int top_k, double top_p, float min_p, unsigned long long seed) {
+// How much of `total` top-p is to keep.
+__device__ __forceinline__ uint64_t part_of(double top_p, uint64_t total) {
+  const uint64_t wanted = (uint64_t)ceil(top_p * (double)total);
+  return wanted < total ? wanted : total;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_max(const float* logits, uint64_t* workspace, int words, int* tokens, int vocab, float scale, int top_k) {
   wait_for_previous(), allow_next();
-  __shared__ uint64_t best[THREADS / 32];
-  Row row = {logits + (size_t)blockIdx.x * vocab, vocab, 0.f, scale};
-  uint64_t largest = 0;  // key, then the smaller id
-  for (int i = threadIdx.x; i < vocab; i += THREADS) {
-    const uint64_t candidate = (uint64_t)key(row.logits[i]) << 32 | (0xffffffffu - i);
-    largest = candidate > largest ? candidate : largest;
-  }
-  for (int other = 16; other; other /= 2) {
-    const uint64_t candidate = __shfl_xor_sync(FULL, largest, other);
-    largest = candidate > largest ? candidate : largest;
-  }
-  if (threadIdx.x % 32 == 0) best[threadIdx.x / 32] = largest;
-  __syncthreads();
-  for (int w = 0; w < THREADS / 32; w++) largest = best[w] > largest ? best[w] : largest;
+  __shared__ uint64_t warps[WARPS];
+  __shared__ Histogram<BINS> histogram;
+  Row row(logits, workspace, words, vocab, scale);
+  auto block_max = [&](uint64_t x, bool groups) {
+    for (int other = 1; other < 32; other *= 2) {
+      if (groups && other == 8 && threadIdx.x % 8 == 0) row.maxima[blockIdx.x * GROUPS + threadIdx.x / 8] = logit_of(x >> 32);
+      x = larger(x, __shfl_xor_sync(FULL, x, other));
+    }
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) x = larger(x, warps[w]);
+    return x;
+  };
+  float x[TOKENS];
+  row.load(x);
+  uint64_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < TOKENS; i++) largest = larger(largest, value(x[i], row.id(i)));
+  largest = block_max(largest, top_k > 0);
+  if (threadIdx.x == 0) row.parts[blockIdx.x] = largest;
+  if (!row.last_block()) return;
+
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (int)gridDim.x; i += THREADS) largest = larger(largest, row.parts[i]);
+  largest = block_max(largest, false);
   const int likeliest = (int)(0xffffffffu - (uint32_t)largest);
   row.max = row.logits[likeliest];
   const bool finite = fabsf(row.max) <= 3.4028235e38f;
-  if (scale == 0.f || !finite) {
-    if (threadIdx.x == 0) tokens[blockIdx.x] = finite ? likeliest : -1;
-    return;
+  int last = BINS - 1;
+  if (finite && top_k > 0) {
+    histogram.clear();
+    __syncthreads();
+    for (int i = threadIdx.x; i < (int)gridDim.x * GROUPS; i += THREADS)
+      if (const int bin = row.bin(row.maxima[i]); bin < BINS) histogram.add(bin, 1);
+    __syncthreads();
+    uint64_t own[BINS / THREADS];
+#pragma unroll
+    for (int i = 0; i < BINS / THREADS; i++) own[i] = histogram.at(BINS / THREADS * threadIdx.x + i);
+    const Reached reached = reach(own, top_k);
+    if (reached.at >= 0) last = reached.at;
   }
+  if (threadIdx.x > 0) return;
+  if (scale == 0.f || !finite) tokens[blockIdx.y] = finite ? likeliest : -1;
+  row.state->max = row.max, row.state->first = top_k > 0 ? 0 : BINS, row.state->last = last;
+}
 
-  uint32_t least = 0, edge = 0;  // keys below `least` are out; of those equal to `edge` the first `ties` are in, below it none
-  uint64_t ties = ~0ull;
-  if (top_k > 0 && top_k < vocab) least = row.bound_of(top_k, true, 0);
-  if (top_p < 1) {
-    const uint64_t wanted = (uint64_t)ceil(top_p * (double)row.above(least, false));
-    edge = row.bound_of(wanted, false, least);
-    const uint64_t more = edge == ~0u ? 0 : row.above(edge + 1, false);
-    const uint32_t bits = edge >> 31 ? edge ^ 0x80000000u : ~edge;
-    const uint64_t each = row.mass(__uint_as_float(bits));
-    ties = (wanted - more + each - 1) / each;
+// bins: those after so many are out, whatever the logits; raw_dense.py has the reason.
+extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_mass(const float* logits, uint64_t* workspace, int words, int vocab, float scale, double top_p, int bins) {
+  __shared__ Histogram<BINS> histogram;
+  Row row(logits, workspace, words, vocab, scale);
+  float x[TOKENS];
+  row.load(x);  // two launches old
+  histogram.clear();
+  __syncthreads();
+  wait_for_previous(), allow_next();
+  if (!row.take_max()) return;
+  uint64_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < TOKENS; i++) {
+    const int bin = row.bin(x[i]);
+    if (bin == BINS) continue;
+    const uint64_t mass = row.mass(row.weight(x[i]));
+    sum += mass;
+    if (bin < bins) histogram.add(bin, mass);
   }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) row.parts[blockIdx.x] = sum;
+  for (int i = threadIdx.x; i < bins; i += THREADS)
+    if (const uint64_t mass = histogram.at(i)) atomicAdd(row.bins + i, mass);
+  if (!row.last_block()) return;
 
-  // A thread has a stretch of neighbouring ids, so that sums run in their order.
-  const int stretch = (vocab + THREADS - 1) / THREADS, first = min((int)threadIdx.x * stretch, vocab), last = min(first + stretch, vocab);
-  uint64_t rank = 0, equal = 0;
-  if (edge) {
-    for (int i = first; i < last; i++) equal += key(row.logits[i]) == edge;
-    block_sum(equal, &rank);
+  uint64_t total = 0, own[BINS / THREADS];
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (int)gridDim.x; i += THREADS) total += row.parts[i];
+  total = block_sum(total);
+#pragma unroll
+  for (int i = 0; i < BINS / THREADS; i++) {
+    uint64_t& bin = row.bins[BINS / THREADS * threadIdx.x + i];
+    own[i] = bin, bin = 0;
   }
-  auto mass_of = [&](int i, uint64_t& seen) -> uint64_t {
-    const float logit = row.logits[i];
-    const uint32_t k = key(logit);
-    const bool in = k > edge || (k == edge && seen++ < ties);
-    return in && k >= least && row.weight(logit) >= min_p ? row.mass(logit) : 0;
+  const uint64_t wanted = part_of(top_p, total);
+  const Reached reached = reach(own, wanted);
+  if (threadIdx.x == 0) row.state->wanted = wanted - reached.before, row.state->first = row.state->last = reached.at;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+sample_draw(const float* logits, uint64_t* workspace, int words, const int* sequences, const int* steps, int* tokens, int vocab, float scale,
+            int top_k, double top_p, float min_p, unsigned long long seed) {
+  Row row(logits, workspace, words, vocab, scale);
+  float x[TOKENS];
+  row.load(x);  // two launches old
+  wait_for_previous(), allow_next();
+  if (!row.take_max()) return;
+  const int first = row.state->first, last = row.state->last;
+  auto drawn_mass = [&](float logit) -> uint64_t {
+    const float weight = row.weight(logit);
+    return weight >= min_p ? row.mass(weight) : 0;
   };
-  uint64_t sum = 0, before, seen = rank;
-  for (int i = first; i < last; i++) sum += mass_of(i, seen);
-  const uint64_t total = block_sum(sum, &before);
-  const uint64_t drawn = philox(seed, sequences[blockIdx.x], steps[blockIdx.x]) >> 11 << 11;  // 53 bits of it: u = drawn / 2^64
-  const uint64_t target = __umul64hi(drawn, total);
-  if (before > target || before + sum <= target) return;
-  seen = rank;
-  for (int i = first; i < last; i++) {
-    before += mass_of(i, seen);
-    if (before > target) {
-      tokens[blockIdx.x] = i;
-      return;
+  uint64_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < TOKENS; i++) {
+    const int bin = row.bin(x[i]);
+    if (bin < first) sum += drawn_mass(x[i]);
+    else if (bin <= last) {
+      const int at = atomicAdd(&row.state->listed, 1);
+      if (at < LIST) row.list[at] = value(x[i], row.id(i));
     }
   }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) row.parts[blockIdx.x] = sum;
+  if (!row.last_block()) return;
+
+  const bool listed = row.state->listed <= LIST;
+  const int n = listed ? row.state->listed : vocab;
+  auto candidate = [&](int i) -> uint64_t {  // its value, 0: none
+    if (listed) return row.list[i];
+    const int bin = row.bin(row.logits[i]);
+    return bin >= first && bin <= last ? value(row.logits[i], i) : 0;
+  };
+  uint64_t edge = 0;  // of the candidates those of a value below are out
+  if (top_k > 0)
+    edge = bound_of(n, 32, top_k, [&](int i, uint64_t& value) -> uint64_t { return (value = candidate(i)) > 0; });
+  if (top_p < 1) {
+    auto weigh = [&](int i, uint64_t& value) -> uint64_t {
+      value = candidate(i);
+      return value > 0 && value >= edge ? row.mass(row.weight(logit_of(value >> 32))) : 0;
+    };
+    uint64_t wanted = row.state->wanted;
+    if (top_k > 0) {
+      uint64_t total = 0, value;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < n; i += THREADS) total += weigh(i, value);
+      wanted = part_of(top_p, block_sum(total));
+    }
+    edge = larger(edge, bound_of(n, 0, wanted, weigh));
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += THREADS) {
+    const uint64_t value = candidate(i);
+    if (value > 0 && value >= edge) atomicAdd(row.parts + (0xffffffffu - (uint32_t)value) / PART, drawn_mass(logit_of(value >> 32)));
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) row.state->listed = 0;
+
+  // The part in which the draw falls, the stretch of TOKENS neighbours in it, the token.
+  auto mass_at = [&](int id) -> uint64_t {
+    if (id >= vocab) return 0;
+    const float logit = row.logits[id];
+    return row.bin(logit) <= last && value(logit, id) >= edge ? drawn_mass(logit) : 0;
+  };
+  uint64_t own[BINS / THREADS];
+  sum = 0;
+#pragma unroll
+  for (int i = 0; i < BINS / THREADS; i++) {  // no row has more than 1,024 parts: raw_dense.SAMPLE_VOCAB
+    const int part = BINS / THREADS * threadIdx.x + i;
+    own[i] = part < (int)gridDim.x ? row.parts[part] : 0, sum += own[i];
+  }
+  const uint64_t drawn = philox(seed, sequences[blockIdx.y], steps[blockIdx.y]) >> 11 << 11;  // 53 bits of it: u = drawn / 2^64
+  uint64_t passed = __umul64hi(drawn, block_sum(sum)) + 1;
+  const Reached part = reach(own, passed);
+  int id = part.at * PART;
+  passed -= part.before, sum = 0;
+#pragma unroll 1
+  for (int i = 0; i < TOKENS; i++) sum += mass_at(id + TOKENS * threadIdx.x + i);
+  const Reached stretch = reach({sum}, passed);
+  id += TOKENS * stretch.at, passed -= stretch.before;
+  const Reached token = reach({threadIdx.x < TOKENS ? mass_at(id + threadIdx.x) : 0}, passed);
+  if (threadIdx.x == 0) tokens[blockIdx.y] = id + token.at;
 }

@@ -73,7 +73,8 @@ class DecodeStep:
             self.launches += products.launches(middle, layer.gate_up, h, norm=(layer.post_norm, self.eps), silu=True)
             self.launches += products.launches(h, layer.down, x, residual=middle)
         self.launches += products.launches(x, weights.head, self.logits, norm=(weights.norm, self.eps))
-        self.launches.append(raw_dense.sample(self.logits, sampling, self.sequences, self.steps, self.tokens))
+        chosen = xp.zeros((rows, raw_dense.sample_words(config.vocab_size)), np.uint64)
+        self.launches += raw_dense.sample(self.logits, sampling, self.sequences, self.steps, self.tokens, chosen)
         self.launches.append(raw_dense.advance(self.lengths, self.steps))
 
     def run(self) -> None:

@@ -243,7 +243,7 @@ def unpack(heads: Heads, scheme: Scheme, slots: Array | None, starts: Array, cac
     named = (cache.get(n) for n in ("pages", "norms", "sink_keys", "sink_values", "window_keys", "window_values"))
     args = (*named, slots, starts, keys, values, *map(np.int32, sizes))
     grid = -(-keys.shape[2] // PAGE_TOKENS), heads.kv_heads, starts.shape[0]
-    return Launch("unpack.cu", "unpack", layout_defines(scheme, heads.head_dim), grid, 256, args)
+    return Launch("unpack.cu", "unpack", layout_defines(scheme, heads.head_dim), grid, 2 * heads.head_dim, args)
 
 
 # head_dim -> (warps, row tiles of 16 a warp, keys of a tile, blocks a multiprocessor), best first

@@ -1,4 +1,4 @@
-"""Launches of the raw kernels that know nothing of the cache: linear layers, norms and sampling of a decode step, as in raw.py."""
+"""Launches of the raw kernels that know nothing of the cache, as in raw.py: linear layers, norms, what stands between them, sampling."""
 
 from __future__ import annotations
 
@@ -104,18 +104,69 @@ def _batch_defines(columns: int, stages: int, silu: bool, out_bf16: bool) -> tup
     return f"COLUMNS={columns}", f"STAGES={stages}", f"SILU={silu:d}", f"OUT_BF16={out_bf16:d}"
 
 
+# --- between the products of a prefill
+
+
+def silu_mul(gate_up: Array, out: Array) -> Launch:
+    """`Reference.silu_mul`: gate_up [tokens, 2 n] -> out [tokens, n], both bf16, n a multiple of 8."""
+    return _elementwise("silu_mul", out, gate_up, out)
+
+
+def add(x: Array, y: Array) -> Launch:
+    """y += x in bf16: y [tokens, n], x the same or a bias [n], n a multiple of 8."""
+    return _elementwise("add", y, x, y, np.int32(y.shape[1] // 8 if x.ndim == 2 else 0))
+
+
+def _elementwise(name: str, out: Array, a: Array, b: Array, *more: np.int32) -> Launch:
+    tokens, size = out.shape
+    if size % 8:
+        raise ValueError(f"rows of {size} numbers have no place in elementwise.cu, which takes multiples of 8")
+    grid = tokens, -(-size // 4096)
+    return Launch("elementwise.cu", name, (), grid, 256, (a, b, np.int32(size // 8), *more))
+
+
 # --- the next token
 
 
-def sample(logits: Array, sampling: Sampling, sequences: Array, steps: Array, tokens: Array) -> Launch:
+SAMPLE_VOCAB = 2**21  # the most that sample.cu has room for
+
+
+def sample_words(vocab: int) -> int:
+    """Of the workspace of a row of logits, in numbers of 64 bits: sample.cu, Row."""
+    return 4 + 1024 + 17 * -(-vocab // 2048) + 8192
+
+
+def sample(logits: Array, sampling: Sampling, sequences: Array, steps: Array, tokens: Array, workspace: Array) -> list[Launch]:
     """`sampling.sample` of every row of logits, float32 [batch, vocab]; sequences, steps and tokens are int32 [batch] on the device.
 
-    A row gets -1 where `sampling.sample` raises Failure.
+    A row gets -1 where `sampling.sample` raises Failure. workspace uint64 [batch, sample_words(vocab)], zero the first time. Raises
+    ValueError for more than SAMPLE_VOCAB tokens.
     """
+    batch, vocab = logits.shape
+    if vocab > SAMPLE_VOCAB:
+        raise ValueError(f"a vocabulary of {vocab} has no place in sample.cu, which has room for {SAMPLE_VOCAB}")
     scale = min(math.log2(math.e) / sampling.temperature, 1e30) if sampling.temperature else 0.0  # next to 0, the likeliest alone is left
-    numbers = np.float32(scale), np.int32(sampling.top_k), np.float64(sampling.top_p), np.float32(sampling.min_p), np.uint64(sampling.seed)
-    args = (logits, sequences, steps, tokens, np.int32(logits.shape[1]), *numbers)
-    return Launch("sample.cu", "sample", (), (len(logits),), 1024, args)
+    top_k = sampling.top_k if sampling.top_k < vocab else 0
+    of_thread = 8 if batch < 16 else 32  # many rows fill a card with fewer blocks, which have their fixed costs less often
+    row = np.int32(workspace.shape[1])
+    numbers = np.int32(vocab), np.float32(scale)
+
+    def launch(name: str, *args: Any) -> Launch:
+        grid = -(-vocab // (256 * of_thread)), batch
+        return Launch("sample.cu", name, (f"TOKENS={of_thread}",), grid, 256, (logits, workspace, row, *args))
+
+    launches = [launch("sample_max", tokens, *numbers, np.int32(top_k))]
+    if sampling.temperature == 0:
+        return launches
+    if sampling.top_p < 1 and not top_k:
+        # Tokens below (1 - top_p) / vocab of the largest p are less than what top-p leaves out, all together. Three octaves more make up
+        # for everything that is rounded, and for weights next to 2^-41, which are rounded by up to a factor of 2.
+        octaves = 3 + math.log2(vocab / (1 - sampling.top_p))
+        bins = min(math.ceil(24 * octaves), 1024)
+        launches.append(launch("sample_mass", *numbers, np.float64(sampling.top_p), np.int32(bins)))
+    chosen = np.int32(top_k), np.float64(sampling.top_p), np.float32(sampling.min_p), np.uint64(sampling.seed)
+    launches.append(launch("sample_draw", sequences, steps, tokens, *numbers, *chosen))
+    return launches
 
 
 # --- around a step
