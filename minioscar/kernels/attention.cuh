@@ -22,7 +22,7 @@
 
 constexpr int D = HEAD_DIM, TOKEN_BYTES = D * 2 * 2;  // of a BF16 token: key and value
 constexpr int TILE_TOKENS = UNIT_BYTES / TOKEN_BYTES < 16 ? UNIT_BYTES / TOKEN_BYTES : 16;
-constexpr int Q_BYTES = Q_PER_KV * D * 2, OUT = Q_PER_KV * D, HEAD_STRIDE = D + 8;  // + 8: no bank conflicts between heads
+constexpr int OUT = Q_PER_KV * D, HEAD_STRIDE = D + 8;  // + 8: no bank conflicts between heads
 constexpr int CHANNEL_TILES = D / 16;
 constexpr int HALVES = Q_PER_KV <= 4 ? 2 : 1, COLUMNS = 8 / HALVES;
 constexpr float LOWEST = -1e30f, NEVER = -1e38f, LN2 = 0.69314718f;
@@ -78,9 +78,19 @@ __device__ __forceinline__ int value_channel(int j, int row) { return j / 2 * 32
 constexpr uint32_t ONE_BF16X2 = 0x3f803f80u;
 __device__ __forceinline__ uint32_t in_units(uint32_t p, uint32_t unit) { return unit == ONE_BF16X2 ? p : mul_bf16x2(p, unit); }
 
-// One tile of `valid` (1..TILE_TOKENS) BF16 tokens: keys, then values, [TILE_TOKENS][D] each; q [Q_PER_KV][D], all in shared memory.
+// A head's q [Q_PER_KV][D] as attend_tile takes it.
+struct TileQuery { uint4 b[D / 32]; };
+__device__ __forceinline__ TileQuery load_tile_query(const bf16* q) {
+  TileQuery query;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < D / 32; i++) query.b[i] = *(const uint4*)(q + head_of_column(lane / 4) * D + i * 32 + lane % 4 * 8);
+  return query;
+}
+
+// One tile of `valid` (1..TILE_TOKENS) BF16 tokens in shared memory: keys, then values, [TILE_TOKENS][D] each.
 template <class Units>
-__device__ __forceinline__ void attend_tile(State& state, const unsigned char* tile, const unsigned char* q, int valid, float scale_log2) {
+__device__ __forceinline__ void attend_tile(State& state, const unsigned char* tile, const TileQuery& query, int valid, float scale_log2) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const uint4 none = make_uint4(0, 0, 0, 0);
   const bool has0 = r < valid, has1 = r + 8 < valid;
@@ -89,7 +99,7 @@ __device__ __forceinline__ void attend_tile(State& state, const unsigned char* t
   for (int i = 0; i < D / 32; i++) {
     const int at = i * 64 + c * 16;
     const uint4 k0 = has0 ? *(const uint4*)(tile + r * D * 2 + at) : none, k1 = has1 ? *(const uint4*)(tile + (r + 8) * D * 2 + at) : none;
-    const uint4 b = *(const uint4*)(q + head_of_column(r) * D * 2 + at);
+    const uint4 b = query.b[i];
     mma_m16n8k16_bf16(x, k0.x, k1.x, k0.y, k1.y, b.x, b.y);
     mma_m16n8k16_bf16(x, k0.z, k1.z, k0.w, k1.w, b.z, b.w);
   }
@@ -136,14 +146,14 @@ struct Copy {
   int bytes;
 };
 
-// Per-warp ring of units in shared memory, filled STAGES ahead, and the q of the heads that these units are of.
+// Per-warp ring of units in shared memory, filled STAGES ahead.
 struct Ring {
-  unsigned char *slots, *queries;
+  unsigned char* slots;
   uint64_t* barriers;
   uint64_t policy;
 
-  __device__ __forceinline__ void setup(unsigned char* memory, unsigned char* q_memory, uint64_t* bars) {
-    slots = memory, queries = q_memory, barriers = bars;
+  __device__ __forceinline__ void setup(unsigned char* memory, uint64_t* bars) {
+    slots = memory, barriers = bars;
 #if BULK_COPIES
     policy = l2_evict_first();
     if (threadIdx.x % 32 == 0) {
@@ -154,7 +164,6 @@ struct Ring {
 #endif
   }
   __device__ __forceinline__ unsigned char* slot_at(int slot) const { return slots + slot * UNIT_BYTES; }
-  __device__ __forceinline__ unsigned char* query_at(int number) const { return queries + number % STAGES * Q_BYTES; }
 
   // Starts the copies that fill a slot, all sizes multiples of 16 bytes and perhaps 0.
   template <int N>
@@ -192,9 +201,9 @@ struct Ring {
 
 // --- the parts of a head that several warps or blocks have
 
-// Shared memory: the warps' rings | their q | first parts | (m, l) of first and last parts | their heads | barriers | the sequences' tokens
+// Shared memory: the warps' rings | first parts | (m, l) of first and last parts | their heads | barriers | the sequences' tokens
 constexpr int RING_BYTES = STAGES * UNIT_BYTES, PART_BYTES = Q_PER_KV * HEAD_STRIDE * 4;
-constexpr int AT_Q = BLOCK_WARPS * RING_BYTES, AT_PARTS = AT_Q + BLOCK_WARPS * STAGES * Q_BYTES, AT_ML = AT_PARTS + BLOCK_WARPS * PART_BYTES;
+constexpr int AT_PARTS = BLOCK_WARPS * RING_BYTES, AT_ML = AT_PARTS + BLOCK_WARPS * PART_BYTES;
 constexpr int AT_HEADS = AT_ML + BLOCK_WARPS * 2 * Q_PER_KV * 8, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16;
 constexpr int AT_ROWS = AT_BARRIERS + BLOCK_WARPS * STAGES * 8;
 static_assert(RING_BYTES >= PART_BYTES && UNIT_BYTES % 16 == 0, "the last part goes into the drained ring");
@@ -274,8 +283,8 @@ __device__ __forceinline__ void merge_blocks(const Results& to, int head, int fr
 
 // --- the walk over the list
 
-// Units: count(tokens) of a sequence's heads; enter(cursor) sets what hangs on the sequence and head; copy_page(ring, slot, cursor, q or
-// null) and copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, q,
+// Units: count(tokens) of a sequence's heads; enter(cursor) sets what hangs on the sequence and head; copy_page(ring, slot, cursor) and
+// copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, tile query,
 // cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j), zero_term(state, j) and half_of(j) turn sums
 // into numbers true to scale: of the column half that knows tile j.
 //
@@ -291,22 +300,21 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   int* tokens = (int*)(smem + AT_ROWS);
   int* part_head = (int*)(smem + AT_HEADS);
   Ring ring;
-  ring.setup(smem + warp * RING_BYTES, smem + AT_Q + warp * STAGES * Q_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
+  ring.setup(smem + warp * RING_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
   const int4 task = tasks[block * BLOCK_TASKS + warp];
   for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
   if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
   if (lane < 2) part_head[2 * warp + lane] = -1;
   __syncthreads();
 
-  Cursor at = {task.x, task.y, task.z, 0, 0, 0, 0, nullptr, nullptr};
+  Cursor at = {task.x, task.y, task.z, 0, 0, 0, nullptr, nullptr};
   if (task.w) at.tokens = tokens[at.row], units.enter(at);
   Cursor ahead = at;
   int asked = 0;
   auto request = [&](int slot) {
     if (asked < task.w) {
-      const bf16* head_q = asked == 0 || ahead.unit == 0 ? q + (size_t)(ahead.row * heads + ahead.head) * OUT : nullptr;
-      if (ahead.unit < ahead.pages) units.copy_page(ring, slot, ahead, head_q);
-      else units.copy_tile(ring, slot, ahead, head_q);
+      if (ahead.unit < ahead.pages) units.copy_page(ring, slot, ahead);
+      else units.copy_tile(ring, slot, ahead);
       asked++;
       if (++ahead.unit == ahead.units) next_head(units, ahead, tokens, batch, heads);
     }
@@ -320,10 +328,9 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   for (int left = task.w; left > 0;) {
     const int stop = min(at.unit + left, at.units), pages_stop = min(stop, at.pages);  // this warp's units of this head
     const bool whole = at.unit == 0 && stop == at.units;
+    const int head = at.row * heads + at.head;
     left -= stop - at.unit;
-    ring.wait(slot, parity);
-    const unsigned char* own_q = ring.query_at(at.number);
-    const typename Units::Query query = Units::load_query(own_q);
+    const typename Units::Query query = Units::load_query(q + (size_t)head * OUT);
     State state;
     state.clear();
     auto done = [&]() {
@@ -337,12 +344,13 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
       done();
     }
     Units::finish_pages(state);
+    const TileQuery tile_query = load_tile_query(q + (size_t)head * OUT);
     for (; at.unit < stop; at.unit++) {
       ring.wait(slot, parity);
-      units.attend(state, ring.slot_at(slot), own_q, at);
+      units.attend(state, ring.slot_at(slot), tile_query, at);
       done();
     }
-    const int part = 2 * warp + (left == 0), head = at.row * heads + at.head;
+    const int part = 2 * warp + (left == 0);
     store_sums<Units>(state, smem, to, head, whole, part);
     if (!whole && lane == 0) part_head[part] = head;
     __syncwarp();

@@ -80,11 +80,10 @@ struct Pages {
     at.page = data + ((size_t)(at.row * kv_heads + at.head / SHARE) * page_capacity + sinks / PAGE_TOKENS) * PAGE_BYTES;
     at.norms = norms + (size_t)at.row * norm_stride + sinks / PAGE_TOKENS * PAGE_TOKENS;
   }
-  __device__ __forceinline__ void copy_page(Ring& ring, int slot, const Cursor& at, const bf16* q) const {
+  __device__ __forceinline__ void copy_page(Ring& ring, int slot, const Cursor& at) const {
     unsigned char* to = ring.slot_at(slot);
     ring.fill(slot, {{to, at.page + (size_t)at.unit * PAGE_BYTES, PAGE_BYTES},
-                     {to + PAGE_BYTES, at.norms + at.unit * PAGE_TOKENS, SCALED ? 256 : 0},
-                     {ring.query_at(at.number), q, q ? Q_BYTES : 0}});
+                     {to + PAGE_BYTES, at.norms + at.unit * PAGE_TOKENS, SCALED ? 256 : 0}});
   }
   struct Tile { int first, valid; bool sink; };
   __device__ __forceinline__ Tile tile(const Cursor& at) const {
@@ -93,22 +92,21 @@ struct Pages {
     const int from = (sink ? t : t - before) * TILE_TOKENS;
     return {from, min(TILE_TOKENS, (sink ? sinks : at.tokens - packed) - from), sink};
   }
-  __device__ __forceinline__ void copy_tile(Ring& ring, int slot, const Cursor& at, const bf16* q) const {
+  __device__ __forceinline__ void copy_tile(Ring& ring, int slot, const Cursor& at) const {
     const Tile t = tile(at);
     const size_t from = ((size_t)(at.row * kv_heads + at.head / SHARE) * (t.sink ? sinks : WINDOW) + t.first) * D;
     const int n = t.valid * D * 2;
     unsigned char* to = ring.slot_at(slot);
     ring.fill(slot, {{to, (t.sink ? sink_keys : window_keys) + from, n},
-                     {to + TILE_TOKENS * D * 2, (t.sink ? sink_values : window_values) + from, n},
-                     {ring.query_at(at.number), q, q ? Q_BYTES : 0}});
+                     {to + TILE_TOKENS * D * 2, (t.sink ? sink_values : window_values) + from, n}});
   }
-  __device__ __forceinline__ static Query load_query(const unsigned char* q) {
+  __device__ __forceinline__ static Query load_query(const bf16* q) {
     Query query;
     const int lane = threadIdx.x % 32;
     auto half2 = [](uint32_t w) { return pack_f16x2(__uint_as_float(w << 16) * LIFT, __uint_as_float(w & 0xffff0000u) * LIFT); };
 #pragma unroll
     for (int i = 0; i < D / 32; i++) {
-      const uint4 w = *(const uint4*)(q + head_of_column(lane / 4) * D * 2 + i * 64 + lane % 4 * 16);
+      const uint4 w = *(const uint4*)(q + head_of_column(lane / 4) * D + i * 32 + lane % 4 * 8);
       query.b[2 * i][0] = half2(w.x), query.b[2 * i][1] = half2(w.y), query.b[2 * i + 1][0] = half2(w.z), query.b[2 * i + 1][1] = half2(w.w);
     }
     return query;
@@ -131,8 +129,8 @@ struct Pages {
     const int from = value_group_place(group_of(j)) * 4 + threadIdx.x % 4;
     return make_float2(ZERO * __shfl_sync(FULL, state.sums[0], from), ZERO * __shfl_sync(FULL, state.sums[1], from));
   }
-  __device__ __forceinline__ void attend(State& state, const unsigned char* data, const unsigned char* q, const Cursor& at) const {
-    attend_tile<Pages>(state, data, q, tile(at).valid, scale_log2);
+  __device__ __forceinline__ void attend(State& state, const unsigned char* data, const TileQuery& query, const Cursor& at) const {
+    attend_tile<Pages>(state, data, query, tile(at).valid, scale_log2);
   }
 
   // Logits above the references: x[j][i] of the lane's token tile j (of the page's: LANE_TILES * half + j), row r or r + 8, column 2c + i % 2.
@@ -281,7 +279,7 @@ struct Pages {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
-decode_attention(const bf16* __restrict__ q, const unsigned char* __restrict__ pages, const float* __restrict__ norms,
+decode_attention(const bf16* q, const unsigned char* __restrict__ pages, const float* __restrict__ norms,
                  const bf16* __restrict__ sink_keys, const bf16* __restrict__ sink_values, const bf16* __restrict__ window_keys,
                  const bf16* __restrict__ window_values, const int* __restrict__ lengths, const int4* __restrict__ tasks, Output* __restrict__ out,
                  float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived, int batch, int kv_heads, int page_capacity,

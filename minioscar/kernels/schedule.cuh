@@ -13,14 +13,13 @@ constexpr unsigned FULL = 0xffffffffu;
 // Units of one kv head: its pages first, then its tiles. `unit` is the next one of them.
 struct Cursor {
   int row, head, unit, pages, units, tokens;
-  int number;                 // of heads that this warp has begun before
   const unsigned char* page;  // of this head, the one that unit 0 is
   const float* norms;         // of its tokens
 };
 
 template <class Units>
 __device__ __forceinline__ void next_head(const Units& units, Cursor& at, const int* tokens, int batch, int heads) {
-  at.unit = 0, at.number++;
+  at.unit = 0;
   if (++at.head == heads) {
     at.head = 0;
     do at.row++; while (at.row < batch && tokens[at.row] <= 0);

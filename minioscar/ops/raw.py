@@ -191,7 +191,7 @@ def _unit_bytes(head_dim: int, scheme: Scheme) -> int:
 
 def shared_bytes(head_dim: int, scheme: Scheme, p: Plan, batch: int) -> int:
     """Dynamic shared memory of a decode kernel: attention.cuh, AT_ROWS and what follows."""
-    ring = p.stages * (_unit_bytes(head_dim, scheme) + p.q_per_kv * head_dim * 2)
+    ring = p.stages * _unit_bytes(head_dim, scheme)
     heads = p.warps * (ring + p.q_per_kv * (head_dim + 8) * 4 + 2 * p.q_per_kv * 8 + 8)
     return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * batch
 
