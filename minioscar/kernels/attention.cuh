@@ -283,7 +283,7 @@ __device__ __forceinline__ void merge_blocks(const Results& to, int head, int fr
 
 // --- the walk over the list
 
-// Units: count(tokens) of a sequence's heads; enter(cursor) sets what hangs on the sequence and head; copy_page(ring, slot, cursor) and
+// Units: count(tokens) of a sequence's heads; measure(cursor) sets pages and units, point(cursor) where they are; copy_page(ring, slot, cursor) and
 // copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, tile query,
 // cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j), zero_term(state, j) and half_of(j) turn sums
 // into numbers true to scale: of the column half that knows tile j.
@@ -300,30 +300,37 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   int* tokens = (int*)(smem + AT_ROWS);
   int* part_head = (int*)(smem + AT_HEADS);
   Ring ring;
+  const int4 task = tasks[block * BLOCK_TASKS + 2 * warp], where = tasks[block * BLOCK_TASKS + 2 * warp + 1];
   ring.setup(smem + warp * RING_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
-  const int4 task = tasks[block * BLOCK_TASKS + warp];
+  // Asked for before the first copy: whatever is read after it waits behind all the bytes that are under way.
+#pragma unroll 1
   for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
-  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
+  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
   if (lane < 2) part_head[2 * warp + lane] = -1;
-  __syncthreads();
 
-  Cursor at = {task.x, task.y, task.z, 0, 0, 0, nullptr, nullptr};
-  if (task.w) at.tokens = tokens[at.row], units.enter(at);
+  Cursor at = {task.x, task.y, task.z, where.x, where.y, where.z, nullptr, nullptr};
+  units.point(at);
   Cursor ahead = at;
   int asked = 0;
   auto request = [&](int slot) {
     if (asked < task.w) {
+      if (ahead.unit == ahead.units) next_head(units, ahead, tokens, batch, heads);
       if (ahead.unit < ahead.pages) units.copy_page(ring, slot, ahead);
       else units.copy_tile(ring, slot, ahead);
-      asked++;
-      if (++ahead.unit == ahead.units) next_head(units, ahead, tokens, batch, heads);
+      asked++, ahead.unit++;
     }
     ring.end();
   };
-#pragma unroll 1  // code that runs once is fetched once: less of it
-  for (int slot = 0; slot < STAGES; slot++) request(slot);
-
+  // Before the wait: all but the last unit of a head, which holds the newest token. The launch before this one may be writing that still.
   int slot = 0;
+#pragma unroll 1  // code that runs once is fetched once: less of it
+  for (; slot < STAGES && ahead.unit + 1 < ahead.units; slot++) request(slot);
+  __syncthreads();  // `tokens` are there
+  wait_for_previous(), allow_next();
+#pragma unroll 1
+  for (; slot < STAGES; slot++) request(slot);
+
+  slot = 0;
   uint32_t parity = 0;
   for (int left = task.w; left > 0;) {
     const int stop = min(at.unit + left, at.units), pages_stop = min(stop, at.pages);  // this warp's units of this head

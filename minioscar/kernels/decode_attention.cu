@@ -74,9 +74,11 @@ struct Pages {
   __device__ __forceinline__ int sink_tiles(int packed) const { return packed ? (sinks + TILE_TOKENS - 1) / TILE_TOKENS : 0; }
   __device__ __forceinline__ int tiles(int tokens, int packed) const { return sink_tiles(packed) + (tokens - packed + TILE_TOKENS - 1) / TILE_TOKENS; }
   __device__ __forceinline__ int count(int tokens) const { return pages(packed_tokens(tokens)) + tiles(tokens, packed_tokens(tokens)); }
-  __device__ __forceinline__ void enter(Cursor& at) const {
+  __device__ __forceinline__ void measure(Cursor& at) const {
     const int packed = packed_tokens(at.tokens);
     at.pages = pages(packed), at.units = at.pages + tiles(at.tokens, packed);
+  }
+  __device__ __forceinline__ void point(Cursor& at) const {
     at.page = data + ((size_t)(at.row * kv_heads + at.head / SHARE) * page_capacity + sinks / PAGE_TOKENS) * PAGE_BYTES;
     at.norms = norms + (size_t)at.row * norm_stride + sinks / PAGE_TOKENS * PAGE_TOKENS;
   }
@@ -284,7 +286,6 @@ decode_attention(const bf16* q, const unsigned char* __restrict__ pages, const f
                  const bf16* __restrict__ window_values, const int* __restrict__ lengths, const int4* __restrict__ tasks, Output* __restrict__ out,
                  float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived, int batch, int kv_heads, int page_capacity,
                  int norm_stride, int sinks, int added, float scale_log2) {
-  wait_for_previous(), allow_next();
   attend(Pages{pages, norms, sink_keys, sink_values, window_keys, window_values, kv_heads, page_capacity, norm_stride, sinks, scale_log2},
          q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
 }

@@ -13,7 +13,8 @@ struct Tiles {
   struct Query {};
 
   __device__ __forceinline__ static int count(int tokens) { return (tokens + TILE_TOKENS - 1) / TILE_TOKENS; }
-  __device__ __forceinline__ static void enter(Cursor& at) { at.pages = 0, at.units = count(at.tokens); }
+  __device__ __forceinline__ static void measure(Cursor& at) { at.pages = 0, at.units = count(at.tokens); }
+  __device__ __forceinline__ static void point(Cursor&) {}
   __device__ __forceinline__ static int valid(const Cursor& at) { return min(TILE_TOKENS, at.tokens - at.unit * TILE_TOKENS); }
   __device__ __forceinline__ void copy_page(Ring&, int, const Cursor&) const {}
   __device__ __forceinline__ void copy_tile(Ring& ring, int slot, const Cursor& at) const {
@@ -38,7 +39,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
 decode_attention_bf16(const bf16* q, const bf16* __restrict__ keys, const bf16* __restrict__ values, const int* __restrict__ lengths,
                       const int4* __restrict__ tasks, Output* __restrict__ out, float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived,
                       int batch, int kv_heads, int capacity, int added, float scale_log2) {
-  wait_for_previous(), allow_next();
   attend(Tiles{keys, values, kv_heads, capacity, scale_log2}, q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
 }
 

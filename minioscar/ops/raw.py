@@ -167,8 +167,8 @@ class Plan:
 
     @property
     def task_shape(self) -> tuple[int, int, int]:
-        """Of the schedule, int32: a row of four for every warp of a block and for the two heads that it shares (attention.cuh)."""
-        return self.blocks, self.warps + 2, 4
+        """Of the schedule, int32: two rows of four for every warp of a block and one for each of the two heads that it shares (schedule.cuh)."""
+        return self.blocks, 2 * self.warps + 2, 4
 
 
 def plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, capability: int) -> Plan:
@@ -209,6 +209,7 @@ def decode_attention(
 ) -> Launch:
     """q [batch, q_heads, d] bf16 -> out, bf16 or float32, over lengths[b] + added tokens of each row, as `schedule` has cut them.
 
+    The launch directly before may write q and the newest token of each row; all else must come from launches before that one.
     workspace float32 [p.workspace_floats(d)], arrived int32 [batch * kv_heads * p.share], zero (and zero again afterwards); lse float32
     [batch, q_heads] or None, not written for a row without tokens. scale: of the logits, 1 / sqrt(d) unless given.
     """
