@@ -106,7 +106,7 @@ def run(
     cache = filled(device, sequences, scheme, heads)
     out, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:2], np.float32)
     workspace = device.empty(plan.workspace_floats(d), np.float32)
-    arrived = device.array(np.zeros(batch * KV_HEADS * plan.share, np.int32))
+    arrived = device.array(np.zeros(plan.counters(d), np.int32))
     known = device.array(np.array(lengths, np.int32) - 1)
     tasks = device.empty(plan.task_shape, np.int32)
     device.run(raw.schedule(heads, scheme, plan, known, tasks), arch, order)

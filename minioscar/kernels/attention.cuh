@@ -5,7 +5,7 @@
 // STAGES units ahead into its own ring.
 //
 // A head that one warp has whole goes straight out; else the warps' parts meet in shared memory, the blocks' parts in `workspace`, where
-// the last block to arrive merges them. All merging is in list order: equal inputs give equal bits. No float atomics.
+// the last to arrive merges them. All merging is in list order: equal inputs give equal bits. No float atomics.
 //
 // q is the small operand of every MMA, a column a head. Up to 4 heads stand in the 8 columns twice, so that the two halves can be about
 // different groups of steps (decode_attention.cu).
@@ -22,7 +22,8 @@
 
 constexpr int D = HEAD_DIM, TOKEN_BYTES = D * 2 * 2;  // of a BF16 token: key and value
 constexpr int TILE_TOKENS = UNIT_BYTES / TOKEN_BYTES < 16 ? UNIT_BYTES / TOKEN_BYTES : 16;
-constexpr int OUT = Q_PER_KV * D, HEAD_STRIDE = D + 8;  // + 8: no bank conflicts between heads
+constexpr int OUT = Q_PER_KV * D, HEAD_STRIDE = D + 2;  // + 2: the heads of a store in other banks
+constexpr int PAIRS = OUT / 2, SLICES = (PAIRS + 31) / 32;  // of the channels of all q heads: what a lane, what a warp merges
 constexpr int CHANNEL_TILES = D / 16;
 constexpr int HALVES = Q_PER_KV <= 4 ? 2 : 1, COLUMNS = 8 / HALVES;
 constexpr float LOWEST = -1e30f, NEVER = -1e38f, LN2 = 0.69314718f;
@@ -32,10 +33,10 @@ __device__ __forceinline__ int head_of_column(int n) { return min(n % COLUMNS, Q
 
 // Where the results go. Heads here are kv heads (times SHARE) of all sequences, one after another, each with Q_PER_KV rows of D.
 struct Results {
-  Output* out;       // [heads, Q_PER_KV, D]
-  float* lse;        // [heads, Q_PER_KV] natural logarithm of the sum of exp(logit), or null
-  float* workspace;  // [2 * gridDim.x, Q_PER_KV * (D + 2)]
-  int* arrived;      // [heads], zero before and after
+  Output* out;        // [heads, Q_PER_KV, D]
+  float* lse;         // [heads, Q_PER_KV] natural logarithm of the sum of exp(logit), or null
+  float4* workspace;  // [2 * gridDim.x, PAIRS]: parts of heads that blocks share
+  int* arrived;       // [gridDim.x, SLICES], of the head that begins in a block and goes on in others; zero before and after
 };
 
 // What a warp knows of one head: sums of p * value in units of `o` (Units::unit_scale of channel tile j), sums of p * parameter (rows 0..7:
@@ -247,37 +248,100 @@ __device__ __forceinline__ void store_sums(const State& state, unsigned char* sm
   }
 }
 
-// The last block to arrive at a head that several share: merges parts first ... of blocks from ... from + n - 1, in this order.
-__device__ __forceinline__ void merge_blocks(const Results& to, int head, int from, int n, int first) {
-  constexpr int BATCH = 16;
-  for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
-    const int q_head = i / (D / 2);
-    float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
-    for (int k = 0; k < n; k += BATCH) {
-      float2 v[BATCH], ml[BATCH];
-      float highest = m;
+// Two neighbouring channels of a q head: sums of p * value (x, y), the reference m (z), the sum of p (w).
+__device__ __forceinline__ float4 nothing() { return make_float4(0.f, 0.f, LOWEST, 0.f); }
+
+// Takes parts in, in their order.
+template <int N>
+__device__ __forceinline__ void take(float4& sum, const float4 (&parts)[N]) {
+  float m = sum.z;
 #pragma unroll
-      for (int u = 0; u < BATCH; u++) {
-        v[u] = make_float2(0.f, 0.f), ml[u] = make_float2(LOWEST, 0.f);
-        if (k + u < n) {
-          const float* part = to.workspace + (size_t)(k + u ? 2 * (from + k + u) : first) * (OUT + 2 * Q_PER_KV);
-          v[u] = __ldcg((const float2*)part + i), ml[u] = __ldcg((const float2*)(part + OUT) + q_head);
-        }
+  for (int u = 0; u < N; u++) m = fmaxf(m, parts[u].z);
+  const float f = ex2(sum.z - m);
+  sum = make_float4(f * sum.x, f * sum.y, m, f * sum.w);
+#pragma unroll
+  for (int u = 0; u < N; u++) {
+    const float g = ex2(parts[u].z - m);
+    sum.x += g * parts[u].x, sum.y += g * parts[u].y, sum.w += g * parts[u].w;
+  }
+}
+
+// The parts of a head that warps of this block have (bits of `parts`), of pair `at` of its channels.
+__device__ __forceinline__ float4 merge_warps(unsigned char* smem, unsigned parts, int at) {
+  const int q_head = at / (D / 2), channel = at % (D / 2) * 2;
+  float4 sum = nothing();
+  do {
+    float4 batch[4];  // loads that do not wait for each other
+#pragma unroll
+    for (int u = 0; u < 4; u++) {
+      batch[u] = nothing();
+      if (parts) {
+        const int p = __ffs(parts) - 1;
+        const float2 o = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel), ml = ((const float2*)(smem + AT_ML))[p * Q_PER_KV + q_head];
+        batch[u] = make_float4(o.x, o.y, ml.x, ml.y);
       }
-#pragma unroll
-      for (int u = 0; u < BATCH; u++) highest = fmaxf(highest, ml[u].x);
-      const float f = ex2(m - highest);
-      m = highest, l *= f, a0 *= f, a1 *= f;
-#pragma unroll
-      for (int u = 0; u < BATCH; u++) {
-        const float g = ex2(ml[u].x - m);
-        l += g * ml[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
-      }
+      parts &= parts - 1;
     }
-    Output* out = to.out + (size_t)head * OUT + 2 * i;
-    const float inverse = rcp_approx(l);
-    out[0] = to_output(a0 * inverse), out[1] = to_output(a1 * inverse);
-    if (i % (D / 2) == 0) store_lse(to, head, q_head, m, l);
+    take(sum, batch);
+  } while (parts);
+  return sum;
+}
+
+// The parts that blocks from, from + 1 ... have of a head they share. In the workspace a block has two places: for a head that goes on from
+// the block before, and for one that begins in it.
+__device__ __forceinline__ float4 merge_blocks(const Results& to, int from, int blocks, int at) {
+  const float4* part = to.workspace + (size_t)2 * from * PAIRS + at;
+  float4 sum = nothing();
+  int k = 0;
+  do {
+    float4 batch[16];
+#pragma unroll
+    for (int u = 0; u < 16; u++) {
+      batch[u] = nothing();
+      if (k + u < blocks) batch[u] = __ldcg(part + (u || k ? 0 : PAIRS) + 2 * u * PAIRS);
+    }
+    take(sum, batch);
+    part += 2 * 16 * PAIRS, k += 16;
+  } while (k < blocks);
+  return sum;
+}
+
+// The parts of this block, by slices: a warp merges 64 channels of a head. Of a head that other blocks have parts of too it then writes its own
+// and counts it; the last warp to arrive at a slice merges the blocks' parts of it. No slice waits for another.
+__device__ __forceinline__ void merge(unsigned char* smem, const Results& to, const Shared* shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
+  // Parts are in list order, so those of a head are neighbours: a head begins where the part before, of those that there are, is another's.
+  const int own = lane < 2 * BLOCK_WARPS ? ((const int*)(smem + AT_HEADS))[lane] : -1;
+  const unsigned there = __ballot_sync(FULL, own >= 0), below = there & ((1u << lane) - 1);
+  const int previous = __shfl_sync(FULL, own, below ? 31 - __clz(below) : lane);
+  for (unsigned begins = __ballot_sync(FULL, own >= 0 && !(below && previous == own)); begins; begins &= begins - 1) {
+    const int first = __ffs(begins) - 1, head = __shfl_sync(FULL, own, first);
+    const unsigned later = begins & (begins - 1), parts = there & ~((1u << first) - 1) & (later ? (later & -later) - 1 : FULL);
+    const Shared begin = shared[0], end = shared[1];
+    const bool at_begin = begin.blocks && begin.head == head, is_shared = at_begin || (end.blocks && end.head == head);
+    const int from = at_begin ? begin.from : end.from, with = at_begin ? begin.blocks : end.blocks;
+    for (int slice = warp; slice < SLICES; slice += BLOCK_WARPS) {
+      const int at = slice * 32 + lane;
+      const bool inside = PAIRS % 32 == 0 || at < PAIRS;
+      float4 sum = nothing();
+      if (inside) sum = merge_warps(smem, parts, at);
+      if (is_shared) {
+        int* arrived = to.arrived + from * SLICES + slice;
+        if (inside) __stcg(to.workspace + (size_t)(2 * block + (block == from)) * PAIRS + at, sum);
+        __syncwarp();
+        int before = 0;
+        if (lane == 0) before = atomic_add_acq_rel(arrived, 1);
+        __syncwarp();
+        if (__shfl_sync(FULL, before, 0) + 1 < with) continue;
+        if (lane == 0) *arrived = 0;
+        if (inside) sum = merge_blocks(to, from, with, at);
+      }
+      if (!inside) continue;
+      Output* out = to.out + (size_t)head * OUT + 2 * at;
+      const float inverse = rcp_approx(sum.w);
+      out[0] = to_output(sum.x * inverse), out[1] = to_output(sum.y * inverse);
+      if (at % (D / 2) == 0) store_lse(to, head, at / (D / 2), sum.z, sum.w);
+    }
   }
 }
 
@@ -295,7 +359,6 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
                                        const Results& to) {
   extern __shared__ __align__(128) unsigned char smem[];
   __shared__ int4 shared_heads[2];
-  __shared__ int last[2];  // whether this block is the last to arrive at them
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x, blocks = gridDim.x;
   int* tokens = (int*)(smem + AT_ROWS);
   int* part_head = (int*)(smem + AT_HEADS);
@@ -305,7 +368,7 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   // Asked for before the first copy: whatever is read after it waits behind all the bytes that are under way.
 #pragma unroll 1
   for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
-  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
+  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x];
   if (lane < 2) part_head[2 * warp + lane] = -1;
 
   Cursor at = {task.x, task.y, task.z, where.x, where.y, where.z, nullptr, nullptr};
@@ -368,63 +431,6 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
       for (int i = threadIdx.x; i < heads * OUT; i += BLOCK_WARPS * 32) to.out[(size_t)b * heads * OUT + i] = to_output(0.f);
   __syncthreads();
 
-  const Shared* shared = (const Shared*)shared_heads;
-  // Parts are in list order, so those of a head are neighbours: a head begins where the part before, of those that there are, is another's.
-  const int own = lane < 2 * BLOCK_WARPS ? part_head[lane] : -1;
-  const unsigned there = __ballot_sync(FULL, own >= 0), below = there & ((1u << lane) - 1);
-  const int previous = __shfl_sync(FULL, own, below ? 31 - __clz(below) : lane);
-  for (unsigned begins = __ballot_sync(FULL, own >= 0 && !(below && previous == own)); begins; begins &= begins - 1) {
-    const int k = __ffs(begins) - 1, head = __shfl_sync(FULL, own, k);
-    const unsigned later = begins & (begins - 1), parts = there & ~((1u << k) - 1) & (later ? (later & -later) - 1 : FULL);
-    const bool at_begin = shared[0].blocks && shared[0].head == head, at_end = shared[1].blocks && shared[1].head == head;
-    for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
-      const int q_head = i / (D / 2), channel = i % (D / 2) * 2;
-      const float2* ml = (const float2*)(smem + AT_ML) + q_head;
-      float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
-#pragma unroll 1
-      for (unsigned left = parts; left;) {
-        constexpr int BATCH = 4;  // loads that do not wait for each other
-        float2 of[BATCH], v[BATCH];
-        float highest = m;
-#pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-          of[u] = make_float2(LOWEST, 0.f), v[u] = make_float2(0.f, 0.f);
-          if (left) {
-            const int p = __ffs(left) - 1;
-            of[u] = ml[p * Q_PER_KV], v[u] = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel);
-          }
-          highest = fmaxf(highest, of[u].x), left &= left - 1;
-        }
-        const float f = ex2(m - highest);
-        m = highest, l *= f, a0 *= f, a1 *= f;
-#pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-          const float g = ex2(of[u].x - m);
-          l += g * of[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
-        }
-      }
-      if (at_begin || at_end) {
-        const Shared& mine = shared[at_begin ? 0 : 1];
-        float* part = to.workspace + (size_t)(block == mine.from ? mine.first : 2 * block) * (OUT + 2 * Q_PER_KV);
-        __stcg((float2*)part + i, make_float2(a0, a1));
-        if (channel == 0) __stcg((float2*)(part + OUT) + q_head, make_float2(m, l));
-      } else {
-        Output* out = to.out + (size_t)head * OUT + 2 * i;
-        const float inverse = rcp_approx(l);
-        out[0] = to_output(a0 * inverse), out[1] = to_output(a1 * inverse);
-        if (channel == 0) store_lse(to, head, q_head, m, l);
-      }
-    }
-  }
-  if (!shared[0].blocks && !shared[1].blocks) return;
-  __syncthreads();
-  if (threadIdx.x < 2 && shared[threadIdx.x].blocks) {
-    const Shared& mine = shared[threadIdx.x];
-    last[threadIdx.x] = atomic_add_acq_rel(to.arrived + mine.head, 1) == mine.blocks - 1;
-    if (last[threadIdx.x]) to.arrived[mine.head] = 0;
-  }
-  __syncthreads();
-  for (int e = 0; e < 2; e++)
-    if (last[e]) merge_blocks(to, shared[e].head, shared[e].from, shared[e].blocks, shared[e].first);
+  merge(smem, to, (const Shared*)shared_heads);
 }
 #endif

@@ -113,7 +113,7 @@ struct Pages {
     }
     return query;
   }
-  __device__ __forceinline__ static float unit_scale(int j) { return 16777216.f / power_of_two(BITS * value_place(j)); }
+  __device__ __forceinline__ static float unit_scale(int j) { return power_of_two(24 - BITS * value_place(j)); }
   __device__ __forceinline__ static uint32_t unit_bf16x2(int j) {  // 1 / unit_scale
     const uint32_t bits = (uint32_t)(127 - 24 + BITS * value_place(j)) << 7;
     return bits | bits << 16;
@@ -179,7 +179,7 @@ struct Pages {
       for (int i = 0; i < 2; i++) minima[0][i] = minima[0][2 + i] = minima[0][i] + minima[2 - KEY_GROUPS][2 + i];
     }
     const float factor = scale_log2 / LIFT;
-    auto unit_of = [](int tile) { return 16777216.f / power_of_two(BITS * place(key_tile(tile, 0))); };
+    auto unit_of = [](int tile) { return power_of_two(24 - BITS * place(key_tile(tile, 0))); };
 #pragma unroll
     for (int j = 0; j < LANE_TILES; j += 2) {
       const int above = j + LANE_TILES % 4;  // the same tiles of the second half
@@ -284,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
 decode_attention(const bf16* q, const unsigned char* __restrict__ pages, const float* __restrict__ norms,
                  const bf16* __restrict__ sink_keys, const bf16* __restrict__ sink_values, const bf16* __restrict__ window_keys,
                  const bf16* __restrict__ window_values, const int* __restrict__ lengths, const int4* __restrict__ tasks, Output* __restrict__ out,
-                 float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived, int batch, int kv_heads, int page_capacity,
+                 float* __restrict__ lse, float4* __restrict__ workspace, int* __restrict__ arrived, int batch, int kv_heads, int page_capacity,
                  int norm_stride, int sinks, int added, float scale_log2) {
   attend(Pages{pages, norms, sink_keys, sink_values, window_keys, window_values, kv_heads, page_capacity, norm_stride, sinks, scale_log2},
          q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});

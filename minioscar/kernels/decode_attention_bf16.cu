@@ -37,7 +37,7 @@ struct Tiles {
 
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
 decode_attention_bf16(const bf16* q, const bf16* __restrict__ keys, const bf16* __restrict__ values, const int* __restrict__ lengths,
-                      const int4* __restrict__ tasks, Output* __restrict__ out, float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived,
+                      const int4* __restrict__ tasks, Output* __restrict__ out, float* __restrict__ lse, float4* __restrict__ workspace, int* __restrict__ arrived,
                       int batch, int kv_heads, int capacity, int added, float scale_log2) {
   attend(Tiles{keys, values, kv_heads, capacity, scale_log2}, q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
 }

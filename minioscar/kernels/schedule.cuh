@@ -33,9 +33,8 @@ __device__ __forceinline__ void next_head(const Units& units, Cursor& at, const 
 // What a warp does: `count` units from unit `unit` of head `head` of sequence `row` on; and how large that head is, so that the first
 // copies can be asked for without a look at the lengths.
 struct Task { int row, head, unit, count, pages, units, tokens, unused; };
-// A head that this block shares with others, at its begin or its end: blocks from ... from + blocks - 1 have parts, the first of them at
-// `first` in the workspace. No such head: blocks = 0.
-struct Shared { int head, blocks, from, first; };
+// A head that this block shares with others, at its begin or its end: blocks from ... from + blocks - 1 have parts. No such head: blocks = 0.
+struct Shared { int head, blocks, from, unused; };
 // Of a block, in int4: its warps' tasks, then the two heads.
 constexpr int BLOCK_TASKS = 2 * BLOCK_WARPS + 2;
 
@@ -91,10 +90,10 @@ __device__ __forceinline__ void schedule_block(const Units& units, const int* le
       const int head_lo = x - where.unit, head_hi = head_lo + where.units;
       if ((head_lo < lo || head_hi > hi) && !(threadIdx.x && head_lo <= lo)) {
         const int from = owner(head_lo);
-        mine = {where.row * heads + where.head, owner(head_hi - 1) - from + 1, from, 2 * from + (begin_of(from) < head_lo)};
+        mine = {where.row * heads + where.head, owner(head_hi - 1) - from + 1, from, 0};
       }
     }
-    tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x] = make_int4(mine.head, mine.blocks, mine.from, mine.first);
+    tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x] = make_int4(mine.head, mine.blocks, mine.from, 0);
   }
 }
 #endif

@@ -199,7 +199,7 @@ class Cuda(Reference):
         plan = raw.plan(heads, scheme, batch, self.multiprocessors, self.capability)
         key = plan, heads, batch
         if key not in self.scratch:
-            counters = self.xp.zeros(batch * heads.kv_heads * plan.share, np.int32)
+            counters = self.xp.zeros(plan.counters(heads.head_dim), np.int32)
             workspace = self.xp.empty(plan.workspace_floats(heads.head_dim), np.float32)
             self.scratch[key] = self.xp.empty(plan.task_shape, np.int32), workspace, counters
         return plan, self.scratch[key]
