@@ -308,15 +308,19 @@ __device__ __forceinline__ float4 merge_blocks(const Results& to, int from, int 
 
 // The parts of this block, by slices: a warp merges 64 channels of a head. Of a head that other blocks have parts of too it then writes its own
 // and counts it; the last warp to arrive at a slice merges the blocks' parts of it. No slice waits for another.
-__device__ __forceinline__ void merge(unsigned char* smem, const Results& to, const Shared* shared) {
+// rehearsal: there are no parts, and nothing is written; but the code is run.
+__device__ __forceinline__ void merge(unsigned char* smem, const Results& to, const Shared* shared, bool rehearsal) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
   // Parts are in list order, so those of a head are neighbours: a head begins where the part before, of those that there are, is another's.
-  const int own = lane < 2 * BLOCK_WARPS ? ((const int*)(smem + AT_HEADS))[lane] : -1;
+  const int own = lane < 2 * BLOCK_WARPS && !rehearsal ? ((const int*)(smem + AT_HEADS))[lane] : -1;
   const unsigned there = __ballot_sync(FULL, own >= 0), below = there & ((1u << lane) - 1);
   const int previous = __shfl_sync(FULL, own, below ? 31 - __clz(below) : lane);
-  for (unsigned begins = __ballot_sync(FULL, own >= 0 && !(below && previous == own)); begins; begins &= begins - 1) {
-    const int first = __ffs(begins) - 1, head = __shfl_sync(FULL, own, first);
-    const unsigned later = begins & (begins - 1), parts = there & ~((1u << first) - 1) & (later ? (later & -later) - 1 : FULL);
+  unsigned begins = __ballot_sync(FULL, own >= 0 && !(below && previous == own));
+  if (!begins && !rehearsal) return;
+  do {
+    const int first = max(__ffs(begins) - 1, 0), head = __shfl_sync(FULL, own, first);
+    begins &= begins - 1;
+    const unsigned parts = there & ~((1u << first) - 1) & (begins ? (begins & -begins) - 1 : FULL);
     const Shared begin = shared[0], end = shared[1];
     const bool at_begin = begin.blocks && begin.head == head, is_shared = at_begin || (end.blocks && end.head == head);
     const int from = at_begin ? begin.from : end.from, with = at_begin ? begin.blocks : end.blocks;
@@ -325,24 +329,24 @@ __device__ __forceinline__ void merge(unsigned char* smem, const Results& to, co
       const bool inside = PAIRS % 32 == 0 || at < PAIRS;
       float4 sum = nothing();
       if (inside) sum = merge_warps(smem, parts, at);
-      if (is_shared) {
+      if (is_shared || rehearsal) {
         int* arrived = to.arrived + from * SLICES + slice;
-        if (inside) __stcg(to.workspace + (size_t)(2 * block + (block == from)) * PAIRS + at, sum);
+        if (inside && !rehearsal) __stcg(to.workspace + (size_t)(2 * block + (block == from)) * PAIRS + at, sum);
         __syncwarp();
         int before = 0;
-        if (lane == 0) before = atomic_add_acq_rel(arrived, 1);
+        if (lane == 0 && !rehearsal) before = atomic_add_acq_rel(arrived, 1);
         __syncwarp();
-        if (__shfl_sync(FULL, before, 0) + 1 < with) continue;
-        if (lane == 0) *arrived = 0;
-        if (inside) sum = merge_blocks(to, from, with, at);
+        if (__shfl_sync(FULL, before, 0) + 1 < with && !rehearsal) continue;
+        if (lane == 0 && !rehearsal) *arrived = 0;
+        if (inside) sum = merge_blocks(to, from, rehearsal ? 0 : with, at);
       }
-      if (!inside) continue;
+      if (!inside || rehearsal) continue;
       Output* out = to.out + (size_t)head * OUT + 2 * at;
       const float inverse = rcp_approx(sum.w);
       out[0] = to_output(sum.x * inverse), out[1] = to_output(sum.y * inverse);
       if (at % (D / 2) == 0) store_lse(to, head, at / (D / 2), sum.z, sum.w);
     }
-  }
+  } while (begins);
 }
 
 // --- the walk over the list
@@ -389,48 +393,61 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
 #pragma unroll 1  // code that runs once is fetched once: less of it
   for (; slot < STAGES && ahead.unit + 1 < ahead.units; slot++) request(slot);
   __syncthreads();  // `tokens` are there
-  wait_for_previous(), allow_next();
-#pragma unroll 1
-  for (; slot < STAGES; slot++) request(slot);
 
-  slot = 0;
+  // First a rehearsal, over no units and with no results: it fetches the code behind the last unit, which all would wait for, while the first
+  // units are on their way and the launch before this one ends.
   uint32_t parity = 0;
-  for (int left = task.w; left > 0;) {
-    const int stop = min(at.unit + left, at.units), pages_stop = min(stop, at.pages);  // this warp's units of this head
-    const bool whole = at.unit == 0 && stop == at.units;
-    const int head = at.row * heads + at.head;
-    left -= stop - at.unit;
-    const typename Units::Query query = Units::load_query(q + (size_t)head * OUT);
-    State state;
-    state.clear();
-    auto done = [&]() {
+#pragma unroll 1
+  for (bool rehearsal = true;; rehearsal = false) {
+    int left = 0;
+    if (!rehearsal) {
+      wait_for_previous(), allow_next();
+#pragma unroll 1
+      for (; slot < STAGES; slot++) request(slot);
+      slot = 0, left = task.w;
+    }
+    do {
+      const int stop = min(at.unit + left, at.units), pages_stop = min(stop, at.pages);  // this warp's units of this head
+      const int head = at.row * heads + at.head, part = 2 * warp + (left && at.unit + left == stop);
+      const bool whole = left && at.unit == 0 && stop == at.units, counts = left && !whole;
+      left -= stop - at.unit;
+      State state;
+      state.clear();
+      auto done = [&]() {
+        __syncwarp();
+        request(slot);
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+      };
+      if (at.unit < pages_stop) {
+        const typename Units::Query query = Units::load_query(q + (size_t)head * OUT);
+        for (; at.unit < pages_stop; at.unit++) {
+          ring.wait(slot, parity);
+          units.attend_page(state, query, ring.slot_at(slot), at.unit);
+          done();
+        }
+      }
+      Units::finish_pages(state);
+      if (at.unit < stop) {
+        const TileQuery query = load_tile_query(q + (size_t)head * OUT);
+        for (; at.unit < stop; at.unit++) {
+          ring.wait(slot, parity);
+          units.attend(state, ring.slot_at(slot), query, at);
+          done();
+        }
+      }
+      store_sums<Units>(state, smem, to, head, whole, part);
+      if (counts && lane == 0) part_head[part] = head;
       __syncwarp();
-      request(slot);
-      if (++slot == STAGES) slot = 0, parity ^= 1;
-    };
-    for (; at.unit < pages_stop; at.unit++) {
-      ring.wait(slot, parity);
-      units.attend_page(state, query, ring.slot_at(slot), at.unit);
-      done();
-    }
-    Units::finish_pages(state);
-    const TileQuery tile_query = load_tile_query(q + (size_t)head * OUT);
-    for (; at.unit < stop; at.unit++) {
-      ring.wait(slot, parity);
-      units.attend(state, ring.slot_at(slot), tile_query, at);
-      done();
-    }
-    const int part = 2 * warp + (left == 0);
-    store_sums<Units>(state, smem, to, head, whole, part);
-    if (!whole && lane == 0) part_head[part] = head;
-    __syncwarp();
-    if (left) next_head(units, at, tokens, batch, heads);
+      if (left) next_head(units, at, tokens, batch, heads);
+    } while (left);
+    __syncthreads();
+    merge(smem, to, (const Shared*)shared_heads, rehearsal);
+    if (!rehearsal) break;
   }
+#pragma unroll 1
   for (int b = block; b < batch; b += blocks)
     if (tokens[b] <= 0)
+#pragma unroll 1
       for (int i = threadIdx.x; i < heads * OUT; i += BLOCK_WARPS * 32) to.out[(size_t)b * heads * OUT + i] = to_output(0.f);
-  __syncthreads();
-
-  merge(smem, to, (const Shared*)shared_heads);
 }
 #endif
