@@ -73,7 +73,7 @@ __device__ __forceinline__ void reference_step(float& x0, float& x1, bool fresh)
   if (!fresh) x0 = fmaxf(x0, 0.f), x1 = fmaxf(x1, 0.f);
 }
 
-// Channel of row `row` (0..15) of channel tile j: a lane's 16-byte load of 8 neighbouring channels then feeds two tiles (LAYOUT.md).
+// Channel of row `row` (0..15) of channel tile j, which is that of row 0 and that of tile 0 together: a lane's 16-byte load of 8 neighbouring channels then feeds two tiles (LAYOUT.md).
 __device__ __forceinline__ int value_channel(int j, int row) { return j / 2 * 32 + row % 8 / 2 * 8 + j % 2 * 4 + row / 8 * 2 + row % 2; }
 
 constexpr uint32_t ONE_BF16X2 = 0x3f803f80u;
@@ -221,20 +221,26 @@ __device__ __forceinline__ void store_lse(const Results& to, int head, int q_hea
 // The sums of a head that a warp has: to the output if the head is whole, else to shared memory as `part`.
 template <class Units>
 __device__ __forceinline__ void store_sums(const State& state, unsigned char* smem, const Results& to, int head, bool whole, int part) {
-  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  constexpr int RUN = Units::RUN, BOTH = HALVES * RUN, EACH = (CHANNEL_TILES + BOTH - 1) / BOTH * RUN;
+  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, first = 2 * c % COLUMNS;
+  const bool second = HALVES == 2 && c >= 2;  // the column half whose tiles this lane stores
+  const int row = value_channel(0, r) + (second ? value_channel(RUN, 0) : 0);
   const float l[2] = {state.sums[2], state.sums[3]}, inverse[2] = {rcp_approx(l[0]), rcp_approx(l[1])};
-  float* partial = part_o(smem, part);
+  float* partial = part_o(smem, part) + first * HEAD_STRIDE + row;
+  Output* out = to.out + (size_t)head * OUT + first * D + row;
+  float2 zero;
 #pragma unroll
-  for (int j = 0; j < CHANNEL_TILES; j++) {
-    const float2 zero = Units::zero_term(state, j);
-    if (HALVES == 2 && Units::half_of(j) != c / 2) continue;
+  for (int n = 0; n < EACH; n++) {
+    const int j = n / RUN * BOTH + n % RUN, above = min(j + RUN, CHANNEL_TILES - 1), channel = value_channel(j, 0);
+    if (n % RUN == 0) zero = Units::zero_term(state, second ? above : j);
+    if (second && j + RUN >= CHANNEL_TILES) continue;
+    const float unit = second ? Units::unit_scale(above) : Units::unit_scale(j);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const int q_head = (2 * c + i % 2) % COLUMNS, channel = value_channel(j, r + i / 2 * 8);
-      const float y = fmaf(state.o[j][i], Units::unit_scale(j), i % 2 ? zero.y : zero.x);
-      if (q_head >= Q_PER_KV) continue;
-      if (whole) to.out[(size_t)head * OUT + q_head * D + channel] = to_output(y * inverse[i % 2]);
-      else partial[q_head * HEAD_STRIDE + channel] = y;
+      if (first + i % 2 >= Q_PER_KV) continue;
+      const float y = fmaf(second ? state.o[above][i] : state.o[j][i], unit, i % 2 ? zero.y : zero.x);
+      if (whole) out[i % 2 * D + channel + i / 2 * 2] = to_output(y * inverse[i % 2]);
+      else partial[i % 2 * HEAD_STRIDE + channel + i / 2 * 2] = y;
     }
   }
   if (r || c >= COLUMNS / 2) return;
@@ -353,8 +359,8 @@ __device__ __forceinline__ void merge(unsigned char* smem, const Results& to, co
 
 // Units: count(tokens) of a sequence's heads; measure(cursor) sets pages and units, point(cursor) where they are; copy_page(ring, slot, cursor) and
 // copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, tile query,
-// cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j), zero_term(state, j) and half_of(j) turn sums
-// into numbers true to scale: of the column half that knows tile j.
+// cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j) and zero_term(state, j) turn sums into
+// numbers true to scale; the column halves know RUN channel tiles in turn.
 //
 // lengths [batch]; a sequence has lengths[b] + added tokens, and none where that is not positive: its output is 0.
 // q [batch, heads, Q_PER_KV, D]. Dynamic shared memory: AT_ROWS + 4 * batch bytes.

@@ -126,7 +126,7 @@ struct Pages {
       for (int i = 0; i < 4; i++)
         if (j % PLACES) state.o[j][i] -= state.o[j - 1][i];
   }
-  __device__ __forceinline__ static int half_of(int j) { return VALUE_GROUPS > 1 ? group_of(j) % 2 : j % 2; }
+  static constexpr int RUN = VALUE_GROUPS > 1 ? VALUE_GROUP / 16 : 1;
   __device__ __forceinline__ static float2 zero_term(const State& state, int j) {
     const int from = value_group_place(group_of(j)) * 4 + threadIdx.x % 4;
     return make_float2(ZERO * __shfl_sync(FULL, state.sums[0], from), ZERO * __shfl_sync(FULL, state.sums[1], from));

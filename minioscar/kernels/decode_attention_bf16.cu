@@ -31,7 +31,7 @@ struct Tiles {
   }
   __device__ __forceinline__ static float unit_scale(int) { return 1.f; }
   __device__ __forceinline__ static uint32_t unit_bf16x2(int) { return ONE_BF16X2; }
-  __device__ __forceinline__ static int half_of(int j) { return j % 2; }
+  static constexpr int RUN = 1;
   __device__ __forceinline__ static float2 zero_term(const State&, int) { return make_float2(0.f, 0.f); }
 };
 
