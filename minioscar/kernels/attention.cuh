@@ -383,21 +383,24 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
 
   Cursor at = {task.x, task.y, task.z, where.x, where.y, where.z, nullptr, nullptr};
   units.point(at);
-  Cursor ahead = at;
-  int asked = 0;
-  auto request = [&](int slot) {
-    if (asked < task.w) {
-      if (ahead.unit == ahead.units) next_head(units, ahead, tokens, batch, heads);
-      if (ahead.unit < ahead.pages) units.copy_page(ring, slot, ahead);
-      else units.copy_tile(ring, slot, ahead);
-      asked++, ahead.unit++;
+  int left = task.w;  // units that this warp has before it
+  auto request = [&](int slot, int ahead) {
+    if (ahead < left) {
+      Cursor of = at;
+      for (of.unit += ahead; of.unit >= of.units;) {
+        const int beyond = of.unit - of.units;
+        next_head(units, of, tokens, batch, heads);
+        of.unit = beyond;
+      }
+      if (of.unit < of.pages) units.copy_page(ring, slot, of);
+      else units.copy_tile(ring, slot, of);
     }
     ring.end();
   };
   // Before the wait: all but the last unit of a head, which holds the newest token. The launch before this one may be writing that still.
   int slot = 0;
 #pragma unroll 1  // code that runs once is fetched once: less of it
-  for (; slot < STAGES && ahead.unit + 1 < ahead.units; slot++) request(slot);
+  for (; slot < STAGES && at.unit + slot + 1 < at.units; slot++) request(slot, slot);
   __syncthreads();  // `tokens` are there
 
   // First a rehearsal, over no units and with no results: it fetches the code behind the last unit, which all would wait for, while the first
@@ -405,47 +408,47 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   uint32_t parity = 0;
 #pragma unroll 1
   for (bool rehearsal = true;; rehearsal = false) {
-    int left = 0;
     if (!rehearsal) {
       wait_for_previous(), allow_next();
 #pragma unroll 1
-      for (; slot < STAGES; slot++) request(slot);
-      slot = 0, left = task.w;
+      for (; slot < STAGES; slot++) request(slot, slot);
+      slot = 0;
     }
-    do {
-      const int stop = min(at.unit + left, at.units), pages_stop = min(stop, at.pages);  // this warp's units of this head
-      const int head = at.row * heads + at.head, part = 2 * warp + (left && at.unit + left == stop);
-      const bool whole = left && at.unit == 0 && stop == at.units, counts = left && !whole;
-      left -= stop - at.unit;
+    while (true) {
+      const int first = rehearsal || !left ? -1 : at.unit;  // of this warp's units of this head
       State state;
       state.clear();
       auto done = [&]() {
         __syncwarp();
-        request(slot);
+        request(slot, STAGES);
         if (++slot == STAGES) slot = 0, parity ^= 1;
+        at.unit++, left--;
       };
-      if (at.unit < pages_stop) {
-        const typename Units::Query query = Units::load_query(q + (size_t)head * OUT);
-        for (; at.unit < pages_stop; at.unit++) {
+      if (first >= 0 && at.unit < at.pages) {
+        const typename Units::Query query = Units::load_query(q + (size_t)(at.row * heads + at.head) * OUT);
+        do {
           ring.wait(slot, parity);
           units.attend_page(state, query, ring.slot_at(slot), at.unit);
           done();
-        }
+        } while (left && at.unit < at.pages);
       }
       Units::finish_pages(state);
-      if (at.unit < stop) {
-        const TileQuery query = load_tile_query(q + (size_t)head * OUT);
-        for (; at.unit < stop; at.unit++) {
+      if (first >= 0 && left && at.unit < at.units) {
+        const TileQuery query = load_tile_query(q + (size_t)(at.row * heads + at.head) * OUT);
+        do {
           ring.wait(slot, parity);
           units.attend(state, ring.slot_at(slot), query, at);
           done();
-        }
+        } while (left && at.unit < at.units);
       }
+      const int head = at.row * heads + at.head, part = 2 * warp + (first >= 0 && !left);
+      const bool whole = first == 0 && at.unit == at.units;
       store_sums<Units>(state, smem, to, head, whole, part);
-      if (counts && lane == 0) part_head[part] = head;
+      if (first >= 0 && !whole && lane == 0) part_head[part] = head;
       __syncwarp();
-      if (left) next_head(units, at, tokens, batch, heads);
-    } while (left);
+      if (rehearsal || !left) break;
+      next_head(units, at, tokens, batch, heads);
+    }
     __syncthreads();
     merge(smem, to, (const Shared*)shared_heads, rehearsal);
     if (!rehearsal) break;
