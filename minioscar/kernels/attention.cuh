@@ -398,21 +398,20 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
     ring.end();
   };
   // Before the wait: all but the last unit of a head, which holds the newest token. The launch before this one may be writing that still.
-  int slot = 0;
+  unsigned turn = 0;  // of the ring: its slot turn % STAGES
 #pragma unroll 1  // code that runs once is fetched once: less of it
-  for (; slot < STAGES && at.unit + slot + 1 < at.units; slot++) request(slot, slot);
+  for (; turn < STAGES && at.unit + turn + 1 < at.units; turn++) request(turn, turn);
   __syncthreads();  // `tokens` are there
 
   // First a rehearsal, over no units and with no results: it fetches the code behind the last unit, which all would wait for, while the first
   // units are on their way and the launch before this one ends.
-  uint32_t parity = 0;
 #pragma unroll 1
   for (bool rehearsal = true;; rehearsal = false) {
     if (!rehearsal) {
       wait_for_previous(), allow_next();
 #pragma unroll 1
-      for (; slot < STAGES; slot++) request(slot, slot);
-      slot = 0;
+      for (; turn < STAGES; turn++) request(turn, turn);
+      turn = 0;
     }
     while (true) {
       const int first = rehearsal || !left ? -1 : at.unit;  // of this warp's units of this head
@@ -420,15 +419,14 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
       state.clear();
       auto done = [&]() {
         __syncwarp();
-        request(slot, STAGES);
-        if (++slot == STAGES) slot = 0, parity ^= 1;
-        at.unit++, left--;
+        request(turn % STAGES, STAGES);
+        at.unit++, left--, turn++;
       };
       if (first >= 0 && at.unit < at.pages) {
         const typename Units::Query query = Units::load_query(q + (size_t)(at.row * heads + at.head) * OUT);
         do {
-          ring.wait(slot, parity);
-          units.attend_page(state, query, ring.slot_at(slot), at.unit);
+          ring.wait(turn % STAGES, turn / STAGES % 2);
+          units.attend_page(state, query, ring.slot_at(turn % STAGES), at.unit);
           done();
         } while (left && at.unit < at.pages);
       }
@@ -436,8 +434,8 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
       if (first >= 0 && left && at.unit < at.units) {
         const TileQuery query = load_tile_query(q + (size_t)(at.row * heads + at.head) * OUT);
         do {
-          ring.wait(slot, parity);
-          units.attend(state, ring.slot_at(slot), query, at);
+          ring.wait(turn % STAGES, turn / STAGES % 2);
+          units.attend(state, ring.slot_at(turn % STAGES), query, at);
           done();
         } while (left && at.unit < at.units);
       }
