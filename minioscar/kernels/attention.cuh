@@ -357,8 +357,8 @@ __device__ __forceinline__ void merge(unsigned char* smem, const Results& to, co
 
 // --- the walk over the list
 
-// Units: count(tokens) of a sequence's heads; measure(cursor) sets pages and units, point(cursor) where they are; copy_page(ring, slot, cursor) and
-// copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, tile query,
+// Units: count(tokens) of a sequence's heads; measure(cursor) sets pages and units; copy_page(ring, slot, cursor) and copy_tile copy
+// one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, tile query,
 // cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j) and zero_term(state, j) turn sums into
 // numbers true to scale; the column halves know RUN channel tiles in turn.
 //
@@ -381,8 +381,7 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x];
   if (lane < 2) part_head[2 * warp + lane] = -1;
 
-  Cursor at = {task.x, task.y, task.z, where.x, where.y, where.z, nullptr, nullptr};
-  units.point(at);
+  Cursor at = {task.x, task.y, task.z, where.x, where.y, where.z};
   int left = task.w;  // units that this warp has before it
   auto request = [&](int slot, int ahead) {
     if (ahead < left) {
@@ -404,17 +403,12 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
   __syncthreads();  // `tokens` are there
 
   // First a rehearsal, over no units and with no results: it fetches the code behind the last unit, which all would wait for, while the first
-  // units are on their way and the launch before this one ends.
+  // units are on their way and the launch before this one ends. `left` is negative then.
+  left = ~left;
 #pragma unroll 1
-  for (bool rehearsal = true;; rehearsal = false) {
-    if (!rehearsal) {
-      wait_for_previous(), allow_next();
-#pragma unroll 1
-      for (; turn < STAGES; turn++) request(turn, turn);
-      turn = 0;
-    }
+  while (true) {
     while (true) {
-      const int first = rehearsal || !left ? -1 : at.unit;  // of this warp's units of this head
+      const int first = left > 0 ? at.unit : -1;  // of this warp's units of this head
       State state;
       state.clear();
       auto done = [&]() {
@@ -442,14 +436,19 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
       const int head = at.row * heads + at.head, part = 2 * warp + (first >= 0 && !left);
       const bool whole = first == 0 && at.unit == at.units;
       store_sums<Units>(state, smem, to, head, whole, part);
-      if (first >= 0 && !whole && lane == 0) part_head[part] = head;
+      if (first >= 0 && !whole && lane == part % 2) part_head[part] = head;
       __syncwarp();
-      if (rehearsal || !left) break;
+      if (left <= 0) break;
       next_head(units, at, tokens, batch, heads);
     }
     __syncthreads();
-    merge(smem, to, (const Shared*)shared_heads, rehearsal);
-    if (!rehearsal) break;
+    merge(smem, to, (const Shared*)shared_heads, left < 0);
+    if (left >= 0) break;
+    left = ~left;
+    wait_for_previous(), allow_next();
+#pragma unroll 1
+    for (; turn < STAGES; turn++) request(turn, turn);
+    turn = 0;
   }
 #pragma unroll 1
   for (int b = block; b < batch; b += blocks)

@@ -78,14 +78,11 @@ struct Pages {
     const int packed = packed_tokens(at.tokens);
     at.pages = pages(packed), at.units = at.pages + tiles(at.tokens, packed);
   }
-  __device__ __forceinline__ void point(Cursor& at) const {
-    at.page = data + ((size_t)(at.row * kv_heads + at.head / SHARE) * page_capacity + sinks / PAGE_TOKENS) * PAGE_BYTES;
-    at.norms = norms + (size_t)at.row * norm_stride + sinks / PAGE_TOKENS * PAGE_TOKENS;
-  }
   __device__ __forceinline__ void copy_page(Ring& ring, int slot, const Cursor& at) const {
+    const int page = at.unit + sinks / PAGE_TOKENS;
     unsigned char* to = ring.slot_at(slot);
-    ring.fill(slot, {{to, at.page + (size_t)at.unit * PAGE_BYTES, PAGE_BYTES},
-                     {to + PAGE_BYTES, at.norms + at.unit * PAGE_TOKENS, SCALED ? 256 : 0}});
+    ring.fill(slot, {{to, data + ((size_t)(at.row * kv_heads + at.head / SHARE) * page_capacity + page) * PAGE_BYTES, PAGE_BYTES},
+                     {to + PAGE_BYTES, norms + (size_t)at.row * norm_stride + page * PAGE_TOKENS, SCALED ? 256 : 0}});
   }
   struct Tile { int first, valid; bool sink; };
   __device__ __forceinline__ Tile tile(const Cursor& at) const {

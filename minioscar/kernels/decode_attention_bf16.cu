@@ -14,7 +14,6 @@ struct Tiles {
 
   __device__ __forceinline__ static int count(int tokens) { return (tokens + TILE_TOKENS - 1) / TILE_TOKENS; }
   __device__ __forceinline__ static void measure(Cursor& at) { at.pages = 0, at.units = count(at.tokens); }
-  __device__ __forceinline__ static void point(Cursor&) {}
   __device__ __forceinline__ static int valid(const Cursor& at) { return min(TILE_TOKENS, at.tokens - at.unit * TILE_TOKENS); }
   __device__ __forceinline__ void copy_page(Ring&, int, const Cursor&) const {}
   __device__ __forceinline__ void copy_tile(Ring& ring, int slot, const Cursor& at) const {

@@ -11,11 +11,7 @@
 constexpr unsigned FULL = 0xffffffffu;
 
 // Units of one kv head: its pages first, then its tiles. `unit` is the next one of them.
-struct Cursor {
-  int row, head, unit, pages, units, tokens;
-  const unsigned char* page;  // of this head, the one that unit 0 is
-  const float* norms;         // of its tokens
-};
+struct Cursor { int row, head, unit, pages, units, tokens; };
 
 template <class Units>
 __device__ __forceinline__ void next_head(const Units& units, Cursor& at, const int* tokens, int batch, int heads) {
@@ -27,7 +23,6 @@ __device__ __forceinline__ void next_head(const Units& units, Cursor& at, const 
     at.tokens = tokens[at.row];
     units.measure(at);
   }
-  units.point(at);
 }
 
 // What a warp does: `count` units from unit `unit` of head `head` of sequence `row` on; and how large that head is, so that the first
@@ -70,7 +65,7 @@ __device__ __forceinline__ void schedule_block(const Units& units, const int* le
       const int middle = (row + end) / 2;
       if (first[middle] <= x) row = middle; else end = middle;
     }
-    Cursor at = {row, 0, 0, 0, 0, tokens[row], nullptr, nullptr};
+    Cursor at = {row, 0, 0, 0, 0, tokens[row]};
     units.measure(at);
     const int head = (x - first[row]) / at.units;
     return {row, head, x - first[row] - head * at.units, 0, at.pages, at.units, at.tokens, 0};
