@@ -176,6 +176,13 @@ def test_a_head_of_more_blocks_than_a_round_takes_is_merged_in_rounds(device, se
 
 
 @on_each_device
+@pytest.mark.parametrize(("name", "d"), [("int2", 128), ("int2-compact", 64)])
+def test_a_block_may_have_as_many_parts_as_a_warp_has_lanes(device, seed, name, d):
+    for lengths in (RAGGED, (1400,)):
+        check(*run(device, SCHEMES[name], d, raw.Plan(4, 1, 16, 2, 3), lengths, seed, arch=90), lengths)
+
+
+@on_each_device
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 127, 128, 129, 130, 191, 192, 193, 256, 257])
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_decode_attention_around_every_boundary(device, seed, name, n):
