@@ -149,7 +149,8 @@ def fill_window(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Ar
 # --- decode attention
 
 
-CUTS, BF16_CUTS = ((16, 2), (12, 2), (8, 2), (4, 2), (2, 2), (1, 2)), ((8, 2), (4, 3), (4, 2), (2, 2), (1, 2))  # (warps, stages), best first
+# (warps, stages), best first
+CUTS, BF16_CUTS = ((16, 2), (12, 2), (8, 2), (4, 2), (2, 2), (1, 2)), ((8, 2), (4, 3), (4, 2), (2, 2), (1, 2))
 
 
 @dataclass(frozen=True)
