@@ -75,7 +75,7 @@ def attention(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict
     lengths = cupy.full(case.batch, case.context + WINDOW // 2 - 1, np.int32)
     out = cupy.empty(q.shape, BF16)
     workspace = cupy.empty(plan.workspace_floats(h.head_dim), np.float32)
-    arrived = cupy.zeros(case.batch * h.kv_heads * plan.share, np.int32)
+    arrived = cupy.zeros(plan.counters(h.head_dim), np.int32)
     tasks = cupy.empty(plan.task_shape, np.int32)
     card.run(raw.schedule(h, scheme, plan, lengths, tasks))  # once a step, for all layers: its own row
     made = [raw.decode_attention(h, scheme, plan, q, cache, lengths, tasks, out, None, workspace, arrived) for cache in caches]

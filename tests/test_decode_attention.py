@@ -106,7 +106,7 @@ def run(
     cache = filled(device, sequences, scheme, heads)
     out, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:2], np.float32)
     workspace = device.empty(plan.workspace_floats(d), np.float32)
-    arrived = device.array(np.zeros(batch * KV_HEADS * plan.share, np.int32))
+    arrived = device.array(np.zeros(plan.counters(d), np.int32))
     known = device.array(np.array(lengths, np.int32) - 1)
     tasks = device.empty(plan.task_shape, np.int32)
     device.run(raw.schedule(heads, scheme, plan, known, tasks), arch, order)
@@ -173,6 +173,13 @@ def test_decode_attention_over_fewer_units_than_blocks(device, seed, name):
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_a_head_of_more_blocks_than_a_round_takes_is_merged_in_rounds(device, seed, name):
     check(*run(device, SCHEMES[name], 64, raw.Plan(3, 1, 2, 2, 61), (1400,), seed), (1400,))
+
+
+@on_each_device
+@pytest.mark.parametrize(("name", "d"), [("int2", 128), ("int2-compact", 64)])
+def test_a_block_may_have_as_many_parts_as_a_warp_has_lanes(device, seed, name, d):
+    for lengths in (RAGGED, (1400,)):
+        check(*run(device, SCHEMES[name], d, raw.Plan(4, 1, 16, 2, 3), lengths, seed, arch=90), lengths)
 
 
 @on_each_device

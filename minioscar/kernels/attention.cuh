@@ -5,7 +5,7 @@
 // STAGES units ahead into its own ring.
 //
 // A head that one warp has whole goes straight out; else the warps' parts meet in shared memory, the blocks' parts in `workspace`, where
-// the last block to arrive merges them. All merging is in list order: equal inputs give equal bits. No float atomics.
+// the last to arrive merges them. All merging is in list order: equal inputs give equal bits. No float atomics.
 //
 // q is the small operand of every MMA, a column a head. Up to 4 heads stand in the 8 columns twice, so that the two halves can be about
 // different groups of steps (decode_attention.cu).
@@ -22,7 +22,8 @@
 
 constexpr int D = HEAD_DIM, TOKEN_BYTES = D * 2 * 2;  // of a BF16 token: key and value
 constexpr int TILE_TOKENS = UNIT_BYTES / TOKEN_BYTES < 16 ? UNIT_BYTES / TOKEN_BYTES : 16;
-constexpr int Q_BYTES = Q_PER_KV * D * 2, OUT = Q_PER_KV * D, HEAD_STRIDE = D + 8;  // + 8: no bank conflicts between heads
+constexpr int OUT = Q_PER_KV * D, HEAD_STRIDE = D + 2;  // + 2: the heads of a store in other banks
+constexpr int PAIRS = OUT / 2, SLICES = (PAIRS + 31) / 32;  // of the channels of all q heads: what a lane, what a warp merges
 constexpr int CHANNEL_TILES = D / 16;
 constexpr int HALVES = Q_PER_KV <= 4 ? 2 : 1, COLUMNS = 8 / HALVES;
 constexpr float LOWEST = -1e30f, NEVER = -1e38f, LN2 = 0.69314718f;
@@ -32,10 +33,10 @@ __device__ __forceinline__ int head_of_column(int n) { return min(n % COLUMNS, Q
 
 // Where the results go. Heads here are kv heads (times SHARE) of all sequences, one after another, each with Q_PER_KV rows of D.
 struct Results {
-  Output* out;       // [heads, Q_PER_KV, D]
-  float* lse;        // [heads, Q_PER_KV] natural logarithm of the sum of exp(logit), or null
-  float* workspace;  // [2 * gridDim.x, Q_PER_KV * (D + 2)]
-  int* arrived;      // [heads], zero before and after
+  Output* out;        // [heads, Q_PER_KV, D]
+  float* lse;         // [heads, Q_PER_KV] natural logarithm of the sum of exp(logit), or null
+  float4* workspace;  // [2 * gridDim.x, PAIRS]: parts of heads that blocks share
+  int* arrived;       // [gridDim.x, SLICES], of the head that begins in a block and goes on in others; zero before and after
 };
 
 // What a warp knows of one head: sums of p * value in units of `o` (Units::unit_scale of channel tile j), sums of p * parameter (rows 0..7:
@@ -72,15 +73,25 @@ __device__ __forceinline__ void reference_step(float& x0, float& x1, bool fresh)
   if (!fresh) x0 = fmaxf(x0, 0.f), x1 = fmaxf(x1, 0.f);
 }
 
-// Channel of row `row` (0..15) of channel tile j: a lane's 16-byte load of 8 neighbouring channels then feeds two tiles (LAYOUT.md).
+// Channel of row `row` (0..15) of channel tile j, which is that of row 0 and that of tile 0 together: a lane's 16-byte load of 8 neighbouring channels then feeds two tiles (LAYOUT.md).
 __device__ __forceinline__ int value_channel(int j, int row) { return j / 2 * 32 + row % 8 / 2 * 8 + j % 2 * 4 + row / 8 * 2 + row % 2; }
 
 constexpr uint32_t ONE_BF16X2 = 0x3f803f80u;
 __device__ __forceinline__ uint32_t in_units(uint32_t p, uint32_t unit) { return unit == ONE_BF16X2 ? p : mul_bf16x2(p, unit); }
 
-// One tile of `valid` (1..TILE_TOKENS) BF16 tokens: keys, then values, [TILE_TOKENS][D] each; q [Q_PER_KV][D], all in shared memory.
+// A head's q [Q_PER_KV][D] as attend_tile takes it.
+struct TileQuery { uint4 b[D / 32]; };
+__device__ __forceinline__ TileQuery load_tile_query(const bf16* q) {
+  TileQuery query;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < D / 32; i++) query.b[i] = *(const uint4*)(q + head_of_column(lane / 4) * D + i * 32 + lane % 4 * 8);
+  return query;
+}
+
+// One tile of `valid` (1..TILE_TOKENS) BF16 tokens in shared memory: keys, then values, [TILE_TOKENS][D] each.
 template <class Units>
-__device__ __forceinline__ void attend_tile(State& state, const unsigned char* tile, const unsigned char* q, int valid, float scale_log2) {
+__device__ __forceinline__ void attend_tile(State& state, const unsigned char* tile, const TileQuery& query, int valid, float scale_log2) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const uint4 none = make_uint4(0, 0, 0, 0);
   const bool has0 = r < valid, has1 = r + 8 < valid;
@@ -89,7 +100,7 @@ __device__ __forceinline__ void attend_tile(State& state, const unsigned char* t
   for (int i = 0; i < D / 32; i++) {
     const int at = i * 64 + c * 16;
     const uint4 k0 = has0 ? *(const uint4*)(tile + r * D * 2 + at) : none, k1 = has1 ? *(const uint4*)(tile + (r + 8) * D * 2 + at) : none;
-    const uint4 b = *(const uint4*)(q + head_of_column(r) * D * 2 + at);
+    const uint4 b = query.b[i];
     mma_m16n8k16_bf16(x, k0.x, k1.x, k0.y, k1.y, b.x, b.y);
     mma_m16n8k16_bf16(x, k0.z, k1.z, k0.w, k1.w, b.z, b.w);
   }
@@ -136,14 +147,14 @@ struct Copy {
   int bytes;
 };
 
-// Per-warp ring of units in shared memory, filled STAGES ahead, and the q of the heads that these units are of.
+// Per-warp ring of units in shared memory, filled STAGES ahead.
 struct Ring {
-  unsigned char *slots, *queries;
+  unsigned char* slots;
   uint64_t* barriers;
   uint64_t policy;
 
-  __device__ __forceinline__ void setup(unsigned char* memory, unsigned char* q_memory, uint64_t* bars) {
-    slots = memory, queries = q_memory, barriers = bars;
+  __device__ __forceinline__ void setup(unsigned char* memory, uint64_t* bars) {
+    slots = memory, barriers = bars;
 #if BULK_COPIES
     policy = l2_evict_first();
     if (threadIdx.x % 32 == 0) {
@@ -154,7 +165,6 @@ struct Ring {
 #endif
   }
   __device__ __forceinline__ unsigned char* slot_at(int slot) const { return slots + slot * UNIT_BYTES; }
-  __device__ __forceinline__ unsigned char* query_at(int number) const { return queries + number % STAGES * Q_BYTES; }
 
   // Starts the copies that fill a slot, all sizes multiples of 16 bytes and perhaps 0.
   template <int N>
@@ -192,9 +202,9 @@ struct Ring {
 
 // --- the parts of a head that several warps or blocks have
 
-// Shared memory: the warps' rings | their q | first parts | (m, l) of first and last parts | their heads | barriers | the sequences' tokens
+// Shared memory: the warps' rings | first parts | (m, l) of first and last parts | their heads | barriers | the sequences' tokens
 constexpr int RING_BYTES = STAGES * UNIT_BYTES, PART_BYTES = Q_PER_KV * HEAD_STRIDE * 4;
-constexpr int AT_Q = BLOCK_WARPS * RING_BYTES, AT_PARTS = AT_Q + BLOCK_WARPS * STAGES * Q_BYTES, AT_ML = AT_PARTS + BLOCK_WARPS * PART_BYTES;
+constexpr int AT_PARTS = BLOCK_WARPS * RING_BYTES, AT_ML = AT_PARTS + BLOCK_WARPS * PART_BYTES;
 constexpr int AT_HEADS = AT_ML + BLOCK_WARPS * 2 * Q_PER_KV * 8, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16;
 constexpr int AT_ROWS = AT_BARRIERS + BLOCK_WARPS * STAGES * 8;
 static_assert(RING_BYTES >= PART_BYTES && UNIT_BYTES % 16 == 0, "the last part goes into the drained ring");
@@ -211,20 +221,26 @@ __device__ __forceinline__ void store_lse(const Results& to, int head, int q_hea
 // The sums of a head that a warp has: to the output if the head is whole, else to shared memory as `part`.
 template <class Units>
 __device__ __forceinline__ void store_sums(const State& state, unsigned char* smem, const Results& to, int head, bool whole, int part) {
-  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  constexpr int RUN = Units::RUN, BOTH = HALVES * RUN, EACH = (CHANNEL_TILES + BOTH - 1) / BOTH * RUN;
+  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, first = 2 * c % COLUMNS;
+  const bool second = HALVES == 2 && c >= 2;  // the column half whose tiles this lane stores
+  const int row = value_channel(0, r) + (second ? value_channel(RUN, 0) : 0);
   const float l[2] = {state.sums[2], state.sums[3]}, inverse[2] = {rcp_approx(l[0]), rcp_approx(l[1])};
-  float* partial = part_o(smem, part);
+  float* partial = part_o(smem, part) + first * HEAD_STRIDE + row;
+  Output* out = to.out + (size_t)head * OUT + first * D + row;
+  float2 zero;
 #pragma unroll
-  for (int j = 0; j < CHANNEL_TILES; j++) {
-    const float2 zero = Units::zero_term(state, j);
-    if (HALVES == 2 && Units::half_of(j) != c / 2) continue;
+  for (int n = 0; n < EACH; n++) {
+    const int j = n / RUN * BOTH + n % RUN, above = min(j + RUN, CHANNEL_TILES - 1), channel = value_channel(j, 0);
+    if (n % RUN == 0) zero = Units::zero_term(state, second ? above : j);
+    if (second && j + RUN >= CHANNEL_TILES) continue;
+    const float unit = second ? Units::unit_scale(above) : Units::unit_scale(j);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const int q_head = (2 * c + i % 2) % COLUMNS, channel = value_channel(j, r + i / 2 * 8);
-      const float y = fmaf(state.o[j][i], Units::unit_scale(j), i % 2 ? zero.y : zero.x);
-      if (q_head >= Q_PER_KV) continue;
-      if (whole) to.out[(size_t)head * OUT + q_head * D + channel] = to_output(y * inverse[i % 2]);
-      else partial[q_head * HEAD_STRIDE + channel] = y;
+      if (first + i % 2 >= Q_PER_KV) continue;
+      const float y = fmaf(second ? state.o[above][i] : state.o[j][i], unit, i % 2 ? zero.y : zero.x);
+      if (whole) out[i % 2 * D + channel + i / 2 * 2] = to_output(y * inverse[i % 2]);
+      else partial[i % 2 * HEAD_STRIDE + channel + i / 2 * 2] = y;
     }
   }
   if (r || c >= COLUMNS / 2) return;
@@ -238,46 +254,113 @@ __device__ __forceinline__ void store_sums(const State& state, unsigned char* sm
   }
 }
 
-// The last block to arrive at a head that several share: merges parts first ... of blocks from ... from + n - 1, in this order.
-__device__ __forceinline__ void merge_blocks(const Results& to, int head, int from, int n, int first) {
-  constexpr int BATCH = 16;
-  for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
-    const int q_head = i / (D / 2);
-    float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
-    for (int k = 0; k < n; k += BATCH) {
-      float2 v[BATCH], ml[BATCH];
-      float highest = m;
+// Two neighbouring channels of a q head: sums of p * value (x, y), the reference m (z), the sum of p (w).
+__device__ __forceinline__ float4 nothing() { return make_float4(0.f, 0.f, LOWEST, 0.f); }
+
+// Takes parts in, in their order.
+template <int N>
+__device__ __forceinline__ void take(float4& sum, const float4 (&parts)[N]) {
+  float m = sum.z;
 #pragma unroll
-      for (int u = 0; u < BATCH; u++) {
-        v[u] = make_float2(0.f, 0.f), ml[u] = make_float2(LOWEST, 0.f);
-        if (k + u < n) {
-          const float* part = to.workspace + (size_t)(k + u ? 2 * (from + k + u) : first) * (OUT + 2 * Q_PER_KV);
-          v[u] = __ldcg((const float2*)part + i), ml[u] = __ldcg((const float2*)(part + OUT) + q_head);
-        }
-      }
+  for (int u = 0; u < N; u++) m = fmaxf(m, parts[u].z);
+  const float f = ex2(sum.z - m);
+  sum = make_float4(f * sum.x, f * sum.y, m, f * sum.w);
 #pragma unroll
-      for (int u = 0; u < BATCH; u++) highest = fmaxf(highest, ml[u].x);
-      const float f = ex2(m - highest);
-      m = highest, l *= f, a0 *= f, a1 *= f;
-#pragma unroll
-      for (int u = 0; u < BATCH; u++) {
-        const float g = ex2(ml[u].x - m);
-        l += g * ml[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
-      }
-    }
-    Output* out = to.out + (size_t)head * OUT + 2 * i;
-    const float inverse = rcp_approx(l);
-    out[0] = to_output(a0 * inverse), out[1] = to_output(a1 * inverse);
-    if (i % (D / 2) == 0) store_lse(to, head, q_head, m, l);
+  for (int u = 0; u < N; u++) {
+    const float g = ex2(parts[u].z - m);
+    sum.x += g * parts[u].x, sum.y += g * parts[u].y, sum.w += g * parts[u].w;
   }
+}
+
+// The parts of a head that warps of this block have (bits of `parts`), of pair `at` of its channels.
+__device__ __forceinline__ float4 merge_warps(unsigned char* smem, unsigned parts, int at) {
+  const int q_head = at / (D / 2), channel = at % (D / 2) * 2;
+  float4 sum = nothing();
+  do {
+    float4 batch[4];  // loads that do not wait for each other
+#pragma unroll
+    for (int u = 0; u < 4; u++) {
+      batch[u] = nothing();
+      if (parts) {
+        const int p = __ffs(parts) - 1;
+        const float2 o = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel), ml = ((const float2*)(smem + AT_ML))[p * Q_PER_KV + q_head];
+        batch[u] = make_float4(o.x, o.y, ml.x, ml.y);
+      }
+      parts &= parts - 1;
+    }
+    take(sum, batch);
+  } while (parts);
+  return sum;
+}
+
+// The parts that blocks from, from + 1 ... have of a head they share. In the workspace a block has two places: for a head that goes on from
+// the block before, and for one that begins in it.
+__device__ __forceinline__ float4 merge_blocks(const Results& to, int from, int blocks, int at) {
+  const float4* part = to.workspace + (size_t)2 * from * PAIRS + at;
+  float4 sum = nothing();
+  int k = 0;
+  do {
+    float4 batch[16];
+#pragma unroll
+    for (int u = 0; u < 16; u++) {
+      batch[u] = nothing();
+      if (k + u < blocks) batch[u] = __ldcg(part + (u || k ? 0 : PAIRS) + 2 * u * PAIRS);
+    }
+    take(sum, batch);
+    part += 2 * 16 * PAIRS, k += 16;
+  } while (k < blocks);
+  return sum;
+}
+
+// The parts of this block, by slices: a warp merges 64 channels of a head. Of a head that other blocks have parts of too it then writes its own
+// and counts it; the last warp to arrive at a slice merges the blocks' parts of it. No slice waits for another.
+// rehearsal: there are no parts, and nothing is written; but the code is run.
+__device__ __forceinline__ void merge(unsigned char* smem, const Results& to, const Shared* shared, bool rehearsal) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
+  // Parts are in list order, so those of a head are neighbours: a head begins where the part before, of those that there are, is another's.
+  const int own = lane < 2 * BLOCK_WARPS && !rehearsal ? ((const int*)(smem + AT_HEADS))[lane] : -1;
+  const unsigned there = __ballot_sync(FULL, own >= 0), below = there & ((1u << lane) - 1);
+  const int previous = __shfl_sync(FULL, own, below ? 31 - __clz(below) : lane);
+  unsigned begins = __ballot_sync(FULL, own >= 0 && !(below && previous == own));
+  if (!begins && !rehearsal) return;
+  do {
+    const int first = max(__ffs(begins) - 1, 0), head = __shfl_sync(FULL, own, first);
+    begins &= begins - 1;
+    const unsigned parts = there & ~((1u << first) - 1) & (begins ? (begins & -begins) - 1 : FULL);
+    const Shared begin = shared[0], end = shared[1];
+    const bool at_begin = begin.blocks && begin.head == head, is_shared = at_begin || (end.blocks && end.head == head);
+    const int from = at_begin ? begin.from : end.from, with = at_begin ? begin.blocks : end.blocks;
+    for (int slice = warp; slice < SLICES; slice += BLOCK_WARPS) {
+      const int at = slice * 32 + lane;
+      const bool inside = PAIRS % 32 == 0 || at < PAIRS;
+      float4 sum = nothing();
+      if (inside) sum = merge_warps(smem, parts, at);
+      if (is_shared || rehearsal) {
+        int* arrived = to.arrived + from * SLICES + slice;
+        if (inside && !rehearsal) __stcg(to.workspace + (size_t)(2 * block + (block == from)) * PAIRS + at, sum);
+        __syncwarp();
+        int before = 0;
+        if (lane == 0 && !rehearsal) before = atomic_add_acq_rel(arrived, 1);
+        __syncwarp();
+        if (__shfl_sync(FULL, before, 0) + 1 < with && !rehearsal) continue;
+        if (lane == 0 && !rehearsal) *arrived = 0;
+        if (inside) sum = merge_blocks(to, from, rehearsal ? 0 : with, at);
+      }
+      if (!inside || rehearsal) continue;
+      Output* out = to.out + (size_t)head * OUT + 2 * at;
+      const float inverse = rcp_approx(sum.w);
+      out[0] = to_output(sum.x * inverse), out[1] = to_output(sum.y * inverse);
+      if (at % (D / 2) == 0) store_lse(to, head, at / (D / 2), sum.z, sum.w);
+    }
+  } while (begins);
 }
 
 // --- the walk over the list
 
-// Units: count(tokens) of a sequence's heads; enter(cursor) sets what hangs on the sequence and head; copy_page(ring, slot, cursor, q or
-// null) and copy_tile copy one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, q,
-// cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j), zero_term(state, j) and half_of(j) turn sums
-// into numbers true to scale: of the column half that knows tile j.
+// Units: count(tokens) of a sequence's heads; measure(cursor) sets pages and units; copy_page(ring, slot, cursor) and copy_tile copy
+// one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, tile query,
+// cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j) and zero_term(state, j) turn sums into
+// numbers true to scale; the column halves know RUN channel tiles in turn.
 //
 // lengths [batch]; a sequence has lengths[b] + added tokens, and none where that is not positive: its output is 0.
 // q [batch, heads, Q_PER_KV, D]. Dynamic shared memory: AT_ROWS + 4 * batch bytes.
@@ -286,130 +369,91 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
                                        const Results& to) {
   extern __shared__ __align__(128) unsigned char smem[];
   __shared__ int4 shared_heads[2];
-  __shared__ int last[2];  // whether this block is the last to arrive at them
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x, blocks = gridDim.x;
   int* tokens = (int*)(smem + AT_ROWS);
   int* part_head = (int*)(smem + AT_HEADS);
   Ring ring;
-  ring.setup(smem + warp * RING_BYTES, smem + AT_Q + warp * STAGES * Q_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
-  const int4 task = tasks[block * BLOCK_TASKS + warp];
+  const int4 task = tasks[block * BLOCK_TASKS + 2 * warp], where = tasks[block * BLOCK_TASKS + 2 * warp + 1];
+  ring.setup(smem + warp * RING_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
+  // Asked for before the first copy: whatever is read after it waits behind all the bytes that are under way.
+#pragma unroll 1
   for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
-  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + BLOCK_WARPS + threadIdx.x], last[threadIdx.x] = 0;
+  if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x];
   if (lane < 2) part_head[2 * warp + lane] = -1;
-  __syncthreads();
 
-  Cursor at = {task.x, task.y, task.z, 0, 0, 0, 0, nullptr, nullptr};
-  if (task.w) at.tokens = tokens[at.row], units.enter(at);
-  Cursor ahead = at;
-  int asked = 0;
-  auto request = [&](int slot) {
-    if (asked < task.w) {
-      const bf16* head_q = asked == 0 || ahead.unit == 0 ? q + (size_t)(ahead.row * heads + ahead.head) * OUT : nullptr;
-      if (ahead.unit < ahead.pages) units.copy_page(ring, slot, ahead, head_q);
-      else units.copy_tile(ring, slot, ahead, head_q);
-      asked++;
-      if (++ahead.unit == ahead.units) next_head(units, ahead, tokens, batch, heads);
+  Cursor at = {task.x, task.y, task.z, where.x, where.y, where.z};
+  int left = task.w;  // units that this warp has before it
+  auto request = [&](int slot, int ahead) {
+    if (ahead < left) {
+      Cursor of = at;
+      for (of.unit += ahead; of.unit >= of.units;) {
+        const int beyond = of.unit - of.units;
+        next_head(units, of, tokens, batch, heads);
+        of.unit = beyond;
+      }
+      if (of.unit < of.pages) units.copy_page(ring, slot, of);
+      else units.copy_tile(ring, slot, of);
     }
     ring.end();
   };
+  // Before the wait: all but the last unit of a head, which holds the newest token. The launch before this one may be writing that still.
+  unsigned turn = 0;  // of the ring: its slot turn % STAGES
 #pragma unroll 1  // code that runs once is fetched once: less of it
-  for (int slot = 0; slot < STAGES; slot++) request(slot);
+  for (; turn < STAGES && at.unit + turn + 1 < at.units; turn++) request(turn, turn);
+  __syncthreads();  // `tokens` are there
 
-  int slot = 0;
-  uint32_t parity = 0;
-  for (int left = task.w; left > 0;) {
-    const int stop = min(at.unit + left, at.units), pages_stop = min(stop, at.pages);  // this warp's units of this head
-    const bool whole = at.unit == 0 && stop == at.units;
-    left -= stop - at.unit;
-    ring.wait(slot, parity);
-    const unsigned char* own_q = ring.query_at(at.number);
-    const typename Units::Query query = Units::load_query(own_q);
-    State state;
-    state.clear();
-    auto done = [&]() {
+  // First a rehearsal, over no units and with no results: it fetches the code behind the last unit, which all would wait for, while the first
+  // units are on their way and the launch before this one ends. `left` is negative then.
+  left = ~left;
+#pragma unroll 1
+  while (true) {
+    while (true) {
+      const int first = left > 0 ? at.unit : -1;  // of this warp's units of this head
+      State state;
+      state.clear();
+      auto done = [&]() {
+        __syncwarp();
+        request(turn % STAGES, STAGES);
+        at.unit++, left--, turn++;
+      };
+      if (first >= 0 && at.unit < at.pages) {
+        const typename Units::Query query = Units::load_query(q + (size_t)(at.row * heads + at.head) * OUT);
+        do {
+          ring.wait(turn % STAGES, turn / STAGES % 2);
+          units.attend_page(state, query, ring.slot_at(turn % STAGES), at.unit);
+          done();
+        } while (left && at.unit < at.pages);
+      }
+      Units::finish_pages(state);
+      if (first >= 0 && left && at.unit < at.units) {
+        const TileQuery query = load_tile_query(q + (size_t)(at.row * heads + at.head) * OUT);
+        do {
+          ring.wait(turn % STAGES, turn / STAGES % 2);
+          units.attend(state, ring.slot_at(turn % STAGES), query, at);
+          done();
+        } while (left && at.unit < at.units);
+      }
+      const int head = at.row * heads + at.head, part = 2 * warp + (first >= 0 && !left);
+      const bool whole = first == 0 && at.unit == at.units;
+      store_sums<Units>(state, smem, to, head, whole, part);
+      if (first >= 0 && !whole && lane == part % 2) part_head[part] = head;
       __syncwarp();
-      request(slot);
-      if (++slot == STAGES) slot = 0, parity ^= 1;
-    };
-    for (; at.unit < pages_stop; at.unit++) {
-      ring.wait(slot, parity);
-      units.attend_page(state, query, ring.slot_at(slot), at.unit);
-      done();
+      if (left <= 0) break;
+      next_head(units, at, tokens, batch, heads);
     }
-    Units::finish_pages(state);
-    for (; at.unit < stop; at.unit++) {
-      ring.wait(slot, parity);
-      units.attend(state, ring.slot_at(slot), own_q, at);
-      done();
-    }
-    const int part = 2 * warp + (left == 0), head = at.row * heads + at.head;
-    store_sums<Units>(state, smem, to, head, whole, part);
-    if (!whole && lane == 0) part_head[part] = head;
-    __syncwarp();
-    if (left) next_head(units, at, tokens, batch, heads);
+    __syncthreads();
+    merge(smem, to, (const Shared*)shared_heads, left < 0);
+    if (left >= 0) break;
+    left = ~left;
+    wait_for_previous(), allow_next();
+#pragma unroll 1
+    for (; turn < STAGES; turn++) request(turn, turn);
+    turn = 0;
   }
+#pragma unroll 1
   for (int b = block; b < batch; b += blocks)
     if (tokens[b] <= 0)
-      for (int i = threadIdx.x; i < heads * OUT; i += BLOCK_WARPS * 32) to.out[(size_t)b * heads * OUT + i] = to_output(0.f);
-  __syncthreads();
-
-  const Shared* shared = (const Shared*)shared_heads;
-  // Parts are in list order, so those of a head are neighbours: a head begins where the part before, of those that there are, is another's.
-  const int own = lane < 2 * BLOCK_WARPS ? part_head[lane] : -1;
-  const unsigned there = __ballot_sync(FULL, own >= 0), below = there & ((1u << lane) - 1);
-  const int previous = __shfl_sync(FULL, own, below ? 31 - __clz(below) : lane);
-  for (unsigned begins = __ballot_sync(FULL, own >= 0 && !(below && previous == own)); begins; begins &= begins - 1) {
-    const int k = __ffs(begins) - 1, head = __shfl_sync(FULL, own, k);
-    const unsigned later = begins & (begins - 1), parts = there & ~((1u << k) - 1) & (later ? (later & -later) - 1 : FULL);
-    const bool at_begin = shared[0].blocks && shared[0].head == head, at_end = shared[1].blocks && shared[1].head == head;
-    for (int i = threadIdx.x; i < OUT / 2; i += BLOCK_WARPS * 32) {
-      const int q_head = i / (D / 2), channel = i % (D / 2) * 2;
-      const float2* ml = (const float2*)(smem + AT_ML) + q_head;
-      float m = LOWEST, l = 0.f, a0 = 0.f, a1 = 0.f;
 #pragma unroll 1
-      for (unsigned left = parts; left;) {
-        constexpr int BATCH = 4;  // loads that do not wait for each other
-        float2 of[BATCH], v[BATCH];
-        float highest = m;
-#pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-          of[u] = make_float2(LOWEST, 0.f), v[u] = make_float2(0.f, 0.f);
-          if (left) {
-            const int p = __ffs(left) - 1;
-            of[u] = ml[p * Q_PER_KV], v[u] = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel);
-          }
-          highest = fmaxf(highest, of[u].x), left &= left - 1;
-        }
-        const float f = ex2(m - highest);
-        m = highest, l *= f, a0 *= f, a1 *= f;
-#pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-          const float g = ex2(of[u].x - m);
-          l += g * of[u].y, a0 += g * v[u].x, a1 += g * v[u].y;
-        }
-      }
-      if (at_begin || at_end) {
-        const Shared& mine = shared[at_begin ? 0 : 1];
-        float* part = to.workspace + (size_t)(block == mine.from ? mine.first : 2 * block) * (OUT + 2 * Q_PER_KV);
-        __stcg((float2*)part + i, make_float2(a0, a1));
-        if (channel == 0) __stcg((float2*)(part + OUT) + q_head, make_float2(m, l));
-      } else {
-        Output* out = to.out + (size_t)head * OUT + 2 * i;
-        const float inverse = rcp_approx(l);
-        out[0] = to_output(a0 * inverse), out[1] = to_output(a1 * inverse);
-        if (channel == 0) store_lse(to, head, q_head, m, l);
-      }
-    }
-  }
-  if (!shared[0].blocks && !shared[1].blocks) return;
-  __syncthreads();
-  if (threadIdx.x < 2 && shared[threadIdx.x].blocks) {
-    const Shared& mine = shared[threadIdx.x];
-    last[threadIdx.x] = atomic_add_acq_rel(to.arrived + mine.head, 1) == mine.blocks - 1;
-    if (last[threadIdx.x]) to.arrived[mine.head] = 0;
-  }
-  __syncthreads();
-  for (int e = 0; e < 2; e++)
-    if (last[e]) merge_blocks(to, shared[e].head, shared[e].from, shared[e].blocks, shared[e].first);
+      for (int i = threadIdx.x; i < heads * OUT; i += BLOCK_WARPS * 32) to.out[(size_t)b * heads * OUT + i] = to_output(0.f);
 }
 #endif

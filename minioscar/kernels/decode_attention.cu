@@ -74,17 +74,15 @@ struct Pages {
   __device__ __forceinline__ int sink_tiles(int packed) const { return packed ? (sinks + TILE_TOKENS - 1) / TILE_TOKENS : 0; }
   __device__ __forceinline__ int tiles(int tokens, int packed) const { return sink_tiles(packed) + (tokens - packed + TILE_TOKENS - 1) / TILE_TOKENS; }
   __device__ __forceinline__ int count(int tokens) const { return pages(packed_tokens(tokens)) + tiles(tokens, packed_tokens(tokens)); }
-  __device__ __forceinline__ void enter(Cursor& at) const {
+  __device__ __forceinline__ void measure(Cursor& at) const {
     const int packed = packed_tokens(at.tokens);
     at.pages = pages(packed), at.units = at.pages + tiles(at.tokens, packed);
-    at.page = data + ((size_t)(at.row * kv_heads + at.head / SHARE) * page_capacity + sinks / PAGE_TOKENS) * PAGE_BYTES;
-    at.norms = norms + (size_t)at.row * norm_stride + sinks / PAGE_TOKENS * PAGE_TOKENS;
   }
-  __device__ __forceinline__ void copy_page(Ring& ring, int slot, const Cursor& at, const bf16* q) const {
+  __device__ __forceinline__ void copy_page(Ring& ring, int slot, const Cursor& at) const {
+    const int page = at.unit + sinks / PAGE_TOKENS;
     unsigned char* to = ring.slot_at(slot);
-    ring.fill(slot, {{to, at.page + (size_t)at.unit * PAGE_BYTES, PAGE_BYTES},
-                     {to + PAGE_BYTES, at.norms + at.unit * PAGE_TOKENS, SCALED ? 256 : 0},
-                     {ring.query_at(at.number), q, q ? Q_BYTES : 0}});
+    ring.fill(slot, {{to, data + ((size_t)(at.row * kv_heads + at.head / SHARE) * page_capacity + page) * PAGE_BYTES, PAGE_BYTES},
+                     {to + PAGE_BYTES, norms + (size_t)at.row * norm_stride + page * PAGE_TOKENS, SCALED ? 256 : 0}});
   }
   struct Tile { int first, valid; bool sink; };
   __device__ __forceinline__ Tile tile(const Cursor& at) const {
@@ -93,27 +91,26 @@ struct Pages {
     const int from = (sink ? t : t - before) * TILE_TOKENS;
     return {from, min(TILE_TOKENS, (sink ? sinks : at.tokens - packed) - from), sink};
   }
-  __device__ __forceinline__ void copy_tile(Ring& ring, int slot, const Cursor& at, const bf16* q) const {
+  __device__ __forceinline__ void copy_tile(Ring& ring, int slot, const Cursor& at) const {
     const Tile t = tile(at);
     const size_t from = ((size_t)(at.row * kv_heads + at.head / SHARE) * (t.sink ? sinks : WINDOW) + t.first) * D;
     const int n = t.valid * D * 2;
     unsigned char* to = ring.slot_at(slot);
     ring.fill(slot, {{to, (t.sink ? sink_keys : window_keys) + from, n},
-                     {to + TILE_TOKENS * D * 2, (t.sink ? sink_values : window_values) + from, n},
-                     {ring.query_at(at.number), q, q ? Q_BYTES : 0}});
+                     {to + TILE_TOKENS * D * 2, (t.sink ? sink_values : window_values) + from, n}});
   }
-  __device__ __forceinline__ static Query load_query(const unsigned char* q) {
+  __device__ __forceinline__ static Query load_query(const bf16* q) {
     Query query;
     const int lane = threadIdx.x % 32;
     auto half2 = [](uint32_t w) { return pack_f16x2(__uint_as_float(w << 16) * LIFT, __uint_as_float(w & 0xffff0000u) * LIFT); };
 #pragma unroll
     for (int i = 0; i < D / 32; i++) {
-      const uint4 w = *(const uint4*)(q + head_of_column(lane / 4) * D * 2 + i * 64 + lane % 4 * 16);
+      const uint4 w = *(const uint4*)(q + head_of_column(lane / 4) * D + i * 32 + lane % 4 * 8);
       query.b[2 * i][0] = half2(w.x), query.b[2 * i][1] = half2(w.y), query.b[2 * i + 1][0] = half2(w.z), query.b[2 * i + 1][1] = half2(w.w);
     }
     return query;
   }
-  __device__ __forceinline__ static float unit_scale(int j) { return 16777216.f / power_of_two(BITS * value_place(j)); }
+  __device__ __forceinline__ static float unit_scale(int j) { return power_of_two(24 - BITS * value_place(j)); }
   __device__ __forceinline__ static uint32_t unit_bf16x2(int j) {  // 1 / unit_scale
     const uint32_t bits = (uint32_t)(127 - 24 + BITS * value_place(j)) << 7;
     return bits | bits << 16;
@@ -126,13 +123,13 @@ struct Pages {
       for (int i = 0; i < 4; i++)
         if (j % PLACES) state.o[j][i] -= state.o[j - 1][i];
   }
-  __device__ __forceinline__ static int half_of(int j) { return VALUE_GROUPS > 1 ? group_of(j) % 2 : j % 2; }
+  static constexpr int RUN = VALUE_GROUPS > 1 ? VALUE_GROUP / 16 : 1;
   __device__ __forceinline__ static float2 zero_term(const State& state, int j) {
     const int from = value_group_place(group_of(j)) * 4 + threadIdx.x % 4;
     return make_float2(ZERO * __shfl_sync(FULL, state.sums[0], from), ZERO * __shfl_sync(FULL, state.sums[1], from));
   }
-  __device__ __forceinline__ void attend(State& state, const unsigned char* data, const unsigned char* q, const Cursor& at) const {
-    attend_tile<Pages>(state, data, q, tile(at).valid, scale_log2);
+  __device__ __forceinline__ void attend(State& state, const unsigned char* data, const TileQuery& query, const Cursor& at) const {
+    attend_tile<Pages>(state, data, query, tile(at).valid, scale_log2);
   }
 
   // Logits above the references: x[j][i] of the lane's token tile j (of the page's: LANE_TILES * half + j), row r or r + 8, column 2c + i % 2.
@@ -179,7 +176,7 @@ struct Pages {
       for (int i = 0; i < 2; i++) minima[0][i] = minima[0][2 + i] = minima[0][i] + minima[2 - KEY_GROUPS][2 + i];
     }
     const float factor = scale_log2 / LIFT;
-    auto unit_of = [](int tile) { return 16777216.f / power_of_two(BITS * place(key_tile(tile, 0))); };
+    auto unit_of = [](int tile) { return power_of_two(24 - BITS * place(key_tile(tile, 0))); };
 #pragma unroll
     for (int j = 0; j < LANE_TILES; j += 2) {
       const int above = j + LANE_TILES % 4;  // the same tiles of the second half
@@ -281,12 +278,11 @@ struct Pages {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
-decode_attention(const bf16* __restrict__ q, const unsigned char* __restrict__ pages, const float* __restrict__ norms,
+decode_attention(const bf16* q, const unsigned char* __restrict__ pages, const float* __restrict__ norms,
                  const bf16* __restrict__ sink_keys, const bf16* __restrict__ sink_values, const bf16* __restrict__ window_keys,
                  const bf16* __restrict__ window_values, const int* __restrict__ lengths, const int4* __restrict__ tasks, Output* __restrict__ out,
-                 float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived, int batch, int kv_heads, int page_capacity,
+                 float* __restrict__ lse, float4* __restrict__ workspace, int* __restrict__ arrived, int batch, int kv_heads, int page_capacity,
                  int norm_stride, int sinks, int added, float scale_log2) {
-  wait_for_previous(), allow_next();
   attend(Pages{pages, norms, sink_keys, sink_values, window_keys, window_values, kv_heads, page_capacity, norm_stride, sinks, scale_log2},
          q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
 }

@@ -13,32 +13,31 @@ struct Tiles {
   struct Query {};
 
   __device__ __forceinline__ static int count(int tokens) { return (tokens + TILE_TOKENS - 1) / TILE_TOKENS; }
-  __device__ __forceinline__ static void enter(Cursor& at) { at.pages = 0, at.units = count(at.tokens); }
+  __device__ __forceinline__ static void measure(Cursor& at) { at.pages = 0, at.units = count(at.tokens); }
   __device__ __forceinline__ static int valid(const Cursor& at) { return min(TILE_TOKENS, at.tokens - at.unit * TILE_TOKENS); }
-  __device__ __forceinline__ void copy_page(Ring&, int, const Cursor&, const bf16*) const {}
-  __device__ __forceinline__ void copy_tile(Ring& ring, int slot, const Cursor& at, const bf16* q) const {
+  __device__ __forceinline__ void copy_page(Ring&, int, const Cursor&) const {}
+  __device__ __forceinline__ void copy_tile(Ring& ring, int slot, const Cursor& at) const {
     const size_t from = ((size_t)(at.row * kv_heads + at.head / SHARE) * capacity + at.unit * TILE_TOKENS) * D;
     const int n = valid(at) * D * 2;
     unsigned char* to = ring.slot_at(slot);
-    ring.fill(slot, {{to, keys + from, n}, {to + TILE_TOKENS * D * 2, values + from, n}, {ring.query_at(at.number), q, q ? Q_BYTES : 0}});
+    ring.fill(slot, {{to, keys + from, n}, {to + TILE_TOKENS * D * 2, values + from, n}});
   }
-  __device__ __forceinline__ static Query load_query(const unsigned char*) { return {}; }
+  __device__ __forceinline__ static Query load_query(const bf16*) { return {}; }
   __device__ __forceinline__ static void finish_pages(State&) {}
   __device__ __forceinline__ void attend_page(State&, const Query&, const unsigned char*, int) const {}
-  __device__ __forceinline__ void attend(State& state, const unsigned char* data, const unsigned char* q, const Cursor& at) const {
-    attend_tile<Tiles>(state, data, q, valid(at), scale_log2);
+  __device__ __forceinline__ void attend(State& state, const unsigned char* data, const TileQuery& query, const Cursor& at) const {
+    attend_tile<Tiles>(state, data, query, valid(at), scale_log2);
   }
   __device__ __forceinline__ static float unit_scale(int) { return 1.f; }
   __device__ __forceinline__ static uint32_t unit_bf16x2(int) { return ONE_BF16X2; }
-  __device__ __forceinline__ static int half_of(int j) { return j % 2; }
+  static constexpr int RUN = 1;
   __device__ __forceinline__ static float2 zero_term(const State&, int) { return make_float2(0.f, 0.f); }
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
-decode_attention_bf16(const bf16* __restrict__ q, const bf16* __restrict__ keys, const bf16* __restrict__ values, const int* __restrict__ lengths,
-                      const int4* __restrict__ tasks, Output* __restrict__ out, float* __restrict__ lse, float* __restrict__ workspace, int* __restrict__ arrived,
+decode_attention_bf16(const bf16* q, const bf16* __restrict__ keys, const bf16* __restrict__ values, const int* __restrict__ lengths,
+                      const int4* __restrict__ tasks, Output* __restrict__ out, float* __restrict__ lse, float4* __restrict__ workspace, int* __restrict__ arrived,
                       int batch, int kv_heads, int capacity, int added, float scale_log2) {
-  wait_for_previous(), allow_next();
   attend(Tiles{keys, values, kv_heads, capacity, scale_log2}, q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
 }
 

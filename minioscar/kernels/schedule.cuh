@@ -3,40 +3,35 @@
 // The list: sequence after sequence, kv head after kv head, in each its pages, then its tiles. Blocks take equal, contiguous parts of it
 // (the first ones a unit more), and so do the warps of a block. A type Units says how many units a length makes (attention.cuh).
 //
-// tasks [blocks][BLOCK_WARPS + 2] int4: of each block its warps' tasks, then the two heads that it shares with others.
-// reads 4 B a sequence in every block, writes 16 B a warp: some microseconds, for all layers of a step.
+// tasks [blocks][2 * BLOCK_WARPS + 2] int4: of each block its warps' tasks, then the two heads that it shares with others.
+// reads 4 B a sequence in every block, writes 32 B a warp: some microseconds, for all layers of a step.
 #ifndef MINIOSCAR_SCHEDULE_CUH
 #define MINIOSCAR_SCHEDULE_CUH
 
 constexpr unsigned FULL = 0xffffffffu;
 
 // Units of one kv head: its pages first, then its tiles. `unit` is the next one of them.
-struct Cursor {
-  int row, head, unit, pages, units, tokens;
-  int number;                 // of heads that this warp has begun before
-  const unsigned char* page;  // of this head, the one that unit 0 is
-  const float* norms;         // of its tokens
-};
+struct Cursor { int row, head, unit, pages, units, tokens; };
 
 template <class Units>
 __device__ __forceinline__ void next_head(const Units& units, Cursor& at, const int* tokens, int batch, int heads) {
-  at.unit = 0, at.number++;
+  at.unit = 0;
   if (++at.head == heads) {
     at.head = 0;
     do at.row++; while (at.row < batch && tokens[at.row] <= 0);
     if (at.row == batch) return;
     at.tokens = tokens[at.row];
+    units.measure(at);
   }
-  units.enter(at);
 }
 
-// What a warp does: `count` units from unit `unit` of head `head` of sequence `row` on.
-struct Task { int row, head, unit, count; };
-// A head that this block shares with others, at its begin or its end: blocks from ... from + blocks - 1 have parts, the first of them at
-// `first` in the workspace. No such head: blocks = 0.
-struct Shared { int head, blocks, from, first; };
-// Of a block: its warps' tasks, then the two heads.
-constexpr int BLOCK_TASKS = BLOCK_WARPS + 2;
+// What a warp does: `count` units from unit `unit` of head `head` of sequence `row` on; and how large that head is, so that the first
+// copies can be asked for without a look at the lengths.
+struct Task { int row, head, unit, count, pages, units, tokens, unused; };
+// A head that this block shares with others, at its begin or its end: blocks from ... from + blocks - 1 have parts. No such head: blocks = 0.
+struct Shared { int head, blocks, from, unused; };
+// Of a block, in int4: its warps' tasks, then the two heads.
+constexpr int BLOCK_TASKS = 2 * BLOCK_WARPS + 2;
 
 // Grid (blocks of the attention kernel), BLOCK_WARPS * 32 threads, 4 * (2 * batch + 1) bytes of dynamic shared memory.
 template <class Units>
@@ -64,33 +59,36 @@ __device__ __forceinline__ void schedule_block(const Units& units, const int* le
   const int total = first[batch], each = total / blocks, longer = total - each * blocks;  // the first `longer` blocks have one more
   auto begin_of = [&](int b) { return each * b + min(b, longer); };
   auto owner = [&](int x) { return x < longer * (each + 1) ? x / (each + 1) : longer + (x - longer * (each + 1)) / each; };  // of a unit
-  auto locate = [&](int x) -> Task {  // x < total; count is that of the head
+  auto locate = [&](int x) -> Task {  // x < total
     int row = 0, end = batch;
     while (end - row > 1) {
       const int middle = (row + end) / 2;
       if (first[middle] <= x) row = middle; else end = middle;
     }
-    const int n = units.count(tokens[row]), head = (x - first[row]) / n;
-    return {row, head, x - first[row] - head * n, n};
+    Cursor at = {row, 0, 0, 0, 0, tokens[row]};
+    units.measure(at);
+    const int head = (x - first[row]) / at.units;
+    return {row, head, x - first[row] - head * at.units, 0, at.pages, at.units, at.tokens, 0};
   };
   const int lo = begin_of(block), hi = begin_of(block + 1), begin = lo + warp * (hi - lo) / BLOCK_WARPS;
   const int count = lo + (warp + 1) * (hi - lo) / BLOCK_WARPS - begin;
   if (lane == 0) {
-    const Task at = count ? locate(begin) : Task{0, 0, 0, 0};
-    tasks[block * BLOCK_TASKS + warp] = make_int4(at.row, at.head, at.unit, count);
+    const Task at = count ? locate(begin) : Task{};
+    tasks[block * BLOCK_TASKS + 2 * warp] = make_int4(at.row, at.head, at.unit, count);
+    tasks[block * BLOCK_TASKS + 2 * warp + 1] = make_int4(at.pages, at.units, at.tokens, 0);
   }
   if (threadIdx.x < 2) {
     Shared mine = {0, 0, 0, 0};
     if (lo < hi) {
       const int x = threadIdx.x ? hi - 1 : lo;
       const Task where = locate(x);
-      const int head_lo = x - where.unit, head_hi = head_lo + where.count;
+      const int head_lo = x - where.unit, head_hi = head_lo + where.units;
       if ((head_lo < lo || head_hi > hi) && !(threadIdx.x && head_lo <= lo)) {
         const int from = owner(head_lo);
-        mine = {where.row * heads + where.head, owner(head_hi - 1) - from + 1, from, 2 * from + (begin_of(from) < head_lo)};
+        mine = {where.row * heads + where.head, owner(head_hi - 1) - from + 1, from, 0};
       }
     }
-    tasks[block * BLOCK_TASKS + BLOCK_WARPS + threadIdx.x] = make_int4(mine.head, mine.blocks, mine.from, mine.first);
+    tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x] = make_int4(mine.head, mine.blocks, mine.from, 0);
   }
 }
 #endif

@@ -138,6 +138,10 @@ class Cuda(Reference):
         options = {"norms": norms, "norm_stride": 0 if norms is None else norms.shape[1], "slots": at.rows, "eps": config.rms_norm_eps}
         options |= {"rotate": scheme.rotate, "q_weight": layer.q_norm, "k_weight": layer.k_norm}
         if _decodes(batch):  # the new token goes to its place at once
+            if self.scheduled is not at:  # once a step: the layers differ in nothing that it looks at
+                plan, (tasks, *_) = self._planned(heads, scheme, len(at.lengths))
+                self.run(raw.schedule(heads, scheme, plan, at.lengths, tasks))  # two launches before attention, as that demands
+                self.scheduled = at
             keys, values = (kept[name if not scheme.quantized else f"window_{name}"] for name in ("keys", "values"))
             place = {"keys": keys, "values": values, "places": keys.shape[2]}
             self.run(raw.rotate_scale(heads, qkv, at.positions, *tables, q, **options, **place))
@@ -183,12 +187,8 @@ class Cuda(Reference):
         if not everyone:  # the kernel takes q by cache row
             q, packed = self.xp.zeros((size, *q.shape[1:]), q.dtype), q
             q[at.slots] = packed
-        plan = raw.plan(heads, scheme, size, self.multiprocessors, self.capability)
+        plan, (tasks, workspace, arrived) = self._planned(heads, scheme, size)
         out = self.xp.empty_like(q)
-        tasks, workspace, arrived = self._scratch(plan, heads, size)
-        if self.scheduled is not at:  # once a step: the layers differ in nothing that it looks at
-            self.run(raw.schedule(heads, scheme, plan, at.lengths, tasks))
-            self.scheduled = at
         self.run(raw.decode_attention(heads, scheme, plan, q, kept, at.lengths, tasks, out, None, workspace, arrived))
         if scheme.quantized:
             self.run(raw.pack_step(heads, scheme, at.lengths, kept))
@@ -261,14 +261,15 @@ class Cuda(Reference):
             self.indices = Indices(batch, *(self.xp.asarray(np.asarray(x, np.int32)) for x in found))
         return self.indices
 
-    def _scratch(self, plan: raw.Plan, heads: raw.Heads, batch: int) -> tuple[Array, Array, Array]:
-        """Of decode attention: the schedule, the workspace, and the counters."""
+    def _planned(self, heads: raw.Heads, scheme: Scheme, batch: int) -> tuple[raw.Plan, tuple[Array, Array, Array]]:
+        """Of decode attention: the cut; the schedule, the workspace and the counters."""
+        plan = raw.plan(heads, scheme, batch, self.multiprocessors, self.capability)
         key = plan, heads, batch
         if key not in self.scratch:
-            counters = self.xp.zeros(batch * heads.kv_heads * plan.share, np.int32)
+            counters = self.xp.zeros(plan.counters(heads.head_dim), np.int32)
             workspace = self.xp.empty(plan.workspace_floats(heads.head_dim), np.float32)
             self.scratch[key] = self.xp.empty(plan.task_shape, np.int32), workspace, counters
-        return self.scratch[key]
+        return plan, self.scratch[key]
 
 
 def _plus(y: Array, x: Array | None) -> Array:

@@ -55,7 +55,7 @@ class DecodeStep:
         products = Products(xp, ops.multiprocessors, ops.capability)
         plan = raw.plan(self.heads, scheme, rows, ops.multiprocessors, ops.capability)
         tasks, workspace = xp.empty(plan.task_shape, np.int32), xp.empty(plan.workspace_floats(config.head_dim), np.float32)
-        arrived = xp.zeros(rows * config.num_kv_heads * plan.share, np.int32)
+        arrived = xp.zeros(plan.counters(config.head_dim), np.int32)
         q, out = xp.empty((rows, config.num_heads, config.head_dim), BF16), y.reshape(rows, config.num_heads, config.head_dim)
 
         self.launches += [raw_dense.embed(weights.embed, self.tokens, x), raw.schedule(self.heads, scheme, plan, self.lengths, tasks)]

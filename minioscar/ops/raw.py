@@ -149,7 +149,8 @@ def fill_window(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Ar
 # --- decode attention
 
 
-CUTS, BF16_CUTS = ((12, 2), (8, 2), (4, 2), (2, 2), (1, 2)), ((8, 2), (4, 3), (4, 2), (2, 2), (1, 2))  # (warps, stages), best first
+# (warps, stages), best first
+CUTS, BF16_CUTS = ((16, 2), (12, 2), (8, 2), (4, 2), (2, 2), (1, 2)), ((8, 2), (4, 3), (4, 2), (2, 2), (1, 2))
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,16 @@ class Plan:
     blocks: int
 
     def workspace_floats(self, head_dim: int) -> int:
-        return 2 * self.blocks * self.q_per_kv * (head_dim + 2)
+        return 4 * self.blocks * self.q_per_kv * head_dim
+
+    def counters(self, head_dim: int) -> int:
+        """Of what blocks merge together: one for every 64 channels of the q heads of a block."""
+        return self.blocks * -(-self.q_per_kv * head_dim // 64)
 
     @property
     def task_shape(self) -> tuple[int, int, int]:
-        """Of the schedule, int32: a row of four for every warp of a block and for the two heads that it shares (attention.cuh)."""
-        return self.blocks, self.warps + 2, 4
+        """Of the schedule, int32, rows of four: two for each warp of a block, one for each of the two heads it shares (schedule.cuh)."""
+        return self.blocks, 2 * self.warps + 2, 4
 
 
 def plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, capability: int) -> Plan:
@@ -191,8 +196,8 @@ def _unit_bytes(head_dim: int, scheme: Scheme) -> int:
 
 def shared_bytes(head_dim: int, scheme: Scheme, p: Plan, batch: int) -> int:
     """Dynamic shared memory of a decode kernel: attention.cuh, AT_ROWS and what follows."""
-    ring = p.stages * (_unit_bytes(head_dim, scheme) + p.q_per_kv * head_dim * 2)
-    heads = p.warps * (ring + p.q_per_kv * (head_dim + 8) * 4 + 2 * p.q_per_kv * 8 + 8)
+    ring = p.stages * _unit_bytes(head_dim, scheme)
+    heads = p.warps * (ring + p.q_per_kv * (head_dim + 2) * 4 + 2 * p.q_per_kv * 8 + 8)
     return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * batch
 
 
@@ -209,7 +214,8 @@ def decode_attention(
 ) -> Launch:
     """q [batch, q_heads, d] bf16 -> out, bf16 or float32, over lengths[b] + added tokens of each row, as `schedule` has cut them.
 
-    workspace float32 [p.workspace_floats(d)], arrived int32 [batch * kv_heads * p.share], zero (and zero again afterwards); lse float32
+    The launch directly before may write q and the newest token of each row; all else must come from launches before that one.
+    workspace float32 [p.workspace_floats(d)], arrived int32 [p.counters(d)], zero (and zero again afterwards); lse float32
     [batch, q_heads] or None, not written for a row without tokens. scale: of the logits, 1 / sqrt(d) unless given.
     """
     d, batch, norms = heads.head_dim, lengths.shape[0], cache.get("norms")
