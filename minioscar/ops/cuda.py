@@ -100,9 +100,10 @@ class Cuda(Reference):
     ) -> Array:
         """Raw kernels for what is bound by the weights, and for logits, which want float32; cuBLAS for many tokens."""
         (tokens, size), rows, most = x.shape, weight.shape[0] // (2 if silu else 1), raw_dense.BATCH_TOKENS
-        if size % 8:
+        many = tokens > most and not float32
+        if size % 8 or many and rows % 8:
             return super().linear(x, weight, bias, norm=norm, silu=silu, residual=residual, float32=float32)
-        if tokens <= most or float32:
+        if not many:
             out = self.xp.empty((tokens, rows), np.float32 if float32 else self.dtype)
             for i in range(0, tokens, most):
                 part = {"norm": norm, "bias": bias, "silu": silu, "residual": None if residual is None else residual[i : i + most]}
@@ -112,13 +113,16 @@ class Cuda(Reference):
         if norm is not None:
             x, given = self.xp.empty_like(x), x
             self.run(raw_dense.rms_norm(given, *norm, x))
-        if silu:  # gate and up together are the widest array of a pass: in pieces
-            out = self.xp.empty((tokens, rows), self.dtype)
-            for i in range(0, tokens, MLP_TOKENS):
-                out[i : i + MLP_TOKENS] = self.silu_mul(_plus(self.product(x[i : i + MLP_TOKENS], weight, False), bias))
-        else:
-            out = _plus(self.product(x, weight, False), bias)
-        return _plus(out, residual)
+        if not silu:
+            y = self.product(x, weight, False)
+            for more in (bias, residual):
+                if more is not None:
+                    self.run(raw_dense.add(more, y))
+            return y
+        out = self.xp.empty((tokens, rows), self.dtype)
+        for i in range(0, tokens, MLP_TOKENS):  # gate and up together are the widest array of a pass
+            self.run(raw_dense.silu_mul(self.product(x[i : i + MLP_TOKENS], weight, False), out[i : i + MLP_TOKENS]))
+        return out
 
     def product(self, x: Array, weight: Array, float32: bool) -> Array:
         """Logits in float32: the difference between two tokens is often smaller than the bfloat16 rounding of a logit."""
@@ -270,13 +274,6 @@ class Cuda(Reference):
             workspace = self.xp.empty(plan.workspace_floats(heads.head_dim), np.float32)
             self.scratch[key] = self.xp.empty(plan.task_shape, np.int32), workspace, counters
         return plan, self.scratch[key]
-
-
-def _plus(y: Array, x: Array | None) -> Array:
-    """y, with x added in place."""
-    if x is not None:
-        y += x
-    return y
 
 
 def _decodes(batch: Batch) -> bool:
