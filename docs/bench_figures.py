@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from canvas import BLUE, GREEN, INK, RED, Canvas
-from committed import NAMES, QWEN3_8B, attention_rows, benches, fastest_bf16, generated, measured, on_gpu, shape_of
+from committed import NAMES, QWEN3_8B, attention_rows, benches, fastest_bf16, measured, on_gpu, shape_of
 
 from minioscar.cache import layout
 from minioscar.config import Config
@@ -140,7 +140,7 @@ def attention_times(report: dict) -> Iterable[tuple[str, Canvas]]:
 
 def step_times(report: dict) -> Iterable[tuple[str, Canvas]]:
     card = report["meta"]["card"]
-    for (model, batch), rows in groups(generated(report), "model", "batch"):
+    for (model, batch), rows in groups(report["decode"], "model", "batch"):
         title = f"A decode step of {model}, batch {batch}; {card}"
         lines = kv_lines(rows, "ms", "fraction_of_limit")
         yield f"step-{slug(model)}-b{batch}", chart(title, "tokens in the cache", "ms", lines, context_tick, ROOFLINE)

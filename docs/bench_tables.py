@@ -14,7 +14,6 @@ from committed import (
     benches,
     fastest_bf16,
     foreign_group,
-    generated,
     load,
     measured,
     on_gpu,
@@ -163,7 +162,7 @@ def attention_gain(reports: list[dict]) -> str:
 
 def decode_gain(reports: list[dict]) -> str:
     for report in reports:
-        rows = [row for row in generated(report) if (row["batch"], row["context"]) == (1, 131072)]
+        rows = [row for row in report["decode"] if (row["batch"], row["context"]) == (1, 131072)]
         ms = {(row["model"], row["kv"]): row["ms"] for row in rows}
         for model, kv in ms:
             if kv == "int2" and (model, "bf16") in ms:
@@ -250,9 +249,13 @@ def skipped_cells(row: dict) -> Iterator[str]:
 
 
 def decode_cells(row: dict) -> Iterator[str]:
-    kv = f"`{row['kv']}`" + (", one graph" if row.get("mode") == "graph" else "")
-    yield from (row["model"], kv, "{batch} x {context:,}".format(**row), f"{row['ms']:.2f}", f"{row['tokens_per_s']:,.1f}")
+    yield from (row["model"], f"`{row['kv']}`", "{batch} x {context:,}".format(**row), f"{row['ms']:.2f}", f"{row['tokens_per_s']:,.1f}")
     yield from (f"{row['ms'] * row['fraction_of_limit']:.2f}", f"{row['fraction_of_limit']:.0%}", peer_cell(row, 2))
+
+
+def breakdown_cells(row: dict) -> Iterator[str]:
+    yield from (row["kernel"], f"`{row['kv']}`", "{batch} x {context:,}".format(**row), f"{row['launches']}", f"{row['us']:.2f}")
+    yield from (f"{row['us_a_step']:,.0f}", f"{row['bytes'] / 1e6:,.2f}", f"{row['fraction_of_limit']:.0%}")
 
 
 def prefill_cells(row: dict) -> Iterator[str]:
@@ -291,6 +294,7 @@ PARTS = {
     "growth": (["growth over", "`--kv`", *GROWTH], growth_cells),
     "skipped": (["not measured", *SHAPE, "why"], skipped_cells),
     "decode": (["decode", *SHAPE, "ms a step", "tokens/s", "limit, ms", "of it", "peers, ms"], decode_cells),
+    "breakdown": (["a step's", *SHAPE, "launches", "µs each", "µs a step", "MB each", "of the copy rate"], breakdown_cells),
     "prefill": (["prefill", "tokens", "tokens/s", "limit, tokens/s", "of it", "peers, tokens/s"], prefill_cells),
     "throughput": (["throughput", "budget, GB", "`--kv`", "tokens", "sequences", "tokens/s"], throughput_cells),
     "memory": (["memory", *SHAPE, "cache, MB", "predicted, MB", "smaller than BF16"], memory_cells),

@@ -44,11 +44,6 @@ def foreign_group(row: dict) -> bool:
     return row.get("group") not in (None, SCHEMES[row["kv"]].group)
 
 
-def generated(report: dict) -> list[dict]:
-    """Decode steps as `generate` takes them: not yet as one graph."""
-    return [row for row in report["decode"] if row.get("mode") != "graph"]
-
-
 def fastest_bf16(report: dict) -> dict[tuple, tuple[float, str]]:
     """Shape of decode attention -> the fastest BF16 kernel of the same run: microseconds, name ("ours" or a peer's)."""
     best = {}

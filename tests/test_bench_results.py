@@ -11,6 +11,7 @@ import committed
 import pytest
 
 GROWTH = {"us_per_1000_tokens": 0.2, "us_at_0_tokens": 8.0, "worst_error": 0.03, "bytes_us_per_1000_tokens": 0.1, "times_the_bytes": 2.0}
+PART = {"us_a_step": 54.0, "bytes": 2e6, "fraction_of_limit": 0.333}
 MEMORY = {"cache_bytes": 3e6, "predicted_bytes": 3e6, "ratio_to_bf16": 4.5}
 META = {"card": "Card", "driver": "1.2", "cuda": 13020, "versions": {"numpy": "2"}, "commit": "abc", "date": "2026-01-01"}
 
@@ -42,7 +43,8 @@ def report() -> dict:
         "growth": [{"over": "context", "kv": "int2", "points": 2, **GROWTH}],
         "skipped": [{"op": "decode_attention", "kv": "bf16", "batch": 9, "context": 4096, "skipped": "needs more"}],
         "decode": [step("bf16", 32768, 6.0, peers=slow), step("bf16", 131072, 9.0, peers=slow)]
-        + [step("int2", 131072, 4.5, mode="eager"), step("int2", 131072, 4.0, mode="graph")],
+        + [step("int2", 131072, 4.5)],
+        "breakdown": [{"kv": "int2", "batch": 1, "context": 131072, "kernel": "pack", "launches": 36, "us": 1.5, **PART}],
         "prefill": [{"model": "m", "tokens": 512, "tokens_per_s": 900.0, "fraction_of_limit": 0.9, "peers": {"transformers": 800.0}}],
         "throughput": [rate("bf16", 16, 0, 0.0), rate("bf16", 40, 8, 100.0), rate("bf16", 80, 20, 250.0)]
         + [rate("int2", 80, 40, 500.0), rate("int2", 80, 90, 1000.0)],
@@ -62,7 +64,7 @@ def test_every_part_of_a_report_has_a_table_with_the_limit_beside_the_figure(rep
         "| decode attention | `bf16` | 9 x 4,096 | needs more |",
         "Not measured: FlashInfer (ModuleNotFoundError: No module named 'flashinfer').",
         "| m | `bf16` | 1 x 131,072 | 9.00 | 111.1 | 7.20 | 80% | transformers 60.00 |",
-        "| m | `int2`, one graph | 1 x 131,072 | 4.00 | 250.0 | 3.20 | 80% |  |",
+        "| pack | `int2` | 1 x 131,072 | 36 | 1.50 | 54 | 2.00 | 33% |",
         "Not measured: transformers, 2-bit cache of HQQ (OutOfMemoryError: no room).",
         "| m | 512 | 900 | 1,000 | 90% | transformers 800 |",
         "| m | 80 | `int2` | 4,096 | 90 | 1,000 |",
