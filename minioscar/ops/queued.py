@@ -17,6 +17,7 @@ from ..decoding import Decoder
 from ..errors import Failure
 from ..sampling import NOT_FINITE, Sampling
 from .decode_step import DecodeStep
+from .upload import pinned
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -76,12 +77,11 @@ class Queue:
 
     def __init__(self, kernels: DecodeStep, graph: bool):
         import cupy
-        import cupyx
 
         self.kernels, self.stream = kernels, cupy.cuda.Stream(non_blocking=True)
         self.graph = kernels.graph() if graph else None
         cupy.cuda.Device().synchronize()  # what made the arrays ran on another stream
-        self.landing = cupyx.empty_pinned((self.DEPTH, kernels.rows), np.int32)
+        self.landing = pinned((self.DEPTH, kernels.rows), np.int32)
         self.arrived = [cupy.cuda.Event(disable_timing=True) for _ in range(self.DEPTH)]
         self.begun = self.taken = 0
 
