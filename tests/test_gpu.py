@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from minioscar import engine as engine_module
-from minioscar import hub, oscar
+from minioscar import hub, memory, oscar, presets
 from minioscar.cache import Cache
 from minioscar.engine import GREEDY
 from minioscar.evaluate import default_text
 from minioscar.forcing import divergence, log_softmax
 from minioscar.oscar import SCHEMES
+from minioscar.weights import arrays
 
 from .tiny import load, relative, write_model
 
@@ -121,3 +123,27 @@ def test_weights_arrive_as_they_are(count, seed):
     x = np.random.default_rng(seed).integers(0, 2**16, count).astype(np.uint16)
     for _ in range(2):
         np.testing.assert_array_equal(upload(x).get(), x)
+
+
+@pytest.mark.parametrize("kv", ["int2", "bf16"])
+def test_what_info_predicts_is_what_a_prompt_takes(kv):
+    """Within 2 % of everything that the pool had handed out at the worst moment, weights included."""
+    import cupy
+
+    class Peak(cupy.cuda.memory_hook.MemoryHook):
+        name, bytes = "Peak", 0
+
+        def malloc_postprocess(self, **_: int) -> None:
+            self.bytes = max(self.bytes, pool.used_bytes())
+
+    config, pool = replace(presets.config_of("qwen3-0.6b"), num_layers=6), cupy.get_default_memory_pool()
+    others = pool.used_bytes()
+    engine = presets.load(config, kv, "cuda")
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, 20000).tolist()
+    engine.generate([ids[:300]], max_tokens=2)  # what is made once
+    with Peak() as peak:
+        engine.generate([ids], max_tokens=1)
+    weights = sum(array.nbytes for array in arrays(engine.model.weights))
+    need = memory.needed(config, engine.scheme, engine.ops, 1, len(ids) + 1, len(ids), weights).total
+    print("MEMORY", kv, peak.bytes - others, need)
+    assert abs((peak.bytes - others) / need - 1) < 0.02

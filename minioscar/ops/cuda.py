@@ -87,7 +87,8 @@ class Cuda(Reference):
         held = tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
         past = 2 * (context - tokens) * c.kv_size
         mlp = tokens * (c.hidden_size + c.intermediate_size) + min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
-        return (held + max(past, mlp)) * self.dtype.itemsize + 4 * c.vocab_size
+        tables = 4 * c.head_dim * max(1024, 1 << (context - 1).bit_length())  # of RoPE
+        return (held + max(past, mlp)) * self.dtype.itemsize + 4 * c.vocab_size + tables
 
     def widen(self, x: Array) -> Array:
         return x.astype(np.float32)
