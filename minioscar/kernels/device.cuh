@@ -90,6 +90,12 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
   return d;
 }
 
+// The same number, but nothing is computed from it before this place: not in front of a loop, where it would take registers all along.
+__device__ __forceinline__ int known_from_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // --- memory
 
 // Adds at GPU scope; what was written before it is visible to whoever reads the sum later, and the other way round.
@@ -100,6 +106,10 @@ __device__ __forceinline__ int atomic_add_acq_rel(int* p, int x) {
 }
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_addr(shared)), "l"(global) : "memory");
+}
+// The same, or 16 bytes of zeros.
+__device__ __forceinline__ void cp_async_16_or_zero(void* shared, const void* global, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_addr(shared)), "l"(global), "r"(there ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most N of this thread's groups are under way.

@@ -93,21 +93,22 @@ class DecodeStep:
     def _scratch(self, weights: Weights) -> None:
         """What products of many rows need, for the largest of them."""
         layer, xp = weights.layers[0], self.ops.xp
-        matrices = [(layer.qkv, False), (layer.o, False), (layer.gate_up, True), (layer.down, False), (weights.head, False)]
-        plans = [self._plan(matrix, silu) for matrix, silu in matrices if not self._fits(matrix, silu)]
+        matrices = [(layer.qkv, True, False), (layer.o, False, False), (layer.gate_up, True, True), (layer.down, False, False)]
+        matrices.append((weights.head, True, False))
+        plans = [self._plan(matrix, silu) for matrix, norm, silu in matrices if not self._fits(matrix, norm, silu)]
         self.partial = xp.empty(max((p.workspace_floats for p in plans), default=0), np.float32)
-        self.counters = xp.zeros(max((p.blocks for p in plans), default=0), np.int32)
+        self.counters = xp.zeros(max((p.counters for p in plans), default=0), np.int32)
         self.normed = xp.empty((self.rows, self.config.hidden_size), BF16)
 
-    def _fits(self, weight: Array, silu: bool) -> bool:
-        return raw_dense.fits(self.rows, weight.shape[1], silu, self.ops.capability)
+    def _fits(self, weight: Array, norm: bool, silu: bool) -> bool:
+        return raw_dense.fits(self.rows, weight.shape[1], norm, silu, self.ops.capability)
 
     def _plan(self, weight: Array, silu: bool) -> raw_dense.BatchPlan:
         rows, size = weight.shape
         return raw_dense.batch_plan(self.rows, size, rows, silu, self.ops.multiprocessors, self.ops.capability)
 
     def _product(self, x: Array, weight: Array, out: Array, *, norm: Array | None = None, silu: bool = False, **rest: Array | None) -> None:
-        if self._fits(weight, silu):
+        if self._fits(weight, norm is not None, silu):
             normed = None if norm is None else (norm, self.eps)
             card = self.ops.multiprocessors, self.ops.capability
             self.launches.append(raw_dense.linear(x, weight, out, *card, norm=normed, silu=silu, **rest))

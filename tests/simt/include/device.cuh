@@ -37,6 +37,7 @@ SIMT_INLINE uint32_t pack_f16x2(float low, float high) { return simt::bits_of<ui
 SIMT_INLINE uint32_t pack_bf16x2(float low, float high) { return simt::bits_of<uint32_t>(__floats2bfloat162_rn(low, high)); }
 SIMT_INLINE uint32_t mul_f16x2(uint32_t a, uint32_t b) { return simt::bits_of<uint32_t>(__hmul2(simt::bits_of<__half2>(a), simt::bits_of<__half2>(b))); }
 SIMT_INLINE uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return simt::bits_of<uint32_t>(__hmul2(simt::bits_of<__nv_bfloat162>(a), simt::bits_of<__nv_bfloat162>(b))); }
+SIMT_INLINE int known_from_here(int x) { return x; }
 
 // --- memory
 
@@ -45,6 +46,7 @@ __attribute__((no_sanitize("thread"), noinline)) inline int atomic_add_acq_rel(i
   return (*p += x) - x;
 }
 SIMT_INLINE void cp_async_16(void* shared, const void* global) { simt::copy_async(shared, global, 16, 16); }
+SIMT_INLINE void cp_async_16_or_zero(void* shared, const void* global, bool there) { simt::copy_async(shared, global, 16, there ? 16 : 0); }
 SIMT_INLINE void cp_async_commit() { simt::copy_commit(); }
 template <int N>
 SIMT_INLINE void cp_async_wait() { simt::copy_wait(N); }
