@@ -63,18 +63,18 @@ def row(op: str, shape: str, tokens: int, us: float, spread: float, work: int, r
 
 
 def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> list[Callable[[], None]]:
-    """A launch for each copy of the weights; of more than linear.LINEAR_TOKENS tokens the norm is a launch of its own, and counted."""
+    """A launch for each copy of the weights; where linear.cu has no room the norm is a launch of its own, and counted."""
     multiprocessors, capability = properties()
     x, norm = random_bf16((tokens, matrix.size), rng), cupy.ones(matrix.size, BF16)
     width = matrix.rows // 2 if matrix.silu else matrix.rows
     out = cupy.empty((tokens, width), np.float32 if matrix.float32 else BF16)
     options = {"silu": matrix.silu, "residual": random_bf16((tokens, width), rng) if matrix.residual else None}
-    if tokens <= raw_dense.LINEAR_TOKENS:
+    if raw_dense.fits(tokens, matrix.size, matrix.norm, matrix.silu, capability):
         options |= {"norm": (norm, EPS)} if matrix.norm else {}
         made = [(raw_dense.linear(x, weight, out, multiprocessors, capability, **options),) for weight in weights]
     else:
         plan = raw_dense.batch_plan(tokens, matrix.size, matrix.rows, matrix.silu, multiprocessors, capability)
-        scratch = cupy.empty(plan.workspace_floats, np.float32), cupy.zeros(plan.blocks, np.int32)
+        scratch = cupy.empty(plan.workspace_floats, np.float32), cupy.zeros(plan.counters, np.int32)
         normed = cupy.empty_like(x)
         before = (raw_dense.rms_norm(x, norm, EPS, normed),) if matrix.norm else ()
         made = [(*before, raw_dense.linear_batch(normed if before else x, weight, out, plan, *scratch, **options)) for weight in weights]

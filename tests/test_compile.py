@@ -45,8 +45,9 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         new = raw.Arrivals(out, out, 0, 0, ints, ints, ints, ints, 1)
         found[f"prefill_attention d{dim} {together}:1"] = raw.prefill_attention(raw.Heads(2 * together, 2, dim), out, new, None, out, arch)
     for to, silu, dtype in (("bf16", False, np.uint16), ("silu, bf16", True, np.uint16), ("float32", False, np.float32)):
+        norm = None if to == "bf16" else (out, 0.0)
         x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
-        found[f"linear to {to}"] = raw_dense.linear(x, weight, y, MULTIPROCESSORS, arch, silu=silu)
+        found[f"linear to {to}"] = raw_dense.linear(x, weight, y, MULTIPROCESSORS, arch, norm=norm, silu=silu)
     for tokens in (48, *((128,) if everything else ())):
         x, weight, y = np.empty((tokens, 4096)), np.empty((8192, 4096)), np.empty((1, 1), np.uint16)
         batch = raw_dense.batch_plan(tokens, 4096, 8192, True, MULTIPROCESSORS, arch)

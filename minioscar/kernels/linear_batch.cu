@@ -1,67 +1,99 @@
-// linear_batch.cu: the products of a decode step of 9 to 128 sequences; fewer are linear.cu's.
+// linear_batch.cu: the products of a decode step of 9 to 256 sequences; fewer are linear.cu's.
 //
 //   y[m, n] = act(sum_k x[m, k] weight[n, k] + bias[n]) + residual[m, n]          rms_norm: out[m, k] = x[m, k] / rms(x[m]) * norm[k]
 //
 // Shapes as in linear.cu; SILU: weight holds gate rows, then up rows; out [M][N / 2] = silu(gate) * up. BF16, float32 inside, rounded once.
 //
-// Still the weights are what takes time, 2 B each, read once; x is read again by every block, out of L2: COLUMNS / 128 of their bytes.
-// A block has 128 rows (SILU: 64 of gate and the same of up) and one of `splits` parts of k, in slabs of 64, STAGES - 1 of them on their way.
-// The parts' sums go to `workspace`, float32; the last part of a block of rows to arrive adds them in their order. No float atomics.
-// grid (splits, blocks of rows), 256 threads; dynamic shared memory STAGES * STAGE_BYTES.
+// Still the weights are what takes time, 2 B each. A block has ROWS of them and COLUMNS tokens, and goes over k in slabs, STAGES - 1 of them
+// on their way: the weights' part of the first ones from before the launch in front of this one has ended. A warp has 32 rows and all columns,
+// so that x, which every warp reads from shared memory, is read a 32nd of COLUMNS times for a weight's once. Each block of rows reads x from
+// L2 anew: COLUMNS / ROWS of the weights' bytes.
 //
-// Set by -D: COLUMNS (tokens, rounded up to 16, above 64 to 32), SILU, OUT_BF16, STAGES.
+// All slabs of all tiles (blocks of rows) stand in one line that the blocks of a launch share equally, so a tile may be of several blocks. Each
+// writes its sums to `workspace`, float32, as its lanes hold them, and whoever comes last adds them in the order of k: a warp of one block
+// meets the same warp of the others only, and reads 16 B a lane. The order depends on the sizes and the grid, not on what else is in a batch.
+// K_GROUPS 2: half the rows, twice the k: half the parts to add for a matrix of few rows. The two halves of a block meet in shared memory.
+// grid (blocks, blocks of columns), 256 threads; dynamic shared memory STAGES * STAGE_BYTES.
+//
+// Set by -D: COLUMNS (tokens of a block, a multiple of 16), K_GROUPS, STAGES, and what linear.cuh says.
+constexpr int WARPS = 8;
 #include "linear.cuh"
 
-constexpr int ROWS = 128, SLAB = 64, PIECES = SLAB / 8, STRIDE = SLAB * 2 + 16;
-constexpr int COLUMN_WARPS = COLUMNS > 64 ? 2 : 1, ROW_WARPS = WARPS / COLUMN_WARPS;
-constexpr int ROW_TILES = ROWS / 16 / ROW_WARPS, COLUMN_TILES = COLUMNS / 8 / COLUMN_WARPS;  // of a warp
-constexpr int STAGE_BYTES = (ROWS + COLUMNS) * STRIDE, OUT_ROWS = ROWS / HALVES;
-static_assert(COLUMNS % (16 * COLUMN_WARPS) == 0, "ldmatrix brings two column tiles");
+constexpr int ROW_WARPS = WARPS / K_GROUPS, ROWS = ROW_WARPS * 32, OUT_ROWS = ROWS / HALVES;
+constexpr int RUN = 64, SLAB = K_GROUPS * RUN;              // k of a warp and of all
+constexpr int TILES = COLUMNS / 8, OWN = TILES / K_GROUPS;  // column tiles; those that a warp finishes
+constexpr int LINE = RUN * 2, X_AT = WARPS * 32 * LINE, STAGE_BYTES = X_AT + K_GROUPS * COLUMNS * LINE;
+constexpr int WIDE = 8 / HALVES;  // neighbouring outputs of a token that a lane writes
+static_assert(COLUMNS % 16 == 0 && K_GROUPS * COLUMNS <= 256, "ldmatrix brings two column tiles; the groups' sums fit into a stage");
 
 // grid (M), 256 threads.
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const bf16* x, const bf16* norm, bf16* out, int K, float eps) {
   wait_for_previous(), allow_next();
   __shared__ float sums[WARPS];
   const size_t row = (size_t)blockIdx.x * K;
-  sum_squares(x + row, sums, K);
+  float sum = 0.f;
+  for (int i = threadIdx.x; i < K / 8; i += THREADS) sum += squares(*(const uint4*)(x + row + 8 * i));
+  sum_of_warp(sum, sums);
   __syncthreads();
   const float factor = inverse_rms(sums, K, eps);
   for (int i = threadIdx.x; i < K / 8; i += THREADS)
     *(uint4*)(out + row + 8 * i) = scaled(*(const uint4*)(x + row + 8 * i), factor, *(const uint4*)(norm + 8 * i));
 }
 
+template <class T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
+  T of[N];
+};
+
 struct Product {
-  const bf16 *x, *weight;
+  const bf16 *x, *weight, *bias, *residual;
+  Output* out;
   int tokens, K, rows;  // rows: of gate, or of all
 
-  // Row i of a block's 128, as a row of `weight`; -1 where there is none.
-  __device__ __forceinline__ int weight_row(int block, int i) const {
-    const int n = block * OUT_ROWS + i % OUT_ROWS;
-    return n < rows ? i / OUT_ROWS * rows + n : -1;
+  // Row `row` of a warp's 32: the half that it is of, and its output, counted from the warp's first. Rows 2q and 2q + 1 of all MMA tiles of a
+  // half are WIDE neighbours.
+  static __device__ __forceinline__ int half(int row) { return SILU ? row / 16 : 0; }
+  static __device__ __forceinline__ int output(int row) { return WIDE * (row % 8 / 2) + (SILU ? row / 8 % 2 : row / 8) * 2 + row % 2; }
+
+  // A stage holds, in lines of 64 k, the rows of every warp and then, for each group, the columns. Piece q of 16 bytes of line i stands at
+  // place q ^ i % 8: the eight rows of a matrix of ldmatrix are in different banks. Rows behind the last are its like and thrown away.
+  __device__ __forceinline__ void copy_weights(unsigned char* stage, int tile, int slab) const {
+    const int thread = known_from_here(threadIdx.x), row = thread / 8, piece = thread % 8;
+#pragma unroll
+    for (int j = 0; j < WARPS; j++) {
+      const int n = tile * OUT_ROWS + j % ROW_WARPS * (32 / HALVES) + output(row), k = slab * SLAB + j / ROW_WARPS * RUN + piece * 8;
+      const bf16* from = weight + (size_t)(half(row) * rows + min(n, rows - 1)) * K + k;
+      cp_async_16_or_zero(stage + (32 * j + row) * LINE + (piece ^ row % 8) * 16, from, k < K);
+    }
   }
-  __device__ __forceinline__ void copy(unsigned char* to, int block, int slab) const {
-    for (int i = threadIdx.x; i < (ROWS + COLUMNS) * PIECES; i += THREADS) {
-      const int row = i / PIECES, k = slab * SLAB + i % PIECES * 8, n = row < ROWS ? weight_row(block, row) : row - ROWS < tokens ? row - ROWS : -1;
-      unsigned char* place = to + row * STRIDE + i % PIECES * 16;
-      if (n >= 0 && k < K) cp_async_16(place, (row < ROWS ? weight : x) + (size_t)n * K + k);
-      else *(uint4*)place = make_uint4(0, 0, 0, 0);
+  __device__ __forceinline__ void copy_x(unsigned char* stage, int slab) const {
+    const int thread = known_from_here(threadIdx.x);
+#pragma unroll
+    for (int j = 0; j < K_GROUPS * COLUMNS; j += THREADS / 8) {
+      const int at = j + thread / 8, m = blockIdx.y * COLUMNS + at % COLUMNS, piece = thread % 8;
+      const int k = slab * SLAB + at / COLUMNS * RUN + piece * 8;
+      if (K_GROUPS * COLUMNS % (THREADS / 8) == 0 || at < K_GROUPS * COLUMNS)
+        cp_async_16_or_zero(stage + X_AT + at * LINE + (piece ^ at % 8) * 16, x + (size_t)m * K + k, m < tokens && k < K);
     }
   }
 };
 
-__device__ __forceinline__ void multiply(float (&y)[ROW_TILES][COLUMN_TILES][4], const unsigned char* stage, int row, int column) {
-  const int lane = threadIdx.x % 32;
+// This warp's part of a slab: 32 rows, all columns.
+__device__ __forceinline__ void multiply(float (&y)[2][TILES][4], const unsigned char* stage) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const unsigned char* rows = stage + (warp * 32 + lane % 16) * LINE;
+  const unsigned char* columns = stage + X_AT + (warp / ROW_WARPS * COLUMNS + lane / 16 * 8 + lane % 8) * LINE;
 #pragma unroll
-  for (int s = 0; s < SLAB / 16; s++) {
-    uint32_t a[ROW_TILES][4];
+  for (int s = 0; s < RUN / 16; s++) {
+    uint32_t a[2][4];
 #pragma unroll
-    for (int t = 0; t < ROW_TILES; t++) ldmatrix_x4(a[t], stage + (row + 16 * t + lane % 16) * STRIDE + (2 * s + lane / 16) * 16);
+    for (int t = 0; t < 2; t++) ldmatrix_x4(a[t], rows + t * 16 * LINE + ((2 * s + lane / 16) ^ lane % 8) * 16);
 #pragma unroll
-    for (int n = 0; n < COLUMN_TILES; n += 2) {
+    for (int n = 0; n < TILES; n += 2) {
       uint32_t b[4];
-      ldmatrix_x4(b, stage + (ROWS + column + 8 * n + lane / 16 * 8 + lane % 8) * STRIDE + (2 * s + lane / 8 % 2) * 16);
+      ldmatrix_x4(b, columns + n * 8 * LINE + ((2 * s + lane / 8 % 2) ^ lane % 8) * 16);
 #pragma unroll
-      for (int t = 0; t < ROW_TILES; t++) {
+      for (int t = 0; t < 2; t++) {
         mma_m16n8k16_bf16(y[t][n], a[t][0], a[t][1], a[t][2], a[t][3], b[0], b[1]);
         mma_m16n8k16_bf16(y[t][n + 1], a[t][0], a[t][1], a[t][2], a[t][3], b[2], b[3]);
       }
@@ -69,58 +101,178 @@ __device__ __forceinline__ void multiply(float (&y)[ROW_TILES][COLUMN_TILES][4],
   }
 }
 
-// workspace float32 [blocks of rows][splits][ROWS][COLUMNS]; arrived int [blocks of rows], zero before and after.
-extern "C" __global__ void __launch_bounds__(THREADS) linear_batch(const bf16* x, const bf16* weight, const bf16* bias, const bf16* residual,
-                                                                  Output* out, float* workspace, int* arrived, int tokens, int K, int N) {
-  wait_for_previous(), allow_next();
-  extern __shared__ __align__(128) unsigned char smem[];
-  __shared__ bool last;
-  const int split = blockIdx.x, splits = gridDim.x, block = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Product product = {x, weight, tokens, K, N / HALVES};
-  const int slabs = (K + SLAB - 1) / SLAB, from = slabs * split / splits, count = slabs * (split + 1) / splits - from;
-  const int row = warp % ROW_WARPS * ROW_TILES * 16, column = warp / ROW_WARPS * COLUMN_TILES * 8;
-  float y[ROW_TILES][COLUMN_TILES][4];
+// The sums of a tile, as lanes hold them: bias, activation, residual, and out. z: column tiles first_column / 8 and so on.
+__device__ __forceinline__ void finish(const float (&z)[2][OWN][4], const Product& p, int tile, int first_column) {
+  const int lane = known_from_here(threadIdx.x % 32), r = lane / 4, c = lane % 4, odd = r % 2;
+  const int first = tile * OUT_ROWS + (int)threadIdx.x / 32 % ROW_WARPS * (32 / HALVES), n = first + WIDE * (r / 2);
+  float biases[2][2];
 #pragma unroll
-  for (int t = 0; t < ROW_TILES; t++)
+  for (int t = 0; t < 2; t++)
 #pragma unroll
-    for (int n = 0; n < COLUMN_TILES; n++) y[t][n][0] = y[t][n][1] = y[t][n][2] = y[t][n][3] = 0.f;
-  for (int i = 0; i < STAGES - 1; i++) {
-    if (i < count) product.copy(smem + i * STAGE_BYTES, block, from + i);
-    cp_async_commit();
-  }
-  for (int i = 0; i < count; i++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // slab i is there for all, and all are through with the one before, whose place is filled now
-    if (i + STAGES - 1 < count) product.copy(smem + (i + STAGES - 1) % STAGES * STAGE_BYTES, block, from + i + STAGES - 1);
-    cp_async_commit();
-    multiply(y, smem + i % STAGES * STAGE_BYTES, row, column);
-  }
-  float* parts = workspace + (size_t)block * splits * ROWS * COLUMNS;
-#pragma unroll
-  for (int t = 0; t < ROW_TILES; t++)
-#pragma unroll
-    for (int n = 0; n < COLUMN_TILES; n++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int at = (split * ROWS + row + 16 * t + 8 * i + lane / 4) * COLUMNS + column + 8 * n + lane % 4 * 2;
-        __stcg((float2*)(parts + at), make_float2(y[t][n][2 * i], y[t][n][2 * i + 1]));
-      }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomic_add_acq_rel(arrived + block, 1) == splits - 1;
-    if (last) arrived[block] = 0;
-  }
-  __syncthreads();
-  if (!last) return;
-  for (int i = threadIdx.x; i < OUT_ROWS * tokens; i += THREADS) {
-    const int m = i / OUT_ROWS, n = block * OUT_ROWS + i % OUT_ROWS;
-    if (n >= product.rows) continue;
-    float z[HALVES];
-#pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-      z[h] = 0.f;
-      for (int s = 0; s < splits; s++) z[h] += __ldcg(parts + (s * ROWS + h * OUT_ROWS + i % OUT_ROWS) * COLUMNS + m);
+    for (int i = 0; i < 2; i++) {
+      const int row = 16 * t + 8 * i + r, at = Product::half(row) * p.rows + min(first + Product::output(row), p.rows - 1);
+      biases[t][i] = p.bias ? __bfloat162float(p.bias[at]) : 0.f;
     }
-    finish(z, bias, residual, out, m, n, product.rows);
+#pragma unroll
+  for (int tile8 = 0; tile8 < OWN; tile8++) {
+    // Lanes of rows 2q and 2q + 1 have every other output of tokens 2c and 2c + 1: each gives the other one token's, and has WIDE of the other.
+    Vector<float, WIDE> y;
+#pragma unroll
+    for (int j = 0; j < WIDE / 2; j++) {
+      float two[2];
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float sums[HALVES];
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+          const int t = SILU ? h : j / 2;
+          sums[h] = z[t][tile8][j % 2 * 2 + e] + biases[t][j % 2];
+        }
+        two[e] = activated(sums);
+      }
+      const float got = __shfl_xor_sync(FULL, odd ? two[0] : two[1], 4);
+      y.of[2 * j] = odd ? got : two[0], y.of[2 * j + 1] = odd ? two[1] : got;
+    }
+    const int m = first_column + 8 * tile8 + 2 * c + odd;
+    if (m >= p.tokens || n >= p.rows) continue;
+    const size_t at = (size_t)m * p.rows + n;
+    if (p.rows % WIDE == 0) {
+      if (p.residual) {
+        const Vector<bf16, WIDE> added = *(const Vector<bf16, WIDE>*)(p.residual + at);
+#pragma unroll
+        for (int j = 0; j < WIDE; j++) y.of[j] += __bfloat162float(added.of[j]);
+      }
+      Vector<Output, WIDE> stored;
+#pragma unroll
+      for (int j = 0; j < WIDE; j++) stored.of[j] = to_output(y.of[j]);
+      *(Vector<Output, WIDE>*)(p.out + at) = stored;
+    } else {
+#pragma unroll
+      for (int j = 0; j < WIDE; j++)
+        if (n + j < p.rows) p.out[at + j] = to_output(y.of[j] + (p.residual ? __bfloat162float(p.residual[at + j]) : 0.f));
+    }
+  }
+}
+
+// The two groups' sums of a tile: each warp gets those of its half of the columns, through the stage whose slab is used up.
+__device__ __forceinline__ void meet(const float (&y)[2][TILES][4], float (&z)[2][OWN][4], unsigned char* stage) {
+  const int thread = threadIdx.x, warp = thread / 32, group = warp / ROW_WARPS;
+  float4* place = (float4*)stage + thread % 32;
+  if (K_GROUPS > 1) __syncthreads();
+#pragma unroll
+  for (int t = 0; t < 2; t++)
+#pragma unroll
+    for (int n = 0; n < OWN; n++) {
+      const float(&lower)[4] = y[t][n], (&upper)[4] = y[t][TILES - OWN + n];
+      float given[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) given[i] = group ? lower[i] : upper[i], z[t][n][i] = group ? upper[i] : lower[i];
+      if (K_GROUPS > 1) place[((warp * 2 + t) * OWN + n) * 32] = make_float4(given[0], given[1], given[2], given[3]);
+    }
+  if (K_GROUPS == 1) return;
+  __syncthreads();
+#pragma unroll
+  for (int t = 0; t < 2; t++)
+#pragma unroll
+    for (int n = 0; n < OWN; n++) {
+      const float4 given = place[(((warp ^ ROW_WARPS) * 2 + t) * OWN + n) * 32];
+      z[t][n][0] += given.x, z[t][n][1] += given.y, z[t][n][2] += given.z, z[t][n][3] += given.w;
+    }
+}
+
+// The line of slabs, and who has which.
+struct Line {
+  int slabs, total;  // of a tile, of all
+
+  __device__ __forceinline__ int begin(int block) const { return total * block / (int)gridDim.x; }
+  // Of this block, where it has so many slabs left.
+  __device__ __forceinline__ int tile(int left) const { return (begin(blockIdx.x + 1) - left) / slabs; }
+  __device__ __forceinline__ int block_of(int at) const { return ((at + 1) * (int)gridDim.x - 1) / total; }
+};
+
+// Writes this warp's part of a tile's sums. Whoever comes last is told so and gets the sum of all parts, in their order.
+// parts float32 [blocks][2][ROWS * COLUMNS]: of a tile that a block takes over from another, and of one that it begins. counter: of this warp.
+__device__ __forceinline__ bool merge(float (&z)[2][OWN][4], const Line& line, int tile, float* parts, int* counter) {
+  const int from = line.block_of(tile * line.slabs), to = line.block_of((tile + 1) * line.slabs - 1);
+  const int thread = threadIdx.x, lane = thread % 32;
+  auto part = [&](int block) { return (float4*)parts + (size_t)(2 * block + (block == from)) * (ROWS * COLUMNS / 4) + thread; };
+  float4* mine = part(blockIdx.x);
+#pragma unroll
+  for (int t = 0; t < 2; t++)
+#pragma unroll
+    for (int n = 0; n < OWN; n++) __stcg(mine + (t * OWN + n) * THREADS, make_float4(z[t][n][0], z[t][n][1], z[t][n][2], z[t][n][3]));
+  __syncwarp();
+  int arrived = 0;
+  if (lane == 0) {
+    arrived = atomic_add_acq_rel(counter, 1);
+    if (arrived == to - from) *counter = 0;
+  }
+  const bool last = __shfl_sync(FULL, arrived, 0) == to - from;
+  __syncwarp();
+  if (!last) return false;
+#pragma unroll
+  for (int t = 0; t < 2; t++)
+#pragma unroll
+    for (int n = 0; n < OWN; n++) z[t][n][0] = z[t][n][1] = z[t][n][2] = z[t][n][3] = 0.f;
+#pragma unroll (OWN > 4 ? 1 : 2)
+  for (int block = from; block <= to; block++) {
+    const float4* theirs = part(block);
+#pragma unroll
+    for (int t = 0; t < 2; t++)
+#pragma unroll
+      for (int n = 0; n < OWN; n++) {
+        const float4 a = __ldcg(theirs + (t * OWN + n) * THREADS);
+        z[t][n][0] += a.x, z[t][n][1] += a.y, z[t][n][2] += a.z, z[t][n][3] += a.w;
+      }
+  }
+  return true;
+}
+
+// workspace float32 [blocks of columns][blocks][2][ROWS * COLUMNS]; arrived int [blocks of columns][tiles][WARPS], zero before and after.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_batch(const bf16* x, const bf16* weight, const bf16* bias, const bf16* residual,
+                                                                     Output* out, float* workspace, int* arrived, int tokens, int K, int N) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  const Product p = {x, weight, bias, residual, out, tokens, K, N / HALVES};
+  const int tiles = (p.rows + OUT_ROWS - 1) / OUT_ROWS, slabs = (K + SLAB - 1) / SLAB, warp = threadIdx.x / 32;
+  const Line line = {slabs, slabs * tiles};
+  int left = line.begin(blockIdx.x + 1), slab = line.begin(blockIdx.x), tile = slab / slabs;  // left: slabs to multiply
+  left -= slab, slab -= tile * slabs;
+  int copied_tile = tile, copied_slab = slab;  // what is copied next
+  for (int i = 0; i < STAGES - 1; i++) {
+    if (i < left) p.copy_weights(smem + i * STAGE_BYTES, copied_tile, copied_slab);
+    if (++copied_slab == slabs) copied_slab = 0, copied_tile++;
+  }
+  wait_for_previous(), allow_next();
+  for (int i = 0; i < STAGES - 1; i++) {
+    if (i < left) p.copy_x(smem + i * STAGE_BYTES, (slab + i) % slabs);
+    cp_async_commit();
+  }
+  for (unsigned char* stage = smem; left > 0; tile++) {
+    float y[2][TILES][4];
+#pragma unroll
+    for (int t = 0; t < 2; t++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++) y[t][n][0] = y[t][n][1] = y[t][n][2] = y[t][n][3] = 0.f;
+    const bool begun = slab == 0;  // by this block
+    unsigned char* used;
+    do {
+      cp_async_wait<STAGES - 2>();
+      __syncthreads();  // this slab is there for all, and all are through with the one before, whose place is filled now
+      if (left >= STAGES) {
+        unsigned char* place = stage == smem ? smem + (STAGES - 1) * STAGE_BYTES : stage - STAGE_BYTES;
+        p.copy_weights(place, copied_tile, copied_slab), p.copy_x(place, copied_slab);
+        if (++copied_slab == slabs) copied_slab = 0, copied_tile++;
+      }
+      cp_async_commit();
+      multiply(y, stage);
+      used = stage;
+      stage = stage == smem + (STAGES - 1) * STAGE_BYTES ? smem : stage + STAGE_BYTES;
+      left--, slab = slab + 1 == slabs ? 0 : slab + 1;
+    } while (slab && left > 0);
+    float z[2][OWN][4];
+    meet(y, z, used);
+    float* parts = workspace + (size_t)blockIdx.y * gridDim.x * 2 * ROWS * COLUMNS;
+    if ((begun && slab == 0) || merge(z, line, tile, parts, arrived + ((int)blockIdx.y * tiles + tile) * WARPS + warp))
+      finish(z, p, tile, blockIdx.y * COLUMNS + warp / ROW_WARPS * OWN * 8);
   }
 }

@@ -24,7 +24,7 @@ class Products:
     def launches(self, x: Array, weight: Array, out: Array, *, norm: tuple[Array, float] | None = None, **rest: Any) -> list[Launch]:
         """`Reference.linear` of at most raw_dense.BATCH_TOKENS tokens, a multiple of 8 wide; parameters as `raw_dense.linear` has them."""
         (tokens, size), silu = x.shape, rest.get("silu", False)
-        if raw_dense.fits(tokens, size, silu, self.card[1]):
+        if raw_dense.fits(tokens, size, norm is not None, silu, self.card[1]):
             return [raw_dense.linear(x, weight, out, *self.card, norm=norm, **rest)]
         before = []
         if norm is not None:
@@ -33,8 +33,8 @@ class Products:
         plan = raw_dense.batch_plan(tokens, size, weight.shape[0], silu, *self.card)
         if len(self.partial) < plan.workspace_floats:  # launches that were made before keep what they have
             self.partial = self.xp.empty(plan.workspace_floats, np.float32)
-        if len(self.counters) < plan.blocks:
-            self.counters = self.xp.zeros(plan.blocks, np.int32)
+        if len(self.counters) < plan.counters:
+            self.counters = self.xp.zeros(plan.counters, np.int32)
         return [*before, raw_dense.linear_batch(x, weight, out, plan, self.partial, self.counters, **rest)]
 
     def _normed(self, shape: tuple[int, ...]) -> Array:

@@ -14,16 +14,24 @@ from .raw import SHARED_BYTES, Launch
 Array = Any
 
 LINEAR_TOKENS = 8  # of linear.cu: the columns of an MMA
-BATCH_TOKENS = 128  # of linear_batch.cu
+BATCH_TOKENS = 256  # of linear_batch.cu
+RING_BYTES, MOST_SLOTS = 16 * 2048, 6  # of linear.cu: a piece of 2 KB for every warp
+MOST_STAGES = 6  # of linear_batch.cu
 
 
-def fits(tokens: int, size: int, silu: bool, capability: int) -> bool:
-    """Whether linear.cu has room for so many tokens of `size` numbers in a block's shared memory; linear_batch.cu always has."""
-    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and _linear_bytes(tokens, size, silu) <= _room(capability)
+def fits(tokens: int, size: int, norm: bool, silu: bool, capability: int) -> bool:
+    """Whether linear.cu takes so many tokens of `size` numbers; normed, they stand in shared memory. linear_batch.cu always has room."""
+    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and _slots(tokens, size, norm, silu, capability) > 1
 
 
-def _linear_bytes(tokens: int, size: int, silu: bool) -> int:
-    return tokens * (2 * size + 16) + (2 if silu else 1) * 8 * 16 * 8 * 4
+def _slots(tokens: int, size: int, norm: bool, silu: bool, capability: int) -> int:
+    """Pieces of weights in the ring of a warp: what the rest leaves room for."""
+    return min((_room(capability) - _linear_bytes(tokens, size, norm, silu)) // RING_BYTES, MOST_SLOTS)
+
+
+def _linear_bytes(tokens: int, size: int, norm: bool, silu: bool) -> int:
+    """Shared memory of linear.cu beside the rings: two tiles' sums and x."""
+    return 2 * 16 * (2 if silu else 1) * 16 * -(-tokens // 2) * 8 + (tokens * (-(-size // 64) * 128 + 64) if norm else 0)
 
 
 def _room(capability: int) -> int:
@@ -38,52 +46,69 @@ def linear(
 
     Raises ValueError where `fits` says no.
     """
-    (tokens, size), (rows, _), tiles = x.shape, weight.shape, 2 if silu else 1
-    shared, room = _linear_bytes(tokens, size, silu), _room(capability)
-    if not fits(tokens, size, silu, capability):
+    (tokens, size), (rows, _) = x.shape, weight.shape
+    if not fits(tokens, size, norm is not None, silu, capability):
         raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear.cu on a card of capability {capability / 10}")
-    blocks = min(-(-rows // (16 * tiles)), multiprocessors * min(3, room // (shared + 1024) or 1))
+    slots = _slots(tokens, size, norm is not None, silu, capability)
+    shared = slots * RING_BYTES + _linear_bytes(tokens, size, norm is not None, silu)
     weights, eps = norm or (None, 0.0)
     args = (x, weights, weight, bias, residual, out, *map(np.int32, (tokens, size, rows)), np.float32(eps))
-    return Launch("linear.cu", "linear", (f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"), (blocks,), 256, args, shared)
+    defines = f"NORM={norm is not None:d}", f"SLOTS={slots}", f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    blocks = min(-(-rows // (32 if silu else 16)), multiprocessors)
+    return Launch("linear.cu", "linear", defines, (blocks,), 512, args, shared)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
     """How linear_batch.cu is cut for a weight [rows, size], so many tokens and a card."""
 
-    columns: int
+    columns: int  # of a block
+    column_blocks: int
+    k_groups: int
     stages: int
-    splits: int
-    blocks: int  # of rows
+    blocks: int  # that share the slabs
+    tiles: int  # of rows
+
+    @property
+    def shared(self) -> int:
+        return self.stages * _stage_bytes(self.columns, self.k_groups)
 
     @property
     def workspace_floats(self) -> int:
-        return self.blocks * self.splits * 128 * self.columns
+        return self.column_blocks * self.blocks * 2 * (256 // self.k_groups) * self.columns
+
+    @property
+    def counters(self) -> int:
+        return self.column_blocks * self.tiles * 8
 
 
 def batch_plan(tokens: int, size: int, rows: int, silu: bool, multiprocessors: int, capability: int) -> BatchPlan:
-    """The parts of k that leave the fewest multiprocessors, of two blocks each, idle at the end.
+    """A block a multiprocessor, equal parts of all slabs; the fewest blocks of columns whose x has room.
 
     Raises ValueError for more than BATCH_TOKENS.
     """
     if not 1 <= tokens <= BATCH_TOKENS or size % 8:
         raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear_batch.cu")
-    step = 16 if tokens <= 64 else 32
-    columns, room = -(-tokens // step) * step, _room(capability)
-    stages = next(n for n in (4, 3, 2) if n * (128 + columns) * 144 <= room)
-    width = 64 if silu else 128
-    blocks = -(-(rows // 2 if silu else rows) // width)
-    slots = 2 * multiprocessors
-    most = max(min(8, -(-size // 64) // stages), 1)  # fewer slabs than stages would be all beginning
-    splits = min(range(1, most + 1), key=lambda n: (-(-blocks * n // slots) / n, n))
-    return BatchPlan(columns, stages, splits, blocks)
+    k_groups, room = 1 if rows >= 128 * multiprocessors else 2, _room(capability)
+    column_blocks = -(-tokens // (128 if 3 * _stage_bytes(128, k_groups) <= room else 64))
+    each = -(-tokens // column_blocks)
+    step = 16 if each <= 64 else 32
+    columns, outputs = -(-each // step) * step, rows // 2 if silu else rows
+    stages = min(room // _stage_bytes(columns, k_groups), MOST_STAGES)
+    tiles, slabs = -(-outputs // (256 // k_groups // (2 if silu else 1))), -(-size // (64 * k_groups))
+    blocks = min(max(multiprocessors // column_blocks, 1), tiles * slabs)
+    return BatchPlan(columns, column_blocks, k_groups, stages, blocks, tiles)
+
+
+def _stage_bytes(columns: int, k_groups: int) -> int:
+    """A slab of linear_batch.cu: 256 lines of weights and those of x, of 128 bytes."""
+    return (256 + columns * k_groups) * 128
 
 
 def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> Launch:
     """x [tokens, size] -> out, both bf16."""
     args = (x, weight, out, np.int32(x.shape[1]), np.float32(eps))
-    return Launch("linear_batch.cu", "rms_norm", _batch_defines(16, 4, False, True), (len(x),), 256, args)
+    return Launch("linear_batch.cu", "rms_norm", _batch_defines(16, 2, 2, False, True), (len(x),), 256, args)
 
 
 def linear_batch(
@@ -92,16 +117,17 @@ def linear_batch(
 ) -> Launch:
     """As `linear`, for up to BATCH_TOKENS, already normed.
 
-    workspace float32 [p.workspace_floats]; arrived int32 [p.blocks], zero before and after.
+    workspace float32 [p.workspace_floats]; arrived int32 [p.counters], zero before and after.
     """
     (tokens, size), rows = x.shape, weight.shape[0]
     args = (x, weight, bias, residual, out, workspace, arrived, *map(np.int32, (tokens, size, rows)))
-    defines, shared = _batch_defines(p.columns, p.stages, silu, out.dtype.itemsize == 2), p.stages * (128 + p.columns) * 144
-    return Launch("linear_batch.cu", "linear_batch", defines, (p.splits, p.blocks), 256, args, shared)
+    defines = _batch_defines(p.columns, p.k_groups, p.stages, silu, out.dtype.itemsize == 2)
+    return Launch("linear_batch.cu", "linear_batch", defines, (p.blocks, p.column_blocks), 256, args, p.shared)
 
 
-def _batch_defines(columns: int, stages: int, silu: bool, out_bf16: bool) -> tuple[str, ...]:
-    return f"COLUMNS={columns}", f"STAGES={stages}", f"SILU={silu:d}", f"OUT_BF16={out_bf16:d}"
+def _batch_defines(columns: int, k_groups: int, stages: int, silu: bool, out_bf16: bool) -> tuple[str, ...]:
+    cut = f"COLUMNS={columns}", f"K_GROUPS={k_groups}", f"STAGES={stages}"
+    return *cut, f"SILU={silu:d}", f"OUT_BF16={out_bf16:d}"
 
 
 # --- between the products of a prefill
