@@ -22,7 +22,7 @@ from minioscar.sampling import Sampling
 Array = Any
 HEADS = raw.Heads(32, 8, 128)
 VOCABULARY, EPS = 151936, 1e-6
-TOKENS = (1, 8, 48, 128)
+TOKENS = (1, 8, 48, 128, 256)
 SAMPLINGS = [
     ("greedy", Sampling()),
     ("top-k 40, top-p 0.9", Sampling(0.8, top_k=40, top_p=0.9)),
