@@ -135,6 +135,8 @@ def steps_of(e: Engine, batch: int, context: int, steps: int) -> dict:
 
 def limited(e: Engine, budget: int, weights: int) -> tuple[Callable[[Work], dict | None], int]:
     """What runs work under the budget, and gives None where memory does not suffice; and the bytes outside of its control."""
+    gc.collect()
+    e.ops.release()  # or what is made now would lie in large blocks that are free, and keep them
     first, _ = stepping(e, filled(e.config, e.scheme, e.ops, 1, 128, weights=e.model.weights))
     gc.collect()  # what it would free during an attempt would be a present to it
     first()  # what is made once is there before the limit is: kernels, tables, cuBLAS's workspace

@@ -128,16 +128,16 @@ class Batch:
 class Cache:
     """Keys and values of `batch` sequences of at most `context` tokens, in the given scheme.
 
-    layers[i] is a dict of the arrays that `layout` names; lengths[b] counts the tokens of row b (host, int64).
+    layers[i] is a dict of the arrays that `layout` names, parts of `whole`, which has one more axis in front: what is done for all
+    layers at once takes it. lengths[b] counts the tokens of row b (host, int64).
     """
 
     def __init__(self, config: Config, scheme: Scheme, batch: int, context: int, ops: Reference):
         self.scheme, self.context = scheme, context
         self.lengths = np.zeros(batch, np.int64)
         shapes = ops.layout(config, scheme, batch, context)
-        self.layers = [
-            {name: ops.xp.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()} for _ in range(config.num_layers)
-        ]
+        self.whole = {name: ops.xp.zeros((config.num_layers, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+        self.layers = [{name: array[i] for name, array in self.whole.items()} for i in range(config.num_layers)]
 
     @property
     def nbytes(self) -> int:

@@ -273,6 +273,7 @@ def load(
     weights = for_scheme(load_weights(folder, config, ops, progress), config, scheme, ops)
     if scheme.shaped:
         weights = shape_keys(weights, config, ops)
+    ops.release()  # what was rotated in them
     engine = Engine(config, weights, words, scheme, Watch(ops, weights) if debug else ops, progress, folder)
     if sha256 is not None:
         engine.weights_sha256 = sha256

@@ -62,7 +62,9 @@ def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0) 
     if need > free:
         raise UserError(f"random weights of this shape take {size(need)}, but only {size(free)} of {ops.name} memory are free")
     weights = for_scheme(random_weights(config, ops, seed), config, scheme, ops)
-    return Engine(config, shape_keys(weights, config, ops) if scheme.shaped else weights, None, scheme, ops)
+    weights = shape_keys(weights, config, ops) if scheme.shaped else weights
+    ops.release()  # what was rotated in them
+    return Engine(config, weights, None, scheme, ops)
 
 
 def random_weights(config: Config, ops: Reference, seed: int = 0) -> Weights:

@@ -117,12 +117,14 @@ def test_smollm2_answers_sixteen_prompts_as_it_answers_each_alone(kv):
 
 
 @pytest.mark.parametrize("count", [1, 1000, (8 << 20) // 2, (40 << 20) // 2 + 17])
-def test_weights_arrive_as_they_are(count, seed):
+def test_weights_arrive_as_they_are(count, tmp_path, seed):
     from minioscar.ops.upload import upload
 
     x = np.random.default_rng(seed).integers(0, 2**16, count).astype(np.uint16)
-    for _ in range(2):
-        np.testing.assert_array_equal(upload(x).get(), x)
+    (tmp_path / "x").write_bytes(b"head" + x.tobytes())
+    mapped = np.memmap(tmp_path / "x", np.uint8, "r")[4:].view(np.uint16)
+    for source in (x, mapped, x):
+        np.testing.assert_array_equal(upload(source).get(), x)
 
 
 @pytest.mark.parametrize("kv", ["int2", "bf16"])

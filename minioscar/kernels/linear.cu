@@ -6,41 +6,54 @@
 // gate rows, then up rows; out [M][N / 2] = silu(gate) * up. Float32 inside, rounded once at the end; sums in an order that K alone decides.
 //
 // The weights are what takes time: 2 B each, read once for all tokens. They are operand A of mma.m16n8k16 as they lie in memory: of 32
-// neighbouring k a lane has 8 in 16 bytes, two MMAs take four each, and x, the other operand, stands in the same order.
-// A block has 16 rows (of gate and of up) at a time; of these a warp has every WARPS-th piece of 64 k, and the warps' sums meet in shared
-// memory. Each lane copies the weights that it will use to a ring of its own (cp.async: what is on its way takes no registers and nobody else
-// waits for it), SLOTS - 1 pieces of 2 KB a warp ahead, across the ends of tiles: 96 KB and more a multiprocessor. The first are asked for
-// before the launch in front of this one has ended, as weights do not change; x is read and normed while they come.
-// x is read from L2 where it is used as it is; normed it stands in shared memory, its rows 64 B past a line apart: no two of the 8 lanes of
-// a phase (2 rows, 64 B each) meet in a bank.
-// grid: any number of blocks, 512 threads; dynamic shared memory: the rings, WARPS * SLOTS * 2 KB; NORM: M rows of x'; two tiles' sums.
+// neighbouring k a lane has 8 in one 16-byte load, two MMAs take four each, and x, the other operand, stands in the same order.
+// A block has 16 rows (of gate and of up) at a time, its warps a part of k each, two runs of 32 (a line of 128 B a row) in turn; their sums
+// meet in shared memory. Each lane holds the weights of AHEAD runs in registers and asks for the next as soon as one is used, across the
+// ends of tiles: 128 KB a multiprocessor are on their way, from before the launch in front of this one has ended, as weights do not change.
+// x comes from L2 where it is used once or twice; normed it stands in shared memory, rows 64 B past a line apart: no two of the 8 lanes of a
+// phase (2 rows, 64 B each) meet in a bank.
+// grid: any number of blocks, WARPS * 32 threads, 16 warps a multiprocessor; dynamic shared memory: NORM: M rows of x'; two tiles' sums.
 //
-// Set by -D: NORM, SLOTS, and what linear.cuh says.
-constexpr int WARPS = 16;
+// Set by -D: BLOCK_WARPS, NORM, and what linear.cuh says.
+constexpr int WARPS = BLOCK_WARPS;
 #include "linear.cuh"
 
-constexpr int COLUMNS = 8, PIECE = 64, SLOT = 16 * PIECE * 2;
+constexpr int COLUMNS = 8, AHEAD = 8 / HALVES, ROUND = AHEAD * WARPS * 32;  // ROUND: the k of AHEAD runs of all warps
+constexpr int TILE_SUMS = WARPS * HALVES * 16 * COLUMNS;
+__device__ __forceinline__ constexpr int offset(int run) { return run / 2 * WARPS * 64 + run % 2 * 32; }
 
-// The piece of weights that a lane copies next: its first row, k and half.
+// Operand A of two MMAs, from the 16 bytes that a lane has of rows r and r + 8; zeros where there is no such k.
+struct Operands {
+  uint32_t a[2][4];
+
+  __device__ __forceinline__ Operands(const uint4& row, const uint4& row8, bool there) {
+    a[0][0] = there ? row.x : 0, a[0][1] = there ? row8.x : 0, a[0][2] = there ? row.y : 0, a[0][3] = there ? row8.y : 0;
+    a[1][0] = there ? row.z : 0, a[1][1] = there ? row8.z : 0, a[1][2] = there ? row.w : 0, a[1][3] = there ? row8.w : 0;
+  }
+  // b: of the other operand, the same k in the same order.
+  __device__ __forceinline__ void multiply(float (&y)[4], const uint4& b) const {
+    mma_m16n8k16_bf16(y, a[0][0], a[0][1], a[0][2], a[0][3], b.x, b.y);
+    mma_m16n8k16_bf16(y, a[1][0], a[1][1], a[1][2], a[1][3], b.z, b.w);
+  }
+};
+
+// The weights that a lane asks for next: rows r and r + 8 of 16 of each half; those behind the last row are its like and thrown away.
 struct Ahead {
-  int first, k, half;
+  const bf16* from[HALVES][2];
+  int tile, k, until;  // until: no k where there is no such tile
 
-  // Copies what this lane has of it, if there is one: of rows r and r + 8, those behind the last row being its like, two runs of 32 k. Then
-  // goes on to the other half, this warp's next k, the block's next rows.
-  __device__ __forceinline__ void copy(unsigned char* slot, const bf16* weight, int rows, int K) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = k + lane % 4 * 8;
-    if (first < rows && k < K) {
+  __device__ __forceinline__ void to(int new_tile, const bf16* weight, int rows, int K, int lane_k) {
+    tile = new_tile, k = lane_k, until = tile * 16 < rows ? K : 0;
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const bf16* from = weight + (size_t)(half * rows + min(first + lane / 4 + 8 * i, rows - 1)) * K + own;
-        cp_async_16_or_zero(slot + i * 1024 + lane * 16, from, own < K);
-        cp_async_16_or_zero(slot + i * 1024 + 512 + lane * 16, from + 32, own + 32 < K);
-      }
-      half = HALVES - 1 - half;
-      if (half == 0) k += WARPS * PIECE;
-      if (k >= K) k = warp * PIECE, first += gridDim.x * 16;
-    }
-    cp_async_commit();
+    for (int t = 0; t < HALVES; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) from[t][i] = weight + (size_t)(t * rows + min(tile * 16 + (int)threadIdx.x % 32 / 4 + 8 * i, rows - 1)) * K;
+  }
+  __device__ __forceinline__ void load(uint4 (&w)[HALVES][2], int run) const {
+#pragma unroll
+    for (int t = 0; t < HALVES; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) load_once(w[t][i], from[t][i] + k + offset(run), k + offset(run) < until);
   }
 };
 
@@ -61,20 +74,22 @@ __device__ __forceinline__ float sums_of_warp(float (&sum)[COLUMNS]) {
 
 // RMSNorm of x to shared memory, all tokens in one pass; a thread has the same columns of each. w: of the norm, this thread's first eight.
 // `sums`: (WARPS + 1) * COLUMNS numbers.
-__device__ __forceinline__ void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, const bf16* norm, uint4 w, float eps, int tokens,
-                                       int K) {
+__device__ __forceinline__ void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, const bf16* norm, uint4 w, float eps, int tokens, int K) {
   float* factors = sums + COLUMNS * WARPS;
   float sum[COLUMNS];
 #pragma unroll
   for (int m = 0; m < COLUMNS; m++) sum[m] = 0.f;
   for (int i = threadIdx.x; i < K / 8; i += THREADS) {
-    uint4 a[COLUMNS];
 #pragma unroll
-    for (int m = 0; m < COLUMNS; m++)
-      if (m < tokens) a[m] = *(const uint4*)(x + (size_t)m * K + 8 * i);
+    for (int four = 0; four < COLUMNS; four += 4) {  // as many as there are registers for
+      uint4 a[4];
 #pragma unroll
-    for (int m = 0; m < COLUMNS; m++)
-      if (m < tokens) sum[m] += squares(a[m]), *(uint4*)(to + m * stride + 16 * i) = a[m];
+      for (int m = 0; m < 4; m++)
+        if (four + m < tokens) a[m] = *(const uint4*)(x + (size_t)(four + m) * K + 8 * i);
+#pragma unroll
+      for (int m = 0; m < 4; m++)
+        if (four + m < tokens) sum[four + m] += squares(a[m]), *(uint4*)(to + (four + m) * stride + 16 * i) = a[m];
+    }
   }
   sum[0] = sums_of_warp(sum);
   if (threadIdx.x % 4 == 0) sums[threadIdx.x % 32 / 4 * WARPS + threadIdx.x / 32] = sum[0];
@@ -91,65 +106,71 @@ __device__ __forceinline__ void norm_x(unsigned char* to, int stride, float* sum
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) linear(const bf16* x, const bf16* norm, const bf16* weight, const bf16* bias,
-                                                               const bf16* residual, Output* out, int tokens, int K, int N, float eps) {
+extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS) linear(const bf16* x, const bf16* norm, const bf16* weight, const bf16* bias,
+                                                                        const bf16* residual, Output* out, int tokens, int K, int N, float eps) {
   extern __shared__ __align__(128) unsigned char smem[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  const int rows = N / HALVES, stride = (K * 2 + 127) / 128 * 128 + 64, columns = (tokens + 1) / 2 * 2;
-  unsigned char *ring = smem + warp * SLOTS * SLOT, *normed = smem + WARPS * SLOTS * SLOT;
-  float* both = (float*)(normed + (NORM ? tokens * stride : 0));  // [2][WARPS][HALVES][16][columns]
-  Ahead ahead = {(int)blockIdx.x * 16, warp * PIECE, 0};
-  for (int i = 0; i < SLOTS - 1; i++) ahead.copy(ring + i * SLOT, weight, rows, K);
-  const uint4 none = make_uint4(0, 0, 0, 0), norm_first = NORM && threadIdx.x < K / 8 ? *(const uint4*)(norm + 8 * threadIdx.x) : none;
+  const int rows = N / HALVES, lane_k = warp * 64 + 8 * c, stride = (K * 2 + 127) / 128 * 128 + 64;
+  float* both = (float*)(smem + (NORM ? tokens * stride : 0));  // [2][WARPS][HALVES][16][COLUMNS]
+  Ahead ahead;
+  uint4 w[AHEAD][HALVES][2];
+  ahead.to(blockIdx.x, weight, rows, K, lane_k);
+#pragma unroll
+  for (int a = 0; a < AHEAD; a++) {
+#pragma unroll
+    for (int t = 0; t < HALVES; t++) w[a][t][0] = w[a][t][1] = make_uint4(0, 0, 0, 0);
+    ahead.load(w[a], a);
+  }
+  uint4 norm_first = make_uint4(0, 0, 0, 0);
+  if (NORM) load_once(norm_first, norm + 8 * threadIdx.x, threadIdx.x < K / 8);
   wait_for_previous(), allow_next();
-  if (NORM) norm_x(normed, stride, both, x, norm, norm_first, eps, tokens, K);
-  const unsigned char* token = NORM ? normed + r * stride : (const unsigned char*)(x + (size_t)r * K);  // of this lane
+  if (NORM) norm_x(smem, stride, both, x, norm, norm_first, eps, tokens, K);
+  const unsigned char* own = NORM ? smem + r * stride : (const unsigned char*)(x + (size_t)r * K);  // this lane's token
   const bf16 zero = __float2bfloat16_rn(0.f);
-  int slot = 0;
   bool odd = false;
   for (int first = blockIdx.x * 16; first < rows; first += gridDim.x * 16, odd = !odd) {
+    float* sums = both + odd * TILE_SUMS;  // in turn: a tile's are read while the next ones are written, a barrier lies before the ones after
     const int m = threadIdx.x / 16, i = threadIdx.x % 16, n = first + i;  // what this thread finishes, if m is a token
     const bool finishes = m < tokens && n < rows;
     const bf16 added = residual && finishes ? residual[(size_t)m * rows + n] : zero;
     bf16 biases[HALVES];
+#pragma unroll
+    for (int t = 0; t < HALVES; t++) biases[t] = bias && finishes ? bias[t * rows + n] : zero;
     float y[HALVES][4];
 #pragma unroll
-    for (int t = 0; t < HALVES; t++) {
-      biases[t] = bias && finishes ? bias[t * rows + n] : zero;
-      y[t][0] = y[t][1] = y[t][2] = y[t][3] = 0.f;
-    }
-    for (int k = warp * PIECE + 8 * c; k < K + 8 * c; k += WARPS * PIECE) {
-      uint4 b[2];
+    for (int t = 0; t < HALVES; t++) y[t][0] = y[t][1] = y[t][2] = y[t][3] = 0.f;
+    for (int round = 0; round < K; round += ROUND) {
+      ahead.k += ROUND;
+      if (round + ROUND >= K) ahead.to(ahead.tile + gridDim.x, weight, rows, K, lane_k);
 #pragma unroll
-      for (int j = 0; j < 2; j++) b[j] = r < tokens && k + 32 * j < K ? *(const uint4*)(token + 2 * (k + 32 * j)) : none;
+      for (int four = 0; four < AHEAD; four += 4) {
+        uint4 b[4];
 #pragma unroll
-      for (int t = 0; t < HALVES; t++) {
-        cp_async_wait<SLOTS - 2>();
-        const uint4* w = (const uint4*)(ring + slot * SLOT) + lane;
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-          const uint4 w0 = w[32 * j], w8 = w[64 + 32 * j];
-          mma_m16n8k16_bf16(y[t], w0.x, w8.x, w0.y, w8.y, b[j].x, b[j].y);
-          mma_m16n8k16_bf16(y[t], w0.z, w8.z, w0.w, w8.w, b[j].z, b[j].w);
+        for (int a = 0; a < 4; a++) {
+          const int k = round + lane_k + offset(four + a);
+          b[a] = r < tokens && k < K ? *(const uint4*)(own + 2 * k) : make_uint4(0, 0, 0, 0);
         }
-        ahead.copy(ring + (slot ? slot - 1 : SLOTS - 1) * SLOT, weight, rows, K);  // where the piece before this one was
-        slot = slot + 1 < SLOTS ? slot + 1 : 0;
+#pragma unroll
+        for (int a = 0; a < 4; a++) {
+          uint4(&used)[HALVES][2] = w[four + a];
+#pragma unroll
+          for (int t = 0; t < HALVES; t++) Operands(used[t][0], used[t][1], round + lane_k + offset(four + a) < K).multiply(y[t], b[a]);
+          ahead.load(used, four + a);
+        }
       }
     }
-    float* sums = both + odd * WARPS * HALVES * 16 * columns;  // in turn: a tile's are read while those of the next are written
 #pragma unroll
     for (int t = 0; t < HALVES; t++)
 #pragma unroll
       for (int j = 0; j < 2; j++)
-        if (2 * c < tokens)
-          *(float2*)(sums + ((warp * HALVES + t) * 16 + r + 8 * j) * columns + 2 * c) = make_float2(y[t][2 * j], y[t][2 * j + 1]);
+        *(float2*)(sums + ((warp * HALVES + t) * 16 + r + 8 * j) * COLUMNS + 2 * c) = make_float2(y[t][2 * j], y[t][2 * j + 1]);
     __syncthreads();
     if (finishes) {
       float z[HALVES];
 #pragma unroll
       for (int t = 0; t < HALVES; t++) {
         z[t] = 0.f;
-        for (int v = 0; v < WARPS; v++) z[t] += sums[((v * HALVES + t) * 16 + i) * columns + m];
+        for (int v = 0; v < WARPS; v++) z[t] += sums[((v * HALVES + t) * 16 + i) * COLUMNS + m];
         z[t] += __bfloat162float(biases[t]);
       }
       out[(size_t)m * rows + n] = to_output(activated(z) + __bfloat162float(added));

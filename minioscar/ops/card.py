@@ -56,13 +56,18 @@ def architecture(file: str, capability: int) -> str:
 
 
 def module(file: str, options: tuple[str, ...], names: list[str] | None = None) -> Any:
-    """A file compiled for the card that is there; names: of the instances of its templates."""
+    """A file compiled for the card that is there; names: of the instances of its templates.
+
+    Macros go into the text: for every new list of options CuPy first compiles an empty program, 50 ms each time the package is started.
+    """
     import cupy
 
     code, arch = source(file), architecture(file, int(cupy.cuda.Device().compute_capability))
     if arch.endswith("a"):  # CuPy names the architecture itself, without the letter
         return cupy.RawModule(path=str(_cubin(code, (f"--gpu-architecture={arch}", "-ftz=true", *options))))
-    return cupy.RawModule(code=code, options=options, name_expressions=names)
+    macros = "".join(f"#define {option[2:].replace('=', ' ', 1)}\n" for option in options if option.startswith("-D"))
+    rest = tuple(option for option in options if not option.startswith("-D"))
+    return cupy.RawModule(code=macros + code, options=rest, name_expressions=names)
 
 
 def _cubin(code: str, options: tuple[str, ...]) -> Path:

@@ -70,7 +70,7 @@ class Cuda(Reference):
     # --- between host and device
 
     def array(self, x: np.ndarray) -> Array:
-        return upload(np.asarray(x).astype(self.dtype, copy=False))
+        return upload(np.asanyarray(x).astype(self.dtype, copy=False))
 
     def numpy(self, x: Array) -> np.ndarray:
         return self.xp.asnumpy(x)

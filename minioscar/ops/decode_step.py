@@ -1,8 +1,9 @@
 """A decode step as a list of launches on arrays that never move, so that one CUDA graph serves every step.
 
 Tokens, lengths and the numbers of the steps live on the device: a step reads the tokens that the step before has drawn, and the host
-reads them when it likes. Seven launches a layer: qkv with its norm · RoPE, rotation and the new token's place · attention · pack · o and
-residual · gate and up with their norm and silu · down and residual. More rows than linear.cu has room for: a norm is a launch of its own.
+reads them when it likes. Six launches a layer: qkv with its norm · RoPE, rotation and the new token's place · attention · o and residual ·
+gate and up with their norm and silu · down and residual; then the packing of all layers. More rows than linear.cu has room for: a norm is
+a launch of its own.
 """
 
 from __future__ import annotations
@@ -67,11 +68,11 @@ class DecodeStep:
             self.launches.append(raw.rotate_scale(self.heads, qkv, self.lengths, *tables, q, **options))
             results = self.lengths, tasks, out, None, workspace, arrived
             self.launches.append(raw.decode_attention(self.heads, scheme, plan, q, kept, *results))
-            if scheme.quantized:
-                self.launches.append(raw.pack_step(self.heads, scheme, self.lengths, kept))
             self.launches += products.launches(y, layer.o, middle, bias=layer.o_bias, residual=x)
             self.launches += products.launches(middle, layer.gate_up, h, norm=(layer.post_norm, self.eps), silu=True)
             self.launches += products.launches(h, layer.down, x, residual=middle)
+        if scheme.quantized:  # all layers at once: mostly it finds nothing
+            self.launches.append(raw.pack_step(self.heads, scheme, self.lengths, cache.whole, len(cache.layers)))
         self.launches += products.launches(x, weights.head, self.logits, norm=(weights.norm, self.eps))
         chosen = xp.zeros((rows, raw_dense.sample_words(config.vocab_size)), np.uint64)
         self.launches += raw_dense.sample(self.logits, sampling, self.sequences, self.steps, self.tokens, chosen)

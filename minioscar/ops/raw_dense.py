@@ -15,27 +15,27 @@ Array = Any
 
 LINEAR_TOKENS = 8  # of linear.cu: the columns of an MMA
 BATCH_TOKENS = 256  # of linear_batch.cu
-RING_BYTES, MOST_SLOTS = 16 * 2048, 6  # of linear.cu: a piece of 2 KB for every warp
 MOST_STAGES = 6  # of linear_batch.cu
 
 
 def fits(tokens: int, size: int, norm: bool, silu: bool, capability: int) -> bool:
     """Whether linear.cu takes so many tokens of `size` numbers; normed, they stand in shared memory. linear_batch.cu always has room."""
-    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and _slots(tokens, size, norm, silu, capability) > 1
-
-
-def _slots(tokens: int, size: int, norm: bool, silu: bool, capability: int) -> int:
-    """Pieces of weights in the ring of a warp: what the rest leaves room for."""
-    return min((_room(capability) - _linear_bytes(tokens, size, norm, silu)) // RING_BYTES, MOST_SLOTS)
+    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and _linear_bytes(tokens, size, norm, silu) <= _room(capability)
 
 
 def _linear_bytes(tokens: int, size: int, norm: bool, silu: bool) -> int:
-    """Shared memory of linear.cu beside the rings: two tiles' sums and x."""
-    return 2 * 16 * (2 if silu else 1) * 16 * -(-tokens // 2) * 8 + (tokens * (-(-size // 64) * 128 + 64) if norm else 0)
+    sums = 2 * (2 if silu else 1) * linear_warps(size, silu) * 16 * 8 * 4
+    return sums + (tokens * (-(-size // 64) * 128 + 64) if norm else 0)
 
 
 def _room(capability: int) -> int:
     return SHARED_BYTES.get(capability, 99) * 1024 - 1024  # a kibibyte for what a kernel declares itself
+
+
+def linear_warps(size: int, silu: bool) -> int:
+    """Warps that share k: as many as have something to ask for at three of five places. Not of the tokens: it decides the order of sums."""
+    rounds = {warps: (4 if silu else 8) * 32 * warps for warps in (16, 8)}  # k that all ask for at a time
+    return next((warps for warps, k in rounds.items() if size / (-(-size // k) * k) >= 0.6), 4)
 
 
 def linear(
@@ -46,16 +46,15 @@ def linear(
 
     Raises ValueError where `fits` says no.
     """
-    (tokens, size), (rows, _) = x.shape, weight.shape
+    (tokens, size), (rows, _), tiles = x.shape, weight.shape, 2 if silu else 1
     if not fits(tokens, size, norm is not None, silu, capability):
         raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear.cu on a card of capability {capability / 10}")
-    slots = _slots(tokens, size, norm is not None, silu, capability)
-    shared = slots * RING_BYTES + _linear_bytes(tokens, size, norm is not None, silu)
+    shared, warps = _linear_bytes(tokens, size, norm is not None, silu), linear_warps(size, silu)
+    blocks = min(-(-rows // (16 * tiles)), multiprocessors * min(16 // warps, _room(capability) // (shared + 1024) or 1))
     weights, eps = norm or (None, 0.0)
     args = (x, weights, weight, bias, residual, out, *map(np.int32, (tokens, size, rows)), np.float32(eps))
-    defines = f"NORM={norm is not None:d}", f"SLOTS={slots}", f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
-    blocks = min(-(-rows // (32 if silu else 16)), multiprocessors)
-    return Launch("linear.cu", "linear", defines, (blocks,), 512, args, shared)
+    defines = f"BLOCK_WARPS={warps}", f"NORM={norm is not None:d}", f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    return Launch("linear.cu", "linear", defines, (blocks,), 32 * warps, args, shared)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ SIMT_INLINE int known_from_here(int x) { return x; }
 
 // --- memory
 
+SIMT_INLINE void load_once(uint4& d, const void* global, bool wanted) {
+  if (wanted) d = *(const uint4*)global;
+}
 __attribute__((no_sanitize("thread"), noinline)) inline int atomic_add_acq_rel(int* p, int x) {
   simt::atomic(p, sizeof *p, true);
   return (*p += x) - x;
