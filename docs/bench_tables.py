@@ -24,7 +24,7 @@ from minioscar.cache import cache_bytes
 from minioscar.config import Config
 from minioscar.oscar import SCHEMES
 
-KERNELS, CPU = "kernels-h200", "cpu"  # what README.md and docs/kernels.md show
+KERNELS, CPU = "h200", "cpu"  # what README.md and docs/kernels.md show
 OURS = ("python", "numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x")  # the other versions are the peers'
 OPS = {
     "decode_attention": "decode attention",

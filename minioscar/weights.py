@@ -209,12 +209,14 @@ def rotate_values(weights: Weights, config: Config, ops: Reference) -> Weights:
 
     def fold(layer: Layer) -> Layer:
         v = config.q_size + config.kv_size  # where the rows of v begin
-        qkv, bias = layer.qkv.copy(), layer.qkv_bias
+        qkv, o, bias = layer.qkv.copy(), layer.o.copy(), layer.qkv_bias
         qkv[v:] = rotated(qkv[v:], config.num_kv_heads, 0)
         if bias is not None:
             bias = bias.copy()
             bias[v:] = rotated(bias[v:], config.num_kv_heads, 0)
-        return replace(layer, qkv=qkv, qkv_bias=bias, o=ops.xp.ascontiguousarray(rotated(layer.o, config.num_heads, 1)))
+        o[...] = rotated(o, config.num_heads, 1)
+        ops.release()  # or the next layer's weights would be cut out of what was memory for this one's float32, and keep all of it
+        return replace(layer, qkv=qkv, qkv_bias=bias, o=o)
 
     return replace(weights, layers=tuple(map(fold, weights.layers)))
 
