@@ -49,8 +49,11 @@ def mapped(weights: Weights, change) -> Weights:
 
 
 @on_each_backend
-@pytest.mark.parametrize("kv", ["bf16", "int2", "int2-compact", "oscar", "kivi", "int4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(  # every scheme with one family, and two with each: seconds a case on the simulator
+    ("family", "kv"),
+    [("llama", kv) for kv in ("bf16", "int2", "int2-compact", "oscar", "kivi", "int4")]
+    + [(family, kv) for family in ("qwen2", "qwen3") for kv in ("bf16", "int2")],
+)
 def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed):
     """Over two steps, the window of one row filled and packed on the way.
 
