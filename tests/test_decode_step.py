@@ -9,7 +9,7 @@ import pytest
 
 from minioscar.cache import BF16, Cache
 from minioscar.engine import GREEDY
-from minioscar.ops.decode_step import DecodeStep
+from minioscar.ops.decode_step import DecodeStep, unsupported
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import Sampling, sample
 from minioscar.weights import Layer, Weights
@@ -141,3 +141,4 @@ def test_what_has_no_kernels_is_refused(tmp_path):
         cache = Cache(engine.config, SCHEMES[kv], rows, 8, engine.ops)
         with pytest.raises(ValueError, match=why):
             DecodeStep(engine.ops, engine.config, engine.model.weights, (None, None), cache, GREEDY)
+    assert "vocabulary" in unsupported(replace(engine.config, vocab_size=2**21 + 1), SCHEMES["int2"], 1)

@@ -114,16 +114,20 @@ class Cuda(Reference):
         if norm is not None:
             x, given = self.xp.empty_like(x), x
             self.run(raw_dense.rms_norm(given, *norm, x))
-        if not silu:
-            y = self.product(x, weight, False)
-            for more in (bias, residual):
-                if more is not None:
-                    self.run(raw_dense.add(more, y))
-            return y
-        out = self.xp.empty((tokens, rows), self.dtype)
-        for i in range(0, tokens, MLP_TOKENS):  # gate and up together are the widest array of a pass
-            self.run(raw_dense.silu_mul(self.product(x[i : i + MLP_TOKENS], weight, False), out[i : i + MLP_TOKENS]))
-        return out
+        if silu:  # gate and up together are the widest array of a pass: in parts
+            out = self.xp.empty((tokens, rows), self.dtype)
+            for i in range(0, tokens, MLP_TOKENS):
+                gate_up = self._plus(self.product(x[i : i + MLP_TOKENS], weight, False), bias)
+                self.run(raw_dense.silu_mul(gate_up, out[i : i + MLP_TOKENS]))
+        else:
+            out = self._plus(self.product(x, weight, False), bias)
+        return self._plus(out, residual)
+
+    def _plus(self, y: Array, x: Array | None) -> Array:
+        """y, x added in place where there is one."""
+        if x is not None:
+            self.run(raw_dense.add(x, y))
+        return y
 
     def product(self, x: Array, weight: Array, float32: bool) -> Array:
         """Logits in float32: the difference between two tokens is often smaller than the bfloat16 rounding of a logit."""

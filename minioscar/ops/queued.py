@@ -40,7 +40,7 @@ class QueuedDecoder(Decoder):
         self.active: list[int] = []  # the rows that the device has as in use
 
     def feed(self, slots: Sequence[int], tokens: Sequence[int], step: int = 1) -> None:
-        self.queue.settle()
+        self.settle()
         newest = np.zeros(len(self.cache.lengths), np.int32)
         newest[list(slots)] = tokens
         self.queue.put(self.kernels.tokens, newest)

@@ -49,7 +49,7 @@ def upload(x: np.ndarray) -> Array:
 
 def _reader(x: np.ndarray) -> Callable[[np.ndarray, int], None]:
     """What fills a buffer with the bytes of x from a place on. Reading a file takes the kernel less than a fault for each of its pages."""
-    if not isinstance(x, np.memmap):
+    if getattr(x, "_mmap", None) is None:  # an np.memmap of another dtype is a copy in memory, and still one by its type
         source = x.reshape(-1).view(np.uint8)
         return lambda buffer, at: np.copyto(buffer, source[at : at + len(buffer)])
     begin = x.ctypes.data - np.frombuffer(x._mmap, np.uint8).ctypes.data
