@@ -314,17 +314,15 @@ __device__ __forceinline__ float4 merge_blocks(const Results& to, int from, int 
 
 // The parts of this block, by slices: a warp merges 64 channels of a head. Of a head that other blocks have parts of too it then writes its own
 // and counts it; the last warp to arrive at a slice merges the blocks' parts of it. No slice waits for another.
-// rehearsal: there are no parts, and nothing is written; but the code is run.
-__device__ __forceinline__ void merge(unsigned char* smem, const Results& to, const Shared* shared, bool rehearsal) {
+__device__ __forceinline__ void merge(unsigned char* smem, const Results& to, const Shared* shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
   // Parts are in list order, so those of a head are neighbours: a head begins where the part before, of those that there are, is another's.
-  const int own = lane < 2 * BLOCK_WARPS && !rehearsal ? ((const int*)(smem + AT_HEADS))[lane] : -1;
+  const int own = lane < 2 * BLOCK_WARPS ? ((const int*)(smem + AT_HEADS))[lane] : -1;
   const unsigned there = __ballot_sync(FULL, own >= 0), below = there & ((1u << lane) - 1);
   const int previous = __shfl_sync(FULL, own, below ? 31 - __clz(below) : lane);
   unsigned begins = __ballot_sync(FULL, own >= 0 && !(below && previous == own));
-  if (!begins && !rehearsal) return;
-  do {
-    const int first = max(__ffs(begins) - 1, 0), head = __shfl_sync(FULL, own, first);
+  while (begins) {
+    const int first = __ffs(begins) - 1, head = __shfl_sync(FULL, own, first);
     begins &= begins - 1;
     const unsigned parts = there & ~((1u << first) - 1) & (begins ? (begins & -begins) - 1 : FULL);
     const Shared begin = shared[0], end = shared[1];
@@ -335,24 +333,24 @@ __device__ __forceinline__ void merge(unsigned char* smem, const Results& to, co
       const bool inside = PAIRS % 32 == 0 || at < PAIRS;
       float4 sum = nothing();
       if (inside) sum = merge_warps(smem, parts, at);
-      if (is_shared || rehearsal) {
+      if (is_shared) {
         int* arrived = to.arrived + from * SLICES + slice;
-        if (inside && !rehearsal) __stcg(to.workspace + (size_t)(2 * block + (block == from)) * PAIRS + at, sum);
+        if (inside) __stcg(to.workspace + (size_t)(2 * block + (block == from)) * PAIRS + at, sum);
         __syncwarp();
         int before = 0;
-        if (lane == 0 && !rehearsal) before = atomic_add_acq_rel(arrived, 1);
+        if (lane == 0) before = atomic_add_acq_rel(arrived, 1);
         __syncwarp();
-        if (__shfl_sync(FULL, before, 0) + 1 < with && !rehearsal) continue;
-        if (lane == 0 && !rehearsal) *arrived = 0;
-        if (inside) sum = merge_blocks(to, from, rehearsal ? 0 : with, at);
+        if (__shfl_sync(FULL, before, 0) + 1 < with) continue;
+        if (lane == 0) *arrived = 0;
+        if (inside) sum = merge_blocks(to, from, with, at);
       }
-      if (!inside || rehearsal) continue;
+      if (!inside) continue;
       Output* out = to.out + (size_t)head * OUT + 2 * at;
       const float inverse = rcp_approx(sum.w);
       out[0] = to_output(sum.x * inverse), out[1] = to_output(sum.y * inverse);
       if (at % (D / 2) == 0) store_lse(to, head, at / (D / 2), sum.z, sum.w);
     }
-  } while (begins);
+  }
 }
 
 // --- the walk over the list
@@ -396,60 +394,52 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
     }
     ring.end();
   };
-  // Before the wait: all but the last unit of a head, which holds the newest token. The launch before this one may be writing that still.
-  unsigned turn = 0;  // of the ring: its slot turn % STAGES
-#pragma unroll 1  // code that runs once is fetched once: less of it
-  for (; turn < STAGES && at.unit + turn + 1 < at.units; turn++) request(turn, turn);
+  // One unit before the wait, but the last of a head, which holds the newest token: the launch before this one may be writing that still.
+  // One only: more of them, from blocks that begin early, delay the others' last trips to L2 by more than they are worth.
+  unsigned turn = at.unit + 1 < at.units;  // of the ring: its slot turn % STAGES
+  if (turn) request(0, 0);
   __syncthreads();  // `tokens` are there
+  wait_for_previous(), allow_next();
+#pragma unroll 1  // code that runs once is fetched once: less of it
+  for (; turn < STAGES; turn++) request(turn, turn);
+  turn = 0;
 
-  // First a rehearsal, over no units and with no results: it fetches the code behind the last unit, which all would wait for, while the first
-  // units are on their way and the launch before this one ends. `left` is negative then.
-  left = ~left;
 #pragma unroll 1
-  while (true) {
-    while (true) {
-      const int first = left > 0 ? at.unit : -1;  // of this warp's units of this head
-      State state;
-      state.clear();
-      auto done = [&]() {
-        __syncwarp();
-        request(turn % STAGES, STAGES);
-        at.unit++, left--, turn++;
-      };
-      if (first >= 0 && at.unit < at.pages) {
-        const typename Units::Query query = Units::load_query(q + (size_t)(at.row * heads + at.head) * OUT);
-        do {
-          ring.wait(turn % STAGES, turn / STAGES % 2);
-          units.attend_page(state, query, ring.slot_at(turn % STAGES), at.unit);
-          done();
-        } while (left && at.unit < at.pages);
-      }
-      Units::finish_pages(state);
-      if (first >= 0 && left && at.unit < at.units) {
-        const TileQuery query = load_tile_query(q + (size_t)(at.row * heads + at.head) * OUT);
-        do {
-          ring.wait(turn % STAGES, turn / STAGES % 2);
-          units.attend(state, ring.slot_at(turn % STAGES), query, at);
-          done();
-        } while (left && at.unit < at.units);
-      }
-      const int head = at.row * heads + at.head, part = 2 * warp + (first >= 0 && !left);
-      const bool whole = first == 0 && at.unit == at.units;
-      store_sums<Units>(state, smem, to, head, whole, part);
-      if (first >= 0 && !whole && lane == part % 2) part_head[part] = head;
+  while (left) {
+    const int first = at.unit;  // of this warp's units of this head
+    State state;
+    state.clear();
+    auto done = [&]() {
       __syncwarp();
-      if (left <= 0) break;
-      next_head(units, at, tokens, batch, heads);
+      request(turn % STAGES, STAGES);
+      at.unit++, left--, turn++;
+    };
+    if (at.unit < at.pages) {
+      const typename Units::Query query = Units::load_query(q + (size_t)(at.row * heads + at.head) * OUT);
+      do {
+        ring.wait(turn % STAGES, turn / STAGES % 2);
+        units.attend_page(state, query, ring.slot_at(turn % STAGES), at.unit);
+        done();
+      } while (left && at.unit < at.pages);
     }
-    __syncthreads();
-    merge(smem, to, (const Shared*)shared_heads, left < 0);
-    if (left >= 0) break;
-    left = ~left;
-    wait_for_previous(), allow_next();
-#pragma unroll 1
-    for (; turn < STAGES; turn++) request(turn, turn);
-    turn = 0;
+    Units::finish_pages(state);
+    if (left && at.unit < at.units) {
+      const TileQuery query = load_tile_query(q + (size_t)(at.row * heads + at.head) * OUT);
+      do {
+        ring.wait(turn % STAGES, turn / STAGES % 2);
+        units.attend(state, ring.slot_at(turn % STAGES), query, at);
+        done();
+      } while (left && at.unit < at.units);
+    }
+    const int head = at.row * heads + at.head, part = 2 * warp + !left;
+    const bool whole = first == 0 && at.unit == at.units;
+    store_sums<Units>(state, smem, to, head, whole, part);
+    if (!whole && lane == part % 2) part_head[part] = head;
+    __syncwarp();
+    if (left) next_head(units, at, tokens, batch, heads);
   }
+  __syncthreads();
+  merge(smem, to, (const Shared*)shared_heads);
 #pragma unroll 1
   for (int b = block; b < batch; b += blocks)
     if (tokens[b] <= 0)

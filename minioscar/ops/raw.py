@@ -179,8 +179,8 @@ class Plan:
 def plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, capability: int) -> Plan:
     """The most warps whose rings of copies fit, 8 where they were faster; a grid that cuts as few heads as possible.
 
-    More warps hide more of a page's latency, fewer have fewer parts to merge at the end. On an H200 8 beat 12 with units of more than
-    6 KB, and from 5.5 KB on where blocks share heads (1 x 128K: int2 28.7 against 29.2 µs, int2-compact 29.0 against 27.7).
+    More warps hide more of a page's latency, fewer have fewer parts to merge at the end. On an H200 8 beat 12 with units of 6 KB or more
+    (1 x 128K: oscar 29.4 against 29.9 µs, int2 28.6 against 28.1, int2-compact 27.8 against 26.2).
     """
     together = heads.q_heads // heads.kv_heads
     share = next(s for s in range(1, together + 1) if together % s == 0 and together // s <= 8)
@@ -189,8 +189,7 @@ def plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, capabil
     blocks = max(even, default=multiprocessors)
     room = SHARED_BYTES.get(capability, 99) * 1024 - 1024
     plans = [Plan(together // share, share, warps, stages, blocks) for warps, stages in (CUTS if scheme.quantized else BF16_CUTS)]
-    slow = _unit_bytes(heads.head_dim, scheme) > (5500 if work < multiprocessors else 6 << 10)
-    if heads.head_dim > 128 or slow:  # sums of 256 channels leave registers for 8 warps
+    if heads.head_dim > 128 or _unit_bytes(heads.head_dim, scheme) >= 6 << 10:  # sums of 256 channels leave registers for 8 warps
         plans = [p for p in plans if p.warps <= 8]
     return next((p for p in plans if shared_bytes(heads.head_dim, scheme, p, batch) <= room), plans[-1])
 
