@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,9 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         batch = raw_dense.batch_plan(tokens, 4096, rows, silu, MULTIPROCESSORS, arch)
         label = f"linear_batch of {tokens}" + (f" to {rows}" if rows != 8192 else "")
         found[label] = raw_dense.linear_batch(x, weight, y, batch, out, ints, silu=silu)
+        if rows in (4096, 6144):
+            batch = replace(batch, cluster=batch.blocks // batch.tiles)
+            found[f"{label} in clusters"] = raw_dense.linear_batch(x, weight, y, batch, out, ints, silu=silu)
     found["embed"], found["advance"] = raw_dense.embed(out[None], ints, out), raw_dense.advance(ints, ints)
     for launch in (raw_dense.silu_mul(out[None], np.empty((1, 8))), raw_dense.add(out[None], np.empty((1, 8)))):
         found[launch.name] = launch

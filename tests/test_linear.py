@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 def check(device, seed: int, tokens: int, size: int, rows: int, *, order: int = 0, multiprocessors: int = 2, capability: int = 80,
-          **parts: bool) -> np.ndarray:
+          cluster: int = 1, **parts: bool) -> np.ndarray:
     """parts: norm, bias, residual, silu, float32. Returns what the kernel computed."""
     rng, width = np.random.default_rng(seed), rows // 2 if parts.get("silu") else rows
     x, weight = rng.normal(size=(tokens, size)).astype(BF16), (rng.normal(size=(rows, size)) / np.sqrt(size)).astype(BF16)
@@ -38,6 +40,7 @@ def check(device, seed: int, tokens: int, size: int, rows: int, *, order: int = 
             device.run(raw_dense.rms_norm(x_there, device.array(norm), EPS, normed), seed=order)
             x_there = normed
         plan = raw_dense.batch_plan(tokens, size, rows, given["silu"], multiprocessors, capability)
+        plan = replace(plan, cluster=cluster)
         workspace, arrived = device.empty(plan.workspace_floats, np.float32), device.array(np.zeros(plan.counters, np.int32))
         device.run(raw_dense.linear_batch(x_there, weight_there, out, plan, workspace, arrived, **given), arch=capability, seed=order)
         assert not device.numpy(arrived).any()
@@ -184,3 +187,15 @@ def test_linear_of_models_shapes(device, seed, tokens, size, rows, parts):
 @pytest.mark.parametrize(("size", "rows"), [(4096, 6144), (576, 49152), (1536, 576), (9728, 2560)])
 def test_batches_of_models_shapes_with_warpgroups(device, seed, tokens, size, rows, parts):
     check(device, seed, tokens, size, rows, multiprocessors=132, capability=90, **parts)
+
+
+@on_the_card
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
+@pytest.mark.parametrize("tokens", [9, 48, 90, 128, 200])
+@pytest.mark.parametrize(("size", "rows"), [(4096, 4096), (4096, 6144), (12288, 4096)])
+def test_clusters_give_the_bits_of_blocks_that_meet_in_memory(device, seed, tokens, size, rows, parts):
+    parts = {"multiprocessors": 132, "capability": 90, **parts}
+    plan = raw_dense.batch_plan(tokens, size, rows, parts.get("silu", False), 132, 90)
+    cluster = plan.blocks // plan.tiles
+    assert plan.blocks % plan.tiles == 0 and cluster > 1
+    assert np.array_equal(*(check(device, seed, tokens, size, rows, cluster=n, **parts) for n in (1, cluster)))

@@ -125,13 +125,15 @@ __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_gr
 // --- launches that overlap (ops/card.py); nothing happens on cards and in launches that do not
 
 // Waits until every launch before this one has ended and what it wrote can be read. Each kernel calls it in every thread, before it writes
-// anything and before it reads what the launch directly before it may have written; whatever came earlier is there from the start.
+// anything and before it reads what the launch directly before it may have written; whatever came earlier is there from the start (not where
+// the launch before is rms_norm).
 __device__ __forceinline__ void wait_for_previous() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// The blocks of the next launch may take the room that this one's leave. After wait_for_previous: the one before is through then.
+// The blocks of the next launch may take the room that this one's leave, as soon as one thread of every block has been here or all have ended.
+// After wait_for_previous: the one before is through then.
 __device__ __forceinline__ void allow_next() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -173,6 +175,15 @@ __device__ __forceinline__ uint64_t l2_evict_first() {
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar, uint64_t policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                ::"r"(smem_addr(shared)), "l"(global), "r"(bytes), "r"(smem_addr(bar)), "l"(policy) : "memory");
+}
+// Blocks of a cluster, numbered by blockIdx.x % its size: they run at the same time, and write into each other's shared memory. What a thread
+// wrote before it arrives is there for the others when they have waited; relaxed: nothing was.
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void store_in_cluster(void* own, int block, float4 x) {  // to where `own` is in that block
+  asm volatile("{\n.reg .b32 to;\nmapa.shared::cluster.u32 to, %0, %1;\nst.shared::cluster.v4.f32 [to], {%2,%3,%4,%5};\n}"
+               ::"r"(smem_addr(own)), "r"(block), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 }
 // Asks L2 for what will be copied later; address and size as above.
 __device__ __forceinline__ void prefetch_l2(const void* global, int bytes) {

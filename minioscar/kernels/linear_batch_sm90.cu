@@ -11,9 +11,10 @@
 // for its own first slabs while sums are merged and stored here; for STAGES of them to shared memory, for PREFETCH more to L2. For that two
 // launches must have room on a multiprocessor, so a block takes about half of its memory and registers where the sums are few.
 //
-// How blocks share the tiles: linear_batch.cuh. grid (blocks, blocks of columns), 256 threads; dynamic shared memory STAGES * (STAGE_BYTES + 16).
+// How blocks share the tiles: linear_batch.cuh. CLUSTER > 1: so many blocks have one tile, equal parts of k, and run at the same time. Then their
+// sums meet in shared memory, in the same order: each block adds and stores some of the columns. grid (blocks, blocks of columns), 256 threads; dynamic shared memory STAGES * (STAGE_BYTES + 16).
 //
-// Set by -D: COLUMNS (16, 32, 48, 64, 96, 128), ROW_TILES, STAGES, PREFETCH, and what linear.cuh says.
+// Set by -D: COLUMNS (16, 32, 48, 64, 96, 128), ROW_TILES, STAGES, PREFETCH, CLUSTER, and what linear.cuh says.
 constexpr int WARPS = 8, ROW_WARPS = 4, HOLDERS = ROW_WARPS * 32;
 #include "linear_batch.cuh"
 
@@ -66,20 +67,52 @@ struct Copies {
   __device__ __forceinline__ void advance() {
     if (++slab == slabs) slab = 0, tile++, begin_tile();
   }
-  // PREFETCH slabs from this one on, as far as they are of this tile.
-  __device__ __forceinline__ void prefetch(int left) const {
-    const int k = slab * RUN, end = min(k + min(left, PREFETCH) * RUN, p.K);
-    if (k >= end) return;
-    for (int i = threadIdx.x % GROUP; i < ROWS; i += GROUP) {
-      const int n = min(tile * OUT_ROWS + i % OUT_ROWS, p.rows - 1);
-      prefetch_l2(p.weight + (size_t)(i / OUT_ROWS * p.rows + n) * p.K + k, (end - k) * 2);
-    }
-  }
 };
 
+// Slabs of this tile that have no place in the stages yet, at most `count`: slab number `slab` and on.
+__device__ __forceinline__ void prefetch(const Product& p, int tile, int slab, int count) {
+  const int k = slab * RUN, end = min(k + count * RUN, p.K);
+  if (k >= end) return;
+  for (int i = threadIdx.x % GROUP; i < ROWS; i += GROUP) {
+    const int n = min(tile * OUT_ROWS + i % OUT_ROWS, p.rows - 1);
+    prefetch_l2(p.weight + (size_t)(i / OUT_ROWS * p.rows + n) * p.K + k, (end - k) * 2);
+  }
+}
+
+// The sums that this block finishes, of all parts; columns from number rank * EACH * 8 on. stages: of this block, whose last is used up.
+constexpr int EACH = (TILES + CLUSTER - 1) / CLUSTER;
+static_assert(CLUSTER * ROW_TILES * EACH * GROUP * 16 <= AT_BARRIERS, "parts fit into the stages");
+__device__ __forceinline__ void meet(const float (&y)[ROW_TILES][TILES][4], float (&z)[ROW_TILES][EACH][4], unsigned char* stages, int rank) {
+  float4* place = (float4*)stages + threadIdx.x;
+  cluster_arrive_relaxed(), cluster_wait();  // all are through with their stages
+#pragma unroll
+  for (int n = 0; n < TILES; n++)
+#pragma unroll
+    for (int t = 0; t < ROW_TILES; t++)
+      store_in_cluster(place + ((rank * EACH + n % EACH) * ROW_TILES + t) * GROUP, n / EACH, make_float4(y[t][n][0], y[t][n][1], y[t][n][2], y[t][n][3]));
+  cluster_arrive(), cluster_wait();
+#pragma unroll
+  for (int n = 0; n < EACH; n++)
+#pragma unroll
+    for (int t = 0; t < ROW_TILES; t++) {
+      float(&sum)[4] = z[t][n];
+      sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
+#pragma unroll
+      for (int part = 0; part < CLUSTER; part++) {
+        const float4 a = place[((part * EACH + n) * ROW_TILES + t) * GROUP];
+        sum[0] += a.x, sum[1] += a.y, sum[2] += a.z, sum[3] += a.w;
+      }
+    }
+}
+
 // workspace float32 [blocks of columns][blocks][2][ROWS * COLUMNS]; arrived int [blocks of columns][tiles][ROW_WARPS], zero before and after.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_batch(const bf16* x, const bf16* weight, const bf16* bias, const bf16* residual,
-                                                                          Output* out, float* workspace, int* arrived, int tokens, int K, int N) {
+#if CLUSTER > 1
+#define CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERS
+#endif
+extern "C" __global__ void CLUSTERS __launch_bounds__(THREADS, BLOCKS) linear_batch(const bf16* x, const bf16* weight, const bf16* bias,
+                                                                                   const bf16* residual, Output* out, float* workspace, int* arrived, int tokens, int K, int N) {
   extern __shared__ __align__(1024) unsigned char smem[];
   uint64_t* const barriers = (uint64_t*)(smem + AT_BARRIERS);
   Ring ring = {smem, barriers, barriers + STAGES, 0, 0};
@@ -93,14 +126,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_batch(const
   Copies copies = {p, {}, slabs, tile, slab};
   if (group == 1) {
     copies.begin_tile();
-    const int first = min(STAGES, left);
-    for (int i = 0; i < first; i++) copies.weights(smem + i * STAGE_BYTES), copies.advance();
-    copies.prefetch(left - first);
+    for (int i = 0; i < min(STAGES, left); i++) copies.weights(smem + i * STAGE_BYTES), copies.advance();
   } else if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) mbarrier_init(ring.full + s, GROUP), mbarrier_init(ring.empty + s, ROW_WARPS);
     mbarrier_init_fence();
   }
   __syncthreads();
+  if (group == 0) prefetch(p, tile, slab + STAGES, min(left - STAGES, PREFETCH));  // a lane after the other asks: not those that copy
   wait_for_previous();
   if (group == 1) {
     Copies again = {p, {}, slabs, tile, slab};
@@ -151,6 +183,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_batch(const
 #pragma unroll
     for (int t = 0; t < ROW_TILES; t++) hold(y[t]);
     if (threadIdx.x % 32 == 0) mbarrier_arrive(used);
+    if (CLUSTER > 1) {
+      const int rank = blockIdx.x % CLUSTER;
+      float z[ROW_TILES][EACH][4];
+      meet(y, z, smem, rank);
+      Product mine = p;  // the last block's columns may be fewer
+      mine.tokens = min(tokens, ((int)blockIdx.y + 1) * COLUMNS);
+      finish(z, mine, tile * OUT_ROWS + warp * WARP_OUT, blockIdx.y * COLUMNS + rank * EACH * 8);
+      continue;
+    }
     float* parts = workspace + (size_t)blockIdx.y * gridDim.x * 2 * ROWS * COLUMNS;
     if ((begun && slab == 0) || merge(y, line, tile, parts, arrived + ((int)blockIdx.y * tiles + tile) * ROW_WARPS + warp))
       finish(y, p, tile * OUT_ROWS + warp * WARP_OUT, blockIdx.y * COLUMNS);

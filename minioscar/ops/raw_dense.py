@@ -70,6 +70,7 @@ class BatchPlan:
     tiles: int  # of rows
     warpgroups: bool
     prefetch: int = 8  # slabs that a warpgroup asks L2 for while it waits
+    cluster: int = 1  # blocks that have one tile and meet in shared memory
 
     @property
     def shared(self) -> int:
@@ -88,7 +89,7 @@ class BatchPlan:
     def defines(self) -> tuple[str, ...]:
         cut = f"COLUMNS={self.columns}", f"STAGES={self.stages}"
         if self.warpgroups:
-            return *cut, f"ROW_TILES={self.block_rows // 64}", f"PREFETCH={self.prefetch}"
+            return *cut, f"ROW_TILES={self.block_rows // 64}", f"PREFETCH={self.prefetch}", f"CLUSTER={self.cluster}"
         return *cut, f"K_GROUPS={self.k // 64}"
 
 
@@ -131,7 +132,7 @@ def _cut(size: int, outputs: int, silu: bool, most: int) -> tuple[int, int]:
 
 
 def _stages(columns: int, block_rows: int, room: int) -> int:
-    """Where sums leave registers for it, so many that blocks of 128 and of 192 rows have room on one multiprocessor: two launches overlap."""
+    """Where sums leave registers for it, so many that a block of 128 rows has room beside one of 192: two launches overlap."""
     own, beside = _stage_bytes(columns, block_rows, 64), 3 * (_stage_bytes(columns, 192, 64) + 16)
     if columns <= 48:
         room = beside if block_rows == 192 else room - 1024 - beside

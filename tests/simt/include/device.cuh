@@ -69,6 +69,10 @@ SIMT_INLINE void mbarrier_wait(uint64_t* bar, uint32_t parity, SIMT_LINE) { simt
 SIMT_INLINE uint64_t l2_evict_first() { return 0; }
 SIMT_INLINE void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar, uint64_t) { simt::copy_bulk(shared, global, bytes, bar); }
 
+SIMT_INLINE void cluster_arrive() { simt::fault(__builtin_return_address(0), nullptr, "clusters are not simulated"); }
+SIMT_INLINE void cluster_arrive_relaxed() { cluster_arrive(); }
+SIMT_INLINE void cluster_wait() { cluster_arrive(); }
+SIMT_INLINE void store_in_cluster(void*, int, float4) { cluster_arrive(); }
 SIMT_INLINE void prefetch_l2(const void* global, int bytes) { simt::prefetch(global, bytes); }
 
 SIMT_INLINE void named_barrier_wait(int id, int threads, SIMT_LINE) { simt::barrier_named(id, threads, line); }
