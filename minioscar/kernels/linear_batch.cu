@@ -9,26 +9,23 @@
 // so that x, which every warp reads from shared memory, is read a 32nd of COLUMNS times for a weight's once. Each block of rows reads x from
 // L2 anew: COLUMNS / ROWS of the weights' bytes.
 //
-// All slabs of all tiles (blocks of rows) stand in one line that the blocks of a launch share equally, so a tile may be of several blocks. Each
-// writes its sums to `workspace`, float32, as its lanes hold them, and whoever comes last adds them in the order of k: a warp of one block
-// meets the same warp of the others only, and reads 16 B a lane. The order depends on the sizes and the grid, not on what else is in a batch.
+// How blocks share the tiles: linear_batch.cuh.
 // K_GROUPS 2: half the rows, twice the k: half the parts to add for a matrix of few rows. The two halves of a block meet in shared memory.
 // grid (blocks, blocks of columns), 256 threads; dynamic shared memory STAGES * STAGE_BYTES.
 //
 // Set by -D: COLUMNS (tokens of a block, a multiple of 16), K_GROUPS, STAGES, and what linear.cuh says.
-constexpr int WARPS = 8;
-#include "linear.cuh"
+constexpr int WARPS = 8, ROW_WARPS = WARPS / K_GROUPS, ROW_TILES = 2, HOLDERS = WARPS * 32;
+#include "linear_batch.cuh"
 
-constexpr int ROW_WARPS = WARPS / K_GROUPS, ROWS = ROW_WARPS * 32, OUT_ROWS = ROWS / HALVES;
 constexpr int RUN = 64, SLAB = K_GROUPS * RUN;              // k of a warp and of all
 constexpr int TILES = COLUMNS / 8, OWN = TILES / K_GROUPS;  // column tiles; those that a warp finishes
 constexpr int LINE = RUN * 2, X_AT = WARPS * 32 * LINE, STAGE_BYTES = X_AT + K_GROUPS * COLUMNS * LINE;
-constexpr int WIDE = 8 / HALVES;  // neighbouring outputs of a token that a lane writes
 static_assert(COLUMNS % 16 == 0 && K_GROUPS * COLUMNS <= 256, "ldmatrix brings two column tiles; the groups' sums fit into a stage");
 
 // grid (M), 256 threads.
+// The product behind it may begin early, as it reads nothing but weights before it waits for this launch, which has waited for the one before.
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const bf16* x, const bf16* norm, bf16* out, int K, float eps) {
-  wait_for_previous(), allow_next();
+  allow_next(), wait_for_previous();
   __shared__ float sums[WARPS];
   const size_t row = (size_t)blockIdx.x * K;
   float sum = 0.f;
@@ -40,29 +37,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const bf16* x, co
     *(uint4*)(out + row + 8 * i) = scaled(*(const uint4*)(x + row + 8 * i), factor, *(const uint4*)(norm + 8 * i));
 }
 
-template <class T, int N>
-struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
-  T of[N];
-};
-
-struct Product {
-  const bf16 *x, *weight, *bias, *residual;
-  Output* out;
-  int tokens, K, rows;  // rows: of gate, or of all
-
-  // Row `row` of a warp's 32: the half that it is of, and its output, counted from the warp's first. Rows 2q and 2q + 1 of all MMA tiles of a
-  // half are WIDE neighbours.
-  static __device__ __forceinline__ int half(int row) { return SILU ? row / 16 : 0; }
-  static __device__ __forceinline__ int output(int row) { return WIDE * (row % 8 / 2) + (SILU ? row / 8 % 2 : row / 8) * 2 + row % 2; }
-
+struct Slabs : Product {
   // A stage holds, in lines of 64 k, the rows of every warp and then, for each group, the columns. Piece q of 16 bytes of line i stands at
-  // place q ^ i % 8: the eight rows of a matrix of ldmatrix are in different banks. Rows behind the last are its like and thrown away.
+  // place q ^ i % 8: the eight rows of a matrix of ldmatrix are in different banks.
   __device__ __forceinline__ void copy_weights(unsigned char* stage, int tile, int slab) const {
     const int thread = known_from_here(threadIdx.x), row = thread / 8, piece = thread % 8;
 #pragma unroll
     for (int j = 0; j < WARPS; j++) {
-      const int n = tile * OUT_ROWS + j % ROW_WARPS * (32 / HALVES) + output(row), k = slab * SLAB + j / ROW_WARPS * RUN + piece * 8;
-      const bf16* from = weight + (size_t)(half(row) * rows + min(n, rows - 1)) * K + k;
+      const int k = slab * SLAB + j / ROW_WARPS * RUN + piece * 8;
+      const bf16* from = this->row(tile * OUT_ROWS + j % ROW_WARPS * WARP_OUT, row / 16, row / 8 % 2, row % 8) + k;
       cp_async_16_or_zero(stage + (32 * j + row) * LINE + (piece ^ row % 8) * 16, from, k < K);
     }
   }
@@ -101,59 +84,6 @@ __device__ __forceinline__ void multiply(float (&y)[2][TILES][4], const unsigned
   }
 }
 
-// The sums of a tile, as lanes hold them: bias, activation, residual, and out. z: column tiles first_column / 8 and so on.
-__device__ __forceinline__ void finish(const float (&z)[2][OWN][4], const Product& p, int tile, int first_column) {
-  const int lane = known_from_here(threadIdx.x % 32), r = lane / 4, c = lane % 4, odd = r % 2;
-  const int first = tile * OUT_ROWS + (int)threadIdx.x / 32 % ROW_WARPS * (32 / HALVES), n = first + WIDE * (r / 2);
-  float biases[2][2];
-#pragma unroll
-  for (int t = 0; t < 2; t++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int row = 16 * t + 8 * i + r, at = Product::half(row) * p.rows + min(first + Product::output(row), p.rows - 1);
-      biases[t][i] = p.bias ? __bfloat162float(p.bias[at]) : 0.f;
-    }
-#pragma unroll
-  for (int tile8 = 0; tile8 < OWN; tile8++) {
-    // Lanes of rows 2q and 2q + 1 have every other output of tokens 2c and 2c + 1: each gives the other one token's, and has WIDE of the other.
-    Vector<float, WIDE> y;
-#pragma unroll
-    for (int j = 0; j < WIDE / 2; j++) {
-      float two[2];
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float sums[HALVES];
-#pragma unroll
-        for (int h = 0; h < HALVES; h++) {
-          const int t = SILU ? h : j / 2;
-          sums[h] = z[t][tile8][j % 2 * 2 + e] + biases[t][j % 2];
-        }
-        two[e] = activated(sums);
-      }
-      const float got = __shfl_xor_sync(FULL, odd ? two[0] : two[1], 4);
-      y.of[2 * j] = odd ? got : two[0], y.of[2 * j + 1] = odd ? two[1] : got;
-    }
-    const int m = first_column + 8 * tile8 + 2 * c + odd;
-    if (m >= p.tokens || n >= p.rows) continue;
-    const size_t at = (size_t)m * p.rows + n;
-    if (p.rows % WIDE == 0) {
-      if (p.residual) {
-        const Vector<bf16, WIDE> added = *(const Vector<bf16, WIDE>*)(p.residual + at);
-#pragma unroll
-        for (int j = 0; j < WIDE; j++) y.of[j] += __bfloat162float(added.of[j]);
-      }
-      Vector<Output, WIDE> stored;
-#pragma unroll
-      for (int j = 0; j < WIDE; j++) stored.of[j] = to_output(y.of[j]);
-      *(Vector<Output, WIDE>*)(p.out + at) = stored;
-    } else {
-#pragma unroll
-      for (int j = 0; j < WIDE; j++)
-        if (n + j < p.rows) p.out[at + j] = to_output(y.of[j] + (p.residual ? __bfloat162float(p.residual[at + j]) : 0.f));
-    }
-  }
-}
-
 // The two groups' sums of a tile: each warp gets those of its half of the columns, through the stage whose slab is used up.
 __device__ __forceinline__ void meet(const float (&y)[2][TILES][4], float (&z)[2][OWN][4], unsigned char* stage) {
   const int thread = threadIdx.x, warp = thread / 32, group = warp / ROW_WARPS;
@@ -180,59 +110,11 @@ __device__ __forceinline__ void meet(const float (&y)[2][TILES][4], float (&z)[2
     }
 }
 
-// The line of slabs, and who has which.
-struct Line {
-  int slabs, total;  // of a tile, of all
-
-  __device__ __forceinline__ int begin(int block) const { return total * block / (int)gridDim.x; }
-  // Of this block, where it has so many slabs left.
-  __device__ __forceinline__ int tile(int left) const { return (begin(blockIdx.x + 1) - left) / slabs; }
-  __device__ __forceinline__ int block_of(int at) const { return ((at + 1) * (int)gridDim.x - 1) / total; }
-};
-
-// Writes this warp's part of a tile's sums. Whoever comes last is told so and gets the sum of all parts, in their order.
-// parts float32 [blocks][2][ROWS * COLUMNS]: of a tile that a block takes over from another, and of one that it begins. counter: of this warp.
-__device__ __forceinline__ bool merge(float (&z)[2][OWN][4], const Line& line, int tile, float* parts, int* counter) {
-  const int from = line.block_of(tile * line.slabs), to = line.block_of((tile + 1) * line.slabs - 1);
-  const int thread = threadIdx.x, lane = thread % 32;
-  auto part = [&](int block) { return (float4*)parts + (size_t)(2 * block + (block == from)) * (ROWS * COLUMNS / 4) + thread; };
-  float4* mine = part(blockIdx.x);
-#pragma unroll
-  for (int t = 0; t < 2; t++)
-#pragma unroll
-    for (int n = 0; n < OWN; n++) __stcg(mine + (t * OWN + n) * THREADS, make_float4(z[t][n][0], z[t][n][1], z[t][n][2], z[t][n][3]));
-  __syncwarp();
-  int arrived = 0;
-  if (lane == 0) {
-    arrived = atomic_add_acq_rel(counter, 1);
-    if (arrived == to - from) *counter = 0;
-  }
-  const bool last = __shfl_sync(FULL, arrived, 0) == to - from;
-  __syncwarp();
-  if (!last) return false;
-#pragma unroll
-  for (int t = 0; t < 2; t++)
-#pragma unroll
-    for (int n = 0; n < OWN; n++) z[t][n][0] = z[t][n][1] = z[t][n][2] = z[t][n][3] = 0.f;
-#pragma unroll (OWN > 4 ? 1 : 2)
-  for (int block = from; block <= to; block++) {
-    const float4* theirs = part(block);
-#pragma unroll
-    for (int t = 0; t < 2; t++)
-#pragma unroll
-      for (int n = 0; n < OWN; n++) {
-        const float4 a = __ldcg(theirs + (t * OWN + n) * THREADS);
-        z[t][n][0] += a.x, z[t][n][1] += a.y, z[t][n][2] += a.z, z[t][n][3] += a.w;
-      }
-  }
-  return true;
-}
-
 // workspace float32 [blocks of columns][blocks][2][ROWS * COLUMNS]; arrived int [blocks of columns][tiles][WARPS], zero before and after.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_batch(const bf16* x, const bf16* weight, const bf16* bias, const bf16* residual,
                                                                      Output* out, float* workspace, int* arrived, int tokens, int K, int N) {
   extern __shared__ __align__(128) unsigned char smem[];
-  const Product p = {x, weight, bias, residual, out, tokens, K, N / HALVES};
+  const Slabs p = {{x, weight, bias, residual, out, tokens, K, N / HALVES}};
   const int tiles = (p.rows + OUT_ROWS - 1) / OUT_ROWS, slabs = (K + SLAB - 1) / SLAB, warp = threadIdx.x / 32;
   const Line line = {slabs, slabs * tiles};
   int left = line.begin(blockIdx.x + 1), slab = line.begin(blockIdx.x), tile = slab / slabs;  // left: slabs to multiply
@@ -273,6 +155,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_batch(const bf16
     meet(y, z, used);
     float* parts = workspace + (size_t)blockIdx.y * gridDim.x * 2 * ROWS * COLUMNS;
     if ((begun && slab == 0) || merge(z, line, tile, parts, arrived + ((int)blockIdx.y * tiles + tile) * WARPS + warp))
-      finish(z, p, tile, blockIdx.y * COLUMNS + warp / ROW_WARPS * OWN * 8);
+      finish(z, p, tile * OUT_ROWS + warp % ROW_WARPS * WARP_OUT, blockIdx.y * COLUMNS + warp / ROW_WARPS * OWN * 8);
   }
 }
