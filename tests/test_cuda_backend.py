@@ -29,6 +29,12 @@ def _simulated():
     return Simt()
 
 
+def _simulated_hopper():
+    from .simt.backend import Simt
+
+    return Simt(90)
+
+
 def _card():
     from minioscar.ops.cuda import Cuda
 
@@ -48,6 +54,8 @@ def cases() -> list:
     found = [(layer, kv) for layer in LAYERS for kv in SCHEMES]
     simulated = [pytest.param(_simulated, *layer, kv, id=f"{layer[0]}-{layer[1]}-{kv}-simt", marks=SIMULATED)
                  for layer, kv in found if kv in FEW.get(layer[1], SCHEMES)]  # fmt: skip
+    tiled = ("qwen3", 128, (6, 1))  # where a prefill's keys and values are put into tiles
+    simulated += [pytest.param(_simulated_hopper, *tiled, kv, id=f"{kv}-90-simt", marks=SIMULATED) for kv in ("bf16", "int2")]
     real = [pytest.param(_card, *layer, kv, id=f"{layer[0]}-{layer[1]}-{kv}-cuda", marks=pytest.mark.gpu) for layer, kv in found]
     return simulated + real
 

@@ -46,14 +46,14 @@ class Simt(Cuda):
     name = "simt"
     widen, numpy, free_bytes, release = Reference.widen, Reference.numpy, Reference.free_bytes, Reference.release
 
-    def __init__(self) -> None:
+    def __init__(self, arch: int = ARCH) -> None:
         self.xp: Any = _Memory()
-        self.multiprocessors, self.capability = MULTIPROCESSORS, ARCH
+        self.multiprocessors, self.capability = MULTIPROCESSORS, arch
         self.indices, self.scheduled, self.scratch = None, None, {}
-        self.products = Products(self.xp, MULTIPROCESSORS, ARCH)
+        self.products = Products(self.xp, MULTIPROCESSORS, arch)
 
     def run(self, launch: raw.Launch) -> None:
-        kernel = compile_kernel(raw.KERNELS / launch.source, launch.name, launch.defines, ARCH)
+        kernel = compile_kernel(raw.KERNELS / launch.source, launch.name, launch.defines, self.capability)
         args = [array(a) if isinstance(a, np.ndarray) and not _simulated(a) else a for a in launch.args]
         kernel(launch.grid, launch.block, args, shared=launch.shared)
 
