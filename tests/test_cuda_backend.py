@@ -139,6 +139,17 @@ def test_attention_over_the_cache_is_that_of_the_reference(make, family, dim, he
 
 
 @on_each_backend
+@pytest.mark.parametrize("size", [96, 40])
+def test_a_product_of_many_tokens_is_added_to_the_residual(make, size, seed):
+    ops, rng = make(), np.random.default_rng(seed)
+    x, weight, residual = (rng.standard_normal(shape).astype(BF16) for shape in ((300, size), (72, size), (300, 72)))
+    got = np.array(ops.numpy(ops.linear(*map(ops.array, (x, weight)), residual=ops.array(residual)))).astype(np.float64)
+    x, weight, residual = (a.astype(np.float64) for a in (x, weight, residual))
+    want = residual + x @ weight.T
+    assert np.all(abs(got - want) <= 2**-8 * abs(want) + 1e-5 * (abs(residual) + abs(x) @ abs(weight).T))  # one rounding
+
+
+@on_each_backend
 @pytest.mark.parametrize("kv", SCHEMES)
 def test_a_cache_takes_the_predicted_bytes_whatever_its_layout(make, kv):
     c = config(head_dim=128)

@@ -20,7 +20,7 @@ from ..decoding import Decoder
 from ..oscar import WINDOW, Scheme
 from ..sampling import Sampling
 from ..weights import Layer
-from . import card, pages, raw, raw_dense, repage
+from . import blas, card, pages, raw, raw_dense, repage
 from .decode_step import DecodeStep, unsupported
 from .products import Products
 from .queued import Queue, QueuedDecoder
@@ -115,6 +115,9 @@ class Cuda(Reference):
         if norm is not None:
             x, given = self.xp.empty_like(x), x
             self.run(raw_dense.rms_norm(given, *norm, x))
+        if residual is not None and bias is None and not silu:
+            self.add_product(residual, x, weight)
+            return residual
         if silu:  # gate and up together are the widest array of a pass: in parts
             out = self.xp.empty((tokens, rows), self.dtype)
             for i in range(0, tokens, MLP_TOKENS):
@@ -133,6 +136,10 @@ class Cuda(Reference):
     def product(self, x: Array, weight: Array, float32: bool) -> Array:
         """Logits in float32: the difference between two tokens is often smaller than the bfloat16 rounding of a logit."""
         return x.astype(np.float32) @ weight.astype(np.float32).T if float32 else x @ weight.T
+
+    def add_product(self, y: Array, x: Array, weight: Array) -> None:
+        """y += x @ weight.T"""
+        blas.add_product(y, x, weight)
 
     def sample(self, logits: Array, sampling: Sampling, sequences: Sequence[int], step: int) -> np.ndarray:
         return super().sample(self.numpy(logits), sampling, sequences, step)

@@ -60,6 +60,9 @@ class Simt(Cuda):
     def array(self, x: np.ndarray) -> np.ndarray:
         return array(np.asarray(x).astype(self.dtype))
 
+    def add_product(self, y: np.ndarray, x: np.ndarray, weight: np.ndarray) -> None:
+        y[...] = (x.astype(np.float32) @ weight.astype(np.float32).T + y.astype(np.float32)).astype(self.dtype)
+
     def queue(self, kernels: DecodeStep, graph: bool) -> Queue:
         return Immediate(kernels)
 
