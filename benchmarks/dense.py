@@ -111,14 +111,25 @@ def prefill(past: int, new: int, rng: Any) -> Callable[[], None]:
     older = tuple(random_bf16((1, h.kv_heads, past, h.head_dim), rng) for _ in "kv") if past else None
     stride = h.kv_heads * h.head_dim
     arrivals = raw.Arrivals(k, v, stride, stride, *(cupy.asarray([n], np.int32) for n in (0, 0, past, new)), new)
+    if raw.tiled(h.head_dim, capability):
+        tiles = raw.Tiles(*tiles_for(past + new), arrivals.first_rows)
+        card.run(raw.fill_tiles(h, arrivals, older, past + new, tiles))
+        older = tiles
     parts = raw.prefill_parts(h, new, 1, past, multiprocessors, capability)
     cut = (parts, cupy.empty(parts.workspace_floats(h.head_dim), np.float32), cupy.zeros(parts.blocks, np.int32)) if parts else None
     launch = raw.prefill_attention(h, q, arrivals, older, cupy.empty_like(q), capability, cut=cut, multiprocessors=multiprocessors)
     return lambda: card.run(launch)
 
 
+def tiles_for(tokens: int) -> tuple[Array, Array]:
+    """Keys and values of raw.Tiles, unwritten."""
+    shape = -(-tokens // raw.TILE_TOKENS), HEADS.kv_heads, raw.TILE_TOKENS, HEADS.head_dim
+    return cupy.empty(shape, BF16), cupy.empty(shape, BF16)
+
+
 def unpacking(tokens: int, rng: Any) -> Callable[[], None]:
     case = Case("int2", 1, tokens, HEADS)
     keys, values = (cupy.empty((1, HEADS.kv_heads, tokens, HEADS.head_dim), BF16) for _ in "kv")
-    launch = raw.unpack(HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), filled(case, rng), keys, values)
+    to = raw.Tiles(*tiles_for(tokens), cupy.zeros(1, np.int32)) if raw.tiled(HEADS.head_dim, properties()[1]) else (keys, values)
+    launch = raw.unpack(HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), tokens, filled(case, rng), to)
     return lambda: card.run(launch)

@@ -52,7 +52,7 @@ class Model:
     def _logits(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool, progress: Progress = iter) -> Array:
         """Runs new tokens, int [tokens], sequence after sequence as `batch` says, through all layers and puts them into the cache."""
         ops, config, weights, eps = self.ops, self.config, self.weights, self.config.rms_norm_eps
-        tables = self.tables_for(int(max(batch.positions)) + 1)
+        tables = self.tables_for(int(np.add(batch.starts, batch.counts).max()))
         x = ops.embed(weights.embed, ids)  # [tokens, hidden]
         for layer, kept in progress(list(zip(weights.layers, cache.layers, strict=True))):
             qkv = ops.linear(x, layer.qkv, layer.qkv_bias, norm=(layer.input_norm, eps))  # [tokens, (q_heads + 2 * kv_heads) * head_dim]

@@ -43,8 +43,11 @@ def launches(arch: int) -> dict[str, raw.Launch]:
     for kv, dim in [("int2", 128)] + [("int2-compact", 128), ("int4", 64), ("oscar", 256)] * everything:
         found[f"pack {kv} d{dim}"] = raw.pack_step(raw.Heads(2, 2, dim), SCHEMES[kv], ints, cache)
     for dim, together in [(128, 4)] + [(64, 3), (96, 1), (256, 8)] * everything:
-        new = raw.Arrivals(out, out, 0, 0, ints, ints, ints, ints, 1)
-        found[f"prefill_attention d{dim} {together}:1"] = raw.prefill_attention(raw.Heads(2 * together, 2, dim), out, new, None, out, arch)
+        heads, new = raw.Heads(2 * together, 2, dim), raw.Arrivals(out, out, 0, 0, ints, ints, ints, ints, 1)
+        past = raw.Tiles(out, out, ints) if raw.tiled(dim, arch) else None
+        found[f"prefill_attention d{dim} {together}:1"] = raw.prefill_attention(heads, out, new, past, out, arch)
+        if past:
+            found[f"prefill_tiles d{dim}"] = raw.fill_tiles(heads, new, None, 1, past)
     for to, silu, dtype in (("bf16", False, np.uint16), ("silu, bf16", True, np.uint16), ("float32", False, np.float32)):
         norm = None if to == "bf16" else (out, 0.0)
         x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
@@ -69,7 +72,8 @@ def launches(arch: int) -> dict[str, raw.Launch]:
                 found[f"{launch.name} of {batch}"] = launch
     for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
-        found[f"unpack {kv} d{dim}"] = raw.unpack(raw.Heads(2, 2, dim), SCHEMES[kv], ints, ints, cache, past, past)
+        to = raw.Tiles(past, past, ints) if raw.tiled(dim, arch) else (past, past)
+        found[f"unpack {kv} d{dim}"] = raw.unpack(raw.Heads(2, 2, dim), SCHEMES[kv], ints, ints, 1, cache, to)
     for dim in (128, *((64, 80, 96, 256) if everything else ())):
         found[f"rotate_scale d{dim}"] = raw.rotate_scale(raw.Heads(8, 2, dim), out, ints, out, out, out, rotate=True)
     return found

@@ -29,6 +29,12 @@ def _simulated():
     return Simt()
 
 
+def _simulated_hopper():
+    from .simt.backend import Simt
+
+    return Simt(90)
+
+
 def _card():
     from minioscar.ops.cuda import Cuda
 
@@ -48,6 +54,8 @@ def cases() -> list:
     found = [(layer, kv) for layer in LAYERS for kv in SCHEMES]
     simulated = [pytest.param(_simulated, *layer, kv, id=f"{layer[0]}-{layer[1]}-{kv}-simt", marks=SIMULATED)
                  for layer, kv in found if kv in FEW.get(layer[1], SCHEMES)]  # fmt: skip
+    tiled = ("qwen3", 128, (6, 1))  # where a prefill's keys and values are put into tiles
+    simulated += [pytest.param(_simulated_hopper, *tiled, kv, id=f"{kv}-90-simt", marks=SIMULATED) for kv in ("bf16", "int2")]
     real = [pytest.param(_card, *layer, kv, id=f"{layer[0]}-{layer[1]}-{kv}-cuda", marks=pytest.mark.gpu) for layer, kv in found]
     return simulated + real
 
@@ -128,6 +136,17 @@ def test_attention_over_the_cache_is_that_of_the_reference(make, family, dim, he
             theirs.ops.put_in(row, theirs.cache.layers[0], slot, c, scheme)
     assert differ <= 1e-5 * codes * (dim if scheme.shaped else 1), f"{differ} of {codes}"  # one in some millions is usual
     assert codes or not scheme.quantized
+
+
+@on_each_backend
+@pytest.mark.parametrize("size", [96, 40])
+def test_a_product_of_many_tokens_is_added_to_the_residual(make, size, seed):
+    ops, rng = make(), np.random.default_rng(seed)
+    x, weight, residual = (rng.standard_normal(shape).astype(BF16) for shape in ((300, size), (72, size), (300, 72)))
+    got = np.array(ops.numpy(ops.linear(*map(ops.array, (x, weight)), residual=ops.array(residual)))).astype(np.float64)
+    x, weight, residual = (a.astype(np.float64) for a in (x, weight, residual))
+    want = residual + x @ weight.T
+    assert np.all(abs(got - want) <= 2**-8 * abs(want) + 1e-5 * (abs(residual) + abs(x) @ abs(weight).T))  # one rounding
 
 
 @on_each_backend

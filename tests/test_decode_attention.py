@@ -40,6 +40,8 @@ def history(rng: np.random.Generator, n: int, d: int, kind: str, q: np.ndarray) 
         x[0] = x[0, :, :1]
     elif kind == "ramp":  # each page has larger logits than all before
         x[0] *= np.linspace(0.1, 8, n)[:, None]
+    elif kind == "cliff":  # largest logits of about 3, 70, 220 and 14, and again
+        x[0] *= np.array([1, 25, 80, 5])[np.arange(n) // 130 % 4, None]
     elif kind == "tail":  # infinite kurtosis; of 2 degrees of freedom logits reach hundreds, and q * step in fp16 costs up to 3e-3
         x = rng.standard_t(3, size=x.shape)
     elif kind == "sink" and n:  # a token of large norm

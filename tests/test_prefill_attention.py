@@ -55,6 +55,9 @@ def check(
     new = raw.Arrivals(*map(device.array, qkv), stride, stride, *rows, max(counts))
     out = device.empty(q.shape, BF16)
     older = tuple(map(device.array, past)) if any(starts) else None
+    if raw.tiled(d, arch):
+        plain, older = older, tiles_for(device, d, np.add(starts, counts))
+        device.run(raw.fill_tiles(heads, new, plain, max(np.add(starts, counts)), older), arch, order)
     cut = raw.Parts(-(-max(counts) * group // raw.WGMMA_ROWS) * KV_HEADS * batch, *parts)
     arrived = device.array(np.zeros(cut.blocks, np.int32))
     scratch = (cut, device.empty(cut.workspace_floats(d), np.float32), arrived) if cut.parts > 1 else None
@@ -70,6 +73,12 @@ def check(
         print(f"{(error / allowed.clip(1e-30)).max():.2f} of what is allowed")
         assert np.all(error <= allowed)
     return got
+
+
+def tiles_for(device, d: int, tokens: Sequence[int]) -> raw.Tiles:
+    shape = int(sum(-(-np.asarray(tokens) // raw.TILE_TOKENS))), KV_HEADS, raw.TILE_TOKENS, d
+    keys, values = (device.empty(shape, BF16) for _ in "kv")
+    return raw.Tiles(keys, values, device.array(tiles_before(tokens).astype(np.int32)))
 
 
 CASES = [(128, 4, 80), (64, 3, 80), (96, 1, 80), (256, 2, 80), (256, 1, 90), (256, 2, 120), (64, 8, 80), (128, 7, 80)]
@@ -111,6 +120,13 @@ def test_prefill_attention_of_difficult_keys(device, seed, kind, arch):
 
 
 @on_each_device
+@pytest.mark.parametrize("parts", [(1, 0), (3, 2)])
+def test_prefill_attention_with_warpgroups_of_logits_beyond_the_exponents_of_float32(device, seed, parts):
+    check(device, 128, 2, (600, 0), (30, 150), seed, kind="cliff", arch=90, parts=parts)
+    check(device, 64, 3, (0,), (420,), seed, kind="cliff", arch=90, parts=(1, 0))
+
+
+@on_each_device
 @pytest.mark.parametrize("arch", [80, 90])
 def test_prefill_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(device, seed, arch):
     first, *others = (check(device, 64, 3, (40, 0), (50, 90), seed, arch=arch, order=order) for order in range(3))
@@ -139,7 +155,7 @@ def test_keys_are_cut_only_where_multiprocessors_would_be_idle():
     assert raw.prefill_parts(heads, 64, 1, 131072, 132, 80) is None
     for most in (1, 100, 256, 700):
         cut = raw.prefill_parts(heads, most, 1, 131072, 132, 90)
-        assert cut.parts * cut.tiles * raw.WGMMA_TILE >= 131072 + most
+        assert cut.parts * cut.tiles * raw.TILE_TOKENS >= 131072 + most
 
 
 @on_the_card
@@ -165,9 +181,31 @@ def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
     slots = np.array([3, 0, 1, 2], np.int32)
     starts = np.array(lengths, np.int32)[slots]
     keys, values = (device.empty((len(slots), KV_HEADS, 320, d), BF16) for _ in "kv")
-    device.run(raw.unpack(heads, scheme, device.array(slots), device.array(starts), cache, keys, values), seed=seed % 5)
+    slots_and_starts = device.array(slots), device.array(starts)
+    device.run(raw.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, (keys, values)), seed=seed % 5)
     for row, slot in enumerate(slots):
         n = lengths[slot]
         for got, expected in zip((keys, values), dequantized(sequences[slot], n // 128 * 128, scheme), strict=True):
             got = np.array(device.numpy(got, allow_unwritten=True))[row]
             assert np.array_equal(got[:, :n], expected.astype(BF16)) and np.all(got[:, n:].view(np.uint16) == 0xFFFF)
+    if not raw.tiled(d, 90):
+        return
+    tiles = tiles_for(device, d, starts)
+    device.run(raw.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, tiles), seed=seed % 5)
+    for row, n in enumerate(starts):
+        for got, expected in zip((tiles.keys, tiles.values), (keys, values), strict=True):
+            got = plain(np.array(device.numpy(got, allow_unwritten=True)), d)[:, 128 * tiles_before(starts)[row] :]
+            assert np.array_equal(got[:, :n], np.array(device.numpy(expected, allow_unwritten=True))[row, :, :n])
+
+
+def tiles_before(tokens: Sequence[int]) -> np.ndarray:
+    each = -(-np.asarray(tokens) // raw.TILE_TOKENS)
+    return np.cumsum(each) - each
+
+
+def plain(tiles: np.ndarray, d: int) -> np.ndarray:
+    """The numbers of raw.Tiles in their order: [tiles, kv_heads, 128, d] -> [kv_heads, tokens, d]."""
+    pieces = tiles.reshape(*tiles.shape[:2], d // 64, raw.TILE_TOKENS, 8, 8)
+    r = np.arange(raw.TILE_TOKENS)[:, None]
+    pieces = pieces[:, :, :, r, np.arange(8) ^ r % 8]
+    return pieces.transpose(1, 0, 3, 2, 4, 5).reshape(tiles.shape[1], -1, d)

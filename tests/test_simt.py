@@ -194,17 +194,34 @@ def test_wgmma_of_two_operands_in_shared_memory_multiplies_like_numpy(device, fr
     assert abs(device.numpy(out) - exact[sums(128)]).max() < 2 * 17 * 2.0**-23 * abs(exact).max()
 
 
+def operand_a(a: np.ndarray) -> np.ndarray:
+    """a [64, 16] as each of 128 threads holds it: the PTX manual's fragment of operand A."""
+    t, i = np.arange(128)[:, None], np.arange(8)
+    return fragments(a, t // 32 * 16 + t % 32 // 4 + 8 * (i // 2 % 2), t % 4 * 2 + i % 2 + 8 * (i // 4))
+
+
+@on_each_device
+@pytest.mark.parametrize("fresh", [False, True])
+def test_wgmma_of_registers_and_columns_of_shared_memory_multiplies_like_numpy(device, fresh, seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(64, 16)).astype(TYPES["bfloat16"]), rng.normal(size=(128, 64)).astype(TYPES["bfloat16"])
+    c, out = rng.normal(size=(64, 128)).astype(np.float32), device.empty((128, 64), np.float32)
+    given = None if fresh else device.array(np.ascontiguousarray(c[sums(128)]))
+    kernel = device.compile(CASES / "warpgroups_sm90.cu", "registers_rows", arch=90)
+    kernel(1, 128, [device.array(operand_a(a)), device.array(b), given, out], shared=16384)
+    exact = a.astype(np.float64) @ b[:, 48:].astype(np.float64).T + (0 if fresh else c)
+    assert abs(device.numpy(out) - exact[sums(128)]).max() < 17 * 2.0**-23 * abs(exact).max()
+
+
 @on_each_device
 @pytest.mark.parametrize("n", [64, 128])
 def test_wgmma_of_registers_and_rows_of_shared_memory_multiplies_like_numpy(device, n, seed):
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(64, 16)).astype(TYPES["bfloat16"]), rng.normal(size=(16, n)).astype(TYPES["bfloat16"])
     c, out = rng.normal(size=(64, n)).astype(np.float32), device.empty((128, n // 2), np.float32)
-    t, i = np.arange(128)[:, None], np.arange(8)
-    own = fragments(a, t // 32 * 16 + t % 32 // 4 + 8 * (i // 2 % 2), t % 4 * 2 + i % 2 + 8 * (i // 4))
     given = device.array(np.ascontiguousarray(c[sums(n)]))
     kernel = device.compile(CASES / "warpgroups_sm90.cu", f"registers_shared_{n}", arch=90)
-    kernel(1, 128, [device.array(own), device.array(b), given, out], shared=4096)
+    kernel(1, 128, [device.array(operand_a(a)), device.array(b), given, out], shared=4096)
     exact = a.astype(np.float64) @ b.astype(np.float64) + c
     assert abs(device.numpy(out) - exact[sums(n)]).max() < 17 * 2.0**-23 * abs(exact).max()
 

@@ -189,6 +189,10 @@ __device__ __forceinline__ void store_in_cluster(void* own, int block, float4 x)
 __device__ __forceinline__ void prefetch_l2(const void* global, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(smem_addr(shared)), "l"(global), "r"(bytes), "r"(smem_addr(bar)) : "memory");
+}
 #else
 #define BULK_COPIES 0
 #endif
@@ -254,6 +258,12 @@ WGMMA_ADDED(6, "48", REGISTERS_24, "%24", "%25", SUMS_16(d, 0), SUMS_8(d, 4))
 WGMMA_ADDED(8, "64", REGISTERS_32, "%32", "%33", SUMS_16(d, 0), SUMS_16(d, 4))
 WGMMA_ADDED(12, "96", REGISTERS_48, "%48", "%49", SUMS_16(d, 0), SUMS_16(d, 4), SUMS_16(d, 8))
 WGMMA_ADDED(16, "128", REGISTERS_64, "%64", "%65", SUMS_16(d, 0), SUMS_16(d, 4), SUMS_16(d, 8), SUMS_16(d, 12))
+// a in registers, b K-major.
+template <bool FRESH>
+__device__ __forceinline__ void wgmma_bf16_k_major(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;\n}"
+               : SUMS_16(d, 0), SUMS_16(d, 4), SUMS_16(d, 8), SUMS_16(d, 12) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(FRESH ? 0 : 1));
+}
 // a in registers, b N-major; d += a . b.
 __device__ __forceinline__ void wgmma_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"

@@ -1,35 +1,38 @@
-// prefill_attention_sm90.cu: what prefill_attention.cu computes, from the same arguments, with the warpgroup instructions of compute capability
-// 9.0 (compiled for sm_90a): these multiply from shared memory, beside the threads, at nearly twice the rate of mma.sync.
+// prefill_attention_sm90.cu: what prefill_attention.cu computes, with the warpgroup instructions of compute capability 9.0 (compiled for sm_90a):
+// these multiply beside the threads, from shared memory, at nearly twice the rate of mma.sync.
 //
 // An item is 128 rows of a kv head, (token, q head) pairs, head by head of token after token, and the keys that they see. A block takes several,
-// grid (at most a block a multiprocessor). Two warpgroups have 64 rows each; a third one copies tiles of 128 keys and values ahead, each as soon
-// as both have read what stood there before, and goes on with the next item while the others end one. A warpgroup asks for the logits of tile j
-// and for p . v of tile j - 1 together, and turns the logits into p while the latter, and then the other warpgroup's products, are under way:
-// they take turns in asking, so that one computes exponentials while the other multiplies.
-// Softmax with a running reference m that moves only when some p would pass 2^8; p is rounded to BF16, at most 2^-8 of it.
+// grid (at most a block a multiprocessor). Two warpgroups have 64 rows each, q in registers; a warp beside them copies tiles of 128 keys and
+// values ahead, each as soon as both have read what stood there before, and goes on with the next item while the others end one. A warpgroup asks
+// for the logits of tile j and for p . v of tile j - 1 together, and turns the logits into p while the latter, and then the other warpgroup's
+// products, are under way: they take turns in asking, so that one computes exponentials while the other multiplies.
+// Softmax with a reference m, the first tile's largest logit. BF16 has float32's exponents, so p may be as large as it likes: p = 2^(x - m) is
+// taken without looking for the largest x, and where the sums have passed 2^60, which hardly ever happens, the logits are computed again and m
+// moves. p is rounded to BF16, at most 2^-8 of it.
+//
+// keys, values: tiles as prefill_tiles.cu and unpack.cu leave them, [tiles][kv_heads][TILE_BYTES], in the order in which wgmma wants them in
+// shared memory: a tile is one copy. Sequence s has those from first_tiles[s] on. What follows its last token is never seen, but is a number.
 //
 // Few new tokens after a long past are too few items for a card: then the keys are cut into parts of part_tiles tiles, an item each. Their sums
 // meet in workspace, float32 [sequences][kv_heads][blocks of rows][parts][128 rows](D sums), then (m, l), and the block that comes last, counted
 // in arrived, int [sequences][kv_heads][blocks of rows], zero before and after, adds them in their order.
 //
-// Shared memory: q of this item and of the next | STAGES tiles of keys | of values | mbarriers. A row of 64 channels has 128 bytes, whose 16-byte
-// pieces are exchanged as wgmma_operand wants it; 128 channels are two such tiles, one behind the other.
-// Operations: 4 D for each q head, query and key that it sees; 64 KB from L2 for 8.4 million of them (D = 128).
+// Shared memory: STAGES tiles of keys | of values | q of the next item | mbarriers.
+// Operations: 4 D for each q head, query and key that it sees; 64 KB from L2 for 8.4 million of them (D = 128). Of shared memory's 128 bytes a
+// clock wgmma takes 64, operand b once for each warpgroup; copies take up to 32 more, and q, were it there, half of 32.
 //
 // Set by -D: HEAD_DIM (64, 128), Q_PER_KV (any), STAGES.
 #include "device.cuh"
+#include "tile.cuh"
 
 typedef unsigned short bf16;  // only copied here
-constexpr int D = HEAD_DIM, PIECES = D / 8, HALVES = D / 64;
-constexpr int TILE = 128, GROUPS = 2, GROUP = 128, BLOCK_ROWS = 64 * GROUPS, THREADS = (GROUPS + 1) * GROUP;
-constexpr int KEY_TILES = TILE / 8, CHANNEL_TILES = D / 8;
-constexpr int PATTERN = 1024, HALF_BYTES = TILE * 128, TILE_BYTES = HALVES * HALF_BYTES, Q_BYTES = BLOCK_ROWS * D * 2;
-constexpr int AT_KEYS = 2 * Q_BYTES, AT_VALUES = AT_KEYS + STAGES * TILE_BYTES, AT_BARRIERS = AT_VALUES + STAGES * TILE_BYTES;
+constexpr int D = HEAD_DIM, GROUPS = 2, GROUP = 128, BLOCK_ROWS = 64 * GROUPS, THREADS = (GROUPS + 1) * GROUP;
+constexpr int KEY_TILES = TILE / 8, CHANNEL_TILES = D / 8, Q_BYTES = BLOCK_ROWS * D * 2, PATTERN = 1024;
+constexpr int AT_VALUES = STAGES * TILE_BYTES, AT_Q = AT_VALUES + STAGES * TILE_BYTES, AT_BARRIERS = AT_Q + Q_BYTES;
 constexpr int AT_LAST = AT_BARRIERS + 4 * STAGES * 8;
-constexpr int Q_IS_THERE = 1, TURN = 1 + GROUPS, MERGE = 1 + 2 * GROUPS;  // named barriers; of the first two one a warpgroup
+constexpr int TURN = 1, MERGE = TURN + GROUPS;  // named barriers; the first for each warpgroup
 constexpr unsigned FULL = 0xffffffffu;
-constexpr float NEVER = -1e30f, HIDDEN = -1e38f, ROOM = 8.f;
-static_assert(BLOCK_ROWS == TILE, "q has the layout of a tile");
+constexpr float NEVER = -1e30f, HIDDEN = -1e38f, MOST = 0x1p60f;
 
 // 128 rows of one kv head of a sequence, and the keys that they see, or a part of these.
 struct Item {
@@ -59,57 +62,36 @@ struct Items {
   }
 };
 
-// Keys or values of one kv head of a sequence.
-struct Tokens {
-  const bf16 *past, *fresh;
-  int start, stride;
-  __device__ __forceinline__ const bf16* at(int t) const { return t < start ? past + (size_t)t * D : fresh + (size_t)(t - start) * stride; }
+struct Place {  // of a tile in a ring, and how often it has come round, modulo 2
+  int slot, round;
+  __device__ __forceinline__ Place next() const { return slot + 1 == STAGES ? Place{0, round ^ 1} : Place{slot + 1, round}; }
 };
 
 struct Ring {  // of tiles of keys or of values
   unsigned char* tiles;
   uint64_t *full, *empty;
-  __device__ __forceinline__ unsigned char* tile(int j) const { return tiles + j % STAGES * TILE_BYTES; }
-  __device__ __forceinline__ void wait_full(int j) const { mbarrier_wait(full + j % STAGES, j / STAGES & 1); }
-  __device__ __forceinline__ void wait_empty(int j) const {
-    if (j >= STAGES) mbarrier_wait(empty + j % STAGES, (j / STAGES - 1) & 1);
+  __device__ __forceinline__ unsigned char* tile(Place at) const { return tiles + at.slot * TILE_BYTES; }
+  __device__ __forceinline__ void fill(Place at, const unsigned char* from) const {  // by a warp
+    mbarrier_wait(empty + at.slot, at.round ^ 1);
+    if (elect_one()) {
+      mbarrier_arrive_expect_tx(full + at.slot, TILE_BYTES);
+      bulk_copy(tile(at), from, TILE_BYTES, full + at.slot);
+    }
   }
-  __device__ __forceinline__ void release(int j) const {
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + j % STAGES);
+  __device__ __forceinline__ void wait(Place at) const { mbarrier_wait(full + at.slot, at.round); }
+  __device__ __forceinline__ void release(Place at) const {
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + at.slot);
   }
 };
 
-// Where piece `piece` of row r of a tile stands.
-__device__ __forceinline__ int place(int r, int piece) { return piece / 8 * HALF_BYTES + r * 128 + (piece % 8 ^ r % 8) * 16; }
-
-// Copies tokens first ... first + TILE - 1 with the threads of one warpgroup, zeros from `end` on: 0 * p is then 0.
-__device__ __forceinline__ void copy_tile(unsigned char* to, const Tokens& tokens, int first, int end) {
-  constexpr int ROWS = GROUP / PIECES;  // at a time: a multiple of 8, so that a thread's pieces stand alike
-  const int r = threadIdx.x % GROUP / PIECES, piece = threadIdx.x % PIECES;
-  unsigned char* const own = to + place(r, piece);
-  const int last = first + TILE - 1;
-  if (last < end && (last < tokens.start || first >= tokens.start)) {
-    const bf16* from = tokens.at(first + r) + piece * 8;
-    const int stride = ROWS * (first < tokens.start ? D : tokens.stride);
-#pragma unroll
-    for (int i = 0; i < TILE / ROWS; i++, from += stride) cp_async_16(own + i * ROWS * 128, from);
-  } else {
-#pragma unroll 4
-    for (int i = 0; i < TILE / ROWS; i++) {
-      const int t = first + i * ROWS + r;
-      cp_async_16_or_zero(own + i * ROWS * 128, tokens.at(min(t, end - 1)) + piece * 8, t < end);
-    }
-  }
-}
-
 // x: q . k of 64 rows and the keys of a tile. Asked for, not there yet.
-__device__ __forceinline__ void multiply_keys(float (&x)[KEY_TILES][4], const unsigned char* q, const unsigned char* keys) {
-  const uint64_t a = wgmma_operand(q, PATTERN, 0), b = wgmma_operand(keys, PATTERN, 0);
+__device__ __forceinline__ void multiply_keys(float (&x)[KEY_TILES][4], const uint32_t (&q)[D / 16][4], const unsigned char* keys) {
+  const uint64_t b = wgmma_operand(keys, PATTERN, 0);
 #pragma unroll
   for (int s = 0; s < D / 16; s++) {
     const int at = (s / 4 * HALF_BYTES + s % 4 * 32) >> 4;  // the address is the descriptor's lowest field
-    if (s == 0) wgmma_bf16<true>(x, a, b);
-    else wgmma_bf16<false>(x, a + at, b + at);
+    if (s == 0) wgmma_bf16_k_major<true>(x, q[s], b);
+    else wgmma_bf16_k_major<false>(x, q[s], b + at);
   }
 }
 
@@ -119,46 +101,63 @@ __device__ __forceinline__ void multiply_values(float (&o)[CHANNEL_TILES][4], co
   for (int s = 0; s < TILE / 16; s++) wgmma_bf16(o, p[s], b + (s * 16 * 128 >> 4));
 }
 
+// The same, for a warp's sixteen rows alone and without wgmma: the logits of a tile once more.
+__device__ __forceinline__ void multiply_keys_again(float (&x)[KEY_TILES][4], const uint32_t (&q)[D / 16][4], const unsigned char* keys) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < KEY_TILES; n++) x[n][0] = x[n][1] = x[n][2] = x[n][3] = 0.f;
+#pragma unroll
+  for (int n = 0; n < KEY_TILES; n += 2)
+#pragma unroll
+    for (int s = 0; s < D / 16; s++) {
+      uint32_t k[4];
+      ldmatrix_x4(k, keys + place(8 * n + lane / 16 * 8 + lane % 8, 2 * s + lane / 8 % 2));
+      mma_m16n8k16_bf16(x[n], q[s][0], q[s][1], q[s][2], q[s][3], k[0], k[1]);
+      mma_m16n8k16_bf16(x[n + 1], q[s][0], q[s][1], q[s][2], q[s][3], k[2], k[3]);
+    }
+}
+
 // Rows r and r + 8 of a warp's sixteen, for lane 4r + c.
 struct Softmax {
   float m[2], l[2], factor[2];  // l: of this lane's keys
-  bool moved;                   // of the warp: its sums are to be multiplied by `factor`
 
-  // x becomes p = 2^(x * scale_log2 - m). Row i sees the keys of this tile up to last[i]; `all`: so do all rows of the warp.
-  __device__ __forceinline__ void soften(float (&x)[KEY_TILES][4], float scale_log2, bool all, int last0, int last1) {
+  // Row i sees the keys of this tile up to last[i].
+  static __device__ __forceinline__ void hide(float (&x)[KEY_TILES][4], int last0, int last1) {
     const int c = threadIdx.x % 4;
-    if (!all)
-#pragma unroll
-      for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-          if (8 * n + 2 * c + k % 2 > (k < 2 ? last0 : last1)) x[n][k] = HIDDEN;
-    float largest[2] = {HIDDEN, HIDDEN};
 #pragma unroll
     for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
-      for (int i = 0; i < 2; i++) largest[i] = fmaxf(largest[i], fmaxf(x[n][2 * i], x[n][2 * i + 1]));
-    largest[0] *= scale_log2, largest[1] *= scale_log2;
-    moved = __any_sync(FULL, largest[0] > m[0] + ROOM || largest[1] > m[1] + ROOM);
-    if (moved)
+      for (int k = 0; k < 4; k++)
+        if (8 * n + 2 * c + k % 2 > (k < 2 ? last0 : last1)) x[n][k] = HIDDEN;
+  }
+
+  // m becomes the largest of x, or what makes 1 or 2 of l if that is more; what has been summed up is to be multiplied by `factor`.
+  __device__ __forceinline__ void move(const float (&x)[KEY_TILES][4], float scale_log2) {
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float y = fmaxf(m[i], largest[i]);
-        y = fmaxf(y, __shfl_xor_sync(FULL, y, 1)), y = fmaxf(y, __shfl_xor_sync(FULL, y, 2));
-        factor[i] = ex2(m[i] - y), m[i] = y, l[i] *= factor[i];
-      }
+    for (int i = 0; i < 2; i++) {
+      float y = HIDDEN;
+#pragma unroll
+      for (int n = 0; n < KEY_TILES; n++) y = fmaxf(y, fmaxf(x[n][2 * i], x[n][2 * i + 1]));
+      y = fmaxf(y * scale_log2, m[i] + (float)max((int)(__float_as_uint(l[i]) >> 23) - 127, 0));
+      y = fmaxf(y, __shfl_xor_sync(FULL, y, 1)), y = fmaxf(y, __shfl_xor_sync(FULL, y, 2));
+      factor[i] = ex2(m[i] - y), m[i] = y, l[i] *= factor[i];
+    }
+  }
+
+  // x becomes p = 2^(x * scale_log2 - m). Whether a sum of the warp is too large now.
+  __device__ __forceinline__ bool soften(float (&x)[KEY_TILES][4], float scale_log2) {
 #pragma unroll
     for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
       for (int k = 0; k < 4; k++) x[n][k] = ex2(fmaf(x[n][k], scale_log2, -m[k / 2])), l[k / 2] += x[n][k];
+    return __any_sync(FULL, l[0] > MOST || l[1] > MOST);
   }
 
   __device__ __forceinline__ void rescale(float (&o)[CHANNEL_TILES][4]) const {
-    if (moved)
 #pragma unroll
-      for (int n = 0; n < CHANNEL_TILES; n++)
+    for (int n = 0; n < CHANNEL_TILES; n++)
 #pragma unroll
-        for (int k = 0; k < 4; k++) o[n][k] *= factor[k / 2];
+      for (int k = 0; k < 4; k++) o[n][k] *= factor[k / 2];
   }
 };
 
@@ -209,17 +208,16 @@ __device__ __forceinline__ bool merge(float (&o)[CHANNEL_TILES][4], Softmax& sta
   return true;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const bf16* q, const bf16* new_keys, const bf16* new_values,
-    const bf16* past_keys, const bf16* past_values, const int* first_rows, const int* past_rows, const int* starts, const int* counts,
-    bf16* out, float* workspace, int* arrived, int key_stride, int value_stride, int kv_heads, int capacity, int sequences, int blocks,
-    int parts, int part_tiles, float scale_log2) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const bf16* q, const unsigned char* key_tiles,
+    const unsigned char* value_tiles, const int* first_tiles, const int* first_rows, const int* starts, const int* counts, bf16* out,
+    float* workspace, int* arrived, int kv_heads, int sequences, int blocks, int parts, int part_tiles, float scale_log2) {
   wait_for_previous(), allow_next();
   extern __shared__ __align__(1024) unsigned char smem[];
   uint64_t* barriers = (uint64_t*)(smem + AT_BARRIERS);
-  const Ring keys = {smem + AT_KEYS, barriers, barriers + STAGES}, values = {smem + AT_VALUES, barriers + 2 * STAGES, barriers + 3 * STAGES};
+  const Ring keys = {smem, barriers, barriers + STAGES}, values = {smem + AT_VALUES, barriers + 2 * STAGES, barriers + 3 * STAGES};
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
-      mbarrier_init(keys.full + s, GROUP), mbarrier_init(values.full + s, GROUP);
+      mbarrier_init(keys.full + s, 1), mbarrier_init(values.full + s, 1);
       mbarrier_init(keys.empty + s, GROUPS * 4), mbarrier_init(values.empty + s, GROUPS * 4);
     }
     mbarrier_init_fence();
@@ -228,95 +226,104 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const
 
   const Items items = {starts, counts, kv_heads, sequences, blocks, parts, part_tiles, blocks * parts * kv_heads * sequences};
   Item item;
-  int number = 0, t = 0;  // of items, of tiles of all items so far
+  int number = 0;  // of items
+  Place at = {0, 0};
   const int group = __shfl_sync(FULL, threadIdx.x / GROUP, 0);
   if (group == GROUPS) {
-    fewer_registers<40>();
+    fewer_registers<24>();
+    if (threadIdx.x >= GROUPS * GROUP + 32) return;
     for (; items.find(number, item); number++) {
-      const size_t past = ((size_t)(past_rows ? past_rows[item.sequence] : item.sequence) * kv_heads + item.head) * capacity * D;
-      const size_t row = first_rows[item.sequence];
-      const Tokens k = {past_keys + past, new_keys + row * key_stride + item.head * D, item.start, key_stride};
-      const Tokens v = {past_values + past, new_values + row * value_stride + item.head * D, item.start, value_stride};
-      for (int j = item.from; j < item.from + item.tiles; j++, t++) {
-        keys.wait_empty(t);
-        copy_tile(keys.tile(t), k, j * TILE, item.end);
-        cp_async_arrive(keys.full + t % STAGES);
-        values.wait_empty(t);
-        copy_tile(values.tile(t), v, j * TILE, item.end);
-        cp_async_arrive(values.full + t % STAGES);
+      int tile = (first_tiles[item.sequence] + item.from) * kv_heads + item.head;
+      for (int j = 0; j < item.tiles; j++, at = at.next(), tile += kv_heads) {
+        const size_t from = (size_t)tile * TILE_BYTES;
+        keys.fill(at, key_tiles + from);
+        values.fill(at, value_tiles + from);
       }
     }
-    cp_async_commit(), cp_async_wait<0>();
     return;
   }
 
-  more_registers<232>();
-  const int lane = threadIdx.x % 32;
+  more_registers<240>();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const size_t token_stride = (size_t)kv_heads * Q_PER_KV * D;
   auto head_at = [&](const Item& x) { return ((size_t)first_rows[x.sequence] * kv_heads + x.head) * Q_PER_KV * D; };
-  auto copy_q = [&](const Item& x, unsigned char* to) {
+  unsigned char* const own_q = smem + AT_Q + warp * 16 * D * 2;  // the warp's sixteen rows
+  auto q_place = [&](int r, int piece) { return own_q + r * D * 2 + (piece ^ r % 8) * 16; };
+  auto copy_q = [&](const Item& x) {
     const bf16* from = q + head_at(x);
-    for (int i = threadIdx.x % GROUP; i < 64 * PIECES; i += GROUP) {
-      const int r = group * 64 + i / PIECES, n = min(x.first + r, x.rows - 1);  // rows behind the last one repeat it
-      cp_async_16(to + place(r, i % PIECES), from + n / Q_PER_KV * token_stride + n % Q_PER_KV * D + i % PIECES * 8);
+    for (int i = lane; i < 16 * PIECES; i += 32) {
+      const int r = i / PIECES, n = min(x.first + warp * 16 + r, x.rows - 1);  // rows behind the last one repeat it
+      cp_async_16(q_place(r, i % PIECES), from + n / Q_PER_KV * token_stride + n % Q_PER_KV * D + i % PIECES * 8);
     }
   };
   auto wait_turn = [&] { named_barrier_wait(TURN + group, 2 * GROUP); };
   auto pass_turn = [&] { named_barrier_arrive(TURN + (group ^ 1), 2 * GROUP); };
 
   bool more = items.find(number, item);
-  if (more) copy_q(item, smem);
+  if (more) copy_q(item);
   if (group == 1) pass_turn();  // warpgroup 0 begins
-  for (int n = 0; more; n++) {
-    cp_async_commit(), cp_async_wait<0>();
-    fence_async();
-    named_barrier_wait(Q_IS_THERE + group, GROUP);  // and all four warps are through with what the next q overwrites
-    const int warp_row = item.first + threadIdx.x / 32 * 16, own_row = warp_row + lane / 4;
-    const unsigned char* own_q = smem + n % 2 * Q_BYTES + group * 64 * 128;
+  while (more) {
+    const int warp_row = item.first + warp * 16, own_row = warp_row + lane / 4;
     float x[KEY_TILES][4], o[CHANNEL_TILES][4];
-    uint32_t p[TILE / 16][4];
-    Softmax state = {{NEVER, NEVER}, {0.f, 0.f}, {0.f, 0.f}, false};
+    uint32_t p[TILE / 16][4], rows[D / 16][4];
+    Softmax state = {{NEVER, NEVER}, {0.f, 0.f}, {0.f, 0.f}};
+    cp_async_commit(), cp_async_wait<0>();
+    __syncwarp();
+#pragma unroll
+    for (int s = 0; s < D / 16; s++) ldmatrix_x4(rows[s], q_place(lane % 16, 2 * s + lane / 16));
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < CHANNEL_TILES; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
-    auto to_p = [&](int j) {  // and waits for what the next products need: a loop, across which ptxas moves no exponential
+    // Logits of tile j of the item to p, and waits for what the next products need. Whether the sums are to be multiplied by state.factor.
+    auto to_p = [&](int j) {
       const int last = item.start - (item.from + j) * TILE;
-      state.soften(x, scale_log2, last + warp_row / Q_PER_KV >= TILE - 1, last + own_row / Q_PER_KV, last + (own_row + 8) / Q_PER_KV);
+      const bool all = last + warp_row / Q_PER_KV >= TILE - 1;  // rows of the warp see all of its keys
+      const float before[2] = {state.l[0], state.l[1]};
+      bool moved = j == 0;
+      if (!all) state.hide(x, last + own_row / Q_PER_KV, last + (own_row + 8) / Q_PER_KV);
+      if (moved) state.move(x, scale_log2);
+      while (state.soften(x, scale_log2)) {
+        multiply_keys_again(x, rows, keys.tile(at));
+        if (!all) state.hide(x, last + own_row / Q_PER_KV, last + (own_row + 8) / Q_PER_KV);
+        state.l[0] = before[0], state.l[1] = before[1], moved = true;
+        state.move(x, scale_log2);
+      }
       hold(x);
-      if (j + 1 < item.tiles) keys.wait_full(t + 1);
-      values.wait_full(t);
-      fence_async();
+      keys.release(at);
+      if (j + 1 < item.tiles) keys.wait(at.next());
+      values.wait(at);
+      return moved;
     };
-    keys.wait_full(t), fence_async();
+    keys.wait(at);
     wait_turn();
-    hold(x), wgmma_fence();
-    multiply_keys(x, own_q, keys.tile(t)), wgmma_commit();
+    hold(x), hold(rows), wgmma_fence();
+    multiply_keys(x, rows, keys.tile(at)), wgmma_commit();
     pass_turn();
     Item next;
     number++, more = items.find(number, next);
-    if (more) copy_q(next, smem + (n + 1) % 2 * Q_BYTES);
-    wgmma_wait<0>(), hold(x);
-    keys.release(t);
+    if (more) copy_q(next);
+    wgmma_wait<0>(), hold(x), hold(rows);
     to_p(0);
     round_p(p, x);
-    t++;
-    for (int j = 1; j < item.tiles; j++, t++) {
+    Place before = at;
+    at = at.next();
+    for (int j = 1; j < item.tiles; j++, before = at, at = at.next()) {
       wait_turn();
-      hold(x), hold(o), hold(p), wgmma_fence();
-      multiply_keys(x, own_q, keys.tile(t)), wgmma_commit();
-      multiply_values(o, p, values.tile(t - 1)), wgmma_commit();
+      hold(x), hold(o), hold(p), hold(rows), wgmma_fence();
+      multiply_keys(x, rows, keys.tile(at)), wgmma_commit();
+      multiply_values(o, p, values.tile(before)), wgmma_commit();
       pass_turn();
-      wgmma_wait<1>(), hold(x);
-      keys.release(t);
-      to_p(j);
+      wgmma_wait<1>(), hold(x), hold(rows);
+      const bool moved = to_p(j);
       wgmma_wait<0>(), hold(o), hold(p);
-      values.release(t - 1);
-      state.rescale(o);
+      values.release(before);
+      if (moved) state.rescale(o);
       round_p(p, x);
     }
     hold(o), hold(p), wgmma_fence();
-    multiply_values(o, p, values.tile(t - 1)), wgmma_commit();
+    multiply_values(o, p, values.tile(before)), wgmma_commit();
     wgmma_wait<0>(), hold(o);
-    values.release(t - 1);
+    values.release(before);
 
 #pragma unroll
     for (int i = 0; i < 2; i++) {

@@ -1,10 +1,11 @@
-// unpack.cu: the past of sequences in BF16, for a prefill that goes on over it (prefill_attention.cu). The inverse of pack.cu.
+// unpack.cu: the past of sequences in BF16, for a prefill that goes on over it. The inverse of pack.cu.
 //
 //   keys[t] = (step * code + min) * norm[t]; values[t] = step * code + min, symmetric: step * (code - TOP / 2); sinks and window as they are
 //
 // Float32 in oscar.py's order, rounded to BF16 once: bit for bit its numbers, rounded. (step * code is exact, 11 bits times at most 4, so that
 // a fused multiply-add rounds as oscar.py's sum does.)
-// Sequence s: tokens 0 ... starts[s] - 1 of row slots[s] of the cache -> keys, values [s][kv_heads][capacity][HEAD_DIM].
+// Sequence s: tokens 0 ... starts[s] - 1 of row slots[s] of the cache -> keys, values [s][kv_heads][capacity][HEAD_DIM], as prefill_attention.cu
+// reads them, or, if TILED, the tiles of tile.cuh from number first_tiles[s] on, for prefill_attention_sm90.cu.
 // grid (pages, kv_heads, sequences), 2 * HEAD_DIM threads: a warp has 64 tokens x 32 channels of keys, or 8 tiles of values, as in pack.cu.
 // A lane loads its words once (LAYOUT.md), has 8 neighbouring channels of 8 (token, chunk) pairs in them, and stores 16 bytes of each: with its
 // three neighbours whole pieces of 64. Reads BITS / 8 B and the steps, and writes 2 B an element.
@@ -12,6 +13,7 @@
 #include <cuda_fp16.h>
 #include "device.cuh"
 #include "layout.cuh"
+#include "tile.cuh"
 
 typedef __nv_bfloat16 bf16;
 constexpr int TOP = (1 << BITS) - 1;
@@ -38,6 +40,9 @@ __device__ __forceinline__ float code_at(uint32_t word, int place, bool upper, f
 __device__ __forceinline__ void store(bf16* to, const Eight& y) {
   __stcg((uint4*)to, make_uint4(pack_bf16x2(y.x[0], y.x[1]), pack_bf16x2(y.x[2], y.x[3]), pack_bf16x2(y.x[4], y.x[5]), pack_bf16x2(y.x[6], y.x[7])));
 }
+
+// Where the 8 channels `piece` of a page's token stand, from the page's first number on.
+__device__ __forceinline__ int place_of(int token, int piece) { return TILED ? place(token, piece) / 2 : token * DIM + piece * 8; }
 
 // 64 tokens x 32 channels (chunk); norms, out: of the page's first token.
 __device__ __forceinline__ void unpack_keys(const unsigned char* page, int chunk, const float* norms, bf16* out) {
@@ -76,7 +81,7 @@ __device__ __forceinline__ void unpack_keys(const unsigned char* page, int chunk
         y.x[k] = __fmaf_rn(code, step.x[k], minimum);
         if (SCALED) y.x[k] = __fmul_rn(y.x[k], norm[i]);
       }
-      store(out + token * DIM + 32 * chunk + 8 * c, y);
+      store(out + place_of(token, 4 * chunk + c), y);
     }
   }
 }
@@ -103,7 +108,7 @@ __device__ __forceinline__ void unpack_values(const unsigned char* page, int par
           const float code = code_at(words[2 * i + k / 2 % 2], 2 * u + k / 4, k % 2, SYMMETRIC ? TOP * 0.5f : 0.f);
           y.x[k] = SYMMETRIC ? __fmul_rn(code, width) : __fmaf_rn(code, width, minimum);
         }
-        store(out + token_of(step, i, r) * DIM + 32 * chunk + 8 * c, y);
+        store(out + place_of(token_of(step, i, r), 4 * chunk + c), y);
       }
     }
   }
@@ -111,13 +116,15 @@ __device__ __forceinline__ void unpack_values(const unsigned char* page, int par
 
 extern "C" __global__ void __launch_bounds__(2 * HEAD_DIM, 512 / HEAD_DIM) unpack(const unsigned char* __restrict__ pages,
     const float* __restrict__ norms, const bf16* __restrict__ sink_keys, const bf16* __restrict__ sink_values, const bf16* __restrict__ window_keys,
-    const bf16* __restrict__ window_values, const int* __restrict__ slots, const int* __restrict__ starts, bf16* __restrict__ keys,
-    bf16* __restrict__ values, int kv_heads, int page_count, int norm_stride, int sinks, int capacity) {
+    const bf16* __restrict__ window_values, const int* __restrict__ slots, const int* __restrict__ starts,
+    const int* __restrict__ first_tiles, bf16* __restrict__ keys, bf16* __restrict__ values, int kv_heads, int page_count, int norm_stride, int sinks, int capacity) {
   wait_for_previous(), allow_next();
   const int sequence = blockIdx.z, head = blockIdx.y, first = blockIdx.x * PAGE_TOKENS, start = starts[sequence], packed = start - start % WINDOW;
   if (first >= start) return;
   const int slot = slots ? slots[sequence] : sequence, warp = threadIdx.x / 32;
-  const size_t row = (size_t)slot * kv_heads + head, out = (((size_t)sequence * kv_heads + head) * capacity + first) * DIM;
+  const size_t row = (size_t)slot * kv_heads + head;
+  const size_t out = TILED ? ((size_t)(first_tiles[sequence] + first / TILE) * kv_heads + head) * (TILE_BYTES / 2) + place_of(first % TILE, 0)
+                           : (((size_t)sequence * kv_heads + head) * capacity + first) * DIM;
   const bool of_window = first >= packed;  // and else a page, whose first tokens may be sinks
   if (!of_window) {
     const unsigned char* page = pages + (row * page_count + blockIdx.x) * PAGE_BYTES;
@@ -131,7 +138,8 @@ extern "C" __global__ void __launch_bounds__(2 * HEAD_DIM, 512 / HEAD_DIM) unpac
   const uint4 *kept_keys = (const uint4*)((of_window ? window_keys : sink_keys) + from), *kept_values = (const uint4*)((of_window ? window_values : sink_values) + from);
 #pragma unroll 1
   for (int i = threadIdx.x; i < kept * (DIM / 8); i += 2 * DIM) {
-    ((uint4*)(keys + out))[i] = kept_keys[i];
-    ((uint4*)(values + out))[i] = kept_values[i];
+    const int to = place_of(i / (DIM / 8), i % (DIM / 8));
+    *(uint4*)(keys + out + to) = kept_keys[i];
+    *(uint4*)(values + out + to) = kept_values[i];
   }
 }

@@ -20,7 +20,7 @@ from ..decoding import Decoder
 from ..oscar import WINDOW, Scheme
 from ..sampling import Sampling
 from ..weights import Layer
-from . import card, pages, raw, raw_dense, repage
+from . import blas, card, pages, raw, raw_dense, repage
 from .decode_step import DecodeStep, unsupported
 from .products import Products
 from .queued import Queue, QueuedDecoder
@@ -45,6 +45,7 @@ class Indices:
     starts: Array
     counts: Array
     firsts: Array  # [sequences]: where a sequence's first token stands among the tokens
+    first_tiles: Array  # [sequences]: of raw.Tiles
     lengths: Array  # [cache rows]: tokens before this pass, -1 for a row that is not in the batch
 
 
@@ -82,10 +83,10 @@ class Cuda(Reference):
         self.xp.get_default_memory_pool().free_all_blocks()
 
     def work_bytes(self, config: Config, tokens: int, context: int) -> int:
-        """What is alive at once in a layer of model.py: while attention reads a past in BF16, or while the MLP runs."""
+        """What is alive at once in a layer of model.py: while attention reads keys and values in BF16, or while the MLP runs."""
         c = config
         held = tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
-        past = 2 * (context - tokens) * c.kv_size
+        past = 2 * (context if raw.tiled(c.head_dim, self.capability) else context - tokens) * c.kv_size
         mlp = tokens * (c.hidden_size + c.intermediate_size) + min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
         tables = 4 * c.head_dim * max(1024, 1 << (context - 1).bit_length())  # of RoPE
         return (held + max(past, mlp)) * self.dtype.itemsize + 4 * c.vocab_size + tables
@@ -114,6 +115,9 @@ class Cuda(Reference):
         if norm is not None:
             x, given = self.xp.empty_like(x), x
             self.run(raw_dense.rms_norm(given, *norm, x))
+        if residual is not None and bias is None and not silu:
+            self.add_product(residual, x, weight)
+            return residual
         if silu:  # gate and up together are the widest array of a pass: in parts
             out = self.xp.empty((tokens, rows), self.dtype)
             for i in range(0, tokens, MLP_TOKENS):
@@ -132,6 +136,10 @@ class Cuda(Reference):
     def product(self, x: Array, weight: Array, float32: bool) -> Array:
         """Logits in float32: the difference between two tokens is often smaller than the bfloat16 rounding of a logit."""
         return x.astype(np.float32) @ weight.astype(np.float32).T if float32 else x @ weight.T
+
+    def add_product(self, y: Array, x: Array, weight: Array) -> None:
+        """y += x @ weight.T"""
+        blas.add_product(y, x, weight)
 
     def sample(self, logits: Array, sampling: Sampling, sequences: Sequence[int], step: int) -> np.ndarray:
         return super().sample(self.numpy(logits), sampling, sequences, step)
@@ -204,19 +212,23 @@ class Cuda(Reference):
         return out if everyone else out[at.slots]
 
     def _prefill(self, q: Array, new: New, kept: dict[str, Array], scheme: Scheme, batch: Batch) -> Array:
-        """A packed past is brought back to BF16 for the time of this layer; a plain one is read where it is."""
+        """A packed past is brought back to BF16 for the time of this layer; a plain one is read where it is, or copied into tiles."""
         xp, at, (kv_heads, dim) = self.xp, self._indices(batch, kept), new.k.shape[1:]
-        heads, past, slots = raw.Heads(q.shape[1], kv_heads, dim), None, None
-        if any(batch.starts) and scheme.quantized:
-            pages = -(-max(batch.starts) // raw.PAGE_TOKENS)
-            past = tuple(xp.empty((len(batch.slots), kv_heads, pages * raw.PAGE_TOKENS, dim), self.dtype) for _ in range(2))
-            self.run(raw.unpack(heads, scheme, at.slots, at.starts, kept, *past))
-        elif any(batch.starts):
-            past, slots = (kept["keys"], kept["values"]), at.slots
-        out, strides = xp.empty_like(q), (new.k.strides[0] // 2, new.v.strides[0] // 2)
+        heads, most = raw.Heads(q.shape[1], kv_heads, dim), max(batch.starts)
+        past = plain = (kept["keys"], kept["values"]) if most and not scheme.quantized else None
+        if tiled := raw.tiled(dim, self.capability):
+            shape = _tiles(batch).sum(), kv_heads, raw.TILE_TOKENS, dim
+            past = raw.Tiles(xp.empty(shape, self.dtype), xp.empty(shape, self.dtype), at.first_tiles)
+        elif most and scheme.quantized:
+            shape = len(batch.slots), kv_heads, -(-most // raw.PAGE_TOKENS) * raw.PAGE_TOKENS, dim
+            past = xp.empty(shape, self.dtype), xp.empty(shape, self.dtype)
+        if most and scheme.quantized:
+            self.run(raw.unpack(heads, scheme, at.slots, at.starts, most, kept, past))
+        out, strides, slots = xp.empty_like(q), (new.k.strides[0] // 2, new.v.strides[0] // 2), at.slots if plain else None
         arrivals = raw.Arrivals(new.k, new.v, *strides, at.firsts, slots, at.starts, at.counts, max(batch.counts))
-        capacity = past[0].shape[2] if past else 0
-        found = raw.prefill_parts(heads, arrivals.most, len(batch.slots), capacity, self.multiprocessors, self.capability)
+        if tiled:
+            self.run(raw.fill_tiles(heads, arrivals, plain, int(np.add(batch.starts, batch.counts).max()), past))
+        found = raw.prefill_parts(heads, arrivals.most, len(batch.slots), most, self.multiprocessors, self.capability)
         cut = None if found is None else (found, xp.empty(found.workspace_floats(dim), np.float32), xp.zeros(found.blocks, np.int32))
         self.run(raw.prefill_attention(heads, q, arrivals, past, out, self.capability, cut=cut, multiprocessors=self.multiprocessors))
         return out
@@ -266,7 +278,9 @@ class Cuda(Reference):
             lengths = np.full(rows, -1)
             lengths[list(batch.slots)] = batch.starts
             firsts = np.cumsum(batch.counts) - batch.counts
-            found = batch.positions, np.repeat(batch.slots, batch.counts), batch.slots, batch.starts, batch.counts, firsts, lengths
+            tiles = _tiles(batch)
+            place = firsts, np.cumsum(tiles) - tiles, lengths
+            found = batch.positions, np.repeat(batch.slots, batch.counts), batch.slots, batch.starts, batch.counts, *place
             self.indices = Indices(batch, *(self.xp.asarray(np.asarray(x, np.int32)) for x in found))
         return self.indices
 
@@ -279,6 +293,11 @@ class Cuda(Reference):
             workspace = self.xp.empty(plan.workspace_floats(heads.head_dim), np.float32)
             self.scratch[key] = self.xp.empty(plan.task_shape, np.int32), workspace, counters
         return plan, self.scratch[key]
+
+
+def _tiles(batch: Batch) -> np.ndarray:
+    """Tiles of raw.Tiles that each sequence has; int64 [sequences]."""
+    return -(-np.add(batch.starts, batch.counts) // raw.TILE_TOKENS)
 
 
 def _decodes(batch: Batch) -> bool:

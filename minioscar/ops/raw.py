@@ -246,20 +246,56 @@ def _decode_source(heads: Heads, scheme: Scheme, p: Plan, out_bf16: bool) -> tup
 # --- the attention of a prefill
 
 
-def unpack(heads: Heads, scheme: Scheme, slots: Array | None, starts: Array, cache: dict[str, Array], keys: Array, values: Array) -> Launch:
-    """The first starts[s] tokens of row slots[s] (None: s) -> row s of keys, values, bf16 [sequences, kv_heads, capacity, d]."""
-    norms, where = cache.get("norms"), cache["pages"].shape
-    sizes = heads.kv_heads, where[-2], 0 if norms is None else norms.shape[-1], scheme.sinks, keys.shape[2]
+WGMMA_STAGES = {64: 6, 128: 3}  # head_dim -> tiles of keys, and of values, that a block of prefill_attention_sm90.cu holds
+WGMMA_ROWS, TILE_TOKENS = 128, 128
+
+
+def tiled(head_dim: int, capability: int) -> bool:
+    """Whether `prefill_attention` wants keys and values in tiles, not where they are."""
+    return capability == 90 and head_dim in WGMMA_STAGES
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """All keys and values of a prefill, old and new, in tiles of TILE_TOKENS (tile.cuh).
+
+    keys, values: bf16 [tiles, kv_heads, TILE_TOKENS, d], numbers in an order of their own; first: int32 [sequences] on the device, where
+    each sequence's tiles begin, one for every TILE_TOKENS of its tokens.
+    """
+
+    keys: Array
+    values: Array
+    first: Array
+
+
+Past = tuple[Array, Array] | Tiles
+
+
+def unpack(heads: Heads, scheme: Scheme, slots: Array | None, starts: Array, most: int, cache: dict[str, Array], to: Past) -> Launch:
+    """The first starts[s] tokens, at most `most`, of row slots[s] (None: s) -> tiles, or row s of keys and values."""
+    norms, where, tiles = cache.get("norms"), cache["pages"].shape, isinstance(to, Tiles)
+    keys, values, first = (to.keys, to.values, to.first) if tiles else (*to, None)
+    sizes = heads.kv_heads, where[-2], 0 if norms is None else norms.shape[-1], scheme.sinks, 0 if tiles else keys.shape[2]
     named = (cache.get(n) for n in ("pages", "norms", "sink_keys", "sink_values", "window_keys", "window_values"))
-    args = (*named, slots, starts, keys, values, *map(np.int32, sizes))
-    grid = -(-keys.shape[2] // PAGE_TOKENS), heads.kv_heads, starts.shape[0]
-    return Launch("unpack.cu", "unpack", layout_defines(scheme, heads.head_dim), grid, 2 * heads.head_dim, args)
+    args = (*named, slots, starts, first, keys, values, *map(np.int32, sizes))
+    grid = -(-most // PAGE_TOKENS), heads.kv_heads, starts.shape[0]
+    defines = (*layout_defines(scheme, heads.head_dim), f"TILED={tiles:d}")
+    return Launch("unpack.cu", "unpack", defines, grid, 2 * heads.head_dim, args)
+
+
+def fill_tiles(heads: Heads, new: Arrivals, past: tuple[Array, Array] | None, most: int, tiles: Tiles) -> Launch:
+    """New tokens, and older ones of a plain cache, into their tiles. most: tokens of a sequence, old and new."""
+    keys, values = past if past else (None, None)
+    where = new.first_rows, new.slots, new.starts, new.counts, tiles.first
+    sizes = new.key_stride, new.value_stride, keys.shape[2] if past else 0
+    args = (new.keys, new.values, keys, values, *where, tiles.keys, tiles.values, *map(np.int32, sizes))
+    longest = -(-most // TILE_TOKENS) if past else -(-new.most // TILE_TOKENS) + 1
+    grid = longest, heads.kv_heads, new.starts.shape[0]
+    return Launch("prefill_tiles.cu", "prefill_tiles", (f"HEAD_DIM={heads.head_dim}",), grid, 256, args)
 
 
 # head_dim -> (warps, row tiles of 16 a warp, keys of a tile, blocks a multiprocessor), best first
 PREFILL_CUTS = {64: [(4, 2, 64, 2)], 96: [(4, 2, 64, 2)], 128: [(4, 2, 48, 2)], 256: [(8, 1, 64, 1), (8, 1, 32, 1), (4, 1, 16, 2)]}
-WGMMA_STAGES = {64: 3, 128: 2}  # head_dim -> tiles of keys, and of values, that a block of prefill_attention_sm90.cu holds
-WGMMA_ROWS, WGMMA_TILE = 128, 128
 PART_TILES = 4  # what a part of the keys costs beyond its own tiles: its begin, and its sums written and read
 
 
@@ -275,39 +311,38 @@ class Parts:
         return self.blocks * self.parts * WGMMA_ROWS * (head_dim + 2)
 
 
-def prefill_parts(heads: Heads, most: int, sequences: int, capacity: int, multiprocessors: int, capability: int) -> Parts | None:
-    """Where a card of this many multiprocessors would have idle ones without, else None. most, capacity: of new and of older tokens."""
-    if capability != 90 or heads.head_dim not in WGMMA_STAGES:
+def prefill_parts(heads: Heads, most: int, sequences: int, older: int, multiprocessors: int, capability: int) -> Parts | None:
+    """Where a card of this many multiprocessors would have idle ones without, else None. most, older: of new and of older tokens."""
+    if not tiled(heads.head_dim, capability):
         return None
     blocks = -(-most * (heads.q_heads // heads.kv_heads) // WGMMA_ROWS) * heads.kv_heads * sequences
-    tiles = -(-(capacity + most) // WGMMA_TILE)
+    tiles = -(-(older + most) // TILE_TOKENS)
     cuts = {parts: -(-tiles // parts) for parts in range(1, min(tiles, multiprocessors) + 1)}
     parts = min(cuts, key=lambda parts: -(-blocks * parts // multiprocessors) * (cuts[parts] + PART_TILES))
     return Parts(blocks, parts, cuts[parts]) if parts > 1 else None
 
 
 def prefill_attention(
-    heads: Heads, q: Array, new: Arrivals, past: tuple[Array, Array] | None, out: Array, capability: int, *, scale: float | None = None,
+    heads: Heads, q: Array, new: Arrivals, past: Past | None, out: Array, capability: int, *, scale: float | None = None,
     cut: tuple[Parts, Array, Array] | None = None, multiprocessors: int = 132,
 ) -> Launch:
     """q [tokens, q_heads, d] -> out, both bf16: each new token over those before it and itself. scale: as in `decode_attention`.
 
     past: keys and values of the older tokens, bf16 [rows, kv_heads, capacity, d], row new.slots[s] (None: s) of sequence s; None where
-    new.starts are all 0. cut: by `prefill_parts`, with workspace float32 [workspace_floats(d)] and arrived int32 [blocks], zero before
-    and after. multiprocessors: 132 of an H100 or H200; where there are fewer, some blocks have to wait.
+    new.starts are all 0. Where `tiled` says so, the tiles of all tokens instead. cut: by `prefill_parts`, with workspace float32
+    [workspace_floats(d)] and arrived int32 [blocks], zero before and after. multiprocessors: 132 of an H100 or H200; where there are
+    fewer, some blocks have to wait.
     """
     d, group = heads.head_dim, heads.q_heads // heads.kv_heads
-    keys, values = past if past else (None, None)
-    where = new.first_rows, new.slots, new.starts, new.counts
-    sizes = new.key_stride, new.value_stride, heads.kv_heads, keys.shape[2] if past else 0
-    scale_log2 = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e))
-    args, defines = (q, new.keys, new.values, keys, values, *where, out), (f"HEAD_DIM={d}", f"Q_PER_KV={group}")
-    if capability == 90 and d in WGMMA_STAGES:
+    scale_log2, defines = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e)), (f"HEAD_DIM={d}", f"Q_PER_KV={group}")
+    if isinstance(past, Tiles):
         parts, workspace, arrived = cut or (Parts(0, 1, 2**30), None, None)
         blocks, sequences = -(-new.most * group // WGMMA_ROWS), new.starts.shape[0]
-        args = (*args, workspace, arrived, *map(np.int32, (*sizes, sequences, blocks, parts.parts, parts.tiles)), scale_log2)
+        sizes = heads.kv_heads, sequences, blocks, parts.parts, parts.tiles
+        where = past.first, new.first_rows, new.starts, new.counts
+        args = (q, past.keys, past.values, *where, out, workspace, arrived, *map(np.int32, sizes), scale_log2)
         stages = WGMMA_STAGES[d]
-        shared = (2 * WGMMA_ROWS + 2 * stages * WGMMA_TILE) * 2 * d + 4 * stages * 8 + 8
+        shared = (WGMMA_ROWS + 2 * stages * TILE_TOKENS) * 2 * d + 4 * stages * 8 + 8
         items = blocks * parts.parts * heads.kv_heads * sequences
         grid = (min(items, multiprocessors),)
         return Launch("prefill_attention_sm90.cu", "prefill_attention", (*defines, f"STAGES={stages}"), grid, 384, args, shared)
@@ -319,5 +354,8 @@ def prefill_attention(
     names = "BLOCK_WARPS", "ROW_TILES", "TILE", "BLOCKS"
     defines = (*defines, *(f"{name}={n}" for name, n in zip(names, best, strict=True)))
     grid = -(-new.most * group // (best[0] * best[1] * 16)), heads.kv_heads, new.starts.shape[0]
-    args = (*args, *map(np.int32, sizes), scale_log2)
+    keys, values = past if past else (None, None)
+    where = new.first_rows, new.slots, new.starts, new.counts
+    sizes = new.key_stride, new.value_stride, heads.kv_heads, keys.shape[2] if past else 0
+    args = (q, new.keys, new.values, keys, values, *where, out, *map(np.int32, sizes), scale_log2)
     return Launch("prefill_attention.cu", "prefill_attention", defines, grid, 32 * best[0], args, bytes_of(*best))

@@ -92,7 +92,8 @@ class Reference:
         """residual + act(rms_norm(x) @ weight.T + bias), each part where it is given: [tokens, in] -> [tokens, out].
 
         weight [out, in]. norm: the weight [in] and eps of an RMSNorm of x before. silu: weight holds gate rows, then up rows;
-        silu(gate) * up, [tokens, out / 2]. float32: the result is float32, whatever the dtype of the activations.
+        silu(gate) * up, [tokens, out / 2]. float32: the result is float32, whatever the dtype of the activations. residual: may be
+        overwritten by the result.
         """
         if norm is not None:
             x = self.rms_norm(x, *norm)

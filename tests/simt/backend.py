@@ -46,19 +46,22 @@ class Simt(Cuda):
     name = "simt"
     widen, numpy, free_bytes, release = Reference.widen, Reference.numpy, Reference.free_bytes, Reference.release
 
-    def __init__(self) -> None:
+    def __init__(self, arch: int = ARCH) -> None:
         self.xp: Any = _Memory()
-        self.multiprocessors, self.capability = MULTIPROCESSORS, ARCH
+        self.multiprocessors, self.capability = MULTIPROCESSORS, arch
         self.indices, self.scheduled, self.scratch = None, None, {}
-        self.products = Products(self.xp, MULTIPROCESSORS, ARCH)
+        self.products = Products(self.xp, MULTIPROCESSORS, arch)
 
     def run(self, launch: raw.Launch) -> None:
-        kernel = compile_kernel(raw.KERNELS / launch.source, launch.name, launch.defines, ARCH)
+        kernel = compile_kernel(raw.KERNELS / launch.source, launch.name, launch.defines, self.capability)
         args = [array(a) if isinstance(a, np.ndarray) and not _simulated(a) else a for a in launch.args]
         kernel(launch.grid, launch.block, args, shared=launch.shared)
 
     def array(self, x: np.ndarray) -> np.ndarray:
         return array(np.asarray(x).astype(self.dtype))
+
+    def add_product(self, y: np.ndarray, x: np.ndarray, weight: np.ndarray) -> None:
+        y[...] = (x.astype(np.float32) @ weight.astype(np.float32).T + y.astype(np.float32)).astype(self.dtype)
 
     def queue(self, kernels: DecodeStep, graph: bool) -> Queue:
         return Immediate(kernels)

@@ -54,3 +54,25 @@ __device__ void multiply(const uint32_t* a, const uint4* b, const float* c, floa
 }
 extern "C" __global__ void registers_shared_64(const uint32_t* a, const uint4* b, const float* c, float* out) { multiply<64>(a, b, c, out); }
 extern "C" __global__ void registers_shared_128(const uint32_t* a, const uint4* b, const float* c, float* out) { multiply<128>(a, b, c, out); }
+
+// d = c + a . b, or a . b where c is null; b [128, 64] K-major, its k from 48 on
+extern "C" __global__ void registers_rows(const uint32_t* a, const uint4* b, const float* c, float* out) {
+  extern __shared__ __align__(1024) unsigned char rows[];
+  const int t = threadIdx.x;
+  bring(rows, b, 128);
+  fence_async();
+  __syncthreads();
+  float d[16][4];
+  uint32_t own[1][4];
+  for (int i = 0; i < 4; i++) own[0][i] = a[4 * t + i];
+  for (int i = 0; i < 64; i++) d[i / 4][i % 4] = c ? c[64 * t + i] : 1e30f;
+  hold(d), hold(own);
+  wgmma_fence();
+  const uint64_t at = wgmma_operand(rows, 1024, 0) + 6;
+  if (c) wgmma_bf16_k_major<false>(d, own[0], at);
+  else wgmma_bf16_k_major<true>(d, own[0], at);
+  wgmma_commit();
+  wgmma_wait<0>();
+  hold(d);
+  for (int i = 0; i < 64; i++) out[64 * t + i] = d[i / 4][i % 4];
+}
