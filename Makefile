@@ -10,7 +10,7 @@ demo: .venv/demo.done
 test: .venv/test.done
 	$(BIN)/python -m minioscar pull smollm2-135m >/dev/null
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n auto --maxprocesses 4 --dist worksteal
 
 results: .venv/test.done  # the tables and figures of README.md and docs/, from docs/results/*.json and the code's arithmetic
 	$(BIN)/python docs/render.py

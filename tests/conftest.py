@@ -18,6 +18,12 @@ def seed() -> int:
     return value
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """What `-n auto` is: a process a core, but only one where there is a card, which they would have to share."""
+    return None if cuda_missing() else 1
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     reason = cuda_missing() if gpu else None

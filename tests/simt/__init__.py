@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 BUILD = Path(os.environ.get("MINIOSCAR_SIMT_BUILD") or HERE / ".build")
@@ -57,14 +58,17 @@ def _machine_flags() -> tuple[str, ...]:
 
 
 def _built(key: str, suffix: str, make: Any) -> Path:
-    """BUILD/key+suffix, made by make(path) if it is not there; whole or not at all."""
+    """BUILD/key+suffix, made by make(path) if it is not there; whole or not at all, and by one process only."""
     path = BUILD / f"{key}{suffix}"
-    if not path.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        (BUILD / ".gitignore").write_text("*\n")
-        draft = BUILD / f"{key}.{os.getpid()}{suffix}"
-        make(draft)
-        draft.rename(path)
+    if path.exists():
+        return path
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / ".gitignore").write_text("*\n")
+    with FileLock(BUILD / f"{key}.lock"):
+        if not path.exists():
+            draft = BUILD / f"{key}.draft{suffix}"
+            make(draft)
+            draft.rename(path)
     return path
 
 
@@ -245,20 +249,41 @@ class Kernel:
 
 def _shared_definitions(assembly: str) -> str:
     """Give every shared variable a gap after it, and every `extern __shared__` array the one block of dynamic shared memory."""
-    lines, inside = assembly.split("\n"), False
-    for i, text in enumerate(lines):
-        if re.match(r"\s*\.(section|text|data|bss|popsection|previous)\b", text):
-            inside = ".tbss" in text
-        elif inside and (size := re.match(r"\s*\.zero\s+(\d+)", text)):
-            lines[i] = f"\t.zero\t{int(size[1]) + _GAP}"
-    assembly = "\n".join(lines)
-    used = set(re.findall(r"([\w.$]+)@(?:tlsgd|gottpoff|tlsdesc)", assembly)) | set(re.findall(r":(?:tlsdesc|tlsgd):([\w.$]+)", assembly))
+    sections = re.split(r"^(?=[ \t]*\.(?:section|text|data|bss|popsection|previous)\b)", assembly, flags=re.M)
+    for i, text in enumerate(sections):
+        if ".tbss" in text[: text.find("\n")]:
+            sections[i] = re.sub(r"\.zero\s+(\d+)", lambda size: f".zero\t{int(size[1]) + _GAP}", text)
+    assembly = "".join(sections)
+    uses = "\n".join(line for line in assembly.split("\n") if "tls" in line or "gottpoff" in line)
+    used = set(re.findall(r"([\w.$]+)@(?:tlsgd|gottpoff|tlsdesc)", uses)) | set(re.findall(r":(?:tlsdesc|tlsgd):([\w.$]+)", uses))
     outside = sorted(name for name in used if not re.search(rf"^{re.escape(name)}:", assembly, re.M))
     labels = [*(name for name in outside if name != DYNAMIC), DYNAMIC]
     tail = ['.section .tbss.simt_dynamic,"awT",%nobits', ".p2align 10"]
     for name in labels:
         tail += [f".globl {name}", f".hidden {name}", f".type {name}, %object", f"{name}:"]
     return assembly + "\n".join(["", *tail, f".size {DYNAMIC}, {MAX_DYNAMIC_SHARED}", f".zero {MAX_DYNAMIC_SHARED + _GAP}", ""])
+
+
+def _flags(arch: int) -> list[str]:
+    flags = ["-std=c++17", "-O1", "-g1", "-gdwarf-4", "-fPIC", "-w", "-fno-strict-aliasing", "-fsigned-char", *_machine_flags()]
+    flags += ["-fno-extern-tls-init", "-fno-section-anchors", "-fno-gnu-unique"]  # unique: one instance for all modules
+    flags += ["-fno-tree-loop-im"]  # would read ahead of conditions
+    flags += ["-fno-var-tracking"]  # a fault wants lines, not variables; a fifth of the time of a compilation
+    flags += ["-fsanitize=thread,alignment,bounds,shift-exponent"]
+    return [*flags, "-I", str(HERE / "include"), f"-D__CUDA_ARCH__={arch}0"]
+
+
+def _headers(arch: int) -> Path:
+    """What stands before every source, with the same compiled beside it (.gch), which g++ reads instead."""
+    key = f"headers-{arch}-{_version()}"
+    header = BUILD / f"{key}.h"
+
+    def make(out: Path) -> None:
+        header.write_text('#include "simt.h"\n#include "device.cuh"\n')
+        _run("g++", *_flags(arch), "-x", "c++-header", header, "-o", out)
+
+    _built(key, ".h.gch", make)
+    return header
 
 
 @functools.cache
@@ -281,16 +306,10 @@ def _module(source: Path, names: tuple[str, ...], defines: tuple[str, ...], arch
     def make(out: Path) -> None:
         code = out.with_suffix(".cpp")
         code.write_text("\n".join(wrapper))
-        flags = ["-std=c++17", "-O1", "-g1", "-gdwarf-4", "-fPIC", "-w", "-fno-strict-aliasing", "-fsigned-char", *_machine_flags()]
-        flags += ["-fno-extern-tls-init", "-fno-section-anchors", "-fno-gnu-unique"]  # unique: one instance for all modules
-        flags += ["-fno-tree-loop-im"]  # would read ahead of conditions
-        flags += ["-fsanitize=thread,alignment,bounds,shift-exponent"]
-        include = HERE / "include"
-        flags += ["-I", str(include), "-include", str(include / "simt.h"), "-include", str(include / "device.cuh")]
         assembly = out.with_suffix(".s")
-        _run("g++", *flags, f"-D__CUDA_ARCH__={arch}0", "-S", code, "-o", assembly)
+        _run("g++", *_flags(arch), "-include", _headers(arch), "-S", code, "-o", assembly)
         assembly.write_text(_shared_definitions(assembly.read_text()))
-        _run("g++", "-shared", "-Wl,-Bsymbolic", assembly, "-o", out)
+        _run("g++", "-shared", "-nodefaultlibs", "-Wl,-Bsymbolic", assembly, "-lm", "-o", out)  # the rest comes with the runtime
         code.unlink()
         assembly.unlink()
 
@@ -307,5 +326,6 @@ def compile_module(source: str | Path, names: Sequence[str], defines: Sequence[s
 
 
 def compile_kernel(source: str | Path, name: str, defines: Sequence[str] = (), arch: int = 80) -> Kernel:
-    """One kernel of a .cu file."""
-    return compile_module(source, [name], defines, arch)[name]
+    """One kernel of a .cu file, compiled with all its kernels that are no templates: other calls want those."""
+    kernels = re.findall(r'^extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(', Path(source).read_text(), re.M)
+    return compile_module(source, kernels if name in kernels else [name], defines, arch)[name]

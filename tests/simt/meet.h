@@ -16,17 +16,15 @@ void meet(void* pc, uint32_t mask, const char* op, int line, Args& args, void (*
   if (!(mask >> (t.index - base) & 1)) fault(pc, nullptr, "%s with mask %08x, in which this lane is not", op, mask);
   t.line = line, t.mask = mask, t.op = op, t.args = &args;
   Args* all[32] = {};
-  bool complete = true;
   for (int l = 0; l < lanes; l++) {
     if (!(mask >> l & 1)) continue;
     Thread& o = threads[base + l];
     if (o.state == State::done) fault(pc, nullptr, "%s at line %d names lane %d in its mask, which has returned", op, line, l);
-    if (&o != &t && o.state != State::warp) { complete = false; continue; }
+    if (&o != &t && o.state != State::warp) return park(State::warp);  // who comes last looks at all
     if (&o != &t && (o.mask != mask || o.line != line || strcmp(o.op, op)))
       fault(pc, nullptr, "divergent warp: %s at line %d (mask %08x) while lane %d waits in %s at line %d (mask %08x)", op, line, mask, l, o.op, o.line, o.mask);
     all[l] = (Args*)o.args;
   }
-  if (!complete) return park(State::warp);
   combine(all, mask);
   for (int l = 0; l < lanes; l++)
     if (mask >> l & 1) make_ready(threads[base + l]);
