@@ -7,7 +7,7 @@ tokens), the reference's arrays and array code serve on the GPU too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from .decode_step import DecodeStep, unsupported
 from .products import Products
 from .queued import Queue, QueuedDecoder
 from .reference import New, Reference
-from .upload import upload
+from .upload import Upload
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -70,7 +70,10 @@ class Cuda(Reference):
     # --- between host and device
 
     def array(self, x: np.ndarray) -> Array:
-        return upload(np.asanyarray(x).astype(self.dtype, copy=False))
+        return self.xp.asarray(np.asarray(x).astype(self.dtype, copy=False))
+
+    def loading(self, advance: Callable[[int], object]) -> Upload:
+        return Upload(self.dtype, advance)
 
     def numpy(self, x: Array) -> np.ndarray:
         return self.xp.asnumpy(x)

@@ -7,7 +7,8 @@ sequences of a batch lie one after another, `[tokens, ...]`, without padding. Ac
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..sampling import Sampling, sample
 if TYPE_CHECKING:
     from ..config import Config
     from ..model import Model
-    from ..weights import Layer
+    from ..weights import Layer, Tensor
 
 Array = Any
 QUERIES = 256  # queries of one sequence whose scores are in memory at once
@@ -47,6 +48,21 @@ class Reference:
     def array(self, x: np.ndarray) -> Array:
         """A weight or table on this back end, floats in its dtype; a copy, since x may be a file that is mapped into memory."""
         return np.array(x, self.dtype)
+
+    @contextmanager
+    def loading(self, advance: Callable[[int], object]) -> Iterator[Callable[[Sequence[Tensor]], Array]]:
+        """Gives what makes one array of tensors of files (`weights.Tensor`), their rows one below the other, in this back end's dtype.
+
+        The arrays hold their numbers when the context has ended. advance: is told of the bytes of the files that were read.
+        """
+
+        def put(tensors: Sequence[Tensor]) -> Array:
+            parts = [tensor.array for tensor in tensors]
+            found = self.array(parts[0] if len(parts) == 1 else np.concatenate(parts))
+            advance(sum(part.nbytes for part in parts))
+            return found
+
+        yield put
 
     def numpy(self, x: Array) -> np.ndarray:
         return np.asarray(x)
