@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..weights import Tensor
 
 Array = Any
-PIECE = 4 << 20  # bytes of a buffer
+PIECE = 2 << 20  # bytes of a buffer
 THREADS = 12  # with two buffers each
 HOST_TO_DEVICE = 1  # cudaMemcpyKind
 
