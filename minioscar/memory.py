@@ -47,11 +47,31 @@ def check(config: Config, scheme: Scheme, ops: Reference, batch: int, context: i
     parts = f"{f'weights {size(need.weights)}, ' if need.weights else ''}{scheme.name} cache {size(need.cache)}, work {size(need.work)}"
     fits = longest_context(config, scheme, ops, batch, free - weights, tokens)
     ways = [f"--ctx {fits} fits"] if fits else ["not even 128 tokens fit"]
-    if scheme is SCHEMES["bf16"] and needed(config, SCHEMES["int2"], ops, batch, context, tokens, weights).total <= free:
+    if _int2_fits(config, scheme, ops, batch, context, tokens, free - weights):
         ways.append("so does --kv int2")
     if batch > 1:
         ways.append("fewer sequences at once need less")
     raise UserError(f"{what} needs {size(need.total)} ({parts}) but {size(free)} of {ops.name} memory are free; {', '.join(ways)}")
+
+
+def as_far_as_it_fits(config: Config, scheme: Scheme, ops: Reference, context: int, prompt: int, tokens: int) -> int:
+    """`context`, or the longest that fits what is free: of one sequence, whose prompt must fit. tokens: as in `needed`.
+
+    Raises UserError for a prompt that does not.
+    """
+    free = ops.free_bytes()
+    fits = longest_context(config, scheme, ops, 1, free, tokens)
+    context = max(min(context, fits), prompt)
+    if needed(config, scheme, ops, 1, context, tokens).total > free:
+        other = ", or take --kv int2" if _int2_fits(config, scheme, ops, 1, context, tokens, free) else ""
+        where = f"the longest context that fits the {size(free)} of {ops.name} memory that are free is {fits}"
+        raise UserError(f"the prompt has {prompt} tokens, but {where}; shorten it{other}")
+    return context
+
+
+def _int2_fits(config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None, free: int) -> bool:
+    """Whether a 2-bit cache is the way out for one in BF16."""
+    return scheme is SCHEMES["bf16"] and needed(config, SCHEMES["int2"], ops, batch, context, tokens).total <= free
 
 
 def longest_context(config: Config, scheme: Scheme, ops: Reference, batch: int, free: int, tokens: int | None = None) -> int:
@@ -60,7 +80,7 @@ def longest_context(config: Config, scheme: Scheme, ops: Reference, batch: int, 
     while low < high:
         middle = (low + high + 1) // 2
         context = middle * WINDOW
-        fits = needed(config, scheme, ops, batch, context, None if tokens is None else min(tokens, context)).total <= free
+        fits = needed(config, scheme, ops, batch, context, None if tokens is None else min(tokens, batch * context)).total <= free
         low, high = (middle, high) if fits else (low, middle - 1)
     return min(low * WINDOW, config.max_positions)
 
