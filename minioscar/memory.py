@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .ops.reference import Reference
 
 
+NONE_FIT = f"not even {WINDOW} tokens fit"
+
+
 @dataclass(frozen=True)
 class Need:
     """Bytes."""
@@ -41,17 +44,15 @@ def needed(config: Config, scheme: Scheme, ops: Reference, batch: int, context: 
 def check(config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None, weights: int = 0) -> None:
     """Raises UserError, with the longest context that does fit, where `needed` exceeds what is free."""
     need, free = needed(config, scheme, ops, batch, context, tokens, weights), ops.free_bytes()
-    if need.total <= free:
-        return
-    what = f"context {context}" if batch == 1 else f"{batch} x context {context}"
-    parts = f"{f'weights {size(need.weights)}, ' if need.weights else ''}{scheme.name} cache {size(need.cache)}, work {size(need.work)}"
-    fits = longest_context(config, scheme, ops, batch, free - weights, tokens)
-    ways = [f"--ctx {fits} fits"] if fits else ["not even 128 tokens fit"]
-    if _int2_fits(config, scheme, ops, batch, context, tokens, free - weights):
-        ways.append("so does --kv int2")
-    if batch > 1:
-        ways.append("fewer sequences at once need less")
-    raise UserError(f"{what} needs {size(need.total)} ({parts}) but {size(free)} of {ops.name} memory are free; {', '.join(ways)}")
+    if need.total > free:
+        what = f"context {context}" if batch == 1 else f"{batch} x context {context}"
+        fits = longest_context(config, scheme, ops, batch, free - weights, tokens)
+        ways = [f"--ctx {fits} fits" if fits else NONE_FIT]
+        if _int2_fits(config, scheme, ops, batch, context, tokens, free - weights):
+            ways.append("so does --kv int2")
+        if batch > 1:
+            ways.append("fewer sequences at once need less")
+        raise UserError(f"{what} {_exceeds(need, free, scheme, ops)}; {', '.join(ways)}")
 
 
 def as_far_as_it_fits(config: Config, scheme: Scheme, ops: Reference, context: int, prompt: int, tokens: int) -> int:
@@ -62,11 +63,18 @@ def as_far_as_it_fits(config: Config, scheme: Scheme, ops: Reference, context: i
     free = ops.free_bytes()
     fits = longest_context(config, scheme, ops, 1, free, tokens)
     context = max(min(context, fits), prompt)
-    if needed(config, scheme, ops, 1, context, tokens).total > free:
-        other = ", or take --kv int2" if _int2_fits(config, scheme, ops, 1, context, tokens, free) else ""
-        where = f"the longest context that fits the {size(free)} of {ops.name} memory that are free is {fits}"
-        raise UserError(f"the prompt has {prompt} tokens, but {where}; shorten it{other}")
+    need = needed(config, scheme, ops, 1, context, tokens)
+    if need.total > free:
+        ways = [f"{fits} tokens fit, shorten it" if fits else NONE_FIT]
+        if _int2_fits(config, scheme, ops, 1, context, tokens, free):
+            ways.append("or take --kv int2")
+        raise UserError(f"the prompt of {prompt} tokens {_exceeds(need, free, scheme, ops)}; {', '.join(ways)}")
     return context
+
+
+def _exceeds(need: Need, free: int, scheme: Scheme, ops: Reference) -> str:
+    parts = f"{f'weights {size(need.weights)}, ' if need.weights else ''}{scheme.name} cache {size(need.cache)}, work {size(need.work)}"
+    return f"needs {size(need.total)} ({parts}) but {size(free)} of {ops.name} memory are free"
 
 
 def _int2_fits(config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None, free: int) -> bool:

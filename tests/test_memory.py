@@ -135,8 +135,11 @@ def test_a_prompt_longer_than_what_fits_is_refused_with_what_does(tmp_path, monk
     monkeypatch.setattr(engine.ops, "free_bytes", lambda: free)
     with pytest.raises(UserError) as error:
         engine.generate([1] * (2000 if kv == "bf16" else 2500))
-    found = re.search(r"the longest context that fits the [\d.]+ MB of cpu memory that are free is (\d+); shorten it(.*)", str(error.value))
-    assert found[2] == (", or take --kv int2" if kv == "bf16" else "") and "\n" not in str(error.value)
+    found = re.fullmatch(
+        rf"the prompt of \d+ tokens needs [\d.]+ MB \({kv} cache .* MB, work .* MB\) but [\d.]+ MB of cpu memory are free; "
+        r"(\d+) tokens fit, shorten it(.*)", str(error.value)
+    )
+    assert found[2] == (", or take --kv int2" if kv == "bf16" else "")
     assert engine.capacity([[1] * int(found[1])], Options(), None) == int(found[1])
 
 
