@@ -37,7 +37,7 @@ class Need:
 
 def needed(config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None, weights: int = 0) -> Need:
     """For `batch` sequences of `context` tokens; tokens: the most that one forward pass takes in (None: the whole context of one)."""
-    work = ops.work_bytes(config, context if tokens is None else tokens, context)
+    work = ops.work_bytes(config, context if tokens is None else tokens, context, batch)
     return Need(weights, cache_bytes(config, scheme, batch, context), work)
 
 

@@ -74,8 +74,9 @@ class Reference:
     def release(self) -> None:
         """Gives memory that is in no use back, after a run that did not fit."""
 
-    def work_bytes(self, config: Config, tokens: int, context: int) -> int:
-        """The arrays of one forward pass of `tokens` tokens that ends at `context`, or of a later step; weights and cache apart."""
+    def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1) -> int:
+        """The arrays of one forward pass of `tokens` tokens that ends at `context`, or of a later step of so many rows; weights and cache
+        apart."""
         hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
 
         def attention(n: int) -> int:
@@ -86,7 +87,7 @@ class Reference:
             return n * (hidden + 3 * q + 6 * kv) + 2 * kv * context + max(unpacked, scores)
 
         mlp = tokens * (2 * hidden + 8 * config.intermediate_size)
-        return self.dtype.itemsize * max(mlp, attention(tokens), attention(1), config.vocab_size)
+        return self.dtype.itemsize * max(mlp, attention(tokens), attention(1), rows * config.vocab_size)
 
     # --- the transformer
 
