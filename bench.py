@@ -11,7 +11,8 @@ kernel      decode attention, and on a GPU all that writes the cache: bytes that
 decode      a step of a whole model as `generate` takes it: weights and cache read once over the copy rate; --breakdown: its kernels
 prefill     one prompt: multiply-adds over the measured matrix rate
 throughput  decode steps of the largest batch that really runs in a budget of memory, beside the weights
-memory      what the allocator gave for a cache, and the most that it and a step took together
+memory      what the allocator gave for a cache, and the most that it and a step took together; how fast weights of these shapes are
+            loaded, beside one copy of the same bytes
 
 Limits are measured first. Times are medians after a warm-up; spread is (max - min) / median. On a GPU kernels are replayed from one
 graph over caches that no L2 holds, peers alike. Without one all runs in NumPy, kernel at small shapes: that tests the bench, and says
@@ -32,7 +33,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks import cases, memory, models, peers
+from benchmarks import cases, loading, memory, models, peers
 from benchmarks.plan import Plan, planned
 from benchmarks.table import line, table
 from minioscar import presets
@@ -46,7 +47,7 @@ from minioscar.ops.decode_step import unsupported
 from minioscar.ops.reference import Reference
 
 COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory")
-SECTIONS = ("kernel", "dense", "sweep", "growth", "skipped", "decode", "breakdown", *COMMANDS[2:])
+SECTIONS = ("kernel", "dense", "sweep", "growth", "skipped", "decode", "breakdown", *COMMANDS[2:], "load")
 PACKAGES = ("numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes")
 PACKAGES += ("torch", "triton", "transformers", "flashinfer-python", "hqq", "optimum-quanto")  # the peers'
 Rows = Iterator[tuple[str, dict]]  # section and row, as they are measured
@@ -84,6 +85,8 @@ def measured(args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | N
                 found.append((section, row))
                 yield section, row
             ops.release()
+        if "memory" in commands:
+            yield "load", loading.loading(plan.config, plan.model, ops, 2 if args.quick else 5)
         if args.peers:
             progress("transformers, end to end")
             peers.beside(plan.config, found, plan.steps)

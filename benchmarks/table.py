@@ -69,6 +69,11 @@ COLUMNS: dict[str, list[Column]] = {
         number("largest batch", 14, "batch", "d"), number("ms", 10, "ms", ".2f"), SPREAD,
         number("tokens/s", 10, "tokens_per_s", ".1f"), megabytes("MB cache", "cache_bytes"),
     ],
+    "load": [
+        text("model", -24, "model"), number("layers", 8, "layers", "d"), megabytes("MB", "bytes"), number("s", 8, "s", ".3f"), SPREAD,
+        number("first, s", 9, "first_s", ".3f"), number("GB/s", 8, "gb_s", ".2f"), number("copy, GB/s", 11, "copy_gb_s", ".2f"),
+        number("of copy", 8, "fraction_of_copy", ".1%"),
+    ],
     "memory": [
         KV, SHAPE, megabytes("MB cache", "cache_bytes"), megabytes("predicted", "predicted_bytes"),
         number("bf16 / this", 12, "ratio_to_bf16", ".2f"), number("codes alone", 12, "ratio_of_codes", ".2f"),

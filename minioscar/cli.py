@@ -110,7 +110,7 @@ def parser() -> Parser:
     generate.add_argument("--n", type=int, default=1, metavar="N", help="answers to each prompt, drawn independently (1)")
     generate.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities of new tokens and the K likeliest; in JSON output")
     generate.add_argument("--no-graph", action="store_true", help="on a GPU: a step's kernels one by one, not one graph; the same bits")
-    answering(generate, 256, "what prompt and --max-tokens need")
+    answering(generate, 256, "what prompt and --max-tokens need, or what fits into memory")
     rendering(generate)
 
     chat = command("chat", "a conversation in the terminal, its cache kept between turns")

@@ -47,9 +47,11 @@ def run_generate(args: argparse.Namespace) -> None:
     print("\n---\n".join(answer["text"] for answer in found) if options.n > 1 else "")
     result, new = run.results[0], sum(result.new_tokens for result in run.results)
     cached = f", {result.prompt_tokens - result.prefilled_tokens} more from the cache" if cache else ""
+    full = f" (the context of {run.cache.context} is full)" if result.prompt_tokens + result.new_tokens > run.cache.context else ""
     print(
         f"[{result.prefilled_tokens} tokens{cached} in {result.prefill_s:.2f} s, {new} new in {result.decode_s:.2f} s "
-        f"({result.tokens_per_s:.1f} tokens/s), {result.finish_reason}; {result.kv} cache {result.kv_bytes / 1e6:.1f} MB, {result.device}]",
+        f"({result.tokens_per_s:.1f} tokens/s), {result.finish_reason}{full}; {result.kv} cache {result.kv_bytes / 1e6:.1f} MB, "
+        f"{result.device}]",
         file=sys.stderr,
     )
 

@@ -35,6 +35,7 @@ from .weights import load as load_weights
 
 Prompt = str | Sequence[int] | Sequence[Message]
 GREEDY = Sampling()
+MOST_ROWS = 256  # answers at a time: what the kernels of a decode step have room for
 SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
 
 
@@ -82,7 +83,7 @@ class Engine:
         """Continues one prompt, or several of unequal lengths as one batch (a list then, in their order).
 
         A prompt is text, token ids, or the messages of a chat, [{"role", "content"}, ...]. chat: render text with the model's
-        chat template (None: if it has one). ctx: capacity of the cache in tokens (None: what the prompts and max_tokens need).
+        chat template (None: if it has one). ctx: capacity of the cache in tokens (None: what prompts and max_tokens need, see `capacity`).
         stop: the text ends before any of these strings. logprobs: log-probabilities of the new tokens, and of so many likeliest
         ones beside each. cache: what `prefill` or `load_cache` returned; prompts go on from there (`PromptCache.followed_by`), and
         only what it does not hold is computed. Raises UserError for an empty prompt, one that does not fit, or a value out of
@@ -156,18 +157,26 @@ class Engine:
         return self._checked(self.tokenizer.encode(self.tokenizer.chat([dict(m) for m in messages])))
 
     def capacity(self, ids: list[list[int]], options: Options, ctx: int | None, cache: PromptCache | None = None) -> int:
-        """The capacity of the cache, every limit checked before anything is computed. cache: holds the beginning of the prompts."""
+        """The capacity of the cache, every limit checked before anything is computed. cache: holds the beginning of the prompts.
+
+        Without ctx it is what prompts and max_tokens need, as far as the model has positions; for one answer, as far as memory has
+        room, too: it ends there. Several at a time are refused instead, since fewer need less.
+        """
         if not ids:
             raise UserError("there is no prompt; give at least one")
-        longest, limit = max(map(len, ids)), self.config.max_positions
+        rows, longest, limit = len(ids) * options.n, max(map(len, ids)), self.config.max_positions
+        if rows > MOST_ROWS:
+            raise UserError(f"{rows} answers at a time are more than {MOST_ROWS}; give fewer prompts at once (--batch) or a smaller --n")
         if ctx is not None and not 1 <= ctx <= limit:
             raise UserError(f"--ctx {ctx} is out of range; this model has {limit} positions")
         if longest > (ctx or limit):
             way_out = "shorten it or raise --ctx" if ctx and ctx < limit else "shorten it"
             raise UserError(f"the prompt has {longest} tokens, but the context holds {ctx or limit}; {way_out}")
         context = ctx or min(longest + options.max_tokens, limit)
-        fed = sum(len(prompt) - (common(prompt, cache.ids) if cache else 0) for prompt in ids)
-        memory.check(self.config, self.scheme, self.ops, len(ids) * options.n, context, max(fed, 1))
+        fed = max(sum(len(prompt) - (common(prompt, cache.ids) if cache else 0) for prompt in ids), 1)
+        if ctx is None and rows == 1:
+            return memory.as_far_as_it_fits(self.config, self.scheme, self.ops, context, longest, fed)
+        memory.check(self.config, self.scheme, self.ops, rows, context, fed)
         return context
 
     # --- prompt caches

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .ops.reference import Reference
 
 
+NONE_FIT = f"not even {WINDOW} tokens fit"
+
+
 @dataclass(frozen=True)
 class Need:
     """Bytes."""
@@ -34,24 +37,49 @@ class Need:
 
 def needed(config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None, weights: int = 0) -> Need:
     """For `batch` sequences of `context` tokens; tokens: the most that one forward pass takes in (None: the whole context of one)."""
-    work = ops.work_bytes(config, context if tokens is None else tokens, context)
+    work = ops.work_bytes(config, context if tokens is None else tokens, context, batch)
     return Need(weights, cache_bytes(config, scheme, batch, context), work)
 
 
 def check(config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None, weights: int = 0) -> None:
     """Raises UserError, with the longest context that does fit, where `needed` exceeds what is free."""
     need, free = needed(config, scheme, ops, batch, context, tokens, weights), ops.free_bytes()
-    if need.total <= free:
-        return
-    what = f"context {context}" if batch == 1 else f"{batch} x context {context}"
+    if need.total > free:
+        what = f"context {context}" if batch == 1 else f"{batch} x context {context}"
+        fits = longest_context(config, scheme, ops, batch, free - weights, tokens)
+        ways = [f"--ctx {fits} fits" if fits else NONE_FIT]
+        if _int2_fits(config, scheme, ops, batch, context, tokens, free - weights):
+            ways.append("so does --kv int2")
+        if batch > 1:
+            ways.append("fewer sequences at once need less")
+        raise UserError(f"{what} {_exceeds(need, free, scheme, ops)}; {', '.join(ways)}")
+
+
+def as_far_as_it_fits(config: Config, scheme: Scheme, ops: Reference, context: int, prompt: int, tokens: int) -> int:
+    """`context`, or the longest that fits what is free: of one sequence, whose prompt must fit. tokens: as in `needed`.
+
+    Raises UserError for a prompt that does not.
+    """
+    free = ops.free_bytes()
+    fits = longest_context(config, scheme, ops, 1, free, tokens)
+    context = max(min(context, fits), prompt)
+    need = needed(config, scheme, ops, 1, context, tokens)
+    if need.total > free:
+        ways = [f"{fits} tokens fit, shorten it" if fits else NONE_FIT]
+        if _int2_fits(config, scheme, ops, 1, context, tokens, free):
+            ways.append("or take --kv int2")
+        raise UserError(f"the prompt of {prompt} tokens {_exceeds(need, free, scheme, ops)}; {', '.join(ways)}")
+    return context
+
+
+def _exceeds(need: Need, free: int, scheme: Scheme, ops: Reference) -> str:
     parts = f"{f'weights {size(need.weights)}, ' if need.weights else ''}{scheme.name} cache {size(need.cache)}, work {size(need.work)}"
-    fits = longest_context(config, scheme, ops, batch, free - weights, tokens)
-    ways = [f"--ctx {fits} fits"] if fits else ["not even 128 tokens fit"]
-    if scheme is SCHEMES["bf16"] and needed(config, SCHEMES["int2"], ops, batch, context, tokens, weights).total <= free:
-        ways.append("so does --kv int2")
-    if batch > 1:
-        ways.append("fewer sequences at once need less")
-    raise UserError(f"{what} needs {size(need.total)} ({parts}) but {size(free)} of {ops.name} memory are free; {', '.join(ways)}")
+    return f"needs {size(need.total)} ({parts}) but {size(free)} of {ops.name} memory are free"
+
+
+def _int2_fits(config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None, free: int) -> bool:
+    """Whether a 2-bit cache is the way out for one in BF16."""
+    return scheme is SCHEMES["bf16"] and needed(config, SCHEMES["int2"], ops, batch, context, tokens).total <= free
 
 
 def longest_context(config: Config, scheme: Scheme, ops: Reference, batch: int, free: int, tokens: int | None = None) -> int:
@@ -60,7 +88,7 @@ def longest_context(config: Config, scheme: Scheme, ops: Reference, batch: int, 
     while low < high:
         middle = (low + high + 1) // 2
         context = middle * WINDOW
-        fits = needed(config, scheme, ops, batch, context, None if tokens is None else min(tokens, context)).total <= free
+        fits = needed(config, scheme, ops, batch, context, None if tokens is None else min(tokens, batch * context)).total <= free
         low, high = (middle, high) if fits else (low, middle - 1)
     return min(low * WINDOW, config.max_positions)
 

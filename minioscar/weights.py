@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -72,8 +73,28 @@ def expected(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a safetensors file: mapped into memory, and to be read from the file itself."""
+
+    array: np.ndarray  # a view of the file, read-only
+    file: BinaryIO
+    begin: int  # where its bytes begin in the file
+
+    def read(self, buffer: np.ndarray, at: int) -> None:
+        """Fills a buffer, uint8, from byte `at` of the tensor on; takes the kernel less than a fault for each page of the mapping."""
+        try:
+            while len(buffer):
+                count = os.preadv(self.file.fileno(), [buffer], self.begin + at)
+                if not count:
+                    raise UserError(f"{self.file.name} became shorter while it was read; fetch the model again")
+                buffer, at = buffer[count:], at + count
+        except OSError as error:
+            raise UserError(f"{self.file.name} cannot be read ({error.strerror}); fetch the model again") from None
+
+
 class Checkpoint:
-    """The tensors of a model folder, one safetensors file or shards with an index, mapped into memory and read when they are looked at."""
+    """The tensors of a model folder, one safetensors file or shards with an index; nothing but the headers is read yet."""
 
     def __init__(self, folder: Path, config: Config, stack: ExitStack):
         from safetensors import SafetensorError, safe_open
@@ -83,7 +104,7 @@ class Checkpoint:
             try:
                 handle = stack.enter_context(safe_open(folder / file, "np"))
                 self.files.update((name, handle) for name in handle.keys())
-                self.places.update(_places(folder / file))
+                self.places.update(_tensors(stack.enter_context(open(folder / file, "rb", buffering=0))))
             except FileNotFoundError:
                 raise UserError(f"{folder / file} does not exist; fetch the model again") from None
             except (SafetensorError, OSError) as error:
@@ -103,20 +124,19 @@ class Checkpoint:
             if name.startswith("model.layers.") and name not in shapes and not name.endswith("rotary_emb.inv_freq"):
                 raise UserError(f"{self.folder}: tensor {name} has no place in this architecture; it is not implemented")
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        """A view of the file, read-only."""
-        data, dtype, shape, (begin, end) = self.places[name]
-        return data[begin:end].view(dtype).reshape(shape)
+    def __getitem__(self, name: str) -> Tensor:
+        return self.places[name]
 
 
-def _places(path: Path) -> Iterator[tuple[str, tuple[np.ndarray, np.dtype, tuple[int, ...], tuple[int, int]]]]:
-    """Where the tensors of a file lie whose header the safetensors library has found to be sound: its size in 8 bytes, itself as JSON,
-    the data (github.com/huggingface/safetensors, Format)."""
-    data = np.memmap(path, np.uint8, "r")
+def _tensors(file: BinaryIO) -> Iterator[tuple[str, Tensor]]:
+    """Of a file whose header the safetensors library has found to be sound: its size in 8 bytes, itself as JSON, the data
+    (github.com/huggingface/safetensors, Format)."""
+    data = np.memmap(file, np.uint8, "r")
     size = 8 + int(data[:8].view("<u8")[0])
     for name, entry in json.loads(bytes(data[8:size])).items():
         if name != "__metadata__" and entry["dtype"] in DTYPES:
-            yield name, (data[size:], DTYPES[entry["dtype"]], tuple(entry["shape"]), tuple(entry["data_offsets"]))
+            begin, end = (size + offset for offset in entry["data_offsets"])
+            yield name, Tensor(data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"]), file, begin)
 
 
 def _files(folder: Path) -> list[str]:
@@ -163,34 +183,37 @@ def load(folder: Path, config: Config, ops: Reference, progress: bool = False) -
         need, free = config.parameters() * ops.dtype.itemsize, ops.free_bytes()
         if need > free:
             raise UserError(f"{folder}: the weights take {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of {ops.name} memory are free")
-        embed = ops.array(tensors["model.embed_tokens.weight"])
-        layers = tqdm(range(config.num_layers), desc="load", unit="layer", leave=False, disable=None if progress else True)
+        total, shown = sum(tensors[name].array.nbytes for name in expected(config)), None if progress else True
+        bar = stack.enter_context(tqdm(total=total, desc="load", unit="B", unit_scale=True, leave=False, disable=shown))
+        put = stack.enter_context(ops.loading(bar.update))
+
+        def get(*names: str) -> Array:
+            return put([tensors[name] for name in names])
+
+        embed = get("model.embed_tokens.weight")
         return Weights(
             embed=embed,
-            layers=tuple(_layer(tensors, f"model.layers.{i}.", config, ops) for i in layers),
-            norm=ops.array(tensors["model.norm.weight"]),
-            head=embed if config.tie_embeddings else ops.array(tensors["lm_head.weight"]),
+            layers=tuple(_layer(get, f"model.layers.{i}.", config) for i in range(config.num_layers)),
+            norm=get("model.norm.weight"),
+            head=embed if config.tie_embeddings else get("lm_head.weight"),
         )
 
 
-def _layer(tensors: Checkpoint, prefix: str, config: Config, ops: Reference) -> Layer:
-    def get(name: str, present: bool = True) -> Array | None:
-        return ops.array(tensors[prefix + name]) if present else None
-
-    def joined(names: list[str], present: bool = True) -> Array | None:
-        return ops.xp.concatenate([ops.array(tensors[prefix + name]) for name in names]) if present else None
+def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
+    def of(*names: str, present: bool = True) -> Array | None:
+        return get(*(prefix + name for name in names)) if present else None
 
     return Layer(
-        input_norm=get("input_layernorm.weight"),
-        qkv=joined([f"self_attn.{n}_proj.weight" for n in "qkv"]),
-        qkv_bias=joined([f"self_attn.{n}_proj.bias" for n in "qkv"], config.qkv_bias),
-        q_norm=get("self_attn.q_norm.weight", config.qk_norm),
-        k_norm=get("self_attn.k_norm.weight", config.qk_norm),
-        o=get("self_attn.o_proj.weight"),
-        o_bias=get("self_attn.o_proj.bias", config.output_bias),
-        post_norm=get("post_attention_layernorm.weight"),
-        gate_up=joined(["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
-        down=get("mlp.down_proj.weight"),
+        input_norm=of("input_layernorm.weight"),
+        qkv=of(*(f"self_attn.{n}_proj.weight" for n in "qkv")),
+        qkv_bias=of(*(f"self_attn.{n}_proj.bias" for n in "qkv"), present=config.qkv_bias),
+        q_norm=of("self_attn.q_norm.weight", present=config.qk_norm),
+        k_norm=of("self_attn.k_norm.weight", present=config.qk_norm),
+        o=of("self_attn.o_proj.weight"),
+        o_bias=of("self_attn.o_proj.bias", present=config.output_bias),
+        post_norm=of("post_attention_layernorm.weight"),
+        gate_up=of("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        down=of("mlp.down_proj.weight"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 
 import bench
 from benchmarks import cases as bench_cases
+from benchmarks import loading as bench_loading
 from benchmarks import memory as bench_memory
 from benchmarks import models as bench_models
 from minioscar import engine, presets
@@ -58,6 +60,7 @@ def test_json_has_the_stable_keys(report):
         "kernel": attention, "sweep": attention, "decode": "model kv batch context ms tokens_per_s fraction_of_limit",
         "prefill": "model tokens tokens_per_s fraction_of_limit", "throughput": "model budget_gb kv context batch tokens_per_s",
         "memory": "kv batch context cache_bytes predicted_bytes ratio_to_bf16",
+        "load": "model layers bytes s spread first_s gb_s copy_gb_s fraction_of_copy",
         "growth": "over kv points us_per_1000_tokens us_at_0_tokens worst_error bytes_us_per_1000_tokens times_the_bytes",
     }.items():  # fmt: skip
         assert report[section], section
@@ -111,6 +114,26 @@ def test_a_cache_is_filled_alike_on_the_cuda_back_end():
 
 
 # --- memory
+
+
+def test_the_whole_tiny_model_is_loaded_and_held_against_a_copy_of_its_bytes(report):
+    (row,) = report["load"]
+    assert row["layers"] == CONFIG["num_hidden_layers"] and row["bytes"] == 2 * Config.from_dict(CONFIG).parameters()
+    assert row["gb_s"] == pytest.approx(row["bytes"] / row["s"] / 1e9) and row["s"] > 0 < row["first_s"]
+    assert row["fraction_of_copy"] == pytest.approx(row["gb_s"] / row["copy_gb_s"])
+
+
+def test_a_checkpoint_to_load_has_the_layers_that_there_is_room_for_in_two_shards(tmp_path):
+    config = presets.config_of("qwen3-8b")
+    for most in (0, 3 * 10**9, 4 * 10**9, 10**12):
+        found = bench_loading.shortened(config, most)
+        more = dataclasses.replace(found, num_layers=found.num_layers + 1)
+        assert found.num_layers == 1 or 2 * found.parameters() <= most
+        assert found.num_layers == config.num_layers or 2 * more.parameters() > most
+    tiny = Config.from_dict(CONFIG)
+    assert bench_loading.write(tmp_path, tiny) == 2 * tiny.parameters()
+    shards = [file.stat().st_size for file in sorted(tmp_path.glob("*.safetensors"))]
+    assert len(shards) == 2 and max(shards) < 1.5 * tiny.parameters()
 
 
 def test_measured_cache_bytes_are_the_predicted_ones(report):

@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from minioscar import presets
 from minioscar.cache import BF16, Cache
 from minioscar.engine import GREEDY
+from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode_step import DecodeStep, unsupported
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import Sampling, sample
-from minioscar.weights import Layer, Weights
+from minioscar.weights import Layer, Weights, expected
 
 from .test_cuda_backend import on_each_backend
 from .tiny import load, relative, write_model
@@ -142,3 +144,47 @@ def test_what_has_no_kernels_is_refused(tmp_path):
         with pytest.raises(ValueError, match=why):
             DecodeStep(engine.ops, engine.config, engine.model.weights, (None, None), cache, GREEDY)
     assert "vocabulary" in unsupported(replace(engine.config, vocab_size=2**21 + 1), SCHEMES["int2"], 1)
+
+
+class Counted:
+    """NumPy, and the bytes that it allocated."""
+
+    bytes = 0
+
+    def __getattr__(self, name: str):
+        return getattr(np, name)
+
+    def empty(self, shape, dtype=float) -> np.ndarray:
+        return self._count(np.empty(shape, dtype))
+
+    zeros = empty
+
+    def asarray(self, x) -> np.ndarray:
+        return self._count(np.asarray(x))
+
+    def _count(self, x: np.ndarray) -> np.ndarray:
+        self.bytes += x.nbytes
+        return x
+
+
+@pytest.mark.parametrize("kv", ["int2", "bf16"])
+@pytest.mark.parametrize("preset", ["qwen3-0.6b", "qwen2.5-7b"])
+@pytest.mark.parametrize("rows", [1, 8, 9, 100, 256])
+def test_what_a_step_allocates_is_predicted(preset, kv, rows):
+    """Nothing is launched, so no card is needed; and nothing of these arrays is touched."""
+    config, ops = replace(presets.config_of(preset), num_layers=2), Cuda.__new__(Cuda)
+    ops.xp, ops.multiprocessors, ops.capability = Counted(), 132, 90
+    shapes = {name: np.empty(shape, BF16) for name, shape in expected(config).items()}
+    width, hidden = config.q_size + 2 * config.kv_size, config.hidden_size
+    qkv, gate_up = (np.empty((n, hidden), BF16) for n in (width, 2 * config.intermediate_size))
+    names = "input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj"
+    norm, q_norm, k_norm, o, post_norm, down = (shapes.get(f"model.layers.0.{name}.weight") for name in names)
+    layer = Layer(norm, qkv, np.empty(width, BF16) if config.qkv_bias else None, q_norm, k_norm, o, None, post_norm, gate_up, down)
+    embed = shapes["model.embed_tokens.weight"]
+    weights = Weights(embed, (layer, layer), shapes["model.norm.weight"], embed)
+    cache = Cache(config, SCHEMES[kv], rows, 256, ops)
+    ops.xp.bytes = 0
+    DecodeStep(ops, config, weights, config.rope.tables(256), cache, Sampling(0.8, top_p=0.9))
+    tables = 4 * config.head_dim * 1024
+    predicted = ops.work_bytes(config, rows, rows, rows) - tables - ops._products_bytes(config, rows)  # the other scratch is the prompts'
+    assert abs(ops.xp.bytes - predicted) < 0.02 * predicted + 100_000, (ops.xp.bytes, predicted)

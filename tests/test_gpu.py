@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from minioscar import engine as engine_module
 from minioscar import hub, memory, oscar, presets
-from minioscar.cache import Cache
+from minioscar import ops as back_ends
+from minioscar.cache import BF16, Cache
 from minioscar.engine import GREEDY
 from minioscar.evaluate import default_text
 from minioscar.forcing import divergence, log_softmax
 from minioscar.oscar import SCHEMES
-from minioscar.weights import arrays
+from minioscar.weights import _tensors, arrays
 
 from .tiny import load, relative, write_model
 
@@ -116,15 +118,23 @@ def test_smollm2_answers_sixteen_prompts_as_it_answers_each_alone(kv):
     assert (gap <= 6 * noise).all() and (gap > 0).mean() < 0.05
 
 
-@pytest.mark.parametrize("count", [1, 1000, (8 << 20) // 2, (40 << 20) // 2 + 17])
-def test_weights_arrive_as_they_are(count, tmp_path, seed):
-    from minioscar.ops.upload import upload
-
-    x = np.random.default_rng(seed).integers(0, 2**16, count).astype(np.uint16)
-    (tmp_path / "x").write_bytes(b"head" + x.tobytes())
-    mapped = np.memmap(tmp_path / "x", np.uint8, "r")[4:].view(np.uint16)
-    for source in (x, mapped, x):
-        np.testing.assert_array_equal(upload(source).get(), x)
+@pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32])
+def test_weights_arrive_as_they_are(dtype, tmp_path, seed):
+    """Pieces of a buffer, parts of one, several tensors in one array; twice, since the second time buffers have been used before."""
+    rng, ops = np.random.default_rng(seed), back_ends.backend("cuda")
+    shapes = {"large": (40 << 20,), "odd": (12345, 1001), "a": (3000, 1024), "b": (1, 1024), "c": (777, 1024), "one": (1,)}
+    tensors = {name: rng.standard_normal(shape, np.float32).astype(dtype) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "x")
+    for _ in range(2):
+        told = []
+        with open(tmp_path / "x", "rb", buffering=0) as file:
+            there = dict(_tensors(file))
+            with ops.loading(told.append) as put:
+                found = {names: put([there[name] for name in names.split()]) for names in ("one", "large", "a b c", "odd")}
+        for names, array in found.items():
+            wanted = np.concatenate([tensors[name] for name in names.split()]).astype(BF16)
+            np.testing.assert_array_equal(array.get().view(np.uint16), wanted.view(np.uint16))
+        assert sum(told) == sum(x.nbytes for x in tensors.values())
 
 
 @pytest.mark.parametrize("kv", ["int2", "bf16"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -12,8 +13,10 @@ import pytest
 
 from minioscar import memory
 from minioscar.cache import Cache
+from minioscar.engine import MOST_ROWS
 from minioscar.errors import UserError
 from minioscar.generation import Options
+from minioscar.ops import raw_dense
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
 from minioscar.weights import arrays
@@ -106,26 +109,68 @@ def test_the_longest_context_of_info_is_the_longest_that_is_not_refused(tmp_path
             engine.capacity([[1] * (rows[kv] + 128)], Options(), rows[kv] + 128)
 
 
+@pytest.mark.parametrize("kv", ["bf16", "int2"])
+def test_without_ctx_the_context_is_what_is_needed_as_far_as_positions_and_memory_go(tmp_path, monkeypatch, kv):
+    engine = load(write_model(tmp_path / "m", 1, max_position_embeddings=8192), kv)
+    assert engine.capacity([[1] * 300], Options(max_tokens=56), None) == 356
+    assert engine.capacity([[1] * 300], Options(max_tokens=10**6), None) == 8192
+    free = memory.needed(engine.config, engine.scheme, engine.ops, 1, 1024, 300).total
+    monkeypatch.setattr(engine.ops, "free_bytes", lambda: free)
+    fits = memory.longest_context(engine.config, engine.scheme, engine.ops, 1, free, 300)
+    assert 1024 <= fits < 1300
+    assert engine.capacity([[1] * 300], Options(max_tokens=56), None) == 356
+    assert engine.capacity([[1] * 300], Options(max_tokens=5000), None) == fits
+    result = engine.generate([1] * 300, max_tokens=5000)
+    assert (result.finish_reason, result.new_tokens) == ("length", fits - 300 + 1)
+    with pytest.raises(UserError, match=r"context 8192 needs .* --ctx \d+ fits"):  # one that was asked for is not changed
+        engine.capacity([[1] * 300], Options(max_tokens=5000), 8192)
+    with pytest.raises(UserError, match="2 x context 5300 needs .* fewer sequences"):  # nor do several share what one could have
+        engine.capacity([[1] * 300] * 2, Options(max_tokens=5000), None)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int2"])
+def test_a_prompt_longer_than_what_fits_is_refused_with_what_does(tmp_path, monkeypatch, kv):
+    engine = load(write_model(tmp_path / "m", 1, max_position_embeddings=8192), kv)
+    free = memory.needed(engine.config, SCHEMES["int2"], engine.ops, 1, 2000, 2000).total
+    monkeypatch.setattr(engine.ops, "free_bytes", lambda: free)
+    with pytest.raises(UserError) as error:
+        engine.generate([1] * (2000 if kv == "bf16" else 2500))
+    found = re.fullmatch(
+        rf"the prompt of \d+ tokens needs [\d.]+ MB \({kv} cache .* MB, work .* MB\) but [\d.]+ MB of cpu memory are free; "
+        r"(\d+) tokens fit, shorten it(.*)", str(error.value)
+    )
+    assert found[2] == (", or take --kv int2" if kv == "bf16" else "")
+    assert engine.capacity([[1] * int(found[1])], Options(), None) == int(found[1])
+
+
+def test_more_answers_than_a_step_has_room_for_are_refused(engine):
+    assert MOST_ROWS == raw_dense.BATCH_TOKENS
+    assert engine.capacity([[1, 2]] * 256, Options(max_tokens=2), None) == 4
+    for prompts, n in (([[1, 2]] * 257, 1), ([[1, 2]], 257), ([[1, 2]] * 129, 2)):
+        with pytest.raises(UserError, match=r"25\d answers at a time are more than 256; give fewer prompts at once \(--batch\)"):
+            engine.capacity(prompts, Options(max_tokens=2, n=n), None)
+
+
 def test_a_real_allocation_that_fails_is_one_line_and_exit_code_1(tmp_path):
     """The limit is set after the prediction, so the allocation itself fails, as on a machine that others use too."""
     folder = write_model(tmp_path / "m", 1, max_position_embeddings=100_000)
     code = f"""
 import resource, sys
-from minioscar import engine, memory
+from minioscar import engine
 from minioscar.cli import explained
 e = engine.load({str(folder)!r}, "bf16", "cpu", tokenizer=False)
-check = memory.check
-def then_limit(*args):
-    check(*args)
+new_cache = e.new_cache
+def limited(*args):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 40_000_000, resource.RLIM_INFINITY))
-memory.check = then_limit
+    return new_cache(*args)
+e.new_cache = limited
 try:
     e.generate([1] * 20_000, max_tokens=2)
 except Exception as error:
     print(explained(error))
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-memory.check = check
+e.new_cache = new_cache
 print(e.generate([1] * 2000, max_tokens=2).new_tokens)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**ENVIRONMENT}, timeout=120)

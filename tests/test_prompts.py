@@ -124,6 +124,12 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(engine, monkeypatch):
     assert [line.number for line, _ in found] == [1, 2, 3, 4, 5, 6]
 
 
+def test_more_prompts_than_go_at_a_time_are_answered_in_waves(engine):
+    lines = list(parse([b'"a"'] * 300))
+    found = list(answers(engine, lines, batch=300, options=Options(max_tokens=1)))
+    assert [line.number for line, _ in found] == [line.number for line in lines] and all(len(results) == 1 for _, results in found)
+
+
 def test_a_document_is_shared_by_all_lines(engine):
     cache = engine.prefill("the dog saw that the cat sat there. " * 9)
     found = list(answers(engine, list(parse([b'"who?"', b'"where?"'])), batch=2, options=Options(max_tokens=4), cache=cache))
@@ -194,6 +200,15 @@ def test_n_answers_stop_and_logprobs_of_one_prompt(folder, engine, capsys):
     stops = ["--stop", plain.text[5:8], "--stop", "nothing"]
     code, (found,), _ = run(capsys, "generate", folder, "the cat", "--device", "cpu", "--json", *stops)
     assert code == 0 and found["text"] == plain.text[: plain.text.index(plain.text[5:8])] and found["finish_reason"] == "stop"
+
+
+def test_an_answer_that_ends_where_the_context_is_full_says_so(folder, capsys):
+    base = ["generate", str(folder), "the cat", "--raw", "--device", "cpu"]
+    for more, full in (["--max-tokens", "1000000"], True), (["--ctx", "64"], True), (["--max-tokens", "9"], False):
+        assert main([*base, *more]) == 0
+        err = capsys.readouterr().err
+        assert ("length (the context of 64 is full)" if more[0] == "--ctx" else "(the context of 1024 is full)") in err or not full
+        assert full or "is full" not in err
 
 
 @pytest.mark.parametrize(

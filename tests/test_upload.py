@@ -1,39 +1,118 @@
-"""ops/upload.py without a card: what fills the buffers. That the bytes arrive there, tests/test_gpu.py shows."""
+"""ops/upload.py without a card: pieces, threads, errors, the end. That the bytes arrive on one, tests/test_gpu.py shows."""
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from minioscar.cache import BF16
 from minioscar.errors import UserError
-from minioscar.ops.upload import _reader
+from minioscar.ops import upload
+from minioscar.ops.upload import Upload
+from minioscar.weights import Tensor, _tensors
 
 
-def mapped(path, x: np.ndarray) -> np.ndarray:
-    path.write_bytes(b"head" + x.tobytes())
-    return np.memmap(path, np.uint8, "r")[4:].view(x.dtype).reshape(x.shape)
+class HostLane:
+    """Two buffers that take turns, as a Lane has them; what is still to be copied from a buffer is copied when it is asked for again."""
+
+    def __init__(self, piece: int):
+        self.buffers, self.turn, self.under_way = np.empty((2, piece), np.uint8), 0, [None, None]
+
+    def buffer(self, size: int) -> np.ndarray:
+        self.turn = 1 - self.turn
+        self.finish(self.turn)
+        return self.buffers[self.turn][:size]
+
+    def copy(self, buffer: np.ndarray, dtype: np.dtype, place: np.ndarray) -> None:
+        assert buffer.base is not None and np.shares_memory(buffer, self.buffers[self.turn])
+        self.under_way[self.turn] = buffer.view(dtype), place
+
+    def finish(self, turn: int) -> None:
+        if self.under_way[turn] is not None:
+            numbers, place = self.under_way[turn]
+            place[...], self.under_way[turn] = numbers.astype(place.dtype), None
 
 
-def read(x: np.ndarray, piece: int) -> bytes:
-    fill, found = _reader(x), b""
-    for at in range(0, x.nbytes, piece):
-        buffer = np.empty(min(piece, x.nbytes - at), np.uint8)
-        fill(buffer, at)
-        found += buffer.tobytes()
-    return found
+class OnHost(Upload):
+    def _lanes(self, count: int) -> list[HostLane]:
+        return [HostLane(upload.PIECE) for _ in range(count)]
+
+    def _empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape, self.dtype)
+
+    def _finish(self) -> None:
+        for lane in self.lanes:
+            lane.finish(0), lane.finish(1)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Pieces that no tensor is a multiple of, more threads than there are cores."""
+    monkeypatch.setattr(upload, "PIECE", 1000)
+    monkeypatch.setattr(upload.os, "cpu_count", lambda: 5)
+    yield
+    assert not [thread for thread in threading.enumerate() if "_work" in thread.name]
+
+
+def opened(stack: ExitStack, path: Path) -> dict[str, Tensor]:
+    return dict(_tensors(stack.enter_context(open(path, "rb", buffering=0))))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, BF16])
-def test_a_part_of_a_mapped_file_and_its_copies_are_read_as_they_are(dtype, tmp_path, seed):
-    x = np.random.default_rng(seed).standard_normal((30, 50)).astype(dtype)
-    there = mapped(tmp_path / "x", x)
-    for source in (there, there[7:19], there.astype(np.float64), np.asarray(there), x, x.T):
-        assert read(source, 1000) == source.tobytes()
+def test_tensors_come_one_below_the_other_in_the_dtype_of_the_back_end(dtype, tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"a": (30, 50), "b": (7, 50), "c": (1, 50), "bias": (13,), "large": (301, 77)}
+    tensors = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "x")
+    told = []
+    with ExitStack() as stack:
+        file = opened(stack, tmp_path / "x")
+        with OnHost(BF16, told.append) as put:
+            found = [put([file[name] for name in names]) for names in ("abc", ["bias"], ["large"], "a")]
+    wanted = [np.concatenate([tensors[n] for n in "abc"]), tensors["bias"], tensors["large"], tensors["a"]]
+    for x, y in zip(found, wanted, strict=True):
+        assert x.dtype == BF16 and x.tobytes() == y.astype(BF16).tobytes()
+    assert sum(told) == sum(x.nbytes for x in wanted) and max(told) <= 1000
 
 
-def test_a_file_that_became_shorter_is_named(tmp_path):
-    there = mapped(tmp_path / "x", np.arange(100_000))
-    (tmp_path / "x").write_bytes(b"head")
-    with pytest.raises(UserError, match="x became shorter"):
-        read(there, 1000)
+def test_a_file_that_became_shorter_is_named_and_all_threads_end(tmp_path):
+    save_file({"a": np.arange(100_000, dtype=np.float32)}, tmp_path / "x")
+    with ExitStack() as stack:
+        file = opened(stack, tmp_path / "x")
+        (tmp_path / "x").write_bytes(b"head")
+        with pytest.raises(UserError, match="x became shorter while it was read; fetch the model again"):
+            with OnHost(BF16, lambda _: None) as put:
+                put([file["a"]])
+
+
+class Slow(Tensor):
+    reads = 0
+
+    def read(self, buffer: np.ndarray, at: int) -> None:
+        Slow.reads += 1
+        time.sleep(0.001)
+        super().read(buffer, at)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("when", ["while tensors are asked for", "while they are waited for"])
+def test_whatever_breaks_the_loading_off_leaves_no_thread_and_reads_nothing_more(error, when, tmp_path):
+    save_file({"a": np.arange(1_000_000, dtype=np.float32)}, tmp_path / "x")
+    Slow.reads = 0
+
+    def advance(_: int) -> None:
+        raise error
+
+    with ExitStack() as stack:
+        tensor = Slow(**vars(opened(stack, tmp_path / "x")["a"]))
+        with pytest.raises(error), OnHost(BF16, advance) as put:
+            put([tensor])
+            if when == "while tensors are asked for":
+                raise error
+    assert put.count == 4000 and Slow.reads < 1000

@@ -7,7 +7,7 @@ tokens), the reference's arrays and array code serve on the GPU too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,10 @@ from ..sampling import Sampling
 from ..weights import Layer
 from . import blas, card, pages, raw, raw_dense, repage
 from .decode_step import DecodeStep, unsupported
-from .products import Products
+from .products import Products, batch_plans
 from .queued import Queue, QueuedDecoder
 from .reference import New, Reference
-from .upload import upload
+from .upload import Upload
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -71,7 +71,10 @@ class Cuda(Reference):
     # --- between host and device
 
     def array(self, x: np.ndarray) -> Array:
-        return upload(np.asanyarray(x).astype(self.dtype, copy=False))
+        return self.xp.asarray(np.asarray(x).astype(self.dtype, copy=False))
+
+    def loading(self, advance: Callable[[int], object]) -> Upload:
+        return Upload(self.dtype, advance)
 
     def numpy(self, x: Array) -> np.ndarray:
         return self.xp.asnumpy(x)
@@ -82,14 +85,27 @@ class Cuda(Reference):
     def release(self) -> None:
         self.xp.get_default_memory_pool().free_all_blocks()
 
-    def work_bytes(self, config: Config, tokens: int, context: int) -> int:
-        """What is alive at once in a layer of model.py: while attention reads keys and values in BF16, or while the MLP runs."""
+    def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1) -> int:
+        """What is alive at once in a layer of model.py, while attention reads keys and values in BF16 or while the MLP runs; or, of many
+        rows, the arrays of a `DecodeStep`, which is made when the prompts are read."""
         c = config
         held = tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
         past = 2 * (context if raw.tiled(c.head_dim, self.capability) else context - tokens) * c.kv_size
         mlp = tokens * (c.hidden_size + c.intermediate_size) + min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
+        step = rows * (2 * c.hidden_size + 3 * c.q_size + 2 * c.kv_size + c.intermediate_size)  # x twice, qkv, q, y, h
+        few = max(rows, tokens if tokens <= raw_dense.BATCH_TOKENS else 0)  # cuBLAS takes more
+        reading = (held + max(past, mlp)) * self.dtype.itemsize + self._products_bytes(c, few)
+        drawing = rows * 8 * raw_dense.sample_words(c.vocab_size)
+        merging = 16 * self.multiprocessors * min(8, c.num_heads // c.num_kv_heads) * c.head_dim  # parts of attention
+        stepping = step * self.dtype.itemsize + drawing + merging + 2 * self._products_bytes(c, rows)  # the prompts' scratch is kept
         tables = 4 * c.head_dim * max(1024, 1 << (context - 1).bit_length())  # of RoPE
-        return (held + max(past, mlp)) * self.dtype.itemsize + 4 * c.vocab_size + tables
+        return max(reading, stepping) + 4 * rows * c.vocab_size + tables
+
+    def _products_bytes(self, config: Config, tokens: int) -> int:
+        """Scratch of `Products` for so many tokens."""
+        plans = batch_plans(config, min(tokens, raw_dense.BATCH_TOKENS), self.multiprocessors, self.capability)
+        partial = max((4 * (plan.workspace_floats + plan.counters) for plan in plans), default=0)
+        return partial + tokens * config.hidden_size * self.dtype.itemsize * bool(plans)
 
     def widen(self, x: Array) -> Array:
         return x.astype(np.float32)
@@ -291,7 +307,7 @@ class Cuda(Reference):
         if key not in self.scratch:
             counters = self.xp.zeros(plan.counters(heads.head_dim), np.int32)
             workspace = self.xp.empty(plan.workspace_floats(heads.head_dim), np.float32)
-            self.scratch[key] = self.xp.empty(plan.task_shape, np.int32), workspace, counters
+            self.scratch = {key: (self.xp.empty(plan.task_shape, np.int32), workspace, counters)}  # of the newest cut alone
         return plan, self.scratch[key]
 
 

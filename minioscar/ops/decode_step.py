@@ -18,7 +18,7 @@ from ..config import Config
 from ..oscar import Scheme
 from ..sampling import Sampling
 from . import card, raw, raw_dense
-from .products import Products
+from .products import Products, batch_plans
 
 if TYPE_CHECKING:
     from ..weights import Weights
@@ -54,6 +54,7 @@ class DecodeStep:
         x, middle = (xp.empty((rows, hidden), BF16) for _ in range(2))
         qkv, y, h = (xp.empty((rows, n), BF16) for n in (width, config.q_size, config.intermediate_size))
         products = Products(xp, ops.multiprocessors, ops.capability)
+        products.reserve(batch_plans(config, rows, ops.multiprocessors, ops.capability))
         plan = raw.plan(self.heads, scheme, rows, ops.multiprocessors, ops.capability)
         tasks, workspace = xp.empty(plan.task_shape, np.int32), xp.empty(plan.workspace_floats(config.head_dim), np.float32)
         arrived = xp.zeros(plan.counters(config.head_dim), np.int32)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..cache import BF16
 from . import raw_dense
 from .raw import Launch
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 Array = Any
 
@@ -34,8 +38,25 @@ class Products:
                 self.normed = self.xp.empty(x.shape, BF16)
             before, x = [raw_dense.rms_norm(x, *norm, self.normed)], self.normed
         plan = raw_dense.batch_plan(tokens, size, weight.shape[0], silu, *self.card)
-        if len(self.partial) < plan.workspace_floats:
-            self.partial = self.xp.empty(plan.workspace_floats, np.float32)
-        if len(self.counters) < plan.counters:
-            self.counters = self.xp.zeros(plan.counters, np.int32)
+        self._reserve(plan.workspace_floats, plan.counters)
         return [*before, raw_dense.linear_batch(x, weight, out, plan, self.partial, self.counters, **rest)]
+
+    def reserve(self, plans: Sequence[raw_dense.BatchPlan]) -> None:
+        """Scratch for all of these at once: where launches are kept, each size that was too small would be kept with them."""
+        self._reserve(max((p.workspace_floats for p in plans), default=0), max((p.counters for p in plans), default=0))
+
+    def _reserve(self, floats: int, counters: int) -> None:
+        if len(self.partial) < floats:
+            self.partial = self.xp.empty(floats, np.float32)
+        if len(self.counters) < counters:
+            self.counters = self.xp.zeros(counters, np.int32)
+
+
+def batch_plans(config: Config, tokens: int, multiprocessors: int, capability: int) -> list[raw_dense.BatchPlan]:
+    """Of the matrices of a model, for so many tokens; none for few, which linear.cu takes without scratch."""
+    if tokens <= raw_dense.LINEAR_TOKENS:
+        return []
+    c = config
+    shapes = (c.hidden_size, c.q_size + 2 * c.kv_size, False), (c.q_size, c.hidden_size, False), (c.hidden_size, c.vocab_size, False)
+    shapes += (c.hidden_size, 2 * c.intermediate_size, True), (c.intermediate_size, c.hidden_size, False)
+    return [raw_dense.batch_plan(tokens, *shape, multiprocessors, capability) for shape in shapes if shape[0] % 8 == 0]

@@ -7,7 +7,8 @@ sequences of a batch lie one after another, `[tokens, ...]`, without padding. Ac
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..sampling import Sampling, sample
 if TYPE_CHECKING:
     from ..config import Config
     from ..model import Model
-    from ..weights import Layer
+    from ..weights import Layer, Tensor
 
 Array = Any
 QUERIES = 256  # queries of one sequence whose scores are in memory at once
@@ -48,6 +49,21 @@ class Reference:
         """A weight or table on this back end, floats in its dtype; a copy, since x may be a file that is mapped into memory."""
         return np.array(x, self.dtype)
 
+    @contextmanager
+    def loading(self, advance: Callable[[int], object]) -> Iterator[Callable[[Sequence[Tensor]], Array]]:
+        """Gives what makes one array of tensors of files (`weights.Tensor`), their rows one below the other, in this back end's dtype.
+
+        The arrays hold their numbers when the context has ended. advance: is told of the bytes of the files that were read.
+        """
+
+        def put(tensors: Sequence[Tensor]) -> Array:
+            parts = [tensor.array for tensor in tensors]
+            found = self.array(parts[0] if len(parts) == 1 else np.concatenate(parts))
+            advance(sum(part.nbytes for part in parts))
+            return found
+
+        yield put
+
     def numpy(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
@@ -58,8 +74,9 @@ class Reference:
     def release(self) -> None:
         """Gives memory that is in no use back, after a run that did not fit."""
 
-    def work_bytes(self, config: Config, tokens: int, context: int) -> int:
-        """The arrays of one forward pass of `tokens` tokens that ends at `context`, or of a later step; weights and cache apart."""
+    def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1) -> int:
+        """The arrays of one forward pass of `tokens` tokens that ends at `context`, or of a later step of so many rows; weights and cache
+        apart."""
         hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
 
         def attention(n: int) -> int:
@@ -70,7 +87,7 @@ class Reference:
             return n * (hidden + 3 * q + 6 * kv) + 2 * kv * context + max(unpacked, scores)
 
         mlp = tokens * (2 * hidden + 8 * config.intermediate_size)
-        return self.dtype.itemsize * max(mlp, attention(tokens), attention(1), config.vocab_size)
+        return self.dtype.itemsize * max(mlp, attention(tokens), attention(1), rows * config.vocab_size)
 
     # --- the transformer
 

@@ -45,6 +45,7 @@ class _Memory:
 class Simt(Cuda):
     name = "simt"
     widen, numpy, free_bytes, release = Reference.widen, Reference.numpy, Reference.free_bytes, Reference.release
+    loading = Reference.loading
 
     def __init__(self, arch: int = ARCH) -> None:
         self.xp: Any = _Memory()

@@ -1,0 +1,95 @@
+"""`bench.py memory`, its last row: a checkpoint from files that the system holds in memory to where the model is computed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from minioscar import memory, weights
+from minioscar.cache import BF16
+from minioscar.config import Config
+from minioscar.errors import UserError
+from minioscar.measure import host_copy_bandwidth, median_and_spread
+from minioscar.ops.reference import Reference
+
+MOST, MOST_CPU = 4 * 10**9, 64 * 10**6  # bytes of the files
+COPIED = 256 << 20  # at a time, by the copy that is the limit
+
+
+def loading(config: Config, name: str, ops: Reference, repeats: int) -> dict:
+    """Two shards of BF16, the model's own shapes, as many layers as MOST has room for. The limit is one copy of the same bytes out of
+    pinned memory, or on a CPU from memory to memory. The first load, which also pins its buffers, is `first_s`."""
+    config = shortened(config, MOST if ops.name == "cuda" else MOST_CPU)
+    size, free = 2 * config.parameters(), shutil.disk_usage(tempfile.gettempdir()).free
+    if size > free:
+        raise UserError(f"memory writes a checkpoint of {memory.size(size)} to {tempfile.gettempdir()}, which has {memory.size(free)} free")
+    with tempfile.TemporaryDirectory() as folder:
+        written = write(Path(folder), config)
+        seconds = [once(Path(folder), config, ops) for _ in range(1 + repeats)]
+    (median, spread), copy = median_and_spread(seconds[1:]), copy_rate(ops)
+    times = {"s": median, "spread": spread, "first_s": seconds[0], "gb_s": written / median / 1e9}
+    return {"model": name, "layers": config.num_layers, "bytes": written, **times, "copy_gb_s": copy / 1e9,
+            "fraction_of_copy": written / median / copy}  # fmt: skip
+
+
+def shortened(config: Config, most: int) -> Config:
+    """With as many layers as `most` bytes of BF16 hold, but at least one."""
+    one, two = (2 * replace(config, num_layers=n).parameters() for n in (1, 2))
+    return replace(config, num_layers=min(config.num_layers, 1 + max(most - one, 0) // (two - one)))
+
+
+def write(folder: Path, config: Config) -> int:
+    """The bytes of the tensors in two shards, which are on the disk when it returns: what is still to be written would slow a load."""
+    shapes, block = weights.expected(config), np.random.default_rng(0).standard_normal(1 << 20, np.float32).astype(BF16)
+    total, at, places = 2 * sum(map(math.prod, shapes.values())), 0, {}
+    for tensor, shape in shapes.items():
+        places[tensor] = f"model-{1 + 2 * at // total}.safetensors"
+        at += 2 * math.prod(shape)
+    for file in sorted(set(places.values())):
+        save_file({tensor: np.resize(block, shapes[tensor]) for tensor, place in places.items() if place == file}, folder / file)
+        with open(folder / file, "rb+") as written:
+            os.fsync(written)
+    (folder / weights.INDEX).write_text(json.dumps({"weight_map": places}))
+    return total
+
+
+def once(folder: Path, config: Config, ops: Reference) -> float:
+    """Seconds of a load, the memory for it included: it is given back before."""
+    ops.release()
+    before = time.perf_counter()
+    loaded = weights.load(folder, config, ops)
+    seconds = time.perf_counter() - before
+    del loaded
+    ops.release()
+    return seconds
+
+
+def copy_rate(ops: Reference) -> float:
+    """Bytes per second, counted once; the best of eight."""
+    if ops.name != "cuda":
+        return host_copy_bandwidth(ops, COPIED // 4) / 2
+    return COPIED / min(_pinned_copies(ops))
+
+
+def _pinned_copies(ops: Reference) -> Iterator[float]:
+    from minioscar.ops.upload import pinned
+
+    source, there = pinned((COPIED,), np.uint8), ops.xp.empty(COPIED, np.uint8)
+    source.fill(1)
+    for _ in range(8):
+        start, end = ops.xp.cuda.Event(), ops.xp.cuda.Event()
+        start.record()
+        there.set(source, stream=ops.xp.cuda.get_current_stream())
+        end.record()
+        end.synchronize()
+        yield ops.xp.cuda.get_elapsed_time(start, end) * 1e-3
