@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,16 +51,10 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         norm = None if to == "bf16" else (out, 0.0)
         x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
         found[f"linear to {to}"] = raw_dense.linear(x, weight, y, MULTIPROCESSORS, arch, norm=norm, silu=silu)
-    batches = [(48, 8192, True)] + [(128, 8192, True)] * everything
-    more = [(tokens, rows, silu) for tokens in (16, 32, 48, 64, 96, 128) for rows, silu in ((4096, False), (6144, False), (24576, True))]
-    for tokens, rows, silu in batches + more * everything:
-        x, weight, y = np.empty((tokens, 4096)), np.empty((rows, 4096)), np.empty((1, 1), np.uint16)
-        batch = raw_dense.batch_plan(tokens, 4096, rows, silu, MULTIPROCESSORS, arch)
-        label = f"linear_batch of {tokens}" + (f" to {rows}" if rows != 8192 else "")
-        found[label] = raw_dense.linear_batch(x, weight, y, batch, out, ints, silu=silu)
-        if rows in (4096, 6144):
-            batch = replace(batch, cluster=batch.blocks // batch.tiles)
-            found[f"{label} in clusters"] = raw_dense.linear_batch(x, weight, y, batch, out, ints, silu=silu)
+    for tokens in (48, *((128,) if everything else ())):
+        x, weight, y = np.empty((tokens, 4096)), np.empty((8192, 4096)), np.empty((1, 1), np.uint16)
+        batch = raw_dense.batch_plan(tokens, 4096, 8192, True, MULTIPROCESSORS, arch)
+        found[f"linear_batch of {tokens}"] = raw_dense.linear_batch(x, weight, y, batch, out, ints, silu=True)
     found["embed"], found["advance"] = raw_dense.embed(out[None], ints, out), raw_dense.advance(ints, ints)
     for launch in (raw_dense.silu_mul(out[None], np.empty((1, 8))), raw_dense.add(out[None], np.empty((1, 8)))):
         found[launch.name] = launch

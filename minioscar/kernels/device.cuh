@@ -125,15 +125,13 @@ __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_gr
 // --- launches that overlap (ops/card.py); nothing happens on cards and in launches that do not
 
 // Waits until every launch before this one has ended and what it wrote can be read. Each kernel calls it in every thread, before it writes
-// anything and before it reads what the launch directly before it may have written; whatever came earlier is there from the start (not where
-// the launch before is rms_norm).
+// anything and before it reads what the launch directly before it may have written; whatever came earlier is there from the start.
 __device__ __forceinline__ void wait_for_previous() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// The blocks of the next launch may take the room that this one's leave, as soon as one thread of every block has been here or all have ended.
-// After wait_for_previous: the one before is through then.
+// The blocks of the next launch may take the room that this one's leave. After wait_for_previous: the one before is through then.
 __device__ __forceinline__ void allow_next() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -175,19 +173,6 @@ __device__ __forceinline__ uint64_t l2_evict_first() {
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar, uint64_t policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                ::"r"(smem_addr(shared)), "l"(global), "r"(bytes), "r"(smem_addr(bar)), "l"(policy) : "memory");
-}
-// Blocks of a cluster, numbered by blockIdx.x % its size: they run at the same time, and write into each other's shared memory. What a thread
-// wrote before it arrives is there for the others when they have waited; relaxed: nothing was.
-__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ void store_in_cluster(void* own, int block, float4 x) {  // to where `own` is in that block
-  asm volatile("{\n.reg .b32 to;\nmapa.shared::cluster.u32 to, %0, %1;\nst.shared::cluster.v4.f32 [to], {%2,%3,%4,%5};\n}"
-               ::"r"(smem_addr(own)), "r"(block), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
-}
-// Asks L2 for what will be copied later; address and size as above.
-__device__ __forceinline__ void prefetch_l2(const void* global, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -233,12 +218,7 @@ __device__ __forceinline__ void hold(uint32_t (&d)[N][4]) {
 // d[64 x N] += a[64 x 16] . b[16 x N], or = where FRESH. Warp w of the warpgroup has rows 16w ...: each 8 columns of d, and a, as in mma_m16n8k16.
 #define SUMS_4(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define SUMS_16(d, i) SUMS_4(d, i), SUMS_4(d, i + 1), SUMS_4(d, i + 2), SUMS_4(d, i + 3)
-#define SUMS_8(d, i) SUMS_4(d, i), SUMS_4(d, i + 1)
-#define REGISTERS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define REGISTERS_16 REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define REGISTERS_24 REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define REGISTERS_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define REGISTERS_48 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define REGISTERS_64 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 // Both operands in shared memory, K-major.
 template <bool FRESH>
@@ -246,18 +226,6 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[16][4], uint64_t a, uint64
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
                : SUMS_16(d, 0), SUMS_16(d, 4), SUMS_16(d, 8), SUMS_16(d, 12) : "l"(a), "l"(b), "n"(FRESH ? 0 : 1));
 }
-// The same for fewer or as many columns; d += a . b.
-#define WGMMA_ADDED(TILES, COLUMNS, REGISTERS, A, B, ...)                                                                      \
-  __device__ __forceinline__ void wgmma_bf16(float (&d)[TILES][4], uint64_t a, uint64_t b) {                                   \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" REGISTERS "}, " A ", " B ", 1, 1, 1, 0, 0;" \
-                 : __VA_ARGS__ : "l"(a), "l"(b));                                                                              \
-  }
-WGMMA_ADDED(2, "16", REGISTERS_8, "%8", "%9", SUMS_8(d, 0))
-WGMMA_ADDED(4, "32", REGISTERS_16, "%16", "%17", SUMS_16(d, 0))
-WGMMA_ADDED(6, "48", REGISTERS_24, "%24", "%25", SUMS_16(d, 0), SUMS_8(d, 4))
-WGMMA_ADDED(8, "64", REGISTERS_32, "%32", "%33", SUMS_16(d, 0), SUMS_16(d, 4))
-WGMMA_ADDED(12, "96", REGISTERS_48, "%48", "%49", SUMS_16(d, 0), SUMS_16(d, 4), SUMS_16(d, 8))
-WGMMA_ADDED(16, "128", REGISTERS_64, "%64", "%65", SUMS_16(d, 0), SUMS_16(d, 4), SUMS_16(d, 8), SUMS_16(d, 12))
 // a in registers, b K-major.
 template <bool FRESH>
 __device__ __forceinline__ void wgmma_bf16_k_major(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {

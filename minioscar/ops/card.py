@@ -72,7 +72,6 @@ def module(file: str, options: tuple[str, ...], names: list[str] | None = None) 
 
 def _cubin(code: str, options: tuple[str, ...]) -> Path:
     """Compiled by NVRTC, and kept where CuPy keeps its own. Raises RuntimeError with NVRTC's log."""
-    from cuda.pathfinder import find_nvidia_header_directory  # as CuPy does
     from cupy.cuda import nvrtc
 
     key = hashlib.sha256(repr((code, options, nvrtc.getVersion())).encode()).hexdigest()
@@ -81,7 +80,7 @@ def _cubin(code: str, options: tuple[str, ...]) -> Path:
         return path
     program = nvrtc.createProgram(code, "minioscar.cu", (), ())
     try:
-        nvrtc.compileProgram(program, (f"-I{find_nvidia_header_directory('cudart')}", *options))
+        nvrtc.compileProgram(program, options)
         cubin = nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
         raise RuntimeError(f"{error}: {nvrtc.getProgramLog(program)}") from None

@@ -59,38 +59,26 @@ def linear(
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How linear_batch.cu, or on 9.0 linear_batch_sm90.cu, is cut for a weight [rows, size], so many tokens and a card."""
+    """How linear_batch.cu is cut for a weight [rows, size], so many tokens and a card."""
 
     columns: int  # of a block
     column_blocks: int
-    block_rows: int  # of the weight
-    k: int  # of a slab
+    k_groups: int
     stages: int
     blocks: int  # that share the slabs
     tiles: int  # of rows
-    warpgroups: bool
-    prefetch: int = 8  # slabs that a warpgroup asks L2 for while it waits
-    cluster: int = 1  # blocks that have one tile and meet in shared memory
 
     @property
     def shared(self) -> int:
-        slab = _stage_bytes(self.columns, self.block_rows, self.k)
-        return self.stages * (slab + 16 * self.warpgroups)
+        return self.stages * _stage_bytes(self.columns, self.k_groups)
 
     @property
     def workspace_floats(self) -> int:
-        return self.column_blocks * self.blocks * 2 * self.block_rows * self.columns
+        return self.column_blocks * self.blocks * 2 * (256 // self.k_groups) * self.columns
 
     @property
     def counters(self) -> int:
-        return self.column_blocks * self.tiles * (4 if self.warpgroups else 8)
-
-    @property
-    def defines(self) -> tuple[str, ...]:
-        cut = f"COLUMNS={self.columns}", f"STAGES={self.stages}"
-        if self.warpgroups:
-            return *cut, f"ROW_TILES={self.block_rows // 64}", f"PREFETCH={self.prefetch}", f"CLUSTER={self.cluster}"
-        return *cut, f"K_GROUPS={self.k // 64}"
+        return self.column_blocks * self.tiles * 8
 
 
 def batch_plan(tokens: int, size: int, rows: int, silu: bool, multiprocessors: int, capability: int) -> BatchPlan:
@@ -100,55 +88,26 @@ def batch_plan(tokens: int, size: int, rows: int, silu: bool, multiprocessors: i
     """
     if not 1 <= tokens <= BATCH_TOKENS or size % 8:
         raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear_batch.cu")
-    warpgroups, outputs, room = capability == 90, rows // 2 if silu else rows, _room(capability)
-    k = 64 if warpgroups or rows >= 128 * multiprocessors else 128
-    column_blocks = -(-tokens // (128 if 3 * _stage_bytes(128, 256 * 64 // k, k) <= room else 64))
+    k_groups, room = 1 if rows >= 128 * multiprocessors else 2, _room(capability)
+    column_blocks = -(-tokens // (128 if 3 * _stage_bytes(128, k_groups) <= room else 64))
     each = -(-tokens // column_blocks)
     step = 16 if each <= 64 else 32
-    columns, most = -(-each // step) * step, max(multiprocessors // column_blocks, 1)
-    if warpgroups:
-        block_rows, blocks = _cut(size, outputs, silu, most)
-        stages = _stages(columns, block_rows, room)
-    else:
-        block_rows = 256 * 64 // k
-        stages = min(room // _stage_bytes(columns, block_rows, k), MOST_STAGES)
-    tiles, slabs = -(-outputs // (block_rows // (2 if silu else 1))), -(-size // k)
-    return BatchPlan(columns, column_blocks, block_rows, k, stages, blocks if warpgroups else min(most, tiles * slabs), tiles, warpgroups)
+    columns, outputs = -(-each // step) * step, rows // 2 if silu else rows
+    stages = min(room // _stage_bytes(columns, k_groups), MOST_STAGES)
+    tiles, slabs = -(-outputs // (256 // k_groups // (2 if silu else 1))), -(-size // (64 * k_groups))
+    blocks = min(max(multiprocessors // column_blocks, 1), tiles * slabs)
+    return BatchPlan(columns, column_blocks, k_groups, stages, blocks, tiles)
 
 
-def _cut(size: int, outputs: int, silu: bool, most: int) -> tuple[int, int]:
-    """Rows of a block of linear_batch_sm90.cu, and blocks: those that end first. Not of the tokens: it decides the order of sums.
-
-    Counted in 64 x 64 weights, which a multiprocessor gets in a quarter of a microsecond: what the busiest block has; ten for parts that
-    must meet at the end, four more for blocks that do it twice.
-    """
-    found = []
-    for row_tiles in (2, 3):
-        tiles, slabs = -(-outputs // (64 * row_tiles // (2 if silu else 1))), -(-size // 64)
-        for blocks in {min(most, tiles * slabs), min(most // tiles, slabs) * tiles} - {0}:
-            ends = 0 if tiles % blocks == 0 else 10 if blocks % tiles == 0 else 14
-            found.append((-(-tiles * slabs // blocks) * row_tiles + ends, 64 * row_tiles, blocks))
-    return min(found)[1:]
-
-
-def _stages(columns: int, block_rows: int, room: int) -> int:
-    """Where sums leave registers for it, so many that a block of 128 rows has room beside one of 192: two launches overlap."""
-    own, beside = _stage_bytes(columns, block_rows, 64), 3 * (_stage_bytes(columns, 192, 64) + 16)
-    if columns <= 48:
-        room = beside if block_rows == 192 else room - 1024 - beside
-    return min(room // (own + 16), MOST_STAGES)
-
-
-def _stage_bytes(columns: int, rows: int, k: int) -> int:
-    """A slab of linear_batch.cu or linear_batch_sm90.cu: rows of the weights, and x, so many k of each."""
-    return (rows + columns) * 2 * k
+def _stage_bytes(columns: int, k_groups: int) -> int:
+    """A slab of linear_batch.cu: 256 lines of weights and those of x, of 128 bytes."""
+    return (256 + columns * k_groups) * 128
 
 
 def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> Launch:
     """x [tokens, size] -> out, both bf16."""
     args = (x, weight, out, np.int32(x.shape[1]), np.float32(eps))
-    any_plan = "COLUMNS=16", "STAGES=2", "K_GROUPS=2", "SILU=0", "OUT_BF16=1"
-    return Launch("linear_batch.cu", "rms_norm", any_plan, (len(x),), 256, args)
+    return Launch("linear_batch.cu", "rms_norm", _batch_defines(16, 2, 2, False, True), (len(x),), 256, args)
 
 
 def linear_batch(
@@ -161,9 +120,13 @@ def linear_batch(
     """
     (tokens, size), rows = x.shape, weight.shape[0]
     args = (x, weight, bias, residual, out, workspace, arrived, *map(np.int32, (tokens, size, rows)))
-    defines = *p.defines, f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
-    file = "linear_batch_sm90.cu" if p.warpgroups else "linear_batch.cu"
-    return Launch(file, "linear_batch", defines, (p.blocks, p.column_blocks), 256, args, p.shared)
+    defines = _batch_defines(p.columns, p.k_groups, p.stages, silu, out.dtype.itemsize == 2)
+    return Launch("linear_batch.cu", "linear_batch", defines, (p.blocks, p.column_blocks), 256, args, p.shared)
+
+
+def _batch_defines(columns: int, k_groups: int, stages: int, silu: bool, out_bf16: bool) -> tuple[str, ...]:
+    cut = f"COLUMNS={columns}", f"K_GROUPS={k_groups}", f"STAGES={stages}"
+    return *cut, f"SILU={silu:d}", f"OUT_BF16={out_bf16:d}"
 
 
 # --- between the products of a prefill

@@ -103,11 +103,6 @@ void copy_bulk(void* to, const void* from, unsigned bytes, void* barrier) {
   b.copies.push_back(start(to, from, bytes, bytes, SIMT_PC));
 }
 
-void prefetch(const void* from, unsigned bytes) {
-  if ((uintptr_t)from % 16 || bytes % 16) fault(SIMT_PC, from, "prefetch of %u bytes: address and size must be multiples of 16", bytes);
-  access(from, bytes, READ, SIMT_PC);
-}
-
 void copy_arrive(void* barrier) {
   Mbarrier& b = find(barrier, SIMT_PC);
   Queue& q = queues[current->index];

@@ -41,7 +41,6 @@ void copy_wait(int groups);                                 // until at most `gr
 void mbarrier_init(void* barrier, int count);
 void mbarrier_arrive(void* barrier, unsigned transfer_bytes);
 void mbarrier_wait(void* barrier, unsigned parity, int line);
-void prefetch(const void* global, unsigned bytes);
 void copy_bulk(void* shared, const void* global, unsigned bytes, void* barrier);
 uint32_t shared_address(const void* p);                     // the 32-bit address of PTX and back
 void* shared_pointer(uint32_t address);

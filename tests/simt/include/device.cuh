@@ -70,12 +70,6 @@ SIMT_INLINE uint64_t l2_evict_first() { return 0; }
 SIMT_INLINE void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar, uint64_t) { simt::copy_bulk(shared, global, bytes, bar); }
 SIMT_INLINE void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar) { simt::copy_bulk(shared, global, bytes, bar); }
 
-SIMT_INLINE void cluster_arrive() { simt::fault(__builtin_return_address(0), nullptr, "clusters are not simulated"); }
-SIMT_INLINE void cluster_arrive_relaxed() { cluster_arrive(); }
-SIMT_INLINE void cluster_wait() { cluster_arrive(); }
-SIMT_INLINE void store_in_cluster(void*, int, float4) { cluster_arrive(); }
-SIMT_INLINE void prefetch_l2(const void* global, int bytes) { simt::prefetch(global, bytes); }
-
 SIMT_INLINE void named_barrier_wait(int id, int threads, SIMT_LINE) { simt::barrier_named(id, threads, line); }
 SIMT_INLINE void named_barrier_arrive(int id, int threads) { simt::barrier_named_arrive(id, threads); }
 template <int N> SIMT_INLINE void fewer_registers() {}
@@ -89,7 +83,6 @@ SIMT_INLINE void wgmma_commit() { simt::wgmma_commit(); }
 template <int N> SIMT_INLINE void wgmma_wait(SIMT_LINE) { simt::wgmma_wait(N, line); }
 template <class T> SIMT_INLINE void hold(T&) {}
 template <bool FRESH> SIMT_INLINE void wgmma_bf16(float (&d)[16][4], uint64_t a, uint64_t b, SIMT_LINE) { simt::wgmma(&d[0][0], 128, FRESH, nullptr, a, b, false, line); }
-template <int N> SIMT_INLINE void wgmma_bf16(float (&d)[N][4], uint64_t a, uint64_t b, SIMT_LINE) { simt::wgmma(&d[0][0], 8 * N, false, nullptr, a, b, false, line); }
 template <bool FRESH> SIMT_INLINE void wgmma_bf16_k_major(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) { simt::wgmma(&d[0][0], 128, FRESH, a, 0, b, false, line); }
 template <int N> SIMT_INLINE void wgmma_bf16(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) {
   static_assert(N == 8 || N == 16);
