@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -91,11 +92,12 @@ def headers() -> Path:
     return next(found for root in nvidia.__path__ for found in Path(root).glob("*/include") if (found / "cuda_fp16.h").exists())
 
 
-def compiled(launch: raw.Launch, arch: int) -> tuple[str, bytes]:
+@cache  # the kernels of a file come together
+def compiled(source: str, defines: tuple[str, ...], arch: int) -> tuple[str, bytes]:
     """The log with ptxas's report, and the cubin. Raises AssertionError with the log where it does not compile."""
-    target = f"--gpu-architecture={card.architecture(launch.source, arch)}"
-    options = [target, "-std=c++17", "--ptxas-options=-v", f"-I{headers()}", *(f"-D{d}" for d in launch.defines)]
-    program = checked(nvrtc.nvrtcCreateProgram(card.source(launch.source).encode(), launch.source.encode(), 0, [], []))
+    target = f"--gpu-architecture={card.architecture(source, arch)}"
+    options = [target, "-std=c++17", "--ptxas-options=-v", f"-I{headers()}", *(f"-D{d}" for d in defines)]
+    program = checked(nvrtc.nvrtcCreateProgram(card.source(source).encode(), source.encode(), 0, [], []))
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
     checked(nvrtc.nvrtcGetProgramLog(program, log))
@@ -115,7 +117,7 @@ def checked(answer: tuple):
 def resources(arch: int) -> Iterator[dict]:
     """What each kernel of a card takes: registers a thread, static and dynamic shared memory in bytes, bytes spilled."""
     for label, launch in launches(arch).items():
-        log, cubin = compiled(launch, arch)
+        log, cubin = compiled(launch.source, launch.defines, arch)
         assert cubin[:4] == b"\x7fELF", label
         report = re.split(r"Compiling entry function '(\w+)'", log)
         own = dict(zip(report[1::2], report[2::2], strict=True))[launch.name]

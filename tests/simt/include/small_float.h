@@ -33,8 +33,7 @@ struct Small {
     if ((bits & INF) == INF) f = bits_of<float>((uint32_t)(bits & 0x7FFF) << 13 | 0x7F800000u);
     return bits & 0x8000 ? -f : f;
   }
-  // A double has more than 2P + 2 bits, so rounding its result again is right; also for a fused multiply-add: a product of 2P bits that is
-  // far below the last bit of c cannot come near the middle between two numbers.
+  // A double has more than 2P + 2 bits, so rounding its result again is right.
   friend SIMT_INLINE Small operator+(Small a, Small b) { return from((double)a.value() + b.value()); }
   friend SIMT_INLINE Small operator-(Small a, Small b) { return from((double)a.value() - b.value()); }
   friend SIMT_INLINE Small operator*(Small a, Small b) { return from((double)a.value() * b.value()); }
@@ -42,7 +41,14 @@ struct Small {
   friend SIMT_INLINE Small operator-(Small a) { return raw(a.bits ^ 0x8000); }
   SIMT_INLINE Small& operator+=(Small b) { return *this = *this + b; }
   SIMT_INLINE Small& operator*=(Small b) { return *this = *this * b; }
-  static SIMT_INLINE Small fma(Small a, Small b, Small c) { return from((double)a.value() * b.value() + c.value()); }
+  // Not so of a fused multiply-add: a product may lie in the middle between two numbers, and c be too small to move it. What the double loses
+  // goes into its last bit ("round to odd"), after which it may be rounded again.
+  static __attribute__((noinline)) Small fma(Small a, Small b, Small c) {
+    const double product = (double)a.value() * b.value(), z = c.value(), sum = product + z, part = sum - product;
+    const double lost = (product - (sum - part)) + (z - part);  // exactly
+    const bool even = !(bits_of<uint64_t>(sum) & 1);
+    return from(even && lost > 0 ? nextafter(sum, INFINITY) : even && lost < 0 ? nextafter(sum, -INFINITY) : sum);
+  }
 };
 
 template <class T>
