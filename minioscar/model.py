@@ -16,7 +16,7 @@ from .config import Config
 from .errors import UserError
 from .oscar import Scheme, hadamard
 from .sampling import Sampling
-from .weights import Weights
+from .weights import Layer, Weights
 
 if TYPE_CHECKING:
     from .ops.reference import Reference
@@ -51,19 +51,26 @@ class Model:
 
     def _logits(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool, progress: Progress = iter) -> Array:
         """Runs new tokens, int [tokens], sequence after sequence as `batch` says, through all layers and puts them into the cache."""
-        ops, config, weights, eps = self.ops, self.config, self.weights, self.config.rms_norm_eps
+        ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
         tables = self.tables_for(int(np.add(batch.starts, batch.counts).max()))
         x = ops.embed(weights.embed, ids)  # [tokens, hidden]
         for layer, kept in progress(list(zip(weights.layers, cache.layers, strict=True))):
-            qkv = ops.linear(x, layer.qkv, layer.qkv_bias, norm=(layer.input_norm, eps))  # [tokens, (q_heads + 2 * kv_heads) * head_dim]
-            q, new = ops.rotate_scale(qkv, layer, tables, kept, config, self.scheme, batch)  # QK-norm, RoPE, rotation, norms
-            y = ops.attention(q, new, kept, self.scheme, batch)  # [tokens, q_heads, head_dim]; the cache has the new tokens now
-            x = ops.linear(y.reshape(len(ids), -1), layer.o, layer.o_bias, residual=x)
+            x = self._attend(x, layer, kept, tables, batch)
             h = ops.linear(x, layer.gate_up, norm=(layer.post_norm, eps), silu=True)  # [tokens, intermediate]
             x = ops.linear(h, layer.down, residual=x)
+            del h  # not beside the arrays of the next layer's attention
         cache.advance(batch)
         x = x if every else x[ops.xp.asarray(batch.last)]
         return ops.linear(x, weights.head, norm=(weights.norm, eps), float32=True)
+
+    def _attend(self, x: Array, layer: Layer, kept: dict[str, Array], tables: tuple[Array, Array], batch: Batch) -> Array:
+        """x and the attention of a layer; the cache has the new tokens then. What stands between is gone before the MLP runs."""
+        ops = self.ops
+        norm = layer.input_norm, self.config.rms_norm_eps
+        qkv = ops.linear(x, layer.qkv, layer.qkv_bias, norm=norm)  # [tokens, (q_heads + 2 * kv_heads) * head_dim]
+        q, new = ops.rotate_scale(qkv, layer, tables, kept, self.config, self.scheme, batch)  # QK-norm, RoPE, rotation, norms
+        y = ops.attention(q, new, kept, self.scheme, batch)  # [tokens, q_heads, head_dim]
+        return ops.linear(y.reshape(len(x), -1), layer.o, layer.o_bias, residual=x)
 
     def tables_for(self, positions: int) -> tuple[Array, Array]:
         """Cosines and sines of RoPE for at least so many positions; float32 [positions or more, head_dim / 2]."""

@@ -217,11 +217,12 @@ def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
     )
 
 
-def rotate_values(weights: Weights, config: Config, ops: Reference) -> Weights:
+def rotate_values(weights: Weights, config: Config, ops: Reference, in_place: bool = False) -> Weights:
     """V's half of canalized rotation, folded into the weights: v_proj's rows and o_proj's columns times H, head by head.
 
     v' = H.v for every kv head, and o_proj.H undoes it, since H.H = I: the model computes what it did, on rotated values.
-    Arrays that do not change are shared with `weights`. Raises ValueError where head_dim has no Hadamard matrix.
+    Arrays that do not change are shared with `weights`; those that do are copies, or in_place what they were. Raises ValueError where
+    head_dim has no Hadamard matrix.
     """
 
     def rotated(x: Array, heads: int, axis: int) -> Array:
@@ -230,23 +231,25 @@ def rotate_values(weights: Weights, config: Config, ops: Reference) -> Weights:
         y = oscar.rotate(x.reshape(*x.shape[:-1], heads, config.head_dim), ops.xp).reshape(x.shape)
         return ops.xp.moveaxis(y, -1, axis).astype(x.dtype)
 
+    def own(x: Array | None) -> Array | None:
+        return x if in_place or x is None else x.copy()
+
     def fold(layer: Layer) -> Layer:
         v = config.q_size + config.kv_size  # where the rows of v begin
-        qkv, o, bias = layer.qkv.copy(), layer.o.copy(), layer.qkv_bias
+        qkv, o, bias = map(own, (layer.qkv, layer.o, layer.qkv_bias))
         qkv[v:] = rotated(qkv[v:], config.num_kv_heads, 0)
         if bias is not None:
-            bias = bias.copy()
             bias[v:] = rotated(bias[v:], config.num_kv_heads, 0)
         o[...] = rotated(o, config.num_heads, 1)
-        ops.release()  # or the next layer's weights would be cut out of what was memory for this one's float32, and keep all of it
         return replace(layer, qkv=qkv, qkv_bias=bias, o=o)
 
     return replace(weights, layers=tuple(map(fold, weights.layers)))
 
 
 def for_scheme(weights: Weights, config: Config, scheme: oscar.Scheme, ops: Reference) -> Weights:
-    """The weights as a model with this KV scheme wants them."""
-    return rotate_values(weights, config, ops) if scheme.rotate else weights
+    """The weights as a model with this KV scheme wants them, in the arrays of `weights`, which are the caller's no more: copies beside
+    them would leave holes in a card's memory that no cache fits into (3 GB of a Qwen3-8B)."""
+    return rotate_values(weights, config, ops, in_place=True) if scheme.rotate else weights
 
 
 def arrays(weights: Weights) -> Iterator[Array]:

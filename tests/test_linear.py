@@ -156,4 +156,4 @@ def test_the_slabs_are_shared_equally():
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 48, 128, 256])
 @pytest.mark.parametrize(("size", "rows"), [(4096, 6144), (576, 49152), (1536, 576), (9728, 2560)])
 def test_linear_of_models_shapes(device, seed, tokens, size, rows, parts):
-    check(device, seed, tokens, size, rows, multiprocessors=132, **parts)
+    check(device, seed, tokens, size, rows, multiprocessors=132, capability=90, **parts)

@@ -89,12 +89,15 @@ class Cuda(Reference):
         """What is alive at once in a layer of model.py, while attention reads keys and values in BF16 or while the MLP runs; or, of many
         rows, the arrays of a `DecodeStep`, which is made when the prompts are read."""
         c = config
-        held = tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
-        past = 2 * (context if raw.tiled(c.head_dim, self.capability) else context - tokens) * c.kv_size
-        mlp = tokens * (c.hidden_size + c.intermediate_size) + min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
+        attention = tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
+        attention += 2 * (context if raw.tiled(c.head_dim, self.capability) else context - tokens) * c.kv_size
+        heads = raw.Heads(c.num_heads, c.num_kv_heads, c.head_dim)
+        parts = raw.prefill_parts(heads, tokens, 1, context - tokens, self.multiprocessors, self.capability)
+        attention += 0 if parts is None else 4 * parts.workspace_floats(c.head_dim) // self.dtype.itemsize
+        mlp = tokens * (2 * c.hidden_size + c.intermediate_size) + min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
         step = rows * (2 * c.hidden_size + 3 * c.q_size + 2 * c.kv_size + c.intermediate_size)  # x twice, qkv, q, y, h
         few = max(rows, tokens if tokens <= raw_dense.BATCH_TOKENS else 0)  # cuBLAS takes more
-        reading = (held + max(past, mlp)) * self.dtype.itemsize + self._products_bytes(c, few)
+        reading = max(attention, mlp) * self.dtype.itemsize + self._products_bytes(c, few)
         drawing = rows * 8 * raw_dense.sample_words(c.vocab_size)
         merging = 16 * self.multiprocessors * min(8, c.num_heads // c.num_kv_heads) * c.head_dim  # parts of attention
         stepping = step * self.dtype.itemsize + drawing + merging + 2 * self._products_bytes(c, rows)  # the prompts' scratch is kept
@@ -139,6 +142,7 @@ class Cuda(Reference):
             for i in range(0, tokens, MLP_TOKENS):
                 gate_up = self._plus(self.product(x[i : i + MLP_TOKENS], weight, False), bias)
                 self.run(raw_dense.silu_mul(gate_up, out[i : i + MLP_TOKENS]))
+                del gate_up  # before there is another
         else:
             out = self._plus(self.product(x, weight, False), bias)
         return self._plus(out, residual)
