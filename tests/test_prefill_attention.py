@@ -141,6 +141,19 @@ def test_prefill_attention_with_the_keys_cut_into_parts(device, seed, parts):
 
 
 @on_each_device
+@pytest.mark.parametrize("parts", [(1, 0), (3, 1)])
+def test_prefill_attention_one_head_after_the_other_gives_equal_bits(device, seed, monkeypatch, parts):
+    """What L2 holds decides about the order of items, and nothing else."""
+
+    def ordered(l2: int) -> np.ndarray:
+        monkeypatch.setattr(raw, "L2_BYTES", l2)
+        return check(device, 64, 3, (300, 0), (50, 190), seed, arch=90, parts=parts)
+
+    one, both = (ordered(l2) for l2 in (1, raw.L2_BYTES))
+    assert np.array_equal(one, both, equal_nan=True)
+
+
+@on_each_device
 def test_prefill_attention_in_parts_gives_equal_bits_in_every_order(device, seed):
     first, *others = (check(device, 64, 3, (400, 0), (50, 90), seed, arch=90, order=order, parts=(4, 1)) for order in range(3))
     assert all(np.array_equal(first, other, equal_nan=True) for other in others)

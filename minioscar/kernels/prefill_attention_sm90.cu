@@ -2,7 +2,7 @@
 // these multiply beside the threads, from shared memory, at nearly twice the rate of mma.sync.
 //
 // An item is 128 rows of a kv head, (token, q head) pairs, head by head of token after token, and the keys that they see. A block takes several,
-// grid (at most a block a multiprocessor). Two warpgroups have 64 rows each, q in registers; a warp beside them copies tiles of 128 keys and
+// grid (at most a block a multiprocessor); as many heads at a time as L2 holds the keys and values of. Two warpgroups have 64 rows each, q in registers; a warp beside them copies tiles of 128 keys and
 // values ahead, each as soon as both have read what stood there before, and goes on with the next item while the others end one. A warpgroup asks
 // for the logits of tile j and for p . v of tile j - 1 together, and turns the logits into p while the latter, and then the other warpgroup's
 // products, are under way: they take turns in asking, so that one computes exponentials while the other multiplies.
@@ -41,16 +41,18 @@ struct Item {
 
 struct Items {
   const int *starts, *counts;
-  int kv_heads, sequences, blocks, parts, part_tiles, total;
+  int kv_heads, together, sequences, blocks, parts, part_tiles, total;
 
-  // The first of this block's items from number i on that has something to do: those with the most keys first, and as many of the longer as
-  // of the shorter ones for each block.
+  // The first of this block's items from number i on that has something to do: `together` heads after as many others; of these those with
+  // the most keys first, and as many of the longer as of the shorter ones for each block.
   __device__ __forceinline__ bool find(int& i, Item& x) const {
     for (; i * (int)gridDim.x < total; i++) {
       int n = i * gridDim.x + (i % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
       if (n >= total) continue;
+      const int heads = blocks * parts * sequences * together, before = n / heads * together;
+      n -= before / together * heads;
       x.part = n % parts, n /= parts;
-      x.head = n % kv_heads, n /= kv_heads;
+      x.head = before + n % together, n /= together;
       x.sequence = n % sequences, x.block = blocks - 1 - n / sequences;
       x.rows = counts[x.sequence] * Q_PER_KV, x.start = starts[x.sequence], x.first = x.block * BLOCK_ROWS;
       x.end = x.start + (min(x.first + BLOCK_ROWS, x.rows) - 1) / Q_PER_KV + 1;  // of the keys that any row sees
@@ -210,7 +212,7 @@ __device__ __forceinline__ bool merge(float (&o)[CHANNEL_TILES][4], Softmax& sta
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const bf16* q, const unsigned char* key_tiles,
     const unsigned char* value_tiles, const int* first_tiles, const int* first_rows, const int* starts, const int* counts, bf16* out,
-    float* workspace, int* arrived, int kv_heads, int sequences, int blocks, int parts, int part_tiles, float scale_log2) {
+    float* workspace, int* arrived, int kv_heads, int together, int sequences, int blocks, int parts, int part_tiles, float scale_log2) {
   wait_for_previous(), allow_next();
   extern __shared__ __align__(1024) unsigned char smem[];
   uint64_t* barriers = (uint64_t*)(smem + AT_BARRIERS);
@@ -224,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const
   }
   __syncthreads();
 
-  const Items items = {starts, counts, kv_heads, sequences, blocks, parts, part_tiles, blocks * parts * kv_heads * sequences};
+  const Items items = {starts, counts, kv_heads, together, sequences, blocks, parts, part_tiles, blocks * parts * kv_heads * sequences};
   Item item;
   int number = 0;  // of items
   Place at = {0, 0};
