@@ -113,7 +113,7 @@ def graph_time(calls: list[Call], replays: int = 25) -> float:
     """`measure.graph_time` on torch's allocator and streams: microseconds of one call, median over the replays."""
     import torch
 
-    from minioscar.measure import LAUNCHES
+    from minioscar.measure import LAUNCHES, enough
 
     count = max(LAUNCHES, len(calls))
     for call in calls:
@@ -124,16 +124,15 @@ def graph_time(calls: list[Call], replays: int = 25) -> float:
         for i in range(count):
             calls[i % len(calls)]()
     times = []
-    for i in range(3 + replays):
+    while not enough(times[3:], count, replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         graph.replay()
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(end) * 1e3 / count)
-    return statistics.median(times)
+        times.append(start.elapsed_time(end) * 1e3 / count)
+    return statistics.median(times[3:])
 
 
 def sdpa(backend: str, q: Tensor, caches: Caches) -> Candidates:

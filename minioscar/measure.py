@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .ops.reference import Reference
 
 LAUNCHES = 20  # in one graph, at least
+MEASURED = 20e3  # microseconds of replays, or 16 times as many of them as asked for: a clock that wanders is seen at all its speeds
 L2_BYTES = 64 << 20  # of the largest card so far, rounded up
 
 
@@ -27,8 +28,13 @@ def median_and_spread(times: Sequence[float]) -> tuple[float, float]:
     return median, (max(times) - min(times)) / median
 
 
+def enough(times: Sequence[float], launches: int, replays: int) -> bool:
+    """Whether these times of one launch each, of replays of so many, are as many as a median wants."""
+    return len(times) >= replays and (sum(times) * launches >= MEASURED or len(times) >= 16 * replays)
+
+
 def graph_time(launches: Sequence[Callable[[], None]], replays: int = 25, warm_up: int = 3) -> tuple[float, float]:
-    """Microseconds of one launch (median over the replays) and their spread.
+    """Microseconds of one launch (median over at least so many replays, `enough`) and their spread.
 
     launches[i % len] is captured as launch i of LAUNCHES, or of as many as there are; each is called once before, so that
     compilation stays out. A replay is timed behind another one, as a decode step runs behind the step before it: how long the host
@@ -48,16 +54,15 @@ def graph_time(launches: Sequence[Callable[[], None]], replays: int = 25, warm_u
             launches[i % len(launches)]()
         graph = stream.end_capture()
         times = []
-        for i in range(warm_up + replays):
+        while not enough(times[warm_up:], count, replays):
             start, end = cupy.cuda.Event(), cupy.cuda.Event()
             graph.launch(stream)
             start.record(stream)
             graph.launch(stream)
             end.record(stream)
             end.synchronize()
-            if i >= warm_up:
-                times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / count)
-    return median_and_spread(times)
+            times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / count)
+    return median_and_spread(times[warm_up:])
 
 
 def timed(ops: Reference, run: Callable[[], Any], repeats: int, warm_up: int = 2) -> tuple[float, float]:

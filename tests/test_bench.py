@@ -23,7 +23,7 @@ from benchmarks import models as bench_models
 from minioscar import engine, presets
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
-from minioscar.measure import copies_of, line
+from minioscar.measure import copies_of, enough, line
 from minioscar.ops import raw
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, WINDOW
@@ -358,3 +358,9 @@ def test_ctrl_c_shows_what_there_is_and_leaves_no_file(model, tmp_path):
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130 and err == "bench: interrupted; --json is not written\n"
     assert out.count("decode_attention") == 4 and not list(tmp_path.iterdir())
+
+
+def test_short_launches_are_replayed_more_often():
+    assert not enough([], 20, 25) and not enough([3000.0] * 24, 20, 25) and enough([3000.0] * 25, 20, 25)
+    assert not enough([2.0] * 399, 20, 25) and enough([2.0] * 400, 20, 25)  # 16 ms, but 16 times as many
+    assert not enough([20.0] * 49, 20, 25) and enough([20.0] * 50, 20, 25)  # 20 ms
