@@ -87,10 +87,11 @@ def rotate_scale(
 ) -> Launch:
     """qkv [tokens, (q_heads + 2 kv_heads) * d] -> q_out, and K' to k_out, or K' and V to their place in keys, values."""
     tokens = positions.shape[0]
-    others = heads.q_heads + (heads.kv_heads if k_out is None else 0)
+    together, lanes = (16, heads.head_dim // 16) if heads.head_dim in (64, 128, 256) else (8, 32)  # heads of a block, lanes of a head
     sizes = map(np.int32, (heads.q_heads, heads.kv_heads, places, norm_stride, rotate))
     args = (qkv, q_weight, k_weight, cos, sin, positions, slots, q_out, k_out, keys, values, norms, *sizes, np.float32(eps))
-    return Launch("rotate_scale.cu", "rotate_scale", (f"HEAD_DIM={heads.head_dim}",), (tokens, 1 + -(-others // 8)), 256, args)
+    grid = tokens, 1 + -(-heads.q_heads // together)
+    return Launch("rotate_scale.cu", "rotate_scale", (f"HEAD_DIM={heads.head_dim}",), grid, together * lanes, args)
 
 
 @dataclass(frozen=True)
