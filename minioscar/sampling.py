@@ -47,6 +47,17 @@ def sample(logits: np.ndarray, sampling: Sampling, sequence: int, step: int) -> 
         raise Failure(NOT_FINITE)
     if sampling.temperature == 0:
         return int(logits.argmax())
+    total = np.cumsum(probabilities(logits, sampling))
+    return int(np.searchsorted(total, uniform(sampling, sequence, step) * total[-1], side="right"))
+
+
+def uniform(sampling: Sampling, sequence: int, step: int) -> float:
+    """The random number, 0 <= u < 1, that decides about a token."""
+    return np.random.Generator(np.random.Philox(key=sampling.seed, counter=[0, 0, sequence, step])).random()
+
+
+def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """What a token is drawn from at a temperature above 0, float64 [vocab]: 0 where it is left out; the rest is not scaled up again."""
     with np.errstate(over="ignore"):  # a temperature next to 0 leaves the likeliest alone
         x = (logits - logits.max()).astype(np.float64) / sampling.temperature
     if 0 < sampling.top_k < len(x):
@@ -59,9 +70,7 @@ def sample(logits: np.ndarray, sampling: Sampling, sequence: int, step: int) -> 
         p[order[before >= sampling.top_p]] = 0
     if sampling.min_p > 0:
         p[p < sampling.min_p * p.max()] = 0
-    u = np.random.Generator(np.random.Philox(key=sampling.seed, counter=[0, 0, sequence, step])).random()
-    total = np.cumsum(p)
-    return int(np.searchsorted(total, u * total[-1], side="right"))
+    return p
 
 
 def likeliest(logits: np.ndarray, token: int, k: int) -> list[tuple[int, float]]:

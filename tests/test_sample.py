@@ -7,7 +7,7 @@ import pytest
 
 from minioscar.errors import Failure
 from minioscar.ops import raw_dense
-from minioscar.sampling import Sampling, sample
+from minioscar.sampling import Sampling, probabilities, sample, uniform
 
 from .kernel_device import on_each_device, on_the_card
 
@@ -47,8 +47,20 @@ def check(device, seed: int, sampling: Sampling, vocab: int, batch: int, ties: b
         logits = np.round(logits)
     sequences, steps = rng.integers(0, 1000, (2, batch)).astype(np.int32)
     got = drawn(device, logits, sampling, sequences, steps)
-    expected = [sample(row, sampling, int(n), int(step)) for row, n, step in zip(logits, sequences, steps, strict=True)]
-    assert got.tolist() == expected
+    for token, row, n, step in zip(got.tolist(), logits, sequences.tolist(), steps.tolist(), strict=True):
+        expected = sample(row, sampling, n, step)
+        assert token == expected or sampling.temperature and next_to(token, row, sampling, n, step), (token, expected)
+
+
+def next_to(token: int, row: np.ndarray, sampling: Sampling, sequence: int, step: int) -> bool:
+    """Whether the random number is so near a token's share that the device's weights, each right within 2^-20, may put it there.
+
+    float32 rounds a logit 2^3 or 2^4 below the largest, in units of log2, by up to 2^-20; of 150,000 tokens a share is 2^-17 on average.
+    """
+    p = probabilities(row, sampling)
+    total, error = np.cumsum(p), 2 * 2.0**-20 * p.sum()
+    at = uniform(sampling, sequence, step) * total[-1]
+    return p[token] > 0 and total[token] - p[token] - error <= at <= total[token] + error
 
 
 @on_each_device

@@ -8,6 +8,7 @@ import numpy as np
 
 Array = Any
 ONE = np.ones(1, np.float32)  # where cuBLAS reads alpha and beta
+DISALLOW_REDUCED_PRECISION_REDUCTION = 16  # cublasMath_t; without it cuBLAS may round a product to bf16 before it adds it
 
 
 def add_product(y: Array, x: Array, weight: Array) -> None:
@@ -23,5 +24,9 @@ def add_product(y: Array, x: Array, weight: Array) -> None:
     # column by column, as cuBLAS counts, the arrays are their transposes: y.T += weight @ x.T
     sizes = rows, tokens, size
     a, b, c = (weight.data.ptr, CUDA_R_16BF, size), (x.data.ptr, CUDA_R_16BF, size), (y.data.ptr, CUDA_R_16BF, rows)
-    how = cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP
-    cublas.gemmEx(get_cublas_handle(), cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, *sizes, one, *a, *b, one, *c, *how)
+    how, handle = (cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP), get_cublas_handle()
+    cublas.setMathMode(handle, DISALLOW_REDUCED_PRECISION_REDUCTION)
+    try:
+        cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, *sizes, one, *a, *b, one, *c, *how)
+    finally:
+        cublas.setMathMode(handle, cublas.CUBLAS_DEFAULT_MATH)
