@@ -273,6 +273,11 @@ def memory_cells(row: dict) -> Iterator[str]:
     yield from (f"{row['predicted_bytes'] / 1e6:,.1f}", f"{row['ratio_to_bf16']:.2f}x")
 
 
+def load_cells(row: dict) -> Iterator[str]:
+    yield from (row["model"], f"{row['layers']}", f"{row['bytes'] / 1e6:,.0f}", f"{row['s']:.3f}", f"{row['first_s']:.3f}")
+    yield from (f"{row['gb_s']:.1f}", f"{row['copy_gb_s']:.1f}", f"{row['fraction_of_copy']:.0%}")
+
+
 def peer_cell(row: dict, digits: int) -> str:
     return "; ".join(f"{NAMES[name]} {value:,.{digits}f}" for name, value in measured(row).items())
 
@@ -298,6 +303,7 @@ PARTS = {
     "prefill": (["prefill", "tokens", "tokens/s", "limit, tokens/s", "of it", "peers, tokens/s"], prefill_cells),
     "throughput": (["throughput", "budget, GB", "`--kv`", "tokens", "sequences", "tokens/s"], throughput_cells),
     "memory": (["memory", *SHAPE, "cache, MB", "predicted, MB", "smaller than BF16"], memory_cells),
+    "load": (["loading", "layers", "MB", "s", "the first time, s", "GB/s", "a pinned copy, GB/s", "of it"], load_cells),
 }
 
 TABLES = {"decode_kernels": decode_kernels, "other_kernels": other_kernels, "resources": resources, "gpu": gpu, "cpu": cpu}

@@ -13,6 +13,7 @@ import pytest
 GROWTH = {"us_per_1000_tokens": 0.2, "us_at_0_tokens": 8.0, "worst_error": 0.03, "bytes_us_per_1000_tokens": 0.1, "times_the_bytes": 2.0}
 PART = {"us_a_step": 54.0, "bytes": 2e6, "fraction_of_limit": 0.333}
 MEMORY = {"cache_bytes": 3e6, "predicted_bytes": 3e6, "ratio_to_bf16": 4.5}
+LOAD = {"gb_s": 45.0, "copy_gb_s": 50.0, "fraction_of_copy": 0.9}
 META = {"card": "Card", "driver": "1.2", "cuda": 13020, "versions": {"numpy": "2"}, "commit": "abc", "date": "2026-01-01"}
 
 
@@ -49,6 +50,7 @@ def report() -> dict:
         "throughput": [rate("bf16", 16, 0, 0.0), rate("bf16", 40, 8, 100.0), rate("bf16", 80, 20, 250.0)]
         + [rate("int2", 80, 40, 500.0), rate("int2", 80, 90, 1000.0)],
         "memory": [{"model": "m", "kv": "int2", "batch": 2, "context": 512, **MEMORY}],
+        "load": [{"model": "m", "layers": 3, "bytes": 3.6e9, "s": 0.08, "first_s": 0.1, **LOAD}],
     }
 
 
@@ -70,6 +72,7 @@ def test_every_part_of_a_report_has_a_table_with_the_limit_beside_the_figure(rep
         "| m | 80 | `int2` | 4,096 | 90 | 1,000 |",
         "| m | 16 | `bf16` | 4,096 | 0 | 0 |",
         "| m | `int2` | 2 x 512 | 3.0 | 3.0 | 4.50x |",
+        "| m | 3 | 3,600 | 0.080 | 0.100 | 45.0 | 50.0 | 90% |",
     ):
         assert line in text.splitlines()
     assert "Card, driver 1.2, CUDA 13.2; numpy 2; commit `abc`, 2026-01-01" in text
