@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -42,25 +44,33 @@ def drawn(device, logits: np.ndarray, sampling: Sampling, sequences: np.ndarray,
 
 def check(device, seed: int, sampling: Sampling, vocab: int, batch: int, ties: bool = False) -> None:
     rng = np.random.default_rng(seed)
-    logits = (3 * rng.standard_normal((batch, vocab))).astype(np.float32)
-    if ties:
-        logits = np.round(logits)
+    logits = np.empty((batch, vocab), np.float32)
     sequences, steps = rng.integers(0, 1000, (2, batch)).astype(np.int32)
+    for row, n, step in zip(logits, sequences.tolist(), steps.tolist(), strict=True):
+        drawn_again = True
+        while drawn_again:
+            row[:] = 3 * rng.standard_normal(vocab)
+            row[:] = np.round(row) if ties else row
+            drawn_again = undecided(row, sampling, n, step)
     got = drawn(device, logits, sampling, sequences, steps)
-    for token, row, n, step in zip(got.tolist(), logits, sequences.tolist(), steps.tolist(), strict=True):
-        expected = sample(row, sampling, n, step)
-        assert token == expected or sampling.temperature and next_to(token, row, sampling, n, step), (token, expected)
+    expected = [sample(row, sampling, int(n), int(step)) for row, n, step in zip(logits, sequences, steps, strict=True)]
+    assert got.tolist() == expected
 
 
-def next_to(token: int, row: np.ndarray, sampling: Sampling, sequence: int, step: int) -> bool:
-    """Whether the random number is so near a token's share that the device's weights, each right within 2^-20, may put it there.
+def undecided(row: np.ndarray, sampling: Sampling, sequence: int, step: int) -> bool:
+    """Whether the random number is so near the end of a token's share, or top-p so near one, that float32 may see it on the other side.
 
-    float32 rounds a logit 2^3 or 2^4 below the largest, in units of log2, by up to 2^-20; of 150,000 tokens a share is 2^-17 on average.
+    A logit 2^3 or 2^4 below the largest, in units of log2, is rounded by up to 2^-20, and its share by so much of it.
     """
-    p = probabilities(row, sampling)
-    total, error = np.cumsum(p), 2 * 2.0**-20 * p.sum()
-    at = uniform(sampling, sequence, step) * total[-1]
-    return p[token] > 0 and total[token] - p[token] - error <= at <= total[token] + error
+    if sampling.temperature == 0:
+        return False
+
+    def near(p: np.ndarray, x: float) -> bool:
+        ends = np.cumsum(p[p > 0])
+        return bool(abs(ends / ends[-1] - x)[:-1].min(initial=np.inf) < 2 * 2.0**-20)
+
+    whole = -np.sort(-probabilities(row, replace(sampling, top_p=1.0, min_p=0.0)))
+    return sampling.top_p < 1 and near(whole, sampling.top_p) or near(probabilities(row, sampling), uniform(sampling, sequence, step))
 
 
 @on_each_device

@@ -96,15 +96,17 @@ def test_a_planted_fault_is_reported_with_its_thread_and_line(device, name, faul
         (3, r"race: (read|write) .* is not ordered after the (read|write) by thread"),
         (4, "wgmma whose pattern of swizzling does not begin at a multiple of 1024 bytes"),
         (5, "the block ended with a wgmma in flight"),
+        (6, "operand a of a wgmma in flight was written"),
     ],
 )
 def test_a_fault_with_a_wgmma_is_reported(device, fault, message, seed):
-    a, b, c = (device.array(np.zeros((rows, 64), dtype)) for rows, dtype in ((64, np.uint16), (128, np.uint16), (128, np.float32)))
-    kernel = device.compile(SOURCE.with_name("warpgroups_sm90.cu"), "shared_shared", arch=90)
+    b = device.array(np.zeros((128, 64), np.uint16))
+    a, c = device.array(np.zeros((128, 4), np.uint32)), device.array(np.zeros((128, 64), np.float32))
+    kernel = device.compile(SOURCE.with_name("warpgroups_sm90.cu"), "registers_rows", arch=90)
     for order in ORDERS:
         out = device.empty((128, 64), np.float32)
         with pytest.raises(simt.Fault, match=message):
-            kernel(1, 128, [a, b, c, out, np.int32(fault)], shared=8192 + 16384, seed=order)
+            kernel(1, 128, [a, b, c, out, np.int32(fault)], shared=16384, seed=order)
 
 
 @on_simt

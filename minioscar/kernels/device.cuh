@@ -157,10 +157,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* bar, int byt
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_addr(bar)) : "memory");
 }
-// An arrival at `bar` as soon as every cp.async of this thread so far has ended.
-__device__ __forceinline__ void cp_async_arrive(uint64_t* bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_addr(bar)) : "memory");
-}
 __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
   asm volatile("{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra ARRIVED;\nbra WAIT;\nARRIVED:\n}" ::"r"(smem_addr(bar)), "r"(parity) : "memory");
 }
@@ -220,12 +216,6 @@ __device__ __forceinline__ void hold(uint32_t (&d)[N][4]) {
 #define SUMS_16(d, i) SUMS_4(d, i), SUMS_4(d, i + 1), SUMS_4(d, i + 2), SUMS_4(d, i + 3)
 #define REGISTERS_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define REGISTERS_64 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-// Both operands in shared memory, K-major.
-template <bool FRESH>
-__device__ __forceinline__ void wgmma_bf16(float (&d)[16][4], uint64_t a, uint64_t b) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
-               : SUMS_16(d, 0), SUMS_16(d, 4), SUMS_16(d, 8), SUMS_16(d, 12) : "l"(a), "l"(b), "n"(FRESH ? 0 : 1));
-}
 // a in registers, b K-major.
 template <bool FRESH>
 __device__ __forceinline__ void wgmma_bf16_k_major(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {

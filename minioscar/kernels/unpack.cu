@@ -117,7 +117,8 @@ __device__ __forceinline__ void unpack_values(const unsigned char* page, int par
 extern "C" __global__ void __launch_bounds__(2 * HEAD_DIM, 512 / HEAD_DIM) unpack(const unsigned char* __restrict__ pages,
     const float* __restrict__ norms, const bf16* __restrict__ sink_keys, const bf16* __restrict__ sink_values, const bf16* __restrict__ window_keys,
     const bf16* __restrict__ window_values, const int* __restrict__ slots, const int* __restrict__ starts,
-    const int* __restrict__ first_tiles, bf16* __restrict__ keys, bf16* __restrict__ values, int kv_heads, int page_count, int norm_stride, int sinks, int capacity) {
+    const int* __restrict__ first_tiles, bf16* __restrict__ keys, bf16* __restrict__ values, int kv_heads, int page_count, int norm_stride,
+    int sinks, int capacity) {
   wait_for_previous(), allow_next();
   const int sequence = blockIdx.z, head = blockIdx.y, first = blockIdx.x * PAGE_TOKENS, start = starts[sequence], packed = start - start % WINDOW;
   if (first >= start) return;

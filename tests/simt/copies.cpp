@@ -18,7 +18,6 @@ struct Mbarrier {
   unsigned phase;
   Clocks clocks;
   std::vector<Copy> copies;
-  std::vector<std::vector<Copy>> threads;  // cp.async of a thread, whose end is an arrival
   std::vector<int> waiting;
 };
 
@@ -76,7 +75,7 @@ static void maybe_complete(Mbarrier& b) {
 
 void mbarrier_init(void* barrier, int count) {
   access(barrier, 8, WRITE, SIMT_PC);
-  mbarriers[barrier] = Mbarrier{count, count, 0, 0, {}, {}, {}, {}};
+  mbarriers[barrier] = Mbarrier{count, count, 0, 0, {}, {}, {}};
 }
 
 void mbarrier_arrive(void* barrier, unsigned transfer_bytes) {
@@ -103,44 +102,23 @@ void copy_bulk(void* to, const void* from, unsigned bytes, void* barrier) {
   b.copies.push_back(start(to, from, bytes, bytes, SIMT_PC));
 }
 
-void copy_arrive(void* barrier) {
-  Mbarrier& b = find(barrier, SIMT_PC);
-  Queue& q = queues[current->index];
-  std::vector<Copy> own;
-  for (auto& g : q.copies) own.push_back(std::move(g.copy));
-  q.copies.clear();
-  b.threads.push_back(std::move(own));
-}
-
-template <class T>
-static T taken(std::vector<T>& from) {
-  std::swap(from[random_below(from.size())], from.back());
-  T one = std::move(from.back());
-  from.pop_back();
-  return one;
-}
-
 bool copies_deliver_one() {  // only what somebody waits for: a read without the wait never finds the data there by luck
   std::vector<Mbarrier*> some;
-  for (auto& [address, b] : mbarriers) if (!b.waiting.empty() && !(b.copies.empty() && b.threads.empty())) some.push_back(&b);
+  for (auto& [address, b] : mbarriers) if (!b.waiting.empty() && !b.copies.empty()) some.push_back(&b);
   if (some.empty()) return false;
   Mbarrier& b = *some[random_below(some.size())];
-  if (b.copies.empty()) {
-    for (const Copy& c : taken(b.threads)) land(c, ENGINE);
-    if (!b.missing) fault(SIMT_PC, nullptr, "more arrivals at an mbarrier than it counts (%d)", b.count);
-    b.missing--;
-  } else {
-    const Copy c = taken(b.copies);
-    land(c, ENGINE);
-    b.transfer -= c.data.size();
-  }
+  std::swap(b.copies[random_below(b.copies.size())], b.copies.back());
+  const Copy c = std::move(b.copies.back());
+  b.copies.pop_back();
+  land(c, ENGINE);
+  b.transfer -= c.data.size();
   release_engine(b.clocks);
   maybe_complete(b);
   return true;
 }
 
 bool bulk_pending() {
-  for (auto& [address, b] : mbarriers) if (!b.copies.empty() || !b.threads.empty()) return true;
+  for (auto& [address, b] : mbarriers) if (!b.copies.empty()) return true;
   return false;
 }
 
@@ -150,9 +128,6 @@ const char* copy_in_flight(const void* address, size_t bytes) {
     for (auto& g : queues[i].copies) if (covers(g.copy)) return "that a cp.async in flight will write: its wait is missing";
   for (auto& [at, b] : mbarriers)
     for (auto& c : b.copies) if (covers(c)) return "that a bulk copy in flight will write: nobody has waited for its mbarrier";
-  for (auto& [at, b] : mbarriers)
-    for (auto& own : b.threads)
-      for (auto& c : own) if (covers(c)) return "that a cp.async in flight will write: nobody has waited for its mbarrier";
   return nullptr;
 }
 }  // namespace simt

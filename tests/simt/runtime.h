@@ -28,15 +28,14 @@ void mma_16816(float* d, const uint32_t* a, const uint32_t* b, const float* c, b
 void ldmatrix(uint32_t* out, int count, bool transposed, const void* row, int line);
 uint32_t movmatrix(uint32_t value, int line);
 
-// wgmma.mma_async, m64nNk16, BF16: d[N / 2] += a . b; a in registers (four, of each thread) or, where they are null, in shared memory.
-void wgmma(float* d, int n, bool fresh, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor, bool b_n_major, int line);
+// wgmma.mma_async, m64nNk16, BF16: d[N / 2] += a . b; a in four registers of each thread, b in shared memory.
+void wgmma(float* d, int n, bool fresh, const uint32_t* a, uint64_t b, bool b_n_major, int line);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int groups, int line);
 
 void copy_async(void* shared, const void* global, int bytes, int source_bytes);  // cp.async; bytes past source_bytes become zero
 void copy_commit();
-void copy_arrive(void* barrier);                            // cp.async.mbarrier.arrive.noinc
 void copy_wait(int groups);                                 // until at most `groups` newest groups are in flight
 void mbarrier_init(void* barrier, int count);
 void mbarrier_arrive(void* barrier, unsigned transfer_bytes);

@@ -1,33 +1,5 @@
-// warpgroups_sm90.cu: one warpgroup; a [64, 64] K-major, b [N, 64] K-major or [16, N] N-major, c and d as registers are in memory, [128, N / 2].
+// warpgroups_sm90.cu: one warpgroup; b [128, 64] K-major or [16, N] N-major; a, c and d in memory as they are in registers, c and d [128, N / 2].
 #include "device.cuh"
-
-// Row r of 64 numbers of x to where wgmma_operand wants it.
-__device__ void bring(unsigned char* to, const uint4* x, int n) {
-  for (int i = threadIdx.x; i < n * 8; i += 128) *(uint4*)(to + i / 8 * 128 + (i % 8 ^ i / 8 % 8) * 16) = x[i];
-}
-// d = c + a . b, twice 16 of the 64 k: those from 16 on and those from 48 on; or, where c is null, d = a . b
-extern "C" __global__ void shared_shared(const uint4* a, const uint4* b, const float* c, float* out, int fault) {
-  extern __shared__ __align__(1024) unsigned char rows[];
-  const int t = threadIdx.x;
-  bring(rows, a, 64);
-  bring(rows + 8192, b, 128);
-  fence_async();
-  __syncthreads();
-  float d[16][4];
-  for (int i = 0; i < 64; i++) d[i / 4][i % 4] = c ? c[64 * t + i] : 1e30f;
-  const uint64_t at_a = wgmma_operand(rows + (fault == 4 ? 128 : 0), 1024, 0), at_b = wgmma_operand(rows + 8192, 1024, 0);
-  hold(d);
-  if (fault != 1) wgmma_fence();
-  if (c) wgmma_bf16<false>(d, at_a + 2, at_b + 2);
-  else wgmma_bf16<true>(d, at_a + 2, at_b + 2);
-  wgmma_bf16<false>(d, at_a + 6, at_b + 6);
-  wgmma_commit();
-  if (fault == 2) d[3][1] = 0.f;
-  if (fault == 3) rows[8192 + 2 * t] = 0;
-  if (fault != 5) wgmma_wait<0>();
-  hold(d);
-  for (int i = 0; i < 64; i++) out[64 * t + i] = d[i / 4][i % 4];
-}
 
 // d = c + a . b, a [128, 4] registers, b [16, N]
 template <int N>
@@ -56,23 +28,26 @@ extern "C" __global__ void registers_shared_64(const uint32_t* a, const uint4* b
 extern "C" __global__ void registers_shared_128(const uint32_t* a, const uint4* b, const float* c, float* out) { multiply<128>(a, b, c, out); }
 
 // d = c + a . b, or a . b where c is null; b [128, 64] K-major, its k from 48 on
-extern "C" __global__ void registers_rows(const uint32_t* a, const uint4* b, const float* c, float* out) {
+extern "C" __global__ void registers_rows(const uint32_t* a, const uint4* b, const float* c, float* out, int fault) {
   extern __shared__ __align__(1024) unsigned char rows[];
   const int t = threadIdx.x;
-  bring(rows, b, 128);
+  for (int i = t; i < 128 * 8; i += 128) *(uint4*)(rows + i / 8 * 128 + (i % 8 ^ i / 8 % 8) * 16) = b[i];  // as wgmma_operand wants them
   fence_async();
   __syncthreads();
   float d[16][4];
   uint32_t own[1][4];
   for (int i = 0; i < 4; i++) own[0][i] = a[4 * t + i];
   for (int i = 0; i < 64; i++) d[i / 4][i % 4] = c ? c[64 * t + i] : 1e30f;
+  const uint64_t at = wgmma_operand(rows + (fault == 4 ? 128 : 0), 1024, 0) + 6;
   hold(d), hold(own);
-  wgmma_fence();
-  const uint64_t at = wgmma_operand(rows, 1024, 0) + 6;
+  if (fault != 1) wgmma_fence();
   if (c) wgmma_bf16_k_major<false>(d, own[0], at);
   else wgmma_bf16_k_major<true>(d, own[0], at);
   wgmma_commit();
-  wgmma_wait<0>();
+  if (fault == 2) d[3][1] = 0.f;
+  if (fault == 3) rows[128 * t + (6 ^ t % 8) * 16] = 0;  // of k 48
+  if (fault == 6) own[0][0]++;
+  if (fault != 5) wgmma_wait<0>();
   hold(d);
   for (int i = 0; i < 64; i++) out[64 * t + i] = d[i / 4][i % 4];
 }

@@ -64,7 +64,6 @@ SIMT_INLINE void mbarrier_init(uint64_t* bar, int arrivals) { simt::mbarrier_ini
 SIMT_INLINE void mbarrier_init_fence() {}
 SIMT_INLINE void mbarrier_arrive_expect_tx(uint64_t* bar, int bytes) { simt::mbarrier_arrive(bar, bytes); }
 SIMT_INLINE void mbarrier_arrive(uint64_t* bar) { simt::mbarrier_arrive(bar, 0); }
-SIMT_INLINE void cp_async_arrive(uint64_t* bar) { simt::copy_arrive(bar); }
 SIMT_INLINE void mbarrier_wait(uint64_t* bar, uint32_t parity, SIMT_LINE) { simt::mbarrier_wait(bar, parity, line); }
 SIMT_INLINE uint64_t l2_evict_first() { return 0; }
 SIMT_INLINE void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar, uint64_t) { simt::copy_bulk(shared, global, bytes, bar); }
@@ -82,11 +81,10 @@ SIMT_INLINE void wgmma_fence() { simt::wgmma_fence(); }
 SIMT_INLINE void wgmma_commit() { simt::wgmma_commit(); }
 template <int N> SIMT_INLINE void wgmma_wait(SIMT_LINE) { simt::wgmma_wait(N, line); }
 template <class T> SIMT_INLINE void hold(T&) {}
-template <bool FRESH> SIMT_INLINE void wgmma_bf16(float (&d)[16][4], uint64_t a, uint64_t b, SIMT_LINE) { simt::wgmma(&d[0][0], 128, FRESH, nullptr, a, b, false, line); }
-template <bool FRESH> SIMT_INLINE void wgmma_bf16_k_major(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) { simt::wgmma(&d[0][0], 128, FRESH, a, 0, b, false, line); }
+template <bool FRESH> SIMT_INLINE void wgmma_bf16_k_major(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) { simt::wgmma(&d[0][0], 128, FRESH, a, b, false, line); }
 template <int N> SIMT_INLINE void wgmma_bf16(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) {
   static_assert(N == 8 || N == 16);
-  simt::wgmma(&d[0][0], 8 * N, false, a, 0, b, true, line);
+  simt::wgmma(&d[0][0], 8 * N, false, a, b, true, line);
 }
 #endif
 #endif
