@@ -7,6 +7,7 @@ launches in one replayed graph, over weights that no L2 holds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import cupy
@@ -45,9 +46,9 @@ def measure(copy_rate: float, matmul_rate: float, quick: bool) -> Iterator[dict]
         for batch in (1,) if quick else (1, 48, 256):
             us, spread = graph_time([drawing(sampling, batch, rng)])
             yield row("sample", name, batch, us, spread, batch * VOCABULARY * 4, copy_rate)
-    for name, launch, moved in elementwise(4096, rng):
+    for name, shape, tokens, launch, moved in between(rng):
         us, spread = graph_time([together([launch])])
-        yield row(name, "12,288" if name == "silu_mul" else "4,096", 4096, us, spread, moved, copy_rate)
+        yield row(name, shape, tokens, us, spread, moved, copy_rate)
     for past, new in PREFILLS[:1] if quick else PREFILLS:
         us, spread = graph_time([prefill(past, new, rng)], replays=5)
         operations = 4 * HEADS.head_dim * HEADS.q_heads * pairs(past, new)
@@ -97,12 +98,21 @@ def together(launches: Sequence[raw.Launch]) -> Callable[[], None]:
     return run
 
 
-def elementwise(tokens: int, rng: Any) -> Iterator[tuple[str, raw.Launch, int]]:
-    """Launch, and bytes in and out."""
+def between(rng: Any) -> Iterator[tuple[str, str, int, raw.Launch, int]]:
+    """What runs between the products of a prompt: name, shape, tokens, launch, and bytes in and out."""
+    tokens = 4096
     gate_up, out = random_bf16((tokens, 24576), rng), cupy.empty((tokens, 12288), BF16)
-    yield "silu_mul", raw_dense.silu_mul(gate_up, out), gate_up.nbytes + out.nbytes
+    yield "silu_mul", "12,288", tokens, raw_dense.silu_mul(gate_up, out), gate_up.nbytes + out.nbytes
     x, y = (random_bf16((tokens, 4096), rng) for _ in "xy")
-    yield "add", raw_dense.add(x, y), x.nbytes + 2 * y.nbytes
+    yield "add", "4,096", tokens, raw_dense.add(x, y), x.nbytes + 2 * y.nbytes
+    tokens, (q_heads, kv_heads, head_dim) = 32768, astuple(HEADS)
+    qkv, tables = random_bf16((tokens, (q_heads + 2 * kv_heads) * head_dim), rng), cupy.ones((2, tokens, head_dim // 2), np.float32)
+    q, k = (cupy.empty((tokens, n, head_dim), BF16) for n in (q_heads, kv_heads))
+    norms, weight = cupy.empty((1, tokens), np.float32), cupy.ones(head_dim, BF16)
+    options = {"norms": norms, "norm_stride": tokens, "q_weight": weight, "k_weight": weight, "eps": EPS}
+    launch = raw.rotate_scale(HEADS, qkv, cupy.arange(tokens, dtype=np.int32), *tables, q, rotate=True, k_out=k, **options)
+    moved = 2 * (q.nbytes + k.nbytes) + tables.nbytes + norms.nbytes
+    yield "rotate_scale", f"{q_heads} and {kv_heads} heads of {head_dim}", tokens, launch, moved
 
 
 def prefill(past: int, new: int, rng: Any) -> Callable[[], None]:
