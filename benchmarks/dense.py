@@ -109,7 +109,8 @@ def between(rng: Any) -> Iterator[tuple[str, str, int, raw.Launch, int]]:
     qkv, tables = random_bf16((tokens, (q_heads + 2 * kv_heads) * head_dim), rng), cupy.ones((2, tokens, head_dim // 2), np.float32)
     q, k = (cupy.empty((tokens, n, head_dim), BF16) for n in (q_heads, kv_heads))
     norms, weight = cupy.empty((1, tokens), np.float32), cupy.ones(head_dim, BF16)
-    options = {"norms": norms, "norm_stride": tokens, "q_weight": weight, "k_weight": weight, "eps": EPS}
+    slots = cupy.zeros(tokens, np.int32)  # all of one sequence
+    options = {"slots": slots, "norms": norms, "norm_stride": tokens, "q_weight": weight, "k_weight": weight, "eps": EPS}
     launch = raw.rotate_scale(HEADS, qkv, cupy.arange(tokens, dtype=np.int32), *tables, q, rotate=True, k_out=k, **options)
     moved = 2 * (q.nbytes + k.nbytes) + tables.nbytes + norms.nbytes
     yield "rotate_scale", f"{q_heads} and {kv_heads} heads of {head_dim}", tokens, launch, moved
