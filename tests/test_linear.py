@@ -131,6 +131,18 @@ def test_a_token_gets_the_same_bits_in_a_batch_of_9_and_of_100(device, seed):
     assert np.array_equal(*rows)
 
 
+@on_each_device
+@pytest.mark.parametrize("size", [8, 2056, 8192, 8200, 18440])
+def test_rms_norm_of_rows_that_its_registers_hold_and_of_longer_ones(device, size, seed):
+    rng = np.random.default_rng(seed)
+    x, weight = rng.normal(size=(3, size)).astype(BF16), rng.uniform(0.5, 1.5, size).astype(BF16)
+    out = device.empty(x.shape, BF16)
+    device.run(raw_dense.rms_norm(device.array(x), device.array(weight), EPS, out))
+    exact = x.astype(np.float64)
+    exact = exact / np.sqrt((exact * exact).mean(axis=1, keepdims=True) + EPS) * weight.astype(np.float64)
+    assert np.all(abs(np.array(device.numpy(out)).astype(np.float64) - exact) <= (2.0**-8 + 2.0**-18) * abs(exact))
+
+
 def test_what_does_not_fit_is_refused():
     weight, norm = np.empty((16, 12288), np.uint16), (np.empty(12288, np.uint16), EPS)
     for tokens, capability, before in ((9, 90, None), (8, 89, norm), (0, 90, None)):

@@ -140,6 +140,31 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
 
 
 @on_each_device
+def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed):
+    """A warp looks at 32 of them at a time; some are not in use. Pages are those of a sequence alone, and nothing else is written."""
+    scheme, heads, batch, rng = oscar.SCHEMES["int2"], raw.Heads(1, 1, 64), 70, np.random.default_rng(seed)
+    lengths = rng.choice(np.array([-1, 0, 126, 128, 200], np.int32), batch)
+    full = np.array([0, 31, 32, 50, 69])
+    lengths[full] = [127, 255, 127, 127, 255]
+    window = rng.normal(size=(2, batch, 1, 128, 64)).astype(BF16)
+    norms = rng.uniform(1, 2, (batch, 256)).astype(np.float32)
+
+    def packed(rows: np.ndarray) -> np.ndarray:
+        pages = device.empty((len(rows), 1, 4, raw.page_bytes(scheme, 64)), np.uint8)
+        cache = {"pages": pages, "norms": device.array(norms[rows])}
+        cache |= {name: device.array(np.zeros((len(rows), 1, scheme.sinks, 64), BF16)) for name in ("sink_keys", "sink_values")}
+        cache |= {f"window_{name}": device.array(window[i, rows]) for i, name in enumerate(("keys", "values"))}
+        device.run(raw.pack_step(heads, scheme, device.array(lengths[rows]), cache), seed=seed % 7)
+        return np.array(device.numpy(pages, allow_unwritten=True))
+
+    together = packed(np.arange(batch))
+    assert all(np.array_equal(together[row], packed(np.array([row]))[0]) for row in full)
+    written = (together != 255).any(axis=(1, 3))
+    pages = [(row, lengths[row] // 128 * 2 + page) for row in full for page in range(2)]
+    assert [tuple(at) for at in np.argwhere(written)] == pages
+
+
+@on_each_device
 @pytest.mark.parametrize("d", [64, 96])
 def test_tokens_behind_the_last_full_block_go_to_the_window(device, seed, d):
     scheme, rng, kv_heads = oscar.SCHEMES["int2"], np.random.default_rng(seed), 3

@@ -27,19 +27,33 @@ constexpr int TILES = COLUMNS / 8, OWN = TILES / K_GROUPS;  // column tiles; tho
 constexpr int LINE = RUN * 2, X_AT = WARPS * 32 * LINE, STAGE_BYTES = X_AT + K_GROUPS * COLUMNS * LINE;
 static_assert(COLUMNS % 16 == 0 && K_GROUPS * COLUMNS <= 256, "ldmatrix brings two column tiles; the groups' sums fit into a stage");
 
-// grid (M), 256 threads.
+// grid (M), 256 threads. Latency is all that it takes: a thread asks for its part of `norm` before the wait, and for its part of x once.
 // The product behind it may begin early, as it reads nothing but weights before it waits for this launch, which has waited for the one before.
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const bf16* x, const bf16* norm, bf16* out, int K, float eps) {
-  allow_next(), wait_for_previous();
+  constexpr int HELD = 4;  // pieces of 8 numbers, of 8192; of longer rows the rest is read where it is needed
   __shared__ float sums[WARPS];
-  const size_t row = (size_t)blockIdx.x * K;
+  const uint4 *from = (const uint4*)(x + (size_t)blockIdx.x * K), *weights = (const uint4*)norm;
+  uint4* to = (uint4*)(out + (size_t)blockIdx.x * K);
+  uint4 weight[HELD], piece[HELD];
+#pragma unroll
+  for (int j = 0, i = threadIdx.x; j < HELD; j++, i += THREADS)
+    if (i < K / 8) weight[j] = weights[i];
+  allow_next(), wait_for_previous();
+#pragma unroll
+  for (int j = 0, i = threadIdx.x; j < HELD; j++, i += THREADS)
+    if (i < K / 8) piece[j] = from[i];
   float sum = 0.f;
-  for (int i = threadIdx.x; i < K / 8; i += THREADS) sum += squares(*(const uint4*)(x + row + 8 * i));
+#pragma unroll
+  for (int j = 0, i = threadIdx.x; j < HELD; j++, i += THREADS)
+    if (i < K / 8) sum += squares(piece[j]);
+  for (int i = threadIdx.x + HELD * THREADS; i < K / 8; i += THREADS) sum += squares(from[i]);
   sum_of_warp(sum, sums);
   __syncthreads();
   const float factor = inverse_rms(sums, K, eps);
-  for (int i = threadIdx.x; i < K / 8; i += THREADS)
-    *(uint4*)(out + row + 8 * i) = scaled(*(const uint4*)(x + row + 8 * i), factor, *(const uint4*)(norm + 8 * i));
+#pragma unroll
+  for (int j = 0, i = threadIdx.x; j < HELD; j++, i += THREADS)
+    if (i < K / 8) to[i] = scaled(piece[j], factor, weight[j]);
+  for (int i = threadIdx.x + HELD * THREADS; i < K / 8; i += THREADS) to[i] = scaled(from[i], factor, weights[i]);
 }
 
 template <class T, int N>

@@ -119,23 +119,25 @@ def pack_step(heads: Heads, scheme: Scheme, lengths: Array, cache: dict[str, Arr
     With layers > 1 every array of the cache has one more axis in front and all layers are packed in this one launch.
     """
     nothing = Arrivals(None, None, 0, 0, None, None, lengths, None, 1)
-    return _pack(heads, scheme, nothing, cache, WINDOW // PAGE_TOKENS, layers)
+    return _pack(heads, scheme, nothing, cache, WINDOW // PAGE_TOKENS, layers, 1)
 
 
 def pack_bulk(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Array]) -> Launch:
     """After a prefill: packs every block that is full now, from the window and from the new tokens."""
-    return _pack(heads, scheme, new, cache, max((WINDOW - 1 + new.most) // WINDOW, 1) * (WINDOW // PAGE_TOKENS), 1)
+    pages = max((WINDOW - 1 + new.most) // WINDOW, 1) * (WINDOW // PAGE_TOKENS)
+    return _pack(heads, scheme, new, cache, pages, 1, new.starts.shape[0])
 
 
-def _pack(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Array], pages: int, layers: int) -> Launch:
+def _pack(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Array], pages: int, layers: int, blocks: int) -> Launch:
+    """blocks: that share the sequences."""
     norms, where = cache.get("norms"), cache["pages"].shape
     norm_stride = 0 if norms is None else norms.shape[-1]
-    sizes = (new.key_stride, new.value_stride, where[-4], heads.kv_heads, norm_stride, where[-2], scheme.sinks)
+    sizes = (new.starts.shape[0], new.key_stride, new.value_stride, where[-4], heads.kv_heads, norm_stride, where[-2], scheme.sinks)
     factors = (scheme.shrink, scheme.shrink / ((2**scheme.bits - 1) / 2))
     kept = (cache.get(name) for name in ("window_keys", "window_values", "sink_keys", "sink_values", "norms", "pages"))
     numbers = *map(np.int32, sizes), *map(np.float32, factors)
     args = (new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts, *kept, *numbers)
-    grid = 2 * pages, layers * heads.kv_heads, new.starts.shape[0]
+    grid = 2 * pages, layers * heads.kv_heads, blocks
     return Launch("pack.cu", "pack", layout_defines(scheme, heads.head_dim), grid, heads.head_dim, args)
 
 
