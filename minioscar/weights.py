@@ -183,9 +183,10 @@ def load(folder: Path, config: Config, ops: Reference, progress: bool = False) -
         need, free = config.parameters() * ops.dtype.itemsize, ops.free_bytes()
         if need > free:
             raise UserError(f"{folder}: the weights take {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of {ops.name} memory are free")
-        total, shown = sum(tensors[name].array.nbytes for name in expected(config)), None if progress else True
+        wanted, shown = [tensors[name] for name in expected(config)], None if progress else True
+        total = sum(tensor.array.nbytes for tensor in wanted)
         bar = stack.enter_context(tqdm(total=total, desc="load", unit="B", unit_scale=True, leave=False, disable=shown))
-        put = stack.enter_context(ops.loading(bar.update))
+        put = stack.enter_context(ops.loading(bar.update, wanted))
 
         def get(*names: str) -> Array:
             return put([tensors[name] for name in names])
