@@ -131,7 +131,7 @@ class Checkpoint:
 def _tensors(file: BinaryIO) -> Iterator[tuple[str, Tensor]]:
     """Of a file whose header the safetensors library has found to be sound: its size in 8 bytes, itself as JSON, the data
     (github.com/huggingface/safetensors, Format)."""
-    data = np.memmap(file, np.uint8, "r")
+    data = np.asarray(np.memmap(file, np.uint8, "r"))  # views of a memmap take twice as long to make as an array's
     size = 8 + int(data[:8].view("<u8")[0])
     for name, entry in json.loads(bytes(data[8:size])).items():
         if name != "__metadata__" and entry["dtype"] in DTYPES:
