@@ -131,7 +131,7 @@ class Checkpoint:
 def _tensors(file: BinaryIO) -> Iterator[tuple[str, Tensor]]:
     """Of a file whose header the safetensors library has found to be sound: its size in 8 bytes, itself as JSON, the data
     (github.com/huggingface/safetensors, Format)."""
-    data = np.memmap(file, np.uint8, "r")
+    data = np.asarray(np.memmap(file, np.uint8, "r"))  # views of a memmap take twice as long to make as an array's
     size = 8 + int(data[:8].view("<u8")[0])
     for name, entry in json.loads(bytes(data[8:size])).items():
         if name != "__metadata__" and entry["dtype"] in DTYPES:
@@ -183,9 +183,10 @@ def load(folder: Path, config: Config, ops: Reference, progress: bool = False) -
         need, free = config.parameters() * ops.dtype.itemsize, ops.free_bytes()
         if need > free:
             raise UserError(f"{folder}: the weights take {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of {ops.name} memory are free")
-        total, shown = sum(tensors[name].array.nbytes for name in expected(config)), None if progress else True
+        wanted, shown = [tensors[name] for name in expected(config)], None if progress else True
+        total = sum(tensor.array.nbytes for tensor in wanted)
         bar = stack.enter_context(tqdm(total=total, desc="load", unit="B", unit_scale=True, leave=False, disable=shown))
-        put = stack.enter_context(ops.loading(bar.update))
+        put = stack.enter_context(ops.loading(bar.update, wanted))
 
         def get(*names: str) -> Array:
             return put([tensors[name] for name in names])

@@ -129,9 +129,11 @@ def test_weights_arrive_as_they_are(dtype, tmp_path, seed):
         told = []
         with open(tmp_path / "x", "rb", buffering=0) as file:
             there = dict(_tensors(file))
-            with ops.loading(told.append) as put:
+            with ops.loading(told.append, list(there.values())) as put:
                 found = {names: put([there[name] for name in names.split()]) for names in ("one", "large", "a b c", "odd")}
+        assert len({array.data.mem.ptr for array in found.values()}) == 1  # one allocation
         for names, array in found.items():
+            assert array.data.ptr % 512 == 0 and array.flags.c_contiguous
             wanted = np.concatenate([tensors[name] for name in names.split()]).astype(BF16)
             np.testing.assert_array_equal(array.get().view(np.uint16), wanted.view(np.uint16))
         assert sum(told) == sum(x.nbytes for x in tensors.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from contextlib import ExitStack
@@ -11,11 +12,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from minioscar import weights
 from minioscar.cache import BF16
+from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.ops import upload
+from minioscar.ops.reference import Reference
 from minioscar.ops.upload import Upload
+from minioscar.oscar import SCHEMES
 from minioscar.weights import Tensor, _tensors
+
+from .tiny import write_model
 
 
 class HostLane:
@@ -36,15 +43,19 @@ class HostLane:
     def finish(self, turn: int) -> None:
         if self.under_way[turn] is not None:
             numbers, place = self.under_way[turn]
-            place[...], self.under_way[turn] = numbers.astype(place.dtype), None
+            with np.errstate(invalid="ignore"):  # what is between a piece's parts can be anything
+                place[...], self.under_way[turn] = numbers.astype(place.dtype), None
 
 
 class OnHost(Upload):
     def _lanes(self, count: int) -> list[HostLane]:
         return [HostLane(upload.PIECE) for _ in range(count)]
 
-    def _empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        return np.zeros(shape, self.dtype)
+    def _empty(self, count: int) -> np.ndarray:
+        return np.zeros(count, self.dtype)
+
+    def _part(self, first: int, shape: tuple[int, ...]) -> np.ndarray:
+        return self.slab[first : first + math.prod(shape)].reshape(shape)
 
     def _finish(self) -> None:
         for lane in self.lanes:
@@ -73,12 +84,73 @@ def test_tensors_come_one_below_the_other_in_the_dtype_of_the_back_end(dtype, tm
     told = []
     with ExitStack() as stack:
         file = opened(stack, tmp_path / "x")
-        with OnHost(BF16, told.append) as put:
-            found = [put([file[name] for name in names]) for names in ("abc", ["bias"], ["large"], "a")]
+        groups = [[file[name] for name in names] for names in ("abc", ["bias"], ["large"], "a")]
+        with OnHost(BF16, told.append, sum(groups, [])) as put:
+            found = [put(group) for group in groups]
     wanted = [np.concatenate([tensors[n] for n in "abc"]), tensors["bias"], tensors["large"], tensors["a"]]
     for x, y in zip(found, wanted, strict=True):
         assert x.dtype == BF16 and x.tobytes() == y.astype(BF16).tobytes()
     assert sum(told) == sum(x.nbytes for x in wanted) and max(told) <= 1000
+
+
+def test_arrays_are_parts_of_one_allocation_that_begin_at_multiples_of_512_bytes_and_do_not_overlap(tmp_path):
+    sizes = (13, 256, 1, 257, 700, 13)
+    save_file({str(i): np.full(size, 1 + i, np.float32) for i, size in enumerate(sizes)}, tmp_path / "x")
+    with ExitStack() as stack:
+        file = opened(stack, tmp_path / "x")
+        with OnHost(BF16, lambda _: None, list(file.values())) as put:
+            found = [put([file[str(i)]]) for i in range(6)]
+    begins = [array.ctypes.data - put.slab.ctypes.data for array in found]
+    assert begins == [0, 512, 1024, 1536, 2560, 4096] and put.slab.nbytes == 4608
+    for i, (array, size) in enumerate(zip(found, sizes, strict=True)):
+        assert np.shares_memory(array, put.slab) and array.flags.c_contiguous
+        assert array.shape == (size,) and (array == 1 + i).all()
+
+
+def test_asking_for_more_than_was_announced_is_an_error_and_reads_nothing(tmp_path):
+    save_file({"a": np.ones(256, np.float32), "b": np.ones(1, np.float32)}, tmp_path / "x")
+    told = []
+    with ExitStack() as stack:
+        file = opened(stack, tmp_path / "x")
+        with pytest.raises(ValueError, match="more is asked for"), OnHost(BF16, told.append, [file["a"]]) as put:
+            put([file["a"]])
+            put([file["b"]])
+    assert not told and not put.slab.any()
+
+
+def test_small_tensors_share_a_piece_unless_their_dtypes_differ(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    dtypes = [BF16] * 9 + [np.float32, np.float16, np.float16, np.float32, BF16, BF16]
+    tensors = {str(i): rng.standard_normal(13).astype(dtype) for i, dtype in enumerate(dtypes)}
+    save_file(tensors, tmp_path / "x")
+    with ExitStack() as stack:
+        file = opened(stack, tmp_path / "x")
+        with OnHost(BF16, lambda _: None, list(file.values())) as put:
+            found = {name: put([file[name]]) for name in tensors}
+    shared = [(piece.dtype, len(piece.parts)) for piece in upload.pieces(put.places)]  # 1000 bytes: 512 and a second tensor's of 16 bits
+    assert shared == [*[(BF16, 2)] * 4, (BF16, 1), (np.float32, 1), (np.float16, 2), (np.float32, 1), (BF16, 2)]
+    for name, array in found.items():
+        assert array.tobytes() == tensors[name].astype(BF16).tobytes(), name
+
+
+class HostOps(Reference):
+    dtype = BF16
+
+    def loading(self, advance, tensors):
+        return OnHost(self.dtype, advance, tensors)
+
+
+@pytest.mark.parametrize("kv", ["int2", "bf16"])
+def test_a_model_in_one_allocation_is_the_reference_s_and_is_rotated_in_place(tmp_path, kv):
+    folder, plain = write_model(tmp_path / "m", 3, attention_bias=True), Reference()
+    plain.dtype = BF16
+    config = Config.from_folder(folder)
+    ours, wanted = (weights.load(folder, config, ops) for ops in (HostOps(), plain))
+    before = [array.__array_interface__["data"] for array in weights.arrays(ours)]
+    rotated = [weights.for_scheme(loaded, config, SCHEMES[kv], ops) for loaded, ops in ((ours, HostOps()), (wanted, plain))]
+    assert [array.__array_interface__["data"] for array in weights.arrays(rotated[0])] == before
+    for x, y in zip(*map(weights.arrays, rotated), strict=True):
+        assert x.shape == y.shape and x.tobytes() == y.tobytes()
 
 
 def test_a_file_that_became_shorter_is_named_and_all_threads_end(tmp_path):
@@ -87,7 +159,7 @@ def test_a_file_that_became_shorter_is_named_and_all_threads_end(tmp_path):
         file = opened(stack, tmp_path / "x")
         (tmp_path / "x").write_bytes(b"head")
         with pytest.raises(UserError, match="x became shorter while it was read; fetch the model again"):
-            with OnHost(BF16, lambda _: None) as put:
+            with OnHost(BF16, lambda _: None, [file["a"]]) as put:
                 put([file["a"]])
 
 
@@ -111,8 +183,8 @@ def test_whatever_breaks_the_loading_off_leaves_no_thread_and_reads_nothing_more
 
     with ExitStack() as stack:
         tensor = Slow(**vars(opened(stack, tmp_path / "x")["a"]))
-        with pytest.raises(error), OnHost(BF16, advance) as put:
+        with pytest.raises(error), OnHost(BF16, advance, [tensor]) as put:
             put([tensor])
             if when == "while tensors are asked for":
                 raise error
-    assert put.count == 4000 and Slow.reads < 1000
+    assert len(upload.pieces(put.places)) == 4000 and Slow.reads < 1000

@@ -19,7 +19,7 @@ from ..config import Config
 from ..decoding import Decoder
 from ..oscar import WINDOW, Scheme
 from ..sampling import Sampling
-from ..weights import Layer
+from ..weights import Layer, Tensor
 from . import blas, card, pages, raw, raw_dense, repage
 from .decode_step import DecodeStep, unsupported
 from .products import Products, batch_plans
@@ -73,8 +73,8 @@ class Cuda(Reference):
     def array(self, x: np.ndarray) -> Array:
         return self.xp.asarray(np.asarray(x).astype(self.dtype, copy=False))
 
-    def loading(self, advance: Callable[[int], object]) -> Upload:
-        return Upload(self.dtype, advance)
+    def loading(self, advance: Callable[[int], object], tensors: Sequence[Tensor]) -> Upload:
+        return Upload(self.dtype, advance, tensors)
 
     def numpy(self, x: Array) -> np.ndarray:
         return self.xp.asnumpy(x)

@@ -50,10 +50,11 @@ class Reference:
         return np.array(x, self.dtype)
 
     @contextmanager
-    def loading(self, advance: Callable[[int], object]) -> Iterator[Callable[[Sequence[Tensor]], Array]]:
+    def loading(self, advance: Callable[[int], object], tensors: Sequence[Tensor]) -> Iterator[Callable[[Sequence[Tensor]], Array]]:
         """Gives what makes one array of tensors of files (`weights.Tensor`), their rows one below the other, in this back end's dtype.
 
-        The arrays hold their numbers when the context has ended. advance: is told of the bytes of the files that were read.
+        The arrays hold their numbers when the context has ended. advance: is told of the bytes of the files that were read. tensors:
+        all that will be asked for, once each: a card allocates them together.
         """
 
         def put(tensors: Sequence[Tensor]) -> Array:
