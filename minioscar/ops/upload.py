@@ -60,13 +60,15 @@ class Upload:
     def _read(self) -> None:
         wanted = pieces(self.places)
         self.lanes = self._lanes(min(THREADS, os.cpu_count() or 1))  # kept to the end: copies run on when a thread has ended
-        self.stopped, self.todo, self.done = False, SimpleQueue(), SimpleQueue()  # pieces; bytes of one, or what went wrong
-        for piece in (*wanted, *(None for _ in self.lanes)):  # None: no more
-            self.todo.put(piece)
+        self.stopped = False
+        self.todo: SimpleQueue = SimpleQueue()  # pieces and their places; None: no more
+        self.done: SimpleQueue = SimpleQueue()  # bytes of a piece, or what went wrong
         threads = [Thread(target=self._work, args=(lane,), daemon=True) for lane in self.lanes]
         for thread in threads:
             thread.start()
         try:
+            for piece in wanted:  # while the threads are at work already: a view takes a while to make
+                self.todo.put((piece, self._part(piece.first, (piece.size // piece.dtype.itemsize,))))
             for _ in wanted:
                 found = self.done.get()
                 if isinstance(found, BaseException):
@@ -74,17 +76,20 @@ class Upload:
                 self.advance(found)
         finally:  # after an error or Ctrl-C, too, nobody writes on into memory that is free
             self.stopped = True
+            for _ in threads:
+                self.todo.put(None)
             for thread in threads:
                 thread.join()
             self._finish()
 
     def _work(self, lane: Lane) -> None:
         try:
-            while (piece := self.todo.get()) is not None and not self.stopped:
+            while (given := self.todo.get()) is not None and not self.stopped:
+                piece, place = given
                 buffer = lane.buffer(piece.size)
                 for tensor, at, begin, end in piece.parts:
                     tensor.read(buffer[begin:end], at)
-                lane.copy(buffer, piece.dtype, self._part(piece.first, (piece.size // piece.dtype.itemsize,)))
+                lane.copy(buffer, piece.dtype, place)
                 self.done.put(sum(end - begin for _, _, begin, end in piece.parts))
         except BaseException as error:
             self.done.put(error)
