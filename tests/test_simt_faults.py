@@ -76,6 +76,7 @@ def test_without_a_fault_nothing_is_reported(device, name, seed):
         ("pipeline", 2, r"race: read .* is not ordered after a bulk copy whose mbarrier it has not waited for"),
         ("pipeline", 3, r"race: write .* is not ordered after the read by thread|a bulk copy in flight will write"),
         ("pipeline", 4, r"no thread can go on \(divergent barrier\?\): thread \(\d+,0,0\) waits for an mbarrier"),
+        ("pipeline", 5, r"race: write .* is not ordered after the read by thread"),
     ],
 )
 def test_a_planted_fault_is_reported_with_its_thread_and_line(device, name, fault, message, seed):

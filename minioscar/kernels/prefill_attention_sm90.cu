@@ -82,6 +82,7 @@ struct Ring {  // of tiles of keys or of values
   }
   __device__ __forceinline__ void wait(Place at) const { mbarrier_wait(full + at.slot, at.round); }
   __device__ __forceinline__ void release(Place at) const {
+    __syncwarp();  // lane 0 speaks for all: what they have read comes before its arrival
     if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + at.slot);
   }
 };

@@ -2,7 +2,7 @@
 //
 // For each 4-byte word of global and shared memory a shadow keeps which bytes are addressable, which have been written, and up to four recent accesses.
 // Two accesses to one byte by different threads, a write among them (not both atomic), must be ordered: by a block-wide barrier (an "epoch"), by __syncwarp
-// inside a warp, by an mbarrier or named barrier (Clocks), or, between blocks, by a __threadfence with an atomic after it and an atomic in the later block.
+// inside a warp, by an mbarrier or named barrier that the lane or, before a __syncwarp, its warp has come to (Clocks), or, between blocks, by a __threadfence with an atomic after it and an atomic in the later block.
 // Shuffles, votes and matrix operations do not order memory, as in CUDA's documentation.
 #include <sys/mman.h>
 
@@ -74,7 +74,9 @@ static bool ordered(const Cell& c) {
   if (c.epoch < launch.block_epoch) return ordered_across_blocks(c);
   if (c.epoch < launch.epoch || c.thread == uint64_t(current->index)) return true;
   const int mine = warp_of(current->index), its = warp_of(c.thread);
-  return (its == mine && c.clock < warp_synced[mine]) || (any_seen && c.clock < seen[current->index].warp[its]);
+  if (its == mine && c.clock < warp_synced[mine]) return true;
+  const Clocks& s = seen[current->index];
+  return any_seen && (c.clock < s.warp[its] || (c.clock < s.some[its] && s.lanes[its] >> c.thread % 32 & 1));
 }
 
 static const char* verb(Kind kind) { return kind == READ ? "read" : kind == WRITE ? "write" : "atomic"; }
@@ -176,27 +178,36 @@ void after_block_barrier() {
   any_seen = false;
 }
 
+static void take(Clocks& into, const Clocks& from) {
+  for (int w = 0; w <= WARPS; w++) {
+    const uint32_t whole = std::max(into.warp[w], from.warp[w]);
+    into.lanes[w] = (into.some[w] > whole ? into.lanes[w] : 0) | (from.some[w] > whole ? from.lanes[w] : 0);
+    into.warp[w] = whole, into.some[w] = std::max(into.some[w], from.some[w]);
+  }
+}
+
 void after_warp_sync(int warp, uint32_t mask) {  // a partial mask is taken to order the whole warp: a race may be missed, none is invented
   warp_synced[warp] = ++clocks[warp];
   if (!any_seen) return;
   Clocks all{};
   for (int l = 0; l < 32; l++)
-    if (mask >> l & 1)
-      for (int w = 0; w <= WARPS; w++) all.warp[w] = std::max(all.warp[w], seen[32 * warp + l].warp[w]);
+    if (mask >> l & 1) take(all, seen[32 * warp + l]);
   for (int l = 0; l < 32; l++)
     if (mask >> l & 1) seen[32 * warp + l] = all;
 }
 
 static Clocks& today(Clocks& c) {  // what was seen before the last block-wide barrier is ordered by it
-  if (c.epoch != launch.epoch) c = Clocks{launch.epoch, {}, false};
+  if (c.epoch != launch.epoch) c = Clocks{launch.epoch, {}, {}, {}, false};
   return c;
 }
 
 void release(int thread, Clocks& into) {
   const int w = warp_of(thread);
-  today(into);
-  for (int i = 0; i <= WARPS; i++) into.warp[i] = std::max(into.warp[i], seen[thread].warp[i]);
-  into.warp[w] = std::max(into.warp[w], ++clocks[w]);
+  Clocks own = seen[thread];
+  own.warp[w] = std::max(own.warp[w], warp_synced[w]);
+  take(today(into), own);
+  into.some[w] = ++clocks[w], into.lanes[w] |= 1u << thread % 32;
+  if (into.lanes[w] == ~0u >> (32 - std::min(launch.threads - 32 * w, 32))) into.warp[w] = into.some[w], into.lanes[w] = 0;
   into.acquired |= acquired_warps >> w & 1;
 }
 
@@ -205,7 +216,7 @@ void release_engine(Clocks& into) { today(into).warp[WARPS] = ++clocks[WARPS]; }
 void acquire(int thread, Clocks& from) {
   any_seen = true;
   today(from);
-  for (int i = 0; i <= WARPS; i++) seen[thread].warp[i] = std::max(seen[thread].warp[i], from.warp[i]);
+  take(seen[thread], from);
   acquired_warps |= uint32_t(from.acquired) << warp_of(thread);
 }
 

@@ -94,6 +94,7 @@ void after_block_barrier();
 void after_warp_sync(int warp, uint32_t mask);
 struct Clocks {  // what has been seen of each warp (and of ENGINE) since the last block-wide barrier, and whether of other blocks
   uint32_t epoch, warp[WARPS + 1];
+  uint32_t some[WARPS + 1], lanes[WARPS + 1];  // and of these lanes alone: a lane's arrival is not its warp's without a __syncwarp before it
   bool acquired;
 };
 void release(int thread, Clocks& into);

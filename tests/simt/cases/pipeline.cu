@@ -20,7 +20,8 @@ extern "C" __global__ void pipeline(const float4* x, float4* out, int n, int fau
     if (fault == 1 ? false : fault == 2 ? t % 32 == 0 : true) mbarrier_wait(&full[s], parity);  // 1: nobody waits; 2: one lane a warp,
     if (fault == 2) __shfl_sync(0xffffffffu, t, 0);         // and a shuffle, which makes the others come later but orders no memory
     out[64 * i + t] = ring[64 * s + t];
-    __syncwarp();
+    if (fault == 5) __shfl_sync(0xffffffffu, t, 0);       // 5: lane 0 says that its warp has read; a shuffle does not make that true
+    else __syncwarp();
     if (t % 32 == 0) mbarrier_arrive_expect_tx(&read[s], 0);
     if (t == 0 && i + 2 < n) {
       if (fault != 3) mbarrier_wait(&read[s], parity);    // 3: overwrites what the other warp may still read
