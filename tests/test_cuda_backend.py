@@ -108,8 +108,25 @@ def codes_that_differ(got: dict[str, np.ndarray], want: dict[str, np.ndarray], s
             assert np.array_equal(mine, theirs)
         else:
             mine, theirs = mine.astype(np.float32), theirs.astype(np.float32)
-            assert np.all(abs(mine - theirs) <= 2**-7 * abs(theirs) + 1e-6 * abs(theirs).max()), name
+            assert np.all(abs(mine - theirs) <= 2**-7 * moving(want, name, scheme) + 1e-6 * abs(theirs).max()), name
     return differ
+
+
+def moving(want: dict[str, np.ndarray], name: str, scheme) -> np.ndarray:
+    """The numbers, each of which may be the next BF16 (2^-7 of itself at most), that one of `name` is made of: sum of their sizes.
+
+    Of a step and a min these are the ends of the group, however small their difference is or what the narrowed range begins with; both
+    are then rounded to float16, 2^-11 of them, perhaps to the other side.
+    """
+    theirs, (kind, _, part) = abs(want[name].astype(np.float32)), name.partition("_")
+    if part not in ("step", "min") or f"{kind}_min" not in want:
+        return theirs
+    step, narrowed = (want[f"{kind}_{part}"].astype(np.float32) for part in ("step", "min"))
+    top, shrink = 2**scheme.bits - 1, scheme.shrink
+    width = step * top / shrink
+    low = narrowed - (1 - shrink) / 2 * width
+    low, high = abs(low), abs(low + width)
+    return (shrink / top * (low + high) if part == "step" else (1 + shrink) / 2 * low + (1 - shrink) / 2 * high) + 2**-3 * theirs
 
 
 @pytest.mark.parametrize(("make", "family", "dim", "heads", "kv"), cases())
