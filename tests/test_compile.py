@@ -40,10 +40,13 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         found[f"{launch.name} {kv} d{dim} {together}:1"] = launch
         if kv == "int2" and dim == 128:
             found[f"schedule {kv} d{dim} {together}:1"] = raw.schedule(heads, scheme, plan, ints, ints)
+    new = raw.Arrivals(out, out, 0, 0, ints, ints, ints, ints, 1)
     for kv, dim in [("int2", 128)] + [("int2-compact", 128), ("int4", 64), ("oscar", 256)] * everything:
-        found[f"pack {kv} d{dim}"] = raw.pack_step(raw.Heads(2, 2, dim), SCHEMES[kv], ints, cache)
+        heads = raw.Heads(2, 2, dim)
+        for launch in (raw.pack_bulk(heads, SCHEMES[kv], new, cache), raw.pack_step(heads, SCHEMES[kv], ints, cache)):
+            found[f"{launch.name} {kv} d{dim}"] = launch
     for dim, together in [(128, 4)] + [(64, 3), (96, 1), (256, 8)] * everything:
-        heads, new = raw.Heads(2 * together, 2, dim), raw.Arrivals(out, out, 0, 0, ints, ints, ints, ints, 1)
+        heads = raw.Heads(2 * together, 2, dim)
         past = raw.Tiles(out, out, ints) if raw.tiled(dim, arch) else None
         found[f"prefill_attention d{dim} {together}:1"] = raw.prefill_attention(heads, out, new, past, out, arch)
         if past:

@@ -3,12 +3,12 @@
 //   codes, step, min of keys[t,:] / norm[t] in groups of KEY_GROUP tokens of a channel, of values[t,:] in groups of VALUE_GROUP channels
 //
 // pack: a sequence holds starts[s] tokens and gets counts[s] new ones; every block that is full then is packed. A token older than
-//   starts[s] comes from the window, a newer one from new_keys, new_values. Without those (null) the new tokens are in the window
-//   already and counts is not read but taken as 1: the decode step, which mostly finds nothing full and returns.
+//   starts[s] comes from the window, a newer one from new_keys, new_values.
+// pack_step: after the attention of a decode step, whose new tokens, number lengths[row] of each row, are in the windows already: packs those
+//   that are full, in all layers. A block looks at all rows: one for each would be 55,296 blocks of 48 rows of a Qwen3-8B, 68 us to find nothing.
 // fill_window: the new tokens after the last full block go to the window.
-// pack: grid (2 * pages, layers * kv_heads, any part of `sequences`), keys and values in turn; each of HEAD_DIM / 32 warps takes 64 tokens x 32
-//   channels. A lane holds 64 numbers in registers and nothing goes through shared memory. A block of a decode step looks at all sequences:
-//   one for each would be 55,296 blocks of 48 sequences of a Qwen3-8B, 68 us to find nothing.
+// Blocks of pack and pack_step have keys and values in turn; each of HEAD_DIM / 32 warps takes 64 tokens x 32 channels. A lane holds 64 numbers
+//   in registers and nothing goes through shared memory.
 // reads 2 B and writes BITS / 8 B an element (and the steps); float32 in oscar.py's order, so codes, steps and minima equal its own.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -251,28 +251,53 @@ __device__ __forceinline__ void pack_values(const Source& from, int first, int p
   }
 }
 
+struct Cache {
+  const bf16 *window_keys, *window_values;
+  bf16 *sink_keys, *sink_values;
+  const float* norms;
+  unsigned char* pages;
+  int kv_heads, norm_stride, page_capacity, sinks;
+  float shrink, factor;
+
+  // This warp's part of the page that begins with token `first` of a row; from `start` on its tokens are in `fresh`, before it in the window.
+  __device__ __forceinline__ void pack(int row, int head, bool keys, int first, int start, const bf16* fresh, int stride) const {
+    const int cell = row * kv_heads + head, warp = threadIdx.x / 32, kept = sinks - first;  // tokens of this page that are sinks, if positive
+    const Source from = {(keys ? window_keys : window_values) + (size_t)cell * (WINDOW * DIM), fresh, first / WINDOW * WINDOW, start, stride};
+    unsigned char* page = pages + ((size_t)cell * page_capacity + first / PAGE_TOKENS) * PAGE_BYTES;
+    bf16* sink = (keys ? sink_keys : sink_values) + ((long long)cell * sinks + first) * DIM;
+    if (keys) pack_keys(from, first, warp, norms + (size_t)row * norm_stride + first, shrink, page, sink, kept);
+    else pack_values(from, first, warp, shrink, factor, page, sink, kept);
+  }
+};
+
+// grid (2 * pages, kv_heads, sequences)
 extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
 pack(const bf16* __restrict__ new_keys, const bf16* __restrict__ new_values, const int* __restrict__ first_rows, const int* __restrict__ slots,
      const int* __restrict__ starts, const int* __restrict__ counts, const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values,
      bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values, const float* __restrict__ norms, unsigned char* __restrict__ pages,
-     int sequences, int key_stride, int value_stride, int batch, int kv_heads, int norm_stride, int page_capacity, int sinks, float shrink, float factor) {
+     int key_stride, int value_stride, int kv_heads, int norm_stride, int page_capacity, int sinks, float shrink, float factor) {
   wait_for_previous(), allow_next();
-  const int layer = blockIdx.y / kv_heads, head = blockIdx.y % kv_heads, warp = threadIdx.x / 32, n = blockIdx.x / 2;
+  const int s = blockIdx.z, head = blockIdx.y, n = blockIdx.x / 2, start = starts[s], base = start / WINDOW * WINDOW;
+  if (n >= (start - base + counts[s]) / WINDOW * (WINDOW / PAGE_TOKENS)) return;
   const bool keys = blockIdx.x % 2 == 0;
-  for (int some = blockIdx.z; some < sequences; some += 32 * gridDim.z) {  // a lane a sequence: which of them have a page n that is full now?
-    const int mine = some + threadIdx.x % 32 * gridDim.z, begin = mine < sequences ? starts[mine] : -1;
-    const int more = begin < 0 ? 0 : new_keys ? counts[mine] : 1;
-    for (unsigned full = __ballot_sync(FULL, begin >= 0 && n < (begin % WINDOW + more) / WINDOW * (WINDOW / PAGE_TOKENS)); full; full &= full - 1) {
-      const int s = some + (__ffs(full) - 1) * gridDim.z, start = starts[s], base = start / WINDOW * WINDOW;
-      const int row = layer * batch + (slots ? slots[s] : s), cell = row * kv_heads + head;
-      const int first = base + n * PAGE_TOKENS, kept = sinks - first;  // tokens of this page that are sinks, if positive
-      const int fresh = new_keys ? first_rows[s] : 0, stride = keys ? key_stride : value_stride;
-      const Source from = {(keys ? window_keys : window_values) + (size_t)cell * (WINDOW * DIM), (keys ? new_keys : new_values) + (size_t)fresh * stride + head * DIM,
-                           base, new_keys ? start : first + PAGE_TOKENS, stride};
-      unsigned char* page = pages + ((size_t)cell * page_capacity + first / PAGE_TOKENS) * PAGE_BYTES;
-      bf16* sink = (keys ? sink_keys : sink_values) + ((long long)cell * sinks + first) * DIM;
-      if (keys) pack_keys(from, first, warp, norms + (size_t)row * norm_stride + first, shrink, page, sink, kept);
-      else pack_values(from, first, warp, shrink, factor, page, sink, kept);
+  const int stride = keys ? key_stride : value_stride;
+  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages, kv_heads, norm_stride, page_capacity, sinks, shrink, factor};
+  cache.pack(slots ? slots[s] : s, head, keys, base + n * PAGE_TOKENS, start, (keys ? new_keys : new_values) + (size_t)first_rows[s] * stride + head * DIM, stride);
+}
+
+// grid (2 * pages of a window, layers * kv_heads)
+extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
+pack_step(const int* __restrict__ lengths, const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values,
+          bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values, const float* __restrict__ norms, unsigned char* __restrict__ pages,
+          int batch, int kv_heads, int norm_stride, int page_capacity, int sinks, float shrink, float factor) {
+  wait_for_previous(), allow_next();
+  const int layer = blockIdx.y / kv_heads, head = blockIdx.y % kv_heads, n = blockIdx.x / 2;
+  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages, kv_heads, norm_stride, page_capacity, sinks, shrink, factor};
+  for (int some = 0; some < batch; some += 32) {  // a lane a row
+    const int mine = some + threadIdx.x % 32, length = mine < batch ? lengths[mine] : -1;
+    for (unsigned full = __ballot_sync(FULL, length >= 0 && length % WINDOW == WINDOW - 1); full; full &= full - 1) {
+      const int row = some + __ffs(full) - 1, first = lengths[row] / WINDOW * WINDOW + n * PAGE_TOKENS;
+      cache.pack(layer * batch + row, head, blockIdx.x % 2 == 0, first, first + PAGE_TOKENS, nullptr, 0);
     }
   }
 }

@@ -118,27 +118,28 @@ def pack_step(heads: Heads, scheme: Scheme, lengths: Array, cache: dict[str, Arr
 
     With layers > 1 every array of the cache has one more axis in front and all layers are packed in this one launch.
     """
-    nothing = Arrivals(None, None, 0, 0, None, None, lengths, None, 1)
-    return _pack(heads, scheme, nothing, cache, WINDOW // PAGE_TOKENS, layers, 1)
+    args = lengths, *_packed(cache), np.int32(lengths.shape[0]), *_packing(heads, scheme, cache)
+    grid = 2 * (WINDOW // PAGE_TOKENS), layers * heads.kv_heads
+    return Launch("pack.cu", "pack_step", layout_defines(scheme, heads.head_dim), grid, heads.head_dim, args)
 
 
 def pack_bulk(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Array]) -> Launch:
     """After a prefill: packs every block that is full now, from the window and from the new tokens."""
+    where = new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts
+    args = *where, *_packed(cache), *map(np.int32, (new.key_stride, new.value_stride)), *_packing(heads, scheme, cache)
     pages = max((WINDOW - 1 + new.most) // WINDOW, 1) * (WINDOW // PAGE_TOKENS)
-    return _pack(heads, scheme, new, cache, pages, 1, new.starts.shape[0])
-
-
-def _pack(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Array], pages: int, layers: int, blocks: int) -> Launch:
-    """blocks: that share the sequences."""
-    norms, where = cache.get("norms"), cache["pages"].shape
-    norm_stride = 0 if norms is None else norms.shape[-1]
-    sizes = (new.starts.shape[0], new.key_stride, new.value_stride, where[-4], heads.kv_heads, norm_stride, where[-2], scheme.sinks)
-    factors = (scheme.shrink, scheme.shrink / ((2**scheme.bits - 1) / 2))
-    kept = (cache.get(name) for name in ("window_keys", "window_values", "sink_keys", "sink_values", "norms", "pages"))
-    numbers = *map(np.int32, sizes), *map(np.float32, factors)
-    args = (new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts, *kept, *numbers)
-    grid = 2 * pages, layers * heads.kv_heads, blocks
+    grid = 2 * pages, heads.kv_heads, new.starts.shape[0]
     return Launch("pack.cu", "pack", layout_defines(scheme, heads.head_dim), grid, heads.head_dim, args)
+
+
+def _packed(cache: dict[str, Array]) -> tuple[Array | None, ...]:
+    return tuple(cache.get(name) for name in ("window_keys", "window_values", "sink_keys", "sink_values", "norms", "pages"))
+
+
+def _packing(heads: Heads, scheme: Scheme, cache: dict[str, Array]) -> tuple[np.generic, ...]:
+    norms = cache.get("norms")
+    sizes = heads.kv_heads, 0 if norms is None else norms.shape[-1], cache["pages"].shape[-2], scheme.sinks
+    return *map(np.int32, sizes), np.float32(scheme.shrink), np.float32(scheme.shrink / ((2**scheme.bits - 1) / 2))
 
 
 def fill_window(heads: Heads, scheme: Scheme, new: Arrivals, cache: dict[str, Array]) -> Launch:

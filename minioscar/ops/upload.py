@@ -59,7 +59,7 @@ class Upload:
 
     def _read(self) -> None:
         wanted = pieces(self.places)
-        count = min(THREADS, os.cpu_count() or 1, -(-len(wanted) // 4))  # a buffer is worth its pinning from two pieces on
+        count = min(THREADS, os.cpu_count() or 1, -(-len(wanted) // 8))  # a buffer is worth its pinning from four pieces on
         self.lanes = self._lanes(count)  # kept to the end: copies run on when a thread has ended
         self.stopped = False
         self.todo: SimpleQueue = SimpleQueue()  # pieces and their places; None: no more
