@@ -132,6 +132,8 @@ def attention_times(report: dict) -> Iterable[tuple[str, Canvas]]:
     for row in attention_rows(report, "kernel", "sweep"):
         once.setdefault((row["kv"], shape_of(row)), row)
     for (batch, q_heads, kv_heads, dim), rows in groups(once.values(), "batch", "q_heads", "kv_heads", "head_dim"):
+        if len({row["context"] for row in rows}) < 3:  # two make no line
+            continue
         shape = f"batch {batch}, {q_heads} q and {kv_heads} kv heads of {dim}"
         title = f"Decode attention of one layer, {shape}, {card}"
         lines = kv_lines(rows, "us", "fraction_of_copy")

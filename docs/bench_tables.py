@@ -82,8 +82,8 @@ def kernel_note() -> str:
     return (
         f"{meta['card']}, driver {meta['driver']}, {peers} for the peers, kernels of commit "
         f"`{meta['commit']}`; 20 launches in one replayed graph on "
-        f"caches that no L2 holds, median of 25 replays, which spread by at most {spread:.1%}. The copy rate is {copy:.2f} TB/s, read and "
-        "written, over the bytes of the cache that a step must read; every window is half full."
+        f"caches that no L2 holds, median of 25 replays or more, which spread by at most {spread:.1%}. The copy rate is {copy:.2f} TB/s, "
+        "read and written, over the bytes of the cache that a step must read; every window is half full."
     )
 
 
@@ -218,6 +218,21 @@ def section(name: str, report: dict) -> Iterator[str]:
             yield from (*table(head, (list(cells(row)) for row in report[part])), "", *reasons(report[part]))
 
 
+def repeats() -> str:
+    """bench.py kernel, three times in processes of their own: how far apart the medians are."""
+    runs = [load(KERNELS), *(json.loads(path.read_text()) for path in sorted((RESULTS / "again").glob(f"{KERNELS}-*.json")))]
+    rows, apart = [], []
+    for same in zip(*(run["kernel"] for run in runs), strict=True):
+        op, kv, shape, heads, *_ = kernel_cells(same[0])
+        us = [row["us"] for row in same]
+        apart.append(max(us) / min(us) - 1)
+        rows.append((op, kv, shape, heads, *(f"{x:.2f}" for x in us), f"{apart[-1]:.1%}", f"{max(row['us_spread'] for row in same):.0%}"))
+    head = ["kernel", *SHAPE, KERNEL[0], *("µs" for _ in runs), "apart", "widest spread in a run"]
+    close = sum(x <= 0.03 for x in apart)
+    meta = runs[0]["meta"]
+    return "\n".join([*table(head, rows), "", f"{close} of {len(apart)} within 3 %; {meta['card']}, commit `{meta['commit']}`."])
+
+
 def section_of_memory() -> Iterator[str]:
     yield from ("## Memory", "", "Arithmetic of minioscar/cache.py, not measured: every byte that a cache of the shape allocates.", "")
     yield f"![{bench_figures.memory().title}](../figures/memory.svg)"
@@ -307,4 +322,4 @@ PARTS = {
 }
 
 TABLES = {"decode_kernels": decode_kernels, "other_kernels": other_kernels, "resources": resources, "gpu": gpu, "cpu": cpu}
-TABLES |= {"headlines": headlines, "benches": bench_sections}
+TABLES |= {"headlines": headlines, "benches": bench_sections, "repeats": repeats}

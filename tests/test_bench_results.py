@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -39,7 +40,8 @@ def report() -> dict:
         "meta": META,
         "ceilings": {"copy_tb_s": 4.0, "matmul_tflop_s": 800.0},
         "kernel": [attention("bf16", 131072, 120.0, peers=peers), attention("int2", 131072, 27.5)],
-        "sweep": [attention("int2", 4096, 9.0, group=32), attention("int2", 131072, 28.0), attention("int2", 131072, 26.0, group=64)],
+        "sweep": [attention("int2", 4096, 9.0, group=32), attention("int2", 32768, 14.0), attention("int2", 131072, 28.0)]
+        + [attention("int2", 131072, 26.0, group=64)],
         "dense": [{"op": "linear", "shape": "8 to 4", "tokens": 48, "us": 20.0, "us_spread": 0.01, "fraction_of_limit": 0.75}],
         "growth": [{"over": "context", "kv": "int2", "points": 2, **GROWTH}],
         "skipped": [{"op": "decode_attention", "kv": "bf16", "batch": 9, "context": 4096, "skipped": "needs more"}],
@@ -76,6 +78,19 @@ def test_every_part_of_a_report_has_a_table_with_the_limit_beside_the_figure(rep
     ):
         assert line in text.splitlines()
     assert "Card, driver 1.2, CUDA 13.2; numpy 2; commit `abc`, 2026-01-01" in text
+
+
+def test_how_far_apart_repeated_runs_are_stands_beside_each_kernel(report, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(committed, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench_tables, "RESULTS", tmp_path)
+    again = {**report, "kernel": [attention("bf16", 131072, 123.0), attention("int2", 131072, 28.6)]}
+    (tmp_path / "again").mkdir()
+    for path, run in ((f"{bench_tables.KERNELS}.json", report), (f"again/{bench_tables.KERNELS}-2.json", again)):
+        (tmp_path / path).write_text(json.dumps(run))
+    lines = bench_tables.repeats().splitlines()
+    assert "| decode attention | `bf16` | 1 x 131,072 | 32 / 8, 128 | 120.00 | 123.00 | 2.5% | 1% |" in lines
+    assert "| decode attention | `int2` | 1 x 131,072 | 32 / 8, 128 | 27.50 | 28.60 | 4.0% | 1% |" in lines
+    assert lines[-1] == "1 of 2 within 3 %; Card, commit `abc`."
 
 
 def test_every_part_with_something_to_show_has_a_figure(report, tmp_path: Path):

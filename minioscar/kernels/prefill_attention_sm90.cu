@@ -118,9 +118,6 @@ __device__ __forceinline__ void multiply_keys_again(float (&x)[KEY_TILES][4], co
       mma_m16n8k16_bf16(x[n], q[s][0], q[s][1], q[s][2], q[s][3], k[0], k[1]);
       mma_m16n8k16_bf16(x[n + 1], q[s][0], q[s][1], q[s][2], q[s][3], k[2], k[3]);
     }
-  // Before lane 0 gives the tile back. Of a mask that it does not know the compiler leaves no __syncwarp out, as it does in `release`, where
-  // the lanes run together; racecheck goes by the instruction.
-  __syncwarp(known_from_here(FULL));
 }
 
 // Rows r and r + 8 of a warp's sixteen, for lane 4r + c.
