@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 LAUNCHES = 20  # in one graph, at least
 MEASURED = 20e3  # microseconds of replays, or 16 times as many of them as asked for: a clock that wanders is seen at all its speeds
+STEADY, LONGER = 0.03, 10  # so many times as long where the spread is more: of two speeds the median is else the one that it met more often
 L2_BYTES = 64 << 20  # of the largest card so far, rounded up
 
 
@@ -30,7 +31,10 @@ def median_and_spread(times: Sequence[float]) -> tuple[float, float]:
 
 def enough(times: Sequence[float], launches: int, replays: int) -> bool:
     """Whether these times of one launch each, of replays of so many, are as many as a median wants."""
-    return len(times) >= replays and (sum(times) * launches >= MEASURED or len(times) >= 16 * replays)
+    if len(times) < replays:
+        return False
+    longer = LONGER if (max(times) - min(times)) > STEADY * statistics.fmean(times) else 1
+    return sum(times) * launches >= longer * MEASURED or len(times) >= longer * 16 * replays
 
 
 def graph_time(launches: Sequence[Callable[[], None]], replays: int = 25, warm_up: int = 3) -> tuple[float, float]:

@@ -360,7 +360,10 @@ def test_ctrl_c_shows_what_there_is_and_leaves_no_file(model, tmp_path):
     assert out.count("decode_attention") == 4 and not list(tmp_path.iterdir())
 
 
-def test_short_launches_are_replayed_more_often():
+def test_short_launches_and_unsteady_ones_are_replayed_more_often():
     assert not enough([], 20, 25) and not enough([3000.0] * 24, 20, 25) and enough([3000.0] * 25, 20, 25)
     assert not enough([2.0] * 399, 20, 25) and enough([2.0] * 400, 20, 25)  # 16 ms, but 16 times as many
     assert not enough([20.0] * 49, 20, 25) and enough([20.0] * 50, 20, 25)  # 20 ms
+    assert enough([20.0, 20.5] * 25, 20, 25)  # 2.5 % apart
+    assert not enough([20.0, 21.0] * 243, 20, 25) and enough([20.0, 21.0] * 244, 20, 25)  # 5 % apart: 200 ms
+    assert not enough([2.0, 3.0] * 1999, 20, 25) and enough([2.0, 3.0] * 2000, 20, 25)
