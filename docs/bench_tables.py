@@ -219,7 +219,7 @@ def section(name: str, report: dict) -> Iterator[str]:
 
 
 def repeats() -> str:
-    """bench.py kernel, three times in processes of their own: how far apart the medians are."""
+    """The kernels of h200.json again, by bench.py kernel in processes of their own: how far apart the medians are."""
     runs = [load(KERNELS), *(json.loads(path.read_text()) for path in sorted((RESULTS / "again").glob(f"{KERNELS}-*.json")))]
     rows, apart = [], []
     for same in zip(*(run["kernel"] for run in runs), strict=True):

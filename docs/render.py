@@ -237,7 +237,26 @@ def soak() -> str:
     return "\n".join([*lines, "", f"SmolLM2-135M, `{runs[0]['kv']}`; {where}. Requests: {asked}."])
 
 
-TABLES = {"fidelity": fidelity, "size": size, "models": models, "ideas": ideas, "drift": drift, "needle": needle}
+def on_a_card() -> str:
+    """One eval on both back ends."""
+    report = load("eval-card-smollm2-135m")
+    meta, head = report["meta"], "back end | `--kv` | NLL | KL to BF16 | same top token | passkeys found | greedy: first difference | KL"
+    lines = [f"| {head} |", "| --- |" + " --- |" * 7]
+    for where, name in (("cuda", meta["card"]), ("cpu", "CPU, NumPy")):
+        found = report[where]
+        for row, trials, text in zip(found["results"], found["needle"]["results"], found["drift"]["results"], strict=True):
+            first = text["first_difference"][0]
+            cells = [f"{row['nll']:.4f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}", f"{trials['exact_match']:.0%}"]
+            cells += ["none" if first is None else f"{first}", f"{sum(text['kl']) / len(text['kl']):.4f}"]
+            lines.append(f"| {name} | `{row['kv']}` | " + " | ".join(cells) + " |")
+    needle, drift = (report["cuda"][part] for part in ("needle", "drift"))
+    asked = f"{len(needle['depths']) * needle['repeats']} passkeys in {needle['lengths'][0]} tokens; {drift['tokens']} greedy tokens"
+    size = f"{report['cuda']['prefill']:,} tokens prefilled, {report['cuda']['decode']} decoded; {asked}"
+    lines += ["", f"SmolLM2-135M, one window: {size}. Driver {meta['driver']}, commit `{meta['commit']}`."]
+    return "\n".join(lines)
+
+
+TABLES = {"on_a_card": on_a_card, "fidelity": fidelity, "size": size, "models": models, "ideas": ideas, "drift": drift, "needle": needle}
 TABLES |= {"reading_weights": reading_weights, "reading_cache": reading_cache, "reading_step": reading_step}
 TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache, "soak": soak} | bench_tables.TABLES
 

@@ -2,7 +2,8 @@
 //
 // For each 4-byte word of global and shared memory a shadow keeps which bytes are addressable, which have been written, and up to four recent accesses.
 // Two accesses to one byte by different threads, a write among them (not both atomic), must be ordered: by a block-wide barrier (an "epoch"), by __syncwarp
-// inside a warp, by an mbarrier or named barrier that the lane or, before a __syncwarp, its warp has come to (Clocks), or, between blocks, by a __threadfence with an atomic after it and an atomic in the later block.
+// inside a warp, by an mbarrier or named barrier that the lane or, before a __syncwarp, its warp has come to (Clocks), or, between blocks, by a
+// __threadfence with an atomic after it and an atomic in the later block.
 // Shuffles, votes and matrix operations do not order memory, as in CUDA's documentation.
 #include <sys/mman.h>
 
