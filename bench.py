@@ -47,7 +47,7 @@ from minioscar.ops.decode_step import unsupported
 from minioscar.ops.reference import Reference
 
 COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory")
-SECTIONS = ("kernel", "dense", "sweep", "growth", "skipped", "decode", "breakdown", *COMMANDS[2:], "load")
+SECTIONS = ("kernel", "sustained", "dense", "sweep", "growth", "skipped", "decode", "breakdown", *COMMANDS[2:], "load")
 PACKAGES = ("numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes")
 PACKAGES += ("torch", "triton", "transformers", "flashinfer-python", "hqq", "optimum-quanto")  # the peers'
 Rows = Iterator[tuple[str, dict]]  # section and row, as they are measured
@@ -101,14 +101,16 @@ def kernel_rows(args: argparse.Namespace, ops: Reference, limits: dict[str, floa
     else:
         headlines, swept = cases.small_cases(args.quick), cases.small_sweep(args.quick)
 
-    def measure(wanted: list[cases.Case]) -> Iterator[dict]:
+    def measure(wanted: list[cases.Case], rest: bool = True) -> Iterator[dict]:
         if ops.name == "cuda":
-            return kernels.measure(wanted, copy_rate, args.peers)
+            return kernels.measure(wanted, copy_rate, args.peers, rest)
         return models.reference_kernel(wanted, ops, copy_rate, 3 if args.quick else 10)
 
     for row in measure(headlines):
         yield "skipped" if "skipped" in row else "kernel", row
     if ops.name == "cuda":
+        if not args.quick:
+            yield from (("sustained", row) for row in measure(cases.sustained(), rest=False) if "skipped" not in row)
         yield from (("kernel", row) for row in kernels.writing(copy_rate))
         yield from (("dense", row) for row in dense.measure(copy_rate, limits["matmul_tflop_s"] * 1e12, args.quick))
     if args.sweep:

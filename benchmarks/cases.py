@@ -47,6 +47,11 @@ def cases(quick: bool) -> list[Case]:
     return found + [Case("int2", 2 * (8 // heads[1]) if heads[2] == 128 else 12, 131072, raw.Heads(*heads)) for heads in SHAPES]
 
 
+def sustained() -> list[Case]:
+    """One long sequence and a batch, once more, without the rests between replays."""
+    return [case for case in cases(False) if (case.batch, case.context) in HEADLINES[:2]]
+
+
 def sweep(quick: bool) -> list[Case]:
     """Context 1K to 256K at batch 1; batch 1 to 256 at 4K; at 1 x 128K every scheme that has kernels, and both group sizes."""
     schemes, step = (SWEPT[:2], 4) if quick else (SWEPT, 1)

@@ -109,8 +109,8 @@ def compile_all(wanted: list[Case]) -> None:
         pool.starmap(card.kernel, list(seen), chunksize=1)
 
 
-def measure(wanted: list[Case], copy_rate: float, peers: bool) -> Iterator[dict]:
-    """A row of every case; one that the card's memory cannot hold says why instead of a time."""
+def measure(wanted: list[Case], copy_rate: float, peers: bool, rest: bool = True) -> Iterator[dict]:
+    """A row of every case; one that the card's memory cannot hold says why instead of a time. rest: as `graph_time` has it."""
     rng = cupy.random.default_rng(0)
     fitting = {case: too_large(case, free_bytes()) for case in wanted}
     compile_all([case for case, reason in fitting.items() if reason is None])
@@ -119,10 +119,10 @@ def measure(wanted: list[Case], copy_rate: float, peers: bool) -> Iterator[dict]
             yield {"op": "decode_attention", "kv": case.kv, "batch": case.batch, "context": case.context, "skipped": reason}
             continue
         launches, caches = attention(case, rng)
-        us, spread = graph_time(launches)
+        us, spread = graph_time(launches, rest=rest)
         row = entry("decode_attention", case, us, spread, moved_bytes(case), copy_rate)
         if peers and case.peers:
-            row["peers"] = peer_times(case, caches)
+            row["peers"] = peer_times(case, caches, rest)
         del launches, caches
         cupy.get_default_memory_pool().free_all_blocks()
         yield row

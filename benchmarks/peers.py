@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minioscar.config import Config
+from minioscar.measure import LAUNCHES, replayed, sustained
 from minioscar.oscar import WINDOW
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ def gives_back(measure: Callable) -> Callable:
 
 
 @gives_back
-def peer_times(case: Case, caches: list[dict[str, Array]]) -> Times:
-    """Microseconds of decode attention over `context` tokens and half a window, by peer; caches: our kernel's rotating BF16 arrays."""
+def peer_times(case: Case, caches: list[dict[str, Array]], rest: bool = True) -> Times:
+    """Microseconds of decode attention over `context` tokens and half a window, by peer; caches: our kernel's rotating BF16 arrays.
+    rest: as `measure.graph_time` has it."""
     try:
         import torch
 
@@ -72,7 +74,7 @@ def peer_times(case: Case, caches: list[dict[str, Array]]) -> Times:
     found: Times = {}
     for name, candidates in ATTENTION.items():
         try:
-            found[name] = fastest(candidates(q, pairs), expected)
+            found[name] = fastest(candidates(q, pairs), expected, rest)
         except Exception as error:
             found[name] = reason(error)
     return found
@@ -91,7 +93,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def fastest(candidates: Candidates, expected: Tensor) -> float:
+def fastest(candidates: Candidates, expected: Tensor, rest: bool) -> float:
     """Microseconds of the peer's fastest candidate. One that fails or is wrong is passed over, unless all of them are."""
     tried: list[tuple[float, list[Call]]] = []
     failure: Exception = RuntimeError("nothing to try for this shape")
@@ -106,14 +108,12 @@ def fastest(candidates: Candidates, expected: Tensor) -> float:
             failure = error
     if not tried:
         raise failure
-    return graph_time(min(tried, key=lambda each: each[0])[1])
+    return graph_time(min(tried, key=lambda each: each[0])[1], rest=rest)
 
 
-def graph_time(calls: list[Call], replays: int = 25) -> float:
+def graph_time(calls: list[Call], replays: int = 25, rest: bool = True) -> float:
     """`measure.graph_time` on torch's allocator and streams: microseconds of one call, median over the replays."""
     import torch
-
-    from minioscar.measure import LAUNCHES, enough
 
     count = max(LAUNCHES, len(calls))
     for call in calls:
@@ -123,16 +123,17 @@ def graph_time(calls: list[Call], replays: int = 25) -> float:
     with torch.cuda.graph(graph):
         for i in range(count):
             calls[i % len(calls)]()
-    times = []
-    while not enough(times[3:], count, replays):
+
+    def once() -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         graph.replay()
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / count)
-    return statistics.median(times[3:])
+        return start.elapsed_time(end) * 1e3 / count
+
+    return statistics.median(replayed(once, count, replays) if rest else sustained(once))
 
 
 def sdpa(backend: str, q: Tensor, caches: Caches) -> Candidates:

@@ -40,6 +40,7 @@ KERNEL: list[Column] = [
 ]  # fmt: skip
 COLUMNS: dict[str, list[Column]] = {
     "kernel": KERNEL,
+    "sustained": KERNEL,
     "sweep": KERNEL,
     "dense": [
         text("operation", -24, "op"), text("shape", -40, "shape"), number("tokens", 9, "tokens", ",d"), number("µs", 10, "us", ".2f"),

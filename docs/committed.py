@@ -44,10 +44,10 @@ def foreign_group(row: dict) -> bool:
     return row.get("group") not in (None, SCHEMES[row["kv"]].group)
 
 
-def fastest_bf16(report: dict) -> dict[tuple, tuple[float, str]]:
+def fastest_bf16(report: dict, part: str = "kernel") -> dict[tuple, tuple[float, str]]:
     """Shape of decode attention -> the fastest BF16 kernel of the same run: microseconds, name ("ours" or a peer's)."""
     best = {}
-    for row in attention_rows(report):
+    for row in attention_rows(report, part):
         if row["kv"] == "bf16":
             best[shape_of(row)] = min((us, name) for name, us in {"ours": row["us"], **measured(row)}.items())
     return best

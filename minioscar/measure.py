@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 LAUNCHES = 20  # in one graph, at least
 MEASURED = 20e3  # microseconds of replays, or 16 times as many of them as asked for: a clock that wanders is seen at all its speeds
-STEADY, LONGER = 0.03, 10  # so many times as long where the spread is more: of two speeds the median is else the one that it met more often
+WARM_UP = 3  # replays that do not count
+REST = 2  # times as long as two replays took the card rests behind them: else it comes to its power limit, and its clock wanders
+SUSTAINED = 1.0  # seconds without a rest
 L2_BYTES = 64 << 20  # of the largest card so far, rounded up
 
 
@@ -33,12 +35,28 @@ def enough(times: Sequence[float], launches: int, replays: int) -> bool:
     """Whether these times of one launch each, of replays of so many, are as many as a median wants."""
     if len(times) < replays:
         return False
-    longer = LONGER if (max(times) - min(times)) > STEADY * statistics.fmean(times) else 1
-    return sum(times) * launches >= longer * MEASURED or len(times) >= longer * 16 * replays
+    return sum(times) * launches >= MEASURED or len(times) >= 16 * replays
 
 
-def graph_time(launches: Sequence[Callable[[], None]], replays: int = 25, warm_up: int = 3) -> tuple[float, float]:
-    """Microseconds of one launch (median over at least so many replays, `enough`) and their spread.
+def replayed(once: Callable[[], float], launches: int, replays: int) -> list[float]:
+    """Microseconds of a launch, as `once` finds them of a replay of so many behind another one; `enough` of them, each after a rest."""
+    times: list[float] = []
+    while not enough(times[WARM_UP:], launches, replays):
+        times.append(once())
+        time.sleep(REST * 2 * launches * times[-1] * 1e-6)
+    return times[WARM_UP:]
+
+
+def sustained(once: Callable[[], float]) -> list[float]:
+    """The same without a rest, in the second half of SUSTAINED seconds: of a card that is as fast as its power limit lets it be."""
+    times, start = [], time.perf_counter()
+    while (since := time.perf_counter() - start) < SUSTAINED:
+        times.append((since, once()))
+    return [us for since, us in times if since > SUSTAINED / 2]
+
+
+def graph_time(launches: Sequence[Callable[[], None]], replays: int = 25, rest: bool = True) -> tuple[float, float]:
+    """Microseconds of one launch (median over at least so many replays, `enough`) and their spread; without a rest: `sustained`.
 
     launches[i % len] is captured as launch i of LAUNCHES, or of as many as there are; each is called once before, so that
     compilation stays out. A replay is timed behind another one, as a decode step runs behind the step before it: how long the host
@@ -57,16 +75,17 @@ def graph_time(launches: Sequence[Callable[[], None]], replays: int = 25, warm_u
         for i in range(count):
             launches[i % len(launches)]()
         graph = stream.end_capture()
-        times = []
-        while not enough(times[warm_up:], count, replays):
+
+        def once() -> float:
             start, end = cupy.cuda.Event(), cupy.cuda.Event()
             graph.launch(stream)
             start.record(stream)
             graph.launch(stream)
             end.record(stream)
             end.synchronize()
-            times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / count)
-    return median_and_spread(times[warm_up:])
+            return cupy.cuda.get_elapsed_time(start, end) * 1e3 / count
+
+        return median_and_spread(replayed(once, count, replays) if rest else sustained(once))
 
 
 def timed(ops: Reference, run: Callable[[], Any], repeats: int, warm_up: int = 2) -> tuple[float, float]:

@@ -81,10 +81,7 @@ struct Ring {  // of tiles of keys or of values
     }
   }
   __device__ __forceinline__ void wait(Place at) const { mbarrier_wait(full + at.slot, at.round); }
-  __device__ __forceinline__ void release(Place at) const {
-    __syncwarp();  // lane 0 speaks for all: what they have read comes before its arrival
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + at.slot);
-  }
+  __device__ __forceinline__ void release(Place at) const { mbarrier_arrive(empty + at.slot); }  // by every thread, for what it has read itself
 };
 
 // x: q . k of 64 rows and the keys of a tile. Asked for, not there yet.
@@ -221,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       mbarrier_init(keys.full + s, 1), mbarrier_init(values.full + s, 1);
-      mbarrier_init(keys.empty + s, GROUPS * 4), mbarrier_init(values.empty + s, GROUPS * 4);
+      mbarrier_init(keys.empty + s, GROUPS * GROUP), mbarrier_init(values.empty + s, GROUPS * GROUP);
     }
     mbarrier_init_fence();
   }
