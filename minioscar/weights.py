@@ -73,13 +73,29 @@ def expected(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tensor:
     """A tensor of a safetensors file: mapped into memory, and to be read from the file itself."""
 
-    array: np.ndarray  # a view of the file, read-only
-    file: BinaryIO
+    kind: str  # its dtype, as the file spells it
+    shape: tuple[int, ...]
     begin: int  # where its bytes begin in the file
+    nbytes: int
+    file: BinaryIO
+    data: np.ndarray  # the whole file, read-only
+
+    @property
+    def dtype(self) -> np.dtype:
+        return DTYPES[self.kind]
+
+    @property
+    def size(self) -> int:
+        return self.nbytes // self.dtype.itemsize
+
+    @property
+    def array(self) -> np.ndarray:
+        """A view of the file."""
+        return self.data[self.begin : self.begin + self.nbytes].view(self.dtype).reshape(self.shape)
 
     def read(self, buffer: np.ndarray, at: int) -> None:
         """Fills a buffer, uint8, from byte `at` of the tensor on; takes the kernel less than a fault for each page of the mapping."""
@@ -99,12 +115,11 @@ class Checkpoint:
     def __init__(self, folder: Path, config: Config, stack: ExitStack):
         from safetensors import SafetensorError, safe_open
 
-        self.folder, self.files, self.places = folder, {}, {}
+        self.folder, self.tensors = folder, {}
         for file in _files(folder):
             try:
-                handle = stack.enter_context(safe_open(folder / file, "np"))
-                self.files.update((name, handle) for name in handle.keys())
-                self.places.update(_tensors(stack.enter_context(open(folder / file, "rb", buffering=0))))
+                with safe_open(folder / file, "np"):
+                    self.tensors.update(_tensors(stack.enter_context(open(folder / file, "rb", buffering=0))))
             except FileNotFoundError:
                 raise UserError(f"{folder / file} does not exist; fetch the model again") from None
             except (SafetensorError, OSError) as error:
@@ -113,30 +128,30 @@ class Checkpoint:
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
-            if name not in self.files:
+            if name not in self.tensors:
                 raise UserError(f"{self.folder}: tensor {name} is missing; the weights do not belong to this config.json or are incomplete")
-            tensor = self.files[name].get_slice(name)
-            if tuple(tensor.get_shape()) != shape:
-                raise UserError(f"{self.folder}: tensor {name} has shape {tensor.get_shape()}, but config.json asks for {list(shape)}")
-            if tensor.get_dtype() not in DTYPES:
-                raise UserError(f"{self.folder}: tensor {name} has dtype {tensor.get_dtype()}; only {', '.join(DTYPES)} are supported")
-        for name in self.files:
+            tensor = self.tensors[name]
+            if tensor.shape != shape:
+                raise UserError(f"{self.folder}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}")
+            if tensor.kind not in DTYPES:
+                raise UserError(f"{self.folder}: tensor {name} has dtype {tensor.kind}; only {', '.join(DTYPES)} are supported")
+        for name in self.tensors:
             if name.startswith("model.layers.") and name not in shapes and not name.endswith("rotary_emb.inv_freq"):
                 raise UserError(f"{self.folder}: tensor {name} has no place in this architecture; it is not implemented")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.places[name]
+        return self.tensors[name]
 
 
 def _tensors(file: BinaryIO) -> Iterator[tuple[str, Tensor]]:
     """Of a file whose header the safetensors library has found to be sound: its size in 8 bytes, itself as JSON, the data
     (github.com/huggingface/safetensors, Format)."""
-    data = np.asarray(np.memmap(file, np.uint8, "r"))  # views of a memmap take twice as long to make as an array's
+    data = np.asarray(np.memmap(file, np.uint8, "r"))
     size = 8 + int(data[:8].view("<u8")[0])
     for name, entry in json.loads(bytes(data[8:size])).items():
-        if name != "__metadata__" and entry["dtype"] in DTYPES:
-            begin, end = (size + offset for offset in entry["data_offsets"])
-            yield name, Tensor(data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"]), file, begin)
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            yield name, Tensor(entry["dtype"], tuple(entry["shape"]), size + begin, end - begin, file, data)
 
 
 def _files(folder: Path) -> list[str]:
@@ -184,7 +199,7 @@ def load(folder: Path, config: Config, ops: Reference, progress: bool = False) -
         if need > free:
             raise UserError(f"{folder}: the weights take {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of {ops.name} memory are free")
         wanted, shown = [tensors[name] for name in expected(config)], None if progress else True
-        total = sum(tensor.array.nbytes for tensor in wanted)
+        total = sum(tensor.nbytes for tensor in wanted)
         bar = stack.enter_context(tqdm(total=total, desc="load", unit="B", unit_scale=True, leave=False, disable=shown))
         put = stack.enter_context(ops.loading(bar.update, wanted))
 

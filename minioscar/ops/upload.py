@@ -33,55 +33,67 @@ class Upload:
 
     def __init__(self, dtype: np.dtype, advance: Callable[[int], object], tensors: Sequence[Tensor]):
         self.dtype, self.advance, self.used = dtype, advance, 0
-        self.places: list[tuple[Tensor, int]] = []  # and where in the slab its numbers begin
-        self.slab = self._empty(sum(self._padded(tensor.array.size) for tensor in tensors))  # enough, however they are joined
+        self.pieces: list[Piece] = []
+        self.given = 0  # of them, to the threads
+        self.threads: list[Thread] = []
+        self.slab = self._empty(sum(self._padded(tensor.size) for tensor in tensors))  # enough, however they are joined
 
     def __enter__(self) -> Upload:
         return self
 
     def __call__(self, tensors: Sequence[Tensor]) -> Array:
-        first, rows = self.used, sum(len(tensor.array) for tensor in tensors)
+        first, rows = self.used, sum(tensor.shape[0] for tensor in tensors)
         for tensor in tensors:
-            self.places.append((tensor, self.used))
-            self.used += tensor.array.size
+            add(self.pieces, tensor, self.used)
+            self.used += tensor.size
         self.used = self._padded(self.used)
         if self.used > self.slab.size:
             raise ValueError("more is asked for than the tensors that `loading` was told of")
-        return self._part(first, (rows, *tensors[0].array.shape[1:]))
+        self._give(len(self.pieces) - 1)  # the last one may get more
+        return self._part(first, (rows, *tensors[0].shape[1:]))
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self._read()
+        try:
+            if kind is None:
+                self._give(len(self.pieces))
+                for _ in self.pieces:
+                    found = self.done.get()
+                    if isinstance(found, BaseException):
+                        raise found
+                    self.advance(found)
+        finally:  # after an error or Ctrl-C, too, nobody writes on into memory that is free
+            if self.threads:
+                self._stop()
 
     def _padded(self, count: int) -> int:
         """Numbers up to where the next array may begin."""
         return count + -count % (ALIGN // self.dtype.itemsize)
 
-    def _read(self) -> None:
-        wanted = pieces(self.places)
-        count = min(THREADS, os.cpu_count() or 1, -(-len(wanted) // 8))  # a buffer is worth its pinning from four pieces on
+    def _give(self, upto: int) -> None:
+        """The first so many pieces to the threads, which read while more tensors are asked for."""
+        if upto > self.given and not self.threads:
+            self._start()
+        for piece in self.pieces[self.given : upto]:
+            self.todo.put((piece, self._part(piece.first, (piece.size // piece.dtype.itemsize,))))
+            self.given += 1
+
+    def _start(self) -> None:
+        count = min(THREADS, os.cpu_count() or 1, -(-self.slab.nbytes // (8 * PIECE)))  # a buffer is worth its pinning from four pieces on
         self.lanes = self._lanes(count)  # kept to the end: copies run on when a thread has ended
         self.stopped = False
         self.todo: SimpleQueue = SimpleQueue()  # pieces and their places; None: no more
         self.done: SimpleQueue = SimpleQueue()  # bytes of a piece, or what went wrong
-        threads = [Thread(target=self._work, args=(lane,), daemon=True) for lane in self.lanes]
-        for thread in threads:
+        self.threads = [Thread(target=self._work, args=(lane,), daemon=True) for lane in self.lanes]
+        for thread in self.threads:
             thread.start()
-        try:
-            for piece in wanted:  # while the threads are at work already: a view takes a while to make
-                self.todo.put((piece, self._part(piece.first, (piece.size // piece.dtype.itemsize,))))
-            for _ in wanted:
-                found = self.done.get()
-                if isinstance(found, BaseException):
-                    raise found
-                self.advance(found)
-        finally:  # after an error or Ctrl-C, too, nobody writes on into memory that is free
-            self.stopped = True
-            for _ in threads:
-                self.todo.put(None)
-            for thread in threads:
-                thread.join()
-            self._finish()
+
+    def _stop(self) -> None:
+        self.stopped = True
+        for _ in self.threads:
+            self.todo.put(None)
+        for thread in self.threads:
+            thread.join()
+        self._finish()
 
     def _work(self, lane: Lane) -> None:
         try:
@@ -134,20 +146,17 @@ class Piece:
         return self.parts[-1][3]
 
 
-def pieces(places: Sequence[tuple[Tensor, int]]) -> list[Piece]:
-    """As full as they can be: small tensors share one, large ones take several."""
-    found: list[Piece] = []
-    for tensor, place in places:
-        dtype, at = tensor.array.dtype, 0
-        while at < tensor.array.nbytes:
-            number = place + at // dtype.itemsize
-            if not found or found[-1].dtype != dtype or number >= found[-1].first + PIECE // dtype.itemsize:
-                found.append(Piece(dtype, number))
-            begin = (number - found[-1].first) * dtype.itemsize
-            end = min(begin + tensor.array.nbytes - at, PIECE)
-            found[-1].parts.append((tensor, at, begin, end))
-            at += end - begin
-    return found
+def add(pieces: list[Piece], tensor: Tensor, place: int) -> None:
+    """The parts of a tensor whose numbers begin at `place`. Pieces are as full as can be: small tensors share one, large take several."""
+    dtype, at = tensor.dtype, 0
+    while at < tensor.nbytes:
+        number = place + at // dtype.itemsize
+        if not pieces or pieces[-1].dtype != dtype or number >= pieces[-1].first + PIECE // dtype.itemsize:
+            pieces.append(Piece(dtype, number))
+        begin = (number - pieces[-1].first) * dtype.itemsize
+        end = min(begin + tensor.nbytes - at, PIECE)
+        pieces[-1].parts.append((tensor, at, begin, end))
+        at += end - begin
 
 
 class Lane:
