@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -67,7 +68,9 @@ def small(monkeypatch):
     """Pieces that no tensor is a multiple of, more threads than there are cores."""
     monkeypatch.setattr(upload, "PIECE", 1000)
     monkeypatch.setattr(upload.os, "cpu_count", lambda: 5)
+    before = sys.getswitchinterval()
     yield
+    assert sys.getswitchinterval() == before
     assert not [thread for thread in threading.enumerate() if "_work" in thread.name]
 
 
