@@ -49,7 +49,7 @@ def cases(quick: bool) -> list[Case]:
 
 def sustained() -> list[Case]:
     """One long sequence and a batch, once more, without the rests between replays."""
-    return [case for case in cases(False) if (case.batch, case.context) in HEADLINES[:2]]
+    return cases(False)[:8]
 
 
 def sweep(quick: bool) -> list[Case]:
