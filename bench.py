@@ -15,8 +15,9 @@ memory      what the allocator gave for a cache, and the most that it and a step
             loaded, beside one copy of the same bytes
 
 Limits are measured first. Times are medians after a warm-up; spread is (max - min) / median. On a GPU kernels are replayed from one
-graph over caches that no L2 holds, peers alike. Without one all runs in NumPy, kernel at small shapes: that tests the bench, and says
-nothing about a GPU. A sweep takes minutes, so it is asked for. stdout gets tables, stderr progress, --json everything.
+graph over caches that no L2 holds, peers alike, with rests that keep the card below its power limit; "sustained" is what that limit
+leaves without them. Without a GPU all runs in NumPy, kernel at small shapes: that tests the bench, and says nothing about a GPU. A
+sweep takes minutes, so it is asked for. stdout gets tables, stderr progress, --json everything.
 """
 
 from __future__ import annotations
