@@ -85,8 +85,8 @@ class Upload:
         self.stopped = False
         self.todo: SimpleQueue = SimpleQueue()  # pieces and their places; None: no more
         self.done: SimpleQueue = SimpleQueue()  # bytes of a piece, or what went wrong
-        self.threads = [Thread(target=self._work, args=(lane,), daemon=True) for lane in self.lanes]
         self.interval = sys.getswitchinterval()
+        self.threads = [Thread(target=self._work, args=(lane,), daemon=True) for lane in self.lanes]
         sys.setswitchinterval(SWITCH)
         for thread in self.threads:
             thread.start()
