@@ -39,8 +39,12 @@ SHAPES = [(40, 8, 128), (64, 8, 128), (28, 4, 128), (16, 8, 128), (12, 2, 128), 
 SWEPT = ("bf16", "int2", "oscar", "int2-compact", "int4")
 
 
+def headlines(shapes: list[tuple[int, int]]) -> list[Case]:
+    return [Case(kv, *shape, peers=kv == "bf16") for shape in shapes for kv in ("bf16", "int2", "oscar", "int2-compact")]
+
+
 def cases(quick: bool) -> list[Case]:
-    found = [Case(kv, *shape, peers=kv == "bf16") for shape in HEADLINES for kv in ("bf16", "int2", "oscar", "int2-compact")]
+    found = headlines(HEADLINES)
     if quick:
         return found[:2]
     found += [Case("int4", 1, 131072), Case("kivi", 1, 131072), Case("int2", 256, 4096), Case("int2", 8, 32768)]
@@ -49,7 +53,7 @@ def cases(quick: bool) -> list[Case]:
 
 def sustained() -> list[Case]:
     """One long sequence and a batch, once more, without the rests between replays."""
-    return cases(False)[:8]
+    return headlines(HEADLINES[:2])
 
 
 def sweep(quick: bool) -> list[Case]:

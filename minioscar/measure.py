@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .ops.reference import Reference
 
 LAUNCHES = 20  # in one graph, at least
-MEASURED = 20e3  # microseconds of replays, or 16 times as many of them as asked for: a clock that wanders is seen at all its speeds
+MEASURED = 20e3  # microseconds of replays, or 16 times as many of them as asked for
 WARM_UP = 3  # replays that do not count
 REST = 2  # times as long as two replays took the card rests behind them: else it comes to its power limit, and its clock wanders
 SUSTAINED = 2.0  # seconds without a rest

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -365,6 +366,17 @@ def test_short_launches_are_replayed_more_often():
     assert not enough([], 20, 25) and not enough([3000.0] * 24, 20, 25) and enough([3000.0] * 25, 20, 25)
     assert not enough([2.0] * 399, 20, 25) and enough([2.0] * 400, 20, 25)  # 16 ms, but 16 times as many
     assert not enough([20.0] * 49, 20, 25) and enough([20.0] * 50, 20, 25)  # 20 ms
+
+
+def test_a_card_is_also_measured_without_rests_unless_quick(monkeypatch):
+    kernels = SimpleNamespace(measure=lambda wanted, *_, rest=True: [{"us": len(wanted), "rest": rest}], writing=lambda *_: [])
+    for name, module in (("kernels", kernels), ("dense", SimpleNamespace(measure=lambda *_: []))):
+        monkeypatch.setitem(sys.modules, f"benchmarks.{name}", module)
+        monkeypatch.setattr(f"benchmarks.{name}", module, raising=False)
+    for quick, wanted in ((True, []), (False, [("sustained", {"us": 8, "rest": False})])):
+        args = SimpleNamespace(quick=quick, peers=False, sweep=False)
+        rows = list(bench.kernel_rows(args, SimpleNamespace(name="cuda"), {"copy_tb_s": 4.0, "matmul_tflop_s": 800.0}))
+        assert [row for row in rows if row[0] != "kernel"] == wanted and rows[0][1]["rest"]
 
 
 def test_the_card_rests_between_replays_or_never(monkeypatch):

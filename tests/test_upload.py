@@ -110,7 +110,7 @@ def test_arrays_are_parts_of_one_allocation_that_begin_at_multiples_of_512_bytes
         assert array.shape == (size,) and (array == 1 + i).all()
 
 
-def test_asking_for_more_than_was_announced_is_an_error(tmp_path):
+def test_asking_for_more_than_was_announced_is_an_error_and_reads_nothing_of_it(tmp_path):
     save_file({"a": np.ones(256, np.float32), "b": np.ones(1, np.float32)}, tmp_path / "x")
     told = []
     with ExitStack() as stack:
@@ -118,7 +118,8 @@ def test_asking_for_more_than_was_announced_is_an_error(tmp_path):
         with pytest.raises(ValueError, match="more is asked for"), OnHost(BF16, told.append, [file["a"]]) as put:
             put([file["a"]])
             put([file["b"]])
-    assert not told
+    assert not told and {id(tensor) for piece in put.pieces[: put.given] for tensor, *_ in piece.parts} == {id(file["a"])}
+    assert not put.slab[250:].any()  # 1,000 bytes of it are 250 numbers
 
 
 def test_small_tensors_share_a_piece_unless_their_dtypes_differ(tmp_path, seed):
