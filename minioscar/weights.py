@@ -97,6 +97,10 @@ class Tensor:
         """A view of the file."""
         return self.data[self.begin : self.begin + self.nbytes].view(self.dtype).reshape(self.shape)
 
+    def continued_by(self, other: Tensor) -> bool:
+        """Whether its numbers follow in the file."""
+        return other.file is self.file and other.begin == self.begin + self.nbytes and other.kind == self.kind
+
     def read(self, buffer: np.ndarray, at: int) -> None:
         """Fills a buffer, uint8, from byte `at` of the tensor on; takes the kernel less than a fault for each page of the mapping."""
         try:
@@ -219,17 +223,17 @@ def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
     def of(*names: str, present: bool = True) -> Array | None:
         return get(*(prefix + name for name in names)) if present else None
 
-    return Layer(
+    return Layer(  # in the order of the alphabet, which is that of the files: what stands side by side there is read at once
         input_norm=of("input_layernorm.weight"),
-        qkv=of(*(f"self_attn.{n}_proj.weight" for n in "qkv")),
-        qkv_bias=of(*(f"self_attn.{n}_proj.bias" for n in "qkv"), present=config.qkv_bias),
-        q_norm=of("self_attn.q_norm.weight", present=config.qk_norm),
-        k_norm=of("self_attn.k_norm.weight", present=config.qk_norm),
-        o=of("self_attn.o_proj.weight"),
-        o_bias=of("self_attn.o_proj.bias", present=config.output_bias),
-        post_norm=of("post_attention_layernorm.weight"),
-        gate_up=of("mlp.gate_proj.weight", "mlp.up_proj.weight"),
         down=of("mlp.down_proj.weight"),
+        gate_up=of("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        post_norm=of("post_attention_layernorm.weight"),
+        k_norm=of("self_attn.k_norm.weight", present=config.qk_norm),
+        o_bias=of("self_attn.o_proj.bias", present=config.output_bias),
+        o=of("self_attn.o_proj.weight"),
+        q_norm=of("self_attn.q_norm.weight", present=config.qk_norm),
+        qkv_bias=of(*(f"self_attn.{n}_proj.bias" for n in "qkv"), present=config.qkv_bias),
+        qkv=of(*(f"self_attn.{n}_proj.weight" for n in "qkv")),
     )
 
 

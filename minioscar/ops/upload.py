@@ -1,9 +1,10 @@
-"""Weights to the card: all arrays are parts of one allocation, and threads read pieces of it from files into pinned memory, from where
-the copy engine takes them, waiting for nothing but a buffer.
+"""Weights to the card: all arrays are parts of one allocation. Threads read pieces of it from files into pinned memory; the thread that
+asks for tensors sends them on to the card, and waits for nothing but the next piece.
 
 A copy from ordinary memory goes through one buffer of the driver and one thread, at a fifth of what the bus carries; a thread reads
-5 to 10 GB/s of what the system holds of a file, so that several are needed. Pinning memory takes as long as reading into it: few buffers.
-An allocation takes 0.15 ms and Python 0.08 for a piece, whatever their sizes (H200): one allocation, and pieces that are full.
+4 to 7 GB/s of what the system holds of a file, so that several are needed. Pinning memory takes as long as reading into it: few and
+small buffers. Python lets one thread in at a time, and a thread that has been out waits some 50 microseconds for its turn: a reader
+makes one call a piece, and only one thread talks to the driver.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import math
 import os
 import sys
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,106 +27,156 @@ if TYPE_CHECKING:
 
 Array = Any
 ALIGN = 512  # bytes that every array begins at a multiple of, as CuPy's own do
-PIECE = 8 << 20  # bytes of a buffer: a copy of 2 MB is over before Python has asked for the next
-THREADS = 12  # with two buffers each (Qwen3-8B, H200: 45 GB/s; 8 threads 43, 8 with 4 MB 37, 16 threads 42)
-SWITCH = 0.0005  # seconds after which Python lets another thread in: at 0.005 the first reads waited until all tensors had been asked for
+PIECE = 4 << 20  # bytes of a buffer: smaller ones are over before Python has asked for the next, larger ones leave the processor's cache
+THREADS = 8
+UNDER_WAY = 2  # copies to the card, while there is something else to send
+SWITCH = 0.0001  # seconds after which Python lets another thread in: at 0.005 the first reads waited until all tensors had been asked for
 HOST_TO_DEVICE = 1  # cudaMemcpyKind
+
+
+class Part(NamedTuple):
+    """Of a piece: `count` numbers of a tensor, from its number `at` on, which go to number `place` of the slab."""
+
+    tensor: Tensor
+    at: int
+    count: int
+    place: int
 
 
 class Upload:
     """`Reference.loading` onto a card: call it with tensors; what it gave holds their numbers when its context has ended."""
 
     def __init__(self, dtype: np.dtype, advance: Callable[[int], object], tensors: Sequence[Tensor]):
-        self.dtype, self.advance, self.used = dtype, advance, 0
-        self.pieces: list[Piece] = []
-        self.given = 0  # of them, to the threads
-        self.threads: list[Thread] = []
+        self.dtype, self.advance = dtype, advance
+        self.used = self.end = 0  # numbers of the slab: with what lies behind the last array, and without
+        self.tensors: list[Tensor] = []
+        self.places: list[int] = []  # of their first numbers in the slab
+        self.width = max((tensor.dtype.itemsize for tensor in tensors), default=dtype.itemsize)  # bytes of a number in a buffer
+        self.numbers = PIECE // self.width  # of the slab in a piece
+        self.given = 0  # pieces, to the threads
         self.slab = self._empty(sum(self._padded(tensor.size) for tensor in tensors))  # enough, however they are joined
 
     def __enter__(self) -> Upload:
+        self.stopped, self.copied = False, 0
+        self.todo: SimpleQueue = SimpleQueue()  # numbers of pieces; None: no more
+        self.filled: SimpleQueue = SimpleQueue()  # Filled, or what went wrong
+        self.free: SimpleQueue = SimpleQueue()  # buffers; None: no more
+        self.under_way: deque[Buffer] = deque()
+        few = -(-self.slab.size // (8 * self.numbers))  # a buffer is worth its pinning from four pieces on
+        count = min(THREADS, os.cpu_count() or 1, few)
+        self.threads = [Thread(target=self._read, args=(i + 1,), daemon=True) for i in range(count)]
+        self.interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH)
+        self._start(0)
         return self
 
     def __call__(self, tensors: Sequence[Tensor]) -> Array:
         first, rows = self.used, sum(tensor.shape[0] for tensor in tensors)
         for tensor in tensors:
-            add(self.pieces, tensor, self.used)
-            self.used += tensor.size
-        self.used = self._padded(self.used)
+            self._add(tensor)
+        self.end, self.used = self.used, self._padded(self.used)
         if self.used > self.slab.size:
             raise ValueError("more is asked for than the tensors that `loading` was told of")
-        self._give(len(self.pieces) - 1)  # the last one may get more
+        self._give(self.used // self.numbers)  # nothing is added to a full piece, so it can be read already
+        for _ in range(self.filled.qsize()):  # not more: the threads want more to do
+            self._send()
         return self._part(first, (rows, *tensors[0].shape[1:]))
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
             if kind is None:
-                self._give(len(self.pieces))
-                for _ in self.pieces:
-                    found = self.done.get()
-                    if isinstance(found, BaseException):
-                        raise found
-                    self.advance(found)
+                self._give(-(-self.end // self.numbers))
+                while self.copied < self.given:
+                    self._send()
         finally:  # after an error or Ctrl-C, too, nobody writes on into memory that is free
-            if self.threads:
-                self._stop()
+            self.stopped = True
+            for _ in self.threads:
+                self.todo.put(None), self.free.put(None)
+            for thread in self.threads:  # in the order in which they start each other
+                if thread.ident is not None:
+                    thread.join()
+            sys.setswitchinterval(self.interval)
+            self._finish()
+
+    def _add(self, tensor: Tensor) -> None:
+        """What continues the last one, in its file and in the slab, is read with it."""
+        last = self.tensors[-1] if self.tensors else None
+        if last and self.places[-1] + last.size == self.used and last.continued_by(tensor):
+            self.tensors[-1] = replace(last, shape=(last.size + tensor.size,), nbytes=last.nbytes + tensor.nbytes)
+        else:
+            self.tensors.append(tensor)
+            self.places.append(self.used)
+        self.used += tensor.size
 
     def _padded(self, count: int) -> int:
         """Numbers up to where the next array may begin."""
         return count + -count % (ALIGN // self.dtype.itemsize)
 
     def _give(self, upto: int) -> None:
-        """The first so many pieces to the threads, which read while more tensors are asked for."""
-        if upto > self.given and not self.threads:
-            self._start()
-        for piece in self.pieces[self.given : upto]:
-            self.todo.put((piece, self._part(piece.first, (piece.size // piece.dtype.itemsize,))))
-            self.given += 1
+        for piece in range(self.given, upto):
+            self.todo.put(piece)
+        self.given = max(self.given, upto)
 
-    def _start(self) -> None:
-        count = min(THREADS, os.cpu_count() or 1, -(-self.slab.nbytes // (8 * PIECE)))  # a buffer is worth its pinning from four pieces on
-        self.lanes = self._lanes(count)  # kept to the end: copies run on when a thread has ended
-        self.stopped = False
-        self.todo: SimpleQueue = SimpleQueue()  # pieces and their places; None: no more
-        self.done: SimpleQueue = SimpleQueue()  # bytes of a piece, or what went wrong
-        self.interval = sys.getswitchinterval()
-        self.threads = [Thread(target=self._work, args=(lane,), daemon=True) for lane in self.lanes]
-        sys.setswitchinterval(SWITCH)
-        for thread in self.threads:
-            thread.start()
+    def _parts(self, piece: int) -> list[Part]:
+        begin, end = piece * self.numbers, (piece + 1) * self.numbers
+        found, i = [], bisect_right(self.places, begin) - 1
+        while i < len(self.places) and (first := self.places[i]) < end:
+            at, upto = max(begin - first, 0), min(end - first, self.tensors[i].size)
+            if at < upto:  # not only what lies between two arrays
+                found.append(Part(self.tensors[i], at, upto - at, first + at))
+            i += 1
+        return found
 
-    def _stop(self) -> None:
-        self.stopped = True
-        for _ in self.threads:
-            self.todo.put(None)
-        for thread in self.threads:
-            thread.join()
-        sys.setswitchinterval(self.interval)
-        self._finish()
+    def _start(self, thread: int) -> None:
+        if thread < len(self.threads) and not self.stopped:
+            self.threads[thread].start()
 
-    def _work(self, lane: Lane) -> None:
+    def _read(self, next_thread: int) -> None:
+        """A thread: the first pieces into buffers of its own, the others into what is free by then. It starts the next one, since starting
+        them all takes 2 ms."""
+        own = 2
         try:
-            while (given := self.todo.get()) is not None and not self.stopped:
-                piece, place = given
-                buffer = lane.buffer(piece.size)
-                for tensor, at, begin, end in piece.parts:
-                    tensor.read(buffer[begin:end], at)
-                lane.copy(buffer, piece.dtype, place)
-                self.done.put(sum(end - begin for _, _, begin, end in piece.parts))
+            self._start(next_thread)
+            while (piece := self.todo.get()) is not None:
+                buffer, own = (self._buffer() if own else self.free.get()), max(own - 1, 0)
+                if self.stopped:
+                    return
+                begin, parts = piece * self.numbers, self._parts(piece)
+                for tensor, at, numbers, place in parts:
+                    size, start = tensor.dtype.itemsize, (place - begin) * self.width
+                    tensor.read(buffer.memory[start : start + numbers * size], at * size)
+                self.filled.put((buffer, begin, parts))
         except BaseException as error:
-            self.done.put(error)
+            self.filled.put(error)
+
+    def _send(self) -> None:
+        """The next filled buffer, in which number n of the slab stands at byte (n - begin) * width, to its place; waits for one."""
+        while self.under_way and (len(self.under_way) > UNDER_WAY or self.filled.empty()):  # who reads may be waiting for a buffer
+            oldest = self.under_way.popleft()
+            self._wait(oldest)
+            self.free.put(oldest)
+        found = self.filled.get()
+        if isinstance(found, BaseException):
+            raise found
+        buffer, begin, parts = found
+        if self.width == self.dtype.itemsize and all(part.tensor.dtype == self.dtype for part in parts):
+            self._copy(buffer, 0, begin, (parts[-1].place + parts[-1].count - begin) * self.width, self.dtype)  # with what lies between
+        else:
+            for tensor, _, count, place in parts:
+                send = self._copy if tensor.dtype == self.dtype else self._convert
+                send(buffer, (place - begin) * self.width, place, count * tensor.dtype.itemsize, tensor.dtype)
+        self._sent(buffer)
+        self.under_way.append(buffer)
+        self.copied += 1
+        self.advance(sum(part.count * part.tensor.dtype.itemsize for part in parts))
 
     # --- what needs a card
-
-    def _lanes(self, count: int) -> list[Lane]:
-        import cupy
-
-        cupy.cuda.get_current_stream().synchronize()  # whoever had the slab's memory before is through with it
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        return [Lane(self.stream) for _ in range(count)]
 
     def _empty(self, count: int) -> Array:
         import cupy
 
+        cupy.cuda.get_current_stream().synchronize()  # whoever had this memory before is through with it
+        self.stream = cupy.cuda.Stream(non_blocking=True)
         return cupy.empty(count, self.dtype)
 
     def _part(self, first: int, shape: tuple[int, ...]) -> Array:
@@ -133,66 +186,44 @@ class Upload:
 
         return cupy.ndarray(shape, self.dtype, self.slab.data + first * self.dtype.itemsize)
 
+    def _buffer(self) -> Buffer:
+        import cupy
+
+        memory = pinned((PIECE,), np.uint8)
+        return Buffer(memory, memory.ctypes.data, cupy.cuda.Event(disable_timing=True))
+
+    def _copy(self, buffer: Buffer, start: int, place: int, size: int, _: np.dtype) -> None:
+        import cupy
+
+        there = self.slab.data.ptr + place * self.dtype.itemsize
+        cupy.cuda.runtime.memcpyAsync(there, buffer.pointer + start, size, HOST_TO_DEVICE, self.stream.ptr)
+
+    def _convert(self, buffer: Buffer, start: int, place: int, size: int, dtype: np.dtype) -> None:
+        """On the card, which rounds as NumPy does."""
+        import cupy
+
+        with self.stream:
+            there = cupy.empty(size // dtype.itemsize, dtype)
+            there.set(buffer.memory[start : start + size].view(dtype), stream=self.stream)
+            self._part(place, there.shape)[...] = there.astype(np.float32, copy=False).astype(self.dtype)
+
+    def _sent(self, buffer: Buffer) -> None:
+        buffer.copied.record(self.stream)
+
+    def _wait(self, buffer: Buffer) -> None:
+        buffer.copied.synchronize()
+
     def _finish(self) -> None:
         self.stream.synchronize()
 
 
 @dataclass
-class Piece:
-    """A stretch of the slab that one copy fills, with numbers of one dtype; what lies between its parts is padding."""
+class Buffer:
+    """PIECE bytes of pinned memory."""
 
-    dtype: np.dtype  # in the files
-    first: int  # number of the slab
-    parts: list[tuple[Tensor, int, int, int]] = field(default_factory=list)  # from which of its bytes on; begin and end in the buffer
-
-    @property
-    def size(self) -> int:
-        """Bytes of the buffer."""
-        return self.parts[-1][3]
-
-
-def add(pieces: list[Piece], tensor: Tensor, place: int) -> None:
-    """The parts of a tensor whose numbers begin at `place`. Pieces are as full as can be: small tensors share one, large take several."""
-    dtype, at = tensor.dtype, 0
-    while at < tensor.nbytes:
-        number = place + at // dtype.itemsize
-        if not pieces or pieces[-1].dtype != dtype or number >= pieces[-1].first + PIECE // dtype.itemsize:
-            pieces.append(Piece(dtype, number))
-        begin = (number - pieces[-1].first) * dtype.itemsize
-        end = min(begin + tensor.nbytes - at, PIECE)
-        pieces[-1].parts.append((tensor, at, begin, end))
-        at += end - begin
-
-
-class Lane:
-    """A thread's buffers: one is read into while the other is copied from."""
-
-    def __init__(self, stream: Any):
-        self.stream, self.buffers, self.turn = stream, [], 0
-
-    def buffer(self, size: int) -> np.ndarray:
-        """Of so many bytes, free to be written."""
-        import cupy
-
-        if len(self.buffers) < 2:  # pinned by the thread, while others read already
-            self.buffers.append((pinned((PIECE,), np.uint8), cupy.cuda.Event(disable_timing=True)))
-        self.turn = (self.turn + 1) % len(self.buffers)
-        memory, copied = self.buffers[self.turn]
-        copied.synchronize()
-        return memory[:size]
-
-    def copy(self, buffer: np.ndarray, dtype: np.dtype, place: Array) -> None:
-        """What `buffer` has handed out, numbers of this dtype, to their place; converted on the card, which rounds as NumPy does."""
-        import cupy
-
-        if dtype == place.dtype:
-            cupy.cuda.runtime.memcpyAsync(place.data.ptr, buffer.ctypes.data, len(buffer), HOST_TO_DEVICE, self.stream.ptr)
-        else:
-            with self.stream:
-                there = cupy.empty(place.shape, dtype)
-                there.set(buffer.view(dtype), stream=self.stream)
-                place[...] = there.astype(np.float32, copy=False).astype(place.dtype)
-        self.buffers[self.turn][1].record(self.stream)
+    memory: np.ndarray
+    pointer: int
+    copied: Any  # the event behind the copy of what is in it
 
 
 def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
