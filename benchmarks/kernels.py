@@ -77,8 +77,10 @@ def attention(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict
     workspace = cupy.empty(plan.workspace_floats(h.head_dim), np.float32)
     arrived = cupy.zeros(plan.counters(h.head_dim), np.int32)
     tasks = cupy.empty(plan.task_shape, np.int32)
-    card.run(raw.schedule(h, scheme, plan, lengths, tasks))  # once a step, for all layers: its own row
-    made = [raw.decode_attention(h, scheme, plan, q, cache, lengths, tasks, out, None, workspace, arrived) for cache in caches]
+    card.run(raw.schedule(h, scheme, plan, lengths, tasks, workspace))  # once a step, for all layers: its own row
+    results = lengths, tasks, out, None, workspace, arrived
+    turns = enumerate(caches * (1 + len(caches) % 2))  # an even number of them
+    made = [raw.decode_attention(h, scheme, plan, q, cache, *results, turn=i % 2) for i, cache in turns]
     return [lambda launch=launch: card.run(launch) for launch in made], caches
 
 
@@ -99,7 +101,7 @@ def compile_all(wanted: list[Case]) -> None:
     for case in wanted:
         cache = {name: cupy.empty((1, 1, 1, 1), np.uint8) for name in ("keys", "values", "pages", "norms")}
         lengths = np.empty(case.batch)
-        launch = raw.decode_attention(case.heads, case.scheme, plan_of(case), q, cache, lengths, None, q, None, None, None)
+        launch = raw.decode_attention(case.heads, case.scheme, plan_of(case), q, cache, lengths, None, q, None, None, None, turn=0)
         seen[launch.source, launch.name, launch.defines] = None
         if case.scheme.quantized:
             seen["pack.cu", "pack", raw.layout_defines(case.scheme, case.heads.head_dim)] = None
@@ -147,7 +149,8 @@ def writing(copy_rate: float) -> Iterator[dict]:
     rotate = raw.rotate_scale(h, qkv, lengths, cos, cos, q, rotate=True, **options)
     pack = raw.pack_step(h, scheme, lengths, cache)
     plan = plan_of(case)
-    schedule = raw.schedule(h, scheme, plan, lengths, cupy.empty(plan.task_shape, np.int32))
+    scratch = cupy.empty(plan.task_shape, np.int32), cupy.empty(plan.workspace_floats(h.head_dim), np.float32)
+    schedule = raw.schedule(h, scheme, plan, lengths, *scratch)
     for op, made in (("rotate_scale_append", (rotate,)), ("rotate_scale_append_pack", (rotate, pack)), ("schedule", (schedule,))):
 
         def launch(made: tuple = made) -> None:

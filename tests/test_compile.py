@@ -36,10 +36,10 @@ def launches(arch: int) -> dict[str, raw.Launch]:
     for kv, dim, together in SHAPES + MORE * everything:
         heads, scheme = raw.Heads(2 * together, 2, dim), SCHEMES[kv]
         plan = raw.plan(heads, scheme, 1, MULTIPROCESSORS, arch)
-        launch = raw.decode_attention(heads, scheme, plan, out, cache, ints, ints, out, None, out, ints)
+        launch = raw.decode_attention(heads, scheme, plan, out, cache, ints, ints, out, None, out, ints, turn=0)
         found[f"{launch.name} {kv} d{dim} {together}:1"] = launch
         if kv == "int2" and dim == 128:
-            found[f"schedule {kv} d{dim} {together}:1"] = raw.schedule(heads, scheme, plan, ints, ints)
+            found[f"schedule {kv} d{dim} {together}:1"] = raw.schedule(heads, scheme, plan, ints, ints, out)
     new = raw.Arrivals(out, out, 0, 0, ints, ints, ints, ints, 1)
     for kv, dim in [("int2", 128)] + [("int2-compact", 128), ("int4", 64), ("oscar", 256)] * everything:
         heads = raw.Heads(2, 2, dim)

@@ -46,6 +46,8 @@ def history(rng: np.random.Generator, n: int, d: int, kind: str, q: np.ndarray) 
         x = rng.standard_t(3, size=x.shape)
     elif kind == "sink" and n:  # a token of large norm
         x[0, :, 0] *= 20
+    elif kind == "nan" and n > 1000:  # in the window of one kv head
+        x[0, 0, n - 1, 0] = np.nan
     elif kind == "peak" and n:  # a token in the middle whose logit stands 30 above the largest other, about 4
         x[0, :, n // 2] = q * (34 * math.sqrt(d) / (q @ q))
     return x.astype(BF16)
@@ -111,9 +113,9 @@ def run(
     arrived = device.array(np.zeros(plan.counters(d), np.int32))
     known = device.array(np.array(lengths, np.int32) - 1)
     tasks = device.empty(plan.task_shape, np.int32)
-    attend = raw.decode_attention(heads, scheme, plan, device.array(q), cache, known, tasks, out, lse, workspace, arrived)
-    schedule = replace(raw.schedule(heads, scheme, plan, known, tasks), defines=attend.defines)  # one compilation, as in the engine
-    device.run(schedule, arch, order)
+    attend = raw.decode_attention(heads, scheme, plan, device.array(q), cache, known, tasks, out, lse, workspace, arrived, turn=0)
+    schedule = raw.schedule(heads, scheme, plan, known, tasks, workspace)
+    device.run(replace(schedule, defines=attend.defines), arch, order)  # one compilation, as in the engine
     device.run(attend, arch, order)
     assert not device.numpy(arrived).any()
     expected = np.zeros(q.shape), np.zeros(q.shape[:2])
@@ -213,6 +215,49 @@ def test_decode_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(
     plan, kept = raw.Plan(4, 1, 4, 2, 7), {"reference": False}
     first, *others = [run(device, SCHEMES[name], 128, plan, RAGGED, seed, order=order, **kept)[0] for order in range(4)]
     assert all(np.array_equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ["int2", "bf16"])
+def test_launches_that_take_turns_with_a_workspace_find_nothing_of_each_other_in_it(device, seed, name):
+    """Three launches behind each of three schedules, so that turn 0 follows turn 0; caches, q and cuts differ, blocks share other heads."""
+    rng, scheme, plan, heads = np.random.default_rng(seed), SCHEMES[name], raw.Plan(4, 1, 4, 2, 7), raw.Heads(KV_HEADS * 4, KV_HEADS, 64)
+    workspace = device.array(np.zeros(plan.workspace_floats(64), np.float32))  # nothing of it is empty
+    arrived = device.array(np.zeros(plan.counters(64), np.int32))
+    for lengths in ((300, 1, 128, 513), (700, 40, 0, 0), (129, 400, 400, 2)):
+        tasks, known = device.empty(plan.task_shape, np.int32), device.array(np.array(lengths, np.int32) - 1)
+        device.run(raw.schedule(heads, scheme, plan, known, tasks, workspace))
+        for turn in (0, 1, 0):
+            q = rng.normal(size=(len(lengths), heads.q_heads, 64)).astype(BF16)
+            sequences = [history(rng, n, 64, "", q[0, 0].astype(np.float64)) for n in lengths]
+            out, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:2], np.float32)
+            results = known, tasks, out, lse, workspace, arrived
+            cache = filled(device, sequences, scheme, heads)
+            device.run(raw.decode_attention(heads, scheme, plan, device.array(q), cache, *results, turn=turn))
+            expected = np.zeros(q.shape), np.zeros(q.shape[:2])
+            for b, x in enumerate(sequences):
+                if x.shape[2]:
+                    old = packed_tokens(x.shape[2]) if scheme.quantized else 0
+                    expected[0][b], expected[1][b] = attention(q[b], *dequantized(x, old, scheme))
+            check((device.numpy(out), device.numpy(lse, allow_unwritten=True)), expected, lengths)
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ["int2", "bf16"])
+def test_a_number_that_is_none_ends_in_its_own_heads(device, seed, name):
+    """Parts that are NaN are taken for parts that are not there yet, and asked for again: once."""
+    plan, lengths = raw.Plan(4, 1, 4, 2, 7), (1400, 300)
+    good, bad = (run(device, SCHEMES[name], 64, plan, lengths, seed, kind=kind, reference=False)[0] for kind in ("", "nan"))
+    assert np.isnan(bad[0][0, :4]).all() and np.isnan(bad[1][0, :4]).all()  # the first kv head of the first sequence
+    assert np.array_equal(good[0][0, 4:], bad[0][0, 4:]) and np.array_equal(good[0][1], bad[0][1]) and np.isfinite(good[0]).all()
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ["int2", "bf16"])
+@pytest.mark.parametrize("warps", [1, 2, 4])
+def test_warps_with_many_units_ask_for_two_of_them_early(device, seed, warps, name):
+    lengths = (1400, 0, 900)
+    check(*run(device, SCHEMES[name], 128, raw.Plan(4, 1, warps, 2, 2), lengths, seed, arch=90), lengths)
 
 
 # --- the whole grid, with the plans that the engine makes: on the card only

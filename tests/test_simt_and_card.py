@@ -70,7 +70,8 @@ def test_the_schedule_is_equal_bit_for_bit(seed):
     tasks = []
     for device in DEVICES:
         out = device.empty(plan.task_shape, np.int32)
-        device.run(raw.schedule(heads, SCHEMES["int2"], plan, device.array(lengths), out))
+        workspace = device.empty(plan.workspace_floats(128), np.float32)
+        device.run(raw.schedule(heads, SCHEMES["int2"], plan, device.array(lengths), out, workspace))
         tasks.append(np.array(device.numpy(out)))
     assert np.array_equal(*tasks)
     counts = tasks[0][:, : 2 * plan.warps : 2, 3]

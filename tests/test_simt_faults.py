@@ -22,6 +22,7 @@ KERNELS = {
     "stream": (1, 32, 0, 5, lambda x: x[: 5 * 128]),
     "vectors": (1, 32, 0, 0, lambda x: x[:128]),
     "sum_of_blocks": (5, 64, 0, 320, lambda x: x[:320].sum(dtype=np.float64)),
+    "words": (5, 32, 0, 160, lambda x: x[:160].sum(dtype=np.float64)),
     "pipeline": (1, 64, 2 * 1024, 5, lambda x: x[: 5 * 256]),
 }
 
@@ -33,7 +34,7 @@ def run(device, name: str, fault: int, seed: int, order: int) -> tuple[np.ndarra
     x = x[: 100 if name == "shift_left" else x.size]
     out = device.empty(np.shape(y) or 1, np.float32)
     args = [device.array(x), out, np.int32(n), np.int32(fault)]
-    if name == "sum_of_blocks":
+    if name in ("sum_of_blocks", "words"):
         args = [*args[:2], device.empty(320, np.float32), device.array(np.zeros(1, np.int32)), *args[2:]]
     source, arch = (SOURCE.with_name("pipeline.cu"), 90) if name == "pipeline" else (SOURCE, 80)
     device.compile(source, name, arch=arch)(grid, block, args, shared=shared, seed=order)
@@ -65,6 +66,9 @@ def test_without_a_fault_nothing_is_reported(device, name, seed):
         ("stream", 1, r"a cp.async in flight will write: its wait is missing"),
         ("stream", 2, r"race: .* is not ordered after the write|cp.async in flight will write|unwritten shared memory"),
         ("stream", 3, r"race: .* is not ordered after|that a cp.async in flight will write"),
+        ("words", 1, r"race: relaxed read of 8 bytes at argument 2, .* is not ordered after the write by thread .* of block"),
+        ("words", 2, r"race: read of 4 bytes at argument 2, .* is not ordered after the atomic by thread .* of block"),
+        ("words", 3, r"out of bounds: relaxed read of 4 bytes of global memory at argument 3"),
         ("vectors", 1, r"misaligned"),
         ("vectors", 2, r"out of bounds: index 4 of an array of fixed size"),
         ("vectors", 3, r"shift by 32"),

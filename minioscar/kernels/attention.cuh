@@ -4,8 +4,8 @@
 // memory, once a step for all layers; so a fixed grid serves every step of a captured graph and sequences of unequal length. A warp copies
 // STAGES units ahead into its own ring.
 //
-// A head that one warp has whole goes straight out; else the warps' parts meet in shared memory, the blocks' parts in `workspace`, where
-// the last to arrive merges them. All merging is in list order: equal inputs give equal bits. No float atomics.
+// A head that one warp has whole goes straight out; else the parts of it that warps and blocks have are merged (merge.cuh), in list order:
+// equal inputs give equal bits.
 //
 // q is the small operand of every MMA, a column a head. Up to 4 heads stand in the 8 columns twice, so that the two halves can be about
 // different groups of steps (decode_attention.cu).
@@ -16,28 +16,18 @@
 #define MINIOSCAR_ATTENTION_CUH
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include "device.cuh"
-#include "output.cuh"
-#include "schedule.cuh"
-
 constexpr int D = HEAD_DIM, TOKEN_BYTES = D * 2 * 2;  // of a BF16 token: key and value
 constexpr int TILE_TOKENS = UNIT_BYTES / TOKEN_BYTES < 16 ? UNIT_BYTES / TOKEN_BYTES : 16;
-constexpr int OUT = Q_PER_KV * D, HEAD_STRIDE = D + 2;  // + 2: the heads of a store in other banks
-constexpr int PAIRS = OUT / 2, SLICES = (PAIRS + 31) / 32;  // of the channels of all q heads: what a lane, what a warp merges
+constexpr int RING_BYTES = STAGES * UNIT_BYTES;
+constexpr int FIRST_WARPS = (BLOCK_WARPS + 1) / 2, LONG = 6;  // who asks first; units of a warp
+#include "merge.cuh"
+
 constexpr int CHANNEL_TILES = D / 16;
 constexpr int HALVES = Q_PER_KV <= 4 ? 2 : 1, COLUMNS = 8 / HALVES;
-constexpr float LOWEST = -1e30f, NEVER = -1e38f, LN2 = 0.69314718f;
+constexpr float NEVER = -1e38f;
 
 // The q head in column n; columns without one repeat the last.
 __device__ __forceinline__ int head_of_column(int n) { return min(n % COLUMNS, Q_PER_KV - 1); }
-
-// Where the results go. Heads here are kv heads (times SHARE) of all sequences, one after another, each with Q_PER_KV rows of D.
-struct Results {
-  Output* out;        // [heads, Q_PER_KV, D]
-  float* lse;         // [heads, Q_PER_KV] natural logarithm of the sum of exp(logit), or null
-  float4* workspace;  // [2 * gridDim.x, PAIRS]: parts of heads that blocks share
-  int* arrived;       // [gridDim.x, SLICES], of the head that begins in a block and goes on in others; zero before and after
-};
 
 // What a warp knows of one head: sums of p * value in units of `o` (Units::unit_scale of channel tile j), sums of p * parameter (rows 0..7:
 // sums[0], sums[1]) and of p (rows 8..15: sums[2], sums[3]), and the reference m: p = 2^(x - m). A lane holds columns 2c and 2c + 1.
@@ -198,25 +188,13 @@ struct Ring {
     __syncwarp();
 #endif
   }
+  // For what another warp, so many warps on, has first in a slot. Where that cannot be waited for, launches do not overlap either.
+  __device__ __forceinline__ void wait_for_other(int warps, int slot) {
+#if BULK_COPIES
+    mbarrier_wait(barriers + warps * STAGES + slot, 0);
+#endif
+  }
 };
-
-// --- the parts of a head that several warps or blocks have
-
-// Shared memory: the warps' rings | first parts | (m, l) of first and last parts | their heads | barriers | the sequences' tokens
-constexpr int RING_BYTES = STAGES * UNIT_BYTES, PART_BYTES = Q_PER_KV * HEAD_STRIDE * 4;
-constexpr int AT_PARTS = BLOCK_WARPS * RING_BYTES, AT_ML = AT_PARTS + BLOCK_WARPS * PART_BYTES;
-constexpr int AT_HEADS = AT_ML + BLOCK_WARPS * 2 * Q_PER_KV * 8, AT_BARRIERS = (AT_HEADS + BLOCK_WARPS * 8 + 15) / 16 * 16;
-constexpr int AT_ROWS = AT_BARRIERS + BLOCK_WARPS * STAGES * 8;
-static_assert(RING_BYTES >= PART_BYTES && UNIT_BYTES % 16 == 0, "the last part goes into the drained ring");
-static_assert(2 * BLOCK_WARPS <= 32, "a lane a part");
-
-__device__ __forceinline__ float* part_o(unsigned char* smem, int part) {  // part 2w: first of warp w, 2w + 1: its last
-  return (float*)(part % 2 ? smem + part / 2 * RING_BYTES : smem + AT_PARTS + part / 2 * PART_BYTES);
-}
-
-__device__ __forceinline__ void store_lse(const Results& to, int head, int q_head, float m, float l) {
-  if (to.lse) to.lse[(size_t)head * Q_PER_KV + q_head] = (m + log2f(l)) * LN2;
-}
 
 // The sums of a head that a warp has: to the output if the head is whole, else to shared memory as `part`.
 template <class Units>
@@ -226,7 +204,7 @@ __device__ __forceinline__ void store_sums(const State& state, unsigned char* sm
   const bool second = HALVES == 2 && c >= 2;  // the column half whose tiles this lane stores
   const int row = value_channel(0, r) + (second ? value_channel(RUN, 0) : 0);
   const float l[2] = {state.sums[2], state.sums[3]}, inverse[2] = {rcp_approx(l[0]), rcp_approx(l[1])};
-  float* partial = part_o(smem, part) + first * HEAD_STRIDE + row;
+  float* partial = part_o(smem, part) + first * D + row;
   Output* out = to.out + (size_t)head * OUT + first * D + row;
   float2 zero;
 #pragma unroll
@@ -240,7 +218,7 @@ __device__ __forceinline__ void store_sums(const State& state, unsigned char* sm
       if (first + i % 2 >= Q_PER_KV) continue;
       const float y = fmaf(second ? state.o[above][i] : state.o[j][i], unit, i % 2 ? zero.y : zero.x);
       if (whole) out[i % 2 * D + channel + i / 2 * 2] = to_output(y * inverse[i % 2]);
-      else partial[i % 2 * HEAD_STRIDE + channel + i / 2 * 2] = y;
+      else partial[i % 2 * D + channel + i / 2 * 2] = y;
     }
   }
   if (r || c >= COLUMNS / 2) return;
@@ -254,109 +232,10 @@ __device__ __forceinline__ void store_sums(const State& state, unsigned char* sm
   }
 }
 
-// Two neighbouring channels of a q head: sums of p * value (x, y), the reference m (z), the sum of p (w).
-__device__ __forceinline__ float4 nothing() { return make_float4(0.f, 0.f, LOWEST, 0.f); }
-
-// Takes parts in, in their order.
-template <int N>
-__device__ __forceinline__ void take(float4& sum, const float4 (&parts)[N]) {
-  float m = sum.z;
-#pragma unroll
-  for (int u = 0; u < N; u++) m = fmaxf(m, parts[u].z);
-  const float f = ex2(sum.z - m);
-  sum = make_float4(f * sum.x, f * sum.y, m, f * sum.w);
-#pragma unroll
-  for (int u = 0; u < N; u++) {
-    const float g = ex2(parts[u].z - m);
-    sum.x += g * parts[u].x, sum.y += g * parts[u].y, sum.w += g * parts[u].w;
-  }
-}
-
-// The parts of a head that warps of this block have (bits of `parts`), of pair `at` of its channels.
-__device__ __forceinline__ float4 merge_warps(unsigned char* smem, unsigned parts, int at) {
-  const int q_head = at / (D / 2), channel = at % (D / 2) * 2;
-  float4 sum = nothing();
-  do {
-    float4 batch[4];  // loads that do not wait for each other
-#pragma unroll
-    for (int u = 0; u < 4; u++) {
-      batch[u] = nothing();
-      if (parts) {
-        const int p = __ffs(parts) - 1;
-        const float2 o = *(const float2*)(part_o(smem, p) + q_head * HEAD_STRIDE + channel), ml = ((const float2*)(smem + AT_ML))[p * Q_PER_KV + q_head];
-        batch[u] = make_float4(o.x, o.y, ml.x, ml.y);
-      }
-      parts &= parts - 1;
-    }
-    take(sum, batch);
-  } while (parts);
-  return sum;
-}
-
-// The parts that blocks from, from + 1 ... have of a head they share. In the workspace a block has two places: for a head that goes on from
-// the block before, and for one that begins in it.
-__device__ __forceinline__ float4 merge_blocks(const Results& to, int from, int blocks, int at) {
-  const float4* part = to.workspace + (size_t)2 * from * PAIRS + at;
-  float4 sum = nothing();
-  int k = 0;
-  do {
-    float4 batch[16];
-#pragma unroll
-    for (int u = 0; u < 16; u++) {
-      batch[u] = nothing();
-      if (k + u < blocks) batch[u] = __ldcg(part + (u || k ? 0 : PAIRS) + 2 * u * PAIRS);
-    }
-    take(sum, batch);
-    part += 2 * 16 * PAIRS, k += 16;
-  } while (k < blocks);
-  return sum;
-}
-
-// The parts of this block, by slices: a warp merges 64 channels of a head. Of a head that other blocks have parts of too it then writes its own
-// and counts it; the last warp to arrive at a slice merges the blocks' parts of it. No slice waits for another.
-__device__ __forceinline__ void merge(unsigned char* smem, const Results& to, const Shared* shared) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
-  // Parts are in list order, so those of a head are neighbours: a head begins where the part before, of those that there are, is another's.
-  const int own = lane < 2 * BLOCK_WARPS ? ((const int*)(smem + AT_HEADS))[lane] : -1;
-  const unsigned there = __ballot_sync(FULL, own >= 0), below = there & ((1u << lane) - 1);
-  const int previous = __shfl_sync(FULL, own, below ? 31 - __clz(below) : lane);
-  unsigned begins = __ballot_sync(FULL, own >= 0 && !(below && previous == own));
-  while (begins) {
-    const int first = __ffs(begins) - 1, head = __shfl_sync(FULL, own, first);
-    begins &= begins - 1;
-    const unsigned parts = there & ~((1u << first) - 1) & (begins ? (begins & -begins) - 1 : FULL);
-    const Shared begin = shared[0], end = shared[1];
-    const bool at_begin = begin.blocks && begin.head == head, is_shared = at_begin || (end.blocks && end.head == head);
-    const int from = at_begin ? begin.from : end.from, with = at_begin ? begin.blocks : end.blocks;
-    for (int slice = warp; slice < SLICES; slice += BLOCK_WARPS) {
-      const int at = slice * 32 + lane;
-      const bool inside = PAIRS % 32 == 0 || at < PAIRS;
-      float4 sum = nothing();
-      if (inside) sum = merge_warps(smem, parts, at);
-      if (is_shared) {
-        int* arrived = to.arrived + from * SLICES + slice;
-        if (inside) __stcg(to.workspace + (size_t)(2 * block + (block == from)) * PAIRS + at, sum);
-        __syncwarp();
-        int before = 0;
-        if (lane == 0) before = atomic_add_acq_rel(arrived, 1);
-        __syncwarp();
-        if (__shfl_sync(FULL, before, 0) + 1 < with) continue;
-        if (lane == 0) *arrived = 0;
-        if (inside) sum = merge_blocks(to, from, with, at);
-      }
-      if (!inside) continue;
-      Output* out = to.out + (size_t)head * OUT + 2 * at;
-      const float inverse = rcp_approx(sum.w);
-      out[0] = to_output(sum.x * inverse), out[1] = to_output(sum.y * inverse);
-      if (at % (D / 2) == 0) store_lse(to, head, at / (D / 2), sum.z, sum.w);
-    }
-  }
-}
-
 // --- the walk over the list
 
 // Units: count(tokens) of a sequence's heads; measure(cursor) sets pages and units; copy_page(ring, slot, cursor) and copy_tile copy
-// one; load_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, tile query,
+// one; make_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, tile query,
 // cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j) and zero_term(state, j) turn sums into
 // numbers true to scale; the column halves know RUN channel tiles in turn.
 //
@@ -367,6 +246,7 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
                                        const Results& to) {
   extern __shared__ __align__(128) unsigned char smem[];
   __shared__ int4 shared_heads[2];
+  __shared__ int asked_early[BLOCK_WARPS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x, blocks = gridDim.x;
   int* tokens = (int*)(smem + AT_ROWS);
   int* part_head = (int*)(smem + AT_HEADS);
@@ -394,15 +274,26 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
     }
     ring.end();
   };
-  // One unit before the wait, but the last of a head, which holds the newest token: the launch before this one may be writing that still.
-  // One only: more of them, from blocks that begin early, delay the others' last trips to L2 by more than they are worth.
-  unsigned turn = at.unit + 1 < at.units;  // of the ring: its slot turn % STAGES
-  if (turn) request(0, 0);
+  // One unit before the wait, or two of a long part, but not the last of a head, which holds the newest token: the launch before this one may be
+  // writing that still. Half of the warps ask when the other half's have come, and the last blocks, which begin last, ask for one only: more at a
+  // time would delay the launch before, its last pages and its trips to L2, by more than it is worth.
+  const int early = at.unit + 1 >= at.units ? 0 : left >= LONG && at.unit + 2 < at.units && block < blocks * 3 / 4 ? 2 : 1;
+  unsigned turn = 0;  // of the ring: its slot turn % STAGES
+  if (early && warp < FIRST_WARPS) request(0, 0), turn = 1;
+  if (lane == 0) asked_early[warp] = early;
   __syncthreads();  // `tokens` are there
+#pragma unroll 1
+  for (; turn < early; turn++) {
+    const int other = warp + (warp < FIRST_WARPS ? FIRST_WARPS : -FIRST_WARPS), its = warp < FIRST_WARPS ? turn - 1 : turn;
+    if (other < BLOCK_WARPS && its < asked_early[other]) ring.wait_for_other(other - warp, its);
+    request(turn, turn);
+  }
   wait_for_previous(), allow_next();
+  TileQuery raw = load_tile_query(q + (size_t)(at.row * heads + at.head) * OUT);  // in front of the bytes of the ring
 #pragma unroll 1  // code that runs once is fetched once: less of it
   for (; turn < STAGES; turn++) request(turn, turn);
   turn = 0;
+  if (warp == 0) empty_other_half(to, (const Shared*)shared_heads);
 
 #pragma unroll 1
   while (left) {
@@ -415,7 +306,7 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
       at.unit++, left--, turn++;
     };
     if (at.unit < at.pages) {
-      const typename Units::Query query = Units::load_query(q + (size_t)(at.row * heads + at.head) * OUT);
+      const typename Units::Query query = Units::make_query(raw);
       do {
         ring.wait(turn % STAGES, turn / STAGES % 2);
         units.attend_page(state, query, ring.slot_at(turn % STAGES), at.unit);
@@ -436,10 +327,14 @@ __device__ __forceinline__ void attend(const Units& units, const bf16* q, const 
     store_sums<Units>(state, smem, to, head, whole, part);
     if (!whole && lane == part % 2) part_head[part] = head;
     __syncwarp();
-    if (left) next_head(units, at, tokens, batch, heads);
+    if (left) {
+      next_head(units, at, tokens, batch, heads);
+      raw = load_tile_query(q + (size_t)(at.row * heads + at.head) * OUT);
+    }
   }
+  const Shared begin = ((const Shared*)shared_heads)[0], end = ((const Shared*)shared_heads)[1];
   __syncthreads();
-  merge(smem, to, (const Shared*)shared_heads);
+  merge(smem, to, begin, end);
 #pragma unroll 1
   for (int b = block; b < batch; b += blocks)
     if (tokens[b] <= 0)

@@ -99,13 +99,12 @@ struct Pages {
     ring.fill(slot, {{to, (t.sink ? sink_keys : window_keys) + from, n},
                      {to + TILE_TOKENS * D * 2, (t.sink ? sink_values : window_values) + from, n}});
   }
-  __device__ __forceinline__ static Query load_query(const bf16* q) {
+  __device__ __forceinline__ static Query make_query(const TileQuery& raw) {
     Query query;
-    const int lane = threadIdx.x % 32;
     auto half2 = [](uint32_t w) { return pack_f16x2(__uint_as_float(w << 16) * LIFT, __uint_as_float(w & 0xffff0000u) * LIFT); };
 #pragma unroll
     for (int i = 0; i < D / 32; i++) {
-      const uint4 w = *(const uint4*)(q + head_of_column(lane / 4) * D + i * 32 + lane % 4 * 8);
+      const uint4 w = raw.b[i];
       query.b[2 * i][0] = half2(w.x), query.b[2 * i][1] = half2(w.y), query.b[2 * i + 1][0] = half2(w.z), query.b[2 * i + 1][1] = half2(w.w);
     }
     return query;
@@ -282,14 +281,15 @@ decode_attention(const bf16* q, const unsigned char* __restrict__ pages, const f
                  const bf16* __restrict__ sink_keys, const bf16* __restrict__ sink_values, const bf16* __restrict__ window_keys,
                  const bf16* __restrict__ window_values, const int* __restrict__ lengths, const int4* __restrict__ tasks, Output* __restrict__ out,
                  float* __restrict__ lse, float4* __restrict__ workspace, int* __restrict__ arrived, int batch, int kv_heads, int page_capacity,
-                 int norm_stride, int sinks, int added, float scale_log2) {
+                 int norm_stride, int sinks, int added, int turn, float scale_log2) {
   attend(Pages{pages, norms, sink_keys, sink_values, window_keys, window_values, kv_heads, page_capacity, norm_stride, sinks, scale_log2},
-         q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
+         q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived, turn});
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
-schedule(const int* __restrict__ lengths, int4* __restrict__ tasks, int batch, int kv_heads, int sinks, int added) {
+schedule(const int* __restrict__ lengths, int4* __restrict__ tasks, float4* __restrict__ workspace, int batch, int kv_heads, int sinks, int added) {
   wait_for_previous(), allow_next();
+  empty_first_half(workspace);
   Pages pages = {};
   pages.sinks = sinks;
   schedule_block(pages, lengths, added, batch, kv_heads * SHARE, tasks);

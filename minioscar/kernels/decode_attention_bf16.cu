@@ -22,7 +22,7 @@ struct Tiles {
     unsigned char* to = ring.slot_at(slot);
     ring.fill(slot, {{to, keys + from, n}, {to + TILE_TOKENS * D * 2, values + from, n}});
   }
-  __device__ __forceinline__ static Query load_query(const bf16*) { return {}; }
+  __device__ __forceinline__ static Query make_query(const TileQuery&) { return {}; }
   __device__ __forceinline__ static void finish_pages(State&) {}
   __device__ __forceinline__ void attend_page(State&, const Query&, const unsigned char*, int) const {}
   __device__ __forceinline__ void attend(State& state, const unsigned char* data, const TileQuery& query, const Cursor& at) const {
@@ -37,12 +37,13 @@ struct Tiles {
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
 decode_attention_bf16(const bf16* q, const bf16* __restrict__ keys, const bf16* __restrict__ values, const int* __restrict__ lengths,
                       const int4* __restrict__ tasks, Output* __restrict__ out, float* __restrict__ lse, float4* __restrict__ workspace, int* __restrict__ arrived,
-                      int batch, int kv_heads, int capacity, int added, float scale_log2) {
-  attend(Tiles{keys, values, kv_heads, capacity, scale_log2}, q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived});
+                      int batch, int kv_heads, int capacity, int added, int turn, float scale_log2) {
+  attend(Tiles{keys, values, kv_heads, capacity, scale_log2}, q, lengths, tasks, added, batch, kv_heads * SHARE, {out, lse, workspace, arrived, turn});
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
-schedule(const int* __restrict__ lengths, int4* __restrict__ tasks, int batch, int kv_heads, int sinks, int added) {
+schedule(const int* __restrict__ lengths, int4* __restrict__ tasks, float4* __restrict__ workspace, int batch, int kv_heads, int sinks, int added) {
   wait_for_previous(), allow_next();
+  empty_first_half(workspace);
   schedule_block(Tiles{}, lengths, added, batch, kv_heads * SHARE, tasks);
 }

@@ -1,7 +1,8 @@
 // schedule.cuh: the list of units and which warp takes which of them, found from the sequences' lengths once a step.
 //
-// The list: sequence after sequence, kv head after kv head, in each its pages, then its tiles. Blocks take equal, contiguous parts of it
-// (the first ones a unit more), and so do the warps of a block. A type Units says how many units a length makes (attention.cuh).
+// The list: sequence after sequence, kv head after kv head, in each its pages, then its tiles. Blocks take equal, contiguous parts of it, and
+// so do the warps of a block. A unit that some have more is spread evenly over the blocks, so that heads of one size end where blocks do if
+// their number allows it. A type Units says how many units a length makes (attention.cuh).
 //
 // tasks [blocks][2 * BLOCK_WARPS + 2] int4: of each block its warps' tasks, then the two heads that it shares with others.
 // reads 4 B a sequence in every block, writes 32 B a warp: some microseconds, for all layers of a step.
@@ -29,7 +30,8 @@ __device__ __forceinline__ void next_head(const Units& units, Cursor& at, const 
 // copies can be asked for without a look at the lengths.
 struct Task { int row, head, unit, count, pages, units, tokens, unused; };
 // A head that this block shares with others, at its begin or its end: blocks from ... from + blocks - 1 have parts. No such head: blocks = 0.
-struct Shared { int head, blocks, from, unused; };
+// warps: where the block has nothing but this head, how many of its warps have some of it, else 0.
+struct Shared { int head, blocks, from, warps; };
 // Of a block, in int4: its warps' tasks, then the two heads.
 constexpr int BLOCK_TASKS = 2 * BLOCK_WARPS + 2;
 
@@ -56,9 +58,9 @@ __device__ __forceinline__ void schedule_block(const Units& units, const int* le
     if (lane == 0) first[batch] = sum;
   }
   __syncthreads();
-  const int total = first[batch], each = total / blocks, longer = total - each * blocks;  // the first `longer` blocks have one more
-  auto begin_of = [&](int b) { return each * b + min(b, longer); };
-  auto owner = [&](int x) { return x < longer * (each + 1) ? x / (each + 1) : longer + (x - longer * (each + 1)) / each; };  // of a unit
+  const int total = first[batch], used = min(total, blocks), each = total / max(used, 1), more = total - each * used;
+  auto begin_of = [&](int b) { return b < used ? each * b + more * b / used : total; };  // b * total / used
+  auto owner = [&](int x) { return (int)(((x + 1ll) * used - 1) / total); };             // of a unit: the last block that begins before x + 1
   auto locate = [&](int x) -> Task {  // x < total
     int row = 0, end = batch;
     while (end - row > 1) {
@@ -70,8 +72,17 @@ __device__ __forceinline__ void schedule_block(const Units& units, const int* le
     const int head = (x - first[row]) / at.units;
     return {row, head, x - first[row] - head * at.units, 0, at.pages, at.units, at.tokens, 0};
   };
-  const int lo = begin_of(block), hi = begin_of(block + 1), begin = lo + warp * (hi - lo) / BLOCK_WARPS;
-  const int count = lo + (warp + 1) * (hi - lo) / BLOCK_WARPS - begin;
+  const int lo = begin_of(block), hi = begin_of(block + 1), units_here = hi - lo;
+  // A unit that some warps have more is spread evenly, so that heads end where warps do if they can. In a block with one head the first warps have
+  // it, which the four schedulers of a multiprocessor take in turn; and in one with few units, so that no warp without stands between others.
+  bool to_first = units_here < BLOCK_WARPS;
+  if (!to_first) {
+    const Task where = locate(lo);
+    to_first = lo - where.unit + where.units >= hi;
+  }
+  const int fewest = units_here / BLOCK_WARPS, rest = units_here % BLOCK_WARPS;
+  auto begin_of_warp = [&](int w) { return lo + (to_first ? w * fewest + min(w, rest) : w * units_here / BLOCK_WARPS); };
+  const int begin = begin_of_warp(warp), count = begin_of_warp(warp + 1) - begin;
   if (lane == 0) {
     const Task at = count ? locate(begin) : Task{};
     tasks[block * BLOCK_TASKS + 2 * warp] = make_int4(at.row, at.head, at.unit, count);
@@ -85,10 +96,11 @@ __device__ __forceinline__ void schedule_block(const Units& units, const int* le
       const int head_lo = x - where.unit, head_hi = head_lo + where.units;
       if ((head_lo < lo || head_hi > hi) && !(threadIdx.x && head_lo <= lo)) {
         const int from = owner(head_lo);
-        mine = {where.row * heads + where.head, owner(head_hi - 1) - from + 1, from, 0};
+        const int warps = head_lo <= lo && head_hi >= hi ? min(units_here, BLOCK_WARPS) : 0;
+        mine = {where.row * heads + where.head, owner(head_hi - 1) - from + 1, from, warps};
       }
     }
-    tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x] = make_int4(mine.head, mine.blocks, mine.from, 0);
+    tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x] = make_int4(mine.head, mine.blocks, mine.from, mine.warps);
   }
 }
 #endif

@@ -63,6 +63,7 @@ class Cuda(Reference):
         self.indices: Indices | None = None
         self.scheduled: Indices | None = None  # the pass that the schedule of decode attention is for
         self.scratch: dict[tuple, tuple[Array, Array, Array]] = {}
+        self.turn = 0  # of the next launch of decode attention
         self.products = Products(self.xp, self.multiprocessors, self.capability)
 
     def run(self, launch: raw.Launch) -> None:
@@ -99,7 +100,7 @@ class Cuda(Reference):
         few = max(rows, tokens if tokens <= raw_dense.BATCH_TOKENS else 0)  # cuBLAS takes more
         reading = max(attention, mlp) * self.dtype.itemsize + self._products_bytes(c, few)
         drawing = rows * 8 * raw_dense.sample_words(c.vocab_size)
-        merging = 16 * self.multiprocessors * min(8, c.num_heads // c.num_kv_heads) * c.head_dim  # parts of attention
+        merging = 18 * self.multiprocessors * min(8, c.num_heads // c.num_kv_heads) * c.head_dim  # parts of attention
         stepping = step * self.dtype.itemsize + drawing + merging + 2 * self._products_bytes(c, rows)  # the prompts' scratch is kept
         tables = 4 * c.head_dim * max(1024, 1 << (context - 1).bit_length())  # of RoPE
         return max(reading, stepping) + 4 * rows * c.vocab_size + tables
@@ -176,9 +177,9 @@ class Cuda(Reference):
         options |= {"rotate": scheme.rotate, "q_weight": layer.q_norm, "k_weight": layer.k_norm}
         if _decodes(batch):  # the new token goes to its place at once
             if self.scheduled is not at:  # once a step: the layers differ in nothing that it looks at
-                plan, (tasks, *_) = self._planned(heads, scheme, len(at.lengths))
-                self.run(raw.schedule(heads, scheme, plan, at.lengths, tasks))  # two launches before attention, as that demands
-                self.scheduled = at
+                plan, (tasks, workspace, _) = self._planned(heads, scheme, len(at.lengths))
+                self.run(raw.schedule(heads, scheme, plan, at.lengths, tasks, workspace))  # two launches before attention, as that demands
+                self.scheduled, self.turn = at, 0
             keys, values = (kept[name if not scheme.quantized else f"window_{name}"] for name in ("keys", "values"))
             place = {"keys": keys, "values": values, "places": keys.shape[2]}
             self.run(raw.rotate_scale(heads, qkv, at.positions, *tables, q, **options, **place))
@@ -226,7 +227,8 @@ class Cuda(Reference):
             q[at.slots] = packed
         plan, (tasks, workspace, arrived) = self._planned(heads, scheme, size)
         out = self.xp.empty_like(q)
-        self.run(raw.decode_attention(heads, scheme, plan, q, kept, at.lengths, tasks, out, None, workspace, arrived))
+        self.run(raw.decode_attention(heads, scheme, plan, q, kept, at.lengths, tasks, out, None, workspace, arrived, turn=self.turn))
+        self.turn = 1 - self.turn
         if scheme.quantized:
             self.run(raw.pack_step(heads, scheme, at.lengths, kept))
         return out if everyone else out[at.slots]

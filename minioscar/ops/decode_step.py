@@ -60,15 +60,16 @@ class DecodeStep:
         arrived = xp.zeros(plan.counters(config.head_dim), np.int32)
         q, out = xp.empty((rows, config.num_heads, config.head_dim), BF16), y.reshape(rows, config.num_heads, config.head_dim)
 
-        self.launches += [raw_dense.embed(weights.embed, self.tokens, x), raw.schedule(self.heads, scheme, plan, self.lengths, tasks)]
-        for layer, kept in zip(weights.layers, cache.layers, strict=True):
+        self.launches.append(raw_dense.embed(weights.embed, self.tokens, x))
+        self.launches.append(raw.schedule(self.heads, scheme, plan, self.lengths, tasks, workspace))
+        for i, (layer, kept) in enumerate(zip(weights.layers, cache.layers, strict=True)):
             self.launches += products.launches(x, layer.qkv, qkv, norm=(layer.input_norm, self.eps), bias=layer.qkv_bias)
             norms, keys, values = kept.get("norms"), *(kept[n if not scheme.quantized else f"window_{n}"] for n in ("keys", "values"))
             options = {"norms": norms, "norm_stride": 0 if norms is None else norms.shape[1], "eps": self.eps, "rotate": scheme.rotate}
             options |= {"q_weight": layer.q_norm, "k_weight": layer.k_norm, "keys": keys, "values": values, "places": keys.shape[2]}
             self.launches.append(raw.rotate_scale(self.heads, qkv, self.lengths, *tables, q, **options))
             results = self.lengths, tasks, out, None, workspace, arrived
-            self.launches.append(raw.decode_attention(self.heads, scheme, plan, q, kept, *results))
+            self.launches.append(raw.decode_attention(self.heads, scheme, plan, q, kept, *results, turn=i % 2))
             self.launches += products.launches(y, layer.o, middle, bias=layer.o_bias, residual=x)
             self.launches += products.launches(middle, layer.gate_up, h, norm=(layer.post_norm, self.eps), silu=True)
             self.launches += products.launches(h, layer.down, x, residual=middle)

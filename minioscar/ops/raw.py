@@ -168,7 +168,8 @@ class Plan:
     blocks: int
 
     def workspace_floats(self, head_dim: int) -> int:
-        return 4 * self.blocks * self.q_per_kv * head_dim
+        """Two halves of two places a block; for 32 channels of a head their sums, and four numbers for all of them (merge.cuh)."""
+        return 2 * 2 * self.blocks * self.q_per_kv * head_dim * 9 // 8
 
     def counters(self, head_dim: int) -> int:
         """Of what blocks merge together: one for every 64 channels of the q heads of a block."""
@@ -209,32 +210,34 @@ def shared_bytes(head_dim: int, scheme: Scheme, p: Plan, batch: int) -> int:
     return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * batch
 
 
-def schedule(heads: Heads, scheme: Scheme, p: Plan, lengths: Array, tasks: Array, *, added: int = 1) -> Launch:
-    """Which warp attends to what: lengths [batch] -> tasks int32 [p.task_shape], for every layer of one step."""
+def schedule(heads: Heads, scheme: Scheme, p: Plan, lengths: Array, tasks: Array, workspace: Array, *, added: int = 1) -> Launch:
+    """Which warp attends to what: lengths [batch] -> tasks int32 [p.task_shape], for every layer of one step. Before it every launch of
+    `decode_attention` with this workspace must have ended; after it the first one has turn 0."""
     file, defines = _decode_source(heads, scheme, p, True)
-    args = (lengths, tasks, *map(np.int32, (lengths.shape[0], heads.kv_heads, scheme.sinks, added)))
+    args = (lengths, tasks, workspace, *map(np.int32, (lengths.shape[0], heads.kv_heads, scheme.sinks, added)))
     return Launch(file, "schedule", defines, (p.blocks,), p.warps * 32, args, 4 * (2 * lengths.shape[0] + 1))
 
 
 def decode_attention(
     heads: Heads, scheme: Scheme, p: Plan, q: Array, cache: dict[str, Array], lengths: Array, tasks: Array, out: Array,
-    lse: Array | None, workspace: Array, arrived: Array, *, added: int = 1, scale: float | None = None,
+    lse: Array | None, workspace: Array, arrived: Array, *, turn: int, added: int = 1, scale: float | None = None,
 ) -> Launch:
     """q [batch, q_heads, d] bf16 -> out, bf16 or float32, over lengths[b] + added tokens of each row, as `schedule` has cut them.
 
     The launch directly before may write q and the newest token of each row; all else must come from launches before that one.
-    workspace float32 [p.workspace_floats(d)], arrived int32 [p.counters(d)], zero (and zero again afterwards); lse float32
-    [batch, q_heads] or None, not written for a row without tokens. scale: of the logits, 1 / sqrt(d) unless given.
+    workspace float32 [p.workspace_floats(d)], arrived int32 [p.counters(d)], zero (and zero again afterwards). turn: 0 for the first launch
+    with this workspace behind `schedule`, then 1, 0, 1 ...; with another one the results are wrong. lse float32 [batch, q_heads] or None,
+    not written for a row without tokens. scale: of the logits, 1 / sqrt(d) unless given.
     """
     d, batch, norms = heads.head_dim, lengths.shape[0], cache.get("norms")
     scale_log2 = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e))
     results = (lengths, tasks, out, lse, workspace, arrived)
     if scheme.quantized:
-        sizes = (batch, heads.kv_heads, cache["pages"].shape[-2], 0 if norms is None else norms.shape[-1], scheme.sinks, added)
+        sizes = (batch, heads.kv_heads, cache["pages"].shape[-2], 0 if norms is None else norms.shape[-1], scheme.sinks, added, turn)
         named = (cache.get(n) for n in ("sink_keys", "sink_values", "window_keys", "window_values"))
         args = (q, cache["pages"], norms, *named, *results, *map(np.int32, sizes), scale_log2)
     else:
-        sizes = (batch, heads.kv_heads, cache["keys"].shape[-2], added)
+        sizes = (batch, heads.kv_heads, cache["keys"].shape[-2], added, turn)
         args = (q, cache["keys"], cache["values"], *results, *map(np.int32, sizes), scale_log2)
     file, defines = _decode_source(heads, scheme, p, out.dtype.itemsize == 2)
     return Launch(file, file.removesuffix(".cu"), defines, (p.blocks,), p.warps * 32, args, shared_bytes(d, scheme, p, batch))

@@ -50,7 +50,7 @@ class Simt(Cuda):
     def __init__(self, arch: int = ARCH) -> None:
         self.xp: Any = _Memory()
         self.multiprocessors, self.capability = MULTIPROCESSORS, arch
-        self.indices, self.scheduled, self.scratch = None, None, {}
+        self.indices, self.scheduled, self.scratch, self.turn = None, None, {}, 0
         self.products = Products(self.xp, MULTIPROCESSORS, arch)
 
     def run(self, launch: raw.Launch) -> None:

@@ -80,7 +80,12 @@ static bool ordered(const Cell& c) {
   return any_seen && (c.clock < s.warp[its] || (c.clock < s.some[its] && s.lanes[its] >> c.thread % 32 & 1));
 }
 
-static const char* verb(Kind kind) { return kind == READ ? "read" : kind == WRITE ? "write" : "atomic"; }
+static const char* verb(Kind kind) {
+  const char* verbs[] = {"read", "write", "atomic", "relaxed read", "relaxed write"};
+  return verbs[kind];
+}
+static bool writes(Kind kind) { return kind == WRITE || kind == ATOMIC || kind == RELAXED_WRITE; }
+static bool reads(Kind kind) { return kind != WRITE && kind != RELAXED_WRITE; }
 
 [[noreturn]] static void race(const Cell& c, Kind kind, size_t bytes, const void* address, void* pc) {
   char who[96];
@@ -98,7 +103,7 @@ static const char* verb(Kind kind) { return kind == READ ? "read" : kind == WRIT
 }
 
 static void record(Region& r, size_t word, uint8_t bytes, Kind kind, size_t total, const void* address, void* pc) {
-  const bool write = kind != READ, atomic = kind == ATOMIC;
+  const bool write = writes(kind), atomic = kind >= ATOMIC;
   Cell *cells = r.cells[word], *put = nullptr;
   for (int i = 0; i < 4; i++) {
     Cell& c = cells[i];
@@ -134,15 +139,15 @@ void access(const void* address, size_t bytes, Kind kind, void* pc) {
     if (p - (uintptr_t)launch.module_begin < size_t(launch.module_end - launch.module_begin)) return;
     fault(pc, address, "out of bounds: %s of %zu bytes at address %p, where no array is", verb(kind), bytes, address);
   }
-  if (r == &global && kind == WRITE) current->fenced = false;
+  if (r == &global && (kind == WRITE || kind == RELAXED_WRITE)) current->fenced = false;
   const size_t begin = p - r->base, end = begin + bytes;
   for (size_t o = begin; o < end;) {
     const size_t w = o / 4, stop = std::min(end, 4 * w + 4);
     const uint8_t m = ((1 << (stop - o)) - 1) << (o % 4);
-    const uint8_t need = kind == WRITE ? m << 4 : m | m << 4;
+    const uint8_t need = reads(kind) ? m | m << 4 : m << 4;
     if ((r->state[w] & need) != need) bad(*r, address, bytes, kind, pc);
     record(*r, w, m, kind, bytes, address, pc);
-    if (kind != READ) r->state[w] |= m;
+    if (writes(kind)) r->state[w] |= m;
     o = stop;
   }
 }
@@ -254,6 +259,8 @@ void atomic(const void* address, size_t bytes, bool acquire_release) {
   acquired_epoch = std::min(acquired_epoch, launch.epoch);
   acquired_warps |= 1u << warp_of(current->index);
 }
+
+void relaxed(const void* address, size_t bytes, Kind kind) { access(address, bytes, kind, SIMT_PC); }
 
 uint32_t shared_address(const void* p) {
   if ((uintptr_t)p - shared.base >= shared.size) fault(SIMT_PC, p, "not an address of shared memory");

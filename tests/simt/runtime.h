@@ -5,6 +5,7 @@
 
 namespace simt {
 
+enum Kind { READ, WRITE, ATOMIC, RELAXED_READ, RELAXED_WRITE };  // the last two: atomic, but nothing is ordered by them
 struct Index { unsigned x, y, z; };
 
 // ---- Called by kernels through the headers in include/. `line` is the line of the kernel that asks: lanes must meet at the same one.
@@ -21,6 +22,7 @@ uint64_t shuffle(uint32_t mask, uint64_t value, int from, int line);
 uint32_t ballot(uint32_t mask, bool value, int line);
 void fence();                                               // __threadfence
 void atomic(const void* address, size_t bytes, bool acquire_release = false);
+void relaxed(const void* address, size_t bytes, Kind kind);
 void trap(const char* what);
 long long clock_ticks();
 
@@ -47,7 +49,7 @@ void* shared_pointer(uint32_t address);
 // ---- Inside the runtime.
 constexpr int MAX_THREADS = 1024, WARPS = 32, ENGINE = MAX_THREADS;  // ENGINE: the "thread" that writes bulk copies
 enum class State : uint8_t { ready, barrier, named, warp, mbarrier, done };
-enum Kind { READ, WRITE, ATOMIC };
+
 
 struct Thread {
   void* stack;              // saved stack pointer

@@ -62,6 +62,22 @@ extern "C" __global__ void sum_of_blocks(const float* x, float* out, float* part
   }
 }
 
+extern "C" __global__ void words(const float* x, float* out, float* part, int* counter, int n, int fault) {  // the same without a fence: words are empty (NaN) or there
+  const int t = threadIdx.x, i = blockIdx.x * blockDim.x + t;
+  const float2 mine = make_float2(x[i], 0.f);
+  if (fault == 1) *(float2*)(part + 2 * i) = mine;        // 1: an ordinary write, while others may read
+  else store_relaxed((float2*)(part + 2 * i), mine);
+  __shared__ int last;
+  __syncthreads();
+  if (t == 0) last = atomic_add_relaxed(counter, 1) == (int)gridDim.x - 1;
+  __syncthreads();
+  if (!last || t) return;
+  float s = 0.f;
+  for (int k = 0; k < n; k++) s += fault == 2 ? part[2 * k] : load_relaxed((const float2*)(part + 2 * k)).x;  // 2: an ordinary read: nothing orders it
+  *out = s;
+  if (fault == 3) *counter = load_relaxed(counter + 1);   // 3: out of bounds
+}
+
 extern "C" __global__ void vectors(const float* x, float* out, int n, int fault) {  // out = x, four at a time, with odd bits flipped by a shift
   const int t = threadIdx.x;
   const float4 v = *reinterpret_cast<const float4*>(x + 4 * t + (fault == 1));  // 1: misaligned

@@ -48,6 +48,20 @@ __attribute__((no_sanitize("thread"), noinline)) inline int atomic_add_acq_rel(i
   simt::atomic(p, sizeof *p, true);
   return (*p += x) - x;
 }
+__attribute__((no_sanitize("thread"), noinline)) inline int atomic_add_relaxed(int* p, int x) {
+  simt::relaxed(p, sizeof *p, simt::ATOMIC);
+  return (*p += x) - x;
+}
+template <class T>
+__attribute__((no_sanitize("thread"), noinline)) T load_relaxed(const T* p) {
+  simt::relaxed(p, sizeof *p, simt::RELAXED_READ);
+  return *p;
+}
+template <class T>
+__attribute__((no_sanitize("thread"), noinline)) void store_relaxed(T* p, T x) {
+  simt::relaxed(p, sizeof *p, simt::RELAXED_WRITE);
+  *p = x;
+}
 SIMT_INLINE void cp_async_16(void* shared, const void* global) { simt::copy_async(shared, global, 16, 16); }
 SIMT_INLINE void cp_async_16_or_zero(void* shared, const void* global, bool there) { simt::copy_async(shared, global, 16, there ? 16 : 0); }
 SIMT_INLINE void cp_async_commit() { simt::copy_commit(); }
