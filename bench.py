@@ -1,6 +1,6 @@
 """How fast and how small: kernels, decode steps, prefill, throughput in a budget, memory; each beside the machine's limit.
 
-    python bench.py all --quick                            does everything run, and about how fast? Without a GPU under a minute
+    python bench.py all --quick                            does everything run, and about how fast? Under a minute
     python bench.py decode --model smollm2-135m --kv bf16,int2 --context 512,2048 --json cpu.json
     python bench.py kernel --sweep --peers --json f.json   on a GPU: all shapes, how time grows, other kernels in the same run
     python bench.py throughput --random-weights qwen3-8b --budget 24GB,48GB

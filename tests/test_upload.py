@@ -130,6 +130,17 @@ def test_dtypes_can_be_mixed_and_small_tensors_share_a_piece(tmp_path, seed):
             assert array.tobytes() == tensors[name].astype(BF16).tobytes(), name
 
 
+def test_what_stands_side_by_side_in_the_file_and_in_the_slab_is_read_at_once(tmp_path):
+    save_file({name: np.full(256, i, np.float32).astype(BF16) for i, name in enumerate("abcde")}, tmp_path / "x")
+    with ExitStack() as stack:
+        file = opened(stack, tmp_path / "x")
+        with OnHost(BF16, lambda _: None, list(file.values())) as put:
+            found = {name: put([file[name]]) for name in "ab"} | {"dc": put([file["d"], file["c"]]), "e": put([file["e"]])}
+    assert [tensor.nbytes for tensor in put.tensors] == [1024, 512, 512, 512] and put.places == [0, 512, 768, 1024]
+    for name, array in found.items():
+        assert array.tolist() == sum(([float("abcde".index(letter))] * 256 for letter in name), [])
+
+
 class HostOps(Reference):
     dtype = BF16
 

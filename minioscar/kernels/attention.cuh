@@ -16,6 +16,7 @@
 #define MINIOSCAR_ATTENTION_CUH
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
 constexpr int D = HEAD_DIM, TOKEN_BYTES = D * 2 * 2;  // of a BF16 token: key and value
 constexpr int TILE_TOKENS = UNIT_BYTES / TOKEN_BYTES < 16 ? UNIT_BYTES / TOKEN_BYTES : 16;
 constexpr int RING_BYTES = STAGES * UNIT_BYTES;

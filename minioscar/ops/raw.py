@@ -185,7 +185,7 @@ def plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, capabil
     """The most warps whose rings of copies fit, 8 where they were faster; a grid that cuts as few heads as possible.
 
     More warps hide more of a page's latency, fewer have fewer parts to merge at the end. On an H200 8 beat 12 with units of 6 KB or more
-    (1 x 128K: oscar 29.4 against 29.9 µs, int2 28.6 against 28.1, int2-compact 27.8 against 26.2).
+    (1 x 128K, version 13 of the notebook: oscar 29.4 against 29.9 µs, int2 28.6 against 28.1, int2-compact 27.8 against 26.2).
     """
     together = heads.q_heads // heads.kv_heads
     share = next(s for s in range(1, together + 1) if together % s == 0 and together // s <= 8)
@@ -204,9 +204,9 @@ def _unit_bytes(head_dim: int, scheme: Scheme) -> int:
 
 
 def shared_bytes(head_dim: int, scheme: Scheme, p: Plan, batch: int) -> int:
-    """Dynamic shared memory of a decode kernel: attention.cuh, AT_ROWS and what follows."""
+    """Dynamic shared memory of a decode kernel: merge.cuh, AT_ROWS and what follows."""
     ring = p.stages * _unit_bytes(head_dim, scheme)
-    heads = p.warps * (ring + p.q_per_kv * (head_dim + 2) * 4 + 2 * p.q_per_kv * 8 + 8)
+    heads = p.warps * (ring + p.q_per_kv * head_dim * 4 + 2 * p.q_per_kv * 8 + 8)
     return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * batch
 
 
