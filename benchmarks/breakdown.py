@@ -31,7 +31,8 @@ def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterato
         kinds[label(launch)].append(launch)
     for kind, launches in kinds.items():
         size = bytes_of(launches[0], cache)
-        few = launches[: copies_of(size) + copies_of(size) % 2] if size > 1 << 20 else launches[:1]  # even: those of attention take turns
+        count = copies_of(size) if size > 1 << 20 else 2
+        few = launches[: count + count % 2]  # an even number: those of attention take turns, and must find the workspace empty
         us, spread = graph_time([lambda launch=launch: card.run(launch) for launch in few])
         row = {"kv": e.scheme.name, "batch": batch, "context": context, "kernel": kind, "launches": len(launches), "us": us}
         row |= {"us_spread": spread, "us_a_step": us * len(launches)}

@@ -1,4 +1,4 @@
-"""The kernels' tests at small shapes, for compute-sanitizer on a machine with a GPU:
+"""The kernels' tests, for compute-sanitizer on a machine with a GPU:
 
     compute-sanitizer --tool memcheck python -m tests.sanitized [-k EXPRESSION]       and again with --tool racecheck
 
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     import cupy
 
     cupy.cuda.set_allocator(None)
-    chosen = argv or ["-k", "cuda"]  # the tests that the simulator runs too; not those of the card's own grids
+    chosen = argv or ["-k", "cuda"]  # those of the card's own grids too; racecheck takes more than five minutes for 256 sequences
     return pytest.main(["-q", "-p", "no:cacheprovider", *chosen, *(f"tests/test_{name}.py" for name in FILES)])
 
 

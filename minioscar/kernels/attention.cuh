@@ -20,7 +20,7 @@
 constexpr int D = HEAD_DIM, TOKEN_BYTES = D * 2 * 2;  // of a BF16 token: key and value
 constexpr int TILE_TOKENS = UNIT_BYTES / TOKEN_BYTES < 16 ? UNIT_BYTES / TOKEN_BYTES : 16;
 constexpr int RING_BYTES = STAGES * UNIT_BYTES;
-constexpr int FIRST_WARPS = (BLOCK_WARPS + 1) / 2, LONG = 6;  // who asks first; units of a warp
+constexpr int FIRST_WARPS = (BLOCK_WARPS + 1) / 2, LONG = 6;  // warps that ask first; units from which on a warp asks for two early
 #include "merge.cuh"
 
 constexpr int CHANNEL_TILES = D / 16;
