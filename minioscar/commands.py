@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from .errors import UserError
+from .ops import wake
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -29,6 +30,7 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError("--logprobs needs --json: they are part of the JSON output")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
+    wake(args.device)
     options = wanted(args)
     if args.prompts_file is not None:
         return run_prompts(args, options)
@@ -82,6 +84,7 @@ def run_prompts(args: argparse.Namespace, options: Options) -> None:
 
 
 def run_chat(args: argparse.Namespace) -> None:
+    wake(args.device)
     from . import chat
     from .conversation import Conversation
 
@@ -96,6 +99,7 @@ def run_chat(args: argparse.Namespace) -> None:
 def run_cache(args: argparse.Namespace) -> None:
     import time
 
+    wake(args.device)
     from .cache import cache_bytes
     from .files import check_writable
     from .oscar import SCHEMES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -100,17 +99,6 @@ class Tensor:
     def continued_by(self, other: Tensor) -> bool:
         """Whether its numbers follow in the file."""
         return other.file is self.file and other.begin == self.begin + self.nbytes and other.kind == self.kind
-
-    def read(self, buffer: np.ndarray, at: int) -> None:
-        """Fills a buffer, uint8, from byte `at` of the tensor on; takes the kernel less than a fault for each page of the mapping."""
-        try:
-            while len(buffer):
-                count = os.preadv(self.file.fileno(), [buffer], self.begin + at)
-                if not count:
-                    raise UserError(f"{self.file.name} became shorter while it was read; fetch the model again")
-                buffer, at = buffer[count:], at + count
-        except OSError as error:
-            raise UserError(f"{self.file.name} cannot be read ({error.strerror}); fetch the model again") from None
 
 
 class Checkpoint:

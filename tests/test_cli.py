@@ -7,12 +7,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from minioscar import cli, evaluate, hub, oscar
+from minioscar import cli, evaluate, hub, ops, oscar
 from minioscar.cli import main
 
 from .tiny import write_model
@@ -39,6 +41,65 @@ def test_help_answers_before_anything_heavy_is_imported():
         subprocess.run([sys.executable, "-m", "minioscar", "--help"], check=True, stdout=subprocess.DEVNULL)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.3
+
+
+class Driver:
+    """libcuda.so.1; `fails`: the call that has no success."""
+
+    def __init__(self, fails: str = ""):
+        self.fails, self.calls = fails, []
+
+    def __getattr__(self, name: str):
+        return lambda *_: self.calls.append(name) or (100 if name == self.fails else 0)
+
+
+CALLS = ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
+
+
+@pytest.mark.parametrize(("fails", "calls"), [("", CALLS), ("cuInit", CALLS[:1]), ("cuDeviceGet", CALLS[:2]), (CALLS[2], CALLS)])
+def test_a_context_is_made_in_a_thread_as_far_as_it_goes(fails, calls, monkeypatch):
+    driver = Driver(fails)
+    monkeypatch.setattr(ops, "find_spec", lambda _: True)
+    monkeypatch.setattr(ops.ctypes, "CDLL", lambda name: driver if name == "libcuda.so.1" else None)
+    ops.wake("auto")
+    for thread in threading.enumerate():
+        if thread.name == "wake":
+            thread.join()
+    assert driver.calls == calls
+
+
+@pytest.mark.parametrize("why_not", ["cpu", "simulator", "no CuPy", "no driver"])
+def test_no_context_is_made_where_none_is_wanted_or_can_be(why_not, monkeypatch):
+    driver = Driver()
+
+    def library(_: str) -> Driver:
+        if why_not == "no driver":
+            raise OSError("libcuda.so.1: cannot open shared object file")
+        return driver
+
+    monkeypatch.setattr(ops, "find_spec", lambda _: None if why_not == "no CuPy" else True)
+    monkeypatch.setattr(ops, "Thread", lambda target, name: SimpleNamespace(start=target))  # here and now: what it raises is seen
+    monkeypatch.setattr(ops.ctypes, "CDLL", library)
+    monkeypatch.setenv("MINIOSCAR_BACKEND", "simt" if why_not == "simulator" else "")
+    ops.wake("cpu" if why_not == "cpu" else "auto")
+    assert not driver.calls
+
+
+COMMANDS = ["generate nowhere x", "generate nowhere --prompts-file F", "chat nowhere", "cache nowhere --prompt-file F --out F"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_context_is_begun_before_anything_heavy_is_imported(command, tmp_path):
+    code = """
+import sys
+from minioscar import commands
+commands.wake = lambda device: print(device, {'numpy', 'tokenizers', 'cupy'} & set(sys.modules))
+from minioscar.cli import main
+main([*sys.argv[1:], "--device", "cuda"])
+"""
+    argv = command.replace("F", str(tmp_path / "file")).split()
+    (tmp_path / "file").write_text('"x"')
+    assert subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True).stdout.startswith("cuda set()")
 
 
 def test_every_example_of_the_help_is_a_command_that_parses(capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +18,7 @@ from minioscar.cache import BF16, Cache
 from minioscar.engine import GREEDY
 from minioscar.evaluate import default_text
 from minioscar.forcing import divergence, log_softmax
+from minioscar.ops import upload
 from minioscar.oscar import SCHEMES
 from minioscar.weights import _tensors, arrays
 
@@ -119,13 +122,14 @@ def test_smollm2_answers_sixteen_prompts_as_it_answers_each_alone(kv):
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32])
-def test_weights_arrive_as_they_are(dtype, tmp_path, seed):
-    """Pieces of a buffer, parts of one, several tensors in one array; twice, since the second time buffers have been used before."""
+def test_weights_arrive_as_they_are(dtype, tmp_path, seed, monkeypatch):
+    """Pieces of a buffer, parts of one, several tensors in one array; few buffers, which are used many times, and many."""
     rng, ops = np.random.default_rng(seed), back_ends.backend("cuda")
     shapes = {"large": (40 << 20,), "odd": (12345, 1001), "a": (3000, 1024), "b": (1, 1024), "c": (777, 1024), "one": (1,)}
     tensors = {name: rng.standard_normal(shape, np.float32).astype(dtype) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / "x")
-    for _ in range(2):
+    for worth in (upload.WORTH, 1):
+        monkeypatch.setattr(upload, "WORTH", worth)
         told = []
         with open(tmp_path / "x", "rb", buffering=0) as file:
             there = dict(_tensors(file))
@@ -137,6 +141,21 @@ def test_weights_arrive_as_they_are(dtype, tmp_path, seed):
             wanted = np.concatenate([tensors[name] for name in names.split()]).astype(BF16)
             np.testing.assert_array_equal(array.get().view(np.uint16), wanted.view(np.uint16))
         assert sum(told) == sum(x.nbytes for x in tensors.values())
+
+
+def test_a_context_made_while_python_imports_is_the_one_that_is_used():
+    code = """
+import threading
+from minioscar import ops
+ops.wake("auto")
+import cupy
+[thread.join() for thread in threading.enumerate() if thread.name == "wake"]
+free = cupy.cuda.runtime.memGetInfo()[0]
+assert cupy.arange(5).sum() == 10 and ops.backend("cuda").name == "cuda"
+print(free - cupy.cuda.runtime.memGetInfo()[0])
+"""
+    taken = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert taken < 64 << 20  # a second context would take some 500 MB
 
 
 @pytest.mark.parametrize("kv", ["int2", "bf16"])

@@ -1,9 +1,11 @@
-"""ops/upload.py without a card: pieces, threads, errors, the end. That the bytes arrive on one, tests/test_gpu.py shows."""
+"""ops/upload.py and ops/aio.py without a card: pieces, reads, errors, the end. That the bytes arrive on one, tests/test_gpu.py shows."""
 
 from __future__ import annotations
 
+import ctypes
 import math
-import sys
+import os
+import signal
 import threading
 import time
 from contextlib import ExitStack
@@ -17,7 +19,8 @@ from minioscar import weights
 from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.errors import UserError
-from minioscar.ops import upload
+from minioscar.ops import aio, upload
+from minioscar.ops.aio import Read
 from minioscar.ops.reference import Reference
 from minioscar.ops.upload import Buffer, Upload
 from minioscar.oscar import SCHEMES
@@ -36,7 +39,9 @@ class OnHost(Upload):
         return self.slab[first : first + math.prod(shape)].reshape(shape)
 
     def _buffer(self) -> Buffer:
-        return Buffer(np.empty(upload.PIECE, np.uint8), 0, [])
+        self.made += 1
+        memory = np.empty(upload.PIECE, np.uint8)
+        return Buffer(memory, memory.ctypes.data, [])
 
     def _copy(self, buffer: Buffer, start: int, place: int, size: int, dtype: np.dtype) -> None:
         buffer.copied.append((buffer.memory[start : start + size].view(dtype), place))
@@ -45,6 +50,9 @@ class OnHost(Upload):
 
     def _sent(self, buffer: Buffer) -> None:
         pass
+
+    def _through(self, buffer: Buffer) -> bool:
+        return len(self.under_way) > 2
 
     def _wait(self, buffer: Buffer) -> None:
         with np.errstate(invalid="ignore"):  # what is between a piece's parts can be anything
@@ -57,15 +65,20 @@ class OnHost(Upload):
             self._wait(buffer)
 
 
+try:
+    aio._library()
+except (OSError, AttributeError) as error:  # a C library that is not glibc
+    pytest.skip(f"POSIX.1's asynchronous reads as glibc has them: {error}", allow_module_level=True)
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Pieces that no tensor is a multiple of, more threads than there are cores."""
+    """Pieces that no tensor is a multiple of, as many buffers as there can be. Nothing stays open."""
     monkeypatch.setattr(upload, "PIECE", 1000)
-    monkeypatch.setattr(upload.os, "cpu_count", lambda: 5)
-    before = sys.getswitchinterval()
+    monkeypatch.setattr(upload, "WORTH", 1)
+    before = os.listdir("/proc/self/fd")
     yield
-    assert sys.getswitchinterval() == before
-    assert not [thread for thread in threading.enumerate() if "_read" in thread.name]
+    assert os.listdir("/proc/self/fd") == before
 
 
 def opened(stack: ExitStack, path: Path) -> dict[str, Tensor]:
@@ -112,7 +125,8 @@ def test_asking_for_more_than_was_announced_is_an_error_and_reads_nothing_of_it(
         with pytest.raises(ValueError, match="more is asked for"), OnHost(BF16, told.append, [file["a"]]) as put:
             put([file["a"]])
             put([file["b"]])
-    assert not told and put.given == 10 and not put.slab[10 * 250 :].any()  # 1,000 bytes are 250 numbers; of `a` there are 10.24 pieces
+    assert sum(told) <= 10_000 and put.given == 10  # pieces of 1,000 bytes; of `a` there are 10.24
+    assert not put.slab[10 * 250 :].any()
 
 
 def test_dtypes_can_be_mixed_and_small_tensors_share_a_piece(tmp_path, seed):
@@ -136,7 +150,7 @@ def test_what_stands_side_by_side_in_the_file_and_in_the_slab_is_read_at_once(tm
         file = opened(stack, tmp_path / "x")
         with OnHost(BF16, lambda _: None, list(file.values())) as put:
             found = {name: put([file[name]]) for name in "ab"} | {"dc": put([file["d"], file["c"]]), "e": put([file["e"]])}
-    assert [tensor.nbytes for tensor in put.tensors] == [1024, 512, 512, 512] and put.places == [0, 512, 768, 1024]
+    assert put.sizes == [512, 256, 256, 256] and put.places == [0, 512, 768, 1024]
     for name, array in found.items():
         assert array.tolist() == sum(([float("abcde".index(letter))] * 256 for letter in name), [])
 
@@ -161,7 +175,7 @@ def test_a_model_in_one_allocation_is_the_reference_s_and_is_rotated_in_place(tm
         assert x.shape == y.shape and x.tobytes() == y.tobytes()
 
 
-def test_a_file_that_became_shorter_is_named_and_all_threads_end(tmp_path):
+def test_a_file_that_became_shorter_is_named(tmp_path):
     save_file({"a": np.arange(100_000, dtype=np.float32)}, tmp_path / "x")
     with ExitStack() as stack:
         file = opened(stack, tmp_path / "x")
@@ -171,28 +185,121 @@ def test_a_file_that_became_shorter_is_named_and_all_threads_end(tmp_path):
                 put([file["a"]])
 
 
-class Slow(Tensor):
-    reads = 0
-
-    def read(self, buffer: np.ndarray, at: int) -> None:
-        Slow.reads += 1
-        time.sleep(0.001)
-        super().read(buffer, at)
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
+    save_file({"a": np.arange(100_000, dtype=np.float32)}, tmp_path / "x")
+    with ExitStack() as stack:
+        tensor = opened(stack, tmp_path / "x")["a"]
+        tensor.file = stack.enter_context(open(tmp_path / "x", "ab", buffering=0))
+        with pytest.raises(UserError, match=r"x cannot be read \(Bad file descriptor\); fetch the model again"):
+            with OnHost(BF16, lambda _: None, [tensor]) as put:
+                put([tensor])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("when", ["while tensors are asked for", "while they are waited for"])
-def test_whatever_breaks_the_loading_off_leaves_no_thread_and_reads_nothing_more(error, when, tmp_path):
+def test_whatever_breaks_the_loading_off_reads_and_writes_nothing_more(error, when, tmp_path, monkeypatch):
     save_file({"a": np.arange(1_000_000, dtype=np.float32)}, tmp_path / "x")
-    Slow.reads = 0
+    begun = []
 
     def advance(_: int) -> None:
         raise error
 
+    monkeypatch.setattr(upload, "Read", lambda *place: begun.append(place) or Read(*place))
     with ExitStack() as stack:
-        tensor = Slow(**vars(opened(stack, tmp_path / "x")["a"]))
+        tensor = opened(stack, tmp_path / "x")["a"]
         with pytest.raises(error), OnHost(BF16, advance, [tensor]) as put:
             put([tensor])
             if when == "while tensors are asked for":
                 raise error
-    assert put.given >= 4000 and Slow.reads < 1000
+        left = [buffer.memory.copy() for buffer in put.reading]
+        time.sleep(0.02)
+        assert all((buffer.memory == memory).all() for buffer, memory in zip(put.reading, left, strict=True))
+    assert put.given == 4000 and 0 < len(begun) <= upload.BUFFERS + 1
+
+
+# --- aio.py
+
+
+def numbers(path: Path, count: int, seed: int) -> np.ndarray:
+    data = np.random.default_rng(seed).integers(0, 256, count, np.uint8)
+    path.write_bytes(data)
+    return data
+
+
+def test_reads_are_what_stands_in_the_file_however_many_there_are_at_once(tmp_path, seed):
+    data, found = numbers(tmp_path / "x", 100_000, seed), np.zeros(100_000, np.uint8)
+    with open(tmp_path / "x", "rb") as file:
+        reads = [Read(file, at, found.ctypes.data + at, min(999, 100_000 - at)) for at in range(0, 100_000, 999)]
+        for read in reads:
+            read.start()
+        for read in reads:
+            read.finish()
+            assert read.done()
+            read.abandon()  # too late, and nothing happens
+    assert (found == data).all()
+
+
+class Library:
+    """The C library's, but for what a test gives."""
+
+    def __init__(self, **functions):
+        self.__dict__ |= functions
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    real = aio._library()
+
+
+def test_what_the_system_did_not_give_at_once_is_read_next(tmp_path, monkeypatch, seed):
+    data, found, counts = numbers(tmp_path / "x", 1000, seed), np.zeros(1000, np.uint8), []
+
+    def a_third(block: ctypes.Structure) -> int:
+        """Of what was read, and it alone."""
+        count = Library.real.aio_return(block)
+        counts.append(-(-count // 3))
+        ctypes.memset(block.address + counts[-1], 0, count - counts[-1])
+        return counts[-1]
+
+    monkeypatch.setattr(aio, "_library", lambda: Library(aio_return=a_third))
+    with open(tmp_path / "x", "rb") as file:
+        read = Read(file, 100, found.ctypes.data, 900)
+        read.start()
+        read.finish()
+    assert (found[:900] == data[100:]).all() and not found[900:].any() and counts[:3] == [300, 200, 134]
+
+
+def test_a_read_that_was_not_started_can_be_abandoned(tmp_path, seed):
+    numbers(tmp_path / "x", 10, seed)
+    with open(tmp_path / "x", "rb") as file:
+        Read(file, 0, 0, 10).abandon()
+
+
+def test_a_read_that_cannot_even_begin_says_why(tmp_path, monkeypatch, seed):
+    numbers(tmp_path / "x", 10, seed)
+
+    def refused(_: ctypes.Structure) -> int:
+        ctypes.set_errno(11)
+        return -1
+
+    monkeypatch.setattr(aio, "_library", lambda: Library(aio_read=refused))
+    with open(tmp_path / "x", "rb") as file, pytest.raises(UserError, match=r"x cannot be read \(Resource temporarily unavailable\)"):
+        Read(file, 0, np.zeros(10, np.uint8).ctypes.data, 10).start()
+
+
+def test_ctrl_c_ends_a_wait(tmp_path, monkeypatch, seed):
+    data, found = numbers(tmp_path / "x", 10, seed), np.zeros(10, np.uint8)
+
+    def waiting(*_: object) -> None:
+        """As a read that takes for ever: only a signal ends it."""
+        threading.Timer(0.05, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
+        time.sleep(10)
+
+    with open(tmp_path / "x", "rb") as file:
+        read = Read(file, 0, found.ctypes.data, 10)
+        read.start()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(aio, "_library", lambda: Library(aio_error=lambda _: aio.EINPROGRESS, aio_suspend=waiting))
+            read.finish()
+        read.abandon()
+    assert (found == data).all()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from importlib.util import find_spec
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -27,6 +30,26 @@ def backend(device: str) -> Reference:
     if device == "cuda":
         raise UserError(f"--device cuda: {reason}; --device cpu works everywhere")
     return Reference()
+
+
+def wake(device: str) -> None:
+    """Has a context made on the GPU that `backend` will use, if it will, and returns at once: that takes 0.2 s, in which Python imports.
+
+    What goes wrong with it is for `backend` to say.
+    """
+    if device != "cpu" and os.environ.get("MINIOSCAR_BACKEND") != "simt" and find_spec("cupy"):
+        Thread(target=_make_context, name="wake").start()  # not a daemon: the driver does not like to be left in the middle of it
+
+
+def _make_context() -> None:
+    """The primary one of the first device, which CUDA's runtime, and so CuPy, takes too (CUDA driver API, Primary Context Management)."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    if not driver.cuInit(0) and not driver.cuDeviceGet(ctypes.byref(device), 0):
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def _simulator() -> Reference:
