@@ -143,9 +143,11 @@ __device__ __forceinline__ void store_relaxed(float4* p, float4 x) {
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_addr(shared)), "l"(global) : "memory");
 }
-// The same where `there`; else zeros, and nothing is read.
+// The same where `there`; else zeros, and nothing is read. AROUND: all 256 bytes around come to L2, since they are asked for next.
+template <bool AROUND>
 __device__ __forceinline__ void cp_async_16_or_zero(void* shared, const void* global, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_addr(shared)), "l"(global), "r"(there ? 16 : 0) : "memory");
+  if (AROUND) asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(smem_addr(shared)), "l"(global), "r"(there ? 16 : 0) : "memory");
+  else asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_addr(shared)), "l"(global), "r"(there ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most N of this thread's groups are under way.

@@ -82,7 +82,7 @@ struct Product {
     for (int j = 0; j < WARPS; j++) {
       const int k = slab * SLAB + j / ROW_WARPS * RUN + piece * 8;
       const bf16* from = this->row(tile * OUT_ROWS + j % ROW_WARPS * WARP_OUT, row / 16, row / 8 % 2, row % 8) + k;
-      cp_async_16_or_zero(stage + (32 * j + row) * LINE + (piece ^ row % 8) * 16, from, k < K);
+      cp_async_16_or_zero<K_GROUPS == 1>(stage + (32 * j + row) * LINE + (piece ^ row % 8) * 16, from, k < K);
     }
   }
   __device__ __forceinline__ void copy_x(unsigned char* stage, int slab) const {
@@ -92,7 +92,7 @@ struct Product {
       const int at = j + thread / 8, m = blockIdx.y * COLUMNS + at % COLUMNS, piece = thread % 8;
       const int k = slab * SLAB + at / COLUMNS * RUN + piece * 8;
       if (K_GROUPS * COLUMNS % (THREADS / 8) == 0 || at < K_GROUPS * COLUMNS)
-        cp_async_16_or_zero(stage + X_AT + at * LINE + (piece ^ at % 8) * 16, x + (size_t)m * K + k, m < tokens && k < K);
+        cp_async_16_or_zero<false>(stage + X_AT + at * LINE + (piece ^ at % 8) * 16, x + (size_t)m * K + k, m < tokens && k < K);
     }
   }
 };

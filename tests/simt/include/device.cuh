@@ -63,6 +63,7 @@ __attribute__((no_sanitize("thread"), noinline)) void store_relaxed(T* p, T x) {
   *p = x;
 }
 SIMT_INLINE void cp_async_16(void* shared, const void* global) { simt::copy_async(shared, global, 16, 16); }
+template <bool>
 SIMT_INLINE void cp_async_16_or_zero(void* shared, const void* global, bool there) { simt::copy_async(shared, global, 16, there ? 16 : 0); }
 SIMT_INLINE void cp_async_commit() { simt::copy_commit(); }
 template <int N>
