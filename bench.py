@@ -87,7 +87,7 @@ def measured(args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | N
                 yield section, row
             ops.release()
         if "memory" in commands:
-            yield "load", loading.loading(plan.config, plan.model, ops, 2 if args.quick else 5)
+            yield "load", loading.loading(plan.config, plan.model, ops, 2 if args.quick else 15)
         if args.peers:
             progress("transformers, end to end")
             peers.beside(plan.config, found, plan.steps)

@@ -56,8 +56,8 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
         found[f"linear to {to}"] = raw_dense.linear(x, weight, y, MULTIPROCESSORS, arch, norm=norm, silu=silu)
     for tokens in (48, *((128,) if everything else ())):
-        x, weight, y = np.empty((tokens, 4096)), np.empty((8192, 4096)), np.empty((1, 1), np.uint16)
-        batch = raw_dense.batch_plan(tokens, 4096, 8192, True, MULTIPROCESSORS, arch)
+        x, weight, y = np.empty((tokens, 4096)), np.empty((24576, 4096), np.uint8), np.empty((1, 1), np.uint16)
+        batch = raw_dense.batch_plan(tokens, 4096, 24576, True, MULTIPROCESSORS, arch)
         found[f"linear_batch of {tokens}"] = raw_dense.linear_batch(x, weight, y, batch, out, ints, silu=True)
     found["embed"], found["advance"] = raw_dense.embed(out[None], ints, out), raw_dense.advance(ints, ints)
     for launch in (raw_dense.silu_mul(out[None], np.empty((1, 8))), raw_dense.add(out[None], np.empty((1, 8)))):

@@ -18,8 +18,8 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 def check(device, seed: int, tokens: int, size: int, rows: int, *, order: int = 0, multiprocessors: int = 2, capability: int = 80,
-          **parts: bool) -> np.ndarray:
-    """parts: norm, bias, residual, silu, float32. Returns what the kernel computed."""
+          plan: raw_dense.BatchPlan | None = None, **parts: bool) -> np.ndarray:
+    """parts: norm, bias, residual, silu, float32. plan: of a batch (None: the one that it gets). Returns what the kernel computed."""
     rng, width = np.random.default_rng(seed), rows // 2 if parts.get("silu") else rows
     x, weight = rng.normal(size=(tokens, size)).astype(BF16), (rng.normal(size=(rows, size)) / np.sqrt(size)).astype(BF16)
     norm = rng.uniform(0.5, 1.5, size).astype(BF16) if parts.get("norm") else None
@@ -37,7 +37,7 @@ def check(device, seed: int, tokens: int, size: int, rows: int, *, order: int = 
             normed = device.empty(x.shape, BF16)
             device.run(raw_dense.rms_norm(x_there, device.array(norm), EPS, normed), seed=order)
             x_there = normed
-        plan = raw_dense.batch_plan(tokens, size, rows, given["silu"], multiprocessors, capability)
+        plan = plan or raw_dense.batch_plan(tokens, size, rows, given["silu"], multiprocessors, capability)
         workspace, arrived = device.empty(plan.workspace_floats, np.float32), device.array(np.zeros(plan.counters, np.int32))
         device.run(raw_dense.linear_batch(x_there, weight_there, out, plan, workspace, arrived, **given), seed=order)
         assert not device.numpy(arrived).any()
@@ -97,10 +97,32 @@ def test_linear_gives_equal_bits_on_every_grid_and_in_every_order(device, seed):
     first = check(device, seed, 4, 288, 130, **parts)
     for order, multiprocessors in ((1, 1), (2, 2), (3, 40)):
         assert np.array_equal(first, check(device, seed, 4, 288, 130, order=order, **parts | {"multiprocessors": multiprocessors}))
-    plan = raw_dense.batch_plan(20, 640, 130, False, 3, 80)
+    plan = raw_dense.batch_cuts(20, 640, 130, False, 3, 80)[0]
     assert (plan.tiles, plan.blocks) == (2, 3)  # of five slabs each: the second block ends one tile and begins the other
-    first, *others = (check(device, seed, 20, 640, 130, order=order, **parts | {"multiprocessors": 3}) for order in range(6))
+    first, *others = (check(device, seed, 20, 640, 130, order=order, plan=plan, **parts) for order in range(6))
     assert all(np.array_equal(first, other) for other in others)
+
+
+CUTS = [
+    # tokens, in, out, multiprocessors: tiles, blocks, unit and parts of every cut
+    (20, 640, 396, 2, [(2, 2, 1, 2), (2, 2, 10, 0), (4, 2, 5, 0), (3, 2, 5, 0)]),
+    (20, 640, 396, 7, [(4, 7, 1, 2), (2, 6, 1, 1), (4, 4, 1, 0), (3, 6, 1, 1)]),
+    (64, 136, 396, 3, [(2, 3, 1, 2), (2, 2, 1, 0), (4, 3, 2, 0), (3, 3, 2, 0)]),
+    (90, 640, 200, 5, [(2, 5, 1, 2)]),  # too many columns
+    (40, 264, 398, 3, [(2, 3, 1, 2), (2, 2, 1, 0), (4, 3, 3, 0)]),  # not a multiple of 12
+]
+
+
+@on_each_device
+@pytest.mark.parametrize("parts", [{}, {"silu": True}, {"residual": True, "bias": True, "float32": True}])
+@pytest.mark.parametrize(("tokens", "size", "rows", "multiprocessors", "cuts"), CUTS)
+def test_every_way_to_share_the_slabs(device, seed, tokens, size, rows, multiprocessors, cuts, parts):
+    plans = raw_dense.batch_cuts(tokens, size, rows, parts.get("silu", False), multiprocessors, 90)
+    if "silu" not in parts:
+        assert [(p.tiles, p.blocks, p.unit, p.parts) for p in plans] == cuts
+    for plan in plans:
+        check(device, seed, tokens, size, rows, plan=plan, **parts)
+        assert plan.parts or not (plan.workspace_floats or plan.counters)
 
 
 @on_each_device
@@ -119,16 +141,18 @@ def test_a_token_of_a_batch_gets_the_bits_that_it_gets_alone(device, seed, size,
 
 
 @on_each_device
-def test_a_token_gets_the_same_bits_in_a_batch_of_9_and_of_100(device, seed):
+def test_a_token_gets_the_same_bits_in_batches_that_share_the_slabs_alike(device, seed):
     rng = np.random.default_rng(seed)
-    x, weight = rng.normal(size=(100, 640)).astype(BF16), rng.normal(size=(130, 640)).astype(BF16)
-    rows = []
-    for tokens in (9, 100):
-        plan, out = raw_dense.batch_plan(tokens, 640, 130, False, 4, 90), device.empty((tokens, 130), np.float32)
-        scratch = device.empty(plan.workspace_floats, np.float32), device.array(np.zeros(plan.counters, np.int32))
-        device.run(raw_dense.linear_batch(device.array(x[:tokens]), device.array(weight), out, plan, *scratch))
-        rows.append(np.array(device.numpy(out))[:9])
-    assert np.array_equal(*rows)
+    x, weight = rng.normal(size=(60, 640)).astype(BF16), rng.normal(size=(132, 640)).astype(BF16)
+    for few, many in zip(*(raw_dense.batch_cuts(tokens, 640, 132, False, 4, 90) for tokens in (9, 60)), strict=True):
+        assert (few.row_tiles, few.k_groups, few.blocks, few.unit) == (many.row_tiles, many.k_groups, many.blocks, many.unit)
+        rows = []
+        for tokens, plan in ((9, few), (60, many)):
+            out = device.empty((tokens, 132), np.float32)
+            scratch = device.empty(plan.workspace_floats, np.float32), device.array(np.zeros(plan.counters, np.int32))
+            device.run(raw_dense.linear_batch(device.array(x[:tokens]), device.array(weight), out, plan, *scratch))
+            rows.append(np.array(device.numpy(out))[:9])
+        assert np.array_equal(*rows)
 
 
 @on_each_device
@@ -156,11 +180,11 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_the_slabs_are_shared_equally():
-    """Qwen3-8B on 132 multiprocessors: one block each, and the most that one has is at most 4 % above the mean."""
+    """Qwen3-8B on 132 multiprocessors: what one block has is at most 4 % above what all would have that share the weights equally."""
     for size, rows, silu in ((4096, 6144, False), (4096, 4096, False), (4096, 24576, True), (12288, 4096, False), (4096, 151936, False)):
-        plan = raw_dense.batch_plan(48, size, rows, silu, 132, 90)
-        slabs = plan.tiles * -(-size // (128 * plan.k_groups))
-        assert plan.blocks == 132 and -(-slabs // 132) / (slabs / 132) < 1.04, plan
+        for tokens in (9, 48, 128):
+            plan = raw_dense.batch_plan(tokens, size, rows, silu, 132, 90)
+            assert plan.most * 128 * plan.row_tiles * 64 < 1.04 * size * rows / 132, plan
 
 
 @on_the_card

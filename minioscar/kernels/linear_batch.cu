@@ -5,26 +5,27 @@
 // Shapes as in linear.cu; SILU: weight holds gate rows, then up rows; out [M][N / 2] = silu(gate) * up. BF16, float32 inside, rounded once.
 //
 // Still the weights are what takes time, 2 B each. A block has ROWS of them and COLUMNS tokens, and goes over k in slabs, STAGES - 1 of them
-// on their way: the weights' part of the first ones from before the launch in front of this one has ended. A warp has 32 rows and all columns,
-// so that x, which every warp reads from shared memory, is read a 32nd of COLUMNS times for a weight's once. Each block of rows reads x from
-// L2 anew: COLUMNS / ROWS of the weights' bytes.
+// on their way: the weights' part of the first ones from before the launch in front of this one has ended. A warp has WARP_ROWS rows and all
+// columns, so that x, which every warp reads from shared memory, is read COLUMNS / WARP_ROWS times for a weight's once. Each block of rows
+// reads x from L2 anew: COLUMNS / ROWS of the weights' bytes.
 //
-// All slabs of all tiles (blocks of rows) stand in one line that the blocks of a launch share equally, so a tile may be of several blocks. Each
-// writes its sums to `workspace`, float32, as its lanes hold them, and whoever comes last adds them in the order of k: a warp of one block
+// All slabs of all tiles (blocks of rows) stand in one line that the blocks of a launch share equally, in whole tiles if `unit` is a tile's
+// slabs; if it is 1, a tile may be of several blocks. Each of those writes its sums to `workspace`, float32, as its lanes hold them, and whoever comes last adds them in the order of k: a warp of one block
 // meets the same warp of the others only, and reads 16 B a lane. The order depends on the sizes and the grid, not on what else is in a batch.
 // K_GROUPS 2: half the rows, twice the k: half the parts to add for a matrix of few rows. The two halves of a block meet in shared memory.
 // grid (blocks, blocks of columns), 256 threads; dynamic shared memory STAGES * STAGE_BYTES.
 //
-// Set by -D: COLUMNS (tokens of a block, a multiple of 16), K_GROUPS, STAGES, and what linear.cuh says.
+// Set by -D: COLUMNS (tokens of a block, a multiple of 16), ROW_TILES (16 rows each, of a warp), K_GROUPS, STAGES, and what linear.cuh says.
 constexpr int WARPS = 8;
 #include "linear.cuh"
 
-// A warp has 32 rows of a tile, two MMA tiles: lane 4r + c holds rows r and r + 8 of each, columns 2c and 2c + 1 of every 8. Rows 2q and 2q + 1
-// of both are neighbours in the output, so that a lane stores WIDE numbers of a token at once.
-constexpr int ROW_WARPS = WARPS / K_GROUPS, ROWS = ROW_WARPS * 32, WARP_OUT = 32 / HALVES, OUT_ROWS = ROWS / HALVES, WIDE = WARP_OUT / 4;
+// A warp has ROW_TILES MMA tiles: lane 4r + c holds rows r and r + 8 of each, columns 2c and 2c + 1 of every 8. Rows 2q and 2q + 1 of all of
+// them are neighbours in the output, so that a lane stores WIDE numbers of a token at once.
+constexpr int WARP_ROWS = ROW_TILES * 16, ROW_WARPS = WARPS / K_GROUPS, ROWS = ROW_WARPS * WARP_ROWS;
+constexpr int WARP_OUT = WARP_ROWS / HALVES, OUT_ROWS = ROWS / HALVES, WIDE = WARP_OUT / 4;
 constexpr int RUN = 64, SLAB = K_GROUPS * RUN;              // k of a warp and of all
 constexpr int TILES = COLUMNS / 8, OWN = TILES / K_GROUPS;  // column tiles; those that a warp finishes
-constexpr int LINE = RUN * 2, X_AT = WARPS * 32 * LINE, STAGE_BYTES = X_AT + K_GROUPS * COLUMNS * LINE;
+constexpr int LINE = RUN * 2, X_AT = WARPS * WARP_ROWS * LINE, STAGE_BYTES = X_AT + K_GROUPS * COLUMNS * LINE;
 static_assert(COLUMNS % 16 == 0 && K_GROUPS * COLUMNS <= 256, "ldmatrix brings two column tiles; the groups' sums fit into a stage");
 
 // grid (M), 256 threads. Latency is all that it takes: a thread asks for its part of `norm` before the wait, and for its part of x once.
@@ -79,10 +80,11 @@ struct Product {
   __device__ __forceinline__ void copy_weights(unsigned char* stage, int tile, int slab) const {
     const int thread = known_from_here(threadIdx.x), row = thread / 8, piece = thread % 8;
 #pragma unroll
-    for (int j = 0; j < WARPS; j++) {
-      const int k = slab * SLAB + j / ROW_WARPS * RUN + piece * 8;
-      const bf16* from = this->row(tile * OUT_ROWS + j % ROW_WARPS * WARP_OUT, row / 16, row / 8 % 2, row % 8) + k;
-      cp_async_16_or_zero<K_GROUPS == 1>(stage + (32 * j + row) * LINE + (piece ^ row % 8) * 16, from, k < K);
+    for (int j = 0; j < WARPS * WARP_ROWS; j += THREADS / 8) {
+      const bool over = j % WARP_ROWS + THREADS / 8 > WARP_ROWS && j % WARP_ROWS + row >= WARP_ROWS;  // mostly known to the compiler
+      const int warp = j / WARP_ROWS + over, own = j % WARP_ROWS + row - over * WARP_ROWS, k = slab * SLAB + warp / ROW_WARPS * RUN + piece * 8;
+      const bf16* from = this->row(tile * OUT_ROWS + warp % ROW_WARPS * WARP_OUT, own / 16, own / 8 % 2, own % 8) + k;
+      cp_async_16_or_zero<K_GROUPS == 1>(stage + (j + row) * LINE + (piece ^ row % 8) * 16, from, k < K);
     }
   }
   __device__ __forceinline__ void copy_x(unsigned char* stage, int slab) const {
@@ -97,22 +99,22 @@ struct Product {
   }
 };
 
-// This warp's part of a slab: 32 rows, all columns.
-__device__ __forceinline__ void multiply(float (&y)[2][TILES][4], const unsigned char* stage) {
+// This warp's part of a slab: its rows, all columns.
+__device__ __forceinline__ void multiply(float (&y)[ROW_TILES][TILES][4], const unsigned char* stage) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const unsigned char* rows = stage + (warp * 32 + lane % 16) * LINE;
+  const unsigned char* rows = stage + (warp * WARP_ROWS + lane % 16) * LINE;
   const unsigned char* columns = stage + X_AT + (warp / ROW_WARPS * COLUMNS + lane / 16 * 8 + lane % 8) * LINE;
 #pragma unroll
   for (int s = 0; s < RUN / 16; s++) {
-    uint32_t a[2][4];
+    uint32_t a[ROW_TILES][4];
 #pragma unroll
-    for (int t = 0; t < 2; t++) ldmatrix_x4(a[t], rows + t * 16 * LINE + ((2 * s + lane / 16) ^ lane % 8) * 16);
+    for (int t = 0; t < ROW_TILES; t++) ldmatrix_x4(a[t], rows + t * 16 * LINE + ((2 * s + lane / 16) ^ lane % 8) * 16);
 #pragma unroll
     for (int n = 0; n < TILES; n += 2) {
       uint32_t b[4];
       ldmatrix_x4(b, columns + n * 8 * LINE + ((2 * s + lane / 8 % 2) ^ lane % 8) * 16);
 #pragma unroll
-      for (int t = 0; t < 2; t++) {
+      for (int t = 0; t < ROW_TILES; t++) {
         mma_m16n8k16_bf16(y[t][n], a[t][0], a[t][1], a[t][2], a[t][3], b[0], b[1]);
         mma_m16n8k16_bf16(y[t][n + 1], a[t][0], a[t][1], a[t][2], a[t][3], b[2], b[3]);
       }
@@ -121,13 +123,13 @@ __device__ __forceinline__ void multiply(float (&y)[2][TILES][4], const unsigned
 }
 
 // A warp's sums of a tile: bias, activation, residual, and out. first: its first output. z: columns first_column and so on.
-__device__ __forceinline__ void finish(const float (&z)[2][OWN][4], const Product& p, int first, int first_column) {
+__device__ __forceinline__ void finish(const float (&z)[ROW_TILES][OWN][4], const Product& p, int first, int first_column) {
   constexpr int AT_ONCE = OWN % 4 == 0 ? 4 : OWN % 3 == 0 ? 3 : OWN % 2 == 0 ? 2 : 1;  // column tiles whose residuals are asked for together
   const int lane = known_from_here(threadIdx.x % 32), r = lane / 4, c = lane % 4, odd = r % 2, n = first + WIDE * (r / 2);
   const bool aligned = p.rows % WIDE == 0;
-  float biases[2][2];
+  float biases[ROW_TILES][2];
 #pragma unroll
-  for (int t = 0; t < 2; t++)
+  for (int t = 0; t < ROW_TILES; t++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int at = Product::half(i) * p.rows + min(first + Product::output(t, i, r), p.rows - 1);
@@ -184,21 +186,22 @@ __device__ __forceinline__ void finish(const float (&z)[2][OWN][4], const Produc
 
 // The line of slabs, and who has which.
 struct Line {
-  int slabs, total;  // of a tile, of all
+  int slabs, total, unit;  // slabs of a tile, of all, of what is not cut
 
-  __device__ __forceinline__ int begin(int block) const { return total * block / (int)gridDim.x; }
+  __device__ __forceinline__ int begin(int block) const { return total / unit * block / (int)gridDim.x * unit; }
+  // Where `unit` is 1.
   __device__ __forceinline__ int block_of(int at) const { return ((at + 1) * (int)gridDim.x - 1) / total; }
 };
 
 // Writes this warp's part of a tile's sums. Whoever comes last is told so and gets the sum of all parts, in their order.
 // parts float32 [blocks][2][ROWS * COLUMNS]: of a tile that a block takes over from another, and of one that it begins. counter: of this warp.
-__device__ __forceinline__ bool merge(float (&z)[2][OWN][4], const Line& line, int tile, float* parts, int* counter) {
+__device__ __forceinline__ bool merge(float (&z)[ROW_TILES][OWN][4], const Line& line, int tile, float* parts, int* counter) {
   const int from = line.block_of(tile * line.slabs), to = line.block_of((tile + 1) * line.slabs - 1);
   const int thread = threadIdx.x, lane = thread % 32;
   auto part = [&](int block) { return (float4*)parts + (size_t)(2 * block + (block == from)) * (ROWS * COLUMNS / 4) + thread; };
   float4* mine = part(blockIdx.x);
 #pragma unroll
-  for (int t = 0; t < 2; t++)
+  for (int t = 0; t < ROW_TILES; t++)
 #pragma unroll
     for (int n = 0; n < OWN; n++) __stcg(mine + (t * OWN + n) * THREADS, make_float4(z[t][n][0], z[t][n][1], z[t][n][2], z[t][n][3]));
   __syncwarp();
@@ -211,14 +214,14 @@ __device__ __forceinline__ bool merge(float (&z)[2][OWN][4], const Line& line, i
   __syncwarp();
   if (!last) return false;
 #pragma unroll
-  for (int t = 0; t < 2; t++)
+  for (int t = 0; t < ROW_TILES; t++)
 #pragma unroll
     for (int n = 0; n < OWN; n++) z[t][n][0] = z[t][n][1] = z[t][n][2] = z[t][n][3] = 0.f;
 #pragma unroll (OWN > 4 ? 1 : 2)
   for (int block = from; block <= to; block++) {
     const float4* theirs = part(block);
 #pragma unroll
-    for (int t = 0; t < 2; t++)
+    for (int t = 0; t < ROW_TILES; t++)
 #pragma unroll
       for (int n = 0; n < OWN; n++) {
         const float4 a = __ldcg(theirs + (t * OWN + n) * THREADS);
@@ -229,38 +232,38 @@ __device__ __forceinline__ bool merge(float (&z)[2][OWN][4], const Line& line, i
 }
 
 // The two groups' sums of a tile: each warp gets those of its half of the columns, through the stage whose slab is used up.
-__device__ __forceinline__ void meet(const float (&y)[2][TILES][4], float (&z)[2][OWN][4], unsigned char* stage) {
+__device__ __forceinline__ void meet(const float (&y)[ROW_TILES][TILES][4], float (&z)[ROW_TILES][OWN][4], unsigned char* stage) {
   const int thread = threadIdx.x, warp = thread / 32, group = warp / ROW_WARPS;
   float4* place = (float4*)stage + thread % 32;
   if (K_GROUPS > 1) __syncthreads();
 #pragma unroll
-  for (int t = 0; t < 2; t++)
+  for (int t = 0; t < ROW_TILES; t++)
 #pragma unroll
     for (int n = 0; n < OWN; n++) {
       const float(&lower)[4] = y[t][n], (&upper)[4] = y[t][TILES - OWN + n];
       float given[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) given[i] = group ? lower[i] : upper[i], z[t][n][i] = group ? upper[i] : lower[i];
-      if (K_GROUPS > 1) place[((warp * 2 + t) * OWN + n) * 32] = make_float4(given[0], given[1], given[2], given[3]);
+      if (K_GROUPS > 1) place[((warp * ROW_TILES + t) * OWN + n) * 32] = make_float4(given[0], given[1], given[2], given[3]);
     }
   if (K_GROUPS == 1) return;
   __syncthreads();
 #pragma unroll
-  for (int t = 0; t < 2; t++)
+  for (int t = 0; t < ROW_TILES; t++)
 #pragma unroll
     for (int n = 0; n < OWN; n++) {
-      const float4 given = place[(((warp ^ ROW_WARPS) * 2 + t) * OWN + n) * 32];
+      const float4 given = place[(((warp ^ ROW_WARPS) * ROW_TILES + t) * OWN + n) * 32];
       z[t][n][0] += given.x, z[t][n][1] += given.y, z[t][n][2] += given.z, z[t][n][3] += given.w;
     }
 }
 
 // workspace float32 [blocks of columns][blocks][2][ROWS * COLUMNS]; arrived int [blocks of columns][tiles][WARPS], zero before and after.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_batch(const bf16* x, const bf16* weight, const bf16* bias, const bf16* residual,
-                                                                     Output* out, float* workspace, int* arrived, int tokens, int K, int N) {
+                                                                     Output* out, float* workspace, int* arrived, int tokens, int K, int N, int unit) {
   extern __shared__ __align__(128) unsigned char smem[];
   const Product p = {x, weight, bias, residual, out, tokens, K, N / HALVES};
   const int tiles = (p.rows + OUT_ROWS - 1) / OUT_ROWS, slabs = (K + SLAB - 1) / SLAB, warp = threadIdx.x / 32;
-  const Line line = {slabs, slabs * tiles};
+  const Line line = {slabs, slabs * tiles, unit};
   int left = line.begin(blockIdx.x + 1), slab = line.begin(blockIdx.x), tile = slab / slabs;  // left: slabs to multiply
   left -= slab, slab -= tile * slabs;
   int copied_tile = tile, copied_slab = slab;  // what is copied next
@@ -274,9 +277,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_batch(const bf16
     cp_async_commit();
   }
   for (unsigned char* stage = smem; left > 0; tile++) {
-    float y[2][TILES][4];
+    float y[ROW_TILES][TILES][4];
 #pragma unroll
-    for (int t = 0; t < 2; t++)
+    for (int t = 0; t < ROW_TILES; t++)
 #pragma unroll
       for (int n = 0; n < TILES; n++) y[t][n][0] = y[t][n][1] = y[t][n][2] = y[t][n][3] = 0.f;
     const bool begun = slab == 0;  // by this block
@@ -295,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_batch(const bf16
       stage = stage == smem + (STAGES - 1) * STAGE_BYTES ? smem : stage + STAGE_BYTES;
       left--, slab = slab + 1 == slabs ? 0 : slab + 1;
     } while (slab && left > 0);
-    float z[2][OWN][4];
+    float z[ROW_TILES][OWN][4];
     meet(y, z, used);
     float* parts = workspace + (size_t)blockIdx.y * gridDim.x * 2 * ROWS * COLUMNS;
     if ((begun && slab == 0) || merge(z, line, tile, parts, arrived + ((int)blockIdx.y * tiles + tile) * WARPS + warp))

@@ -63,51 +63,81 @@ class BatchPlan:
 
     columns: int  # of a block
     column_blocks: int
+    row_tiles: int
     k_groups: int
     stages: int
     blocks: int  # that share the slabs
     tiles: int  # of rows
+    unit: int  # slabs that are not cut: those of a tile, or 1
+    most: int  # slabs of a block
+    parts: int  # of tiles, of a block
 
     @property
     def shared(self) -> int:
-        return self.stages * _stage_bytes(self.columns, self.k_groups)
+        return self.stages * _stage_bytes(self.columns, self.row_tiles, self.k_groups)
+
+    @property
+    def _part_floats(self) -> int:
+        return 128 * self.row_tiles // self.k_groups * self.columns
 
     @property
     def workspace_floats(self) -> int:
-        return self.column_blocks * self.blocks * 2 * (256 // self.k_groups) * self.columns
+        return self.column_blocks * self.blocks * 2 * self._part_floats if self.parts else 0
 
     @property
     def counters(self) -> int:
-        return self.column_blocks * self.tiles * 8
+        return self.column_blocks * self.tiles * 8 if self.parts else 0
+
+    @property
+    def cost(self) -> int:
+        """Bytes that a block waits for: its weights, and its parts of sums, which are written and read."""
+        return self.most * 128 * self.row_tiles * 128 + self.parts * 8 * self._part_floats
 
 
 def batch_plan(tokens: int, size: int, rows: int, silu: bool, multiprocessors: int, capability: int) -> BatchPlan:
-    """A block a multiprocessor, equal parts of all slabs; the fewest blocks of columns whose x has room.
+    """The cheapest of `batch_cuts`. Raises ValueError for more than BATCH_TOKENS."""
+    return min(batch_cuts(tokens, size, rows, silu, multiprocessors, capability), key=lambda cut: cut.cost)
 
-    Raises ValueError for more than BATCH_TOKENS.
-    """
+
+def batch_cuts(tokens: int, size: int, rows: int, silu: bool, multiprocessors: int, capability: int) -> list[BatchPlan]:
+    """Ways to share the slabs, a block a multiprocessor, with the fewest blocks of columns whose x has room; the first always goes."""
     if not 1 <= tokens <= BATCH_TOKENS or size % 8:
         raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear_batch.cu")
     k_groups, room = 1 if rows >= 128 * multiprocessors else 2, _room(capability)
-    column_blocks = -(-tokens // (128 if 3 * _stage_bytes(128, k_groups) <= room else 64))
+    column_blocks = -(-tokens // (128 if 3 * _stage_bytes(128, 2, k_groups) <= room else 64))
     each = -(-tokens // column_blocks)
     step = 16 if each <= 64 else 32
     columns, outputs = -(-each // step) * step, rows // 2 if silu else rows
-    stages = min(room // _stage_bytes(columns, k_groups), MOST_STAGES)
-    tiles, slabs = -(-outputs // (256 // k_groups // (2 if silu else 1))), -(-size // (64 * k_groups))
-    blocks = min(max(multiprocessors // column_blocks, 1), tiles * slabs)
-    return BatchPlan(columns, column_blocks, k_groups, stages, blocks, tiles)
+
+    def cut(row_tiles: int, k_groups: int, whole: bool) -> BatchPlan:
+        """whole: no block ends within a tile, or all of a tile's blocks have the same part of it."""
+        stages = min(room // _stage_bytes(columns, row_tiles, k_groups), MOST_STAGES)
+        tiles, slabs = -(-outputs // (128 * row_tiles // k_groups // (2 if silu else 1))), -(-size // (64 * k_groups))
+        blocks, unit, parts = min(max(multiprocessors // column_blocks, 1), tiles * slabs), 1, 2
+        if whole and tiles >= blocks:
+            unit, parts = slabs, 0
+        elif whole:
+            of_tile = min(blocks // tiles, slabs)
+            blocks, parts = tiles * of_tile, of_tile > 1
+        most = -(-tiles * slabs // unit // blocks) * unit
+        return BatchPlan(columns, column_blocks, row_tiles, k_groups, stages, blocks, tiles, unit, most, int(parts))
+
+    cuts = [cut(2, k_groups, False)]
+    if columns <= 64:  # with more it is the products that take time, and there are no registers for three tiles
+        cuts += [cut(2, 1, True), cut(2, 2, True)]
+        cuts += [cut(3, 2, True)] if outputs % (6 if silu else 12) == 0 else []  # what is not aligned is stored one by one
+    return [c for c in cuts if c.stages >= 3 or c is cuts[0]]
 
 
-def _stage_bytes(columns: int, k_groups: int) -> int:
-    """A slab of linear_batch.cu: 256 lines of weights and those of x, of 128 bytes."""
-    return (256 + columns * k_groups) * 128
+def _stage_bytes(columns: int, row_tiles: int, k_groups: int) -> int:
+    """A slab of linear_batch.cu: the lines of its weights and those of x, of 128 bytes."""
+    return (128 * row_tiles + columns * k_groups) * 128
 
 
 def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> Launch:
     """x [tokens, size] -> out, both bf16."""
     args = (x, weight, out, np.int32(x.shape[1]), np.float32(eps))
-    return Launch("linear_batch.cu", "rms_norm", _batch_defines(16, 2, 2, False, True), (len(x),), 256, args)
+    return Launch("linear_batch.cu", "rms_norm", _batch_defines(16, 2, 2, 2, False, True), (len(x),), 256, args)
 
 
 def linear_batch(
@@ -119,13 +149,13 @@ def linear_batch(
     workspace float32 [p.workspace_floats]; arrived int32 [p.counters], zero before and after.
     """
     (tokens, size), rows = x.shape, weight.shape[0]
-    args = (x, weight, bias, residual, out, workspace, arrived, *map(np.int32, (tokens, size, rows)))
-    defines = _batch_defines(p.columns, p.k_groups, p.stages, silu, out.dtype.itemsize == 2)
+    args = (x, weight, bias, residual, out, workspace, arrived, *map(np.int32, (tokens, size, rows, p.unit)))
+    defines = _batch_defines(p.columns, p.row_tiles, p.k_groups, p.stages, silu, out.dtype.itemsize == 2)
     return Launch("linear_batch.cu", "linear_batch", defines, (p.blocks, p.column_blocks), 256, args, p.shared)
 
 
-def _batch_defines(columns: int, k_groups: int, stages: int, silu: bool, out_bf16: bool) -> tuple[str, ...]:
-    cut = f"COLUMNS={columns}", f"K_GROUPS={k_groups}", f"STAGES={stages}"
+def _batch_defines(columns: int, row_tiles: int, k_groups: int, stages: int, silu: bool, out_bf16: bool) -> tuple[str, ...]:
+    cut = f"COLUMNS={columns}", f"ROW_TILES={row_tiles}", f"K_GROUPS={k_groups}", f"STAGES={stages}"
     return *cut, f"SILU={silu:d}", f"OUT_BF16={out_bf16:d}"
 
 
