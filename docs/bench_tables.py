@@ -236,7 +236,7 @@ def section(name: str, report: dict) -> Iterator[str]:
 
 
 def repeats() -> str:
-    """The kernels of h200.json again, by bench.py kernel in processes of their own: how far apart the medians are."""
+    """The kernels of h200.json and of the runs under again/: how far apart the medians are."""
     runs = [load(KERNELS), *(json.loads(path.read_text()) for path in sorted((RESULTS / "again").glob(f"{KERNELS}-*.json")))]
     rows, apart = [], []
     for same in zip(*(run["kernel"] for run in runs), strict=True):
@@ -246,8 +246,8 @@ def repeats() -> str:
         rows.append((op, kv, shape, heads, *(f"{x:.2f}" for x in us), f"{apart[-1]:.1%}", f"{max(row['us_spread'] for row in same):.0%}"))
     head = ["kernel", *SHAPE, KERNEL[0], *("µs" for _ in runs), "apart", "widest spread in a run"]
     close = sum(x <= 0.03 for x in apart)
-    meta = runs[0]["meta"]
-    return "\n".join([*table(head, rows), "", f"{close} of {len(apart)} within 3 %; {meta['card']}, commit `{meta['commit']}`."])
+    commits = ", ".join(f"`{run['meta']['commit']}`" for run in runs)
+    return "\n".join([*table(head, rows), "", f"{close} of {len(apart)} within 3 %; {runs[0]['meta']['card']}, commits {commits}."])
 
 
 def section_of_memory() -> Iterator[str]:

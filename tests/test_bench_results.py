@@ -85,14 +85,15 @@ def test_every_part_of_a_report_has_a_table_with_the_limit_beside_the_figure(rep
 def test_how_far_apart_repeated_runs_are_stands_beside_each_kernel(report, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(committed, "RESULTS", tmp_path)
     monkeypatch.setattr(bench_tables, "RESULTS", tmp_path)
-    again = {**report, "kernel": [attention("bf16", 131072, 123.0), attention("int2", 131072, 28.6)]}
+    again = {**report, "meta": {**report["meta"], "commit": "abd"}}
+    again["kernel"] = [attention("bf16", 131072, 123.0), attention("int2", 131072, 28.6)]
     (tmp_path / "again").mkdir()
     for path, run in ((f"{bench_tables.KERNELS}.json", report), (f"again/{bench_tables.KERNELS}-2.json", again)):
         (tmp_path / path).write_text(json.dumps(run))
     lines = bench_tables.repeats().splitlines()
     assert "| decode attention | `bf16` | 1 x 131,072 | 32 / 8, 128 | 120.00 | 123.00 | 2.5% | 1% |" in lines
     assert "| decode attention | `int2` | 1 x 131,072 | 32 / 8, 128 | 27.50 | 28.60 | 4.0% | 1% |" in lines
-    assert lines[-1] == "1 of 2 within 3 %; Card, commit `abc`."
+    assert lines[-1] == "1 of 2 within 3 %; Card, commits `abc`, `abd`."
 
 
 def test_every_part_with_something_to_show_has_a_figure(report, tmp_path: Path):
