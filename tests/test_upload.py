@@ -239,6 +239,23 @@ def test_reads_are_what_stands_in_the_file_however_many_there_are_at_once(tmp_pa
     assert (found == data).all()
 
 
+def test_many_reads_share_the_file_s_own_descriptor(tmp_path, monkeypatch, seed):
+    """As of a model with thousands of tensors of a few bytes, more than a process may have files open."""
+    monkeypatch.setattr(aio, "MOST_OPEN", 3)
+    data, found, before = numbers(tmp_path / "x", 5000, seed), np.zeros(5000, np.uint8), len(os.listdir("/proc/self/fd"))
+    with open(tmp_path / "x", "rb") as file:
+        reads = [Read(file, at, found.ctypes.data + at, 1) for at in range(5000)]
+        for read in reads:
+            read.start()
+        assert len(os.listdir("/proc/self/fd")) == before + 4
+        for read in reads[:4000]:
+            read.finish()
+        for read in reads[4000:]:
+            read.abandon()
+        assert (found[:4000] == data[:4000]).all() and Read.opened == 0
+        assert file.read(10) == data[:10].tobytes()  # it is still open
+
+
 class Library:
     """The C library's, but for what a test gives."""
 

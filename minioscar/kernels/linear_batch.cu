@@ -9,9 +9,10 @@
 // columns, so that x, which every warp reads from shared memory, is read COLUMNS / WARP_ROWS times for a weight's once. Each block of rows
 // reads x from L2 anew: COLUMNS / ROWS of the weights' bytes.
 //
-// All slabs of all tiles (blocks of rows) stand in one line that the blocks of a launch share equally, in whole tiles if `unit` is a tile's
-// slabs; if it is 1, a tile may be of several blocks. Each of those writes its sums to `workspace`, float32, as its lanes hold them, and whoever comes last adds them in the order of k: a warp of one block
-// meets the same warp of the others only, and reads 16 B a lane. The order depends on the sizes and the grid, not on what else is in a batch.
+// All slabs of all tiles (blocks of rows) stand in one line that the blocks of a launch share equally: in whole tiles if `unit` is a tile's
+// slabs; if it is 1, a tile may be of several blocks. Each of those writes its sums to `workspace`, float32, as its lanes hold them, and
+// whoever comes last adds them in the order of k: a warp of one block meets the same warp of the others only, and reads 16 B a lane. The
+// order depends on how the slabs are shared, not on what else is in a batch.
 // K_GROUPS 2: half the rows, twice the k: half the parts to add for a matrix of few rows. The two halves of a block meet in shared memory.
 // grid (blocks, blocks of columns), 256 threads; dynamic shared memory STAGES * STAGE_BYTES.
 //

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from ..errors import UserError
 
 THREADS = 12  # one reads 5 to 7 GB/s; with 12 a Qwen3-0.6B takes 28 ms to load, with 20, as glibc would have it, 29 (H200)
+MOST_OPEN = 128  # descriptors that reads have made, at a time: a process may have some 1,024 (ulimit -n)
 SIGEV_NONE = 1  # signal.h: nobody is told
 EINPROGRESS = 115
 
@@ -22,8 +23,12 @@ class Read:
     """`size` bytes of a file from its byte `begin` on, to an address whose memory, like this object, must last from `start` until
     `finish` or `abandon` returns. Raises UserError where the file cannot be read or ends before."""
 
+    opened = 0  # descriptors of all reads
+
     def __init__(self, file: BinaryIO, begin: int, address: int, size: int):
-        self.name, fd = file.name, os.dup(file.fileno())  # glibc reads one thing at a time of what has the same number
+        self.name, self.own = file.name, Read.opened < MOST_OPEN
+        fd = os.dup(file.fileno()) if self.own else file.fileno()  # glibc reads one thing at a time of what has the same number
+        Read.opened += self.own
         self.block = _Block(fd=fd, address=address, size=size, notify=SIGEV_NONE, offset=begin)
 
     def start(self) -> None:
@@ -64,7 +69,9 @@ class Read:
         return code, _library().aio_return(block)
 
     def _close(self) -> None:
-        os.close(self.block.fd)
+        if self.own:
+            os.close(self.block.fd)
+            Read.opened -= 1
         self.block.fd = -1
 
 

@@ -63,14 +63,14 @@ class BatchPlan:
 
     columns: int  # of a block
     column_blocks: int
-    row_tiles: int
+    row_tiles: int  # of 16 rows, of a warp
     k_groups: int
     stages: int
     blocks: int  # that share the slabs
     tiles: int  # of rows
     unit: int  # slabs that are not cut: those of a tile, or 1
-    most: int  # slabs of a block
-    parts: int  # of tiles, of a block
+    most: int  # slabs that a block has at most
+    parts: int  # of tiles that it has at most, and adds to those of other blocks
 
     @property
     def shared(self) -> int:
