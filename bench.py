@@ -13,6 +13,7 @@ prefill     one prompt: multiply-adds over the measured matrix rate
 throughput  decode steps of the largest batch that really runs in a budget of memory, beside the weights
 memory      what the allocator gave for a cache, and the most that it and a step took together; how fast weights of these shapes are
             loaded, beside one copy of the same bytes
+start       from the start of `python -m minioscar generate` to the first text of an answer; of a model with files and a tokenizer
 
 Limits are measured first. Times are medians after a warm-up; spread is (max - min) / median. On a GPU kernels are replayed from one
 graph over caches that no L2 holds, peers alike, with rests that keep the card below its power limit; "sustained" is what that limit
@@ -34,7 +35,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks import cases, loading, memory, models, peers
+from benchmarks import cases, loading, memory, models, peers, start
 from benchmarks.plan import Plan, planned
 from benchmarks.table import line, table
 from minioscar import presets
@@ -47,8 +48,8 @@ from minioscar.ops import backend
 from minioscar.ops.decode_step import unsupported
 from minioscar.ops.reference import Reference
 
-COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory")
-SECTIONS = ("kernel", "sustained", "dense", "sweep", "growth", "skipped", "decode", "breakdown", *COMMANDS[2:], "load")
+COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory", "start")
+SECTIONS = ("kernel", "sustained", "dense", "sweep", "growth", "skipped", "decode", "breakdown", *COMMANDS[2:5], "load", "start")
 PACKAGES = ("numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes")
 PACKAGES += ("torch", "triton", "transformers", "flashinfer-python", "hqq", "optimum-quanto")  # the peers'
 Rows = Iterator[tuple[str, dict]]  # section and row, as they are measured
@@ -61,7 +62,7 @@ def parser() -> Parser:
     model.add_argument("--model", default="smollm2-135m", help="folder, name under weights/, or Hugging Face id (smollm2-135m)")
     shapes = f"{', '.join(presets.PRESETS)}, or the path of a config.json"
     model.add_argument("--random-weights", metavar="PRESET", help=f"instead of --model, a shape without files: {shapes}")
-    found.add_argument("--kv", default="bf16,int2", help="schemes; prefill takes the last (bf16,int2)")
+    found.add_argument("--kv", default="bf16,int2", help="schemes; prefill and start take the last (bf16,int2)")
     found.add_argument("--context", help="tokens in the cache, multiples of 128 (decode: 512,2048; else 4096; a CPU's throughput: 1024)")
     found.add_argument("--batch", default="1", help="sequences of decode and memory (1)")
     found.add_argument("--tokens", help="prompt lengths of prefill (512,2048)")
@@ -79,7 +80,10 @@ def parser() -> Parser:
 def measured(args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | None, ops: Reference, limits: dict[str, float]) -> Rows:
     if "kernel" in commands:
         yield from kernel_rows(args, ops, limits)
-    if plan is not None:
+    if "start" in commands:
+        progress("start: a process each time")
+        yield "start", start.start(args.model, plan.schemes[-1].name, ops.name, 2 if args.quick else 7)
+    if set(commands) - {"kernel", "start"}:
         found = []
         for scheme in plan.schemes:  # one at a time: on a card two models may not fit
             for section, row in whole_model(plan, plan.load(scheme), limits, 2 if args.quick else 3, args.breakdown):
@@ -212,6 +216,13 @@ def run(argv: list[str]) -> None:
     if ops.name != "cuda" and (args.peers or args.breakdown):
         what = "--peers needs a GPU: the other libraries are" if args.peers else "--breakdown needs a GPU: its kernels are"
         raise UserError(f"{what} measured on nothing else")
+    if "start" in commands:
+        try:
+            start.check(args.model, args.random_weights)
+        except UserError:
+            if args.what == "start":
+                raise
+            commands = COMMANDS[:-1]  # all that there is of this model
     plan = planned(args, commands, ops) if commands != ("kernel",) else None
     progress("measuring copy bandwidth and matrix rate")
     about, limits = meta(ops, args, argv), ceilings(ops, args.quick)

@@ -106,7 +106,7 @@ def budgets_of(args: argparse.Namespace, ops: Reference, weights: int) -> list[i
 
 def check_sizes(plan: Plan, config: Config, ops: Reference, weights: int) -> None:
     held = [n + 1 for contexts in plan.contexts.values() for n in contexts]
-    if max(held + plan.prompts) > config.max_positions:
+    if max(held + plan.prompts, default=0) > config.max_positions:
         asked = max(held + plan.prompts)
         raise UserError(f"this model has {config.max_positions} positions, not {asked}; give a shorter --context or --tokens")
     most = max((n + 1 for name, contexts in plan.contexts.items() if name != "throughput" for n in contexts), default=0)

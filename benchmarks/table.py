@@ -75,6 +75,10 @@ COLUMNS: dict[str, list[Column]] = {
         number("first, s", 9, "first_s", ".3f"), number("GB/s", 8, "gb_s", ".2f"), number("copy, GB/s", 11, "copy_gb_s", ".2f"),
         number("of copy", 8, "fraction_of_copy", ".1%"),
     ],
+    "start": [
+        text("model", -24, "model"), KV, number("starts", 8, "starts", "d"), number("s", 8, "s", ".2f"), SPREAD,
+        number("first, s", 9, "first_s", ".2f"),
+    ],
     "memory": [
         KV, SHAPE, megabytes("MB cache", "cache_bytes"), megabytes("predicted", "predicted_bytes"),
         number("bf16 / this", 12, "ratio_to_bf16", ".2f"), number("codes alone", 12, "ratio_of_codes", ".2f"),

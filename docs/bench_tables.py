@@ -310,6 +310,10 @@ def load_cells(row: dict) -> Iterator[str]:
     yield from (f"{row['gb_s']:.1f}", f"{row['copy_gb_s']:.1f}", f"{row['fraction_of_copy']:.0%}")
 
 
+def start_cells(row: dict) -> Iterator[str]:
+    yield from (row["model"], f"`{row['kv']}`", f"{row['starts']}", f"{row['s']:.2f} (spread {row['spread']:.0%})", f"{row['first_s']:.2f}")
+
+
 def peer_cell(row: dict, digits: int) -> str:
     return "; ".join(f"{NAMES[name]} {value:,.{digits}f}" for name, value in measured(row).items())
 
@@ -337,6 +341,7 @@ PARTS = {
     "throughput": (["throughput", "budget, GB", "`--kv`", "tokens", "sequences", "tokens/s"], throughput_cells),
     "memory": (["memory", *SHAPE, "cache, MB", "predicted, MB", "smaller than BF16"], memory_cells),
     "load": (["loading", "layers", "MB", "s", "the first time, s", "GB/s", "a pinned copy, GB/s", "of it"], load_cells),
+    "start": (["start to first text", "`--kv`", "starts", "s", "the first time, s"], start_cells),
 }
 
 TABLES = {"decode_kernels": decode_kernels, "other_kernels": other_kernels, "resources": resources, "gpu": gpu, "cpu": cpu}

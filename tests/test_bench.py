@@ -30,7 +30,7 @@ from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, WINDOW
 
 from . import simt
-from .tiny import CONFIG, write_model
+from .tiny import CONFIG, write_model, write_talker
 
 MB = 10**6
 
@@ -46,8 +46,8 @@ def report(model, tmp_path_factory):
     argv = f"all --quick --sweep --model {model} --device cpu --kv bf16,oscar,int2 --batch 1,2 --budget 12MB --json {file}"
     process = subprocess.run([sys.executable, bench.__file__, *argv.split()], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    on_a_card = "skipped", "sustained", "dense", "breakdown"
-    assert all(f"\n{section}\n" in process.stdout for section in bench.SECTIONS if section not in on_a_card)
+    not_here = "skipped", "sustained", "dense", "breakdown", "start"  # of a card, or of a model with a tokenizer
+    assert all(f"\n{section}\n" in process.stdout for section in bench.SECTIONS if section not in not_here)
     return json.loads(file.read_text())
 
 
@@ -68,7 +68,7 @@ def test_json_has_the_stable_keys(report):
         assert report[section], section
         for row in report[section]:
             assert set(keys.split()) <= set(row), section
-    assert report["skipped"] == report["dense"] == []
+    assert report["skipped"] == report["dense"] == report["start"] == []
 
 
 def test_a_run_without_a_gpu_says_so(report):
@@ -328,6 +328,9 @@ def test_a_line_says_how_far_its_worst_point_is():
         ("kernel --json nowhere/b.json", "no folder"),
         ("decode --random-weights qwen9", "qwen3-0.6b"),
         ("juggle", "invalid choice"),
+        ("start", "start needs a tokenizer, and"),
+        ("start --random-weights qwen3-0.6b", "start needs the files of a model; give --model in place of --random-weights"),
+        ("start --model nowhere-at-all", "nowhere-at-all"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_line_before_anything_is_measured(argv, said, model, monkeypatch, capsys):
@@ -348,6 +351,28 @@ def test_random_weights_need_no_files_and_have_all_positions(tmp_path, capsys):
     argv = f"decode --random-weights {tmp_path / 'config.json'} --kv int2 --context 512 --steps 1 --quick --device cpu"
     assert bench.main(argv.split()) == 0
     assert "1 x 512" in capsys.readouterr().out
+
+
+def test_a_start_is_timed_from_the_process_to_the_first_text(tmp_path, capsys):
+    folder = write_talker(tmp_path / "talker", 1)
+    argv = f"start --quick --model {folder} --kv bf16,int2 --device cpu --json {tmp_path / 'b.json'}"
+    assert bench.main(argv.split()) == 0
+    (row,) = json.loads((tmp_path / "b.json").read_text())["start"]
+    assert row["model"] == str(folder) and row["kv"] == "int2" and row["starts"] == 2
+    assert 0.05 < row["s"] < 60 and 0.05 < row["first_s"] and row["spread"] >= 0
+    assert f"\nstart\n{'model':24}" in capsys.readouterr().out
+
+
+def test_a_start_that_fails_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.start, "PROMPT", "")
+    assert bench.main(f"start --quick --model {write_talker(tmp_path / 'talker', 1)} --device cpu".split()) == 1
+    said = "bench: a start ended with exit code 2: minioscar: the prompt is empty; give it some text\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_what_a_start_waits_for_is_the_first_byte():
+    slow = "import sys, time; time.sleep(0.3); print('a', end='', flush=True); time.sleep(1); print('b')"
+    assert 0.3 < bench.start.first_text([sys.executable, "-c", slow]) < 1.3
 
 
 def test_ctrl_c_shows_what_there_is_and_leaves_no_file(model, tmp_path):

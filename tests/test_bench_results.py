@@ -54,6 +54,7 @@ def report() -> dict:
         + [rate("int2", 80, 40, 500.0), rate("int2", 80, 90, 1000.0)],
         "memory": [{"model": "m", "kv": "int2", "batch": 2, "context": 512, **MEMORY}],
         "load": [{"model": "m", "layers": 3, "bytes": 3.6e9, "s": 0.08, "first_s": 0.1, **LOAD}],
+        "start": [{"model": "m", "kv": "int2", "starts": 7, "s": 1.25, "spread": 0.1, "first_s": 3.0}],
     }
 
 
@@ -77,6 +78,7 @@ def test_every_part_of_a_report_has_a_table_with_the_limit_beside_the_figure(rep
         "| m | 16 | `bf16` | 4,096 | 0 | 0 |",
         "| m | `int2` | 2 x 512 | 3.0 | 3.0 | 4.50x |",
         "| m | 3 | 3,600 | 0.080 | 0.100 | 45.0 | 50.0 | 90% |",
+        "| m | `int2` | 7 | 1.25 (spread 10%) | 3.00 |",
     ):
         assert line in text.splitlines()
     assert "Card, driver 1.2, CUDA 13.2; numpy 2; commit `abc`, 2026-01-01" in text

@@ -1,0 +1,50 @@
+"""`bench.py start`: from the start of `python -m minioscar generate` to the first text on its stdout, which whoever types that waits for.
+
+Every start is a process of its own. The first one may compile kernels and read files from the disk; it does not count.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import minioscar
+from minioscar.errors import Failure, UserError
+from minioscar.hub import resolve
+from minioscar.measure import median_and_spread
+
+PROMPT = "The sea is"
+
+
+def check(model: str, random_weights: str | None) -> None:
+    """Raises UserError where there is nothing to start."""
+    if random_weights:
+        raise UserError("start needs the files of a model; give --model in place of --random-weights")
+    if not (resolve(model) / "tokenizer.json").exists():
+        raise UserError(f"start needs a tokenizer, and {model} has none; give another --model")
+
+
+def start(model: str, kv: str, device: str, repeats: int) -> dict:
+    """Seconds. Raises Failure where a process fails."""
+    command = [sys.executable, "-m", "minioscar", "generate", model, PROMPT, "--kv", kv, "--device", device, "--max-tokens", "2"]
+    first, *seconds = (first_text(command) for _ in range(1 + repeats))
+    median, spread = median_and_spread(seconds)
+    return {"model": model, "kv": kv, "starts": repeats, "s": median, "spread": spread, "first_s": first}
+
+
+def first_text(command: Sequence[str]) -> float:
+    places = [str(Path(minioscar.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    before = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.read(1)
+        seconds = time.perf_counter() - before
+        _, said = process.communicate()
+    if process.returncode:
+        reason = said.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise Failure(f"a start ended with exit code {process.returncode}: {reason[-1]}")
+    return seconds
