@@ -49,7 +49,8 @@ from minioscar.ops.decode_step import unsupported
 from minioscar.ops.reference import Reference
 
 COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory", "start")
-SECTIONS = ("kernel", "sustained", "dense", "sweep", "growth", "skipped", "decode", "breakdown", *COMMANDS[2:5], "load", "start")
+SECTIONS = ("kernel", "sustained", "dense", "sweep", "growth", "skipped", "decode", "breakdown", "prefill")
+SECTIONS += ("throughput", "memory", "load", "start")
 PACKAGES = ("numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes")
 PACKAGES += ("torch", "triton", "transformers", "flashinfer-python", "hqq", "optimum-quanto")  # the peers'
 Rows = Iterator[tuple[str, dict]]  # section and row, as they are measured
@@ -216,13 +217,11 @@ def run(argv: list[str]) -> None:
     if ops.name != "cuda" and (args.peers or args.breakdown):
         what = "--peers needs a GPU: the other libraries are" if args.peers else "--breakdown needs a GPU: its kernels are"
         raise UserError(f"{what} measured on nothing else")
-    if "start" in commands:
-        try:
-            start.check(args.model, args.random_weights)
-        except UserError:
-            if args.what == "start":
-                raise
-            commands = COMMANDS[:-1]  # all that there is of this model
+    if "start" in commands and (reason := start.missing(args.model, args.random_weights)):
+        if args.what == "start":
+            raise UserError(reason)
+        commands = tuple(command for command in commands if command != "start")
+        print(f"bench: {reason}", file=sys.stderr)
     plan = planned(args, commands, ops) if commands != ("kernel",) else None
     progress("measuring copy bandwidth and matrix rate")
     about, limits = meta(ops, args, argv), ceilings(ops, args.quick)

@@ -13,19 +13,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import minioscar
-from minioscar.errors import Failure, UserError
+from minioscar.errors import Failure
 from minioscar.hub import resolve
 from minioscar.measure import median_and_spread
 
 PROMPT = "The sea is"
 
 
-def check(model: str, random_weights: str | None) -> None:
-    """Raises UserError where there is nothing to start."""
+def missing(model: str, random_weights: str | None) -> str | None:
+    """Why there is nothing to start, or None. Raises UserError for a model that there is not at all."""
     if random_weights:
-        raise UserError("start needs the files of a model; give --model in place of --random-weights")
+        return "start needs the files of a model; give --model in place of --random-weights"
     if not (resolve(model) / "tokenizer.json").exists():
-        raise UserError(f"start needs a tokenizer, and {model} has none; give another --model")
+        return f"start needs a tokenizer, and {model} has none; give another --model"
+    return None
 
 
 def start(model: str, kv: str, device: str, repeats: int) -> dict:

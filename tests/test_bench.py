@@ -46,6 +46,7 @@ def report(model, tmp_path_factory):
     argv = f"all --quick --sweep --model {model} --device cpu --kv bf16,oscar,int2 --batch 1,2 --budget 12MB --json {file}"
     process = subprocess.run([sys.executable, bench.__file__, *argv.split()], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+    assert f"bench: start needs a tokenizer, and {model} has none; give another --model\n" in process.stderr
     not_here = "skipped", "sustained", "dense", "breakdown", "start"  # of a card, or of a model with a tokenizer
     assert all(f"\n{section}\n" in process.stdout for section in bench.SECTIONS if section not in not_here)
     return json.loads(file.read_text())

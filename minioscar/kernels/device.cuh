@@ -100,7 +100,7 @@ __device__ __forceinline__ int known_from_here(int x) {
 
 // 16 bytes that are read once and never written; d stays what it was where they are not wanted. Volatile: what stands in front of
 // wait_for_previous stays there. The whole line of 128 bytes comes to L2, since the rest of it is asked for next: memory gives 64 bytes
-// at a time at 0.88 to 0.97 of the rate of a copy, 128 at 1.05, 256 at 1.01 (H200).
+// at a time at 0.86 to 0.97 of the rate of a copy, 128 at 1.00 to 1.06 (H200).
 __device__ __forceinline__ void load_once(uint4& d, const void* global, bool wanted) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p ld.global.cs.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
                : "+r"(d.x), "+r"(d.y), "+r"(d.z), "+r"(d.w) : "l"(global), "r"((int)wanted));

@@ -100,11 +100,12 @@ def batch_plan(tokens: int, size: int, rows: int, silu: bool, multiprocessors: i
 
 
 def batch_cuts(tokens: int, size: int, rows: int, silu: bool, multiprocessors: int, capability: int) -> list[BatchPlan]:
-    """Ways to share the slabs, a block a multiprocessor, with the fewest blocks of columns whose x has room; the first always goes."""
+    """Ways to share the slabs, a block a multiprocessor, with the fewest blocks of columns whose x has room; the first one goes on every
+    card."""
     if not 1 <= tokens <= BATCH_TOKENS or size % 8:
         raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear_batch.cu")
-    k_groups, room = 1 if rows >= 128 * multiprocessors else 2, _room(capability)
-    column_blocks = -(-tokens // (128 if 3 * _stage_bytes(128, 2, k_groups) <= room else 64))
+    many_rows, room = rows >= 128 * multiprocessors, _room(capability)
+    column_blocks = -(-tokens // (128 if 3 * _stage_bytes(128, 2, 1 if many_rows else 2) <= room else 64))
     each = -(-tokens // column_blocks)
     step = 16 if each <= 64 else 32
     columns, outputs = -(-each // step) * step, rows // 2 if silu else rows
@@ -122,7 +123,7 @@ def batch_cuts(tokens: int, size: int, rows: int, silu: bool, multiprocessors: i
         most = -(-tiles * slabs // unit // blocks) * unit
         return BatchPlan(columns, column_blocks, row_tiles, k_groups, stages, blocks, tiles, unit, most, int(parts))
 
-    cuts = [cut(2, k_groups, False)]
+    cuts = [cut(2, 1 if many_rows else 2, False)]
     if columns <= 64:  # with more it is the products that take time, and there are no registers for three tiles
         cuts += [cut(2, 1, True), cut(2, 2, True)]
         cuts += [cut(3, 2, True)] if outputs % (6 if silu else 12) == 0 else []  # what is not aligned is stored one by one
