@@ -233,22 +233,16 @@ def rotate_values(weights: Weights, config: Config, ops: Reference, in_place: bo
     head_dim has no Hadamard matrix.
     """
 
-    def rotated(x: Array, heads: int, axis: int) -> Array:
-        """x, split into heads along `axis`, each times H along that axis."""
-        x = ops.xp.moveaxis(x, axis, -1)
-        y = oscar.rotate(x.reshape(*x.shape[:-1], heads, config.head_dim), ops.xp).reshape(x.shape)
-        return ops.xp.moveaxis(y, -1, axis).astype(x.dtype)
-
     def own(x: Array | None) -> Array | None:
         return x if in_place or x is None else x.copy()
 
     def fold(layer: Layer) -> Layer:
         v = config.q_size + config.kv_size  # where the rows of v begin
         qkv, o, bias = map(own, (layer.qkv, layer.o, layer.qkv_bias))
-        qkv[v:] = rotated(qkv[v:], config.num_kv_heads, 0)
+        ops.rotate_heads(qkv[v:], config.head_dim, 0)
         if bias is not None:
-            bias[v:] = rotated(bias[v:], config.num_kv_heads, 0)
-        o[...] = rotated(o, config.num_heads, 1)
+            ops.rotate_heads(bias[v:], config.head_dim, 0)
+        ops.rotate_heads(o, config.head_dim, 1)
         return replace(layer, qkv=qkv, qkv_bias=bias, o=o)
 
     return replace(weights, layers=tuple(map(fold, weights.layers)))

@@ -73,6 +73,7 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         found[f"unpack {kv} d{dim}"] = raw.unpack(raw.Heads(2, 2, dim), SCHEMES[kv], ints, ints, 1, cache, to)
     for dim in (128, *((64, 80, 96, 256) if everything else ())):
         found[f"rotate_scale d{dim}"] = raw.rotate_scale(raw.Heads(8, 2, dim), out, ints, out, out, out, rotate=True)
+        found[f"rotate_weights d{dim}"] = raw.rotate_weights(out, dim, 0)
     return found
 
 

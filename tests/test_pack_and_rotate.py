@@ -10,7 +10,7 @@ from minioscar.cache import BF16
 from minioscar.ops import raw
 from minioscar.ops.pages import unpack
 
-from .kernel_device import on_each_device
+from .kernel_device import on_each_device, on_the_card
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
@@ -80,6 +80,30 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(device, seed, d, q_
     assert np.array_equal(device.numpy(values, allow_unwritten=True)[live], qkv[positions >= 0, q_heads + kv_heads :])
     k_got[live] = np.frombuffer(b"\xff\xff", BF16)[0]
     assert np.all(k_got.view(np.uint16) == 0xFFFF)  # nothing else was written
+
+
+def check_rotate_weights(device, seed: int, shape: tuple[int, ...], d: int, axis: int) -> None:
+    x = np.random.default_rng(seed).normal(size=shape).astype(BF16)
+    there = device.array(x)
+    device.run(raw.rotate_weights(there, d, axis), seed=seed % 7)
+    heads = np.moveaxis(x, axis, -1).astype(np.float64)
+    heads = heads.reshape(*heads.shape[:-1], -1, d)
+    got = np.moveaxis(device.numpy(there), axis, -1).reshape(heads.shape)
+    assert near(got, heads @ oscar.hadamard(d).astype(np.float64))
+
+
+@on_each_device
+@pytest.mark.parametrize("what", ["rows", "columns", "bias"])
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_rotate_weights_turns_every_head_of_a_matrix(device, seed, d, what):
+    shape, axis = {"rows": ((2 * d, 45), 0), "columns": ((15, 3 * d), 1), "bias": ((3 * d,), 0)}[what]
+    check_rotate_weights(device, seed, shape, d, axis)
+
+
+@on_the_card
+@pytest.mark.parametrize(("shape", "d", "axis"), [((1024, 4096), 128, 0), ((4096, 4096), 128, 1), ((576, 576), 64, 1)])
+def test_rotate_weights_of_models_shapes(device, seed, shape, d, axis):
+    check_rotate_weights(device, seed, shape, d, axis)
 
 
 @on_each_device

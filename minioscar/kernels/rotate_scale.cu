@@ -6,18 +6,19 @@
 // qkv [tokens, (q_heads + 2 kv_heads) * d] bf16; q_out [tokens, q_heads, d]; cos, sin [positions, d/2] float32.
 // Keys go to k_out [tokens, kv_heads, d] if it is given (prefill), else with the values to their place in the cache (decode):
 // [slot, kv_heads, places, d] at position % places (128: a window; the context: a plain BF16 cache). norms [slot, norm_stride].
-// H = Sylvester(d / m) (x) P / sqrt(d), P the symmetric Paley matrix of order m = 12 or 20 (d = 96, 80), m = 1 for powers of two.
-// Of a power of two a lane has 16 numbers, 8 neighbours and their partners in RoPE: two reads and writes of 16 bytes, four of the
-// transform's stages in registers, the rest of them shuffles among the d / 16 lanes that share a head. Of 80 and 96 a warp has a head.
+// H as in hadamard.cuh. Of a power of two a lane has 16 numbers, 8 neighbours and their partners in RoPE: two reads and writes of 16 bytes,
+// four of the transform's stages in registers, the rest of them shuffles among the d / 16 lanes that share a head. Of 80 and 96 a warp has
+// a head.
 // grid (tokens, 1 + ceil(q_heads / HEADS)), a block has the lanes of HEADS heads: 16, or 8 of 80 and 96. The first block of a token has
 // its keys and values, so that it can sum the keys' norm in a fixed order. All arithmetic is float32; K' is rounded to bf16 before its norm
 // is taken. reads and writes 2 B an element. A token at position < 0 is skipped.
 #include <cuda_bf16.h>
 #include "device.cuh"
+#include "hadamard.cuh"
 
 typedef __nv_bfloat16 bf16;
 constexpr unsigned FULL = 0xffffffffu;
-constexpr int DIM = HEAD_DIM, ORDER = DIM % 3 == 0 ? 12 : DIM % 5 == 0 ? 20 : 1;
+constexpr int DIM = HEAD_DIM, ORDER = hadamard_order(DIM);
 constexpr bool POWER_OF_TWO = ORDER == 1;
 constexpr int EACH = POWER_OF_TWO ? 16 : (DIM + 31) / 32, LANES = POWER_OF_TWO ? DIM / EACH : 32;  // numbers of a lane; lanes of a head
 constexpr int HEADS = POWER_OF_TWO ? 16 : 8, THREADS = HEADS * LANES, TOGETHER = 32 / LANES;  // TOGETHER: heads of a warp
@@ -79,15 +80,6 @@ __device__ __forceinline__ float sum_over(float x, int lanes) {
   return x;
 }
 
-// Sign of P[i][j] is negative: Paley's first construction for q = ORDER - 1, its core on i + j (oscar.py, _paley).
-__device__ __forceinline__ bool paley_negative(int i, int j) {
-  constexpr int q = ORDER - 1;
-  constexpr unsigned negative = ORDER == 12 ? 0x23bu : 0x30af3u;  // 0 and the squares modulo 11, 19
-  if (i == 0 || j == 0) return false;
-  const int s = i + j - 2 >= q ? i + j - 2 - q : i + j - 2;
-  return negative >> s & 1;
-}
-
 // sqrt(DIM) x . H for the head that these lanes hold; `line`: DIM floats of shared memory of this warp, where DIM is no power of two.
 __device__ __forceinline__ void hadamard(float (&x)[EACH], float* line, int lane) {
   if constexpr (POWER_OF_TWO) {
@@ -128,7 +120,7 @@ __device__ __forceinline__ void hadamard(float (&x)[EACH], float* line, int lane
       const int at = channel(lane, i), block = at / ORDER * ORDER;
       float sum = 0.f;
       if (present(lane, i))
-        for (int j = 0; j < ORDER; j++) sum += paley_negative(j, at - block) ? -line[block + j] : line[block + j];
+        for (int j = 0; j < ORDER; j++) sum += paley_negative<ORDER>(j, at - block) ? -line[block + j] : line[block + j];
       x[i] = sum;
     }
     __syncwarp();

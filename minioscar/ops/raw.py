@@ -94,6 +94,14 @@ def rotate_scale(
     return Launch("rotate_scale.cu", "rotate_scale", (f"HEAD_DIM={heads.head_dim}",), grid, together * lanes, args)
 
 
+def rotate_weights(x: Array, head_dim: int, axis: int) -> Launch:
+    """x bf16 [rows, columns] or [rows], in place: every head_dim numbers along `axis`, a head, times H."""
+    inner = math.prod(x.shape[axis + 1 :])
+    columns = x.size // head_dim
+    args = x, np.int32(columns), np.int32(inner)
+    return Launch("rotate_weights.cu", "rotate_weights", (f"HEAD_DIM={head_dim}",), (-(-columns // 32),), 256, args)
+
+
 @dataclass(frozen=True)
 class Arrivals:
     """Tokens of a prefill on their way into the cache. Row slots[s] held starts[s] tokens and gets counts[s], at most `most`.
