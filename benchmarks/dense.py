@@ -17,7 +17,7 @@ from benchmarks.cases import DENSE, PREFILLS, Case, Matrix, pairs
 from benchmarks.kernels import filled, properties, random_bf16
 from minioscar.cache import BF16
 from minioscar.measure import copies_of, graph_time
-from minioscar.ops import card, raw, raw_dense
+from minioscar.ops import card, raw, raw_batch, raw_dense
 from minioscar.sampling import Sampling
 
 Array = Any
@@ -74,11 +74,11 @@ def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> lis
         options |= {"norm": (norm, EPS)} if matrix.norm else {}
         made = [(raw_dense.linear(x, weight, out, multiprocessors, capability, **options),) for weight in weights]
     else:
-        plan = raw_dense.batch_plan(tokens, matrix.size, matrix.rows, matrix.silu, multiprocessors, capability)
+        plan = raw_batch.batch_plan(tokens, matrix.size, matrix.rows, matrix.silu, multiprocessors, capability)
         scratch = cupy.empty(plan.workspace_floats, np.float32), cupy.zeros(plan.counters, np.int32)
         normed = cupy.empty_like(x)
         before = (raw_dense.rms_norm(x, norm, EPS, normed),) if matrix.norm else ()
-        made = [(*before, raw_dense.linear_batch(normed if before else x, weight, out, plan, *scratch, **options)) for weight in weights]
+        made = [(*before, raw_batch.linear_batch(normed if before else x, weight, out, plan, *scratch, **options)) for weight in weights]
 
     return [together(launches) for launches in made]
 

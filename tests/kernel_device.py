@@ -15,6 +15,7 @@ compiles for its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 
 from minioscar.ops import card
-from minioscar.ops.raw import KERNELS, Launch
+from minioscar.ops.raw import KERNELS, Launch, TensorMap
 
 from . import simt
 
@@ -40,6 +41,11 @@ class SimtDevice(Device):
     """Kernels on the CPU, with every access to memory checked."""
 
     name = "simt"
+
+    def run(self, launch: Launch, arch: int = 80, seed: int = 0) -> None:
+        maps = (simt.tensor_map(a.array, a.box_rows) if isinstance(a, TensorMap) else a for a in launch.args)
+        super().run(replace(launch, args=tuple(maps)), arch, seed)
+
     array, empty, numpy = staticmethod(simt.array), staticmethod(simt.empty), staticmethod(simt.numpy)
 
     @staticmethod
@@ -52,13 +58,22 @@ class CudaDevice(Device):
 
     name = "cuda"
 
+    def run(self, launch: Launch, arch: int = 80, seed: int = 0) -> None:
+        self.check(launch.source, arch)
+        card.run(launch)
+
     @staticmethod
-    def compile(source: Path, name: str, defines: Sequence[str] = (), arch: int = 80) -> Callable[..., None]:
+    def check(source: str, arch: int) -> None:
+        """Skips the test on a card that cannot run this."""
         import cupy
 
         capability = int(cupy.cuda.Device().compute_capability)
-        if capability < arch or source.stem.endswith("_sm90") and capability != 90:
+        if capability < arch or Path(source).stem.endswith("_sm90") and capability != 90:
             pytest.skip(f"needs a card of compute capability {arch / 10}, this one has {capability / 10}")
+
+    @staticmethod
+    def compile(source: Path, name: str, defines: Sequence[str] = (), arch: int = 80) -> Callable[..., None]:
+        CudaDevice.check(str(source), arch)
         options = ("-std=c++17", *(f"-D{d}" for d in defines))
         kernel = card.module(str(source), options, [name] if "<" in name else None).get_function(name)
 

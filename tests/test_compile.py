@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minioscar.ops import card, raw, raw_dense
+from minioscar.ops import card, raw, raw_batch, raw_dense
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import Sampling
 
@@ -55,10 +55,14 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         norm = None if to == "bf16" else (out, 0.0)
         x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
         found[f"linear to {to}"] = raw_dense.linear(x, weight, y, MULTIPROCESSORS, arch, norm=norm, silu=silu)
-    for tokens in (48, *((128,) if everything else ())):
+    for tokens in (32, *((48, 128, 192, 256) if everything else ())):
         x, weight, y = np.empty((tokens, 4096)), np.empty((24576, 4096), np.uint8), np.empty((1, 1), np.uint16)
-        batch = raw_dense.batch_plan(tokens, 4096, 24576, True, MULTIPROCESSORS, arch)
-        found[f"linear_batch of {tokens}"] = raw_dense.linear_batch(x, weight, y, batch, out, ints, silu=True)
+        batch = raw_batch.batch_plan(tokens, 4096, 24576, True, MULTIPROCESSORS, arch)
+        found[f"linear_batch of {tokens}"] = raw_batch.linear_batch(x, weight, y, batch, out, ints, silu=True)
+    for groups, tile in raw_batch.GROUP_ROWS.items() if everything else ():  # the largest sums
+        x, weight, y = np.empty((64 * groups, 4096)), np.empty((2 * tile, 4096), np.uint8), np.empty((1, 1), np.uint16)
+        batch = next(p for p in raw_batch.group_cuts(64 * groups, 4096, 2 * tile, False, MULTIPROCESSORS) if p.rows == tile)
+        found[f"linear_batch of {64 * groups}, tiles of {tile}"] = raw_batch.linear_batch(x, weight, y, batch, out, ints)
     found["embed"], found["advance"] = raw_dense.embed(out[None], ints, out), raw_dense.advance(ints, ints)
     for launch in (raw_dense.silu_mul(out[None], np.empty((1, 8))), raw_dense.add(out[None], np.empty((1, 8)))):
         found[launch.name] = launch
@@ -100,7 +104,8 @@ def headers() -> Path:
 def compiled(source: str, defines: tuple[str, ...], arch: int) -> tuple[str, bytes]:
     """The log with ptxas's report, and the cubin. Raises AssertionError with the log where it does not compile."""
     target = f"--gpu-architecture={card.architecture(source, arch)}"
-    options = [target, "-std=c++17", "--ptxas-options=-v", f"-I{headers()}", *(f"-D{d}" for d in defines)]
+    options = [target, "-std=c++17", "--ptxas-options=-v", *(f"-D{d}" for d in defines)]
+    options += [] if source.endswith("_sm90.cu") else [f"-I{headers()}"]  # as card.module finds them for the others
     program = checked(nvrtc.nvrtcCreateProgram(card.source(source).encode(), source.encode(), 0, [], []))
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))

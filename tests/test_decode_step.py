@@ -16,7 +16,7 @@ from minioscar.oscar import SCHEMES
 from minioscar.sampling import Sampling, sample
 from minioscar.weights import Layer, Weights, expected
 
-from .test_cuda_backend import on_each_backend
+from .test_cuda_backend import SIMULATED, _card, _simulated, _simulated_hopper, on_each_backend
 from .tiny import load, relative, write_model
 
 FAMILIES = {"llama": {}, "qwen2": {"num_attention_heads": 6, "num_key_value_heads": 1}, "qwen3": {"tie_word_embeddings": True}}
@@ -95,11 +95,19 @@ def adopt(reference, cache: Cache, step: DecodeStep, slot: int) -> None:
             assert length == 0 or relative(adopted, own) < 0.15
 
 
-@on_each_backend
-def test_many_rows_give_what_each_gives_alone(make, tmp_path, seed):
-    """Ten rows take the products of linear_batch.cu, one those of linear.cu: equal within the roundings of BF16."""
+MANY_ROWS = [
+    pytest.param(_simulated, 10, id="10-simt", marks=SIMULATED),
+    pytest.param(_simulated_hopper, 40, id="40-90-simt", marks=SIMULATED),
+    *(pytest.param(_card, rows, id=f"{rows}-cuda", marks=pytest.mark.gpu) for rows in (10, 40, 150)),
+]
+
+
+@pytest.mark.parametrize(("make", "rows"), MANY_ROWS)
+def test_many_rows_give_what_each_gives_alone(make, rows, tmp_path, seed):
+    """Ten rows take the products of linear_batch.cu, forty of linear_batch_sm90.cu where there is one, one those of linear.cu: equal within
+    the roundings of BF16."""
     folder = write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1)
-    prompts = [np.random.default_rng(seed + n).integers(0, 160, n) for n in range(1, 10)]
+    prompts = [np.random.default_rng(seed + n).integers(0, 160, 1 + n % 9) for n in range(rows - 1)]
     _, engine, ops = of_backend(make, folder, "int2")
     together, alone = prepared(engine, ops, prompts), prepared(engine, ops, prompts[4:5])
     for step in (together, alone):
@@ -119,7 +127,7 @@ def test_a_step_draws_what_the_host_draws_from_its_logits(make, tmp_path, seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [3, 12])
+@pytest.mark.parametrize("rows", [3, 12, 70])
 def test_a_graph_gives_the_bits_of_its_launches(tmp_path, seed, rows):
     """Two hundred steps: every window is packed on the way."""
     import cupy

@@ -104,20 +104,21 @@ def fed(engine, prompts: list[list[int]], tokens: list[list[int]]) -> np.ndarray
     return np.stack(steps, axis=1)
 
 
+@pytest.mark.parametrize("count", [16, 100])
 @pytest.mark.parametrize("kv", ["int2", "bf16"])
-def test_smollm2_answers_sixteen_prompts_as_it_answers_each_alone(kv):
+def test_smollm2_answers_many_prompts_as_it_answers_each_alone(kv, count):
     """32 tokens; the batch takes other kernels, so BF16 rounds differently. Where another token is chosen, the two nearly tie as above."""
     ours = engine_module.load(hub.resolve("smollm2-135m"), kv, "cuda")
     text = ours.encode(default_text()[:20000], chat=False)
-    prompts = [text[100 * i : 100 * i + 3 + 17 * i] for i in range(16)]
+    prompts = [text[40 * i : 40 * i + 3 + 17 * (i % 16)] for i in range(count)]
     tokens = [result.token_ids for result in ours.generate(prompts, max_tokens=32)]
     prompts, tokens = zip(*((p, t) for p, t in zip(prompts, tokens, strict=True) if len(t) == 32), strict=True)
-    assert len(prompts) > 10
+    assert len(prompts) > count // 2
     together = fed(ours, list(prompts), list(tokens))
     alone = np.concatenate([fed(ours, [p], [t]) for p, t in zip(prompts, tokens, strict=True)])
     noise = (together - alone).std(axis=2)
     gap = alone.max(axis=2) - np.take_along_axis(alone, np.array(tokens)[:, :, None], 2)[:, :, 0]
-    print("SIXTEEN", kv, f"{(gap > 0).sum()} of {gap.size} tokens differ, largest gap {(gap / noise).max():.1f} of the noise")
+    print("MANY", count, kv, f"{(gap > 0).sum()} of {gap.size} tokens differ, largest gap {(gap / noise).max():.1f} of the noise")
     assert (gap <= 6 * noise).all() and (gap > 0).mean() < 0.05
 
 
@@ -154,7 +155,8 @@ free = cupy.cuda.runtime.memGetInfo()[0]
 assert cupy.arange(5).sum() == 10 and ops.backend("cuda").name == "cuda"
 print(free - cupy.cuda.runtime.memGetInfo()[0])
 """
-    taken = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    _, taken, _ = sorted(int(run.stdout) for run in runs)  # other processes take and give back memory, too
     assert taken < 64 << 20  # a second context would take some 500 MB
 
 

@@ -214,6 +214,19 @@ def test_wgmma_of_registers_and_rows_of_shared_memory_multiplies_like_numpy(devi
 
 
 @on_each_device
+@pytest.mark.parametrize("n", [16, 32, 48, 64, 96, 128])
+def test_wgmma_of_two_operands_in_shared_memory_multiplies_like_numpy(device, n, seed):
+    rng = np.random.default_rng(seed)
+    a, b = (rng.normal(size=(rows, 64)).astype(TYPES["bfloat16"]) for rows in (64, n))
+    c, out = rng.normal(size=(64, n)).astype(np.float32), device.empty((128, n // 2), np.float32)
+    given = device.array(np.ascontiguousarray(c[sums(n)]))
+    kernel = device.compile(CASES / "warpgroups_sm90.cu", f"shared_{n}", arch=90)
+    kernel(1, 128, [device.array(a), device.array(b), given, out], shared=(64 + n) * 128)
+    exact = a[:, 32:48].astype(np.float64) @ b[:, 32:48].astype(np.float64).T + c
+    assert abs(device.numpy(out) - exact[sums(n)]).max() < 17 * 2.0**-23 * abs(exact).max()
+
+
+@on_each_device
 def test_movmatrix_transposes(device, seed):
     x = np.random.default_rng(seed).integers(0, 65536, (8, 8)).astype(np.uint16)
     lane, i = np.arange(32)[:, None], np.arange(2)

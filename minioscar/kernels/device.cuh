@@ -78,6 +78,11 @@ __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
 }
+__device__ __forceinline__ unsigned short to_bf16(float x) {
+  unsigned short d;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(d) : "f"(x));
+  return d;
+}
 __device__ __forceinline__ uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   uint32_t d;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -95,6 +100,8 @@ __device__ __forceinline__ int known_from_here(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+// What stands behind this reads memory behind it, too: not all at once, where there are no registers for that.
+__device__ __forceinline__ void nothing_ahead() { asm volatile("" ::: "memory"); }
 
 // --- memory
 
@@ -245,9 +252,26 @@ __device__ __forceinline__ void hold(uint32_t (&d)[N][4]) {
 }
 // d[64 x N] += a[64 x 16] . b[16 x N], or = where FRESH. Warp w of the warpgroup has rows 16w ...: each 8 columns of d, and a, as in mma_m16n8k16.
 #define SUMS_4(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define SUMS_16(d, i) SUMS_4(d, i), SUMS_4(d, i + 1), SUMS_4(d, i + 2), SUMS_4(d, i + 3)
-#define REGISTERS_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define REGISTERS_64 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define SUMS_8(d, i) SUMS_4(d, i), SUMS_4(d, i + 1)
+#define SUMS_16(d, i) SUMS_8(d, i), SUMS_8(d, i + 2)
+#define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 4)
+#define SUMS_64(d, i) SUMS_32(d, i), SUMS_32(d, i + 8)
+#define REGISTERS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define REGISTERS_16 REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define REGISTERS_24 REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define REGISTERS_32 REGISTERS_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define REGISTERS_40 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define REGISTERS_48 REGISTERS_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define REGISTERS_56 REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define REGISTERS_64 REGISTERS_56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define REGISTERS_72 REGISTERS_64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define REGISTERS_80 REGISTERS_72 ",%72,%73,%74,%75,%76,%77,%78,%79"
+#define REGISTERS_88 REGISTERS_80 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define REGISTERS_96 REGISTERS_88 ",%88,%89,%90,%91,%92,%93,%94,%95"
+#define REGISTERS_104 REGISTERS_96 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define REGISTERS_112 REGISTERS_104 ",%104,%105,%106,%107,%108,%109,%110,%111"
+#define REGISTERS_120 REGISTERS_112 ",%112,%113,%114,%115,%116,%117,%118,%119"
+#define REGISTERS_128 REGISTERS_120 ",%120,%121,%122,%123,%124,%125,%126,%127"
 // a in registers, b K-major.
 template <bool FRESH>
 __device__ __forceinline__ void wgmma_bf16_k_major(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
@@ -262,6 +286,42 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[16][4], const uint32_t (&a
 __device__ __forceinline__ void wgmma_bf16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGISTERS_32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
                : SUMS_16(d, 0), SUMS_16(d, 4) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+// Both in shared memory, K-major; d += a . b. HALF: registers of d; NEXT: one more.
+#define WGMMA_SHARED(N, HALF, NEXT, ...)                                                                                                     \
+  __device__ __forceinline__ void wgmma_bf16_shared(float (&d)[N / 8][4], uint64_t a, uint64_t b) {                                          \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS_##HALF "}, %" #HALF ", %" #NEXT ", 1, 1, 1, 0, 0;"   \
+                 : __VA_ARGS__ : "l"(a), "l"(b));                                                                                            \
+  }
+WGMMA_SHARED(16, 8, 9, SUMS_8(d, 0))
+WGMMA_SHARED(32, 16, 17, SUMS_16(d, 0))
+WGMMA_SHARED(48, 24, 25, SUMS_16(d, 0), SUMS_8(d, 4))
+WGMMA_SHARED(64, 32, 33, SUMS_32(d, 0))
+WGMMA_SHARED(80, 40, 41, SUMS_32(d, 0), SUMS_8(d, 8))
+WGMMA_SHARED(96, 48, 49, SUMS_32(d, 0), SUMS_16(d, 8))
+WGMMA_SHARED(112, 56, 57, SUMS_32(d, 0), SUMS_16(d, 8), SUMS_8(d, 12))
+WGMMA_SHARED(128, 64, 65, SUMS_64(d, 0))
+WGMMA_SHARED(144, 72, 73, SUMS_64(d, 0), SUMS_8(d, 16))
+WGMMA_SHARED(160, 80, 81, SUMS_64(d, 0), SUMS_16(d, 16))
+WGMMA_SHARED(176, 88, 89, SUMS_64(d, 0), SUMS_16(d, 16), SUMS_8(d, 20))
+WGMMA_SHARED(192, 96, 97, SUMS_64(d, 0), SUMS_32(d, 16))
+WGMMA_SHARED(208, 104, 105, SUMS_64(d, 0), SUMS_32(d, 16), SUMS_8(d, 24))
+WGMMA_SHARED(224, 112, 113, SUMS_64(d, 0), SUMS_32(d, 16), SUMS_16(d, 24))
+WGMMA_SHARED(240, 120, 121, SUMS_64(d, 0), SUMS_32(d, 16), SUMS_16(d, 24), SUMS_8(d, 28))
+WGMMA_SHARED(256, 128, 129, SUMS_64(d, 0), SUMS_64(d, 16))
+
+// --- tensors in global memory
+
+struct alignas(64) TensorMap { unsigned char opaque[128]; };  // CUtensorMap, as ops/card.py makes it of a raw.TensorMap: rows in boxes 64 numbers wide
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+// The box whose first number is `column` of `row`, as a pattern of wgmma_operand; zeros where there is nothing. Reports its bytes to `bar`.
+__device__ __forceinline__ void box_copy(void* shared, const TensorMap* map, int column, int row, uint64_t* bar, uint64_t policy) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
+               ::"r"(smem_addr(shared)), "l"(map), "r"(column), "r"(row), "r"(smem_addr(bar)), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void box_copy(void* shared, const TensorMap* map, int column, int row, uint64_t* bar) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+               ::"r"(smem_addr(shared)), "l"(map), "r"(column), "r"(row), "r"(smem_addr(bar)) : "memory");
 }
 #endif
 

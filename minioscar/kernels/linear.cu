@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS) linear(const b
   wait_for_previous(), allow_next();
   if (NORM) norm_x(smem, stride, both, x, norm, norm_first, eps, tokens, K);
   const unsigned char* own = NORM ? smem + r * stride : (const unsigned char*)(x + (size_t)r * K);  // this lane's token
-  const bf16 zero = __float2bfloat16_rn(0.f);
+  const bf16 zero = 0;
   bool odd = false;
   for (int first = blockIdx.x * 16; first < rows; first += gridDim.x * 16, odd = !odd) {
     float* sums = both + odd * TILE_SUMS;  // in turn: a tile's are read while the next ones are written, a barrier lies before the ones after
@@ -171,9 +171,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS) linear(const b
       for (int t = 0; t < HALVES; t++) {
         z[t] = 0.f;
         for (int v = 0; v < WARPS; v++) z[t] += sums[((v * HALVES + t) * 16 + i) * COLUMNS + m];
-        z[t] += __bfloat162float(biases[t]);
+        z[t] += to_float(biases[t]);
       }
-      out[(size_t)m * rows + n] = to_output(activated(z) + __bfloat162float(added));
+      out[(size_t)m * rows + n] = to_output(activated(z) + to_float(added));
     }
   }
 }

@@ -1,4 +1,5 @@
-// linear_batch.cu: the products of a decode step of 9 to 256 sequences; fewer are linear.cu's.
+// linear_batch.cu: the products of a decode step of 9 to 256 sequences; fewer are linear.cu's, and some of compute capability 9.0
+// linear_batch_sm90.cu's.
 //
 //   y[m, n] = act(sum_k x[m, k] weight[n, k] + bias[n]) + residual[m, n]          rms_norm: out[m, k] = x[m, k] / rms(x[m]) * norm[k]
 //
@@ -134,7 +135,7 @@ __device__ __forceinline__ void finish(const float (&z)[ROW_TILES][OWN][4], cons
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int at = Product::half(i) * p.rows + min(first + Product::output(t, i, r), p.rows - 1);
-      biases[t][i] = p.bias ? __bfloat162float(p.bias[at]) : 0.f;
+      biases[t][i] = p.bias ? to_float(p.bias[at]) : 0.f;
     }
 #pragma unroll
   for (int some = 0; some < OWN; some += AT_ONCE) {
@@ -179,7 +180,7 @@ __device__ __forceinline__ void finish(const float (&z)[ROW_TILES][OWN][4], cons
       } else {
 #pragma unroll
         for (int j = 0; j < WIDE; j++)
-          if (n + j < p.rows) p.out[at + j] = to_output(y.of[j] + (p.residual ? __bfloat162float(p.residual[at + j]) : 0.f));
+          if (n + j < p.rows) p.out[at + j] = to_output(y.of[j] + (p.residual ? to_float(p.residual[at + j]) : 0.f));
       }
     }
   }

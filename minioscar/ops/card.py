@@ -11,15 +11,16 @@ import ctypes
 import hashlib
 import os
 import re
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .raw import KERNELS, Launch
+from .raw import KERNELS, Launch, TensorMap
 
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+BFLOAT16, NOT_INTERLEAVED, SWIZZLE_128B, L2_256B, ZEROS = 9, 0, 3, 3, 0  # CUtensorMapDataType and so on
 
 
 @cache
@@ -122,25 +123,43 @@ class _Config(ctypes.Structure):  # CUlaunchConfig
 
 
 @cache
-def _driver() -> Any:
-    launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
-    launch.argtypes = [ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-    return launch
+def _driver(name: str) -> Any:
+    function = getattr(ctypes.CDLL("libcuda.so.1"), name)
+    if name == "cuLaunchKernelEx":
+        function.argtypes = [ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    return function
 
 
 def _launch_overlapping(function: int, launch: Launch) -> None:
     import cupy
 
     values = np.zeros(len(launch.args), np.uint64)  # a place of eight bytes for each argument
-    for place, a in zip(values.reshape(-1, 1), launch.args, strict=True):
-        if isinstance(a, np.generic):
-            place.view(a.dtype)[0] = a
-        elif a is not None:
-            place[0] = a.data.ptr
     pointers = values.ctypes.data + 8 * np.arange(len(values), dtype=np.uint64)
+    for i, a in enumerate(launch.args):
+        if isinstance(a, np.generic):
+            values[i : i + 1].view(a.dtype)[0] = a
+        elif isinstance(a, TensorMap):
+            pointers[i] = _tensor_map(a.array.data.ptr, *a.array.shape, a.box_rows).ctypes.data
+        elif a is not None:
+            values[i] = a.data.ptr
     attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1)
     grid = (*launch.grid, 1, 1)[:3]
     stream = cupy.cuda.get_current_stream().ptr
     config = _Config(*map(int, grid), launch.block, 1, 1, launch.shared, stream, ctypes.pointer(attribute), 1)
-    if code := _driver()(config, function, pointers.ctypes.data, None):
+    if code := _driver("cuLaunchKernelEx")(config, function, pointers.ctypes.data, None):
         raise cupy.cuda.driver.CUDADriverError(code)
+
+
+@lru_cache(4096)
+def _tensor_map(address: int, rows: int, columns: int, box_rows: int) -> np.ndarray:
+    """A CUtensorMap, at a multiple of 64 bytes (CUDA driver API, cuTensorMapEncodeTiled)."""
+    import cupy
+
+    memory = np.zeros(192, np.uint8)
+    found = memory[-memory.ctypes.data % 64 :][:128]
+    sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns)
+    box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    where = ctypes.c_void_p(found.ctypes.data), BFLOAT16, 2, ctypes.c_void_p(address), sizes, strides, box, steps
+    if code := _driver("cuTensorMapEncodeTiled")(*where, NOT_INTERLEAVED, SWIZZLE_128B, L2_256B, ZEROS):
+        raise cupy.cuda.driver.CUDADriverError(code)
+    return found

@@ -20,7 +20,7 @@ from ..decoding import Decoder
 from ..oscar import WINDOW, Scheme
 from ..sampling import Sampling
 from ..weights import Layer, Tensor
-from . import blas, card, pages, raw, raw_dense, repage
+from . import blas, card, pages, raw, raw_batch, raw_dense, repage
 from .decode_step import DecodeStep, unsupported
 from .products import Products, batch_plans
 from .queued import Queue, QueuedDecoder
@@ -97,7 +97,7 @@ class Cuda(Reference):
         attention += 0 if parts is None else 4 * parts.workspace_floats(c.head_dim) // self.dtype.itemsize
         mlp = tokens * (2 * c.hidden_size + c.intermediate_size) + min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
         step = rows * (2 * c.hidden_size + 3 * c.q_size + 2 * c.kv_size + c.intermediate_size)  # x twice, qkv, q, y, h
-        few = max(rows, tokens if tokens <= raw_dense.BATCH_TOKENS else 0)  # cuBLAS takes more
+        few = max(rows, tokens if tokens <= raw_batch.BATCH_TOKENS else 0)  # cuBLAS takes more
         reading = max(attention, mlp) * self.dtype.itemsize + self._products_bytes(c, few)
         drawing = rows * 8 * raw_dense.sample_words(c.vocab_size)
         merging = 18 * self.multiprocessors * min(8, c.num_heads // c.num_kv_heads) * c.head_dim  # parts of attention
@@ -107,7 +107,7 @@ class Cuda(Reference):
 
     def _products_bytes(self, config: Config, tokens: int) -> int:
         """Scratch of `Products` for so many tokens."""
-        plans = batch_plans(config, min(tokens, raw_dense.BATCH_TOKENS), self.multiprocessors, self.capability)
+        plans = batch_plans(config, min(tokens, raw_batch.BATCH_TOKENS), self.multiprocessors, self.capability)
         partial = max((4 * (plan.workspace_floats + plan.counters) for plan in plans), default=0)
         return partial + tokens * config.hidden_size * self.dtype.itemsize * bool(plans)
 
@@ -128,7 +128,7 @@ class Cuda(Reference):
         residual: Array | None = None, float32: bool = False,
     ) -> Array:
         """Raw kernels for what is bound by the weights, and for logits, which want float32; cuBLAS for many tokens."""
-        (tokens, size), rows, most = x.shape, weight.shape[0] // (2 if silu else 1), raw_dense.BATCH_TOKENS
+        (tokens, size), rows, most = x.shape, weight.shape[0] // (2 if silu else 1), raw_batch.BATCH_TOKENS
         many = tokens > most and not float32
         if size % 8 or many and rows % 8:
             return super().linear(x, weight, bias, norm=norm, silu=silu, residual=residual, float32=float32)

@@ -17,7 +17,7 @@ from ..cache import BF16, Cache
 from ..config import Config
 from ..oscar import Scheme
 from ..sampling import Sampling
-from . import card, raw, raw_dense
+from . import card, raw, raw_batch, raw_dense
 from .products import Products, batch_plans
 
 if TYPE_CHECKING:
@@ -106,6 +106,6 @@ def unsupported(config: Config, scheme: Scheme, rows: int) -> str | None:
         return f"hidden and intermediate size {config.hidden_size}, {config.intermediate_size} must be multiples of 8"
     if config.vocab_size > raw_dense.SAMPLE_VOCAB:
         return f"a vocabulary of {config.vocab_size} is more than {raw_dense.SAMPLE_VOCAB}"
-    if rows > raw_dense.BATCH_TOKENS:
-        return f"{rows} rows are more than {raw_dense.BATCH_TOKENS}"
+    if rows > raw_batch.BATCH_TOKENS:
+        return f"{rows} rows are more than {raw_batch.BATCH_TOKENS}"
     return None

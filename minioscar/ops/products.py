@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache import BF16
-from . import raw_dense
+from . import raw_batch, raw_dense
 from .raw import Launch
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Products:
         self.normed = xp.empty((0, 0), BF16)
 
     def launches(self, x: Array, weight: Array, out: Array, *, norm: tuple[Array, float] | None = None, **rest: Any) -> list[Launch]:
-        """`Reference.linear` of at most raw_dense.BATCH_TOKENS tokens, a multiple of 8 wide; parameters as `raw_dense.linear` has them."""
+        """`Reference.linear` of at most raw_batch.BATCH_TOKENS tokens, a multiple of 8 wide; parameters as `raw_dense.linear` has them."""
         (tokens, size), silu = x.shape, rest.get("silu", False)
         if raw_dense.fits(tokens, size, norm is not None, silu, self.card[1]):
             return [raw_dense.linear(x, weight, out, *self.card, norm=norm, **rest)]
@@ -37,11 +37,11 @@ class Products:
             if self.normed.shape != x.shape:
                 self.normed = self.xp.empty(x.shape, BF16)
             before, x = [raw_dense.rms_norm(x, *norm, self.normed)], self.normed
-        plan = raw_dense.batch_plan(tokens, size, weight.shape[0], silu, *self.card)
+        plan = raw_batch.batch_plan(tokens, size, weight.shape[0], silu, *self.card)
         self._reserve(plan.workspace_floats, plan.counters)
-        return [*before, raw_dense.linear_batch(x, weight, out, plan, self.partial, self.counters, **rest)]
+        return [*before, raw_batch.linear_batch(x, weight, out, plan, self.partial, self.counters, **rest)]
 
-    def reserve(self, plans: Sequence[raw_dense.BatchPlan]) -> None:
+    def reserve(self, plans: Sequence[raw_batch.Plan]) -> None:
         """Scratch for all of these at once: where launches are kept, each size that was too small would be kept with them."""
         self._reserve(max((p.workspace_floats for p in plans), default=0), max((p.counters for p in plans), default=0))
 
@@ -52,11 +52,11 @@ class Products:
             self.counters = self.xp.zeros(counters, np.int32)
 
 
-def batch_plans(config: Config, tokens: int, multiprocessors: int, capability: int) -> list[raw_dense.BatchPlan]:
+def batch_plans(config: Config, tokens: int, multiprocessors: int, capability: int) -> list[raw_batch.Plan]:
     """Of the matrices of a model, for so many tokens; none for few, which linear.cu takes without scratch."""
     if tokens <= raw_dense.LINEAR_TOKENS:
         return []
     c = config
     shapes = (c.hidden_size, c.q_size + 2 * c.kv_size, False), (c.q_size, c.hidden_size, False), (c.hidden_size, c.vocab_size, False)
     shapes += (c.hidden_size, 2 * c.intermediate_size, True), (c.intermediate_size, c.hidden_size, False)
-    return [raw_dense.batch_plan(tokens, *shape, multiprocessors, capability) for shape in shapes if shape[0] % 8 == 0]
+    return [raw_batch.batch_plan(tokens, *shape, multiprocessors, capability) for shape in shapes if shape[0] % 8 == 0]

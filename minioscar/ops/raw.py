@@ -25,6 +25,11 @@ HEAD_DIMS = (64, 96, 128, 256)
 SHARED_BYTES = {80: 163, 86: 99, 89: 99, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}  # KiB a block may have
 
 
+def room(capability: int) -> int:
+    """Dynamic shared memory of a block in bytes: a kibibyte is for what a kernel declares itself."""
+    return SHARED_BYTES.get(capability, 99) * 1024 - 1024
+
+
 @dataclass(frozen=True)
 class Heads:
     """Of one attention layer."""
@@ -43,6 +48,14 @@ class Launch:
     block: int
     args: tuple[Any, ...]
     shared: int = 0
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """An argument: a matrix [rows, columns] of 16-bit numbers as the copy engine takes it in boxes of 64 columns (device.cuh, box_copy)."""
+
+    array: Array
+    box_rows: int
 
 
 # --- the packed layout
@@ -200,11 +213,10 @@ def plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, capabil
     work = batch * heads.kv_heads * share
     even = (n for n in range(multiprocessors * 15 // 16, multiprocessors + 1) if n % work == 0 or work % n == 0)
     blocks = max(even, default=multiprocessors)
-    room = SHARED_BYTES.get(capability, 99) * 1024 - 1024
     plans = [Plan(together // share, share, warps, stages, blocks) for warps, stages in (CUTS if scheme.quantized else BF16_CUTS)]
     if heads.head_dim > 128 or _unit_bytes(heads.head_dim, scheme) >= 6 << 10:  # sums of 256 channels leave registers for 8 warps
         plans = [p for p in plans if p.warps <= 8]
-    return next((p for p in plans if shared_bytes(heads.head_dim, scheme, p, batch) <= room), plans[-1])
+    return next((p for p in plans if shared_bytes(heads.head_dim, scheme, p, batch) <= room(capability)), plans[-1])
 
 
 def _unit_bytes(head_dim: int, scheme: Scheme) -> int:
@@ -368,7 +380,7 @@ def prefill_attention(
     def bytes_of(warps: int, row_tiles: int, tile: int, _blocks: int) -> int:
         return (warps * row_tiles * 16 + 4 * tile) * (2 * d + 16)
 
-    best = next(c for c in PREFILL_CUTS[d] if bytes_of(*c) <= SHARED_BYTES.get(capability, 99) * 1024 - 1024)
+    best = next(c for c in PREFILL_CUTS[d] if bytes_of(*c) <= room(capability))
     names = "BLOCK_WARPS", "ROW_TILES", "TILE", "BLOCKS"
     defines = (*defines, *(f"{name}={n}" for name, n in zip(names, best, strict=True)))
     grid = -(-new.most * group // (best[0] * best[1] * 16)), heads.kv_heads, new.starts.shape[0]

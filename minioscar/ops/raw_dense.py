@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..sampling import Sampling
-from .raw import SHARED_BYTES, Launch
+from .raw import Launch, room
 
 Array = Any
 
 LINEAR_TOKENS = 8  # of linear.cu: the columns of an MMA
-BATCH_TOKENS = 256  # of linear_batch.cu
-MOST_STAGES = 6  # of linear_batch.cu
+NORM_DEFINES = "COLUMNS=16", "ROW_TILES=2", "K_GROUPS=2", "STAGES=2", "SILU=0", "OUT_BF16=1"  # rms_norm does not look at them
 
 
 def fits(tokens: int, size: int, norm: bool, silu: bool, capability: int) -> bool:
     """Whether linear.cu takes so many tokens of `size` numbers; normed, they stand in shared memory. linear_batch.cu always has room."""
-    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and _linear_bytes(tokens, size, norm, silu) <= _room(capability)
+    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and _linear_bytes(tokens, size, norm, silu) <= room(capability)
 
 
 def _linear_bytes(tokens: int, size: int, norm: bool, silu: bool) -> int:
     sums = 2 * (2 if silu else 1) * linear_warps(size, silu) * 16 * 8 * 4
     return sums + (tokens * (-(-size // 64) * 128 + 64) if norm else 0)
-
-
-def _room(capability: int) -> int:
-    return SHARED_BYTES.get(capability, 99) * 1024 - 1024  # a kibibyte for what a kernel declares itself
 
 
 def linear_warps(size: int, silu: bool) -> int:
@@ -50,114 +44,17 @@ def linear(
     if not fits(tokens, size, norm is not None, silu, capability):
         raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear.cu on a card of capability {capability / 10}")
     shared, warps = _linear_bytes(tokens, size, norm is not None, silu), linear_warps(size, silu)
-    blocks = min(-(-rows // (16 * tiles)), multiprocessors * min(16 // warps, _room(capability) // (shared + 1024) or 1))
+    blocks = min(-(-rows // (16 * tiles)), multiprocessors * min(16 // warps, room(capability) // (shared + 1024) or 1))
     weights, eps = norm or (None, 0.0)
     args = (x, weights, weight, bias, residual, out, *map(np.int32, (tokens, size, rows)), np.float32(eps))
     defines = f"BLOCK_WARPS={warps}", f"NORM={norm is not None:d}", f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
     return Launch("linear.cu", "linear", defines, (blocks,), 32 * warps, args, shared)
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """How linear_batch.cu is cut for a weight [rows, size], so many tokens and a card."""
-
-    columns: int  # of a block
-    column_blocks: int
-    row_tiles: int  # of 16 rows, of a warp
-    k_groups: int
-    stages: int
-    blocks: int  # that share the slabs
-    tiles: int  # of rows
-    unit: int  # slabs that are not cut: those of a tile, or 1
-    most: int  # slabs that a block has at most
-    parts: int  # of tiles that it has at most, and adds to those of other blocks
-
-    @property
-    def shared(self) -> int:
-        return self.stages * _stage_bytes(self.columns, self.row_tiles, self.k_groups)
-
-    @property
-    def _part_floats(self) -> int:
-        return 128 * self.row_tiles // self.k_groups * self.columns
-
-    @property
-    def workspace_floats(self) -> int:
-        return self.column_blocks * self.blocks * 2 * self._part_floats if self.parts else 0
-
-    @property
-    def counters(self) -> int:
-        return self.column_blocks * self.tiles * 8 if self.parts else 0
-
-    @property
-    def cost(self) -> int:
-        """Bytes that a block waits for: its weights, and its parts of sums, which are written and read."""
-        return self.most * 128 * self.row_tiles * 128 + self.parts * 8 * self._part_floats
-
-
-def batch_plan(tokens: int, size: int, rows: int, silu: bool, multiprocessors: int, capability: int) -> BatchPlan:
-    """The cheapest of `batch_cuts`. Raises ValueError for more than BATCH_TOKENS."""
-    return min(batch_cuts(tokens, size, rows, silu, multiprocessors, capability), key=lambda cut: cut.cost)
-
-
-def batch_cuts(tokens: int, size: int, rows: int, silu: bool, multiprocessors: int, capability: int) -> list[BatchPlan]:
-    """Ways to share the slabs, a block a multiprocessor, with the fewest blocks of columns whose x has room; the first one goes on every
-    card."""
-    if not 1 <= tokens <= BATCH_TOKENS or size % 8:
-        raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear_batch.cu")
-    many_rows, room = rows >= 128 * multiprocessors, _room(capability)
-    column_blocks = -(-tokens // (128 if 3 * _stage_bytes(128, 2, 1 if many_rows else 2) <= room else 64))
-    each = -(-tokens // column_blocks)
-    step = 16 if each <= 64 else 32
-    columns, outputs = -(-each // step) * step, rows // 2 if silu else rows
-
-    def cut(row_tiles: int, k_groups: int, whole: bool) -> BatchPlan:
-        """whole: no block ends within a tile, or all of a tile's blocks have the same part of it."""
-        stages = min(room // _stage_bytes(columns, row_tiles, k_groups), MOST_STAGES)
-        tiles, slabs = -(-outputs // (128 * row_tiles // k_groups // (2 if silu else 1))), -(-size // (64 * k_groups))
-        blocks, unit, parts = min(max(multiprocessors // column_blocks, 1), tiles * slabs), 1, 2
-        if whole and tiles >= blocks:
-            unit, parts = slabs, 0
-        elif whole:
-            of_tile = min(blocks // tiles, slabs)
-            blocks, parts = tiles * of_tile, of_tile > 1
-        most = -(-tiles * slabs // unit // blocks) * unit
-        return BatchPlan(columns, column_blocks, row_tiles, k_groups, stages, blocks, tiles, unit, most, int(parts))
-
-    cuts = [cut(2, 1 if many_rows else 2, False)]
-    if columns <= 64:  # with more it is the products that take time, and there are no registers for three tiles
-        cuts += [cut(2, 1, True), cut(2, 2, True)]
-        cuts += [cut(3, 2, True)] if outputs % (6 if silu else 12) == 0 else []  # what is not aligned is stored one by one
-    return [c for c in cuts if c.stages >= 3 or c is cuts[0]]
-
-
-def _stage_bytes(columns: int, row_tiles: int, k_groups: int) -> int:
-    """A slab of linear_batch.cu: the lines of its weights and those of x, of 128 bytes."""
-    return (128 * row_tiles + columns * k_groups) * 128
-
-
 def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> Launch:
     """x [tokens, size] -> out, both bf16."""
     args = (x, weight, out, np.int32(x.shape[1]), np.float32(eps))
-    return Launch("linear_batch.cu", "rms_norm", _batch_defines(16, 2, 2, 2, False, True), (len(x),), 256, args)
-
-
-def linear_batch(
-    x: Array, weight: Array, out: Array, p: BatchPlan, workspace: Array, arrived: Array, *, bias: Array | None = None,
-    residual: Array | None = None, silu: bool = False,
-) -> Launch:
-    """As `linear`, for up to BATCH_TOKENS, already normed.
-
-    workspace float32 [p.workspace_floats]; arrived int32 [p.counters], zero before and after.
-    """
-    (tokens, size), rows = x.shape, weight.shape[0]
-    args = (x, weight, bias, residual, out, workspace, arrived, *map(np.int32, (tokens, size, rows, p.unit)))
-    defines = _batch_defines(p.columns, p.row_tiles, p.k_groups, p.stages, silu, out.dtype.itemsize == 2)
-    return Launch("linear_batch.cu", "linear_batch", defines, (p.blocks, p.column_blocks), 256, args, p.shared)
-
-
-def _batch_defines(columns: int, row_tiles: int, k_groups: int, stages: int, silu: bool, out_bf16: bool) -> tuple[str, ...]:
-    cut = f"COLUMNS={columns}", f"ROW_TILES={row_tiles}", f"K_GROUPS={k_groups}", f"STAGES={stages}"
-    return *cut, f"SILU={silu:d}", f"OUT_BF16={out_bf16:d}"
+    return Launch("linear_batch.cu", "rms_norm", NORM_DEFINES, (len(x),), 256, args)
 
 
 # --- between the products of a prefill

@@ -134,6 +134,12 @@ def array(values: Any) -> np.ndarray:
     return out
 
 
+def tensor_map(matrix: np.ndarray, box_rows: int) -> np.void:
+    """The TensorMap of include/device.cuh: a matrix of 16-bit numbers from `array` or `empty`, in boxes of so many rows and 64 columns."""
+    fields = [("base", np.uint64), ("rows", np.uint64), ("columns", np.uint64), ("box_rows", np.uint32), ("rest", "V100")]
+    return np.array((matrix.ctypes.data, *matrix.shape, box_rows, b""), np.dtype(fields))[()]
+
+
 def numpy(device_array: np.ndarray, allow_unwritten: bool = False) -> np.ndarray:
     """A copy of an array in simulated global memory; raises Fault if kernels left parts of it unwritten."""
     if not device_array.flags.c_contiguous:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from minioscar.ops.products import Products
 from minioscar.ops.queued import Queue
 from minioscar.ops.reference import Reference
 
-from . import _arrays, array, compile_kernel, empty
+from . import _arrays, array, compile_kernel, empty, tensor_map
 
 ARCH = 80
 MULTIPROCESSORS = 3  # few, so that heads are shared between blocks even in small caches
@@ -55,8 +56,9 @@ class Simt(Cuda):
 
     def run(self, launch: raw.Launch) -> None:
         kernel = compile_kernel(raw.KERNELS / launch.source, launch.name, launch.defines, self.capability)
-        args = [array(a) if isinstance(a, np.ndarray) and not _simulated(a) else a for a in launch.args]
-        kernel(launch.grid, launch.block, args, shared=launch.shared)
+        args = [_there(a) for a in launch.args]  # copies live as long as this list
+        maps = [tensor_map(a.array, a.box_rows) if isinstance(a, raw.TensorMap) else a for a in args]
+        kernel(launch.grid, launch.block, maps, shared=launch.shared)
 
     def array(self, x: np.ndarray) -> np.ndarray:
         return array(np.asarray(x).astype(self.dtype))
@@ -93,6 +95,13 @@ class Immediate(Queue):
 
     def settle(self) -> None:
         self.found.clear()
+
+
+def _there(a: Any) -> Any:
+    """The argument of a launch, in simulated memory."""
+    if isinstance(a, raw.TensorMap):
+        return replace(a, array=_there(a.array))
+    return array(a) if isinstance(a, np.ndarray) and not _simulated(a) else a
 
 
 def _simulated(x: np.ndarray) -> bool:

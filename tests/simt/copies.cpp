@@ -102,6 +102,24 @@ void copy_bulk(void* to, const void* from, unsigned bytes, void* barrier) {
   b.copies.push_back(start(to, from, bytes, bytes, SIMT_PC));
 }
 
+void copy_box(void* to, const Tensor& from, int column, int row, void* barrier) {
+  if ((uintptr_t)to % 1024) fault(SIMT_PC, to, "box of a tensor to @: the pattern of swizzling begins at a multiple of 1024 bytes");
+  if ((uintptr_t)from.base % 16 || from.columns % 8) fault(SIMT_PC, from.base, "a tensor whose rows do not begin at multiples of 16 bytes");
+  Mbarrier& b = find(barrier, SIMT_PC);
+  Copy c{(char*)to, std::vector<char>(from.box_rows * 128)};
+  for (uint64_t r = 0; r < from.box_rows; r++)
+    for (uint64_t piece = 0; piece < 8; piece++) {
+      const uint64_t y = row + r, x = column + 8 * piece;
+      if (y >= from.rows || x >= from.columns) continue;  // stays zero
+      const char* source = from.base + 2 * (y * from.columns + x);
+      access(source, 16, READ, SIMT_PC);
+      memcpy(&c.data[r * 128 + (piece ^ r % 8) * 16], source, 16);
+    }
+  access(to, c.data.size(), WRITE, SIMT_PC);
+  in_flight(to, c.data.size());
+  b.copies.push_back(std::move(c));
+}
+
 bool copies_deliver_one() {  // only what somebody waits for: a read without the wait never finds the data there by luck
   std::vector<Mbarrier*> some;
   for (auto& [address, b] : mbarriers) if (!b.waiting.empty() && !b.copies.empty()) some.push_back(&b);

@@ -30,8 +30,8 @@ void mma_16816(float* d, const uint32_t* a, const uint32_t* b, const float* c, b
 void ldmatrix(uint32_t* out, int count, bool transposed, const void* row, int line);
 uint32_t movmatrix(uint32_t value, int line);
 
-// wgmma.mma_async, m64nNk16, BF16: d[N / 2] += a . b; a in four registers of each thread, b in shared memory.
-void wgmma(float* d, int n, bool fresh, const uint32_t* a, uint64_t b, bool b_n_major, int line);
+// wgmma.mma_async, m64nNk16, BF16: d[N / 2] += a . b; a in four registers of each thread or, where `a` is null, like b in shared memory.
+void wgmma(float* d, int n, bool fresh, const uint32_t* a, uint64_t a_shared, uint64_t b, bool b_n_major, int line);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int groups, int line);
@@ -43,6 +43,12 @@ void mbarrier_init(void* barrier, int count);
 void mbarrier_arrive(void* barrier, unsigned transfer_bytes);
 void mbarrier_wait(void* barrier, unsigned parity, int line);
 void copy_bulk(void* shared, const void* global, unsigned bytes, void* barrier);
+struct Tensor {  // what a tensor map says: a matrix of 16-bit numbers, and a box of so many rows, 64 numbers wide
+  const char* base;
+  uint64_t rows, columns;
+  uint32_t box_rows;
+};
+void copy_box(void* shared, const Tensor& from, int column, int row, void* barrier);  // in the order of 128-byte swizzling
 uint32_t shared_address(const void* p);                     // the 32-bit address of PTX and back
 void* shared_pointer(uint32_t address);
 

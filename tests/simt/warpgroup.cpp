@@ -14,9 +14,9 @@ struct Product {
   int group, n;
   bool fresh, n_major;
   float* d;
-  const uint32_t* a;
+  const uint32_t* a;  // in registers, or null
   uint32_t a_values[4];
-  uint64_t b;
+  uint64_t a_shared, b;
 };
 struct Wgmmas {  // of one thread
   std::vector<Product> products;
@@ -48,13 +48,13 @@ static void check(uint64_t descriptor, bool mn_major) {
   if (mn_major ? start & 0x70 : (start & 127) > 96) fault(nullptr, nullptr, "wgmma from the middle of a row of 128 bytes");
 }
 
-// 16 numbers of every row (column), x[k][mn], with all checks of memory.
-static void load(float* x, int count, uint64_t descriptor, bool mn_major) {
+// 16 numbers of every row (column) from `first` on, a multiple of 8: x[k][mn], with all checks of memory.
+static void load(float* x, int first, int count, uint64_t descriptor, bool mn_major) {
   check(descriptor, mn_major);
   for (int outer = 0; outer < (mn_major ? 16 : count); outer++)
     for (int inner = 0; inner < (mn_major ? count : 16); inner += 8) {  // sixteen bytes lie together
       const int mn = mn_major ? inner : outer, k = mn_major ? outer : inner;
-      const uint16_t* from = (const uint16_t*)shared_pointer(place(descriptor, mn_major, mn, k));
+      const uint16_t* from = (const uint16_t*)shared_pointer(place(descriptor, mn_major, first + mn, k));
       access(from, 16, READ, nullptr);
       for (int i = 0; i < 8; i++) x[mn_major ? k * count + mn + i : (k + i) * count + mn] = widen(from[i], true);
     }
@@ -64,19 +64,23 @@ static bool poisoned(const float* d, int n) {
   return std::all_of((const uint32_t*)d, (const uint32_t*)d + n / 2, [](uint32_t x) { return x == POISON; });
 }
 
-void wgmma(float* d, int n, bool fresh, const uint32_t* a, uint64_t b, bool b_n_major, int line) {
+// The 16 rows of a that the warp of thread `base` has, of operand a in shared memory.
+static void load_a(float* x, int base, const Product& p) { load(x, base / 32 % 4 * 16, 16, p.a_shared, false); }
+
+void wgmma(float* d, int n, bool fresh, const uint32_t* a, uint64_t a_shared, uint64_t b, bool b_n_major, int line) {
   Wgmmas& own = all[current->index];
   if (!own.fenced) fault(SIMT_PC, nullptr, "wgmma without a wgmma.fence since the last wait");
-  Product p{own.committed, n, fresh, b_n_major, d, a, {}, b};
-  std::copy(a, a + 4, p.a_values);
+  Product p{own.committed, n, fresh, b_n_major, d, a, {}, a_shared, b};
+  if (a) std::copy(a, a + 4, p.a_values);
   if (!own.sums.count(d)) own.sums[d].assign(d, d + n / 2), std::fill((uint32_t*)d, (uint32_t*)d + n / 2, POISON);
   else if (!poisoned(d, n)) fault(SIMT_PC, nullptr, "the sums of a wgmma in flight were written");
   own.products.push_back(p);
   meet<Product>(SIMT_PC, ~0u, "wgmma", line, p, [](Product** lane, uint32_t) {  // what it reads must be there from now on
     static float x[16 * 256];
     for (int l = 0; l < 32; l++)
-      if (lane[l]->b != lane[0]->b) fault(nullptr, nullptr, "wgmma whose lanes have different descriptors");
-    load(x, lane[0]->n, lane[0]->b, lane[0]->n_major);
+      if (lane[l]->b != lane[0]->b || lane[l]->a_shared != lane[0]->a_shared) fault(nullptr, nullptr, "wgmma whose lanes have different descriptors");
+    load(x, 0, lane[0]->n, lane[0]->b, lane[0]->n_major);
+    if (!lane[0]->a) load_a(x, current->index & ~31, *lane[0]);
   });
 }
 
@@ -89,13 +93,14 @@ static void multiply(int base) {
   static double sum[16][256];
   const Product& first = all[base].products[0];
   const int n = first.n;
-  load(b, n, first.b, first.n_major);
+  load(b, 0, n, first.b, first.n_major);
+  if (!first.a) load_a(&a[0][0], base, first);
   for (int l = 0; l < 32; l++) {
     const Product& p = all[base + l].products[0];
     const std::vector<float>& d = all[base + l].sums[p.d];
     const int g = l / 4, c = l % 4;
-    if (!std::equal(p.a, p.a + 4, p.a_values)) fault(nullptr, nullptr, "operand a of a wgmma in flight was written");
-    for (int r = 0; r < 4; r++)
+    if (p.a && !std::equal(p.a, p.a + 4, p.a_values)) fault(nullptr, nullptr, "operand a of a wgmma in flight was written");
+    for (int r = 0; p.a && r < 4; r++)
       for (int x = 0; x < 2; x++) a[2 * c + 8 * (r >> 1) + x][g + 8 * (r & 1)] = widen(p.a_values[r] >> (16 * x), true);
     for (int i = 0; i < n / 2; i++) sum[g + 8 * (i >> 1 & 1)][i / 4 * 8 + 2 * c + (i & 1)] = first.fresh ? 0 : d[i];
   }

@@ -51,3 +51,25 @@ extern "C" __global__ void registers_rows(const uint32_t* a, const uint4* b, con
   hold(d);
   for (int i = 0; i < 64; i++) out[64 * t + i] = d[i / 4][i % 4];
 }
+
+// d = c + a . b; a [64, 64] and b [N, 64] K-major, their k from 32 on
+template <int N>
+__device__ void multiply_shared(const uint4* a, const uint4* b, const float* c, float* out) {
+  extern __shared__ __align__(1024) unsigned char rows[];
+  const int t = threadIdx.x;
+  for (int i = t; i < (64 + N) * 8; i += 128) *(uint4*)(rows + i / 8 * 128 + (i % 8 ^ i / 8 % 8) * 16) = i < 512 ? a[i] : b[i - 512];
+  fence_async();
+  __syncthreads();
+  float d[N / 8][4];
+  for (int i = 0; i < N / 2; i++) d[i / 4][i % 4] = c[N / 2 * t + i];
+  hold(d);
+  wgmma_fence();
+  wgmma_bf16_shared(d, wgmma_operand(rows, 1024, 0) + 4, wgmma_operand(rows + 8192, 1024, 0) + 4);
+  wgmma_commit();
+  wgmma_wait<0>();
+  hold(d);
+  for (int i = 0; i < N / 2; i++) out[N / 2 * t + i] = d[i / 4][i % 4];
+}
+#define SHARED(N) \
+  extern "C" __global__ void shared_##N(const uint4* a, const uint4* b, const float* c, float* out) { multiply_shared<N>(a, b, c, out); }
+SHARED(16) SHARED(32) SHARED(48) SHARED(64) SHARED(96) SHARED(128)

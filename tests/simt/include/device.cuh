@@ -35,9 +35,11 @@ SIMT_INLINE float set_ge(float a, float b) { return a >= b ? 1.f : 0.f; }
 SIMT_INLINE float set_gt(float a, float b) { return a > b ? 1.f : 0.f; }
 SIMT_INLINE uint32_t pack_f16x2(float low, float high) { return simt::bits_of<uint32_t>(__floats2half2_rn(low, high)); }
 SIMT_INLINE uint32_t pack_bf16x2(float low, float high) { return simt::bits_of<uint32_t>(__floats2bfloat162_rn(low, high)); }
+SIMT_INLINE unsigned short to_bf16(float x) { return pack_bf16x2(x, 0.f) & 0xffff; }
 SIMT_INLINE uint32_t mul_f16x2(uint32_t a, uint32_t b) { return simt::bits_of<uint32_t>(__hmul2(simt::bits_of<__half2>(a), simt::bits_of<__half2>(b))); }
 SIMT_INLINE uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return simt::bits_of<uint32_t>(__hmul2(simt::bits_of<__nv_bfloat162>(a), simt::bits_of<__nv_bfloat162>(b))); }
 SIMT_INLINE int known_from_here(int x) { return x; }
+SIMT_INLINE void nothing_ahead() {}
 
 // --- memory
 
@@ -96,10 +98,21 @@ SIMT_INLINE void wgmma_fence() { simt::wgmma_fence(); }
 SIMT_INLINE void wgmma_commit() { simt::wgmma_commit(); }
 template <int N> SIMT_INLINE void wgmma_wait(SIMT_LINE) { simt::wgmma_wait(N, line); }
 template <class T> SIMT_INLINE void hold(T&) {}
-template <bool FRESH> SIMT_INLINE void wgmma_bf16_k_major(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) { simt::wgmma(&d[0][0], 128, FRESH, a, b, false, line); }
+template <bool FRESH> SIMT_INLINE void wgmma_bf16_k_major(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) { simt::wgmma(&d[0][0], 128, FRESH, a, 0, b, false, line); }
 template <int N> SIMT_INLINE void wgmma_bf16(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) {
   static_assert(N == 8 || N == 16);
-  simt::wgmma(&d[0][0], 8 * N, false, a, b, true, line);
+  simt::wgmma(&d[0][0], 8 * N, false, a, 0, b, true, line);
 }
+template <int N> SIMT_INLINE void wgmma_bf16_shared(float (&d)[N][4], uint64_t a, uint64_t b, SIMT_LINE) {
+  static_assert(N % 2 == 0 && N <= 32);
+  simt::wgmma(&d[0][0], 8 * N, false, nullptr, a, b, false, line);
+}
+
+struct TensorMap { simt::Tensor tensor; char rest[128 - sizeof(simt::Tensor)]; };
+SIMT_INLINE void prefetch_map(const TensorMap*) {}
+SIMT_INLINE void box_copy(void* shared, const TensorMap* map, int column, int row, uint64_t* bar, uint64_t) {
+  simt::copy_box(shared, map->tensor, column, row, bar);
+}
+SIMT_INLINE void box_copy(void* shared, const TensorMap* map, int column, int row, uint64_t* bar) { box_copy(shared, map, column, row, bar, 0); }
 #endif
 #endif
