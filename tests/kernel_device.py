@@ -59,7 +59,11 @@ class CudaDevice(Device):
     name = "cuda"
 
     def run(self, launch: Launch, arch: int = 80, seed: int = 0) -> None:
+        """Behind all that was launched before: what may overlap depends on the launches of a step, and a test has others."""
+        import cupy
+
         self.check(launch.source, arch)
+        cupy.cuda.Device().synchronize()
         card.run(launch)
 
     @staticmethod
