@@ -83,7 +83,7 @@ def measured(args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | N
         yield from kernel_rows(args, ops, limits)
     if "start" in commands:
         progress("start: a process each time")
-        yield "start", start.start(args.model, plan.schemes[-1].name, ops.name, 2 if args.quick else 7)
+        yield "start", start.start(args.model, plan.schemes[-1].name, ops.name, 2 if args.quick else 15)
     if set(commands) - {"kernel", "start"}:
         found = []
         for scheme in plan.schemes:  # one at a time: on a card two models may not fit
