@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,7 @@ def grouped(tokens: int, rows: int, multiprocessors: int, capability: int) -> bo
     return capability == 90 and tokens > (48 if rows >= 128 * multiprocessors else 16)
 
 
+@lru_cache(4096)  # a prompt of 17 to 256 tokens asks for the same few in every layer
 def batch_plan(tokens: int, size: int, rows: int, silu: bool, multiprocessors: int, capability: int) -> Plan:
     """The cheapest. Raises ValueError for more than BATCH_TOKENS, or numbers a token that are no multiple of 8."""
     if not 1 <= tokens <= BATCH_TOKENS or size % 8:
