@@ -55,7 +55,7 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         norm = None if to == "bf16" else (out, 0.0)
         x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
         found[f"linear to {to}"] = raw_dense.linear(x, weight, y, MULTIPROCESSORS, arch, norm=norm, silu=silu)
-    for tokens in (32, *((48, 128, 192, 256) if everything else ())):
+    for tokens in (32, 48, 128, *((192, 256) if everything else ())):
         x, weight, y = np.empty((tokens, 4096)), np.empty((24576, 4096), np.uint8), np.empty((1, 1), np.uint16)
         batch = raw_batch.batch_plan(tokens, 4096, 24576, True, MULTIPROCESSORS, arch)
         found[f"linear_batch of {tokens}"] = raw_batch.linear_batch(x, weight, y, batch, out, ints, silu=True)

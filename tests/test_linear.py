@@ -1,4 +1,4 @@
-"""linear.cu and linear_batch.cu against float64, simulated and on a GPU."""
+"""The kernels of linear layers against float64, simulated and on a GPU."""
 
 from __future__ import annotations
 
@@ -219,13 +219,12 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_the_weights_are_shared_equally():
-    """Qwen3-8B on 132 multiprocessors: what one block has is at most 4 % above what all would have that share the weights equally, 10 % of
-    many tokens, where products or L2 may be what it waits for."""
+    """Qwen3-8B on 132 multiprocessors: what one block has is at most 4 % above what all would have that share the weights equally."""
     for size, rows, silu in ((4096, 6144, False), (4096, 4096, False), (4096, 24576, True), (12288, 4096, False), (4096, 151936, False)):
-        for tokens in (9, 32, 48, 128, 256):
+        for tokens in (9, 17, 32, 48, 64, 128, 192, 256):
             plan = raw_batch.batch_plan(tokens, size, rows, silu, 132, 90)
             of_block = plan.most * (plan.rows * 64 if isinstance(plan, GroupPlan) else 128 * plan.row_tiles * 64)
-            assert of_block < (1.1 if tokens > 64 else 1.04) * size * rows / 132, plan
+            assert of_block < 1.04 * size * rows / 132, plan
 
 
 @on_the_card

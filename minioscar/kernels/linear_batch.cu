@@ -1,7 +1,7 @@
 // linear_batch.cu: the products of a decode step of 9 to 256 sequences; fewer are linear.cu's, and some of compute capability 9.0
 // linear_batch_sm90.cu's.
 //
-//   y[m, n] = act(sum_k x[m, k] weight[n, k] + bias[n]) + residual[m, n]          rms_norm: out[m, k] = x[m, k] / rms(x[m]) * norm[k]
+//   y[m, n] = act(sum_k x[m, k] weight[n, k] + bias[n]) + residual[m, n]
 //
 // Shapes as in linear.cu; SILU: weight holds gate rows, then up rows; out [M][N / 2] = silu(gate) * up. BF16, float32 inside, rounded once.
 //
@@ -29,35 +29,6 @@ constexpr int RUN = 64, SLAB = K_GROUPS * RUN;              // k of a warp and o
 constexpr int TILES = COLUMNS / 8, OWN = TILES / K_GROUPS;  // column tiles; those that a warp finishes
 constexpr int LINE = RUN * 2, X_AT = WARPS * WARP_ROWS * LINE, STAGE_BYTES = X_AT + K_GROUPS * COLUMNS * LINE;
 static_assert(COLUMNS % 16 == 0 && K_GROUPS * COLUMNS <= 256, "ldmatrix brings two column tiles; the groups' sums fit into a stage");
-
-// grid (M), 256 threads. Latency is all that it takes: a thread asks for its part of `norm` before the wait, and for its part of x once.
-// The product behind it may begin early, as it reads nothing but weights before it waits for this launch, which has waited for the one before.
-extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const bf16* x, const bf16* norm, bf16* out, int K, float eps) {
-  constexpr int HELD = 4;  // pieces of 8 numbers, of 8192; of longer rows the rest is read where it is needed
-  __shared__ float sums[WARPS];
-  const uint4 *from = (const uint4*)(x + (size_t)blockIdx.x * K), *weights = (const uint4*)norm;
-  uint4* to = (uint4*)(out + (size_t)blockIdx.x * K);
-  uint4 weight[HELD], piece[HELD];
-#pragma unroll
-  for (int j = 0, i = threadIdx.x; j < HELD; j++, i += THREADS)
-    if (i < K / 8) weight[j] = weights[i];
-  allow_next(), wait_for_previous();
-#pragma unroll
-  for (int j = 0, i = threadIdx.x; j < HELD; j++, i += THREADS)
-    if (i < K / 8) piece[j] = from[i];
-  float sum = 0.f;
-#pragma unroll
-  for (int j = 0, i = threadIdx.x; j < HELD; j++, i += THREADS)
-    if (i < K / 8) sum += squares(piece[j]);
-  for (int i = threadIdx.x + HELD * THREADS; i < K / 8; i += THREADS) sum += squares(from[i]);
-  sum_of_warp(sum, sums);
-  __syncthreads();
-  const float factor = inverse_rms(sums, K, eps);
-#pragma unroll
-  for (int j = 0, i = threadIdx.x; j < HELD; j++, i += THREADS)
-    if (i < K / 8) to[i] = scaled(piece[j], factor, weight[j]);
-  for (int i = threadIdx.x + HELD * THREADS; i < K / 8; i += THREADS) to[i] = scaled(from[i], factor, weights[i]);
-}
 
 template <class T, int N>
 struct alignas(sizeof(T) * (N & -N) < 16 ? sizeof(T) * (N & -N) : 16) Vector {

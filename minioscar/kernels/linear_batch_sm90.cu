@@ -6,7 +6,7 @@
 // Shapes as in linear.cu; SILU: weight holds gate rows, then up rows; out [M][N / 2] = silu(gate) * up. BF16, float32 inside, rounded once.
 //
 // A block has all tokens, 64 for each of GROUPS warpgroups, and a tile of ROWS rows of the weights (SILU: half of them gate, half up, so that
-// a lane has both). One warp copies: boxes of tensors, 64 k wide, RUNS of them a slab, STAGES slabs ahead, the weights' from before the launch
+// a lane has both). One thread copies: boxes of tensors, 64 k wide, RUNS of them a slab, STAGES slabs ahead, the weights' from before the launch
 // in front of this one has ended; a warpgroup multiplies what has come: tokens are operand a, rows operand b, both in shared memory.
 // Of x a box has as many rows as there are tokens, up to a multiple of 8, since rows that do not exist take the copy engine longer than others.
 //

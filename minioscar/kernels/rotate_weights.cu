@@ -12,18 +12,20 @@
 constexpr int DIM = HEAD_DIM, ORDER = hadamard_order(DIM), THREADS = 256, COLUMNS = 32;
 static_assert(DIM == 64 || DIM == 80 || DIM == 96 || DIM == 128 || DIM == 256, "head_dim");
 
+// f(channel, column, number in memory) for all that this block has; what is side by side in memory is for threads side by side.
+template <class F>
+__device__ __forceinline__ void each(__nv_bfloat16* x, int own, int inner, F f) {
+  for (int n = threadIdx.x; n < DIM * COLUMNS; n += THREADS) {
+    const int channel = inner == 1 ? n % DIM : n / COLUMNS, column = inner == 1 ? n / DIM : n % COLUMNS, at = blockIdx.x * COLUMNS + column;
+    if (column < own) f(channel, column, x[((size_t)(at / inner) * DIM + channel) * inner + at % inner]);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) rotate_weights(__nv_bfloat16* x, int columns, int inner) {
   __shared__ float tile[DIM][COLUMNS + 1];
   wait_for_previous(), allow_next();
-  const int first = blockIdx.x * COLUMNS, own = min(COLUMNS, columns - first);
-  // f(channel, column, number in memory) for all that this block has; what is side by side in memory is for threads side by side.
-  auto each = [&](auto f) {
-    for (int n = threadIdx.x; n < DIM * COLUMNS; n += THREADS) {
-      const int channel = inner == 1 ? n % DIM : n / COLUMNS, column = inner == 1 ? n / DIM : n % COLUMNS, at = first + column;
-      if (column < own) f(channel, column, x[((size_t)(at / inner) * DIM + channel) * inner + at % inner]);
-    }
-  };
-  each([&](int channel, int column, __nv_bfloat16& number) { tile[channel][column] = __bfloat162float(number); });
+  const int own = min(COLUMNS, columns - (int)blockIdx.x * COLUMNS);
+  each(x, own, inner, [&](int channel, int column, __nv_bfloat16& number) { tile[channel][column] = __bfloat162float(number); });
   __syncthreads();
 #pragma unroll 1
   for (int stride = ORDER; stride < DIM; stride *= 2) {
@@ -35,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rotate_weights(__nv_bfloat
     }
     __syncthreads();
   }
-  each([&](int channel, int column, __nv_bfloat16& number) {
+  each(x, own, inner, [&](int channel, int column, __nv_bfloat16& number) {
     const int block = channel / ORDER * ORDER;
     float sum = tile[channel][column];
     if constexpr (ORDER > 1) {

@@ -114,14 +114,14 @@ class Cuda(Reference):
     def widen(self, x: Array) -> Array:
         return x.astype(np.float32)
 
+    # --- the transformer
+
     def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None:
         """A raw kernel, not for its speed alone: cuBLAS takes 0.1 s to load, and a short prompt needs nothing else of it."""
         if head_dim in raw.HEAD_DIMS:
             self.run(raw.rotate_weights(x, head_dim, axis))
         else:
             super().rotate_heads(x, head_dim, axis)
-
-    # --- the transformer
 
     def linear(
         self, x: Array, weight: Array, bias: Array | None = None, *, norm: tuple[Array, float] | None = None, silu: bool = False,

@@ -13,7 +13,6 @@ from .raw import Launch, room
 Array = Any
 
 LINEAR_TOKENS = 8  # of linear.cu: the columns of an MMA
-NORM_DEFINES = "COLUMNS=16", "ROW_TILES=2", "K_GROUPS=2", "STAGES=2", "SILU=0", "OUT_BF16=1"  # rms_norm does not look at them
 
 
 def fits(tokens: int, size: int, norm: bool, silu: bool, capability: int) -> bool:
@@ -54,7 +53,7 @@ def linear(
 def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> Launch:
     """x [tokens, size] -> out, both bf16."""
     args = (x, weight, out, np.int32(x.shape[1]), np.float32(eps))
-    return Launch("linear_batch.cu", "rms_norm", NORM_DEFINES, (len(x),), 256, args)
+    return Launch("rms_norm.cu", "rms_norm", ("SILU=0", "OUT_BF16=1"), (len(x),), 256, args)
 
 
 # --- between the products of a prefill

@@ -90,6 +90,8 @@ class Reference:
         mlp = tokens * (2 * hidden + 8 * config.intermediate_size)
         return self.dtype.itemsize * max(mlp, attention(tokens), attention(1), rows * config.vocab_size)
 
+    # --- the transformer
+
     def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None:
         """In place: x, a weight matrix [out, in] or a bias [out], every head_dim numbers along `axis` (a head) times H.
 
@@ -98,8 +100,6 @@ class Reference:
         rows = self.xp.moveaxis(x, axis, -1)
         rotated = oscar.rotate(rows.reshape(*rows.shape[:-1], -1, head_dim), self.xp).reshape(rows.shape)
         x[...] = self.xp.moveaxis(rotated, -1, axis).astype(x.dtype)
-
-    # --- the transformer
 
     def embed(self, table: Array, ids: np.ndarray) -> Array:
         """table [vocab, hidden], ids int [tokens] on the host -> [tokens, hidden]."""
