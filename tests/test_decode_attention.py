@@ -100,30 +100,47 @@ def run(
     reference: bool = True,
 ):
     """Output and log-sum-exp, the kernel's and the reference's, each [batch, q_heads, ...]; lengths count the new token."""
-    rng, batch = np.random.default_rng(seed), len(lengths)
-    heads = raw.Heads(KV_HEADS * plan.share * plan.q_per_kv, KV_HEADS, d)
-    q = rng.normal(size=(batch, heads.q_heads, d))
+    q, sequences = drawn(d, plan, lengths, seed, kind)
+    got = attended(device, scheme, plan, q, sequences, arch, order)
+    expected = np.zeros(q.shape), np.zeros(q.shape[:2])
+    for b, x in enumerate(sequences):
+        if x.shape[2] and reference:
+            expected[0][b], expected[1][b] = attention(q[b], *dequantized(x, cached_packed(scheme, x), scheme))
+    return got, expected
+
+
+def drawn(d: int, plan: raw.Plan, lengths: Sequence[int], seed: int, kind: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Queries, BF16 [batch, q_heads, d], and the `history` of each sequence."""
+    rng, q_heads = np.random.default_rng(seed), KV_HEADS * plan.share * plan.q_per_kv
+    q = rng.normal(size=(len(lengths), q_heads, d))
     if kind == "peak":
         q = q[0, 0] + 0.05 * q
     q = q.astype(BF16)
-    sequences = [history(rng, n, d, kind, q[0, 0].astype(np.float64)) for n in lengths]
+    return q, [history(rng, n, d, kind, q[0, 0].astype(np.float64)) for n in lengths]
+
+
+def attended(
+    device, scheme: Scheme, plan: raw.Plan, q: np.ndarray, sequences: Sequence[np.ndarray], arch: int = 80, order: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The kernel's output and log-sum-exp."""
+    d, heads = q.shape[2], raw.Heads(q.shape[1], KV_HEADS, q.shape[2])
     cache = filled(device, sequences, scheme, heads)
     out, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:2], np.float32)
     workspace = device.empty(plan.workspace_floats(d), np.float32)
     arrived = device.array(np.zeros(plan.counters(d), np.int32))
-    known = device.array(np.array(lengths, np.int32) - 1)
+    known = device.array(np.array([x.shape[2] for x in sequences], np.int32) - 1)
     tasks = device.empty(plan.task_shape, np.int32)
     attend = raw.decode_attention(heads, scheme, plan, device.array(q), cache, known, tasks, out, lse, workspace, arrived, turn=0)
     schedule = raw.schedule(heads, scheme, plan, known, tasks, workspace)
     device.run(replace(schedule, defines=attend.defines), arch, order)  # one compilation, as in the engine
     device.run(attend, arch, order)
     assert not device.numpy(arrived).any()
-    expected = np.zeros(q.shape), np.zeros(q.shape[:2])
-    for b, x in enumerate(sequences):
-        if x.shape[2] and reference:
-            old = packed_tokens(x.shape[2]) if scheme.quantized else 0
-            expected[0][b], expected[1][b] = attention(q[b], *dequantized(x, old, scheme))
-    return (device.numpy(out), device.numpy(lse, allow_unwritten=True)), expected
+    return device.numpy(out), device.numpy(lse, allow_unwritten=True)
+
+
+def cached_packed(scheme: Scheme, x: np.ndarray) -> int:
+    """Tokens of a sequence that the cache holds packed."""
+    return packed_tokens(x.shape[2]) if scheme.quantized else 0
 
 
 def check(got, expected, lengths):
@@ -293,3 +310,32 @@ def test_decode_attention_over_batches(device, seed, batch, name):
     check(got, expected, lengths)
     again = run(device, SCHEMES[name], 128, plan, lengths, seed, reference=False)[0]
     assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(got, again, strict=True))  # no log-sum-exp of no tokens
+
+
+# --- contexts that no short test reaches: an index, a sum or a round of merging that grows with the length
+
+
+def roundoff(q: np.ndarray, keys: np.ndarray) -> float:
+    """What the kernel promises of its error: LIMIT, or more where logits are steep.
+
+    q * key_step is rounded to fp16, half a unit of 2^-10 at most, in each of d channels. The errors of a token's logit add up as
+    random signs do: about 2^-11 * |q| * |k| / d. In units of the softmax's weights that is the relative error of the output.
+    """
+    steepest = np.linalg.norm(q.astype(np.float64), axis=-1).max() * np.linalg.norm(keys, axis=-1).max() / q.shape[-1]
+    return max(LIMIT, 2**-11 * steepest)
+
+
+@on_the_card
+@pytest.mark.parametrize("n", [131_073, 262_145])
+@pytest.mark.parametrize("kind", ["", "equal", "tail", "sink", "peak"])
+@pytest.mark.parametrize("name", ["int2", "oscar", "int4", "bf16"])
+def test_decode_attention_over_the_longest_contexts(device, seed, name, kind, n):
+    scheme, plan = SCHEMES[name], planned(SCHEMES[name], 128, 4, 1)
+    q, (x,) = drawn(128, plan, (n,), seed, kind)
+    got = attended(device, scheme, plan, q, (x,))
+    keys, values = dequantized(x, cached_packed(scheme, x), scheme)
+    want, bound = attention(q[0], keys, values), roundoff(q, keys)
+    error = np.linalg.norm(got[0][0] - want[0]) / np.linalg.norm(want[0])
+    print(f"error {error:.1e}, bound {bound:.1e}, log-sum-exp off by {np.abs(got[1][0] - want[1]).max():.1e}")
+    assert bound == LIMIT or kind in ("tail", "sink")
+    assert error <= bound and np.abs(got[1][0] - want[1]).max() <= bound * max(1, np.abs(want[1]).max())
