@@ -6,7 +6,6 @@ stdout carries the answers; everything else goes to stderr. Editing and history 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from . import strict_json as json
 from .cache import cache_bytes
 from .conversation import Conversation
 from .errors import Failure, UserError

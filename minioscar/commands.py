@@ -6,11 +6,11 @@ Everything heavy is imported by the command that needs it, so that --help and a 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from typing import TYPE_CHECKING
 
+from . import strict_json as json
 from .errors import UserError
 from .ops import wake
 

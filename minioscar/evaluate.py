@@ -128,7 +128,9 @@ def summary(scheme: Scheme, head_dim: int, scores: np.ndarray, baseline: np.ndar
     nll, kl, top1 = scores.mean(axis=0).tolist()
     change, several = scores[:, 0] - baseline[:, 0], len(scores) > 1
     errors = [float(x.std(ddof=1) / np.sqrt(len(x))) if several else None for x in (change, scores[:, 1])]
-    return Row(scheme.name, scheme.bits_per_element(head_dim), nll, float(np.exp(nll)), float(change.mean()), kl, top1, *errors)
+    with np.errstate(over="ignore"):  # a perplexity that overflows is null in JSON
+        ppl = float(np.exp(nll))
+    return Row(scheme.name, scheme.bits_per_element(head_dim), nll, ppl, float(change.mean()), kl, top1, *errors)
 
 
 def compare(chunks: Iterable[np.ndarray], truth: Iterable[np.ndarray], targets: np.ndarray) -> tuple[float, float, float]:

@@ -251,4 +251,8 @@ def _tokenizer(path: Path, fields: dict[str, Any], max_length: int) -> tuple[Any
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{path.name}: the GGUF file has a number for it that is NaN or infinite; fetch it again") from None
+    path.write_text(f"{text}\n", encoding="utf-8")

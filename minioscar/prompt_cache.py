@@ -7,7 +7,6 @@ the back end. Its metadata binds it to format, config, scheme and weights; `cont
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import strict_json as json
 from .cache import Cache, left_after_cut, row_layout
 from .config import Config
 from .errors import Failure, UserError

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import io
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import strict_json as json
 from .errors import UserError
 from .figures import FIGURES, STYLE, drawn, sinks
 

@@ -7,13 +7,13 @@ added tokens that are not special (<think>, <tool_call>) stay.
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from minioscar import strict_json as json
 from minioscar.errors import UserError
 
 MAX_CHAT = 64 << 20  # characters a chat template may write: far above any context, far below memory

@@ -1,0 +1,43 @@
+"""JSON as RFC 8259 has it, in and out: Python's own module also reads and writes NaN and Infinity, which other programs refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+
+def loads(text: str | bytes) -> Any:
+    """The value. Raises ValueError, with the path of the field, for a number that is NaN or infinite (1e999 is, as a float)."""
+    value = json.loads(text)
+    for path, number in _not_finite(value):
+        raise ValueError(f"{' '.join(path.split())[:80] or 'the number'} is {number}, which JSON does not have")
+    return value
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """The text of a result. A number that is NaN or infinite, such as a perplexity that overflows, becomes null."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _not_finite(item, f"{path}[{i}]")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
