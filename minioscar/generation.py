@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from .cache import Batch, Cache
 from .decoding import Decoder
 from .errors import UserError
-from .sampling import Sampling, likeliest, sample
+from .sampling import Sampling, likeliest, sample, shown, whole
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -25,11 +25,13 @@ MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of every prompt of a batch. Raises UserError for what cannot be.
+    """What is asked of a prompt. None is the default. Raises UserError for a wrong type and for what cannot be.
 
     max_tokens: new tokens at most. stop: the text ends before the first of these strings. logprobs: report the log-probability of
     every new token, and of this many likeliest ones beside it (None: do not). n: answers to each prompt, drawn independently.
     graph: on a GPU a decode step is one CUDA graph; False launches its kernels one by one, for debugging, and gives the same bits.
+    stop_ids: token ids that end an answer as the model's own end tokens do. min_tokens: no end before so many new tokens: until then
+    end tokens cannot be drawn, and stop strings are looked for behind them. ignore_eos: the model's end tokens are tokens like others.
     """
 
     max_tokens: int = MAX_TOKENS
@@ -38,16 +40,42 @@ class Options:
     logprobs: int | None = None
     n: int = 1
     graph: bool = True
+    stop_ids: Sequence[int] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens {self.max_tokens} is out of range; ask for at least one token")
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-            raise UserError(f"stop {self.stop!r} must be a list of strings, none of them empty")
-        if self.logprobs is not None and not 0 <= self.logprobs <= 100:
-            raise UserError(f"logprobs {self.logprobs} is out of range; it must be 0 ... 100 likeliest tokens")
-        if self.n < 1:
-            raise UserError(f"n {self.n} is out of range; ask for at least one answer")
+        given = {name: default if (value := getattr(self, name)) is None else value for name, default in DEFAULTS.items()}
+        for name, low, want in (
+            ("max_tokens", 1, "at least 1"), ("n", 1, "at least one answer"), ("min_tokens", 0, "0 (off) or a positive number"),
+        ):
+            given[name] = whole(name, given[name], low.__le__, want)
+        if self.logprobs is not None:
+            given["logprobs"] = whole("logprobs", self.logprobs, lambda k: 0 <= k <= 100, "0 ... 100 likeliest tokens")
+        for name in ("stop", "stop_ids"):
+            given[name] = _sequence(name, given[name])
+        if not all(isinstance(s, str) and s for s in given["stop"]):
+            raise UserError(f"stop {shown(list(given['stop']))} must be a list of strings, none of them empty")
+        given["stop_ids"] = tuple(whole("stop_ids", i, lambda i: i >= 0, "token ids of the model") for i in given["stop_ids"])
+        for name in ("graph", "ignore_eos"):
+            if not isinstance(given[name], bool | np.bool_):
+                raise UserError(f"{name} {shown(given[name])} must be true or false")
+            given[name] = bool(given[name])
+        if not isinstance(given["sampling"], Sampling):
+            raise UserError(f"sampling {shown(given['sampling'])} must be a minioscar.Sampling")
+        if given["min_tokens"] > given["max_tokens"]:
+            raise UserError(f"min_tokens {given['min_tokens']} is more than max_tokens {given['max_tokens']}; raise max_tokens")
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+
+
+DEFAULTS = {"sampling": Sampling()} | {f.name: f.default for f in fields(Options) if f.name not in ("sampling", "logprobs")}
+
+
+def _sequence(name: str, value: Any) -> tuple:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise UserError(f"{name} {shown(value)} must be a list of {'strings' if name == 'stop' else 'token ids'}")
+    return tuple(value)
 
 
 @dataclass(frozen=True)
