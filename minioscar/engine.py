@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -30,7 +30,7 @@ from .sampling import Sampling
 from .shaping import shape_keys
 from .tokenizer import Tokenizer
 from .watch import Watch
-from .weights import Weights, fingerprint, for_scheme
+from .weights import Weights, for_scheme, weight_files
 from .weights import load as load_weights
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -47,7 +47,7 @@ class Engine:
         folder: Path | None = None,
     ):
         self.config, self.scheme, self.ops, self.progress, self.folder = config, scheme, ops, progress, folder
-        self._tokenizer = tokenizer
+        self._tokenizer, self.files = tokenizer, weights.files
         self.model = Model(config, weights, scheme, ops)
 
     @property
@@ -60,12 +60,12 @@ class Engine:
             raise UserError("this model was loaded without a tokenizer; give token ids instead of text")
         return self._tokenizer
 
-    @cached_property
+    @property
     def weights_sha256(self) -> str:
-        """Of the weight files; read once, when a prompt cache is saved or loaded."""
-        if self.folder is None:
+        """Of the weight files, hashed when a prompt cache is first saved or loaded. Raises UserError if they have changed since `load`."""
+        if self.files is None:
             raise UserError("this model was not loaded from a folder, so a prompt cache cannot be bound to it; use minioscar.load")
-        return fingerprint(self.folder)
+        return self.files.sha256
 
     # --- text
 
@@ -271,9 +271,9 @@ def load(
         folder = resolve(str(model))
         config = Config.from_folder(folder)
         check_scheme(config, scheme)
-        sha256 = fingerprint(folder) if saved else None
+        files = weight_files(folder) if saved else None
         if saved:
-            saved.check(config, scheme, sha256)
+            saved.check(config, scheme, files.sha256)
     if ctx is not None and not 1 <= ctx <= config.max_positions:
         raise UserError(f"--ctx {ctx} is out of range; {folder.name} has {config.max_positions} positions")
     words = Tokenizer(folder) if tokenizer else None
@@ -284,8 +284,10 @@ def load(
         weights = shape_keys(weights, config, ops)
     ops.release()  # what was rotated in them
     engine = Engine(config, weights, words, scheme, Watch(ops, weights) if debug else ops, progress, folder)
-    if sha256 is not None:
-        engine.weights_sha256 = sha256
+    if files is not None:
+        if files.stamps != engine.files.stamps:
+            raise UserError(f"{folder}: the weight files have changed while the model was loaded; load it again")
+        engine.files = files  # hashed already
     return engine
 
 

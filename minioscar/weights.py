@@ -15,6 +15,7 @@ from . import oscar
 from .cache import BF16
 from .config import Config, read_json
 from .errors import UserError
+from .identity import Stamp, WeightFiles, stamp
 
 if TYPE_CHECKING:
     from .ops.reference import Reference
@@ -47,6 +48,7 @@ class Weights:
     layers: tuple[Layer, ...]
     norm: Array  # [hidden]
     head: Array  # [vocab, hidden]; the same array as embed where they are tied
+    files: WeightFiles | None = None  # what they were read from
 
 
 def expected(config: Config) -> dict[str, tuple[int, ...]]:
@@ -108,15 +110,19 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         self.folder, self.tensors = folder, {}
+        stamps: dict[Path, Stamp] = {}
         for file in _files(folder):
             try:
                 with safe_open(folder / file, "np"):
-                    self.tensors.update(_tensors(stack.enter_context(open(folder / file, "rb", buffering=0))))
+                    opened = stack.enter_context(open(folder / file, "rb", buffering=0))
+                stamps[folder / file] = stamp(opened)
+                self.tensors.update(_tensors(opened))
             except FileNotFoundError:
                 raise UserError(f"{folder / file} does not exist; fetch the model again") from None
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{folder / file} is truncated or not a safetensors file ({error}); fetch the model again") from None
         self._check(expected(config))
+        self.files = WeightFiles(stamps)
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
@@ -161,24 +167,9 @@ def _files(folder: Path) -> list[str]:
     return names
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the bytes of the weight files, hex: equal for equal weights in equal files. Reads all of them once (1.8 GB/s a core)."""
-    import hashlib
-    from concurrent.futures import ThreadPoolExecutor
-
-    def of_file(name: str) -> bytes:
-        digest = hashlib.sha256()
-        with open(folder / name, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        return digest.digest()
-
-    files = _files(folder)
-    try:
-        with ThreadPoolExecutor() as threads:
-            return hashlib.sha256(b"".join(threads.map(of_file, files))).hexdigest()
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}); fetch the model again") from None
+def weight_files(folder: Path) -> WeightFiles:
+    """The files that `load` would read now."""
+    return WeightFiles.of([folder / name for name in _files(folder)])
 
 
 def load(folder: Path, config: Config, ops: Reference, progress: bool = False) -> Weights:
@@ -199,12 +190,15 @@ def load(folder: Path, config: Config, ops: Reference, progress: bool = False) -
             return put([tensors[name] for name in names])
 
         embed = get("model.embed_tokens.weight")
-        return Weights(
+        weights = Weights(
             embed=embed,
             layers=tuple(_layer(get, f"model.layers.{i}.", config) for i in range(config.num_layers)),
             norm=get("model.norm.weight"),
             head=embed if config.tie_embeddings else get("lm_head.weight"),
+            files=tensors.files,
         )
+    tensors.files.check()  # not half of them of one training step and half of another
+    return weights
 
 
 def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:

@@ -18,6 +18,7 @@ from minioscar.cli import main
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.generation import Options
+from minioscar.identity import WeightFiles
 from minioscar.ops import raw, repage
 from minioscar.oscar import SCHEMES
 from minioscar.prompt_cache import PromptCache, common, continued, digest
@@ -186,8 +187,8 @@ def test_only_what_is_read_counts_as_work(engine, monkeypatch):
 
 
 def test_the_weights_are_hashed_once(folder, file, monkeypatch):
-    hashed, fingerprint = [], module.fingerprint
-    monkeypatch.setattr(module, "fingerprint", lambda folder: hashed.append(folder) or fingerprint(folder))
+    hashed, digest = [], WeightFiles._digest
+    monkeypatch.setattr(WeightFiles, "_digest", lambda files, path: hashed.append(path) or digest(files, path))
     loaded = module.load(folder, device="cpu", cache=file)
     loaded.load_cache(file)
     assert len(hashed) == 1
