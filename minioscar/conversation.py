@@ -8,44 +8,54 @@ else at the block before, whose tokens are then fed again (`cache.left_after_cut
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from . import memory
+from .arguments import context_of, options_of, variables_of
 from .cache import Cache
-from .engine import GREEDY, Engine
+from .engine import Engine
 from .errors import UserError
-from .generation import MAX_TOKENS, Generation, Options, Run
+from .generation import Generation, Options, Run
 from .oscar import WINDOW
 from .prompt_cache import Message, PromptCache, common, continued
-from .sampling import Sampling
+from .sampling import shown
 
 
 class Conversation:
     """Messages, and a cache of `context` tokens. `messages` may be read at any time; `last` is the newest answer as generated.
 
     system: the first message. cache: a document or an earlier conversation to go on with; its messages are the first. ctx: tokens
-    (None: the model's positions, or what fits into memory), rounded up to whole blocks. Raises UserError where the model has no
-    chat template, where the context cannot be had, or for both system and cache.
+    (None: the model's positions, or what fits into memory), rounded up to whole blocks. template: more variables of the chat
+    template. Raises UserError where the model has no chat template, where the context cannot be had, or for both system and cache.
     """
 
-    def __init__(self, engine: Engine, *, system: str | None = None, cache: PromptCache | None = None, ctx: int | None = None):
+    def __init__(
+        self, engine: Engine, *, system: str | None = None, cache: PromptCache | None = None, ctx: int | None = None,
+        template: Mapping[str, Any] | None = None,
+    ):
+        if not isinstance(engine, Engine):
+            raise UserError(f"engine {shown(engine)} must be what minioscar.load returned")
         if not engine.tokenizer.has_chat_template:
             raise UserError(f"{engine.tokenizer.folder}: the model has no chat template, so it cannot chat; use generate --raw")
+        if system is not None and not isinstance(system, str):
+            raise UserError(f"system {shown(system)} must be text")
+        if cache is not None:
+            engine.belongs(cache)
         if cache is not None and (system is not None or cache.messages is None):
             why = "the messages of a prompt cache begin the conversation, a system message cannot" if system else "it was made with --raw"
             raise UserError(f"this prompt cache cannot begin this conversation: {why}")
         self.engine, self.turns = engine, 0
-        self.context = self._room(ctx)
+        self.context, self.template = self._room(ctx), variables_of(template)
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.last: Generation | None = None
         self.cache: Cache | None = None
         self.held: list[int] = []  # the tokens in row 0 of the cache
         self._answer: Generator[str, None, None] | None = None
         if cache is not None:
-            engine.belongs(cache)
-            if len(cache) >= self.context:
+            if len(cache) > self.context:
                 raise UserError(f"the prompt cache has {len(cache)} tokens, but the context holds {self.context}; raise --ctx")
             self.messages, self.cache = list(cache.messages), engine.new_cache(1, self.context)
             cache.fill(self.cache, 0, len(cache))
@@ -56,32 +66,32 @@ class Conversation:
         config, scheme, ops = self.engine.config, self.engine.scheme, self.engine.ops
         if ctx is None:  # a fifth is left for what no arithmetic knows
             ctx = memory.longest_context(config, scheme, ops, 1, ops.free_bytes() * 4 // 5) or min(WINDOW, config.max_positions)
-        if not 1 <= ctx <= config.max_positions:
-            raise UserError(f"--ctx {ctx} is out of range; this model has {config.max_positions} positions")
+        ctx = context_of(ctx, config.max_positions)
         memory.check(config, scheme, ops, 1, ctx, 1)
         return self.engine.padded(ctx)  # whole blocks, so that the row can be saved
 
-    def say(
-        self, text: str, *, max_tokens: int = MAX_TOKENS, sampling: Sampling = GREEDY, stop: Sequence[str] = ()
-    ) -> Generator[str, None, None]:
-        """The answer to a user's message, as it comes; parameters as in `Engine.generate`.
+    def say(self, text: str, **options: Any) -> Generator[str, None, None]:
+        """The answer to a user's message, as it comes; options as in `Engine.generate`.
 
         The message and what there is of its answer join the conversation, also where the iteration is broken off (Ctrl-C, a closed
         iterator); a message that got no answer at all does not. Raises UserError, the conversation as it was, for an empty message
         or one that the context does not hold any more.
         """
+        if not isinstance(text, str):
+            raise UserError(f"the message must be text, not {shown(text)}")
+        wanted = options_of(options, ())
         if self._answer is not None:
             self._answer.close()  # one that was left standing has ended here
-        sampling = replace(sampling, seed=(sampling.seed + self.turns) % 2**64)  # another turn draws other numbers
-        self._answer = self._say(text, Options(max_tokens, sampling, stop))
+        seed = (wanted.sampling.seed + self.turns) % 2**64  # another turn draws other numbers
+        self._answer = self._say(text, replace(wanted, sampling=replace(wanted.sampling, seed=seed)))
         return self._answer
 
     def _say(self, text: str, options: Options) -> Generator[str, None, None]:
         messages = continued(self.messages, text)
         if not text.strip() and len(messages) > len(self.messages):  # a document may be answered as it is
             raise UserError("the message is empty; say something")
-        ids = self.engine.render(messages)
-        if len(ids) >= self.context:
+        ids = self.engine.render(messages, self.template)
+        if len(ids) > self.context:
             raise UserError(f"the conversation would have {len(ids)} tokens, the context holds {self.context}; begin anew or raise --ctx")
         cache = self._cut(ids)
         run = Run(self.engine, [ids], cache, options)

@@ -15,26 +15,25 @@ from typing import Any, overload
 
 import numpy as np
 
-from . import memory
+from . import arguments, memory
 from . import ops as back_ends
+from .arguments import Prompt
 from .cache import Cache
 from .config import Config
 from .errors import Failure, UserError
-from .generation import MAX_TOKENS, Generation, Options, Run
+from .generation import Generation, Options, Run
 from .hub import resolve
 from .model import Model, Progress, check_scheme
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
-from .prompt_cache import File, Message, PromptCache, common, continued, well_formed
-from .sampling import Sampling
+from .prompt_cache import File, Message, PromptCache, common, continued
+from .sampling import shown
 from .shaping import shape_keys
 from .tokenizer import Tokenizer
 from .watch import Watch
 from .weights import Weights, for_scheme, weight_files
 from .weights import load as load_weights
 
-Prompt = str | Sequence[int] | Sequence[Message]
-GREEDY = Sampling()
 MOST_ROWS = 256  # answers at a time: what the kernels of a decode step have room for
 SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
 
@@ -77,71 +76,102 @@ class Engine:
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Generation | list[Generation]: ...
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], *, max_tokens: int = MAX_TOKENS, ctx: int | None = None, chat: bool | None = None,
-        sampling: Sampling = GREEDY, stop: Sequence[str] = (), logprobs: int | None = None, cache: PromptCache | None = None,
+        self, prompts: Prompt | Sequence[Prompt], *, ctx: int | None = None, chat: bool | None = None, cache: PromptCache | None = None,
+        system: str | None = None, template: Mapping[str, Any] | None = None, **options: Any,
     ) -> Generation | list[Generation]:
         """Continues one prompt, or several of unequal lengths as one batch (a list then, in their order).
 
         A prompt is text, token ids, or the messages of a chat, [{"role", "content"}, ...]. chat: render text with the model's
         chat template (None: if it has one). ctx: capacity of the cache in tokens (None: what prompts and max_tokens need, see `capacity`).
-        stop: the text ends before any of these strings. logprobs: log-probabilities of the new tokens, and of so many likeliest
-        ones beside each. cache: what `prefill` or `load_cache` returned; prompts go on from there (`PromptCache.followed_by`), and
-        only what it does not hold is computed. Raises UserError for an empty prompt, one that does not fit, or a value out of
-        range; Failure if memory runs out.
+        cache: what `prefill` or `load_cache` returned; prompts go on from there (`PromptCache.followed_by`; messages repeat its own), and
+        only what it does not hold is computed. system: a system message in front of text. template: more variables of the chat template.
+        options: the fields of `Options` (max_tokens, stop, logprobs, ...) and of `Sampling` (temperature, top_p, seed, ...), or
+        sampling=; None is the default. Raises UserError for an empty prompt, one that does not fit, or a value of a wrong type or out
+        of range; Failure if memory runs out.
         """
-        alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer | Mapping))
-        options = Options(max_tokens, sampling, stop, logprobs)
-        run = self.start([prompts] if alone else prompts, ctx=ctx, chat=chat, cache=cache, options=options)
+        given, alone = arguments.all_prompts(prompts)
+        run = self._start(given, options, ctx=ctx, chat=chat, cache=cache, system=system, template=template)
         for _ in run:
             pass
         return run.results[0] if alone else run.results
 
     def stream(
-        self, prompt: Prompt, *, max_tokens: int = MAX_TOKENS, ctx: int | None = None, chat: bool | None = None,
-        sampling: Sampling = GREEDY, stop: Sequence[str] = (), cache: PromptCache | None = None,
+        self, prompt: Prompt, *, ctx: int | None = None, chat: bool | None = None, cache: PromptCache | None = None,
+        system: str | None = None, template: Mapping[str, Any] | None = None, **options: Any,
     ) -> Iterator[str]:
-        """The same for one prompt, text as it comes; parameters as in `generate`."""
-        for _, piece in self.start([prompt], ctx=ctx, chat=chat, cache=cache, options=Options(max_tokens, sampling, stop)):
-            if piece:
-                yield piece
+        """The same for one prompt, text as it comes; parameters as in `generate`, all checked before this returns."""
+        run = self._start([arguments.one_prompt(prompt)], options, ctx=ctx, chat=chat, cache=cache, system=system, template=template)
+        return (piece for _, piece in run if piece)
+
+    def _start(self, prompts: list[Any], options: dict[str, Any], *, system: str | None, **rest: Any) -> Run:
+        wanted = arguments.options_of(options, ("ctx", "chat", "cache", "system", "template"))
+        if system is not None:
+            arguments.check_system(system, prompts, rest["chat"], rest["cache"] is not None)
+            prompts = [[{"role": "system", "content": system}, {"role": "user", "content": prompt}] for prompt in prompts]
+        return self.start(prompts, options=wanted, **rest)
 
     def start(
         self, prompts: Sequence[Prompt], *, ctx: int | None = None, chat: bool | None = None, cache: PromptCache | None = None,
-        sequences: Sequence[int] | None = None, options: Options | None = None,
+        sequences: Sequence[int] | None = None, options: Options | None = None, template: Mapping[str, Any] | None = None,
     ) -> Run:
         """Checks everything and allocates the cache; iterate the result for (answer, piece of text), token by token.
 
         The other half of `generate`, and more: options.n answers to each prompt, which is read once for all of them. sequences: the
         number under which each answer draws its random numbers (None: its place in the batch).
         """
-        wanted = options or Options()
+        prompts, alone = arguments.all_prompts(prompts)
+        if alone:
+            raise UserError("several prompts go into a list, and one, too: start([prompt])")
+        wanted = Options() if options is None else options
+        if not isinstance(wanted, Options):
+            raise UserError(f"options {shown(wanted)} must be a minioscar.Options")
         if wanted.stop:
             _ = self.tokenizer  # a stop string needs text
-        ids = [self.encode(prompt, chat, cache) for prompt in prompts]
+        ids = [self.encode(prompt, chat, cache, template) for prompt in prompts]
         context = self.capacity(ids, wanted, ctx, cache)
+        sequences = arguments.sequences_of(sequences, len(ids) * wanted.n)
         kept = self.new_cache(len(ids) * wanted.n, context)
         logits = None
         if cache is not None:
-            self.belongs(cache)
             for i, prompt in enumerate(ids):
                 again = prompt == cache.ids and cache.logits is not None
                 logits = cache.logits if again else logits
                 cache.fill(kept, i * wanted.n, len(prompt) if again else min(common(prompt, cache.ids), len(prompt) - 1))
         return Run(self, ids, kept, wanted, logits, sequences)
 
-    def encode(self, prompt: Prompt, chat: bool | None = None, cache: PromptCache | None = None) -> list[int]:
-        """Token ids of a whole prompt. Raises UserError for an empty one or for ids that the model does not have."""
-        if cache is not None and isinstance(prompt, str):
-            prompt, chat = cache.followed_by(prompt), False
-        if isinstance(prompt, str):
-            if not prompt:
-                raise UserError("the prompt is empty; give it some text")
-            ids = self.tokenizer.prompt_ids(prompt, self.tokenizer.has_chat_template if chat is None else chat)
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            return self.render(prompt)
-        else:
-            ids = [*(cache.ids if cache else ()), *(int(i) for i in prompt)]
-        return self._checked(ids)
+    def encode(
+        self, prompt: Prompt, chat: bool | None = None, cache: PromptCache | None = None, template: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of a whole prompt; parameters as in `generate`. Raises UserError for an empty one, for ids that the model does not
+        have, and where cache, chat and template do not go with this kind of prompt."""
+        prompt, chat = arguments.one_prompt(prompt), arguments.flag("chat", chat)
+        if cache is not None:
+            self.belongs(cache)
+        full = self._full_prompt(prompt, chat, cache) if isinstance(prompt, str) else prompt
+        if arguments.is_chat(full):
+            if full is prompt and chat is False:
+                raise UserError(f"messages go through the chat template; {arguments.RAW}")
+            ids = self.render(full, template)
+            if full is prompt and cache is not None and not cache.begins(full, ids):
+                raise UserError("the messages do not begin with those of the prompt cache; repeat these, or give the next one as text")
+            return ids
+        if template:
+            raise UserError("template has variables of the chat template, but this prompt does not go through it; leave them out")
+        if isinstance(full, str):
+            return self._checked(self.tokenizer.encode(full, add_special_tokens=True))
+        if chat:
+            raise UserError("token ids are taken as they are; chat=True needs text or messages")
+        return self._checked([*(() if cache is None else cache.ids), *full])
+
+    def _full_prompt(self, text: str, chat: bool | None, cache: PromptCache | None) -> str | list[Message]:
+        """The prompt that a text makes: behind what the cache holds, as a message where the chat template is for it."""
+        if cache is not None:
+            if chat is not None and cache.chat is (not chat):
+                raise UserError("whether it is a chat was decided when the prompt cache was made; leave chat= (--chat, --raw) out")
+            return cache.followed_by(text)
+        if not text:
+            raise UserError("the prompt is empty; give it some text")
+        return [{"role": "user", "content": text}] if (self.tokenizer.has_chat_template if chat is None else chat) else text
 
     def _checked(self, ids: list[int]) -> list[int]:
         if not ids:
@@ -150,11 +180,12 @@ class Engine:
             raise UserError(f"the prompt has token ids outside 0 ... {self.config.vocab_size - 1}; the tokenizer is not this model's")
         return ids
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a chat, by the model's template, with the beginning of the answer."""
-        if not well_formed(messages):
+    def render(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of a chat, by the model's template with these variables more, and the beginning of the answer."""
+        messages = arguments.one_prompt(messages)
+        if not arguments.is_chat(messages):
             raise UserError('messages must be objects {"role": text, "content": text}')
-        return self._checked(self.tokenizer.encode(self.tokenizer.chat([dict(m) for m in messages])))
+        return self._checked(self.tokenizer.encode(self.tokenizer.chat(messages, template=arguments.variables_of(template))))
 
     def capacity(self, ids: list[list[int]], options: Options, ctx: int | None, cache: PromptCache | None = None) -> int:
         """The capacity of the cache, every limit checked before anything is computed. cache: holds the beginning of the prompts.
@@ -167,8 +198,7 @@ class Engine:
         rows, longest, limit = len(ids) * options.n, max(map(len, ids)), self.config.max_positions
         if rows > MOST_ROWS:
             raise UserError(f"{rows} answers at a time are more than {MOST_ROWS}; give fewer prompts at once (--batch) or a smaller --n")
-        if ctx is not None and not 1 <= ctx <= limit:
-            raise UserError(f"--ctx {ctx} is out of range; this model has {limit} positions")
+        ctx = arguments.context_of(ctx, limit)
         if longest > (ctx or limit):
             way_out = "shorten it or raise --ctx" if ctx and ctx < limit else "shorten it"
             raise UserError(f"the prompt has {longest} tokens, but the context holds {ctx or limit}; {way_out}")
@@ -186,29 +216,27 @@ class Engine:
 
         A text that the chat template is for becomes a user's message that the prompt of later calls goes on with.
         """
-        messages = text = None
-        if isinstance(prompt, str) and (self.tokenizer.has_chat_template if chat is None else chat):
-            messages = [{"role": "user", "content": prompt}]
-        elif isinstance(prompt, str):
-            text = prompt
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            messages = list(prompt)
-        if messages is None or not prompt:
-            ids = self.encode(prompt, chat=False)
+        prompt, chat, messages = arguments.one_prompt(prompt), arguments.flag("chat", chat), None
+        full = self._full_prompt(prompt, chat, None) if isinstance(prompt, str) else prompt
+        if not arguments.is_chat(full) or full is prompt and chat is False:
+            ids = self.encode(prompt, chat)
         else:  # only what does not depend on how it goes on: two ways to go on agree on it
+            messages = full
             ids = self.render(continued(messages, "a"))
             ids = self._checked(ids[: common(ids, self.render(continued(messages, "1")))])
         context = self.padded(self.capacity([ids], Options(max_tokens=1), None))
         run = Run(self, [ids], self.new_cache(1, context), Options(max_tokens=1))
         logits = run.prefill()[0]
-        return PromptCache.of(self, run.cache, ids, messages=messages, text=text, logits=logits)
+        return PromptCache.of(self, run.cache, ids, messages=messages, text=full if isinstance(full, str) else None, logits=logits)
 
     def load_cache(self, path: str | Path) -> PromptCache:
         """A prompt cache that `PromptCache.save` wrote. Raises UserError where it was not made with this model and scheme."""
-        return PromptCache.load(path, self)
+        return PromptCache.load(arguments.as_path("a prompt cache", path), self)
 
     def belongs(self, cache: PromptCache) -> None:
-        """Raises UserError for a prompt cache of another engine."""
+        """Raises UserError for what is no prompt cache, or one of another engine."""
+        if not isinstance(cache, PromptCache):
+            raise UserError(f"cache {shown(cache)} must be what prefill or load_cache returned; read a file with load_cache")
         if cache.engine is not self:
             raise UserError("this prompt cache belongs to another loaded model; save it and load it with this one")
 
@@ -255,18 +283,20 @@ class Engine:
 
 
 def load(
-    model: str | Path, kv: str | None = None, device: str = "auto", *, ctx: int | None = None, progress: bool = False,
+    model: str | Path, kv: str | None = None, device: str | None = "auto", *, ctx: int | None = None, progress: bool = False,
     tokenizer: bool = True, cache: str | Path | None = None, debug: bool = False,
 ) -> Engine:
     """Loads a model: a folder, a name under weights/, or a Hugging Face id.
 
-    kv: a scheme of `oscar.SCHEMES` (None: that of `cache`, else int2). device: "auto", "cuda" or "cpu". ctx: refuse early if the
+    kv: a scheme of `oscar.SCHEMES` (None: that of `cache`, else int2). device: "auto" (None), "cuda" or "cpu". ctx: refuse early if the
     model or the memory cannot hold so many tokens. tokenizer=False: token ids only (the folder needs no tokenizer). cache: a file
     that `load_cache` will read; one of another model is refused now. debug: check what every operation computes for NaN and
     infinity. Raises UserError for anything that cannot work, before the weights are read.
     """
-    with File(cache) if cache is not None else nullcontext() as saved:
-        scheme = scheme_named(kv or (saved.scheme if saved else DEFAULT_SCHEME))
+    arguments.as_path("model", model)
+    tokenizer, debug = arguments.flag("tokenizer", tokenizer), arguments.flag("debug", debug)
+    with File(arguments.as_path("cache", cache)) if cache is not None else nullcontext() as saved:
+        scheme = scheme_named((saved.scheme if saved else DEFAULT_SCHEME) if kv is None else kv)
         ops = back_ends.backend(device)
         folder = resolve(str(model))
         config = Config.from_folder(folder)
@@ -274,8 +304,7 @@ def load(
         files = weight_files(folder) if saved else None
         if saved:
             saved.check(config, scheme, files.sha256)
-    if ctx is not None and not 1 <= ctx <= config.max_positions:
-        raise UserError(f"--ctx {ctx} is out of range; {folder.name} has {config.max_positions} positions")
+    ctx = arguments.context_of(ctx, config.max_positions, folder.name)
     words = Tokenizer(folder) if tokenizer else None
     if ctx is not None:
         memory.check(config, scheme, ops, 1, ctx, 1, config.parameters() * ops.dtype.itemsize)
@@ -292,6 +321,6 @@ def load(
 
 
 def scheme_named(name: str) -> Scheme:
-    if name not in SCHEMES:
-        raise UserError(f"--kv {name!r} is not a scheme; choose from {', '.join(SCHEMES)}")
+    if not isinstance(name, str) or name not in SCHEMES:
+        raise UserError(f"--kv {shown(name)} is not a scheme; choose from {', '.join(SCHEMES)}")
     return SCHEMES[name]

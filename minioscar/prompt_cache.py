@@ -22,6 +22,7 @@ from .config import Config
 from .errors import Failure, UserError
 from .files import replacing
 from .oscar import SCHEMES, WINDOW, Scheme
+from .sampling import shown
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -59,8 +60,25 @@ class PromptCache:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def chat(self) -> bool | None:
+        """Whether it goes on as a chat, or else as plain text; None: as token ids."""
+        return None if self.messages is self.text is None else self.messages is not None
+
+    def begins(self, messages: Sequence[Message], ids: Sequence[int]) -> bool:
+        """Whether this chat, of these ids, begins with what is held: its messages, the last of them perhaps going on, or its tokens."""
+        if self.messages is None:
+            return common(ids, self.ids) == len(self)
+        *before, last = self.messages
+        if list(messages[: len(before)]) != before or len(messages) <= len(before) or messages[len(before)]["role"] != last["role"]:
+            return False
+        content, held = messages[len(before)]["content"], last["content"]
+        return content == held or isinstance(content, str) and isinstance(held, str) and content.startswith(held)
+
     def followed_by(self, prompt: str) -> str | list[Message]:
         """The whole prompt that `prompt` makes of this one: what a cached text goes on with, or the next message of a chat."""
+        if not isinstance(prompt, str):
+            raise UserError(f"what follows a prompt cache must be text, not {shown(prompt)}")
         if self.messages is not None:
             return continued(self.messages, prompt)
         if self.text is not None:

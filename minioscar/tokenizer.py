@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,19 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
-    def chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The messages ({"role", "content"}) as one prompt, by the model's own template. Raises UserError if that fails."""
+    def chat(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, template: Mapping[str, Any] | None = None
+    ) -> str:
+        """The messages ({"role", "content"}) as one prompt, by the model's own template, which also gets the variables of `template`.
+
+        Raises UserError if that fails.
+        """
         if self._chat_template is None:
             raise UserError(f"{self.folder}: the model has no chat template; use --raw")
         tokens = {name: token for name, token in (("bos_token", self.bos_token), ("eos_token", self.eos_token)) if token is not None}
         try:
-            return _render(self._chat_template, messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
+            variables = {**tokens, **(template or {}), "messages": messages, "add_generation_prompt": add_generation_prompt}
+            return _render(self._chat_template, **variables)
         except Exception as error:  # a template is a program: it may end in any exception
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"{self.folder}: the chat template failed ({reason}); use --raw") from error

@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     from .reference import Reference
 
 
-def backend(device: str) -> Reference:
-    """device: "cpu", "cuda", or "auto" (cuda where there is one). Raises UserError for "cuda" without one."""
+DEVICES = ("auto", "cuda", "cpu")
+
+
+def backend(device: str | None) -> Reference:
+    """device: "cpu", "cuda", or "auto" (None: cuda where there is one). Raises UserError for "cuda" without one, and for other names."""
     from .reference import Reference
 
+    device = "auto" if device is None else device
+    if not isinstance(device, str) or device not in DEVICES:
+        raise UserError(f"device {device!r:.60} is not known; choose from {', '.join(DEVICES)} (CUDA_VISIBLE_DEVICES chooses the GPU)")
     if os.environ.get("MINIOSCAR_BACKEND") == "simt":
         return _simulator()
     if device == "cpu":

@@ -1,0 +1,138 @@
+"""What a Python program gives to `generate` and its like: prompts of one kind each, options by name. All else is refused in one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import UserError
+from .generation import Options
+from .prompt_cache import Message, well_formed
+from .sampling import Sampling, shown, whole
+
+Prompt = str | Sequence[int] | Sequence[Message]
+KINDS = 'a prompt is text, a list of token ids, or a list of messages {"role", "content"}'
+SAMPLING = [field.name for field in fields(Sampling)]
+OPTIONS = [field.name for field in fields(Options) if field.name not in ("sampling", "n")]
+RAW = "leave out chat=False (--raw)"
+
+
+def one_prompt(prompt: Any) -> str | list[int] | list[dict[str, Any]]:
+    """The prompt, its ids as Python's integers. Raises UserError for what is not one prompt."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, bytes | bytearray | memoryview):
+        raise UserError(f"{KINDS}; this is {type(prompt).__name__}: decode it to text first")
+    if isinstance(prompt, Mapping):
+        raise UserError(f"{KINDS}; this is one {type(prompt).__name__}: put a message into a list")
+    if isinstance(prompt, np.ndarray) and prompt.ndim == 1:
+        prompt = prompt.tolist() if prompt.dtype.kind in "iu" or not prompt.size else list(prompt)
+    if not isinstance(prompt, Sequence):
+        hint = ": make it a list" if isinstance(prompt, Iterator | np.ndarray) else ""
+        raise UserError(f"{KINDS}; this is {shown(prompt)}, {type(prompt).__name__}{hint}")
+    if any(isinstance(item, Mapping) for item in prompt):
+        if not well_formed(prompt):
+            raise UserError('messages must be objects {"role": text, "content": text}')
+        return [dict(message) for message in prompt]
+    for i, item in enumerate(prompt):
+        if isinstance(item, bool) or not isinstance(item, int | np.integer):
+            what = "a list of several prompts, where only one can be" if isinstance(item, str) else "none of these"
+            raise UserError(f"{KINDS}; this is {what}: item {i} is {shown(item)}")
+    return [int(item) for item in prompt]
+
+
+def all_prompts(prompts: Any) -> tuple[list[str | list[int] | list[dict[str, Any]]], bool]:
+    """The prompts, and whether it was one by itself, not in a list. Raises UserError for what is neither."""
+    many = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes | bytearray | memoryview)
+    if many or isinstance(prompts, np.ndarray) and prompts.ndim == 2:
+        if not len(prompts):
+            raise UserError("there is no prompt; give at least one")
+        if not isinstance(prompts[0], int | float | np.number | np.bool_ | Mapping):
+            return [one_prompt(prompt) for prompt in prompts], False
+    return [one_prompt(prompts)], True
+
+
+def check_system(system: Any, prompts: Sequence[Any], chat: bool | None, cached: bool) -> None:
+    """Raises UserError where a system message cannot stand in front of the prompts."""
+    if not isinstance(system, str):
+        raise UserError(f"system {shown(system)} must be text")
+    if chat is False:
+        raise UserError(f"a system message needs the chat template; {RAW}")
+    if cached:
+        raise UserError("a prompt cache begins the prompt, a system message cannot; read it into the cache, as the first of its messages")
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError("a system message goes in front of text; put it into the messages")
+    if not all(prompts):
+        raise UserError("the prompt is empty; give it some text")
+
+
+def options_of(given: Mapping[str, Any], more: Sequence[str]) -> Options:
+    """Options from keywords, the fields of `Sampling` among them. more: what the caller takes besides. Raises UserError."""
+    known = ["sampling", *SAMPLING, *OPTIONS]
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, [*more, *known], 3, 0.5)
+            way_out = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join([*more, *known])}"
+            hint = "; for several answers to a prompt, use start(..., options=minioscar.Options(n=...))" if name == "n" else f"; {way_out}"
+            raise UserError(f"there is no option {name!r}{hint}")
+    numbers = {name: given[name] for name in SAMPLING if given.get(name) is not None}
+    sampling = given.get("sampling")
+    if numbers and sampling is not None:
+        raise UserError(f"sampling= and {', '.join(f'{name}=' for name in numbers)} both say how tokens are drawn; give one of them")
+    return Options(sampling=Sampling(**numbers) if numbers else sampling, **{name: given[name] for name in OPTIONS if name in given})
+
+
+def context_of(ctx: Any, limit: int, model: str = "this model") -> int | None:
+    """The capacity of a cache that was asked for, None if none was. Raises UserError for one that the model does not have."""
+    if ctx is None:
+        return None
+    tokens = whole("--ctx", ctx, lambda _: True, "a number of tokens")
+    if not 1 <= tokens <= limit:
+        raise UserError(f"--ctx {shown(ctx)} is out of range; {model} has {limit} positions")
+    return tokens
+
+
+def sequences_of(sequences: Any, answers: int) -> list[int]:
+    """The number under which each answer draws, its place where none is given. Raises UserError."""
+    if sequences is None:
+        return list(range(answers))
+    if not isinstance(sequences, Sequence | np.ndarray) or len(sequences) != answers:
+        raise UserError(f"sequences {shown(sequences)} must be {answers} numbers, one for each answer")
+    return [whole("sequences", number, lambda n: 0 <= n < 2**32, "numbers from 0 to 2^32 - 1") for number in sequences]
+
+
+def variables_of(template: Any) -> dict[str, Any]:
+    """More variables of the chat template. Raises UserError for what are none."""
+    if template is None:
+        return {}
+    if not isinstance(template, Mapping) or not all(isinstance(name, str) for name in template):
+        raise UserError(f"template {shown(template)} must be variables of the chat template by name, such as {{'enable_thinking': False}}")
+    if taken := {"messages", "add_generation_prompt"} & set(template):
+        raise UserError(f"template cannot set {' and '.join(sorted(taken))}: the prompt does; leave it out")
+    return dict(template)
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt that `one_prompt` has checked is messages."""
+    return bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def flag(name: str, value: Any) -> bool | None:
+    """True, False or None. Raises UserError for anything else."""
+    if value is not None and not isinstance(value, bool | np.bool_):
+        raise UserError(f"{name} {shown(value)} must be True, False or None")
+    return None if value is None else bool(value)
+
+
+def as_path(name: str, value: Any) -> Path:
+    """Raises UserError for what is no path."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise UserError(f"{name} {shown(value)} must be text or a path")
+    return Path(path)
