@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .config import Config
 from .errors import UserError
 from .generation import Options
 from .prompt_cache import Message, well_formed
@@ -88,13 +89,13 @@ def options_of(given: Mapping[str, Any], more: Sequence[str]) -> Options:
     return Options(sampling=Sampling(**numbers) if numbers else sampling, **{name: given[name] for name in OPTIONS if name in given})
 
 
-def context_of(ctx: Any, limit: int, model: str = "this model") -> int | None:
+def context_of(ctx: Any, config: Config) -> int | None:
     """The capacity of a cache that was asked for, None if none was. Raises UserError for one that the model does not have."""
     if ctx is None:
         return None
     tokens = whole("--ctx", ctx, lambda _: True, "a number of tokens")
-    if not 1 <= tokens <= limit:
-        raise UserError(f"--ctx {shown(ctx)} is out of range; {model} has {limit} positions")
+    if not 1 <= tokens <= config.max_context:
+        raise UserError(f"--ctx {shown(ctx)} is out of range; {config.limit}")
     return tokens
 
 

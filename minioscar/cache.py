@@ -63,7 +63,7 @@ def row_layout(config: Config, scheme: Scheme, length: int) -> dict[str, tuple[t
 
     This is what a saved cache consists of. Arrays that would be empty are left out.
     """
-    capacity = min(-(-length // WINDOW) * WINDOW, config.max_positions)
+    capacity = min(-(-length // WINDOW) * WINDOW, config.max_context)
     tokens, rows = length // WINDOW * WINDOW if scheme.quantized else length, {}
     whole = capacity // WINDOW * WINDOW if scheme.quantized else capacity  # tokens that the arrays of `layout` are for
     for name, (shape, dtype) in layout(config, scheme, 1, capacity).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,23 @@ from .rope import Rope
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 MOST = {"num_hidden_layers": 4096, "head_dim": 2048}  # what is made from these numbers before a weight is seen must stay small
+SHARED_DEFAULTS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "sliding_window": 4096}
+SHARED_DEFAULTS |= {"max_window_layers": 28}
+QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
+DEFAULTS: dict[str, dict[str, int]] = {  # what a missing key means: transformers 5.24, models/*/configuration_*.py
+    "llama": SHARED_DEFAULTS | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": SHARED_DEFAULTS | {
+        "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    },
+    "qwen2": SHARED_DEFAULTS | QWEN,
+    "qwen3": SHARED_DEFAULTS | QWEN | {"head_dim": 128},
+}  # fmt: skip
+NEUTRAL = {  # options of other families that change the numbers, and the values at which they do not; null never does
+    **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "scale_emb"), 1),
+    **dict.fromkeys(("residual_multiplier", "lm_head_multiplier"), 1),
+    **dict.fromkeys(("num_local_experts", "num_experts"), 0),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "clip_qkv", "attention_chunk_size", "text_config")),
+}
 
 
 @dataclass(frozen=True)
@@ -29,9 +47,11 @@ class Config:
     head_dim: int
     rms_norm_eps: float
     max_positions: int  # the longest context the model is made for
+    window: int | None  # tokens that a layer with a sliding window attends to; None where no layer has a shorter one
     rope: Rope
     qkv_bias: bool
     output_bias: bool
+    mlp_bias: bool
     qk_norm: bool
     tie_embeddings: bool
 
@@ -44,46 +64,58 @@ class Config:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
         """The fields are those of transformers' configuration classes, old and new spelling of the rope options alike."""
-        get = _Reader(raw, source)
         kind = raw.get("model_type")
         if kind not in MODEL_TYPES:
             raise UserError(f"{source}: model_type {kind!r} is not supported; minioscar runs {', '.join(MODEL_TYPES)}")
+        get = _Reader(raw, source, DEFAULTS[kind])
         for name in get.items("architectures"):
             if not str(name).endswith("ForCausalLM"):
                 raise UserError(f"{source}: architecture {name!r} is not supported; only ...ForCausalLM models generate text")
         if raw.get("quantization_config"):
             raise UserError(f"{source}: quantization_config (quantized weights) is not supported; use the model's F32, F16 or BF16 weights")
-        get.only("hidden_act", "silu", default="silu")
-        get.only("mlp_bias", False, default=False)
-        get.only("partial_rotary_factor", 1.0, default=1.0)
         heads, hidden = get.count("num_attention_heads"), get.count("hidden_size")
-        kv_heads = get.count("num_key_value_heads", heads)
+        kv_heads = heads if raw.get("num_key_value_heads", 0) is None else get.count("num_key_value_heads", heads)
         if heads % kv_heads:
             raise UserError(f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-        if raw.get("head_dim") is None and kind != "qwen3" and hidden % heads:
-            raise UserError(f"{source}: hidden_size {hidden} is not a multiple of num_attention_heads {heads} and there is no head_dim")
-        head_dim = get.count("head_dim", 128 if kind == "qwen3" else hidden // heads)
-        if head_dim % 8 or head_dim > MOST["head_dim"]:
-            raise UserError(f"{source}: head_dim {head_dim} is not supported; it must be a multiple of 8, at most {MOST['head_dim']}")
-        max_positions = get.count("max_position_embeddings", 2048)
-        rope = Rope.from_config(raw, head_dim, max_positions, source)
-        biased = kind != "mistral" and get.flag("attention_bias", False)
+        head_dim = _head_dim(get, kind, hidden, heads)
+        _refuse_other_families(get, head_dim)
+        rope = Rope.from_config(raw, head_dim, get.count("max_position_embeddings"), source)
+        layers = get.count("num_hidden_layers", most=MOST["num_hidden_layers"])
+        window = _sliding_window(get, kind, layers)
+        biased = kind in ("llama", "qwen3") and get.flag("attention_bias", False)
         return cls(
             model_type=kind,
             vocab_size=get.count("vocab_size"),
             hidden_size=hidden,
             intermediate_size=get.count("intermediate_size"),
-            num_layers=get.count("num_hidden_layers", most=MOST["num_hidden_layers"]),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=get.positive("rms_norm_eps", 1e-6),
-            max_positions=min(rope.max_positions, _attention_span(raw, get)),
+            max_positions=rope.max_positions,
+            window=None if window is None or window >= rope.max_positions else window,
             rope=rope,
             qkv_bias=kind == "qwen2" or biased,
-            output_bias=kind in ("llama", "qwen3") and biased,
+            output_bias=biased,
+            mlp_bias=kind == "llama" and get.flag("mlp_bias", False),
             qk_norm=kind == "qwen3",
             tie_embeddings=get.flag("tie_word_embeddings", False),
+        )
+
+    @property
+    def max_context(self) -> int:
+        """The longest context that runs: the positions, or the sliding window, within which attention is full attention."""
+        return self.window or self.max_positions
+
+    @property
+    def limit(self) -> str:
+        """Why a context ends at `max_context`, for messages."""
+        if self.window is None:
+            return f"this model has {self.max_positions} positions"
+        return (
+            f"this model has {self.max_positions} positions, but layers with a sliding window of {self.window} tokens, which "
+            f"is not implemented: full attention is the same up to {self.window} tokens only; stay within them"
         )
 
     @property
@@ -99,32 +131,71 @@ class Config:
         hidden, inter = self.hidden_size, self.intermediate_size
         attention = hidden * (self.q_size + 2 * self.kv_size) + self.q_size * hidden
         attention += (self.q_size + 2 * self.kv_size) * self.qkv_bias + hidden * self.output_bias + 2 * self.head_dim * self.qk_norm
-        layer = attention + 3 * hidden * inter + 2 * hidden
+        layer = attention + 3 * hidden * inter + (2 * inter + hidden) * self.mlp_bias + 2 * hidden
         return self.num_layers * layer + hidden + self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
 
 
-def _attention_span(raw: Mapping[str, Any], get: _Reader) -> int:
-    """Tokens a query may look back. Sliding windows are not implemented, but within one window attention is full attention."""
-    window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)  # what a missing key means to transformers
-    if raw["model_type"] in ("qwen2", "qwen3") and not get.flag("use_sliding_window", False):
-        window = None
+def _head_dim(get: _Reader, kind: str, hidden: int, heads: int) -> int:
+    if get.raw.get("head_dim") is None and kind != "qwen3" and hidden % heads:
+        why = f"hidden_size {hidden} is not a multiple of num_attention_heads {heads} and there is no head_dim"
+        raise UserError(f"{get.source}: {why}")
+    head_dim = get.count("head_dim", 128 if kind == "qwen3" else hidden // heads)
+    if head_dim % 2 or head_dim > MOST["head_dim"]:
+        why = f"RoPE turns pairs of channels: it must be even, at most {MOST['head_dim']}"
+        raise UserError(f"{get.source}: head_dim {head_dim} is not supported; {why}")
+    return head_dim
+
+
+def _refuse_other_families(get: _Reader, head_dim: int) -> None:
+    """Raises UserError for an option that this architecture does not have, unless its value changes nothing."""
+    for key in ("hidden_act", "hidden_activation"):
+        get.only(key, "silu", "swish")
+    for key, neutral in NEUTRAL.items():
+        get.only(key, neutral)
+    get.only("query_pre_attn_scalar", head_dim)
+    get.only("attention_multiplier", head_dim**-0.5)
+
+
+def _sliding_window(get: _Reader, kind: str, layers: int) -> int | None:
+    """Tokens that a layer with a sliding window attends to, the newest included; None where no layer has one.
+
+    As transformers 5.24 has it, which takes a Mistral with layer_types for a Ministral.
+    """
     kinds = get.items("layer_types")
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UserError(f"{get.source}: layer type {kind!r} is not supported; only full_attention is")
-    if window is None or (kinds and "sliding_attention" not in kinds):
-        return 2**31
-    return get.count("sliding_window", window)
+    for name in kinds:
+        if name not in ("full_attention", "sliding_attention"):
+            raise UserError(f"{get.source}: layer type {name!r} is not supported; only full_attention is")
+    if kinds and len(kinds) != layers:
+        raise UserError(f"{get.source}: layer_types has {len(kinds)} entries for num_hidden_layers {layers}; correct it")
+    window = get.raw.get("sliding_window", get.defaults["sliding_window"])
+    if kinds:
+        if "sliding_attention" not in kinds:
+            return None
+        if window is None:
+            raise UserError(f"{get.source}: layer_types names sliding_attention, but sliding_window is null; correct it")
+    elif kind == "llama" or window is None:  # a LlamaModel has no sliding windows
+        return None
+    elif kind != "mistral":
+        full = get.raw.get("max_window_layers")
+        full = get.defaults["max_window_layers"] if full is None else full
+        if not get.flag("use_sliding_window", False):
+            return None
+        if isinstance(full, bool) or not isinstance(full, int) or full < 0:
+            raise UserError(f"{get.source}: max_window_layers must be a whole number, not {full!r}")
+        if full >= layers:  # the layers from this one on have a window
+            return None
+    return get.count("sliding_window")
 
 
 class _Reader:
     """Typed access to the fields of a config.json, with errors that name file and field."""
 
-    def __init__(self, raw: Mapping[str, Any], source: str):
-        self.raw, self.source = raw, source
+    def __init__(self, raw: Mapping[str, Any], source: str, defaults: Mapping[str, int]):
+        self.raw, self.source, self.defaults = raw, source, defaults
 
     def count(self, key: str, default: int | None = None, most: int = 2**31) -> int:
-        value = self.raw.get(key)
+        """default: of null, and of a missing key of which the family has none."""
+        value = self.raw.get(key, self.defaults.get(key))
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
             raise UserError(f"{self.source}: {key} must be a positive whole number, not {value!r}")
@@ -152,10 +223,12 @@ class _Reader:
             raise UserError(f"{self.source}: {key} must be a list, not {value!r}")
         return value
 
-    def only(self, key: str, supported: Any, default: Any) -> None:
+    def only(self, key: str, *supported: Any) -> None:
         value = self.raw.get(key)
-        if (default if value is None else value) != supported:
-            raise UserError(f"{self.source}: {key} {value!r} is not supported; only {supported!r} is")
+        close = all(isinstance(x, float) for x in (value, supported[0])) and math.isclose(value, supported[0], rel_tol=1e-6)
+        if value is not None and value not in supported and not close:
+            meant = [repr(s) for s in supported if s is not None] or ["null"]
+            raise UserError(f"{self.source}: {key} {value!r} is not supported; only {' or '.join(meant)} is")
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Conversation:
     """Messages, and a cache of `context` tokens. `messages` may be read at any time; `last` is the newest answer as generated.
 
     system: the first message. cache: a document or an earlier conversation to go on with; its messages are the first. ctx: tokens
-    (None: the model's positions, or what fits into memory), rounded up to whole blocks. template: more variables of the chat
+    (None: all that the model has, or what fits into memory), rounded up to whole blocks. template: more variables of the chat
     template. Raises UserError where the model has no chat template, where the context cannot be had, or for both system and cache.
     """
 
@@ -65,8 +65,8 @@ class Conversation:
     def _room(self, ctx: int | None) -> int:
         config, scheme, ops = self.engine.config, self.engine.scheme, self.engine.ops
         if ctx is None:  # a fifth is left for what no arithmetic knows
-            ctx = memory.longest_context(config, scheme, ops, 1, ops.free_bytes() * 4 // 5) or min(WINDOW, config.max_positions)
-        ctx = context_of(ctx, config.max_positions)
+            ctx = memory.longest_context(config, scheme, ops, 1, ops.free_bytes() * 4 // 5) or min(WINDOW, config.max_context)
+        ctx = context_of(ctx, config)
         memory.check(config, scheme, ops, 1, ctx, 1)
         return self.engine.padded(ctx)  # whole blocks, so that the row can be saved
 

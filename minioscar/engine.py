@@ -190,17 +190,17 @@ class Engine:
     def capacity(self, ids: list[list[int]], options: Options, ctx: int | None, cache: PromptCache | None = None) -> int:
         """The capacity of the cache, every limit checked before anything is computed. cache: holds the beginning of the prompts.
 
-        Without ctx it is what prompts and max_tokens need, as far as the model has positions; for one answer, as far as memory has
+        Without ctx it is what prompts and max_tokens need, as far as the model's context goes; for one answer, as far as memory has
         room, too: it ends there. Several at a time are refused instead, since fewer need less.
         """
         if not ids:
             raise UserError("there is no prompt; give at least one")
-        rows, longest, limit = len(ids) * options.n, max(map(len, ids)), self.config.max_positions
+        rows, longest, limit = len(ids) * options.n, max(map(len, ids)), self.config.max_context
         if rows > MOST_ROWS:
             raise UserError(f"{rows} answers at a time are more than {MOST_ROWS}; give fewer prompts at once (--batch) or a smaller --n")
-        ctx = arguments.context_of(ctx, limit)
+        ctx = arguments.context_of(ctx, self.config)
         if longest > (ctx or limit):
-            way_out = "shorten it or raise --ctx" if ctx and ctx < limit else "shorten it"
+            way_out = "shorten it or raise --ctx" if ctx and ctx < limit else f"shorten it: {self.config.limit}"
             raise UserError(f"the prompt has {longest} tokens, but the context holds {ctx or limit}; {way_out}")
         context = ctx or min(longest + options.max_tokens, limit)
         fed = max(sum(len(prompt) - (common(prompt, cache.ids) if cache else 0) for prompt in ids), 1)
@@ -241,8 +241,8 @@ class Engine:
             raise UserError("this prompt cache belongs to another loaded model; save it and load it with this one")
 
     def padded(self, context: int) -> int:
-        """A capacity of whole blocks, if the model has so many positions: a row of it can be saved and go on in any other."""
-        return min(-(-context // WINDOW) * WINDOW, self.config.max_positions)
+        """A capacity of whole blocks, if the model has such a context: a row of it can be saved and go on in any other."""
+        return min(-(-context // WINDOW) * WINDOW, self.config.max_context)
 
     # --- logits
 
@@ -304,7 +304,7 @@ def load(
         files = weight_files(folder) if saved else None
         if saved:
             saved.check(config, scheme, files.sha256)
-    ctx = arguments.context_of(ctx, config.max_positions, folder.name)
+    ctx = arguments.context_of(ctx, config)
     words = Tokenizer(folder) if tokenizer else None
     if ctx is not None:
         memory.check(config, scheme, ops, 1, ctx, 1, config.parameters() * ops.dtype.itemsize)

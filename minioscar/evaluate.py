@@ -74,9 +74,9 @@ def evaluate(
         check_scheme(config, scheme)
     haystack = max(needle.blocks(needles), default=0)
     longest = max(prefill + decode, prefill + continued + 1, haystack + needle.MARGIN)
-    if longest > config.max_positions:
+    if longest > config.max_context:
         options = "--prefill, --decode, --drift or --needle"
-        raise UserError(f"this takes {longest} positions, but the model has {config.max_positions}; lower {options}")
+        raise UserError(f"this takes {longest} positions; lower {options}: {config.limit}")
     ids, size = tokenizer.encode(default_text() if text is None else text), prefill + decode + 1
     if len(ids) < windows * size:
         raise UserError(f"the text has {len(ids)} tokens, but {windows * size} are needed; lower --prefill, --decode or --windows")

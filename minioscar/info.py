@@ -16,9 +16,9 @@ def describe(model: str, ctx: int | None, batch: int, device: str) -> dict:
     """The object of `info --json`. Raises UserError for a context that the model does not have or a batch below 1."""
     folder = resolve(model, weights=False)
     config, ops = Config.from_folder(folder), backend(device)
-    context = config.max_positions if ctx is None else ctx
-    if not 1 <= context <= config.max_positions:
-        raise UserError(f"--ctx {ctx} is out of range; {model} has {config.max_positions} positions")
+    context = config.max_context if ctx is None else ctx
+    if not 1 <= context <= config.max_context:
+        raise UserError(f"--ctx {ctx} is out of range; {config.limit}")
     if batch < 1:
         raise UserError(f"--batch {batch} is out of range; it must be at least 1")
     weights, free = config.parameters() * ops.dtype.itemsize, ops.free_bytes()
@@ -54,6 +54,7 @@ def describe(model: str, ctx: int | None, batch: int, device: str) -> dict:
         "vocab_size": config.vocab_size,
         "rope": config.rope.type,
         "max_positions": config.max_positions,
+        "sliding_window": config.window,
         "device": ops.name,
         "weight_bytes": weights,
         "work_bytes": ops.work_bytes(config, context, context),
@@ -66,10 +67,12 @@ def describe(model: str, ctx: int | None, batch: int, device: str) -> dict:
 
 def text(report: dict) -> str:
     """The report for people."""
+    window = report["sliding_window"]
+    window = "" if window is None else f", sliding window {window}: no longer context runs"
     lines = [
         "{model}: {model_type}, {parameters:,} parameters, {layers} layers, hidden {hidden_size}, mlp {intermediate_size}".format(**report),
         "attention: {q_heads} q heads, {kv_heads} kv heads, head_dim {head_dim}".format(**report),
-        "positions: {max_positions}, rope {rope}; vocabulary {vocab_size}".format(**report),
+        "positions: {max_positions}{0}, rope {rope}; vocabulary {vocab_size}".format(window, **report),
         "on {device}: weights {0}, reading a prompt of {context} tokens takes {1} more; {2} free".format(
             *(size(report[key]) for key in ("weight_bytes", "work_bytes", "free_bytes")), **report
         ),

@@ -54,8 +54,8 @@ def inspect(
     for scheme in wanted:
         check_scheme(config, scheme)
     check_scheme(config, SCHEMES["oscar"])  # its rotation is one of the four forms
-    if tokens > config.max_positions:
-        raise UserError(f"--tokens {tokens} is out of range; the model has {config.max_positions} positions")
+    if tokens > config.max_context:
+        raise UserError(f"--tokens {tokens} is out of range; {config.limit}")
     ids = tokenizer.encode(default_text() if text is None else text)[:tokens]
     if len(ids) < tokens:
         raise UserError(f"the text has {len(ids)} tokens, but {tokens} are needed; lower --tokens or use a longer text")

@@ -83,14 +83,14 @@ def _int2_fits(config: Config, scheme: Scheme, ops: Reference, batch: int, conte
 
 
 def longest_context(config: Config, scheme: Scheme, ops: Reference, batch: int, free: int, tokens: int | None = None) -> int:
-    """The most tokens (a multiple of 128, at most the model's positions) that fit `free` bytes with their work; 0 if none do."""
-    low, high = 0, -(-config.max_positions // WINDOW)
+    """The most tokens (a multiple of 128, at most the model's context) that fit `free` bytes with their work; 0 if none do."""
+    low, high = 0, -(-config.max_context // WINDOW)
     while low < high:
         middle = (low + high + 1) // 2
         context = middle * WINDOW
         fits = needed(config, scheme, ops, batch, context, None if tokens is None else min(tokens, batch * context)).total <= free
         low, high = (middle, high) if fits else (low, middle - 1)
-    return min(low * WINDOW, config.max_positions)
+    return min(low * WINDOW, config.max_context)
 
 
 def size(count: int) -> str:

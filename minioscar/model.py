@@ -1,6 +1,6 @@
 """The transformer, top to bottom: a reader starts here.
 
-Llama, Mistral, Qwen2 and Qwen3 are one architecture with three switches (bias on q, k, v; a norm on q and k; tied embeddings).
+Llama, Mistral, Qwen2 and Qwen3 are one architecture with a few switches (biases; a norm on q and k; tied embeddings).
 The array code does not know which back end runs it, nor what a token costs in the cache.
 """
 
@@ -56,8 +56,9 @@ class Model:
         x = ops.embed(weights.embed, ids)  # [tokens, hidden]
         for layer, kept in progress(list(zip(weights.layers, cache.layers, strict=True))):
             x = self._attend(x, layer, kept, tables, batch)
-            h = ops.linear(x, layer.gate_up, norm=(layer.post_norm, eps), silu=True)  # [tokens, intermediate]
-            x = ops.linear(h, layer.down, residual=x)
+            norm = layer.post_norm, eps
+            h = ops.linear(x, layer.gate_up, layer.gate_up_bias, norm=norm, silu=True)  # [tokens, intermediate]
+            x = ops.linear(h, layer.down, layer.down_bias, residual=x)
             del h  # not beside the arrays of the next layer's attention
         cache.advance(batch)
         x = x if every else x[ops.xp.asarray(batch.last)]

@@ -98,7 +98,9 @@ def random_weights(config: Config, ops: Reference, seed: int = 0) -> Weights:
             o_bias=normal(hidden, scale=0.1 * to_residual) if config.output_bias else None,
             post_norm=xp.ones(hidden, ops.dtype),
             gate_up=matrix(2 * config.intermediate_size, hidden),
+            gate_up_bias=normal(2 * config.intermediate_size, scale=0.1) if config.mlp_bias else None,
             down=matrix(hidden, config.intermediate_size, to_residual),
+            down_bias=normal(hidden, scale=0.1 * to_residual) if config.mlp_bias else None,
         )
 
     embed = normal(config.vocab_size, hidden, scale=1.0)

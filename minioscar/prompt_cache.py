@@ -222,7 +222,7 @@ class File:
         """The fields of a PromptCache, every tensor checked. Raises UserError for a damaged file."""
         names = set(self.handle.keys())
         length, prompt = (self._length(name) if name in names else 0 for name in ("ids", "prompt"))
-        if not 0 < length <= config.max_positions:
+        if not 0 < length <= config.max_context:
             raise self._damaged(f"it holds {length} tokens")
         layer = row_layout(config, scheme, length)
         expected = {f"layers.{i}.{name}": of for i in range(config.num_layers) for name, of in layer.items()}

@@ -17,6 +17,11 @@ import numpy as np
 from .errors import UserError
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+TOP = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"  # may stand at the top of config.json, too
+OPTIONS = {  # of all types; one that its type does not have changes nothing, as in transformers
+    *TOP, "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+    "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "mrope_section", "finetuned",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,18 +41,13 @@ class Rope:
 
     @classmethod
     def from_config(cls, raw: Mapping[str, Any], head_dim: int, max_positions: int, source: str) -> Rope:
-        """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (before). Raises UserError."""
-        fields = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(fields, Mapping):
-            raise UserError(f"{source}: rope_parameters must be an object, not {fields!r}")
-        kind = fields.get("rope_type", fields.get("type")) or "default"
+        """From the options of a config.json (`_options`); max_positions: its max_position_embeddings. Raises UserError."""
+        fields = _options(raw, source)
+        kind = fields.get("rope_type") or "default"
         if kind not in ROPE_TYPES:
             raise UserError(f"{source}: rope type {kind!r} is not supported; minioscar has {', '.join(ROPE_TYPES)}")
-        if fields.get("partial_rotary_factor", 1.0) != 1.0:
+        if (fields.get("partial_rotary_factor") or 1.0) != 1.0:
             raise UserError(f"{source}: partial_rotary_factor {fields['partial_rotary_factor']!r} is not supported; only 1.0 is")
-        nested = [key for key, value in fields.items() if isinstance(value, Mapping)]
-        if nested:
-            raise UserError(f"{source}: rope_parameters per layer type ({', '.join(nested)}) is not supported; one set for all layers is")
 
         def number(key: str, default: float | None = None, least: float = 0) -> float:
             value = fields.get(key)
@@ -58,36 +58,32 @@ class Rope:
                 raise UserError(f"{source}: rope option {key} {value!r} is not supported; it must be at least {least}")
             return float(value)
 
-        theta = number("rope_theta", raw.get("rope_theta") or 10000.0, least=1.001)  # angles fall from channel to channel
+        theta = number("rope_theta", 10000.0, least=1.001)  # angles fall from channel to channel
         if kind == "default":
             return cls(kind, theta, head_dim, max_positions, max_positions)
-        factor = number("factor")
         original = int(number("original_max_position_embeddings", max_positions, least=1))
-        if kind == "linear":
-            return cls(kind, theta, head_dim, max_positions, original, factor)
+        # a factor of null is the ratio of the two lengths
+        factor = number("factor", max_positions / original if kind == "yarn" and "factor" in fields else None)
         if kind == "llama3":
             low, high = number("low_freq_factor"), number("high_freq_factor")
             if low >= high:
                 raise UserError(f"{source}: rope option low_freq_factor {low} must be below high_freq_factor {high}")
             return cls(kind, theta, head_dim, max_positions, original, factor, low, high)
+        # max_position_embeddings may be the scaled length already
+        reach = min(max(max_positions, int(factor * original)), 2**31)
+        if kind == "linear":
+            return cls(kind, theta, head_dim, reach, original, factor)
         if fields.get("attention_factor") is not None:
             attention = number("attention_factor")
         elif fields.get("mscale") and fields.get("mscale_all_dim"):
             attention = _mscale(factor, number("mscale")) / _mscale(factor, number("mscale_all_dim"))
         else:
             attention = _mscale(factor)
-        return cls(
-            kind,
-            theta,
-            head_dim,
-            max(max_positions, int(factor * original)),
-            original,
-            factor,
-            beta_fast=number("beta_fast", 32.0),
-            beta_slow=number("beta_slow", 1.0),
-            attention_factor=attention,
-            truncate=bool(fields.get("truncate", True)),
-        )
+        truncate = fields.get("truncate", True)
+        if not isinstance(truncate, bool | None):
+            raise UserError(f"{source}: rope option truncate must be true or false, not {truncate!r}")
+        yarn = {"beta_fast": number("beta_fast", 32.0), "beta_slow": number("beta_slow", 1.0), "attention_factor": attention}
+        return cls(kind, theta, head_dim, reach, original, factor, **yarn, truncate=bool(truncate))
 
     def frequencies(self) -> np.ndarray:
         """Radians per position of each channel pair; float64 [head_dim / 2]."""
@@ -104,7 +100,7 @@ class Rope:
             if self.truncate:
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0), min(high, self.head_dim - 1)
-            keep = 1 - np.clip((np.arange(self.head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+            keep = 1 - np.clip((np.arange(self.head_dim // 2) - low) / ((high - low) or 0.001), 0, 1)
         return plain * keep + plain / self.factor * (1 - keep)
 
     def _channel(self, turns: float) -> float:
@@ -115,6 +111,54 @@ class Rope:
         """cos and sin of every angle, yarn's factor in them; float32 [positions, head_dim / 2]."""
         angles = np.arange(positions)[:, None] * self.frequencies()
         return (np.cos(angles) * self.attention_factor).astype(np.float32), (np.sin(angles) * self.attention_factor).astype(np.float32)
+
+
+def _options(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The rope options of a config.json from all places that have any: `rope_parameters` (transformers 5), `rope_scaling` and
+    the top (before). `type` is the old name of `rope_type`.
+
+    Raises UserError where two places say different things; a type in one goes before `default` in the other.
+    """
+    merged: dict[str, Any] = {}
+    said: dict[str, str] = {}  # where an option that is not null stands
+
+    def add(key: str, value: Any, place: str) -> None:
+        if merged.get(key) is None:
+            merged[key] = value
+            said[key] = place
+        elif value is not None and value != merged[key]:
+            raise UserError(f"{source}: {said[key]} is {merged[key]!r}, but {place} is {value!r}; delete one of them")
+
+    types = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        fields = raw.get(name)
+        fields = {} if fields is None else fields
+        if not isinstance(fields, Mapping):
+            raise UserError(f"{source}: {name} must be an object, not {fields!r}")
+        nested = [key for key, value in fields.items() if isinstance(value, Mapping)]
+        if nested:
+            kinds = f"{name} per layer type ({', '.join(nested)})"
+            raise UserError(f"{source}: {kinds} is not supported; one set for all layers is")
+        for key, value in fields.items():
+            place = f"{name}.{key}"
+            if key in ("rope_type", "type"):
+                if value is not None and types.setdefault(name, value) != value:
+                    both = f"rope_type {fields['rope_type']!r} and type {fields['type']!r}"
+                    raise UserError(f"{source}: {name} has {both}; delete one of them")
+            elif key not in OPTIONS and value is not None:
+                why = "is not known; if it changes nothing, delete it"
+                raise UserError(f"{source}: rope option {place} {value!r} {why}")
+            else:
+                add(key, value, place)
+    for key in TOP:
+        add(key, raw.get(key), f"{key} at the top")
+    for name, value in types.items():
+        if value != "default":
+            add("rope_type", value, f"{name}.rope_type")
+    factor = merged.get("factor")
+    if merged.get("rope_type") is None and factor not in (None, 1) and said["factor"].split(".")[0] not in types:
+        raise UserError(f"{source}: {said['factor']} {factor!r} has no rope_type beside it; add one of {', '.join(ROPE_TYPES)}")
+    return merged
 
 
 def _mscale(factor: float, mscale: float = 1.0) -> float:

@@ -28,7 +28,7 @@ def query_energy(weights: Weights, config: Config, ops: Reference) -> np.ndarray
         energy = (seen.q * seen.q).mean(axis=0).reshape(config.num_kv_heads, -1, 2, config.head_dim // 2).mean(axis=(1, 2))
         found.append(np.concatenate([energy, energy], axis=-1))
 
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, min(TOKENS, config.max_positions))
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, min(TOKENS, config.max_context))
     listen(weights, config, ops, ids, heard)
     return np.stack(found)
 

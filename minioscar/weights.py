@@ -39,6 +39,8 @@ class Layer:
     post_norm: Array  # [hidden]
     gate_up: Array  # [2 * intermediate, hidden]
     down: Array  # [hidden, intermediate]
+    gate_up_bias: Array | None = None
+    down_bias: Array | None = None
     key_feedback: Array | None = None  # float32 [kv_heads, head_dim, head_dim], for a shaped scheme: oscar.feedback_matrix
 
 
@@ -70,6 +72,9 @@ def expected(config: Config) -> dict[str, tuple[int, ...]]:
             shapes[f"{layer}self_attn.q_norm.weight"] = shapes[f"{layer}self_attn.k_norm.weight"] = (dim,)
         shapes[f"{layer}mlp.gate_proj.weight"] = shapes[f"{layer}mlp.up_proj.weight"] = (inter, hidden)
         shapes[f"{layer}mlp.down_proj.weight"] = (hidden, inter)
+        if config.mlp_bias:
+            shapes[f"{layer}mlp.gate_proj.bias"] = shapes[f"{layer}mlp.up_proj.bias"] = (inter,)
+            shapes[f"{layer}mlp.down_proj.bias"] = (hidden,)
         shapes[f"{layer}input_layernorm.weight"] = shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
     return shapes
 
@@ -207,7 +212,9 @@ def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
 
     return Layer(  # in the order of the alphabet, which is that of the files: what stands side by side there is read at once
         input_norm=of("input_layernorm.weight"),
+        down_bias=of("mlp.down_proj.bias", present=config.mlp_bias),
         down=of("mlp.down_proj.weight"),
+        gate_up_bias=of("mlp.gate_proj.bias", "mlp.up_proj.bias", present=config.mlp_bias),
         gate_up=of("mlp.gate_proj.weight", "mlp.up_proj.weight"),
         post_norm=of("post_attention_layernorm.weight"),
         k_norm=of("self_attn.k_norm.weight", present=config.qk_norm),

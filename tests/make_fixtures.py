@@ -74,6 +74,13 @@ CASES: dict[str, Case] = {
     "llama3": Case("llama", {**LLAMA3, "tie_word_embeddings": True}),
     "llama3-untied-sharded": Case("llama", {**LLAMA3, **ONE_KV_HEAD}, shard="30KB"),
     "llama-bias": Case("llama", {"attention_bias": True, **ONE_KV_HEAD, **rope("default", 100.0)}, "float32"),
+    "llama-mlp-bias": Case("llama", {"attention_bias": True, "mlp_bias": True, **ONE_KV_HEAD, **rope("default", 500.0)}, "float32"),
+    # OpenLLaMA 3B has 100 channels a head: no multiple of 8, and hidden_size is none here either
+    "llama-head-dim-20": Case(
+        "llama", {"hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20, **rope("default", 300.0)}
+    ),
+    # LongChat's way: max_position_embeddings is the length before scaling, and the prompt is longer
+    "llama-linear-beyond": Case("llama", {"max_position_embeddings": 32, **ONE_KV_HEAD, **rope("linear", 500.0, factor=4.0)}),
     "llama-linear": Case("llama", {**ONE_KV_HEAD, **rope("linear", 500.0, factor=2.5)}),
     "llama-head-dim-16": Case("llama", {"hidden_size": 48, "num_attention_heads": 6, "head_dim": 16, **rope("default", 500.0)}),
     "llama-head-dim-96": Case("llama", {"head_dim": 96, **ONE_KV_HEAD, **rope("default", 500.0)}),
@@ -103,6 +110,10 @@ CASES: dict[str, Case] = {
 def spellings(name: str, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Other config.json files that mean the same model as that of the case `name`, by what is other about them."""
     others = {f"transformers 4, {key}": _old_spelling(config, key) for key in ("rope_type", "type")}
+    if scaling := others["transformers 4, type"]["rope_scaling"]:  # saved by transformers 5, then scaled as the model's card says
+        theta = config["rope_parameters"]["rope_theta"]
+        plain = {"rope_type": "default", "rope_theta": theta}
+        others["a scaling beside the default"] = {**config, "rope_parameters": plain, "rope_theta": theta, "rope_scaling": scaling}
     if name == "llama2":  # the first Llama files said no more than this, plus what is transformers' default
         required = ("hidden_size", "intermediate_size", "model_type", "num_attention_heads", "num_hidden_layers", "vocab_size")
         others["nothing but shapes"] = {key: config[key] for key in required}

@@ -32,20 +32,124 @@ def test_head_dim_and_kv_heads_have_their_usual_defaults():
     assert made(model_type="qwen3", head_dim=None).head_dim == 128
 
 
+def test_keys_left_out_mean_what_the_family_s_class_says():
+    shapes = {}
+    for kind in ("llama", "mistral", "qwen2", "qwen3"):
+        c = Config.from_dict({"model_type": kind})
+        shapes[kind] = c.vocab_size, c.intermediate_size, c.num_kv_heads, c.max_positions, c.window
+        assert (c.hidden_size, c.num_layers, c.num_heads, c.head_dim, c.rms_norm_eps, c.rope.theta) == (4096, 32, 32, 128, 1e-6, 10000)
+        assert not c.tie_embeddings and Config.from_dict({"model_type": kind, "num_key_value_heads": None}).num_kv_heads == 32
+    assert shapes == {
+        "llama": (32000, 11008, 32, 2048, None), "mistral": (32000, 14336, 8, 131072, 4096),
+        "qwen2": (151936, 22016, 32, 32768, None), "qwen3": (151936, 22016, 32, 32768, None),
+    }  # fmt: skip
+
+
+def test_biases_are_those_that_the_family_s_class_has():
+    """What a class does not read means nothing; a checkpoint that does have such tensors is refused by their names."""
+    found = {}
+    for kind in ("llama", "mistral", "qwen2", "qwen3"):
+        c = made(model_type=kind, attention_bias=True, mlp_bias=True)
+        found[kind] = c.qkv_bias, c.output_bias, c.mlp_bias
+    assert found == {"llama": (True,) * 3, "mistral": (False,) * 3, "qwen2": (True, False, False), "qwen3": (True, True, False)}
+
+
+SLIDES = {"model_type": "qwen2", "sliding_window": 300, "use_sliding_window": True}
+FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+LINEAR = {"type": "linear", "factor": 4}
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 300}, 300),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mistral", "sliding_window": 1024}, None),  # not shorter than the model's positions
+        ({"model_type": "mistral", "max_position_embeddings": 32768}, 4096),
+        ({"model_type": "mistral", "sliding_window": 300, "layer_types": FULL}, None),
+        ({"model_type": "mistral", "sliding_window": 300, "layer_types": MIXED}, 300),
+        ({"model_type": "mistral", "sliding_window": 2048, "rope_scaling": LINEAR}, 2048),  # of 4096 positions
+        ({"sliding_window": 300}, None),  # LlamaModel has none
+        ({**SLIDES, "use_sliding_window": False}, None),
+        ({**SLIDES, "use_sliding_window": False, "sliding_window": "x", "max_window_layers": 0}, None),
+        ({**SLIDES}, None),  # max_window_layers 28
+        ({**SLIDES, "max_window_layers": 2}, None),
+        ({**SLIDES, "max_window_layers": 1}, 300),
+        ({**SLIDES, "model_type": "qwen3", "max_window_layers": 0}, 300),
+        ({**SLIDES, "max_window_layers": 0, "sliding_window": None}, None),
+        ({**SLIDES, "max_window_layers": 0, "layer_types": FULL}, None),
+        ({**SLIDES, "max_window_layers": 9, "layer_types": MIXED}, 300),
+    ],
+)
+def test_a_sliding_window_that_a_layer_uses_ends_the_context_and_is_no_number_of_positions(changes, window):
+    c = made(**changes)
+    assert c.window == window and c.max_context == (window or c.max_positions)
+    assert c.max_positions == c.rope.max_positions >= changes.get("max_position_embeddings", 1024)
+    assert ("sliding window of" in c.limit) == (window is not None) and f"{c.max_positions} positions" in c.limit
+
+
 @pytest.mark.parametrize(
     ("changes", "positions"),
     [
-        ({"model_type": "mistral", "sliding_window": 300}, 300),
-        ({"model_type": "mistral", "sliding_window": None}, 1024),
-        ({"model_type": "mistral", "max_position_embeddings": 32768}, 4096),
-        ({"model_type": "qwen2", "sliding_window": 300, "use_sliding_window": False}, 1024),
-        ({"model_type": "qwen2", "sliding_window": 300, "use_sliding_window": True}, 300),
-        ({"model_type": "qwen2", "sliding_window": 300, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}, 1024),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}, 4096),
+        ({"rope_scaling": YARN}, 4096),
+        ({"rope_scaling": YARN, "max_position_embeddings": 4096}, 4096),  # the scaled length already
+        ({"rope_scaling": YARN, "max_position_embeddings": 8192}, 8192),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": None}}, 4096),
+        ({"rope_scaling": {**YARN, "factor": None}, "max_position_embeddings": 3072}, 3072),
+        ({"rope_scaling": LINEAR}, 4096),
+        ({"rope_scaling": {**LINEAR, "original_max_position_embeddings": 256}}, 1024),
+        ({"rope_scaling": LINEAR, "original_max_position_embeddings": 512}, 2048),  # Phi's place for it
+        ({"rope_scaling": LLAMA3}, 1024),
+        ({"rope_scaling": {"type": "default"}}, 1024),
+        ({"rope_scaling": {}}, 1024),
     ],
 )
-def test_positions_end_where_full_attention_stops_being_exact(changes, positions):
-    assert made(**changes).max_positions == positions
+def test_positions_are_the_scaled_ones_and_not_scaled_twice(changes, positions):
+    c = made(**changes)
+    assert c.max_positions == c.max_context == positions
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize("scaling", [YARN, LINEAR, LLAMA3])
+@pytest.mark.parametrize("beside", [{"rope_theta": 10000.0}, PLAIN, {"type": "default"}, {}, None, {"rope_type": None, "factor": None}])
+def test_rope_options_of_both_places_are_one_set(scaling, beside):
+    want = made(rope_scaling=scaling).rope
+    assert want == made(rope_parameters=scaling, rope_scaling=beside).rope == made(rope_parameters=beside, rope_scaling=scaling).rope
+    assert want == made(rope_parameters=scaling, rope_scaling=scaling).rope
+    halves = ({key: value for i, (key, value) in enumerate(scaling.items()) if "type" in key or i % 2 == half} for half in (0, 1))
+    assert want == made(**dict(zip(("rope_parameters", "rope_scaling"), halves, strict=True))).rope
+
+
+@pytest.mark.parametrize(
+    ("changes", "places"),
+    [
+        ({"rope_parameters": {"rope_theta": 5e5}}, ("rope_parameters.rope_theta is 500000.0", "rope_theta at the top is 10000.0")),
+        ({"rope_parameters": YARN, "rope_scaling": {**YARN, "factor": 2}}, ("rope_parameters.factor", "rope_scaling.factor")),
+        ({"rope_parameters": YARN, "rope_scaling": LINEAR}, ("rope_parameters.rope_type is 'yarn'", "rope_scaling.rope_type is 'linear'")),
+        ({"rope_scaling": YARN, "original_max_position_embeddings": 512}, ("rope_scaling.original_max", "at the top is 512")),
+        ({"rope_scaling": {**YARN, "type": "linear"}}, ("rope_scaling has rope_type 'yarn' and type 'linear'",)),
+        ({"rope_scaling": {"type": "default", "rope_type": "yarn"}}, ("rope_scaling has rope_type 'yarn' and type 'default'",)),
+        ({"rope_scaling": {"factor": 4.0}}, ("rope_scaling.factor 4.0 has no rope_type",)),
+        ({"rope_scaling": {"factor": 4.0}, "rope_parameters": PLAIN}, ("rope_scaling.factor 4.0 has no rope_type",)),
+    ],
+)
+def test_rope_options_that_contradict_each_other_are_refused_by_both_places(changes, places):
+    with pytest.raises(UserError) as error:
+        made(**changes)
+    assert all(place in str(error.value) for place in places) and "\n" not in str(error.value)
+
+
+def test_options_that_change_no_number_are_no_obstacle():
+    neutral = {
+        "hidden_act": "swish", "hidden_activation": None, "logit_scale": 1.0, "residual_multiplier": 1.0, "final_logit_softcapping": None,
+        "query_pre_attn_scalar": 32, "attention_multiplier": 32**-0.5, "num_local_experts": 0, "pretraining_tp": 4, "dtype": "float8",
+        "torch_dtype": None, "partial_rotary_factor": 1, "rope_scaling": {**YARN, "finetuned": True, "attention_factor": None},
+    }  # fmt: skip
+    assert made(**neutral) == made(rope_scaling=YARN)
 
 
 @pytest.mark.parametrize(
@@ -56,11 +160,27 @@ def test_positions_end_where_full_attention_stops_being_exact(changes, positions
         ({"architectures": ["LlamaForSequenceClassification"]}, "architecture 'LlamaForSequenceClassification'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"hidden_activation": "gelu_pytorch_tanh"}, "hidden_activation 'gelu_pytorch_tanh'"),
+        ({"mlp_bias": "yes"}, "mlp_bias must be true or false"),
+        ({"logit_scale": 0.0625}, "logit_scale 0.0625 is not supported; only 1 is"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier 12.0"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier 0.22"),
+        ({"attention_multiplier": 0.015625}, "attention_multiplier 0.015625"),
+        ({"logits_scaling": 8.0}, "logits_scaling 8.0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported; only null is"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar 256 is not supported; only 32 is"),
+        ({"num_local_experts": 8}, "num_local_experts 8"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported; minioscar has default, linear"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
+        ({"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"rope_scaling": {**YARN, "llama_4_scaling_beta": 0.1}}, "rope option rope_scaling.llama_4_scaling_beta 0.1 is not known"),
+        ({"rope_scaling": {**YARN, "factor": "4"}}, "rope option factor of type 'yarn' must be a positive number, not '4'"),
+        ({"rope_scaling": {**YARN, "truncate": "no"}}, "rope option truncate must be true or false, not 'no'"),
+        ({"rope_theta": "10000"}, "rope option rope_theta of type 'default' must be a positive number, not '10000'"),
+        ({"rope_scaling": False}, "rope_scaling must be an object, not False"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope option factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, "rope option factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope option low_freq_factor"),
@@ -68,13 +188,18 @@ def test_positions_end_where_full_attention_stops_being_exact(changes, positions
         ({"rope_scaling": "yarn"}, "must be an object"),
         ({"rope_theta": 1.0}, "rope option rope_theta 1.0 is not supported; it must be at least 1.001"),
         ({"layer_types": ["linear_attention"]}, "layer type 'linear_attention'"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_layers 2"),
+        ({"model_type": "qwen3", "layer_types": MIXED, "sliding_window": None}, "sliding_window is null"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a positive whole number, not 0"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window must be a positive whole number, not '4096'"),
+        ({**SLIDES, "max_window_layers": "1"}, "max_window_layers must be a whole number, not '1'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number, not 0"),
         ({"hidden_size": "64"}, "hidden_size must be a positive whole number"),
         ({"vocab_size": None}, "vocab_size must be"),
         ({"num_attention_heads": 3}, "not a multiple of num_key_value_heads"),
         ({"num_attention_heads": 6, "head_dim": None, "num_key_value_heads": 2}, "hidden_size 64 is not a multiple"),
-        ({"head_dim": 30}, "head_dim 30"),
-        ({"head_dim": 65536}, "head_dim 65536 is not supported; it must be a multiple of 8, at most 2048"),
+        ({"head_dim": 31}, "head_dim 31 is not supported; RoPE turns pairs of channels: it must be even, at most 2048"),
+        ({"head_dim": 65536}, "head_dim 65536 is not supported; RoPE turns pairs of channels: it must be even, at most 2048"),
         ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers 2147483647 is not supported; it must be at most 4096"),
         ({"architectures": True}, "architectures must be a list, not True"),
         ({"layer_types": "full_attention"}, "layer_types must be a list"),
@@ -105,7 +230,8 @@ def test_parameters_are_counted_as_the_checkpoint_has_them(tmp_path):
 
     from minioscar.weights import expected
 
-    for changes in ({}, {"model_type": "qwen2"}, {"model_type": "qwen3"}, {"attention_bias": True}, {"tie_word_embeddings": True}):
+    families = {"model_type": "qwen2"}, {"model_type": "qwen3"}
+    for changes in ({}, *families, {"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}):
         c = made(**changes)
         assert c.parameters() == sum(math.prod(shape) for shape in expected(c).values())
 

@@ -20,6 +20,7 @@ from .test_cuda_backend import SIMULATED, _card, _simulated, _simulated_hopper, 
 from .tiny import load, relative, write_model
 
 FAMILIES = {"llama": {}, "qwen2": {"num_attention_heads": 6, "num_key_value_heads": 1}, "qwen3": {"tie_word_embeddings": True}}
+FAMILIES["llama with biases"] = {"attention_bias": True, "mlp_bias": True}
 
 
 def prepared(engine, ops, prompts: list[np.ndarray], sampling: Sampling = GREEDY, room: int = 8) -> DecodeStep:
@@ -54,7 +55,8 @@ def mapped(weights: Weights, change) -> Weights:
 @pytest.mark.parametrize(  # every scheme with one family, and two with each: seconds a case on the simulator
     ("family", "kv"),
     [("llama", kv) for kv in ("bf16", "int2", "int2-compact", "oscar", "kivi", "int4")]
-    + [(family, kv) for family in ("qwen2", "qwen3") for kv in ("bf16", "int2")],
+    + [(family, kv) for family in ("qwen2", "qwen3") for kv in ("bf16", "int2")]
+    + [("llama with biases", "bf16")],
 )
 def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed):
     """Over two steps, the window of one row filled and packed on the way.
@@ -62,7 +64,7 @@ def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed):
     The reference goes on with the back end's cache, once that is seen to be nearly its own: activations in BF16 put a hundredth of
     the keys at another of four levels, which is not what is tested here.
     """
-    folder = write_model(tmp_path / "m", seed, model_type=family, head_dim=64, num_hidden_layers=1, **FAMILIES[family])
+    folder = write_model(tmp_path / "m", seed, model_type=family.split()[0], head_dim=64, num_hidden_layers=1, **FAMILIES[family])
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 160, n) for n in (128, 1, 40)]
     reference, engine, ops = of_backend(make, folder, kv)

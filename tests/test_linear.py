@@ -71,7 +71,7 @@ PARTS = [
     {"float32": True},
     {"norm": True, "bias": True},
     {"residual": True},
-    {"silu": True, "norm": True},
+    {"silu": True, "norm": True, "bias": True},
     {"silu": True, "bias": True, "residual": True},
     {"norm": True, "float32": True},
 ]

@@ -71,8 +71,9 @@ class DecodeStep:
             results = self.lengths, tasks, out, None, workspace, arrived
             self.launches.append(raw.decode_attention(self.heads, scheme, plan, q, kept, *results, turn=i % 2))
             self.launches += products.launches(y, layer.o, middle, bias=layer.o_bias, residual=x)
-            self.launches += products.launches(middle, layer.gate_up, h, norm=(layer.post_norm, self.eps), silu=True)
-            self.launches += products.launches(h, layer.down, x, residual=middle)
+            norm = layer.post_norm, self.eps
+            self.launches += products.launches(middle, layer.gate_up, h, norm=norm, bias=layer.gate_up_bias, silu=True)
+            self.launches += products.launches(h, layer.down, x, bias=layer.down_bias, residual=middle)
         if scheme.quantized:  # all layers at once: mostly it finds nothing
             self.launches.append(raw.pack_step(self.heads, scheme, self.lengths, cache.whole, len(cache.layers)))
         self.launches += products.launches(x, weights.head, self.logits, norm=(weights.norm, self.eps))
