@@ -157,6 +157,7 @@ class Run:
         self.engine, self.ids, self.options, self.logits = engine, ids, options, logits
         self.cache: Cache | None = cache  # None once a run that did not fit into memory has freed it
         self.decoder: Decoder | None = None
+        self.begun = False
         n = options.n
         self.sequences = list(range(len(ids) * n)) if sequences is None else list(sequences)
         self.results = [
@@ -168,6 +169,9 @@ class Run:
         ]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
+        if self.begun:
+            raise UserError("a run is iterated once; start another")
+        self.begun = True
         tokenizer = self.engine.tokenizer if self.engine.has_tokenizer else None
         streams = [(tokenizer.stream() if tokenizer else None, StopText(self.options.stop)) for _ in self.results]
         for index, token in self._tokens(tokenizer.eos_ids if tokenizer else frozenset()):

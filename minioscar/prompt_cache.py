@@ -7,6 +7,7 @@ the back end. Its metadata binds it to format, config, scheme and weights; `cont
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -101,7 +102,11 @@ class PromptCache:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        prompt = json.dumps({"messages": self.messages, "text": self.text}, ensure_ascii=False).encode()
+        path = as_path("the file of a prompt cache", path)
+        try:
+            prompt = json.dumps({"messages": self.messages, "text": self.text}, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: the messages cannot be written as JSON ({_line(error)}); use text, numbers, lists and dicts") from None
         tensors = {"ids": np.array(self.ids, np.int32), "prompt": np.frombuffer(prompt, np.uint8)}
         if self.logits is not None:
             tensors["logits"] = self.logits
@@ -282,6 +287,14 @@ def well_formed(messages: Any) -> bool:
     return isinstance(messages, list | tuple) and len(messages) > 0 and all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
+
+
+def as_path(name: str, value: Any) -> Path:
+    """Raises UserError for what is no path."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise UserError(f"{name} {shown(value)} must be text or a path")
+    return Path(path)
 
 
 def _short(value: Any) -> str:
