@@ -106,7 +106,7 @@ class PromptCache:
         try:
             prompt = json.dumps({"messages": self.messages, "text": self.text}, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: the messages cannot be written as JSON ({_line(error)}); use text, numbers, lists and dicts") from None
+            raise UserError(f"{path}: the messages cannot be written as JSON ({_line(error)}); use text, lists and dicts") from None
         tensors = {"ids": np.array(self.ids, np.int32), "prompt": np.frombuffer(prompt, np.uint8)}
         if self.logits is not None:
             tensors["logits"] = self.logits
