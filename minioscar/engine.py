@@ -27,13 +27,14 @@ from .model import Model, Progress, check_scheme
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
 from .prompt_cache import File, Message, PromptCache, as_path, common, continued
-from .sampling import shown
+from .sampling import Sampling, shown
 from .shaping import shape_keys
 from .tokenizer import Tokenizer
 from .watch import Watch
 from .weights import Weights, for_scheme, weight_files
 from .weights import load as load_weights
 
+GREEDY = Sampling()
 MOST_ROWS = 256  # answers at a time: what the kernels of a decode step have room for
 SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
 
@@ -65,6 +66,11 @@ class Engine:
         if self.files is None:
             raise UserError("this model was not loaded from a folder, so a prompt cache cannot be bound to it; use minioscar.load")
         return self.files.sha256
+
+    @property
+    def model_files(self) -> list[Path]:
+        """What the model was read from; nothing that is saved may replace it."""
+        return [*(self.files.stamps if self.files else ()), *(self.folder.glob("*.json") if self.folder else ())]
 
     # --- text
 

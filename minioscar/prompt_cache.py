@@ -21,7 +21,7 @@ from . import strict_json as json
 from .cache import Cache, left_after_cut, row_layout
 from .config import Config
 from .errors import Failure, UserError
-from .files import replacing
+from .files import check_seekable, reason, replacing
 from .oscar import SCHEMES, WINDOW, Scheme
 from .sampling import shown
 
@@ -113,11 +113,11 @@ class PromptCache:
         tensors |= {f"layers.{i}.{name}": array for i, row in enumerate(self.rows) for name, array in row.items()}
         tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         metadata = binding(self.engine.config, self.engine.scheme) | {"weights": self.engine.weights_sha256, "contents": digest(tensors)}
-        with replacing(path) as partial:
+        with replacing(path, inputs=self.engine.model_files) as partial:
             try:
                 save_file(tensors, partial, metadata)
             except SafetensorError as error:  # a full disk
-                raise Failure(f"{path}: cannot be written: {error}; free space or name another file") from None
+                raise Failure(f"{path}: cannot be written: {reason(error)}") from None
 
     @classmethod
     def load(cls, path: str | Path, engine: Engine) -> PromptCache:
@@ -166,7 +166,7 @@ class File:
     def __init__(self, path: str | Path):
         from safetensors import SafetensorError, safe_open
 
-        self.path, self.stack = Path(path), ExitStack()
+        self.path, self.stack = check_seekable(path), ExitStack()
         try:
             self.handle = self.stack.enter_context(safe_open(self.path, "np"))
         except FileNotFoundError:
