@@ -12,17 +12,18 @@ import numpy as np
 
 from benchmarks.models import filled
 from minioscar.cache import Cache
-from minioscar.engine import GREEDY, Engine
+from minioscar.engine import Engine
 from minioscar.measure import copies_of, graph_time
 from minioscar.ops import card, raw
 from minioscar.ops.decode_step import DecodeStep
+from minioscar.sampling import RowSampling
 
 CACHE = ("decode_attention", "decode_attention_bf16")
 
 
 def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterator[dict]:
     cache = filled(e.config, e.scheme, e.ops, batch, context, 2, e.model.weights)
-    step = DecodeStep(e.ops, e.config, e.model.weights, e.model.tables_for(cache.context), cache, GREEDY)
+    step = DecodeStep(e.ops, e.config, e.model.weights, e.model.tables_for(cache.context), cache, [RowSampling()] * len(cache.lengths))
     step.lengths.fill(context)
     step.run()  # every input of every kernel is there
     step.lengths.fill(context)

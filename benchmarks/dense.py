@@ -18,7 +18,7 @@ from benchmarks.kernels import filled, properties, random_bf16
 from minioscar.cache import BF16
 from minioscar.measure import copies_of, graph_time
 from minioscar.ops import card, raw, raw_batch, raw_dense
-from minioscar.sampling import Sampling
+from minioscar.sampling import RowSampling, Sampling
 
 Array = Any
 HEADS = raw.Heads(32, 8, 128)
@@ -29,6 +29,7 @@ SAMPLINGS = [
     ("top-k 40, top-p 0.9", Sampling(0.8, top_k=40, top_p=0.9)),
     ("top-p 0.9", Sampling(0.8, top_p=0.9)),
     ("temperature alone", Sampling(0.8)),
+    ("temperature and penalties", Sampling(0.8, repetition_penalty=1.1, presence_penalty=0.5)),
 ]
 
 
@@ -85,9 +86,8 @@ def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> lis
 
 def drawing(sampling: Sampling, batch: int, rng: Any) -> Callable[[], None]:
     logits = rng.standard_normal((batch, VOCABULARY), dtype=np.float32) * 3
-    numbers = [cupy.zeros(batch, np.int32) for _ in range(3)]
-    workspace = cupy.zeros((batch, raw_dense.sample_words(VOCABULARY)), np.uint64)
-    return together(raw_dense.sample(logits, sampling, *numbers, workspace))
+    drawing = raw_dense.Drawing(cupy, [RowSampling(sampling, i) for i in range(batch)], VOCABULARY)
+    return together(raw_dense.sample(logits, drawing, *(cupy.zeros(batch, np.int32) for _ in range(2))))
 
 
 def together(launches: Sequence[raw.Launch]) -> Callable[[], None]:

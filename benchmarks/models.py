@@ -11,10 +11,11 @@ from benchmarks.cases import Case, entry, layer, moved_bytes
 from minioscar import oscar
 from minioscar.cache import Cache, cache_bytes
 from minioscar.config import Config
-from minioscar.engine import GREEDY, Engine
+from minioscar.engine import Engine
 from minioscar.measure import copies_of, timed
 from minioscar.ops.reference import New, Reference
 from minioscar.oscar import WINDOW, Scheme
+from minioscar.sampling import RowSampling
 from minioscar.weights import Weights, arrays
 
 IN_A_ROW = 32  # decode steps that are timed together where they are queued
@@ -58,7 +59,7 @@ def stepping(e: Engine, cache: Cache) -> tuple[Callable[[], None], int]:
     They leave the cache as long as it was, so that every call takes the same.
     """
     start, rows = cache.lengths.copy(), list(range(len(cache.lengths)))
-    decoder = e.ops.decoder(e.model, cache, GREEDY, rows)
+    decoder = e.ops.decoder(e.model, cache, [RowSampling()] * len(cache.lengths))
     room = int(cache.context - start.max())
     count = min(IN_A_ROW, room) if decoder.ahead else 1  # what is queued ahead is timed in a row, as it runs
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .cache import Cache
-from .sampling import Sampling, sample
+from .sampling import RowSampling, next_token
 
 if TYPE_CHECKING:
     from .model import Model
@@ -18,35 +18,40 @@ class Decoder:
     """A step at a time, through the operations that a prefill uses too.
 
     `feed` says where the rows stand, `launch` begins a step of some of them, `read` has what came of the oldest that was not read yet.
-    sequences: the number under which each row of the cache draws its random numbers. logits: `read` returns them too.
+    rows: how each row of the cache draws. logits: `read` returns them too.
     """
 
     ahead = 0  # steps that may be launched before the one before them is read
 
-    def __init__(self, model: Model, cache: Cache, sampling: Sampling, sequences: Sequence[int], logits: bool = False):
-        self.model, self.cache, self.sampling, self.sequences, self.wanted = model, cache, sampling, sequences, logits
-        self.newest, self.step = np.zeros(len(cache.lengths), np.int64), 0
+    def __init__(self, model: Model, cache: Cache, rows: Sequence[RowSampling], logits: bool = False):
+        self.model, self.cache, self.rows, self.wanted = model, cache, rows, logits
+        self.drawn: list[list[int]] = [[] for _ in rows]  # by each row so far; the newest token is not in the cache yet
+        self.step = 0
         self.found: tuple[np.ndarray, np.ndarray | None] | None = None
 
     def feed(self, slots: Sequence[int], tokens: Sequence[int], step: int = 1) -> None:
         """The newest token of each row, which its cache does not hold yet; the next ones are drawn as those of `step`."""
-        self.newest[list(slots)], self.step = tokens, step
+        self.step = step
+        for slot, token in zip(slots, tokens, strict=True):
+            self.drawn[slot] = [*self.drawn[slot][: step - 1], int(token)]
 
     def launch(self, slots: Sequence[int]) -> None:
         """A step of these rows. Broken off, it leaves a cache that is whole again."""
         slots = list(slots)
-        batch, ids, sequences = self.cache.place(slots, [1] * len(slots)), self.newest[slots], [self.sequences[slot] for slot in slots]
+        batch, ids = self.cache.place(slots, [1] * len(slots)), np.array([self.drawn[slot][-1] for slot in slots])
         try:
-            if self.wanted:
-                logits = self.model.forward(ids, self.cache, batch)
-                drawn = [sample(row, self.sampling, sequence, self.step) for row, sequence in zip(logits, sequences, strict=True)]
-                self.found = np.array(drawn), logits
-            else:
-                self.found = self.model.step(ids, self.cache, batch, self.sampling, self.step, sequences=sequences), None
+            logits = self.model.forward(ids, self.cache, batch)
+            drawings = ((row, self.rows[slot], self.step, self.drawn[slot]) for row, slot in zip(logits, slots, strict=True))
+            self.found = np.array([next_token(*drawing) for drawing in drawings]), logits if self.wanted else None
         except BaseException:
             self.cache.broken_off(batch)
             raise
-        self.newest[slots], self.step = self.found[0], self.step + 1
+        self._add(slots, self.found[0])
+        self.step += 1
+
+    def _add(self, slots: Sequence[int], tokens: np.ndarray) -> None:
+        for slot, token in zip(slots, tokens.tolist(), strict=True):
+            self.drawn[slot].append(token)
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Tokens, int64 [rows of the step], and logits, float32 [rows, vocab], where they are wanted.

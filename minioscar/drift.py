@@ -10,7 +10,7 @@ import numpy as np
 from .cache import Cache
 from .engine import Engine
 from .forcing import Done, divergence, log_softmax, teacher_forced
-from .sampling import Sampling
+from .sampling import RowSampling
 
 STRETCHES = 8  # of the continuation, for the KL along the way
 
@@ -28,9 +28,9 @@ class Drift:
 def greedy(engine: Engine, ids: Sequence[int], count: int, done: Done) -> list[int]:
     """`count` tokens after ids, each the likeliest; an end token is a token like any other here."""
     cache = Cache(engine.config, engine.scheme, 1, len(ids) + count, engine.ops)
-    tokens = engine.model.step(np.array(ids), cache, cache.place([0], [len(ids)]), Sampling(), 0).tolist()
+    tokens = engine.model.step(np.array(ids), cache, cache.place([0], [len(ids)])).tolist()
     done(len(ids))
-    decoder = engine.ops.decoder(engine.model, cache, Sampling(), [0])
+    decoder = engine.ops.decoder(engine.model, cache, [RowSampling()])
     decoder.feed([0], tokens)
     while len(tokens) < count:
         decoder.launch([0])

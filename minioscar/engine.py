@@ -21,20 +21,19 @@ from .arguments import Prompt
 from .cache import Cache
 from .config import Config
 from .errors import Failure, UserError
-from .generation import Generation, Options, Run
+from .generation import Generation, Options, Run, first_answers, for_each
 from .hub import resolve
 from .model import Model, Progress, check_scheme
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
-from .prompt_cache import File, Message, PromptCache, as_path, common, continued
-from .sampling import Sampling, shown
+from .prompt_cache import File, Message, PromptCache, common, continued
+from .sampling import shown
 from .shaping import shape_keys
 from .tokenizer import Tokenizer
 from .watch import Watch
 from .weights import Weights, for_scheme, weight_files
 from .weights import load as load_weights
 
-GREEDY = Sampling()
 MOST_ROWS = 256  # answers at a time: what the kernels of a decode step have room for
 SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
 
@@ -66,11 +65,6 @@ class Engine:
         if self.files is None:
             raise UserError("this model was not loaded from a folder, so a prompt cache cannot be bound to it; use minioscar.load")
         return self.files.sha256
-
-    @property
-    def model_files(self) -> list[Path]:
-        """What the model was read from; nothing that is saved may replace it."""
-        return [*(self.files.stamps if self.files else ()), *(self.folder.glob("*.json") if self.folder else ())]
 
     # --- text
 
@@ -118,31 +112,31 @@ class Engine:
 
     def start(
         self, prompts: Sequence[Prompt], *, ctx: int | None = None, chat: bool | None = None, cache: PromptCache | None = None,
-        sequences: Sequence[int] | None = None, options: Options | None = None, template: Mapping[str, Any] | None = None,
+        sequences: Sequence[int] | None = None, options: Options | Sequence[Options] | None = None,
+        template: Mapping[str, Any] | None = None,
     ) -> Run:
         """Checks everything and allocates the cache; iterate the result for (answer, piece of text), token by token.
 
-        The other half of `generate`, and more: options.n answers to each prompt, which is read once for all of them. sequences: the
-        number under which each answer draws its random numbers (None: its place in the batch).
+        The other half of `generate`, and more: options.n answers to each prompt, which is read once for all of them. options: one for
+        all prompts, or one for each. sequences: the number under which each answer draws its random numbers (None: its place in the
+        batch).
         """
         prompts, alone = arguments.all_prompts(prompts)
         if alone:
             raise UserError("several prompts go into a list, and one, too: start([prompt])")
-        wanted = Options() if options is None else options
-        if not isinstance(wanted, Options):
-            raise UserError(f"options {shown(wanted)} must be a minioscar.Options")
-        if wanted.stop:
+        wanted = for_each(options, len(prompts))
+        if any(one.stop for one in wanted):
             _ = self.tokenizer  # a stop string needs text
         ids = [self.encode(prompt, chat, cache, template) for prompt in prompts]
         context = self.capacity(ids, wanted, ctx, cache)
-        sequences = arguments.sequences_of(sequences, len(ids) * wanted.n)
-        kept = self.new_cache(len(ids) * wanted.n, context)
+        answers = sum(one.n for one in wanted)
+        sequences, kept = arguments.sequences_of(sequences, answers), self.new_cache(answers, context)
         logits = None
         if cache is not None:
-            for i, prompt in enumerate(ids):
+            for row, prompt in zip(first_answers(wanted), ids, strict=True):
                 again = prompt == cache.ids and cache.logits is not None
                 logits = cache.logits if again else logits
-                cache.fill(kept, i * wanted.n, len(prompt) if again else min(common(prompt, cache.ids), len(prompt) - 1))
+                cache.fill(kept, row, len(prompt) if again else min(common(prompt, cache.ids), len(prompt) - 1))
         return Run(self, ids, kept, wanted, logits, sequences)
 
     def encode(
@@ -193,7 +187,9 @@ class Engine:
             raise UserError('messages must be objects {"role": text, "content": text}')
         return self._checked(self.tokenizer.encode(self.tokenizer.chat(messages, template=arguments.variables_of(template))))
 
-    def capacity(self, ids: list[list[int]], options: Options, ctx: int | None, cache: PromptCache | None = None) -> int:
+    def capacity(
+        self, ids: list[list[int]], options: Options | Sequence[Options], ctx: int | None, cache: PromptCache | None = None
+    ) -> int:
         """The capacity of the cache, every limit checked before anything is computed. cache: holds the beginning of the prompts.
 
         Without ctx it is what prompts and max_tokens need, as far as the model's context goes; for one answer, as far as memory has
@@ -201,18 +197,21 @@ class Engine:
         """
         if not ids:
             raise UserError("there is no prompt; give at least one")
-        rows, longest, limit = len(ids) * options.n, max(map(len, ids)), self.config.max_context
+        wanted, longest, limit = for_each(options, len(ids)), max(map(len, ids)), self.config.max_context
+        rows, adjusts = sum(one.n for one in wanted), any(one.adjusts for one in wanted)
+        for one in wanted:
+            one.ends(self._tokenizer, self.config.vocab_size)
         if rows > MOST_ROWS:
             raise UserError(f"{rows} answers at a time are more than {MOST_ROWS}; give fewer prompts at once (--batch) or a smaller --n")
         ctx = arguments.context_of(ctx, self.config)
         if longest > (ctx or limit):
             way_out = "shorten it or raise --ctx" if ctx and ctx < limit else f"shorten it: {self.config.limit}"
             raise UserError(f"the prompt has {longest} tokens, but the context holds {ctx or limit}; {way_out}")
-        context = ctx or min(longest + options.max_tokens, limit)
+        context = ctx or min(max(len(prompt) + one.max_tokens for prompt, one in zip(ids, wanted, strict=True)), limit)
         fed = max(sum(len(prompt) - (common(prompt, cache.ids) if cache else 0) for prompt in ids), 1)
         if ctx is None and rows == 1:
-            return memory.as_far_as_it_fits(self.config, self.scheme, self.ops, context, longest, fed)
-        memory.check(self.config, self.scheme, self.ops, rows, context, fed)
+            return memory.as_far_as_it_fits(self.config, self.scheme, self.ops, context, longest, fed, adjusts)
+        memory.check(self.config, self.scheme, self.ops, rows, context, fed, penalties=adjusts)
         return context
 
     # --- prompt caches
@@ -237,7 +236,7 @@ class Engine:
 
     def load_cache(self, path: str | Path) -> PromptCache:
         """A prompt cache that `PromptCache.save` wrote. Raises UserError where it was not made with this model and scheme."""
-        return PromptCache.load(as_path("a prompt cache", path), self)
+        return PromptCache.load(arguments.as_path("a prompt cache", path), self)
 
     def belongs(self, cache: PromptCache) -> None:
         """Raises UserError for what is no prompt cache, or one of another engine."""
@@ -299,9 +298,9 @@ def load(
     that `load_cache` will read; one of another model is refused now. debug: check what every operation computes for NaN and
     infinity. Raises UserError for anything that cannot work, before the weights are read.
     """
-    as_path("model", model)
+    arguments.as_path("model", model)
     tokenizer, debug = arguments.flag("tokenizer", tokenizer), arguments.flag("debug", debug)
-    with File(as_path("cache", cache)) if cache is not None else nullcontext() as saved:
+    with File(arguments.as_path("cache", cache)) if cache is not None else nullcontext() as saved:
         scheme = scheme_named((saved.scheme if saved else DEFAULT_SCHEME) if kv is None else kv)
         ops = back_ends.backend(device)
         folder = resolve(str(model))

@@ -14,10 +14,11 @@ import numpy as np
 from .cache import Batch, Cache
 from .decoding import Decoder
 from .errors import UserError
-from .sampling import Sampling, likeliest, sample, shown, whole
+from .sampling import RowSampling, Sampling, likeliest, next_token, shown, whole
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .tokenizer import Tokenizer
 
 T = TypeVar("T")
 MAX_TOKENS = 256
@@ -68,6 +69,39 @@ class Options:
         for name, value in given.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether tokens are drawn from other logits than the model's."""
+        return self.sampling.penalizes or self.min_tokens > 0
+
+    def ends(self, tokenizer: Tokenizer | None, vocab: int) -> frozenset[int]:
+        """The token ids that end an answer. A stop string that is a special token's text is that token, whose text nobody ever sees.
+
+        Raises UserError for stop_ids that the model does not have.
+        """
+        if wrong := [i for i in self.stop_ids if i >= vocab]:
+            raise UserError(f"stop id {wrong[0]} is not a token of this model; its tokens are 0 ... {vocab - 1}")
+        special = (tokenizer.special_id(text) for text in self.stop) if tokenizer else ()
+        eos = tokenizer.eos_ids if tokenizer and not self.ignore_eos else ()
+        return frozenset((*self.stop_ids, *eos, *(i for i in special if i is not None)))
+
+
+def for_each(options: Options | Sequence[Options] | None, prompts: int) -> list[Options]:
+    """One for every prompt, from one for all of them or from as many. Raises UserError for anything else."""
+    if options is None or isinstance(options, Options):
+        return [options or Options()] * prompts
+    found = list(options) if isinstance(options, Sequence) else [options]
+    if not all(isinstance(one, Options) for one in found):
+        raise UserError(f"options {shown(options)} must be a minioscar.Options, or a list with one for each prompt")
+    if len(found) != prompts:
+        raise UserError(f"there are {len(found)} options for {prompts} prompts; give one for all of them, or one for each")
+    return found
+
+
+def first_answers(options: Sequence[Options]) -> list[int]:
+    """Where the answers to each prompt begin among those to all."""
+    return [sum(one.n for one in options[:i]) for i in range(len(options))]
+
 
 DEFAULTS = {"sampling": Sampling()} | {f.name: f.default for f in fields(Options) if f.name not in ("sampling", "logprobs")}
 
@@ -95,7 +129,7 @@ class Generation:
     prompt_tokens: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)  # a stop string's tokens included, an end token not
-    finish_reason: str | None = None  # "stop": an end token or a stop string came; "length": max_tokens or the context is full
+    finish_reason: str | None = None  # "stop": an end token, stop id or stop string; "length": max_tokens; "context": it is full
     kv: str = ""
     kv_bytes: int = 0  # of the whole cache
     device: str = ""
@@ -145,41 +179,45 @@ class StopText:
 class Run:
     """One batch being generated: iterate for (index of the answer, piece of text), read `results` at any time.
 
-    ids: the whole prompts; of prompt i, row i * n of the cache holds the first `cache.lengths[i * n]` tokens already. The answers
-    to prompt i are i * n ... i * n + n - 1. logits, float32 [vocab]: what follows a prompt that the cache holds to its last token.
-    sequences: the number under which each answer draws its random numbers.
+    ids: the whole prompts. options: one for all, or one for each. The n answers to a prompt stand together, in the cache and in
+    `results`; its first row there holds the first `cache.lengths[row]` tokens already. logits, float32 [vocab]: what follows a prompt
+    that the cache holds to its last token. sequences: the number under which each answer draws its random numbers.
     """
 
     def __init__(
-        self, engine: Engine, ids: list[list[int]], cache: Cache, options: Options, logits: np.ndarray | None = None,
+        self, engine: Engine, ids: list[list[int]], cache: Cache, options: Options | Sequence[Options], logits: np.ndarray | None = None,
         sequences: Sequence[int] | None = None,
     ):
-        self.engine, self.ids, self.options, self.logits = engine, ids, options, logits
+        self.engine, self.ids, self.logits = engine, ids, logits
         self.cache: Cache | None = cache  # None once a run that did not fit into memory has freed it
         self.decoder: Decoder | None = None
-        self.begun = False
-        n = options.n
-        self.sequences = list(range(len(ids) * n)) if sequences is None else list(sequences)
+        self.tokenizer, vocab = engine.tokenizer if engine.has_tokenizer else None, engine.config.vocab_size
+        options = for_each(options, len(ids))
+        self.first = first_answers(options)
+        prompts = [i for i, one in enumerate(options) for _ in range(one.n)]
+        self.options = [options[i] for i in prompts]  # of each answer, as what follows
+        self.ends = [one.ends(self.tokenizer, vocab) for one in self.options]
+        self.rows = [
+            RowSampling(one.sampling, sequence, ids[i], sorted(end for end in ends if end < vocab), one.min_tokens)
+            for i, one, ends, sequence in zip(prompts, self.options, self.ends, sequences or range(len(prompts)), strict=True)
+        ]
         self.results = [
             Generation(
-                len(ids[i // n]), kv=engine.scheme.name, kv_bytes=cache.nbytes, device=engine.ops.name,
-                prefilled_tokens=len(ids[i // n]) - int(cache.lengths[i // n * n]), logprobs=None if options.logprobs is None else [],
+                len(ids[i]), kv=engine.scheme.name, kv_bytes=cache.nbytes, device=engine.ops.name,
+                prefilled_tokens=len(ids[i]) - int(cache.lengths[self.first[i]]), logprobs=None if options[i].logprobs is None else [],
             )
-            for i in range(len(ids) * n)
+            for i in prompts
         ]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        if self.begun:
-            raise UserError("a run is iterated once; start another")
-        self.begun = True
-        tokenizer = self.engine.tokenizer if self.engine.has_tokenizer else None
-        streams = [(tokenizer.stream() if tokenizer else None, StopText(self.options.stop)) for _ in self.results]
-        for index, token in self._tokens(tokenizer.eos_ids if tokenizer else frozenset()):
+        streams = [(self.tokenizer.stream() if self.tokenizer else None, StopText(one.stop)) for one in self.options]
+        for index, token in self._tokens():
             result, (stream, stops) = self.results[index], streams[index]
             piece = "" if stream is None or token is None else stream.add(token)
             if result.finish_reason and stream:
                 piece += stream.flush()
-            piece = stops.add(piece)
+            if token is None or result.new_tokens > self.options[index].min_tokens:
+                piece = stops.add(piece)
             if stops.hit:
                 result.finish_reason = "stop"
             elif result.finish_reason:
@@ -187,37 +225,37 @@ class Run:
             result.text += piece
             yield index, piece
 
-    def _tokens(self, end_ids: Collection[int]) -> Iterator[tuple[int, int | None]]:
+    def _tokens(self) -> Iterator[tuple[int, int | None]]:
         """(answer, new token id) in order; None for the end token of an answer, whose finish_reason is set by then."""
-        options, results, before = self.options, self.results, time.perf_counter()
+        results, before = self.results, time.perf_counter()
         logits = self.prefill()
-        first = [sample(row, options.sampling, sequence, 0) for row, sequence in zip(logits, self.sequences, strict=True)]
+        first = [next_token(*drawing, 0) for drawing in zip(logits, self.rows, strict=True)]
         for result in results:
             result.prefill_s = time.perf_counter() - before
-        yield from self._taken(range(len(results)), first, logits, end_ids)
+        yield from self._taken(range(len(results)), first, logits)
         if any(not result.finish_reason for result in results):
             for slots, tokens, logits, spent in self._steps(first):
                 for slot in slots:
                     results[slot].decode_s += spent * (results[slot].finish_reason is None)
-                yield from self._taken(slots, tokens, logits, end_ids)
+                yield from self._taken(slots, tokens, logits)
 
-    def _taken(
-        self, slots: Sequence[int], tokens: Sequence[int], logits: np.ndarray | None, end_ids: Collection[int]
-    ) -> Iterator[tuple[int, int | None]]:
+    def _taken(self, slots: Sequence[int], tokens: Sequence[int], logits: np.ndarray | None) -> Iterator[tuple[int, int | None]]:
         """What one step brought, put into the results; answers that have ended get nothing more."""
         for at, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
             result = self.results[slot]
             if result.finish_reason:
                 continue
-            if token in end_ids:
+            if token in self.ends[slot]:
                 result.finish_reason = "stop"
                 yield slot, None
                 continue
             result.token_ids.append(int(token))
             if result.logprobs is not None:
-                result.logprobs.append(self._logprob(logits[at], int(token)))
-            if len(result.token_ids) == self.options.max_tokens or self.cache.lengths[slot] == self.cache.context:
+                result.logprobs.append(self._logprob(logits[at], int(token), self.options[slot].logprobs))
+            if len(result.token_ids) == self.options[slot].max_tokens:
                 result.finish_reason = "length"
+            elif self.cache.lengths[slot] == self.cache.context:
+                result.finish_reason = "context"
             yield slot, int(token)
 
     def _steps(self, tokens: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None, float]]:
@@ -226,10 +264,10 @@ class Run:
         As many steps as the back end takes ahead are launched before the first is read: an answer that ends by itself has then
         cost a step too many, which is thrown away.
         """
-        options, slots = self.options, range(len(self.results))
-        wanted = {"logits": options.logprobs is not None, "graph": options.graph}
+        slots = range(len(self.results))
+        wanted = {"logits": any(one.logprobs is not None for one in self.options), "graph": all(one.graph for one in self.options)}
         ops, model = self.engine.ops, self.engine.model
-        self.decoder = self._guarded(lambda: ops.decoder(model, self.cache, options.sampling, self.sequences, **wanted))
+        self.decoder = self._guarded(lambda: ops.decoder(model, self.cache, self.rows, **wanted))
         try:
             before, launched = time.perf_counter(), deque()
             self.decoder.feed(slots, tokens)
@@ -252,24 +290,23 @@ class Run:
     def _goes_on(self, slot: int, ahead: int) -> bool:
         """Whether an answer takes one more step behind `ahead` steps whose tokens are not known yet."""
         result, cache = self.results[slot], self.cache
-        room = len(result.token_ids) + ahead < self.options.max_tokens and cache.lengths[slot] + ahead < cache.context
+        room = len(result.token_ids) + ahead < self.options[slot].max_tokens and cache.lengths[slot] + ahead < cache.context
         return result.finish_reason is None and room
 
     def prefill(self) -> np.ndarray:
         """Puts every prompt into the cache, once for all of its answers; the logits after it for each, float32 [answers, vocab]."""
-        n = self.options.n
-        feeds = {i * n: ids[self.cache.lengths[i * n] :] for i, ids in enumerate(self.ids)}
+        feeds = {slot: ids[self.cache.lengths[slot] :] for slot, ids in zip(self.first, self.ids, strict=True)}
         feeds = {slot: ids for slot, ids in feeds.items() if ids}
-        found = dict.fromkeys(range(0, len(self.results), n), self.logits)
+        found = dict.fromkeys(self.first, self.logits)
         if feeds:
             slots, inputs = list(feeds), list(feeds.values())
             bar = self.engine.layers_bar(sum(map(len, inputs)))
             logits = self._pass(slots, inputs, lambda ids, batch: self.engine.model.forward(ids, self.cache, batch, progress=bar))
             found |= zip(slots, logits, strict=True)
         for slot in found:
-            for other in range(slot + 1, slot + n):
+            for other in range(slot + 1, slot + self.options[slot].n):
                 self.cache.copy(slot, other)
-        return np.repeat(np.stack(list(found.values())), n, axis=0)
+        return np.repeat(np.stack(list(found.values())), [self.options[slot].n for slot in found], axis=0)
 
     def _pass(self, slots: list[int], inputs: list[list[int]], forward: Callable[[np.ndarray, Batch], T]) -> T:
         """One forward pass. Broken off, it leaves a cache that is whole again; out of memory, it leaves none."""
@@ -292,7 +329,7 @@ class Run:
         work = self.decoder = self.cache = None
         raise self.engine.out_of_memory(f"{reason}, after {held} tokens; the cache of {size / 1e6:.1f} MB was freed")
 
-    def _logprob(self, logits: np.ndarray, token: int) -> Logprob:
-        words = self.engine.tokenizer if self.engine.has_tokenizer else None
-        found = [Logprob(i, words.decode([i]) if words else "", value) for i, value in likeliest(logits, token, self.options.logprobs)]
+    def _logprob(self, logits: np.ndarray, token: int, k: int) -> Logprob:
+        words = self.tokenizer
+        found = [Logprob(i, words.decode([i]) if words else "", value) for i, value in likeliest(logits, token, k)]
         return Logprob(found[0].token_id, found[0].token, found[0].logprob, tuple(found[1:]))

@@ -35,18 +35,25 @@ class Need:
         return self.weights + self.cache + self.work
 
 
-def needed(config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None, weights: int = 0) -> Need:
-    """For `batch` sequences of `context` tokens; tokens: the most that one forward pass takes in (None: the whole context of one)."""
-    work = ops.work_bytes(config, context if tokens is None else tokens, context, batch)
+def needed(
+    config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None, weights: int = 0,
+    penalties: bool = False,
+) -> Need:
+    """For `batch` sequences of `context` tokens; tokens: the most that one forward pass takes in (None: the whole context of
+    one). penalties: whether a token is drawn from other logits than the model's (`Options.adjusts`)."""
+    work = ops.work_bytes(config, context if tokens is None else tokens, context, batch, penalties)
     return Need(weights, cache_bytes(config, scheme, batch, context), work)
 
 
-def check(config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None, weights: int = 0) -> None:
+def check(
+    config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None, weights: int = 0,
+    penalties: bool = False,
+) -> None:
     """Raises UserError, with the longest context that does fit, where `needed` exceeds what is free."""
-    need, free = needed(config, scheme, ops, batch, context, tokens, weights), ops.free_bytes()
+    need, free = needed(config, scheme, ops, batch, context, tokens, weights, penalties), ops.free_bytes()
     if need.total > free:
         what = f"context {context}" if batch == 1 else f"{batch} x context {context}"
-        fits = longest_context(config, scheme, ops, batch, free - weights, tokens)
+        fits = longest_context(config, scheme, ops, batch, free - weights, tokens, penalties)
         ways = [f"--ctx {fits} fits" if fits else NONE_FIT]
         if _int2_fits(config, scheme, ops, batch, context, tokens, free - weights):
             ways.append("so does --kv int2")
@@ -55,15 +62,18 @@ def check(config: Config, scheme: Scheme, ops: Reference, batch: int, context: i
         raise UserError(f"{what} {_exceeds(need, free, scheme, ops)}; {', '.join(ways)}")
 
 
-def as_far_as_it_fits(config: Config, scheme: Scheme, ops: Reference, context: int, prompt: int, tokens: int) -> int:
-    """`context`, or the longest that fits what is free: of one sequence, whose prompt must fit. tokens: as in `needed`.
+def as_far_as_it_fits(
+    config: Config, scheme: Scheme, ops: Reference, context: int, prompt: int, tokens: int, penalties: bool = False
+) -> int:
+    """`context`, or the longest that fits what is free: of one sequence, whose prompt must fit. tokens, penalties: as in
+    `needed`.
 
     Raises UserError for a prompt that does not.
     """
     free = ops.free_bytes()
-    fits = longest_context(config, scheme, ops, 1, free, tokens)
+    fits = longest_context(config, scheme, ops, 1, free, tokens, penalties)
     context = max(min(context, fits), prompt)
-    need = needed(config, scheme, ops, 1, context, tokens)
+    need = needed(config, scheme, ops, 1, context, tokens, penalties=penalties)
     if need.total > free:
         ways = [f"{fits} tokens fit, shorten it" if fits else NONE_FIT]
         if _int2_fits(config, scheme, ops, 1, context, tokens, free):
@@ -82,13 +92,16 @@ def _int2_fits(config: Config, scheme: Scheme, ops: Reference, batch: int, conte
     return scheme is SCHEMES["bf16"] and needed(config, SCHEMES["int2"], ops, batch, context, tokens).total <= free
 
 
-def longest_context(config: Config, scheme: Scheme, ops: Reference, batch: int, free: int, tokens: int | None = None) -> int:
+def longest_context(
+    config: Config, scheme: Scheme, ops: Reference, batch: int, free: int, tokens: int | None = None, penalties: bool = False
+) -> int:
     """The most tokens (a multiple of 128, at most the model's context) that fit `free` bytes with their work; 0 if none do."""
     low, high = 0, -(-config.max_context // WINDOW)
     while low < high:
         middle = (low + high + 1) // 2
         context = middle * WINDOW
-        fits = needed(config, scheme, ops, batch, context, None if tokens is None else min(tokens, batch * context)).total <= free
+        fed = None if tokens is None else min(tokens, batch * context)
+        fits = needed(config, scheme, ops, batch, context, fed, penalties=penalties).total <= free
         low, high = (middle, high) if fits else (low, middle - 1)
     return min(low * WINDOW, config.max_context)
 

@@ -15,7 +15,7 @@ from .cache import Batch, Cache
 from .config import Config
 from .errors import UserError
 from .oscar import Scheme, hadamard
-from .sampling import Sampling
+from .sampling import RowSampling, next_token
 from .weights import Layer, Weights
 
 if TYPE_CHECKING:
@@ -35,15 +35,11 @@ class Model:
         self.tables: tuple[Array, Array] | None = None  # cos and sin of RoPE for the positions seen so far
 
     def step(
-        self, ids: np.ndarray, cache: Cache, batch: Batch, sampling: Sampling, step: int, progress: Progress = iter,
-        sequences: Sequence[int] | None = None,
+        self, ids: np.ndarray, cache: Cache, batch: Batch, rows: Sequence[RowSampling] | None = None, progress: Progress = iter
     ) -> np.ndarray:
-        """The next token of every sequence of `batch` after its new tokens `ids`; int64 [sequences] on the host.
-
-        Sequence i draws the random number of `step` as sequences[i] (None: as its row).
-        """
-        logits = self._logits(ids, cache, batch, False, progress)
-        return self.ops.sample(logits, sampling, batch.slots if sequences is None else sequences, step)
+        """The first token that every sequence of `batch` draws after its new tokens `ids` (rows None: the likeliest); int64 [sequences]."""
+        logits = self.forward(ids, cache, batch, progress=progress)
+        return np.array([next_token(*drawing, 0) for drawing in zip(logits, rows or [RowSampling()] * len(logits), strict=True)])
 
     def forward(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool = False, progress: Progress = iter) -> np.ndarray:
         """Logits on the host, float32: [sequences, vocab] of each sequence's last token, or [tokens, vocab] of all if `every`."""

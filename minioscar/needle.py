@@ -13,7 +13,6 @@ from .engine import Engine
 from .errors import UserError
 from .forcing import Done, next_flush
 from .oscar import WINDOW
-from .sampling import Sampling
 
 LENGTHS = (512, 1024, 2048)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -62,7 +61,7 @@ def ask(engine: Engine, haystack: Sequence[int], question: Sequence[int], done: 
     tokens: list[int] = []
     while len(tokens) < ANSWER_TOKENS:
         chunk, feed = np.split(feed, [next_flush(cache) - int(cache.lengths[0])])  # a longer one would attend past a flush
-        token = engine.model.step(chunk, cache, cache.place([0], [len(chunk)]), Sampling(), 0)
+        token = engine.model.step(chunk, cache, cache.place([0], [len(chunk)]))
         if not len(feed):
             tokens += token.tolist()
             feed = token

@@ -12,7 +12,6 @@ from .config import Config
 from .model import Model, Progress
 from .ops.reference import Reference
 from .oscar import SCHEMES
-from .sampling import Sampling
 from .weights import Weights
 
 
@@ -43,4 +42,4 @@ def listen(weights: Weights, config: Config, ops: Reference, ids: np.ndarray, he
     scheme = SCHEMES["bf16"]
     model = Model(config, weights, scheme, Listener(ops, heard))
     cache = Cache(config, scheme, 1, len(ids), ops)
-    model.step(np.asarray(ids), cache, cache.place([0], [len(ids)]), Sampling(), 0, progress)
+    model.step(np.asarray(ids), cache, cache.place([0], [len(ids)]), progress=progress)

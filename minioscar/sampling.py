@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -89,29 +89,90 @@ SETTINGS: dict[str, tuple[Callable, Callable, str]] = {
 }
 
 
-def sample(logits: np.ndarray, sampling: Sampling, sequence: int, step: int) -> int:
-    """The next token id of one sequence: logits float32 [vocab].
+@dataclass(frozen=True)
+class RowSampling:
+    """How one sequence of a batch draws.
 
-    The random number comes from a counter (Philox, keyed by the seed, at [sequence, step]), so what a sequence draws does
-    not depend on the others of its batch. Raises Failure where the logits hold a NaN or an infinity.
+    sequence: the number under which it gets its random numbers. prompt: token ids that repetition_penalty counts beside the drawn ones.
+    ends: token ids that are not drawn before there are min_tokens drawn ones.
+    """
+
+    sampling: Sampling = Sampling()
+    sequence: int = 0
+    prompt: Sequence[int] = ()
+    ends: Sequence[int] = ()
+    min_tokens: int = 0
+
+    @property
+    def masks(self) -> bool:
+        return self.min_tokens > 0 and len(self.ends) > 0
+
+
+def next_token(logits: np.ndarray, row: RowSampling, step: int, drawn: Sequence[int] = ()) -> int:
+    """The token that a sequence draws at `step` after those that it has drawn: logits float32 [vocab]. Raises Failure as `sample`."""
+    seen = history(row, drawn, len(logits)) if row.sampling.penalizes else None
+    return sample(adjusted(logits, row, step, seen), row.sampling, row.sequence, step)
+
+
+def history(row: RowSampling, drawn: Sequence[int], vocab: int) -> np.ndarray:
+    """What penalties look back at, int32 [vocab]: twice how often a token was drawn, and 1 more if the prompt has it."""
+    seen = 2 * np.bincount(np.asarray(drawn, np.int64), minlength=vocab).astype(np.int32)
+    seen[np.asarray(row.prompt, np.int64)] += 1
+    return seen
+
+
+def adjusted(logits: np.ndarray, row: RowSampling, step: int, seen: np.ndarray | None) -> np.ndarray:
+    """Logits after the penalties of `seen` (`history`) and without end tokens where it is too early for them; float32 [vocab]."""
+    if seen is None and not row.masks:
+        return logits
+    x, s = logits.astype(np.float32), row.sampling
+    if seen is not None:
+        at = np.flatnonzero(seen)
+        times, factor = (seen[at] >> 1).astype(np.float32), np.float32(s.repetition_penalty)
+        x[at] = np.where(x[at] > 0, x[at] / factor, x[at] * factor)
+        x[at] -= np.float32(s.frequency_penalty) * times + np.float32(s.presence_penalty) * (times > 0)
+    if step < row.min_tokens:
+        x[list(row.ends)] = -np.inf
+    return x
+
+
+def sample(logits: np.ndarray, sampling: Sampling, sequence: int, step: int) -> int:
+    """The next token id of one sequence, without penalties: logits float32 [vocab].
+
+    Drawn by Gumbel-max: the kept token whose logit / temperature - log(e) is largest, e from `exponentials` for each token by itself.
+    That is a draw from the softmax of the kept tokens, and a rounding of the logits moves it only where two tokens are nearly equal
+    in that sum: what a sequence draws depends on neither the others of its batch nor, but for such near-ties, on its back end.
+    Raises Failure where the logits hold a NaN or an infinity.
     """
     if not np.isfinite(logits.max()):
         raise Failure(NOT_FINITE)
     if sampling.temperature == 0:
         return int(logits.argmax())
-    total = np.cumsum(probabilities(logits, sampling))
-    return int(np.searchsorted(total, uniform(sampling, sequence, step) * total[-1], side="right"))
+    kept = np.flatnonzero(probabilities(logits, sampling))
+    noise = np.log(exponentials(sampling.seed, sequence, step, len(logits))[kept])
+    return int(kept[(_scaled(logits, sampling)[kept] - noise).argmax()])
 
 
-def uniform(sampling: Sampling, sequence: int, step: int) -> float:
-    """The random number, 0 <= u < 1, that decides about a token."""
-    return np.random.Generator(np.random.Philox(key=sampling.seed, counter=[0, 0, sequence, step])).random()
+def exponentials(seed: int, sequence: int, step: int, vocab: int) -> np.ndarray:
+    """A random number of the exponential distribution for every token, float64 [vocab], none of them 0.
+
+    They come from a counter (Philox4x64-10, Salmon et al., SC 2011, keyed by the seed): token i has word i % 4 of block i // 4 of the
+    counter [., 0, sequence, step].
+    """
+    words = np.random.Philox(key=seed, counter=[0, 0, sequence, step]).random_raw(vocab)
+    return -np.log1p(-np.maximum((words >> np.uint64(11)) * 2.0**-53, 2.0**-54))
+
+
+def _scaled(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """(logit - largest) / temperature; float64 [vocab]."""
+    x = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # a temperature next to 0 leaves the likeliest alone
+        return (x - x.max()) / sampling.temperature
 
 
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """What a token is drawn from at a temperature above 0, float64 [vocab]: 0 where it is left out; the rest is not scaled up again."""
-    with np.errstate(over="ignore"):  # a temperature next to 0 leaves the likeliest alone
-        x = (logits - logits.max()).astype(np.float64) / sampling.temperature
+    x = _scaled(logits, sampling)
     if 0 < sampling.top_k < len(x):
         x[x < np.partition(x, -sampling.top_k)[-sampling.top_k]] = -np.inf
     p = np.exp(x)
@@ -133,4 +194,4 @@ def likeliest(logits: np.ndarray, token: int, k: int) -> list[tuple[int, float]]
     k = min(k, len(x))
     top = np.argpartition(-x, k - 1)[:k] if k else np.empty(0, int)
     top = top[np.lexsort((top, -x[top]))]
-    return [(i, float(x[i])) for i in (token, *top.tolist())]
+    return [(i, max(float(x[i]), -9999.0)) for i in (token, *top.tolist())]  # JSON has no infinity

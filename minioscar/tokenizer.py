@@ -42,6 +42,14 @@ class Tokenizer:
             raise UserError(f"{self.folder / 'tokenizer_config.json'}: the token {token!r} is not valid Unicode; fetch it again") from None
         return found if found is not None else min(_ids(default), default=None)
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token whose text is exactly this; None if there is none."""
+        try:
+            found = self._tokenizer.token_to_id(text)
+        except UnicodeEncodeError:
+            return None
+        return found if found in self._special else None
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of the text. add_special_tokens: also those that tokenizer.json puts around a text, such as BOS."""
         try:

@@ -277,6 +277,6 @@ def test_ctrl_c_is_one_line_and_exit_code_130(smollm2, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minioscar.model.Model.step", interrupt)
+    monkeypatch.setattr("minioscar.decoding.Decoder.launch", interrupt)
     code, _, err = run(capsys, "generate", smollm2, "x")
     assert code == 130 and err.splitlines()[-1] == "minioscar: interrupted"

@@ -17,7 +17,7 @@ import pytest
 
 from minioscar.ops import card, raw, raw_batch, raw_dense
 from minioscar.oscar import SCHEMES
-from minioscar.sampling import Sampling
+from minioscar.sampling import RowSampling, Sampling
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install 'minioscar[nvrtc]'")
 
@@ -68,9 +68,9 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         found[launch.name] = launch
     found["rms_norm"] = raw_dense.rms_norm(x, out, 0, out)
     for batch in (1, *((64,) if everything else ())):
-        for sampling in (Sampling(1, top_k=1), Sampling(1, top_p=0.5)):
-            for launch in raw_dense.sample(np.empty((batch, 2)), sampling, ints, ints, ints, np.empty((batch, 1))):
-                found[f"{launch.name} of {batch}"] = launch
+        rows = [RowSampling(Sampling(1, top_p=0.5, repetition_penalty=2))] * batch
+        for launch in raw_dense.sample(np.empty((batch, 2)), raw_dense.Drawing(np, rows, 2), ints, ints):
+            found[f"{launch.name} of {batch}"] = launch
     for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
         to = raw.Tiles(past, past, ints) if raw.tiled(dim, arch) else (past, past)

@@ -46,7 +46,7 @@ class Witness:
 
 def say(conversation: Conversation, text: str, pieces: int | None = None, **options) -> str:
     """An answer, broken off after so many pieces."""
-    answer: Iterator[str] = conversation.say(text, **{"max_tokens": 30, "sampling": Sampling(temperature=1.0, seed=3), **options})
+    answer: Iterator[str] = conversation.say(text, **{"max_tokens": 30, "sampling": Sampling(temperature=1.0, seed=5), **options})
     said = ""
     for n, piece in enumerate(answer, 1):
         said += piece
@@ -90,7 +90,7 @@ def test_a_turn_costs_what_is_new_on_a_real_model():
     assert "Rome" in answer
     last = conversation.last
     # everything but the end token of the first answer, the new message and the template's words around it was in the cache
-    assert last.prefilled_tokens == last.prompt_tokens - first.prompt_tokens - first.new_tokens + (first.finish_reason == "length")
+    assert last.prefilled_tokens == last.prompt_tokens - first.prompt_tokens - first.new_tokens + (first.finish_reason != "stop")
     assert last.prefilled_tokens < 20 < last.prompt_tokens
 
 
@@ -187,7 +187,7 @@ def test_a_full_context_is_said_and_the_conversation_stays(folder):
     engine = talker(folder)
     conversation = Conversation(engine, ctx=128)
     say(conversation, "the cat", max_tokens=300)
-    assert conversation.last.finish_reason in ("length", "stop")
+    assert conversation.last.finish_reason in ("length", "context", "stop")
     messages = list(conversation.messages)
     with pytest.raises(UserError, match=r"the conversation would have \d+ tokens, the context holds 128; begin anew or raise --ctx"):
         say(conversation, "the dog saw that " * 30)

@@ -9,21 +9,21 @@ import pytest
 
 from minioscar import presets
 from minioscar.cache import BF16, Cache
-from minioscar.engine import GREEDY
 from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode_step import DecodeStep, unsupported
 from minioscar.oscar import SCHEMES
-from minioscar.sampling import Sampling, sample
+from minioscar.sampling import RowSampling, Sampling, next_token, sample
 from minioscar.weights import Layer, Weights, expected
 
 from .test_cuda_backend import SIMULATED, _card, _simulated, _simulated_hopper, on_each_backend
 from .tiny import load, relative, write_model
 
+GREEDY = Sampling()
 FAMILIES = {"llama": {}, "qwen2": {"num_attention_heads": 6, "num_key_value_heads": 1}, "qwen3": {"tie_word_embeddings": True}}
 FAMILIES["llama with biases"] = {"attention_bias": True, "mlp_bias": True}
 
 
-def prepared(engine, ops, prompts: list[np.ndarray], sampling: Sampling = GREEDY, room: int = 8) -> DecodeStep:
+def prepared(engine, ops, prompts: list[np.ndarray], sampling: Sampling = GREEDY, room: int = 8, **drawing) -> DecodeStep:
     """A step over a cache that `ops` has filled with the prompts, but for the last token of each."""
     cache = Cache(engine.config, engine.scheme, len(prompts) + 1, max(map(len, prompts)) + room, ops)  # the last row is not in use
     slots = [i for i, ids in enumerate(prompts) if len(ids) > 1]
@@ -31,7 +31,8 @@ def prepared(engine, ops, prompts: list[np.ndarray], sampling: Sampling = GREEDY
         counts = [len(prompts[i]) - 1 for i in slots]
         engine.model.forward(np.concatenate([prompts[i][:-1] for i in slots]), cache, cache.place(slots, counts))
     tables = engine.model.tables_for(cache.context)
-    step = DecodeStep(ops, engine.config, engine.model.weights, tables, cache, sampling)
+    rows = [RowSampling(sampling, i, **drawing) for i in range(len(cache.lengths))]
+    step = DecodeStep(ops, engine.config, engine.model.weights, tables, cache, rows)
     step.tokens[: len(prompts)] = ops.xp.asarray(np.array([ids[-1] for ids in prompts], np.int32))
     step.lengths[: len(prompts)] = ops.xp.asarray(np.array([len(ids) - 1 for ids in prompts], np.int32))
     return step
@@ -128,6 +129,22 @@ def test_a_step_draws_what_the_host_draws_from_its_logits(make, tmp_path, seed):
         assert tokens[:2].tolist() == [sample(logits[row], sampling, row, number) for row in range(2)]
 
 
+@on_each_backend
+def test_a_step_penalizes_what_the_rows_have_drawn_and_its_logits_are_the_models(make, tmp_path, seed):
+    sampling = Sampling(0.7, repetition_penalty=1.5, presence_penalty=1.0, frequency_penalty=0.5, seed=seed)
+    _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), "int2")
+    ends = tuple(range(0, 160, 2))
+    step = prepared(engine, ops, [np.array([5, 7]), np.array([3])], sampling, ends=ends, min_tokens=2)
+    past = [[7], [3]]
+    for number in range(4):
+        step.run()
+        logits, tokens = np.array(ops.numpy(step.logits)), np.array(ops.numpy(step.tokens))[:2].tolist()
+        rows = [RowSampling(sampling, row, ends=ends, min_tokens=2) for row in range(2)]
+        assert tokens == [next_token(logits[row], rows[row], number, past[row]) for row in range(2)]
+        assert number > 1 or all(token % 2 for token in tokens)
+        past = [[*before, token] for before, token in zip(past, tokens, strict=True)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [3, 12, 70])
 def test_a_graph_gives_the_bits_of_its_launches(tmp_path, seed, rows):
@@ -136,8 +153,8 @@ def test_a_graph_gives_the_bits_of_its_launches(tmp_path, seed, rows):
 
     folder = write_model(tmp_path / "m", seed, head_dim=128)
     prompts = [np.random.default_rng(seed + n).integers(0, 160, 1 + 40 * n % 130) for n in range(rows)]
-    engine = load(folder, "int2", "cuda")
-    eager, captured = (prepared(engine, engine.ops, prompts, Sampling(1.0, top_k=50, seed=1), room=210) for _ in range(2))
+    engine, sampling = load(folder, "int2", "cuda"), Sampling(1.0, top_k=50, seed=1, presence_penalty=0.5)
+    eager, captured = (prepared(engine, engine.ops, prompts, sampling, room=210) for _ in range(2))
     graph, stream = captured.graph(), cupy.cuda.Stream(non_blocking=True)
     for _ in range(200):
         eager.run()
@@ -152,7 +169,7 @@ def test_what_has_no_kernels_is_refused(tmp_path):
     for rows, kv, why in ((1, "quarot", "key groups"), (257, "bf16", "257 rows")):
         cache = Cache(engine.config, SCHEMES[kv], rows, 8, engine.ops)
         with pytest.raises(ValueError, match=why):
-            DecodeStep(engine.ops, engine.config, engine.model.weights, (None, None), cache, GREEDY)
+            DecodeStep(engine.ops, engine.config, engine.model.weights, (None, None), cache, [RowSampling()] * rows)
     assert "vocabulary" in unsupported(replace(engine.config, vocab_size=2**21 + 1), SCHEMES["int2"], 1)
 
 
@@ -179,8 +196,8 @@ class Counted:
 
 @pytest.mark.parametrize("kv", ["int2", "bf16"])
 @pytest.mark.parametrize("preset", ["qwen3-0.6b", "qwen2.5-7b"])
-@pytest.mark.parametrize("rows", [1, 8, 9, 100, 256])
-def test_what_a_step_allocates_is_predicted(preset, kv, rows):
+@pytest.mark.parametrize(("rows", "penalty"), [(1, 0.0), (8, 0.0), (9, 0.0), (100, 0.0), (256, 0.0), (1, 1.0), (100, 1.0)])
+def test_what_a_step_allocates_is_predicted(preset, kv, rows, penalty):
     """Nothing is launched, so no card is needed; and nothing of these arrays is touched."""
     config, ops = replace(presets.config_of(preset), num_layers=2), Cuda.__new__(Cuda)
     ops.xp, ops.multiprocessors, ops.capability = Counted(), 132, 90
@@ -194,7 +211,9 @@ def test_what_a_step_allocates_is_predicted(preset, kv, rows):
     weights = Weights(embed, (layer, layer), shapes["model.norm.weight"], embed)
     cache = Cache(config, SCHEMES[kv], rows, 256, ops)
     ops.xp.bytes = 0
-    DecodeStep(ops, config, weights, config.rope.tables(256), cache, Sampling(0.8, top_p=0.9))
+    drawing = [RowSampling(Sampling(0.8, top_p=0.9, presence_penalty=penalty))] * rows
+    DecodeStep(ops, config, weights, config.rope.tables(256), cache, drawing)
     tables = 4 * config.head_dim * 1024
-    predicted = ops.work_bytes(config, rows, rows, rows) - tables - ops._products_bytes(config, rows)  # the other scratch is the prompts'
+    predicted = ops.work_bytes(config, rows, rows, rows, penalty > 0)
+    predicted -= tables + ops._products_bytes(config, rows)  # the other scratch is the prompts'
     assert abs(ops.xp.bytes - predicted) < 0.02 * predicted + 100_000, (ops.xp.bytes, predicted)

@@ -6,23 +6,25 @@ import numpy as np
 import pytest
 
 from minioscar.cache import Cache
-from minioscar.engine import GREEDY
 from minioscar.errors import Failure
 from minioscar.generation import Options
 from minioscar.ops.queued import QueuedDecoder
-from minioscar.sampling import Sampling
+from minioscar.sampling import RowSampling, Sampling
 
 from .test_cuda_backend import on_each_backend
 from .test_decode_step import of_backend
 from .tiny import load, write_model
+
+GREEDY = Sampling()
 
 
 def started(engine, ops, prompts: list[np.ndarray], room: int = 8, sampling: Sampling = GREEDY, **options):
     """A decoder behind the prefill of these prompts, fed with their first tokens."""
     cache = Cache(engine.config, engine.scheme, len(prompts), max(map(len, prompts)) + room, ops)
     slots = list(range(len(prompts)))
-    first = engine.model.step(np.concatenate(prompts), cache, cache.place(slots, list(map(len, prompts))), sampling, 0)
-    decoder = ops.decoder(engine.model, cache, sampling, slots, **options)
+    rows = [RowSampling(sampling, i, prompt.tolist()) for i, prompt in enumerate(prompts)]
+    first = engine.model.step(np.concatenate(prompts), cache, cache.place(slots, list(map(len, prompts))), rows)
+    decoder = ops.decoder(engine.model, cache, rows, **options)
     decoder.feed(slots, first)
     return decoder, cache
 
@@ -46,7 +48,8 @@ def test_a_step_that_was_thrown_away_is_taken_again(make, kv, tmp_path, seed):
     _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), kv)
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 160, n) for n in (126, 127)]
-    (straight, _), (broken, cache) = (started(engine, ops, prompts) for _ in range(2))
+    sampling = Sampling(repetition_penalty=1.2, frequency_penalty=0.5)  # a token that is fed again counts once
+    (straight, _), (broken, cache) = (started(engine, ops, prompts, sampling=sampling) for _ in range(2))
     assert isinstance(straight, QueuedDecoder) and straight.ahead == 1
     want = steps(straight, [[0, 1]] * 4)
     broken.launch([0, 1])

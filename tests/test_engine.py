@@ -66,7 +66,7 @@ def test_sequences_of_a_batch_draw_different_tokens_from_one_seed(folder):
 
 def test_generation_stops_where_the_context_is_full(folder):
     result = load(folder).generate([1] * 10, max_tokens=50, ctx=16)
-    assert result.finish_reason == "length"
+    assert result.finish_reason == "context"
     assert len(result.token_ids) == 7  # six fill the places 10 ... 15, and the last of them predicts one more
     assert load(folder).generate([1] * 16, max_tokens=50, ctx=16).new_tokens == 1
 

@@ -15,11 +15,11 @@ from minioscar import engine as engine_module
 from minioscar import hub, memory, oscar, presets
 from minioscar import ops as back_ends
 from minioscar.cache import BF16, Cache
-from minioscar.engine import GREEDY
 from minioscar.evaluate import default_text
 from minioscar.forcing import divergence, log_softmax
 from minioscar.ops import upload
 from minioscar.oscar import SCHEMES
+from minioscar.sampling import RowSampling
 from minioscar.weights import _tensors, arrays
 
 from .tiny import load, relative, write_model
@@ -96,7 +96,7 @@ def fed(engine, prompts: list[list[int]], tokens: list[list[int]]) -> np.ndarray
     slots, count = list(range(len(prompts))), len(tokens[0])
     cache = Cache(engine.config, engine.scheme, len(prompts), max(map(len, prompts)) + count, engine.ops)
     steps = [engine.model.forward(np.concatenate(prompts), cache, cache.place(slots, list(map(len, prompts))))]
-    decoder = engine.ops.decoder(engine.model, cache, GREEDY, slots, logits=True)
+    decoder = engine.ops.decoder(engine.model, cache, [RowSampling()] * len(slots), logits=True)
     for column in np.transpose(tokens)[:-1]:
         decoder.feed(slots, column)
         decoder.launch(slots)

@@ -121,7 +121,7 @@ def test_without_ctx_the_context_is_what_is_needed_as_far_as_positions_and_memor
     assert engine.capacity([[1] * 300], Options(max_tokens=56), None) == 356
     assert engine.capacity([[1] * 300], Options(max_tokens=5000), None) == fits
     result = engine.generate([1] * 300, max_tokens=5000)
-    assert (result.finish_reason, result.new_tokens) == ("length", fits - 300 + 1)
+    assert (result.finish_reason, result.new_tokens) == ("context", fits - 300 + 1)
     with pytest.raises(UserError, match=r"context 8192 needs .* --ctx \d+ fits"):  # one that was asked for is not changed
         engine.capacity([[1] * 300], Options(max_tokens=5000), 8192)
     with pytest.raises(UserError, match="2 x context 5300 needs .* fewer sequences"):  # nor do several share what one could have

@@ -207,7 +207,7 @@ def test_an_answer_that_ends_where_the_context_is_full_says_so(folder, capsys):
     for more, full in (["--max-tokens", "1000000"], True), (["--ctx", "64"], True), (["--max-tokens", "9"], False):
         assert main([*base, *more]) == 0
         err = capsys.readouterr().err
-        assert ("length (the context of 64 is full)" if more[0] == "--ctx" else "(the context of 1024 is full)") in err or not full
+        assert ("context (the context of 64 is full)" if more[0] == "--ctx" else "(the context of 1024 is full)") in err or not full
         assert full or "is full" not in err
 
 

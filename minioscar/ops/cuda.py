@@ -18,7 +18,7 @@ from ..cache import BF16, Batch, Cache
 from ..config import Config
 from ..decoding import Decoder
 from ..oscar import WINDOW, Scheme
-from ..sampling import Sampling
+from ..sampling import RowSampling
 from ..weights import Layer, Tensor
 from . import blas, card, pages, raw, raw_batch, raw_dense, repage
 from .decode_step import DecodeStep, unsupported
@@ -86,7 +86,7 @@ class Cuda(Reference):
     def release(self) -> None:
         self.xp.get_default_memory_pool().free_all_blocks()
 
-    def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1) -> int:
+    def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool = False) -> int:
         """What is alive at once in a layer of model.py, while attention reads keys and values in BF16 or while the MLP runs; or, of many
         rows, the arrays of a `DecodeStep`, which is made when the prompts are read."""
         c = config
@@ -99,7 +99,7 @@ class Cuda(Reference):
         step = rows * (2 * c.hidden_size + 3 * c.q_size + 2 * c.kv_size + c.intermediate_size)  # x twice, qkv, q, y, h
         few = max(rows, tokens if tokens <= raw_batch.BATCH_TOKENS else 0)  # cuBLAS takes more
         reading = max(attention, mlp) * self.dtype.itemsize + self._products_bytes(c, few)
-        drawing = rows * 8 * raw_dense.sample_words(c.vocab_size)
+        drawing = raw_dense.drawing_bytes(c.vocab_size, rows, penalties)
         merging = 18 * self.multiprocessors * min(8, c.num_heads // c.num_kv_heads) * c.head_dim  # parts of attention
         stepping = step * self.dtype.itemsize + drawing + merging + 2 * self._products_bytes(c, rows)  # the prompts' scratch is kept
         tables = 4 * c.head_dim * max(1024, 1 << (context - 1).bit_length())  # of RoPE
@@ -169,9 +169,6 @@ class Cuda(Reference):
         """y += x @ weight.T"""
         blas.add_product(y, x, weight)
 
-    def sample(self, logits: Array, sampling: Sampling, sequences: Sequence[int], step: int) -> np.ndarray:
-        return super().sample(self.numpy(logits), sampling, sequences, step)
-
     def rotate_scale(
         self, qkv: Array, layer: Layer, tables: tuple[Array, Array], kept: dict[str, Array], config: Config, scheme: Scheme, batch: Batch
     ) -> tuple[Array, New | None]:
@@ -197,12 +194,12 @@ class Cuda(Reference):
         return q, New(k, v, None)  # the norms are in the cache
 
     def decoder(
-        self, model: Model, cache: Cache, sampling: Sampling, sequences: Sequence[int], *, logits: bool = False, graph: bool = True
+        self, model: Model, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, graph: bool = True
     ) -> Decoder:
         """What has no kernels (decode_step.unsupported) goes step by step through array code."""
         if unsupported(model.config, cache.scheme, len(cache.lengths)):
-            return super().decoder(model, cache, sampling, sequences, logits=logits)
-        return QueuedDecoder(self, model, cache, sampling, sequences, logits, graph)
+            return super().decoder(model, cache, rows, logits=logits)
+        return QueuedDecoder(self, model, cache, rows, logits, graph)
 
     def queue(self, kernels: DecodeStep, graph: bool) -> Queue:
         return Queue(kernels, graph)

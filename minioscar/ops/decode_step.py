@@ -16,7 +16,7 @@ import numpy as np
 from ..cache import BF16, Cache
 from ..config import Config
 from ..oscar import Scheme
-from ..sampling import Sampling
+from ..sampling import RowSampling
 from . import card, raw, raw_batch, raw_dense
 from .products import Products, batch_plans
 
@@ -28,7 +28,7 @@ Array = Any
 
 
 class DecodeStep:
-    """tokens, lengths, steps, sequences: int32 [rows] on the device, a row of the cache each; length -1: not in use.
+    """tokens, lengths, steps: int32 [rows] on the device, a row of the cache each; length -1: not in use. samplings: how each draws.
 
     `run` takes a step with the newest token of each row (`tokens`), which stands at position `lengths`, and leaves the next one there;
     `logits`, float32 [rows, vocab], are what it was drawn from. weights: for the cache's scheme. tables: cos and sin of RoPE for the
@@ -36,8 +36,7 @@ class DecodeStep:
     """
 
     def __init__(
-        self, ops: Cuda, config: Config, weights: Weights, tables: tuple[Array, Array], cache: Cache, sampling: Sampling,
-        sequences: Sequence[int] | None = None,
+        self, ops: Cuda, config: Config, weights: Weights, tables: tuple[Array, Array], cache: Cache, samplings: Sequence[RowSampling]
     ):
         scheme, rows = cache.scheme, len(cache.lengths)
         if reason := unsupported(config, scheme, rows):
@@ -47,8 +46,7 @@ class DecodeStep:
         self.launches: list[raw.Launch] = []
         self.tokens, self.steps = (xp.zeros(rows, np.int32) for _ in range(2))
         self.lengths = xp.asarray(np.full(rows, -1, np.int32))
-        self.sequences = xp.asarray(np.asarray(range(rows) if sequences is None else sequences, np.int32))
-        self.logits = xp.empty((rows, config.vocab_size), np.float32)
+        self.logits, self.drawing = xp.empty((rows, config.vocab_size), np.float32), raw_dense.Drawing(xp, samplings, config.vocab_size)
 
         hidden, width = config.hidden_size, config.q_size + 2 * config.kv_size
         x, middle = (xp.empty((rows, hidden), BF16) for _ in range(2))
@@ -77,8 +75,7 @@ class DecodeStep:
         if scheme.quantized:  # all layers at once: mostly it finds nothing
             self.launches.append(raw.pack_step(self.heads, scheme, self.lengths, cache.whole, len(cache.layers)))
         self.launches += products.launches(x, weights.head, self.logits, norm=(weights.norm, self.eps))
-        chosen = xp.zeros((rows, raw_dense.sample_words(config.vocab_size)), np.uint64)
-        self.launches += raw_dense.sample(self.logits, sampling, self.sequences, self.steps, self.tokens, chosen)
+        self.launches += raw_dense.sample(self.logits, self.drawing, self.steps, self.tokens)
         self.launches.append(raw_dense.advance(self.lengths, self.steps))
 
     def run(self) -> None:

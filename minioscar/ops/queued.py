@@ -15,7 +15,7 @@ import numpy as np
 from ..cache import Cache
 from ..decoding import Decoder
 from ..errors import Failure
-from ..sampling import NOT_FINITE, Sampling
+from ..sampling import NOT_FINITE, RowSampling, history
 from .decode_step import DecodeStep
 from .upload import pinned
 
@@ -30,17 +30,21 @@ class QueuedDecoder(Decoder):
     """graph: a step is one CUDA graph; without, its launches one by one, which gives the same bits."""
 
     def __init__(
-        self, ops: Cuda, model: Model, cache: Cache, sampling: Sampling, sequences: Sequence[int], logits: bool = False, graph: bool = True
+        self, ops: Cuda, model: Model, cache: Cache, rows: Sequence[RowSampling], logits: bool = False, graph: bool = True
     ):
-        super().__init__(model, cache, sampling, sequences, logits)
+        super().__init__(model, cache, rows, logits)
         self.ahead = 0 if logits else 1
-        self.kernels = DecodeStep(ops, model.config, model.weights, model.tables_for(cache.context), cache, sampling, sequences)
+        self.kernels = DecodeStep(ops, model.config, model.weights, model.tables_for(cache.context), cache, rows)
         self.queue = ops.queue(self.kernels, graph)
         self.running: deque[list[int]] = deque()  # the rows of the steps that are not read yet
         self.active: list[int] = []  # the rows that the device has as in use
 
     def feed(self, slots: Sequence[int], tokens: Sequence[int], step: int = 1) -> None:
         self.settle()
+        super().feed(slots, tokens, step)
+        seen = self.kernels.drawing.history
+        for slot in slots if seen is not None else ():  # the step itself counts the token that it is fed with
+            self.queue.put(seen[slot], history(self.rows[slot], self.drawn[slot][:-1], seen.shape[1]))
         newest = np.zeros(len(self.cache.lengths), np.int32)
         newest[list(slots)] = tokens
         self.queue.put(self.kernels.tokens, newest)
@@ -63,6 +67,7 @@ class QueuedDecoder(Decoder):
         self.cache.lengths[slots] += 1
         if (tokens < 0).any():
             raise Failure(NOT_FINITE)
+        self._add(slots, tokens)
         return tokens, self.queue.get(self.kernels.logits)[slots] if self.wanted else None
 
     def settle(self) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..sampling import Sampling
+from ..sampling import RowSampling, Sampling
 from .raw import Launch, room
 
 Array = Any
@@ -83,41 +84,84 @@ def _elementwise(name: str, out: Array, a: Array, b: Array, *more: np.int32) -> 
 SAMPLE_VOCAB = 2**21  # the most that sample.cu has room for
 
 
+SETTINGS = np.dtype(  # of a row: sample.cu, Settings
+    [("seed", "u8"), ("top_p", "f8"), ("scale", "f4"), ("min_p", "f4"), ("top_k", "i4"), ("sequence", "u4")]
+    + [("repetition", "f4"), ("presence", "f4"), ("frequency", "f4"), ("min_tokens", "i4")]
+)
+
+
 def sample_words(vocab: int) -> int:
     """Of the workspace of a row of logits, in numbers of 64 bits: sample.cu, Row."""
     return 4 + 1024 + 17 * -(-vocab // 2048) + 8192
 
 
-def sample(logits: Array, sampling: Sampling, sequences: Array, steps: Array, tokens: Array, workspace: Array) -> list[Launch]:
-    """`sampling.sample` of every row of logits, float32 [batch, vocab]; sequences, steps and tokens are int32 [batch] on the device.
+def drawing_bytes(vocab: int, rows: int, adjusted: bool) -> int:
+    """Of the arrays of a `Drawing`; adjusted: of rows with penalties."""
+    return rows * (8 * sample_words(vocab) + SETTINGS.itemsize + (8 * vocab if adjusted else 0))
 
-    A row gets -1 where `sampling.sample` raises Failure. workspace uint64 [batch, sample_words(vocab)], zero the first time. Raises
-    ValueError for more than SAMPLE_VOCAB tokens.
+
+class Drawing:
+    """How the rows of a batch draw, on the device; what no row asks for is not there.
+
+    settings: SETTINGS as uint64 [rows, 6]. workspace: uint64 [rows, sample_words(vocab)], zero between launches. adjusted: float32
+    [rows, vocab], logits after penalties and without end tokens. history: int32 [rows, vocab], `sampling.history`, which the launch that
+    adjusts keeps up. ends: int32 [rows, most of a row], filled up with -1. Raises ValueError for a vocabulary above SAMPLE_VOCAB.
+    """
+
+    def __init__(self, xp: Any, rows: Sequence[RowSampling], vocab: int):
+        if vocab > SAMPLE_VOCAB:
+            raise ValueError(f"a vocabulary of {vocab} has no place in sample.cu, which has room for {SAMPLE_VOCAB}")
+        self.rows, self.vocab = [row.sampling for row in rows], vocab
+        self.settings = xp.asarray(np.array([_settings(row, vocab) for row in rows], SETTINGS).view(np.uint64).reshape(len(rows), -1))
+        self.workspace = xp.zeros((len(rows), sample_words(vocab)), np.uint64)
+        penalizes, masks = any(row.sampling.penalizes for row in rows), any(row.masks for row in rows)
+        self.adjusted = xp.empty((len(rows), vocab), np.float32) if penalizes or masks else None
+        self.history = xp.zeros((len(rows), vocab), np.int32) if penalizes else None
+        most = max((len(row.ends) for row in rows if row.masks), default=0)
+        ends = [[*(row.ends if row.masks else ()), *[-1] * most][:most] for row in rows]
+        self.ends = xp.asarray(np.array(ends, np.int32)) if masks else None
+
+
+def _settings(row: RowSampling, vocab: int) -> tuple:
+    s = row.sampling
+    scale = min(math.log2(math.e) / s.temperature, 1e30) if s.temperature else 0.0  # next to 0, the likeliest alone is left
+    penalties = s.repetition_penalty, s.presence_penalty, s.frequency_penalty
+    return s.seed, s.top_p, scale, s.min_p, _top_k(s, vocab), row.sequence, *penalties, min(row.min_tokens, 2**31 - 1)
+
+
+def _top_k(sampling: Sampling, vocab: int) -> int:
+    return sampling.top_k if sampling.top_k < vocab else 0
+
+
+def sample(logits: Array, drawing: Drawing, steps: Array, tokens: Array) -> list[Launch]:
+    """`sampling.next_token` of every row of logits, float32 [batch, vocab]; steps and tokens are int32 [batch] on the device.
+
+    tokens: in, what each row was fed with, which penalties count; out, what it draws, -1 where `sampling.sample` raises Failure.
+    Launches that no row needs are left out.
     """
     batch, vocab = logits.shape
-    if vocab > SAMPLE_VOCAB:
-        raise ValueError(f"a vocabulary of {vocab} has no place in sample.cu, which has room for {SAMPLE_VOCAB}")
-    scale = min(math.log2(math.e) / sampling.temperature, 1e30) if sampling.temperature else 0.0  # next to 0, the likeliest alone is left
-    top_k = sampling.top_k if sampling.top_k < vocab else 0
     of_thread = 8 if batch < 16 else 32  # many rows fill a card with fewer blocks, which have their fixed costs less often
-    row = np.int32(workspace.shape[1])
-    numbers = np.int32(vocab), np.float32(scale)
 
     def launch(name: str, *args: Any) -> Launch:
         grid = -(-vocab // (256 * of_thread)), batch
-        return Launch("sample.cu", name, (f"TOKENS={of_thread}",), grid, 256, (logits, workspace, row, *args))
+        return Launch("sample.cu", name, (f"TOKENS={of_thread}",), grid, 256, (*args, np.int32(vocab)))
 
-    launches = [launch("sample_max", tokens, *numbers, np.int32(top_k))]
-    if sampling.temperature == 0:
-        return launches
-    if sampling.top_p < 1 and not top_k:
+    launches = []
+    if drawing.adjusted is not None:
+        width = np.int32(0 if drawing.ends is None else drawing.ends.shape[1])
+        inputs = logits, drawing.settings, steps, tokens, drawing.ends, width
+        launches.append(launch("sample_adjust", *inputs, drawing.history, drawing.adjusted))
+        logits = drawing.adjusted
+    row = logits, drawing.settings, drawing.workspace, np.int32(drawing.workspace.shape[1])
+    launches.append(launch("sample_max", *row, tokens))
+    drawn = [s for s in drawing.rows if s.temperature > 0]
+    if nucleus := [s.top_p for s in drawn if s.top_p < 1 and not _top_k(s, vocab)]:
         # Tokens below (1 - top_p) / vocab of the largest p are less than what top-p leaves out, all together. Three octaves more make up
         # for everything that is rounded, and for weights next to 2^-41, which are rounded by up to a factor of 2.
-        octaves = 3 + math.log2(vocab / (1 - sampling.top_p))
-        bins = min(math.ceil(24 * octaves), 1024)
-        launches.append(launch("sample_mass", *numbers, np.float64(sampling.top_p), np.int32(bins)))
-    chosen = np.int32(top_k), np.float64(sampling.top_p), np.float32(sampling.min_p), np.uint64(sampling.seed)
-    launches.append(launch("sample_draw", sequences, steps, tokens, *numbers, *chosen))
+        octaves = 3 + math.log2(vocab / (1 - max(nucleus)))
+        launches.append(launch("sample_mass", *row, np.int32(min(math.ceil(24 * octaves), 1024))))
+    if drawn:
+        launches.append(launch("sample_draw", *row, steps, tokens))
     return launches
 
 

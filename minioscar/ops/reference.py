@@ -18,7 +18,7 @@ from ..cache import BF16, Batch, Cache, layout, row_layout
 from ..decoding import Decoder
 from ..memory import host_bytes
 from ..oscar import WINDOW, Scheme
-from ..sampling import Sampling, sample
+from ..sampling import RowSampling
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -75,7 +75,7 @@ class Reference:
     def release(self) -> None:
         """Gives memory that is in no use back, after a run that did not fit."""
 
-    def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1) -> int:
+    def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool = False) -> int:
         """The arrays of one forward pass of `tokens` tokens that ends at `context`, or of a later step of so many rows; weights and cache
         apart."""
         hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
@@ -181,15 +181,11 @@ class Reference:
         self.append(new, kept, scheme, batch)
         return y
 
-    def sample(self, logits: Array, sampling: Sampling, sequences: Sequence[int], step: int) -> np.ndarray:
-        """The next token of each row of logits, float32 [n, vocab]; int64 [n] on the host. Row i draws as sequence sequences[i]."""
-        return np.array([sample(row, sampling, sequence, step) for row, sequence in zip(logits, sequences, strict=True)])
-
     def decoder(
-        self, model: Model, cache: Cache, sampling: Sampling, sequences: Sequence[int], *, logits: bool = False, graph: bool = True
+        self, model: Model, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, graph: bool = True
     ) -> Decoder:
         """Decode steps of the rows of a cache, as decoding.py says. graph: for back ends that have such a thing."""
-        return Decoder(model, cache, sampling, sequences, logits)
+        return Decoder(model, cache, rows, logits)
 
     # --- the cache
 
