@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import foreign
 from . import strict_json as json
 from .errors import UserError
 from .rope import Rope
@@ -238,6 +239,8 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {why}") from None
     except (OSError, ValueError, RecursionError) as error:
+        if found := foreign.content(path):
+            raise UserError(f"{path} cannot be read as JSON: it is {found}") from None
         raise UserError(f"{path} cannot be read as JSON ({' '.join(str(error).split())}); fetch the model again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object; fetch the model again")

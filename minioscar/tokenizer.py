@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from minioscar import foreign
 from minioscar import strict_json as json
 from minioscar.errors import UserError
 
@@ -161,10 +162,13 @@ def _load(folder: Path) -> Any:
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"{folder}: the folder has no tokenizer.json, the only tokenizer format that is read; fetch it with the model")
+        why = foreign.tokenizer(folder) or "the folder has no tokenizer.json, the only one that is read; fetch it with the model"
+        raise UserError(f"{folder}: {why}")
     try:
         tokenizer = Library.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
+        if found := foreign.content(path):
+            raise UserError(f"{path}: not a readable tokenizer but {found}") from None
         raise UserError(f"{path}: not a readable tokenizer ({' '.join(str(error).split())[:200]}); fetch it again") from error
     tokenizer.no_truncation()  # some files carry the settings of their training
     tokenizer.no_padding()
@@ -178,6 +182,8 @@ def _json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
+        if found := foreign.content(path):
+            raise UserError(f"{path}: not readable as JSON: it is {found}") from None
         raise UserError(f"{path}: not readable as JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a JSON {type(value).__name__} where an object is needed; fetch it again")

