@@ -7,3 +7,19 @@ class UserError(Exception):
 
 class Failure(Exception):
     """The work itself failed (exit code 1): a download that broke off, a card that ran out of memory."""
+
+
+class ChatTemplateError(UserError):
+    """A prompt that cannot be rendered as a chat. The message has the way out of Python's callers, `said` that of a command."""
+
+    ways = {"generate": "use --raw", "cache": "use --raw", "chat": "use generate --raw"}
+
+    def __init__(self, reason: str):
+        super().__init__(f"{reason}; use generate(..., chat=False) with the text of a prompt")
+        self.reason = reason
+
+
+def said(error: BaseException, command: str) -> str:
+    """What a command prints of an error."""
+    known = isinstance(error, ChatTemplateError) and command in error.ways
+    return f"{error.reason}; {error.ways[command]}" if known else str(error)

@@ -1,4 +1,4 @@
-"""Text <-> ids, the chat template, and text as it comes out of the model token by token.
+"""Text <-> ids, and the tokens that are more than text: where an answer ends, what a chat template writes.
 
 `tokenizers` does the work. Decoded text is what people read: special tokens (<|im_end|>, </s>) are left out of it,
 added tokens that are not special (<think>, <tool_call>) stay.
@@ -6,152 +6,183 @@ added tokens that are not special (<think>, <tool_call>) stay.
 
 from __future__ import annotations
 
-import codecs
-import re
-from collections.abc import Iterable, Mapping
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minioscar import foreign
+from minioscar import chat_template, foreign
 from minioscar import strict_json as json
-from minioscar.errors import UserError
+from minioscar.chat_template import Message
+from minioscar.detokenizer import Detokenizer
+from minioscar.errors import ChatTemplateError, UserError
 
-MAX_CHAT = 64 << 20  # characters a chat template may write: far above any context, far below memory
+NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# Tokenizer classes whose post-processor transformers 4.57 builds from add_bos_token and add_eos_token; the value is the
+# default of the first. Others, such as PreTrainedTokenizerFast and Qwen2Tokenizer, leave it as tokenizer.json has it,
+# whatever the two say.
+ADDS_BOS = dict.fromkeys(("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"), True)
+ADDS_BOS |= {"GPTNeoXTokenizer": False}
+CLASS_OF_MODEL = dict.fromkeys(("llama", "mistral"), "LlamaTokenizer")  # where no file names the class
 
 
 class Tokenizer:
-    """The tokenizer of a model folder. Raises UserError for files that are missing or damaged."""
+    """The tokenizer of a model folder. Raises UserError for files that are missing, damaged, or contradict one another."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._tokenizer = _load(self.folder)
-        self._config = _json(self.folder / "tokenizer_config.json")
-        model, generation = _json(self.folder / "config.json"), _json(self.folder / "generation_config.json")
-        self._chat_template = _chat_template(self.folder, self._config)
-        self._special = frozenset(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
-        self.bos_token, self.eos_token = (_content(self._config.get(f"{name}_token")) for name in ("bos", "eos"))
-        self.bos_id: int | None = self._id(self.bos_token, model.get("bos_token_id"))
-        ids = next((ids for ids in (_ids(c.get("eos_token_id")) for c in (generation, model)) if ids), None)
-        eos_id = self._id(self.eos_token, None)
-        self.eos_ids: frozenset[int] = ids or frozenset(() if eos_id is None else (eos_id,))
-
-    def _id(self, token: str | None, default: Any) -> int | None:
+        files = ("tokenizer_config", "special_tokens_map", "chat_template", "config", "generation_config")
+        config, legacy, template, model, generation = (_json(self.folder / f"{name}.json") for name in files)
+        self._templates = chat_template.find(self.folder, config, template)
+        self._named = _named(config, legacy)
         try:
-            found = None if token is None else self._tokenizer.token_to_id(token)
-        except UnicodeEncodeError:
-            raise UserError(f"{self.folder / 'tokenizer_config.json'}: the token {token!r} is not valid Unicode; fetch it again") from None
-        return found if found is not None else min(_ids(default), default=None)
+            self._add_tokens(_added_tokens(self.folder, config))
+        except UnicodeEncodeError as error:
+            place = self.folder / "tokenizer_config.json"
+            raise UserError(f"{place}: the token {error.object!r} is not valid Unicode; fetch it again") from None
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
+        self.bos_token, self.eos_token = self._named.get("bos_token"), self._named.get("eos_token")
+        models = [c for c in (generation, model, model.get("text_config")) if isinstance(c, dict)]
+        self.bos_id: int | None = self._id(self.bos_token)
+        if self.bos_id is None:
+            self.bos_id = next((min(ids) for c in models if (ids := _ids(c.get("bos_token_id")))), None)
+        # An answer ends at whatever any file calls an end: a fine-tune may leave the base model's token in some of them.
+        named = [_content(c.get(f"{name}_token")) for c in (config, legacy) for name in ("eos", "eot", "eom")]
+        ends = [_ids(c.get("eos_token_id")) for c in models] + [_ids(self._id(token)) for token in named]
+        size = next((n for c in models if type(n := c.get("vocab_size")) is int), self._tokenizer.get_vocab_size())
+        self.eos_ids: frozenset[int] = frozenset(i for i in frozenset().union(*ends) if 0 <= i < size)
+        self._add_bos_and_eos(config, model)
+        try:
+            self.stream()
+        except ValueError as error:
+            raise UserError(f"{self.folder / 'tokenizer.json'}: {error}; use a newer minioscar") from None
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(token)
 
     def special_id(self, text: str) -> int | None:
         """The id of the special token whose text is exactly this; None if there is none."""
         try:
-            found = self._tokenizer.token_to_id(text)
+            found = self._id(text)
         except UnicodeEncodeError:
             return None
         return found if found in self._special else None
 
+    def _add_tokens(self, wanted: dict[int, Any]) -> None:
+        """Adds the tokens, by id, that tokenizer.json lacks or has with other flags; then special ones that are only named.
+
+        That is what transformers does. The library numbers them in order: raises UserError where a token cannot get its id.
+        """
+        from tokenizers import AddedToken
+
+        library, known = self._tokenizer, self._tokenizer.get_added_tokens_decoder()
+        named = [value if isinstance(value, list) else [value] for value in self._named.values()]
+        special = list(dict.fromkeys(text for texts in named for text in texts))
+        new, tokens = {}, []
+        for i, token in sorted(wanted.items()):
+            found = library.token_to_id(token.content)  # another id than i: tokenizer.json is right, as in transformers
+            if found is None:
+                new[i] = token.content
+            if found not in known or any(getattr(known[found], flag) != getattr(token, flag) for flag in FLAGS):
+                token.special |= token.content in special or found in known and known[found].special
+                tokens.append(token)
+        texts = {token.content for token in (*known.values(), *tokens)}
+        taken = {i: library.id_to_token(i) for i in new}
+        library.add_tokens([*tokens, *(AddedToken(text, special=True) for text in special if text not in texts)])
+        for i, text in new.items():
+            if (found := library.token_to_id(text)) != i:
+                why = f"that is {taken[i]!r}" if taken[i] else f"the next free id is {found}"
+                raise UserError(f"{self.folder}: the added token {text!r} has id {i}, in tokenizer.json {why}; fetch both again")
+
+    def _add_bos_and_eos(self, config: dict[str, Any], model: dict[str, Any]) -> None:
+        """add_bos_token and add_eos_token, for the classes that heed them."""
+        from tokenizers import processors
+
+        kind = config.get("tokenizer_class") or model.get("tokenizer_class")
+        default = ADDS_BOS.get(str(kind).removesuffix("Fast")) if kind else None
+        flags = {name: config.get(f"add_{name}_token") for name in ("bos", "eos")}
+        asked = {name: flag for name, flag in flags.items() if isinstance(flag, bool)}
+        if default is None and (kind or not asked or model.get("model_type") not in CLASS_OF_MODEL):
+            return
+        added = {"bos": default is not False, "eos": False} | asked
+        tokens = {}
+        for name, usual in (("bos", "<s>"), ("eos", "</s>")):
+            if added[name]:
+                text = self._named.get(f"{name}_token", None if f"{name}_token" in config else usual)
+                if self._id(text) is None:
+                    return  # a token that does not exist cannot be added
+                tokens[name] = (text, self._id(text))
+        bos, eos = ([f"{tokens[name][0]}:0"] if name in tokens else [] for name in ("bos", "eos"))
+        template = processors.TemplateProcessing(single=[*bos, "$A:0", *eos], special_tokens=list(tokens.values()))
+        self._tokenizer.post_processor = template
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of the text. add_special_tokens: also those that tokenizer.json puts around a text, such as BOS."""
+        """Ids of the text. add_special_tokens: also those that the tokenizer puts around a text, such as BOS."""
         try:
             text.encode()
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except UnicodeEncodeError:  # half a surrogate pair: what Python makes of command line bytes that are not UTF-8
             raise UserError("the text is not valid Unicode (was it UTF-8?); convert it to UTF-8") from None
-        except Exception as error:  # the library raises plain Exception, for instance if there is no token for unknown text
-            raise UserError(f"{self.folder}: the tokenizer cannot encode this text ({' '.join(str(error).split())[:200]})") from error
+        except Exception as error:  # the library raises plain Exception, as where there is no token for unknown text
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.folder}: the tokenizer cannot encode this text ({reason})") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids without special tokens; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def stream(self) -> Detokenizer:
-        """A detokenizer for one new sequence."""
-        return Detokenizer(self._tokenizer, self._special)
+    def stream(self, before: Sequence[int] = (), first: bool = True) -> Detokenizer:
+        """A detokenizer for one new sequence, behind the tokens `before`; first=False: behind any text."""
+        return Detokenizer(self._tokenizer, self._special, before, first)
+
+    def token_text(self, token_id: int) -> str:
+        """What the token is in the middle of a text: " Paris", where `decode` of a text that begins with it has "Paris"."""
+        stream = self.stream(first=False)
+        return stream.add(token_id) + stream.flush()
+
+    def complete(self, ids: Sequence[int]) -> str:
+        """`decode`, without a last character whose bytes are not all there."""
+        texts = (self.decode(ids[: len(ids) - n]) for n in range(4))  # a character has four bytes
+        return next((text for text in texts if not text.endswith("\ufffd")), self.decode(ids).rstrip("\ufffd"))
 
     @property
     def has_chat_template(self) -> bool:
-        return self._chat_template is not None
+        return "default" in self._templates
 
     def chat(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, template: Mapping[str, Any] | None = None
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, template: Mapping[str, Any] | None = None
     ) -> str:
-        """The messages ({"role", "content"}) as one prompt, by the model's own template, which also gets the variables of `template`.
+        """The messages as one prompt, by the model's own template. Raises ChatTemplateError, a UserError, if that fails.
 
-        Raises UserError if that fails.
+        template: more variables for it (enable_thinking=False); chat_template is the name of one of several.
         """
-        if self._chat_template is None:
-            raise UserError(f"{self.folder}: the model has no chat template; use --raw")
-        tokens = {name: token for name, token in (("bos_token", self.bos_token), ("eos_token", self.eos_token)) if token is not None}
+        extra = dict(template or {})
+        name = extra.pop("chat_template", "default")
+        if name not in self._templates:
+            if name == "default":
+                raise ChatTemplateError(f"{self.folder}: the model has no chat template")
+            names = ", ".join(sorted(self._templates)) or "none"
+            raise UserError(f"{self.folder}: there is no chat template {name!r}; it has: {names}")
+        variables = {**self._named, "add_generation_prompt": add_generation_prompt}
         try:
-            variables = {**tokens, **(template or {}), "messages": messages, "add_generation_prompt": add_generation_prompt}
-            return _render(self._chat_template, **variables)
+            return chat_template.render(self._templates[name], messages, variables, extra)
+        except UserError as error:
+            raise UserError(f"{self.folder}: {error}") from None
         except Exception as error:  # a template is a program: it may end in any exception
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(f"{self.folder}: the chat template failed ({reason}); use --raw") from error
+            raise ChatTemplateError(f"{self.folder}: the chat template failed ({reason})") from error
 
-    def prompt_ids(self, text: str, chat: bool) -> list[int]:
-        """chat: the text as a user's message, through the template, which writes BOS itself. Else the text with BOS as usual."""
+    def prompt_ids(self, text: str, chat: bool, template: Mapping[str, Any] | None = None) -> list[int]:
+        """chat: the text as a user's message, through the template, which writes BOS itself.
+
+        Else the text with BOS as the tokenizer adds it, but not twice where the text begins with it.
+        """
         if chat:
-            return self.encode(self.chat([{"role": "user", "content": text}]))
-        return self.encode(text, add_special_tokens=True)
-
-
-class Detokenizer:
-    """Text as its tokens arrive: `add` returns what has become certain, `flush` the rest.
-
-    All returned pieces together are `Tokenizer.decode` of all ids, and no piece ends within a UTF-8 character. A token
-    costs what it is long, however long the text before it is.
-    """
-
-    def __init__(self, tokenizer: Any, special: frozenset[int]) -> None:
-        from tokenizers.decoders import ByteLevel
-
-        self._tokenizer, self._special = tokenizer, special
-        byte_level = isinstance(tokenizer.decoder, ByteLevel)
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace") if byte_level else None
-        self._context: list[int] = []  # the last token that was printed: the next one is not the first of the text
-        self._pending: list[int] = []  # bytes of characters that may go on
-
-    def add(self, token_id: int) -> str:
-        """New complete text, often of several tokens, possibly none."""
-        token_id = int(token_id)
-        token = None if token_id in self._special else self._tokenizer.id_to_token(token_id)
-        if token is None:
-            return ""
-        if self._utf8:
-            return self._utf8.decode(_token_bytes(token))
-        self._pending.append(token_id)
-        # The byte tokens of SentencePiece become characters a run at a time: one bad byte spoils its whole run.
-        return "" if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token) else self.flush()
-
-    def flush(self) -> str:
-        """The rest, once no token follows: half a character becomes U+FFFD, as `decode` has it."""
-        if self._utf8:
-            return self._utf8.decode(b"", final=True)
-        if not self._pending:
-            return ""
-        before, after = (self._tokenizer.decode(ids) for ids in (self._context, self._context + self._pending))
-        self._context, self._pending = self._pending[-1:], []
-        return after[len(before) :]
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in byte-level BPE: itself if printable in Latin-1, else from U+0100 upwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
-
-
-def _token_bytes(token: str) -> bytes:
-    """An added token may hold characters outside the alphabet: then it stands for itself."""
-    try:
-        return bytes(_BYTES[c] for c in token)
-    except KeyError:
-        return token.encode()
+            return self.encode(self.chat([{"role": "user", "content": text}], template=template))
+        ids = self.encode(text, add_special_tokens=True)
+        return ids[1:] if self.bos_id is not None and ids[:2] == [self.bos_id] * 2 else ids
 
 
 # --- files
@@ -178,7 +209,7 @@ def _load(folder: Path) -> Any:
 def _json(path: Path) -> dict[str, Any]:
     """The object in the file, or {} if there is no such file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -193,7 +224,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _content(token: Any) -> str | None:
     """A token is written as a string or as an object with its flags."""
     token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+    return token if isinstance(token, str) and token else None
 
 
 def _ids(value: Any) -> frozenset[int]:
@@ -201,42 +232,38 @@ def _ids(value: Any) -> frozenset[int]:
     return frozenset(v for v in values if isinstance(v, int) and not isinstance(v, bool))
 
 
-# --- chat template
+def _named(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, str | list[str]]:
+    """transformers' special_tokens_map: names that templates know the special tokens by; several are additional_special_tokens.
+
+    Of tokenizer_config.json and special_tokens_map.json the newer form is preferred, which has added_tokens_decoder.
+    """
+    order = (legacy, config) if "added_tokens_decoder" in config else (config, legacy)
+    both = {name: value for c in order for name, value in c.items() if value}
+    extra = both.get("extra_special_tokens")
+    named = extra if isinstance(extra, dict) else {}
+    tokens = {name: both.get(name) for name in NAMED} | named
+    found = {name: text for name, token in tokens.items() if (text := _content(token))}
+    more = [c.get(key) for c in order for key in ("additional_special_tokens", "extra_special_tokens")]
+    listed = [token for tokens in more if isinstance(tokens, list) for token in tokens]
+    texts = dict.fromkeys(text for token in listed if (text := _content(token)))
+    return found | ({"additional_special_tokens": list(texts)} if texts else {})
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """From chat_template.jinja, else chat_template.json, else tokenizer_config.json, where it may be one of several by name."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not readable ({error}); fetch it again") from error
-    template = _json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, Any]:
+    """tokenizers.AddedToken by id, of tokenizer_config.json and of added_tokens.json where that says nothing else."""
+    from tokenizers import AddedToken
 
-
-def _render(template: str, **variables: Any) -> str:
-    """The template, in jinja2's sandbox, with what Hugging Face templates expect to find there."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)  # jinja2's own escapes HTML
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
-    pieces, size = [], 0
-    for piece in environment.from_string(template).generate(tools=None, documents=None, **variables):
-        size += len(piece)
-        if size > MAX_CHAT:
-            raise ValueError(f"it writes more than {MAX_CHAT} characters")
-        pieces.append(piece)
-    return "".join(pieces)
+    found, decoder = {}, config.get("added_tokens_decoder")
+    for key, entry in (decoder if isinstance(decoder, dict) else {}).items():
+        if not (isinstance(entry, dict) and _content(entry) and key.isdecimal()):
+            raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has no token under {key!r}; fetch it again")
+        flags = {flag: entry[flag] for flag in FLAGS if isinstance(entry.get(flag), bool)}
+        found[int(key)] = AddedToken(entry["content"], **flags)
+    texts, older, place = {token.content for token in found.values()}, {}, folder / "added_tokens.json"
+    for text, i in _json(place).items():
+        if type(i) is not int or i < 0 or i in older:
+            also = f", as has {older[i].content!r}" if i in older else ""
+            raise UserError(f"{place}: the token {text!r} has the id {i!r}{also}; fetch it again")
+        if text and text not in texts:
+            older[i] = AddedToken(text)
+    return older | found

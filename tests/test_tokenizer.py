@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
-from minioscar import hub, tokenizer
-from minioscar.errors import UserError
+from minioscar import chat_template, hub
+from minioscar.detokenizer import BYTES, Detokenizer
+from minioscar.errors import ChatTemplateError, UserError, said
 from minioscar.tokenizer import Tokenizer
 
 TEXT = "The café costs 12 €. 日本語のテキスト, Привет мир! नमस्ते 👩‍👩‍👧 🇯🇵 e\u0301 \u200f مرحبا\n\n  two  spaces\ttab"
@@ -96,7 +98,7 @@ def test_streamed_pieces_together_are_decode_of_any_ids(tiny, data):
 def test_streamed_bytes_are_decode_whether_or_not_they_are_utf8(tiny, data):
     """Any bytes as byte tokens: random, or text cut anywhere; between them words, specials and added tokens."""
     raw = data.draw(st.one_of(st.binary(max_size=12), st.text(max_size=8).map(lambda s: s.encode("utf-8", "replace")[1:])))
-    of_byte = {byte: c for c, byte in tokenizer._BYTES.items()}
+    of_byte = {byte: c for c, byte in BYTES.items()}
     names = [of_byte[b] if tiny.encode("a")[0] < 256 and tiny._tokenizer.token_to_id("<0x00>") is None else f"<0x{b:02X}>" for b in raw]
     ids = [i for i in (tiny._tokenizer.token_to_id(name) for name in names) if i is not None]
     for _ in range(data.draw(st.integers(0, 3))):
@@ -122,7 +124,7 @@ def test_a_text_comes_back_as_it_was(tiny):
 def test_a_character_appears_with_its_last_byte_and_not_before(tmp_path):
     library = byte_level()
     one = Tokenizer(save(tmp_path, library))
-    of_byte = {byte: c for c, byte in tokenizer._BYTES.items()}
+    of_byte = {byte: c for c, byte in BYTES.items()}
     ids = [library.token_to_id(of_byte[b]) for b in "a👩é".encode()]
     assert streamed(one, ids) == ["a", "", "", "", "👩", "", "é", ""]
     assert streamed(one, ids[:3]) == ["a", "", "", "\ufffd"]
@@ -151,23 +153,25 @@ def test_added_tokens_in_and_outside_the_byte_alphabet_stream_as_they_decode(tmp
 
 
 def test_a_token_costs_the_same_however_long_the_text_before_it_is(tiny):
-    decoded = 0
+    """Neither the whole answer nor a whole prompt is decoded again: the steps hold a few bytes, a prompt is read from its end."""
+    asked = 0
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
             return getattr(tiny._tokenizer, name)
 
-        def decode(self, ids: list[int]) -> str:
-            nonlocal decoded
-            decoded += len(ids)
-            return tiny._tokenizer.decode(ids)
+        def id_to_token(self, token_id: int) -> str | None:
+            nonlocal asked
+            asked += 1
+            return tiny._tokenizer.id_to_token(token_id)
 
     ids = tiny.encode("two spaces 日本 " * 400)
-    stream = tokenizer.Detokenizer(Counting(), frozenset())
+    stream = Detokenizer(Counting(), frozenset(), ids)
+    assert len(ids) > 2000 and asked < 200
     for i in ids:
         stream.add(i)
-    assert len(ids) > 2000
-    assert decoded <= 3 * len(ids)
+    assert asked <= len(ids) + 200
+    assert sum(len(str(vars(step))) for step in stream._steps) < 2000
 
 
 # --- files
@@ -198,17 +202,20 @@ def test_truncation_and_padding_left_in_a_file_are_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("files", "wanted"),
     [
-        (dict(generation_config={"eos_token_id": [2, 7]}, config={"eos_token_id": 5}), {2, 7}),
-        (dict(generation_config={"eos_token_id": 7}, config={"eos_token_id": 5}), {7}),
-        (dict(generation_config={"eos_token_id": 0}, config={"eos_token_id": 5}), {0}),
-        (dict(generation_config={}, config={"eos_token_id": [5, 6]}), {5, 6}),
-        (dict(generation_config={"eos_token_id": None}, tokenizer_config={"eos_token": "</s>"}), {2}),
-        (dict(tokenizer_config={"eos_token": {"content": "</s>", "lstrip": False}}), {2}),
+        (dict(generation_config={"eos_token_id": [2, 7]}, config={"eos_token_id": 5}), {2, 5, 7}),
+        (dict(generation_config={"eos_token_id": 0}, config={"eos_token_id": [5, 6]}), {0, 5, 6}),
+        (dict(config={"text_config": {"eos_token_id": [5]}}), {5}),
+        (dict(config={"eos_token_id": 7}, tokenizer_config={"eos_token": "</s>"}), {2, 7}),
+        (dict(config={"eos_token_id": 7}, tokenizer_config={"eos_token": {"content": "</s>", "lstrip": False}}), {2, 7}),
+        (dict(config={"eos_token_id": 7}, special_tokens_map={"eos_token": {"content": "</s>"}}), {2, 7}),
+        (dict(tokenizer_config={"eos_token": "<s>"}, special_tokens_map={"eos_token": "</s>"}), {1, 2}),
+        (dict(tokenizer_config={"eos_token": "<s>", "eot_token": "</s>"}, generation_config={"eos_token_id": None}), {1, 2}),
+        (dict(generation_config={"eos_token_id": [-1, 99999, 2]}, config={"eos_token_id": 350, "vocab_size": 350}), {2}),
         (dict(generation_config={"eos_token_id": "x"}, config={"eos_token_id": True}), set()),
         ({}, set()),
     ],
 )
-def test_generation_stops_at_every_eos_id_of_the_first_file_that_names_one(tmp_path, files, wanted):
+def test_an_answer_ends_at_the_end_tokens_of_all_files_together(tmp_path, files, wanted):
     assert Tokenizer(save(tmp_path, byte_level(), **files)).eos_ids == wanted
 
 
@@ -242,7 +249,7 @@ def test_a_corrupt_tokenizer_is_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config", "generation_config", "config", "chat_template"])
+@pytest.mark.parametrize("name", ["tokenizer_config", "generation_config", "config", "chat_template", "special_tokens_map", "added_tokens"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_a_corrupt_side_file_is_one_line_that_names_it(tmp_path, name, content):
     save(tmp_path, byte_level())
@@ -250,6 +257,146 @@ def test_a_corrupt_side_file_is_one_line_that_names_it(tmp_path, name, content):
     with pytest.raises(UserError, match=f"{name}.json") as caught:
         Tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+# --- added tokens
+
+
+TWO = {"<|a|>": 280, "<|b|>": 281}
+FLAGS = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+
+
+def plain(size: int = 280) -> Library:
+    """Byte-level, without a token of its own but <s>."""
+    library = Library(models.BPE())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(["the cat sat on the mat, and the dog saw that the cat sat there, hello world"] * 3, trainer)
+    assert library.get_vocab_size() == size
+    return library
+
+
+def decoder_of(**tokens: Any) -> dict[str, Any]:
+    return {"added_tokens_decoder": {str(i): {"content": text, **FLAGS} for text, i in TWO.items()} | tokens}
+
+
+HOMES = {
+    "tokenizer_config": dict(tokenizer_config=decoder_of()),
+    "added_tokens": dict(added_tokens=TWO, special_tokens_map={"eos_token": "<|b|>", "additional_special_tokens": ["<|a|>"]}),
+    "both": dict(
+        tokenizer_config={"added_tokens_decoder": {"280": {"content": "<|a|>", **FLAGS}}, "extra_special_tokens": ["<|b|>"]},
+        added_tokens=TWO,
+    ),
+    "names": dict(special_tokens_map={"bos_token": "<|a|>", "eos_token": {"content": "<|b|>", "lstrip": False}}),
+    "names_of_the_model": dict(tokenizer_config={"extra_special_tokens": {"a_token": "<|a|>", "b_token": "<|b|>"}}),
+    "more_names": dict(tokenizer_config={"additional_special_tokens": ["<|a|>", {"content": "<|b|>"}]}),
+    "order": dict(tokenizer_config={"added_tokens_decoder": {i: {"content": t, **FLAGS} for t, i in (("<|b|>", "281"), ("<|a|>", "280"))}}),
+}
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_added_tokens_are_known_by_their_ids_wherever_they_are_written(tmp_path, home):
+    one = Tokenizer(save(tmp_path, plain(), **HOMES[home]))
+    ids = one.encode("<|a|>hello<|b|>")
+    assert (ids[0], ids[-1]) == (280, 281) and not {280, 281} & set(ids[1:-1])
+    assert one.decode(ids) == "".join(streamed(one, ids)) == "hello"
+    assert [one.special_id(text) for text in ("<|a|>", "<|b|>", "<|c|>", "hello", "a", "", "\ud800")] == [280, 281, *[None] * 5]
+
+
+def test_added_tokens_keep_their_flags(tmp_path):
+    entries = {"280": {"content": "<t>", **FLAGS, "special": False}, "281": {"content": "<l>", **FLAGS, "lstrip": True, "rstrip": True}}
+    entries["282"] = {"content": "word", **FLAGS, "special": False, "single_word": True}
+    one = Tokenizer(save(tmp_path, plain(), tokenizer_config={"added_tokens_decoder": entries}, added_tokens={"<t>": 280, "<m>": 283}))
+    assert one.decode(one.encode("a<t>b<m>")) == "a<t>b<m>" and one.special_id("<t>") is None
+    assert one.encode("a  <l>  b") == [*one.encode("a"), 281, *one.encode("b")]
+    assert one.encode("a word") == [*one.encode("a "), 282] and 282 not in one.encode("swords")
+
+
+def test_flags_of_tokenizer_config_win_over_those_of_tokenizer_json_as_in_transformers(tmp_path):
+    library = plain()
+    library.add_tokens([AddedToken("<|a|>", normalized=False)])
+    assert Tokenizer(save(tmp_path, library)).special_id("<|a|>") is None
+    config = {"added_tokens_decoder": {"280": {"content": "<|a|>", **FLAGS, "lstrip": True}}}
+    one = Tokenizer(save(tmp_path, library, tokenizer_config=config))
+    assert one.special_id("<|a|>") == 280 and one.encode("x  <|a|>") == [*one.encode("x"), 280]
+
+
+def test_a_text_that_tokenizer_json_has_keeps_its_id_as_in_transformers(tmp_path):
+    one = Tokenizer(save(tmp_path, plain(), added_tokens={"<s>": 281, "<|b|>": 280}))
+    assert (one.special_id("<s>"), one.encode("<|b|>")) == (0, [280])
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (dict(added_tokens={"<|a|>": 285}), r"'<\|a\|>' has id 285, .* the next free id is 280"),
+        (dict(tokenizer_config=decoder_of(**{"283": {"content": "<c>"}})), "'<c>' has id 283, .* the next free id is 282"),
+        (dict(tokenizer_config={"added_tokens_decoder": {"0": {"content": "<c>"}}}), "'<c>' has id 0, .* that is '<s>'"),
+        (dict(tokenizer_config={"added_tokens_decoder": {"x": {"content": "<c>"}}}), "no token under 'x'"),
+        (dict(tokenizer_config={"added_tokens_decoder": {"280": "<c>"}}), "no token under '280'"),
+        (dict(added_tokens={"<c>": "280"}), "'<c>' has the id '280'"),
+        (dict(added_tokens={"<c>": 280, "<d>": 280}), "'<d>' has the id 280, as has '<c>'"),
+    ],
+)
+def test_an_id_that_cannot_be_had_is_one_line_with_the_token(tmp_path, files, reason):
+    with pytest.raises(UserError, match=reason):
+        Tokenizer(save(tmp_path, plain(), **files))
+
+
+# --- BOS and EOS around a plain text
+
+
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizerFast"}
+
+
+@pytest.mark.parametrize(
+    ("config", "in_file", "before", "after"),
+    [
+        (LLAMA | {"add_bos_token": True}, False, [1], []),
+        (LLAMA | {"add_bos_token": False}, True, [], []),
+        (LLAMA | {"add_eos_token": True}, True, [1], [2]),
+        (LLAMA | {"add_bos_token": False, "add_eos_token": True}, True, [], [2]),
+        (LLAMA, False, [1], []),
+        ({"tokenizer_class": "GemmaTokenizer"}, False, [1], []),
+        ({"tokenizer_class": "LlamaTokenizer", "bos_token": None}, False, [], []),
+        ({"tokenizer_class": "LlamaTokenizer", "bos_token": "</s>"}, True, [2], []),
+        ({"tokenizer_class": "GPTNeoXTokenizerFast"}, True, [], []),
+        (LLAMA | {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}, False, [], []),
+        (LLAMA | {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False}, True, [1], []),
+        ({"bos_token": "<s>", "add_bos_token": True}, False, [], []),
+        ({"bos_token": "<s>"}, True, [1], []),
+    ],
+)
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece])
+def test_bos_and_eos_are_added_as_transformers_does_for_the_class(tmp_path, kind, config, in_file, before, after):
+    library = kind()  # with <s> in tokenizer.json
+    if not in_file:
+        library.post_processor = processors.ByteLevel()
+    one = Tokenizer(save(tmp_path, library, tokenizer_config=config))
+    assert one.prompt_ids("two", chat=False) == [*before, *one.encode("two"), *after]
+
+
+def test_the_class_of_a_model_is_known_where_no_file_names_it(tmp_path):
+    config = {"bos_token": "<s>", "add_bos_token": False}
+    one = Tokenizer(save(tmp_path, byte_level(), tokenizer_config=config, config={"model_type": "llama"}))
+    assert one.prompt_ids("two", chat=False) == one.encode("two")
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(tmp_path):
+    one = Tokenizer(save(tmp_path, byte_level(), tokenizer_config={"bos_token": "<s>"}))
+    assert one.prompt_ids("<s>two", chat=False) == one.prompt_ids("two", chat=False)
+
+
+def test_byte_order_marks_and_line_ends_of_files_are_no_content(tmp_path):
+    one = Tokenizer(save(tmp_path, byte_level(), tokenizer_config={"eos_token": "</s>"}))
+    (tmp_path / "tokenizer_config.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "tokenizer_config.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbfa\r\n{% if true %}\r\nb\r\n{% endif %}\r\nc")
+    one = Tokenizer(tmp_path)
+    assert one.eos_ids == {2} and one.chat([]) == "a\nb\nc"
+    (tmp_path / "chat_template.jinja").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match="chat_template.jinja: not readable"):
+        Tokenizer(tmp_path)
 
 
 # --- chat
@@ -285,19 +432,22 @@ def test_what_templates_use_beyond_plain_jinja_is_there(tmp_path):
 
 def test_a_template_is_found_in_every_place_it_may_be(tmp_path):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default"}]
-    assert with_template(tmp_path, named).chat([]) == "default"
+    assert with_template(tmp_path, named).chat([]) == with_template(tmp_path, {"default": "default"}).chat([]) == "default"
     (tmp_path / "chat_template.json").write_text('{"chat_template": "from json"}')
     assert Tokenizer(tmp_path).chat([]) == "from json"
     (tmp_path / "chat_template.jinja").write_text("from jinja é", encoding="utf-8")
     assert Tokenizer(tmp_path).chat([]) == "from jinja é"
 
 
-@pytest.mark.parametrize("template", [None, 7, [], [{"name": "tool_use", "template": "x"}], ["x"], {"default": "x"}])
-def test_without_a_template_chat_says_to_use_raw(tmp_path, template):
+@pytest.mark.parametrize("template", [None, 7, [], [{"name": "tool_use", "template": "x"}], ["x"], {"tool_use": "x"}])
+def test_without_a_template_the_way_out_is_one_that_the_caller_has(tmp_path, template):
     one = with_template(tmp_path, template)
     assert not one.has_chat_template
-    with pytest.raises(UserError, match="no chat template; use --raw"):
+    with pytest.raises(ChatTemplateError, match=r"no chat template; use generate\(..., chat=False\)") as caught:
         one.prompt_ids("x", chat=True)
+    for command in ("generate", "cache"):
+        assert said(caught.value, command).endswith("no chat template; use --raw")
+    assert said(caught.value, "chat").endswith("no chat template; use generate --raw")
 
 
 BAD = {
@@ -335,7 +485,7 @@ def test_a_template_that_fails_is_one_line_with_its_reason(tmp_path, template):
 @pytest.mark.parametrize("template", HOSTILE)
 def test_a_hostile_template_reaches_nothing_and_ends(tmp_path, monkeypatch, template):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tokenizer, "MAX_CHAT", 1 << 20)
+    monkeypatch.setattr(chat_template, "MAX_CHAT", 1 << 20)
     one, before = with_template(tmp_path, template), sorted(tmp_path.iterdir())
     start = time.monotonic()
     with pytest.raises(UserError, match="the chat template failed") as caught:
@@ -349,6 +499,137 @@ def test_a_hostile_template_reaches_nothing_and_ends(tmp_path, monkeypatch, temp
 @pytest.mark.parametrize("template", SHUT)
 def test_pythons_inner_attributes_look_empty_to_a_template(tmp_path, template):
     assert with_template(tmp_path, template).chat(MESSAGES) == ""
+
+
+GENERATION = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<A>{%- generation -%}\n{{ m.content }}{% for i in range(9) %}"
+    "{% if i == 1 %}{% break %}{% endif %}!{% endfor %}{% endgeneration %}{% else %}<U>{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def test_generation_tags_mean_nothing_here(tmp_path):
+    roles = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    assert with_template(tmp_path, GENERATION).chat(roles) == "<U>a<A>b!<U>c"
+    with pytest.raises(UserError, match="the chat template failed .*endgeneration"):
+        with_template(tmp_path, "{% generation %}x").chat(roles)
+
+
+def test_templates_know_every_named_special_token(tmp_path):
+    named = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    template = "".join(f"{{{{ {name} }}}}" for name in named)
+    template += "{{ boi_token }}{{ additional_special_tokens | join }}{{ documents is none }}"
+    extra = {"extra_special_tokens": {"boi_token": {"content": "<boi>"}}, "additional_special_tokens": ["<x>", "<y>"]}
+    one = with_template(tmp_path, template, **named, **extra)
+    assert one.chat(MESSAGES) == "".join(named.values()) + "<boi><x><y>True"
+    assert one.encode("<eos><boi><x>") == [one.special_id(text) for text in ("<eos>", "<boi>", "<x>")]
+
+
+def test_tojson_has_the_options_of_transformers(tmp_path):
+    template = "{{ {'b': 'é<', 'a': [1]} | tojson(separators=(',', ':'), sort_keys=true) }}{{ 'é' | tojson(true) }}"
+    assert with_template(tmp_path, template).chat(MESSAGES) == '{"a":[1],"b":"é<"}"\\u00e9"'
+
+
+def test_one_of_several_templates_is_chosen_by_its_name(tmp_path):
+    named = [{"name": "default", "template": "usual"}, {"name": "rag", "template": "rag {{ k }}"}]
+    one = with_template(tmp_path, named)
+    assert one.chat(MESSAGES) == "usual"
+    assert one.chat(MESSAGES, template={"chat_template": "rag", "k": 1}) == "rag 1"
+    with pytest.raises(UserError, match="no chat template 'x'; it has: default, rag"):
+        one.chat(MESSAGES, template={"chat_template": "x"})
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool.jinja").write_text("from a folder")
+    assert Tokenizer(tmp_path).chat(MESSAGES, template={"chat_template": "tool"}) == "from a folder"
+
+
+def test_arguments_reach_the_template_and_only_those_that_it_has(tmp_path):
+    one = with_template(tmp_path, "{{ messages[0].content }}{% if not (thinking is defined and thinking is false) %}<think>{% endif %}")
+    assert one.chat([{"role": "user", "content": "a"}]) == "a<think>"
+    assert one.chat([{"role": "user", "content": "a"}], template={"thinking": False}) == "a"
+    with pytest.raises(UserError, match="no variable 'thinkin' to set; it has: thinking$"):
+        one.chat(MESSAGES, template={"thinkin": False})
+    for name in ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "range"):
+        with pytest.raises(UserError, match=f"'{name}' would overwrite"):
+            one.chat(MESSAGES, template={name: []})
+
+
+PARTS = [{"type": "text", "text": " one"}, {"type": "text", "text": "two "}]
+LOOP = "{% for p in m.content %}[{{ p.text | trim }}]{% endfor %}"
+FORMS = {
+    "text": ("{{ m.content }}", "s", " one\ntwo "),
+    "text_trimmed": ("{{ m.content | trim }}", "s", "one\ntwo"),
+    "text_by_its_methods": ("{{ m.content.split('z')[0] + '' }}", "s", " one\ntwo "),
+    "text_or_nothing": ("{% if m.content is string %}{{ m.content }}{% endif %}", "s", " one\ntwo "),
+    "parts": (LOOP, "[s]", "[one][two]"),
+    "parts_by_index": ("{% if m.content[0]['type'] == 'text' %}{{ m.content | map(attribute='text') | join }}{% endif %}", "s", " onetwo "),
+    "both": ("{% if m.content is string %}{{ m.content }}{% else %}" + LOOP + "{% endif %}", "s", "[one][two]"),
+    "half": ("{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0] }}{% endif %}", "s", " one\ntwo "),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_content_is_rendered_in_the_form_that_the_template_knows(tmp_path, form):
+    template, of_text, of_parts = FORMS[form]
+    one = with_template(tmp_path, "{% for m in messages %}" + template + "{% endfor %}")
+    assert one.chat([{"role": "user", "content": "s"}]) == of_text
+    assert one.chat([{"role": "user", "content": PARTS}]) == of_parts
+
+
+def test_the_reason_of_a_template_is_not_that_of_the_other_form(tmp_path):
+    one = with_template(tmp_path, "{{ messages[0].content + 'x' }}{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UserError, match="roles must alternate"):
+        one.chat([{"role": "user", "content": PARTS}])
+
+
+def test_a_dropped_thought_is_no_reason_for_another_form(tmp_path):
+    template = "{% for m in messages %}{% if m.content is string %}<{{ m.content.split('</t>')[-1] }}>{% endif %}{% endfor %}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "hm</t>b"}, {"role": "user", "content": "c"}]
+    assert with_template(tmp_path, template).chat(messages) == "<a><b><c>"
+
+
+def test_fields_of_a_message_beyond_role_and_content_reach_the_template(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [{"role": "user", "content": "q", "name": "Ann"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages += [{"role": "tool", "content": "7", "tool_call_id": "c1"}, {"role": "assistant", "content": "ok", "reasoning_content": "hm"}]
+    template = "{% for m in messages %}{{ m.name }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    template += "{{ m.tool_call_id }}{{ m.reasoning_content }};{% endfor %}"
+    expected = f"Ann;{json.dumps([call])};c1;hm;"
+    assert chat_template.malformed(messages) is None
+    assert with_template(tmp_path, template).chat(messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "must be a list"),
+        ({"role": "user", "content": "a"}, "must be a list"),
+        (["a"], r"messages\[0\] must be an object"),
+        ([{"content": "a"}], r"messages\[0\] must be an object"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": 7}], r"messages\[1\] must have a .content."),
+        ([{"role": "assistant", "content": None}], r"messages\[0\] must have a .content."),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "part 'image_url'; only parts of the type 'text'"),
+        ([{"role": "user", "content": ["a"]}], "part 'a'; only parts of the type 'text'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "part without its text"),
+    ],
+)
+def test_what_is_wrong_with_messages_is_said_by_their_place(messages, reason):
+    assert re.search(reason, chat_template.malformed(messages))
+
+
+SLOW = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro m(n) %}{% if n %}{% set _ = m(n - 1) %}{% set _ = m(n - 1) %}{% endif %}{% endmacro %}{{ m(60) }}",
+    "{% for i in range(9999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+    "{% for i in range(99999) %}{% generation %}{% for j in range(99999) %}{% continue %}{% endfor %}{% endgeneration %}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", SLOW)
+def test_a_template_that_writes_nothing_for_long_is_ended(tmp_path, monkeypatch, template):
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"the chat template failed \(it runs for more than 0.2 seconds\)"):
+        with_template(tmp_path, template).chat(MESSAGES)
+    assert time.monotonic() - start < 5
 
 
 # --- the real one

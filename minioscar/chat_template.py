@@ -1,0 +1,172 @@
+"""Messages -> the text of a prompt, by the model's chat template: a jinja2 program, run in a sandbox as transformers runs it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from . import strict_json as json
+from .errors import UserError
+
+MAX_CHAT = 64 << 20  # characters a chat template may write: far above any context, far below memory
+MAX_SECONDS = 5.0  # that a chat template may loop
+Message = Mapping[str, Any]  # {"role": str, "content": str or list of parts}, and what else the template knows
+
+
+def find(folder: Path, config: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name, the usual one as "default". Raises UserError for a file that is not readable.
+
+    The later of these wins: config (tokenizer_config.json), where it may be one of several, file (chat_template.json),
+    additional_chat_templates/NAME.jinja, chat_template.jinja.
+    """
+    named: dict[str, str] = {}
+    for source in (config.get("chat_template"), file.get("chat_template")):
+        if isinstance(source, list):
+            source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = source if isinstance(source, dict) else {"default": source}
+        named |= {name: text for name, text in source.items() if isinstance(name, str) and isinstance(text, str)}
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (path := folder / "chat_template.jinja").is_file():
+        files["default"] = path
+    return named | {name: _text(path) for name, path in files.items()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # text mode: every line ends with \n
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error}); fetch it again") from error
+
+
+def malformed(messages: Any) -> str | None:
+    """What is wrong with the messages of a chat; None if nothing is."""
+    if not isinstance(messages, list | tuple) or not messages:
+        return 'messages must be a list of objects {"role": text, "content": text}'
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return f'messages[{i}] must be an object {{"role": text, "content": text}}'
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            for part in content:
+                if not isinstance(part, Mapping) or part.get("type") != "text":
+                    kind = part.get("type") if isinstance(part, Mapping) else part
+                    return f"messages[{i}] has a part {str(kind)[:40]!r}; only parts of the type 'text' can be read"
+                if not isinstance(part.get("text"), str):
+                    return f'messages[{i}] has a part without its text; write {{"type": "text", "text": text}}'
+        elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            return f'messages[{i}] must have a "content" of text, or of parts {{"type": "text", "text": text}}'
+    return None
+
+
+def flat(content: Any) -> Any:
+    """Parts as one text, as vLLM joins them; anything else as it is."""
+    return "\n".join(part["text"] for part in content) if isinstance(content, list | tuple) else content
+
+
+def render(template: str, messages: Sequence[Message], variables: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
+    """The text of the messages. extra: variables from the caller, such as enable_thinking.
+
+    A template knows content as text, as parts, or both. What it does not show, or shows as Python writes it, is rendered
+    in the other form: parts joined to one text, text as a list of one part.
+    Raises UserError for a variable that the template does not read, else any exception: a template is a program.
+    """
+    compiled, names = _compiled(template)
+    own = {"messages", "tools", "documents", "add_generation_prompt", *variables, *compiled.environment.globals}
+    for name in extra:
+        if name in own:
+            raise UserError(f"the template argument {name!r} would overwrite what the chat template is given; leave it out")
+        if name not in names:
+            known = ", ".join(sorted(names - own)) or "none"
+            raise UserError(f"the chat template has no variable {name!r} to set; it has: {known}")
+
+    def written(messages: Sequence[Message]) -> str:
+        return _written(compiled, {"tools": None, "documents": None, **variables, **extra, "messages": messages})
+
+    def shown(messages: Sequence[Message]) -> str | None:
+        try:
+            text = written(messages)
+        except Exception:  # the other form has the better reason
+            return None
+        return text if _shows(text, messages) else None
+
+    if any(isinstance(m.get("content"), list | tuple) for m in messages):
+        text = shown(messages)
+        return written([_with(m, flat) for m in messages]) if text is None else text
+    text = written(messages)
+    return text if _shows(text, messages) else shown([_with(m, _parts) for m in messages]) or text
+
+
+def _with(message: Message, form: Callable[[Any], Any]) -> Message:
+    return {**message, "content": form(message["content"])} if "content" in message else message
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _shows(text: str, messages: Sequence[Message]) -> bool:
+    """Whether all that was said is there (answers may be shortened: thoughts), and no part as Python writes it."""
+    for message in messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list | tuple) else []
+        said = [part["text"] for part in _parts(content) or []] if message["role"] != "assistant" else []
+        if any(str(part) in text for part in parts) or any(words.strip() not in text for words in said):
+            return False
+    return True
+
+
+def _written(compiled: Any, variables: Mapping[str, Any]) -> str:
+    compiled.environment.deadline = time.monotonic() + MAX_SECONDS
+    pieces, size = [], 0
+    for piece in compiled.generate(**variables):
+        size += len(piece)
+        if size > MAX_CHAT:
+            raise ValueError(f"it writes more than {MAX_CHAT} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> tuple[Any, set[str]]:
+    """The template in jinja2's sandbox, with what transformers (utils/chat_template_utils.py) gives it; the names it reads."""
+    import jinja2
+    from jinja2 import meta, nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks an answer for training; here it is its content."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:  # jinja2's own escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def check_time() -> None:
+        if time.monotonic() > environment.deadline:
+            raise ValueError(f"it runs for more than {MAX_SECONDS:g} seconds")
+
+    extensions = [Generation, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
+    environment.check_time = check_time
+    tree = environment.parse(template)
+    names = meta.find_undeclared_variables(tree)
+    for repeated in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+        tick = nodes.ExprStmt(nodes.Call(nodes.EnvironmentAttribute("check_time"), [], [], None, None))
+        repeated.body.insert(0, tick.set_lineno(repeated.lineno, override=True))
+    return environment.from_string(tree), names
