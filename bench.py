@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import shutil
@@ -38,11 +37,11 @@ from pathlib import Path
 from benchmarks import cases, loading, memory, models, peers, start
 from benchmarks.plan import Plan, planned
 from benchmarks.table import line, table
-from minioscar import presets
-from minioscar.cli import Parser
+from minioscar import cli, presets
+from minioscar import strict_json as json
 from minioscar.engine import Engine
 from minioscar.errors import Failure, UserError
-from minioscar.files import check_writable, replacing
+from minioscar.files import check_writable, descriptor, replacing
 from minioscar.measure import ceilings
 from minioscar.ops import backend
 from minioscar.ops.decode_step import unsupported
@@ -56,8 +55,8 @@ PACKAGES += ("torch", "triton", "transformers", "flashinfer-python", "hqq", "opt
 Rows = Iterator[tuple[str, dict]]  # section and row, as they are measured
 
 
-def parser() -> Parser:
-    found = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> cli.Parser:
+    found = cli.Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("what", choices=(*COMMANDS, "all"))
     model = found.add_mutually_exclusive_group()
     model.add_argument("--model", default="smollm2-135m", help="folder, name under weights/, or Hugging Face id (smollm2-135m)")
@@ -74,7 +73,7 @@ def parser() -> Parser:
     found.add_argument("--quick", action="store_true", help="less of everything")
     found.add_argument("--peers", action="store_true", help="other libraries in the same run: kernels, whole models; needs a GPU")
     found.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU if there is one")
-    found.add_argument("--json", metavar="F", help="write everything to a file")
+    found.add_argument("--json", metavar="F", help="write everything to a file; - is standard output, and the tables go to stderr")
     return found
 
 
@@ -211,8 +210,8 @@ def progress(text: str = "") -> None:
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     commands = COMMANDS if args.what == "all" else (args.what,)
-    if args.json:
-        check_writable(args.json)
+    if args.json is not None:
+        check_writable(args.json, inputs=filter(None, [args.random_weights]))
     ops = backend(args.device)
     if ops.name != "cuda" and (args.peers or args.breakdown):
         what = "--peers needs a GPU: the other libraries are" if args.peers else "--breakdown needs a GPU: its kernels are"
@@ -227,34 +226,36 @@ def run(argv: list[str]) -> None:
     about, limits = meta(ops, args, argv), ceilings(ops, args.quick)
     ops.release()
     report: dict = {"meta": about, "ceilings": limits, **{section: [] for section in SECTIONS}}
+    tables = sys.stderr if args.json is not None and descriptor(args.json) == 1 else sys.stdout
     try:
         for section, row in measured(args, commands, plan, ops, limits):
             report[section].append(row)
             progress(f"{section}: {line(section, row)}")
+        if args.json is not None:
+            with replacing(args.json) as path:
+                path.write_text(json.dumps(report, indent=1) + "\n")
     finally:  # what there is when something breaks off, too
         progress()
-        print(f"{about['card']}: copy {limits['copy_tb_s']:.4g} TB/s, matrix product {limits['matmul_tflop_s']:.4g} TFLOP/s")
-        print(*filter(None, [about.get("note")]), *(text for section in SECTIONS for text in table(section, report[section])), sep="\n")
-    if args.json:
-        with replacing(args.json) as path:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"{about['card']}: copy {limits['copy_tb_s']:.4g} TB/s, matrix product {limits['matmul_tflop_s']:.4g} TFLOP/s", file=tables)
+        texts = (text for section in SECTIONS for text in table(section, report[section]))
+        print(*filter(None, [about.get("note")]), *texts, sep="\n", file=tables)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 (failure), 2 (wrong use or input), 130 (Ctrl-C)."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-        return 0
-    except UserError as error:
-        code, said = 2, str(error)
-    except Failure as error:
-        code, said = 1, str(error)
-    except MemoryError as error:
-        code, said = 1, f"out of memory ({error}); give a shorter --context or a smaller --batch"
-    except KeyboardInterrupt:
-        code, said = 130, "interrupted; --json is not written"
-    print(f"bench: {' '.join(said.split())}", file=sys.stderr)
-    return code
+    return cli.run("bench", run, argv, explained)
+
+
+def explained(error: BaseException) -> tuple[int, str]:
+    """Exit code and message of an error; one that nobody foresaw is raised."""
+    match error:
+        case MemoryError():
+            return 1, f"out of memory ({error}); give a shorter --context or a smaller --batch"
+        case KeyboardInterrupt():
+            return 130, "interrupted; --json is not written"
+        case UserError() | Failure():
+            return cli.explained(error)
+    raise error
 
 
 if __name__ == "__main__":

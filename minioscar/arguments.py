@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,11 +127,3 @@ def flag(name: str, value: Any) -> bool | None:
     if value is not None and not isinstance(value, bool | np.bool_):
         raise UserError(f"{name} {shown(value)} must be True, False or None")
     return None if value is None else bool(value)
-
-
-def as_path(name: str, value: Any) -> Path:
-    """Raises UserError for what is no path."""
-    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise UserError(f"{name} {shown(value)} must be text or a path")
-    return Path(path)

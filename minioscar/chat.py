@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from . import strict_json as json
 from .cache import cache_bytes
 from .conversation import Conversation
 from .errors import Failure, UserError
-from .files import replacing
+from .files import expand, replacing, stdin, stdin_as_text
 from .memory import size
 from .oscar import SCHEMES
 
 PROMPT, MORE = ">>> ", "... "
 QUOTES = '"""'
 HELP = f"""\
+/retry        another answer to the last message
+/undo         take the last message and its answer back
 /reset        begin anew (the system message or the document of --cache stays)
 /save FILE    write the conversation: FILE.safetensors with its cache, for chat --cache; FILE.json its messages
 /stats        context, cache and speed
@@ -38,7 +40,8 @@ class Lines:
     """Messages from the user: with editing and history where this is a terminal."""
 
     def __init__(self) -> None:
-        self.terminal = sys.stdin.isatty()
+        stdin()  # refused at once where it is closed
+        self.terminal, self.begun = sys.stdin.isatty(), False
         self.editing = self.terminal and sys.stdout.isatty()
         state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
         self.history = None if state.startswith("~") else Path(state) / "minioscar" / "history"  # ~ stays where there is no home
@@ -57,9 +60,8 @@ class Lines:
                 with contextlib.suppress(OSError, UserError, Failure):  # a home that cannot be written costs the history, no more
                     self.history.parent.mkdir(parents=True, exist_ok=True)
                     readline.set_history_length(1000)
-                    with replacing(self.history) as partial:
+                    with replacing(self.history, mode=0o600) as partial:
                         readline.write_history_file(partial)
-                        partial.chmod(0o600)
 
     def message(self) -> str:
         """One message. Raises EOFError at the end, KeyboardInterrupt on Ctrl-C, UserError for text that is not UTF-8."""
@@ -68,6 +70,8 @@ class Lines:
             text.encode()
         except UnicodeError:
             raise UserError("the message is not valid Unicode (was it UTF-8?); convert it to UTF-8") from None
+        if "\0" in text:
+            raise UserError("the message holds zero bytes: no text, or UTF-16 without its byte order mark; convert it to UTF-8")
         return text
 
     def _message(self) -> str:
@@ -86,6 +90,9 @@ class Lines:
             return input(prompt)
         if self.terminal:
             print(prompt, end="", file=sys.stderr, flush=True)
+        elif not self.begun:
+            stdin_as_text()
+            self.begun = True
         line = sys.stdin.readline()
         if not line:
             raise EOFError
@@ -133,10 +140,10 @@ def talk(conversation: Conversation, options: dict[str, Any], quiet: bool = Fals
             try:
                 text = lines.message()
                 if text.startswith("/") and lines.terminal:
-                    if not command(conversation, text):
+                    if not command(conversation, text, options):
                         break
                 elif text.strip():
-                    answer(conversation, text, options, quiet)
+                    answer(conversation, conversation.say(text, **options), quiet)
             except EOFError:
                 break
             except KeyboardInterrupt:  # at the prompt; `answer` takes care of its own
@@ -151,9 +158,9 @@ def talk(conversation: Conversation, options: dict[str, Any], quiet: bool = Fals
         _say("")
 
 
-def answer(conversation: Conversation, text: str, options: dict[str, Any], quiet: bool) -> None:
+def answer(conversation: Conversation, answer: Generator[str, None, None], quiet: bool = False) -> None:
     """One turn; how it went goes to stderr."""
-    with Stop() as stop, contextlib.closing(conversation.say(text, **options)) as pieces:
+    with Stop() as stop, contextlib.closing(answer) as pieces:
         try:
             for piece in pieces:
                 stop.writing = True
@@ -191,10 +198,12 @@ def summary(conversation: Conversation) -> dict[str, Any]:
     }
 
 
-def command(conversation: Conversation, line: str) -> bool:
+def command(conversation: Conversation, line: str, options: dict[str, Any]) -> bool:
     """Runs a /command; False if it is the one that leaves. Raises UserError for one that is not there."""
     name, _, argument = line.strip().partition(" ")
     commands: dict[str, Callable[[], None]] = {
+        "/retry": lambda: retry(conversation, options),
+        "/undo": lambda: undo(conversation),
         "/reset": conversation.reset,
         "/save": lambda: save(conversation, argument.strip()),
         "/stats": lambda: _say(stats(conversation)),
@@ -208,15 +217,28 @@ def command(conversation: Conversation, line: str) -> bool:
     return True
 
 
+def retry(conversation: Conversation, options: dict[str, Any]) -> None:
+    again = conversation.retry(**options)
+    if options["sampling"].temperature == 0:
+        _say("[temperature 0 is greedy: the answer will be the same; chat --temperature 0.7 draws others]")
+    answer(conversation, again)
+
+
+def undo(conversation: Conversation) -> None:
+    conversation.undo()
+    _say(f"[taken back; {len(conversation.messages)} messages are left]")
+
+
 def save(conversation: Conversation, path: str) -> None:
     if path.endswith(".json"):
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(conversation.messages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(conversation.messages, indent=1, ensure_ascii=False) + "\n"
+        with replacing(path, inputs=conversation.engine.model_files) as partial:
+            partial.write_text(text, encoding="utf-8")
     elif path.endswith(".safetensors"):
         conversation.save(path)
     else:
         raise UserError(f"/save {path}: name a file that ends in .safetensors (with the cache, for chat --cache) or .json (the messages)")
-    _say(f"[saved {path}, {size(os.path.getsize(path))}]")
+    _say(f"[saved {path}, {size(os.path.getsize(expand(path)))}]")
 
 
 def stats(conversation: Conversation) -> str:

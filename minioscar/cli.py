@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
+import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
-from . import __version__
+from . import __version__, streams
 from .commands import COMMANDS
 from .errors import Failure, UserError
 
@@ -39,7 +40,8 @@ that fails becomes {"line": N, "error": "..."} and the others go on.""",
   python -m minioscar chat smollm2-135m --cache book.kv.safetensors
   printf 'Hello\\nWhat did I say?\\n' | python -m minioscar chat smollm2-135m
 
-In the conversation, /help lists the commands: /reset, /save FILE, /stats, /exit. Ctrl-C stops an answer and keeps the conversation.""",
+In the conversation, /help lists the commands: /retry, /undo, /reset, /save FILE, /stats, /exit.
+Ctrl-C stops an answer and keeps the conversation.""",
     "cache": """examples:
   python -m minioscar cache Qwen/Qwen3-0.6B --prompt-file book.txt --out book.kv.safetensors
   python -m minioscar generate Qwen/Qwen3-0.6B "Who is the narrator?" --cache book.kv.safetensors
@@ -53,6 +55,13 @@ is bound to the model, its weights and --kv, not to the device.""",
   python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024 --windows 3 --json
   python -m minioscar eval smollm2-135m --kv int2 --needle 512,1024 --drift 256""",
     "inspect": "example:\n  python -m minioscar inspect smollm2-135m --out report",
+}
+SAMPLING = {  # fields of Sampling: type, metavar, help; what is not given is taken from generation_config.json, see commands.sampled
+    "temperature": (float, "T", "0 is greedy (the model's generation_config.json, else 0)"),
+    "top_p": (float, "P", "nucleus sampling; 1: off (the model's, else 1)"),
+    "top_k": (int, "K", "only the K likeliest tokens; 0: off (the model's, else 0)"),
+    "min_p": (float, "P", "only tokens P times as likely as the likeliest; 0: off (the model's, else 0)"),
+    "seed": (int, "S", "of the random numbers (0)"),
 }
 
 
@@ -88,11 +97,8 @@ def parser() -> Parser:
         sub.add_argument("--cache", metavar="F", help="go on from a prompt cache that the command cache, or /save in a chat, wrote")
         scheme(sub)
         sub.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=f"stop after so many new tokens ({max_tokens})")
-        sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
-        sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1: off)")
-        sub.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: off)")
-        sub.add_argument("--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the likeliest (0: off)")
-        sub.add_argument("--seed", type=int, default=0, metavar="S", help="of the random numbers (0)")
+        for name, (kind, metavar, help) in SAMPLING.items():
+            sub.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=help)
         sub.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be given several times")
         sub.add_argument("--ctx", type=int, metavar="N", help=f"capacity of the cache in tokens ({ctx})")
         device(sub)
@@ -104,8 +110,9 @@ def parser() -> Parser:
 
     generate = command("generate", "continue a prompt, or answer it")
     generate.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text, or - for standard input; or use one of the files")
-    generate.add_argument("--prompt-file", metavar="F", help="read the prompt from a UTF-8 file")
+    generate.add_argument("--prompt-file", metavar="F", help="read the prompt from a text file; - is standard input")
     generate.add_argument("--prompts-file", metavar="F", help="many prompts, one a line of JSON; one line of JSON for each on stdout")
+    generate.add_argument("--system", metavar="TEXT", help="the system message before the prompt, or before each of --prompts-file")
     generate.add_argument("--batch", type=int, default=8, metavar="B", help="prompts of --prompts-file that run at a time (8)")
     generate.add_argument("--n", type=int, default=1, metavar="N", help="answers to each prompt, drawn independently (1)")
     generate.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities of new tokens and the K likeliest; in JSON output")
@@ -118,8 +125,8 @@ def parser() -> Parser:
     answering(chat, 1024, "the model's, or what fits into memory")
 
     cache = command("cache", "read a text once, for generate and chat --cache")
-    cache.add_argument("--prompt-file", metavar="F", required=True, help="the text, in UTF-8; - is standard input")
-    cache.add_argument("--out", metavar="F", required=True, help="the file to write, such as book.kv.safetensors")
+    cache.add_argument("--prompt-file", metavar="F", required=True, help="a text file; - is standard input")
+    cache.add_argument("--out", metavar="F", required=True, help="the file to write, such as book.kv.safetensors; - is standard output")
     scheme(cache)
     device(cache)
     rendering(cache)
@@ -132,7 +139,7 @@ def parser() -> Parser:
     device(info)
 
     evaluate = command("eval", "fidelity of the schemes on a text: NLL, KL and top-1 agreement against the unquantized run")
-    evaluate.add_argument("--text", metavar="F", help="a UTF-8 text file (the topics of Python's help)")
+    evaluate.add_argument("--text", metavar="F", help="a text file, - for standard input (the topics of Python's help)")
     evaluate.add_argument("--prefill", type=int, default=1024, metavar="P", help="tokens of the prompt (1024)")
     evaluate.add_argument("--decode", type=int, default=512, metavar="T", help="tokens decoded, teacher-forced (512)")
     evaluate.add_argument("--windows", type=int, default=1, metavar="N", help="stretches of the text, one after the other (1)")
@@ -143,7 +150,7 @@ def parser() -> Parser:
     device(evaluate)
 
     inspect = command("inspect", "token norms, spread inside groups, sinks and errors per scheme: a report with figures")
-    inspect.add_argument("--text", metavar="F", help="a UTF-8 text file (the topics of Python's help)")
+    inspect.add_argument("--text", metavar="F", help="a text file, - for standard input (the topics of Python's help)")
     inspect.add_argument("--tokens", type=int, default=1024, metavar="N", help="of the text's beginning, a multiple of 128 (1024)")
     inspect.add_argument("--kv", default="kivi,rotation,scaling,oscar,int2,int2-shaped", metavar="A,B,C", help=f"schemes: {SCHEMES}")
     inspect.add_argument("--out", default="report", metavar="DIR", help="folder for report.html and report.json (report)")
@@ -163,25 +170,40 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 (failure), 2 (wrong use or input), 130 (Ctrl-C)."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
+
+    def work(argv: list[str]) -> None:
         args = parsed(argv)
         COMMANDS[args.command](args)
-        sys.stdout.flush()
-        return 0
-    except SystemExit as stop:  # --help and --version
-        return int(stop.code or 0)
-    except BrokenPipeError:  # the reader of stdout left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (KeyboardInterrupt, Exception) as error:
-        if "--debug" in argv:
-            import traceback
 
-            traceback.print_exc()
-        code, message = explained(error)
-        print(f"minioscar: {' '.join(message.split())}", file=sys.stderr)
-        return code
+    return run("minioscar", work, argv, explained)
+
+
+def run(
+    name: str, work: Callable[[list[str]], None], argv: list[str] | None, explain: Callable[[BaseException], tuple[int, str]]
+) -> int:
+    """The exit code of a program's work on sys.argv, or on argv; every error in one line on stderr."""
+    given = sys.argv[1:] if argv is None else argv
+    with streams.prepared():
+        try:
+            streams.check_stdout()
+            try:
+                work(given)
+            except SystemExit:  # --help and --version
+                pass
+            sys.stdout.flush()
+            return 0
+        except BrokenPipeError:  # the reader of stdout left, as `head` does
+            return 0
+        except (KeyboardInterrupt, Exception) as error:
+            if argv is None:  # a second Ctrl-C has nothing left to interrupt
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if "--debug" in given:
+                import traceback
+
+                traceback.print_exc()
+            code, message = explain(error)
+            print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+            return code
 
 
 def explained(error: BaseException) -> tuple[int, str]:

@@ -6,18 +6,18 @@ Everything heavy is imported by the command that needs it, so that --help and a 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import strict_json as json
 from .errors import UserError
+from .files import check_writable, descriptor, expand, read_lines, read_text
 from .ops import wake
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .generation import Generation, Options
-    from .prompt_cache import PromptCache
+    from .prompt_cache import Message, PromptCache
 
 GENERATE_KEYS = "text token_ids prompt_tokens new_tokens finish_reason kv kv_bytes device prefill_s decode_s tokens_per_s".split()
 
@@ -28,6 +28,9 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError("give one of PROMPT, --prompt-file and --prompts-file")
     if args.logprobs is not None and not (args.json or args.prompts_file):
         raise UserError("--logprobs needs --json: they are part of the JSON output")
+    if args.system is not None and (args.chat is False or args.cache):
+        why = "a prompt cache has its own beginning" if args.cache else "--raw continues a plain text"
+        raise UserError(f"--system has no place here: {why}; leave one of them out")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
     wake(args.device)
@@ -38,6 +41,7 @@ def run_generate(args: argparse.Namespace) -> None:
     if not (prompt or args.cache):
         raise UserError("the prompt is empty; give it some text")
     engine, cache = loaded(args)
+    options, prompt = sampled(options, args, engine), with_system(args.system, prompt, engine)
     run = engine.start([prompt], ctx=args.ctx, chat=args.chat, options=options, cache=cache)
     for _, piece in run:
         if not args.json and options.n == 1:
@@ -59,14 +63,20 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def run_prompts(args: argparse.Namespace, options: Options) -> None:
+    from dataclasses import replace
+
     from tqdm import tqdm
 
     from . import prompts
 
-    lines = list(prompts.parse(read_bytes(args.prompts_file).split(b"\n")))
-    if not lines:
-        raise UserError(f"{args.prompts_file} has no prompts; a line is a JSON string or an object with \"prompt\"")
+    raw = read_lines(args.prompts_file)
+    lines = list(prompts.parse(raw))
+    if not lines or all(line.error for line in lines) and any(b"\0" in line for line in raw):
+        what = "has no prompts" if not lines else "holds zero bytes and no prompts"
+        raise UserError(f"{args.prompts_file} {what}; a line is a JSON string or an object with \"prompt\", in UTF-8")
     engine, cache = loaded(args)
+    options = sampled(options, args, engine)
+    lines = [line if line.error else replace(line, prompt=with_system(args.system, line.prompt, engine)) for line in lines]
     failed, bar = [], tqdm(total=len(lines), desc="prompts", unit="line", leave=False, disable=None if sys.stderr.isatty() else True)
     with bar:
         answered = prompts.answers(engine, lines, batch=args.batch, options=options, ctx=args.ctx, chat=args.chat, cache=cache)
@@ -91,6 +101,7 @@ def run_chat(args: argparse.Namespace) -> None:
     options = wanted(args)
     engine, cache = loaded(args)
     conversation = Conversation(engine, system=args.system, cache=cache, ctx=args.ctx)
+    options = sampled(options, args, engine)
     chat.talk(conversation, {"max_tokens": options.max_tokens, "sampling": options.sampling, "stop": options.stop}, quiet=args.json)
     if args.json:
         print(json.dumps(chat.summary(conversation)))
@@ -101,35 +112,73 @@ def run_cache(args: argparse.Namespace) -> None:
 
     wake(args.device)
     from .cache import cache_bytes
-    from .files import check_writable
     from .oscar import SCHEMES
 
+    to_stdout = descriptor(args.out) == 1
+    if to_stdout and (args.json or sys.stdout.isatty()):
+        way_out = "leave --json out" if args.json else "redirect it to a file"
+        raise UserError(f"--out {args.out} writes the cache to standard output; {way_out}")
+    check_writable(args.out, inputs=[args.prompt_file])
     text = read_text(args.prompt_file)
     if not text:
         raise UserError(f"{args.prompt_file} is empty; give it some text")
-    check_writable(args.out)
     engine, _ = loaded(args)
+    target = check_writable(args.out, inputs=engine.model_files)
     before = time.perf_counter()
     cache = engine.prefill(text, args.chat)
     seconds = time.perf_counter() - before
     cache.save(args.out)
     report = {
-        "file": args.out, "tokens": len(cache), "kv": engine.scheme.name, "kv_bytes": cache.nbytes, "file_bytes": os.path.getsize(args.out),
+        "file": str(expand(args.out)), "tokens": len(cache), "kv": engine.scheme.name, "kv_bytes": cache.nbytes,
+        "file_bytes": cache.nbytes if to_stdout else target.stat().st_size,
         "bf16_bytes": cache_bytes(engine.config, SCHEMES["bf16"], 1, len(cache)), "device": engine.ops.name, "prefill_s": seconds,
     }
-    print(json.dumps(report) if args.json else args.out)
+    if not to_stdout:
+        print(json.dumps(report) if args.json else report["file"])
     if not args.json:
         sizes = f"{report['file_bytes'] / 1e6:.1f} MB, {report['bf16_bytes'] / report['kv_bytes']:.2f}x less cache than in bf16"
         print(f"[{len(cache)} tokens in {seconds:.2f} s; {report['kv']}, {sizes}, {report['device']}]", file=sys.stderr)
 
 
 def wanted(args: argparse.Namespace) -> Options:
+    """The options that are given, checked."""
     from .generation import Options
     from .sampling import Sampling
 
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     more = getattr(args, "logprobs", None), getattr(args, "n", 1), not getattr(args, "no_graph", False)
-    return Options(args.max_tokens, sampling, tuple(args.stop), *more)
+    return Options(args.max_tokens, Sampling(**given_sampling(args)), tuple(args.stop), *more)
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of Sampling that have an option on the command line."""
+    from dataclasses import fields
+
+    from .sampling import Sampling
+
+    names = [field.name for field in fields(Sampling)]
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def sampled(options: Options, args: argparse.Namespace, engine: Engine) -> Options:
+    """The options with the sampling of the model's generation_config.json where none is given, which is said."""
+    from dataclasses import replace
+
+    from .recommended import recommended
+
+    sampling, lines = recommended(engine.folder, given_sampling(args))
+    for line in lines:
+        print(f"minioscar: {line}", file=sys.stderr)
+    return replace(options, sampling=sampling)
+
+
+def with_system(system: str | None, prompt: str | list[Message], engine: Engine) -> str | list[Message]:
+    """A text, or messages without a system message of their own, behind the one of --system."""
+    if system is None or (not isinstance(prompt, str) and prompt[0]["role"] == "system"):
+        return prompt
+    if not engine.tokenizer.has_chat_template:
+        raise UserError(f"--system: {engine.folder.name} has no chat template to put a system message into; write it into the prompt")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": "system", "content": system}, *messages]
 
 
 def loaded(args: argparse.Namespace) -> tuple[Engine, PromptCache | None]:
@@ -196,24 +245,6 @@ def lengths(option: str | None) -> list[int]:
         return [int(n) for n in option.split(",")] if option else []
     except ValueError:
         raise UserError(f"--needle {option!r} is not a list of lengths; write --needle 512,1024") from None
-
-
-def read_text(path: str) -> str:
-    """A UTF-8 file, or standard input for -. Raises UserError where it cannot be read."""
-    try:
-        return read_bytes(path).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); give a text file") from None
-
-
-def read_bytes(path: str) -> bytes:
-    try:
-        if path == "-":
-            return sys.stdin.buffer.read()
-        with open(path, "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        raise UserError(f"{path} cannot be read ({error}); name a file") from None
 
 
 COMMANDS = {

@@ -23,6 +23,8 @@ from .oscar import WINDOW
 from .prompt_cache import Message, PromptCache, common, continued
 from .sampling import shown
 
+Turn = tuple[list[Message], list[Message]]  # the messages before it, and those that its answer follows
+
 
 class Conversation:
     """Messages, and a cache of `context` tokens. `messages` may be read at any time; `last` is the newest answer as generated.
@@ -47,7 +49,7 @@ class Conversation:
         if cache is not None and (system is not None or cache.messages is None):
             why = "the messages of a prompt cache begin the conversation, a system message cannot" if system else "it was made with --raw"
             raise UserError(f"this prompt cache cannot begin this conversation: {why}")
-        self.engine, self.turns = engine, 0
+        self.engine, self.turns = engine, 0  # answers so far, those that were taken back too
         self.context, self.template = self._room(ctx), variables_of(template)
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.last: Generation | None = None
@@ -60,7 +62,7 @@ class Conversation:
             self.messages, self.cache = list(cache.messages), engine.new_cache(1, self.context)
             cache.fill(self.cache, 0, len(cache))
             self.held = list(cache.ids)
-        self._beginning = list(self.messages)
+        self._beginning, self._past = list(self.messages), _past(self.messages)
 
     def _room(self, ctx: int | None) -> int:
         config, scheme, ops = self.engine.config, self.engine.scheme, self.engine.ops
@@ -80,16 +82,42 @@ class Conversation:
         if not isinstance(text, str):
             raise UserError(f"the message must be text, not {shown(text)}")
         wanted = options_of(options, ())
-        if self._answer is not None:
-            self._answer.close()  # one that was left standing has ended here
-        seed = (wanted.sampling.seed + self.turns) % 2**64  # another turn draws other numbers
-        self._answer = self._say(text, replace(wanted, sampling=replace(wanted.sampling, seed=seed)))
-        return self._answer
-
-    def _say(self, text: str, options: Options) -> Generator[str, None, None]:
+        self._close()
         messages = continued(self.messages, text)
         if not text.strip() and len(messages) > len(self.messages):  # a document may be answered as it is
             raise UserError("the message is empty; say something")
+        return self._begin([*self._past, (self.messages, messages)], wanted)
+
+    def retry(self, **options: Any) -> Generator[str, None, None]:
+        """Another answer to the last message, in place of the one that there is, with other random numbers; else as `say`.
+
+        Raises UserError where nothing was answered yet.
+        """
+        wanted = options_of(options, ())
+        self._close()
+        if not self._past:
+            raise UserError("there is no answer yet to try again")
+        return self._begin(list(self._past), wanted)
+
+    def undo(self) -> None:
+        """Takes the last message and its answer back. Raises UserError where there is none."""
+        self._close()
+        if not self._past:
+            raise UserError("there is no answer yet to take back")
+        self.messages, self.last = self._past.pop()[0], None
+
+    def _close(self) -> None:
+        """An answer that was left standing has ended here."""
+        if self._answer is not None:
+            self._answer.close()
+
+    def _begin(self, past: list[Turn], options: Options) -> Generator[str, None, None]:
+        seed = (options.sampling.seed + self.turns) % 2**64  # every answer draws other numbers
+        self._answer = self._say(past, replace(options, sampling=replace(options.sampling, seed=seed)))
+        return self._answer
+
+    def _say(self, past: list[Turn], options: Options) -> Generator[str, None, None]:
+        messages = past[-1][1]
         ids = self.engine.render(messages, self.template)
         if len(ids) > self.context:
             raise UserError(f"the conversation would have {len(ids)} tokens, the context holds {self.context}; begin anew or raise --ctx")
@@ -102,7 +130,7 @@ class Conversation:
             self.cache, self.last = run.cache, run.results[0]
             self.held = (ids + self.last.token_ids)[: run.cache.lengths[0]] if run.cache else []
             if self.last.token_ids or self.last.finish_reason:
-                self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
+                self.messages, self._past = [*messages, {"role": "assistant", "content": self.last.text}], past
                 self.turns += 1
 
     def _cut(self, ids: list[int]) -> Cache:
@@ -115,9 +143,16 @@ class Conversation:
     def reset(self) -> None:
         """Back to the beginning: the system message, or the document of the prompt cache, whose tokens are kept as far as can be."""
         self.messages, self.turns, self.last = list(self._beginning), 0, None
+        self._past = _past(self.messages)
 
     def save(self, path: str | Path) -> None:
         """Writes a prompt cache with which a conversation goes on later. Raises UserError where there is nothing to save."""
         if self.cache is None or not self.held:
             raise UserError("there is no conversation yet to save")
         PromptCache.of(self.engine, self.cache, self.held, messages=self.messages).save(path)
+
+
+def _past(messages: list[Message]) -> list[Turn]:
+    """The turns that messages consist of: each user's message that an answer follows."""
+    roles = [message["role"] for message in messages]
+    return [(messages[:i], messages[: i + 1]) for i in range(len(roles)) if roles[i : i + 2] == ["user", "assistant"]]

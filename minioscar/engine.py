@@ -26,14 +26,15 @@ from .hub import resolve
 from .model import Model, Progress, check_scheme
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
-from .prompt_cache import File, Message, PromptCache, common, continued
-from .sampling import shown
+from .prompt_cache import File, Message, PromptCache, as_path, common, continued
+from .sampling import Sampling, shown
 from .shaping import shape_keys
 from .tokenizer import Tokenizer
 from .watch import Watch
 from .weights import Weights, for_scheme, weight_files
 from .weights import load as load_weights
 
+GREEDY = Sampling()
 MOST_ROWS = 256  # answers at a time: what the kernels of a decode step have room for
 SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
 
@@ -65,6 +66,11 @@ class Engine:
         if self.files is None:
             raise UserError("this model was not loaded from a folder, so a prompt cache cannot be bound to it; use minioscar.load")
         return self.files.sha256
+
+    @property
+    def model_files(self) -> list[Path]:
+        """What the model was read from; nothing that is saved may replace it."""
+        return [*(self.files.stamps if self.files else ()), *(self.folder.glob("*.json") if self.folder else ())]
 
     # --- text
 
@@ -236,7 +242,7 @@ class Engine:
 
     def load_cache(self, path: str | Path) -> PromptCache:
         """A prompt cache that `PromptCache.save` wrote. Raises UserError where it was not made with this model and scheme."""
-        return PromptCache.load(arguments.as_path("a prompt cache", path), self)
+        return PromptCache.load(as_path("a prompt cache", path), self)
 
     def belongs(self, cache: PromptCache) -> None:
         """Raises UserError for what is no prompt cache, or one of another engine."""
@@ -298,9 +304,9 @@ def load(
     that `load_cache` will read; one of another model is refused now. debug: check what every operation computes for NaN and
     infinity. Raises UserError for anything that cannot work, before the weights are read.
     """
-    arguments.as_path("model", model)
+    as_path("model", model)
     tokenizer, debug = arguments.flag("tokenizer", tokenizer), arguments.flag("debug", debug)
-    with File(arguments.as_path("cache", cache)) if cache is not None else nullcontext() as saved:
+    with File(as_path("cache", cache)) if cache is not None else nullcontext() as saved:
         scheme = scheme_named((saved.scheme if saved else DEFAULT_SCHEME) if kv is None else kv)
         ops = back_ends.backend(device)
         folder = resolve(str(model))

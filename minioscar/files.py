@@ -1,56 +1,255 @@
-"""Files that are there whole or not at all: written beside their place under another name, then renamed."""
+"""Files that a user names: how all of them are read, and how all of them are written, whole or not at all."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import errno
 import os
 import re
-from collections.abc import Iterator
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import Failure, UserError
 
+MAX_TEXT = 1 << 30  # bytes of a file that is read as text: far above any context, and /dev/zero has an end
+MARKS = (  # UTF-32's little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)
+DESCRIPTOR = re.compile(r"/dev/std(out|err)|/(?:dev|proc/self)/fd/(\d+)")
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a loop of links"}
+
+
+def expand(path: str | Path) -> Path:
+    """The path with ~ and ~user expanded. Raises UserError for a path that names nothing, or a home that there is not."""
+    if not str(path) or "\0" in str(path):
+        raise UserError(f"{str(path)!r} cannot be read or written: it is not the name of a file; name one")
+    found = os.path.expanduser(path)
+    if found.startswith("~/"):
+        raise UserError(f"{path}: there is no home folder that ~ could mean; name the folder")
+    return Path(found)
+
+
+# --- reading
+
+
+def read_text(path: str) -> str:
+    """A text file, or standard input for -, with \\n at the end of its lines, whether they ended in \\n, \\r\\n or \\r.
+
+    UTF-8, or what a byte order mark says: UTF-16 or UTF-32; the mark is taken off. Raises UserError where it cannot be read, is
+    not text in that encoding, or holds zero bytes.
+    """
+    return decoded(read_bytes(path), path)
+
+
+def read_lines(path: str) -> list[bytes]:
+    """The lines of a file, or of standard input for -, in UTF-8 and without their ends; one that is not UTF-8 comes as it is."""
+    data = read_bytes(path)
+    if encoding_of(data).startswith("utf-8"):
+        return data.removeprefix(codecs.BOM_UTF8).splitlines()
+    return decoded(data, path).encode().splitlines()
+
+
+def read_bytes(path: str) -> bytes:
+    """A file, a FIFO or a process substitution, or standard input for -. Raises UserError where it cannot be read."""
+    data = bytearray()
+    try:
+        with contextlib.nullcontext(stdin()) if path == "-" else open(expand(path), "rb") as file:
+            while chunk := file.read(1 << 20):
+                data += chunk
+                if len(data) > MAX_TEXT:
+                    raise UserError(f"{path} has more than {MAX_TEXT >> 20} MiB, which no context holds; give a shorter text")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); name a file") from None
+    return bytes(data)
+
+
+def decoded(data: bytes, name: str) -> str:
+    """What `read_text` makes of a file's bytes."""
+    encoding = encoding_of(data)
+    if encoding == "utf-8" and b"\0" in data:
+        raise UserError(f"{name} holds zero bytes: no text, or UTF-16 without its byte order mark; convert it to UTF-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeError as error:
+        raise UserError(f"{name} cannot be read as {encoding[:6].rstrip('-').upper()} text ({error}); convert it to UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def encoding_of(head: bytes) -> str:
+    """Python's name of the encoding that the byte order mark at the beginning of a text says; UTF-8 without one."""
+    return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
+
+
+def stdin() -> BinaryIO:
+    """Standard input. Raises UserError where the shell closed it."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed; give it a file or a pipe (< F)")
+    return sys.stdin.buffer
+
+
+def stdin_as_text() -> None:
+    """Makes sys.stdin read as `read_text` does, line by line; waits for the first byte."""
+    sys.stdin.reconfigure(encoding=encoding_of(stdin().peek(4)), errors="strict", newline=None)
+
+
+def check_seekable(path: str | Path) -> Path:
+    """The path, expanded, of a file of which parts will be read. Raises UserError for -, and for what is there but no file."""
+    found = expand(path)
+    if str(path) == "-" or found.exists() and not found.is_file():
+        kind = "standard input" if str(path) == "-" else _kind(os.stat(found))
+        raise UserError(f"{path} is {kind}, of which no parts can be read; name a file")
+    return found
+
+
+def _lstat(path: Path) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _kind(found: os.stat_result) -> str:
+    return KINDS.get(stat.S_IFMT(found.st_mode), "a device")
+
+
+# --- writing
+
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, inputs: Iterable[str | Path] = (), mode: int | None = None) -> Iterator[Path]:
     """The path to write to; it becomes `path` when the block ends without an error, its bytes on disk first.
 
-    After a crash or kill -9 a `.partial-...` file may be left, never half a `path`; the next write of `path` removes it. Raises
-    UserError where `path` cannot be written at all, Failure where writing it failed.
+    Symlinks are followed. A file that is replaced keeps its mode, a new one gets `mode`, or what the umask leaves of 0666. After a
+    crash or kill -9 a `.partial-...` file may be left, never half a `path`; the next write of `path` removes it. What is written
+    for - or /dev/stdout goes there at the end. inputs: as in `check_writable`, whose UserErrors are raised; Failure where writing failed.
     """
-    target = check_writable(path)
-    _sweep(target)
-    partial = target.with_name(f".partial-{target.name}.{os.getpid()}")
+    target = check_writable(path, inputs)
     try:
+        if (fd := descriptor(path)) is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder) / "output"
+                _write_through(Path(folder) / "output", fd)
+            return
+        partial = _partial(target)
         try:
+            mode = _create(partial, target, mode)
             yield partial
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
+            os.chmod(partial, mode)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
+    except BrokenPipeError:  # whoever read standard output has enough
+        raise
     except OSError as error:
-        raise Failure(f"{target}: cannot be written: {error.strerror or error}; free space or name another file") from error
+        raise Failure(f"{path}: cannot be written: {reason(error)}") from error
 
 
-def check_writable(path: str | Path) -> Path:
-    """The path, if a file can be put there; to be asked before long work. Raises UserError."""
-    target = Path(path)
-    if target.is_dir():
-        raise UserError(f"{target} is a folder; name the file to write")
-    if not target.parent.is_dir():
-        raise UserError(f"{target}: there is no folder {target.parent}; make it first")
-    if not os.access(target.parent, os.W_OK):
-        raise UserError(f"{target}: the folder {target.parent} cannot be written to; name another")
+def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
+    """The file that `path` means, symlinks followed, if one can be put there; to be asked before long work.
+
+    Raises UserError for what is no file, cannot be written, or is one of `inputs`; Failure for a full disk.
+    """
+    if (fd := descriptor(path)) is not None:
+        _check_descriptor(path, fd)
+        return Path(path)
+    try:
+        target = Path(os.path.realpath(expand(path)))
+        found = _lstat(target)
+        if found and not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path} is {_kind(found)}; name a file to write")
+        if not target.parent.is_dir():
+            what = f"{target.parent} is not a folder" if target.parent.exists() else f"there is no folder {target.parent}; make it first"
+            raise UserError(f"{path}: {what}")
+        if found and not _may_replace(target, found):
+            raise UserError(f"{path} is write-protected; name another file")
+        if found and any(os.path.samestat(found, os.stat(file)) for file in map(expand, inputs) if file.exists()):
+            raise UserError(f"{path} is what this is made from, and would be lost; name another file")
+        _sweep(target)
+        _create(_partial(target), target)
+        _partial(target).unlink()
+    except OSError as error:
+        kind = Failure if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+        raise kind(f"{path}: cannot be written: {reason(error)}") from None
     return target
+
+
+def reason(error: BaseException) -> str:
+    """Why a file could not be written, and the way out."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
+    return f"{'the disk is full: ' * full}{text}; {'free space or ' * full}name another file"
+
+
+def descriptor(path: str | Path) -> int | None:
+    """The descriptor that - (standard output), /dev/stdout, /dev/stderr or /dev/fd/N (a process substitution) means; else None."""
+    if str(path) == "-":
+        return 1
+    match = DESCRIPTOR.fullmatch(str(path))
+    return match and (int(match[2]) if match[2] else 1 + (match[1] == "err"))
+
+
+def _check_descriptor(path: str | Path, fd: int) -> None:
+    import fcntl
+
+    try:
+        readable_only = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    except OSError:
+        readable_only = True
+    if readable_only:
+        raise UserError(f"{path}: descriptor {fd} is not open for writing; name a file to write")
+
+
+def _write_through(source: Path, fd: int) -> None:
+    if fd == 1 and sys.stdout is not None:
+        sys.stdout.flush()
+    with open(source, "rb") as file, contextlib.nullcontext(sys.stdout.buffer) if fd == 1 else open(os.dup(fd), "wb") as out:
+        shutil.copyfileobj(file, out, 1 << 20)
+        out.flush()
+
+
+def _may_replace(target: Path, found: os.stat_result) -> bool:
+    """Whether this user may write the file, and rename another over it: in a sticky folder, such as /tmp, only what is theirs."""
+    folder = os.stat(target.parent)
+    ours = not folder.st_mode & stat.S_ISVTX or os.geteuid() in (0, found.st_uid, folder.st_uid)
+    return os.access(target, os.W_OK) and ours
+
+
+def _partial(target: Path) -> Path:
+    name = os.fsdecode(os.fsencode(target.name)[:200])  # a name may have 255 bytes
+    return target.with_name(f".partial-{name}.{os.getpid()}")
+
+
+def _create(partial: Path, target: Path, mode: int | None = None) -> int:
+    """Makes an empty file with the owner and mode of `target`, where that exists, and with `mode` where one is given; returns its mode."""
+    partial.unlink(missing_ok=True)
+    fd = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode)
+    try:
+        if mode is None and target.exists():
+            old = os.stat(target)
+            with contextlib.suppress(PermissionError):  # only root gives files away
+                os.fchown(fd, old.st_uid, old.st_gid)
+            os.fchmod(fd, stat.S_IMODE(old.st_mode))
+        return stat.S_IMODE(os.fstat(fd).st_mode)
+    finally:
+        os.close(fd)
 
 
 def _sweep(target: Path) -> None:
     """Removes what earlier writers of `target` left behind, unless they are still at it."""
-    name = re.compile(re.escape(f".partial-{target.name}.") + r"(\d+)")
-    for path in target.parent.iterdir():
-        if (match := name.fullmatch(path.name)) and not _alive(int(match[1])):
-            path.unlink(missing_ok=True)
+    name = re.compile(re.escape(_partial(target).name.removesuffix(str(os.getpid()))) + r"(\d+)")
+    with contextlib.suppress(PermissionError):  # a folder that cannot be listed can be written to
+        for path in target.parent.iterdir():
+            if (match := name.fullmatch(path.name)) and not _alive(int(match[1])):
+                path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:

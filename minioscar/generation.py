@@ -191,6 +191,7 @@ class Run:
         self.engine, self.ids, self.logits = engine, ids, logits
         self.cache: Cache | None = cache  # None once a run that did not fit into memory has freed it
         self.decoder: Decoder | None = None
+        self.begun = False
         self.tokenizer, vocab = engine.tokenizer if engine.has_tokenizer else None, engine.config.vocab_size
         options = for_each(options, len(ids))
         self.first = first_answers(options)
@@ -210,6 +211,9 @@ class Run:
         ]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
+        if self.begun:
+            raise UserError("a run is iterated once; start another")
+        self.begun = True
         streams = [(self.tokenizer.stream() if self.tokenizer else None, StopText(one.stop)) for one in self.options]
         for index, token in self._tokens():
             result, (stream, stops) = self.results[index], streams[index]

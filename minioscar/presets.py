@@ -14,6 +14,7 @@ from . import ops as back_ends
 from .config import Config, read_json
 from .engine import Engine, scheme_named
 from .errors import UserError
+from .files import expand
 from .memory import size
 from .model import check_scheme
 from .ops.reference import Reference
@@ -50,7 +51,7 @@ def config_of(preset: str) -> Config:
     if preset in PRESETS:
         return Config.from_dict(PRESETS[preset], preset)
     if Path(preset).name == "config.json":
-        return Config.from_dict(read_json(Path(preset), "name an existing one"), preset)
+        return Config.from_dict(read_json(expand(preset), "name an existing one"), preset)
     raise UserError(f"{preset!r} is neither a preset ({', '.join(PRESETS)}) nor the path of a config.json")
 
 

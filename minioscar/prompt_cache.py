@@ -7,6 +7,7 @@ the back end. Its metadata binds it to format, config, scheme and weights; `cont
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from . import strict_json as json
 from .cache import Cache, left_after_cut, row_layout
 from .config import Config
 from .errors import Failure, UserError
-from .files import replacing
+from .files import check_seekable, reason, replacing
 from .oscar import SCHEMES, WINDOW, Scheme
 from .sampling import shown
 
@@ -101,18 +102,22 @@ class PromptCache:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        prompt = json.dumps({"messages": self.messages, "text": self.text}, ensure_ascii=False).encode()
+        path = as_path("the file of a prompt cache", path)
+        try:
+            prompt = json.dumps({"messages": self.messages, "text": self.text}, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: the messages cannot be written as JSON ({_line(error)}); use text, lists and dicts") from None
         tensors = {"ids": np.array(self.ids, np.int32), "prompt": np.frombuffer(prompt, np.uint8)}
         if self.logits is not None:
             tensors["logits"] = self.logits
         tensors |= {f"layers.{i}.{name}": array for i, row in enumerate(self.rows) for name, array in row.items()}
         tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         metadata = binding(self.engine.config, self.engine.scheme) | {"weights": self.engine.weights_sha256, "contents": digest(tensors)}
-        with replacing(path) as partial:
+        with replacing(path, inputs=self.engine.model_files) as partial:
             try:
                 save_file(tensors, partial, metadata)
             except SafetensorError as error:  # a full disk
-                raise Failure(f"{path}: cannot be written: {error}; free space or name another file") from None
+                raise Failure(f"{path}: cannot be written: {reason(error)}") from None
 
     @classmethod
     def load(cls, path: str | Path, engine: Engine) -> PromptCache:
@@ -161,7 +166,7 @@ class File:
     def __init__(self, path: str | Path):
         from safetensors import SafetensorError, safe_open
 
-        self.path, self.stack = Path(path), ExitStack()
+        self.path, self.stack = check_seekable(path), ExitStack()
         try:
             self.handle = self.stack.enter_context(safe_open(self.path, "np"))
         except FileNotFoundError:
@@ -282,6 +287,14 @@ def well_formed(messages: Any) -> bool:
     return isinstance(messages, list | tuple) and len(messages) > 0 and all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
+
+
+def as_path(name: str, value: Any) -> Path:
+    """Raises UserError for what is no path."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise UserError(f"{name} {shown(value)} must be text or a path")
+    return Path(path)
 
 
 def _short(value: Any) -> str:

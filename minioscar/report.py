@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from . import strict_json as json
 from .errors import UserError
 from .figures import FIGURES, STYLE, drawn, sinks
+from .files import check_writable, expand, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FILES = "report.json", "report.html"
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>
@@ -38,23 +40,27 @@ def check(folder: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError("inspect draws its figures with matplotlib, which is not installed; pip install 'minioscar[plot]'") from None
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if str(folder) == "-":
+        raise UserError("--out - would be standard output, but a report is a folder; name one, or give --json for the numbers on stdout")
+    folder = expand(folder)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{folder} cannot be written to ({existing} is no folder or is write-protected); give another --out")
+    for name in FILES if folder.is_dir() else ():
+        check_writable(folder / name)
 
 
 def write(report: dict, folder: Path) -> list[Path]:
     """Writes report.json and report.html into the folder, each whole or not at all; returns their paths."""
-    files = {"report.json": json.dumps(report), "report.html": page(report)}
+    folder = expand(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            part = folder / f".{name}.part"
-            part.write_text(text, encoding="utf-8")
-            part.replace(folder / name)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}); give another --out") from None
-    return [folder / name for name in files]
+        raise UserError(f"{folder} cannot be made ({error.strerror}); give another --out") from None
+    for name, text in zip(FILES, (json.dumps(report), page(report)), strict=True):
+        with replacing(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return [folder / name for name in FILES]
 
 
 def page(report: dict) -> str:
