@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -54,6 +55,26 @@ def test_on_a_pipe_a_line_is_a_message_and_stdout_is_the_answers(folder):
 @pytest.mark.parametrize(("text", "message"), [('"""one\ntwo', "one\ntwo"), ("one\\", "one"), ("one\\\n", "one"), ("one", "one")])
 def test_a_message_that_the_end_of_the_input_cuts_short_is_still_said(folder, text, message):
     assert json.loads(piped(folder, text, "--json").stdout)["messages"][0]["content"] == message
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_what_windows_writes_into_a_pipe_is_the_same_messages(folder, encoding, newline, monkeypatch, capsys):
+    data = f'the cat é{newline}"""one{newline}two"""{newline}{newline}end'.encode(encoding)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data)), "ascii"))
+    assert main(["chat", str(folder), "--device", "cpu", "--max-tokens", "3", "--json"]) == 0
+    messages = json.loads(capsys.readouterr().out)["messages"]
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["the cat é", "one\ntwo", "end"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [("the cat".encode("utf-16-le"), "holds zero bytes"), (b"caf\xe9\n", "not valid Unicode")]
+)
+def test_a_pipe_that_is_no_text_is_refused_in_one_line(folder, data, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
+    assert main(["chat", str(folder), "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err
 
 
 def test_without_a_home_there_is_no_history_and_no_folder_called_tilde(folder, monkeypatch, tmp_path):
@@ -167,7 +188,9 @@ class Terminal:
 STATUS = r"\[context \d+ of \d+ \(\d+%\); (\d+) tokens read, (\d+) written \([\d.]+ a second\)[^\]]*\]"
 
 
-def test_a_conversation_with_its_commands(folder, tmp_path):
+def test_a_conversation_with_its_commands(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
     with Terminal(folder, "--max-tokens", "12", cwd=tmp_path) as terminal:
         terminal.wait_for("1024 tokens of context, int2 cache; /help lists the commands.*>>> ")
         terminal.send("the cat sat\r")
@@ -182,18 +205,33 @@ def test_a_conversation_with_its_commands(folder, tmp_path):
         terminal.wait_for(r"\[saved talk.json, .*>>> ")
         terminal.send("/save talk.kv.safetensors\r")
         terminal.wait_for(r"\[saved talk.kv.safetensors, .*>>> ")
+        terminal.send("/save ~/home.json\r")
+        terminal.wait_for(r"\[saved ~/home.json, .*>>> ")
         terminal.send("/save talk.txt\r")
         terminal.wait_for(r"minioscar: /save talk.txt: name a file that ends in .safetensors .*>>> ")
         terminal.send("/fly\r")
         terminal.wait_for("minioscar: there is no /fly; /help lists the commands.*>>> ")
         terminal.send("/help\r")
         assert "Ctrl-C" in terminal.wait_for(">>> ")
+        terminal.send("/retry\r")
+        said = terminal.wait_for(STATUS + ".*>>> ")
+        assert "temperature 0 is greedy: the answer will be the same" in said and int(re.search(STATUS, said)[1]) < 40
+        terminal.send("/undo\r")
+        terminal.wait_for(r"\[taken back; 2 messages are left\].*>>> ")
+        terminal.send("/undo\r")
+        terminal.wait_for(r"\[taken back; 0 messages are left\].*>>> ")
+        for command in ("/undo", "/retry"):
+            terminal.send(f"{command}\r")
+            terminal.wait_for("minioscar: there is no answer yet to .*>>> ")
+        terminal.send("so\r")
+        terminal.wait_for(STATUS + ".*>>> ")
         terminal.send("/reset\r")
         terminal.wait_for(">>> ")
         terminal.send("/stats\r")
         assert "0 messages" in terminal.wait_for(">>> ")
         assert terminal.leave() == 0
     messages = json.loads((tmp_path / "talk.json").read_text())
+    assert json.loads((tmp_path / "home" / "home.json").read_text()) == messages and not (tmp_path / "~").exists()
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and messages[2]["content"] == "and the dog?"
     with Terminal(folder, "--cache", str(tmp_path / "talk.kv.safetensors"), "--max-tokens", "5") as terminal:
         terminal.wait_for(">>> ")

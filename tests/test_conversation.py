@@ -284,3 +284,81 @@ def test_a_template_that_refuses_leaves_the_conversation_as_it_was(tmp_path):
     with pytest.raises(UserError, match="the chat template failed .enough"):
         say(conversation, "the dog")
     assert len(conversation.messages) == 2 and isinstance(conversation.cache, Cache)
+
+
+# --- taking back and trying again
+
+DRAWN = {"max_tokens": 20, "sampling": Sampling(temperature=1.0, seed=3)}
+
+
+def test_undo_takes_one_turn_after_another_back_as_if_they_had_not_been(folder, monkeypatch):
+    conversation = Conversation(talker(folder, "bf16"), system="the dog", ctx=1024)
+    states = []
+    for question in QUESTIONS[:3]:
+        states.append(conversation.messages)
+        say(conversation, question)
+    for state in reversed(states):
+        conversation.undo()
+        assert conversation.messages == state and conversation.last is None
+    with pytest.raises(UserError, match="no answer yet to take back"):
+        conversation.undo()
+    greedy = {"max_tokens": 20, "sampling": Sampling()}
+    fresh = Conversation(talker(folder, "bf16"), system="the dog", ctx=1024)
+    assert say(conversation, "so", **greedy) == say(fresh, "so", **greedy)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int2"])
+def test_retry_replaces_the_answer_by_others_and_reads_little(folder, kv):
+    conversation = Conversation(talker(folder, kv), ctx=1024)
+    say(conversation, QUESTIONS[2])
+    first = [say(conversation, "so")]
+    asked = conversation.messages[:-1]
+    for _ in range(3):
+        first.append("".join(conversation.retry(**DRAWN)))
+        assert conversation.messages == [*asked, {"role": "assistant", "content": first[-1]}]
+        assert conversation.last.prefilled_tokens <= (1 if kv == "bf16" else 128)
+    assert len(set(first)) == 4
+    greedy = ["".join(conversation.retry(max_tokens=20)) for _ in range(2)]
+    assert greedy[0] == greedy[1]
+    conversation.undo()
+    assert conversation.messages == asked[:-1]
+
+
+def test_a_retry_without_an_answer_leaves_the_old_one(folder, monkeypatch):
+    conversation = Conversation(talker(folder), ctx=1024)
+    for use in (conversation.retry, conversation.undo):
+        with pytest.raises(UserError, match="no answer yet"):
+            use()
+    say(conversation, "the cat")
+    before = conversation.messages
+    with monkeypatch.context() as patch:
+        patch.setattr(conversation.engine.model, "forward", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            list(conversation.retry())
+        conversation.retry().close()  # not even begun
+    assert conversation.messages == before
+    answer = conversation.retry(**DRAWN)
+    next(answer)
+    conversation.undo()  # in the middle of it: what there is of the answer goes, too
+    assert conversation.messages == []
+
+
+def test_the_last_turn_of_a_saved_conversation_can_be_taken_back_and_a_document_cannot(folder, tmp_path):
+    engine = talker(folder)
+    before = Conversation(engine, system="the dog", ctx=1024)
+    said = [say(before, question) for question in QUESTIONS[:2]]
+    before.save(tmp_path / "c.kv.safetensors")
+    after = Conversation(engine, cache=engine.load_cache(tmp_path / "c.kv.safetensors"), ctx=1024)
+    assert "".join(after.retry(**DRAWN)) and after.messages[:-1] == before.messages[:-1]
+    after.undo()
+    assert after.messages == before.messages[:-2] and after.messages[-1]["content"] == said[0]
+    after.reset()
+    assert after.messages == before.messages
+    after.undo()
+    assert after.messages == before.messages[:-2]
+    document = Conversation(engine, cache=engine.prefill("the cat sat"), ctx=1024)
+    with pytest.raises(UserError, match="no answer yet"):
+        document.undo()
+    say(document, "who?")
+    document.undo()
+    assert document.messages == [{"role": "user", "content": "the cat sat"}]

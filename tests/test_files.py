@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -261,7 +262,7 @@ def test_a_process_substitution_is_written_through_and_a_closed_descriptor_refus
     for _ in range(100):
         if (tmp_path / "sub").exists() and (tmp_path / "sub").stat().st_size == 256:
             break
-        threading.Event().wait(0.05)
+        time.sleep(0.05)
     assert (tmp_path / "sub").read_bytes() == bytes(range(256))
     for redirect in ("7>&-", "7< /dev/null"):
         assert b"descriptor 7 is not open for writing" in through("/dev/fd/7", redirect, tmp_path).stderr
