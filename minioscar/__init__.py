@@ -11,6 +11,12 @@
 ' Paris'
 '.'
 
+The fields of Options and of Sampling are keywords of generate, stream and Conversation.say; None is the default:
+
+>>> drawn = [m.generate("Tell me a joke.", system="Be brief.", temperature=0.8, top_p=0.95, seed=3, max_tokens=9) for _ in range(2)]
+>>> drawn[0].text == drawn[1].text
+True
+
 A chat keeps its cache between turns, and what has been read once need not be read again, not even tomorrow:
 
 >>> chat = minioscar.Conversation(m, system="You are helpful.", ctx=1024)
@@ -32,6 +38,9 @@ Logits are a NumPy array, float32 [tokens, vocab], and everything that cannot wo
 >>> m.generate("", max_tokens=1)
 Traceback (most recent call last):
 minioscar.errors.UserError: the prompt is empty; give it some text
+>>> m.generate("The capital of France is", temprature=0.7)
+Traceback (most recent call last):
+minioscar.errors.UserError: there is no option 'temprature'; did you mean temperature or template?
 """
 
 from __future__ import annotations

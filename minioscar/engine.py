@@ -222,19 +222,20 @@ class Engine:
 
     # --- prompt caches
 
-    def prefill(self, prompt: Prompt, chat: bool | None = None) -> PromptCache:
-        """Reads a prompt now, for `generate(..., cache=...)` and `PromptCache.save` later; prompt and chat as in `generate`.
+    def prefill(self, prompt: Prompt, chat: bool | None = None, template: Mapping[str, Any] | None = None) -> PromptCache:
+        """Reads a prompt now, for `generate(..., cache=...)` and `PromptCache.save` later; parameters as in `generate`.
 
-        A text that the chat template is for becomes a user's message that the prompt of later calls goes on with.
+        A text that the chat template is for becomes a user's message that the prompt of later calls goes on with. They give the same
+        template again: what another one renders differently is read again.
         """
         prompt, chat, messages = arguments.one_prompt(prompt), arguments.flag("chat", chat), None
         full = self._full_prompt(prompt, chat, None) if isinstance(prompt, str) else prompt
         if not arguments.is_chat(full) or full is prompt and chat is False:
-            ids = self.encode(prompt, chat)
+            ids = self.encode(prompt, chat, template=template)
         else:  # only what does not depend on how it goes on: two ways to go on agree on it
             messages = full
-            ids = self.render(continued(messages, "a"))
-            ids = self._checked(ids[: common(ids, self.render(continued(messages, "1")))])
+            ids = self.render(continued(messages, "a"), template)
+            ids = self._checked(ids[: common(ids, self.render(continued(messages, "1"), template))])
         context = self.padded(self.capacity([ids], Options(max_tokens=1), None))
         run = Run(self, [ids], self.new_cache(1, context), Options(max_tokens=1))
         logits = run.prefill()[0]

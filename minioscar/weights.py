@@ -235,7 +235,7 @@ def load(folder: Path, config: Config, ops: Reference, progress: bool = False) -
             head=embed if config.tie_embeddings else get("lm_head.weight"),
             files=tensors.files,
         )
-    tensors.files.check()  # not half of them of one training step and half of another
+        tensors.files.check()  # not half of them of one training step and half of another
     return weights
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_options_of_wrong_types_are_refused_by_their_names(engine, name, value):
         refused(lambda: engine.start(["the cat"], **{name: value}), name)
     if name in ("chat", "cache", "template"):
         refused(lambda: engine.encode("the cat", **{name: value}), name)
-    if name == "chat":
+    if name in ("chat", "template"):
         refused(lambda: engine.prefill("the cat", **{name: value}), name)
     if name in ("ctx", "cache", "system", "template"):
         refused(lambda: Conversation(engine, **{name: value}), name)
@@ -377,6 +378,18 @@ def test_a_cache_under_another_tokenizer_or_template_is_read_again_as_far_as_it_
     assert near(answer, straight) and answer.prompt_tokens == straight.prompt_tokens
 
 
+def test_a_cache_of_a_template_with_variables_is_read_on_with_them(engine):
+    tone = {"tone": "mat " * 10}
+    cache = engine.prefill("the cat", template=tone)
+    same, other = (engine.generate("so", cache=cache, template=template, max_tokens=1) for template in (tone, None))
+    assert same.prefilled_tokens == same.prompt_tokens - len(cache) and other.prefilled_tokens == other.prompt_tokens
+    refused(lambda: engine.prefill("the cat", chat=False, template=tone), "template")
+    refused(lambda: engine.prefill([5], template=tone), "template")
+    conversation = Conversation(engine, cache=cache, template=tone, ctx=256)
+    list(conversation.say("so", max_tokens=1))
+    assert conversation.last.prefilled_tokens == same.prefilled_tokens
+
+
 # --- several at once
 
 
@@ -400,6 +413,22 @@ def test_runs_of_one_engine_do_not_know_of_each_other(engine):
     conversation = Conversation(engine, ctx=256)
     said = "".join(piece for piece in conversation.say(prompts[0], **options) if engine.generate([5], max_tokens=1))
     assert said == want[0]
+
+
+def test_threads_share_an_engine(engine):
+    found: list = [None] * 4
+
+    def answers(i: int) -> None:
+        found[i] = [engine.generate(f"the cat {i % 2} sat", max_tokens=20, temperature=1.0, seed=seed).token_ids for seed in range(3)]
+
+    threads = [Thread(target=answers, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[2] and found[1] == found[3]
+    answers(0)
+    assert found[0] == found[2]
 
 
 def test_a_run_is_iterated_once(engine):
