@@ -47,7 +47,8 @@ class Conversation:
         if cache is not None:
             engine.belongs(cache)
         if cache is not None and (system is not None or cache.messages is None):
-            why = "the messages of a prompt cache begin the conversation, a system message cannot" if system else "it was made with --raw"
+            kind = "token ids" if cache.text is None else "plain text, it was made with --raw"
+            why = "its messages are the first, a system message cannot be" if cache.messages else f"it holds {kind}"
             raise UserError(f"this prompt cache cannot begin this conversation: {why}")
         self.engine, self.turns = engine, 0  # answers so far, those that were taken back too
         self.context, self.template = self._room(ctx), variables_of(template)
