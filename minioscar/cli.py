@@ -61,6 +61,9 @@ SAMPLING = {  # fields of Sampling: type, metavar, help; what is not given is ta
     "top_p": (float, "P", "nucleus sampling; 1: off (the model's, else 1)"),
     "top_k": (int, "K", "only the K likeliest tokens; 0: off (the model's, else 0)"),
     "min_p": (float, "P", "only tokens P times as likely as the likeliest; 0: off (the model's, else 0)"),
+    "repetition_penalty": (float, "R", "divides the logits of tokens that were there before, the prompt's too (the model's, else 1)"),
+    "presence_penalty": (float, "X", "taken from the logits of tokens that the answer has (0)"),
+    "frequency_penalty": (float, "X", "the same, for each time that it has them (0)"),
     "seed": (int, "S", "of the random numbers (0)"),
 }
 
@@ -100,6 +103,10 @@ def parser() -> Parser:
         for name, (kind, metavar, help) in SAMPLING.items():
             sub.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=help)
         sub.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be given several times")
+        stop_id = "end at this token id; may be given several times"
+        sub.add_argument("--stop-id", action="append", default=[], type=int, metavar="ID", dest="stop_ids", help=stop_id)
+        sub.add_argument("--min-tokens", type=int, default=0, metavar="N", help="no end before so many new tokens (0)")
+        sub.add_argument("--ignore-eos", action="store_true", help="go on behind the model's end tokens, as far as --max-tokens")
         sub.add_argument("--ctx", type=int, metavar="N", help=f"capacity of the cache in tokens ({ctx})")
         device(sub)
 

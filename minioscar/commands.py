@@ -96,13 +96,14 @@ def run_prompts(args: argparse.Namespace, options: Options) -> None:
 def run_chat(args: argparse.Namespace) -> None:
     wake(args.device)
     from . import chat
+    from .arguments import OPTIONS
     from .conversation import Conversation
 
     options = wanted(args)
     engine, cache = loaded(args)
     conversation = Conversation(engine, system=args.system, cache=cache, ctx=args.ctx)
     options = sampled(options, args, engine)
-    chat.talk(conversation, {"max_tokens": options.max_tokens, "sampling": options.sampling, "stop": options.stop}, quiet=args.json)
+    chat.talk(conversation, {"sampling": options.sampling} | {name: getattr(options, name) for name in OPTIONS}, quiet=args.json)
     if args.json:
         print(json.dumps(chat.summary(conversation)))
 
@@ -145,18 +146,14 @@ def wanted(args: argparse.Namespace) -> Options:
     from .generation import Options
     from .sampling import Sampling
 
-    more = getattr(args, "logprobs", None), getattr(args, "n", 1), not getattr(args, "no_graph", False)
-    return Options(args.max_tokens, Sampling(**given_sampling(args)), tuple(args.stop), *more)
+    return Options(sampling=Sampling(**given(args, Sampling)), graph=not getattr(args, "no_graph", False), **given(args, Options))
 
 
-def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of Sampling that have an option on the command line."""
+def given(args: argparse.Namespace, of: type) -> dict[str, Any]:
+    """The fields of a dataclass that are options of the command line and were given there."""
     from dataclasses import fields
 
-    from .sampling import Sampling
-
-    names = [field.name for field in fields(Sampling)]
-    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    return {field.name: value for field in fields(of) if (value := getattr(args, field.name, None)) is not None}
 
 
 def sampled(options: Options, args: argparse.Namespace, engine: Engine) -> Options:
@@ -164,8 +161,9 @@ def sampled(options: Options, args: argparse.Namespace, engine: Engine) -> Optio
     from dataclasses import replace
 
     from .recommended import recommended
+    from .sampling import Sampling
 
-    sampling, lines = recommended(engine.folder, given_sampling(args))
+    sampling, lines = recommended(engine.folder, given(args, Sampling))
     for line in lines:
         print(f"minioscar: {line}", file=sys.stderr)
     return replace(options, sampling=sampling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import shutil
@@ -16,8 +17,10 @@ import pytest
 
 from minioscar import cli, evaluate, hub, ops, oscar
 from minioscar.cli import main
+from minioscar.generation import Options, Run
+from minioscar.sampling import Sampling
 
-from .tiny import write_model
+from .tiny import write_model, write_talker
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +195,29 @@ def test_info_needs_no_weights(smollm2, capsys, tmp_path):
 def test_pull_prints_the_folder(smollm2, capsys):
     code, out, _ = run(capsys, "pull", "smollm2-135m")
     assert code == 0 and Path(out.strip()) == smollm2
+
+
+def test_every_option_of_an_answer_reaches_it(tmp_path, capsys, monkeypatch):
+    """Of generate, many prompts and a chat; what each does is tested where it is done."""
+    folder, seen = write_talker(tmp_path / "m", 5), []
+    made = Run.__init__
+    monkeypatch.setattr(Run, "__init__", lambda self, *args, **more: (seen.append(args[3]), made(self, *args, **more))[1])
+    (tmp_path / "p").write_text('"a"')
+    options = (
+        "--temperature .5 --top-p .6 --top-k 7 --min-p .08 --seed 9 --repetition-penalty 1.1 --presence-penalty .2 --frequency-penalty .3 "
+        "--max-tokens 4 --min-tokens 2 --stop xx --stop yy --stop-id 300 --stop-id 301 --ignore-eos"
+    )
+    numbers = {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3}
+    sampling = Sampling(temperature=0.5, top_p=0.6, top_k=7, min_p=0.08, seed=9, **numbers)
+    want = Options(4, sampling, ("xx", "yy"), stop_ids=(300, 301), min_tokens=2, ignore_eos=True)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"a"))))
+    for command in (["generate", folder, "a"], ["generate", folder, "--prompts-file", tmp_path / "p"], ["chat", folder]):
+        assert run(capsys, *command, *options.split())[0] == 0
+        given = seen.pop()
+        assert all(one == want for one in (given if isinstance(given, list | tuple) else [given])), command
+    for wrong, message in (("--min-tokens 5 --max-tokens 4", "min_tokens 5"), ("--stop-id -1", "stop_ids -1"), ("--top-k -1", "top_k -1")):
+        code, _, err = run(capsys, "generate", folder, "a", *wrong.split())
+        assert code == 2 and err.count("\n") == 1 and message in err
 
 
 @pytest.fixture
