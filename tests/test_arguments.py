@@ -15,7 +15,8 @@ from minioscar import Conversation, Options, Sampling
 from minioscar.arguments import OPTIONS, SAMPLING
 from minioscar.errors import UserError
 
-from .tiny import TEMPLATE, load, talker, write_talker
+from . import simt
+from .tiny import TEMPLATE, load, talker, write_model, write_talker
 
 TONE = "{% if tone is defined %}<|system|>{{ tone }}<|end|>{% endif %}" + TEMPLATE
 HI, SYSTEM = {"role": "user", "content": "the cat"}, {"role": "system", "content": "the dog"}
@@ -413,6 +414,23 @@ def test_runs_of_one_engine_do_not_know_of_each_other(engine):
     conversation = Conversation(engine, ctx=256)
     said = "".join(piece for piece in conversation.say(prompts[0], **options) if engine.generate([5], max_tokens=1))
     assert said == want[0]
+
+
+@pytest.mark.skipif(simt.missing() is not None, reason=str(simt.missing()))
+def test_runs_whose_steps_are_queued_do_not_know_of_each_other_either(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIOSCAR_BACKEND", "simt")
+    engine, options = load(write_model(tmp_path / "m", 4, head_dim=64, num_hidden_layers=1), "int2", "auto"), Options(max_tokens=6)
+    prompts = [[1, 2, 3], [4, 5, 6, 7]]
+    want = [engine.generate(prompt, max_tokens=6).token_ids for prompt in prompts]
+    runs = [engine.start([prompt], options=options) for prompt in prompts]
+    steps = [iter(run) for run in runs]
+    for _ in range(3):
+        for step in steps:
+            next(step)
+        next(iter(engine.start(prompts)))  # broken off
+    for step in steps:
+        list(step)
+    assert [run.results[0].token_ids for run in runs] == want
 
 
 def test_threads_share_an_engine(engine):

@@ -389,6 +389,22 @@ def test_cache_and_generate_on_the_command_line(folder, tmp_path, capsys):
         assert printed == "" and said.startswith("minioscar: ") and said.count("\n") == 1 and message in said
 
 
+def test_lines_of_a_prompts_file_go_on_from_a_cache_or_say_why_not(folder, tmp_path, capsys):
+    """Messages are a whole chat: they repeat the document, or they would be answered as if it had not been given."""
+    document, out = TEXT * 8, str(tmp_path / "c.safetensors")
+    talker(folder).prefill(document).save(out)
+    behind = [{"role": "user", "content": f"{document}\n\nWho?"}]
+    lines = ["Who?", {"prompt": "Who?"}, {"messages": behind}, {"messages": [{"role": "user", "content": "Who?"}]}]
+    (tmp_path / "lines").write_text("\n".join(map(json.dumps, lines)))
+    options = ["--prompts-file", str(tmp_path / "lines"), "--cache", out, "--device", "cpu", "--max-tokens", "3"]
+    assert main(["generate", str(folder), *options]) == 2
+    *answers, wrong = map(json.loads, capsys.readouterr().out.splitlines())
+    want = talker(folder).generate(behind, max_tokens=3)
+    assert [answer["prompt_tokens"] for answer in answers] == [want.prompt_tokens] * 3
+    assert len({tuple(answer["token_ids"]) for answer in answers}) == 1
+    assert wrong["line"] == 4 and "do not begin with those of the prompt cache" in wrong["error"]
+
+
 def test_a_raw_cache_without_a_prompt_goes_on_where_the_text_ends(folder, tmp_path, capsys):
     (tmp_path / "doc.txt").write_text("the cat sat")
     out = str(tmp_path / "c.safetensors")
