@@ -31,6 +31,7 @@ class Model:
     def __init__(self, config: Config, weights: Weights, scheme: Scheme, ops: Reference):
         self.config, self.scheme, self.ops = config, scheme, ops
         check_scheme(config, scheme)
+        ops.say_if_slow(config, scheme)
         self.weights = weights
         self.tables: tuple[Array, Array] | None = None  # cos and sin of RoPE for the positions seen so far
 

@@ -7,6 +7,7 @@ tokens), the reference's arrays and array code serve on the GPU too.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,8 @@ class Cuda(Reference):
         """What is alive at once in a layer of model.py, while attention reads keys and values in BF16 or while the MLP runs; or, of many
         rows, the arrays of a `DecodeStep`, which is made when the prompts are read."""
         c = config
+        if c.head_dim not in raw.HEAD_DIMS:  # array code in float32
+            return 4 // self.dtype.itemsize * super().work_bytes(config, tokens, context, rows) + self._tables_bytes(config, context)
         attention = tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
         attention += 2 * (context if raw.tiled(c.head_dim, self.capability) else context - tokens) * c.kv_size
         heads = raw.Heads(c.num_heads, c.num_kv_heads, c.head_dim)
@@ -102,8 +105,11 @@ class Cuda(Reference):
         drawing = raw_dense.drawing_bytes(c.vocab_size, rows, penalties)
         merging = 18 * self.multiprocessors * min(8, c.num_heads // c.num_kv_heads) * c.head_dim  # parts of attention
         stepping = step * self.dtype.itemsize + drawing + merging + 2 * self._products_bytes(c, rows)  # the prompts' scratch is kept
-        tables = 4 * c.head_dim * max(1024, 1 << (context - 1).bit_length())  # of RoPE
-        return max(reading, stepping) + 4 * rows * c.vocab_size + tables
+        return max(reading, stepping) + 4 * rows * c.vocab_size + self._tables_bytes(config, context)
+
+    def _tables_bytes(self, config: Config, context: int) -> int:
+        """Of RoPE."""
+        return 4 * config.head_dim * max(1024, 1 << (context - 1).bit_length())
 
     def _products_bytes(self, config: Config, tokens: int) -> int:
         """Scratch of `Products` for so many tokens."""
@@ -113,6 +119,13 @@ class Cuda(Reference):
 
     def widen(self, x: Array) -> Array:
         return x.astype(np.float32)
+
+    def say_if_slow(self, config: Config, scheme: Scheme) -> bool:
+        reason = unsupported(config, scheme, 1)
+        if reason:
+            text = f"minioscar: {reason}: this model runs in array code on {self.name}, many times slower than by kernels"
+            print(text, file=sys.stderr, flush=True)
+        return reason is not None
 
     # --- the transformer
 

@@ -101,7 +101,7 @@ def unsupported(config: Config, scheme: Scheme, rows: int) -> str | None:
     if config.head_dim not in raw.HEAD_DIMS:
         return f"head_dim {config.head_dim} is not one of {', '.join(map(str, raw.HEAD_DIMS))}"
     if config.hidden_size % 8 or config.intermediate_size % 8:
-        return f"hidden and intermediate size {config.hidden_size}, {config.intermediate_size} must be multiples of 8"
+        return f"hidden and intermediate size {config.hidden_size}, {config.intermediate_size} are not multiples of 8"
     if config.vocab_size > raw_dense.SAMPLE_VOCAB:
         return f"a vocabulary of {config.vocab_size} is more than {raw_dense.SAMPLE_VOCAB}"
     if rows > raw_batch.BATCH_TOKENS:

@@ -92,6 +92,10 @@ class Reference:
         mlp = tokens * (2 * hidden + 8 * config.intermediate_size)
         return self.dtype.itemsize * max(mlp, attention(tokens), attention(1), rows * config.vocab_size)
 
+    def say_if_slow(self, config: Config, scheme: Scheme) -> bool:
+        """Whether array code takes the place of kernels that this back end has; that is said on stderr."""
+        return False
+
     # --- the transformer
 
     def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None:
@@ -128,10 +132,14 @@ class Reference:
             x = self.rms_norm(x, *norm)
         y = self.product(x, weight, float32)
         if bias is not None:
-            y = y + bias
+            y = self.sum(y, bias)
         if silu:
             y = self.silu_mul(y)
-        return y if residual is None else residual + y
+        return y if residual is None else self.sum(residual, y)
+
+    def sum(self, x: Array, y: Array) -> Array:
+        """x + y in x's dtype; float32 inside."""
+        return (x.astype(self.xp.float32, copy=False) + y.astype(self.xp.float32, copy=False)).astype(x.dtype, copy=False)
 
     def product(self, x: Array, weight: Array, float32: bool) -> Array:
         """x [tokens, in] @ weight [out, in] transposed."""
