@@ -33,8 +33,9 @@ MORE_EXAMPLES = {
   python -m minioscar generate smollm2-135m --prompts-file prompts.jsonl --batch 16 > answers.jsonl
   python -m minioscar generate smollm2-135m "And the second chapter?" --cache book.kv.safetensors
 
-A line of prompts.jsonl is a JSON string or {"prompt": "...", "id": ...} or {"messages": [{"role": "user", "content": "..."}]}; a line
-that fails becomes {"line": N, "error": "..."} and the others go on.""",
+A line of prompts.jsonl is a JSON string or {"prompt": "...", "id": ...} or {"messages": [{"role": "user", "content": "..."}]}, with
+"system" and settings of its own: "max_tokens", "temperature", "seed", "stop", "n" and so on, as the options are called. A line that
+fails becomes {"line": N, "error": "..."} and the others go on.""",
     "chat": """examples:
   python -m minioscar chat smollm2-135m --system "Answer in one sentence."
   python -m minioscar chat smollm2-135m --cache book.kv.safetensors
@@ -124,6 +125,7 @@ def parser() -> Parser:
     generate.add_argument("--n", type=int, default=1, metavar="N", help="answers to each prompt, drawn independently (1)")
     generate.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities of new tokens and the K likeliest; in JSON output")
     generate.add_argument("--no-graph", action="store_true", help="on a GPU: a step's kernels one by one, not one graph; the same bits")
+    generate.add_argument("--stream", action="store_true", help="with JSON output: a line for each piece of text, then the whole object")
     answering(generate, 256, "what prompt and --max-tokens need, or what fits into memory")
     rendering(generate)
 

@@ -15,6 +15,8 @@ from .files import check_writable, descriptor, expand, read_lines, read_text
 from .ops import wake
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .engine import Engine
     from .generation import Generation, Options
     from .prompt_cache import Message, PromptCache
@@ -28,6 +30,8 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError("give one of PROMPT, --prompt-file and --prompts-file")
     if args.logprobs is not None and not (args.json or args.prompts_file):
         raise UserError("--logprobs needs --json: they are part of the JSON output")
+    if args.stream and not (args.json or args.prompts_file):
+        raise UserError("--stream is for JSON output, text comes as it is written anyway; add --json or leave it out")
     if args.system is not None and (args.chat is False or args.cache):
         why = "a prompt cache has its own beginning" if args.cache else "--raw continues a plain text"
         raise UserError(f"--system has no place here: {why}; leave one of them out")
@@ -43,8 +47,10 @@ def run_generate(args: argparse.Namespace) -> None:
     engine, cache = loaded(args)
     options, prompt = sampled(options, args, engine), with_system(args.system, prompt, engine)
     run = engine.start([prompt], ctx=args.ctx, chat=args.chat, options=options, cache=cache)
-    for _, piece in run:
-        if not args.json and options.n == 1:
+    for index, piece in run:
+        if args.stream and piece:
+            print_piece({}, index if options.n > 1 else None, piece)
+        elif not args.json and options.n == 1:
             print(piece, end="", flush=True)
     found = [answer_object(result) for result in run.results]
     if args.json:
@@ -77,12 +83,17 @@ def run_prompts(args: argparse.Namespace, options: Options) -> None:
     engine, cache = loaded(args)
     options = sampled(options, args, engine)
     lines = [line if line.error else replace(line, prompt=with_system(args.system, line.prompt, engine)) for line in lines]
+    lines = [replace(line, settings=line_settings(line.settings, args, engine)) for line in lines]
+
+    def piece(line: prompts.Line, index: int, text: str) -> None:
+        print_piece(line.head(), index if line.options.n > 1 else None, text)
+
     failed, bar = [], tqdm(total=len(lines), desc="prompts", unit="line", leave=False, disable=None if sys.stderr.isatty() else True)
     with bar:
-        answered = prompts.answers(engine, lines, batch=args.batch, options=options, ctx=args.ctx, chat=args.chat, cache=cache)
-        for line, results in answered:
+        how = {"ctx": args.ctx, "chat": args.chat, "cache": cache, "piece": piece if args.stream else None}
+        for line, results in prompts.answers(engine, lines, batch=args.batch, options=options, **how):
             for index, result in enumerate(results):
-                numbered = {"index": index} if options.n > 1 else {}
+                numbered = {"index": index} if line.options.n > 1 else {}
                 print(json.dumps(line.head() | numbered | answer_object(result)), flush=True)
             if line.error is not None:
                 failed.append(line.number)
@@ -91,6 +102,24 @@ def run_prompts(args: argparse.Namespace, options: Options) -> None:
     if failed:
         which = f"line{'s' * (len(failed) > 1)} {', '.join(map(str, failed[:5]))}{', ...' * (len(failed) > 5)}"
         raise UserError(f"{args.prompts_file}: {len(failed)} of {len(lines)} prompts failed ({which}); their \"error\" on stdout says why")
+
+
+def line_settings(settings: Mapping[str, Any], args: argparse.Namespace, engine: Engine) -> Mapping[str, Any]:
+    """Of a line, and where it says how to draw, what the model's file recommends beside that: as on the command line."""
+    from .prompts import SAMPLING
+    from .recommended import recommended
+    from .sampling import Sampling
+
+    own = {name: settings[name] for name in SAMPLING if name in settings}
+    try:
+        return {**settings, **vars(recommended(engine.folder, given(args, Sampling) | own)[0])} if own else settings
+    except UserError:  # said of the line, in its place
+        return settings
+
+
+def print_piece(head: dict[str, Any], index: int | None, piece: str) -> None:
+    """A line of --stream."""
+    print(json.dumps(head | ({} if index is None else {"index": index}) | {"piece": piece}), flush=True)
 
 
 def run_chat(args: argparse.Namespace) -> None:

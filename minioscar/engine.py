@@ -21,7 +21,7 @@ from .arguments import Prompt
 from .cache import Cache
 from .config import Config
 from .errors import Failure, UserError
-from .generation import Generation, Options, Run, first_answers, for_each
+from .generation import MOST_ROWS, Generation, Options, Run, first_answers, for_each
 from .hub import resolve
 from .model import Model, Progress, check_scheme
 from .ops.reference import Reference
@@ -35,7 +35,6 @@ from .weights import Weights, for_scheme, weight_files
 from .weights import load as load_weights
 
 GREEDY = Sampling()
-MOST_ROWS = 256  # answers at a time: what the kernels of a decode step have room for
 SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
 
 

@@ -11,9 +11,14 @@ from typing import Any
 def loads(text: str | bytes) -> Any:
     """The value. Raises ValueError, with the path of the field, for a number that is NaN or infinite (1e999 is, as a float)."""
     value = json.loads(text)
+    check(value)
+    return value
+
+
+def check(value: Any) -> None:
+    """Raises what `loads` raises for a value that Python's own module has read."""
     for path, number in _not_finite(value):
         raise ValueError(f"{' '.join(path.split())[:80] or 'the number'} is {number}, which JSON does not have")
-    return value
 
 
 def dumps(value: Any, **options: Any) -> str:
