@@ -68,6 +68,8 @@ class Lines:
         try:
             text = self._message()
             text.encode()
+        except OSError as error:
+            raise UserError(f"standard input cannot be read ({error.strerror or error}); give it a file or a pipe (< F)") from None
         except UnicodeError:
             raise UserError("the message is not valid Unicode (was it UTF-8?); convert it to UTF-8") from None
         if "\0" in text:

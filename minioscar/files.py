@@ -28,12 +28,14 @@ KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a soc
 
 def expand(path: str | Path) -> Path:
     """The path with ~ and ~user expanded. Raises UserError for a path that names nothing, or a home that there is not."""
-    if not str(path) or "\0" in str(path):
-        raise UserError(f"{str(path)!r} cannot be read or written: it is not the name of a file; name one")
     found = os.path.expanduser(path)
-    if found.startswith("~/"):
-        raise UserError(f"{path}: there is no home folder that ~ could mean; name the folder")
-    return Path(found)
+    home, slash, _ = found.partition("/")
+    if home.startswith("~") and slash and not os.path.isdir(home):
+        raise UserError(f"{path}: there is no home folder that {home} could mean; name the folder")
+    with contextlib.suppress(UnicodeError):  # half a surrogate pair, from a program
+        if b"\0" not in os.fsencode(found) and found:
+            return Path(found)
+    raise UserError(f"{str(path)!r} cannot be read or written: it is not the name of a file; name one")
 
 
 # --- reading
@@ -95,7 +97,7 @@ def stdin() -> BinaryIO:
 
 
 def stdin_as_text() -> None:
-    """Makes sys.stdin read as `read_text` does, line by line; waits for the first byte."""
+    """Makes sys.stdin read as `read_text` does, line by line; waits for the first byte. Raises OSError where it cannot be read."""
     sys.stdin.reconfigure(encoding=encoding_of(stdin().peek(4)), errors="strict", newline=None)
 
 
@@ -106,6 +108,14 @@ def check_seekable(path: str | Path) -> Path:
         kind = "standard input" if str(path) == "-" else _kind(os.stat(found))
         raise UserError(f"{path} is {kind}, of which no parts can be read; name a file")
     return found
+
+
+def _stat(path: str | Path) -> os.stat_result | None:
+    """Of a file, or of standard input for -; None where there is none."""
+    try:
+        return os.fstat(0) if str(path) == "-" else os.stat(expand(path))
+    except (OSError, UserError):
+        return None
 
 
 def _lstat(path: Path) -> os.stat_result | None:
@@ -143,7 +153,8 @@ def replacing(path: str | Path, *, inputs: Iterable[str | Path] = (), mode: int 
             yield partial
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
-            os.chmod(partial, mode)
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                os.chmod(partial, mode)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -171,7 +182,7 @@ def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
             raise UserError(f"{path}: {what}")
         if found and not _may_replace(target, found):
             raise UserError(f"{path} is write-protected; name another file")
-        if found and any(os.path.samestat(found, os.stat(file)) for file in map(expand, inputs) if file.exists()):
+        if found and any(other and os.path.samestat(found, other) for other in map(_stat, inputs)):
             raise UserError(f"{path} is what this is made from, and would be lost; name another file")
         _sweep(target)
         _create(_partial(target), target)
@@ -235,9 +246,9 @@ def _create(partial: Path, target: Path, mode: int | None = None) -> int:
     try:
         if mode is None and target.exists():
             old = os.stat(target)
-            with contextlib.suppress(PermissionError):  # only root gives files away
-                os.fchown(fd, old.st_uid, old.st_gid)
-            os.fchmod(fd, stat.S_IMODE(old.st_mode))
+            for give, of in ((os.fchown, (old.st_uid, old.st_gid)), (os.fchmod, (stat.S_IMODE(old.st_mode),))):
+                with contextlib.suppress(PermissionError):  # only root gives files away; some file systems have no modes
+                    give(fd, *of)
         return stat.S_IMODE(os.fstat(fd).st_mode)
     finally:
         os.close(fd)

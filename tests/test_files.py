@@ -122,11 +122,18 @@ def test_tilde_is_the_home_folder_and_never_one_to_be_made(tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(home))
     write("~/a", TEXT)
     assert names(home) == ["a"] and names(tmp_path) == ["home"] and read_text("~/a") == TEXT
+    nobody = "~nobody-of-this-name/b"
+    for use in (read_text, check_writable):
+        with pytest.raises(UserError, match="no home folder that ~nobody"):
+            use(nobody)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     for use in (read_text, check_writable):
-        with pytest.raises(UserError, match="no home folder"):
+        with pytest.raises(UserError, match="no home folder that ~ "):
             use("~/b")
     assert names(tmp_path) == ["home"]
+    (tmp_path / "~nobody-of-this-name").mkdir()  # whoever made it means it
+    write(nobody)
+    assert read_text(nobody) == "new"
 
 
 # --- writing
@@ -168,19 +175,26 @@ def odd_targets(folder: Path) -> dict[str, tuple[Path, str]]:
         "parent is a file": (folder / "file" / "x", "is not a folder"),
         "name too long": (folder / ("n" * 256), "name too long"),
         "zero byte": (folder / "a\0b", "not the name of a file"),
+        "half a character": (folder / "a\ud800", "not the name of a file"),
         "proc": (Path("/proc/file"), "cannot be written"),
     }
 
 
+def modes(path: Path) -> int | None:
+    try:
+        return os.lstat(path).st_mode
+    except (OSError, ValueError):
+        return None
+
+
 def test_what_is_no_file_is_refused_before_the_work_and_stays_what_it_is(tmp_path):
     for name, (path, message) in odd_targets(tmp_path).items():
-        before = names(tmp_path), os.lstat(path).st_mode if os.path.lexists(str(path).replace("\0", "")) else None
+        before = names(tmp_path), modes(path)
         for use in (check_writable, write):
             with pytest.raises(UserError, match=f"(?i){message}") as error:
                 use(path)
             assert "\n" not in str(error.value), name
-        after = names(tmp_path), os.lstat(path).st_mode if os.path.lexists(str(path).replace("\0", "")) else None
-        assert before == after, name
+        assert before == (names(tmp_path), modes(path)), name
 
 
 def test_a_name_as_long_as_names_may_be_is_written(tmp_path):
@@ -204,8 +218,8 @@ def test_a_new_file_has_the_mode_of_the_umask_and_an_old_one_keeps_its_own(tmp_p
             partial.write_text("x")
     finally:
         os.umask(before)
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
-    assert modes == {"new": 0o666 & ~umask, "old": 0o640, "private": 0o600}
+    found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert found == {"new": 0o666 & ~umask, "old": 0o640, "private": 0o600}
 
 
 def test_inputs_are_not_overwritten_by_any_name(tmp_path):
@@ -216,6 +230,10 @@ def test_inputs_are_not_overwritten_by_any_name(tmp_path):
         with pytest.raises(UserError, match="what this is made from"):
             check_writable(f"{tmp_path}/{name}", inputs=["-", tmp_path / "gone", tmp_path / "text"])
     check_writable(tmp_path / "other", inputs=[tmp_path / "text"])
+    with open(tmp_path / "text") as file:
+        code = "from minioscar.files import check_writable; check_writable('text', inputs=['-'])"
+        done = subprocess.run([sys.executable, "-c", code], stdin=file, capture_output=True, cwd=tmp_path)
+    assert b"what this is made from" in done.stderr
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -43,6 +43,8 @@ CLOSED = {
     "stdin of -": ("MO generate {m} - --max-tokens 2 <&-", 2, "standard input is closed"),
     "stdin of --prompts-file -": ("MO generate {m} --prompts-file - <&-", 2, "standard input is closed"),
     "stdin of a chat": ("MO chat {m} <&-", 2, "standard input is closed"),
+    "stdin of a chat that is written to": ("MO chat {m} 0> /dev/null", 2, "standard input cannot be read"),
+    "stdin that is written to": ("MO generate {m} - 0> /dev/null", 2, "- cannot be read"),
     "all": ("MO chat {m} <&- >&- 2>&-", 2, ""),
     "stderr of a chat": ("echo the cat | MO chat {m} --max-tokens 2 2>&-", 0, None),
 }
