@@ -254,15 +254,13 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from . import inspection, report
 
-    report.check(Path(args.out))
+    report.check(args.out)
     text = None if args.text is None else read_text(args.text)
     schemes = [name.strip() for name in args.kv.split(",")]
     found = inspection.inspect(args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty())
-    files = report.write(found, Path(args.out))
+    files = report.write(found, args.out)
     print(json.dumps(found) if args.json else files[-1])
 
 

@@ -34,7 +34,7 @@ td:nth-child(2) {{ text-align: left; font-family: monospace; white-space: pre; }
 """
 
 
-def check(folder: Path) -> None:
+def check(folder: str | Path) -> None:
     """Raises UserError where a report cannot be made, before anything is measured: no matplotlib, no folder to write to."""
     try:
         import matplotlib  # noqa: F401
@@ -50,7 +50,7 @@ def check(folder: Path) -> None:
         check_writable(folder / name)
 
 
-def write(report: dict, folder: Path) -> list[Path]:
+def write(report: dict, folder: str | Path) -> list[Path]:
     """Writes report.json and report.html into the folder, each whole or not at all; returns their paths."""
     folder = expand(folder)
     try:

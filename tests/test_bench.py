@@ -327,6 +327,10 @@ def test_a_line_says_how_far_its_worst_point_is():
         ("kernel --peers", "GPU"),
         ("decode --breakdown", "GPU"),
         ("kernel --json nowhere/b.json", "no folder"),
+        ("kernel --json .", "is a folder"),
+        ("kernel --json /dev/null", "is a device"),
+        ("kernel --json /dev/fd/99", "not open for writing"),
+        ("decode --random-weights {folder}/config.json --json {folder}/config.json", "would be lost"),
         ("decode --random-weights qwen9", "qwen3-0.6b"),
         ("juggle", "invalid choice"),
         ("start", "start needs a tokenizer, and"),
@@ -336,6 +340,7 @@ def test_a_line_says_how_far_its_worst_point_is():
 )  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_line_before_anything_is_measured(argv, said, model, monkeypatch, capsys):
     monkeypatch.setattr(bench, "ceilings", lambda *_: pytest.fail("it went on"))
+    argv = argv.format(folder=model)
     chosen = [] if "--model" in argv or "--random" in argv else ["--model", str(model)]
     assert bench.main([*argv.split(), *chosen, "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
@@ -345,6 +350,17 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_is_measured(arg
 def test_kernel_fetches_no_model(capsys):
     assert bench.main("kernel --quick --device cpu --model nowhere".split()) == 0
     assert "decode_attention" in capsys.readouterr().out
+
+
+def test_json_to_standard_output_is_all_there_and_tables_make_room(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "ceilings", lambda *_: {"copy_tb_s": 1.0, "matmul_tflop_s": 1.0})
+    monkeypatch.setattr(bench, "measured", lambda *_: iter(()))
+    assert bench.main(["kernel", "--device", "cpu", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert set(json.loads(out)) > {"meta", "ceilings", "kernel"} and "copy 1 TB/s" in err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert bench.main(["kernel", "--device", "cpu", "--json", "~/b.json"]) == 0
+    assert "copy 1 TB/s" in capsys.readouterr().out and json.loads((tmp_path / "b.json").read_text())["kernel"] == []
 
 
 def test_random_weights_need_no_files_and_have_all_positions(tmp_path, capsys):

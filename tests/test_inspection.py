@@ -109,7 +109,10 @@ def test_every_figure_draws_what_was_measured(found):
 def test_command_writes_the_report_and_prints_where(capsys, tmp_path, monkeypatch, found):
     monkeypatch.setattr("minioscar.inspection.inspect", lambda *args, **options: found)
     monkeypatch.setattr("minioscar.report.FIGURES", figures.FIGURES[:1])
-    assert main(["inspect", "smollm2-135m", "--out", str(tmp_path / "r")]) == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "to").mkdir()
+    (tmp_path / "r").symlink_to("to")
+    assert main(["inspect", "smollm2-135m", "--out", "~/r"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'r' / 'report.html'}\n" and (tmp_path / "r" / "report.json").exists()
     assert main(["inspect", "smollm2-135m", "--out", str(tmp_path / "r"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["schemes"] == KV
@@ -130,6 +133,18 @@ def test_a_missing_matplotlib_and_a_bad_folder_are_named_with_the_way_out(capsys
     (tmp_path / "file").write_text("")
     assert main(["inspect", "smollm2-135m", "--out", str(tmp_path / "file" / "r")]) == 2
     assert "give another --out" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minioscar.inspection.inspect", lambda *_, **__: pytest.fail("it went on"))
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "report.json").mkdir()
+    for out, mention in (
+        ("file", "is no folder"), ("loop", "is no folder"), ("-", "--out - would be standard output"), ("r", "report.json is a folder"),
+        ("~nobody-of-this-name/r", "no home folder"), ("", "not the name"),
+    ):
+        assert main(["inspect", "smollm2-135m", "--out", out]) == 2
+        err = capsys.readouterr().err
+        assert mention in err and err.count("\n") == 1
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["inspect", "smollm2-135m"]) == 2
     assert "pip install 'minioscar[plot]'" in capsys.readouterr().err

@@ -343,7 +343,11 @@ def test_the_same_model_in_another_folder_is_the_same_model(folder, file, tmp_pa
 
 def test_a_file_that_cannot_be_written_is_one_line(engine, tmp_path):
     cache = engine.prefill("a")
-    for path, message in ((tmp_path, "is a folder"), (tmp_path / "no" / "c", "there is no folder")):
+    weights, config = engine.folder / "model.safetensors", engine.folder / "config.json"
+    for path, message in (
+        (tmp_path, "is a folder"), (tmp_path / "no" / "c", "there is no folder"), ("/dev/null", "is a device"), (weights, "would be lost"),
+        (config, "would be lost"),
+    ):
         with pytest.raises(UserError, match=message):
             cache.save(path)
     assert list(tmp_path.iterdir()) == []
@@ -435,3 +439,28 @@ def test_everything_that_cannot_work_is_said_before_the_model_is_loaded(folder, 
         assert main(argv) == 2, argv
         printed, said = capsys.readouterr()
         assert printed == "" and said.startswith("minioscar: ") and said.count("\n") == 1 and message in said
+
+
+def test_a_cache_goes_through_standard_output_and_is_read_from_a_file_alone(folder, tmp_path, capfdbinary, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t").write_bytes("\ufeffthe cat\r\nsat".encode("utf-16-le"))
+    make = ["cache", str(folder), "--prompt-file", "~/t", "--device", "cpu", "--out"]
+    assert main([*make, "~/c"]) == 0
+    assert capfdbinary.readouterr().out == f"{tmp_path}/c\n".encode()
+    assert main([*make, "-"]) == 0
+    out, err = capfdbinary.readouterr()
+    (tmp_path / "d").write_bytes(out)  # safetensors puts the metadata of its header in any order
+    assert len(out) == (tmp_path / "c").stat().st_size and b"tokens in" in err
+    engine = talker(folder)
+    for name in ("~/c", "~/d"):
+        assert engine.load_cache(name).messages[0]["content"] == "the cat\nsat"
+    for wrong, message in (
+        ([*make, "-", "--json"], b"leave --json out"),
+        ([*make, str(tmp_path / "t")], b"what this is made from"),
+        ([*make, f"{folder}/tokenizer.json"], b"what this is made from"),
+        *((["generate", str(folder), "x", "--cache", at], message) for at, message in (("-", b"standard input"), (".", b"is a folder"))),
+        (["chat", str(folder), "--cache", "/dev/null"], b"is a device"),
+    ):
+        assert main(wrong) == 2
+        out, err = capfdbinary.readouterr()
+        assert out == b"" and err.count(b"\n") == 1 and message in err, wrong

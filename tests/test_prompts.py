@@ -221,11 +221,36 @@ def test_an_answer_that_ends_where_the_context_is_full_says_so(folder, capsys):
         (["x", "--stop", ""], "none of them empty"),
         (["--prompts-file", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--prompts-file", "/dev/null"], "has no prompts"),
+        (["--prompts-file", "."], "Is a directory"),
+        (["--prompts-file", "-", "--prompt-file", "-"], "give one of"),
+        (["--prompts-file", "MODEL/model.safetensors"], "holds zero bytes and no prompts"),
+        (["--prompt-file", "MODEL/model.safetensors"], "holds zero bytes"),
         (["--prompts-file", "/dev/null", "--batch", "0"], "--batch 0"),
         (["--prompt-file", "a\0b"], "cannot be read"),
     ],
 )
 def test_wrong_use_is_one_line(folder, capsys, argv, message):
+    argv = [word.replace("MODEL", str(folder)) for word in argv]
     assert main(["generate", str(folder), *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("minioscar: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_prompts_from_windows_are_the_same_prompts(folder, tmp_path, capsys, encoding, newline):
+    lines = [json.dumps("the cat é", ensure_ascii=False), "", json.dumps({"prompt": "so", "id": 7}), "nothing", json.dumps("the dog")]
+    seen = []
+    for data in ("\n".join(lines).encode(), newline.join([*lines, ""]).encode(encoding)):
+        (tmp_path / "p").write_bytes(data)
+        assert main(["generate", str(folder), "--prompts-file", str(tmp_path / "p"), "--max-tokens", "3"]) == 2
+        found = map(json.loads, capsys.readouterr().out.splitlines())
+        seen.append([[one.get(key) for key in ("line", "id", "token_ids", "error")] for one in found])
+    assert seen[0] == seen[1] and [line for line, *_ in seen[0]] == [1, 3, 4, 5]
+
+
+def test_a_line_with_a_zero_byte_spoils_no_others(folder, tmp_path, capsys):
+    (tmp_path / "p").write_bytes(b'"a"\n"b\0"\n"c"\n')
+    assert main(["generate", str(folder), "--prompts-file", str(tmp_path / "p"), "--max-tokens", "3"]) == 2
+    out, _ = capsys.readouterr()
+    assert ["error" in json.loads(line) for line in out.splitlines()] == [False, True, False]
