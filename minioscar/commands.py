@@ -59,7 +59,8 @@ def run_generate(args: argparse.Namespace) -> None:
     print("\n---\n".join(answer["text"] for answer in found) if options.n > 1 else "")
     result, new = run.results[0], sum(result.new_tokens for result in run.results)
     cached = f", {result.prompt_tokens - result.prefilled_tokens} more from the cache" if cache else ""
-    full = f" (the context of {run.cache.context} is full)" if result.finish_reason == "context" else ""
+    window = ": it is the model's sliding window" if run.cache.context == engine.config.window else ""
+    full = f" (the context of {run.cache.context} is full{window})" if result.finish_reason == "context" else ""
     print(
         f"[{result.prefilled_tokens} tokens{cached} in {result.prefill_s:.2f} s, {new} new in {result.decode_s:.2f} s "
         f"({result.tokens_per_s:.1f} tokens/s), {result.finish_reason}{full}; {result.kv} cache {result.kv_bytes / 1e6:.1f} MB, "

@@ -59,11 +59,16 @@ class Conversation:
         self._answer: Generator[str, None, None] | None = None
         if cache is not None:
             if len(cache) > self.context:
-                raise UserError(f"the prompt cache has {len(cache)} tokens, but the context holds {self.context}; raise --ctx")
+                held = f"the prompt cache has {len(cache)} tokens, but the context holds {self.context}"
+                raise UserError(f"{held}{self._more('; raise --ctx')}")
             self.messages, self.cache = list(cache.messages), engine.new_cache(1, self.context)
             cache.fill(self.cache, 0, len(cache))
             self.held = list(cache.ids)
         self._beginning, self._past = list(self.messages), _past(self.messages)
+
+    def _more(self, way_out: str) -> str:
+        """The way out, where the model's context goes further than this one; else why it does not."""
+        return way_out if self.context < self.engine.config.max_context else f": {self.engine.config.limit}"
 
     def _room(self, ctx: int | None) -> int:
         config, scheme, ops = self.engine.config, self.engine.scheme, self.engine.ops
@@ -121,7 +126,8 @@ class Conversation:
         messages = past[-1][1]
         ids = self.engine.render(messages, self.template)
         if len(ids) > self.context:
-            raise UserError(f"the conversation would have {len(ids)} tokens, the context holds {self.context}; begin anew or raise --ctx")
+            more = f"the conversation would have {len(ids)} tokens, the context holds {self.context}"
+            raise UserError(f"{more}; begin anew{self._more(' or raise --ctx')}")
         cache = self._cut(ids)
         run = Run(self.engine, [ids], cache, options)
         try:

@@ -39,6 +39,7 @@ def refusals(folder: Path):
         "prefill": lambda m: m.prefill(beyond),
         "logits": lambda m: m.logits(beyond),
         "conversation": lambda m: Conversation(m, ctx=WINDOW + 1),
+        "message": lambda m: list(Conversation(m).say("the cat sat " * 100)),
         "info": lambda m: info.describe(name, WINDOW + 1, 1, "cpu"),
         "eval": lambda m: evaluate.evaluate(name, ["int2"], text=text, prefill=200, decode=101, device="cpu"),
         "drift": lambda m: evaluate.evaluate(name, ["int2"], text=text, prefill=200, decode=9, continued=100, device="cpu"),
