@@ -70,20 +70,20 @@ def numbers(option: str, text: str | None, multiple_of: int = 1) -> list[int]:
 
 def model_of(args: argparse.Namespace) -> tuple[Config, Callable[[Scheme], Engine]]:
     if args.random_weights:
-        config = replace(presets.config_of(args.random_weights), max_positions=POSITIONS)
+        config = replace(presets.config_of(args.random_weights), max_positions=POSITIONS, window=None)
         return config, lambda scheme: presets.load(config, scheme.name, args.device)
     config = Config.from_folder(resolve(args.model))
     return config, lambda scheme: engine.load(args.model, scheme.name, args.device, tokenizer=False)
 
 
 def contexts_of(args: argparse.Namespace, commands: tuple[str, ...], config: Config, ops: Reference) -> dict[str, list[int]]:
-    """Of every command that has a cache: those given, or the usual ones as far as the model's positions go."""
+    """Of every command that has a cache: those given, or the usual ones as far as the model's context goes."""
     given = numbers("--context", args.context, multiple_of=WINDOW)
     usual = QUICK if args.quick else USUAL if ops.name == "cuda" else USUAL_CPU
-    longest = (config.max_positions - 1) // WINDOW * WINDOW  # the step's own token has its place behind it
+    longest = (config.max_context - 1) // WINDOW * WINDOW  # the step's own token has its place behind it
     wanted = [name for name in usual if name in commands]
     if wanted and not longest:
-        raise UserError(f"this model has {config.max_positions} positions; {wanted[0]} needs at least {WINDOW + 1}")
+        raise UserError(f"{wanted[0]} needs a context of at least {WINDOW + 1}: {config.limit}")
     return {name: given or sorted({min(n, longest) for n in usual[name]}) for name in wanted}
 
 
@@ -106,9 +106,9 @@ def budgets_of(args: argparse.Namespace, ops: Reference, weights: int) -> list[i
 
 def check_sizes(plan: Plan, config: Config, ops: Reference, weights: int) -> None:
     held = [n + 1 for contexts in plan.contexts.values() for n in contexts]
-    if max(held + plan.prompts, default=0) > config.max_positions:
+    if max(held + plan.prompts, default=0) > config.max_context:
         asked = max(held + plan.prompts)
-        raise UserError(f"this model has {config.max_positions} positions, not {asked}; give a shorter --context or --tokens")
+        raise UserError(f"a context of {asked} is too long, give a shorter --context or --tokens: {config.limit}")
     most = max((n + 1 for name, contexts in plan.contexts.items() if name != "throughput" for n in contexts), default=0)
     sizes = [(max(plan.batches), most, max(plan.batches))] * bool(most) + [(1, n, n) for n in plan.prompts]
     try:

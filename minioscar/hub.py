@@ -261,9 +261,8 @@ def _download(model: str, patterns: list[str], **options: Any) -> Path:
 
 def _whole(model: str, folder: Path, weights: bool) -> Path:
     """The folder, once everything is there. Without a network the hub's client returns an incomplete folder as it is."""
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if weights:
-        missing += [name for name in _weight_files(folder) if not (folder / name).is_file()]
+    needed = ["config.json", *(["tokenizer.json", *_weight_files(folder)] if weights else [])]
+    missing = [name for name in needed if not (folder / name).is_file()]
     found = {"tokenizer.json": foreign.tokenizer, "config.json": foreign.weights, "model.safetensors": foreign.weights}
     for name in missing:
         if why := found.get(name, lambda _: None)(folder):

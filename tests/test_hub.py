@@ -406,7 +406,7 @@ def test_a_hub_id_goes_to_the_cache_and_never_brings_pickles_or_code(remote, tmp
 
 
 def test_info_fetches_no_weights(remote, tmp_path):
-    remote.files.remove("model.safetensors")
+    remote.files = ["config.json", "tokenizer.model"]  # which it does not read either
     assert hub.resolve("org/name", weights=False) == tmp_path / "cache"
     assert taken(remote.calls[0][1], [*SAFE, *SHARDS, *UNSAFE]) == SAFE | {"model.safetensors.index.json"}
 
@@ -450,15 +450,18 @@ TOKENIZERS = [["tokenizer.model"], ["tekken.json"], ["vocab.json", "merges.txt"]
 @pytest.mark.parametrize("call", [hub.resolve, hub.pull])
 @pytest.mark.parametrize("names", TOKENIZERS)
 def test_a_tokenizer_of_another_form_is_named_for_a_hub_id_too(remote, call, names):
-    remote.files = dict.fromkeys(["config.json", "model.safetensors", *names], "{}")
+    remote.files = ["config.json", "model.safetensors", *names]
     message = one_line(UserError, "org/name", names[0], "no tokenizer.json", "AutoTokenizer.from_pretrained", call=call, model="org/name")
     assert "network" not in message and "download" not in message
 
 
-def test_an_index_that_was_left_behind_is_not_asked_for_its_shards(remote):
-    index = json.dumps({"weight_map": {"a": "gone.safetensors"}})
-    remote.files = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "{}", "model.safetensors.index.json": index}
-    assert hub.resolve("org/name").is_dir()
+def test_an_index_that_was_left_behind_is_not_asked_for_its_shards(remote, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert hub.resolve("org/name") == tmp_path / "cache"
+    remote.files.remove("model.safetensors")
+    (tmp_path / "cache" / "model.safetensors").unlink()
+    one_line(UserError, "lacks gone.safetensors", model="org/name")
 
 
 def test_every_shard_of_the_index_must_be_there(remote, tmp_path):
