@@ -101,7 +101,9 @@ def sequences_of(sequences: Any, answers: int) -> list[int]:
     """The number under which each answer draws, its place where none is given. Raises UserError."""
     if sequences is None:
         return list(range(answers))
-    if not isinstance(sequences, Sequence | np.ndarray) or len(sequences) != answers:
+    if isinstance(sequences, np.ndarray):
+        sequences = sequences.tolist()
+    if not isinstance(sequences, Sequence) or len(sequences) != answers:
         raise UserError(f"sequences {shown(sequences)} must be {answers} numbers, one for each answer")
     return [whole("sequences", number, lambda n: 0 <= n < 2**32, "numbers from 0 to 2^32 - 1") for number in sequences]
 

@@ -305,7 +305,7 @@ def load(
     infinity. Raises UserError for anything that cannot work, before the weights are read.
     """
     as_path("model", model)
-    tokenizer, debug = arguments.flag("tokenizer", tokenizer), arguments.flag("debug", debug)
+    tokenizer, progress, debug = map(arguments.flag, ("tokenizer", "progress", "debug"), (tokenizer, progress, debug))
     with File(as_path("cache", cache)) if cache is not None else nullcontext() as saved:
         scheme = scheme_named((saved.scheme if saved else DEFAULT_SCHEME) if kv is None else kv)
         ops = back_ends.backend(device)

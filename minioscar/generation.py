@@ -108,7 +108,7 @@ DEFAULTS = {"sampling": Sampling()} | {f.name: f.default for f in fields(Options
 
 
 def _sequence(name: str, value: Any) -> tuple:
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
         raise UserError(f"{name} {shown(value)} must be a list of {'strings' if name == 'stop' else 'token ids'}")
     return tuple(value)
 

@@ -291,7 +291,10 @@ def well_formed(messages: Any) -> bool:
 
 def as_path(name: str, value: Any) -> Path:
     """Raises UserError for what is no path."""
-    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    try:
+        path = os.fspath(value)
+    except TypeError:
+        path = None
     if not isinstance(path, str) or not path or "\0" in path:
         raise UserError(f"{name} {shown(value)} must be text or a path")
     return Path(path)

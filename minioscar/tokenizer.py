@@ -15,6 +15,7 @@ from minioscar import strict_json as json
 from minioscar.chat_template import Message
 from minioscar.detokenizer import Detokenizer
 from minioscar.errors import ChatTemplateError, UserError
+from minioscar.sampling import shown, whole
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -66,7 +67,7 @@ class Tokenizer:
         """The id of the special token whose text is exactly this; None if there is none."""
         try:
             found = self._id(text)
-        except UnicodeEncodeError:
+        except (TypeError, UnicodeEncodeError):
             return None
         return found if found in self._special else None
 
@@ -120,6 +121,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of the text. add_special_tokens: also those that the tokenizer puts around a text, such as BOS."""
+        if not isinstance(text, str):
+            raise UserError(f"only text has token ids, not {shown(text)}")
         try:
             text.encode()
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -131,7 +134,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids without special tokens; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        if isinstance(ids, str | bytes | Mapping) or not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ():
+            raise UserError(f"token ids must be a list of whole numbers, not {shown(ids)}")
+        ids = [whole("token id", i, lambda i: 0 <= i < 2**32, "a number from 0 on") for i in ids]
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def stream(self, before: Sequence[int] = (), first: bool = True) -> Detokenizer:
         """A detokenizer for one new sequence, behind the tokens `before`; first=False: behind any text."""
@@ -160,11 +166,11 @@ class Tokenizer:
         """
         extra = dict(template or {})
         name = extra.pop("chat_template", "default")
-        if name not in self._templates:
-            if name == "default":
+        if not isinstance(name, str) or name not in self._templates:
+            if isinstance(name, str) and name == "default":
                 raise ChatTemplateError(f"{self.folder}: the model has no chat template")
             names = ", ".join(sorted(self._templates)) or "none"
-            raise UserError(f"{self.folder}: there is no chat template {name!r}; it has: {names}")
+            raise UserError(f"{self.folder}: there is no chat template {shown(name)}; it has: {names}")
         variables = {**self._named, "add_generation_prompt": add_generation_prompt}
         try:
             return chat_template.render(self._templates[name], messages, variables, extra)

@@ -107,8 +107,8 @@ WRONG = {
     "template": [5, "x", [("a", 1)], {5: 1}, True, {"messages": []}, {"add_generation_prompt": False}],
     "max_tokens": ["8", 1.5, True, 0, -1, [1]],
     "sampling": [{"temperature": 1}, 0.5, "greedy", Sampling, True],
-    "stop": ["x", b"x", 5, [5], [""], [None], {"a": 1}],
-    "stop_ids": ["x", 5, [1.5], [True], ["a"], [-1]],
+    "stop": ["x", b"x", 5, [5], [""], [None], {"a": 1}, np.array("x")],
+    "stop_ids": ["x", 5, [1.5], [True], ["a"], [-1], np.array(5)],
     "logprobs": [2.5, "3", True, -1, 101],
     "min_tokens": ["1", 1.5, -1, 300],
     "ignore_eos": ["yes", 1, []],
@@ -139,6 +139,11 @@ def test_options_of_wrong_types_are_refused_by_their_names(engine, name, value):
         conversation = Conversation(engine, ctx=128)
         refused(lambda: conversation.say("the cat", **{name: value}), name)
         assert conversation.messages == []
+
+
+def test_an_end_that_the_model_does_not_have_is_refused(engine):
+    for call in (engine.generate, engine.stream, Conversation(engine, ctx=128).say):
+        refused(lambda call=call: call("the cat", stop_ids=[320]), "320")
 
 
 def test_none_is_the_default_of_every_option(engine):
@@ -179,7 +184,7 @@ def test_an_option_that_is_not_there_is_refused_with_what_was_meant(engine, wron
     refused(lambda: Conversation(engine, ctx=128).say("the cat", **{wrong: 1}), repr(wrong))
 
 
-@pytest.mark.parametrize("sequences", [5, "ab", [1], [1, 2, 3], [0, -1], [0, 1.5], [0, None], [0, 2**40], {0: 1, 1: 2}])
+@pytest.mark.parametrize("sequences", [5, "ab", [1], [1, 2, 3], [0, -1], [0, 1.5], [0, None], [0, 2**40], {0: 1, 1: 2}, np.array(5)])
 def test_sequences_are_a_number_for_each_answer(engine, sequences):
     refused(lambda: engine.start(["the cat", "the dog"], sequences=sequences), "sequences")
     refused(lambda: engine.start(["the cat"], options={"max_tokens": 3}), "minioscar.Options")
@@ -209,6 +214,7 @@ LOADING = {
     "cache": [5, b"x", [], "", "a\0b"],
     "tokenizer": ["x"],
     "debug": ["yes"],
+    "progress": ["yes", np.array([1, 2])],
 }
 
 
@@ -240,6 +246,36 @@ def test_messages_that_no_file_can_hold_are_refused_when_they_are_saved(engine, 
     cache = engine.prefill([{**HI, "extra": extra}])
     refused(lambda: cache.save(tmp_path / "c"), "the messages cannot be written as JSON")
     assert list(tmp_path.iterdir()) == []
+
+
+class NoPath:
+    def __fspath__(self):
+        return 5
+
+
+class NoName:
+    def __repr__(self):
+        raise RuntimeError("no name")
+
+
+def test_objects_that_do_not_even_have_a_name_are_refused(engine, folder):
+    refused(lambda: engine.generate(NoName()), "NoName")
+    refused(lambda: minioscar.load(folder, device=NoName()), "device (NoName)")
+    refused(lambda: minioscar.load(NoPath()), "model")
+    refused(lambda: engine.load_cache(NoPath()))
+    refused(lambda: engine.generate("x", template={"chat_template": np.array([1, 2])}), "chat template")
+
+
+NO_IDS = [None, 5, "the cat", b"x", [1.5], ["a"], [None], [True], [-1], [2**40], {1: 2}, np.array(3), np.array([1.5])]
+
+
+@pytest.mark.parametrize("ids", NO_IDS)
+def test_the_tokenizer_decodes_ids_only_and_encodes_text_only(engine, ids):
+    refused(lambda: engine.tokenizer.decode(ids), "token id")
+    if not isinstance(ids, str):
+        refused(lambda: engine.tokenizer.encode(ids), "only text has token ids")
+        assert engine.tokenizer.special_id(ids) is None
+    assert engine.tokenizer.decode(np.array([5, 6])) == engine.tokenizer.decode([5, np.int64(6)])
 
 
 # --- conversations

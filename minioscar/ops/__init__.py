@@ -23,7 +23,9 @@ def backend(device: str | None) -> Reference:
 
     device = "auto" if device is None else device
     if not isinstance(device, str) or device not in DEVICES:
-        raise UserError(f"device {device!r:.60} is not known; choose from {', '.join(DEVICES)} (CUDA_VISIBLE_DEVICES chooses the GPU)")
+        from ..sampling import shown  # not above: NumPy takes a while, and --help needs none
+
+        raise UserError(f"device {shown(device)} is not known; choose from {', '.join(DEVICES)} (CUDA_VISIBLE_DEVICES chooses the GPU)")
     if os.environ.get("MINIOSCAR_BACKEND") == "simt":
         return _simulator()
     if device == "cpu":
