@@ -30,7 +30,8 @@ NEUTRAL = {  # options of other families that change the numbers, and the values
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "scale_emb"), 1),
     **dict.fromkeys(("residual_multiplier", "lm_head_multiplier"), 1),
     **dict.fromkeys(("num_local_experts", "num_experts"), 0),
-    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "clip_qkv", "attention_chunk_size", "text_config")),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "clip_qkv")),
+    **dict.fromkeys(("attention_chunk_size", "text_config")),
 }
 
 
@@ -106,7 +107,7 @@ class Config:
 
     @property
     def max_context(self) -> int:
-        """The longest context that runs: the positions, or the sliding window, within which attention is full attention."""
+        """The longest context that runs: the positions, or the sliding window, within which attention is full."""
         return self.window or self.max_positions
 
     @property
@@ -115,8 +116,8 @@ class Config:
         if self.window is None:
             return f"this model has {self.max_positions} positions"
         return (
-            f"this model has {self.max_positions} positions, but layers with a sliding window of {self.window} tokens, which "
-            f"is not implemented: full attention is the same up to {self.window} tokens only; stay within them"
+            f"this model has {self.max_positions} positions, but layers with a sliding window of {self.window} tokens, "
+            f"which is not implemented: full attention is the same up to {self.window} tokens only; stay within them"
         )
 
     @property
@@ -167,13 +168,15 @@ def _sliding_window(get: _Reader, kind: str, layers: int) -> int | None:
         if name not in ("full_attention", "sliding_attention"):
             raise UserError(f"{get.source}: layer type {name!r} is not supported; only full_attention is")
     if kinds and len(kinds) != layers:
-        raise UserError(f"{get.source}: layer_types has {len(kinds)} entries for num_hidden_layers {layers}; correct it")
+        why = f"layer_types has {len(kinds)} entries for num_hidden_layers {layers}"
+        raise UserError(f"{get.source}: {why}; correct it")
     window = get.raw.get("sliding_window", get.defaults["sliding_window"])
     if kinds:
         if "sliding_attention" not in kinds:
             return None
         if window is None:
-            raise UserError(f"{get.source}: layer_types names sliding_attention, but sliding_window is null; correct it")
+            why = "layer_types names sliding_attention, but sliding_window is null"
+            raise UserError(f"{get.source}: {why}; correct it")
     elif kind == "llama" or window is None:  # a LlamaModel has no sliding windows
         return None
     elif kind != "mistral":
@@ -226,7 +229,8 @@ class _Reader:
 
     def only(self, key: str, *supported: Any) -> None:
         value = self.raw.get(key)
-        close = all(isinstance(x, float) for x in (value, supported[0])) and math.isclose(value, supported[0], rel_tol=1e-6)
+        floats = all(isinstance(x, float) for x in (value, supported[0]))
+        close = floats and math.isclose(value, supported[0], rel_tol=1e-6)
         if value is not None and value not in supported and not close:
             meant = [repr(s) for s in supported if s is not None] or ["null"]
             raise UserError(f"{self.source}: {key} {value!r} is not supported; only {' or '.join(meant)} is")

@@ -1,4 +1,4 @@
-"""Files of other formats, and files that are not what their name says: what lies there and the way out, in half a sentence."""
+"""Files of other formats, and files that are not what their name says: what lies there and the way out, in few words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 TRANSFORMERS = "with transformers: {0}.from_pretrained('{1}').save_pretrained('{1}')"
 WEIGHTS = (  # patterns of names, what it is, the way out
-    (("adapter_model.*", "adapter_config.json"), "a LoRA adapter, no model by itself", "merge it into its base model (peft)"),
+    (("adapter_model.*", "adapter_config.json"), "a LoRA adapter, no model", "merge it into its base model (peft)"),
     (("pytorch_model*.bin", "*.pth", "*.pt"), "pickled weights, which may run code", "convert it {0}"),
     (("*.gguf",), "GGUF weights", "take the model in safetensors format"),
     (("consolidated*", "params.json"), "weights by Mistral's own names", "take the model in transformers' format"),

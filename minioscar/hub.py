@@ -254,7 +254,7 @@ def _download(model: str, patterns: list[str], **options: Any) -> Path:
             raise UserError(f"{model}: no such folder, not whole in the Hugging Face cache, and HF_HUB_OFFLINE is set: unset it") from None
         _check_disk(model, place, f"{error} {error.__cause__}")
         raise Failure(f"{model}: no such folder, and the Hugging Face hub cannot be reached: {_line(error.__cause__ or error)}") from error
-    except Exception as error:  # network errors come as httpx's or requests' by version of the client, disk errors as OSError or text
+    except Exception as error:  # by version of the client, of httpx or of requests; of the disk as OSError or as text
         _check_disk(model, place, f"{error} {error.__cause__}")
         raise Failure(f"{model}: fetching from the Hugging Face hub failed: {_line(error)}; run it again to go on") from error
 
@@ -289,7 +289,8 @@ def _check_disk(model: str, place: Path | str, said: str) -> None:
     """Raises Failure where what pip or the hub's client said is the disk's fault, not the network's."""
     if found := DISK.search(said):
         cause = os.strerror(int(found[1])) if found[1] else found[0]
-        raise Failure(f"{model}: cannot be written to {place}: {cause}; free space on its disk or set MINIOSCAR_WEIGHTS or HF_HOME")
+        way_out = "free space on its disk or set MINIOSCAR_WEIGHTS or HF_HOME"
+        raise Failure(f"{model}: cannot be written to {place}: {cause}; {way_out}")
 
 
 def _line(error: BaseException) -> str:

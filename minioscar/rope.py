@@ -17,7 +17,7 @@ import numpy as np
 from .errors import UserError
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-TOP = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"  # may stand at the top of config.json, too
+TOP = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"  # may stand at config.json's top, too
 OPTIONS = {  # of all types; one that its type does not have changes nothing, as in transformers
     *TOP, "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
     "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "mrope_section", "finetuned",
@@ -41,7 +41,7 @@ class Rope:
 
     @classmethod
     def from_config(cls, raw: Mapping[str, Any], head_dim: int, max_positions: int, source: str) -> Rope:
-        """From the options of a config.json (`_options`); max_positions: its max_position_embeddings. Raises UserError."""
+        """By the options of a config.json (`_options`); max_positions: max_position_embeddings. Raises UserError."""
         fields = _options(raw, source)
         kind = fields.get("rope_type") or "default"
         if kind not in ROPE_TYPES:
@@ -82,8 +82,9 @@ class Rope:
         truncate = fields.get("truncate", True)
         if not isinstance(truncate, bool | None):
             raise UserError(f"{source}: rope option truncate must be true or false, not {truncate!r}")
-        yarn = {"beta_fast": number("beta_fast", 32.0), "beta_slow": number("beta_slow", 1.0), "attention_factor": attention}
-        return cls(kind, theta, head_dim, reach, original, factor, **yarn, truncate=bool(truncate))
+        betas = {"beta_fast": number("beta_fast", 32.0), "beta_slow": number("beta_slow", 1.0)}
+        rest = {**betas, "attention_factor": attention, "truncate": bool(truncate)}
+        return cls(kind, theta, head_dim, reach, original, factor, **rest)
 
     def frequencies(self) -> np.ndarray:
         """Radians per position of each channel pair; float64 [head_dim / 2]."""
@@ -114,8 +115,8 @@ class Rope:
 
 
 def _options(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The rope options of a config.json from all places that have any: `rope_parameters` (transformers 5), `rope_scaling` and
-    the top (before). `type` is the old name of `rope_type`.
+    """The rope options of a config.json from all places that have any: `rope_parameters` (transformers 5), `rope_scaling`
+    and the top (before). `type` is the old name of `rope_type`.
 
     Raises UserError where two places say different things; a type in one goes before `default` in the other.
     """
@@ -157,7 +158,8 @@ def _options(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
             add("rope_type", value, f"{name}.rope_type")
     factor = merged.get("factor")
     if merged.get("rope_type") is None and factor not in (None, 1) and said["factor"].split(".")[0] not in types:
-        raise UserError(f"{source}: {said['factor']} {factor!r} has no rope_type beside it; add one of {', '.join(ROPE_TYPES)}")
+        why = f"{said['factor']} {factor!r} has no rope_type beside it"
+        raise UserError(f"{source}: {why}; add one of {', '.join(ROPE_TYPES)}")
     return merged
 
 

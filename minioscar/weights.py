@@ -145,12 +145,14 @@ class Checkpoint:
             if name not in self.tensors or index.get(name) == file:
                 self.tensors[name] = tensor
             elif name not in index:
-                raise UserError(f"{self.folder}: tensor {name} stands in two shards, and {INDEX} has neither; fetch the model again")
+                why = f"tensor {name} stands in two shards, and {INDEX} does not say which counts"
+                raise UserError(f"{self.folder}: {why}; fetch the model again")
 
     def _check_tied(self, embed: np.ndarray, head: np.ndarray) -> None:
         """Raises UserError for a head of its own; files that were made from PyTorch's have it a second time."""
         blocks = range(0, len(embed), 1024)
-        if embed.shape != head.shape or not all(np.array_equal(embed[i : i + 1024], head[i : i + 1024]) for i in blocks):
+        same = (np.array_equal(embed[i : i + 1024], head[i : i + 1024]) for i in blocks)
+        if embed.shape != head.shape or not all(same):
             why = "config.json ties lm_head.weight to the embedding, but the weights have another one"
             raise UserError(f"{self.folder}: {why}; set tie_word_embeddings to false in it")
 

@@ -92,7 +92,8 @@ class Cuda(Reference):
         rows, the arrays of a `DecodeStep`, which is made when the prompts are read."""
         c = config
         if c.head_dim not in raw.HEAD_DIMS:  # array code in float32
-            return 4 // self.dtype.itemsize * super().work_bytes(config, tokens, context, rows) + self._tables_bytes(config, context)
+            arrays = 4 // self.dtype.itemsize * super().work_bytes(config, tokens, context, rows)
+            return arrays + self._tables_bytes(config, context)
         attention = tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
         attention += 2 * (context if raw.tiled(c.head_dim, self.capability) else context - tokens) * c.kv_size
         heads = raw.Heads(c.num_heads, c.num_kv_heads, c.head_dim)
@@ -123,8 +124,8 @@ class Cuda(Reference):
     def say_if_slow(self, config: Config, scheme: Scheme) -> bool:
         reason = unsupported(config, scheme, 1)
         if reason:
-            text = f"minioscar: {reason}: this model runs in array code on {self.name}, many times slower than by kernels"
-            print(text, file=sys.stderr, flush=True)
+            text = f"{reason}: this model runs in array code on {self.name}, many times slower than by kernels"
+            print(f"minioscar: {text}", file=sys.stderr, flush=True)
         return reason is not None
 
     # --- the transformer

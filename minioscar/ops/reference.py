@@ -139,7 +139,8 @@ class Reference:
 
     def sum(self, x: Array, y: Array) -> Array:
         """x + y in x's dtype; float32 inside."""
-        return (x.astype(self.xp.float32, copy=False) + y.astype(self.xp.float32, copy=False)).astype(x.dtype, copy=False)
+        a, b = (z.astype(self.xp.float32, copy=False) for z in (x, y))
+        return (a + b).astype(x.dtype, copy=False)
 
     def product(self, x: Array, weight: Array, float32: bool) -> Array:
         """x [tokens, in] @ weight [out, in] transposed."""
