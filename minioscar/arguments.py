@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from .chat_template import Message, malformed
 from .config import Config
 from .errors import UserError
 from .generation import Options
-from .prompt_cache import Message, well_formed
 from .sampling import Sampling, shown, whole
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -36,8 +36,8 @@ def one_prompt(prompt: Any) -> str | list[int] | list[dict[str, Any]]:
         hint = ": make it a list" if isinstance(prompt, Iterator | np.ndarray) else ""
         raise UserError(f"{KINDS}; this is {shown(prompt)}, {type(prompt).__name__}{hint}")
     if any(isinstance(item, Mapping) for item in prompt):
-        if not well_formed(prompt):
-            raise UserError('messages must be objects {"role": text, "content": text}')
+        if why := malformed(prompt):
+            raise UserError(f'messages must be objects {{"role": text, "content": text}}: {why}')
         return [dict(message) for message in prompt]
     for i, item in enumerate(prompt):
         if isinstance(item, bool) or not isinstance(item, int | np.integer):

@@ -16,7 +16,7 @@ from typing import Any
 from . import strict_json as json
 from .cache import cache_bytes
 from .conversation import Conversation
-from .errors import Failure, UserError
+from .errors import Failure, UserError, said
 from .files import expand, replacing, stdin, stdin_as_text
 from .memory import size
 from .oscar import SCHEMES
@@ -155,7 +155,7 @@ def talk(conversation: Conversation, options: dict[str, Any], quiet: bool = Fals
             except (UserError, Failure) as error:
                 if not lines.terminal:
                     raise
-                _say(f"minioscar: {' '.join(str(error).split())}")
+                _say(f"minioscar: {' '.join(said(error, 'chat').split())}")
     if lines.terminal:
         _say("")
 

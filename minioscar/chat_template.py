@@ -43,12 +43,12 @@ def _text(path: Path) -> str:
 
 
 def malformed(messages: Any) -> str | None:
-    """What is wrong with the messages of a chat; None if nothing is."""
+    """Why these are no messages of a chat, a list of objects {"role": text, "content": text or parts}; None if they are."""
     if not isinstance(messages, list | tuple) or not messages:
-        return 'messages must be a list of objects {"role": text, "content": text}'
+        return "there is no message" if messages == [] else "it is no list"
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            return f'messages[{i}] must be an object {{"role": text, "content": text}}'
+            return f"messages[{i}] has no role"
         content = message.get("content")
         if isinstance(content, list | tuple):
             for part in content:
@@ -58,7 +58,7 @@ def malformed(messages: Any) -> str | None:
                 if not isinstance(part.get("text"), str):
                     return f'messages[{i}] has a part without its text; write {{"type": "text", "text": text}}'
         elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            return f'messages[{i}] must have a "content" of text, or of parts {{"type": "text", "text": text}}'
+            return f"messages[{i}] has no content of text or parts"
     return None
 
 

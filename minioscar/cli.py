@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from . import __version__, streams
 from .commands import COMMANDS
-from .errors import Failure, UserError
+from .errors import ChatTemplateError, Failure, UserError, said
 
 SCHEMES = (
     "bf16, kivi, quarot, rotation, scaling, ott, turboquant, oscar, int2, int2-compact, int2-shaped, int2-compact-shaped, int4"
@@ -116,6 +116,10 @@ def parser() -> Parser:
         mode.add_argument("--chat", action="store_true", default=None, help="render the chat template (default for a model that has one)")
         mode.add_argument("--raw", action="store_false", dest="chat", help="plain continuation")
 
+    def template(sub: Parser) -> None:
+        help = "a variable of the chat template, such as enable_thinking=false; the value is JSON, else text; may be given several times"
+        sub.add_argument("--template-arg", action="append", default=[], metavar="NAME=VALUE", help=help)
+
     generate = command("generate", "continue a prompt, or answer it")
     generate.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text, or - for standard input; or use one of the files")
     generate.add_argument("--prompt-file", metavar="F", help="read the prompt from a text file; - is standard input")
@@ -128,10 +132,12 @@ def parser() -> Parser:
     generate.add_argument("--stream", action="store_true", help="with JSON output: a line for each piece of text, then the whole object")
     answering(generate, 256, "what prompt and --max-tokens need, or what fits into memory")
     rendering(generate)
+    template(generate)
 
     chat = command("chat", "a conversation in the terminal, its cache kept between turns")
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     answering(chat, 1024, "the model's, or what fits into memory")
+    template(chat)
 
     cache = command("cache", "read a text once, for generate and chat --cache")
     cache.add_argument("--prompt-file", metavar="F", required=True, help="a text file; - is standard input")
@@ -139,6 +145,7 @@ def parser() -> Parser:
     scheme(cache)
     device(cache)
     rendering(cache)
+    template(cache)
 
     command("pull", "fetch a model into weights/")
 
@@ -182,7 +189,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(argv: list[str]) -> None:
         args = parsed(argv)
-        COMMANDS[args.command](args)
+        try:
+            COMMANDS[args.command](args)
+        except ChatTemplateError as error:
+            raise UserError(said(error, args.command)) from error
 
     return run("minioscar", work, argv, explained)
 

@@ -37,6 +37,7 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError(f"--system has no place here: {why}; leave one of them out")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
+    template = template_of(args)
     wake(args.device)
     options = wanted(args)
     if args.prompts_file is not None:
@@ -46,7 +47,7 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError("the prompt is empty; give it some text")
     engine, cache = loaded(args)
     options, prompt = sampled(options, args, engine), with_system(args.system, prompt, engine)
-    run = engine.start([prompt], ctx=args.ctx, chat=args.chat, options=options, cache=cache)
+    run = engine.start([prompt], ctx=args.ctx, chat=args.chat, options=options, cache=cache, template=template)
     for index, piece in run:
         if args.stream and piece:
             print_piece({}, index if options.n > 1 else None, piece)
@@ -77,7 +78,7 @@ def run_prompts(args: argparse.Namespace, options: Options) -> None:
     from . import prompts
 
     raw = read_lines(args.prompts_file)
-    lines = list(prompts.parse(raw))
+    lines, template = list(prompts.parse(raw)), template_of(args)
     if not lines or all(line.error for line in lines) and any(b"\0" in line for line in raw):
         what = "has no prompts" if not lines else "holds zero bytes and no prompts"
         raise UserError(f"{args.prompts_file} {what}; a line is a JSON string or an object with \"prompt\", in UTF-8")
@@ -91,8 +92,9 @@ def run_prompts(args: argparse.Namespace, options: Options) -> None:
 
     failed, bar = [], tqdm(total=len(lines), desc="prompts", unit="line", leave=False, disable=None if sys.stderr.isatty() else True)
     with bar:
-        how = {"ctx": args.ctx, "chat": args.chat, "cache": cache, "piece": piece if args.stream else None}
-        for line, results in prompts.answers(engine, lines, batch=args.batch, options=options, **how):
+        how = {"ctx": args.ctx, "chat": args.chat, "cache": cache, "template": template}
+        told = piece if args.stream else None
+        for line, results in prompts.answers(engine, lines, batch=args.batch, options=options, piece=told, **how):
             for index, result in enumerate(results):
                 numbered = {"index": index} if line.options.n > 1 else {}
                 print(json.dumps(line.head() | numbered | answer_object(result)), flush=True)
@@ -129,9 +131,9 @@ def run_chat(args: argparse.Namespace) -> None:
     from .arguments import OPTIONS
     from .conversation import Conversation
 
-    options = wanted(args)
+    options, template = wanted(args), template_of(args)
     engine, cache = loaded(args)
-    conversation = Conversation(engine, system=args.system, cache=cache, ctx=args.ctx)
+    conversation = Conversation(engine, system=args.system, cache=cache, ctx=args.ctx, template=template)
     options = sampled(options, args, engine)
     chat.talk(conversation, {"sampling": options.sampling} | {name: getattr(options, name) for name in OPTIONS}, quiet=args.json)
     if args.json:
@@ -149,6 +151,7 @@ def run_cache(args: argparse.Namespace) -> None:
     if to_stdout and (args.json or sys.stdout.isatty()):
         way_out = "leave --json out" if args.json else "redirect it to a file"
         raise UserError(f"--out {args.out} writes the cache to standard output; {way_out}")
+    template = template_of(args)
     check_writable(args.out, inputs=[args.prompt_file])
     text = read_text(args.prompt_file)
     if not text:
@@ -156,7 +159,7 @@ def run_cache(args: argparse.Namespace) -> None:
     engine, _ = loaded(args)
     target = check_writable(args.out, inputs=engine.model_files)
     before = time.perf_counter()
-    cache = engine.prefill(text, args.chat)
+    cache = engine.prefill(text, args.chat, template)
     seconds = time.perf_counter() - before
     cache.save(args.out)
     report = {
@@ -177,6 +180,24 @@ def wanted(args: argparse.Namespace) -> Options:
     from .sampling import Sampling
 
     return Options(sampling=Sampling(**given(args, Sampling)), graph=not getattr(args, "no_graph", False), **given(args, Options))
+
+
+def template_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The variables of --template-arg. Raises UserError for one that has no name, or two values."""
+    found: dict[str, Any] = {}
+    for one in args.template_arg:
+        name, sign, value = one.partition("=")
+        if not (name and sign):
+            raise UserError(f"--template-arg {one!r} must be NAME=VALUE, such as enable_thinking=false")
+        if name in found:
+            raise UserError(f"--template-arg {name} is given twice; leave one of them out")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):  # text needs no quotes
+            found[name] = value
+    if found and getattr(args, "chat", None) is False:
+        raise UserError(f"--template-arg {next(iter(found))} is for the chat template, which --raw leaves out; give one of the two")
+    return found
 
 
 def given(args: argparse.Namespace, of: type) -> dict[str, Any]:

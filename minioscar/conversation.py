@@ -16,11 +16,12 @@ from typing import Any
 from . import memory
 from .arguments import context_of, options_of, variables_of
 from .cache import Cache
+from .chat_template import Message
 from .engine import Engine
-from .errors import UserError
+from .errors import ChatTemplateError, UserError
 from .generation import Generation, Options, Run
 from .oscar import WINDOW
-from .prompt_cache import Message, PromptCache, common, continued
+from .prompt_cache import PromptCache, common, continued
 from .sampling import shown
 
 Turn = tuple[list[Message], list[Message]]  # the messages before it, and those that its answer follows
@@ -41,7 +42,8 @@ class Conversation:
         if not isinstance(engine, Engine):
             raise UserError(f"engine {shown(engine)} must be what minioscar.load returned")
         if not engine.tokenizer.has_chat_template:
-            raise UserError(f"{engine.tokenizer.folder}: the model has no chat template, so it cannot chat; use generate --raw")
+            why = f"{engine.tokenizer.folder}: the model has no chat template, so it cannot chat"
+            raise ChatTemplateError(why, "chat")
         if system is not None and not isinstance(system, str):
             raise UserError(f"system {shown(system)} must be text")
         if cache is not None:
@@ -129,9 +131,14 @@ class Conversation:
             more = f"the conversation would have {len(ids)} tokens, the context holds {self.context}"
             raise UserError(f"{more}; begin anew{self._more(' or raise --ctx')}")
         cache = self._cut(ids)
-        run = Run(self.engine, [ids], cache, options)
+        run, text, complete = Run(self.engine, [ids], cache, options), "", self.engine.tokenizer.complete
         try:
             for _, piece in run:
+                last = run.results[0]
+                if last.finish_reason:  # half a character is no part of a conversation
+                    last.text = complete(last.text, last.token_ids)
+                    piece = last.text[len(text) :]
+                text += piece
                 yield piece
         finally:
             self.cache, self.last = run.cache, run.results[0]

@@ -19,6 +19,7 @@ from . import arguments, memory
 from . import ops as back_ends
 from .arguments import Prompt
 from .cache import Cache
+from .chat_template import Message
 from .config import Config
 from .errors import Failure, UserError
 from .generation import MOST_ROWS, Generation, Options, Run, first_answers, for_each
@@ -26,7 +27,7 @@ from .hub import resolve
 from .model import Model, Progress, check_scheme
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
-from .prompt_cache import File, Message, PromptCache, as_path, common, continued
+from .prompt_cache import File, PromptCache, as_path, common, continued
 from .sampling import Sampling, shown
 from .shaping import shape_keys
 from .tokenizer import Tokenizer
@@ -132,7 +133,8 @@ class Engine:
         wanted = for_each(options, len(prompts))
         if any(one.stop for one in wanted):
             _ = self.tokenizer  # a stop string needs text
-        ids = [self.encode(prompt, chat, cache, template) for prompt in prompts]
+        encoded = [self._encode(prompt, chat, cache, template) for prompt in prompts]
+        ids = [prompt for prompt, _ in encoded]
         context = self.capacity(ids, wanted, ctx, cache)
         answers = sum(one.n for one in wanted)
         sequences, kept = arguments.sequences_of(sequences, answers), self.new_cache(answers, context)
@@ -142,13 +144,17 @@ class Engine:
                 again = prompt == cache.ids and cache.logits is not None
                 logits = cache.logits if again else logits
                 cache.fill(kept, row, len(prompt) if again else min(common(prompt, cache.ids), len(prompt) - 1))
-        return Run(self, ids, kept, wanted, logits, sequences)
+        return Run(self, ids, kept, wanted, logits, sequences, [not is_chat for _, is_chat in encoded])
 
     def encode(
         self, prompt: Prompt, chat: bool | None = None, cache: PromptCache | None = None, template: Mapping[str, Any] | None = None
     ) -> list[int]:
         """Token ids of a whole prompt; parameters as in `generate`. Raises UserError for an empty one, for ids that the model does not
         have, and where cache, chat and template do not go with this kind of prompt."""
+        return self._encode(prompt, chat, cache, template)[0]
+
+    def _encode(self, prompt: Prompt, chat: Any, cache: PromptCache | None, template: Any) -> tuple[list[int], bool]:
+        """Also whether the chat template wrote the prompt."""
         prompt, chat = arguments.one_prompt(prompt), arguments.flag("chat", chat)
         if cache is not None:
             self.belongs(cache)
@@ -159,14 +165,14 @@ class Engine:
             ids = self.render(full, template)
             if full is prompt and cache is not None and not cache.begins(full, ids):
                 raise UserError("the messages do not begin with those of the prompt cache; repeat these, or give the next one as text")
-            return ids
+            return ids, True
         if template:
             raise UserError("template has variables of the chat template, but this prompt does not go through it; leave them out")
         if isinstance(full, str):
-            return self._checked(self.tokenizer.encode(full, add_special_tokens=True))
+            return self._checked(self.tokenizer.prompt_ids(full, chat=False)), False
         if chat:
             raise UserError("token ids are taken as they are; chat=True needs text or messages")
-        return self._checked([*(() if cache is None else cache.ids), *full])
+        return self._checked([*(() if cache is None else cache.ids), *full]), False
 
     def _full_prompt(self, text: str, chat: bool | None, cache: PromptCache | None) -> str | list[Message]:
         """The prompt that a text makes: behind what the cache holds, as a message where the chat template is for it."""

@@ -10,12 +10,12 @@ class Failure(Exception):
 
 
 class ChatTemplateError(UserError):
-    """A prompt that cannot be rendered as a chat. The message has the way out of Python's callers, `said` that of a command."""
+    """A prompt that cannot be rendered as a chat: the message says so for every caller, `said` for one command."""
 
     ways = {"generate": "use --raw", "cache": "use --raw", "chat": "use generate --raw"}
 
-    def __init__(self, reason: str):
-        super().__init__(f"{reason}; use generate(..., chat=False) with the text of a prompt")
+    def __init__(self, reason: str, command: str = "generate"):
+        super().__init__(f"{reason}; {self.ways[command]} (in Python: generate(..., chat=False))")
         self.reason = reason
 
 

@@ -182,12 +182,13 @@ class Run:
 
     ids: the whole prompts. options: one for all, or one for each. The n answers to a prompt stand together, in the cache and in
     `results`; its first row there holds the first `cache.lengths[row]` tokens already. logits, float32 [vocab]: what follows a prompt
-    that the cache holds to its last token. sequences: the number under which each answer draws its random numbers.
+    that the cache holds to its last token. sequences: the number under which each answer draws its random numbers. continued: prompts
+    whose text goes on in the answer, with SentencePiece's space between the two; to others the answer is a text of its own.
     """
 
     def __init__(
         self, engine: Engine, ids: list[list[int]], cache: Cache, options: Options | Sequence[Options], logits: np.ndarray | None = None,
-        sequences: Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None, continued: Sequence[bool] | None = None,
     ):
         self.engine, self.ids, self.logits = engine, ids, logits
         self.cache: Cache | None = cache  # None once a run that did not fit into memory has freed it
@@ -198,6 +199,7 @@ class Run:
         self.first = first_answers(options)
         prompts = [i for i, one in enumerate(options) for _ in range(one.n)]
         self.options = [options[i] for i in prompts]  # of each answer, as what follows
+        self.before = [ids[i] if continued is not None and continued[i] else () for i in prompts]
         self.ends = [one.ends(self.tokenizer, vocab) for one in self.options]
         self.rows = [
             RowSampling(one.sampling, sequence, ids[i], sorted(end for end in ends if end < vocab), one.min_tokens)
@@ -215,7 +217,8 @@ class Run:
         if self.begun:
             raise UserError("a run is iterated once; start another")
         self.begun = True
-        streams = [(self.tokenizer.stream() if self.tokenizer else None, StopText(one.stop)) for one in self.options]
+        streams = [self.tokenizer.stream(before) if self.tokenizer else None for before in self.before]
+        streams = list(zip(streams, (StopText(one.stop) for one in self.options), strict=True))
         for index, token in self._tokens():
             result, (stream, stops) = self.results[index], streams[index]
             piece = "" if stream is None or token is None else stream.add(token)
@@ -336,5 +339,5 @@ class Run:
 
     def _logprob(self, logits: np.ndarray, token: int, k: int) -> Logprob:
         words = self.tokenizer
-        found = [Logprob(i, words.decode([i]) if words else "", value) for i, value in likeliest(logits, token, k)]
+        found = [Logprob(i, words.token_text(i) if words else "", value) for i, value in likeliest(logits, token, k)]
         return Logprob(found[0].token_id, found[0].token, found[0].logprob, tuple(found[1:]))

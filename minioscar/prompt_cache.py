@@ -19,6 +19,7 @@ import numpy as np
 
 from . import strict_json as json
 from .cache import Cache, left_after_cut, row_layout
+from .chat_template import Message, malformed
 from .config import Config
 from .errors import Failure, UserError
 from .files import check_seekable, reason, replacing
@@ -28,7 +29,6 @@ from .sampling import shown
 if TYPE_CHECKING:
     from .engine import Engine
 
-Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 FORMAT, VERSION = "minioscar-prompt-cache", "1"
 
 
@@ -73,7 +73,7 @@ class PromptCache:
         *before, last = self.messages
         if list(messages[: len(before)]) != before or len(messages) <= len(before) or messages[len(before)]["role"] != last["role"]:
             return False
-        content, held = messages[len(before)]["content"], last["content"]
+        content, held = messages[len(before)].get("content"), last.get("content")
         return content == held or isinstance(content, str) and isinstance(held, str) and content.startswith(held)
 
     def followed_by(self, prompt: str) -> str | list[Message]:
@@ -138,7 +138,9 @@ def continued(messages: Sequence[Message], text: str) -> list[Message]:
     """The chat after one more message of the user. An open message of the user's (a document) goes on with it, after a blank line."""
     if messages and messages[-1]["role"] == "user":
         *before, last = messages
-        return [*before, {**last, "content": f"{last['content']}\n\n{text}" if text else last["content"]}]
+        content = last["content"]
+        more = f"{content}\n\n{text}" if isinstance(content, str) else [*content, {"type": "text", "text": text}]
+        return [*before, {**last, "content": more if text else content}]
     return [*messages, {"role": "user", "content": text}]
 
 
@@ -260,7 +262,7 @@ class File:
             messages, text = prompt["messages"], prompt["text"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise self._damaged("its prompt is not readable") from None
-        if not (messages is None or well_formed(messages)) or not (text is None or isinstance(text, str)):
+        if messages is not None and malformed(messages) or not (text is None or isinstance(text, str)):
             raise self._damaged("its prompt is not readable")
         return messages, text
 
@@ -280,13 +282,6 @@ class File:
 
     def _damaged(self, reason: str) -> UserError:
         return UserError(f"{self.path} is damaged ({reason}); make it again")
-
-
-def well_formed(messages: Any) -> bool:
-    """Whether this is a list of at least one {"role": str, "content": str}."""
-    return isinstance(messages, list | tuple) and len(messages) > 0 and all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
 
 
 def as_path(name: str, value: Any) -> Path:

@@ -15,9 +15,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from . import strict_json
-from .errors import Failure, UserError
+from .chat_template import Message, malformed
+from .errors import Failure, UserError, said
 from .generation import MOST_ROWS, Generation, Options
-from .prompt_cache import Message, well_formed
 from .sampling import Sampling, shown
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def _prompt(value: Any) -> str | list[Message]:
             raise UserError(f"there is no key {shown(name)}; {way_out}")
     if "prompt" in value and not (isinstance(value["prompt"], str) and value["prompt"]):
         raise UserError('"prompt" must be text, and not empty')
-    if "messages" in value and not well_formed(value["messages"]):
-        raise UserError('"messages" must be a list of objects {"role": text, "content": text}')
+    if "messages" in value and (why := malformed(value["messages"])):
+        raise UserError(f'"messages" must be a list of objects {{"role": text, "content": text}}: {why}')
     system, messages = value.get("system"), value.get("messages")
     if system is None:
         return messages or value["prompt"]
@@ -124,7 +124,7 @@ def _checked(engine: Engine, line: Line, options: Options, how: Mapping[str, Any
         engine.capacity([ids], line.options, how.get("ctx"), how.get("cache"))
         return line
     except UserError as error:
-        return replace(line, error=str(error))
+        return replace(line, error=said(error, "generate"))
 
 
 def _answered(

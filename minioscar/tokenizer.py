@@ -148,10 +148,20 @@ class Tokenizer:
         stream = self.stream(first=False)
         return stream.add(token_id) + stream.flush()
 
-    def complete(self, ids: Sequence[int]) -> str:
-        """`decode`, without a last character whose bytes are not all there."""
-        texts = (self.decode(ids[: len(ids) - n]) for n in range(4))  # a character has four bytes
-        return next((text for text in texts if not text.endswith("\ufffd")), self.decode(ids).rstrip("\ufffd"))
+    def complete(self, text: str, ids: Sequence[int]) -> str:
+        """The text of an answer, without a last character whose bytes are not all among its ids."""
+        if not text.endswith("\ufffd"):
+            return text
+        cut = []
+        for n in range(4):  # a run of byte tokens is spoilt by its last bytes: it may be whole without them
+            stream = self.stream()
+            cut.append("".join(map(stream.add, ids[: len(ids) - n])))
+            rest = stream.flush()
+            if n == 0 and cut[0] + rest != text:
+                return text  # a stop string ended it
+            if "\ufffd" not in rest:
+                return cut[n] + rest
+        return cut[0]
 
     @property
     def has_chat_template(self) -> bool:

@@ -449,7 +449,8 @@ def test_runs_of_one_engine_do_not_know_of_each_other(engine):
     assert inside == want[0]
     conversation = Conversation(engine, ctx=256)
     said = "".join(piece for piece in conversation.say(prompts[0], **options) if engine.generate([5], max_tokens=1))
-    assert said == want[0]
+    alone = engine.generate(prompts[0], **options)
+    assert said == engine.tokenizer.complete(alone.text, alone.token_ids)  # half a character is no part of a conversation
 
 
 @pytest.mark.skipif(simt.missing() is not None, reason=str(simt.missing()))

@@ -443,7 +443,7 @@ def test_a_template_is_found_in_every_place_it_may_be(tmp_path):
 def test_without_a_template_the_way_out_is_one_that_the_caller_has(tmp_path, template):
     one = with_template(tmp_path, template)
     assert not one.has_chat_template
-    with pytest.raises(ChatTemplateError, match=r"no chat template; use generate\(..., chat=False\)") as caught:
+    with pytest.raises(ChatTemplateError, match=r"no chat template; use --raw \(in Python: generate\(..., chat=False\)\)") as caught:
         one.prompt_ids("x", chat=True)
     for command in ("generate", "cache"):
         assert said(caught.value, command).endswith("no chat template; use --raw")
@@ -600,12 +600,12 @@ def test_fields_of_a_message_beyond_role_and_content_reach_the_template(tmp_path
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([], "must be a list"),
-        ({"role": "user", "content": "a"}, "must be a list"),
-        (["a"], r"messages\[0\] must be an object"),
-        ([{"content": "a"}], r"messages\[0\] must be an object"),
-        ([{"role": "user", "content": "a"}, {"role": "user", "content": 7}], r"messages\[1\] must have a .content."),
-        ([{"role": "assistant", "content": None}], r"messages\[0\] must have a .content."),
+        ([], "no message"),
+        ({"role": "user", "content": "a"}, "no list"),
+        (["a"], r"messages\[0\] has no role"),
+        ([{"content": "a"}], r"messages\[0\] has no role"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": 7}], r"messages\[1\] has no content"),
+        ([{"role": "assistant", "content": None}], r"messages\[0\] has no content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "part 'image_url'; only parts of the type 'text'"),
         ([{"role": "user", "content": ["a"]}], "part 'a'; only parts of the type 'text'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "part without its text"),
