@@ -290,7 +290,7 @@ def test_a_template_that_refuses_leaves_the_conversation_as_it_was(tmp_path):
 
 # --- taking back and trying again
 
-DRAWN = {"max_tokens": 20, "sampling": Sampling(temperature=1.0, seed=3)}
+DRAWN = {"max_tokens": 20, "sampling": Sampling(temperature=1.0, seed=30), "ignore_eos": True}  # long answers differ
 
 
 def test_undo_takes_one_turn_after_another_back_as_if_they_had_not_been(folder, monkeypatch):

@@ -79,7 +79,7 @@ def test_a_sequence_that_is_done_leaves_the_batch_and_the_others_go_on(folder, m
     class Words:
         eos_ids = frozenset({end})
 
-        def stream(self):
+        def stream(self, before):
             return type("S", (), {"add": lambda self, i: f"<{i}>", "flush": lambda self: "|"})()
 
     monkeypatch.setattr(engine, "_tokenizer", Words())
