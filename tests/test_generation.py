@@ -1,4 +1,5 @@
-"""What can be asked of a batch: stop strings, log-probabilities, several answers; and what happens when memory or numbers run out."""
+"""What can be asked of a prompt: where its answer ends, penalties, log-probabilities, several answers, each prompt its own options; and
+what happens when memory or numbers run out."""
 
 from __future__ import annotations
 
@@ -82,6 +83,148 @@ def test_a_stop_string_in_one_answer_leaves_the_others_alone(engine):
     assert first.finish_reason == "stop" and middle not in first.text
     if middle not in plain[1].text:
         assert second.text == plain[1].text
+
+
+# --- end tokens, stop ids, min_tokens
+
+
+def answers(engine, prompts, options, **more):
+    run = engine.start(prompts, options=options, **more)
+    for _ in run:
+        pass
+    return run.results
+
+
+@pytest.fixture
+def ending(engine, monkeypatch):
+    """The engine with an end token that its greedy answer to "the cat" has, and how many tokens that answer has before it."""
+    plain = engine.generate("the cat", max_tokens=30, ignore_eos=True).token_ids
+    at = next(i for i, token in enumerate(plain) if i > 3 and token not in plain[:i])
+    monkeypatch.setattr(engine.tokenizer, "eos_ids", frozenset({plain[at], 10**6}))  # some files name an end token that the model has not
+    return engine, at
+
+
+def test_an_answer_ends_at_an_end_token_unless_it_is_to_ignore_them(ending):
+    engine, at = ending
+    stopped, ignoring = (engine.generate("the cat", max_tokens=20, ignore_eos=ignore) for ignore in (False, True))
+    assert (stopped.finish_reason, stopped.new_tokens) == ("stop", at) and stopped.token_ids == ignoring.token_ids[:at]
+    assert (ignoring.finish_reason, ignoring.new_tokens) == ("length", 20)
+
+
+def test_stop_ids_end_an_answer_with_and_without_a_tokenizer(engine, tmp_path):
+    plain = engine.generate("the cat", max_tokens=20)
+    token = plain.token_ids[5]
+    for ignore_eos in (False, True):
+        stopped = engine.generate("the cat", max_tokens=20, stop_ids=[319, token], ignore_eos=ignore_eos)
+        assert stopped.finish_reason == "stop" and stopped.token_ids == plain.token_ids[: plain.token_ids.index(token)]
+    bare = load(write_model(tmp_path / "m", 1))
+    plain = bare.generate([1, 2], max_tokens=9).token_ids
+    assert bare.generate([1, 2], max_tokens=9, stop_ids=plain[4:5]).token_ids == plain[: plain.index(plain[4])]
+
+
+@pytest.mark.parametrize("wrong", [320, 10**9, 2**63])
+def test_a_stop_id_that_the_model_does_not_have_is_refused(engine, wrong):
+    with pytest.raises(UserError, match=f"stop id {wrong} is not a token of this model; its tokens are 0 ... 319"):
+        engine.generate("the cat", stop_ids=[3, wrong])
+
+
+@pytest.mark.parametrize("stop", ["<|user|>", "<|end|>"])
+@pytest.mark.parametrize("others", [[], ["never so", "<|user|>x", "x<|end|>", "<|nobody|>", "\ud800"]])
+def test_a_stop_string_that_is_a_special_token_ends_there(engine, monkeypatch, stop, others):
+    """Its text is never seen, so only the token can match; beside other text it matches nothing, and breaks nothing."""
+    special = engine.tokenizer.special_id(stop)
+    monkeypatch.setattr(engine.tokenizer, "eos_ids", frozenset())
+    # random logits have it seldom: it is put in the way
+    drawn, forward = iter([40, 41, special, 42]), engine.model._logits
+
+    def scripted(*args, **options):
+        logits = np.array(forward(*args, **options))
+        logits[:, next(drawn)] = 1e4
+        return logits
+
+    monkeypatch.setattr(engine.model, "_logits", scripted)
+    result = engine.generate("the cat", max_tokens=4, stop=[*others, stop])
+    assert (result.token_ids, result.finish_reason) == ([40, 41], "stop")
+    drawn = iter([40, 41, special, 42])
+    assert engine.generate("the cat", max_tokens=4, stop=[*others, "never"]).token_ids == [40, 41, special, 42]
+
+
+def test_the_reason_tells_text_from_max_tokens_from_a_full_context(engine):
+    plain = engine.generate("the cat", max_tokens=40, ctx=30)
+    assert plain.finish_reason == "context" and plain.prompt_tokens + plain.new_tokens == 31
+    last = plain.token_ids[-1]
+    if last not in plain.token_ids[:-1]:
+        assert engine.generate("the cat", max_tokens=40, ctx=30, stop_ids=[last]).finish_reason == "stop"
+    end = plain.text[-3:]
+    stopped = engine.generate("the cat", max_tokens=40, ctx=30, stop=[end])
+    assert stopped.finish_reason == "stop" and end not in stopped.text
+    assert engine.generate("the cat", max_tokens=plain.new_tokens, ctx=30).finish_reason == "length"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_answer_ends_before_min_tokens(ending, temperature):
+    engine, at = ending
+    for more in (1, 8):
+        options = {"max_tokens": at + 12, "min_tokens": at + more, "temperature": temperature, "seed": 5}
+        result = engine.generate("the cat", **options)
+        assert result.new_tokens >= at + more
+        assert not engine.tokenizer.eos_ids & set(result.token_ids)
+    assert engine.generate("the cat", max_tokens=20, min_tokens=at).new_tokens == at  # it may end right behind them
+
+
+def test_stop_strings_are_looked_for_behind_min_tokens(engine):
+    plain = engine.generate("the cat", max_tokens=40)
+    text = plain.text[6:8]
+    result = engine.generate("the cat", max_tokens=40, min_tokens=20, stop=[text])
+    assert result.new_tokens > 20 and result.token_ids == plain.token_ids[: result.new_tokens]
+    assert result.text.startswith(engine.tokenizer.decode(plain.token_ids[:20])[:-1])
+
+
+# --- penalties
+
+
+def test_penalties_change_what_is_drawn_and_not_the_log_probabilities(engine):
+    """A frequency penalty on greedy tokens draws each the oftener the seldomer; logprobs stay the model's."""
+    plain = engine.generate("the cat", max_tokens=60, ignore_eos=True)
+    result = engine.generate("the cat", max_tokens=60, frequency_penalty=2.0, presence_penalty=2.0, ignore_eos=True, logprobs=3)
+    assert len(set(result.token_ids)) > len(set(plain.token_ids))
+    assert all([top.logprob for top in one.top] == sorted((top.logprob for top in one.top), reverse=True) for one in result.logprobs)
+    assert any(one.token_id != one.top[0].token_id for one in result.logprobs)
+    again = engine.generate("the cat", max_tokens=60, repetition_penalty=100.0, ignore_eos=True)
+    assert len(set(again.token_ids)) > len(set(plain.token_ids))
+
+
+def test_repetition_counts_the_prompt_also_where_a_prompt_cache_holds_it(engine):
+    """A penalty of 0.01 is a reward: the answer has no tokens but the prompt's."""
+    ids, options = list(range(40, 80)), {"max_tokens": 12, "ignore_eos": True}
+    rewarded = engine.generate(ids, repetition_penalty=0.01, **options).token_ids
+    assert set(rewarded) <= set(ids) and not set(engine.generate(ids, **options).token_ids) <= set(ids)
+    cache = engine.prefill(ids[:39])
+    assert engine.generate(ids[39:], cache=cache, repetition_penalty=0.01, **options).token_ids == rewarded
+
+
+# --- options of each prompt
+
+
+def test_each_prompt_may_have_options_of_its_own(engine):
+    prompts = ["the cat", "the dog saw", "a", "the cat"]
+    options = [
+        Options(5, logprobs=2), Options(9, Sampling(1.0, seed=4), n=2),
+        Options(12, Sampling(1.0, seed=3, presence_penalty=1.0), stop=["e"]), Options(7, stop_ids=[7], min_tokens=3),
+    ]
+    together, first = answers(engine, prompts, options), [0, 1, 3, 4]
+    for i, (prompt, one) in enumerate(zip(prompts, options, strict=True)):
+        alone = answers(engine, [prompt], one, sequences=range(first[i], first[i] + one.n))
+        mine = together[first[i] : first[i] + one.n]
+        assert [(r.text, r.token_ids, r.finish_reason) for r in alone] == [(r.text, r.token_ids, r.finish_reason) for r in mine]
+        assert all((r.logprobs is None) == (one.logprobs is None) for r in mine)
+    assert len(together) == 5 and together[0].new_tokens == 5 and max(r.new_tokens for r in together[1:3]) <= 9
+
+
+@pytest.mark.parametrize("wrong", [[Options()], [Options()] * 3, [Options(), None], "ab", Sampling(), [{}, {}], []])
+def test_options_that_are_not_one_for_each_prompt_are_refused(engine, wrong):
+    with pytest.raises(UserError, match="options"):
+        engine.start(["a", "b"], options=wrong)
 
 
 # --- log-probabilities

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minioscar.cli import main
-from minioscar.errors import UserError
+from minioscar.errors import Failure, UserError
 from minioscar.generation import Options
 from minioscar.prompts import answers, parse
 from minioscar.sampling import Sampling
@@ -31,7 +31,7 @@ def engine(folder):
 
 # --- lines
 
-keys = st.sampled_from(["prompt", "messages", "id", "role", "content", "x"])
+keys = st.sampled_from(["prompt", "messages", "id", "role", "content", "seed", "x"])
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda value: st.lists(value) | st.dictionaries(keys, value, max_size=4),
@@ -70,11 +70,31 @@ def test_every_line_is_a_prompt_or_an_error_in_its_place(raw):
         (b'{"messages": "a"}', '"messages" must be a list'),
         (b'{"messages": []}', '"messages" must be a list'),
         (b'{"messages": [{"role": "user"}]}', '"messages" must be a list'),
+        (b'{"prompt": "a", "id": 7, "temprature": 1}', "there is no key 'temprature'; did you mean \"temperature\"?"),
+        (b'{"prompt": "a", "maxtokens": 3}', 'did you mean "max_tokens"?'),
+        (b'{"prompt": "a", "": 3}', "there are prompt, messages, id"),
+        (b'{"prompt": "a", "graph": true}', "there is no key 'graph'"),
+        (b'{"prompt": "a", "sampling": {}}', "there is no key 'sampling'"),
+        (b'{"prompt": "a", "system": 3}', '"system" must be text'),
+        (b'{"messages": [{"role": "system", "content": "x"}], "system": "y"}', "leave one of them out"),
+        (b'{"prompt": "a", "seed": NaN}', "seed is nan, which JSON does not have"),
+        (b'{"prompt": "a", "x": [1, {"y": 1e999}]}', "x[1].y is inf"),
+        (b'{"prompt": "a", "temperature": -Infinity}', "temperature is -inf"),
+        (b"NaN", "is nan"),
     ],
 )
 def test_a_bad_line_says_what_is_wrong_with_it(line, message):
     (found,) = parse([line])
     assert found.prompt is None and message in found.error
+
+
+@pytest.mark.parametrize("line", [b'"temprature": 1', b'"top_p": NaN', b'"system": []', b'"messages": []'])
+def test_the_id_of_a_bad_line_comes_back(line):
+    (found,) = parse([b'{"prompt": "a", ' + line + b', "id": ["x", 7]}'])
+    assert found.error and found.head() == {"line": 1, "id": ["x", 7]}
+    for id in (b"NaN", b"1e999", b'{"a": [-Infinity]}'):
+        (found,) = parse([b'{"prompt": "a", "id": ' + id + b"}"])
+        assert found.error and found.head() == {"line": 1}
 
 
 def test_blank_lines_a_byte_order_mark_and_carriage_returns_are_nothing():
@@ -98,6 +118,83 @@ def test_the_batch_changes_neither_order_nor_answers(engine, temperature):
     assert found[0] == found[1] == found[2]
     if temperature:
         assert found[0][0][1] != found[0][4][1]  # equal prompts on two lines draw other numbers
+
+
+LINES = [
+    {"prompt": "the cat", "max_tokens": 4},
+    {"prompt": "the cat", "temperature": 1.0, "seed": 9, "n": 3, "max_tokens": None},
+    {"prompt": "the dog", "temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "presence_penalty": 1, "frequency_penalty": 0.5},
+    {"messages": [{"role": "user", "content": "a"}], "logprobs": 2, "repetition_penalty": 1.3, "min_tokens": 6},
+    {"prompt": "the mat", "system": "be brief", "stop": ["e", "<|end|>"], "stop_ids": [9], "ignore_eos": True},
+    "the cat",
+]
+
+
+def test_a_line_has_settings_of_its_own_and_its_draws_do_not_depend_on_its_batch(engine):
+    given, options = list(parse(json.dumps(line).encode() for line in LINES)), Options(8, Sampling(0.5, seed=2))
+    found = [texts(engine, given, batch, options=options) for batch in (1, 2, 6)]
+    assert found[0] == found[1] == found[2]
+    lines = [line for line, _ in answers(engine, given, batch=6, options=options)]
+    assert all(line.error is None for line in lines)
+    assert [line.options.max_tokens for line in lines] == [4, 8, 8, 8, 8, 8] and [line.options.n for line in lines] == [1, 3, 1, 1, 1, 1]
+    assert lines[1].options.sampling == Sampling(1.0, seed=9) and lines[5].options == options
+    assert [len(answer) for _, answer in found[0]] == [1, 3, 1, 1, 1, 1] and len({tuple(ids) for ids in found[0][1][1]}) == 3
+    assert len(found[0][0][1][0]) <= 4 and len(found[0][3][1][0]) >= 6
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the mat"}]
+    assert lines[4].prompt == messages
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": "1"}, "temperature '1' is not a number"), ({"top_k": 2.5}, "top_k 2.5"), ({"seed": -1}, "seed -1"),
+        ({"n": 0}, "n 0"), ({"n": 300}, "300 answers at a time"), ({"logprobs": True}, "logprobs True"), ({"stop": "x"}, "list of strings"),
+        ({"stop_ids": [320]}, "stop id 320 is not a token"), ({"min_tokens": 9}, "min_tokens 9 is more than max_tokens 8"),
+        ({"max_tokens": 2.0}, "max_tokens 2.0 is not a whole number"), ({"ignore_eos": 1}, "ignore_eos 1 must be true or false"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_an_error_of_its_line(engine, setting, message):
+    raw = [b'"the cat"', json.dumps({"prompt": "a", "id": 3} | setting).encode(), b'"a"']
+    good, bad, last = answers(engine, list(parse(raw)), batch=3, options=Options(8))
+    assert message in bad[0].error and bad[0].head() == {"line": 2, "id": 3} and bad[1] == []
+    assert good[0].error is None and last[0].error is None
+
+
+def test_a_system_message_needs_the_chat_template(engine):
+    lines = list(parse([b'{"prompt": "a", "system": "b"}', b'"a"']))
+    (bad, none), (good, _) = answers(engine, lines, batch=2, options=Options(2), chat=False)
+    assert "chat template" in bad.error and not none and good.error is None
+
+
+def test_pieces_come_before_their_answer_and_never_twice(engine, monkeypatch):
+    told, start, given = [], engine.start, list(parse(json.dumps(line).encode() for line in LINES))
+
+    def failing(prompts, **options):
+        """Runs of more than two prompts end midway."""
+        run = start(prompts, **options)
+        if len(prompts) > 2:
+            read = run._tokens
+            monkeypatch.setattr(run, "_tokens", lambda: broken(read()), raising=False)
+        return run
+
+    def broken(tokens):
+        for _ in range(12):
+            yield next(tokens)
+        raise Failure("a card that is gone")
+
+    options = Options(8, Sampling(0.5, seed=2))
+    whole = dict(texts(engine, given, 6, options=options))
+    found = list(answers(engine, given, batch=6, options=options, piece=lambda line, i, text: told.append((line.number, i, text))))
+    for line, results in found:
+        for i, result in enumerate(results):
+            assert "".join(text for number, at, text in told if (number, at) == (line.number, i)) == result.text
+    told.clear()
+    monkeypatch.setattr(engine, "start", failing)
+    again = list(answers(engine, given, batch=6, options=options, piece=lambda line, i, text: told.append((line.number, i, text))))
+    assert {line.number: [r.token_ids for r in results] for line, results in again} == whole
+    for line, results in again:
+        for i, result in enumerate(results):
+            assert result.text.startswith("".join(text for number, at, text in told if (number, at) == (line.number, i)))
 
 
 def test_a_line_that_does_not_fit_spoils_no_other(engine):
@@ -161,6 +258,34 @@ def test_prompts_file_is_jsonl_in_and_out(folder, engine, tmp_path, capsys):
     assert [(one["line"], one["index"]) for one in found] == [(1, 0), (1, 1), (2, 0), (2, 1), (4, 0), (4, 1)]
     assert all(len(one["logprobs"]) == one["new_tokens"] for one in found)
     assert set(found[0]["logprobs"][0]) == {"token_id", "token", "logprob", "top"}
+
+
+def test_stream_writes_pieces_and_then_the_whole_object(folder, tmp_path, capsys):
+    base = ["generate", folder, "--device", "cpu", "--max-tokens", 6, "--temperature", 1, "--stream"]
+    code, (*pieces, last), _ = run(capsys, *base, "the cat", "--json")
+    assert code == 0 and "".join(one["piece"] for one in pieces) == last["text"] and all(set(one) == {"piece"} for one in pieces)
+    code, (*pieces, last), _ = run(capsys, *base, "the cat", "--json", "--n", 2)
+    assert code == 0 and all("".join(p["piece"] for p in pieces if p["index"] == i) == last["answers"][i]["text"] for i in range(2))
+    (tmp_path / "p.jsonl").write_text('"the cat"\n{"prompt": "a", "n": 2, "id": "x"}\n{"prompt": 1}\n')
+    code, found, _ = run(capsys, *base, "--prompts-file", tmp_path / "p.jsonl")
+    assert code == 2
+    wholes = [one for one in found if "text" in one]
+    assert [(one["line"], one.get("id"), one.get("index")) for one in wholes] == [(1, None, None), (2, "x", 0), (2, "x", 1)]
+    for whole in wholes:
+        head = {name: whole[name] for name in ("line", "id", "index") if name in whole}
+        assert "".join(one["piece"] for one in found if one == head | {"piece": one.get("piece")}) == whole["text"]
+    assert main([str(a) for a in (*base, "the cat")]) == 2 and "--stream is for JSON output" in capsys.readouterr().err
+
+
+def test_options_of_ends_and_penalties_reach_the_answer(folder, engine, capsys):
+    base = ["generate", folder, "the cat", "--device", "cpu", "--json", "--max-tokens", 12]
+    plain = engine.generate("the cat", max_tokens=12).token_ids
+    _, (found,), _ = run(capsys, *base, "--stop-id", plain[4], "--stop-id", 319)
+    assert found["finish_reason"] == "stop" and found["token_ids"] == plain[: plain.index(plain[4])]
+    penalties = {"repetition_penalty": 1.7, "presence_penalty": 0.5, "frequency_penalty": -0.5, "min_tokens": 3, "ignore_eos": True}
+    flags = ["--repetition-penalty", 1.7, "--presence-penalty", 0.5, "--frequency-penalty", -0.5, "--min-tokens", 3, "--ignore-eos"]
+    _, (found,), _ = run(capsys, *base, *flags)
+    assert found["token_ids"] == engine.generate("the cat", max_tokens=12, **penalties).token_ids != plain
 
 
 def test_bad_lines_are_reported_on_both_streams_and_the_exit_code_is_2(folder, tmp_path, capsys):
