@@ -73,7 +73,7 @@ def parser() -> cli.Parser:
     found.add_argument("--quick", action="store_true", help="less of everything")
     found.add_argument("--peers", action="store_true", help="other libraries in the same run: kernels, whole models; needs a GPU")
     found.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU if there is one")
-    found.add_argument("--json", metavar="F", help="write everything to a file; - is standard output, and the tables go to stderr")
+    found.add_argument("--json", metavar="F", help="write everything to a file; - is stdout, tables go to stderr then")
     return found
 
 
@@ -236,7 +236,8 @@ def run(argv: list[str]) -> None:
                 path.write_text(json.dumps(report, indent=1) + "\n")
     finally:  # what there is when something breaks off, too
         progress()
-        print(f"{about['card']}: copy {limits['copy_tb_s']:.4g} TB/s, matrix product {limits['matmul_tflop_s']:.4g} TFLOP/s", file=tables)
+        rates = f"copy {limits['copy_tb_s']:.4g} TB/s, matrix product {limits['matmul_tflop_s']:.4g} TFLOP/s"
+        print(f"{about['card']}: {rates}", file=tables)
         texts = (text for section in SECTIONS for text in table(section, report[section]))
         print(*filter(None, [about.get("note")]), *texts, sep="\n", file=tables)
 

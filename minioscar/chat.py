@@ -17,7 +17,7 @@ from . import strict_json as json
 from .cache import cache_bytes
 from .conversation import Conversation
 from .errors import Failure, UserError, said
-from .files import expand, replacing, stdin, stdin_as_text
+from .files import ZEROS, expand, replacing, stdin, stdin_as_text
 from .memory import size
 from .oscar import SCHEMES
 
@@ -69,11 +69,12 @@ class Lines:
             text = self._message()
             text.encode()
         except OSError as error:
-            raise UserError(f"standard input cannot be read ({error.strerror or error}); give it a file or a pipe (< F)") from None
+            why = error.strerror or error
+            raise UserError(f"standard input cannot be read ({why}); give it a file or a pipe (< F)") from None
         except UnicodeError:
             raise UserError("the message is not valid Unicode (was it UTF-8?); convert it to UTF-8") from None
         if "\0" in text:
-            raise UserError("the message holds zero bytes: no text, or UTF-16 without its byte order mark; convert it to UTF-8")
+            raise UserError(f"the message {ZEROS}")
         return text
 
     def _message(self) -> str:

@@ -57,16 +57,19 @@ is bound to the model, its weights and --kv, not to the device.""",
   python -m minioscar eval smollm2-135m --kv int2 --needle 512,1024 --drift 256""",
     "inspect": "example:\n  python -m minioscar inspect smollm2-135m --out report",
 }
-SAMPLING = {  # fields of Sampling: type, metavar, help; what is not given is taken from generation_config.json, see commands.sampled
+SAMPLING = {  # fields of Sampling: type, metavar, help; what is not given comes from generation_config.json (recommended.py)
     "temperature": (float, "T", "0 is greedy (the model's generation_config.json, else 0)"),
     "top_p": (float, "P", "nucleus sampling; 1: off (the model's, else 1)"),
     "top_k": (int, "K", "only the K likeliest tokens; 0: off (the model's, else 0)"),
     "min_p": (float, "P", "only tokens P times as likely as the likeliest; 0: off (the model's, else 0)"),
-    "repetition_penalty": (float, "R", "divides the logits of tokens that were there before, the prompt's too (the model's, else 1)"),
+    "repetition_penalty": (float, "R", "divides the logits of tokens that came before, the prompt's too (the model's, else 1)"),
     "presence_penalty": (float, "X", "taken from the logits of tokens that the answer has (0)"),
     "frequency_penalty": (float, "X", "the same, for each time that it has them (0)"),
     "seed": (int, "S", "of the random numbers (0)"),
 }
+
+
+Explain = Callable[[BaseException], tuple[int, str]]  # exit code and message of an error
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,7 +127,7 @@ def parser() -> Parser:
     generate.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text, or - for standard input; or use one of the files")
     generate.add_argument("--prompt-file", metavar="F", help="read the prompt from a text file; - is standard input")
     generate.add_argument("--prompts-file", metavar="F", help="many prompts, one a line of JSON; one line of JSON for each on stdout")
-    generate.add_argument("--system", metavar="TEXT", help="the system message before the prompt, or before each of --prompts-file")
+    generate.add_argument("--system", metavar="TEXT", help="the system message in front of the prompt, or of every prompt")
     generate.add_argument("--batch", type=int, default=8, metavar="B", help="prompts of --prompts-file that run at a time (8)")
     generate.add_argument("--n", type=int, default=1, metavar="N", help="answers to each prompt, drawn independently (1)")
     generate.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities of new tokens and the K likeliest; in JSON output")
@@ -141,7 +144,8 @@ def parser() -> Parser:
 
     cache = command("cache", "read a text once, for generate and chat --cache")
     cache.add_argument("--prompt-file", metavar="F", required=True, help="a text file; - is standard input")
-    cache.add_argument("--out", metavar="F", required=True, help="the file to write, such as book.kv.safetensors; - is standard output")
+    out = "the file to write, such as book.kv.safetensors; - is standard output"
+    cache.add_argument("--out", metavar="F", required=True, help=out)
     scheme(cache)
     device(cache)
     rendering(cache)
@@ -197,9 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     return run("minioscar", work, argv, explained)
 
 
-def run(
-    name: str, work: Callable[[list[str]], None], argv: list[str] | None, explain: Callable[[BaseException], tuple[int, str]]
-) -> int:
+def run(name: str, work: Callable[[list[str]], None], argv: list[str] | None, explain: Explain) -> int:
     """The exit code of a program's work on sys.argv, or on argv; every error in one line on stderr."""
     given = sys.argv[1:] if argv is None else argv
     with streams.prepared():

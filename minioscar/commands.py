@@ -84,7 +84,8 @@ def run_prompts(args: argparse.Namespace, options: Options) -> None:
         raise UserError(f"{args.prompts_file} {what}; a line is a JSON string or an object with \"prompt\", in UTF-8")
     engine, cache = loaded(args)
     options = sampled(options, args, engine)
-    lines = [line if line.error else replace(line, prompt=with_system(args.system, line.prompt, engine)) for line in lines]
+    system = args.system
+    lines = [line if line.error else replace(line, prompt=with_system(system, line.prompt, engine)) for line in lines]
     lines = [replace(line, settings=line_settings(line.settings, args, engine)) for line in lines]
 
     def piece(line: prompts.Line, index: int, text: str) -> None:
@@ -135,7 +136,8 @@ def run_chat(args: argparse.Namespace) -> None:
     engine, cache = loaded(args)
     conversation = Conversation(engine, system=args.system, cache=cache, ctx=args.ctx, template=template)
     options = sampled(options, args, engine)
-    chat.talk(conversation, {"sampling": options.sampling} | {name: getattr(options, name) for name in OPTIONS}, quiet=args.json)
+    asked = {name: getattr(options, name) for name in ("sampling", *OPTIONS)}
+    chat.talk(conversation, asked, quiet=args.json)
     if args.json:
         print(json.dumps(chat.summary(conversation)))
 
@@ -179,7 +181,8 @@ def wanted(args: argparse.Namespace) -> Options:
     from .generation import Options
     from .sampling import Sampling
 
-    return Options(sampling=Sampling(**given(args, Sampling)), graph=not getattr(args, "no_graph", False), **given(args, Options))
+    graph = not getattr(args, "no_graph", False)
+    return Options(sampling=Sampling(**given(args, Sampling)), graph=graph, **given(args, Options))
 
 
 def template_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -225,7 +228,8 @@ def with_system(system: str | None, prompt: str | list[Message], engine: Engine)
     if system is None or (not isinstance(prompt, str) and prompt[0]["role"] == "system"):
         return prompt
     if not engine.tokenizer.has_chat_template:
-        raise UserError(f"--system: {engine.folder.name} has no chat template to put a system message into; write it into the prompt")
+        why = f"{engine.folder.name} has no chat template to put a system message into"
+        raise UserError(f"--system: {why}; write it into the prompt")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return [{"role": "system", "content": system}, *messages]
 

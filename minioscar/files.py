@@ -24,10 +24,12 @@ MARKS = (  # UTF-32's little-endian mark begins with that of UTF-16
 )
 DESCRIPTOR = re.compile(r"/dev/std(out|err)|/(?:dev|proc/self)/fd/(\d+)")
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a loop of links"}
+ZEROS = "holds zero bytes: no text, or UTF-16 without its byte order mark; convert it to UTF-8"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def expand(path: str | Path) -> Path:
-    """The path with ~ and ~user expanded. Raises UserError for a path that names nothing, or a home that there is not."""
+    """The path with ~ and ~user expanded. Raises UserError for no name of a file, or a home that there is not."""
     found = os.path.expanduser(path)
     home, slash, _ = found.partition("/")
     if home.startswith("~") and slash and not os.path.isdir(home):
@@ -35,7 +37,7 @@ def expand(path: str | Path) -> Path:
     with contextlib.suppress(UnicodeError):  # half a surrogate pair, from a program
         if b"\0" not in os.fsencode(found) and found:
             return Path(found)
-    raise UserError(f"{str(path)!r} cannot be read or written: it is not the name of a file; name one")
+    raise UserError(f"{str(path)!r} is not the name of a file, and cannot be read or written; name one")
 
 
 # --- reading
@@ -44,14 +46,14 @@ def expand(path: str | Path) -> Path:
 def read_text(path: str) -> str:
     """A text file, or standard input for -, with \\n at the end of its lines, whether they ended in \\n, \\r\\n or \\r.
 
-    UTF-8, or what a byte order mark says: UTF-16 or UTF-32; the mark is taken off. Raises UserError where it cannot be read, is
-    not text in that encoding, or holds zero bytes.
+    UTF-8, or what a byte order mark says: UTF-16 or UTF-32; the mark is taken off. Raises UserError where it cannot be
+    read, is not text in that encoding, or holds zero bytes.
     """
     return decoded(read_bytes(path), path)
 
 
 def read_lines(path: str) -> list[bytes]:
-    """The lines of a file, or of standard input for -, in UTF-8 and without their ends; one that is not UTF-8 comes as it is."""
+    """The lines of a file, or of standard input for -, in UTF-8, without ends; what is not UTF-8 comes as it is."""
     data = read_bytes(path)
     if encoding_of(data).startswith("utf-8"):
         return data.removeprefix(codecs.BOM_UTF8).splitlines()
@@ -66,7 +68,7 @@ def read_bytes(path: str) -> bytes:
             while chunk := file.read(1 << 20):
                 data += chunk
                 if len(data) > MAX_TEXT:
-                    raise UserError(f"{path} has more than {MAX_TEXT >> 20} MiB, which no context holds; give a shorter text")
+                    raise UserError(f"{path} has more than {MAX_TEXT >> 20} MiB, which no context holds; shorten it")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); name a file") from None
     return bytes(data)
@@ -76,11 +78,12 @@ def decoded(data: bytes, name: str) -> str:
     """What `read_text` makes of a file's bytes."""
     encoding = encoding_of(data)
     if encoding == "utf-8" and b"\0" in data:
-        raise UserError(f"{name} holds zero bytes: no text, or UTF-16 without its byte order mark; convert it to UTF-8")
+        raise UserError(f"{name} {ZEROS}")
     try:
         text = data.decode(encoding)
     except UnicodeError as error:
-        raise UserError(f"{name} cannot be read as {encoding[:6].rstrip('-').upper()} text ({error}); convert it to UTF-8") from None
+        said = encoding.removesuffix("-sig").upper()
+        raise UserError(f"{name} cannot be read as {said} text ({error}); convert it to UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -97,12 +100,12 @@ def stdin() -> BinaryIO:
 
 
 def stdin_as_text() -> None:
-    """Makes sys.stdin read as `read_text` does, line by line; waits for the first byte. Raises OSError where it cannot be read."""
+    """Makes sys.stdin read as `read_text` does, line by line; waits for the first byte. Raises OSError."""
     sys.stdin.reconfigure(encoding=encoding_of(stdin().peek(4)), errors="strict", newline=None)
 
 
 def check_seekable(path: str | Path) -> Path:
-    """The path, expanded, of a file of which parts will be read. Raises UserError for -, and for what is there but no file."""
+    """The path, expanded, of a file of which parts will be read. Raises UserError for -, and for what is no file."""
     found = expand(path)
     if str(path) == "-" or found.exists() and not found.is_file():
         kind = "standard input" if str(path) == "-" else _kind(os.stat(found))
@@ -136,9 +139,10 @@ def _kind(found: os.stat_result) -> str:
 def replacing(path: str | Path, *, inputs: Iterable[str | Path] = (), mode: int | None = None) -> Iterator[Path]:
     """The path to write to; it becomes `path` when the block ends without an error, its bytes on disk first.
 
-    Symlinks are followed. A file that is replaced keeps its mode, a new one gets `mode`, or what the umask leaves of 0666. After a
-    crash or kill -9 a `.partial-...` file may be left, never half a `path`; the next write of `path` removes it. What is written
-    for - or /dev/stdout goes there at the end. inputs: as in `check_writable`, whose UserErrors are raised; Failure where writing failed.
+    Symlinks are followed. A file that is replaced keeps its mode, a new one gets `mode`, or what the umask leaves of
+    0666. After a crash or kill -9 a `.partial-...` file may be left, never half a `path`; the next write of `path`
+    removes it. What is written for - or /dev/stdout goes there at the end. inputs: as in `check_writable`, whose errors
+    are raised; Failure where writing failed.
     """
     target = check_writable(path, inputs)
     try:
@@ -178,8 +182,9 @@ def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
         if found and not stat.S_ISREG(found.st_mode):
             raise UserError(f"{path} is {_kind(found)}; name a file to write")
         if not target.parent.is_dir():
-            what = f"{target.parent} is not a folder" if target.parent.exists() else f"there is no folder {target.parent}; make it first"
-            raise UserError(f"{path}: {what}")
+            if target.parent.exists():
+                raise UserError(f"{path}: {target.parent} is not a folder; name another file")
+            raise UserError(f"{path}: there is no folder {target.parent}; make it first")
         if found and not _may_replace(target, found):
             raise UserError(f"{path} is write-protected; name another file")
         if found and any(other and os.path.samestat(found, other) for other in map(_stat, inputs)):
@@ -188,7 +193,7 @@ def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
         _create(_partial(target), target)
         _partial(target).unlink()
     except OSError as error:
-        kind = Failure if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+        kind = Failure if error.errno in FULL else UserError
         raise kind(f"{path}: cannot be written: {reason(error)}") from None
     return target
 
@@ -196,12 +201,12 @@ def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
 def reason(error: BaseException) -> str:
     """Why a file could not be written, and the way out."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split())
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
+    full = getattr(error, "errno", None) in FULL or "No space left" in text
     return f"{'the disk is full: ' * full}{text}; {'free space or ' * full}name another file"
 
 
 def descriptor(path: str | Path) -> int | None:
-    """The descriptor that - (standard output), /dev/stdout, /dev/stderr or /dev/fd/N (a process substitution) means; else None."""
+    """The descriptor that - (standard output), /dev/stdout, /dev/stderr or /dev/fd/N (of >(...)) means; else None."""
     if str(path) == "-":
         return 1
     match = DESCRIPTOR.fullmatch(str(path))
@@ -222,13 +227,14 @@ def _check_descriptor(path: str | Path, fd: int) -> None:
 def _write_through(source: Path, fd: int) -> None:
     if fd == 1 and sys.stdout is not None:
         sys.stdout.flush()
-    with open(source, "rb") as file, contextlib.nullcontext(sys.stdout.buffer) if fd == 1 else open(os.dup(fd), "wb") as out:
+    opened = contextlib.nullcontext(sys.stdout.buffer) if fd == 1 else open(os.dup(fd), "wb")
+    with open(source, "rb") as file, opened as out:
         shutil.copyfileobj(file, out, 1 << 20)
         out.flush()
 
 
 def _may_replace(target: Path, found: os.stat_result) -> bool:
-    """Whether this user may write the file, and rename another over it: in a sticky folder, such as /tmp, only what is theirs."""
+    """Whether this user may write the file, and rename another over it: in a sticky folder, as /tmp is, only theirs."""
     folder = os.stat(target.parent)
     ours = not folder.st_mode & stat.S_ISVTX or os.geteuid() in (0, found.st_uid, folder.st_uid)
     return os.access(target, os.W_OK) and ours
@@ -240,14 +246,14 @@ def _partial(target: Path) -> Path:
 
 
 def _create(partial: Path, target: Path, mode: int | None = None) -> int:
-    """Makes an empty file with the owner and mode of `target`, where that exists, and with `mode` where one is given; returns its mode."""
+    """Makes an empty file with `mode`, or with owner and mode of `target` where that exists; returns its mode."""
     partial.unlink(missing_ok=True)
     fd = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode)
     try:
         if mode is None and target.exists():
             old = os.stat(target)
             for give, of in ((os.fchown, (old.st_uid, old.st_gid)), (os.fchmod, (stat.S_IMODE(old.st_mode),))):
-                with contextlib.suppress(PermissionError):  # only root gives files away; some file systems have no modes
+                with contextlib.suppress(PermissionError):  # only root gives files away; not all disks have modes
                     give(fd, *of)
         return stat.S_IMODE(os.fstat(fd).st_mode)
     finally:

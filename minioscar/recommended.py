@@ -1,4 +1,4 @@
-"""The sampling that a model's authors recommend: what its generation_config.json says, read as transformers reads it."""
+"""The sampling that a model's authors recommend: its generation_config.json, read as transformers reads it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .sampling import Sampling
 
 FILE = "generation_config.json"
 FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-IMPLIED = {"temperature": 1.0, "top_k": 50}  # transformers' own, where do_sample is true and the file does not name them
+IMPLIED = {"temperature": 1.0, "top_k": 50}  # transformers' own, where do_sample is true and they are not named
 
 
 def recommended(folder: Path, given: dict[str, Any]) -> tuple[Sampling, list[str]]:
-    """Sampling with what is given, and else what the model's folder says; and lines that say what was taken from it, or not.
+    """Sampling with what is given, else what the model's folder says; and lines about what was taken from it, or not.
 
-    Without "do_sample": true the model is greedy unless a temperature is given. temperature 0 takes nothing from the file, not even
-    a repetition penalty. A value that cannot be is said and left out: it must not stop a run that did not ask for it.
+    Without "do_sample": true the model is greedy unless a temperature is given. temperature 0 takes nothing from the
+    file, not even a repetition penalty. A value that cannot be is said and left out: no run is stopped by it.
     """
     if given.get("temperature") == 0 or not (folder / FILE).is_file():
         return Sampling(**given), []

@@ -41,7 +41,7 @@ def check(folder: str | Path) -> None:
     except ImportError:
         raise UserError("inspect draws its figures with matplotlib, which is not installed; pip install 'minioscar[plot]'") from None
     if str(folder) == "-":
-        raise UserError("--out - would be standard output, but a report is a folder; name one, or give --json for the numbers on stdout")
+        raise UserError("--out - would be standard output, but a report is a folder; name one, or take --json instead")
     folder = expand(folder)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -12,7 +12,7 @@ from .errors import Failure, UserError
 
 
 class Stream:
-    """Standard output, whose errors end the work in one line; or, not `needed`, standard error, whose errors cost its messages alone."""
+    """Standard output, whose errors end the work; or, not `needed`, standard error, whose errors cost its messages."""
 
     def __init__(self, stream: TextIO, needed: bool):
         self.stream, self.needed = stream, needed
@@ -33,19 +33,20 @@ class Stream:
         try:
             call(*args)
         except OSError as error:
-            with contextlib.suppress(OSError, ValueError):  # what is still in its buffer would fail again when Python exits
+            with contextlib.suppress(OSError, ValueError):  # what its buffer holds would fail again when Python exits
                 sink = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(sink, self.stream.fileno())
                 os.close(sink)
             if isinstance(error, BrokenPipeError) and self.needed:
                 raise
             if self.needed:
-                raise Failure(f"standard output cannot be written: {error.strerror or error}; redirect it elsewhere") from None
+                why = error.strerror or error
+                raise Failure(f"standard output cannot be written: {why}; redirect it elsewhere") from None
 
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """sys.stdout and sys.stderr as `Stream`s, or silence for a closed stderr. No file that is opened later becomes descriptor 0, 1 or 2."""
+    """sys.stdout and sys.stderr as `Stream`s; a closed stderr is silence. Files never become descriptor 0, 1 or 2."""
     before = sys.stdout, sys.stderr
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -65,4 +66,4 @@ def prepared() -> Iterator[None]:
 def check_stdout() -> None:
     """Raises UserError where the shell closed standard output: there is no place for a result."""
     if sys.stdout is None:
-        raise UserError("standard output is closed, so there is no place for the result; redirect it, to /dev/null if need be")
+        raise UserError("standard output is closed: there is no place for the result; redirect it, even to /dev/null")
