@@ -19,7 +19,7 @@ import numpy as np
 
 from . import strict_json as json
 from .cache import Cache, left_after_cut, row_layout
-from .chat_template import Message, malformed
+from .chat_template import Message, flat, malformed
 from .config import Config
 from .errors import Failure, UserError
 from .files import check_seekable, reason, replacing
@@ -70,10 +70,11 @@ class PromptCache:
         """Whether this chat, of these ids, begins with what is held: its messages, the last of them perhaps going on, or its tokens."""
         if self.messages is None:
             return common(ids, self.ids) == len(self)
-        *before, last = self.messages
-        if list(messages[: len(before)]) != before or len(messages) <= len(before) or messages[len(before)]["role"] != last["role"]:
+        theirs, ours = ([{**message, "content": flat(message.get("content"))} for message in chat] for chat in (messages, self.messages))
+        *before, last = ours
+        if theirs[: len(before)] != before or len(theirs) < len(ours) or theirs[len(before)]["role"] != last["role"]:
             return False
-        content, held = messages[len(before)].get("content"), last.get("content")
+        content, held = theirs[len(before)]["content"], last["content"]
         return content == held or isinstance(content, str) and isinstance(held, str) and content.startswith(held)
 
     def followed_by(self, prompt: str) -> str | list[Message]:

@@ -397,6 +397,17 @@ def near(a, b) -> bool:
     return len(both) > 40 and all(abs(one[token] - two[token]) < 0.02 for token in both)
 
 
+def test_parts_of_messages_begin_as_a_cache_does_where_their_text_does(engine):
+    cache, text = engine.prefill([SYSTEM, HI]), [{"type": "text", "text": "the cat"}]
+    for content in (text, [*text, {"type": "text", "text": "so?"}], "the cat", "the cat so"):
+        messages = [{**SYSTEM, "content": [{"type": "text", "text": "the dog"}]}, {"role": "user", "content": content}]
+        answer = engine.generate(messages, cache=cache, max_tokens=1, logprobs=50)
+        assert near(answer, engine.generate(messages, max_tokens=1, logprobs=50)) and answer.prefilled_tokens < answer.prompt_tokens
+    for content in ([], [{"type": "text", "text": "the dog"}], text[0]["text"][:-1]):
+        refused(lambda content=content: engine.generate([SYSTEM, {"role": "user", "content": content}], cache=cache), "do not begin")
+    refused(lambda: engine.generate([SYSTEM], cache=cache), "do not begin")
+
+
 @pytest.mark.parametrize("change", ["template", "tokenizer"])
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_cache_under_another_tokenizer_or_template_is_read_again_as_far_as_it_differs(folder, engine, tmp_path, change, chat):
