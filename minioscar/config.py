@@ -239,7 +239,7 @@ class _Reader:
 def read_json(path: Path, why: str) -> dict[str, Any]:
     """The JSON object in `path`. Raises UserError, with `why` the file is needed, if it is missing or is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())  # with a byte order mark, or in UTF-16, too
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {why}") from None
     except (OSError, ValueError, RecursionError) as error:

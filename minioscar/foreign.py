@@ -8,6 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 TRANSFORMERS = "with transformers: {0}.from_pretrained('{1}').save_pretrained('{1}')"
+OURS = "model.safetensors", "model.safetensors.index.json"
+GONE = "is a link to a file that is gone; fetch the model again"
 WEIGHTS = (  # patterns of names, what it is, the way out
     (("adapter_model.*", "adapter_config.json"), "a LoRA adapter, no model", "merge it into its base model (peft)"),
     (("pytorch_model*.bin", "*.pth", "*.pt"), "pickled weights, which may run code", "convert it {0}"),
@@ -26,8 +28,10 @@ TOKENIZERS = (
 
 def weights(folder: Path) -> str | None:
     """What is there in place of model.safetensors or its index, and what to do; None for nothing that is known."""
-    if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+    if any((folder / name).exists() for name in OURS):
         return None
+    if gone := next((name for name in OURS if (folder / name).is_symlink()), None):
+        return f"{gone} {GONE}"
     for patterns, what, way_out in WEIGHTS:
         if name := _first(folder, patterns):
             way_out = way_out.format(TRANSFORMERS.format("AutoModelForCausalLM", folder))
@@ -37,6 +41,8 @@ def weights(folder: Path) -> str | None:
 
 def tokenizer(folder: Path) -> str | None:
     """The same of tokenizer.json."""
+    if (folder / "tokenizer.json").is_symlink():
+        return f"tokenizer.json {GONE}"
     for patterns, what in TOKENIZERS:
         if name := _first(folder, patterns):
             convert = TRANSFORMERS.format("AutoTokenizer", folder)

@@ -225,7 +225,7 @@ def _load(folder: Path) -> Any:
 def _json(path: Path) -> dict[str, Any]:
     """The object in the file, or {} if there is no such file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_bytes())  # with a byte order mark, or in UTF-16, too
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

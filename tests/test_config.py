@@ -220,6 +220,12 @@ def test_a_config_that_is_not_a_json_object_is_refused(tmp_path, text):
         Config.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_config_that_an_editor_saved_with_a_byte_order_mark_is_the_same(tmp_path, encoding):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG, indent=2), encoding=encoding)
+    assert Config.from_folder(tmp_path) == made()
+
+
 def test_a_missing_config_is_refused(tmp_path):
     with pytest.raises(UserError, match="config.json does not exist"):
         Config.from_folder(tmp_path)

@@ -179,6 +179,16 @@ def test_weights_of_another_form_are_named_with_a_way_out(folder, names, parts):
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", [FILE, INDEX, "tokenizer.json"])
+def test_a_link_into_a_cache_that_was_emptied_is_called_what_it_is(tmp_path, name):
+    folder = write_talker(tmp_path / "m", 1)
+    (folder / (name if name == "tokenizer.json" else FILE)).unlink()
+    (folder / name).symlink_to("../../blobs/4d7a")
+    with pytest.raises(UserError, match=f"{name} is a link to a file that is gone; fetch the model again"):
+        read(folder)
+        Tokenizer(folder)
+
+
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"
 LFS = "Git LFS pointer, not the file itself; run in its folder: git lfs pull"
 
