@@ -28,6 +28,8 @@ LAYER = {  # GGUF name within blk.N -> Hugging Face name within model.layers.N
     "ffn_down": "mlp.down_proj",
 }
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+NAMED = {name: f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom", "mask", "cls")}
+NAMED |= {"unk": "tokenizer.ggml.unknown_token_id", "pad": "tokenizer.ggml.padding_token_id", "sep": "tokenizer.ggml.seperator_token_id"}
 
 
 def convert(gguf_path: str | Path, out_dir: str | Path) -> None:
@@ -45,6 +47,9 @@ def convert(gguf_path: str | Path, out_dir: str | Path) -> None:
     shutil.copymode(out / "tokenizer.json", out / "model.safetensors")  # safetensors makes its file unreadable for others
     _write_json(out / "tokenizer_config.json", tokenizer_config)
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    ends = dict.fromkeys(fields[NAMED[name]] for name in ("eos", "eot", "eom") if NAMED[name] in fields)
+    if len(ends) > 1:  # the end of a turn is an end, too
+        special["eos_token_id"] = list(ends)
     _write_json(out / "generation_config.json", special)
     _write_json(out / "config.json", config)
 
@@ -236,18 +241,28 @@ def _tokenizer(path: Path, fields: dict[str, Any], max_length: int) -> tuple[Any
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None:
+    for name, key in NAMED.items():
+        if (token := fields.get(key)) is not None:
             if not (isinstance(token, int) and 0 <= token < len(tokens)):
                 raise UserError(f"{path}: the {name} token {token} is not among the {len(tokens)} tokens; the file is damaged")
             config[f"{name}_token"] = tokens[token]
-    if fields.get("tokenizer.ggml.add_bos_token") and "bos_token" in config:
-        bos = config["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokens.index(bos))])
-    if template := fields.get("tokenizer.chat_template"):
-        config["chat_template"] = template
+    added = {name: config.get(f"{name}_token") for name in ("bos", "eos") if fields.get(f"tokenizer.ggml.add_{name}_token")}
+    around = [(token, tokens.index(token)) for token in added.values() if token]
+    bos, eos = ([f"{added[name]}:0"] if added.get(name) else [] for name in ("bos", "eos"))
+    if around:
+        tokenizer.post_processor = processors.TemplateProcessing(single=[*bos, "$A:0", *eos], special_tokens=around)
+    templates = _templates(fields)
+    if templates:
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        config["chat_template"] = named if templates.keys() != {"default"} else templates["default"]
     return tokenizer, config
+
+
+def _templates(fields: dict[str, Any]) -> dict[str, str]:
+    """tokenizer.chat_template, and tokenizer.chat_template.NAME for what others there are."""
+    key = "tokenizer.chat_template"
+    found = {name.removeprefix(key)[1:] or "default": text for name, text in fields.items() if name == key or name.startswith(f"{key}.")}
+    return {name: text for name, text in found.items() if isinstance(text, str) and text}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

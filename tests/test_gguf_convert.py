@@ -107,6 +107,8 @@ def write_gguf(
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_chat_template(TEMPLATE)
+    for key, token in changes.get("more", {}).items():
+        {int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}[type(token)](f"tokenizer.{key}", token)
     for hf_name, x in weights.items():
         name = gguf_name(hf_name) if hf_name.endswith(".weight") else hf_name
         if "attn_q" in name or "attn_k" in name:
@@ -193,6 +195,24 @@ def test_the_tokenizer_splits_digits_and_knows_special_and_added_tokens(tmp_path
     assert tokenizer.decode(tokenizer.encode("a the 12<think><|im_end|>é")) == "a the 12<think>é"
     assert (tokenizer.eos_ids, tokenizer.bos_id) == ({2}, 1)
     assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == "<|im_start|>user\nHi<|im_end|>\n"
+
+
+def test_ends_of_turns_bos_eos_and_named_templates_are_those_of_the_file(tmp_path, weights):
+    more = {"ggml.eot_token_id": 3, "ggml.eom_token_id": 2, "ggml.add_bos_token": True, "ggml.add_eos_token": True, "ggml.cls_token_id": 1}
+    write_gguf(tmp_path / "m.gguf", weights, more=more | {"chat_template.tool_use": "tools {{ cls_token }}"})
+    converted(tmp_path / "m.gguf")
+    one = Tokenizer(tmp_path / "out")
+    assert one.eos_ids == {2, 3}
+    assert one.prompt_ids("the", chat=False) == [1, *one.encode("the"), 2]
+    messages = [{"role": "user", "content": "a"}]
+    assert one.chat(messages, template={"chat_template": "tool_use"}) == f"tools {one.bos_token}"
+    assert one.chat(messages) != one.chat(messages, template={"chat_template": "tool_use"})
+
+
+def test_an_end_of_turn_that_is_no_token_is_refused(tmp_path, weights):
+    write_gguf(tmp_path / "m.gguf", weights, more={"ggml.eot_token_id": 10**6})
+    with pytest.raises(UserError, match="the eot token 1000000 is not among"):
+        converted(tmp_path / "m.gguf")
 
 
 def test_whoever_may_read_one_file_may_read_all(tmp_path, weights):
