@@ -161,8 +161,8 @@ def talk(conversation: Conversation, options: dict[str, Any], quiet: bool = Fals
         _say("")
 
 
-def answer(conversation: Conversation, answer: Generator[str, None, None], quiet: bool = False) -> None:
-    """One turn; how it went goes to stderr."""
+def answer(conversation: Conversation, answer: Generator[str, None, None], quiet: bool = False, again: bool = False) -> None:
+    """One turn, or another answer in it; how it went goes to stderr."""
     with Stop() as stop, contextlib.closing(answer) as pieces:
         try:
             for piece in pieces:
@@ -176,7 +176,8 @@ def answer(conversation: Conversation, answer: Generator[str, None, None], quiet
     if not quiet:
         print(flush=True)
     if stop.asked and not stop.writing:
-        _say("[interrupted before the answer began; the message is not part of the conversation]")
+        left = "the old one stays" if again else "the message is not part of the conversation"
+        _say(f"[interrupted before the answer began; {left}]")
         return
     last, note = conversation.last, ""
     if stop.asked:
@@ -224,7 +225,7 @@ def retry(conversation: Conversation, options: dict[str, Any]) -> None:
     again = conversation.retry(**options)
     if options["sampling"].temperature == 0:
         _say("[temperature 0 is greedy: the answer will be the same; chat --temperature 0.7 draws others]")
-    answer(conversation, again)
+    answer(conversation, again, again=True)
 
 
 def undo(conversation: Conversation) -> None:

@@ -6,6 +6,7 @@ Everything heavy is imported by the command that needs it, so that --help and a 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -149,12 +150,13 @@ def run_cache(args: argparse.Namespace) -> None:
     from .cache import cache_bytes
     from .oscar import SCHEMES
 
-    to_stdout = descriptor(args.out) == 1
-    if to_stdout and (args.json or sys.stdout.isatty()):
-        way_out = "leave --json out" if args.json else "redirect it to a file"
-        raise UserError(f"--out {args.out} writes the cache to standard output; {way_out}")
+    stream = descriptor(args.out)
+    if stream == 1 and args.json:
+        raise UserError(f"--out {args.out} writes the cache to standard output; leave --json out")
     template = template_of(args)
     check_writable(args.out, inputs=[args.prompt_file])
+    if stream is not None and os.isatty(stream):
+        raise UserError(f"--out {args.out} would write the cache to a terminal; redirect it to a file")
     text = read_text(args.prompt_file)
     if not text:
         raise UserError(f"{args.prompt_file} is empty; give it some text")
@@ -166,10 +168,10 @@ def run_cache(args: argparse.Namespace) -> None:
     cache.save(args.out)
     report = {
         "file": str(expand(args.out)), "tokens": len(cache), "kv": engine.scheme.name, "kv_bytes": cache.nbytes,
-        "file_bytes": cache.nbytes if to_stdout else target.stat().st_size,
+        "file_bytes": target.stat().st_size if stream is None else cache.nbytes,
         "bf16_bytes": cache_bytes(engine.config, SCHEMES["bf16"], 1, len(cache)), "device": engine.ops.name, "prefill_s": seconds,
     }
-    if not to_stdout:
+    if stream != 1:
         print(json.dumps(report) if args.json else report["file"])
     if not args.json:
         sizes = f"{report['file_bytes'] / 1e6:.1f} MB, {report['bf16_bytes'] / report['kv_bytes']:.2f}x less cache than in bf16"

@@ -113,6 +113,8 @@ class Conversation:
         if not self._past:
             raise UserError("there is no answer yet to take back")
         self.messages, self.last = self._past.pop()[0], None
+        if self.cache is not None:  # what was taken back is neither counted nor saved
+            self._cut(self.engine.render(continued(self.messages, "a"), self.template))
 
     def _close(self) -> None:
         """An answer that was left standing has ended here."""
@@ -151,7 +153,7 @@ class Conversation:
         """The cache, cut to what it shares with `ids`; at least the last of them is left to feed."""
         if self.cache is None:
             self.cache, self.held = self.engine.new_cache(1, self.context), []
-        self.cache.truncate(0, min(common(ids, self.held), len(ids) - 1))
+        self.held = self.held[: self.cache.truncate(0, min(common(ids, self.held), len(ids) - 1))]
         return self.cache
 
     def reset(self) -> None:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minioscar import cli, evaluate, hub, ops, oscar
+from minioscar import cli, evaluate, flags, hub, ops, oscar
 from minioscar.cli import main
 from minioscar.generation import Options, Run
 from minioscar.sampling import Sampling
@@ -106,7 +106,7 @@ main([*sys.argv[1:], "--device", "cuda"])
 
 
 def test_every_example_of_the_help_is_a_command_that_parses(capsys):
-    texts = [cli.EXAMPLES, *cli.MORE_EXAMPLES.values()]
+    texts = [flags.EXAMPLES, *flags.MORE_EXAMPLES.values()]
     examples = [line.split("python -m minioscar ")[1] for text in texts for line in text.splitlines() if "python -m minioscar " in line]
     assert {example.split()[0] for example in examples} == set(cli.COMMANDS)
     for example in examples:
@@ -119,7 +119,7 @@ def test_every_example_of_the_help_is_a_command_that_parses(capsys):
 
 def test_help_names_every_scheme():
     """It is typed there, so that --help imports nothing."""
-    assert cli.SCHEMES.split(", ") == list(oscar.SCHEMES)
+    assert flags.SCHEMES.split(", ") == list(oscar.SCHEMES)
 
 
 def test_demo_prints_paris_on_stdout_and_statistics_on_stderr(smollm2, capsys):

@@ -302,6 +302,8 @@ def test_undo_takes_one_turn_after_another_back_as_if_they_had_not_been(folder, 
     for state in reversed(states):
         conversation.undo()
         assert conversation.messages == state and conversation.last is None
+        rendered = conversation.engine.render([*state, {"role": "user", "content": ""}])
+        assert common(rendered, conversation.held) == len(conversation.held) == conversation.cache.lengths[0]  # no more is held
     with pytest.raises(UserError, match="no answer yet to take back"):
         conversation.undo()
     greedy = {"max_tokens": 20, "sampling": Sampling()}

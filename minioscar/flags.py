@@ -1,0 +1,165 @@
+"""What can be given to each command: names, types and help of its options, and its examples. cli.py makes a parser of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Flag = tuple[str, dict[str, Any]]  # its name and what argparse is to know of it
+
+SCHEMES = (
+    "bf16, kivi, quarot, rotation, scaling, ott, turboquant, oscar, int2, int2-compact, int2-shaped, int2-compact-shaped, int4"
+)
+EXAMPLES = """examples:
+  python -m minioscar generate smollm2-135m "The capital of France is" --raw
+  python -m minioscar chat Qwen/Qwen3-0.6B
+  python -m minioscar cache Qwen/Qwen3-0.6B --prompt-file book.txt --out book.kv.safetensors
+  python -m minioscar generate Qwen/Qwen3-0.6B "Who is the narrator?" --cache book.kv.safetensors
+  python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024
+  python -m minioscar inspect smollm2-135m --out report
+  python -m minioscar info smollm2-135m --ctx 8192 --batch 4
+
+MODEL is a folder, a name under weights/, or a Hugging Face id; smollm2-135m is built in. COMMAND --help has examples of each."""
+MORE_EXAMPLES = {
+    "generate": """examples:
+  python -m minioscar generate smollm2-135m "Tell me about Paris" --temperature 0.7 --top-p 0.9 --seed 3
+  cat question.txt | python -m minioscar generate Qwen/Qwen3-0.6B -
+  python -m minioscar generate smollm2-135m "1, 2, 3," --raw --stop 10 --json --logprobs 3
+  python -m minioscar generate smollm2-135m --prompts-file prompts.jsonl --batch 16 > answers.jsonl
+  python -m minioscar generate smollm2-135m "And the second chapter?" --cache book.kv.safetensors
+
+A line of prompts.jsonl is a JSON string or {"prompt": "...", "id": ...} or {"messages": [{"role": "user", "content": "..."}]}, with
+"system" and settings of its own: "max_tokens", "temperature", "seed", "stop", "n" and so on, as the options are called. A line that
+fails becomes {"line": N, "error": "..."} and the others go on.""",
+    "chat": """examples:
+  python -m minioscar chat smollm2-135m --system "Answer in one sentence."
+  python -m minioscar chat smollm2-135m --cache book.kv.safetensors
+  printf 'Hello\\nWhat did I say?\\n' | python -m minioscar chat smollm2-135m
+
+In the conversation, /help lists the commands: /retry, /undo, /reset, /save FILE, /stats, /exit.
+Ctrl-C stops an answer and keeps the conversation.""",
+    "cache": """examples:
+  python -m minioscar cache Qwen/Qwen3-0.6B --prompt-file book.txt --out book.kv.safetensors
+  python -m minioscar generate Qwen/Qwen3-0.6B "Who is the narrator?" --cache book.kv.safetensors
+  python -m minioscar chat Qwen/Qwen3-0.6B --cache book.kv.safetensors
+
+The text is read once; what --cache goes on with is read behind it: in the same message of a chat, or (--raw) in the same text. The file
+is bound to the model, its weights and --kv, not to the device.""",
+    "pull": "example:\n  python -m minioscar pull Qwen/Qwen3-0.6B",
+    "info": "example:\n  python -m minioscar info Qwen/Qwen3-0.6B --ctx 32768 --batch 8",
+    "eval": """examples:
+  python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024 --windows 3 --json
+  python -m minioscar eval smollm2-135m --kv int2 --needle 512,1024 --drift 256""",
+    "inspect": "example:\n  python -m minioscar inspect smollm2-135m --out report",
+}
+
+
+def flag(name: str, help: str, metavar: str | None = None, **how: Any) -> Flag:
+    return name, {"help": help, **({} if metavar is None else {"metavar": metavar}), **how}
+
+
+def number(name: str, help: str, metavar: str, default: int | None = None, type: type = int) -> Flag:
+    return flag(name, help, metavar, type=type, default=default)
+
+
+def switch(name: str, help: str, **how: Any) -> Flag:
+    return flag(name, help, **({"action": "store_true"} | how))
+
+
+def several(name: str, help: str, metavar: str, **how: Any) -> Flag:
+    return flag(name, f"{help}; may be given several times", metavar, action="append", default=[], **how)
+
+
+EVERY = [
+    flag("model", "folder, name under weights/, or Hugging Face id", "MODEL"),
+    switch("--json", "print one JSON object on stdout"),
+    switch("--debug", "show the traceback of an error; look for NaN in every operation"),
+]
+DEVICE = flag("--device", "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"), default="auto")
+SCHEME = flag("--kv", f"how the KV cache is kept: {SCHEMES} (int2, or that of --cache)", "SCHEME")
+TEXT = flag("--text", "a text file, - for standard input (the topics of Python's help)", "F")
+RENDERING = [  # argparse lets one of them be given
+    switch("--chat", "render the chat template (default for a model that has one)", default=None),
+    switch("--raw", "plain continuation", action="store_false", dest="chat"),
+]
+VARIABLE = "a variable of the chat template, such as enable_thinking=false; the value is JSON, else text"
+TEMPLATE = several("--template-arg", VARIABLE, "NAME=VALUE")
+SAMPLING = [  # fields of Sampling; what is not given is taken from the model's generation_config.json (recommended.py)
+    number("--temperature", "0 is greedy (the model's generation_config.json, else 0)", "T", type=float),
+    number("--top-p", "nucleus sampling; 1: off (the model's, else 1)", "P", type=float),
+    number("--top-k", "only the K likeliest tokens; 0: off (the model's, else 0)", "K"),
+    number("--min-p", "only tokens P times as likely as the likeliest; 0: off (the model's, else 0)", "P", type=float),
+    number(
+        "--repetition-penalty", "divides the logits of tokens that came before, the prompt's too (the model's, else 1)", "R", type=float
+    ),
+    number("--presence-penalty", "taken from the logits of tokens that the answer has (0)", "X", type=float),
+    number("--frequency-penalty", "the same, for each time that it has them (0)", "X", type=float),
+    number("--seed", "of the random numbers (0)", "S"),
+]
+
+
+def answering(max_tokens: int, ctx: str) -> list[Flag]:
+    """What generate and chat share."""
+    return [
+        flag("--cache", "go on from a prompt cache that the command cache, or /save in a chat, wrote", "F"),
+        SCHEME,
+        number("--max-tokens", f"stop after so many new tokens ({max_tokens})", "N", max_tokens),
+        *SAMPLING,
+        several("--stop", "end before this text", "S"),
+        several("--stop-id", "end at this token id", "ID", type=int, dest="stop_ids"),
+        number("--min-tokens", "no end before so many new tokens (0)", "N", 0),
+        switch("--ignore-eos", "go on behind the model's end tokens, as far as --max-tokens"),
+        number("--ctx", f"capacity of the cache in tokens ({ctx})", "N"),
+        DEVICE,
+        TEMPLATE,
+    ]
+
+
+FLAGS: dict[str, tuple[str, list[Flag]]] = {
+    "generate": ("continue a prompt, or answer it", [
+        flag("prompt", "the text, or - for standard input; or use one of the files", "PROMPT", nargs="?"),
+        flag("--prompt-file", "read the prompt from a text file; - is standard input", "F"),
+        flag("--prompts-file", "many prompts, one a line of JSON; one line of JSON for each on stdout", "F"),
+        flag("--system", "the system message in front of the prompt, or of every prompt", "TEXT"),
+        number("--batch", "prompts of --prompts-file that run at a time (8)", "B", 8),
+        number("--n", "answers to each prompt, drawn independently (1)", "N", 1),
+        number("--logprobs", "log-probabilities of new tokens and the K likeliest; in JSON output", "K"),
+        switch("--no-graph", "on a GPU: a step's kernels one by one, not one graph; the same bits"),
+        switch("--stream", "with JSON output: a line for each piece of text, then the whole object"),
+        *answering(256, "what prompt and --max-tokens need, or what fits into memory"),
+        *RENDERING,
+    ]),
+    "chat": ("a conversation in the terminal, its cache kept between turns", [
+        flag("--system", "the system message", "TEXT"),
+        *answering(1024, "the model's, or what fits into memory"),
+    ]),
+    "cache": ("read a text once, for generate and chat --cache", [
+        flag("--prompt-file", "a text file; - is standard input", "F", required=True),
+        flag("--out", "the file to write, such as book.kv.safetensors; - is standard output", "F", required=True),
+        SCHEME, DEVICE, *RENDERING, TEMPLATE,
+    ]),
+    "pull": ("fetch a model into weights/", []),
+    "info": ("shapes, parameters, bytes per token and scheme, the longest context that fits", [
+        number("--ctx", "context of the cache sizes (the model's)", "N"),
+        number("--batch", "sequences in the cache (1)", "B", 1),
+        DEVICE,
+    ]),
+    "eval": ("fidelity of the schemes on a text: NLL, KL and top-1 agreement against the unquantized run", [
+        TEXT,
+        number("--prefill", "tokens of the prompt (1024)", "P", 1024),
+        number("--decode", "tokens decoded, teacher-forced (512)", "T", 512),
+        number("--windows", "stretches of the text, one after the other (1)", "N", 1),
+        flag("--kv", f"schemes: {SCHEMES}", "A,B,C", default="kivi,oscar,int2,int2-compact"),
+        flag(
+            "--needle", "also retrieve passkeys from so many tokens of the text (512,1024,2048)", "N,N", nargs="?", const="512,1024,2048"
+        ),
+        number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),
+        DEVICE,
+    ]),
+    "inspect": ("token norms, spread inside groups, sinks and errors per scheme: a report with figures", [
+        TEXT,
+        number("--tokens", "of the text's beginning, a multiple of 128 (1024)", "N", 1024),
+        flag("--kv", f"schemes: {SCHEMES}", "A,B,C", default="kivi,rotation,scaling,oscar,int2,int2-shaped"),
+        flag("--out", "folder for report.html and report.json (report)", "DIR", default="report"),
+        DEVICE,
+    ]),
+}  # fmt: skip
