@@ -1,144 +1,45 @@
-// sample.cu: the next token of every sequence, from its logits: what sampling.py does, on the device.
+// sample.cu: the next token of every sequence from its logits: what sampling.py does, on the device.
 //
-//   temperature 0: the largest logit, the first of equal ones. Else p = exp((logit - max) / temperature), cut by top-k, top-p and min-p
-//   in this order, and of the tokens that are in the one whose (logit - max) / temperature - log(e) is largest (Gumbel-max), the first of
-//   equal ones. Before all that: penalties, and end tokens are out until there are min_tokens tokens.
+//   1. Penalties; end tokens are excluded before step min_tokens.
+//   2. temperature 0: the largest logit, the first of equal ones.
+//   3. Else p = exp((logit - max) / temperature); top-k, top-p and min-p, in this order, decide which tokens are kept,
+//      and the kept token with the largest (logit - max) / temperature - log(e) is drawn (Gumbel-max; the first of
+//      equal ones).
 //
-// logits float32 [batch][vocab]; every row has Settings of its own. e = -log(1 - v), v = (word >> 11) / 2^53, at least 2^-54: token i has word
-// i % 4 of block i / 4 of Philox4x64-10 (Salmon et al., SC 2011) under `seed`, at the row's [sequence, step], as NumPy counts them.
-// tokens[i] = -1 where a logit is NaN or the largest is infinite. So a draw depends on the row alone, and on no order of threads or blocks.
+// logits float32 [batch][vocab]. Every row has its own Settings. tokens[row] = -1 where a logit is NaN or the largest
+// is infinite. e = -log(1 - v), v = max((word >> 11) / 2^53, 2^-54); token i has word i % 4 of block i / 4 of
+// Philox4x64-10 (Salmon et al., SC 2011) under the row's seed at [sequence, step], in NumPy's order. A row's draw
+// depends on nothing but the row: not on its neighbours, nor on the order of threads and blocks.
 //
-// e and its logarithm are float32, made from v or from 1 - v, whichever is smaller and therefore exact to a relative 2^-24. With distances
-// of up to 60 octaves a score is off by less than 2^-17, so that the token is another one than in float64 where the two largest scores are
-// nearer than that: a few draws in a million.
+// Precision: e and its logarithm are float32, since float64 is slow on most cards. They are computed from v or from 1
+// - v, whichever is smaller, which float32 holds to a relative 2^-24. With distances of up to 60 octaves a score is
+// off by less than 2^-15 octaves: the token differs from float64's only where the two largest scores are nearer than
+// that, which is less than one draw in 10,000.
 //
-// For top-p p is kept as a whole number of 2^-40 of the largest: sums are exact, so equal in every order. (A token below 2^-41 is then out.)
-// Tokens stand in bins by how far p is below the largest: 24 bins an octave, 42 octaves; with top-k or top-p what is beyond is out.
-// The launches:
-//   sample_adjust  of penalties and min_tokens: logits to a buffer of their own. It counts the token that the step was fed with.
-//   sample_max     the largest logit; of top-k the last bin that is needed, since the k-th largest of the maxima of groups of tokens is not
-//                  above the k-th largest token. A greedy token needs nothing else.
-//   sample_mass    of top-p without top-k: the sum of p of every bin, and so the bin in which top-p cuts.
-//   sample_draw    bins before `first` are in, those after `last` out; the few tokens between go to a list, where the cut is found exactly.
-//                  Each block finds the largest score of its tokens that are in, the last one that of these and of the list's.
-// Each: grid (parts of PART tokens, batch), 256 threads, a thread's tokens four neighbours at a time; each reads the logits once, and the last
-// block of a row goes on alone. A list that is too long (8,192) is no list: that block reads the row itself, slowly.
+// For top-p, p is an integer multiple of 2^-40 of the largest, so sums are exact in every order; a token below 2^-41
+// has mass 0. Tokens are counted in bins by how far p is below the largest: 24 bins an octave, 42 octaves; with top-k
+// or top-p a token beyond the last bin is not kept.
+// Launches:
+//   sample_adjust  only with penalties or min_tokens: adjusted logits to a buffer of their own. It counts the token
+//                  that the step was fed with.
+//   sample_max     the largest logit; for top-k also the last bin that can hold kept tokens: the k-th largest of the
+//                  maxima of groups of tokens is not above the k-th largest token. Greedy rows end here.
+//   sample_mass    only with top-p without top-k: the sum of p of every bin, and so the bin in which top-p cuts.
+//   sample_draw    tokens in bins before `first` are kept, those after `last` are not; the few between go to a list, in
+//                  which the cut is found exactly. Each block reduces the scores of its kept tokens to their maximum;
+//                  the last block adds the list's.
+// Each: grid (blocks of PART tokens, batch), 256 threads; a thread has groups of four neighbouring tokens. Each reads
+// the logits once; the last block of a row to finish does the rest. If the list (8,192) is too short, that block reads
+// the whole row again, slowly.
 //
 // Set by -D: TOKENS, of a thread, a multiple of 4.
-#include "device.cuh"
+#include "sample.cuh"
 
-constexpr int THREADS = 256, WARPS = THREADS / 32, PART = THREADS * TOKENS;
-constexpr int BINS = 1024, LIST = 8192, GROUPS = THREADS / 8;  // groups of a part: 8 lanes' tokens each
+constexpr int PART = THREADS * TOKENS, BINS = 1024, LIST = 8192;
+constexpr int GROUPS = THREADS / 8;  // of a block, for top-k: the tokens of 8 lanes each
 constexpr float BINS_PER_OCTAVE = 24.f;
-constexpr int ALL = BINS + 1;                              // `first` where neither top-k nor top-p cuts
-constexpr float NEVER_DRAWN = -60.f;                       // octaves: e is at least 2^-54, and of the likeliest token below 2^5.2
-constexpr unsigned FULL = 0xffffffffu;
-
-struct Settings {  // of a row, raw_dense.SETTINGS
-  uint64_t seed;
-  double top_p;
-  float scale, min_p;  // scale: log2(e) / temperature, 0 where that is 0
-  int top_k;
-  unsigned sequence;
-  float repetition, presence, frequency;
-  int min_tokens;
-
-  __device__ __forceinline__ bool penalizes() const { return repetition != 1.f || presence != 0.f || frequency != 0.f; }
-};
-
-// Order-preserving: a < b as floats where key(a) < key(b); NaN above all.
-__device__ __forceinline__ uint32_t key(float x) {
-  const uint32_t bits = __float_as_uint(x + 0.f);  // -0 is 0
-  return x != x ? ~0u : bits ^ (bits >> 31 ? ~0u : 0x80000000u);
-}
-__device__ __forceinline__ float logit_of(uint32_t key) { return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key); }
-// Larger for the larger logit and, of equal ones, for the smaller id.
-__device__ __forceinline__ uint64_t value(float logit, int id) { return (uint64_t)key(logit) << 32 | (0xffffffffu - id); }
-
-__device__ __forceinline__ uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
-
-// The sum over the block, and over the threads before this one.
-__device__ __forceinline__ uint64_t block_sum(uint64_t x, uint64_t* before = nullptr) {
-  __shared__ uint64_t warps[WARPS];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint64_t own = x;
-  for (int n = 1; n < 32; n *= 2) {
-    const uint64_t left = __shfl_up_sync(FULL, x, n);
-    if (lane >= n) x += left;
-  }
-  __syncthreads();  // whoever reads the last sums is through
-  if (lane == 31) warps[warp] = x;
-  __syncthreads();
-  uint64_t total = 0, ahead = 0;
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) ahead += w < warp ? warps[w] : 0, total += warps[w];
-  if (before) *before = ahead + x - own;
-  return total;
-}
-
-// Sums of 64 bits in shared memory, by the atomics of 32 bits that there are: whoever makes the lower half run over adds the carry.
-template <int N>
-struct Histogram {
-  uint32_t low[N], high[N];
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < N / THREADS; i++) low[i * THREADS + threadIdx.x] = high[i * THREADS + threadIdx.x] = 0;
-  }
-  __device__ __forceinline__ void add(int i, uint64_t x) {
-    const uint32_t old = atomicAdd(low + i, (uint32_t)x), carry = old + (uint32_t)x < old, upper = (uint32_t)(x >> 32) + carry;
-    if (upper) atomicAdd(high + i, upper);
-  }
-  __device__ __forceinline__ uint64_t at(int i) const { return (uint64_t)high[i] << 32 | low[i]; }
-};
-
-// Of numbers of which thread t has EACH * t + {0 ... EACH - 1}: the first at which their sum from 0 on reaches `wanted` (-1: none does), that
-// number, and the sum of those before it.
-struct Reached { int at; uint64_t before, own; };
-template <int EACH>
-__device__ __forceinline__ Reached reach(const uint64_t (&own)[EACH], uint64_t wanted) {
-  __shared__ Reached found;
-  uint64_t sum = 0, before;
-#pragma unroll
-  for (int i = 0; i < EACH; i++) sum += own[i];
-  const uint64_t total = block_sum(sum, &before);
-  if (total < wanted) return {-1, total, 0};
-  if (before < wanted && before + sum >= wanted) {
-    int at = EACH * threadIdx.x;
-    uint64_t here = 0;
-#pragma unroll
-    for (int i = 0; i < EACH; i++)
-      if (before < wanted) before += here = own[i], at = EACH * threadIdx.x + i;
-    found = {at, before - here, here};
-  }
-  __syncthreads();
-  return found;
-}
-
-// The largest bound of bits 63 ... `end` such that the weights of the entries of at least this value reach `wanted`, or a smaller one that no
-// other entry of a weight passes; 0 if all together do not. weigh(i, value) sets entry i's value and returns its weight. Eight bits a round.
-template <class Weigh>
-__device__ __forceinline__ uint64_t bound_of(int n, int end, uint64_t wanted, Weigh weigh) {
-  __shared__ Histogram<256> digits;
-  uint64_t bound = 0;
-#pragma unroll 1
-  for (int shift = 56; shift >= end; shift -= 8) {
-    digits.clear();
-    __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n; i += THREADS) {
-      uint64_t value;
-      const uint64_t weight = weigh(i, value);
-      if (weight && value >> shift >> 8 == bound >> shift >> 8) digits.add(255 - (int)(value >> shift & 255), weight);
-    }
-    __syncthreads();
-    const Reached digit = reach({digits.at(threadIdx.x)}, wanted);  // the largest digit first
-    if (digit.at < 0) return 0;
-    bound |= (uint64_t)(255 - digit.at) << shift;
-    wanted -= digit.before;
-    if (wanted == digit.own) break;  // every entry that begins like this is needed
-  }
-  return bound;
-}
+constexpr int ALL = BINS + 1;  // `first` where neither top-k nor top-p cuts
+constexpr float NEVER_DRAWN = -60.f;  // octaves: e is at least 2^-54, and of the likeliest token below 2^5.2
 
 struct State {  // of a row, from launch to launch
   uint64_t wanted;      // of top-p without top-k: what the tokens of bin `first` are to add to those before them
@@ -147,8 +48,8 @@ struct State {  // of a row, from launch to launch
   int arrived, listed;  // zero before and after a launch
 };
 
-// Workspace, `words` of 64 bits a row, zero at first: State, sums of bins (zero before and after), a number of each part, maxima of groups,
-// the list. raw_dense.sample_words.
+// Workspace, `words` of 64 bits a row, zero at first: State, sums of bins (zero before and after), a number of each
+// block, maxima of groups, the list. raw_dense.sample_words.
 struct Row {
   const float* logits;
   const Settings* settings;  // written once, long ago
@@ -160,20 +61,29 @@ struct Row {
   float max, scale;
 
   __device__ __forceinline__ Row(const float* all, const uint64_t* rows, uint64_t* workspace, int words, int vocab)
-      : logits(all + (size_t)blockIdx.y * vocab), settings((const Settings*)rows + blockIdx.y), vocab(vocab), max(0.f), scale(settings->scale) {
+      : logits(all + (size_t)blockIdx.y * vocab), settings((const Settings*)rows + blockIdx.y), vocab(vocab), max(0.f),
+        scale(settings->scale) {
     uint64_t* own = workspace + (size_t)blockIdx.y * words;
-    state = (State*)own, bins = own + sizeof(State) / 8, parts = bins + BINS, maxima = (float*)(parts + gridDim.x);
+    state = (State*)own;
+    bins = own + sizeof(State) / 8;
+    parts = bins + BINS;
+    maxima = (float*)(parts + gridDim.x);
     list = (uint64_t*)(maxima + gridDim.x * GROUPS);
   }
 
-  static __device__ __forceinline__ int id(int i) { return blockIdx.x * PART + (i / 4 * THREADS + threadIdx.x) * 4 + i % 4; }
+  static __device__ __forceinline__ int id(int i) {
+    return blockIdx.x * PART + (i / 4 * THREADS + threadIdx.x) * 4 + i % 4;
+  }
   __device__ __forceinline__ void load(float (&x)[TOKENS]) const {
     const float out = -__uint_as_float(0x7f800000u);
     if (vocab % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < TOKENS; i += 4) {
         const float4 four = id(i) < vocab ? __ldcg((const float4*)(logits + id(i))) : make_float4(out, out, out, out);
-        x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+        x[i] = four.x;
+        x[i + 1] = four.y;
+        x[i + 2] = four.z;
+        x[i + 3] = four.w;
       }
     } else {
 #pragma unroll
@@ -207,57 +117,14 @@ struct Row {
   }
 };
 
-struct Words {
-  uint64_t a, b, c, d;
-  __device__ __forceinline__ uint64_t at(int i) const { return i < 2 ? (i == 0 ? a : b) : i == 2 ? c : d; }
-};
-
-// What NumPy's Philox(key=seed, counter=[0, 0, sequence, step]) gives 4 * block numbers later: it counts up before it draws.
-__device__ __forceinline__ Words philox(uint64_t seed, uint64_t block, uint64_t sequence, uint64_t step) {
-  uint64_t c[4] = {block + 1, 0, sequence, step}, k[2] = {seed, 0};
-#pragma unroll 1
-  for (int round = 0; round < 10; round++) {
-    const uint64_t m0 = 0xD2E7470EE14C6C93ull, m1 = 0xCA5A826395121157ull;
-    const uint64_t high0 = __umul64hi(m0, c[0]), high1 = __umul64hi(m1, c[2]), low0 = m0 * c[0], low1 = m1 * c[2];
-    c[0] = high1 ^ c[1] ^ k[0], c[1] = low1, c[2] = high0 ^ c[3] ^ k[1], c[3] = low0;
-    k[0] += 0x9E3779B97F4A7C15ull, k[1] += 0xBB67AE8584CAA73Bull;
-  }
-  return {c[0], c[1], c[2], c[3]};
-}
-
-// log2(e) of the header.
-__device__ __forceinline__ float log2_exponential(uint64_t word) {
-  const uint64_t above = word >> 11, one = 1ull << 53;
-  const float unit = 1.1102230246251565e-16f;  // 2^-53
-  const bool small = above < one / 2;
-  const float v = fmaxf((float)(small ? above : one - above), 0.5f) * unit;  // or 1 - v
-  return log2f(small ? -log1pf(-v) : -logf(v));
-}
-
-// How much of `total` top-p is to keep.
-__device__ __forceinline__ uint64_t part_of(double top_p, uint64_t total) {
-  const uint64_t wanted = (uint64_t)ceil(top_p * (double)total);
-  return wanted < total ? wanted : total;
-}
-
-__device__ __forceinline__ uint64_t block_max(uint64_t x) {
-  __shared__ uint64_t warps[WARPS];
-  for (int other = 1; other < 32; other *= 2) x = larger(x, __shfl_xor_sync(FULL, x, other));
-  __syncthreads();  // whoever reads the last maxima is through
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) x = larger(x, warps[w]);
-  return x;
-}
-
-// ends int [batch][width], -1 where there are no more; history int [batch][vocab]: 2 * times drawn + (1 if the prompt has it), null without
-// penalties. The operations are rounded one by one, as NumPy does them.
+// ends int [batch][width], -1 where there are no more; history int [batch][vocab]: 2 * times drawn + (1 if the prompt
+// has it), null without penalties. Every operation is rounded by itself, as in NumPy.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-sample_adjust(const float* logits, const uint64_t* rows, const int* steps, const int* tokens, const int* ends, int width, int* history,
-              float* adjusted, int vocab) {
+sample_adjust(const float* logits, const uint64_t* rows, const int* steps, const int* tokens, const int* ends,
+              int width, int* history, float* adjusted, int vocab) {
   const Settings& s = ((const Settings*)rows)[blockIdx.y];
-  wait_for_previous(), allow_next();
+  wait_for_previous();
+  allow_next();
   const size_t row = (size_t)blockIdx.y * vocab;
   const bool penalizes = history && s.penalizes();
   const int fed = tokens[blockIdx.y];
@@ -277,13 +144,16 @@ sample_adjust(const float* logits, const uint64_t* rows, const int* steps, const
   }
   if (steps[blockIdx.y] >= s.min_tokens) return;
   __syncthreads();
-  for (int i = threadIdx.x; i < width; i += THREADS)
-    if (const int id = ends[blockIdx.y * width + i]; id >= 0 && id / PART == (int)blockIdx.x) adjusted[row + id] = -__uint_as_float(0x7f800000u);
+  for (int i = threadIdx.x; i < width; i += THREADS) {
+    const int id = ends[blockIdx.y * width + i];
+    if (id >= 0 && id / PART == (int)blockIdx.x) adjusted[row + id] = -__uint_as_float(0x7f800000u);
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 sample_max(const float* logits, const uint64_t* rows, uint64_t* workspace, int words, int* tokens, int vocab) {
-  wait_for_previous(), allow_next();
+  wait_for_previous();
+  allow_next();
   __shared__ Histogram<BINS> histogram;
   Row row(logits, rows, workspace, words, vocab);
   const int top_k = row.settings->top_k;
@@ -322,7 +192,9 @@ sample_max(const float* logits, const uint64_t* rows, uint64_t* workspace, int w
   }
   if (threadIdx.x > 0) return;
   if (row.scale == 0.f || !finite) tokens[blockIdx.y] = finite ? likeliest : -1;
-  row.state->max = row.max, row.state->first = top_k > 0 ? 0 : ALL, row.state->last = last;
+  row.state->max = row.max;
+  row.state->first = top_k > 0 ? 0 : ALL;
+  row.state->last = last;
 }
 
 // bins: those after so many are out, whatever the logits; raw_dense.py has the reason.
@@ -336,7 +208,8 @@ sample_mass(const float* logits, const uint64_t* rows, uint64_t* workspace, int 
   if (cuts) row.load(x);  // two launches old
   histogram.clear();
   __syncthreads();
-  wait_for_previous(), allow_next();
+  wait_for_previous();
+  allow_next();
   if (!cuts || !row.take_max()) return;
   uint64_t sum = 0;
 #pragma unroll
@@ -360,24 +233,72 @@ sample_mass(const float* logits, const uint64_t* rows, uint64_t* workspace, int 
 #pragma unroll
   for (int i = 0; i < BINS / THREADS; i++) {
     uint64_t& bin = row.bins[BINS / THREADS * threadIdx.x + i];
-    own[i] = bin, bin = 0;
+    own[i] = bin;
+    bin = 0;
   }
   const uint64_t wanted = part_of(top_p, total);
   const Reached reached = reach(own, wanted);
-  if (threadIdx.x == 0) row.state->wanted = wanted - reached.before, row.state->first = row.state->last = reached.at;
+  if (threadIdx.x > 0) return;
+  row.state->wanted = wanted - reached.before;
+  row.state->first = row.state->last = reached.at;
+}
+
+// Of a row, by its last block: the tokens between `first` and `last`, of which some are in.
+struct Candidates {
+  const Row& row;
+  const int first, last;
+  bool listed;
+  int n;
+
+  __device__ __forceinline__ Candidates(const Row& row, int first, int last)
+      : row(row), first(first), last(last), listed(row.state->listed <= LIST),
+        n(listed ? row.state->listed : row.vocab) {}
+  __device__ __forceinline__ uint64_t value_of(int i) const {  // 0: none
+    if (listed) return row.list[i];
+    const int bin = row.bin(row.logits[i]);
+    return bin >= first && bin <= last ? value(row.logits[i], i) : 0;
+  }
+};
+
+// Candidates of a value below this are out.
+__device__ __forceinline__ uint64_t cut(const Row& row, const Candidates& all) {
+  const Settings& s = *row.settings;
+  uint64_t edge = 0;
+  if (s.top_k > 0)
+    edge = bound_of(all.n, 32, s.top_k, [&](int i, uint64_t& value) -> uint64_t {
+      value = all.value_of(i);
+      return value > 0;
+    });
+  if (s.top_p >= 1) return edge;
+  auto weigh = [&](int i, uint64_t& value) -> uint64_t {
+    value = all.value_of(i);
+    return value > 0 && value >= edge ? row.mass(row.weight(logit_of(value >> 32))) : 0;
+  };
+  uint64_t wanted = row.state->wanted;
+  if (s.top_k > 0) {
+    uint64_t total = 0, value;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < all.n; i += THREADS) total += weigh(i, value);
+    wanted = part_of(s.top_p, block_sum(total));
+  }
+  return larger(edge, bound_of(all.n, 0, wanted, weigh));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-sample_draw(const float* logits, const uint64_t* rows, uint64_t* workspace, int words, const int* steps, int* tokens, int vocab) {
+sample_draw(const float* logits, const uint64_t* rows, uint64_t* workspace, int words, const int* steps, int* tokens,
+            int vocab) {
   Row row(logits, rows, workspace, words, vocab);
   const Settings& s = *row.settings;
   float x[TOKENS];
   row.load(x);  // two launches old
-  wait_for_previous(), allow_next();
+  wait_for_previous();
+  allow_next();
   if (!row.take_max()) return;
   const int first = row.state->first, last = row.state->last, step = steps[blockIdx.y];
   auto draws = [&](float logit) { return row.octaves(logit) > NEVER_DRAWN && row.weight(logit) >= s.min_p; };
-  auto score = [&](float logit, int id, uint64_t word) { return value(row.octaves(logit) - log2_exponential(word), id); };
+  auto score = [&](float logit, int id, uint64_t word) {
+    return value(row.octaves(logit) - log2_exponential(word), id);
+  };
   uint64_t best = 0;
 #pragma unroll
   for (int i = 0; i < TOKENS; i += 4) {
@@ -402,33 +323,11 @@ sample_draw(const float* logits, const uint64_t* rows, uint64_t* workspace, int 
   if (threadIdx.x == 0) row.parts[blockIdx.x] = best;
   if (!row.last_block()) return;
 
-  const bool listed = row.state->listed <= LIST;
-  const int n = listed ? row.state->listed : vocab;
-  auto candidate = [&](int i) -> uint64_t {  // its value, 0: none
-    if (listed) return row.list[i];
-    const int bin = row.bin(row.logits[i]);
-    return bin >= first && bin <= last ? value(row.logits[i], i) : 0;
-  };
-  uint64_t edge = 0;  // of the candidates those of a value below are out
-  if (s.top_k > 0)
-    edge = bound_of(n, 32, s.top_k, [&](int i, uint64_t& value) -> uint64_t { return (value = candidate(i)) > 0; });
-  if (s.top_p < 1) {
-    auto weigh = [&](int i, uint64_t& value) -> uint64_t {
-      value = candidate(i);
-      return value > 0 && value >= edge ? row.mass(row.weight(logit_of(value >> 32))) : 0;
-    };
-    uint64_t wanted = row.state->wanted;
-    if (s.top_k > 0) {
-      uint64_t total = 0, value;
+  const Candidates candidates(row, first, last);
+  const uint64_t edge = cut(row, candidates);
 #pragma unroll 1
-      for (int i = threadIdx.x; i < n; i += THREADS) total += weigh(i, value);
-      wanted = part_of(s.top_p, block_sum(total));
-    }
-    edge = larger(edge, bound_of(n, 0, wanted, weigh));
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x; i < n; i += THREADS) {
-    const uint64_t value = candidate(i);
+  for (int i = threadIdx.x; i < candidates.n; i += THREADS) {
+    const uint64_t value = candidates.value_of(i);
     const float logit = logit_of(value >> 32);
     if (value == 0 || value < edge || !draws(logit)) continue;
     const int id = (int)(0xffffffffu - (uint32_t)value);
@@ -438,5 +337,7 @@ sample_draw(const float* logits, const uint64_t* rows, uint64_t* workspace, int 
 #pragma unroll 1
   for (int i = threadIdx.x; i < (int)gridDim.x; i += THREADS) best = larger(best, row.parts[i]);
   best = block_max(best);
-  if (threadIdx.x == 0) row.state->listed = 0, tokens[blockIdx.y] = (int)(0xffffffffu - (uint32_t)best);
+  if (threadIdx.x > 0) return;
+  row.state->listed = 0;
+  tokens[blockIdx.y] = (int)(0xffffffffu - (uint32_t)best);
 }
