@@ -13,8 +13,9 @@
 
 The fields of Options and of Sampling are keywords of generate, stream and Conversation.say; None is the default:
 
->>> drawn = [m.generate("Tell me a joke.", system="Be brief.", temperature=0.8, top_p=0.95, seed=3, max_tokens=9) for _ in range(2)]
->>> drawn[0].text == drawn[1].text
+>>> options = {"temperature": 0.8, "top_p": 0.95, "seed": 3, "max_tokens": 9}
+>>> one, two = (m.generate("Tell me a joke.", system="Be brief.", **options) for _ in range(2))
+>>> one.text == two.text
 True
 
 A chat keeps its cache between turns, and what has been read once need not be read again, not even tomorrow:

@@ -1,4 +1,4 @@
-"""What a Python program gives to `generate` and its like: prompts of one kind each, options by name. All else is refused in one line."""
+"""What a Python program gives to `generate` and its like: prompts of one kind, options by name; else a UserError."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check_system(system: Any, prompts: Sequence[Any], chat: bool | None, cached:
     if chat is False:
         raise UserError(f"a system message needs the chat template; {RAW}")
     if cached:
-        raise UserError("a prompt cache begins the prompt, a system message cannot; read it into the cache, as the first of its messages")
+        raise UserError("a prompt cache begins the prompt, a system message cannot; read it into the cache")
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError("a system message goes in front of text; put it into the messages")
     if not all(prompts):
@@ -72,23 +72,26 @@ def check_system(system: Any, prompts: Sequence[Any], chat: bool | None, cached:
 
 
 def options_of(given: Mapping[str, Any], more: Sequence[str]) -> Options:
-    """Options from keywords, the fields of `Sampling` among them. more: what the caller takes besides. Raises UserError."""
+    """Options from keywords, the fields of `Sampling` among them. more: what else is taken. Raises UserError."""
     known = ["sampling", *SAMPLING, *OPTIONS]
     for name in given:
         if name not in known:
             near = get_close_matches(name, [*more, *known], 3, 0.5)
             way_out = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join([*more, *known])}"
-            hint = "; for several answers to a prompt, use start(..., options=minioscar.Options(n=...))" if name == "n" else f"; {way_out}"
-            raise UserError(f"there is no option {name!r}{hint}")
+            if name == "n":
+                way_out = "for several answers to a prompt, use start(..., options=minioscar.Options(n=...))"
+            raise UserError(f"there is no option {name!r}; {way_out}")
     numbers = {name: given[name] for name in SAMPLING if given.get(name) is not None}
     sampling = given.get("sampling")
     if numbers and sampling is not None:
-        raise UserError(f"sampling= and {', '.join(f'{name}=' for name in numbers)} both say how tokens are drawn; give one of them")
-    return Options(sampling=Sampling(**numbers) if numbers else sampling, **{name: given[name] for name in OPTIONS if name in given})
+        names = ", ".join(f"{name}=" for name in numbers)
+        raise UserError(f"sampling= and {names} both say how tokens are drawn; give one of them")
+    rest = {name: given[name] for name in OPTIONS if name in given}
+    return Options(sampling=Sampling(**numbers) if numbers else sampling, **rest)
 
 
 def context_of(ctx: Any, config: Config) -> int | None:
-    """The capacity of a cache that was asked for, None if none was. Raises UserError for one that the model does not have."""
+    """The capacity of a cache that was asked for, None if none was. Raises UserError if the model does not have it."""
     if ctx is None:
         return None
     tokens = whole("--ctx", ctx, lambda _: True, "a number of tokens")
@@ -113,7 +116,7 @@ def variables_of(template: Any) -> dict[str, Any]:
     if template is None:
         return {}
     if not isinstance(template, Mapping) or not all(isinstance(name, str) for name in template):
-        raise UserError(f"template {shown(template)} must be variables of the chat template by name, such as {{'enable_thinking': False}}")
+        raise UserError(f"template {shown(template)} must be variables by name, such as {{'enable_thinking': False}}")
     if taken := {"messages", "add_generation_prompt"} & set(template):
         raise UserError(f"template cannot set {' and '.join(sorted(taken))}: the prompt does; leave it out")
     return dict(template)

@@ -31,8 +31,8 @@ class Conversation:
     """Messages, and a cache of `context` tokens. `messages` may be read at any time; `last` is the newest answer as generated.
 
     system: the first message. cache: a document or an earlier conversation to go on with; its messages are the first. ctx: tokens
-    (None: all that the model has, or what fits into memory), rounded up to whole blocks. template: more variables of the chat
-    template. Raises UserError where the model has no chat template, where the context cannot be had, or for both system and cache.
+    (None: all that the model has, or what fits into memory), rounded up to whole blocks. template: more variables of the
+    chat template. Raises UserError where the model has none, where the context cannot be had, or for both system and cache.
     """
 
     def __init__(

@@ -62,7 +62,7 @@ class Engine:
 
     @property
     def weights_sha256(self) -> str:
-        """Of the weight files, hashed when a prompt cache is first saved or loaded. Raises UserError if they have changed since `load`."""
+        """Of the weight files, hashed when a prompt cache is first saved or loaded. Raises UserError if they have changed."""
         if self.files is None:
             raise UserError("this model was not loaded from a folder, so a prompt cache cannot be bound to it; use minioscar.load")
         return self.files.sha256
@@ -82,18 +82,19 @@ class Engine:
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Generation | list[Generation]: ...
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], *, ctx: int | None = None, chat: bool | None = None, cache: PromptCache | None = None,
-        system: str | None = None, template: Mapping[str, Any] | None = None, **options: Any,
+        self, prompts: Prompt | Sequence[Prompt], *, ctx: int | None = None, chat: bool | None = None,
+        cache: PromptCache | None = None, system: str | None = None, template: Mapping[str, Any] | None = None, **options: Any,
     ) -> Generation | list[Generation]:
         """Continues one prompt, or several of unequal lengths as one batch (a list then, in their order).
 
-        A prompt is text, token ids, or the messages of a chat, [{"role", "content"}, ...]. chat: render text with the model's
-        chat template (None: if it has one). ctx: capacity of the cache in tokens (None: what prompts and max_tokens need, see `capacity`).
-        cache: what `prefill` or `load_cache` returned; prompts go on from there (`PromptCache.followed_by`; messages repeat its own), and
-        only what it does not hold is computed. system: a system message in front of text. template: more variables of the chat template.
-        options: the fields of `Options` (max_tokens, stop, logprobs, ...) and of `Sampling` (temperature, top_p, seed, ...), or
-        sampling=; None is the default. Raises UserError for an empty prompt, one that does not fit, or a value of a wrong type or out
-        of range; Failure if memory runs out.
+        A prompt is text, token ids, or the messages of a chat, [{"role", "content"}, ...]. chat: render text with the
+        model's chat template (None: if it has one). ctx: capacity of the cache in tokens (None: what prompts and max_tokens
+        need, see `capacity`). cache: what `prefill` or `load_cache` returned; prompts go on from there (messages repeat its
+        own, see `PromptCache.followed_by`), and only what it does not hold is computed. system: a system message in front
+        of text. template: more variables of the chat template. options: the fields of `Options` (max_tokens, stop,
+        logprobs, ...) and of `Sampling` (temperature, top_p, seed, ...), or sampling=; None is the default. Raises
+        UserError for an empty prompt, one that does not fit, or a value of a wrong type or out of range; Failure if memory
+        runs out.
         """
         given, alone = arguments.all_prompts(prompts)
         run = self._start(given, options, ctx=ctx, chat=chat, cache=cache, system=system, template=template)
@@ -106,14 +107,16 @@ class Engine:
         system: str | None = None, template: Mapping[str, Any] | None = None, **options: Any,
     ) -> Iterator[str]:
         """The same for one prompt, text as it comes; parameters as in `generate`, all checked before this returns."""
-        run = self._start([arguments.one_prompt(prompt)], options, ctx=ctx, chat=chat, cache=cache, system=system, template=template)
+        given = [arguments.one_prompt(prompt)]
+        run = self._start(given, options, ctx=ctx, chat=chat, cache=cache, system=system, template=template)
         return (piece for _, piece in run if piece)
 
     def _start(self, prompts: list[Any], options: dict[str, Any], *, system: str | None, **rest: Any) -> Run:
         wanted = arguments.options_of(options, ("ctx", "chat", "cache", "system", "template"))
         if system is not None:
             arguments.check_system(system, prompts, rest["chat"], rest["cache"] is not None)
-            prompts = [[{"role": "system", "content": system}, {"role": "user", "content": prompt}] for prompt in prompts]
+            first = {"role": "system", "content": system}
+            prompts = [[first, {"role": "user", "content": prompt}] for prompt in prompts]
         return self.start(prompts, options=wanted, **rest)
 
     def start(
@@ -147,10 +150,11 @@ class Engine:
         return Run(self, ids, kept, wanted, logits, sequences, [not is_chat for _, is_chat in encoded])
 
     def encode(
-        self, prompt: Prompt, chat: bool | None = None, cache: PromptCache | None = None, template: Mapping[str, Any] | None = None
+        self, prompt: Prompt, chat: bool | None = None, cache: PromptCache | None = None,
+        template: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a whole prompt; parameters as in `generate`. Raises UserError for an empty one, for ids that the model does not
-        have, and where cache, chat and template do not go with this kind of prompt."""
+        """Token ids of a whole prompt; parameters as in `generate`. Raises UserError for an empty one, for ids that the
+        model does not have, and where cache, chat and template do not go with this kind of prompt."""
         return self._encode(prompt, chat, cache, template)[0]
 
     def _encode(self, prompt: Prompt, chat: Any, cache: PromptCache | None, template: Any) -> tuple[list[int], bool]:
@@ -164,10 +168,11 @@ class Engine:
                 raise UserError(f"messages go through the chat template; {arguments.RAW}")
             ids = self.render(full, template)
             if full is prompt and cache is not None and not cache.begins(full, ids):
-                raise UserError("the messages do not begin with those of the prompt cache; repeat these, or give the next one as text")
+                way_out = "repeat these, or give the next one as text"
+                raise UserError(f"the messages do not begin with those of the prompt cache; {way_out}")
             return ids, True
         if template:
-            raise UserError("template has variables of the chat template, but this prompt does not go through it; leave them out")
+            raise UserError("template is for the chat template, but this prompt does not go through it; leave it out")
         if isinstance(full, str):
             return self._checked(self.tokenizer.prompt_ids(full, chat=False)), False
         if chat:
@@ -178,11 +183,12 @@ class Engine:
         """The prompt that a text makes: behind what the cache holds, as a message where the chat template is for it."""
         if cache is not None:
             if chat is not None and cache.chat is (not chat):
-                raise UserError("whether it is a chat was decided when the prompt cache was made; leave chat= (--chat, --raw) out")
+                raise UserError("a prompt cache is of a chat or of plain text already; leave chat= (--chat, --raw) out")
             return cache.followed_by(text)
         if not text:
             raise UserError("the prompt is empty; give it some text")
-        return [{"role": "user", "content": text}] if (self.tokenizer.has_chat_template if chat is None else chat) else text
+        chat = self.tokenizer.has_chat_template if chat is None else chat
+        return [{"role": "user", "content": text}] if chat else text
 
     def _checked(self, ids: list[int]) -> list[int]:
         if not ids:
@@ -196,7 +202,8 @@ class Engine:
         messages = arguments.one_prompt(messages)
         if not arguments.is_chat(messages):
             raise UserError('messages must be objects {"role": text, "content": text}')
-        return self._checked(self.tokenizer.encode(self.tokenizer.chat(messages, template=arguments.variables_of(template))))
+        text = self.tokenizer.chat(messages, template=arguments.variables_of(template))
+        return self._checked(self.tokenizer.encode(text))
 
     def capacity(
         self, ids: list[list[int]], options: Options | Sequence[Options], ctx: int | None, cache: PromptCache | None = None
@@ -227,11 +234,13 @@ class Engine:
 
     # --- prompt caches
 
-    def prefill(self, prompt: Prompt, chat: bool | None = None, template: Mapping[str, Any] | None = None) -> PromptCache:
+    def prefill(
+        self, prompt: Prompt, chat: bool | None = None, template: Mapping[str, Any] | None = None
+    ) -> PromptCache:
         """Reads a prompt now, for `generate(..., cache=...)` and `PromptCache.save` later; parameters as in `generate`.
 
-        A text that the chat template is for becomes a user's message that the prompt of later calls goes on with. They give the same
-        template again: what another one renders differently is read again.
+        A text that the chat template is for becomes a user's message that the prompt of later calls goes on with. They give
+        the same template again: what another one renders differently is read again.
         """
         prompt, chat, messages = arguments.one_prompt(prompt), arguments.flag("chat", chat), None
         full = self._full_prompt(prompt, chat, None) if isinstance(prompt, str) else prompt
@@ -244,7 +253,8 @@ class Engine:
         context = self.padded(self.capacity([ids], Options(max_tokens=1), None))
         run = Run(self, [ids], self.new_cache(1, context), Options(max_tokens=1))
         logits = run.prefill()[0]
-        return PromptCache.of(self, run.cache, ids, messages=messages, text=full if isinstance(full, str) else None, logits=logits)
+        text = full if isinstance(full, str) else None
+        return PromptCache.of(self, run.cache, ids, messages=messages, text=text, logits=logits)
 
     def load_cache(self, path: str | Path) -> PromptCache:
         """A prompt cache that `PromptCache.save` wrote. Raises UserError where it was not made with this model and scheme."""
@@ -253,7 +263,7 @@ class Engine:
     def belongs(self, cache: PromptCache) -> None:
         """Raises UserError for what is no prompt cache, or one of another engine."""
         if not isinstance(cache, PromptCache):
-            raise UserError(f"cache {shown(cache)} must be what prefill or load_cache returned; read a file with load_cache")
+            raise UserError(f"cache {shown(cache)} must be what prefill or load_cache returned; load_cache reads a file")
         if cache.engine is not self:
             raise UserError("this prompt cache belongs to another loaded model; save it and load it with this one")
 
@@ -300,8 +310,8 @@ class Engine:
 
 
 def load(
-    model: str | Path, kv: str | None = None, device: str | None = "auto", *, ctx: int | None = None, progress: bool = False,
-    tokenizer: bool = True, cache: str | Path | None = None, debug: bool = False,
+    model: str | Path, kv: str | None = None, device: str | None = "auto", *, ctx: int | None = None,
+    progress: bool = False, tokenizer: bool = True, cache: str | Path | None = None, debug: bool = False,
 ) -> Engine:
     """Loads a model: a folder, a name under weights/, or a Hugging Face id.
 

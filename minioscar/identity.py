@@ -1,7 +1,7 @@
 """Which weights a model has: its files as they were when they were opened, and their SHA-256.
 
-Hashing takes longer than loading (1.8 GB/s a core), so it is done when a prompt cache is first saved or loaded. What was read is known by
-then only if the files are still the same: the same inodes, with the times and sizes that they had.
+Hashing takes longer than loading (1.8 GB/s a core), so it is done when a prompt cache is first saved or loaded. What
+was read is known by then only if the files are still the same: the same inodes, with the times and sizes that they had.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TICK = 10_000_000  # ns between two times that a file system tells apart: the sl
 
 
 def stamp(file: BinaryIO) -> Stamp:
-    """Device, inode, size and times of an open file. The time of its last change cannot be set back, that of its last writing can.
+    """Device, inode, size and times of an open file: of its last writing, and of its last change: that cannot be set.
 
     A change within the same tick would leave all of it as it was, so a file that was changed just now is waited for.
     """
@@ -53,9 +53,9 @@ class WeightFiles:
 
     @cached_property
     def sha256(self) -> str:
-        """Over the bytes of all files in the order of their names, hex: equal for equal weights in equal files. Reads them once.
+        """Over the bytes of all files in the order of their names, hex: equal for equal weights in equal files.
 
-        Raises UserError where one is no longer what was read, before or after it is hashed.
+        Reads them once. Raises UserError where one is no longer what was read, before or after it is hashed.
         """
         with ThreadPoolExecutor() as threads:  # hashing lets other threads run
             return hashlib.sha256(b"".join(threads.map(self._digest, sorted(self.stamps)))).hexdigest()

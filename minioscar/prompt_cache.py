@@ -67,10 +67,11 @@ class PromptCache:
         return None if self.messages is self.text is None else self.messages is not None
 
     def begins(self, messages: Sequence[Message], ids: Sequence[int]) -> bool:
-        """Whether this chat, of these ids, begins with what is held: its messages, the last of them perhaps going on, or its tokens."""
+        """Whether this chat, of these ids, begins with what is held: its messages, of which the last may go on, or its tokens."""
         if self.messages is None:
             return common(ids, self.ids) == len(self)
-        theirs, ours = ([{**message, "content": flat(message.get("content"))} for message in chat] for chat in (messages, self.messages))
+        both = messages, self.messages
+        theirs, ours = ([{**message, "content": flat(message.get("content"))} for message in chat] for chat in both)
         *before, last = ours
         if theirs[: len(before)] != before or len(theirs) < len(ours) or theirs[len(before)]["role"] != last["role"]:
             return False
@@ -107,7 +108,8 @@ class PromptCache:
         try:
             prompt = json.dumps({"messages": self.messages, "text": self.text}, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: the messages cannot be written as JSON ({_line(error)}); use text, lists and dicts") from None
+            why = f"the messages cannot be written as JSON ({_line(error)}); use text, lists and dicts"
+            raise UserError(f"{path}: {why}") from None
         tensors = {"ids": np.array(self.ids, np.int32), "prompt": np.frombuffer(prompt, np.uint8)}
         if self.logits is not None:
             tensors["logits"] = self.logits

@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 has it, in and out: Python's own module also reads and writes NaN and Infinity, which other programs refuse."""
+"""JSON as RFC 8259 has it: Python's own module also reads and writes NaN and Infinity, which other programs refuse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def loads(text: str | bytes) -> Any:
-    """The value. Raises ValueError, with the path of the field, for a number that is NaN or infinite (1e999 is, as a float)."""
+    """The value. Raises ValueError, with the path of the field, for a number that is NaN or infinite (1e999 is)."""
     value = json.loads(text)
     check(value)
     return value

@@ -18,14 +18,15 @@ DEVICES = ("auto", "cuda", "cpu")
 
 
 def backend(device: str | None) -> Reference:
-    """device: "cpu", "cuda", or "auto" (None: cuda where there is one). Raises UserError for "cuda" without one, and for other names."""
+    """device: "cpu", "cuda", or "auto" (None: cuda where there is one). Raises UserError for others, and without a GPU."""
     from .reference import Reference
 
     device = "auto" if device is None else device
     if not isinstance(device, str) or device not in DEVICES:
         from ..sampling import shown  # not above: NumPy takes a while, and --help needs none
 
-        raise UserError(f"device {shown(device)} is not known; choose from {', '.join(DEVICES)} (CUDA_VISIBLE_DEVICES chooses the GPU)")
+        names = f"{', '.join(DEVICES)} (CUDA_VISIBLE_DEVICES chooses the GPU)"
+        raise UserError(f"device {shown(device)} is not known; choose from {names}")
     if os.environ.get("MINIOSCAR_BACKEND") == "simt":
         return _simulator()
     if device == "cpu":
