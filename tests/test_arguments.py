@@ -1,4 +1,4 @@
-"""What a Python program may give, and what it may not: every wrong kind, type or name is a UserError of one line, before any work."""
+"""What a Python program may give, and what not: a wrong kind, type or name is a UserError of one line."""
 
 from __future__ import annotations
 
@@ -44,14 +44,21 @@ def refused(call, *words: str) -> None:
 # --- prompts
 
 NO_PROMPTS = {
-    "None": None, "a number": 5, "a float": 1.5, "a bool": True, "an object": object(), "a class": str, "a generator": iter([1, 2]),
-    "bytes": b"the cat", "bytearray": bytearray(b"the cat"), "memoryview": memoryview(b"the cat"), "bytes in a list": [b"the cat"],
-    "one message": HI, "another dict": {"prompt": "x"}, "a set": {1, 2}, "message and text": [HI, "a"], "no content": [{"role": "user"}],
-    "no role": [{"content": "x"}], "role a number": [{"role": 5, "content": "x"}], "content a number": [{"role": "user", "content": 5}],
-    "content None": [{"role": "user", "content": None}], "float ids": [1.0, 2.0], "NaN": [float("nan")], "bool ids": [True, False],
+    "None": None, "a number": 5, "a float": 1.5, "a bool": True, "an object": object(), "a class": str,
+    "a generator": iter([1, 2]),
+    "bytes": b"the cat", "bytearray": bytearray(b"the cat"), "memoryview": memoryview(b"the cat"),
+    "bytes in a list": [b"the cat"],
+    "one message": HI, "another dict": {"prompt": "x"}, "a set": {1, 2}, "message and text": [HI, "a"],
+    "no content": [{"role": "user"}],
+    "no role": [{"content": "x"}], "role a number": [{"role": 5, "content": "x"}],
+    "content a number": [{"role": "user", "content": 5}],
+    "content None": [{"role": "user", "content": None}], "float ids": [1.0, 2.0], "NaN": [float("nan")],
+    "bool ids": [True, False],
     "ids and text": [1, "a"], "ids and None": [1, None], "ids too deep": [[[1]]], "float array": np.array([1.0, 2.0]),
-    "bool array": np.array([True]), "texts too deep": np.array([[["a"]]]), "0-d array": np.array(3), "3-d array": np.ones((1, 1, 1), int),
-    "complex": np.array([1j]), "objects": np.array([None]), "nothing": [], "empty array": np.array([]), "no text": "", "no ids": [[]],
+    "bool array": np.array([True]), "texts too deep": np.array([[["a"]]]), "0-d array": np.array(3),
+    "3-d array": np.ones((1, 1, 1), int),
+    "complex": np.array([1j]), "objects": np.array([None]), "nothing": [], "empty array": np.array([]),
+    "no text": "", "no ids": [[]],
 }
 
 
@@ -70,7 +77,10 @@ def test_several_prompts_are_refused_where_one_goes(engine, call, several):
     refused(lambda: getattr(engine, call)(several))
 
 
-@pytest.mark.parametrize("alone", ["the cat", [1, 2], (1, 2), range(3), np.arange(3), [HI], (HI,), b"the cat", np.array([1.5])])
+ALONE = ["the cat", [1, 2], (1, 2), range(3), np.arange(3), [HI], (HI,), b"the cat", np.array([1.5])]
+
+
+@pytest.mark.parametrize("alone", ALONE)
 def test_start_takes_a_list_of_prompts_only(engine, alone):
     refused(lambda: engine.start(alone))
 
@@ -78,7 +88,8 @@ def test_start_takes_a_list_of_prompts_only(engine, alone):
 def test_ids_are_ids_in_whatever_a_program_holds_them(engine):
     want = engine.generate([5, 6, 7], max_tokens=3).token_ids
     for ids in (
-        (5, 6, 7), range(5, 8), np.array([5, 6, 7]), np.array([5, 6, 7], np.uint8), [np.int64(5), 6, np.int32(7)], np.arange(3, 9)[2:5],
+        (5, 6, 7), range(5, 8), np.array([5, 6, 7]), np.array([5, 6, 7], np.uint8), [np.int64(5), 6, np.int32(7)],
+        np.arange(3, 9)[2:5],
         np.array([5, 6, 7], ">i4"), np.array([5, 6, 7], np.uint64),
     ):
         assert engine.generate(ids, max_tokens=3).token_ids == engine.generate([ids], max_tokens=3)[0].token_ids == want
@@ -88,7 +99,8 @@ def test_ids_are_ids_in_whatever_a_program_holds_them(engine):
 
 
 def test_a_string_of_numpy_and_tuples_of_prompts_are_what_they_look_like(engine):
-    assert engine.generate(np.str_("the cat"), max_tokens=2).token_ids == engine.generate("the cat", max_tokens=2).token_ids
+    one, two = (engine.generate(text, max_tokens=2) for text in (np.str_("the cat"), "the cat"))
+    assert one.token_ids == two.token_ids
     assert len(engine.generate(("the cat", [5, 6], [HI]), max_tokens=2)) == 3
 
 
@@ -159,7 +171,8 @@ def test_none_is_the_default_of_every_option(engine):
 
 def test_every_number_of_sampling_is_an_option_by_itself(engine):
     numbers = {
-        "temperature": 1.3, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 4, "repetition_penalty": 1.2, "presence_penalty": 0.3,
+        "temperature": 1.3, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 4, "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
         "frequency_penalty": 0.2,
     }
     assert list(numbers) == SAMPLING
@@ -168,23 +181,31 @@ def test_every_number_of_sampling_is_an_option_by_itself(engine):
     assert "".join(engine.stream("the cat", max_tokens=20, **numbers)) == want.text
     assert "".join(Conversation(engine, ctx=256).say("the cat", max_tokens=20, **numbers)) == want.text
     for name in numbers:
-        refused(lambda name=name: engine.generate("the cat", sampling=Sampling(), **{name: numbers[name]}), "sampling=", f"{name}=")
-    assert engine.generate("the cat", max_tokens=20, sampling=Sampling(**numbers), temperature=None).token_ids == want.token_ids
+        both = {"sampling": Sampling(), name: numbers[name]}
+        refused(lambda both=both: engine.generate("the cat", **both), "sampling=", f"{name}=")
+    again = engine.generate("the cat", max_tokens=20, sampling=Sampling(**numbers), temperature=None)
+    assert again.token_ids == want.token_ids
     assert engine.generate("the cat", max_tokens=20, sampling=None, **numbers).token_ids == want.token_ids
 
 
-@pytest.mark.parametrize(
-    ("wrong", "meant"),
-    [("temprature", "temperature"), ("temp", "temperature"), ("max_new_tokens", "max_tokens"), ("topk", "top_k"), ("stops", "stop"),
-     ("context", "ctx"), ("n", "start(..., options=minioscar.Options(n=...))"), ("zzz", "max_tokens"), ("options", "options")],
-)
+MISSPELT = {
+    "temprature": "temperature", "temp": "temperature", "max_new_tokens": "max_tokens", "topk": "top_k",
+    "stops": "stop",
+    "context": "ctx", "n": "start(..., options=minioscar.Options(n=...))", "zzz": "max_tokens", "options": "options",
+}
+
+
+@pytest.mark.parametrize(("wrong", "meant"), MISSPELT.items())
 def test_an_option_that_is_not_there_is_refused_with_what_was_meant(engine, wrong, meant):
     for call in (engine.generate, engine.stream):
         refused(lambda call=call: call("the cat", **{wrong: 1}), repr(wrong), meant)
     refused(lambda: Conversation(engine, ctx=128).say("the cat", **{wrong: 1}), repr(wrong))
 
 
-@pytest.mark.parametrize("sequences", [5, "ab", [1], [1, 2, 3], [0, -1], [0, 1.5], [0, None], [0, 2**40], {0: 1, 1: 2}, np.array(5)])
+SEQUENCES = [5, "ab", [1], [1, 2, 3], [0, -1], [0, 1.5], [0, None], [0, 2**40], {0: 1, 1: 2}, np.array(5)]
+
+
+@pytest.mark.parametrize("sequences", SEQUENCES)
 def test_sequences_are_a_number_for_each_answer(engine, sequences):
     refused(lambda: engine.start(["the cat", "the dog"], sequences=sequences), "sequences")
     refused(lambda: engine.start(["the cat"], options={"max_tokens": 3}), "minioscar.Options")
@@ -297,8 +318,8 @@ def test_a_message_is_text(engine, text):
 
 
 def prompt_of(engine, tokens: int) -> str:
-    text = next(t for n in range(400) for t in ["a" * n] if len(engine.render([{"role": "user", "content": t}])) == tokens)
-    return text
+    texts = map("a".__mul__, range(400))
+    return next(text for text in texts if len(engine.render([{"role": "user", "content": text}])) == tokens)
 
 
 @pytest.mark.parametrize("tokens", [127, 128, 129])
@@ -322,7 +343,7 @@ def test_a_prompt_cache_that_fills_the_context_begins_a_conversation(engine):
     for over in (0, 1):
         cut = minioscar.PromptCache.of(engine, *held(engine, cache.ids[: 128 + over]), messages=cache.messages)
         if over:
-            refused(lambda cut=cut: Conversation(engine, cache=cut, ctx=128), "has 129 tokens, but the context holds 128")
+            refused(lambda cut=cut: Conversation(engine, cache=cut, ctx=128), "129 tokens, but the context holds 128")
         else:
             assert Conversation(engine, cache=cut, ctx=128).held == cache.ids[:128]
 
@@ -370,8 +391,8 @@ def full_prompt(engine, cached, cache, name, given) -> list[int] | None:
         return None if template else engine.tokenizer.encode(text, add_special_tokens=True)
     user, first = {"role": "user", "content": prompt}, [] if system is None else [{"role": "system", "content": system}]
     behind = {"role": "user", "content": f"the cat\n\n{prompt}"}
-    messages = {None: [*first, user], "chat": [behind], "messages": [SYSTEM, behind], "answered": [HI, ANSWER, user]}[cached]
-    return engine.render(messages, template)
+    chats = {None: [*first, user], "chat": [behind], "messages": [SYSTEM, behind], "answered": [HI, ANSWER, user]}
+    return engine.render(chats[cached], template)
 
 
 @pytest.mark.parametrize("cached", CACHES)
@@ -391,7 +412,7 @@ def test_every_prompt_behind_every_cache_is_answered_as_without_it_or_refused(en
 
 
 def near(a, b) -> bool:
-    """The same first token, but for the rounding of what lies in the cache: BF16 in its window, where one pass attends in float32."""
+    """The same first token, but for the rounding of what the cache holds: BF16, where one pass attends in float32."""
     one, two = ({entry.token_id: entry.logprob for entry in result.logprobs[0].top} for result in (a, b))
     both = one.keys() & two.keys()
     return len(both) > 40 and all(abs(one[token] - two[token]) < 0.02 for token in both)
@@ -402,19 +423,22 @@ def test_parts_of_messages_begin_as_a_cache_does_where_their_text_does(engine):
     for content in (text, [*text, {"type": "text", "text": "so?"}], "the cat", "the cat so"):
         messages = [{**SYSTEM, "content": [{"type": "text", "text": "the dog"}]}, {"role": "user", "content": content}]
         answer = engine.generate(messages, cache=cache, max_tokens=1, logprobs=50)
-        assert near(answer, engine.generate(messages, max_tokens=1, logprobs=50)) and answer.prefilled_tokens < answer.prompt_tokens
+        assert near(answer, engine.generate(messages, max_tokens=1, logprobs=50))
+        assert answer.prefilled_tokens < answer.prompt_tokens
     for content in ([], [{"type": "text", "text": "the dog"}], text[0]["text"][:-1]):
-        refused(lambda content=content: engine.generate([SYSTEM, {"role": "user", "content": content}], cache=cache), "do not begin")
+        messages = [SYSTEM, {"role": "user", "content": content}]
+        refused(lambda messages=messages: engine.generate(messages, cache=cache), "do not begin")
     refused(lambda: engine.generate([SYSTEM], cache=cache), "do not begin")
 
 
 @pytest.mark.parametrize("change", ["template", "tokenizer"])
 @pytest.mark.parametrize("chat", [True, False])
-def test_a_cache_under_another_tokenizer_or_template_is_read_again_as_far_as_it_differs(folder, engine, tmp_path, change, chat):
+def test_a_cache_under_another_tokenizer_or_template_is_read_again_where_it_differs(engine, tmp_path, change, chat):
     """The weights are the same, so the cache is this model's; its ids are compared with those that the text has now."""
     text = "the cat sat on the mat, and the dog saw that. "
     engine.prefill(text, chat=chat).save(tmp_path / "c")
-    other = write_talker(tmp_path / "m", 5, template=TONE.replace("<|end|>", "<|end|>,") if change == "template" else TONE)
+    template = TONE.replace("<|end|>", "<|end|>,") if change == "template" else TONE
+    other = write_talker(tmp_path / "m", 5, template=template)
     if change == "tokenizer":
         tokenizer = json.loads((other / "tokenizer.json").read_text())
         tokenizer["model"]["merges"] = []  # single bytes
@@ -443,7 +467,8 @@ def test_a_cache_of_a_template_with_variables_is_read_on_with_them(engine):
 
 def test_runs_of_one_engine_do_not_know_of_each_other(engine):
     """Interleaved, one inside the other's loop, broken off in the middle: each is what it is alone."""
-    prompts, options = ["the cat sat", "and the dog saw that " * 8], {"max_tokens": 40, "temperature": 1.0, "ignore_eos": True}
+    prompts = ["the cat sat", "and the dog saw that " * 8]
+    options = {"max_tokens": 40, "temperature": 1.0, "ignore_eos": True}
     want = [engine.generate(prompt, **options).text for prompt in prompts]
     a, b = (engine.stream(prompt, **options) for prompt in prompts)
     pairs = list(itertools.zip_longest(a, b, fillvalue=""))
@@ -461,13 +486,14 @@ def test_runs_of_one_engine_do_not_know_of_each_other(engine):
     conversation = Conversation(engine, ctx=256)
     said = "".join(piece for piece in conversation.say(prompts[0], **options) if engine.generate([5], max_tokens=1))
     alone = engine.generate(prompts[0], **options)
-    assert said == engine.tokenizer.complete(alone.text, alone.token_ids)  # half a character is no part of a conversation
+    assert said == engine.tokenizer.complete(alone.text, alone.token_ids)  # without half a character at its end
 
 
 @pytest.mark.skipif(simt.missing() is not None, reason=str(simt.missing()))
 def test_runs_whose_steps_are_queued_do_not_know_of_each_other_either(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIOSCAR_BACKEND", "simt")
-    engine, options = load(write_model(tmp_path / "m", 4, head_dim=64, num_hidden_layers=1), "int2", "auto"), Options(max_tokens=6)
+    engine = load(write_model(tmp_path / "m", 4, head_dim=64, num_hidden_layers=1), "int2", "auto")
+    options = Options(max_tokens=6)
     prompts = [[1, 2, 3], [4, 5, 6, 7]]
     want = [engine.generate(prompt, max_tokens=6).token_ids for prompt in prompts]
     runs = [engine.start([prompt], options=options) for prompt in prompts]
@@ -485,7 +511,8 @@ def test_threads_share_an_engine(engine):
     found: list = [None] * 4
 
     def answers(i: int) -> None:
-        found[i] = [engine.generate(f"the cat {i % 2} sat", max_tokens=20, temperature=1.0, seed=seed).token_ids for seed in range(3)]
+        prompt, options = f"the cat {i % 2} sat", {"max_tokens": 20, "temperature": 1.0}
+        found[i] = [engine.generate(prompt, seed=seed, **options).token_ids for seed in range(3)]
 
     threads = [Thread(target=answers, args=(i,)) for i in range(4)]
     for thread in threads:

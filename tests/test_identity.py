@@ -1,4 +1,4 @@
-"""A prompt cache is bound to the weights that made it: what became of their files since is found out, however it was done."""
+"""A prompt cache is bound to the weights that made it: what became of their files since is found out."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def retarget(folder: Path) -> None:
 
 
 CHANGES = [
-    rename, rewrite, rewrite_with_the_old_times, flip_a_byte, retarget, lambda f: (f / NAME).unlink(), lambda f: shutil.rmtree(f),
+    rename, rewrite, rewrite_with_the_old_times, flip_a_byte, retarget, lambda f: (f / NAME).unlink(),
+    lambda f: shutil.rmtree(f),
     lambda f: (f / NAME).write_bytes(b""), lambda f: ((f / NAME).unlink(), (f / NAME).mkdir()),
 ]
 
@@ -84,7 +85,8 @@ def test_weights_that_changed_after_loading_are_refused_in_one_line(linked, chan
     saver.prefill([1, 2, 3]).save(file)
     cache = engine.prefill([1, 2, 3])
     change(linked)
-    with pytest.raises(UserError, match=f"{NAME} has changed since the model was loaded from it.*; load the model again") as error:
+    message = f"{NAME} has changed since the model was loaded from it.*; load the model again"
+    with pytest.raises(UserError, match=message) as error:
         cache.save(tmp_path / "d.safetensors") if use == "save" else engine.load_cache(file)
     assert "\n" not in str(error.value) and not (tmp_path / "d.safetensors").exists()
     assert engine.generate([4], cache=cache, max_tokens=2).prompt_tokens == 4  # in memory it is this model's still
@@ -122,7 +124,12 @@ def test_weights_that_change_while_they_are_read_or_hashed_are_refused(folder, c
         with pytest.raises(UserError, match="has changed since"):
             engine.weights_sha256  # noqa: B018
     array, changed = type(engine.ops).array, []
-    monkeypatch.setattr(type(engine.ops), "array", lambda ops, x: (changed or (change(folder), changed.append(1)), array(ops, x))[1])
+
+    def changing(ops, x):
+        changed or changed.append(change(folder))
+        return array(ops, x)
+
+    monkeypatch.setattr(type(engine.ops), "array", changing)
     with pytest.raises(UserError, match="has changed since"):
         load(folder)
 
