@@ -280,6 +280,7 @@ def random_model(config: Config, device: str) -> Any:
     shape = {"vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size, "head_dim": c.head_dim}
     shape |= {"num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads}
     shape |= {"max_position_embeddings": c.max_positions, "tie_word_embeddings": c.tie_embeddings, "attention_bias": c.qkv_bias}
+    shape |= {"mlp_bias": c.mlp_bias}
     with torch.device(device):
         made = AutoConfig.for_model(c.model_type, **shape, sliding_window=None)
         model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
