@@ -28,14 +28,13 @@ from .model import Model, Progress, check_scheme
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
 from .prompt_cache import File, PromptCache, as_path, common, continued
-from .sampling import Sampling, shown
+from .sampling import shown
 from .shaping import shape_keys
 from .tokenizer import Tokenizer
 from .watch import Watch
 from .weights import Weights, for_scheme, weight_files
 from .weights import load as load_weights
 
-GREEDY = Sampling()
 SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
 
 
@@ -108,6 +107,8 @@ class Engine:
     ) -> Iterator[str]:
         """The same for one prompt, text as it comes; parameters as in `generate`, all checked before this returns."""
         given = [arguments.one_prompt(prompt)]
+        if options.get("logprobs") is not None:
+            raise UserError("logprobs are not in the text that stream gives; use generate or start")
         run = self._start(given, options, ctx=ctx, chat=chat, cache=cache, system=system, template=template)
         return (piece for _, piece in run if piece)
 

@@ -153,6 +153,13 @@ def test_options_of_wrong_types_are_refused_by_their_names(engine, name, value):
         assert conversation.messages == []
 
 
+def test_a_stream_of_text_has_no_logprobs_and_a_conversation_keeps_them(engine):
+    refused(lambda: engine.stream("the cat", logprobs=2), "use generate or start")
+    conversation = Conversation(engine, ctx=128)
+    list(conversation.say("the cat", logprobs=2, max_tokens=3, ignore_eos=True))
+    assert [len(entry.top) for entry in conversation.last.logprobs] == [2, 2, 2]
+
+
 def test_an_end_that_the_model_does_not_have_is_refused(engine):
     for call in (engine.generate, engine.stream, Conversation(engine, ctx=128).say):
         refused(lambda call=call: call("the cat", stop_ids=[320]), "320")
