@@ -28,7 +28,7 @@ def find(folder: Path, config: Mapping[str, Any], file: Mapping[str, Any]) -> di
         if isinstance(source, list):
             source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = source if isinstance(source, dict) else {"default": source}
-        named |= {name: text for name, text in source.items() if isinstance(name, str) and isinstance(text, str)}
+        named |= {name: text for name, text in source.items() if isinstance(name, str) and text and isinstance(text, str)}
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (path := folder / "chat_template.jinja").is_file():
         files["default"] = path
