@@ -89,7 +89,7 @@ def run_case(case: Case, opened: Opened, decoy: Decoy) -> tuple[int, list[str]]:
     """Exit code and broken promises."""
     before, streams = listing(case.home), (sys.stdin, sys.stdout, sys.stderr)
     strictness = case.rng.choice(["strict", "surrogateescape"])  # as Python opens it in a UTF-8 locale, in a C locale
-    sys.stdin = io.TextIOWrapper(io.BytesIO(case.stdin), encoding="utf-8", errors=strictness)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.BytesIO(case.stdin)), encoding="utf-8", errors=strictness)
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace") for _ in range(2))
     sys.stdout, sys.stderr, broken, code = out, err, [], -1
     try:
@@ -213,7 +213,7 @@ def again(seed: int, number: int) -> None:
         print(case.kind, case.argv, case.stdin, *sorted(path.name for path in case.home.rglob("*")), sep="\n")
         decoy.touched()
         print(*run_case(case, Opened(), decoy), sep="\n")
-        sys.stdin = io.TextIOWrapper(io.BytesIO(case.stdin))
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.BytesIO(case.stdin)))
         cli.main([*case.argv, "--debug"])
 
 
