@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(name: str, work: Callable[[list[str]], None], argv: list[str] | None, explain: Explain) -> int:
     """The exit code of a program's work on sys.argv, or on argv; every error in one line on stderr."""
     given = sys.argv[1:] if argv is None else argv
+    if argv is None:  # a process of its own
+        signal.signal(signal.SIGINT, interrupt)
     with streams.prepared():
         try:
             streams.check_stdout()
@@ -83,6 +86,14 @@ def run(name: str, work: Callable[[list[str]], None], argv: list[str] | None, ex
             code, message = explain(error)
             print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
             return code
+
+
+def interrupt(*_: object) -> None:
+    """Ctrl-C. A library whose import it breaks off may make an ImportError of it; nothing is to be cleaned up by then."""
+    if any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in list(sys.modules.values())):
+        os.write(2, b"minioscar: interrupted\n")
+        os._exit(130)
+    raise KeyboardInterrupt
 
 
 def explained(error: BaseException) -> tuple[int, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from minioscar import streams
+from minioscar import cli, streams
 from minioscar.cli import main, run
 from minioscar.errors import Failure
 
@@ -147,3 +147,13 @@ def test_streams_are_put_back(capsys):
     before = sys.stdout, sys.stderr
     assert main(["info", "no-such-model"]) == 2 and (sys.stdout, sys.stderr) == before
     assert SAID.fullmatch(capsys.readouterr().err)
+
+
+def test_ctrl_c_in_an_import_is_not_an_import_error(tmp_path):
+    swallows = "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt: raise ImportError"
+    (tmp_path / "swallows.py").write_text(swallows)
+    code = "import signal; from minioscar import cli; signal.signal(signal.SIGINT, cli.interrupt); import swallows"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (130, b"minioscar: interrupted\n")
+    with pytest.raises(KeyboardInterrupt):
+        cli.interrupt()
