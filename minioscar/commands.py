@@ -284,7 +284,7 @@ def run_eval(args: argparse.Namespace) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     from . import inspection, report
 
-    report.check(args.out)
+    report.check(args.out, args.text)
     text = None if args.text is None else read_text(args.text)
     schemes = [name.strip() for name in args.kv.split(",")]
     found = inspection.inspect(args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty())

@@ -200,7 +200,7 @@ def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
 
 def reason(error: BaseException) -> str:
     """Why a file could not be written, and the way out."""
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    text = " ".join(str(getattr(error, "strerror", None) or error).split()).rpartition("I/O error: ")[2]
     full = getattr(error, "errno", None) in FULL or "No space left" in text
     return f"{'the disk is full: ' * full}{text}; {'free space or ' * full}name another file"
 

@@ -34,8 +34,11 @@ td:nth-child(2) {{ text-align: left; font-family: monospace; white-space: pre; }
 """
 
 
-def check(folder: str | Path) -> None:
-    """Raises UserError where a report cannot be made, before anything is measured: no matplotlib, no folder to write to."""
+def check(folder: str | Path, text: str | None = None) -> None:
+    """Raises UserError where a report cannot be made, before anything is measured: no matplotlib, no folder to write to.
+
+    text: the file that is measured, which no report replaces.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -47,7 +50,7 @@ def check(folder: str | Path) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{folder} cannot be written to ({existing} is no folder or is write-protected); give another --out")
     for name in FILES if folder.is_dir() else ():
-        check_writable(folder / name)
+        check_writable(folder / name, inputs=() if text is None else (text,))
 
 
 def write(report: dict, folder: str | Path) -> list[Path]:

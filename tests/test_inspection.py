@@ -145,6 +145,9 @@ def test_a_missing_matplotlib_and_a_bad_folder_are_named_with_the_way_out(capsys
         assert main(["inspect", "smollm2-135m", "--out", out]) == 2
         err = capsys.readouterr().err
         assert mention in err and err.count("\n") == 1
+    (tmp_path / "report.json").write_text("precious")
+    assert main(["inspect", "smollm2-135m", "--out", ".", "--text", "report.json"]) == 2
+    assert "would be lost" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["inspect", "smollm2-135m"]) == 2
     assert "pip install 'minioscar[plot]'" in capsys.readouterr().err
