@@ -6,7 +6,7 @@ added tokens that are not special (<think>, <tool_call>) stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ class Tokenizer:
         self._templates = chat_template.find(self.folder, config, template)
         self._named = _named(config, legacy)
         try:
-            self._add_tokens(_added_tokens(self.folder, config))
+            special = _special(self._named, config, legacy)
+            self._add_tokens(_added_tokens(self.folder, config, special), special)
         except UnicodeEncodeError as error:
             place = self.folder / "tokenizer_config.json"
             raise UserError(f"{place}: the token {error.object!r} is not valid Unicode; fetch it again") from None
@@ -71,27 +72,24 @@ class Tokenizer:
             return None
         return found if found in self._special else None
 
-    def _add_tokens(self, wanted: dict[int, Any]) -> None:
+    def _add_tokens(self, wanted: dict[int, Any], special: dict[str, Any]) -> None:
         """Adds the tokens, by id, that tokenizer.json lacks or has with other flags; then special ones that are only named.
 
         That is what transformers does. The library numbers them in order: raises UserError where a token cannot get its id.
         """
-        from tokenizers import AddedToken
-
         library, known = self._tokenizer, self._tokenizer.get_added_tokens_decoder()
-        named = [value if isinstance(value, list) else [value] for value in self._named.values()]
-        special = list(dict.fromkeys(text for texts in named for text in texts))
-        new, tokens = {}, []
-        for i, token in sorted(wanted.items()):
+        wanted, new = dict(sorted(wanted.items())), {}
+        for i, token in wanted.items():
             found = library.token_to_id(token.content)  # another id than i: tokenizer.json is right, as in transformers
             if found is None:
                 new[i] = token.content
-            if found not in known or any(getattr(known[found], flag) != getattr(token, flag) for flag in FLAGS):
-                token.special |= token.content in special or found in known and known[found].special
-                tokens.append(token)
-        texts = {token.content for token in (*known.values(), *tokens)}
+            token.special |= token.content in special or found in known and known[found].special
+        texts, have = {token.content for token in wanted.values()}, {token.content: token for token in known.values()}
+        named = [have.get(text, token) for text, token in special.items() if text not in texts]
+        for token in named:
+            token.special = True
         taken = {i: library.id_to_token(i) for i in new}
-        library.add_tokens([*tokens, *(AddedToken(text, special=True) for text in special if text not in texts)])
+        library.add_tokens([*wanted.values(), *named])
         for i, text in new.items():
             if (found := library.token_to_id(text)) != i:
                 why = f"that is {taken[i]!r}" if taken[i] else f"the next free id is {found}"
@@ -265,7 +263,21 @@ def _named(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, str | li
     return found | ({"additional_special_tokens": list(texts)} if texts else {})
 
 
-def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, Any]:
+def _special(named: dict[str, str | list[str]], *files: dict[str, Any]) -> dict[str, Any]:
+    """tokenizers.AddedToken of every named special token by its text, with the flags of the files that write it as an object."""
+    from tokenizers import AddedToken
+
+    entries = [entry for file in files for value in file.values() for entry in (value if isinstance(value, list) else [value])]
+    flags = {text: _flags(entry) for entry in entries if isinstance(entry, dict) and (text := _content(entry))}
+    texts = [text for value in named.values() for text in (value if isinstance(value, list) else [value])]
+    return {text: AddedToken(text, **flags.get(text, {}) | {"special": True}) for text in texts}
+
+
+def _flags(entry: dict[str, Any]) -> dict[str, bool]:
+    return {flag: entry[flag] for flag in FLAGS if isinstance(entry.get(flag), bool)}
+
+
+def _added_tokens(folder: Path, config: dict[str, Any], special: Container[str]) -> dict[int, Any]:
     """tokenizers.AddedToken by id, of tokenizer_config.json and of added_tokens.json where that says nothing else."""
     from tokenizers import AddedToken
 
@@ -273,13 +285,12 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, Any]:
     for key, entry in (decoder if isinstance(decoder, dict) else {}).items():
         if not (isinstance(entry, dict) and _content(entry) and key.isdecimal()):
             raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has no token under {key!r}; fetch it again")
-        flags = {flag: entry[flag] for flag in FLAGS if isinstance(entry.get(flag), bool)}
-        found[int(key)] = AddedToken(entry["content"], **flags)
+        found[int(key)] = AddedToken(entry["content"], **_flags(entry))
     texts, older, place = {token.content for token in found.values()}, {}, folder / "added_tokens.json"
     for text, i in _json(place).items():
         if type(i) is not int or i < 0 or i in older:
             also = f", as has {older[i].content!r}" if i in older else ""
             raise UserError(f"{place}: the token {text!r} has the id {i!r}{also}; fetch it again")
         if text and text not in texts:
-            older[i] = AddedToken(text)
+            older[i] = AddedToken(text, special=text in special)
     return older | found

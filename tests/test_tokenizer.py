@@ -322,6 +322,29 @@ def test_flags_of_tokenizer_config_win_over_those_of_tokenizer_json_as_in_transf
     assert one.special_id("<|a|>") == 280 and one.encode("x  <|a|>") == [*one.encode("x"), 280]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"eos_token": "<|a|>"},
+        {"additional_special_tokens": ["<|a|>"]},
+        {"extra_special_tokens": {"a_token": "<|a|>"}},
+        {"eos_token": "<|a|>", "added_tokens_decoder": {"280": {"content": "<|a|>", **FLAGS, "special": False}}},
+        {"added_tokens_decoder": {"280": {"content": "<|a|>", **FLAGS}}},
+    ],
+)
+def test_a_token_that_any_file_calls_special_is_no_text_as_in_transformers(tmp_path, config):
+    library = plain()
+    library.add_tokens([AddedToken("<|a|>", normalized=False)])
+    one = Tokenizer(save(tmp_path, library, tokenizer_config=config))
+    assert one.special_id("<|a|>") == 280 and one.decode([*one.encode("x"), 280]) == "x"
+
+
+def test_a_special_token_that_is_only_named_has_the_flags_of_its_entry(tmp_path):
+    entry = {"content": "<l>", **FLAGS, "lstrip": True, "rstrip": True}
+    one = Tokenizer(save(tmp_path, plain(), special_tokens_map={"eos_token": entry}))
+    assert one.encode("a  <l>  b") == [*one.encode("a"), 280, *one.encode("b")] and one.eos_ids == {280}
+
+
 def test_a_text_that_tokenizer_json_has_keeps_its_id_as_in_transformers(tmp_path):
     one = Tokenizer(save(tmp_path, plain(), added_tokens={"<s>": 281, "<|b|>": 280}))
     assert (one.special_id("<s>"), one.encode("<|b|>")) == (0, [280])
