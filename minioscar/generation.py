@@ -200,10 +200,11 @@ class Run:
         prompts = [i for i, one in enumerate(options) for _ in range(one.n)]
         self.options = [options[i] for i in prompts]  # of each answer, as what follows
         self.before = [ids[i] if continued is not None and continued[i] else () for i in prompts]
+        sequences = range(len(prompts)) if sequences is None else sequences
         self.ends = [one.ends(self.tokenizer, vocab) for one in self.options]
         self.rows = [
             RowSampling(one.sampling, sequence, ids[i], sorted(end for end in ends if end < vocab), one.min_tokens)
-            for i, one, ends, sequence in zip(prompts, self.options, self.ends, sequences or range(len(prompts)), strict=True)
+            for i, one, ends, sequence in zip(prompts, self.options, self.ends, sequences, strict=True)
         ]
         self.results = [
             Generation(

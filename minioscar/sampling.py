@@ -68,7 +68,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            check, good, want = SETTINGS[field.name]
+            check, good, want = CHECKS[field.name]
             value = getattr(self, field.name)
             object.__setattr__(self, field.name, check(field.name, field.default if value is None else value, good, want))
 
@@ -77,7 +77,7 @@ class Sampling:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
-SETTINGS: dict[str, tuple[Callable, Callable, str]] = {
+CHECKS: dict[str, tuple[Callable, Callable, str]] = {
     "temperature": (number, lambda x: 0 <= x < math.inf, "0 (greedy) or a positive number"),
     "top_k": (whole, lambda x: x >= 0, "0 (off) or a positive number of tokens"),
     "top_p": (number, lambda x: 0 < x <= 1, "above 0 and at most 1 (off)"),

@@ -65,7 +65,9 @@ class Request:
     def options(self, **more: Any) -> dict[str, Any]:
         rng = self.rng
         temperature = rng.choice([0.0, 0.0, 0.7, 1.2])
-        sampling = Sampling(temperature, rng.choice([0, 40]), rng.choice([1.0, 0.9]), rng.choice([0.0, 0.05]), rng.randrange(2**32))
+        penalties = rng.choice([1.0, 1.0, 1.2]), rng.choice([0.0, 0.5]), rng.choice([0.0, 0.0, 0.3])
+        filters = rng.choice([0, 40]), rng.choice([1.0, 0.9]), rng.choice([0.0, 0.05])
+        sampling = Sampling(temperature, *filters, rng.randrange(2**32), *penalties)
         return {"max_tokens": rng.choice([1, 4, 16, 40]), "sampling": sampling, "stop": rng.choice([(), ("\n\n",), ("the", "."),])} | more
 
     @staticmethod
