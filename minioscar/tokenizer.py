@@ -172,6 +172,8 @@ class Tokenizer:
 
         template: more variables for it (enable_thinking=False); chat_template is the name of one of several.
         """
+        if messages and (why := chat_template.malformed(messages)):
+            raise UserError(f"messages cannot be rendered: {why}")
         extra = dict(template or {})
         name = extra.pop("chat_template", "default")
         if not isinstance(name, str) or name not in self._templates:

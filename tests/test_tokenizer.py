@@ -634,8 +634,11 @@ def test_fields_of_a_message_beyond_role_and_content_reach_the_template(tmp_path
         ([{"role": "user", "content": [{"type": "text"}]}], "part without its text"),
     ],
 )
-def test_what_is_wrong_with_messages_is_said_by_their_place(messages, reason):
+def test_what_is_wrong_with_messages_is_said_by_their_place(tmp_path, messages, reason):
     assert re.search(reason, chat_template.malformed(messages))
+    if messages:
+        with pytest.raises(UserError, match=reason):
+            with_template(tmp_path, "x").chat(messages)
 
 
 SLOW = [
