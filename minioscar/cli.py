@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(name: str, work: Callable[[list[str]], None], argv: list[str] | None, explain: Explain) -> int:
     """The exit code of a program's work on sys.argv, or on argv; every error in one line on stderr."""
     given = sys.argv[1:] if argv is None else argv
-    if argv is None:  # a process of its own
+    if argv is None and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a process of its own, in the foreground
         signal.signal(signal.SIGINT, interrupt)
     with streams.prepared():
         try:

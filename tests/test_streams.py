@@ -157,3 +157,9 @@ def test_ctrl_c_in_an_import_is_not_an_import_error(tmp_path):
     assert (done.returncode, done.stderr) == (130, b"minioscar: interrupted\n")
     with pytest.raises(KeyboardInterrupt):
         cli.interrupt()
+
+
+def test_a_job_in_the_background_is_not_interrupted(folder):
+    line = "MO generate {m} hi --max-tokens 3 & pid=$!; sleep 0.3; kill -INT $pid; wait $pid; echo $?"
+    done = shell(f"trap '' INT; {line.format(m=folder)}")
+    assert done.stdout.endswith(b"0\n") and b"interrupted" not in done.stderr
