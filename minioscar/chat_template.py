@@ -138,6 +138,20 @@ def _compiled(template: str) -> tuple[Any, set[str]]:
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """No single product or power is larger than what a template may write."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            pairs = [(a, b) for a, b in ((left, right), (right, left)) if isinstance(a, str | list | tuple) and isinstance(b, int)]
+            sizes = [len(a) * b for a, b in pairs]
+            if operator == "**" and isinstance(left, int) and isinstance(right, int):
+                sizes = [left.bit_length() * right]
+            if max(sizes, default=0) > MAX_CHAT:
+                raise ValueError(f"it makes a value of more than {MAX_CHAT} characters")
+            return super().call_binop(context, operator, left, right)
+
     class Generation(Extension):
         """{% generation %} marks an answer for training; here it is its content."""
 
@@ -160,7 +174,7 @@ def _compiled(template: str) -> tuple[Any, set[str]]:
             raise ValueError(f"it runs for more than {MAX_SECONDS:g} seconds")
 
     extensions = [Generation, "jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     environment.check_time = check_time

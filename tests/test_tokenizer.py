@@ -490,6 +490,9 @@ HOSTILE = [
     "{% for i in range(10**12) %}{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{{ 'x' * 10 ** 10 }}",
+    "{{ (10 ** 10 * [1]) | length }}",
+    "{{ 2 ** (10 ** 9) }}",
 ]
 
 
@@ -545,6 +548,11 @@ def test_templates_know_every_named_special_token(tmp_path):
     one = with_template(tmp_path, template, **named, **extra)
     assert one.chat(MESSAGES) == "".join(named.values()) + "<boi><x><y>True"
     assert one.encode("<eos><boi><x>") == [one.special_id(text) for text in ("<eos>", "<boi>", "<x>")]
+
+
+def test_arithmetic_is_pythons(tmp_path):
+    template = "{{ 3 * 4 }} {{ '=' * 5 }} {{ 3 * '-' }} {{ 2 ** 10 }} {{ 2.5 * 2 }} {{ 2 ** -1 }} {{ [1] * 2 }}"
+    assert with_template(tmp_path, template).chat(MESSAGES) == "12 ===== --- 1024 5.0 0.5 [1, 1]"
 
 
 def test_tojson_has_the_options_of_transformers(tmp_path):
