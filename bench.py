@@ -44,7 +44,7 @@ from minioscar.errors import Failure, UserError
 from minioscar.files import check_writable, descriptor, replacing
 from minioscar.measure import ceilings
 from minioscar.ops import backend
-from minioscar.ops.decode_step import unsupported
+from minioscar.ops.decode import unsupported
 from minioscar.ops.reference import Reference
 
 COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory", "start")

@@ -15,7 +15,7 @@ from minioscar.cache import Cache
 from minioscar.engine import Engine
 from minioscar.measure import copies_of, graph_time
 from minioscar.ops import card, raw
-from minioscar.ops.decode_step import DecodeStep
+from minioscar.ops.decode import StepDecoder
 from minioscar.sampling import RowSampling
 
 CACHE = ("decode_attention", "decode_attention_bf16")
@@ -23,12 +23,13 @@ CACHE = ("decode_attention", "decode_attention_bf16")
 
 def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterator[dict]:
     cache = filled(e.config, e.scheme, e.ops, batch, context, 2, e.model.weights)
-    step = DecodeStep(e.ops, e.config, e.model.weights, e.model.tables_for(cache.context), cache, [RowSampling()] * len(cache.lengths))
-    step.lengths.fill(context)
-    step.run()  # every input of every kernel is there
-    step.lengths.fill(context)
+    decoder = StepDecoder(e.model, cache, [RowSampling()] * batch, replay="launches")
+    lengths = decoder.batch.lengths
+    lengths.fill(context)
+    decoder.replay()  # every input of every kernel is there
+    lengths.fill(context)
     kinds: dict[str, list[raw.Launch]] = defaultdict(list)
-    for launch in step.launches:
+    for launch in decoder.recorded.launches:
         kinds[label(launch)].append(launch)
     for kind, launches in kinds.items():
         size = bytes_of(launches[0], cache)
@@ -38,7 +39,7 @@ def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterato
         row = {"kv": e.scheme.name, "batch": batch, "context": context, "kernel": kind, "launches": len(launches), "us": us}
         row |= {"us_spread": spread, "us_a_step": us * len(launches)}
         yield row | {"bytes": size, "fraction_of_limit": size / (us * 1e-6) / copy_rate}
-        step.lengths.fill(context)
+        lengths.fill(context)
 
 
 def label(launch: raw.Launch) -> str:
@@ -60,6 +61,6 @@ def bytes_of(launch: raw.Launch, cache: Cache) -> int:
     weight = weight_of(launch)
     if weight is not None:
         return weight.nbytes
-    own = {id(array) for layer in cache.layers for array in layer.values()}
+    own = {id(array) for layer_cache in cache.layers for array in layer_cache.arrays.values()}
     small = [a for a in launch.args if isinstance(getattr(a, "nbytes", None), int) and not isinstance(a, np.generic) and id(a) not in own]
     return sum(a.nbytes for a in small if a.nbytes < 1 << 20)

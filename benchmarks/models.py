@@ -9,11 +9,11 @@ import numpy as np
 
 from benchmarks.cases import Case, entry, layer, moved_bytes
 from minioscar import oscar
-from minioscar.cache import Cache, cache_bytes
+from minioscar.cache import Cache, NewTokens, cache_bytes
 from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.measure import copies_of, timed
-from minioscar.ops.reference import New, Reference
+from minioscar.ops.reference import Reference
 from minioscar.oscar import WINDOW, Scheme
 from minioscar.sampling import RowSampling
 from minioscar.weights import Weights, arrays
@@ -28,14 +28,12 @@ def filled(
     """A cache of `batch` rows that hold the same `context` random tokens, and `room` for more. weights: what shaped schemes need."""
     cache, rng = Cache(config, scheme, batch, context + room, ops), ops.xp.random.default_rng(0)
     shape = context, config.num_kv_heads, config.head_dim
-    first = cache.place([0], [context])
-    for i, kept in enumerate(cache.layers):
+    first = cache.batch_for([0], [context])
+    for layer_cache in cache.layers:
         k, v = (rng.standard_normal(shape, dtype=np.float32).astype(ops.dtype) for _ in range(2))
         norms = oscar.token_norms(k, ops.xp) if scheme.scale else None
-        if norms is not None:  # where rotation and scaling are one kernel, it puts them there, not `append`
-            places = kept["norms"].shape[1]
-            kept["norms"][0, : min(context, places)] = norms[:places]
-        ops.append(New(k, v, norms, weights.layers[i].key_feedback if weights else None), kept, scheme, first)
+        feedback = weights.layers[layer_cache.index].key_feedback if weights else None
+        layer_cache.append(NewTokens(k, v, norms, feedback), first)
     for row in range(1, batch):
         cache.copy(0, row)
     cache.lengths[:] = context
@@ -92,7 +90,7 @@ def prefill(e: Engine, name: str, tokens: int, limits: dict[str, float], repeats
 
     def read() -> None:
         cache = Cache(c, e.scheme, 1, tokens, e.ops)
-        e.model.forward(ids, cache, cache.place([0], [tokens]))
+        e.model.forward(ids, cache, cache.batch_for([0], [tokens]))
 
     seconds, spread = timed(e.ops, read, repeats, 1)
     embedding = c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
@@ -114,7 +112,8 @@ def attending(case: Case, ops: Reference) -> Callable[[], None]:
     cache = filled(config, case.scheme, ops, case.batch, case.context + WINDOW // 2 - 1, WINDOW)
     (first,) = cache.layers
     copies = min(copies_of(cache.nbytes), MOST_COPIES) - 1
-    turns = cycle([first, *({name: array.copy() for name, array in first.items()} for _ in range(copies))])
-    rng, batch = np.random.default_rng(1), cache.place(list(range(case.batch)), [1] * case.batch)
+    arrays = ({name: array.copy() for name, array in first.arrays.items()} for _ in range(copies))
+    rotated = cycle([first, *(type(first)(of_copy, case.scheme, ops) for of_copy in arrays)])
+    rng, batch = np.random.default_rng(1), cache.batch_for(list(range(case.batch)), [1] * case.batch)
     q, k, v = (rng.standard_normal((case.batch, n, h.head_dim), np.float32) for n in (h.q_heads, h.kv_heads, h.kv_heads))
-    return lambda: ops.attend(q, k, v, next(turns), case.scheme, batch)
+    return lambda: next(rotated).attend(q, NewTokens(k, v), batch)

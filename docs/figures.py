@@ -255,8 +255,8 @@ def measure() -> None:
 
     layer, head, tokens, channel, first = 15, 0, 256, 12, 64
     engine = load("smollm2-135m", "kivi", "cpu")  # keys as they are, not rotated
-    found, attention = [], engine.ops.attention
-    engine.ops.attention = lambda q, new, *rest: found.append(np.array(new.k)) or attention(q, new, *rest)
+    found: list[np.ndarray] = []
+    engine.model = engine.model.observed(lambda q, new: found.append(np.array(new.k)))
     engine.logits(engine.encode(default_text()[:4000], chat=False)[:tokens])
     keys = found[layer]  # [tokens, kv_heads, d]
     rotated, norm = oscar.rotate(keys), oscar.token_norms(oscar.rotate(keys))

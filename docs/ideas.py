@@ -16,13 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from minioscar import evaluate, hub, oscar
-from minioscar.cache import BF16, Cache, layout
+from minioscar.cache import BF16, Cache, NewTokens, PackedCache
 from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.forcing import followed, log_softmax
 from minioscar.model import Model
-from minioscar.observe import Listener
-from minioscar.ops.reference import New, Reference
+from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, Scheme
 from minioscar.shaping import shape_keys
 from minioscar.tokenizer import Tokenizer
@@ -141,7 +140,7 @@ def rounded(x: Array, step: Array) -> Array:
 
 
 class Lab(Reference):
-    """The reference back end, on which packed blocks are kept as the idea reads them back."""
+    """The reference back end, with a cache that keeps packed blocks as the idea reads them back."""
 
     def __init__(
         self, keys: Keys, values: Values, correction: float = 0.0, centered: bool = False, shrinks: tuple[float, ...] = (),
@@ -153,51 +152,57 @@ class Lab(Reference):
         self.keys, self.values, self.correction, self.centered = keys, values, correction, centered
         self.shrinks, self.where_needed = shrinks, where_needed
 
-    def layout(self, config: Config, scheme: Scheme, batch: int, context: int) -> dict:
-        arrays = layout(config, scheme, batch, context)
+    def cache_type(self, config: Config, scheme: Scheme) -> type[PackedCache]:
+        return LabCache
+
+
+class LabCache(PackedCache):
+    @classmethod
+    def layout(cls, config: Config, scheme: Scheme, batch: int, context: int) -> dict:
+        arrays = super().layout(config, scheme, batch, context)
         shape = (*arrays["key_codes"][0][:3], config.head_dim)
         back = {name: (shape, np.dtype(np.float32)) for name in ("back_keys", "back_values", "variance")}
         return {name: array for name, array in arrays.items() if name.startswith(("window", "sink", "norms"))} | back
 
-    def pack(self, layer, slot, first, keys, values, scheme, feedback=None) -> None:
-        tokens = slice(first, first + keys.shape[1])
-        self.keep_sinks(layer, slot, first, keys, values, scheme)
+    def pack(self, slot, first, keys, values, feedback=None) -> None:
+        lab, scheme, layer, tokens = self.ops, self.scheme, self.arrays, slice(first, first + keys.shape[1])
+        self.keep_sinks(slot, first, keys, values)
         keys, values = keys.astype(np.float32), values.astype(np.float32)
-        if self.centered:  # a constant taken off every key of a sequence is a constant in its logits: softmax does not see it
+        if lab.centered:  # a constant taken off every key of a sequence is a constant in its logits: softmax does not see it
             mean = layer.setdefault("mean", keys[:, scheme.sinks :].mean(axis=1, keepdims=True))
-            back = self.keys(keys - mean, feedback) + mean
-        elif self.shrinks:
-            backs = {shrink: replace(self.keys, scheme=replace(self.keys.scheme, shrink=shrink))(keys, feedback) for shrink in self.shrinks}
+            back = lab.keys(keys - mean, feedback) + mean
+        elif lab.shrinks:
+            backs = {shrink: replace(lab.keys, scheme=replace(lab.keys.scheme, shrink=shrink))(keys, feedback) for shrink in lab.shrinks}
             best = min(backs, key=lambda shrink: float(((backs[shrink] - keys)[:, scheme.sinks :] ** 2).sum()))
             back = backs[layer.setdefault("shrink", best)]
         else:
-            back = self.keys(keys, feedback)
-        if self.where_needed and first == 0:
+            back = lab.keys(keys, feedback)
+        if lab.where_needed and first == 0:
             norms = oscar.token_norms(keys.swapaxes(0, 1))
             if norms[0] > np.median(norms) / 2:  # the first tokens are like all others
-                kept = back[:, : scheme.sinks], self.values(values)[:, : scheme.sinks]
+                kept = back[:, : scheme.sinks], lab.values(values)[:, : scheme.sinks]
                 layer["sink_keys"][slot], layer["sink_values"][slot] = (x.astype(BF16) for x in kept)
         layer["back_keys"][slot, :, tokens] = back
-        layer["back_values"][slot, :, tokens] = self.values(values)
-        if self.correction:  # the variance of a rounded channel, taken from the errors themselves
-            error = (back - keys).reshape(len(keys), -1, self.keys.scheme.group, keys.shape[-1])
-            layer["variance"][slot, :, tokens] = np.repeat((error * error).mean(axis=2), self.keys.scheme.group, axis=1)
+        layer["back_values"][slot, :, tokens] = lab.values(values)
+        if lab.correction:  # the variance of a rounded channel, taken from the errors themselves
+            error = (back - keys).reshape(len(keys), -1, lab.keys.scheme.group, keys.shape[-1])
+            layer["variance"][slot, :, tokens] = np.repeat((error * error).mean(axis=2), lab.keys.scheme.group, axis=1)
             layer["variance"][slot, :, : scheme.sinks] = 0
 
-    def packed(self, layer, slot, tokens, scheme) -> tuple[Array, Array]:
-        return layer["back_keys"][slot, :, :tokens].copy(), layer["back_values"][slot, :, :tokens].copy()
+    def packed(self, slot, tokens) -> tuple[Array, Array]:
+        return self["back_keys"][slot, :, :tokens].copy(), self["back_values"][slot, :, :tokens].copy()
 
-    def attend(self, q, k, v, layer, scheme, batch) -> Array:
+    def attend(self, q, new, batch) -> Array:
         """With a correction, a logit q.k gives way by half its variance, which noise adds to the logarithm of the mean of exp."""
-        if not self.correction or batch.starts[0] < oscar.WINDOW:
-            return super().attend(q, k, v, layer, scheme, batch)
+        if not self.ops.correction or batch.starts[0] < oscar.WINDOW:
+            return super().attend(q, new, batch)
         (slot, start, _), dim = batch.spans()[0], q.shape[-1]
-        keys, values = self.past(layer, slot, start, scheme, room=len(q))
-        keys[:, start:], values[:, start:] = k.swapaxes(0, 1), v.swapaxes(0, 1)
+        keys, values = self.past(slot, start, room=len(q))
+        keys[:, start:], values[:, start:] = new.k.swapaxes(0, 1), new.v.swapaxes(0, 1)
         x = (q / np.float32(np.sqrt(dim))).reshape(len(q), len(keys), -1, dim).transpose(1, 2, 0, 3)
         scores, packed = x @ keys[:, None].swapaxes(-1, -2), start - start % oscar.WINDOW
-        variance = layer["variance"][slot, :, None, :packed].swapaxes(-1, -2)
-        scores[..., :packed] -= self.correction / 2 * ((x * x) @ variance)
+        variance = self["variance"][slot, :, None, :packed].swapaxes(-1, -2)
+        scores[..., :packed] -= self.ops.correction / 2 * ((x * x) @ variance)
         scores += np.triu(np.full(scores.shape[-2:], -np.inf, np.float32), 1 + start)
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
         return (p / p.sum(axis=-1, keepdims=True) @ values[:, None]).transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
@@ -266,19 +271,19 @@ EXACT = replace(SCHEMES["int2-shaped"], name="exact", bits=16, scale=False)  # r
 def prefilled(engine: Engine, ids: list[int]) -> list[tuple[Array, Array]]:
     """Keys and values of every layer, [tokens, kv_heads, d], as a prefill hands them to the cache; no scheme changes them."""
     seen: list[tuple[Array, Array]] = []
-    ops = Listener(Reference(), lambda layer: seen.append((layer.k, layer.v)))
-    cache = Cache(engine.config, EXACT, 1, len(ids), ops)
-    Model(engine.config, engine.model.weights, EXACT, ops).forward(np.array(ids), cache, cache.place([0], [len(ids)]))
+    model, cache = Model(engine.config, engine.model.weights, EXACT, Reference()), Cache(engine.config, EXACT, 1, len(ids), Reference())
+    model = model.observed(lambda q, new: seen.append((new.k, new.v)))
+    model.forward(np.array(ids), cache, cache.batch_for([0], [len(ids)]))
     return seen
 
 
 def decoded(engine: Engine, ids: list[int], prefill: list[tuple[Array, Array]]) -> Iterable[Array]:
     """Log-probabilities, chunk by chunk, of the tokens behind a prefill that is put into the cache as it was once computed."""
     cache = Cache(engine.config, engine.scheme, 1, len(ids) - 1, engine.ops)
-    batch = cache.place([0], [len(prefill[0][0])])
-    for (k, v), layer, kept in zip(prefill, engine.model.weights.layers, cache.layers, strict=True):
+    batch = cache.batch_for([0], [len(prefill[0][0])])
+    for (k, v), layer, layer_cache in zip(prefill, engine.model.weights.layers, cache.layers, strict=True):
         norms = oscar.token_norms(k.astype(BF16)) if engine.scheme.scale else None
-        engine.ops.append(New(k, v, norms, layer.key_feedback), kept, engine.scheme, batch)
+        layer_cache.append(NewTokens(k, v, norms, layer.key_feedback), batch)
     cache.advance(batch)
     return map(log_softmax, followed(engine, ids, cache))
 

@@ -22,9 +22,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from minioscar import hub
+from minioscar.attention_inputs import AttentionInputs, record_attention_inputs
 from minioscar.config import Config
 from minioscar.evaluate import default_text
-from minioscar.observe import Seen, listen
 from minioscar.ops.reference import Reference
 from minioscar.rope import Rope
 from minioscar.tokenizer import Tokenizer
@@ -45,8 +45,8 @@ def biases(folder: Path, config: Config) -> list[np.ndarray]:
     ops, rng, found = Reference(), np.random.default_rng(0), []
     heads, half = config.num_kv_heads, config.head_dim // 2
 
-    def heard(seen: Seen) -> None:
-        q, k = unturned(seen.q, config.rope), unturned(seen.k, config.rope)
+    def record(inputs: AttentionInputs) -> None:
+        q, k = unturned(inputs.q, config.rope), unturned(inputs.k, config.rope)
         along = q.reshape(len(q), heads, -1, 2, half).mean(axis=(0, 2))  # [kv_heads, 2, pairs]
         spread = np.sqrt(k.reshape(len(k), heads, 2, half).var(axis=0).mean(axis=1))  # [kv_heads, pairs]
         bias = along / np.linalg.norm(along, axis=1, keepdims=True) * (TIMES * spread * rng.choice([-1, 1], spread.shape))[:, None]
@@ -54,7 +54,7 @@ def biases(folder: Path, config: Config) -> list[np.ndarray]:
         found.append(bias.reshape(heads, -1))
 
     ids = Tokenizer(folder).encode(default_text())[-TOKENS:]
-    listen(load(folder, config, ops), config, ops, np.array(ids), heard)
+    record_attention_inputs(load(folder, config, ops), config, ops, np.array(ids), record)
     return found
 
 

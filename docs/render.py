@@ -13,6 +13,7 @@ from committed import RESULTS, ROOT, load
 
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
+from minioscar.evaluation.baselines import Ott, TurboQuant
 from minioscar.oscar import SCHEMES
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -186,14 +187,15 @@ def schemes() -> str:
             lines.append(f"| `{name}` | as they are | | as they are | everything | {s.bits_per_element(128):.3f} |")
             continue
         switches = {
-            "rotated": s.rotate, "rotated at random, Lloyd-Max levels": s.codebook, "divided by the token's norm": s.scale,
+            "rotated": s.rotate, "rotated at random, Lloyd-Max levels": isinstance(s, TurboQuant), "divided by the token's norm": s.scale,
             f"range x {s.shrink}": s.shrink < 1, "errors steered": s.shaped,
         }
         keys = "; ".join([f"{s.bits} bits", ", ".join(word for word, on in switches.items() if on)]).removesuffix("; ")
         along = f"{s.group} tokens of one channel" if s.key_axis == "token" else f"{s.value_group(128)} channels of one token"
-        step = "step only" if s.symmetric_values or s.codebook else "step and min"
-        values = f"{'rotated, ' if s.rotate or s.codebook else ''}{step}, groups of {s.value_group(128)}"
-        kept = ["window"] + [f"first {s.sinks} tokens"] * bool(s.sinks) + [f"{s.outliers} tokens a block"] * bool(s.outliers)
+        step = "step only" if s.symmetric_values or isinstance(s, TurboQuant) else "step and min"
+        values = f"{'rotated, ' if s.rotate or isinstance(s, TurboQuant) else ''}{step}, groups of {s.value_group(128)}"
+        kept = ["window"] + [f"first {s.sinks} tokens"] * bool(s.sinks)
+        kept += [f"{s.outliers} tokens a block"] if isinstance(s, Ott) else []
         lines.append(f"| `{name}` | {keys} | {along} | {values} | {', '.join(kept)} | {s.bits_per_element(128):.3f} |")
     lines += ["", "At head_dim 128. The window is the newest 0 … 127 tokens. Norms, 4 bytes a token and layer, come on top."]
     return "\n".join(lines)

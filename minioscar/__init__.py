@@ -76,6 +76,7 @@ def __getattr__(name: str) -> Any:
     """Imported when it is asked for, so that `import minioscar` and --help cost nothing."""
     if name not in _FROM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(".evaluation.baselines", __name__)  # their schemes are as good a `kv` as any
     return getattr(import_module(f".{_FROM[name]}", __name__), name)
 
 

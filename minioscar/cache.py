@@ -1,14 +1,15 @@
-"""The KV cache: packed blocks, sinks and residual window, or plain BF16; allocated once, nothing grows.
+"""The KV cache: what one layer keeps of a token, and the rows of a batch; allocated once, nothing grows.
 
 A sequence of length L keeps its first L - L % WINDOW tokens packed and the newest L % WINDOW in BF16. What the arithmetic of a
-block is stands in oscar.py; who writes and reads the arrays is `ops` (append, attention).
+block is stands in oscar.py. These classes are array code and run on NumPy and CuPy; ops/paged.py has the ones that kernels fill.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -20,82 +21,18 @@ if TYPE_CHECKING:
     from .ops.reference import Reference
 
 Array = Any
+Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> (shape, dtype)
 BF16 = np.dtype(ml_dtypes.bfloat16)
+QUERIES = 256  # queries of one sequence whose scores are in memory at once
 
 
-def layout(config: Config, scheme: Scheme, batch: int, context: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Name -> (shape, dtype) of the arrays of one layer, in their plain form; another back end may put the same bytes into pages.
+class NewTokens(NamedTuple):
+    """New tokens on their way into the cache; without arrays where they are in it already (a decode step on a card)."""
 
-    The axes are batch, kv_heads, tokens (or groups of tokens, or blocks' worth of them), channels (or groups, or packed bytes).
-    """
-    heads, dim = config.num_kv_heads, config.head_dim
-    if not scheme.quantized:
-        return {"keys": ((batch, heads, context, dim), BF16), "values": ((batch, heads, context, dim), BF16)}
-    tokens = context // WINDOW * WINDOW  # a partial block at the end of the context never leaves the window
-    packed = dim * scheme.bits // 8
-    value_groups = dim // scheme.value_group(dim)
-    key_params = (tokens // scheme.group, dim) if scheme.key_axis == "token" else (tokens, value_groups)
-    arrays = {
-        "key_codes": ((batch, heads, tokens, packed), np.uint8),
-        "key_step": ((batch, heads, *key_params), np.float16),
-        "key_min": ((batch, heads, *key_params), np.float16),
-        "value_codes": ((batch, heads, tokens, packed), np.uint8),
-        "value_step": ((batch, heads, tokens, value_groups), np.float16),
-        "window_keys": ((batch, heads, WINDOW, dim), BF16),
-        "window_values": ((batch, heads, WINDOW, dim), BF16),
-    }
-    if scheme.codebook:
-        del arrays["key_min"]
-    elif not scheme.symmetric_values:
-        arrays["value_min"] = arrays["value_step"]
-    if scheme.outliers:
-        kept = (batch, heads, tokens // WINDOW, scheme.outliers)
-        arrays |= {"outlier_keys": ((*kept, dim), BF16), "outlier_values": ((*kept, dim), BF16), "outlier_places": (kept, np.uint8)}
-    if scheme.scale:
-        arrays["norms"] = ((batch, tokens), np.float32)
-    if scheme.sinks:
-        arrays["sink_keys"] = arrays["sink_values"] = ((batch, heads, scheme.sinks, dim), BF16)
-    return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
-
-
-def row_layout(config: Config, scheme: Scheme, length: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Name -> (shape, dtype) of what one layer of a row of `length` tokens holds, in plain form: `layout` without the batch axis, cut.
-
-    This is what a saved cache consists of. Arrays that would be empty are left out.
-    """
-    capacity = min(-(-length // WINDOW) * WINDOW, config.max_context)
-    tokens, rows = length // WINDOW * WINDOW if scheme.quantized else length, {}
-    whole = capacity // WINDOW * WINDOW if scheme.quantized else capacity  # tokens that the arrays of `layout` are for
-    for name, (shape, dtype) in layout(config, scheme, 1, capacity).items():
-        size = list(shape[1:])  # [kv_heads, tokens or groups or blocks, ...]; norms are [tokens]
-        if name == "norms":
-            size[0] = min(length, size[0])
-        elif name.startswith("window"):
-            size[1] = length - tokens
-        elif name.startswith("sink"):
-            size[1] = size[1] if tokens else 0
-        else:
-            size[1] = size[1] * tokens // whole if whole else 0
-        rows[name] = (tuple(size), dtype)
-    return {name: (shape, dtype) for name, (shape, dtype) in rows.items() if math.prod(shape)}
-
-
-def cache_bytes(config: Config, scheme: Scheme, batch: int, context: int) -> int:
-    """Bytes of a whole cache, before it is made; equal to the `nbytes` that it will have."""
-    arrays = layout(config, scheme, batch, context).values()
-    return config.num_layers * sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
-
-
-def left_after_cut(scheme: Scheme, held: int, length: int) -> int:
-    """How many tokens of a row of `held` are left when it is cut to `length`.
-
-    The window can be cut anywhere. A packed block cannot be taken apart, so a cut within one keeps the blocks before it: up to
-    WINDOW - 1 tokens fewer than asked for.
-    """
-    if length >= held:
-        return held
-    inside = not scheme.quantized or length >= held - held % WINDOW
-    return length if inside else length - length % WINDOW
+    k: Array | None = None  # [tokens, kv_heads, d], rotated if the scheme does
+    v: Array | None = None
+    norms: Array | None = None  # float32 [tokens], of k as BF16 keeps it, over all kv heads and channels
+    feedback: Array | None = None  # Layer.key_feedback, for a shaped scheme
 
 
 @dataclass(frozen=True)
@@ -115,9 +52,14 @@ class Batch:
         return np.concatenate([np.arange(s, s + n) for s, n in zip(self.starts, self.counts, strict=True)])
 
     @property
-    def last(self) -> np.ndarray:
-        """Where each sequence's last new token stands among the tokens; int64 [sequences]."""
-        return np.cumsum(self.counts) - 1
+    def last(self) -> np.ndarray | None:
+        """Where each sequence's last new token stands among the tokens, int64 [sequences]; None: every token is one."""
+        return None if set(self.counts) == {1} else np.cumsum(self.counts) - 1
+
+    @property
+    def end(self) -> int:
+        """The longest a row becomes: so many positions are needed."""
+        return int(np.add(self.starts, self.counts).max())
 
     def spans(self) -> list[tuple[int, int, slice]]:
         """(slot, start, where its tokens stand) of each sequence."""
@@ -125,38 +67,245 @@ class Batch:
         return [(s, p, slice(e - n, e)) for s, p, n, e in zip(self.slots, self.starts, self.counts, ends, strict=True)]
 
 
+# --- what one layer keeps
+
+
+class LayerCache:
+    """One layer's keys and values of every row. arrays: those that `layout` names, on the back end of `ops`. index: of the layer."""
+
+    def __init__(self, arrays: dict[str, Array], scheme: Scheme, ops: Reference, index: int = 0):
+        self.arrays, self.scheme, self.ops, self.xp, self.index = arrays, scheme, ops, ops.xp, index
+
+    def __getitem__(self, name: str) -> Array:
+        return self.arrays[name]
+
+    @classmethod
+    def layout(cls, config: Config, scheme: Scheme, batch: int, context: int) -> Layout:
+        """The arrays of one layer. Axes: batch, kv_heads, tokens (or groups, or blocks' worth of them), channels (or groups, or bytes)."""
+        raise NotImplementedError
+
+    @classmethod
+    def row_layout(cls, config: Config, scheme: Scheme, length: int) -> Layout:
+        """What one layer of a row of `length` tokens holds: what a saved cache consists of, on every back end. Nothing empty is in it."""
+        raise NotImplementedError
+
+    def append(self, new: NewTokens, batch: Batch) -> None:
+        """Writes new tokens behind those that the rows hold. Everything passes through BF16 first."""
+        raise NotImplementedError
+
+    def past(self, slot: int, length: int, room: int = 0) -> tuple[Array, Array]:
+        """What attention takes the first `length` tokens of a row to be: keys, values, float32 [kv_heads, length + room, d].
+
+        The last `room` tokens are left for the caller to fill.
+        """
+        raise NotImplementedError
+
+    def attend(self, q: Array, new: NewTokens, batch: Batch) -> Array:
+        """Causal grouped-query attention over the cache, which does not hold the new tokens yet, and the new tokens.
+
+        q [tokens, q_heads, d]. softmax(q.k / sqrt(d)).v in float32 -> [tokens, q_heads, d] in q's dtype.
+        """
+        xp = self.xp
+        out, scale = xp.empty(q.shape, q.dtype), xp.float32(1 / math.sqrt(q.shape[-1]))
+        for slot, start, span in batch.spans():
+            keys, values = self.past(slot, start, room=span.stop - span.start)
+            for past, x in ((keys, new.k), (values, new.v)):
+                past[:, start:] = x[span].astype(xp.float32).swapaxes(0, 1)
+            for first in range(span.start, span.stop, QUERIES):
+                queries = slice(first, min(first + QUERIES, span.stop))
+                seen = start + queries.stop - span.start  # tokens that the last of these queries sees
+                out[queries] = causal_attention(q[queries].astype(xp.float32) * scale, keys[:, :seen], values[:, :seen], xp)
+        return out
+
+    def export_row(self, slot: int, length: int, config: Config) -> dict[str, np.ndarray]:
+        """The first `length` tokens of a row as they are kept, on the host, in the form of `row_layout`; copies."""
+        return {
+            name: np.array(self.ops.numpy(self.arrays[name][(slot, *map(slice, shape))]), order="C")
+            for name, (shape, _) in self.row_layout(config, self.scheme, length).items()
+        }
+
+    def import_row(self, slot: int, row: dict[str, np.ndarray]) -> None:
+        """The inverse of `export_row`, bit for bit, into a row of any capacity that holds so many tokens."""
+        for name, array in row.items():
+            cut = tuple(map(slice, map(min, array.shape, self.arrays[name].shape[1:])))  # norms lack room in a last partial block
+            self.arrays[name][(slot, *cut)] = self.xp.asarray(array[cut])
+
+    def copy_row(self, source: int, target: int) -> None:
+        for array in self.arrays.values():
+            array[target] = array[source]
+
+
+class PlainCache(LayerCache):
+    """Keys and values in BF16: nothing is quantized."""
+
+    @classmethod
+    def layout(cls, config: Config, scheme: Scheme, batch: int, context: int) -> Layout:
+        return dict.fromkeys(("keys", "values"), ((batch, config.num_kv_heads, context, config.head_dim), BF16))
+
+    @classmethod
+    def row_layout(cls, config: Config, scheme: Scheme, length: int) -> Layout:
+        return {name: (shape[1:], dtype) for name, (shape, dtype) in cls.layout(config, scheme, 1, length).items()}
+
+    def append(self, new: NewTokens, batch: Batch) -> None:
+        for slot, start, span in batch.spans():
+            for name, x in (("keys", new.k), ("values", new.v)):
+                self[name][slot, :, start : start + span.stop - span.start] = x[span].astype(BF16).swapaxes(0, 1)
+
+    def past(self, slot: int, length: int, room: int = 0) -> tuple[Array, Array]:
+        found = []
+        for name in ("keys", "values"):
+            _, heads, _, dim = self[name].shape
+            found.append(self.xp.empty((heads, length + room, dim), self.xp.float32))
+            found[-1][:, :length] = widen(self[name][slot, :, :length])
+        return found[0], found[1]
+
+
+class PackedCache(LayerCache):
+    """Whole blocks quantized as the scheme says, the newest tokens in a BF16 window, the first ones (sinks) in BF16 beside them."""
+
+    @classmethod
+    def layout(cls, config: Config, scheme: Scheme, batch: int, context: int) -> Layout:
+        heads, dim = config.num_kv_heads, config.head_dim
+        tokens = context // WINDOW * WINDOW  # a partial block at the end of the context never leaves the window
+        arrays: dict[str, tuple[tuple[int, ...], Any]] = {
+            name: ((batch, heads, *shape), dtype) for name, (shape, dtype) in scheme.packed_layout(tokens, dim).items()
+        }
+        arrays |= dict.fromkeys(("window_keys", "window_values"), ((batch, heads, WINDOW, dim), BF16))
+        if scheme.scale:
+            arrays["norms"] = (batch, tokens), np.float32
+        if scheme.sinks:
+            arrays |= dict.fromkeys(("sink_keys", "sink_values"), ((batch, heads, scheme.sinks, dim), BF16))
+        return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
+
+    @classmethod
+    def row_layout(cls, config: Config, scheme: Scheme, length: int) -> Layout:
+        packed = length - length % WINDOW
+        found = {}
+        for name, (shape, dtype) in PackedCache.layout(config, scheme, 1, packed or WINDOW).items():
+            shape = shape[1:]  # [kv_heads, tokens or groups, ...]; norms are [tokens]
+            if name == "norms":
+                capacity = min(-(-length // WINDOW) * WINDOW, config.max_context) // WINDOW * WINDOW
+                shape = (min(length, capacity),)
+            elif name in ("window_keys", "window_values"):
+                shape = shape[0], length - packed, *shape[2:]
+            elif not packed:
+                continue
+            if math.prod(shape):
+                found[name] = shape, dtype
+        return found
+
+    def append(self, new: NewTokens, batch: Batch) -> None:
+        """Into the window, and every full block of WINDOW tokens from there into packed form."""
+        for slot, start, span in batch.spans():
+            rows = {"keys": new.k[span].astype(BF16).swapaxes(0, 1), "values": new.v[span].astype(BF16).swapaxes(0, 1)}  # [heads, n, d]
+            count, held = span.stop - span.start, start % WINDOW
+            if new.norms is not None:
+                kept = max(min(count, self["norms"].shape[1] - start), 0)  # a last partial block has no room, nor needs it
+                self["norms"][slot, start : start + kept] = new.norms[span][:kept]
+            full, left = divmod(held + count, WINDOW)
+            if full:
+                blocks = {name: self.xp.concatenate([self[f"window_{name}"][slot, :, :held], x], axis=1) for name, x in rows.items()}
+                self.pack(slot, start - held, *(block[:, : full * WINDOW] for block in blocks.values()), new.feedback)
+                rows, held = {name: block[:, full * WINDOW :] for name, block in blocks.items()}, 0
+            for name, x in rows.items():
+                self[f"window_{name}"][slot, :, held:left] = x
+
+    def pack(self, slot: int, first: int, keys: Array, values: Array, feedback: Array | None = None) -> None:
+        """Quantizes whole blocks, BF16 [kv_heads, n, d], as tokens first ... first + n - 1 of a row, and keeps its sinks."""
+        scheme, tokens = self.scheme, slice(first, first + keys.shape[1])
+        self.keep_sinks(slot, first, keys, values)
+        norms = self["norms"][slot, tokens] if scheme.scale else None
+        for name, array in scheme.pack(keys, values, norms, self.xp, feedback).items():
+            begin = first * array.shape[1] // keys.shape[1]  # of groups of tokens there are fewer
+            self[name][slot, :, begin : begin + array.shape[1]] = array
+
+    def keep_sinks(self, slot: int, first: int, keys: Array, values: Array) -> None:
+        """The first tokens of a row stay in BF16 beside the cache; their packed slots are not read."""
+        if self.scheme.sinks and first == 0:
+            self["sink_keys"][slot], self["sink_values"][slot] = keys[:, : self.scheme.sinks], values[:, : self.scheme.sinks]
+
+    def past(self, slot: int, length: int, room: int = 0) -> tuple[Array, Array]:
+        packed, found = length - length % WINDOW, []
+        unpacked = self.packed(slot, packed) if packed else (None, None)
+        for kind, old in zip(("keys", "values"), unpacked, strict=True):
+            window = self[f"window_{kind}"][slot, :, : length - packed]
+            x = self.xp.empty((window.shape[0], length + room, window.shape[2]), self.xp.float32)
+            if packed:
+                x[:, :packed] = old
+                if self.scheme.sinks:
+                    x[:, : self.scheme.sinks] = widen(self[f"sink_{kind}"][slot])
+            x[:, packed:length] = widen(window)
+            found.append(x)
+        return found[0], found[1]
+
+    def packed(self, slot: int, tokens: int) -> tuple[Array, Array]:
+        """The packed tokens of a row, dequantized: keys, values, float32 [kv_heads, tokens, d]. Sinks are not put in."""
+        scheme, xp = self.scheme, self.xp
+        dim = self["window_keys"].shape[3]
+        row = {name: self[name][slot, :, : shape[0]] for name, (shape, _) in scheme.packed_layout(tokens, dim).items()}
+        return scheme.unpack(row, self["norms"][slot, :tokens] if scheme.scale else None, xp)
+
+
+def causal_attention(q: Array, keys: Array, values: Array, xp: Any) -> Array:
+    """The last queries of a sequence over all its tokens: q [n, q_heads, d], already times 1 / sqrt(d); keys, values [kv_heads, seen, d].
+
+    float32 [n, q_heads, d]. Query i of n sees the first seen - n + i + 1 tokens.
+    """
+    (n, q_heads, dim), (kv_heads, seen, _) = q.shape, keys.shape
+    x = q.reshape(n, kv_heads, -1, dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)  # [kv_heads, group * n, d]
+    scores = (x @ keys.swapaxes(1, 2)).reshape(kv_heads, -1, n, seen)
+    if n > 1:
+        scores[..., seen - n :] += xp.triu(xp.full((n, n), -xp.inf, xp.float32), 1)
+    scores -= scores.max(axis=-1, keepdims=True)
+    xp.exp(scores, out=scores)
+    total = scores.sum(axis=-1, keepdims=True)
+    y = (scores.reshape(kv_heads, -1, seen) @ values).reshape(kv_heads, -1, n, dim) / total
+    return y.transpose(2, 0, 1, 3).reshape(n, q_heads, dim)
+
+
+def widen(x: Array) -> Array:
+    """BF16 -> float32, exactly: the upper half of the word. (NumPy's own conversion of ml_dtypes takes three times as long.)"""
+    return (x.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+# --- the rows of a batch
+
+
 class Cache:
     """Keys and values of `batch` sequences of at most `context` tokens, in the given scheme.
 
-    layers[i] is a dict of the arrays that `layout` names, parts of `whole`, which has one more axis in front: what is done for all
-    layers at once takes it. lengths[b] counts the tokens of row b (host, int64).
+    layers[i] is what layer i keeps, its arrays parts of `arrays`, which have one more axis in front: what is done for all layers at
+    once takes those. lengths[b] counts the tokens of row b (host, int64).
     """
 
     def __init__(self, config: Config, scheme: Scheme, batch: int, context: int, ops: Reference):
-        self.scheme, self.context = scheme, context
+        self.config, self.scheme, self.context, self.ops = config, scheme, context, ops
         self.lengths = np.zeros(batch, np.int64)
-        shapes = ops.layout(config, scheme, batch, context)
-        self.whole = {name: ops.xp.zeros((config.num_layers, *shape), dtype) for name, (shape, dtype) in shapes.items()}
-        self.layers = [{name: array[i] for name, array in self.whole.items()} for i in range(config.num_layers)]
+        kind = ops.cache_type(config, scheme)
+        shapes = kind.layout(config, scheme, batch, context)
+        self.arrays = {name: ops.xp.zeros((config.num_layers, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+        arrays = ({name: array[i] for name, array in self.arrays.items()} for i in range(config.num_layers))
+        self.layers = [kind(of_layer, scheme, ops, i) for i, of_layer in enumerate(arrays)]
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for layer in self.layers for array in layer.values())
+        return sum(array.nbytes for array in self.arrays.values())
 
-    def place(self, slots: list[int], counts: list[int]) -> Batch:
+    def batch_for(self, slots: Iterable[int], counts: Iterable[int]) -> Batch:
         """Room for counts[i] new tokens in row slots[i]. Raises ValueError if a row would grow past the context."""
-        starts = [int(self.lengths[s]) for s in slots]
+        slots, counts = tuple(slots), tuple(counts)
+        starts = tuple(int(self.lengths[s]) for s in slots)
         for slot, start, count in zip(slots, starts, counts, strict=True):
             if count < 1 or start + count > self.context:
                 raise ValueError(f"row {slot} holds {start} of {self.context} tokens; {count} more do not fit")
-        return Batch(tuple(slots), tuple(starts), tuple(counts))
+        return Batch(slots, starts, counts)
 
     def advance(self, batch: Batch) -> None:
         """The new tokens of `batch` are now part of their rows."""
         for slot, start, count in zip(batch.slots, batch.starts, batch.counts, strict=True):
             self.lengths[slot] = start + count
 
-    def broken_off(self, batch: Batch) -> None:
+    def rollback(self, batch: Batch) -> None:
         """After a pass that ended midway: some layers have its tokens and others not, and windows may be overwritten."""
         for slot, start in zip(batch.slots, batch.starts, strict=True):
             self.lengths[slot] = start - start % WINDOW if self.scheme.quantized else start
@@ -166,13 +315,54 @@ class Cache:
         self.lengths[slot] = left_after_cut(self.scheme, int(self.lengths[slot]), length)
         return int(self.lengths[slot])
 
+    def export_row(self, slot: int) -> list[dict[str, np.ndarray]]:
+        """What each layer keeps of a row, on the host (`LayerCache.export_row`)."""
+        return [layer_cache.export_row(slot, int(self.lengths[slot]), self.config) for layer_cache in self.layers]
+
+    def import_row(self, slot: int, rows: Iterable[dict[str, np.ndarray]], length: int) -> None:
+        """The first `length` tokens of what `export_row` gave for a row that is as long or longer and can be cut there."""
+        shapes = row_layout(self.config, self.scheme, length)
+        for layer_cache, row in zip(self.layers, rows, strict=True):
+            layer_cache.import_row(slot, {name: row[name][tuple(map(slice, shape))] for name, (shape, _) in shapes.items()})
+        self.lengths[slot] = length
+
     def copy(self, source: int, target: int) -> None:
         """Row `target` becomes what row `source` is."""
-        for layer in self.layers:
-            for array in layer.values():
-                array[target] = array[source]
+        for layer_cache in self.layers:
+            layer_cache.copy_row(source, target)
         self.lengths[target] = self.lengths[source]
 
     def reset(self, slot: int) -> None:
         """Row `slot` is empty again. What its arrays hold is never read: every read is bounded by the length."""
         self.lengths[slot] = 0
+
+    def __iter__(self) -> Iterator[LayerCache]:
+        return iter(self.layers)
+
+
+def array_cache(scheme: Scheme) -> type[LayerCache]:
+    """The kind of cache, in array code, that a scheme wants."""
+    return PackedCache if scheme.quantized else PlainCache
+
+
+def row_layout(config: Config, scheme: Scheme, length: int) -> Layout:
+    """What one layer of a row of `length` tokens holds, whatever the back end."""
+    return array_cache(scheme).row_layout(config, scheme, length)
+
+
+def cache_bytes(config: Config, scheme: Scheme, batch: int, context: int) -> int:
+    """Bytes of a whole cache, before it is made; equal to the `nbytes` that it will have."""
+    arrays = array_cache(scheme).layout(config, scheme, batch, context).values()
+    return config.num_layers * sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
+
+
+def left_after_cut(scheme: Scheme, held: int, length: int) -> int:
+    """How many tokens of a row of `held` are left when it is cut to `length`.
+
+    The window can be cut anywhere. A packed block cannot be taken apart, so a cut within one keeps the blocks before it: up to
+    WINDOW - 1 tokens fewer than asked for.
+    """
+    if length >= held:
+        return held
+    inside = not scheme.quantized or length >= held - held % WINDOW
+    return length if inside else length - length % WINDOW

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from .sampling import RowSampling, next_token
 
 if TYPE_CHECKING:
     from .model import Model
+
+Array = Any
 
 
 class Decoder:
@@ -27,7 +30,7 @@ class Decoder:
         self.model, self.cache, self.rows, self.wanted = model, cache, rows, logits
         self.drawn: list[list[int]] = [[] for _ in rows]  # by each row so far; the newest token is not in the cache yet
         self.step = 0
-        self.found: tuple[np.ndarray, np.ndarray | None] | None = None
+        self.newest: tuple[np.ndarray, np.ndarray | None] | None = None
 
     def feed(self, slots: Sequence[int], tokens: Sequence[int], step: int = 1) -> None:
         """The newest token of each row, which its cache does not hold yet; the next ones are drawn as those of `step`."""
@@ -38,16 +41,19 @@ class Decoder:
     def launch(self, slots: Sequence[int]) -> None:
         """A step of these rows. Broken off, it leaves a cache that is whole again."""
         slots = list(slots)
-        batch, ids = self.cache.place(slots, [1] * len(slots)), np.array([self.drawn[slot][-1] for slot in slots])
+        batch, ids = self.cache.batch_for(slots, [1] * len(slots)), np.array([self.drawn[slot][-1] for slot in slots])
         try:
-            logits = self.model.forward(ids, self.cache, batch)
-            drawings = ((row, self.rows[slot], self.step, self.drawn[slot]) for row, slot in zip(logits, slots, strict=True))
-            self.found = np.array([next_token(*drawing) for drawing in drawings]), logits if self.wanted else None
+            tokens, logits = self.model.step(ids, self.cache, batch, partial(self._draw, slots))
         except BaseException:
-            self.cache.broken_off(batch)
+            self.cache.rollback(batch)
             raise
-        self._add(slots, self.found[0])
+        self.newest = tokens, self.model.ops.numpy(logits) if self.wanted else None
+        self._add(slots, tokens)
         self.step += 1
+
+    def _draw(self, slots: Sequence[int], logits: Array) -> np.ndarray:
+        rows = zip(self.model.ops.numpy(logits), slots, strict=True)
+        return np.array([next_token(row, self.rows[slot], self.step, self.drawn[slot]) for row, slot in rows])
 
     def _add(self, slots: Sequence[int], tokens: np.ndarray) -> None:
         for slot, token in zip(slots, tokens.tolist(), strict=True):
@@ -58,7 +64,7 @@ class Decoder:
 
         `cache.lengths` counts the tokens that these were drawn behind. Raises Failure where logits are not finite.
         """
-        return self.found
+        return self.newest
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Nothing is under way afterwards; a step that was not read is forgotten."""

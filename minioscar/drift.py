@@ -28,7 +28,7 @@ class Drift:
 def greedy(engine: Engine, ids: Sequence[int], count: int, done: Done) -> list[int]:
     """`count` tokens after ids, each the likeliest; an end token is a token like any other here."""
     cache = Cache(engine.config, engine.scheme, 1, len(ids) + count, engine.ops)
-    tokens = engine.model.step(np.array(ids), cache, cache.place([0], [len(ids)])).tolist()
+    tokens = engine.model.step(np.array(ids), cache, cache.batch_for([0], [len(ids)]))[0].tolist()
     done(len(ids))
     decoder = engine.ops.decoder(engine.model, cache, [RowSampling()])
     decoder.feed([0], tokens)

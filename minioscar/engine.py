@@ -8,8 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,7 +23,7 @@ from .config import Config
 from .errors import Failure, UserError
 from .generation import MOST_ROWS, Generation, Options, Run, first_answers, for_each
 from .hub import resolve
-from .model import Model, Progress, check_scheme
+from .model import Model, check_scheme
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
 from .prompt_cache import File, PromptCache, as_path, common, continued
@@ -282,7 +281,7 @@ class Engine:
 
     def _logits(self, ids: np.ndarray) -> np.ndarray:
         cache = Cache(self.config, self.scheme, 1, len(ids), self.ops)
-        return self.model.forward(ids, cache, cache.place([0], [len(ids)]), every=True)
+        return self.model.forward(ids, cache, cache.batch_for([0], [len(ids)]), every=True)
 
     # --- memory and progress
 
@@ -302,12 +301,16 @@ class Engine:
         fits = memory.longest_context(self.config, self.scheme, self.ops, 1, self.ops.free_bytes())
         return Failure(f"out of {self.ops.name} memory ({reason}); by its arithmetic --ctx {fits} fits now, a shorter prompt surely")
 
-    def layers_bar(self, tokens: int) -> Progress:
-        """Progress over the layers of a long forward pass, on stderr, if this engine shows progress."""
+    @contextmanager
+    def prefill_bar(self, tokens: int) -> Iterator[Model]:
+        """The model for one long forward pass, whose layers count on stderr, if this engine shows progress."""
+        if not self.progress or tokens < SHOW_PREFILL:
+            yield self.model
+            return
         from tqdm import tqdm
 
-        shown = self.progress and tokens >= SHOW_PREFILL
-        return partial(tqdm, desc=f"prefill {tokens} tokens", unit="layer", leave=False) if shown else iter
+        with tqdm(total=self.config.num_layers, desc=f"prefill {tokens} tokens", unit="layer", leave=False) as bar:
+            yield self.model.observed(lambda *_: bar.update())
 
 
 def load(

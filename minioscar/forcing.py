@@ -20,7 +20,7 @@ def teacher_forced(engine: Engine, ids: Sequence[int], prefill: int, done: Done 
     model at once and see exactly what they would see one by one: the packed blocks, the window, and each other unquantized.
     """
     cache = Cache(engine.config, engine.scheme, 1, len(ids) - 1, engine.ops)
-    engine.model.forward(np.array(ids[:prefill]), cache, cache.place([0], [prefill]))
+    engine.model.forward(np.array(ids[:prefill]), cache, cache.batch_for([0], [prefill]))
     done(prefill)
     yield from followed(engine, ids, cache, done)
 
@@ -30,7 +30,7 @@ def followed(engine: Engine, ids: Sequence[int], cache: Cache, done: Done = lamb
     feed = np.array(ids[:-1])
     while int(cache.lengths[0]) < len(feed):
         chunk = feed[int(cache.lengths[0]) : next_flush(cache)]
-        yield engine.model.forward(chunk, cache, cache.place([0], [len(chunk)]), every=True)
+        yield engine.model.forward(chunk, cache, cache.batch_for([0], [len(chunk)]), every=True)
         done(len(chunk))
 
 

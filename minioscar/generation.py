@@ -273,8 +273,8 @@ class Run:
         As many steps as the back end takes ahead are launched before the first is read: an answer that ends by itself has then
         cost a step too many, which is thrown away.
         """
-        slots = range(len(self.results))
-        wanted = {"logits": any(one.logprobs is not None for one in self.options), "graph": all(one.graph for one in self.options)}
+        slots, graph = range(len(self.results)), all(one.graph for one in self.options)
+        wanted = {"logits": any(one.logprobs is not None for one in self.options), "replay": "graph" if graph else "launches"}
         ops, model = self.engine.ops, self.engine.model
         self.decoder = self._guarded(lambda: ops.decoder(model, self.cache, self.rows, **wanted))
         try:
@@ -294,7 +294,7 @@ class Run:
                 yield launched.popleft(), *found, spent
         finally:
             if self.decoder is not None:
-                self.decoder.settle()
+                self.decoder.drain()
 
     def _goes_on(self, slot: int, ahead: int) -> bool:
         """Whether an answer takes one more step behind `ahead` steps whose tokens are not known yet."""
@@ -309,8 +309,8 @@ class Run:
         found = dict.fromkeys(self.first, self.logits)
         if feeds:
             slots, inputs = list(feeds), list(feeds.values())
-            bar = self.engine.layers_bar(sum(map(len, inputs)))
-            logits = self._pass(slots, inputs, lambda ids, batch: self.engine.model.forward(ids, self.cache, batch, progress=bar))
+            with self.engine.prefill_bar(sum(map(len, inputs))) as model:
+                logits = self._pass(slots, inputs, lambda ids, batch: model.forward(ids, self.cache, batch))
             found |= zip(slots, logits, strict=True)
         for slot in found:
             for other in range(slot + 1, slot + self.options[slot].n):
@@ -319,12 +319,12 @@ class Run:
 
     def _pass(self, slots: list[int], inputs: list[list[int]], forward: Callable[[np.ndarray, Batch], T]) -> T:
         """One forward pass. Broken off, it leaves a cache that is whole again; out of memory, it leaves none."""
-        batch = self.cache.place(slots, list(map(len, inputs)))
+        batch = self.cache.batch_for(slots, list(map(len, inputs)))
         try:
             return self._guarded(lambda: forward(np.concatenate(inputs), batch))
         except BaseException:
             if self.cache is not None:
-                self.cache.broken_off(batch)
+                self.cache.rollback(batch)
             raise
 
     def _guarded(self, work: Callable[[], T]) -> T:

@@ -10,21 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
 from . import oscar
-from .cache import BF16, Cache
+from .attention_inputs import AttentionInputs, record_attention_inputs
+from .cache import BF16, Cache, NewTokens
 from .config import Config
 from .engine import scheme_named
 from .errors import UserError
 from .evaluate import default_text
 from .hub import resolve
 from .model import check_scheme
-from .observe import Seen, listen
 from .ops import backend
-from .ops.reference import New, Reference
+from .ops.reference import Reference
 from .oscar import SCHEMES, WINDOW, Scheme
 from .shaping import shape_keys
 from .tokenizer import Tokenizer
@@ -64,12 +63,13 @@ def inspect(
         weights = shape_keys(weights, config, ops)
     layers: list[dict] = []
 
-    def heard(seen: Seen) -> None:
+    def record(inputs: AttentionInputs) -> None:
         feedback = weights.layers[len(layers)].key_feedback
-        layers.append(look(seen, config, wanted, None if feedback is None else ops.numpy(feedback)))
+        layers.append(look(inputs, config, wanted, None if feedback is None else ops.numpy(feedback)))
+        bar.update()
 
-    bar = partial(tqdm, desc="inspect", unit="layer", leave=False, disable=None if progress else True)
-    listen(weights, config, ops, np.array(ids), heard, bar)
+    with tqdm(total=config.num_layers, desc="inspect", unit="layer", leave=False, disable=None if progress else True) as bar:
+        record_attention_inputs(weights, config, ops, np.array(ids), record)
     return {
         "model": str(model), "device": ops.name, "tokens": tokens, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim,
         "group": SCHEMES["oscar"].group, "schemes": [scheme.name for scheme in wanted], "quantiles": QUANTILES,
@@ -84,10 +84,10 @@ def inspect(
 # --- one layer
 
 
-def look(seen: Seen, config: Config, schemes: Sequence[Scheme], feedback: np.ndarray | None) -> dict:
+def look(inputs: AttentionInputs, config: Config, schemes: Sequence[Scheme], feedback: np.ndarray | None) -> dict:
     """Everything about one layer, rounded numbers only. Keys and values count as BF16 keeps them."""
-    k, v = (x.astype(BF16).astype(np.float32).swapaxes(0, 1) for x in (seen.k, seen.v))  # [kv_heads, tokens, d]
-    q = seen.q.reshape(len(seen.q), config.num_kv_heads, -1, config.head_dim).transpose(1, 2, 0, 3)  # [kv_heads, q_per_kv, tokens, d]
+    k, v = (x.astype(BF16).astype(np.float32).swapaxes(0, 1) for x in (inputs.k, inputs.v))  # [kv_heads, tokens, d]
+    q = inputs.q.reshape(len(inputs.q), config.num_kv_heads, -1, config.head_dim).transpose(1, 2, 0, 3)  # [kv_heads, q_per_kv, tokens, d]
     norms = oscar.token_norms(k.swapaxes(0, 1))
     keys = dict(zip(STEPS, (k, k / norms[:, None], oscar.rotate(k), oscar.rotate(k) / norms[:, None]), strict=True))
     group = SCHEMES["oscar"].group
@@ -100,7 +100,7 @@ def look(seen: Seen, config: Config, schemes: Sequence[Scheme], feedback: np.nda
     head = int(stretches["scaled"].max(axis=1).argmax())
     errors, of_keys, of_values = {}, {}, {}
     for scheme in schemes:
-        back_k, back_v = kept(k, v, norms, scheme, config, feedback)
+        back_k, back_v = through_cache(k, v, norms, scheme, config, feedback)
         of_keys[scheme.name], of_values[scheme.name] = (
             np.linalg.norm(back - x, axis=(0, 2)) / np.linalg.norm(x, axis=(0, 2)) for back, x in ((back_k, k), (back_v, v))
         )
@@ -125,17 +125,18 @@ def look(seen: Seen, config: Config, schemes: Sequence[Scheme], feedback: np.nda
     }
 
 
-def kept(
+def through_cache(
     k: np.ndarray, v: np.ndarray, norms: np.ndarray, scheme: Scheme, config: Config, feedback: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """What attention reads back of one layer's keys and values, [kv_heads, tokens, d], after they went through a cache."""
     ops, one = Reference(), replace(config, num_layers=1)
-    turn = oscar.rotate if scheme.rotate else np.asarray
+    rotate = oscar.rotate if scheme.rotate else np.asarray
     cache = Cache(one, scheme, 1, k.shape[1], ops)
-    new = New(turn(k).swapaxes(0, 1), turn(v).swapaxes(0, 1), norms if scheme.scale else None, feedback if scheme.shaped else None)
-    ops.append(new, cache.layers[0], scheme, cache.place([0], [k.shape[1]]))
-    back_k, back_v = ops.past(cache.layers[0], 0, k.shape[1], scheme)
-    return turn(back_k), turn(back_v)
+    rotated = (rotate(x).swapaxes(0, 1) for x in (k, v))
+    new = NewTokens(*rotated, norms if scheme.scale else None, feedback if scheme.shaped else None)
+    cache.layers[0].append(new, cache.batch_for([0], [k.shape[1]]))
+    back_k, back_v = cache.layers[0].past(0, k.shape[1])
+    return rotate(back_k), rotate(back_v)
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -6,68 +6,76 @@ The array code does not know which back end runs it, nor what a token costs in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cache import Batch, Cache
+from .cache import Batch, Cache, LayerCache, NewTokens
 from .config import Config
 from .errors import UserError
 from .oscar import Scheme, hadamard
-from .sampling import RowSampling, next_token
 from .weights import Layer, Weights
 
 if TYPE_CHECKING:
     from .ops.reference import Reference
 
 Array = Any
-Progress = Callable[[Iterable], Iterable]  # wraps the loop over layers, as tqdm does
 
 
 class Model:
     """Weights, bound to a scheme of the cache and to a back end; values are rotated in the weights where the scheme rotates."""
 
     def __init__(self, config: Config, weights: Weights, scheme: Scheme, ops: Reference):
-        self.config, self.scheme, self.ops = config, scheme, ops
         check_scheme(config, scheme)
         ops.say_if_slow(config, scheme)
+        self.config, self.scheme, self.ops = config, scheme, ops
         self.weights = weights
         self.tables: tuple[Array, Array] | None = None  # cos and sin of RoPE for the positions seen so far
 
+    def observed(self, seen: Callable[[Array, NewTokens], object]) -> Model:
+        """The same model, which shows what attention is given, queries and new tokens, to `seen`, a layer after the other."""
+        other = copy(self)
+        other.ops = Observed(self.ops, seen)
+        return other
+
     def step(
-        self, ids: np.ndarray, cache: Cache, batch: Batch, rows: Sequence[RowSampling] | None = None, progress: Progress = iter
-    ) -> np.ndarray:
-        """The first token that every sequence of `batch` draws after its new tokens `ids` (rows None: the likeliest); int64 [sequences]."""
-        logits = self.forward(ids, cache, batch, progress=progress)
-        return np.array([next_token(*drawing, 0) for drawing in zip(logits, rows or [RowSampling()] * len(logits), strict=True)])
+        self, ids: Array, cache: Cache, batch: Batch, draw: Callable[[Array], Array] | None = None
+    ) -> tuple[Array, Array]:
+        """The next token of every sequence of `batch` after its new tokens `ids`, and the logits it was drawn from, float32
+        [sequences, vocab] on the back end. draw: from logits to tokens (None: the likeliest, int64 on the host).
+        """
+        logits = self._logits(ids, cache, batch, False)
+        return self.ops.numpy(logits).argmax(axis=1) if draw is None else draw(logits), logits
 
-    def forward(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool = False, progress: Progress = iter) -> np.ndarray:
+    def forward(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool = False) -> np.ndarray:
         """Logits on the host, float32: [sequences, vocab] of each sequence's last token, or [tokens, vocab] of all if `every`."""
-        return self.ops.numpy(self._logits(ids, cache, batch, every, progress))
+        return self.ops.numpy(self._logits(ids, cache, batch, every))
 
-    def _logits(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool, progress: Progress = iter) -> Array:
+    def _logits(self, ids: Array, cache: Cache, batch: Batch, every: bool) -> Array:
         """Runs new tokens, int [tokens], sequence after sequence as `batch` says, through all layers and puts them into the cache."""
         ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
-        tables = self.tables_for(int(np.add(batch.starts, batch.counts).max()))
+        tables = self.tables_for(batch.end)
+        ops.begin(cache, batch)
         x = ops.embed(weights.embed, ids)  # [tokens, hidden]
-        for layer, kept in progress(list(zip(weights.layers, cache.layers, strict=True))):
-            x = self._attend(x, layer, kept, tables, batch)
+        for layer, layer_cache in zip(weights.layers, cache.layers, strict=True):
+            x = self._attend(x, layer, layer_cache, tables, batch)
             norm = layer.post_norm, eps
             h = ops.linear(x, layer.gate_up, layer.gate_up_bias, norm=norm, silu=True)  # [tokens, intermediate]
             x = ops.linear(h, layer.down, layer.down_bias, residual=x)
             del h  # not beside the arrays of the next layer's attention
-        cache.advance(batch)
-        x = x if every else x[ops.xp.asarray(batch.last)]
+        ops.end(cache, batch)
+        x = x if every or batch.last is None else x[ops.xp.asarray(batch.last)]
         return ops.linear(x, weights.head, norm=(weights.norm, eps), float32=True)
 
-    def _attend(self, x: Array, layer: Layer, kept: dict[str, Array], tables: tuple[Array, Array], batch: Batch) -> Array:
+    def _attend(self, x: Array, layer: Layer, layer_cache: LayerCache, tables: tuple[Array, Array], batch: Batch) -> Array:
         """x and the attention of a layer; the cache has the new tokens then. What stands between is gone before the MLP runs."""
         ops = self.ops
         norm = layer.input_norm, self.config.rms_norm_eps
         qkv = ops.linear(x, layer.qkv, layer.qkv_bias, norm=norm)  # [tokens, (q_heads + 2 * kv_heads) * head_dim]
-        q, new = ops.rotate_scale(qkv, layer, tables, kept, self.config, self.scheme, batch)  # QK-norm, RoPE, rotation, norms
-        y = ops.attention(q, new, kept, self.scheme, batch)  # [tokens, q_heads, head_dim]
+        q, new = ops.rotate_scale(qkv, layer, tables, layer_cache, self.config, batch)  # QK-norm, RoPE, rotation, norms
+        y = ops.attention(q, new, layer_cache, batch)  # [tokens, q_heads, head_dim]
         return ops.linear(y.reshape(len(x), -1), layer.o, layer.o_bias, residual=x)
 
     def tables_for(self, positions: int) -> tuple[Array, Array]:
@@ -76,6 +84,20 @@ class Model:
             size = max(1024, 1 << (positions - 1).bit_length())  # grows by doubling
             self.tables = tuple(self.ops.xp.asarray(table) for table in self.config.rope.tables(size))
         return self.tables
+
+
+class Observed:
+    """A back end that shows what attention is given to `seen` before it attends."""
+
+    def __init__(self, ops: Reference, seen: Callable[[Array, NewTokens], object]):
+        self.ops, self.seen = ops, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ops, name)
+
+    def attention(self, q: Array, new: NewTokens, layer_cache: LayerCache, batch: Batch) -> Array:
+        self.seen(q, new)
+        return self.ops.attention(q, new, layer_cache, batch)
 
 
 def check_scheme(config: Config, scheme: Scheme) -> None:

@@ -56,12 +56,12 @@ def ask(engine: Engine, haystack: Sequence[int], question: Sequence[int], done: 
     """The greedy answer. The haystack is prefilled; the question comes after, so that it sees the needle as the cache kept it."""
     feed = np.array(question)
     cache = Cache(engine.config, engine.scheme, 1, len(haystack) + len(feed) + ANSWER_TOKENS, engine.ops)
-    engine.model.forward(np.array(haystack), cache, cache.place([0], [len(haystack)]))
+    engine.model.forward(np.array(haystack), cache, cache.batch_for([0], [len(haystack)]))
     done(len(haystack))
     tokens: list[int] = []
     while len(tokens) < ANSWER_TOKENS:
         chunk, feed = np.split(feed, [next_flush(cache) - int(cache.lengths[0])])  # a longer one would attend past a flush
-        token = engine.model.step(chunk, cache, cache.place([0], [len(chunk)]))
+        token = engine.model.step(chunk, cache, cache.batch_for([0], [len(chunk)]))[0]
         if not len(feed):
             tokens += token.tolist()
             feed = token

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from . import codebook
-
 Array = Any  # numpy.ndarray or cupy.ndarray: the code below runs on either
 
 WINDOW = 128  # R: the newest tokens stay in BF16 until there are this many, then all of them are quantized at once
@@ -30,8 +28,7 @@ class Scheme:
     quantization), "channel" = `group` channels of one token.  symmetric_values: step only, no minimum.
     shrink: the range is narrowed to this fraction about its middle.  sinks: first tokens kept in BF16.
     shaped: rounding errors of keys are fed back, so that they avoid what queries look at (`quantize_shaped`).
-    codebook: a random rotation and Lloyd-Max levels (codebook.py).  outliers: of each block and kv head, so many tokens with the
-    smallest keys stay in BF16 beside it.
+    A subclass may keep a block in another way: it says so in `packed_layout`, `pack` and `unpack` (evaluation/baselines.py).
     """
 
     name: str
@@ -44,8 +41,6 @@ class Scheme:
     shrink: float = 1.0
     sinks: int = 0
     shaped: bool = False
-    codebook: bool = False
-    outliers: int = 0
 
     @property
     def quantized(self) -> bool:
@@ -56,12 +51,38 @@ class Scheme:
         return math.gcd(self.group, head_dim)
 
     def bits_per_element(self, head_dim: int) -> float:
-        """Codes, steps, minima and outlier tokens, averaged over keys and values; the norm of a token is not in it."""
+        """Codes, steps and minima, averaged over keys and values; the norm of a token is not in it."""
         if not self.quantized:
             return 16.0
-        key = self.bits + (16 if self.codebook else 32) / (self.group if self.key_axis == "token" else self.value_group(head_dim))
-        value = self.bits + (16 if self.symmetric_values or self.codebook else 32) / self.value_group(head_dim)
-        return (key + value) / 2 + self.outliers * (16 + 8 / (2 * head_dim)) / WINDOW
+        key = self.bits + 32 / (self.group if self.key_axis == "token" else self.value_group(head_dim))
+        value = self.bits + (16 if self.symmetric_values else 32) / self.value_group(head_dim)
+        return (key + value) / 2
+
+    def packed_layout(self, tokens: int, head_dim: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Name -> (shape, dtype) of what one kv head keeps of whole blocks of so many tokens."""
+        codes, groups = (tokens, head_dim * self.bits // 8), (tokens, head_dim // self.value_group(head_dim))
+        key_groups = (tokens // self.group, head_dim) if self.key_axis == "token" else groups
+        found = {"key_codes": (codes, np.uint8), "key_step": (key_groups, np.float16), "key_min": (key_groups, np.float16)}
+        found |= {"value_codes": (codes, np.uint8), "value_step": (groups, np.float16)}
+        return found if self.symmetric_values else found | {"value_min": (groups, np.float16)}
+
+    def pack(self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None) -> dict[str, Array]:
+        """Whole blocks [kv_heads, tokens, head_dim] -> the arrays of `packed_layout`, each with the axis of kv heads in front.
+
+        norms: [tokens], where the scheme scales. feedback: what `quantize_shaped` takes, for a shaped scheme.
+        """
+        parts = {"key": quantize_keys(keys, norms, self, xp, feedback), "value": quantize_values(values, self, xp)}
+        found = {}
+        for kind, (codes, step, minimum) in parts.items():
+            found |= {f"{kind}_codes": pack(codes, self.bits, xp), f"{kind}_step": step}
+            found |= {} if minimum is None else {f"{kind}_min": minimum}
+        return found
+
+    def unpack(self, row: dict[str, Array], norms: Array | None, xp: Any = np) -> tuple[Array, Array]:
+        """What attention takes keys and values to be: the inverse of `pack`; float32 [kv_heads, tokens, head_dim]."""
+        keys, values = (unpack(row[f"{kind}_codes"], self.bits, xp) for kind in ("key", "value"))
+        keys = dequantize_keys(keys, row["key_step"], row["key_min"], norms, self, xp)
+        return keys, dequantize_values(values, row["value_step"], row.get("value_min"), self, xp)
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -72,8 +93,6 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("quarot", rotate=True, key_axis="channel"),
         Scheme("rotation", rotate=True),
         Scheme("scaling", scale=True),
-        Scheme("ott", outliers=3),
-        Scheme("turboquant", key_axis="channel", group=256, codebook=True),
         Scheme("oscar", rotate=True, scale=True),
         Scheme("int2", rotate=True, scale=True, shrink=0.9, sinks=32, symmetric_values=True),
         Scheme("int2-compact", rotate=True, scale=True, group=64, shrink=0.85, sinks=64, symmetric_values=True),
@@ -252,17 +271,15 @@ def _round(x: Array, top: int, xp: Any) -> Array:
 
 
 def quantize_keys(
-    keys: Array, norms: Array, scheme: Scheme, xp: Any = np, feedback: Array | None = None
-) -> tuple[Array, Array, Array | None]:
+    keys: Array, norms: Array | None, scheme: Scheme, xp: Any = np, feedback: Array | None = None
+) -> tuple[Array, Array, Array]:
     """keys [kv_heads, tokens, head_dim] (rotated if the scheme does), norms [tokens] -> codes, step, min of keys / norm.
 
     The codes have the keys' shape; step and min are [kv_heads, tokens/group, head_dim], or, for quantization per token,
-    [kv_heads, tokens, head_dim/group]; a codebook has no min (None). `tokens` must be a multiple of the group. feedback: what
-    `quantize_shaped` takes, for a shaped scheme only. Raises ValueError where it is missing.
+    [kv_heads, tokens, head_dim/group]. `tokens` must be a multiple of the group. feedback: what `quantize_shaped` takes, for a
+    shaped scheme only. Raises ValueError where it is missing.
     """
     keys = keys.astype(xp.float32)
-    if scheme.codebook:
-        return *codebook.quantize(keys, scheme.value_group(keys.shape[-1]), xp), None
     if scheme.scale:
         keys = keys / norms[:, None]
     if scheme.shaped:
@@ -272,10 +289,8 @@ def quantize_keys(
     return quantize(keys, *_key_groups(scheme, keys.shape[-1]), scheme.bits, scheme.shrink, xp)
 
 
-def dequantize_keys(codes: Array, step: Array, minimum: Array | None, norms: Array, scheme: Scheme, xp: Any = np) -> Array:
+def dequantize_keys(codes: Array, step: Array, minimum: Array, norms: Array | None, scheme: Scheme, xp: Any = np) -> Array:
     """What attention takes the keys to be: the inverse of `quantize_keys`, norms multiplied back; float32."""
-    if scheme.codebook:
-        return codebook.dequantize(codes, step, xp)
     keys = dequantize(codes, step, minimum, *_key_groups(scheme, codes.shape[-1]), xp)
     if scheme.scale:
         keys *= norms[:, None]
@@ -285,8 +300,6 @@ def dequantize_keys(codes: Array, step: Array, minimum: Array | None, norms: Arr
 def quantize_values(values: Array, scheme: Scheme, xp: Any = np) -> tuple[Array, Array, Array | None]:
     """values [kv_heads, tokens, head_dim] -> codes, step, min (None if symmetric): groups of channels of one token."""
     group = scheme.value_group(values.shape[-1])
-    if scheme.codebook:
-        return *codebook.quantize(values, group, xp), None
     if scheme.symmetric_values:
         return *quantize_symmetric(values, -1, group, scheme.bits, scheme.shrink, xp), None
     return quantize(values, -1, group, scheme.bits, scheme.shrink, xp)
@@ -295,8 +308,6 @@ def quantize_values(values: Array, scheme: Scheme, xp: Any = np) -> tuple[Array,
 def dequantize_values(codes: Array, step: Array, minimum: Array | None, scheme: Scheme, xp: Any = np) -> Array:
     """The inverse of `quantize_values`; float32."""
     group = scheme.value_group(codes.shape[-1])
-    if scheme.codebook:
-        return codebook.dequantize(codes, step, xp)
     if scheme.symmetric_values:
         return dequantize_symmetric(codes, step, -1, group, scheme.bits, xp)
     return dequantize(codes, step, minimum, -1, group, xp)

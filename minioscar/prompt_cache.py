@@ -51,8 +51,7 @@ class PromptCache:
         """A copy of row 0 of a cache that holds exactly these tokens."""
         if cache.lengths[0] != len(ids):
             raise ValueError(f"the cache holds {cache.lengths[0]} tokens, not {len(ids)}")
-        rows = [engine.ops.take_out(layer, 0, len(ids), engine.config, engine.scheme) for layer in cache.layers]
-        return cls(engine, list(ids), rows, **known)
+        return cls(engine, list(ids), cache.export_row(0), **known)
 
     @property
     def nbytes(self) -> int:
@@ -90,12 +89,7 @@ class PromptCache:
 
     def fill(self, cache: Cache, slot: int, tokens: int) -> None:
         """Puts the first `tokens` tokens, or what can be had of them, into an empty row of a cache of the same model."""
-        config, scheme, length = self.engine.config, self.engine.scheme, left_after_cut(cache.scheme, len(self), tokens)
-        shapes = row_layout(config, scheme, length)
-        for row, layer in zip(self.rows, cache.layers, strict=True):
-            cut = {name: row[name][tuple(map(slice, shape))] for name, (shape, _) in shapes.items()}
-            self.engine.ops.put_in(cut, layer, slot, config, scheme)
-        cache.lengths[slot] = length
+        cache.import_row(slot, self.rows, left_after_cut(cache.scheme, len(self), tokens))
 
     # --- files
 

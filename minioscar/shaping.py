@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from .attention_inputs import AttentionInputs, record_attention_inputs
 from .config import Config
-from .observe import Seen, listen
 from .ops.reference import Reference
 from .oscar import feedback_matrix
 from .weights import Weights
@@ -24,12 +24,12 @@ def query_energy(weights: Weights, config: Config, ops: Reference) -> np.ndarray
     """
     found: list[np.ndarray] = []
 
-    def heard(seen: Seen) -> None:
-        energy = (seen.q * seen.q).mean(axis=0).reshape(config.num_kv_heads, -1, 2, config.head_dim // 2).mean(axis=(1, 2))
+    def record(inputs: AttentionInputs) -> None:
+        energy = (inputs.q * inputs.q).mean(axis=0).reshape(config.num_kv_heads, -1, 2, config.head_dim // 2).mean(axis=(1, 2))
         found.append(np.concatenate([energy, energy], axis=-1))
 
     ids = np.random.default_rng(0).integers(0, config.vocab_size, min(TOKENS, config.max_context))
-    listen(weights, config, ops, ids, heard)
+    record_attention_inputs(weights, config, ops, ids, record)
     return np.stack(found)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from .cache import NewTokens
 from .decoding import Decoder
 from .errors import Failure
 from .weights import Weights
@@ -43,11 +44,11 @@ class Watch:
         inputs = {"weight": weight, "bias": bias, "norm's weight": norm and norm[0]}
         return self._finite(self._ops.linear(x, weight, bias, **options), name, inputs)
 
-    def rotate_scale(self, qkv: Array, layer: Any, *rest: Any) -> tuple[Array, Any]:
+    def rotate_scale(self, qkv: Array, layer: Any, *rest: Any) -> tuple[Array, NewTokens]:
         self._where = self._layers[id(layer)]
         q, new = self._ops.rotate_scale(qkv, layer, *rest)
         inputs = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
-        for what, array in {"queries": q, **(new._asdict() if new is not None else {})}.items():
+        for what, array in {"queries": q, **new._asdict()}.items():
             if array is not None:
                 self._finite(array, f"rotation and scaling ({what})", inputs)
         return q, new
@@ -55,8 +56,9 @@ class Watch:
     def attention(self, *args: Any) -> Array:
         return self._finite(self._ops.attention(*args), "attention", {})
 
-    def decoder(self, *args: Any, logits: bool = False, graph: bool = True) -> Decoder:
-        return Decoder(*args, logits)  # of the operations above
+    def decoder(self, *args: Any, logits: bool = False, replay: str = "eager") -> Decoder:
+        """Every step is one of the operations above, none is replayed."""
+        return self._ops.decoder(*args, logits=logits, replay="eager")
 
     def _finite(self, result: Array, name: str, inputs: dict[str, Array | None]) -> Array:
         bad = self._bad(result)

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+import minioscar.evaluation.baselines  # noqa: F401  registers its schemes
 from minioscar.ops import cuda_missing
 
 

@@ -357,7 +357,7 @@ def test_a_prompt_cache_that_fills_the_context_begins_a_conversation(engine):
 
 def held(engine, ids):
     cache = engine.new_cache(1, 256)
-    engine.model.forward(np.array(ids), cache, cache.place([0], [len(ids)]))
+    engine.model.forward(np.array(ids), cache, cache.batch_for([0], [len(ids)]))
     return cache, ids
 
 

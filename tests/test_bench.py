@@ -109,11 +109,10 @@ def test_a_cache_is_filled_alike_on_the_cuda_back_end():
     config, scheme, ops, reference = Config.from_dict(CONFIG | {"head_dim": 64}), SCHEMES["int2"], Simt(), Reference()
     reference.dtype = ops.dtype
     ours, wanted = (bench_models.filled(config, scheme, back_end, 2, 130) for back_end in (ops, reference))
-    assert "pages" in ours.layers[0] and list(ours.lengths) == [130, 130]
+    assert "pages" in ours.arrays and list(ours.lengths) == [130, 130]
     for slot in (0, 1):
-        row = ops.take_out(ours.layers[1], slot, 130, config, scheme)
-        for name, array in reference.take_out(wanted.layers[1], slot, 130, config, scheme).items():
-            np.testing.assert_array_equal(row[name], array, name)
+        for name, array in wanted.export_row(slot)[1].items():
+            np.testing.assert_array_equal(ours.export_row(slot)[1][name], array, name)
 
 
 # --- memory

@@ -166,7 +166,7 @@ def test_out_of_memory_in_a_turn_frees_the_cache_and_the_conversation_goes_on(fo
     engine = talker(folder)
     conversation = Conversation(engine, ctx=1024)
     say(conversation, "the cat")
-    arrays = [weakref.ref(array) for layer in conversation.cache.layers for array in layer.values()]
+    arrays = [weakref.ref(array) for array in conversation.cache.arrays.values()]
     messages, attention = list(conversation.messages), engine.ops.attention
 
     def refused(*_):
@@ -230,9 +230,7 @@ def test_a_saved_conversation_goes_on_bit_for_bit(folder, tmp_path, kv, turns):
     after.turns = straight.turns  # the random numbers of the turn
     assert say(straight, "so?") == say(after, "so?")
     assert straight.last.prefilled_tokens == after.last.prefilled_tokens < 60
-    for a, b in zip(straight.cache.layers, after.cache.layers, strict=True):
-        ops, n = engine.ops, len(straight.held)
-        one, two = (ops.take_out(layer, 0, n, engine.config, engine.scheme) for layer in (a, b))
+    for one, two in zip(straight.cache.export_row(0), after.cache.export_row(0), strict=True):
         assert all(np.array_equal(one[name], two[name]) for name in one)
 
 

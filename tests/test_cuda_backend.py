@@ -80,14 +80,14 @@ class Side:
 
     def step(self, qkv: np.ndarray, counts: list[int]) -> np.ndarray:
         """Attention outputs, float32 [tokens, q_heads, d], of new tokens of three rows, in another order than their slots."""
-        ops, kept, batch = self.ops, self.cache.layers[0], self.cache.place([2, 0, 1], counts)
-        q, new = ops.rotate_scale(ops.array(qkv), self.layer, self.tables, kept, self.config, self.scheme, batch)
-        out = np.array(ops.numpy(ops.attention(q, new, kept, self.scheme, batch))).astype(np.float32)
+        ops, layer_cache, batch = self.ops, self.cache.layers[0], self.cache.batch_for([2, 0, 1], counts)
+        q, new = ops.rotate_scale(ops.array(qkv), self.layer, self.tables, layer_cache, self.config, batch)
+        out = np.array(ops.numpy(ops.attention(q, new, layer_cache, batch))).astype(np.float32)
         self.cache.advance(batch)
         return out
 
     def row(self, slot: int) -> dict[str, np.ndarray]:
-        return self.ops.take_out(self.cache.layers[0], slot, int(self.cache.lengths[slot]), self.config, self.scheme)
+        return self.cache.export_row(slot)[0]
 
 
 def codes_that_differ(got: dict[str, np.ndarray], want: dict[str, np.ndarray], scheme) -> int:
@@ -104,7 +104,7 @@ def codes_that_differ(got: dict[str, np.ndarray], want: dict[str, np.ndarray], s
             mine, theirs = (oscar.unpack(a, scheme.bits).astype(int) for a in (mine, theirs))
             assert scheme.shaped or np.all(abs(mine - theirs) <= 1), name
             differ += int((mine != theirs).sum())
-        elif name == "outlier_places":
+        elif name == "outlier_offsets":
             assert np.array_equal(mine, theirs)
         else:
             mine, theirs = mine.astype(np.float32), theirs.astype(np.float32)
@@ -164,7 +164,7 @@ def test_attention_over_the_cache_is_that_of_the_reference(make, family, dim, he
             row, expected = mine.row(slot), theirs.row(slot)
             differ += codes_that_differ(row, expected, scheme)
             codes += sum(array.size * 8 // scheme.bits for name, array in row.items() if name.endswith("codes"))
-            theirs.ops.put_in(row, theirs.cache.layers[0], slot, c, scheme)
+            theirs.cache.layers[0].import_row(slot, row)
     assert differ <= 1e-5 * codes * (dim if scheme.shaped else 1), f"{differ} of {codes}"  # one in some millions is usual
     assert codes or not scheme.quantized
 

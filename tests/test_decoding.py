@@ -8,8 +8,8 @@ import pytest
 from minioscar.cache import Cache
 from minioscar.errors import Failure
 from minioscar.generation import Options
-from minioscar.ops.queued import QueuedDecoder
-from minioscar.sampling import RowSampling, Sampling
+from minioscar.ops.decode import StepDecoder
+from minioscar.sampling import RowSampling, Sampling, next_token
 
 from .test_cuda_backend import on_each_backend
 from .test_decode_step import of_backend
@@ -23,9 +23,9 @@ def started(engine, ops, prompts: list[np.ndarray], room: int = 8, sampling: Sam
     cache = Cache(engine.config, engine.scheme, len(prompts), max(map(len, prompts)) + room, ops)
     slots = list(range(len(prompts)))
     rows = [RowSampling(sampling, i, prompt.tolist()) for i, prompt in enumerate(prompts)]
-    first = engine.model.step(np.concatenate(prompts), cache, cache.place(slots, list(map(len, prompts))), rows)
+    logits = engine.model.forward(np.concatenate(prompts), cache, cache.batch_for(slots, list(map(len, prompts))))
     decoder = ops.decoder(engine.model, cache, rows, **options)
-    decoder.feed(slots, first)
+    decoder.feed(slots, [next_token(of_row, row, 0) for of_row, row in zip(logits, rows, strict=True)])
     return decoder, cache
 
 
@@ -37,7 +37,7 @@ def steps(decoder, rows: list[list[int]]) -> list[list[int]]:
             decoder.launch(rows[launched])
             launched += 1
         found.append(decoder.read()[0].tolist())
-    decoder.settle()
+    decoder.drain()
     return found
 
 
@@ -50,12 +50,12 @@ def test_a_step_that_was_thrown_away_is_taken_again(make, kv, tmp_path, seed):
     prompts = [rng.integers(0, 160, n) for n in (126, 127)]
     sampling = Sampling(repetition_penalty=1.2, frequency_penalty=0.5)  # a token that is fed again counts once
     (straight, _), (broken, cache) = (started(engine, ops, prompts, sampling=sampling) for _ in range(2))
-    assert isinstance(straight, QueuedDecoder) and straight.ahead == 1
+    assert isinstance(straight, StepDecoder) and straight.ahead == 1
     want = steps(straight, [[0, 1]] * 4)
     broken.launch([0, 1])
     broken.launch([0, 1])
     first = broken.read()[0]
-    broken.settle()
+    broken.drain()
     assert cache.lengths.tolist() == [127, 128]
     broken.feed([0, 1], first, step=2)
     assert [first.tolist(), *steps(broken, [[0, 1]] * 3)] == want

@@ -37,8 +37,8 @@ def test_logits_of_a_token_do_not_depend_on_the_other_sequences(folder, seed):
     a, b = rng.integers(0, 160, 150), rng.integers(0, 160, 40)
     engine = load(folder, "int2")
     both, one = (Cache(engine.config, engine.scheme, 2, 200, engine.ops) for _ in range(2))
-    got = engine.model.forward(np.concatenate([a, b]), both, both.place([1, 0], [150, 40]))
-    want = engine.model.forward(a, one, one.place([0], [150]))
+    got = engine.model.forward(np.concatenate([a, b]), both, both.batch_for([1, 0], [150, 40]))
+    want = engine.model.forward(a, one, one.batch_for([0], [150]))
     np.testing.assert_allclose(got[0], want[0], atol=1e-4 * abs(want).max())
 
 

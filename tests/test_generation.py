@@ -324,23 +324,22 @@ def test_a_pass_that_broke_off_leaves_a_cache_that_goes_on_from_its_last_whole_b
     engine, rng = talker(folder, kv), np.random.default_rng(seed)
     ids, more = rng.integers(0, 320, held).tolist(), rng.integers(0, 320, 150).tolist()
     cache = Cache(engine.config, engine.scheme, 1, 512, engine.ops)
-    engine.model.forward(np.array(ids), cache, cache.place([0], [held]))
+    engine.model.forward(np.array(ids), cache, cache.batch_for([0], [held]))
     kept = held - held % 128 if engine.scheme.quantized else held
     want = Cache(engine.config, engine.scheme, 1, 512, engine.ops)
-    for name in cache.layers[0]:
-        for a, b in zip(want.layers, cache.layers, strict=True):
-            a[name][:] = b[name]
+    for name, array in cache.arrays.items():
+        want.arrays[name][:] = array
     want.lengths[0] = held
     want.truncate(0, kept)
     with monkeypatch.context() as patch:
         break_at(engine, patch, 1, KeyboardInterrupt)
-        batch = cache.place([0], [150])
+        batch = cache.batch_for([0], [150])
         with pytest.raises(KeyboardInterrupt):
             engine.model.forward(np.array(more), cache, batch)
-        cache.broken_off(batch)
+        cache.rollback(batch)
     assert cache.lengths[0] == kept
     rest = np.array((ids + more)[kept:])
-    got, expected = (engine.model.forward(rest, c, c.place([0], [len(rest)])) for c in (cache, want))
+    got, expected = (engine.model.forward(rest, c, c.batch_for([0], [len(rest)])) for c in (cache, want))
     np.testing.assert_array_equal(got, expected)
 
 
@@ -351,7 +350,7 @@ def test_out_of_memory_frees_the_cache_names_a_context_that_fits_and_the_engine_
 
     def watched(self, *args):
         real(self, *args)
-        arrays.extend(weakref.ref(array) for layer in self.layers for array in layer.values())
+        arrays.extend(weakref.ref(array) for array in self.arrays.values())
 
     monkeypatch.setattr(Cache, "__init__", watched)
     with monkeypatch.context() as patch:

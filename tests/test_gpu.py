@@ -84,10 +84,10 @@ def forced(engine, prompt: list[int], tokens: list[int]) -> np.ndarray:
         return fed(engine, [prompt], [tokens])[0]
     ids = np.array(prompt + tokens[:-1])
     cache = Cache(engine.config, engine.scheme, 1, len(ids), engine.ops)
-    rows = [engine.model.forward(ids[: len(prompt)], cache, cache.place([0], [len(prompt)]))]
+    rows = [engine.model.forward(ids[: len(prompt)], cache, cache.batch_for([0], [len(prompt)]))]
     while (start := int(cache.lengths[0])) < len(ids):
         chunk = ids[start : (start // oscar.WINDOW + 1) * oscar.WINDOW]
-        rows.append(engine.model.forward(chunk, cache, cache.place([0], [len(chunk)]), every=True))
+        rows.append(engine.model.forward(chunk, cache, cache.batch_for([0], [len(chunk)]), every=True))
     return np.concatenate(rows)
 
 
@@ -95,7 +95,7 @@ def fed(engine, prompts: list[list[int]], tokens: list[list[int]]) -> np.ndarray
     """Logits that predict each of the tokens, as many for each prompt, of one batch: [prompts, tokens, vocab]."""
     slots, count = list(range(len(prompts))), len(tokens[0])
     cache = Cache(engine.config, engine.scheme, len(prompts), max(map(len, prompts)) + count, engine.ops)
-    steps = [engine.model.forward(np.concatenate(prompts), cache, cache.place(slots, list(map(len, prompts))))]
+    steps = [engine.model.forward(np.concatenate(prompts), cache, cache.batch_for(slots, list(map(len, prompts))))]
     decoder = engine.ops.decoder(engine.model, cache, [RowSampling()] * len(slots), logits=True)
     for column in np.transpose(tokens)[:-1]:
         decoder.feed(slots, column)

@@ -32,7 +32,7 @@ def test_no_token_of_rotated_keys_is_further_off_than_its_bound(seed):
     norms = oscar.token_norms(k.swapaxes(0, 1))
     turned = oscar.rotate(k).reshape(2, 4, 32, 32)
     bound = inspection.bound(norms, turned.max(axis=2) - turned.min(axis=2))
-    back, _ = inspection.kept(k, k, norms, SCHEMES["rotation"], Config.from_dict(CONFIG), None)
+    back, _ = inspection.through_cache(k, k, norms, SCHEMES["rotation"], Config.from_dict(CONFIG), None)
     errors = np.linalg.norm(back - k, axis=(0, 2)) / norms
     assert (errors <= bound * 1.01).all() and errors.max() > bound.max() / 4  # 1 %: keys pass through BF16, steps through float16
     assert bound[::7].min() > 4 * np.delete(bound, np.s_[::7]).max()

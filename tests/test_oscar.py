@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minioscar import codebook, oscar
+from minioscar import oscar
+from minioscar.evaluation import baselines as codebook
 from minioscar.oscar import SCHEMES
 
 from .tiny import key_feedback

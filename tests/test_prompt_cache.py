@@ -50,19 +50,17 @@ def test_a_row_goes_out_and_into_any_other_cache_bit_for_bit(folder, kv, length,
     engine, rng = talker(folder, kv), np.random.default_rng(seed)
     ids = rng.integers(0, 320, length)
     cache = Cache(engine.config, engine.scheme, 2, 384, engine.ops)
-    engine.model.forward(ids, cache, cache.place([1], [length]))
-    rows = [engine.ops.take_out(layer, 1, length, engine.config, engine.scheme) for layer in cache.layers]
+    engine.model.forward(ids, cache, cache.batch_for([1], [length]))
+    rows = cache.export_row(1)
     for row in rows:
         shapes = row_layout(engine.config, engine.scheme, length)
         assert {name: (array.shape, array.dtype) for name, array in row.items()} == shapes
     other = Cache(engine.config, engine.scheme, 3, 700, engine.ops)
-    for layer, row in zip(other.layers, rows, strict=True):
-        engine.ops.put_in(row, layer, 2, engine.config, engine.scheme)
-        again = engine.ops.take_out(layer, 2, length, engine.config, engine.scheme)
+    other.import_row(2, rows, length)
+    for row, again in zip(rows, other.export_row(2), strict=True):
         assert all(np.array_equal(row[name], again[name]) for name in row)
-    other.lengths[2] = length
     more = rng.integers(0, 320, 140)  # over the next block
-    got, want = (engine.model.forward(more, c, c.place([slot], [140])) for c, slot in ((other, 2), (cache_of(engine, cache), 1)))
+    got, want = (engine.model.forward(more, c, c.batch_for([slot], [140])) for c, slot in ((other, 2), (cache_of(engine, cache), 1)))
     np.testing.assert_array_equal(got, want)
 
 
@@ -70,7 +68,7 @@ def cache_of(engine, cache):
     """The same rows with more room, so that 140 more tokens fit."""
     bigger = Cache(engine.config, engine.scheme, 2, 640, engine.ops)
     for a, b in zip(bigger.layers, cache.layers, strict=True):
-        for name, array in b.items():
+        for name, array in b.arrays.items():
             a[name][tuple(map(slice, array.shape))] = array
     bigger.lengths[:] = cache.lengths
     return bigger
@@ -104,8 +102,7 @@ def test_what_one_back_end_saved_the_other_goes_on_with(tmp_path, kv, monkeypatc
         loaded = target.load_cache(tmp_path / "c.safetensors")
         kept = Cache(target.config, target.scheme, 1, 512, target.ops)
         loaded.fill(kept, 0, 300)
-        back = target.ops.take_out(kept.layers[0], 0, 300, target.config, target.scheme)
-        assert all(np.array_equal(back[name], array) for name, array in cache.rows[0].items())
+        assert all(np.array_equal(kept.export_row(0)[0][name], array) for name, array in cache.rows[0].items())
     a, b = (e.generate([3, 1, 4], cache=e.load_cache(tmp_path / "c.safetensors"), max_tokens=1, logprobs=5) for e in (here, there))
     assert a.prefilled_tokens == b.prefilled_tokens == 3
     assert a.logprobs[0].top[0].logprob == pytest.approx(b.logprobs[0].top[0].logprob, abs=0.1)  # float32 here, BF16 there
@@ -166,11 +163,12 @@ def test_a_prompt_that_parts_from_the_document_uses_what_they_share(folder, kv, 
     engine.prefill(ids).fill(kept, 0, common(other, ids))
     held = int(kept.lengths[0])
     assert held == (shared if kv == "bf16" or shared >= 256 else shared // 128 * 128)
-    engine.model.forward(np.array(ids), cut, cut.place([0], [300]))
+    engine.model.forward(np.array(ids), cut, cut.batch_for([0], [300]))
     assert cut.truncate(0, shared) == held
     if held:
-        engine.model.forward(np.array(ids[:held]), straight, straight.place([0], [held]))
-    got, again, want = (engine.model.forward(np.array(other[held:]), c, c.place([0], [len(other) - held])) for c in (kept, cut, straight))
+        engine.model.forward(np.array(ids[:held]), straight, straight.batch_for([0], [held]))
+    rest = np.array(other[held:])
+    got, again, want = (engine.model.forward(rest, c, c.batch_for([0], [len(rest)])) for c in (kept, cut, straight))
     np.testing.assert_array_equal(got, again)
     assert relative(got, want) < 0.03  # float32 sums in another order, and the codes that they tip
 

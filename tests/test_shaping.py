@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from minioscar.attention_inputs import record_attention_inputs
 from minioscar.config import Config
 from minioscar.engine import load as load_engine
-from minioscar.observe import listen
 from minioscar.ops.reference import Reference
 from minioscar.oscar import feedback_matrix
 from minioscar.shaping import query_energy, shape_keys
@@ -21,10 +21,10 @@ def model(tmp_path, **changes):
     return folder, config, ops, load(folder, config, ops)
 
 
-def test_listening_sees_what_the_projections_of_the_first_layer_give(tmp_path):
+def test_attention_inputs_are_what_the_projections_of_the_first_layer_give(tmp_path):
     _, config, ops, weights = model(tmp_path, model_type="qwen2")
     seen, ids = [], np.array([3, 1, 4, 1, 5])
-    listen(weights, config, ops, ids, seen.append)
+    record_attention_inputs(weights, config, ops, ids, seen.append)
     assert len(seen) == config.num_layers
     layer = weights.layers[0]
     qkv = ops.linear(ops.embed(weights.embed, ids), layer.qkv, layer.qkv_bias, norm=(layer.input_norm, config.rms_norm_eps))

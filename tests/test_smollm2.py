@@ -87,16 +87,10 @@ def test_quantized_cache_of_the_whole_model_is_oscar_bit_for_bit_after_prefill_a
     quantized = engine.load(model, "oscar", "cpu")
     ids = np.array(quantized.tokenizer.encode(evaluate.default_text())[:320])
     scheme, seen = quantized.scheme, []
-    append = quantized.ops.append
-
-    def spy(new, *rest):
-        seen.append(new[:3])
-        append(new, *rest)
-
-    quantized.ops.append = spy
+    model = quantized.model.observed(lambda q, new: seen.append(new[:3]))
     cache = Cache(quantized.config, scheme, 1, 320, quantized.ops)
     for piece in (ids[:200], *(ids[i : i + 1] for i in range(200, 320))):
-        quantized.model.forward(piece, cache, cache.place([0], [len(piece)]))
+        model.forward(piece, cache, cache.batch_for([0], [len(piece)]))
     packed, layers = 320 // WINDOW * WINDOW, quantized.config.num_layers
     for index in (0, 11, layers - 1):
         keys, values, norms = (np.concatenate(parts)[:packed] for parts in zip(*seen[index::layers], strict=True))
@@ -128,7 +122,7 @@ def test_teacher_forced_chunks_measure_what_single_steps_do(model):
     ids = np.array(loaded.tokenizer.encode(evaluate.default_text())[:171])
     chunks = np.concatenate(list(evaluate.teacher_forced(loaded, ids, 110)))
     cache = Cache(loaded.config, loaded.scheme, 1, 170, loaded.ops)
-    loaded.model.forward(ids[:110], cache, cache.place([0], [110]))
-    steps = np.concatenate([loaded.model.forward(ids[i : i + 1], cache, cache.place([0], [1])) for i in range(110, 170)])
+    loaded.model.forward(ids[:110], cache, cache.batch_for([0], [110]))
+    steps = np.concatenate([loaded.model.forward(ids[i : i + 1], cache, cache.batch_for([0], [1])) for i in range(110, 170)])
     a, b = evaluate.log_softmax(chunks), evaluate.log_softmax(steps)
     assert (np.exp(a) * (a - b)).sum(1).mean() < 1e-3  # int2 itself costs 50 times that

@@ -11,6 +11,9 @@ import ctypes
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -94,14 +97,68 @@ def _cubin(code: str, options: tuple[str, ...]) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Address:
+    """An array of a recorded launch: where it lies and how large it is, without keeping it."""
+
+    ptr: int
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def data(self) -> Address:
+        return self
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+class Recording:
+    """Launches that were run once and can be run again, in order, on the same arrays.
+
+    What is allocated while it is open comes from a pool of its own: an array that a step has no more use for is used again later in the
+    step, in every replay the same, and by nobody else. A launch knows such arrays by their addresses only; others it keeps.
+    """
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+        self.own: set[int] = set()  # addresses of what came from the pool
+        self.pool: Any = None
+
+    @contextmanager
+    def open(self) -> Iterator[Recording]:
+        import cupy
+
+        self.pool = cupy.cuda.MemoryPool()
+
+        def allocate(size: int) -> Any:
+            pointer = self.pool.malloc(size)
+            self.own.add(pointer.mem.ptr)
+            return pointer
+
+        with cupy.cuda.using_allocator(allocate):
+            yield self
+
+    def append(self, launch: Launch) -> None:
+        self.launches.append(replace(launch, args=tuple(map(self._released, launch.args))))
+
+    def _released(self, a: Any) -> Any:
+        if isinstance(a, TensorMap):
+            return replace(a, array=self._released(a.array))
+        if a is None or isinstance(a, np.generic) or a.data.mem.ptr not in self.own:
+            return a
+        return Address(a.data.ptr, a.shape, a.nbytes)
+
+
 def run(launch: Launch) -> None:
     """On CuPy's current device and stream. Raises cupy's CUDADriverError where the card refuses it."""
     function = kernel(launch.source, launch.name, launch.defines)
     if _overlaps():
         _launch_overlapping(function.kernel.ptr, launch)
         return
-    args = tuple(np.uintp(0) if a is None else a for a in launch.args)
-    function(launch.grid, (launch.block,), args, shared_mem=launch.shared)
+    args = (np.uintp(0) if a is None else np.uintp(a.ptr) if isinstance(a, Address) else a for a in launch.args)
+    function(launch.grid, (launch.block,), tuple(args), shared_mem=launch.shared)
 
 
 @cache

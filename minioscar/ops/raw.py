@@ -63,7 +63,7 @@ class TensorMap:
 
 def unsupported(scheme: Scheme, head_dim: int) -> str | None:
     """Why the packed kernels cannot hold this scheme, or None."""
-    if scheme.shaped or scheme.codebook or scheme.outliers:
+    if scheme.shaped or type(scheme) is not Scheme:
         return f"{scheme.name}: pack.cu does not know how to choose its codes"
     if scheme.key_axis != "token":
         return f"{scheme.name}: key groups run along the channels of a token; the packed layout wants them along tokens"

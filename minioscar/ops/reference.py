@@ -6,18 +6,17 @@ sequences of a batch lie one after another, `[tokens, ...]`, without padding. Ac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import oscar
-from ..cache import BF16, Batch, Cache, layout, row_layout
+from ..cache import BF16, QUERIES, Batch, Cache, LayerCache, NewTokens, array_cache
 from ..decoding import Decoder
 from ..memory import host_bytes
-from ..oscar import WINDOW, Scheme
+from ..oscar import Scheme
 from ..sampling import RowSampling
 
 if TYPE_CHECKING:
@@ -26,16 +25,6 @@ if TYPE_CHECKING:
     from ..weights import Layer, Tensor
 
 Array = Any
-QUERIES = 256  # queries of one sequence whose scores are in memory at once
-
-
-class New(NamedTuple):
-    """New tokens on their way into the cache."""
-
-    k: Array  # [tokens, kv_heads, d], rotated if the scheme does
-    v: Array
-    norms: Array | None  # float32 [tokens], of k as BF16 keeps it, over all kv heads and channels
-    feedback: Array | None = None  # Layer.key_feedback, for a shaped scheme
 
 
 class Reference:
@@ -84,7 +73,7 @@ class Reference:
 
         def attention(n: int) -> int:
             piece = min(QUERIES, n)
-            scores = config.num_heads * piece * context * (2 if n > QUERIES else 1)  # those of the last piece are still there
+            scores = config.num_heads * piece * context
             scores += piece * (2 * piece + 3 * q)  # the mask, q and y of a piece
             unpacked = 2 * kv * (context - n)  # the past, twice for a moment
             return n * (hidden + 3 * q + 6 * kv) + 2 * kv * context + max(unpacked, scores)
@@ -160,15 +149,14 @@ class Reference:
         return (gate / (1 + xp.exp(-gate)) * up).astype(gate_up.dtype)
 
     def rotate_scale(
-        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], kept: dict[str, Array], config: Config, scheme: Scheme, batch: Batch
-    ) -> tuple[Array, New | None]:
+        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config, batch: Batch
+    ) -> tuple[Array, NewTokens]:
         """From the qkv projection to what attention takes: QK-norm, RoPE, and steps 1 and 2 of OScaR where the scheme has them.
 
         qkv [tokens, (q_heads + 2 * kv_heads) * d]; tables: cos and sin, float32 [positions, d/2]. Returns q' = q.H
-        [tokens, q_heads, d] and the new tokens K' = K.H, V, n_t. A back end may write them into the cache at once, `kept`,
-        and return None; `attention` knows.
+        [tokens, q_heads, d] and the new tokens K' = K.H, V, n_t.
         """
-        xp, heads = self.xp, config.num_heads
+        xp, heads, scheme = self.xp, config.num_heads, layer_cache.scheme
         qkv = qkv.reshape(len(qkv), -1, config.head_dim)
         q, k, v = xp.split(qkv, [heads, heads + config.num_kv_heads], axis=1)
         q, k = q.astype(xp.float32), k.astype(xp.float32)  # rounded once, at the end
@@ -180,198 +168,33 @@ class Reference:
             q, k = oscar.rotate(q, xp), oscar.rotate(k, xp)
         q, k = q.astype(qkv.dtype), k.astype(qkv.dtype)
         norms = oscar.token_norms(k.astype(BF16), xp) if scheme.scale else None
-        return q, New(k, v, norms, layer.key_feedback if scheme.shaped else None)
+        return q, NewTokens(k, v, norms, layer.key_feedback if scheme.shaped else None)
 
-    def attention(self, q: Array, new: New, kept: dict[str, Array], scheme: Scheme, batch: Batch) -> Array:
+    def attention(self, q: Array, new: NewTokens, layer_cache: LayerCache, batch: Batch) -> Array:
         """Attention of new tokens over the cache and, unquantized, over each other; after it the cache holds them.
 
         One new token is a decode step, many on an empty row are a prefill. A block of WINDOW tokens is quantized behind the
         token that fills it, which still sees it as it was. q and the result are [tokens, q_heads, d].
         """
-        y = self.attend(q, new.k, new.v, kept, scheme, batch)
-        self.append(new, kept, scheme, batch)
+        y = layer_cache.attend(q, new, batch)
+        layer_cache.append(new, batch)
         return y
 
     def decoder(
-        self, model: Model, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, graph: bool = True
+        self, model: Model, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
     ) -> Decoder:
-        """Decode steps of the rows of a cache, as decoding.py says. graph: for back ends that have such a thing."""
+        """Decode steps of the rows of a cache, as decoding.py says. replay: how recorded steps are taken (`decode.StepDecoder`)."""
         return Decoder(model, cache, rows, logits)
 
     # --- the cache
 
-    def layout(self, config: Config, scheme: Scheme, batch: int, context: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """The arrays of one layer of a cache on this back end; as many bytes on each."""
-        return layout(config, scheme, batch, context)
+    def cache_type(self, config: Config, scheme: Scheme) -> type[LayerCache]:
+        """What a layer keeps on this back end; as many bytes on each."""
+        return array_cache(scheme)
 
-    def take_out(self, layer: dict[str, Array], slot: int, length: int, config: Config, scheme: Scheme) -> dict[str, np.ndarray]:
-        """The first `length` tokens of a row as it is kept, on the host, in the form of `cache.row_layout`; copies."""
-        return {
-            name: np.array(self.numpy(layer[name][(slot, *map(slice, shape))]), order="C")
-            for name, (shape, _) in row_layout(config, scheme, length).items()
-        }
+    def begin(self, cache: Cache, batch: Batch) -> None:
+        """Before the first layer of a pass: what a back end prepares once for all of them."""
 
-    def put_in(self, row: dict[str, np.ndarray], layer: dict[str, Array], slot: int, config: Config, scheme: Scheme) -> None:
-        """The inverse of `take_out`, bit for bit, into a row of any capacity that holds so many tokens."""
-        for name, array in row.items():
-            cut = tuple(map(slice, map(min, array.shape, layer[name].shape[1:])))  # norms have no room in a last partial block
-            layer[name][(slot, *cut)] = self.xp.asarray(array[cut])
-
-    def append(self, new: New, layer: dict[str, Array], scheme: Scheme, batch: Batch) -> None:
-        """Writes new tokens: into the window, and every full block of WINDOW tokens from there into packed form.
-
-        Everything passes through BF16 first.
-        """
-        xp, (k, v, norms, feedback) = self.xp, new
-        for slot, start, span in batch.spans():
-            rows = {"keys": k[span].astype(BF16).swapaxes(0, 1), "values": v[span].astype(BF16).swapaxes(0, 1)}  # [heads, n, d]
-            count = span.stop - span.start
-            if not scheme.quantized:
-                for name, new in rows.items():
-                    layer[name][slot, :, start : start + count] = new
-                continue
-            held = start % WINDOW
-            if scheme.scale:
-                kept = max(min(count, layer["norms"].shape[1] - start), 0)  # a last partial block has no room, nor needs it
-                layer["norms"][slot, start : start + kept] = norms[span][:kept]
-            full, left = divmod(held + count, WINDOW)
-            if full:
-                blocks = {name: xp.concatenate([layer[f"window_{name}"][slot, :, :held], new], axis=1) for name, new in rows.items()}
-                self.pack(layer, slot, start - held, *(block[:, : full * WINDOW] for block in blocks.values()), scheme, feedback)
-                rows, held = {name: block[:, full * WINDOW :] for name, block in blocks.items()}, 0
-            for name, new in rows.items():
-                layer[f"window_{name}"][slot, :, held:left] = new
-
-    def pack(
-        self, layer: dict[str, Array], slot: int, first: int, keys: Array, values: Array, scheme: Scheme, feedback: Array | None = None
-    ) -> None:
-        """Quantizes whole blocks, BF16 [kv_heads, n, d], as tokens first ... first + n - 1 of a row, and keeps its sinks."""
-        xp, tokens = self.xp, slice(first, first + keys.shape[1])
-        self.keep_sinks(layer, slot, first, keys, values, scheme)
-        if scheme.outliers:
-            keys = self.keep_outliers(layer, slot, first, keys, values, scheme)
-        norms = layer["norms"][slot, tokens] if scheme.scale else None
-        codes, step, minimum = oscar.quantize_keys(keys, norms, scheme, xp, feedback)
-        layer["key_codes"][slot, :, tokens] = oscar.pack(codes, scheme.bits, xp)
-        groups = slice(first // scheme.group, tokens.stop // scheme.group) if scheme.key_axis == "token" else tokens
-        layer["key_step"][slot, :, groups] = step
-        if minimum is not None:
-            layer["key_min"][slot, :, groups] = minimum
-        codes, step, minimum = oscar.quantize_values(values, scheme, xp)
-        layer["value_codes"][slot, :, tokens] = oscar.pack(codes, scheme.bits, xp)
-        layer["value_step"][slot, :, tokens] = step
-        if minimum is not None:
-            layer["value_min"][slot, :, tokens] = minimum
-
-    def keep_sinks(self, layer: dict[str, Array], slot: int, first: int, keys: Array, values: Array, scheme: Scheme) -> None:
-        """The first tokens of a row stay in BF16 beside the cache; their packed slots are not read."""
-        if scheme.sinks and first == 0:
-            layer["sink_keys"][slot], layer["sink_values"][slot] = keys[:, : scheme.sinks], values[:, : scheme.sinks]
-
-    def keep_outliers(
-        self, layer: dict[str, Array], slot: int, first: int, keys: Array, values: Array, scheme: Scheme
-    ) -> Array:
-        """Of each block and kv head, the tokens whose keys have the smallest 1-norms stay in BF16 (OTT, arXiv 2505.10938).
-
-        Returns the keys with the mean of their block's other tokens in these places, so that they stretch no group's range.
-        """
-        xp, (heads, n, dim) = self.xp, keys.shape
-        blocks = keys.astype(xp.float32).reshape(heads, -1, WINDOW, dim)
-        places = xp.argsort(abs(blocks).sum(axis=-1), axis=-1)[..., : scheme.outliers]  # [heads, blocks, outliers]
-        at, index = slice(first // WINDOW, (first + n) // WINDOW), _block_index(places, xp)
-        layer["outlier_places"][slot, :, at] = places
-        layer["outlier_keys"][slot, :, at] = keys.reshape(blocks.shape)[index]
-        layer["outlier_values"][slot, :, at] = values.reshape(blocks.shape)[index]
-        others = (blocks.sum(axis=2) - blocks[index].sum(axis=2)) / (WINDOW - scheme.outliers)
-        blocks[index] = others[:, :, None]
-        return blocks.reshape(keys.shape)
-
-    def put_outliers(self, keys: Array, values: Array, layer: dict[str, Array], slot: int) -> None:
-        """What `keep_outliers` kept, into the packed part of a row, float32 [kv_heads, n, d]."""
-        blocks = keys.shape[1] // WINDOW
-        index = _block_index(layer["outlier_places"][slot, :, :blocks], self.xp)
-        for out, name in ((keys, "outlier_keys"), (values, "outlier_values")):
-            out.reshape(out.shape[0], blocks, WINDOW, -1)[index] = self.widen(layer[name][slot, :, :blocks])
-
-    def past(self, layer: dict[str, Array], slot: int, length: int, scheme: Scheme, room: int = 0) -> tuple[Array, Array]:
-        """What attention takes the first `length` tokens of a row to be: keys, values, float32 [kv_heads, length + room, d].
-
-        The last `room` tokens are left for the caller to fill.
-        """
-        xp = self.xp
-        window = layer["keys" if not scheme.quantized else "window_keys"]
-        shape = (window.shape[1], length + room, window.shape[3])
-        keys, values = xp.empty(shape, xp.float32), xp.empty(shape, xp.float32)
-        if not scheme.quantized:
-            keys[:, :length], values[:, :length] = (self.widen(layer[name][slot, :, :length]) for name in ("keys", "values"))
-            return keys, values
-        packed = length - length % WINDOW
-        if packed:
-            parts = self.packed(layer, slot, packed, scheme)
-            if scheme.outliers:
-                self.put_outliers(*parts, layer, slot)
-            keys[:, :packed], values[:, :packed] = parts
-            if scheme.sinks:
-                for out, name in ((keys, "sink_keys"), (values, "sink_values")):
-                    out[:, : scheme.sinks] = self.widen(layer[name][slot])
-        for out, name in ((keys, "window_keys"), (values, "window_values")):
-            out[:, packed:length] = self.widen(layer[name][slot, :, : length - packed])
-        return keys, values
-
-    def packed(self, layer: dict[str, Array], slot: int, tokens: int, scheme: Scheme) -> tuple[Array, Array]:
-        """The packed tokens of a row, dequantized: keys, values, float32 [kv_heads, tokens, d]. Sinks are not put in."""
-        xp, groups = self.xp, tokens // scheme.group if scheme.key_axis == "token" else tokens
-        keys = oscar.dequantize_keys(
-            oscar.unpack(layer["key_codes"][slot, :, :tokens], scheme.bits, xp),
-            layer["key_step"][slot, :, :groups],
-            None if scheme.codebook else layer["key_min"][slot, :, :groups],
-            layer["norms"][slot, :tokens] if scheme.scale else None,
-            scheme,
-            xp,
-        )
-        values = oscar.dequantize_values(
-            oscar.unpack(layer["value_codes"][slot, :, :tokens], scheme.bits, xp),
-            layer["value_step"][slot, :, :tokens],
-            None if scheme.codebook or scheme.symmetric_values else layer["value_min"][slot, :, :tokens],
-            scheme,
-            xp,
-        )
-        return keys, values
-
-    def widen(self, x: Array) -> Array:
-        """BF16 -> float32, exactly: the upper half of the word. (NumPy's own conversion of ml_dtypes takes three times as long.)"""
-        return (x.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-    def attend(self, q: Array, k: Array, v: Array, layer: dict[str, Array], scheme: Scheme, batch: Batch) -> Array:
-        """Causal grouped-query attention over the cache, which does not hold the new tokens yet, and the new tokens.
-
-        q [tokens, q_heads, d], k and v [tokens, kv_heads, d]. softmax(q.k / sqrt(d)).v in float32 -> [tokens, q_heads, d] in
-        q's dtype.
-        """
-        xp = self.xp
-        out = xp.empty(q.shape, q.dtype)
-        kv_heads, dim = k.shape[1:]
-        scale = xp.float32(1 / math.sqrt(dim))
-        for slot, start, span in batch.spans():
-            keys, values = self.past(layer, slot, start, scheme, room=span.stop - span.start)
-            keys[:, start:], values[:, start:] = (x[span].astype(xp.float32).swapaxes(0, 1) for x in (k, v))
-            for first in range(span.start, span.stop, QUERIES):
-                last = min(first + QUERIES, span.stop)
-                n, seen = last - first, start + last - span.start  # tokens that the last of these queries sees
-                x = (q[first:last].astype(xp.float32) * scale).reshape(n, kv_heads, -1, dim)  # [n, kv_heads, group, d]
-                x = x.transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)
-                scores = (x @ keys[:, :seen].swapaxes(1, 2)).reshape(kv_heads, -1, n, seen)
-                if n > 1:
-                    scores[..., seen - n :] += xp.triu(xp.full((n, n), -xp.inf, xp.float32), 1)
-                scores -= scores.max(axis=-1, keepdims=True)
-                xp.exp(scores, out=scores)
-                total = scores.sum(axis=-1, keepdims=True)
-                y = (scores.reshape(kv_heads, -1, seen) @ values[:, :seen]).reshape(kv_heads, -1, n, dim) / total
-                out[first:last] = y.transpose(2, 0, 1, 3).reshape(n, -1, dim)
-        return out
-
-
-def _block_index(places: Array, xp: Any) -> tuple[Array, Array, Array]:
-    """places [heads, blocks, n] of tokens in their blocks -> what picks them from [heads, blocks, WINDOW, d]."""
-    heads, blocks, _ = places.shape
-    return xp.arange(heads)[:, None, None], xp.arange(blocks)[:, None], places
+    def end(self, cache: Cache, batch: Batch) -> None:
+        """Behind the last layer: the new tokens are part of their rows."""
+        cache.advance(batch)

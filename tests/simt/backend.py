@@ -6,16 +6,20 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from minioscar.config import Config
 from minioscar.ops import raw
+from minioscar.ops.card import Recording
 from minioscar.ops.cuda import Cuda
-from minioscar.ops.decode_step import DecodeStep
+from minioscar.ops.decode import Queue, StepBatch
 from minioscar.ops.products import Products
-from minioscar.ops.queued import Queue
 from minioscar.ops.reference import Reference
 
 from . import _arrays, array, compile_kernel, empty, tensor_map
@@ -37,7 +41,8 @@ class _Memory:
         return array(np.zeros(shape, dtype))
 
     def asarray(self, x: Any, dtype: Any = None) -> np.ndarray:
-        return array(np.asarray(x, dtype))
+        x = np.asarray(x, dtype)
+        return x if _simulated(x) else array(x)
 
     def empty_like(self, x: np.ndarray) -> np.ndarray:
         return empty(x.shape, x.dtype)
@@ -45,20 +50,31 @@ class _Memory:
 
 class Simt(Cuda):
     name = "simt"
-    widen, numpy, free_bytes, release = Reference.widen, Reference.numpy, Reference.free_bytes, Reference.release
+    numpy, free_bytes, release = Reference.numpy, Reference.free_bytes, Reference.release
     loading = Reference.loading
 
     def __init__(self, arch: int = ARCH) -> None:
         self.xp: Any = _Memory()
         self.multiprocessors, self.capability = MULTIPROCESSORS, arch
-        self.indices, self.scheduled, self.scratch, self.turn = None, None, {}, 0
+        self.indices = self.recorded = None
         self.products = Products(self.xp, MULTIPROCESSORS, arch)
 
     def run(self, launch: raw.Launch) -> None:
+        if self.recorded is not None:
+            return self.recorded.append(launch)
         kernel = compile_kernel(raw.KERNELS / launch.source, launch.name, launch.defines, self.capability)
         args = [_there(a) for a in launch.args]  # copies live as long as this list
         maps = [tensor_map(a.array, a.box_rows) if isinstance(a, raw.TensorMap) else a for a in args]
         kernel(launch.grid, launch.block, maps, shared=launch.shared)
+
+    @contextmanager
+    def recording(self, tokens: int, config: Config) -> Iterator[Recording]:
+        """The launches with their arrays, since simulated memory has no pools; nothing is compiled for a capture, so nothing runs yet."""
+        self.recorded = SimpleNamespace(launches=(found := []), append=found.append)
+        try:
+            yield self.recorded
+        finally:
+            self.recorded = None
 
     def array(self, x: np.ndarray) -> np.ndarray:
         return array(np.asarray(x).astype(self.dtype))
@@ -66,15 +82,16 @@ class Simt(Cuda):
     def add_product(self, y: np.ndarray, x: np.ndarray, weight: np.ndarray) -> None:
         y[...] = (x.astype(np.float32) @ weight.astype(np.float32).T + y.astype(np.float32)).astype(self.dtype)
 
-    def attend(self, *args: Any) -> np.ndarray:
+    def attention(self, *args: Any) -> np.ndarray:
         """Array code writes its result unseen by the simulator, so it is copied in."""
-        return array(super().attend(*args))
+        y = super().attention(*args)
+        return y if _simulated(y) else array(y)
 
     def sum(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return array(super().sum(x, y))
 
-    def queue(self, kernels: DecodeStep, graph: bool) -> Queue:
-        return Immediate(kernels)
+    def queue(self, batch: StepBatch, run: Callable[[], None], graph: bool) -> Queue:
+        return Immediate(batch, run)
 
     def product(self, x: np.ndarray, weight: np.ndarray, float32: bool) -> np.ndarray:
         """As cuBLAS does it: float32 sums, one rounding to BF16. (NumPy leaves a product of two BF16 matrices in float32.)"""
@@ -84,8 +101,8 @@ class Simt(Cuda):
 class Immediate(Queue):
     """No stream: a step has run when `go` returns."""
 
-    def __init__(self, kernels: DecodeStep):
-        self.kernels, self.found = kernels, deque()
+    def __init__(self, batch: StepBatch, run: Callable[[], None]):
+        self.batch, self.run, self.found = batch, run, deque()
 
     def put(self, array: np.ndarray, values: np.ndarray) -> None:
         array[...] = values
@@ -94,13 +111,13 @@ class Immediate(Queue):
         return np.array(array)
 
     def go(self) -> None:
-        self.kernels.run()
-        self.found.append(np.array(self.kernels.tokens))
+        self.run()
+        self.found.append(np.array(self.batch.tokens))
 
     def tokens(self) -> np.ndarray:
         return self.found.popleft()
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         self.found.clear()
 
 

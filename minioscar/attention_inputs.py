@@ -1,0 +1,35 @@
+"""What attention is given: queries, keys and values of every layer of an unquantized run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from .cache import Cache, NewTokens
+from .config import Config
+from .model import Model
+from .ops.reference import Reference
+from .oscar import SCHEMES
+from .weights import Weights
+
+
+class AttentionInputs(NamedTuple):
+    """Of one layer, on the host, float32; q and k after QK-norm and RoPE, none of them rotated (v only if the weights rotate it)."""
+
+    q: np.ndarray  # [tokens, q_heads, d]
+    k: np.ndarray  # [tokens, kv_heads, d]
+    v: np.ndarray
+
+
+def record_attention_inputs(
+    weights: Weights, config: Config, ops: Reference, ids: np.ndarray, record: Callable[[AttentionInputs], None]
+) -> None:
+    """Runs the model over ids, int [at least 2 tokens], and calls `record` once a layer, first layer first."""
+
+    def on_host(q: np.ndarray, new: NewTokens) -> None:
+        record(AttentionInputs(*(np.array(ops.numpy(x)).astype(np.float32) for x in (q, new.k, new.v))))
+
+    model, cache = Model(config, weights, SCHEMES["bf16"], ops), Cache(config, SCHEMES["bf16"], 1, len(ids), ops)
+    model.observed(on_host).forward(np.asarray(ids), cache, cache.batch_for([0], [len(ids)]))
