@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minioscar import engine, evaluate, needle
+from minioscar.cache import PackedCache
 from minioscar.errors import UserError
 from minioscar.oscar import WINDOW
 
@@ -48,8 +49,8 @@ def test_the_question_reads_the_haystack_from_the_packed_cache(smollm2, monkeypa
     text = needle.plant(encode(evaluate.default_text()[:3000]), encode(needle.HIDDEN.format(71432)), 2 * WINDOW, 0.6)
     question = encode(needle.QUESTION)
     assert needle.retrieved(needle.ask(smollm2, text, question), "71432")
-    packed = smollm2.ops.packed
-    monkeypatch.setattr(smollm2.ops, "packed", lambda *args: tuple(np.zeros_like(x) for x in packed(*args)))
+    packed = PackedCache.packed
+    monkeypatch.setattr(PackedCache, "packed", lambda *args: tuple(np.zeros_like(x) for x in packed(*args)))
     assert not needle.retrieved(needle.ask(smollm2, text, question), "71432")
 
 

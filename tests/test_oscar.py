@@ -119,9 +119,9 @@ def test_every_scheme_comes_back_near_what_went_in(name, dim, seed):
     rng = np.random.default_rng(seed)
     keys, values = rng.standard_normal((2, 3, 128, dim)).astype(np.float32)
     norms = oscar.token_norms(keys.swapaxes(0, 1))
-    codes = oscar.quantize_keys(keys, norms, scheme, feedback=key_feedback(scheme, 3, dim))
-    got_keys = oscar.dequantize_keys(*codes, norms, scheme)
-    got_values = oscar.dequantize_values(*oscar.quantize_values(values, scheme), scheme)
+    packed = scheme.pack(keys, values, norms, feedback=key_feedback(scheme, 3, dim))
+    assert {name: (x.shape[1:], x.dtype) for name, x in packed.items()} == scheme.packed_layout(128, dim)
+    got_keys, got_values = scheme.unpack(packed, norms)
     bound = 0.12 if scheme.bits == 4 else 0.55  # a normal in 4 levels over +-2 sigma of 32 samples: a third of it is error
     for got, want in ((got_keys, keys), (got_values, values)):
         assert got.shape == want.shape

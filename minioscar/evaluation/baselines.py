@@ -41,7 +41,7 @@ class Ott(Scheme):
         blocks = keys.astype(xp.float32).reshape(len(keys), -1, WINDOW, keys.shape[-1])
         offsets = xp.argsort(abs(blocks).sum(axis=-1), axis=-1)[..., : self.outliers]  # [heads, blocks, outliers]
         index = _block_index(offsets, xp)
-        kept = {f"outlier_{kind}": x.reshape(blocks.shape)[index] for kind, x in (("keys", keys), ("values", values))}
+        kept = {f"outlier_{kind}": x.reshape(blocks.shape)[index].astype(BF16) for kind, x in (("keys", keys), ("values", values))}
         others = (blocks.sum(axis=2) - blocks[index].sum(axis=2)) / (WINDOW - self.outliers)
         blocks[index] = others[:, :, None]
         packed = super().pack(blocks.reshape(keys.shape), values, norms, xp, feedback)

@@ -130,4 +130,4 @@ def _there(a: Any) -> Any:
 
 def _simulated(x: np.ndarray) -> bool:
     """Inputs that NumPy made (a temporary of array code) are copied in; outputs always are the back end's own arrays."""
-    return any(start <= x.ctypes.data < start + max(size, 1) for start, (size, _) in _arrays.items())
+    return any(start <= x.ctypes.data < start + max(size, 1) for start, (size, _) in list(_arrays.items()))
