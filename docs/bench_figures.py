@@ -13,7 +13,7 @@ from typing import NamedTuple
 from canvas import BLUE, GREEN, INK, RED, Canvas
 from committed import NAMES, QWEN3_8B, attention_rows, benches, fastest_bf16, measured, on_gpu, shape_of
 
-from minioscar.cache import layout
+from minioscar.cache import array_cache
 from minioscar.config import Config
 from minioscar.oscar import SCHEMES
 
@@ -252,7 +252,7 @@ def memory() -> Canvas:
 def parts(config: Config, kv: str, batch: int, context: int) -> list[int]:
     """Bytes in the order of PARTS."""
     found = [0] * len(PARTS)
-    for name, (shape, dtype) in layout(config, SCHEMES[kv], batch, context).items():
+    for name, (shape, dtype) in array_cache(SCHEMES[kv]).layout(config, SCHEMES[kv], batch, context).items():
         kind = 1 if name.endswith("codes") else 2 if name.endswith(("step", "min")) else 3 if name == "norms" else 0
         found[kind] += config.num_layers * math.prod(shape) * dtype.itemsize
     return found
