@@ -221,6 +221,11 @@ def test_sequences_are_a_number_for_each_answer(engine, sequences):
 # --- models and files
 
 
+def named(options: dict) -> str:
+    """The name of a test: the same in every process, as an object's address is not."""
+    return "-".join(f"{name}={type(value).__name__ if type(value) is object else repr(value)}" for name, value in options.items())
+
+
 DEVICES = ["cuda:0", "CPU", "gpu", "mps", "", "cpu ", "cuda0", "rocm", 0, True, b"cpu", ["cpu"], object(), np.int64(0)]
 
 
@@ -246,7 +251,7 @@ LOADING = {
 }
 
 
-@pytest.mark.parametrize("options", [{name: value} for name, values in LOADING.items() for value in values], ids=repr)
+@pytest.mark.parametrize("options", [{name: value} for name, values in LOADING.items() for value in values], ids=named)
 def test_models_schemes_contexts_and_files_that_cannot_be_are_refused(folder, options):
     refused(lambda: minioscar.load(**{"model": folder, "device": "cpu", **options}))
 
