@@ -17,7 +17,7 @@ from benchmarks.cases import DENSE, PREFILLS, Case, Matrix, pairs
 from benchmarks.kernels import filled, properties, random_bf16
 from minioscar.cache import BF16
 from minioscar.measure import copies_of, graph_time
-from minioscar.ops import card, raw, raw_batch, raw_dense
+from minioscar.ops import card, raw, raw_batch, raw_dense, raw_prefill
 from minioscar.sampling import RowSampling, Sampling
 
 Array = Any
@@ -121,26 +121,28 @@ def prefill(past: int, new: int, rng: Any) -> Callable[[], None]:
     q, k, v = (random_bf16((new, n, h.head_dim), rng) for n in (h.q_heads, h.kv_heads, h.kv_heads))
     older = tuple(random_bf16((1, h.kv_heads, past, h.head_dim), rng) for _ in "kv") if past else None
     stride = h.kv_heads * h.head_dim
-    arrivals = raw.Arrivals(k, v, stride, stride, *(cupy.asarray([n], np.int32) for n in (0, 0, past, new)), new)
-    if raw.tiled(h.head_dim, capability):
-        tiles = raw.Tiles(*tiles_for(past + new), arrivals.first_rows)
-        card.run(raw.fill_tiles(h, arrivals, older, past + new, tiles))
+    new_tokens = raw.PrefillTokens(k, v, stride, stride, *(cupy.asarray([n], np.int32) for n in (0, 0, past, new)), new)
+    if raw_prefill.tiled(h.head_dim, capability):
+        tiles = raw_prefill.Tiles(*tiles_for(past + new), new_tokens.first_rows)
+        card.run(raw_prefill.fill_tiles(h, new_tokens, older, past + new, tiles))
         older = tiles
-    parts = raw.prefill_parts(h, new, 1, past, multiprocessors, capability)
-    cut = (parts, cupy.empty(parts.workspace_floats(h.head_dim), np.float32), cupy.zeros(parts.blocks, np.int32)) if parts else None
-    launch = raw.prefill_attention(h, q, arrivals, older, cupy.empty_like(q), capability, cut=cut, multiprocessors=multiprocessors)
+    plan = raw_prefill.split_plan(h, new, 1, past, multiprocessors, capability)
+    split = plan and (plan, cupy.empty(plan.workspace_floats(h.head_dim), np.float32), cupy.zeros(plan.blocks, np.int32))
+    options = {"split": split, "multiprocessors": multiprocessors}
+    launch = raw_prefill.prefill_attention(h, q, new_tokens, older, cupy.empty_like(q), capability, **options)
     return lambda: card.run(launch)
 
 
 def tiles_for(tokens: int) -> tuple[Array, Array]:
-    """Keys and values of raw.Tiles, unwritten."""
-    shape = -(-tokens // raw.TILE_TOKENS), HEADS.kv_heads, raw.TILE_TOKENS, HEADS.head_dim
+    """Keys and values of raw_prefill.Tiles, unwritten."""
+    shape = -(-tokens // raw_prefill.TILE_TOKENS), HEADS.kv_heads, raw_prefill.TILE_TOKENS, HEADS.head_dim
     return cupy.empty(shape, BF16), cupy.empty(shape, BF16)
 
 
 def unpacking(tokens: int, rng: Any) -> Callable[[], None]:
     case = Case("int2", 1, tokens, HEADS)
     keys, values = (cupy.empty((1, HEADS.kv_heads, tokens, HEADS.head_dim), BF16) for _ in "kv")
-    to = raw.Tiles(*tiles_for(tokens), cupy.zeros(1, np.int32)) if raw.tiled(HEADS.head_dim, properties()[1]) else (keys, values)
-    launch = raw.unpack(HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), tokens, filled(case, rng), to)
+    tiled = raw_prefill.tiled(HEADS.head_dim, properties()[1])
+    to = raw_prefill.Tiles(*tiles_for(tokens), cupy.zeros(1, np.int32)) if tiled else (keys, values)
+    launch = raw_prefill.unpack(HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), tokens, filled(case, rng), to)
     return lambda: card.run(launch)

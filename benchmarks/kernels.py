@@ -60,7 +60,7 @@ def packing(h: raw.Heads, scheme: Scheme, cache: dict[str, Array], rng: Any) -> 
     stride = h.kv_heads * h.head_dim
     for row in range(rows):
         ints = [cupy.asarray([x], np.int32) for x in (0, row, 0, context)]
-        launch = raw.pack_bulk(h, scheme, raw.Arrivals(k, v, stride, stride, *ints, context), cache)
+        launch = raw.pack_bulk(h, scheme, raw.PrefillTokens(k, v, stride, stride, *ints, context), cache)
         yield context, lambda launch=launch: card.run(launch)
 
 
@@ -75,12 +75,12 @@ def attention(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict
     lengths = cupy.full(case.batch, case.context + WINDOW // 2 - 1, np.int32)
     out = cupy.empty(q.shape, BF16)
     workspace = cupy.empty(plan.workspace_floats(h.head_dim), np.float32)
-    arrived = cupy.zeros(plan.counters(h.head_dim), np.int32)
+    split_counter = cupy.zeros(plan.counters(h.head_dim), np.int32)
     tasks = cupy.empty(plan.task_shape, np.int32)
     card.run(raw.schedule(h, scheme, plan, lengths, tasks, workspace))  # once a step, for all layers: its own row
-    results = lengths, tasks, out, None, workspace, arrived
+    results = lengths, tasks, out, None, workspace, split_counter
     turns = enumerate(caches * (1 + len(caches) % 2))  # an even number of them
-    made = [raw.decode_attention(h, scheme, plan, q, cache, *results, turn=i % 2) for i, cache in turns]
+    made = [raw.decode_attention(h, scheme, plan, q, cache, *results, parity=i % 2) for i, cache in turns]
     return [lambda launch=launch: card.run(launch) for launch in made], caches
 
 
@@ -90,8 +90,8 @@ def properties() -> tuple[int, int]:
     return found["multiProcessorCount"], 10 * found["major"] + found["minor"]
 
 
-def plan_of(case: Case) -> raw.Plan:
-    return raw.plan(case.heads, case.scheme, case.batch, *properties())
+def plan_of(case: Case) -> raw.DecodePlan:
+    return raw.decode_plan(case.heads, case.scheme, case.batch, *properties())
 
 
 def compile_all(wanted: list[Case]) -> None:
@@ -101,7 +101,7 @@ def compile_all(wanted: list[Case]) -> None:
     for case in wanted:
         cache = {name: cupy.empty((1, 1, 1, 1), np.uint8) for name in ("keys", "values", "pages", "norms")}
         lengths = np.empty(case.batch)
-        launch = raw.decode_attention(case.heads, case.scheme, plan_of(case), q, cache, lengths, None, q, None, None, None, turn=0)
+        launch = raw.decode_attention(case.heads, case.scheme, plan_of(case), q, cache, lengths, None, q, None, None, None, parity=0)
         seen[launch.source, launch.name, launch.defines] = None
         if case.scheme.quantized:
             seen["pack.cu", "pack", raw.layout_defines(case.scheme, case.heads.head_dim)] = None

@@ -21,9 +21,10 @@ from .cache import Cache
 from .chat_template import Message
 from .config import Config
 from .errors import Failure, UserError
-from .generation import MOST_ROWS, Generation, Options, Run, first_answers, for_each
+from .generation import Generation, Options, Run, first_answers, for_each
 from .hub import resolve
 from .model import Model, check_scheme
+from .ops.raw_batch import BATCH_TOKENS
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
 from .prompt_cache import File, PromptCache, as_path, common, continued
@@ -219,8 +220,9 @@ class Engine:
         rows, adjusts = sum(one.n for one in wanted), any(one.adjusts for one in wanted)
         for one in wanted:
             one.ends(self._tokenizer, self.config.vocab_size)
-        if rows > MOST_ROWS:
-            raise UserError(f"{rows} answers at a time are more than {MOST_ROWS}; give fewer prompts at once (--batch) or a smaller --n")
+        if rows > BATCH_TOKENS:
+            way_out = "give fewer prompts at once (--batch) or a smaller --n"
+            raise UserError(f"{rows} answers at a time are more than {BATCH_TOKENS}; {way_out}")
         ctx = arguments.context_of(ctx, self.config)
         if longest > (ctx or limit):
             way_out = "shorten it or raise --ctx" if ctx and ctx < limit else f"shorten it: {self.config.limit}"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAX_TOKENS = 256
-MOST_ROWS = 256  # answers at a time: what the kernels of a decode step have room for
+
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from . import strict_json
 from .chat_template import Message, malformed
 from .errors import Failure, UserError, said
-from .generation import MOST_ROWS, Generation, Options
+from .generation import Generation, Options
+from .ops.raw_batch import BATCH_TOKENS
 from .sampling import Sampling, shown
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _answered(
     if not lines:
         return []
     each = [(line, i) for line in lines for i in range(line.options.n)]
-    sequences, begun = [line.number * MOST_ROWS + i for line, i in each], False  # draws do not depend on the batch
+    sequences, begun = [line.number * BATCH_TOKENS + i for line, i in each], False  # draws do not depend on the batch
     try:
         run = engine.start([line.prompt for line in lines], options=[line.options for line in lines], sequences=sequences, **how)
         for answer, text in run:

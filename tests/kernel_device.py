@@ -7,9 +7,9 @@
         kernel(grid, block, [device.array(x), out, np.int32(n)], shared=1024)
         assert_something(device.numpy(out))
 
-`device.run(launch)` does the middle part for a `Launch` of minioscar.ops.raw. Scalars are NumPy scalars of the kernel's own types. `empty`
-is filled with 0xFF: NaN, or a size that no array has. `arch` is the least compute capability: the one that is simulated, while a card
-compiles for its own.
+`device.run(launch)` does the middle part for a `Launch` of minioscar.ops.raw. Scalars are NumPy scalars of the
+kernel's own types. `empty` is filled with 0xFF: NaN, or a size that no array has. `arch` is the least compute
+capability: the one that is simulated, while a card compiles for its own.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class CudaDevice(Device):
     name = "cuda"
 
     def run(self, launch: Launch, arch: int = 80, seed: int = 0) -> None:
-        """Behind all that was launched before: what may overlap depends on the launches of a step, and a test has others."""
+        """Behind all that was launched before: what may overlap depends on the launches of a step, and a test has
+        others."""
         import cupy
 
         self.check(launch.source, arch)
@@ -72,7 +73,7 @@ class CudaDevice(Device):
         import cupy
 
         capability = int(cupy.cuda.Device().compute_capability)
-        if capability < arch or Path(source).stem.endswith("_sm90") and capability != 90:
+        if capability < arch or Path(source).parent.name == "sm90" and capability != 90:
             pytest.skip(f"needs a card of compute capability {arch / 10}, this one has {capability / 10}")
 
     @staticmethod

@@ -22,7 +22,8 @@ RAGGED = (300, 1, 128, 513)
 
 
 def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One query token in float64: q [q_heads, d], keys, values [kv_heads, n, d] -> out [q_heads, d], log-sum-exp [q_heads]."""
+    """One query token in float64: q [q_heads, d], keys, values [kv_heads, n, d] -> out [q_heads, d], log-sum-exp
+    [q_heads]."""
     heads, _, d = keys.shape
     x = q.reshape(heads, -1, d).astype(np.float64) @ keys.astype(np.float64).swapaxes(1, 2) / math.sqrt(d)
     top = x.max(axis=-1, keepdims=True)
@@ -90,16 +91,17 @@ def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: raw.H
         cache |= {f"sink_{n}": device.empty((batch, KV_HEADS, scheme.sinks, d), BF16) for n in ("keys", "values")}
     keys, values = (device.array(x) for x in np.concatenate(sequences, axis=2).transpose(0, 2, 1, 3))
     first, starts, counts = (device.array(np.array(x, np.int32)) for x in (np.cumsum([0, *rows[:-1]]), [0] * batch, packed))
-    new = raw.Arrivals(keys, values, KV_HEADS * d, KV_HEADS * d, first, None, starts, counts, max(rows))
+    new = raw.PrefillTokens(keys, values, KV_HEADS * d, KV_HEADS * d, first, None, starts, counts, max(rows))
     device.run(raw.pack_bulk(heads, scheme, new, cache))
     return cache
 
 
 def run(
-    device, scheme: Scheme, d: int, plan: raw.Plan, lengths: Sequence[int], seed: int, *, kind: str = "", arch: int = 80, order: int = 0,
-    reference: bool = True,
+    device, scheme: Scheme, d: int, plan: raw.DecodePlan, lengths: Sequence[int], seed: int, *, kind: str = "", arch: int = 80,
+    order: int = 0, reference: bool = True,
 ):
-    """Output and log-sum-exp, the kernel's and the reference's, each [batch, q_heads, ...]; lengths count the new token."""
+    """Output and log-sum-exp, the kernel's and the reference's, each [batch, q_heads, ...]; lengths count the new
+    token."""
     q, sequences = drawn(d, plan, lengths, seed, kind)
     got = attended(device, scheme, plan, q, sequences, arch, order)
     expected = np.zeros(q.shape), np.zeros(q.shape[:2])
@@ -109,9 +111,9 @@ def run(
     return got, expected
 
 
-def drawn(d: int, plan: raw.Plan, lengths: Sequence[int], seed: int, kind: str) -> tuple[np.ndarray, list[np.ndarray]]:
+def drawn(d: int, plan: raw.DecodePlan, lengths: Sequence[int], seed: int, kind: str) -> tuple[np.ndarray, list[np.ndarray]]:
     """Queries, BF16 [batch, q_heads, d], and the `history` of each sequence."""
-    rng, q_heads = np.random.default_rng(seed), KV_HEADS * plan.share * plan.q_per_kv
+    rng, q_heads = np.random.default_rng(seed), KV_HEADS * plan.q_groups * plan.q_per_kv
     q = rng.normal(size=(len(lengths), q_heads, d))
     if kind == "peak":
         q = q[0, 0] + 0.05 * q
@@ -120,21 +122,21 @@ def drawn(d: int, plan: raw.Plan, lengths: Sequence[int], seed: int, kind: str) 
 
 
 def attended(
-    device, scheme: Scheme, plan: raw.Plan, q: np.ndarray, sequences: Sequence[np.ndarray], arch: int = 80, order: int = 0
+    device, scheme: Scheme, plan: raw.DecodePlan, q: np.ndarray, sequences: Sequence[np.ndarray], arch: int = 80, order: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """The kernel's output and log-sum-exp."""
     d, heads = q.shape[2], raw.Heads(q.shape[1], KV_HEADS, q.shape[2])
     cache = filled(device, sequences, scheme, heads)
     out, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:2], np.float32)
     workspace = device.empty(plan.workspace_floats(d), np.float32)
-    arrived = device.array(np.zeros(plan.counters(d), np.int32))
+    split_counter = device.array(np.zeros(plan.counters(d), np.int32))
     known = device.array(np.array([x.shape[2] for x in sequences], np.int32) - 1)
     tasks = device.empty(plan.task_shape, np.int32)
-    attend = raw.decode_attention(heads, scheme, plan, device.array(q), cache, known, tasks, out, lse, workspace, arrived, turn=0)
+    attend = raw.decode_attention(heads, scheme, plan, device.array(q), cache, known, tasks, out, lse, workspace, split_counter, parity=0)
     schedule = raw.schedule(heads, scheme, plan, known, tasks, workspace)
     device.run(replace(schedule, defines=attend.defines), arch, order)  # one compilation, as in the engine
     device.run(attend, arch, order)
-    assert not device.numpy(arrived).any()
+    assert not device.numpy(split_counter).any()
     return device.numpy(out), device.numpy(lse, allow_unwritten=True)
 
 
@@ -154,12 +156,12 @@ def check(got, expected, lengths):
         assert np.abs(got[1] - expected[1])[alive].max() <= LIMIT * max(1, np.abs(expected[1]).max())
 
 
-CASES = [  # scheme, head_dim, q heads of a unit of work, units that share a kv head, compute capability
+CASES = [  # scheme, head_dim, q heads of a work item, groups of them that share a kv head, compute capability
     ("int2", 128, 4, 1, 80),
     ("int2", 128, 4, 1, 90),
     ("int2", 64, 3, 1, 80),
-    ("int2", 96, 8, 1, 80),
-    ("int2", 96, 2, 1, 90),
+    ("int2", 64, 8, 1, 80),
+    ("int2", 64, 2, 1, 90),
     ("int2", 256, 1, 1, 80),
     ("int2-compact", 128, 8, 2, 80),
     ("int2-compact", 128, 4, 1, 80),
@@ -167,7 +169,7 @@ CASES = [  # scheme, head_dim, q heads of a unit of work, units that share a kv 
     ("oscar", 128, 7, 1, 80),
     ("oscar", 64, 2, 1, 90),
     ("scaling", 256, 5, 1, 80),
-    ("kivi", 96, 4, 1, 80),
+    ("kivi", 128, 4, 1, 80),
     ("rotation", 128, 6, 1, 80),
     ("int4", 128, 4, 1, 80),
     ("int4", 64, 8, 1, 90),
@@ -178,10 +180,10 @@ CASES = [  # scheme, head_dim, q heads of a unit of work, units that share a kv 
 
 
 @on_each_device
-@pytest.mark.parametrize(("name", "d", "q_per_kv", "share", "arch"), CASES)
-def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(device, seed, name, d, q_per_kv, share, arch):
+@pytest.mark.parametrize(("name", "d", "q_per_kv", "q_groups", "arch"), CASES)
+def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(device, seed, name, d, q_per_kv, q_groups, arch):
     for blocks, lengths in ((1, RAGGED), (5, RAGGED), (23, (129, 0, 257, 64)), (9, (2, 385, 0, 0))):
-        plan = raw.Plan(q_per_kv, share, 4, 2, blocks)
+        plan = raw.DecodePlan(q_per_kv, q_groups, 4, 2, blocks)
         check(*run(device, SCHEMES[name], d, plan, lengths, seed, arch=arch), lengths)
 
 
@@ -189,68 +191,69 @@ def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(device, 
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_decode_attention_over_fewer_units_than_blocks(device, seed, name):
     for lengths in ((2, 385, 0, 0), (0, 40, 0, 1), (0, 0, 0, 0)):
-        check(*run(device, SCHEMES[name], 128, raw.Plan(4, 1, 4, 2, 132), lengths, seed), lengths)
+        check(*run(device, SCHEMES[name], 128, raw.DecodePlan(4, 1, 4, 2, 132), lengths, seed), lengths)
 
 
 @on_each_device
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_a_head_of_more_blocks_than_a_round_takes_is_merged_in_rounds(device, seed, name):
-    check(*run(device, SCHEMES[name], 64, raw.Plan(3, 1, 2, 2, 61), (1400,), seed), (1400,))
+    check(*run(device, SCHEMES[name], 64, raw.DecodePlan(3, 1, 2, 2, 61), (1400,), seed), (1400,))
 
 
 @on_each_device
 @pytest.mark.parametrize(("name", "d"), [("int2", 128), ("int2-compact", 64)])
 def test_a_block_may_have_as_many_parts_as_a_warp_has_lanes(device, seed, name, d):
     for lengths in (RAGGED, (1400,)):
-        check(*run(device, SCHEMES[name], d, raw.Plan(4, 1, 16, 2, 3), lengths, seed, arch=90), lengths)
+        check(*run(device, SCHEMES[name], d, raw.DecodePlan(4, 1, 16, 2, 3), lengths, seed, arch=90), lengths)
 
 
 @on_each_device
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 127, 128, 129, 130, 191, 192, 193, 256, 257])
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_decode_attention_around_every_boundary(device, seed, name, n):
-    check(*run(device, SCHEMES[name], 64, raw.Plan(2, 1, 4, 2, 3), (n,), seed), (n,))
+    check(*run(device, SCHEMES[name], 64, raw.DecodePlan(2, 1, 4, 2, 3), (n,), seed), (n,))
 
 
 @on_each_device
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 @pytest.mark.parametrize("kind", ["zero", "equal", "ramp", "tail", "sink", "peak"])
 def test_decode_attention_over_difficult_caches(device, seed, kind, name):
-    check(*run(device, SCHEMES[name], 128, raw.Plan(4, 1, 4, 2, 5), RAGGED, seed, kind=kind), RAGGED)
+    check(*run(device, SCHEMES[name], 128, raw.DecodePlan(4, 1, 4, 2, 5), RAGGED, seed, kind=kind), RAGGED)
 
 
 @on_each_device
 @pytest.mark.parametrize("sinks", [0, 32, 64, 100, 128])
 def test_decode_attention_with_any_number_of_sinks(device, seed, sinks):
     scheme = replace(SCHEMES["int2"], sinks=sinks)
-    check(*run(device, scheme, 64, raw.Plan(3, 1, 4, 2, 5), RAGGED, seed), RAGGED)
+    check(*run(device, scheme, 64, raw.DecodePlan(3, 1, 4, 2, 5), RAGGED, seed), RAGGED)
 
 
 @on_each_device
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_decode_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(device, seed, name):
-    plan, kept = raw.Plan(4, 1, 4, 2, 7), {"reference": False}
+    plan, kept = raw.DecodePlan(4, 1, 4, 2, 7), {"reference": False}
     first, *others = [run(device, SCHEMES[name], 128, plan, RAGGED, seed, order=order, **kept)[0] for order in range(4)]
     assert all(np.array_equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @on_each_device
 @pytest.mark.parametrize("name", ["int2", "bf16"])
-def test_launches_that_take_turns_with_a_workspace_find_nothing_of_each_other_in_it(device, seed, name):
-    """Three launches behind each of three schedules, so that turn 0 follows turn 0; caches, q and cuts differ, blocks share other heads."""
-    rng, scheme, plan, heads = np.random.default_rng(seed), SCHEMES[name], raw.Plan(4, 1, 4, 2, 7), raw.Heads(KV_HEADS * 4, KV_HEADS, 64)
+def test_launches_that_alternate_halves_of_a_workspace_find_no_sums_of_each_other_in_it(device, seed, name):
+    """Three launches after each of three schedules, so that parity 0 follows parity 0; caches, q and splits differ."""
+    rng, scheme = np.random.default_rng(seed), SCHEMES[name]
+    plan, heads = raw.DecodePlan(4, 1, 4, 2, 7), raw.Heads(KV_HEADS * 4, KV_HEADS, 64)
     workspace = device.array(np.zeros(plan.workspace_floats(64), np.float32))  # nothing of it is empty
-    arrived = device.array(np.zeros(plan.counters(64), np.int32))
+    split_counter = device.array(np.zeros(plan.counters(64), np.int32))
     for lengths in ((300, 1, 128, 513), (700, 40, 0, 0), (129, 400, 400, 2)):
         tasks, known = device.empty(plan.task_shape, np.int32), device.array(np.array(lengths, np.int32) - 1)
         device.run(raw.schedule(heads, scheme, plan, known, tasks, workspace))
-        for turn in (0, 1, 0):
+        for parity in (0, 1, 0):
             q = rng.normal(size=(len(lengths), heads.q_heads, 64)).astype(BF16)
             sequences = [history(rng, n, 64, "", q[0, 0].astype(np.float64)) for n in lengths]
             out, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:2], np.float32)
-            results = known, tasks, out, lse, workspace, arrived
+            results = known, tasks, out, lse, workspace, split_counter
             cache = filled(device, sequences, scheme, heads)
-            device.run(raw.decode_attention(heads, scheme, plan, device.array(q), cache, *results, turn=turn))
+            device.run(raw.decode_attention(heads, scheme, plan, device.array(q), cache, *results, parity=parity))
             expected = np.zeros(q.shape), np.zeros(q.shape[:2])
             for b, x in enumerate(sequences):
                 if x.shape[2]:
@@ -263,7 +266,7 @@ def test_launches_that_take_turns_with_a_workspace_find_nothing_of_each_other_in
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_a_number_that_is_none_ends_in_its_own_heads(device, seed, name):
     """Parts that are NaN are taken for parts that are not there yet, and asked for again: once."""
-    plan, lengths = raw.Plan(4, 1, 4, 2, 7), (1400, 300)
+    plan, lengths = raw.DecodePlan(4, 1, 4, 2, 7), (1400, 300)
     good, bad = (run(device, SCHEMES[name], 64, plan, lengths, seed, kind=kind, reference=False)[0] for kind in ("", "nan"))
     assert np.isnan(bad[0][0, :4]).all() and np.isnan(bad[1][0, :4]).all()  # the first kv head of the first sequence
     assert np.array_equal(good[0][0, 4:], bad[0][0, 4:]) and np.array_equal(good[0][1], bad[0][1]) and np.isfinite(good[0]).all()
@@ -274,30 +277,30 @@ def test_a_number_that_is_none_ends_in_its_own_heads(device, seed, name):
 @pytest.mark.parametrize("warps", [1, 2, 4])
 def test_warps_with_many_units_ask_for_two_of_them_early(device, seed, warps, name):
     lengths = (1400, 0, 900)
-    check(*run(device, SCHEMES[name], 128, raw.Plan(4, 1, warps, 2, 2), lengths, seed, arch=90), lengths)
+    check(*run(device, SCHEMES[name], 128, raw.DecodePlan(4, 1, warps, 2, 2), lengths, seed, arch=90), lengths)
 
 
 # --- the whole grid, with the plans that the engine makes: on the card only
 
 
-def planned(scheme: Scheme, d: int, together: int, batch: int) -> raw.Plan:
+def planned(scheme: Scheme, d: int, q_per_kv: int, batch: int) -> raw.DecodePlan:
     import cupy
 
     device = cupy.cuda.Device()
-    heads = raw.Heads(KV_HEADS * together, KV_HEADS, d)
-    return raw.plan(heads, scheme, batch, device.attributes["MultiProcessorCount"], int(device.compute_capability))
+    heads = raw.Heads(KV_HEADS * q_per_kv, KV_HEADS, d)
+    return raw.decode_plan(heads, scheme, batch, device.attributes["MultiProcessorCount"], int(device.compute_capability))
 
 
 OTHERS = [name for name, scheme in SCHEMES.items() if name != "int2" and not (scheme.quantized and raw.unsupported(scheme, 128))]
-GRID = [("int2", d, together) for d in raw.HEAD_DIMS for together in (*range(1, 9), 16)]
+GRID = [("int2", d, q_per_kv) for d in raw.HEAD_DIMS for q_per_kv in (*range(1, 9), 16)]
 GRID += [(name, d, (2 * i + 3 * j) % 8 + 1) for i, name in enumerate(OTHERS) for j, d in enumerate(raw.HEAD_DIMS)]
 
 
 @on_the_card
-@pytest.mark.parametrize(("name", "d", "together"), GRID)
-def test_decode_attention_over_the_grid_of_shapes(device, seed, name, d, together):
+@pytest.mark.parametrize(("name", "d", "q_per_kv"), GRID)
+def test_decode_attention_over_the_grid_of_shapes(device, seed, name, d, q_per_kv):
     lengths = (1, 31, 128, 129, 0, 640, 1500, 257)
-    check(*run(device, SCHEMES[name], d, planned(SCHEMES[name], d, together, len(lengths)), lengths, seed), lengths)
+    check(*run(device, SCHEMES[name], d, planned(SCHEMES[name], d, q_per_kv, len(lengths)), lengths, seed), lengths)
 
 
 @on_the_card
@@ -309,7 +312,8 @@ def test_decode_attention_over_batches(device, seed, batch, name):
     got, expected = run(device, SCHEMES[name], 128, plan, lengths, seed)
     check(got, expected, lengths)
     again = run(device, SCHEMES[name], 128, plan, lengths, seed, reference=False)[0]
-    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(got, again, strict=True))  # no log-sum-exp of no tokens
+    # No log-sum-exp of no tokens
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(got, again, strict=True))
 
 
 # --- contexts that no short test reaches: an index, a sum or a round of merging that grows with the length
@@ -318,8 +322,9 @@ def test_decode_attention_over_batches(device, seed, batch, name):
 def roundoff(q: np.ndarray, keys: np.ndarray) -> float:
     """What the kernel promises of its error: LIMIT, or more where logits are steep.
 
-    q * key_step is rounded to fp16, half a unit of 2^-10 at most, in each of d channels. The errors of a token's logit add up as
-    random signs do: about 2^-11 * |q| * |k| / d. In units of the softmax's weights that is the relative error of the output.
+    q * key_step is rounded to fp16, half a unit of 2^-10 at most, in each of d channels. The errors of a token's logit
+    add up as random signs do: about 2^-11 * |q| * |k| / d. In units of the softmax's weights that is the relative
+    error of the output.
     """
     steepest = np.linalg.norm(q.astype(np.float64), axis=-1).max() * np.linalg.norm(keys, axis=-1).max() / q.shape[-1]
     return max(LIMIT, 2**-11 * steepest)

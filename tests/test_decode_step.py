@@ -109,7 +109,7 @@ MANY_ROWS = [
 
 @pytest.mark.parametrize(("make", "rows"), MANY_ROWS)
 def test_many_rows_give_what_each_gives_alone(make, rows, tmp_path, seed):
-    """Ten rows take the products of linear_batch.cu, forty of linear_batch_sm90.cu where there is one, one those of linear.cu: equal within
+    """Ten rows take the products of linear_batch.cu, forty of sm90/linear_batch.cu where there is one, one those of linear.cu: equal within
     the roundings of BF16."""
     folder = write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1)
     prompts = [np.random.default_rng(seed + n).integers(0, 160, 1 + n % 9) for n in range(rows - 1)]

@@ -48,7 +48,7 @@ def test_add_gives_the_bits_of_the_reference(device, seed, tokens, n, bias):
 
 
 def test_rows_that_are_no_multiple_of_8_are_refused():
-    with pytest.raises(ValueError, match="no place"):
+    with pytest.raises(ValueError, match="do not fit"):
         raw_dense.silu_mul(np.empty((2, 24), np.uint16), np.empty((2, 12), np.uint16))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from minioscar.cache import BF16
 from minioscar.ops import raw_batch, raw_dense
-from minioscar.ops.raw_batch import GroupPlan
+from minioscar.ops.raw_batch import WgmmaPlan
 
 from .kernel_device import on_each_device, on_the_card
 
@@ -19,8 +19,9 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 def check(device, seed: int, tokens: int, size: int, rows: int, *, order: int = 0, multiprocessors: int = 2, capability: int = 80,
-          plan: raw_batch.Plan | None = None, **parts: bool) -> np.ndarray:
-    """parts: norm, bias, residual, silu, float32. plan: of a batch (None: the one that it gets). Returns what the kernel computed."""
+          plan: raw_batch.LinearPlan | None = None, **parts: bool) -> np.ndarray:
+    """parts: norm, bias, residual, silu, float32. plan: of a batch (None: the one that it gets). Returns what the
+    kernel computed."""
     rng, width = np.random.default_rng(seed), rows // 2 if parts.get("silu") else rows
     x, weight = rng.normal(size=(tokens, size)).astype(BF16), (rng.normal(size=(rows, size)) / np.sqrt(size)).astype(BF16)
     norm = rng.uniform(0.5, 1.5, size).astype(BF16) if parts.get("norm") else None
@@ -39,17 +40,18 @@ def check(device, seed: int, tokens: int, size: int, rows: int, *, order: int = 
             device.run(raw_dense.rms_norm(x_there, device.array(norm), EPS, normed), seed=order)
             x_there = normed
         plan = plan or raw_batch.batch_plan(tokens, size, rows, given["silu"], multiprocessors, capability)
-        workspace, arrived = device.empty(plan.workspace_floats, np.float32), device.array(np.zeros(plan.counters, np.int32))
-        launch = raw_batch.linear_batch(x_there, weight_there, out, plan, workspace, arrived, **given)
-        device.run(launch, arch=90 if isinstance(plan, GroupPlan) else 80, seed=order)
-        assert not device.numpy(arrived).any()
+        workspace, split_counter = device.empty(plan.workspace_floats, np.float32), device.array(np.zeros(plan.counters, np.int32))
+        launch = raw_batch.linear_batch(x_there, weight_there, out, plan, workspace, split_counter, **given)
+        device.run(launch, arch=90 if isinstance(plan, WgmmaPlan) else 80, seed=order)
+        assert not device.numpy(split_counter).any()
     got = np.array(device.numpy(out))
 
     x, w = x.astype(np.float64), weight.astype(np.float64)
     if norm is not None:
         x = rounded(x / np.sqrt((x * x).mean(axis=1, keepdims=True) + EPS) * norm.astype(np.float64))
     y, size_of = x @ w.T, abs(x) @ abs(w).T
-    # Float32 sums; and two numbers of the norm may be rounded to the other side than in float64, by 2^-8 of them at most.
+    # Float32 sums; and two numbers of the norm may be rounded to the other side than in float64, by 2^-8 of them at
+    # most.
     error = 2.0**-20 * size_of + (2 * 2.0**-8 * (abs(x).max(axis=1)[:, None] * abs(w).max(axis=1)) if norm is not None else 0)
     if bias is not None:
         y = y + bias.astype(np.float64)
@@ -93,11 +95,11 @@ GROUPS = [(33, 200, 34), (48, 840, 130), (64, 8, 2), (65, 640, 200), (128, 72, 2
 def test_linear_of_warpgroups(device, seed, tokens, size, rows, parts):
     if parts.get("silu") and rows % 2:
         pytest.skip("gate and up have the same number of rows")
-    assert raw_batch.grouped(tokens, rows, 2, 90)
+    assert raw_batch.uses_wgmma(tokens, rows, 2, 90)
     check(device, seed, tokens, size, rows, capability=90, **parts)
 
 
-GROUP_CUTS = [  # rows of a tile, runs, parts of k; multiprocessors
+WGMMA_CONFIGS = [  # rows of a tile, runs, splits of k; multiprocessors
     (16, 1, 1, 2),  # several tiles a block
     (32, 2, 1, 9),  # the last slab has one run, the last tile few rows
     (32, 1, 3, 99),
@@ -108,11 +110,11 @@ GROUP_CUTS = [  # rows of a tile, runs, parts of k; multiprocessors
 
 @on_each_device
 @pytest.mark.parametrize("parts", [{}, {"silu": True, "bias": True}, {"residual": True, "bias": True, "float32": True}])
-@pytest.mark.parametrize(("tile", "runs", "k_parts", "multiprocessors"), GROUP_CUTS)
+@pytest.mark.parametrize(("tile", "runs", "splits", "multiprocessors"), WGMMA_CONFIGS)
 @pytest.mark.parametrize("tokens", [40, 96, 190])
-def test_every_way_to_cut_for_warpgroups(device, seed, tokens, tile, runs, k_parts, multiprocessors, parts):
-    cuts = raw_batch.group_cuts(tokens, 712, 200, parts.get("silu", False), multiprocessors)
-    plan = next(p for p in cuts if (p.rows, p.runs, p.parts) == (tile, runs, k_parts))
+def test_every_tile_config_and_split_of_warpgroups(device, seed, tokens, tile, runs, splits, multiprocessors, parts):
+    configs = raw_batch.wgmma_configs(tokens, 712, 200, parts.get("silu", False), multiprocessors)
+    plan = next(p for p in configs if (p.rows, p.runs, p.splits) == (tile, runs, splits))
     check(device, seed, tokens, 712, 200, plan=plan, **parts)
 
 
@@ -131,16 +133,17 @@ def test_linear_gives_equal_bits_on_every_grid_and_in_every_order(device, seed):
     first = check(device, seed, 4, 288, 130, **parts)
     for order, multiprocessors in ((1, 1), (2, 2), (3, 40)):
         assert np.array_equal(first, check(device, seed, 4, 288, 130, order=order, **parts | {"multiprocessors": multiprocessors}))
-    plan = raw_batch.batch_cuts(20, 640, 130, False, 3, 80)[0]
-    assert (plan.tiles, plan.blocks) == (2, 3)  # of five slabs each: the second block ends one tile and begins the other
-    cuts = raw_batch.group_cuts(20, 640, 130, False, 99)
-    for shared in (plan, next(p for p in cuts if (p.rows, p.runs, p.parts) == (32, 1, 4))):
+    plan = raw_batch.mma_configs(20, 640, 130, False, 3, 80)[0]
+    # Of five slabs each: the second block ends one tile and begins the other
+    assert (plan.tiles, plan.blocks) == (2, 3)
+    configs = raw_batch.wgmma_configs(20, 640, 130, False, 99)
+    for shared in (plan, next(p for p in configs if (p.rows, p.runs, p.splits) == (32, 1, 4))):
         first, *others = (check(device, seed, 20, 640, 130, order=order, plan=shared, **parts) for order in range(6))
         assert all(np.array_equal(first, other) for other in others)
 
 
-CUTS = [
-    # tokens, in, out, multiprocessors: tiles, blocks, unit and parts of every cut
+CONFIGS = [
+    # tokens, in, out, multiprocessors: tiles, blocks, granularity and partial tiles of every config
     (20, 640, 396, 2, [(2, 2, 1, 2), (2, 2, 10, 0), (4, 2, 5, 0), (3, 2, 5, 0)]),
     (20, 640, 396, 7, [(4, 7, 1, 2), (2, 6, 1, 1), (4, 4, 1, 0), (3, 6, 1, 1)]),
     (64, 136, 396, 3, [(2, 3, 1, 2), (2, 2, 1, 0), (4, 3, 2, 0), (3, 3, 2, 0)]),
@@ -151,14 +154,14 @@ CUTS = [
 
 @on_each_device
 @pytest.mark.parametrize("parts", [{}, {"silu": True}, {"residual": True, "bias": True, "float32": True}])
-@pytest.mark.parametrize(("tokens", "size", "rows", "multiprocessors", "cuts"), CUTS)
-def test_every_way_to_share_the_slabs(device, seed, tokens, size, rows, multiprocessors, cuts, parts):
-    plans = raw_batch.batch_cuts(tokens, size, rows, parts.get("silu", False), multiprocessors, 90)
+@pytest.mark.parametrize(("tokens", "size", "rows", "multiprocessors", "configs"), CONFIGS)
+def test_every_way_to_share_the_slabs(device, seed, tokens, size, rows, multiprocessors, configs, parts):
+    plans = raw_batch.mma_configs(tokens, size, rows, parts.get("silu", False), multiprocessors, 90)
     if "silu" not in parts:
-        assert [(p.tiles, p.blocks, p.unit, p.parts) for p in plans] == cuts
+        assert [(p.tiles, p.blocks, p.granularity, p.partial_tiles) for p in plans] == configs
     for plan in plans:
         check(device, seed, tokens, size, rows, plan=plan, **parts)
-        assert plan.parts or not (plan.workspace_floats or plan.counters)
+        assert plan.partial_tiles or not (plan.workspace_floats or plan.counters)
 
 
 @on_each_device
@@ -180,16 +183,17 @@ def test_a_token_of_a_batch_gets_the_bits_that_it_gets_alone(device, seed, size,
 def test_a_token_gets_the_same_bits_in_batches_that_share_the_slabs_alike(device, seed):
     rng = np.random.default_rng(seed)
     x, weight = rng.normal(size=(60, 640)).astype(BF16), rng.normal(size=(132, 640)).astype(BF16)
-    pairs = list(zip(*(raw_batch.batch_cuts(tokens, 640, 132, False, 4, 90) for tokens in (9, 60)), strict=True))
-    for few, many in pairs:
-        assert (few.row_tiles, few.k_groups, few.blocks, few.unit) == (many.row_tiles, many.k_groups, many.blocks, many.unit)
-    for few, many in [*pairs, tuple(raw_batch.group_cuts(tokens, 640, 132, False, 4)[0] for tokens in (9, 60))]:
+    pairs = list(zip(*(raw_batch.mma_configs(tokens, 640, 132, False, 4, 90) for tokens in (9, 60)), strict=True))
+    for small, large in pairs:
+        for name in ("row_tiles", "k_groups", "blocks", "granularity"):
+            assert getattr(small, name) == getattr(large, name)
+    for small, large in [*pairs, tuple(raw_batch.wgmma_configs(tokens, 640, 132, False, 4)[0] for tokens in (9, 60))]:
         rows = []
-        for tokens, plan in ((9, few), (60, many)):
+        for tokens, plan in ((9, small), (60, large)):
             out = device.empty((tokens, 132), np.float32)
             scratch = device.empty(plan.workspace_floats, np.float32), device.array(np.zeros(plan.counters, np.int32))
             launch = raw_batch.linear_batch(device.array(x[:tokens]), device.array(weight), out, plan, *scratch)
-            device.run(launch, arch=90 if isinstance(plan, GroupPlan) else 80)
+            device.run(launch, arch=90 if isinstance(plan, WgmmaPlan) else 80)
             rows.append(np.array(device.numpy(out))[:9])
         assert np.array_equal(*rows)
 
@@ -209,21 +213,22 @@ def test_rms_norm_of_rows_that_its_registers_hold_and_of_longer_ones(device, siz
 def test_what_does_not_fit_is_refused():
     weight, norm = np.empty((16, 12288), np.uint16), (np.empty(12288, np.uint16), EPS)
     for tokens, capability, before in ((9, 90, None), (8, 89, norm), (0, 90, None)):
-        with pytest.raises(ValueError, match="no place"):
+        with pytest.raises(ValueError, match="do not fit"):
             raw_dense.linear(np.empty((tokens, 12288), np.uint16), weight, weight, 132, capability, norm=before)
         assert not raw_dense.fits(tokens, 12288, before is not None, False, capability)
     for tokens, size, normed, silu, capability in ((8, 8192, True, False, 90), (2, 4096, True, True, 89), (8, 28672, False, False, 89)):
         assert raw_dense.fits(tokens, size, normed, silu, capability)
-    with pytest.raises(ValueError, match="no place"):
+    with pytest.raises(ValueError, match="do not fit"):
         raw_batch.batch_plan(257, 12288, 16, False, 132, 90)
 
 
 def test_the_weights_are_shared_equally():
-    """Qwen3-8B on 132 multiprocessors: what one block has is at most 4 % above what all would have that share the weights equally."""
+    """Qwen3-8B on 132 multiprocessors: what one block has is at most 4 % above what all would have that share the
+    weights equally."""
     for size, rows, silu in ((4096, 6144, False), (4096, 4096, False), (4096, 24576, True), (12288, 4096, False), (4096, 151936, False)):
         for tokens in (9, 17, 32, 48, 64, 128, 192, 256):
             plan = raw_batch.batch_plan(tokens, size, rows, silu, 132, 90)
-            of_block = plan.most * (plan.rows * 64 if isinstance(plan, GroupPlan) else 128 * plan.row_tiles * 64)
+            of_block = plan.max_runs * plan.rows * 64 if isinstance(plan, WgmmaPlan) else plan.max_slabs * 128 * plan.row_tiles * 64
             assert of_block < 1.04 * size * rows / 132, plan
 
 
@@ -233,6 +238,6 @@ def test_the_weights_are_shared_equally():
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 48, 128, 256])
 @pytest.mark.parametrize(("size", "rows"), [(4096, 6144), (576, 49152), (1536, 576), (9728, 2560)])
 def test_linear_of_models_shapes(device, seed, tokens, size, rows, capability, parts):
-    if capability == 80 and not raw_batch.grouped(tokens, rows, 132, 90):
+    if capability == 80 and not raw_batch.uses_wgmma(tokens, rows, 132, 90):
         pytest.skip("the kernel of 9.0 is this one, too")
     check(device, seed, tokens, size, rows, multiprocessors=132, capability=capability, **parts)

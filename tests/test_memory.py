@@ -13,10 +13,8 @@ import pytest
 
 from minioscar import memory
 from minioscar.cache import Cache
-from minioscar.engine import MOST_ROWS
 from minioscar.errors import UserError
 from minioscar.generation import Options
-from minioscar.ops import raw_batch
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
 from minioscar.weights import arrays
@@ -146,7 +144,6 @@ def test_a_prompt_longer_than_what_fits_is_refused_with_what_does(tmp_path, monk
 
 
 def test_more_answers_than_a_step_has_room_for_are_refused(engine):
-    assert MOST_ROWS == raw_batch.BATCH_TOKENS
     assert engine.capacity([[1, 2]] * 256, Options(max_tokens=2), None) == 4
     for prompts, n in (([[1, 2]] * 257, 1), ([[1, 2]], 257), ([[1, 2]] * 129, 2)):
         with pytest.raises(UserError, match=r"25\d answers at a time are more than 256; give fewer prompts at once \(--batch\)"):

@@ -12,8 +12,6 @@ from minioscar.ops.pages import unpack
 
 from .kernel_device import on_each_device, on_the_card
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
-
 
 def rope(x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
     """x: [tokens, heads, d]; cosines and sines of its positions [tokens, d / 2]; half-split pairs."""
@@ -27,7 +25,8 @@ def qk_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def near(got: np.ndarray, exact: np.ndarray) -> bool:
-    """Rounded to bf16 once: half a unit in the last place of 8 bits, and float32 errors of the largest number of its head."""
+    """Rounded to bf16 once: half a unit in the last place of 8 bits, and float32 errors of the largest number of its
+    head."""
     got = got.astype(np.float64)
     return bool(np.all(np.abs(got - exact) <= 2.0**-8 * np.abs(exact) + 1e-6 * np.abs(exact).max(-1, keepdims=True)))
 
@@ -36,10 +35,10 @@ def near(got: np.ndarray, exact: np.ndarray) -> bool:
 @pytest.mark.parametrize("prefill", [False, True])
 @pytest.mark.parametrize("rotate", [True, False])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "normed"), [(9, 3, False), (4, 1, True), (20, 18, True)])
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("d", raw.HEAD_DIMS)
 def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(device, seed, d, q_heads, kv_heads, normed, rotate, prefill):
     rng = np.random.default_rng(seed)
-    tokens, slots, places, norm_stride, eps = 4, 5, 128, 300, 1e-6
+    tokens, slots, capacity, norm_stride, eps = 4, 5, 128, 300, 1e-6
     qkv = rng.normal(size=(tokens, q_heads + 2 * kv_heads, d)).astype(BF16)
     qkv[1, q_heads : q_heads + kv_heads] = 0  # a token whose keys have norm 0
     weights = [rng.uniform(0.5, 2, d).astype(BF16) if normed else None for _ in "qk"]
@@ -48,12 +47,12 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(device, seed, d, q_
     cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     q_out = device.empty((tokens, q_heads, d), BF16)
     k_out = device.empty((tokens, kv_heads, d), BF16) if prefill else None
-    keys, values = (None if prefill else device.empty((slots, kv_heads, places, d), BF16) for _ in "kv")
+    keys, values = (None if prefill else device.empty((slots, kv_heads, capacity, d), BF16) for _ in "kv")
     norms = device.empty((slots, norm_stride), np.float32)
     q_weight, k_weight = (w if w is None else device.array(w) for w in weights)
     launch = raw.rotate_scale(
         raw.Heads(q_heads, kv_heads, d), *map(device.array, (qkv, positions, cosines, sines)), q_out, rotate=rotate, k_out=k_out,
-        keys=keys, values=values, places=places, slots=device.array(rows), norms=norms, norm_stride=norm_stride,
+        keys=keys, values=values, capacity=capacity, slots=device.array(rows), norms=norms, norm_stride=norm_stride,
         q_weight=q_weight, k_weight=k_weight, eps=eps,
     )  # fmt: skip
     device.run(launch, seed=seed % 7)
@@ -70,13 +69,13 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(device, seed, d, q_
         if position < 0:
             assert np.all(q_got[t].view(np.uint16) == 0xFFFF) and np.all(n_got[row].view(np.uint32) == 0xFFFFFFFF)
             continue
-        key = k_got[t] if prefill else k_got[row, :, position % places]
+        key = k_got[t] if prefill else k_got[row, :, position % capacity]
         assert near(q_got[t], q[t]) and near(key, k[t])
         expected = oscar.token_norms(key[None])[0]
         assert abs(n_got[row, position] - expected) <= 1e-6 * expected
     if prefill:
         return
-    live = rows[positions >= 0], slice(None), positions[positions >= 0] % places
+    live = rows[positions >= 0], slice(None), positions[positions >= 0] % capacity
     assert np.array_equal(device.numpy(values, allow_unwritten=True)[live], qkv[positions >= 0, q_heads + kv_heads :])
     k_got[live] = np.frombuffer(b"\xff\xff", BF16)[0]
     assert np.all(k_got.view(np.uint16) == 0xFFFF)  # nothing else was written
@@ -94,8 +93,8 @@ def check_rotate_weights(device, seed: int, shape: tuple[int, ...], d: int, axis
 
 @on_each_device
 @pytest.mark.parametrize("what", ["rows", "columns", "bias"])
-@pytest.mark.parametrize("d", HEAD_DIMS)
-def test_rotate_weights_turns_every_head_of_a_matrix(device, seed, d, what):
+@pytest.mark.parametrize("d", raw.HEAD_DIMS)
+def test_rotate_weights_rotates_every_head_of_a_matrix(device, seed, d, what):
     shape, axis = {"rows": ((2 * d, 45), 0), "columns": ((15, 3 * d), 1), "bias": ((3 * d,), 0)}[what]
     check_rotate_weights(device, seed, shape, d, axis)
 
@@ -108,7 +107,7 @@ def test_rotate_weights_of_models_shapes(device, seed, shape, d, axis):
 
 @on_each_device
 @pytest.mark.parametrize("name", ["oscar", "int2", "int2-compact", "int4", "kivi"])
-@pytest.mark.parametrize("d", [64, 96, 128, 256])
+@pytest.mark.parametrize("d", raw.HEAD_DIMS)
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name):
     scheme, rng = oscar.SCHEMES[name], np.random.default_rng(seed)
@@ -139,8 +138,8 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
     heads = raw.Heads(kv_heads, kv_heads, d)
     if step == "prefill":
         rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
-        arrivals = raw.Arrivals(*map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()))
-        launch = raw.pack_bulk(heads, scheme, arrivals, cache)
+        new_tokens = raw.PrefillTokens(*map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()))
+        launch = raw.pack_bulk(heads, scheme, new_tokens, cache)
     else:
         launch = raw.pack_step(heads, scheme, device.array(starts[np.argsort(slots)]), cache)
     device.run(launch, seed=seed % 7)
@@ -165,7 +164,8 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
 
 @on_each_device
 def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed):
-    """A warp looks at 32 of them at a time; some are not in use. Pages are those of a sequence alone, and nothing else is written."""
+    """A warp looks at 32 of them at a time; some are not in use. Pages are those of a sequence alone, and nothing else
+    is written."""
     scheme, heads, batch, rng = oscar.SCHEMES["int2"], raw.Heads(1, 1, 64), 70, np.random.default_rng(seed)
     lengths = rng.choice(np.array([-1, 0, 126, 128, 200], np.int32), batch)
     full = np.array([0, 31, 32, 50, 69])
@@ -189,8 +189,8 @@ def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed)
 
 
 @on_each_device
-@pytest.mark.parametrize("d", [64, 96])
-def test_tokens_behind_the_last_full_block_go_to_the_window(device, seed, d):
+@pytest.mark.parametrize("d", [64, 128])
+def test_tokens_after_the_last_full_block_go_to_the_window(device, seed, d):
     scheme, rng, kv_heads = oscar.SCHEMES["int2"], np.random.default_rng(seed), 3
     starts, counts, slots = np.array([0, 70, 200, 127], np.int32), np.array([300, 58, 50, 1], np.int32), np.array([2, 0, 1, 3], np.int32)
     new = rng.normal(size=(2, counts.sum(), kv_heads, d)).astype(BF16)
@@ -200,8 +200,8 @@ def test_tokens_behind_the_last_full_block_go_to_the_window(device, seed, d):
     cache = {n: device.array(before) for n in names}
     rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
     heads = raw.Heads(kv_heads, kv_heads, d)
-    arrivals = raw.Arrivals(*map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()))
-    device.run(raw.fill_window(heads, scheme, arrivals, cache), seed=seed % 7)
+    new_tokens = raw.PrefillTokens(*map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()))
+    device.run(raw.fill_window(heads, scheme, new_tokens, cache), seed=seed % 7)
     for x, name in zip(new, names, strict=True):
         expected = before.copy()
         for first, slot, start, n in zip(first_rows, slots, starts, counts, strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minioscar.cache import BF16
-from minioscar.ops import raw
+from minioscar.ops import raw, raw_prefill
 from minioscar.oscar import SCHEMES
 
 from .kernel_device import on_each_device, on_the_card
@@ -35,14 +35,16 @@ def causal(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndar
 
 def check(
     device, d: int, group: int, starts: Sequence[int], counts: Sequence[int], seed: int, *, kind: str = "", arch: int = 80, order: int = 0,
-    parts: tuple[int, int] = (1, 0), multiprocessors: int = 3,
+    splits: tuple[int, int] = (1, 0), multiprocessors: int = 3,
 ) -> np.ndarray:
-    """Sequences of starts[s] older and counts[s] new tokens, whose cache rows stand in reverse; returns what the kernel computed.
+    """Sequences of starts[s] older and counts[s] new tokens, whose cache rows stand in reverse; returns what the
+    kernel computed.
 
-    parts: at most so many of the keys, of so many tiles each. multiprocessors: so few that a block has several items.
+    splits: at most so many of the keys, of so many tiles each. multiprocessors: so few that a block has several items.
     """
     rng, heads, batch = np.random.default_rng(seed), raw.Heads(KV_HEADS * group, KV_HEADS, d), len(starts)
-    q = rng.normal(size=(sum(counts) + 2, heads.q_heads, d)).astype(BF16)  # two tokens of nobody: first_rows leave a gap
+    # Two tokens of nobody: first_rows leave a gap
+    q = rng.normal(size=(sum(counts) + 2, heads.q_heads, d)).astype(BF16)
     sequences = [history(rng, n, d, kind, q[0, 0].astype(np.float64)) for n in np.add(starts, counts)]
     past = np.full((2, batch, KV_HEADS, max(starts) + 3, d), np.nan, BF16)
     qkv = np.full((2, len(q), KV_HEADS + 1, d), np.nan, BF16)  # rows a head longer than what is read of them
@@ -52,33 +54,34 @@ def check(
         qkv[:, first : first + count, :KV_HEADS] = x[:, :, start:].swapaxes(1, 2)
     stride = (KV_HEADS + 1) * d
     rows = (device.array(np.asarray(x, np.int32)) for x in (firsts, slots, starts, counts))
-    new = raw.Arrivals(*map(device.array, qkv), stride, stride, *rows, max(counts))
+    new = raw.PrefillTokens(*map(device.array, qkv), stride, stride, *rows, max(counts))
     out = device.empty(q.shape, BF16)
     older = tuple(map(device.array, past)) if any(starts) else None
-    if raw.tiled(d, arch):
+    if raw_prefill.tiled(d, arch):
         plain, older = older, tiles_for(device, d, np.add(starts, counts))
-        device.run(raw.fill_tiles(heads, new, plain, max(np.add(starts, counts)), older), arch, order)
-    cut = raw.Parts(-(-max(counts) * group // raw.WGMMA_ROWS) * KV_HEADS * batch, *parts)
-    arrived = device.array(np.zeros(cut.blocks, np.int32))
-    scratch = (cut, device.empty(cut.workspace_floats(d), np.float32), arrived) if cut.parts > 1 else None
-    launch = raw.prefill_attention(heads, device.array(q), new, older, out, arch, cut=scratch, multiprocessors=multiprocessors)
+        device.run(raw_prefill.fill_tiles(heads, new, plain, max(np.add(starts, counts)), older), arch, order)
+    plan = raw_prefill.SplitPlan(-(-max(counts) * group // raw_prefill.WGMMA_ROWS) * KV_HEADS * batch, *splits)
+    split_counter = device.array(np.zeros(plan.blocks, np.int32))
+    scratch = (plan, device.empty(plan.workspace_floats(d), np.float32), split_counter) if plan.splits > 1 else None
+    launch = raw_prefill.prefill_attention(heads, device.array(q), new, older, out, arch, split=scratch, multiprocessors=multiprocessors)
     device.run(launch, arch, order)
-    assert not np.any(device.numpy(arrived))
+    assert not np.any(device.numpy(split_counter))
     got = np.array(device.numpy(out, allow_unwritten=True)).astype(np.float64)
     assert np.all(np.isnan(got[:2])) and np.all(np.isfinite(got[2:]))
     for x, first, count in zip(sequences, firsts, counts, strict=True):
         expected, size = causal(q[first : first + count], *x)
         error = abs(got[first : first + count] - expected)
-        allowed = 1.05 * BF16_ROUNDING * (size + abs(expected))  # of every p and of the result, and a little for float32 sums
+        # Of every p and of the result, and a little for float32 sums
+        allowed = 1.05 * BF16_ROUNDING * (size + abs(expected))
         print(f"{(error / allowed.clip(1e-30)).max():.2f} of what is allowed")
         assert np.all(error <= allowed)
     return got
 
 
-def tiles_for(device, d: int, tokens: Sequence[int]) -> raw.Tiles:
-    shape = int(sum(-(-np.asarray(tokens) // raw.TILE_TOKENS))), KV_HEADS, raw.TILE_TOKENS, d
+def tiles_for(device, d: int, tokens: Sequence[int]) -> raw_prefill.Tiles:
+    shape = int(sum(-(-np.asarray(tokens) // raw_prefill.TILE_TOKENS))), KV_HEADS, raw_prefill.TILE_TOKENS, d
     keys, values = (device.empty(shape, BF16) for _ in "kv")
-    return raw.Tiles(keys, values, device.array(tiles_before(tokens).astype(np.int32)))
+    return raw_prefill.Tiles(keys, values, device.array(tiles_before(tokens).astype(np.int32)))
 
 
 CASES = [(128, 4, 80), (64, 3, 80), (96, 1, 80), (256, 2, 80), (256, 1, 90), (256, 2, 120), (64, 8, 80), (128, 7, 80)]
@@ -120,10 +123,10 @@ def test_prefill_attention_of_difficult_keys(device, seed, kind, arch):
 
 
 @on_each_device
-@pytest.mark.parametrize("parts", [(1, 0), (3, 2)])
-def test_prefill_attention_with_warpgroups_of_logits_beyond_the_exponents_of_float32(device, seed, parts):
-    check(device, 128, 2, (600, 0), (30, 150), seed, kind="cliff", arch=90, parts=parts)
-    check(device, 64, 3, (0,), (420,), seed, kind="cliff", arch=90, parts=(1, 0))
+@pytest.mark.parametrize("splits", [(1, 0), (3, 2)])
+def test_prefill_attention_with_warpgroups_of_logits_beyond_the_exponents_of_float32(device, seed, splits):
+    check(device, 128, 2, (600, 0), (30, 150), seed, kind="cliff", arch=90, splits=splits)
+    check(device, 64, 3, (0,), (420,), seed, kind="cliff", arch=90, splits=(1, 0))
 
 
 @on_each_device
@@ -134,45 +137,45 @@ def test_prefill_attention_gives_equal_bits_in_every_order_of_blocks_and_threads
 
 
 @on_each_device
-@pytest.mark.parametrize("parts", [(2, 4), (3, 2), (7, 1), (9, 1)])
-def test_prefill_attention_with_the_keys_cut_into_parts(device, seed, parts):
-    check(device, 128, 4, (700, 0, 120), (30, 45, 1), seed, arch=90, parts=parts)
-    check(device, 64, 1, (300, 0), (200, 129), seed, arch=90, kind="sink", parts=parts)
+@pytest.mark.parametrize("splits", [(2, 4), (3, 2), (7, 1), (9, 1)])
+def test_prefill_attention_with_the_keys_split(device, seed, splits):
+    check(device, 128, 4, (700, 0, 120), (30, 45, 1), seed, arch=90, splits=splits)
+    check(device, 64, 1, (300, 0), (200, 129), seed, arch=90, kind="sink", splits=splits)
 
 
 @on_each_device
-@pytest.mark.parametrize("parts", [(1, 0), (3, 1)])
-def test_prefill_attention_one_head_after_the_other_gives_equal_bits(device, seed, monkeypatch, parts):
+@pytest.mark.parametrize("splits", [(1, 0), (3, 1)])
+def test_prefill_attention_one_head_after_the_other_gives_equal_bits(device, seed, monkeypatch, splits):
     """What L2 holds decides about the order of items, and nothing else."""
 
     def ordered(l2: int) -> np.ndarray:
-        monkeypatch.setattr(raw, "L2_BYTES", l2)
-        return check(device, 64, 3, (300, 0), (50, 190), seed, arch=90, parts=parts)
+        monkeypatch.setattr(raw_prefill, "L2_BYTES", l2)
+        return check(device, 64, 3, (300, 0), (50, 190), seed, arch=90, splits=splits)
 
-    one, both = (ordered(l2) for l2 in (1, raw.L2_BYTES))
+    one, both = (ordered(l2) for l2 in (1, raw_prefill.L2_BYTES))
     assert np.array_equal(one, both, equal_nan=True)
 
 
 @on_each_device
-def test_prefill_attention_in_parts_gives_equal_bits_in_every_order(device, seed):
-    first, *others = (check(device, 64, 3, (400, 0), (50, 90), seed, arch=90, order=order, parts=(4, 1)) for order in range(3))
+def test_prefill_attention_in_splits_gives_equal_bits_in_every_order(device, seed):
+    first, *others = (check(device, 64, 3, (400, 0), (50, 90), seed, arch=90, order=order, splits=(4, 1)) for order in range(3))
     assert all(np.array_equal(first, other, equal_nan=True) for other in others)
 
 
 def test_keys_are_cut_only_where_multiprocessors_would_be_idle():
     heads = raw.Heads(32, 8, 128)
-    assert raw.prefill_parts(heads, 32768, 1, 0, 132, 90) is None
-    assert raw.prefill_parts(heads, 4096, 1, 0, 132, 90) is None
-    assert raw.prefill_parts(heads, 512, 1, 131072, 132, 90) is None  # 128 blocks
-    assert raw.prefill_parts(heads, 64, 1, 131072, 132, 90) == raw.Parts(16, 8, 129)
-    assert raw.prefill_parts(heads, 64, 1, 131072, 132, 80) is None
+    assert raw_prefill.split_plan(heads, 32768, 1, 0, 132, 90) is None
+    assert raw_prefill.split_plan(heads, 4096, 1, 0, 132, 90) is None
+    assert raw_prefill.split_plan(heads, 512, 1, 131072, 132, 90) is None  # 128 blocks
+    assert raw_prefill.split_plan(heads, 64, 1, 131072, 132, 90) == raw_prefill.SplitPlan(16, 8, 129)
+    assert raw_prefill.split_plan(heads, 64, 1, 131072, 132, 80) is None
     for most in (1, 100, 256, 700):
-        cut = raw.prefill_parts(heads, most, 1, 131072, 132, 90)
-        assert cut.parts * cut.tiles * raw.TILE_TOKENS >= 131072 + most
+        plan = raw_prefill.split_plan(heads, most, 1, 131072, 132, 90)
+        assert plan.splits * plan.tiles * raw_prefill.TILE_TOKENS >= 131072 + most
 
 
 @on_the_card
-@pytest.mark.parametrize("d", raw.HEAD_DIMS)
+@pytest.mark.parametrize("d", raw_prefill.PREFILL_CONFIGS)
 @pytest.mark.parametrize("group", [*range(1, 9), 16])
 def test_prefill_attention_over_the_grid_of_shapes(device, seed, d, group):
     import cupy
@@ -195,16 +198,16 @@ def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
     starts = np.array(lengths, np.int32)[slots]
     keys, values = (device.empty((len(slots), KV_HEADS, 320, d), BF16) for _ in "kv")
     slots_and_starts = device.array(slots), device.array(starts)
-    device.run(raw.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, (keys, values)), seed=seed % 5)
+    device.run(raw_prefill.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, (keys, values)), seed=seed % 5)
     for row, slot in enumerate(slots):
         n = lengths[slot]
         for got, expected in zip((keys, values), dequantized(sequences[slot], n // 128 * 128, scheme), strict=True):
             got = np.array(device.numpy(got, allow_unwritten=True))[row]
             assert np.array_equal(got[:, :n], expected.astype(BF16)) and np.all(got[:, n:].view(np.uint16) == 0xFFFF)
-    if not raw.tiled(d, 90):
+    if not raw_prefill.tiled(d, 90):
         return
     tiles = tiles_for(device, d, starts)
-    device.run(raw.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, tiles), seed=seed % 5)
+    device.run(raw_prefill.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, tiles), seed=seed % 5)
     for row, n in enumerate(starts):
         for got, expected in zip((tiles.keys, tiles.values), (keys, values), strict=True):
             got = plain(np.array(device.numpy(got, allow_unwritten=True)), d)[:, 128 * tiles_before(starts)[row] :]
@@ -212,13 +215,13 @@ def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
 
 
 def tiles_before(tokens: Sequence[int]) -> np.ndarray:
-    each = -(-np.asarray(tokens) // raw.TILE_TOKENS)
+    each = -(-np.asarray(tokens) // raw_prefill.TILE_TOKENS)
     return np.cumsum(each) - each
 
 
 def plain(tiles: np.ndarray, d: int) -> np.ndarray:
-    """The numbers of raw.Tiles in their order: [tiles, kv_heads, 128, d] -> [kv_heads, tokens, d]."""
-    pieces = tiles.reshape(*tiles.shape[:2], d // 64, raw.TILE_TOKENS, 8, 8)
-    r = np.arange(raw.TILE_TOKENS)[:, None]
+    """The numbers of raw_prefill.Tiles in their order: [tiles, kv_heads, 128, d] -> [kv_heads, tokens, d]."""
+    pieces = tiles.reshape(*tiles.shape[:2], d // 64, raw_prefill.TILE_TOKENS, 8, 8)
+    r = np.arange(raw_prefill.TILE_TOKENS)[:, None]
     pieces = pieces[:, :, :, r, np.arange(8) ^ r % 8]
     return pieces.transpose(1, 0, 3, 2, 4, 5).reshape(tiles.shape[1], -1, d)

@@ -194,7 +194,7 @@ def test_wgmma_of_registers_and_columns_of_shared_memory_multiplies_like_numpy(d
     a, b = rng.normal(size=(64, 16)).astype(TYPES["bfloat16"]), rng.normal(size=(128, 64)).astype(TYPES["bfloat16"])
     c, out = rng.normal(size=(64, 128)).astype(np.float32), device.empty((128, 64), np.float32)
     given = None if fresh else device.array(np.ascontiguousarray(c[sums(128)]))
-    kernel = device.compile(CASES / "warpgroups_sm90.cu", "registers_rows", arch=90)
+    kernel = device.compile(CASES / "sm90/warpgroups.cu", "registers_rows", arch=90)
     kernel(1, 128, [device.array(operand_a(a)), device.array(b), given, out, np.int32(0)], shared=16384)
     exact = a.astype(np.float64) @ b[:, 48:].astype(np.float64).T + (0 if fresh else c)
     assert abs(device.numpy(out) - exact[sums(128)]).max() < 17 * 2.0**-23 * abs(exact).max()
@@ -207,7 +207,7 @@ def test_wgmma_of_registers_and_rows_of_shared_memory_multiplies_like_numpy(devi
     a, b = rng.normal(size=(64, 16)).astype(TYPES["bfloat16"]), rng.normal(size=(16, n)).astype(TYPES["bfloat16"])
     c, out = rng.normal(size=(64, n)).astype(np.float32), device.empty((128, n // 2), np.float32)
     given = device.array(np.ascontiguousarray(c[sums(n)]))
-    kernel = device.compile(CASES / "warpgroups_sm90.cu", f"registers_shared_{n}", arch=90)
+    kernel = device.compile(CASES / "sm90/warpgroups.cu", f"registers_shared_{n}", arch=90)
     kernel(1, 128, [device.array(operand_a(a)), device.array(b), given, out], shared=4096)
     exact = a.astype(np.float64) @ b.astype(np.float64) + c
     assert abs(device.numpy(out) - exact[sums(n)]).max() < 17 * 2.0**-23 * abs(exact).max()
@@ -220,7 +220,7 @@ def test_wgmma_of_two_operands_in_shared_memory_multiplies_like_numpy(device, n,
     a, b = (rng.normal(size=(rows, 64)).astype(TYPES["bfloat16"]) for rows in (64, n))
     c, out = rng.normal(size=(64, n)).astype(np.float32), device.empty((128, n // 2), np.float32)
     given = device.array(np.ascontiguousarray(c[sums(n)]))
-    kernel = device.compile(CASES / "warpgroups_sm90.cu", f"shared_{n}", arch=90)
+    kernel = device.compile(CASES / "sm90/warpgroups.cu", f"shared_{n}", arch=90)
     kernel(1, 128, [device.array(a), device.array(b), given, out], shared=(64 + n) * 128)
     exact = a[:, 32:48].astype(np.float64) @ b[:, 32:48].astype(np.float64).T + c
     assert abs(device.numpy(out) - exact[sums(n)]).max() < 17 * 2.0**-23 * abs(exact).max()

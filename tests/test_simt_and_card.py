@@ -1,7 +1,8 @@
-"""A simulated kernel and the real one on the same inputs: equal bits where the order of operations is fixed, else within what differs.
+"""A simulated kernel and the real one on the same inputs: equal bits where the order of operations is fixed, else
+within what differs.
 
-What differs: the tensor cores truncate where the simulator rounds once (2^-15 of a masked code, tests/test_simt.py), ex2 and rsqrt are
-approximations of their own, and nvcc may fuse another product of a * b + c * d.
+What differs: the tensor cores truncate where the simulator rounds once (2^-15 of a masked code, tests/test_simt.py),
+ex2 and rsqrt are approximations of their own, and nvcc may fuse another product of a * b + c * d.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def test_rotated_heads_differ_by_one_rounding_at_most(seed):
 
 @pytest.mark.parametrize("name", ["int2", "int2-compact", "oscar", "int4", "bf16"])
 def test_decode_attention_differs_by_the_tensor_cores_truncation(seed, name):
-    lengths, plan = (300, 1, 128, 513), raw.Plan(4, 1, 4, 2, 5)
+    lengths, plan = (300, 1, 128, 513), raw.DecodePlan(4, 1, 4, 2, 5)
     (simulated, _), (real, _) = (run(device, SCHEMES[name], 128, plan, lengths, seed, arch=90, reference=False)[0] for device in DEVICES)
     error = np.linalg.norm(simulated - real) / np.linalg.norm(real)
     print(f"{name}: {error:.1e}")
@@ -66,7 +67,7 @@ def test_decode_attention_differs_by_the_tensor_cores_truncation(seed, name):
 
 def test_the_schedule_is_equal_bit_for_bit(seed):
     lengths = np.random.default_rng(seed).integers(-1, 900, 70).astype(np.int32)
-    heads, plan = raw.Heads(8, 2, 128), raw.Plan(4, 1, 4, 2, 13)
+    heads, plan = raw.Heads(8, 2, 128), raw.DecodePlan(4, 1, 4, 2, 13)
     tasks = []
     for device in DEVICES:
         out = device.empty(plan.task_shape, np.int32)

@@ -107,7 +107,7 @@ def test_a_planted_fault_is_reported_with_its_thread_and_line(device, name, faul
 def test_a_fault_with_a_wgmma_is_reported(device, fault, message, seed):
     b = device.array(np.zeros((128, 64), np.uint16))
     a, c = device.array(np.zeros((128, 4), np.uint32)), device.array(np.zeros((128, 64), np.float32))
-    kernel = device.compile(SOURCE.with_name("warpgroups_sm90.cu"), "registers_rows", arch=90)
+    kernel = device.compile(SOURCE.parent / "sm90" / "warpgroups.cu", "registers_rows", arch=90)
     for order in ORDERS:
         out = device.empty((128, 64), np.float32)
         with pytest.raises(simt.Fault, match=message):

@@ -1,131 +1,149 @@
-// attention.cuh: what the two decode kernels share. The cache of all sequences is one long list of units, sequence after sequence, kv head
-// after kv head; a unit is what one warp copies and attends to at a time: a packed page of 64 tokens, or a tile of BF16 tokens of about as
-// many bytes. Every warp of the grid takes an equal, contiguous part of the list. Which one, `schedule` finds from the lengths in device
-// memory, once a step for all layers; so a fixed grid serves every step of a captured graph and sequences of unequal length. A warp copies
-// STAGES units ahead into its own ring.
+// attention.cuh: what the two decode kernels share: a warp's walk over its work items.
 //
-// A head that one warp has whole goes straight out; else the parts of it that warps and blocks have are merged (merge.cuh), in list order:
-// equal inputs give equal bits.
+//   m = running max of x, l = sum 2^(x - m), o = sum 2^(x - m) value            x = logit * log2(e); output = o / l
 //
-// q is the small operand of every MMA, a column a head. Up to 4 heads stand in the 8 columns twice, so that the two halves can be about
-// different groups of steps (decode_attention.cu).
+// The cache of all sequences is one long list of work items, sequence after sequence, kv head after kv head. An item
+// is what one warp copies and attends to at a time: a packed page of 64 tokens, or a tile of BF16 tokens of about as
+// many bytes. Every warp of the grid takes an equal, contiguous share of the list. `schedule` finds the shares from
+// the lengths in device memory, once a step for all layers; so a fixed grid serves every step of a captured graph and
+// sequences of unequal length. A warp copies STAGES items ahead into its ring.
 //
-// Set by -D: HEAD_DIM, Q_PER_KV (1..8 q heads that share a kv head), SHARE (how many such sets a kv head has), BLOCK_WARPS, STAGES, OUT_BF16.
-// The including file says UNIT_BYTES (of a unit in the ring) and has a type Units (how many units, where each is, what to do with it).
+// A head that one warp has whole is stored directly; else the partial sums of warps and blocks are merged
+// (decode_merge.cuh) in list order: equal inputs give equal bits.
+//
+// q is the small operand of every MMA, a column a head. Up to 4 heads fill the 8 columns twice (COLUMN_HALVES), so
+// that the two halves can multiply different groups of steps (decode_attention.cu).
+//
+// Set by -D: HEAD_DIM, Q_PER_KV (1..8 q heads of a work item), Q_GROUPS (how many such groups share a kv head),
+// BLOCK_WARPS, STAGES, OUT_BF16. The including file defines ITEM_BYTES (of an item in the ring) and a type Items:
+//   count(tokens)            items of a kv head of a sequence; count_items(cursor) sets num_pages and num_items
+//   copy_page, copy_tile     (ring, slot, cursor): start the copies of one item
+//   make_query(q)            q as attend_page takes it
+//   attend_page, attend      attend to a page, to a tile; finish_pages(state) comes between them
+//   output_scale(j), offset_term(state, j)    turn the sums of channel tile j into true numbers
+//   HALF_TILES               channel tiles in a row that one column half is for
 #ifndef MINIOSCAR_ATTENTION_CUH
 #define MINIOSCAR_ATTENTION_CUH
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 constexpr int D = HEAD_DIM, TOKEN_BYTES = D * 2 * 2;  // of a BF16 token: key and value
-constexpr int TILE_TOKENS = UNIT_BYTES / TOKEN_BYTES < 16 ? UNIT_BYTES / TOKEN_BYTES : 16;
-constexpr int RING_BYTES = STAGES * UNIT_BYTES;
-constexpr int FIRST_WARPS = (BLOCK_WARPS + 1) / 2, LONG = 6;  // warps that ask first; units from which on a warp asks for two early
-#include "merge.cuh"
+constexpr int TILE_TOKENS = ITEM_BYTES / TOKEN_BYTES < 16 ? ITEM_BYTES / TOKEN_BYTES : 16;
+constexpr int RING_BYTES = STAGES * ITEM_BYTES;
+constexpr int FIRST_WARPS = (BLOCK_WARPS + 1) / 2;  // warps that issue early copies first
+constexpr int MIN_ITEMS_FOR_TWO = 6;                // from which on a warp issues two early copies
+#include "decode_merge.cuh"
+#include "sm90/bulk_copies.cuh"
 
 constexpr int CHANNEL_TILES = D / 16;
-constexpr int HALVES = Q_PER_KV <= 4 ? 2 : 1, COLUMNS = 8 / HALVES;
-constexpr float NEVER = -1e38f;
+constexpr int COLUMN_HALVES = Q_PER_KV <= 4 ? 2 : 1, COLUMNS = 8 / COLUMN_HALVES;
 
 // The q head in column n; columns without one repeat the last.
-__device__ __forceinline__ int head_of_column(int n) { return min(n % COLUMNS, Q_PER_KV - 1); }
+DEVICE int head_of_column(int n) { return min(n % COLUMNS, Q_PER_KV - 1); }
 
-// What a warp knows of one head: sums of p * value in units of `o` (Units::unit_scale of channel tile j), sums of p * parameter (rows 0..7:
-// sums[0], sums[1]) and of p (rows 8..15: sums[2], sums[3]), and the reference m: p = 2^(x - m). A lane holds columns 2c and 2c + 1.
+// Sums of a warp for one head: of p * value, 1 / output_scale as large; of p * parameter (rows 0..7: sums[0],
+// sums[1]) and of p (rows 8..15: sums[2], sums[3]); and the running max m: p = 2^(x - m). A lane holds columns 2c and
+// 2c + 1.
 struct State {
   float o[CHANNEL_TILES][4];
   float sums[4];
   float m0, m1;
-  bool fresh;
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int j = 0; j < CHANNEL_TILES; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
-    sums[0] = sums[1] = sums[2] = sums[3] = m0 = m1 = 0.f, fresh = true;
+  bool is_first;
+  DEVICE void reset() {
+    clear(o);
+    clear(sums);
+    m0 = m1 = 0.f;
+    is_first = true;
   }
-  // Moves the references up by x0, x1.
-  __device__ __forceinline__ void move(float x0, float x1) {
-    const float f0 = ex2(-x0), f1 = ex2(-x1);
-    m0 += x0, m1 += x1, fresh = false;
-#pragma unroll
-    for (int j = 0; j < CHANNEL_TILES; j++) o[j][0] *= f0, o[j][1] *= f1, o[j][2] *= f0, o[j][3] *= f1;
-    sums[0] *= f0, sums[1] *= f1, sums[2] *= f0, sums[3] *= f1;
+  // Raises the running maxima by x0, x1 and rescales the sums.
+  DEVICE void rescale(float x0, float x1) {
+    const float factor[2] = {ex2(-x0), ex2(-x1)};
+    m0 += x0;
+    m1 += x1;
+    is_first = false;
+    UNROLL for (int j = 0; j < CHANNEL_TILES; j++)
+      UNROLL for (int i = 0; i < 4; i++) o[j][i] *= factor[i % 2];
+    UNROLL for (int i = 0; i < 4; i++) sums[i] *= factor[i % 2];
   }
 };
 
-// How far the references must move for logits whose largest of this lane stand x0, x1 above them: to the largest of all lanes of the
-// head plus 3, so that few later ones surpass it; never down, but the first time.
-__device__ __forceinline__ void reference_step(float& x0, float& x1, bool fresh) {
-#pragma unroll
-  for (int other = HALVES == 2 ? 2 : 4; other < 32; other *= 2) {
-    x0 = fmaxf(x0, __shfl_xor_sync(FULL, x0, other));
-    x1 = fmaxf(x1, __shfl_xor_sync(FULL, x1, other));
+// By how much the running maxima must rise; x0, x1: how far this lane's largest logits are above them. To the largest
+// of all lanes of the head plus 3, so that few later logits surpass it; never down, but the first time.
+DEVICE void max_increase(float& x0, float& x1, bool is_first) {
+  UNROLL for (int other = COLUMN_HALVES == 2 ? 2 : 4; other < 32; other *= 2) {
+    x0 = fmaxf(x0, __shfl_xor_sync(FULL_MASK, x0, other));
+    x1 = fmaxf(x1, __shfl_xor_sync(FULL_MASK, x1, other));
   }
-  x0 += 3.f, x1 += 3.f;
-  if (!fresh) x0 = fmaxf(x0, 0.f), x1 = fmaxf(x1, 0.f);
+  x0 += 3.f;
+  x1 += 3.f;
+  if (is_first) return;
+  x0 = fmaxf(x0, 0.f);
+  x1 = fmaxf(x1, 0.f);
 }
 
-// Channel of row `row` (0..15) of channel tile j, which is that of row 0 and that of tile 0 together: a lane's 16-byte load of 8 neighbouring channels then feeds two tiles (LAYOUT.md).
-__device__ __forceinline__ int value_channel(int j, int row) { return j / 2 * 32 + row % 8 / 2 * 8 + j % 2 * 4 + row / 8 * 2 + row % 2; }
+// Channel of row `row` (0..15) of channel tile j, the sum of those of row 0 and of tile 0: a lane's 16-byte load of 8
+// neighbouring channels then feeds two tiles (LAYOUT.md).
+DEVICE int value_channel(int j, int row) { return j / 2 * 32 + row % 8 / 2 * 8 + j % 2 * 4 + row / 8 * 2 + row % 2; }
 
 constexpr uint32_t ONE_BF16X2 = 0x3f803f80u;
-__device__ __forceinline__ uint32_t in_units(uint32_t p, uint32_t unit) { return unit == ONE_BF16X2 ? p : mul_bf16x2(p, unit); }
+DEVICE uint32_t scaled_bf16x2(uint32_t p, uint32_t scale) { return scale == ONE_BF16X2 ? p : mul_bf16x2(p, scale); }
 
 // A head's q [Q_PER_KV][D] as attend_tile takes it.
 struct TileQuery { uint4 b[D / 32]; };
-__device__ __forceinline__ TileQuery load_tile_query(const bf16* q) {
+DEVICE TileQuery load_tile_query(const bf16* q) {
   TileQuery query;
   const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < D / 32; i++) query.b[i] = *(const uint4*)(q + head_of_column(lane / 4) * D + i * 32 + lane % 4 * 8);
+  UNROLL for (int i = 0; i < D / 32; i++) query.b[i] =
+      *(const uint4*)(q + head_of_column(lane / 4) * D + i * 32 + lane % 4 * 8);
   return query;
 }
 
-// One tile of `valid` (1..TILE_TOKENS) BF16 tokens in shared memory: keys, then values, [TILE_TOKENS][D] each.
-template <class Units>
-__device__ __forceinline__ void attend_tile(State& state, const unsigned char* tile, const TileQuery& query, int valid, float scale_log2) {
+// Attends to one tile of `valid` (1..TILE_TOKENS) BF16 tokens in shared memory: keys, then values, [TILE_TOKENS][D]
+// each.
+template <class Items>
+DEVICE void attend_tile(State& state, const unsigned char* tile, const TileQuery& query, int valid, float scale_log2) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const uint4 none = make_uint4(0, 0, 0, 0);
   const bool has0 = r < valid, has1 = r + 8 < valid;
   float x[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-  for (int i = 0; i < D / 32; i++) {
+  UNROLL for (int i = 0; i < D / 32; i++) {
     const int at = i * 64 + c * 16;
-    const uint4 k0 = has0 ? *(const uint4*)(tile + r * D * 2 + at) : none, k1 = has1 ? *(const uint4*)(tile + (r + 8) * D * 2 + at) : none;
+    const uint4 k0 = has0 ? *(const uint4*)(tile + r * D * 2 + at) : none;
+    const uint4 k1 = has1 ? *(const uint4*)(tile + (r + 8) * D * 2 + at) : none;
     const uint4 b = query.b[i];
     mma_m16n8k16_bf16(x, k0.x, k1.x, k0.y, k1.y, b.x, b.y);
     mma_m16n8k16_bf16(x, k0.z, k1.z, k0.w, k1.w, b.z, b.w);
   }
   const float m[2] = {state.m0, state.m1};
-#pragma unroll
-  for (int i = 0; i < 4; i++) x[i] = (i < 2 ? has0 : has1) ? fmaf(x[i], scale_log2, -m[i % 2]) : NEVER;
-  if (__any_sync(FULL, state.fresh || fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) > 1.f)) {
+  UNROLL for (int i = 0; i < 4; i++) x[i] = (i < 2 ? has0 : has1) ? fmaf(x[i], scale_log2, -m[i % 2]) : MASKED;
+  if (__any_sync(FULL_MASK, state.is_first || fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) > 1.f)) {
     float x0 = fmaxf(x[0], x[2]), x1 = fmaxf(x[1], x[3]);
-    reference_step(x0, x1, state.fresh);
-    state.move(x0, x1);
-    x[0] -= x0, x[1] -= x1, x[2] -= x0, x[3] -= x1;
+    max_increase(x0, x1, state.is_first);
+    state.rescale(x0, x1);
+    UNROLL for (int i = 0; i < 4; i++) x[i] -= i % 2 ? x1 : x0;
   }
-  uint32_t high[2], low[2];  // p as the sum of two bf16: 16 bits of mantissa
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
+  uint32_t high_p[2], low_p[2];  // p as the sum of two bf16: 16 bits of mantissa
+  UNROLL for (int i = 0; i < 2; i++) {
     const float p0 = ex2(x[2 * i]), p1 = ex2(x[2 * i + 1]);
-    high[i] = pack_bf16x2(p0, p1);
-    low[i] = pack_bf16x2(p0 - __uint_as_float(high[i] << 16), p1 - __uint_as_float(high[i] & 0xffff0000u));
-    high[i] = movmatrix(high[i]), low[i] = movmatrix(low[i]);
+    high_p[i] = pack_bf16x2(p0, p1);
+    low_p[i] = pack_bf16x2(p0 - low(high_p[i]), p1 - high(high_p[i]));
+    high_p[i] = movmatrix(high_p[i]);
+    low_p[i] = movmatrix(low_p[i]);
   }
-  mma_m16n8k16_bf16(state.sums, 0, ONE_BF16X2, 0, ONE_BF16X2, high[0], high[1]);
-  mma_m16n8k16_bf16(state.sums, 0, ONE_BF16X2, 0, ONE_BF16X2, low[0], low[1]);
+  mma_m16n8k16_bf16(state.sums, 0, ONE_BF16X2, 0, ONE_BF16X2, high_p[0], high_p[1]);
+  mma_m16n8k16_bf16(state.sums, 0, ONE_BF16X2, 0, ONE_BF16X2, low_p[0], low_p[1]);
   const unsigned char* values = tile + TILE_TOKENS * D * 2;
-#pragma unroll
-  for (int j = 0; j < CHANNEL_TILES; j += 2) {
+  UNROLL for (int j = 0; j < CHANNEL_TILES; j += 2) {
     const int at = j * 32 + c * 16;
-    const uint4 v0 = has0 ? *(const uint4*)(values + r * D * 2 + at) : none, v1 = has1 ? *(const uint4*)(values + (r + 8) * D * 2 + at) : none;
+    const uint4 v0 = has0 ? *(const uint4*)(values + r * D * 2 + at) : none;
+    const uint4 v1 = has1 ? *(const uint4*)(values + (r + 8) * D * 2 + at) : none;
     const uint32_t a[2][4] = {{movmatrix(v0.x), movmatrix(v0.y), movmatrix(v1.x), movmatrix(v1.y)},
                               {movmatrix(v0.z), movmatrix(v0.w), movmatrix(v1.z), movmatrix(v1.w)}};
-#pragma unroll
-    for (int u = 0; u < 2; u++) {
-      const uint32_t unit = Units::unit_bf16x2(j + u);  // p in units of o: an exact power of two
-      mma_m16n8k16_bf16(state.o[j + u], a[u][0], a[u][1], a[u][2], a[u][3], in_units(high[0], unit), in_units(high[1], unit));
-      mma_m16n8k16_bf16(state.o[j + u], a[u][0], a[u][1], a[u][2], a[u][3], in_units(low[0], unit), in_units(low[1], unit));
+    UNROLL for (int u = 0; u < 2; u++) {
+      const uint32_t scale = Items::p_scale_bf16x2(j + u);  // an exact power of two
+      float(&o)[4] = state.o[j + u];
+      const uint32_t h0 = scaled_bf16x2(high_p[0], scale), h1 = scaled_bf16x2(high_p[1], scale);
+      mma_m16n8k16_bf16(o, a[u][0], a[u][1], a[u][2], a[u][3], h0, h1);
+      const uint32_t l0 = scaled_bf16x2(low_p[0], scale), l1 = scaled_bf16x2(low_p[1], scale);
+      mma_m16n8k16_bf16(o, a[u][0], a[u][1], a[u][2], a[u][3], l0, l1);
     }
   }
 }
@@ -138,14 +156,15 @@ struct Copy {
   int bytes;
 };
 
-// Per-warp ring of units in shared memory, filled STAGES ahead.
+// A warp's ring of items in shared memory, filled STAGES ahead.
 struct Ring {
   unsigned char* slots;
   uint64_t* barriers;
   uint64_t policy;
 
-  __device__ __forceinline__ void setup(unsigned char* memory, uint64_t* bars) {
-    slots = memory, barriers = bars;
+  DEVICE void setup(unsigned char* memory, uint64_t* bars) {
+    slots = memory;
+    barriers = bars;
 #if BULK_COPIES
     policy = l2_evict_first();
     if (threadIdx.x % 32 == 0) {
@@ -155,33 +174,31 @@ struct Ring {
     __syncwarp();
 #endif
   }
-  __device__ __forceinline__ unsigned char* slot_at(int slot) const { return slots + slot * UNIT_BYTES; }
+  DEVICE unsigned char* slot_at(int slot) const { return slots + slot * ITEM_BYTES; }
 
   // Starts the copies that fill a slot, all sizes multiples of 16 bytes and perhaps 0.
   template <int N>
-  __device__ __forceinline__ void fill(int slot, const Copy (&copies)[N]) {
+  DEVICE void fill(int slot, const Copy (&copies)[N]) {
 #if BULK_COPIES
     if (elect_one()) {
       int bytes = 0;
-#pragma unroll
-      for (int i = 0; i < N; i++) bytes += copies[i].bytes;
+      UNROLL for (int i = 0; i < N; i++) bytes += copies[i].bytes;
       mbarrier_arrive_expect_tx(&barriers[slot], bytes);
-#pragma unroll
-      for (int i = 0; i < N; i++)
+      UNROLL for (int i = 0; i < N; i++)
         if (copies[i].bytes) bulk_copy(copies[i].to, copies[i].from, copies[i].bytes, &barriers[slot], policy);
     }
 #else
-#pragma unroll
-    for (int k = 0; k < N; k++)
-      for (int i = threadIdx.x % 32 * 16; i < copies[k].bytes; i += 512) cp_async_16((char*)copies[k].to + i, (const char*)copies[k].from + i);
+    UNROLL for (int k = 0; k < N; k++)
+      for (int i = threadIdx.x % 32 * 16; i < copies[k].bytes; i += 512)
+        cp_async_16((char*)copies[k].to + i, (const char*)copies[k].from + i);
 #endif
   }
-  __device__ __forceinline__ void end() {  // after the copies of a slot, or where there are none left
+  DEVICE void commit() {  // after the copies of a slot, also where no items are left
 #if !BULK_COPIES
     cp_async_commit();
 #endif
   }
-  __device__ __forceinline__ void wait(int slot, uint32_t parity) {
+  DEVICE void wait(int slot, uint32_t parity) {
 #if BULK_COPIES
     mbarrier_wait(&barriers[slot], parity);
 #else
@@ -189,157 +206,162 @@ struct Ring {
     __syncwarp();
 #endif
   }
-  // For what another warp, so many warps on, has first in a slot. Where that cannot be waited for, launches do not overlap either.
-  __device__ __forceinline__ void wait_for_other(int warps, int slot) {
+  // Waits for the first item in a slot of another warp, `warps` further on. Without mbarriers, launches do not
+  // overlap either.
+  DEVICE void wait_for_other(int warps, int slot) {
 #if BULK_COPIES
     mbarrier_wait(barriers + warps * STAGES + slot, 0);
 #endif
   }
 };
 
-// The sums of a head that a warp has: to the output if the head is whole, else to shared memory as `part`.
-template <class Units>
-__device__ __forceinline__ void store_sums(const State& state, unsigned char* smem, const Results& to, int head, bool whole, int part) {
-  constexpr int RUN = Units::RUN, BOTH = HALVES * RUN, EACH = (CHANNEL_TILES + BOTH - 1) / BOTH * RUN;
+// Stores a warp's sums of a head: to the output if the warp has the whole head, else to shared memory as partial
+// `index`.
+template <class Items>
+DEVICE void store_sums(const State& state, unsigned char* smem, const Results& to, int head, bool whole, int index) {
+  constexpr int RUN = Items::HALF_TILES, BOTH = COLUMN_HALVES * RUN,
+                LANE_TILES = (CHANNEL_TILES + BOTH - 1) / BOTH * RUN;
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, first = 2 * c % COLUMNS;
-  const bool second = HALVES == 2 && c >= 2;  // the column half whose tiles this lane stores
+  const bool second = COLUMN_HALVES == 2 && c >= 2;  // the column half whose tiles this lane stores
   const int row = value_channel(0, r) + (second ? value_channel(RUN, 0) : 0);
   const float l[2] = {state.sums[2], state.sums[3]}, inverse[2] = {rcp_approx(l[0]), rcp_approx(l[1])};
-  float* partial = part_o(smem, part) + first * D + row;
+  float* sums = partial_sums(smem, index) + first * D + row;
   Output* out = to.out + (size_t)head * OUT + first * D + row;
-  float2 zero;
-#pragma unroll
-  for (int n = 0; n < EACH; n++) {
+  float2 offset;
+  UNROLL for (int n = 0; n < LANE_TILES; n++) {
     const int j = n / RUN * BOTH + n % RUN, above = min(j + RUN, CHANNEL_TILES - 1), channel = value_channel(j, 0);
-    if (n % RUN == 0) zero = Units::zero_term(state, second ? above : j);
+    if (n % RUN == 0) offset = Items::offset_term(state, second ? above : j);
     if (second && j + RUN >= CHANNEL_TILES) continue;
-    const float unit = second ? Units::unit_scale(above) : Units::unit_scale(j);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
+    const float scale = second ? Items::output_scale(above) : Items::output_scale(j);
+    UNROLL for (int i = 0; i < 4; i++) {
       if (first + i % 2 >= Q_PER_KV) continue;
-      const float y = fmaf(second ? state.o[above][i] : state.o[j][i], unit, i % 2 ? zero.y : zero.x);
+      const float y = fmaf(second ? state.o[above][i] : state.o[j][i], scale, i % 2 ? offset.y : offset.x);
       if (whole) out[i % 2 * D + channel + i / 2 * 2] = to_output(y * inverse[i % 2]);
-      else partial[i % 2 * D + channel + i / 2 * 2] = y;
+      else sums[i % 2 * D + channel + i / 2 * 2] = y;
     }
   }
   if (r || c >= COLUMNS / 2) return;
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
+  UNROLL for (int i = 0; i < 2; i++) {
     const int q_head = 2 * c + i;
     const float m = i ? state.m1 : state.m0;
     if (q_head >= Q_PER_KV) continue;
     if (whole) store_lse(to, head, q_head, m, l[i]);
-    else ((float2*)(smem + AT_ML))[part * Q_PER_KV + q_head] = make_float2(m, l[i]);
+    else ((float2*)(smem + ML_OFFSET))[index * Q_PER_KV + q_head] = make_float2(m, l[i]);
   }
 }
 
 // --- the walk over the list
 
-// Units: count(tokens) of a sequence's heads; measure(cursor) sets pages and units; copy_page(ring, slot, cursor) and copy_tile copy
-// one; make_query(q) makes a Query of a head's q; attend_page(state, query, data, unit) and attend(state, data, tile query,
-// cursor) take a page and a tile in, finish_pages(state) stands between them; unit_scale(j) and zero_term(state, j) turn sums into
-// numbers true to scale; the column halves know RUN channel tiles in turn.
-//
 // lengths [batch]; a sequence has lengths[b] + added tokens, and none where that is not positive: its output is 0.
-// q [batch, heads, Q_PER_KV, D]. Dynamic shared memory: AT_ROWS + 4 * batch bytes.
-template <class Units>
-__device__ __forceinline__ void attend(const Units& units, const bf16* q, const int* lengths, const int4* tasks, int added, int batch, int heads,
-                                       const Results& to) {
+// q [batch, heads, Q_PER_KV, D]. Dynamic shared memory: LENGTHS_OFFSET + 4 * batch bytes.
+template <class Items>
+DEVICE void attend(const Items& items, const bf16* q, const int* lengths, const int4* tasks, int added, int batch,
+                   int heads, const Results& to) {
   extern __shared__ __align__(128) unsigned char smem[];
   __shared__ int4 shared_heads[2];
-  __shared__ int asked_early[BLOCK_WARPS];
+  __shared__ int early_copies[BLOCK_WARPS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x, blocks = gridDim.x;
-  int* tokens = (int*)(smem + AT_ROWS);
-  int* part_head = (int*)(smem + AT_HEADS);
+  int* tokens = (int*)(smem + LENGTHS_OFFSET);
+  int* partial_head = (int*)(smem + HEADS_OFFSET);
   Ring ring;
-  const int4 task = tasks[block * BLOCK_TASKS + 2 * warp], where = tasks[block * BLOCK_TASKS + 2 * warp + 1];
-  ring.setup(smem + warp * RING_BYTES, (uint64_t*)(smem + AT_BARRIERS) + warp * STAGES);
-  // Asked for before the first copy: whatever is read after it waits behind all the bytes that are under way.
+  const int4 task = tasks[block * BLOCK_TASKS + 2 * warp], size = tasks[block * BLOCK_TASKS + 2 * warp + 1];
+  ring.setup(smem + warp * RING_BYTES, (uint64_t*)(smem + BARRIERS_OFFSET) + warp * STAGES);
+  // Load lengths before issuing copies; a later load would queue behind them.
 #pragma unroll 1
   for (int b = threadIdx.x; b < batch; b += BLOCK_WARPS * 32) tokens[b] = lengths[b] + added;
   if (threadIdx.x < 2) shared_heads[threadIdx.x] = tasks[block * BLOCK_TASKS + 2 * BLOCK_WARPS + threadIdx.x];
-  if (lane < 2) part_head[2 * warp + lane] = -1;
+  if (lane < 2) partial_head[2 * warp + lane] = -1;
 
-  Cursor at = {task.x, task.y, task.z, where.x, where.y, where.z};
-  int left = task.w;  // units that this warp has before it
-  auto request = [&](int slot, int ahead) {
-    if (ahead < left) {
+  Cursor at = {task.x, task.y, task.z, size.x, size.y, size.z};
+  int remaining = task.w;  // items of this warp
+  auto load_query = [&] { return load_tile_query(q + (size_t)(at.row * heads + at.head) * OUT); };
+  auto copy_item = [&](int slot, int ahead) {
+    if (ahead < remaining) {
       Cursor of = at;
-      for (of.unit += ahead; of.unit >= of.units;) {
-        const int beyond = of.unit - of.units;
-        next_head(units, of, tokens, batch, heads);
-        of.unit = beyond;
+      for (of.item += ahead; of.item >= of.num_items;) {
+        const int beyond = of.item - of.num_items;
+        next_head(items, of, tokens, batch, heads);
+        of.item = beyond;
       }
-      if (of.unit < of.pages) units.copy_page(ring, slot, of);
-      else units.copy_tile(ring, slot, of);
+      if (of.item < of.num_pages) items.copy_page(ring, slot, of);
+      else items.copy_tile(ring, slot, of);
     }
-    ring.end();
+    ring.commit();
   };
-  // One unit before the wait, or two of a long part, but not the last of a head, which holds the newest token: the launch before this one may be
-  // writing that still. Half of the warps ask when the other half's have come, and the last blocks, which begin last, ask for one only: more at a
-  // time would delay the launch before, its last pages and its trips to L2, by more than it is worth.
-  const int early = at.unit + 1 >= at.units ? 0 : left >= LONG && at.unit + 2 < at.units && block < blocks * 3 / 4 ? 2 : 1;
-  unsigned turn = 0;  // of the ring: its slot turn % STAGES
-  if (early && warp < FIRST_WARPS) request(0, 0), turn = 1;
-  if (lane == 0) asked_early[warp] = early;
-  __syncthreads();  // `tokens` are there
-#pragma unroll 1
-  for (; turn < early; turn++) {
-    const int other = warp + (warp < FIRST_WARPS ? FIRST_WARPS : -FIRST_WARPS), its = warp < FIRST_WARPS ? turn - 1 : turn;
-    if (other < BLOCK_WARPS && its < asked_early[other]) ring.wait_for_other(other - warp, its);
-    request(turn, turn);
+  // Copies one item before wait_for_previous, or two of a long share, but not the last of a head, which holds the
+  // newest token: the previous launch may still be writing that. Half of the warps issue theirs when the other half's
+  // have landed, and the last blocks, which start last, issue one only: more at a time would delay the previous
+  // launch's last pages and L2 accesses by more than it gains.
+  const int early = at.item + 1 >= at.num_items ? 0
+                    : remaining >= MIN_ITEMS_FOR_TWO && at.item + 2 < at.num_items && block < blocks * 3 / 4 ? 2 : 1;
+  unsigned step = 0;  // of the ring: uses slot step % STAGES
+  if (early && warp < FIRST_WARPS) {
+    copy_item(0, 0);
+    step = 1;
   }
-  wait_for_previous(), allow_next();
-  TileQuery raw = load_tile_query(q + (size_t)(at.row * heads + at.head) * OUT);  // in front of the bytes of the ring
-#pragma unroll 1  // code that runs once is fetched once: less of it
-  for (; turn < STAGES; turn++) request(turn, turn);
-  turn = 0;
-  if (warp == 0) empty_other_half(to, (const Shared*)shared_heads);
+  if (lane == 0) early_copies[warp] = early;
+  __syncthreads();  // `tokens` are visible
+#pragma unroll 1
+  for (; step < early; step++) {
+    const int other = warp + (warp < FIRST_WARPS ? FIRST_WARPS : -FIRST_WARPS),
+              its = warp < FIRST_WARPS ? step - 1 : step;
+    if (other < BLOCK_WARPS && its < early_copies[other]) ring.wait_for_other(other - warp, its);
+    copy_item(step, step);
+  }
+  wait_then_allow_next();
+  TileQuery raw = load_query();  // before the remaining copies
+#pragma unroll 1  // runs once: less code to fetch
+  for (; step < STAGES; step++) copy_item(step, step);
+  step = 0;
+  if (warp == 0) clear_other_half(to, (const Shared*)shared_heads);
 
 #pragma unroll 1
-  while (left) {
-    const int first = at.unit;  // of this warp's units of this head
+  while (remaining) {
+    const int first = at.item;  // of this warp's items of this head
     State state;
-    state.clear();
+    state.reset();
     auto done = [&]() {
       __syncwarp();
-      request(turn % STAGES, STAGES);
-      at.unit++, left--, turn++;
+      copy_item(step % STAGES, STAGES);
+      at.item++;
+      remaining--;
+      step++;
     };
-    if (at.unit < at.pages) {
-      const typename Units::Query query = Units::make_query(raw);
+    if (at.item < at.num_pages) {
+      const typename Items::Query query = Items::make_query(raw);
       do {
-        ring.wait(turn % STAGES, turn / STAGES % 2);
-        units.attend_page(state, query, ring.slot_at(turn % STAGES), at.unit);
+        ring.wait(step % STAGES, step / STAGES % 2);
+        items.attend_page(state, query, ring.slot_at(step % STAGES), at.item);
         done();
-      } while (left && at.unit < at.pages);
+      } while (remaining && at.item < at.num_pages);
     }
-    Units::finish_pages(state);
-    if (left && at.unit < at.units) {
-      const TileQuery query = load_tile_query(q + (size_t)(at.row * heads + at.head) * OUT);
+    Items::finish_pages(state);
+    if (remaining && at.item < at.num_items) {
+      const TileQuery query = load_query();
       do {
-        ring.wait(turn % STAGES, turn / STAGES % 2);
-        units.attend(state, ring.slot_at(turn % STAGES), query, at);
+        ring.wait(step % STAGES, step / STAGES % 2);
+        items.attend(state, ring.slot_at(step % STAGES), query, at);
         done();
-      } while (left && at.unit < at.units);
+      } while (remaining && at.item < at.num_items);
     }
-    const int head = at.row * heads + at.head, part = 2 * warp + !left;
-    const bool whole = first == 0 && at.unit == at.units;
-    store_sums<Units>(state, smem, to, head, whole, part);
-    if (!whole && lane == part % 2) part_head[part] = head;
+    const int head = at.row * heads + at.head, index = 2 * warp + !remaining;
+    const bool whole = first == 0 && at.item == at.num_items;
+    store_sums<Items>(state, smem, to, head, whole, index);
+    if (!whole && lane == index % 2) partial_head[index] = head;
     __syncwarp();
-    if (left) {
-      next_head(units, at, tokens, batch, heads);
-      raw = load_tile_query(q + (size_t)(at.row * heads + at.head) * OUT);
+    if (remaining) {
+      next_head(items, at, tokens, batch, heads);
+      raw = load_query();
     }
   }
-  const Shared begin = ((const Shared*)shared_heads)[0], end = ((const Shared*)shared_heads)[1];
+  const Shared first_shared = ((const Shared*)shared_heads)[0], last_shared = ((const Shared*)shared_heads)[1];
   __syncthreads();
-  merge(smem, to, begin, end);
+  merge(smem, to, first_shared, last_shared);
 #pragma unroll 1
   for (int b = block; b < batch; b += blocks)
     if (tokens[b] <= 0)
 #pragma unroll 1
-      for (int i = threadIdx.x; i < heads * OUT; i += BLOCK_WARPS * 32) to.out[(size_t)b * heads * OUT + i] = to_output(0.f);
+      for (int i = threadIdx.x; i < heads * OUT; i += BLOCK_WARPS * 32)
+        to.out[(size_t)b * heads * OUT + i] = to_output(0.f);
 }
 #endif

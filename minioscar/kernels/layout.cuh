@@ -1,15 +1,16 @@
-// layout.cuh: where everything stands in a page of 64 packed tokens of one kv head. The drawing is in LAYOUT.md.
+// layout.cuh: offsets of everything in a page of 64 packed tokens of one kv head. The drawing is in LAYOUT.md.
 //
 // Set by -D: HEAD_DIM (a multiple of 32), BITS (2 or 4), KEY_GROUP (32 or 64 tokens), VALUE_GROUP (32 or 64 channels),
-// SYMMETRIC (values have no minimum).
+// SYMMETRIC (values have no minimum), SCALED (keys are divided by their token's norm).
 #ifndef MINIOSCAR_LAYOUT_CUH
 #define MINIOSCAR_LAYOUT_CUH
+#include "common.cuh"
 
 constexpr int PAGE_TOKENS = 64, WINDOW = 128;
 constexpr int DIM = HEAD_DIM;
-constexpr int CHUNKS = DIM / 32;             // runs of 32 channels: a lane owns 8 neighbouring ones in each
-constexpr int TILES = 16 / BITS;             // MMA tiles (16 x 16 codes) in one 16-byte load a lane
-constexpr int PLACES = TILES / 2;            // of them reached by masks alone; the others after a shift by 8
+constexpr int CHUNKS = DIM / 32;       // chunks of 32 channels: a lane owns 8 neighbouring ones in each
+constexpr int TILES = 16 / BITS;       // MMA tiles (16 x 16 codes) in one 16-byte load a lane
+constexpr int BYTE_SLOTS = TILES / 2;  // of them in the low bytes of the halves; the others need a shift by 8
 constexpr int KEY_GROUPS = PAGE_TOKENS / KEY_GROUP, VALUE_GROUPS = DIM / VALUE_GROUP;
 constexpr int CODE_BYTES = PAGE_TOKENS * DIM * BITS / 8;  // of keys, and again of values
 constexpr int KEY_PARAM_BYTES = KEY_GROUPS * DIM * 2;
@@ -18,20 +19,18 @@ constexpr int KEY_STEP = CODE_BYTES, KEY_MIN = KEY_STEP + KEY_PARAM_BYTES, VALUE
 constexpr int VALUE_STEP = VALUE_CODES + CODE_BYTES, VALUE_MIN = VALUE_STEP + VALUE_PARAM_BYTES;
 constexpr int PAGE_BYTES = VALUE_STEP + VALUE_PARAM_BYTES * (SYMMETRIC ? 1 : 2);
 
-// Which token of a page stands in row r or r + 8 (half 1) of token tile j: a lane's norms are then neighbours.
-__device__ __forceinline__ constexpr int token_of(int j, int half, int r) { return j / 2 * 32 + 4 * r + j % 2 * 2 + half; }
+// The token of a page in row r (half 0) or r + 8 (half 1) of token tile j: the norms that a lane needs are then
+// neighbours.
+DEVICE constexpr int token_of(int j, int half, int r) { return j / 2 * 32 + 4 * r + j % 2 * 2 + half; }
 
-// Parameters of values stand in the order even groups, odd groups: what a lane of either half wants is one load.
-constexpr int VALUE_PAIRS = (VALUE_GROUPS + 1) / 2;
-__device__ __forceinline__ constexpr int value_group_place(int group) { return group % 2 * VALUE_PAIRS + group / 2; }
-__device__ __forceinline__ constexpr int tile_of_place(int place) {  // first channel tile of the group in a place
-  return (place < VALUE_PAIRS ? 2 * place : 2 * (place - VALUE_PAIRS) + 1) * (VALUE_GROUP / 16);
-}
+// Parameters of values are ordered even groups, then odd groups: what a lane needs of either is one load.
+constexpr int EVEN_GROUPS = (VALUE_GROUPS + 1) / 2;
+DEVICE constexpr int value_group_slot(int group) { return group % 2 * EVEN_GROUPS + group / 2; }
 
-// Key tile (token tile 0..3, k step = 16 channels) and value tile (token step 0..3, channel tile) -> its number; number / TILES is
-// the 16-byte load it is in, number % TILES the place there.
-__device__ __forceinline__ constexpr int key_tile(int token_tile, int k_step) { return k_step * 4 + token_tile; }
-__device__ __forceinline__ constexpr int value_tile(int token_step, int channel_tile) { return token_step * (DIM / 16) + channel_tile; }
+// Key tile (token tile 0..3, k step = 16 channels) and value tile (token step 0..3, channel tile) -> its number.
+// number / TILES is the 16-byte load that has it, number % TILES its bit slot there.
+DEVICE constexpr int key_tile(int token_tile, int k_step) { return k_step * 4 + token_tile; }
+DEVICE constexpr int value_tile(int token_step, int channel_tile) { return token_step * (DIM / 16) + channel_tile; }
 
-static_assert(DIM % 32 == 0 && DIM % VALUE_GROUP == 0 && PAGE_TOKENS % KEY_GROUP == 0 && PAGE_BYTES % 16 == 0, "shape");
+static_assert(DIM % 64 == 0 && DIM % VALUE_GROUP == 0 && PAGE_TOKENS % KEY_GROUP == 0 && PAGE_BYTES % 16 == 0, "shape");
 #endif

@@ -1,73 +1,71 @@
 // pack.cu: quantizes full blocks of 128 tokens and packs them into pages (oscar.py, step 3; the page: LAYOUT.md).
 //
-//   codes, step, min of keys[t,:] / norm[t] in groups of KEY_GROUP tokens of a channel, of values[t,:] in groups of VALUE_GROUP channels
+//   codes, step, min of keys[t,:] / norm[t] in groups of KEY_GROUP tokens of a channel,
+//   and of values[t,:] in groups of VALUE_GROUP channels of a token
 //
-// pack: a sequence holds starts[s] tokens and gets counts[s] new ones; every block that is full then is packed. A token older than
-//   starts[s] comes from the window, a newer one from new_keys, new_values.
-// pack_step: after the attention of a decode step, whose new tokens, number lengths[row] of each row, are in the windows already: packs those
-//   that are full, in all layers. A block looks at all rows: one for each would be 55,296 blocks of 48 rows of a Qwen3-8B, 68 us to find nothing.
-// fill_window: the new tokens after the last full block go to the window.
-// Blocks of pack and pack_step have keys and values in turn; each of HEAD_DIM / 32 warps takes 64 tokens x 32 channels. A lane holds 64 numbers
-//   in registers and nothing goes through shared memory.
-// reads 2 B and writes BITS / 8 B an element (and the steps); float32 in oscar.py's order, so codes, steps and minima equal its own.
-#include <cuda_bf16.h>
+// pack: a sequence holds starts[s] tokens and gets counts[s] new ones; packs every block that is full then. A token
+// older than starts[s] comes from the window, a newer one from new_keys, new_values. grid (2 * pages, kv_heads,
+// sequences). pack_step: after the attention of a decode step, whose new token, number lengths[row] of each row, is
+// in the window already: packs the full windows, in all layers. A block looks at all rows: one for each would be
+// 55,296 blocks for 48 rows of a Qwen3-8B, 68 us to find nothing. grid (2 * pages of a window, layers * kv_heads).
+// fill_window: the new tokens after the last full block go to the window. grid (kv_heads, sequences). Blocks of pack
+// and pack_step take keys and values alternately; each of HEAD_DIM / 32 warps takes 64 tokens x 32 channels. A lane
+// holds 64 numbers in registers; nothing goes through shared memory.
+// reads 2 B and writes BITS / 8 B an element (and the steps); float32 in oscar.py's order, so codes, steps and minima
+// equal its own.
 #include <cuda_fp16.h>
-#include "device.cuh"
 #include "layout.cuh"
 
-#ifndef SCALED
-#define SCALED 1
-#endif
-
-typedef __nv_bfloat16 bf16;
-constexpr unsigned FULL = 0xffffffffu;
 constexpr int TOP = (1 << BITS) - 1;
 
-// Division by one y of many x that gives the IEEE quotient while nothing under- or overflows: with r = RN(1/y) and its error `low`,
-// q = RN(x * (r + low)) is one of the two floats around x / y, and then RN(q + (x - y q) r) is the nearer one (Markstein, IBM J. Res.
-// Dev. 34(1), 1990, theorem on division by the correctly rounded reciprocal).
+// Division of many x by one y. Gives the IEEE quotient unless something under- or overflows: with r = RN(1/y) and
+// its error `low`, q = RN(x * (r + low)) is one of the two floats around x / y, and then RN(q + (x - y q) r) is the
+// nearer one (Markstein, IBM J. Res. Dev. 34(1), 1990, theorem on division by the correctly rounded reciprocal).
 struct Divisor {
   float y, r, low;
-  __device__ __forceinline__ explicit Divisor(float divisor) : y(divisor), r(rcp_approx(divisor)) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) r = __fmaf_rn(__fmaf_rn(-y, r, 1.f), r, r);
+  DEVICE explicit Divisor(float divisor) : y(divisor), r(rcp_approx(divisor)) {
+    UNROLL for (int i = 0; i < 2; i++) r = __fmaf_rn(__fmaf_rn(-y, r, 1.f), r, r);
     low = __fmul_rn(__fmaf_rn(-y, r, 1.f), r);
   }
-  __device__ __forceinline__ float divide(float x) const {
+  DEVICE float divide(float x) const {
     const float q = __fmaf_rn(x, r, __fmul_rn(x, low));
     return __fmaf_rn(__fmaf_rn(-y, q, x), r, q);
   }
 };
 
-__device__ __forceinline__ float rounded_to_half(float x) { return __half2float(__float2half_rn(x)); }
-__device__ __forceinline__ uint16_t half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
+DEVICE float rounded_to_half(float x) { return __half2float(__float2half_rn(x)); }
+DEVICE uint16_t half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
 
-// What is stored of a group, x = step * code + minimum or, symmetric, step * (code - TOP / 2).
-struct Stored { float step, minimum; };
+// Stored parameters of a group: x = step * code + minimum or, symmetric, step * (code - TOP / 2).
+struct GroupParams { float step, minimum; };
 
-__device__ __forceinline__ Stored asymmetric(float low, float high, float shrink) {
+DEVICE GroupParams asymmetric(float low, float high, float shrink) {
   const float width = __fsub_rn(high, low), span = __fmul_rn(width, shrink);
-  return {rounded_to_half(Divisor((float)TOP).divide(span)), rounded_to_half(__fadd_rn(low, __fmul_rn(__fsub_rn(width, span), 0.5f)))};
+  return {rounded_to_half(Divisor((float)TOP).divide(span)),
+          rounded_to_half(__fadd_rn(low, __fmul_rn(__fsub_rn(width, span), 0.5f)))};
 }
-__device__ __forceinline__ Stored symmetric(float largest, float factor) { return {rounded_to_half(__fmul_rn(largest, factor)), 0.f}; }
+DEVICE GroupParams symmetric(float largest, float factor) { return {rounded_to_half(__fmul_rn(largest, factor)), 0.f}; }
 
-constexpr float EMPTY = 8388608.f;  // 2^23
+constexpr float CODE_BIAS = 8388608.f;  // 2^23: adding it rounds to a whole number, ties to even
 
-// Codes of numbers of a group: round((x - minimum) / step), or round(x / step + TOP / 2), clipped; a step of 0 gives codes 0.
-// Of 2 bits there are comparisons in place of the division, and they decide as it does, every rounding counted: float32 numbers beside
-// step / 2, 3 step / 2, 5 step / 2 (exact: a step has 11 bits) differ from these by more than 2^-24 of them, and the quotient's distance
-// to 1/2, 3/2, 5/2 survives its rounding; at them rounding is to even, hence >, >=, >. Symmetric, x has 8 bits and a step 11, so that
-// x / step is +-1 or 2^-11 away from it; and x / step + 3/2 rounds up to 3/2 from -2^-24 on. The upper two codes are compared after
-// 2 step are taken away, which is exact where it matters.
+// Codes of the numbers of a group: round((x - minimum) / step), or round(x / step + TOP / 2), clipped; a step of 0
+// gives codes 0. For 2 bits, comparisons replace the division and decide exactly as it does, all roundings included:
+// float32 numbers next to step / 2, 3 step / 2, 5 step / 2 (exact: a step has 11 bits) differ from these by more than
+// 2^-24 of them, so the quotient's distance to 1/2, 3/2, 5/2 survives its rounding; a quotient equal to them rounds
+// to even, hence >, >=, >. Symmetric, x has 8 bits and a step 11, so that x / step is +-1 or at least 2^-11 away from
+// it; and x / step + 3/2 rounds up to 3/2 from -2^-24 on. The upper two codes are compared after subtracting 2 step,
+// which is exact where it matters.
 template <bool CENTRED>
 struct Coder {
   float minimum, step, low, middle;
   Divisor divisor;
-  __device__ __forceinline__ explicit Coder(const Stored& g) : minimum(g.minimum), step(g.step), divisor(g.step == 0.f ? 1.f : g.step) {
-    low = CENTRED ? -step : 0.5f * step, middle = CENTRED ? -5.9604645e-8f * step : 1.5f * step;
+  DEVICE explicit Coder(const GroupParams& g)
+      : minimum(g.minimum), step(g.step), divisor(g.step == 0.f ? 1.f : g.step) {
+    low = CENTRED ? -step : 0.5f * step;
+    middle = CENTRED ? -5.9604645e-8f * step : 1.5f * step;
     if (step == 0.f) low = middle = __uint_as_float(0x7f800000u);
   }
-  __device__ __forceinline__ void put(float x, int shift, float& half) const {
+  DEVICE void put(float x, int shift, float& half) const {
     const float weight = (float)(1 << shift);
     float d = CENTRED ? x : __fsub_rn(x, minimum);
     if (BITS == 2) {
@@ -76,178 +74,172 @@ struct Coder {
       half = __fmaf_rn(set_gt(__fmaf_rn(upper, -2.f * step, d), low), weight, half);
     } else {
       const float y = __fadd_rn(divisor.divide(d), CENTRED ? TOP * 0.5f : 0.f);
-      const float code = __fsub_rn(__fadd_rn(fminf(fmaxf(y, 0.f), (float)TOP), EMPTY), EMPTY);  // 2^23 + y rounds y to even
+      const float code = __fsub_rn(__fadd_rn(fminf(fmaxf(y, 0.f), (float)TOP), CODE_BIAS), CODE_BIAS);
       half = __fmaf_rn(step == 0.f ? 0.f : code, weight, half);
     }
   }
 };
 
-// A word of codes is gathered as two float32 numbers, 16 bits above 2^23: sums of codes are exact, and their bits are the word's.
+// A word of codes, gathered as two float32 numbers of 16 bits above 2^23: sums of codes are exact, and their bits are
+// those of the word. No initializers: nvcc 13.0 forgets them in arrays of arrays.
 struct Word {
   float halves[2];
-  __device__ __forceinline__ void clear() { halves[0] = halves[1] = EMPTY; }  // no initializers: nvcc 13.0 forgets them in arrays of arrays
-  __device__ __forceinline__ uint32_t bits() const { return __byte_perm(__float_as_uint(halves[0]), __float_as_uint(halves[1]), 0x5410); }
+  DEVICE void clear() { halves[0] = halves[1] = CODE_BIAS; }
+  DEVICE uint32_t bits() const { return __byte_perm(__float_as_uint(halves[0]), __float_as_uint(halves[1]), 0x5410); }
 };
 
 // The 8 numbers that a lane owns of one token and chunk.
 struct Row { float x[8]; };
-__device__ __forceinline__ Row unpack(uint4 raw) {
+DEVICE Row unpack(uint4 raw) {
   Row row;
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) row.x[2 * i] = __uint_as_float(words[i] << 16), row.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  UNROLL for (int i = 0; i < 4; i++) {
+    row.x[2 * i] = low(words[i]);
+    row.x[2 * i + 1] = high(words[i]);
+  }
   return row;
 }
 
-// The largest of all lanes r of their number k = r, negated first if `least`: each round a lane gives half of its numbers to a partner.
-__device__ __forceinline__ float own_channel(Row row, bool least) {
+// Lane r gets the largest of channel k = r over all lanes, negated first if `negate`: in each round a lane sends half
+// of its numbers to a partner.
+DEVICE float channel_max(Row row, bool negate) {
   const int r = threadIdx.x % 32 / 4;
-  if (least) {
-#pragma unroll
-    for (int k = 0; k < 8; k++) row.x[k] = -row.x[k];
+  if (negate) {
+    UNROLL for (int k = 0; k < 8; k++) row.x[k] = -row.x[k];
   }
-#pragma unroll
-  for (int half = 4; half; half /= 2)
-#pragma unroll
-    for (int k = 0; k < half; k++) {
-      const float given = r & half ? row.x[k] : row.x[k + half], kept = r & half ? row.x[k + half] : row.x[k];
-      row.x[k] = fmaxf(kept, __shfl_xor_sync(FULL, given, 4 * half));
+  UNROLL for (int half = 4; half; half /= 2)
+    UNROLL for (int k = 0; k < half; k++) {
+      const float sent = r & half ? row.x[k] : row.x[k + half], kept = r & half ? row.x[k + half] : row.x[k];
+      row.x[k] = fmaxf(kept, __shfl_xor_sync(FULL_MASK, sent, 4 * half));
     }
   return row.x[0];
 }
 
-// Keys or values of one kv head: the window holds the tokens of block `base` before `start`, `fresh` those from there on.
+// Keys or values of one kv head: the window holds the tokens of block `base` before `start`, `recent` those from
+// `start`.
 struct Source {
-  const bf16 *window, *fresh;
+  const bf16 *window, *recent;
   int base, start, stride;
   // 16 bytes at `at` of N tokens first + token(i), of one page.
   template <int N, class Token>
-  __device__ __forceinline__ void load(uint4 (&raw)[N], int first, int at, Token token) const {
+  DEVICE void load(uint4 (&raw)[N], int first, int at, Token token) const {
     if (first >= start) {
-      const bf16* from = fresh + (size_t)(first - start) * stride + at;
-#pragma unroll
-      for (int i = 0; i < N; i++) raw[i] = *(const uint4*)(from + (size_t)token(i) * stride);
+      const bf16* from = recent + (size_t)(first - start) * stride + at;
+      UNROLL for (int i = 0; i < N; i++) raw[i] = *(const uint4*)(from + (size_t)token(i) * stride);
     } else {
-#pragma unroll
-      for (int i = 0; i < N; i++) {
+      UNROLL for (int i = 0; i < N; i++) {
         const int t = first + token(i);
-        raw[i] = *(const uint4*)((t < start ? window + (t - base) * DIM : fresh + (size_t)(t - start) * stride) + at);
+        raw[i] = *(const uint4*)((t < start ? window + (t - base) * DIM : recent + (size_t)(t - start) * stride) + at);
       }
     }
   }
 };
 
-// 64 tokens x 32 channels (chunk) of keys; norms: of the page's tokens; sink: row of the page's first token, its first `kept` tokens stay.
-__device__ __forceinline__ void pack_keys(const Source& from, int first, int chunk, const float* norms, float shrink, unsigned char* page, bf16* sink, int kept) {
+// Packs 64 tokens x 32 channels (chunk) of keys. norms: of the page's tokens; sink: row of the page's first token, of
+// which the first `num_sinks` tokens are stored in BF16 too.
+DEVICE void pack_keys(const Source& from, int first, int chunk, const float* norms, float shrink, unsigned char* page,
+                      bf16* sink, int num_sinks) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, at = 32 * chunk + 8 * c;
   uint4 raw[8];
   from.load(raw, first, at, [=](int i) { return token_of(i / 2, i % 2, r); });
-  if (kept > 0) {
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-      if (token_of(i / 2, i % 2, r) < kept) *(uint4*)(sink + token_of(i / 2, i % 2, r) * DIM + at) = raw[i];
+  if (num_sinks > 0) {
+    UNROLL for (int i = 0; i < 8; i++)
+      if (token_of(i / 2, i % 2, r) < num_sinks) *(uint4*)(sink + token_of(i / 2, i % 2, r) * DIM + at) = raw[i];
   }
   Row rows[8];
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
+  UNROLL for (int i = 0; i < 8; i++) {
     rows[i] = unpack(raw[i]);
     if (SCALED) {
       const Divisor divisor(norms[token_of(i / 2, i % 2, r)]);
-#pragma unroll
-      for (int k = 0; k < 8; k++) rows[i].x[k] = divisor.divide(rows[i].x[k]);
+      UNROLL for (int k = 0; k < 8; k++) rows[i].x[k] = divisor.divide(rows[i].x[k]);
     }
   }
   Word words[8 / TILES][4];
-#pragma unroll
-  for (int i = 0; i < 8 / TILES; i++)
-#pragma unroll
-    for (int w = 0; w < 4; w++) words[i][w].clear();
-#pragma unroll
-  for (int g = 0; g < KEY_GROUPS; g++) {
+  UNROLL for (int i = 0; i < 8 / TILES; i++)
+    UNROLL for (int w = 0; w < 4; w++) words[i][w].clear();
+  UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
     constexpr int N = 8 / KEY_GROUPS;  // of a lane's 8 tokens
     Row low = rows[N * g], high = rows[N * g];
-#pragma unroll
-    for (int i = 1; i < N; i++)
-#pragma unroll
-      for (int k = 0; k < 8; k++) low.x[k] = fminf(low.x[k], rows[N * g + i].x[k]), high.x[k] = fmaxf(high.x[k], rows[N * g + i].x[k]);
-    const Stored own = asymmetric(-own_channel(low, true), own_channel(high, false), shrink);  // of channel r of the 8
-    // of two groups: a word of minima a (k step, half of it, group); of one: (half, k step)
-    const int two = ((chunk * 2 + r / 4) * 4 + c) * 8 + r % 4 / 2 * 4 + g * 2 + r % 2, one = (chunk * 4 + c) * 8 + r % 4 / 2 * 4 + r / 4 * 2 + r % 2;
+    UNROLL for (int i = 1; i < N; i++)
+      UNROLL for (int k = 0; k < 8; k++) {
+        low.x[k] = fminf(low.x[k], rows[N * g + i].x[k]);
+        high.x[k] = fmaxf(high.x[k], rows[N * g + i].x[k]);
+      }
+    // Of channel r of the lane's 8.
+    const GroupParams own = asymmetric(-channel_max(low, true), channel_max(high, false), shrink);
+    // Two groups: a word of minima for each (k step, half of it, group); one group: for each (half, k step).
+    const int two = ((chunk * 2 + r / 4) * 4 + c) * 8 + r % 4 / 2 * 4 + g * 2 + r % 2;
+    const int one = (chunk * 4 + c) * 8 + r % 4 / 2 * 4 + r / 4 * 2 + r % 2;
     ((uint16_t*)(page + KEY_STEP))[((chunk * KEY_GROUPS + g) * 4 + c) * 8 + r] = half_bits(own.step);
     ((uint16_t*)(page + KEY_MIN))[KEY_GROUPS == 2 ? two : one] = half_bits(own.minimum);
-#pragma unroll
-    for (int k = 0; k < 8; k++) {
-      const Coder<false> coder({__shfl_sync(FULL, own.step, 4 * k + c), __shfl_sync(FULL, own.minimum, 4 * k + c)});
-#pragma unroll
-      for (int i = N * g; i < N * g + N; i++) {
+    UNROLL for (int k = 0; k < 8; k++) {
+      const float step = __shfl_sync(FULL_MASK, own.step, 4 * k + c);
+      const Coder<false> coder({step, __shfl_sync(FULL_MASK, own.minimum, 4 * k + c)});
+      UNROLL for (int i = N * g; i < N * g + N; i++) {
         const int tile = key_tile(i / 2, k / 4), word = k / 2 % 2 * 2 + i % 2;
         coder.put(rows[i].x[k], tile % TILES * BITS, words[tile / TILES % (8 / TILES)][word].halves[k % 2]);
       }
     }
   }
-#pragma unroll
-  for (int i = 0; i < 8 / TILES; i++)
-    ((uint4*)page)[(chunk * (8 / TILES) + i) * 32 + lane] = make_uint4(words[i][0].bits(), words[i][1].bits(), words[i][2].bits(), words[i][3].bits());
+  UNROLL for (int i = 0; i < 8 / TILES; i++) {
+    const Word(&w)[4] = words[i];
+    ((uint4*)page)[(chunk * (8 / TILES) + i) * 32 + lane] =
+        make_uint4(w[0].bits(), w[1].bits(), w[2].bits(), w[3].bits());
+  }
 }
 
-// Value tiles 8 * part ... 8 * part + 7: four times 16 tokens x 32 channels, halves of 8 tokens one after the other.
-__device__ __forceinline__ void pack_values(const Source& from, int first, int part, float shrink, float factor, unsigned char* page, bf16* sink, int kept) {
+// Packs value tiles 8 * octet ... 8 * octet + 7: four times 16 tokens x 32 channels, 8 tokens at a time.
+DEVICE void pack_values(const Source& from, int first, int octet, float shrink, float factor, unsigned char* page,
+                        bf16* sink, int num_sinks) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   uint4 raw[4][2];
-#pragma unroll
-  for (int u = 0; u < 4; u++) {
-    const int step = (4 * part + u) / CHUNKS, at = (4 * part + u) % CHUNKS * 32 + 8 * c;
+  UNROLL for (int u = 0; u < 4; u++) {
+    const int step = (4 * octet + u) / CHUNKS, at = (4 * octet + u) % CHUNKS * 32 + 8 * c;
     from.load(raw[u], first, at, [=](int i) { return token_of(step, i, r); });
-    if (kept > 0) {
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (token_of(step, i, r) < kept) *(uint4*)(sink + token_of(step, i, r) * DIM + at) = raw[u][i];
+    if (num_sinks > 0) {
+      UNROLL for (int i = 0; i < 2; i++)
+        if (token_of(step, i, r) < num_sinks) *(uint4*)(sink + token_of(step, i, r) * DIM + at) = raw[u][i];
     }
   }
-#pragma unroll
-  for (int load = 0; load < 8 / TILES; load++) {
-    constexpr int UNITS = TILES / 2;
+  UNROLL for (int load = 0; load < 8 / TILES; load++) {
+    constexpr int LOAD_CHUNKS = TILES / 2;
     Word words[4];
-#pragma unroll
-    for (int w = 0; w < 4; w++) words[w].clear();
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      Row rows[UNITS];
-      float low[UNITS], high[UNITS];
-#pragma unroll
-      for (int u = 0; u < UNITS; u++) {
-        rows[u] = unpack(raw[load * UNITS + u][i]);
-        low[u] = SYMMETRIC ? 0.f : rows[u].x[0], high[u] = SYMMETRIC ? 0.f : rows[u].x[0];  // symmetric: high = max |x|
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
+    UNROLL for (int w = 0; w < 4; w++) words[w].clear();
+    UNROLL for (int i = 0; i < 2; i++) {
+      Row rows[LOAD_CHUNKS];
+      float low[LOAD_CHUNKS], high[LOAD_CHUNKS];
+      UNROLL for (int u = 0; u < LOAD_CHUNKS; u++) {
+        rows[u] = unpack(raw[load * LOAD_CHUNKS + u][i]);
+        low[u] = SYMMETRIC ? 0.f : rows[u].x[0];  // symmetric: high = max |x|
+        high[u] = SYMMETRIC ? 0.f : rows[u].x[0];
+        UNROLL for (int k = 0; k < 8; k++) {
           if (!SYMMETRIC) low[u] = fminf(low[u], rows[u].x[k]);
           high[u] = fmaxf(high[u], SYMMETRIC ? fabsf(rows[u].x[k]) : rows[u].x[k]);
         }
-#pragma unroll
-        for (int other = 1; other < 4; other *= 2) {
-          if (!SYMMETRIC) low[u] = fminf(low[u], __shfl_xor_sync(FULL, low[u], other));
-          high[u] = fmaxf(high[u], __shfl_xor_sync(FULL, high[u], other));
+        UNROLL for (int other = 1; other < 4; other *= 2) {
+          if (!SYMMETRIC) low[u] = fminf(low[u], __shfl_xor_sync(FULL_MASK, low[u], other));
+          high[u] = fmaxf(high[u], __shfl_xor_sync(FULL_MASK, high[u], other));
         }
       }
-#pragma unroll
-      for (int u = 0; u < UNITS; u++) {
+      UNROLL for (int u = 0; u < LOAD_CHUNKS; u++) {
         const int pair = VALUE_GROUP == 64 ? u ^ 1 : u;
         const float l = fminf(low[u], low[pair]), h = fmaxf(high[u], high[pair]);
-        const Stored group = SYMMETRIC ? symmetric(h, factor) : asymmetric(l, h, shrink);
+        const GroupParams group = SYMMETRIC ? symmetric(h, factor) : asymmetric(l, h, shrink);
         const Coder<SYMMETRIC> coder(group);
-        const int unit = 4 * part + load * UNITS + u, step = unit / CHUNKS, chunk = unit % CHUNKS;
-        const int at = ((step * 4 + r / 2) * VALUE_GROUPS + value_group_place(chunk * 32 / VALUE_GROUP)) * 4 + 2 * i + r % 2;
+        const int index = 4 * octet + load * LOAD_CHUNKS + u, step = index / CHUNKS, chunk = index % CHUNKS;
+        const int at =
+            ((step * 4 + r / 2) * VALUE_GROUPS + value_group_slot(chunk * 32 / VALUE_GROUP)) * 4 + 2 * i + r % 2;
         if (c == 0 && chunk * 32 % VALUE_GROUP == 0) ((uint16_t*)(page + VALUE_STEP))[at] = half_bits(group.step);
-        if (c == 1 && chunk * 32 % VALUE_GROUP == 0 && !SYMMETRIC) ((uint16_t*)(page + VALUE_MIN))[at] = half_bits(group.minimum);
-#pragma unroll
-        for (int k = 0; k < 8; k++)  // channel 8c + k of the chunk: tile 2u + k/4, rows +8 if k/2 is odd
+        if (c == 1 && chunk * 32 % VALUE_GROUP == 0 && !SYMMETRIC)
+          ((uint16_t*)(page + VALUE_MIN))[at] = half_bits(group.minimum);
+        UNROLL for (int k = 0; k < 8; k++)  // channel 8c + k of the chunk: tile 2u + k/4, rows +8 if k/2 is odd
           coder.put(rows[u].x[k], (2 * u + k / 4) * BITS, words[2 * i + k / 2 % 2].halves[k % 2]);
       }
     }
-    uint32_t turned[4];  // from (token, channels) to (channel, tokens)
-#pragma unroll
-    for (int w = 0; w < 4; w++) turned[w] = movmatrix(words[w].bits());
-    ((uint4*)(page + VALUE_CODES))[(part * (8 / TILES) + load) * 32 + lane] = make_uint4(turned[0], turned[1], turned[2], turned[3]);
+    uint32_t transposed[4];  // from (token, channels) to (channel, tokens)
+    UNROLL for (int w = 0; w < 4; w++) transposed[w] = movmatrix(words[w].bits());
+    ((uint4*)(page + VALUE_CODES))[(octet * (8 / TILES) + load) * 32 + lane] =
+        make_uint4(transposed[0], transposed[1], transposed[2], transposed[3]);
   }
 }
 
@@ -259,55 +251,65 @@ struct Cache {
   int kv_heads, norm_stride, page_capacity, sinks;
   float shrink, factor;
 
-  // This warp's part of the page that begins with token `first` of a row; from `start` on its tokens are in `fresh`, before it in the window.
-  __device__ __forceinline__ void pack(int row, int head, bool keys, int first, int start, const bf16* fresh, int stride) const {
-    const int cell = row * kv_heads + head, warp = threadIdx.x / 32, kept = sinks - first;  // tokens of this page that are sinks, if positive
-    const Source from = {(keys ? window_keys : window_values) + (size_t)cell * (WINDOW * DIM), fresh, first / WINDOW * WINDOW, start, stride};
+  // Packs this warp's share of the page that begins with token `first` of a row. Tokens before `start` are in the
+  // window, later ones in `recent`.
+  DEVICE void pack(int row, int head, bool keys, int first, int start, const bf16* recent, int stride) const {
+    const int cell = row * kv_heads + head, warp = threadIdx.x / 32;
+    const int num_sinks = sinks - first;  // tokens of this page that are sinks, if positive
+    const Source from = {(keys ? window_keys : window_values) + (size_t)cell * (WINDOW * DIM), recent,
+                         first / WINDOW * WINDOW, start, stride};
     unsigned char* page = pages + ((size_t)cell * page_capacity + first / PAGE_TOKENS) * PAGE_BYTES;
     bf16* sink = (keys ? sink_keys : sink_values) + ((long long)cell * sinks + first) * DIM;
-    if (keys) pack_keys(from, first, warp, norms + (size_t)row * norm_stride + first, shrink, page, sink, kept);
-    else pack_values(from, first, warp, shrink, factor, page, sink, kept);
+    if (keys) pack_keys(from, first, warp, norms + (size_t)row * norm_stride + first, shrink, page, sink, num_sinks);
+    else pack_values(from, first, warp, shrink, factor, page, sink, num_sinks);
   }
 };
 
-// grid (2 * pages, kv_heads, sequences)
 extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
-pack(const bf16* __restrict__ new_keys, const bf16* __restrict__ new_values, const int* __restrict__ first_rows, const int* __restrict__ slots,
-     const int* __restrict__ starts, const int* __restrict__ counts, const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values,
-     bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values, const float* __restrict__ norms, unsigned char* __restrict__ pages,
-     int key_stride, int value_stride, int kv_heads, int norm_stride, int page_capacity, int sinks, float shrink, float factor) {
-  wait_for_previous(), allow_next();
+    pack(const bf16* __restrict__ new_keys, const bf16* __restrict__ new_values, const int* __restrict__ first_rows,
+         const int* __restrict__ slots, const int* __restrict__ starts, const int* __restrict__ counts,
+         const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values, bf16* __restrict__ sink_keys,
+         bf16* __restrict__ sink_values, const float* __restrict__ norms, unsigned char* __restrict__ pages,
+         int key_stride, int value_stride, int kv_heads, int norm_stride, int page_capacity, int sinks, float shrink,
+         float factor) {
+  wait_then_allow_next();
   const int s = blockIdx.z, head = blockIdx.y, n = blockIdx.x / 2, start = starts[s], base = start / WINDOW * WINDOW;
   if (n >= (start - base + counts[s]) / WINDOW * (WINDOW / PAGE_TOKENS)) return;
   const bool keys = blockIdx.x % 2 == 0;
   const int stride = keys ? key_stride : value_stride;
-  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages, kv_heads, norm_stride, page_capacity, sinks, shrink, factor};
-  cache.pack(slots ? slots[s] : s, head, keys, base + n * PAGE_TOKENS, start, (keys ? new_keys : new_values) + (size_t)first_rows[s] * stride + head * DIM, stride);
+  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages,
+                       kv_heads, norm_stride, page_capacity, sinks, shrink, factor};
+  cache.pack(slots ? slots[s] : s, head, keys, base + n * PAGE_TOKENS, start,
+             (keys ? new_keys : new_values) + (size_t)first_rows[s] * stride + head * DIM, stride);
 }
 
-// grid (2 * pages of a window, layers * kv_heads)
 extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
-pack_step(const int* __restrict__ lengths, const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values,
-          bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values, const float* __restrict__ norms, unsigned char* __restrict__ pages,
-          int batch, int kv_heads, int norm_stride, int page_capacity, int sinks, float shrink, float factor) {
-  wait_for_previous(), allow_next();
+    pack_step(const int* __restrict__ lengths, const bf16* __restrict__ window_keys,
+              const bf16* __restrict__ window_values, bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values,
+              const float* __restrict__ norms, unsigned char* __restrict__ pages, int batch, int kv_heads,
+              int norm_stride, int page_capacity, int sinks, float shrink, float factor) {
+  wait_then_allow_next();
   const int layer = blockIdx.y / kv_heads, head = blockIdx.y % kv_heads, n = blockIdx.x / 2;
-  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages, kv_heads, norm_stride, page_capacity, sinks, shrink, factor};
-  for (int some = 0; some < batch; some += 32) {  // a lane a row
-    const int mine = some + threadIdx.x % 32, length = mine < batch ? lengths[mine] : -1;
-    for (unsigned full = __ballot_sync(FULL, length >= 0 && length % WINDOW == WINDOW - 1); full; full &= full - 1) {
-      const int row = some + __ffs(full) - 1, first = lengths[row] / WINDOW * WINDOW + n * PAGE_TOKENS;
+  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages,
+                       kv_heads, norm_stride, page_capacity, sinks, shrink, factor};
+  for (int first_row = 0; first_row < batch; first_row += 32) {  // a lane a row
+    const int lane_row = first_row + threadIdx.x % 32, length = lane_row < batch ? lengths[lane_row] : -1;
+    unsigned full = __ballot_sync(FULL_MASK, length >= 0 && length % WINDOW == WINDOW - 1);
+    for (; full; full &= full - 1) {
+      const int row = first_row + __ffs(full) - 1, first = lengths[row] / WINDOW * WINDOW + n * PAGE_TOKENS;
       cache.pack(layer * batch + row, head, blockIdx.x % 2 == 0, first, first + PAGE_TOKENS, nullptr, 0);
     }
   }
 }
 
-// grid (kv_heads, sequences)
-extern "C" __global__ void fill_window(const bf16* __restrict__ new_keys, const bf16* __restrict__ new_values, const int* __restrict__ first_rows,
-                                       const int* __restrict__ slots, const int* __restrict__ starts, const int* __restrict__ counts,
-                                       bf16* __restrict__ window_keys, bf16* __restrict__ window_values, int key_stride, int value_stride, int kv_heads) {
-  wait_for_previous(), allow_next();
-  const int s = blockIdx.y, head = blockIdx.x, start = starts[s], end = start + counts[s], first = max(start, end / WINDOW * WINDOW);
+extern "C" __global__ void fill_window(const bf16* __restrict__ new_keys, const bf16* __restrict__ new_values,
+                                       const int* __restrict__ first_rows, const int* __restrict__ slots,
+                                       const int* __restrict__ starts, const int* __restrict__ counts,
+                                       bf16* __restrict__ window_keys, bf16* __restrict__ window_values, int key_stride,
+                                       int value_stride, int kv_heads) {
+  wait_then_allow_next();
+  const int s = blockIdx.y, head = blockIdx.x, start = starts[s], end = start + counts[s];
+  const int first = max(start, end / WINDOW * WINDOW);
   const size_t cell = ((size_t)(slots ? slots[s] : s) * kv_heads + head) * WINDOW;
   for (int i = threadIdx.x; i < (end - first) * (DIM / 8); i += blockDim.x) {
     const int t = first + i / (DIM / 8), at = i % (DIM / 8);

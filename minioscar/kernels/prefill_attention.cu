@@ -2,68 +2,66 @@
 //
 //   out[t, h] = sum over s <= t of softmax_s(q[t, h] . k[s] * scale) v[s], for the q heads h of a kv head
 //
-// Sequence s has counts[s] new tokens, rows first_rows[s] ... of q, out [tokens][q_heads][D] and of the new keys and values (BF16, rows
-// key_stride and value_stride numbers apart, [kv_heads][D] in each: v may lie in the qkv projection), and starts[s] older ones: BF16
-// [rows][kv_heads][capacity][D], row past_rows[s] (null: s). A packed past is brought into that form by unpack.cu, a layer at a time.
+// Sequence s has counts[s] new tokens, rows first_rows[s] ... of q, out [tokens][q_heads][D] and of the new keys and
+// values (BF16, rows key_stride and value_stride numbers apart, [kv_heads][D] in each: v may be a slice of the qkv
+// projection), and starts[s] older ones: BF16 [rows][kv_heads][capacity][D], row past_rows[s] (null: s). unpack.cu
+// brings a packed past into that form, a layer at a time.
 //
-// grid (blocks of queries, kv_heads, sequences). A block's rows are (token, q head) pairs, head by head of token after token, so keys are
-// read once for all q heads; a warp has ROW_TILES * 16 of them. Keys and values pass by in tiles of TILE tokens, copied one tile ahead.
-// Softmax with a running reference m, p = 2^(x - m) (arXiv 2205.14135); m moves only when some p would pass 2^8, since p and its sums
-// have room, and most tiles then need not touch the sums. p is rounded to BF16: at most 2^-8 of it.
-// Operations: 4 D for each q head, query and key that it sees. Reads q, k, v once a block of queries, mostly from L2.
+// grid (blocks of queries, kv_heads, sequences). A block's rows are (token, q head) pairs, head by head of token
+// after token, so keys are read once for all q heads; a warp has ROW_TILES * 16 of them. Keys and values are read in
+// tiles of TILE tokens, copied one tile ahead. Softmax with a running max m, p = 2^(x - m) (arXiv 2205.14135). m
+// rises only when some p would exceed 2^8, since p and its sums have the range, and most tiles then need not rescale
+// the sums. p is rounded to BF16: an error of at most 2^-8 of it.
+// Operations: 4 D for each q head, query and key that it sees. reads q, k, v once a block of queries, mostly from L2.
 //
-// Set by -D: HEAD_DIM, Q_PER_KV (any), BLOCK_WARPS, ROW_TILES (1, 2), TILE (a multiple of 16), BLOCKS (that a multiprocessor is to hold).
-#include <cuda_bf16.h>
-#include "device.cuh"
+// Set by -D: HEAD_DIM, Q_PER_KV (any), BLOCK_WARPS, ROW_TILES (1, 2), TILE (a multiple of 16), BLOCKS_PER_SM.
+#include "common.cuh"
 
-typedef __nv_bfloat16 bf16;
-constexpr int D = HEAD_DIM, PIECES = D / 8, THREADS = BLOCK_WARPS * 32, WARP_ROWS = 16 * ROW_TILES, BLOCK_ROWS = BLOCK_WARPS * WARP_ROWS;
-constexpr int STRIDE = D * 2 + 16;  // bytes of a row of shared memory: eight rows of ldmatrix then lie in different banks
+constexpr int D = HEAD_DIM, VECTORS = D / 8, THREADS = BLOCK_WARPS * 32;
+constexpr int WARP_ROWS = 16 * ROW_TILES, BLOCK_ROWS = BLOCK_WARPS * WARP_ROWS;
+constexpr int STRIDE =
+    D * 2 + 16;  // bytes of a row of shared memory: eight rows of ldmatrix then lie in different banks
 constexpr int KEY_TILES = TILE / 8, CHANNEL_TILES = D / 8;
-constexpr int AT_KEYS = BLOCK_ROWS * STRIDE, TILE_BYTES = TILE * STRIDE;  // q | keys, values of one stage | of the other
-constexpr unsigned FULL = 0xffffffffu;
-constexpr float NEVER = -1e30f, HIDDEN = -1e38f, ROOM = 8.f;
+constexpr int KEYS_OFFSET = BLOCK_ROWS * STRIDE,
+              TILE_BYTES = TILE * STRIDE;  // q | keys, values of one stage | of the other
+constexpr float RESCALE_THRESHOLD = 8.f;
 
 // Keys or values of one kv head of a sequence.
 struct Tokens {
-  const bf16 *past, *fresh;
+  const bf16 *past, *recent;
   int start, stride;
-  __device__ __forceinline__ const bf16* at(int t) const { return t < start ? past + (size_t)t * D : fresh + (size_t)(t - start) * stride; }
+  DEVICE const bf16* at(int t) const {
+    return t < start ? past + (size_t)t * D : recent + (size_t)(t - start) * stride;
+  }
 };
 
 // Copies tokens first ... first + TILE - 1, zeros from `end` on: 0 * p is then 0.
-__device__ __forceinline__ void copy_tile(unsigned char* to, const Tokens& tokens, int first, int end) {
-  for (int i = threadIdx.x; i < TILE * PIECES; i += THREADS) {
-    const int t = first + i / PIECES, piece = i % PIECES;
-    unsigned char* place = to + i / PIECES * STRIDE + piece * 16;
-    if (t < end) cp_async_16(place, tokens.at(t) + piece * 8);
-    else *(uint4*)place = make_uint4(0, 0, 0, 0);
+DEVICE void copy_tile(unsigned char* to, const Tokens& tokens, int first, int end) {
+  for (int i = threadIdx.x; i < TILE * VECTORS; i += THREADS) {
+    const int t = first + i / VECTORS, vector = i % VECTORS;
+    unsigned char* slot = to + i / VECTORS * STRIDE + vector * 16;
+    if (t < end) cp_async_16(slot, tokens.at(t) + vector * 8);
+    else *(uint4*)slot = make_uint4(0, 0, 0, 0);
   }
 }
 
-// What a warp knows of its rows: lane 4r + c has rows r, r + 8 of each row tile, columns 2c, 2c + 1 of each channel tile.
+// A warp's sums of its rows: lane 4r + c has rows r, r + 8 of each row tile, columns 2c, 2c + 1 of each channel tile.
 struct State {
   float o[ROW_TILES][CHANNEL_TILES][4], m[ROW_TILES][2], l[ROW_TILES][2];  // l: of this lane's keys
 };
 
 // x[i][n]: q . k of row tile i and keys 8n ... 8n + 7 of the tile.
-__device__ __forceinline__ void multiply_keys(float (&x)[ROW_TILES][KEY_TILES][4], const unsigned char* q, const unsigned char* keys) {
+DEVICE void multiply_keys(float (&x)[ROW_TILES][KEY_TILES][4], const unsigned char* q, const unsigned char* keys) {
   const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; n++) x[i][n][0] = x[i][n][1] = x[i][n][2] = x[i][n][3] = 0.f;
-#pragma unroll
-  for (int s = 0; s < D / 16; s++) {
+  clear(x);
+  UNROLL for (int s = 0; s < D / 16; s++) {
     uint32_t a[ROW_TILES][4];
-#pragma unroll
-    for (int i = 0; i < ROW_TILES; i++) ldmatrix_x4(a[i], q + (16 * i + lane % 16) * STRIDE + (2 * s + lane / 16) * 16);
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; n += 2) {
+    UNROLL for (int i = 0; i < ROW_TILES; i++)
+        ldmatrix_x4(a[i], q + (16 * i + lane % 16) * STRIDE + (2 * s + lane / 16) * 16);
+    UNROLL for (int n = 0; n < KEY_TILES; n += 2) {
       uint32_t b[4];
       ldmatrix_x4(b, keys + (8 * n + lane / 16 * 8 + lane % 8) * STRIDE + (2 * s + lane / 8 % 2) * 16);
-#pragma unroll
-      for (int i = 0; i < ROW_TILES; i++) {
+      UNROLL for (int i = 0; i < ROW_TILES; i++) {
         mma_m16n8k16_bf16(x[i][n], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
         mma_m16n8k16_bf16(x[i][n + 1], a[i][0], a[i][1], a[i][2], a[i][3], b[2], b[3]);
       }
@@ -71,67 +69,63 @@ __device__ __forceinline__ void multiply_keys(float (&x)[ROW_TILES][KEY_TILES][4
   }
 }
 
-// x becomes p = 2^(x * scale_log2 - m). Row n of the sequence sees the keys of this tile up to number start + n / Q_PER_KV; `row` is the
-// warp's first.
-__device__ __forceinline__ void soften(float (&x)[ROW_TILES][KEY_TILES][4], State& state, float scale_log2, int start, int row) {
-  const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  const bool all = start + row / Q_PER_KV >= TILE - 1;
-  float largest[ROW_TILES][2];
-  bool moves = false;
-#pragma unroll
-  for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      if (!all) {
-        const int last = start + (row + 16 * i + 8 * j + r) / Q_PER_KV;
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-          for (int k = 0; k < 2; k++)
-            if (8 * n + 2 * c + k > last) x[i][n][2 * j + k] = HIDDEN;
-      }
-      float y = HIDDEN;
-#pragma unroll
-      for (int n = 0; n < KEY_TILES; n++) y = fmaxf(y, fmaxf(x[i][n][2 * j], x[i][n][2 * j + 1]));
-      y *= scale_log2;
-      largest[i][j] = y, moves |= y > state.m[i][j] + ROOM;
-    }
-  if (__any_sync(FULL, moves)) {
-#pragma unroll
-    for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        float y = fmaxf(state.m[i][j], largest[i][j]);
-        y = fmaxf(y, __shfl_xor_sync(FULL, y, 1)), y = fmaxf(y, __shfl_xor_sync(FULL, y, 2));
-        const float factor = ex2(state.m[i][j] - y);
-        state.m[i][j] = y, state.l[i][j] *= factor;
-#pragma unroll
-        for (int n = 0; n < CHANNEL_TILES; n++) state.o[i][n][2 * j] *= factor, state.o[i][n][2 * j + 1] *= factor;
-      }
-  }
-#pragma unroll
-  for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-      for (int k = 0; k < 4; k++) x[i][n][k] = ex2(fmaf(x[i][n][k], scale_log2, -state.m[i][k / 2])), state.l[i][k / 2] += x[i][n][k];
+// Masks the logits of keys after number `last` of the tile in row r (j = 0) or r + 8 (j = 1) of a row tile; c: this
+// lane's column pair.
+DEVICE void apply_causal_mask(float (&x)[KEY_TILES][4], int j, int c, int last) {
+  UNROLL for (int n = 0; n < KEY_TILES; n++)
+    UNROLL for (int k = 0; k < 2; k++)
+      if (8 * n + 2 * c + k > last) x[n][2 * j + k] = MASKED;
 }
 
-__device__ __forceinline__ void multiply_values(State& state, const float (&p)[ROW_TILES][KEY_TILES][4], const unsigned char* values) {
+// x becomes p = 2^(x * scale_log2 - m). Row n of the sequence sees the keys of this tile up to number start + n /
+// Q_PER_KV; `row` is the warp's first.
+DEVICE void exp_scores(float (&x)[ROW_TILES][KEY_TILES][4], State& state, float scale_log2, int start, int row) {
+  const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  const bool sees_all = start + row / Q_PER_KV >= TILE - 1;
+  float largest[ROW_TILES][2];
+  bool rescales = false;
+  UNROLL for (int i = 0; i < ROW_TILES; i++)
+    UNROLL for (int j = 0; j < 2; j++) {
+      if (!sees_all) apply_causal_mask(x[i], j, c, start + (row + 16 * i + 8 * j + r) / Q_PER_KV);
+      float y = MASKED;
+      UNROLL for (int n = 0; n < KEY_TILES; n++) y = fmaxf(y, fmaxf(x[i][n][2 * j], x[i][n][2 * j + 1]));
+      y *= scale_log2;
+      largest[i][j] = y;
+      rescales |= y > state.m[i][j] + RESCALE_THRESHOLD;
+    }
+  if (__any_sync(FULL_MASK, rescales)) {
+    UNROLL for (int i = 0; i < ROW_TILES; i++)
+      UNROLL for (int j = 0; j < 2; j++) {
+        const float y = quad_max(fmaxf(state.m[i][j], largest[i][j])), factor = ex2(state.m[i][j] - y);
+        state.m[i][j] = y;
+        state.l[i][j] *= factor;
+        UNROLL for (int n = 0; n < CHANNEL_TILES; n++) {
+          state.o[i][n][2 * j] *= factor;
+          state.o[i][n][2 * j + 1] *= factor;
+        }
+      }
+  }
+  UNROLL for (int i = 0; i < ROW_TILES; i++)
+    UNROLL for (int n = 0; n < KEY_TILES; n++)
+      UNROLL for (int k = 0; k < 4; k++) {
+        x[i][n][k] = ex2(fmaf(x[i][n][k], scale_log2, -state.m[i][k / 2]));
+        state.l[i][k / 2] += x[i][n][k];
+      }
+}
+
+DEVICE void multiply_values(State& state, const float (&p)[ROW_TILES][KEY_TILES][4], const unsigned char* values) {
   const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int s = 0; s < TILE / 16; s++) {
-    uint32_t a[ROW_TILES][4];  // an accumulator's places are those of operand A, two column tiles side by side
-#pragma unroll
-    for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-      for (int k = 0; k < 4; k++) a[i][k] = pack_bf16x2(p[i][2 * s + k / 2][k % 2 * 2], p[i][2 * s + k / 2][k % 2 * 2 + 1]);
-#pragma unroll
-    for (int n = 0; n < CHANNEL_TILES; n += 2) {
+  UNROLL for (int s = 0; s < TILE / 16; s++) {
+    uint32_t a[ROW_TILES][4];  // two column tiles of an accumulator, side by side, are laid out like operand A
+    UNROLL for (int i = 0; i < ROW_TILES; i++)
+      UNROLL for (int k = 0; k < 4; k++) {
+        const float(&tile)[4] = p[i][2 * s + k / 2];
+        a[i][k] = pack_bf16x2(tile[k % 2 * 2], tile[k % 2 * 2 + 1]);
+      }
+    UNROLL for (int n = 0; n < CHANNEL_TILES; n += 2) {
       uint32_t b[4];
       ldmatrix_x4_trans(b, values + (16 * s + lane % 16) * STRIDE + (n + lane / 16) * 16);
-#pragma unroll
-      for (int i = 0; i < ROW_TILES; i++) {
+      UNROLL for (int i = 0; i < ROW_TILES; i++) {
         mma_m16n8k16_bf16(state.o[i][n], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
         mma_m16n8k16_bf16(state.o[i][n + 1], a[i][0], a[i][1], a[i][2], a[i][3], b[2], b[3]);
       }
@@ -139,65 +133,74 @@ __device__ __forceinline__ void multiply_values(State& state, const float (&p)[R
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_attention(const bf16* q, const bf16* new_keys, const bf16* new_values,
-    const bf16* past_keys, const bf16* past_values, const int* first_rows, const int* past_rows, const int* starts, const int* counts,
-    bf16* out, int key_stride, int value_stride, int kv_heads, int capacity, float scale_log2) {
-  wait_for_previous(), allow_next();
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    prefill_attention(const bf16* q, const bf16* new_keys, const bf16* new_values, const bf16* past_keys,
+                      const bf16* past_values, const int* first_rows, const int* past_rows, const int* starts,
+                      const int* counts, bf16* out, int key_stride, int value_stride, int kv_heads, int capacity,
+                      float scale_log2) {
+  wait_then_allow_next();
   extern __shared__ __align__(128) unsigned char smem[];
   const int sequence = blockIdx.z, head = blockIdx.y, count = counts[sequence], start = starts[sequence];
-  const int first = (gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS;  // the blocks with the most keys begin first
+  const int first = (gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS;  // blocks with the most keys start first
   if (first >= count * Q_PER_KV) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  const size_t row = first_rows[sequence], past = ((size_t)(past_rows ? past_rows[sequence] : sequence) * kv_heads + head) * capacity * D;
+  const size_t row = first_rows[sequence];
+  const size_t past = ((size_t)(past_rows ? past_rows[sequence] : sequence) * kv_heads + head) * capacity * D;
   const Tokens keys = {past_keys + past, new_keys + row * key_stride + head * D, start, key_stride};
   const Tokens values = {past_values + past, new_values + row * value_stride + head * D, start, value_stride};
   const bf16* queries = q + (row * kv_heads + head) * Q_PER_KV * D;
   const size_t token_stride = (size_t)kv_heads * Q_PER_KV * D;
 
-  for (int i = threadIdx.x; i < BLOCK_ROWS * PIECES; i += THREADS) {
-    const int n = first + i / PIECES, piece = i % PIECES;
-    unsigned char* place = smem + i / PIECES * STRIDE + piece * 16;
-    if (n < count * Q_PER_KV) cp_async_16(place, queries + n / Q_PER_KV * token_stride + n % Q_PER_KV * D + piece * 8);
-    else *(uint4*)place = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < BLOCK_ROWS * VECTORS; i += THREADS) {
+    const int n = first + i / VECTORS, vector = i % VECTORS;
+    unsigned char* slot = smem + i / VECTORS * STRIDE + vector * 16;
+    if (n < count * Q_PER_KV) cp_async_16(slot, queries + n / Q_PER_KV * token_stride + n % Q_PER_KV * D + vector * 8);
+    else *(uint4*)slot = make_uint4(0, 0, 0, 0);
   }
-  const int end = start + min((first + BLOCK_ROWS - 1) / Q_PER_KV, count - 1) + 1;  // of the keys that any row sees
-  copy_tile(smem + AT_KEYS, keys, 0, end), copy_tile(smem + AT_KEYS + TILE_BYTES, values, 0, end);
+  const int end =
+      start + min((first + BLOCK_ROWS - 1) / Q_PER_KV, count - 1) + 1;  // of the keys that any row attends to
+  copy_tile(smem + KEYS_OFFSET, keys, 0, end);
+  copy_tile(smem + KEYS_OFFSET + TILE_BYTES, values, 0, end);
   cp_async_commit();
 
   State state;
-#pragma unroll
-  for (int i = 0; i < ROW_TILES; i++) {
-    state.m[i][0] = state.m[i][1] = NEVER, state.l[i][0] = state.l[i][1] = 0.f;
-#pragma unroll
-    for (int n = 0; n < CHANNEL_TILES; n++) state.o[i][n][0] = state.o[i][n][1] = state.o[i][n][2] = state.o[i][n][3] = 0.f;
+  UNROLL for (int i = 0; i < ROW_TILES; i++) {
+    state.m[i][0] = state.m[i][1] = INITIAL_MAX;
+    state.l[i][0] = state.l[i][1] = 0.f;
+    UNROLL for (int n = 0; n < CHANNEL_TILES; n++) state.o[i][n][0] = state.o[i][n][1] = state.o[i][n][2] =
+        state.o[i][n][3] = 0.f;
   }
   const unsigned char* own = smem + warp * WARP_ROWS * STRIDE;
   for (int at = 0, stage = 0; at < end; at += TILE, stage ^= 1) {
-    unsigned char *tile = smem + AT_KEYS + stage * 2 * TILE_BYTES, *next = smem + AT_KEYS + (stage ^ 1) * 2 * TILE_BYTES;
-    if (at + TILE < end) copy_tile(next, keys, at + TILE, end), copy_tile(next + TILE_BYTES, values, at + TILE, end);
+    unsigned char *tile = smem + KEYS_OFFSET + stage * 2 * TILE_BYTES,
+                  *next = smem + KEYS_OFFSET + (stage ^ 1) * 2 * TILE_BYTES;
+    if (at + TILE < end) {
+      copy_tile(next, keys, at + TILE, end);
+      copy_tile(next + TILE_BYTES, values, at + TILE, end);
+    }
     cp_async_commit();
     cp_async_wait<1>();
     __syncthreads();
     float x[ROW_TILES][KEY_TILES][4];
     multiply_keys(x, own, tile);
-    soften(x, state, scale_log2, start - at, first + warp * WARP_ROWS);
+    exp_scores(x, state, scale_log2, start - at, first + warp * WARP_ROWS);
     multiply_values(state, x, tile + TILE_BYTES);
     __syncthreads();  // before the next copies overwrite this tile
   }
 
-  bf16* result = out + ((size_t)first_rows[sequence] * kv_heads + head) * Q_PER_KV * D + 2 * c;  // read again: registers are short
+  bf16* result =
+      out + ((size_t)first_rows[sequence] * kv_heads + head) * Q_PER_KV * D + 2 * c;  // loaded again: saves a register
   const int rows = counts[sequence] * Q_PER_KV;
-#pragma unroll
-  for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
+  UNROLL for (int i = 0; i < ROW_TILES; i++)
+    UNROLL for (int j = 0; j < 2; j++) {
       float l = state.l[i][j];
-      l += __shfl_xor_sync(FULL, l, 1), l += __shfl_xor_sync(FULL, l, 2);
+      l += __shfl_xor_sync(FULL_MASK, l, 1);
+      l += __shfl_xor_sync(FULL_MASK, l, 2);
       const float inverse = 1.f / l;
       const int n = first + warp * WARP_ROWS + 16 * i + 8 * j + r;
       if (n >= rows) continue;
       bf16* to = result + (size_t)(n / Q_PER_KV) * kv_heads * Q_PER_KV * D + n % Q_PER_KV * D;
-#pragma unroll
-      for (int k = 0; k < CHANNEL_TILES; k++) *(uint32_t*)(to + 8 * k) = pack_bf16x2(state.o[i][k][2 * j] * inverse, state.o[i][k][2 * j + 1] * inverse);
+      UNROLL for (int k = 0; k < CHANNEL_TILES; k++)
+        *(uint32_t*)(to + 8 * k) = pack_bf16x2(state.o[i][k][2 * j] * inverse, state.o[i][k][2 * j + 1] * inverse);
     }
 }

@@ -1,8 +1,9 @@
 """From a `Launch` to the card: the text that NVRTC compiles, the compiled kernel, and the launch itself.
 
-From compute capability 9.0 on a launch may begin while the one before it still runs ("programmatic dependent launch", CUDA programming
-guide): a kernel waits by itself, in `wait_for_previous` of device.cuh, before it touches what another wrote. That takes the pause
-between two launches, a microsecond, out of every one of a decode step. CuPy cannot ask for it, so the driver is called directly.
+From compute capability 9.0 on a launch may begin while the one before it still runs ("programmatic dependent launch",
+CUDA programming guide): a kernel waits by itself, in `wait_for_previous` of device.cuh, before it touches what another
+wrote. That takes the pause between two launches, a microsecond, out of every one of a decode step. CuPy cannot ask for
+it, so the driver is called directly.
 """
 
 from __future__ import annotations
@@ -28,19 +29,22 @@ BFLOAT16, NOT_INTERLEAVED, SWIZZLE_128B, L2_256B, ZEROS = 9, 0, 3, 3, 0  # CUten
 
 @cache
 def source(name: str) -> str:
-    """Text of a kernel with the package's headers put in: CuPy's cache of binaries does not look into included files."""
-    seen: set[str] = set()
+    """Text of a kernel with the package's headers inlined: CuPy's cache of binaries does not look into included
+    files."""
+    seen: set[Path] = set()
 
-    def inline(text: str) -> str:
-        def put(match: re.Match[str]) -> str:
-            if match[1] in seen:
-                return ""
-            seen.add(match[1])
-            return inline((KERNELS / match[1]).read_text())
+    def inline(path: Path) -> str:
+        if path in seen:
+            return ""
+        seen.add(path)
+        include = re.compile(r'^#include "([\w./]+)"$', re.MULTILINE)
+        return include.sub(lambda match: inline(find(match[1], path.parent)), path.read_text())
 
-        return re.sub(r'^#include "([\w.]+)"$', put, text, flags=re.MULTILINE)
+    def find(name: str, folder: Path) -> Path:
+        beside = (folder / name).resolve()
+        return beside if beside.exists() else KERNELS / name
 
-    return inline((KERNELS / name).read_text())
+    return inline((KERNELS / name).resolve())
 
 
 @cache
@@ -55,14 +59,15 @@ def kernel(file: str, name: str, defines: tuple[str, ...]) -> Any:
 
 
 def architecture(file: str, capability: int) -> str:
-    """What a kernel is compiled for. *_sm90.cu has instructions that are compute capability 9.0's alone."""
-    return f"sm_{capability}a" if file.endswith("_sm90.cu") else f"sm_{capability}"
+    """What a kernel is compiled for. Files in sm90/ have instructions of compute capability 9.0 alone."""
+    return f"sm_{capability}a" if Path(file).parent.name == "sm90" else f"sm_{capability}"
 
 
 def module(file: str, options: tuple[str, ...], names: list[str] | None = None) -> Any:
     """A file compiled for the card that is there; names: of the instances of its templates.
 
-    Macros go into the text: for every new list of options CuPy first compiles an empty program, 50 ms each time the package is started.
+    Macros go into the text: for every new list of options CuPy first compiles an empty program, 50 ms each time the
+    package is started.
     """
     import cupy
 
@@ -169,7 +174,9 @@ def _overlaps() -> bool:
 
 
 class _Attribute(ctypes.Structure):  # CUlaunchAttribute of cuda.h: the value is a union of 64 bytes
-    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+    _fields_ = [
+        ("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60),
+    ]
 
 
 class _Config(ctypes.Structure):  # CUlaunchConfig

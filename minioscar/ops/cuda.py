@@ -20,7 +20,7 @@ from ..decoding import Decoder
 from ..oscar import Scheme
 from ..sampling import RowSampling
 from ..weights import Layer, Tensor
-from . import blas, card, raw, raw_batch, raw_dense
+from . import blas, card, raw, raw_batch, raw_dense, raw_prefill
 from .decode import Queue, StepBatch, StepDecoder, unsupported
 from .paged import KernelCache, kernel_cache
 from .products import Products, batch_plans
@@ -45,8 +45,8 @@ class Indices:
     starts: Array
     counts: Array
     firsts: Array  # [sequences]: where a sequence's first token stands among the tokens
-    first_tiles: Array  # [sequences]: of raw.Tiles
-    tiles: int  # of raw.Tiles, of all sequences
+    first_tiles: Array  # [sequences]: of raw_prefill.Tiles
+    tiles: int  # of raw_prefill.Tiles, of all sequences
 
 
 class Cuda(Reference):
@@ -107,16 +107,16 @@ class Cuda(Reference):
             arrays = 4 // self.dtype.itemsize * super().work_bytes(config, tokens, context, rows)
             return arrays + self._tables_bytes(config, context)
         attention = tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
-        attention += 2 * (context if raw.tiled(c.head_dim, self.capability) else context - tokens) * c.kv_size
+        attention += 2 * (context if raw_prefill.tiled(c.head_dim, self.capability) else context - tokens) * c.kv_size
         heads = raw.Heads(c.num_heads, c.num_kv_heads, c.head_dim)
-        parts = raw.prefill_parts(heads, tokens, 1, context - tokens, self.multiprocessors, self.capability)
-        attention += 0 if parts is None else 4 * parts.workspace_floats(c.head_dim) // self.dtype.itemsize
+        split = raw_prefill.split_plan(heads, tokens, 1, context - tokens, self.multiprocessors, self.capability)
+        attention += 0 if split is None else 4 * split.workspace_floats(c.head_dim) // self.dtype.itemsize
         mlp = tokens * (2 * c.hidden_size + c.intermediate_size) + min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
         step = rows * (2 * c.hidden_size + 3 * c.q_size + 2 * c.kv_size + c.intermediate_size)  # x twice, qkv, q, y, h
         few = max(rows, tokens if tokens <= raw_batch.BATCH_TOKENS else 0)  # cuBLAS takes more
         reading = max(attention, mlp) * self.dtype.itemsize + self._products_bytes(c, few)
         drawing = raw_dense.drawing_bytes(c.vocab_size, rows, penalties)
-        merging = 18 * self.multiprocessors * min(8, c.num_heads // c.num_kv_heads) * c.head_dim  # parts of attention
+        merging = 18 * self.multiprocessors * min(8, c.num_heads // c.num_kv_heads) * c.head_dim  # splits of attention
         stepping = step * self.dtype.itemsize + drawing + merging + 2 * self._products_bytes(c, rows)  # the prompts' scratch is kept
         return max(reading, stepping) + 4 * rows * c.vocab_size + self._tables_bytes(config, context)
 
@@ -235,7 +235,7 @@ class Cuda(Reference):
     def indices_of(self, batch: Batch) -> Indices:
         """The arrays of a batch; the layers of one pass ask for the same."""
         if self.indices is None or self.indices.batch is not batch:
-            firsts, tiles = np.cumsum(batch.counts) - batch.counts, -(-np.add(batch.starts, batch.counts) // raw.TILE_TOKENS)
+            firsts, tiles = np.cumsum(batch.counts) - batch.counts, -(-np.add(batch.starts, batch.counts) // raw_prefill.TILE_TOKENS)
             found = batch.positions, np.repeat(batch.slots, batch.counts), batch.slots, batch.starts, batch.counts, firsts
             found = (self.xp.asarray(np.asarray(x, np.int32)) for x in (*found, np.cumsum(tiles) - tiles))
             self.indices = Indices(batch, *found, int(tiles.sum()))

@@ -49,10 +49,10 @@ class StepBatch:
         self.heads = raw.Heads(config.num_heads, config.num_kv_heads, config.head_dim)
         self.tokens, self.steps = (xp.zeros(size, np.int32) for _ in range(2))
         self.lengths = xp.asarray(np.full(size, -1, np.int32))
-        self.plan = raw.plan(self.heads, scheme, size, ops.multiprocessors, ops.capability)
+        self.plan = raw.decode_plan(self.heads, scheme, size, ops.multiprocessors, ops.capability)
         self.tasks = xp.empty(self.plan.task_shape, np.int32)
         self.workspace = xp.empty(self.plan.workspace_floats(config.head_dim), np.float32)
-        self.arrived = xp.zeros(self.plan.counters(config.head_dim), np.int32)
+        self.split_counter = xp.zeros(self.plan.counters(config.head_dim), np.int32)
 
     def schedule(self, ops: Cuda) -> None:
         """Shares the step's attention out to the warps of the card, for every layer."""
@@ -60,10 +60,10 @@ class StepBatch:
 
     def attend(self, q: Array, layer_cache: KernelCache) -> Array:
         """One query a row over the cache, which holds the new tokens already."""
-        out, where = layer_cache.xp.empty_like(q), (self.workspace, self.arrived)
+        out, where = layer_cache.xp.empty_like(q), (self.workspace, self.split_counter)
         attend = raw.decode_attention(
             self.heads, self.scheme, self.plan, q, layer_cache.arrays, self.lengths, self.tasks, out, None, *where,
-            turn=layer_cache.index % 2,
+            parity=layer_cache.index % 2,
         )
         layer_cache.ops.run(attend)
         return out

@@ -14,7 +14,7 @@ from .. import oscar
 from ..cache import Batch, LayerCache, Layout, NewTokens, PackedCache, PlainCache
 from ..config import Config
 from ..oscar import WINDOW, Scheme
-from . import pages, raw, repage
+from . import pages, raw, raw_prefill, repage
 from .decode import StepBatch
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class KernelCache(LayerCache):
         """Keys and values that a prefill reads where they are; None: they are unpacked for it."""
         raise NotImplementedError
 
-    def unpack(self, to: raw.Past, batch: Batch) -> None:
+    def unpack(self, to: raw_prefill.Past, batch: Batch) -> None:
         """Packed tokens, back in BF16, for the time of a layer."""
 
     def rotate_scale(
@@ -57,7 +57,7 @@ class KernelCache(LayerCache):
         options |= {"rotate": self.scheme.rotate, "q_weight": layer.q_norm, "k_weight": layer.k_norm}
         if isinstance(batch, StepBatch):
             keys, values = self.slots
-            options |= {"keys": keys, "values": values, "places": keys.shape[2]}
+            options |= {"keys": keys, "values": values, "capacity": keys.shape[2]}
             ops.run(raw.rotate_scale(heads, qkv, batch.lengths, *tables, q, **options))
             return q, IN_CACHE
         at, k = ops.indices_of(batch), ops.xp.empty((len(qkv), heads.kv_heads, heads.head_dim), ops.dtype)
@@ -70,26 +70,28 @@ class KernelCache(LayerCache):
         ops, at, (kv_heads, dim) = self.ops, self.ops.indices_of(batch), new.k.shape[1:]
         xp, heads, longest = ops.xp, raw.Heads(q.shape[1], kv_heads, dim), max(batch.starts)
         past = plain = self.past_arrays if longest else None
-        if tiled := raw.tiled(dim, ops.capability):
-            shape = at.tiles, kv_heads, raw.TILE_TOKENS, dim
-            past = raw.Tiles(xp.empty(shape, ops.dtype), xp.empty(shape, ops.dtype), at.first_tiles)
+        if tiled := raw_prefill.tiled(dim, ops.capability):
+            shape = at.tiles, kv_heads, raw_prefill.TILE_TOKENS, dim
+            past = raw_prefill.Tiles(xp.empty(shape, ops.dtype), xp.empty(shape, ops.dtype), at.first_tiles)
         elif longest and plain is None:
             shape = len(batch.slots), kv_heads, -(-longest // raw.PAGE_TOKENS) * raw.PAGE_TOKENS, dim
             past = xp.empty(shape, ops.dtype), xp.empty(shape, ops.dtype)
         if longest:
             self.unpack(past, batch)
-        arrivals = self._arrivals(new, batch, at.slots if plain else None)
+        tokens = self._tokens(new, batch, at.slots if plain else None)
         if tiled:
-            ops.run(raw.fill_tiles(heads, arrivals, plain, batch.end, past))
+            ops.run(raw_prefill.fill_tiles(heads, tokens, plain, batch.end, past))
         out, card = xp.empty_like(q), (ops.multiprocessors, ops.capability)
-        found = raw.prefill_parts(heads, arrivals.most, len(batch.slots), longest, *card)
-        cut = None if found is None else (found, xp.empty(found.workspace_floats(dim), np.float32), xp.zeros(found.blocks, np.int32))
-        ops.run(raw.prefill_attention(heads, q, arrivals, past, out, ops.capability, cut=cut, multiprocessors=ops.multiprocessors))
+        split = plan = raw_prefill.split_plan(heads, tokens.max_count, len(batch.slots), longest, *card)
+        if plan is not None:
+            split = plan, xp.empty(plan.workspace_floats(dim), np.float32), xp.zeros(plan.blocks, np.int32)
+        options = {"split": split, "multiprocessors": ops.multiprocessors}
+        ops.run(raw_prefill.prefill_attention(heads, q, tokens, past, out, ops.capability, **options))
         return out
 
-    def _arrivals(self, new: NewTokens, batch: Batch, slots: Array | None) -> raw.Arrivals:
+    def _tokens(self, new: NewTokens, batch: Batch, slots: Array | None) -> raw.PrefillTokens:
         at, strides = self.ops.indices_of(batch), (new.k.strides[0] // 2, new.v.strides[0] // 2)
-        return raw.Arrivals(new.k, new.v, *strides, at.firsts, slots, at.starts, at.counts, max(batch.counts))
+        return raw.PrefillTokens(new.k, new.v, *strides, at.firsts, slots, at.starts, at.counts, max(batch.counts))
 
 
 class KernelPlainCache(KernelCache, PlainCache):
@@ -118,21 +120,21 @@ class PagedCache(KernelCache, PackedCache):
     def slots(self) -> tuple[Array, Array]:
         return self["window_keys"], self["window_values"]
 
-    def unpack(self, to: raw.Past, batch: Batch) -> None:
+    def unpack(self, to: raw_prefill.Past, batch: Batch) -> None:
         at, (_, kv_heads, _, dim) = self.ops.indices_of(batch), self["window_keys"].shape
         heads = raw.Heads(kv_heads, kv_heads, dim)  # q heads play no part here
-        self.ops.run(raw.unpack(heads, self.scheme, at.slots, at.starts, max(batch.starts), self.arrays, to))
+        self.ops.run(raw_prefill.unpack(heads, self.scheme, at.slots, at.starts, max(batch.starts), self.arrays, to))
 
     def append(self, new: NewTokens, batch: Batch | StepBatch) -> None:
         if new is IN_CACHE:
             return
-        heads, arrivals = raw.Heads(new.k.shape[1], *new.k.shape[1:]), self._arrivals(new, batch, self.ops.indices_of(batch).slots)
+        heads, tokens = raw.Heads(new.k.shape[1], *new.k.shape[1:]), self._tokens(new, batch, self.ops.indices_of(batch).slots)
         if new.norms is not None:  # else rotate_scale has put them there
             for slot, start, span in batch.spans():
                 room = self["norms"].shape[1] - start  # a last partial block has none, nor needs it
                 self["norms"][slot, start : start + span.stop - span.start] = new.norms[span][: max(room, 0)]
-        self.ops.run(raw.pack_bulk(heads, self.scheme, arrivals, self.arrays))
-        self.ops.run(raw.fill_window(heads, self.scheme, arrivals, self.arrays))
+        self.ops.run(raw.pack_bulk(heads, self.scheme, tokens, self.arrays))
+        self.ops.run(raw.fill_window(heads, self.scheme, tokens, self.arrays))
 
     def packed(self, slot: int, tokens: int) -> tuple[Array, Array]:
         scheme, dim, xp = self.scheme, self["window_keys"].shape[3], self.xp

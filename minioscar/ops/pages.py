@@ -1,6 +1,6 @@
 """The packed layout of kernels/LAYOUT.md in array code: bytes of a page -> codes, steps and minima.
 
-What reads a cache of pages outside the kernels (a prompt that goes on over a packed past, a test) goes through here.
+Whatever reads pages outside the kernels (a saved cache, a test) goes through here.
 """
 
 from __future__ import annotations
@@ -17,63 +17,71 @@ PAGE_TOKENS = 64
 
 
 def rows() -> np.ndarray:
-    """Where each token of a page stands among the rows of its four token tiles (16 * tile + row); int64 [64]."""
+    """Row of each token of a page in its four token tiles, as 16 * tile + row; int64 [64]."""
     t = np.arange(PAGE_TOKENS)
     return 16 * (t // 32 * 2 + t % 4 // 2) + 8 * (t % 2) + t % 32 // 4
 
 
 @cache
-def code_places(bits: int, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def code_bits(bits: int, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """32-bit word and lowest bit of every code of a page, each [64 tokens, dim]: of keys, then of values."""
     t, ch = np.meshgrid(rows(), np.arange(dim), indexing="ij")
     chunk, c, k = ch // 32, ch % 32 // 8, ch % 8
-    # t is a row. Keys: tile (row / 16, 16 channels = half k/4 of chunk), lane (row % 8, c), word (k half k/2%2, row half)
-    key = _place(bits, (2 * chunk + k // 4) * 4 + t // 16, t % 8 * 4 + c, k // 2 % 2 * 2 + t // 8 % 2, k % 2)
-    # Values: tile (row / 16, channel tile), whose rows are channels 8(row/2%4) + 4(tile%2) + 2(row/8) + row%2 of the chunk
+    # t is a row. Keys: tile (row / 16, 16 channels = half k/4 of chunk), lane (row % 8, c), word (k half k/2%2, row
+    # half)
+    key = _bit(bits, (2 * chunk + k // 4) * 4 + t // 16, t % 8 * 4 + c, k // 2 % 2 * 2 + t // 8 % 2, k % 2)
+    # Values: tile (row / 16, channel tile), whose rows are channels 8(row/2%4) + 4(tile%2) + 2(row/8) + row%2 of the
+    # chunk
     row = 8 * (k // 2 % 2) + 2 * c + k % 2
-    value = _place(bits, t // 16 * (dim // 16) + 2 * chunk + k // 4, row % 8 * 4 + t % 8 // 2, t // 8 % 2 * 2 + row // 8, t % 2)
+    tile, lane = t // 16 * (dim // 16) + 2 * chunk + k // 4, row % 8 * 4 + t % 8 // 2
+    value = _bit(bits, tile, lane, t // 8 % 2 * 2 + row // 8, t % 2)
     return *key, *value
 
 
-def _place(bits: int, tile: np.ndarray, lane: np.ndarray, word: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _bit(
+    bits: int, tile: np.ndarray, lane: np.ndarray, word: np.ndarray, half: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Word and bit of a code: its MMA tile, lane, word 0..3 of the lane's 16 bytes, half of the word."""
     tiles = 16 // bits  # in one 16-byte load a lane
     return (tile // tiles * 32 + lane) * 4 + word, (16 * half + tile % tiles * bits).astype(np.uint32)
 
 
 def unpack(pages: Array, scheme: Scheme, dim: int, xp: Any = np) -> dict[str, Array | None]:
-    """pages uint8 [kv_heads, n, page_bytes] -> the arrays of `oscar.quantize_keys` and `quantize_values` for n * 64 tokens.
+    """pages uint8 [kv_heads, n, page_bytes] -> the arrays of `oscar.quantize_keys` and `quantize_values` for n * 64
+    tokens.
 
-    key_codes, value_codes [kv_heads, tokens, dim]; key_step, key_min [kv_heads, tokens/group, dim]; value_step, value_min
-    [kv_heads, tokens, dim/group], value_min None where values are symmetric.
+    key_codes, value_codes [kv_heads, tokens, dim]; key_step, key_min [kv_heads, tokens/group, dim]; value_step,
+    value_min [kv_heads, tokens, dim/group], value_min None where values are symmetric.
     """
     heads, n, _ = pages.shape
     groups, value_groups = PAGE_TOKENS // scheme.group, dim // scheme.value_group(dim)
-    sizes = {"key_codes": PAGE_TOKENS * dim * scheme.bits // 8, "key_step": 2 * groups * dim, "key_min": 2 * groups * dim}
-    sizes |= {"value_codes": sizes["key_codes"], "value_step": 2 * PAGE_TOKENS * value_groups}
+    codes = PAGE_TOKENS * dim * scheme.bits // 8
+    sizes = {"key_codes": codes, "key_step": 2 * groups * dim, "key_min": 2 * groups * dim}
+    sizes |= {"value_codes": codes, "value_step": 2 * PAGE_TOKENS * value_groups}
     sizes |= {} if scheme.symmetric_values else {"value_min": sizes["value_step"]}
     raw, at = {}, 0
     for name, size in sizes.items():
         raw[name] = xp.ascontiguousarray(pages[..., at : at + size])
         at += size
-    found: dict[str, Array | None] = {"value_min": None}
+    arrays: dict[str, Array | None] = {"value_min": None}
     words, bits = {}, {}
-    words["key"], bits["key"], words["value"], bits["value"] = map(xp.asarray, code_places(scheme.bits, dim))
+    words["key"], bits["key"], words["value"], bits["value"] = map(xp.asarray, code_bits(scheme.bits, dim))
     for kind in ("key", "value"):
         codes = raw[f"{kind}_codes"].view(np.uint32)[..., words[kind]] >> bits[kind]
-        found[f"{kind}_codes"] = (codes & np.uint32(2**scheme.bits - 1)).astype(np.uint8).reshape(heads, -1, dim)
-    x = raw["key_step"].view(np.float16).reshape(heads, n, dim // 32, groups, 4, 8)  # [chunk of 32 channels][group][quarter][8 channels]
-    found["key_step"] = x.swapaxes(2, 3).reshape(heads, n * groups, dim)
+        arrays[f"{kind}_codes"] = (codes & np.uint32(2**scheme.bits - 1)).astype(np.uint8).reshape(heads, -1, dim)
+    # [chunk of 32 channels][group][quarter][8 channels]
+    x = raw["key_step"].view(np.float16).reshape(heads, n, dim // 32, groups, 4, 8)
+    arrays["key_step"] = x.swapaxes(2, 3).reshape(heads, n * groups, dim)
     x = raw["key_min"].view(np.float16)
     if groups == 2:  # [chunk][half of 16 channels][quarter][pair][group][2 channels]
         x = x.reshape(heads, n, dim // 32, 2, 4, 2, 2, 2).transpose(0, 1, 6, 2, 4, 3, 5, 7)
     else:  # [chunk][quarter][pair][half][2 channels]
         x = x.reshape(heads, n, dim // 32, 4, 2, 2, 2).transpose(0, 1, 2, 3, 5, 4, 6)
-    found["key_min"] = x.reshape(heads, n * groups, dim)
-    order = xp.asarray(np.argsort(np.r_[0:value_groups:2, 1:value_groups:2]))  # groups stand even ones first
+    arrays["key_min"] = x.reshape(heads, n * groups, dim)
+    order = xp.asarray(np.argsort(np.r_[0:value_groups:2, 1:value_groups:2]))  # even groups come first
     for name in ("value_step", "value_min"):  # [row/16][row%8/2][group][row/8%2][row%2]
         if name in raw:
             x = raw[name].view(np.float16).reshape(heads, n, 4, 4, value_groups, 2, 2)[:, :, :, :, order]
             x = x.transpose(0, 1, 2, 5, 3, 6, 4).reshape(heads, n, PAGE_TOKENS, value_groups)
-            found[name] = x[:, :, xp.asarray(rows())].reshape(heads, n * PAGE_TOKENS, value_groups)
-    return found
+            arrays[name] = x[:, :, xp.asarray(rows())].reshape(heads, n * PAGE_TOKENS, value_groups)
+    return arrays

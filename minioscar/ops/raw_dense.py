@@ -1,4 +1,5 @@
-"""Launches of the raw kernels that know nothing of the cache, as in raw.py: linear layers, norms, what stands between them, sampling."""
+"""Launches of the raw kernels that know nothing of the cache, as in raw.py: linear layers, norms, what stands between
+them, sampling."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..sampling import RowSampling, Sampling
-from .raw import Launch, room
+from .raw import Launch, max_shared_bytes
 
 Array = Any
 
@@ -17,8 +18,10 @@ LINEAR_TOKENS = 8  # of linear.cu: the columns of an MMA
 
 
 def fits(tokens: int, size: int, norm: bool, silu: bool, capability: int) -> bool:
-    """Whether linear.cu takes so many tokens of `size` numbers; normed, they stand in shared memory. linear_batch.cu always has room."""
-    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and _linear_bytes(tokens, size, norm, silu) <= room(capability)
+    """Whether linear.cu takes this many tokens of `size` numbers; normed, they stay in shared memory. linear_batch.cu
+    takes any size."""
+    shared = _linear_bytes(tokens, size, norm, silu)
+    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and shared <= max_shared_bytes(capability)
 
 
 def _linear_bytes(tokens: int, size: int, norm: bool, silu: bool) -> int:
@@ -27,14 +30,15 @@ def _linear_bytes(tokens: int, size: int, norm: bool, silu: bool) -> int:
 
 
 def linear_warps(size: int, silu: bool) -> int:
-    """Warps that share k: as many as have something to ask for at three of five places. Not of the tokens: it decides the order of sums."""
+    """Warps that share k: as many as have something to ask for at three of five places. Not of the tokens: it decides
+    the order of sums."""
     rounds = {warps: (4 if silu else 8) * 32 * warps for warps in (16, 8)}  # k that all ask for at a time
     return next((warps for warps, k in rounds.items() if size / (-(-size // k) * k) >= 0.6), 4)
 
 
 def linear(
-    x: Array, weight: Array, out: Array, multiprocessors: int, capability: int, *, norm: tuple[Array, float] | None = None,
-    bias: Array | None = None, residual: Array | None = None, silu: bool = False,
+    x: Array, weight: Array, out: Array, multiprocessors: int, capability: int, *,
+    norm: tuple[Array, float] | None = None, bias: Array | None = None, residual: Array | None = None, silu: bool = False,
 ) -> Launch:
     """`Reference.linear` of x [tokens, in], bf16, at most LINEAR_TOKENS of them; out bf16 or float32.
 
@@ -42,12 +46,15 @@ def linear(
     """
     (tokens, size), (rows, _), tiles = x.shape, weight.shape, 2 if silu else 1
     if not fits(tokens, size, norm is not None, silu, capability):
-        raise ValueError(f"{tokens} tokens of {size} numbers have no place in linear.cu on a card of capability {capability / 10}")
+        card = f"a card of capability {capability / 10}"
+        raise ValueError(f"{tokens} tokens of {size} numbers do not fit linear.cu on {card}")
     shared, warps = _linear_bytes(tokens, size, norm is not None, silu), linear_warps(size, silu)
-    blocks = min(-(-rows // (16 * tiles)), multiprocessors * min(16 // warps, room(capability) // (shared + 1024) or 1))
+    resident = min(16 // warps, max_shared_bytes(capability) // (shared + 1024) or 1)  # blocks a multiprocessor
+    blocks = min(-(-rows // (16 * tiles)), multiprocessors * resident)
     weights, eps = norm or (None, 0.0)
     args = (x, weights, weight, bias, residual, out, *map(np.int32, (tokens, size, rows)), np.float32(eps))
-    defines = f"BLOCK_WARPS={warps}", f"NORM={norm is not None:d}", f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    flags = f"NORM={norm is not None:d}", f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    defines = f"BLOCK_WARPS={warps}", *flags
     return Launch("linear.cu", "linear", defines, (blocks,), 32 * warps, args, shared)
 
 
@@ -73,7 +80,7 @@ def add(x: Array, y: Array) -> Launch:
 def _elementwise(name: str, out: Array, a: Array, b: Array, *more: np.int32) -> Launch:
     tokens, size = out.shape
     if size % 8:
-        raise ValueError(f"rows of {size} numbers have no place in elementwise.cu, which takes multiples of 8")
+        raise ValueError(f"rows of {size} numbers do not fit elementwise.cu, which takes multiples of 8")
     grid = tokens, -(-size // 4096)
     return Launch("elementwise.cu", name, (), grid, 256, (a, b, np.int32(size // 8), *more))
 
@@ -103,9 +110,10 @@ def drawing_bytes(vocab: int, rows: int, adjusted: bool) -> int:
 class Drawing:
     """How the rows of a batch draw, on the device; what no row asks for is not there.
 
-    settings: SETTINGS as uint64 [rows, 6]. workspace: uint64 [rows, sample_words(vocab)], zero between launches. adjusted: float32
-    [rows, vocab], logits after penalties and without end tokens. history: int32 [rows, vocab], `sampling.history`, which the launch that
-    adjusts keeps up. ends: int32 [rows, most of a row], filled up with -1. Raises ValueError for a vocabulary above SAMPLE_VOCAB.
+    settings: SETTINGS as uint64 [rows, 6]. workspace: uint64 [rows, sample_words(vocab)], zero between launches.
+    adjusted: float32 [rows, vocab], logits after penalties and without end tokens. history: int32 [rows, vocab],
+    `sampling.history`, which the launch that adjusts keeps up. ends: int32 [rows, most of a row], filled up with -1.
+    Raises ValueError for a vocabulary above SAMPLE_VOCAB.
     """
 
     def __init__(self, xp: Any, rows: Sequence[RowSampling], vocab: int):
@@ -124,7 +132,8 @@ class Drawing:
 
 def _settings(row: RowSampling, vocab: int) -> tuple:
     s = row.sampling
-    scale = min(math.log2(math.e) / s.temperature, 1e30) if s.temperature else 0.0  # next to 0, the likeliest alone is left
+    # Next to 0, the likeliest alone is left
+    scale = min(math.log2(math.e) / s.temperature, 1e30) if s.temperature else 0.0
     penalties = s.repetition_penalty, s.presence_penalty, s.frequency_penalty
     return s.seed, s.top_p, scale, s.min_p, _top_k(s, vocab), row.sequence, *penalties, min(row.min_tokens, 2**31 - 1)
 
@@ -134,13 +143,15 @@ def _top_k(sampling: Sampling, vocab: int) -> int:
 
 
 def sample(logits: Array, drawing: Drawing, steps: Array, tokens: Array) -> list[Launch]:
-    """`sampling.next_token` of every row of logits, float32 [batch, vocab]; steps and tokens are int32 [batch] on the device.
+    """`sampling.next_token` of every row of logits, float32 [batch, vocab]; steps and tokens are int32 [batch] on the
+    device.
 
-    tokens: in, what each row was fed with, which penalties count; out, what it draws, -1 where `sampling.sample` raises Failure.
-    Launches that no row needs are left out.
+    tokens: in, what each row was fed with, which penalties count; out, what it draws, -1 where `sampling.sample`
+    raises Failure. Launches that no row needs are left out.
     """
     batch, vocab = logits.shape
-    of_thread = 8 if batch < 16 else 32  # many rows fill a card with fewer blocks, which have their fixed costs less often
+    # Many rows fill a card with fewer blocks, which have their fixed costs less often
+    of_thread = 8 if batch < 16 else 32
 
     def launch(name: str, *args: Any) -> Launch:
         grid = -(-vocab // (256 * of_thread)), batch
@@ -156,7 +167,8 @@ def sample(logits: Array, drawing: Drawing, steps: Array, tokens: Array) -> list
     launches.append(launch("sample_max", *row, tokens))
     drawn = [s for s in drawing.rows if s.temperature > 0]
     if nucleus := [s.top_p for s in drawn if s.top_p < 1 and not _top_k(s, vocab)]:
-        # Tokens below (1 - top_p) / vocab of the largest p are less than what top-p leaves out, all together. Three octaves more make up
+        # Tokens below (1 - top_p) / vocab of the largest p are less than what top-p leaves out, all together. Three
+        # octaves more make up
         # for everything that is rounded, and for weights next to 2^-41, which are rounded by up to a factor of 2.
         octaves = 3 + math.log2(vocab / (1 - max(nucleus)))
         launches.append(launch("sample_mass", *row, np.int32(min(math.ceil(24 * octaves), 1024))))
@@ -169,7 +181,8 @@ def sample(logits: Array, drawing: Drawing, steps: Array, tokens: Array) -> list
 
 
 def embed(table: Array, tokens: Array, x: Array) -> Launch:
-    """x[i] = table[tokens[i]]: table bf16 [vocab, hidden], tokens int32 [n], x bf16 [n, hidden], hidden a multiple of 8."""
+    """x[i] = table[tokens[i]]: table bf16 [vocab, hidden], tokens int32 [n], x bf16 [n, hidden], hidden a multiple of
+    8."""
     return Launch("step.cu", "embed", (), (len(tokens),), 128, (table, tokens, x, np.int32(table.shape[1])))
 
 

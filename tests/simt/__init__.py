@@ -1,8 +1,9 @@
-"""Runs CUDA kernels on the CPU: g++ compiles the unchanged .cu file, fibers are its threads, and every access to memory is checked.
+"""Runs CUDA kernels on the CPU: g++ compiles the unchanged .cu file, fibers are its threads, and every access to
+memory is checked.
 
-`compile_kernel` gives a `Kernel`; calling it runs a grid and raises `Fault`, with the block, the thread, the array and the source line, on
-an access out of bounds, a read of memory that nobody wrote or whose asynchronous copy is in flight, a race, or a divergent barrier.
-Needs g++ (10 or later) and binutils; Linux on x86-64 or aarch64.
+`compile_kernel` gives a `Kernel`; calling it runs a grid and raises `Fault`, with the block, the thread, the array and
+the source line, on an access out of bounds, a read of memory that nobody wrote or whose asynchronous copy is in
+flight, a race, or a divergent barrier. Needs g++ (10 or later) and binutils; Linux on x86-64 or aarch64.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def array(values: Any) -> np.ndarray:
 
 
 def tensor_map(matrix: np.ndarray, box_rows: int) -> np.void:
-    """The TensorMap of include/device.cuh: a matrix of 16-bit numbers from `array` or `empty`, in boxes of so many rows and 64 columns."""
+    """The TensorMap of include/device.cuh: a matrix of 16-bit numbers from `array` or `empty`, in boxes of so many
+    rows and 64 columns."""
     fields = [("base", np.uint64), ("rows", np.uint64), ("columns", np.uint64), ("box_rows", np.uint32), ("rest", "V100")]
     return np.array((matrix.ctypes.data, *matrix.shape, box_rows, b""), np.dtype(fields))[()]
 
@@ -178,7 +180,8 @@ class Module:
         return self.kernels[name]
 
     def share(self, dynamic: int) -> int:
-        """Tell the runtime which bytes of the module's thread-local segment are shared memory; returns where that segment begins."""
+        """Tell the runtime which bytes of the module's thread-local segment are shared memory; returns where that
+        segment begins."""
         at = next(offset for offset, _, name in self.variables if name == DYNAMIC)
         base = self.lib.simt_dynamic() - at
         statics = [(offset, size, name.startswith("_ZGV")) for offset, size, name in self.variables if offset != at]
@@ -201,9 +204,11 @@ class Module:
 
 
 class Kernel:
-    """Call it as kernel(grid, block, args, shared=dynamic bytes): args are arrays from `array` or `empty`, and NumPy scalars.
+    """Call it as kernel(grid, block, args, shared=dynamic bytes): args are arrays from `array` or `empty`, and NumPy
+    scalars.
 
-    Equal seeds give equal orders of threads and blocks. Without checks memory is not watched; a launch takes two thirds of the time.
+    Equal seeds give equal orders of threads and blocks. Without checks memory is not watched; a launch takes two
+    thirds of the time.
     """
 
     def __init__(self, module: Module, number: int, name: str):
@@ -254,7 +259,8 @@ class Kernel:
 
 
 def _shared_definitions(assembly: str) -> str:
-    """Give every shared variable a gap after it, and every `extern __shared__` array the one block of dynamic shared memory."""
+    """Give every shared variable a gap after it, and every `extern __shared__` array the one block of dynamic shared
+    memory."""
     sections = re.split(r"^(?=[ \t]*\.(?:section|text|data|bss|popsection|previous)\b)", assembly, flags=re.M)
     for i, text in enumerate(sections):
         if ".tbss" in text[: text.find("\n")]:
@@ -285,7 +291,7 @@ def _headers(arch: int) -> Path:
     header = BUILD / f"{key}.h"
 
     def make(out: Path) -> None:
-        header.write_text('#include "simt.h"\n#include "device.cuh"\n')
+        header.write_text('#include "simt.h"\n#include "device.cuh"\n#include "sm90/wgmma.cuh"\n')
         _run("g++", *_flags(arch), "-x", "c++-header", header, "-o", out)
 
     _built(key, ".h.gch", make)
@@ -315,7 +321,8 @@ def _module(source: Path, names: tuple[str, ...], defines: tuple[str, ...], arch
         assembly = out.with_suffix(".s")
         _run("g++", *_flags(arch), "-include", _headers(arch), "-S", code, "-o", assembly)
         assembly.write_text(_shared_definitions(assembly.read_text()))
-        _run("g++", "-shared", "-nodefaultlibs", "-Wl,-Bsymbolic", assembly, "-lm", "-o", out)  # the rest comes with the runtime
+        # The rest comes with the runtime
+        _run("g++", "-shared", "-nodefaultlibs", "-Wl,-Bsymbolic", assembly, "-lm", "-o", out)
         code.unlink()
         assembly.unlink()
 
@@ -324,9 +331,11 @@ def _module(source: Path, names: tuple[str, ...], defines: tuple[str, ...], arch
 
 
 def compile_module(source: str | Path, names: Sequence[str], defines: Sequence[str] = (), arch: int = 80) -> Module:
-    """The kernels `names` (extern "C" names, or template instantiations as C++ writes them) of a .cu file; defines are NAME=VALUE."""
+    """The kernels `names` (extern "C" names, or template instantiations as C++ writes them) of a .cu file; defines are
+    NAME=VALUE."""
     source = Path(source).resolve()
-    near = sorted(p for p in source.parent.iterdir() if p.suffix in (".cuh", ".h"))
+    folder = source.parent.parent if source.parent.name == "sm90" else source.parent
+    near = sorted(p for p in folder.rglob("*") if p.suffix in (".cuh", ".h"))
     key = _digest(_version(), source, source.read_text(), *(p.read_text() for p in near), names, defines, arch)
     return _module(source, tuple(names), tuple(defines), arch, key)
 

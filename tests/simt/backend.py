@@ -1,4 +1,5 @@
-"""The CUDA back end on the simulator: ops/cuda.py as it is, its arrays in simulated global memory, its launches run by `simt`.
+"""The CUDA back end on the simulator: ops/cuda.py as it is, its arrays in simulated global memory, its launches run by
+`simt`.
 
 `MINIOSCAR_BACKEND=simt python -m minioscar generate ...` runs a model through it, slowly, to show that the path works.
 """
@@ -96,7 +97,8 @@ class Simt(Cuda):
         return Immediate(batch, run)
 
     def product(self, x: np.ndarray, weight: np.ndarray, float32: bool) -> np.ndarray:
-        """As cuBLAS does it: float32 sums, one rounding to BF16. (NumPy leaves a product of two BF16 matrices in float32.)"""
+        """As cuBLAS does it: float32 sums, one rounding to BF16. (NumPy leaves a product of two BF16 matrices in
+        float32.)"""
         return array((x.astype(np.float32) @ weight.astype(np.float32).T).astype(np.float32 if float32 else self.dtype))
 
 

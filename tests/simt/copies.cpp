@@ -102,7 +102,7 @@ void copy_bulk(void* to, const void* from, unsigned bytes, void* barrier) {
   b.copies.push_back(start(to, from, bytes, bytes, SIMT_PC));
 }
 
-void copy_box(void* to, const Tensor& from, int column, int row, void* barrier) {
+void copy_tensor_box(void* to, const Tensor& from, int column, int row, void* barrier) {
   if ((uintptr_t)to % 1024) fault(SIMT_PC, to, "box of a tensor to @: the pattern of swizzling begins at a multiple of 1024 bytes");
   if ((uintptr_t)from.base % 16 || from.columns % 8) fault(SIMT_PC, from.base, "a tensor whose rows do not begin at multiples of 16 bytes");
   Mbarrier& b = find(barrier, SIMT_PC);

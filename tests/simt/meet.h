@@ -1,4 +1,4 @@
-// meet.h: operations of a whole warp, and 16-bit numbers.
+// warp_operation.h: operations of a whole warp, and 16-bit numbers.
 #pragma once
 #include <cstring>
 
@@ -8,7 +8,7 @@ namespace simt {
 
 // Every lane of `mask` must come to the same operation; the last one carries it out for all (`combine` gets each lane's args) and all go on.
 template <class Args>
-void meet(void* pc, uint32_t mask, const char* op, int line, Args& args, void (*combine)(Args** lanes, uint32_t mask)) {
+void warp_operation(void* pc, uint32_t mask, const char* op, int line, Args& args, void (*combine)(Args** lanes, uint32_t mask)) {
   Thread& t = *current;
   const int base = t.index & ~31;
   const int lanes = launch.threads - base < 32 ? launch.threads - base : 32;

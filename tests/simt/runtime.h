@@ -8,7 +8,7 @@ namespace simt {
 enum Kind { READ, WRITE, ATOMIC, RELAXED_READ, RELAXED_WRITE };  // the last two: atomic, but nothing is ordered by them
 struct Index { unsigned x, y, z; };
 
-// ---- Called by kernels through the headers in include/. `line` is the line of the kernel that asks: lanes must meet at the same one.
+// ---- Called by kernels through the headers in include/. `line` is the line of the kernel that asks: lanes must warp_operation at the same one.
 [[gnu::const]] Index thread_index();
 [[gnu::const]] Index block_index();
 [[gnu::const]] Index block_size();
@@ -48,7 +48,7 @@ struct Tensor {  // what a tensor map says: a matrix of 16-bit numbers, and a bo
   uint64_t rows, columns;
   uint32_t box_rows;
 };
-void copy_box(void* shared, const Tensor& from, int column, int row, void* barrier);  // in the order of 128-byte swizzling
+void copy_tensor_box(void* shared, const Tensor& from, int column, int row, void* barrier);  // in the order of 128-byte swizzling
 uint32_t shared_address(const void* p);                     // the 32-bit address of PTX and back
 void* shared_pointer(uint32_t address);
 

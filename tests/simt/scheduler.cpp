@@ -202,7 +202,7 @@ unsigned barrier_reduce(unsigned value, char op, int line) {
   return reduce_result;
 }
 
-// Producers and consumers may meet from different lines; those that only arrive go on.
+// Producers and consumers may warp_operation from different lines; those that only arrive go on.
 static void named_arrival(int id, int count, bool waits) {
   auto& b = named[id & 15];
   release(current->index, b.clocks);
@@ -221,14 +221,14 @@ void barrier_named_arrive(int id, int count) { named_arrival(id, count, false); 
 
 void sync_warp(uint32_t mask, int line) {
   char nothing = 0;
-  meet<char>(SIMT_PC, mask, "__syncwarp", line, nothing, [](char**, uint32_t m) { after_warp_sync(warp_of(current->index), m); });
+  warp_operation<char>(SIMT_PC, mask, "__syncwarp", line, nothing, [](char**, uint32_t m) { after_warp_sync(warp_of(current->index), m); });
 }
 
 struct Shuffle { uint64_t in, out; int from; };
 uint64_t shuffle(uint32_t mask, uint64_t value, int from, int line) {
   if (!(mask >> from & 1)) fault(SIMT_PC, nullptr, "shuffle from lane %d, which is not in its mask %08x", from, mask);
   Shuffle args{value, 0, from};
-  meet<Shuffle>(SIMT_PC, mask, "a shuffle", line, args, [](Shuffle** lane, uint32_t) {
+  warp_operation<Shuffle>(SIMT_PC, mask, "a shuffle", line, args, [](Shuffle** lane, uint32_t) {
     for (int l = 0; l < 32; l++)
       if (lane[l] && !lane[lane[l]->from]) fault(nullptr, nullptr, "shuffle from lane %d, which the block does not have", lane[l]->from);
       else if (lane[l]) lane[l]->out = lane[lane[l]->from]->in;
@@ -239,7 +239,7 @@ uint64_t shuffle(uint32_t mask, uint64_t value, int from, int line) {
 struct Vote { bool in; uint32_t out; };
 uint32_t ballot(uint32_t mask, bool value, int line) {
   Vote args{value, 0};
-  meet<Vote>(SIMT_PC, mask, "a vote", line, args, [](Vote** lane, uint32_t) {
+  warp_operation<Vote>(SIMT_PC, mask, "a vote", line, args, [](Vote** lane, uint32_t) {
     uint32_t all = 0;
     for (int l = 0; l < 32; l++) if (lane[l] && lane[l]->in) all |= 1u << l;
     for (int l = 0; l < 32; l++) if (lane[l]) lane[l]->out = all;
@@ -251,7 +251,7 @@ uint32_t ballot(uint32_t mask, bool value, int line) {
 struct Mma { const uint32_t *a, *b; const float* c; float* d; bool bf16; };
 void mma_16816(float* d, const uint32_t* a, const uint32_t* b, const float* c, bool bf16, int line) {
   Mma args{a, b, c, d, bf16};
-  meet<Mma>(SIMT_PC, ~0u, "mma", line, args, [](Mma** lane, uint32_t mask) {
+  warp_operation<Mma>(SIMT_PC, ~0u, "mma", line, args, [](Mma** lane, uint32_t mask) {
     if (mask != ~0u) fault(nullptr, nullptr, "mma in a warp of fewer than 32 threads");
     float A[16][16], B[16][8];
     double D[16][8];
@@ -279,7 +279,7 @@ void ldmatrix(uint32_t* out, int count, bool transposed, const void* row, int li
     access(row, 16, READ, SIMT_PC);
     memcpy(args.row, row, 16);
   }
-  meet<Ldmatrix>(SIMT_PC, ~0u, "ldmatrix", line, args, [](Ldmatrix** lane, uint32_t mask) {
+  warp_operation<Ldmatrix>(SIMT_PC, ~0u, "ldmatrix", line, args, [](Ldmatrix** lane, uint32_t mask) {
     if (mask != ~0u) fault(nullptr, nullptr, "ldmatrix in a warp of fewer than 32 threads");
     for (int l = 0; l < 32; l++)
       for (int i = 0; i < lane[l]->count; i++) {
@@ -293,7 +293,7 @@ void ldmatrix(uint32_t* out, int count, bool transposed, const void* row, int li
 struct Movmatrix { uint32_t in, out; };
 uint32_t movmatrix(uint32_t value, int line) {
   Movmatrix args{value, 0};
-  meet<Movmatrix>(SIMT_PC, ~0u, "movmatrix", line, args, [](Movmatrix** lane, uint32_t mask) {
+  warp_operation<Movmatrix>(SIMT_PC, ~0u, "movmatrix", line, args, [](Movmatrix** lane, uint32_t mask) {
     if (mask != ~0u) fault(nullptr, nullptr, "movmatrix in a warp of fewer than 32 threads");
     auto at = [&](int r, int k) { return lane[4 * r + k / 2]->in >> (16 * (k & 1)) & 0xFFFF; };
     for (int l = 0; l < 32; l++) lane[l]->out = at(2 * (l % 4), l / 4) | at(2 * (l % 4) + 1, l / 4) << 16;

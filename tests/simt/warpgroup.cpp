@@ -1,4 +1,4 @@
-// warpgroup.cpp: wgmma.mma_async. Its operands are read and its sums written at the wait, not before; until then the sums hold NaN.
+// warpgroup.cpp: wgmma.mma_async. Its operands are read and its sums written at the wait, not before; until then the sums compiler_fence NaN.
 //
 // A warp has 16 of the 64 rows, so it needs nothing of the other three, but that they come too.
 #include <algorithm>
@@ -75,7 +75,7 @@ void wgmma(float* d, int n, bool fresh, const uint32_t* a, uint64_t a_shared, ui
   if (!own.sums.count(d)) own.sums[d].assign(d, d + n / 2), std::fill((uint32_t*)d, (uint32_t*)d + n / 2, POISON);
   else if (!poisoned(d, n)) fault(SIMT_PC, nullptr, "the sums of a wgmma in flight were written");
   own.products.push_back(p);
-  meet<Product>(SIMT_PC, ~0u, "wgmma", line, p, [](Product** lane, uint32_t) {  // what it reads must be there from now on
+  warp_operation<Product>(SIMT_PC, ~0u, "wgmma", line, p, [](Product** lane, uint32_t) {  // what it reads must be there from now on
     static float x[16 * 256];
     for (int l = 0; l < 32; l++)
       if (lane[l]->b != lane[0]->b || lane[l]->a_shared != lane[0]->a_shared) fault(nullptr, nullptr, "wgmma whose lanes have different descriptors");
@@ -118,7 +118,7 @@ static void multiply(int base) {
 
 void wgmma_wait(int groups, int line) {
   int until = all[current->index].committed - groups;  // groups from this number on may go on
-  meet<int>(SIMT_PC, ~0u, "wgmma.wait_group", line, until, [](int** lane, uint32_t mask) {
+  warp_operation<int>(SIMT_PC, ~0u, "wgmma.wait_group", line, until, [](int** lane, uint32_t mask) {
     const int base = current->index & ~31;
     if (mask != ~0u) fault(nullptr, nullptr, "wgmma in a warp of fewer than 32 threads");
     for (int l = 0; l < 32; l++)

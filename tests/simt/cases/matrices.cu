@@ -16,7 +16,7 @@ extern "C" __global__ void multiply_bf16(const uint32_t* a, const uint32_t* b, c
 extern "C" __global__ void multiply_fresh_f16(const uint32_t* a, const uint32_t* b, const float* c, float* out) {
   const int l = threadIdx.x;
   float d[4] = {c[4 * l], c[4 * l + 1], c[4 * l + 2], c[4 * l + 3]};
-  mma_m16n8k16_f16_fresh(d, a[4 * l], a[4 * l + 1], a[4 * l + 2], a[4 * l + 3], b[2 * l], b[2 * l + 1]);
+  mma_m16n8k16_f16_zero(d, a[4 * l], a[4 * l + 1], a[4 * l + 2], a[4 * l + 3], b[2 * l], b[2 * l + 1]);
   for (int i = 0; i < 4; i++) out[4 * l + i] = d[i];
 }
 // x: a register a lane, which is an 8x8 matrix of 16-bit numbers

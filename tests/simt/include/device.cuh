@@ -1,8 +1,12 @@
-// device.cuh: on the host, what minioscar/kernels/device.cuh does on the card. The same include guard: this one comes first and replaces it.
+// device.cuh: host versions of minioscar/kernels/device.cuh. Its include guard is the same: included first, this file replaces it.
 #ifndef MINIOSCAR_DEVICE_CUH
 #define MINIOSCAR_DEVICE_CUH
+#define MINIOSCAR_BULK_COPIES_CUH  // below
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
+
+#define DEVICE __device__ __forceinline__
+#define UNROLL
 
 SIMT_INLINE uint32_t smem_addr(const void* p) { return simt::shared_address(p); }
 
@@ -16,7 +20,7 @@ SIMT_INLINE uint32_t smem_addr(const void* p) { return simt::shared_address(p); 
     (void)zero, simt::mma_16816(d, a, b, c, bf16, line);                                                                                  \
   }
 SIMT_MMA(mma_m16n8k16_f16, false, d)
-SIMT_MMA(mma_m16n8k16_f16_fresh, false, zero)
+SIMT_MMA(mma_m16n8k16_f16_zero, false, zero)
 SIMT_MMA(mma_m16n8k16_bf16, true, d)
 SIMT_INLINE uint32_t movmatrix(uint32_t a, SIMT_LINE) { return simt::movmatrix(a, line); }
 SIMT_INLINE void ldmatrix_x4(uint32_t (&d)[4], const void* row, SIMT_LINE) { simt::ldmatrix(d, 4, false, row, line); }
@@ -38,13 +42,13 @@ SIMT_INLINE uint32_t pack_bf16x2(float low, float high) { return simt::bits_of<u
 SIMT_INLINE unsigned short to_bf16(float x) { return pack_bf16x2(x, 0.f) & 0xffff; }
 SIMT_INLINE uint32_t mul_f16x2(uint32_t a, uint32_t b) { return simt::bits_of<uint32_t>(__hmul2(simt::bits_of<__half2>(a), simt::bits_of<__half2>(b))); }
 SIMT_INLINE uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return simt::bits_of<uint32_t>(__hmul2(simt::bits_of<__nv_bfloat162>(a), simt::bits_of<__nv_bfloat162>(b))); }
-SIMT_INLINE int known_from_here(int x) { return x; }
-SIMT_INLINE void nothing_ahead() {}
+SIMT_INLINE int opaque(int x) { return x; }
+SIMT_INLINE void compiler_barrier() {}
 
 // --- memory
 
-SIMT_INLINE void load_once(uint4& d, const void* global, bool wanted) {
-  if (wanted) d = *(const uint4*)global;
+SIMT_INLINE void load_once(uint4& d, const void* global, bool predicate) {
+  if (predicate) d = *(const uint4*)global;
 }
 __attribute__((no_sanitize("thread"), noinline)) inline int atomic_add_acq_rel(int* p, int x) {
   simt::atomic(p, sizeof *p, true);
@@ -66,13 +70,14 @@ __attribute__((no_sanitize("thread"), noinline)) void store_relaxed(T* p, T x) {
 }
 SIMT_INLINE void cp_async_16(void* shared, const void* global) { simt::copy_async(shared, global, 16, 16); }
 template <bool>
-SIMT_INLINE void cp_async_16_or_zero(void* shared, const void* global, bool there) { simt::copy_async(shared, global, 16, there ? 16 : 0); }
+SIMT_INLINE void cp_async_16_or_zero(void* shared, const void* global, bool valid) { simt::copy_async(shared, global, 16, valid ? 16 : 0); }
 SIMT_INLINE void cp_async_commit() { simt::copy_commit(); }
 template <int N>
 SIMT_INLINE void cp_async_wait() { simt::copy_wait(N); }
 
 SIMT_INLINE void wait_for_previous() {}  // launches run one after the other here
 SIMT_INLINE void allow_next() {}
+SIMT_INLINE void wait_then_allow_next() {}
 
 #define BULK_COPIES (__CUDA_ARCH__ >= 900)
 #if BULK_COPIES
@@ -85,34 +90,5 @@ SIMT_INLINE void mbarrier_wait(uint64_t* bar, uint32_t parity, SIMT_LINE) { simt
 SIMT_INLINE uint64_t l2_evict_first() { return 0; }
 SIMT_INLINE void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar, uint64_t) { simt::copy_bulk(shared, global, bytes, bar); }
 SIMT_INLINE void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar) { simt::copy_bulk(shared, global, bytes, bar); }
-
-SIMT_INLINE void named_barrier_wait(int id, int threads, SIMT_LINE) { simt::barrier_named(id, threads, line); }
-SIMT_INLINE void named_barrier_arrive(int id, int threads) { simt::barrier_named_arrive(id, threads); }
-template <int N> SIMT_INLINE void fewer_registers() {}
-template <int N> SIMT_INLINE void more_registers() {}
-SIMT_INLINE void fence_async() {}
-SIMT_INLINE uint64_t wgmma_operand(const void* shared, int stride, int leading) {
-  return (uint64_t)1 << 62 | (uint64_t)(stride >> 4) << 32 | (uint64_t)(leading >> 4) << 16 | (smem_addr(shared) & 0x3ffff) >> 4;
-}
-SIMT_INLINE void wgmma_fence() { simt::wgmma_fence(); }
-SIMT_INLINE void wgmma_commit() { simt::wgmma_commit(); }
-template <int N> SIMT_INLINE void wgmma_wait(SIMT_LINE) { simt::wgmma_wait(N, line); }
-template <class T> SIMT_INLINE void hold(T&) {}
-template <bool FRESH> SIMT_INLINE void wgmma_bf16_k_major(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) { simt::wgmma(&d[0][0], 128, FRESH, a, 0, b, false, line); }
-template <int N> SIMT_INLINE void wgmma_bf16(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) {
-  static_assert(N == 8 || N == 16);
-  simt::wgmma(&d[0][0], 8 * N, false, a, 0, b, true, line);
-}
-template <int N> SIMT_INLINE void wgmma_bf16_shared(float (&d)[N][4], uint64_t a, uint64_t b, SIMT_LINE) {
-  static_assert(N % 2 == 0 && N <= 32);
-  simt::wgmma(&d[0][0], 8 * N, false, nullptr, a, b, false, line);
-}
-
-struct TensorMap { simt::Tensor tensor; char rest[128 - sizeof(simt::Tensor)]; };
-SIMT_INLINE void prefetch_map(const TensorMap*) {}
-SIMT_INLINE void box_copy(void* shared, const TensorMap* map, int column, int row, uint64_t* bar, uint64_t) {
-  simt::copy_box(shared, map->tensor, column, row, bar);
-}
-SIMT_INLINE void box_copy(void* shared, const TensorMap* map, int column, int row, uint64_t* bar) { box_copy(shared, map, column, row, bar, 0); }
 #endif
 #endif

@@ -1,5 +1,5 @@
-// warpgroups_sm90.cu: one warpgroup; b [128, 64] K-major or [16, N] N-major; a, c and d in memory as they are in registers, c and d [128, N / 2].
-#include "device.cuh"
+// warpgroups.cu: one warpgroup; b [128, 64] K-major or [16, N] N-major; a, c and d in memory as they are in registers, c and d [128, N / 2].
+#include "sm90/wgmma.cuh"
 
 // d = c + a . b, a [128, 4] registers, b [16, N]
 template <int N>
@@ -16,12 +16,12 @@ __device__ void multiply(const uint32_t* a, const uint4* b, const float* c, floa
   uint32_t own[1][4];
   for (int i = 0; i < 4; i++) own[0][i] = a[4 * t + i];
   for (int i = 0; i < N / 2; i++) d[i / 4][i % 4] = c[N / 2 * t + i];
-  hold(d), hold(own);
+  compiler_fence(d), compiler_fence(own);
   wgmma_fence();
   wgmma_bf16(d, own[0], wgmma_operand(rows, 1024, 2048));
   wgmma_commit();
   wgmma_wait<0>();
-  hold(d);
+  compiler_fence(d);
   for (int i = 0; i < N / 2; i++) out[N / 2 * t + i] = d[i / 4][i % 4];
 }
 extern "C" __global__ void registers_shared_64(const uint32_t* a, const uint4* b, const float* c, float* out) { multiply<64>(a, b, c, out); }
@@ -39,7 +39,7 @@ extern "C" __global__ void registers_rows(const uint32_t* a, const uint4* b, con
   for (int i = 0; i < 4; i++) own[0][i] = a[4 * t + i];
   for (int i = 0; i < 64; i++) d[i / 4][i % 4] = c ? c[64 * t + i] : 1e30f;
   const uint64_t at = wgmma_operand(rows + (fault == 4 ? 128 : 0), 1024, 0) + 6;
-  hold(d), hold(own);
+  compiler_fence(d), compiler_fence(own);
   if (fault != 1) wgmma_fence();
   if (c) wgmma_bf16_k_major<false>(d, own[0], at);
   else wgmma_bf16_k_major<true>(d, own[0], at);
@@ -48,7 +48,7 @@ extern "C" __global__ void registers_rows(const uint32_t* a, const uint4* b, con
   if (fault == 3) rows[128 * t + (6 ^ t % 8) * 16] = 0;  // of k 48
   if (fault == 6) own[0][0]++;
   if (fault != 5) wgmma_wait<0>();
-  hold(d);
+  compiler_fence(d);
   for (int i = 0; i < 64; i++) out[64 * t + i] = d[i / 4][i % 4];
 }
 
@@ -62,12 +62,12 @@ __device__ void multiply_shared(const uint4* a, const uint4* b, const float* c, 
   __syncthreads();
   float d[N / 8][4];
   for (int i = 0; i < N / 2; i++) d[i / 4][i % 4] = c[N / 2 * t + i];
-  hold(d);
+  compiler_fence(d);
   wgmma_fence();
   wgmma_bf16_shared(d, wgmma_operand(rows, 1024, 0) + 4, wgmma_operand(rows + 8192, 1024, 0) + 4);
   wgmma_commit();
   wgmma_wait<0>();
-  hold(d);
+  compiler_fence(d);
   for (int i = 0; i < N / 2; i++) out[N / 2 * t + i] = d[i / 4][i % 4];
 }
 #define SHARED(N) \

@@ -1,0 +1,146 @@
+"""Launches of the attention of a prefill, as in raw.py: a packed past back to BF16, tiles, and the attention itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..oscar import Scheme
+from .raw import PAGE_TOKENS, Heads, Launch, PrefillTokens, layout_defines, max_shared_bytes
+
+Array = Any
+
+# Head_dim -> tiles of keys, and of values, that a block of sm90/prefill_attention.cu holds
+WGMMA_STAGES = {64: 6, 128: 3}
+WGMMA_ROWS, TILE_TOKENS = 128, 128
+
+
+def tiled(head_dim: int, capability: int) -> bool:
+    """Whether `prefill_attention` reads keys and values from `Tiles`, not from where they are."""
+    return capability == 90 and head_dim in WGMMA_STAGES
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """All keys and values of a prefill, old and new, in tiles of TILE_TOKENS (sm90/tile.cuh).
+
+    keys, values: bf16 [tiles, kv_heads, TILE_TOKENS, d], swizzled; first: int32 [sequences] on the device, where each
+    sequence's tiles begin, one for every TILE_TOKENS of its tokens.
+    """
+
+    keys: Array
+    values: Array
+    first: Array
+
+
+Past = tuple[Array, Array] | Tiles
+
+
+def unpack(
+    heads: Heads, scheme: Scheme, slots: Array | None, starts: Array, max_start: int, cache: dict[str, Array], to: Past
+) -> Launch:
+    """The first starts[s] tokens, at most `max_start`, of row slots[s] (None: s) -> tiles, or row s of keys and
+    values."""
+    norms, pages, tiles = cache.get("norms"), cache["pages"], isinstance(to, Tiles)
+    keys, values, first = (to.keys, to.values, to.first) if tiles else (*to, None)
+    norm_stride, capacity = 0 if norms is None else norms.shape[-1], 0 if tiles else keys.shape[2]
+    sizes = heads.kv_heads, pages.shape[-2], norm_stride, scheme.sinks, capacity
+    named = (cache.get(n) for n in ("pages", "norms", "sink_keys", "sink_values", "window_keys", "window_values"))
+    args = (*named, slots, starts, first, keys, values, *map(np.int32, sizes))
+    grid = -(-max_start // PAGE_TOKENS), heads.kv_heads, starts.shape[0]
+    defines = (*layout_defines(scheme, heads.head_dim), f"TILED={tiles:d}")
+    return Launch("unpack.cu", "unpack", defines, grid, 2 * heads.head_dim, args)
+
+
+def fill_tiles(heads: Heads, new: PrefillTokens, past: tuple[Array, Array] | None, max_length: int, tiles: Tiles) -> Launch:
+    """New tokens, and older ones of a plain cache, into their tiles. max_length: of a sequence, old and new tokens."""
+    keys, values = past if past else (None, None)
+    where = new.first_rows, new.slots, new.starts, new.counts, tiles.first
+    sizes = new.key_stride, new.value_stride, keys.shape[2] if past else 0
+    args = (new.keys, new.values, keys, values, *where, tiles.keys, tiles.values, *map(np.int32, sizes))
+    longest = -(-max_length // TILE_TOKENS) if past else -(-new.max_count // TILE_TOKENS) + 1
+    grid = longest, heads.kv_heads, new.starts.shape[0]
+    return Launch("sm90/prefill_tiles.cu", "prefill_tiles", (f"HEAD_DIM={heads.head_dim}",), grid, 256, args)
+
+
+# head_dim -> (warps, row tiles of 16 a warp, keys of a tile, blocks a multiprocessor), best first
+PREFILL_CONFIGS = {
+    64: [(4, 2, 64, 2)], 96: [(4, 2, 64, 2)], 128: [(4, 2, 48, 2)], 256: [(8, 1, 64, 1), (8, 1, 32, 1), (4, 1, 16, 2)],
+}
+# About: so much of keys and values is attended to in one pass over heads (131,072 tokens: 209 ms, 237 with all heads).
+L2_BYTES = 64 << 20
+SPLIT_COST = 4  # tiles: what a split of the keys costs beyond its own tiles, its start and its sums written and read
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """How `prefill_attention` splits the keys of a block of queries: fixed by shapes, so that one graph serves every
+    length."""
+
+    blocks: int  # of queries, over all kv heads and sequences
+    splits: int
+    tiles: int  # of keys, of a split
+
+    def workspace_floats(self, head_dim: int) -> int:
+        return self.blocks * self.splits * WGMMA_ROWS * (head_dim + 2)
+
+
+def split_plan(
+    heads: Heads, max_count: int, sequences: int, max_start: int, multiprocessors: int, capability: int
+) -> SplitPlan | None:
+    """Splits where multiprocessors would be idle without, else None. max_count, max_start: of new and of older
+    tokens."""
+    if not tiled(heads.head_dim, capability):
+        return None
+    blocks = -(-max_count * (heads.q_heads // heads.kv_heads) // WGMMA_ROWS) * heads.kv_heads * sequences
+    tiles = -(-(max_start + max_count) // TILE_TOKENS)
+    split_tiles = {splits: -(-tiles // splits) for splits in range(1, min(tiles, multiprocessors) + 1)}
+    splits = min(split_tiles, key=lambda n: -(-blocks * n // multiprocessors) * (split_tiles[n] + SPLIT_COST))
+    return SplitPlan(blocks, splits, split_tiles[splits]) if splits > 1 else None
+
+
+def prefill_attention(
+    heads: Heads, q: Array, new: PrefillTokens, past: Past | None, out: Array, capability: int, *,
+    scale: float | None = None, split: tuple[SplitPlan, Array, Array] | None = None, multiprocessors: int = 132,
+) -> Launch:
+    """q [tokens, q_heads, d] -> out, both bf16: each new token over those before it and itself. scale: as in
+    `decode_attention`.
+
+    past: keys and values of the older tokens, bf16 [rows, kv_heads, capacity, d], row new.slots[s] (None: s) of
+    sequence s; None where new.starts are all 0. Where `tiled` says so, the tiles of all tokens instead. split: by
+    `split_plan`, with workspace float32 [workspace_floats(d)] and split_counter int32 [blocks], zero before and after.
+    multiprocessors: 132 of an H100 or H200; where there are fewer, some blocks have to wait.
+    """
+    d, q_per_kv = heads.head_dim, heads.q_heads // heads.kv_heads
+    scale_log2 = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e))
+    defines = f"HEAD_DIM={d}", f"Q_PER_KV={q_per_kv}"
+    if isinstance(past, Tiles):
+        plan, workspace, split_counter = split or (SplitPlan(0, 1, 2**30), None, None)
+        blocks, sequences = -(-new.max_count * q_per_kv // WGMMA_ROWS), new.starts.shape[0]
+        fitting = L2_BYTES * heads.kv_heads // max(2 * past.keys.nbytes, 1)  # heads whose keys and values L2 holds
+        divisors = (n for n in range(heads.kv_heads, 1, -1) if heads.kv_heads % n == 0 and n <= fitting)
+        heads_per_pass = next(divisors, 1)
+        sizes = heads.kv_heads, heads_per_pass, sequences, blocks, plan.splits, plan.tiles
+        where = past.first, new.first_rows, new.starts, new.counts
+        args = (q, past.keys, past.values, *where, out, workspace, split_counter, *map(np.int32, sizes), scale_log2)
+        stages = WGMMA_STAGES[d]
+        shared = (WGMMA_ROWS + 2 * stages * TILE_TOKENS) * 2 * d + 4 * stages * 8 + 8
+        grid = (min(blocks * plan.splits * heads.kv_heads * sequences, multiprocessors),)
+        defines = *defines, f"STAGES={stages}"
+        return Launch("sm90/prefill_attention.cu", "prefill_attention", defines, grid, 384, args, shared)
+
+    def config_bytes(warps: int, row_tiles: int, tile: int, _blocks: int) -> int:
+        return (warps * row_tiles * 16 + 4 * tile) * (2 * d + 16)
+
+    best = next(c for c in PREFILL_CONFIGS[d] if config_bytes(*c) <= max_shared_bytes(capability))
+    names = "BLOCK_WARPS", "ROW_TILES", "TILE", "BLOCKS_PER_SM"
+    defines = (*defines, *(f"{name}={n}" for name, n in zip(names, best, strict=True)))
+    grid = -(-new.max_count * q_per_kv // (best[0] * best[1] * 16)), heads.kv_heads, new.starts.shape[0]
+    keys, values = past if past else (None, None)
+    where = new.first_rows, new.slots, new.starts, new.counts
+    sizes = new.key_stride, new.value_stride, heads.kv_heads, keys.shape[2] if past else 0
+    args = (q, new.keys, new.values, keys, values, *where, out, *map(np.int32, sizes), scale_log2)
+    return Launch("prefill_attention.cu", "prefill_attention", defines, grid, 32 * best[0], args, config_bytes(*best))
