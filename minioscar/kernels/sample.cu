@@ -60,7 +60,7 @@ struct Row {
   int vocab;
   float max, scale;
 
-  __device__ __forceinline__ Row(const float* all, const uint64_t* rows, uint64_t* workspace, int words, int vocab)
+  DEVICE Row(const float* all, const uint64_t* rows, uint64_t* workspace, int words, int vocab)
       : logits(all + (size_t)blockIdx.y * vocab), settings((const Settings*)rows + blockIdx.y), vocab(vocab), max(0.f),
         scale(settings->scale) {
     uint64_t* own = workspace + (size_t)blockIdx.y * words;
@@ -71,14 +71,13 @@ struct Row {
     list = (uint64_t*)(maxima + gridDim.x * GROUPS);
   }
 
-  static __device__ __forceinline__ int id(int i) {
+  DEVICE static int id(int i) {
     return blockIdx.x * PART + (i / 4 * THREADS + threadIdx.x) * 4 + i % 4;
   }
-  __device__ __forceinline__ void load(float (&x)[TOKENS]) const {
+  DEVICE void load(float (&x)[TOKENS]) const {
     const float out = -__uint_as_float(0x7f800000u);
     if (vocab % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i < TOKENS; i += 4) {
+      UNROLL for (int i = 0; i < TOKENS; i += 4) {
         const float4 four = id(i) < vocab ? __ldcg((const float4*)(logits + id(i))) : make_float4(out, out, out, out);
         x[i] = four.x;
         x[i + 1] = four.y;
@@ -86,17 +85,16 @@ struct Row {
         x[i + 3] = four.w;
       }
     } else {
-#pragma unroll
-      for (int i = 0; i < TOKENS; i++) x[i] = id(i) < vocab ? __ldcg(logits + id(i)) : out;
+      UNROLL for (int i = 0; i < TOKENS; i++) x[i] = id(i) < vocab ? __ldcg(logits + id(i)) : out;
     }
   }
   // False where the row's token is known already.
-  __device__ __forceinline__ bool take_max() {
+  DEVICE bool take_max() {
     max = state->max;
     return fabsf(max) <= 3.4028235e38f && scale > 0.f;
   }
   // True in the block that comes last, which sees what the others have written.
-  __device__ __forceinline__ bool last_block() const {
+  DEVICE bool last_block() const {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -107,11 +105,11 @@ struct Row {
     return last;
   }
 
-  __device__ __forceinline__ float octaves(float logit) const { return (logit - max) * scale; }
-  __device__ __forceinline__ float weight(float logit) const { return exp2f(octaves(logit)); }
-  static __device__ __forceinline__ uint64_t mass(float weight) { return (uint64_t)(weight * 1099511627776.f + 0.5f); }
+  DEVICE float octaves(float logit) const { return (logit - max) * scale; }
+  DEVICE float weight(float logit) const { return exp2f(octaves(logit)); }
+  DEVICE static uint64_t mass(float weight) { return (uint64_t)(weight * 1099511627776.f + 0.5f); }
   // Never smaller for a smaller logit. BINS: the mass is 0.
-  __device__ __forceinline__ int bin(float logit) const {
+  DEVICE int bin(float logit) const {
     const float distance = (max - logit) * (scale * BINS_PER_OCTAVE);
     return distance < BINS ? (int)distance : BINS;
   }
@@ -123,13 +121,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
 sample_adjust(const float* logits, const uint64_t* rows, const int* steps, const int* tokens, const int* ends,
               int width, int* history, float* adjusted, int vocab) {
   const Settings& s = ((const Settings*)rows)[blockIdx.y];
-  wait_for_previous();
-  allow_next();
+  wait_then_allow_next();
   const size_t row = (size_t)blockIdx.y * vocab;
   const bool penalizes = history && s.penalizes();
   const int fed = tokens[blockIdx.y];
-#pragma unroll
-  for (int i = 0; i < TOKENS; i++) {
+  UNROLL for (int i = 0; i < TOKENS; i++) {
     const int id = Row::id(i);
     if (id >= vocab) continue;
     float x = logits[row + id];
@@ -152,19 +148,17 @@ sample_adjust(const float* logits, const uint64_t* rows, const int* steps, const
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 sample_max(const float* logits, const uint64_t* rows, uint64_t* workspace, int words, int* tokens, int vocab) {
-  wait_for_previous();
-  allow_next();
+  wait_then_allow_next();
   __shared__ Histogram<BINS> histogram;
   Row row(logits, rows, workspace, words, vocab);
   const int top_k = row.settings->top_k;
   float x[TOKENS];
   row.load(x);
   uint64_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < TOKENS; i++) largest = larger(largest, value(x[i], row.id(i)));
+  UNROLL for (int i = 0; i < TOKENS; i++) largest = larger(largest, value(x[i], row.id(i)));
   if (top_k > 0) {
     uint64_t group = largest;
-    for (int other = 1; other < 8; other *= 2) group = larger(group, __shfl_xor_sync(FULL, group, other));
+    for (int other = 1; other < 8; other *= 2) group = larger(group, __shfl_xor_sync(FULL_MASK, group, other));
     if (threadIdx.x % 8 == 0) row.maxima[blockIdx.x * GROUPS + threadIdx.x / 8] = logit_of(group >> 32);
   }
   largest = block_max(largest);
@@ -185,8 +179,7 @@ sample_max(const float* logits, const uint64_t* rows, uint64_t* workspace, int w
       if (const int bin = row.bin(row.maxima[i]); bin < BINS) histogram.add(bin, 1);
     __syncthreads();
     uint64_t own[BINS / THREADS];
-#pragma unroll
-    for (int i = 0; i < BINS / THREADS; i++) own[i] = histogram.at(BINS / THREADS * threadIdx.x + i);
+    UNROLL for (int i = 0; i < BINS / THREADS; i++) own[i] = histogram.at(BINS / THREADS * threadIdx.x + i);
     const Reached reached = reach(own, top_k);
     if (reached.at >= 0) last = reached.at;
   }
@@ -208,12 +201,10 @@ sample_mass(const float* logits, const uint64_t* rows, uint64_t* workspace, int 
   if (cuts) row.load(x);  // two launches old
   histogram.clear();
   __syncthreads();
-  wait_for_previous();
-  allow_next();
+  wait_then_allow_next();
   if (!cuts || !row.take_max()) return;
   uint64_t sum = 0;
-#pragma unroll
-  for (int i = 0; i < TOKENS; i++) {
+  UNROLL for (int i = 0; i < TOKENS; i++) {
     const int bin = row.bin(x[i]);
     if (bin == BINS) continue;
     const uint64_t mass = row.mass(row.weight(x[i]));
@@ -230,8 +221,7 @@ sample_mass(const float* logits, const uint64_t* rows, uint64_t* workspace, int 
 #pragma unroll 1
   for (int i = threadIdx.x; i < (int)gridDim.x; i += THREADS) total += row.parts[i];
   total = block_sum(total);
-#pragma unroll
-  for (int i = 0; i < BINS / THREADS; i++) {
+  UNROLL for (int i = 0; i < BINS / THREADS; i++) {
     uint64_t& bin = row.bins[BINS / THREADS * threadIdx.x + i];
     own[i] = bin;
     bin = 0;
@@ -250,10 +240,10 @@ struct Candidates {
   bool listed;
   int n;
 
-  __device__ __forceinline__ Candidates(const Row& row, int first, int last)
+  DEVICE Candidates(const Row& row, int first, int last)
       : row(row), first(first), last(last), listed(row.state->listed <= LIST),
         n(listed ? row.state->listed : row.vocab) {}
-  __device__ __forceinline__ uint64_t value_of(int i) const {  // 0: none
+  DEVICE uint64_t value_of(int i) const {  // 0: none
     if (listed) return row.list[i];
     const int bin = row.bin(row.logits[i]);
     return bin >= first && bin <= last ? value(row.logits[i], i) : 0;
@@ -261,7 +251,7 @@ struct Candidates {
 };
 
 // Candidates of a value below this are out.
-__device__ __forceinline__ uint64_t cut(const Row& row, const Candidates& all) {
+DEVICE uint64_t cut(const Row& row, const Candidates& all) {
   const Settings& s = *row.settings;
   uint64_t edge = 0;
   if (s.top_k > 0)
@@ -291,8 +281,7 @@ sample_draw(const float* logits, const uint64_t* rows, uint64_t* workspace, int 
   const Settings& s = *row.settings;
   float x[TOKENS];
   row.load(x);  // two launches old
-  wait_for_previous();
-  allow_next();
+  wait_then_allow_next();
   if (!row.take_max()) return;
   const int first = row.state->first, last = row.state->last, step = steps[blockIdx.y];
   auto draws = [&](float logit) { return row.octaves(logit) > NEVER_DRAWN && row.weight(logit) >= s.min_p; };
@@ -300,11 +289,9 @@ sample_draw(const float* logits, const uint64_t* rows, uint64_t* workspace, int 
     return value(row.octaves(logit) - log2_exponential(word), id);
   };
   uint64_t best = 0;
-#pragma unroll
-  for (int i = 0; i < TOKENS; i += 4) {
+  UNROLL for (int i = 0; i < TOKENS; i += 4) {
     unsigned in = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
+    UNROLL for (int j = 0; j < 4; j++) {
       const int bin = row.bin(x[i + j]);
       if (bin < first) in |= (unsigned)draws(x[i + j]) << j;
       else if (bin <= last) {
@@ -314,8 +301,7 @@ sample_draw(const float* logits, const uint64_t* rows, uint64_t* workspace, int 
     }
     if (in) {
       const Words four = philox(s.seed, row.id(i) / 4, s.sequence, step);
-#pragma unroll
-      for (int j = 0; j < 4; j++)
+      UNROLL for (int j = 0; j < 4; j++)
         if (in >> j & 1) best = larger(best, score(x[i + j], row.id(i + j), four.at(j)));
     }
   }

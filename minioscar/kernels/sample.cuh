@@ -1,10 +1,9 @@
 // sample.cuh: for sample.cu: settings of a row, an order of logits, sums and cuts over a block, random numbers.
 #ifndef MINIOSCAR_SAMPLE_CUH
 #define MINIOSCAR_SAMPLE_CUH
-#include "device.cuh"
+#include "common.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr unsigned FULL = 0xffffffffu;
 
 struct Settings {  // of a row, raw_dense.SETTINGS
   uint64_t seed;
@@ -15,50 +14,48 @@ struct Settings {  // of a row, raw_dense.SETTINGS
   float repetition, presence, frequency;
   int min_tokens;
 
-  __device__ __forceinline__ bool penalizes() const { return repetition != 1.f || presence != 0.f || frequency != 0.f; }
+  DEVICE bool penalizes() const { return repetition != 1.f || presence != 0.f || frequency != 0.f; }
 };
 
 // Order-preserving: a < b as floats where key(a) < key(b); NaN above all.
-__device__ __forceinline__ uint32_t key(float x) {
+DEVICE uint32_t key(float x) {
   const uint32_t bits = __float_as_uint(x + 0.f);  // -0 is 0
   return x != x ? ~0u : bits ^ (bits >> 31 ? ~0u : 0x80000000u);
 }
-__device__ __forceinline__ float logit_of(uint32_t key) {
+DEVICE float logit_of(uint32_t key) {
   return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key);
 }
 // Larger for the larger logit and, of equal ones, for the smaller id.
-__device__ __forceinline__ uint64_t value(float logit, int id) {
+DEVICE uint64_t value(float logit, int id) {
   return (uint64_t)key(logit) << 32 | (0xffffffffu - id);
 }
 
-__device__ __forceinline__ uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
+DEVICE uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
-__device__ __forceinline__ uint64_t block_max(uint64_t x) {
+DEVICE uint64_t block_max(uint64_t x) {
   __shared__ uint64_t warps[WARPS];
-  for (int other = 1; other < 32; other *= 2) x = larger(x, __shfl_xor_sync(FULL, x, other));
+  for (int other = 1; other < 32; other *= 2) x = larger(x, __shfl_xor_sync(FULL_MASK, x, other));
   __syncthreads();  // whoever reads the last maxima is through
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) x = larger(x, warps[w]);
+  UNROLL for (int w = 0; w < WARPS; w++) x = larger(x, warps[w]);
   return x;
 }
 
 // The sum over the block, and over the threads before this one.
-__device__ __forceinline__ uint64_t block_sum(uint64_t x, uint64_t* before = nullptr) {
+DEVICE uint64_t block_sum(uint64_t x, uint64_t* before = nullptr) {
   __shared__ uint64_t warps[WARPS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint64_t own = x;
   for (int n = 1; n < 32; n *= 2) {
-    const uint64_t left = __shfl_up_sync(FULL, x, n);
+    const uint64_t left = __shfl_up_sync(FULL_MASK, x, n);
     if (lane >= n) x += left;
   }
   __syncthreads();  // whoever reads the last sums is through
   if (lane == 31) warps[warp] = x;
   __syncthreads();
   uint64_t total = 0, ahead = 0;
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) ahead += w < warp ? warps[w] : 0, total += warps[w];
+  UNROLL for (int w = 0; w < WARPS; w++) ahead += w < warp ? warps[w] : 0, total += warps[w];
   if (before) *before = ahead + x - own;
   return total;
 }
@@ -67,34 +64,31 @@ __device__ __forceinline__ uint64_t block_sum(uint64_t x, uint64_t* before = nul
 template <int N>
 struct Histogram {
   uint32_t low[N], high[N];
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < N / THREADS; i++) low[i * THREADS + threadIdx.x] = high[i * THREADS + threadIdx.x] = 0;
+  DEVICE void clear() {
+    UNROLL for (int i = 0; i < N / THREADS; i++) low[i * THREADS + threadIdx.x] = high[i * THREADS + threadIdx.x] = 0;
   }
-  __device__ __forceinline__ void add(int i, uint64_t x) {
+  DEVICE void add(int i, uint64_t x) {
     const uint32_t old = atomicAdd(low + i, (uint32_t)x), carry = old + (uint32_t)x < old;
     const uint32_t upper = (uint32_t)(x >> 32) + carry;
     if (upper) atomicAdd(high + i, upper);
   }
-  __device__ __forceinline__ uint64_t at(int i) const { return (uint64_t)high[i] << 32 | low[i]; }
+  DEVICE uint64_t at(int i) const { return (uint64_t)high[i] << 32 | low[i]; }
 };
 
 // Of numbers of which thread t has EACH * t + {0 ... EACH - 1}: the first at which their running sum reaches `wanted`
 // (-1: none does), that number, and the sum of those before it.
 struct Reached { int at; uint64_t before, own; };
 template <int EACH>
-__device__ __forceinline__ Reached reach(const uint64_t (&own)[EACH], uint64_t wanted) {
+DEVICE Reached reach(const uint64_t (&own)[EACH], uint64_t wanted) {
   __shared__ Reached found;
   uint64_t sum = 0, before;
-#pragma unroll
-  for (int i = 0; i < EACH; i++) sum += own[i];
+  UNROLL for (int i = 0; i < EACH; i++) sum += own[i];
   const uint64_t total = block_sum(sum, &before);
   if (total < wanted) return {-1, total, 0};
   if (before < wanted && before + sum >= wanted) {
     int at = EACH * threadIdx.x;
     uint64_t here = 0;
-#pragma unroll
-    for (int i = 0; i < EACH; i++)
+    UNROLL for (int i = 0; i < EACH; i++)
       if (before < wanted) before += here = own[i], at = EACH * threadIdx.x + i;
     found = {at, before - here, here};
   }
@@ -106,7 +100,7 @@ __device__ __forceinline__ Reached reach(const uint64_t (&own)[EACH], uint64_t w
 // or a smaller one that no other entry of a weight passes; 0 if all together do not. weigh(i, value) sets entry i's
 // value and returns its weight. Eight bits a round.
 template <class Weigh>
-__device__ __forceinline__ uint64_t bound_of(int n, int end, uint64_t wanted, Weigh weigh) {
+DEVICE uint64_t bound_of(int n, int end, uint64_t wanted, Weigh weigh) {
   __shared__ Histogram<256> digits;
   uint64_t bound = 0;
 #pragma unroll 1
@@ -130,18 +124,18 @@ __device__ __forceinline__ uint64_t bound_of(int n, int end, uint64_t wanted, We
 }
 
 // How much of `total` top-p is to keep.
-__device__ __forceinline__ uint64_t part_of(double top_p, uint64_t total) {
+DEVICE uint64_t part_of(double top_p, uint64_t total) {
   const uint64_t wanted = (uint64_t)ceil(top_p * (double)total);
   return wanted < total ? wanted : total;
 }
 
 struct Words {
   uint64_t a, b, c, d;
-  __device__ __forceinline__ uint64_t at(int i) const { return i < 2 ? (i == 0 ? a : b) : i == 2 ? c : d; }
+  DEVICE uint64_t at(int i) const { return i < 2 ? (i == 0 ? a : b) : i == 2 ? c : d; }
 };
 
 // Words 4 * block ... 4 * block + 3 of NumPy's Philox(key=seed, counter=[0, 0, sequence, step]), which counts up first.
-__device__ __forceinline__ Words philox(uint64_t seed, uint64_t block, uint64_t sequence, uint64_t step) {
+DEVICE Words philox(uint64_t seed, uint64_t block, uint64_t sequence, uint64_t step) {
   uint64_t c[4] = {block + 1, 0, sequence, step}, k[2] = {seed, 0};
 #pragma unroll 1
   for (int round = 0; round < 10; round++) {
@@ -158,7 +152,7 @@ __device__ __forceinline__ Words philox(uint64_t seed, uint64_t block, uint64_t 
 }
 
 // log2(e), e as sample.cu defines it.
-__device__ __forceinline__ float log2_exponential(uint64_t word) {
+DEVICE float log2_exponential(uint64_t word) {
   const uint64_t above = word >> 11, one = 1ull << 53;
   const float unit = 1.1102230246251565e-16f;  // 2^-53
   const bool small = above < one / 2;
