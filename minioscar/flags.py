@@ -7,7 +7,7 @@ from typing import Any
 Flag = tuple[str, dict[str, Any]]  # its name and what argparse is to know of it
 
 SCHEMES = (
-    "bf16, kivi, quarot, rotation, scaling, ott, turboquant, oscar, int2, int2-compact, int2-shaped, int2-compact-shaped, int4"
+    "bf16, kivi, quarot, rotation, scaling, oscar, int2, int2-compact, int2-shaped, int2-compact-shaped, int4, ott, turboquant"
 )
 EXAMPLES = """examples:
   python -m minioscar generate smollm2-135m "The capital of France is" --raw
