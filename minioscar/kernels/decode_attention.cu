@@ -32,8 +32,7 @@ constexpr bool SPLIT_KEYS = COLUMN_HALVES == 2 && KEY_GROUPS == 2,
 // Whether one small operand multiplies all codes of a byte: then they need not be separated (Codes).
 constexpr bool NESTED_KEYS = SPLIT_KEYS || KEY_GROUPS == 1, NESTED_VALUES = SPLIT_VALUES || VALUE_GROUP == 64;
 constexpr int LANE_TILES = 4 / COLUMN_HALVES;                           // token tiles whose logits a lane takes
-constexpr int LANE_GROUPS =
-    SPLIT_VALUES ? EVEN_GROUPS : VALUE_GROUPS;  // groups of values whose steps a lane multiplies p by
+constexpr int LANE_GROUPS = SPLIT_VALUES ? EVEN_GROUPS : VALUE_GROUPS;  // of values, whose steps multiply a lane's p
 static_assert(VALUE_GROUPS <= 8, "groups of values are rows of one MMA tile");
 
 // The slot of a tile's code within its byte: a masked code is too large by 2^(BITS * slot).
@@ -241,8 +240,7 @@ struct PageItems {
     const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     float x[LANE_TILES][4];
     logits(x, state, query, data);
-    const int skipped =
-        sinks - (item + sinks / PAGE_TOKENS) * PAGE_TOKENS;  // tokens of this page that are read from the sinks
+    const int skipped = sinks - (item + sinks / PAGE_TOKENS) * PAGE_TOKENS;  // tokens that are read from the sinks
     if (skipped > 0) {
       UNROLL for (int j = 0; j < LANE_TILES; j++)
         UNROLL for (int i = 0; i < 4; i++)

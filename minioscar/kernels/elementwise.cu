@@ -28,8 +28,10 @@ DEVICE void apply(const uint4* a, const uint4* b, uint4* out, int vectors) {
       y[i] = b[first + i * THREADS];
     }
   auto two = [](uint32_t x, uint32_t y) { return pack_bf16x2(F::of(low(x), low(y)), F::of(high(x), high(y))); };
-  UNROLL for (int i = 0; i < PER_THREAD; i++) if (first + i * THREADS < vectors) out[first + i * THREADS] =
-      make_uint4(two(x[i].x, y[i].x), two(x[i].y, y[i].y), two(x[i].z, y[i].z), two(x[i].w, y[i].w));
+  UNROLL for (int i = 0; i < PER_THREAD; i++)
+    if (first + i * THREADS < vectors)
+      out[first + i * THREADS] =
+          make_uint4(two(x[i].x, y[i].x), two(x[i].y, y[i].y), two(x[i].z, y[i].z), two(x[i].w, y[i].w));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) silu_mul(const uint4* gate_up, uint4* out, int vectors) {

@@ -32,16 +32,9 @@ DEVICE constexpr int offset(int run) { return run / 2 * WARPS * 64 + run % 2 * 3
 struct Operands {
   uint32_t a[2][4];
 
-  DEVICE Operands(const uint4& row, const uint4& row8, bool valid) {
-    a[0][0] = valid ? row.x : 0;
-    a[0][1] = valid ? row8.x : 0;
-    a[0][2] = valid ? row.y : 0;
-    a[0][3] = valid ? row8.y : 0;
-    a[1][0] = valid ? row.z : 0;
-    a[1][1] = valid ? row8.z : 0;
-    a[1][2] = valid ? row.w : 0;
-    a[1][3] = valid ? row8.w : 0;
-  }
+  DEVICE Operands(const uint4& row, const uint4& row8, bool valid)
+      : a{{valid ? row.x : 0, valid ? row8.x : 0, valid ? row.y : 0, valid ? row8.y : 0},
+          {valid ? row.z : 0, valid ? row8.z : 0, valid ? row.w : 0, valid ? row8.w : 0}} {}
   // b: the same k of the other operand, in the same order.
   DEVICE void multiply(float (&y)[4], const uint4& b) const {
     mma_m16n8k16_bf16(y, a[0][0], a[0][1], a[0][2], a[0][3], b.x, b.y);

@@ -19,8 +19,7 @@
 
 constexpr int D = HEAD_DIM, VECTORS = D / 8, THREADS = BLOCK_WARPS * 32;
 constexpr int WARP_ROWS = 16 * ROW_TILES, BLOCK_ROWS = BLOCK_WARPS * WARP_ROWS;
-constexpr int STRIDE =
-    D * 2 + 16;  // bytes of a row of shared memory: eight rows of ldmatrix then lie in different banks
+constexpr int STRIDE = D * 2 + 16;  // bytes of a row of shared memory: eight rows of ldmatrix are in different banks
 constexpr int KEY_TILES = TILE / 8, CHANNEL_TILES = D / 8;
 constexpr int KEYS_OFFSET = BLOCK_ROWS * STRIDE,
               TILE_BYTES = TILE * STRIDE;  // q | keys, values of one stage | of the other
@@ -157,19 +156,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     if (n < count * Q_PER_KV) cp_async_16(slot, queries + n / Q_PER_KV * token_stride + n % Q_PER_KV * D + vector * 8);
     else *(uint4*)slot = make_uint4(0, 0, 0, 0);
   }
-  const int end =
-      start + min((first + BLOCK_ROWS - 1) / Q_PER_KV, count - 1) + 1;  // of the keys that any row attends to
+  const int end = start + min((first + BLOCK_ROWS - 1) / Q_PER_KV, count - 1) + 1;  // of the keys that any row sees
   copy_tile(smem + KEYS_OFFSET, keys, 0, end);
   copy_tile(smem + KEYS_OFFSET + TILE_BYTES, values, 0, end);
   cp_async_commit();
 
   State state;
-  UNROLL for (int i = 0; i < ROW_TILES; i++) {
-    state.m[i][0] = state.m[i][1] = INITIAL_MAX;
-    state.l[i][0] = state.l[i][1] = 0.f;
-    UNROLL for (int n = 0; n < CHANNEL_TILES; n++) state.o[i][n][0] = state.o[i][n][1] = state.o[i][n][2] =
-        state.o[i][n][3] = 0.f;
-  }
+  clear(state.o);
+  clear(state.l);
+  UNROLL for (int i = 0; i < ROW_TILES; i++) state.m[i][0] = state.m[i][1] = INITIAL_MAX;
   const unsigned char* own = smem + warp * WARP_ROWS * STRIDE;
   for (int at = 0, stage = 0; at < end; at += TILE, stage ^= 1) {
     unsigned char *tile = smem + KEYS_OFFSET + stage * 2 * TILE_BYTES,
@@ -188,8 +183,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     __syncthreads();  // before the next copies overwrite this tile
   }
 
-  bf16* result =
-      out + ((size_t)first_rows[sequence] * kv_heads + head) * Q_PER_KV * D + 2 * c;  // loaded again: saves a register
+  // first_rows is loaded again, which saves a register.
+  bf16* result = out + ((size_t)first_rows[sequence] * kv_heads + head) * Q_PER_KV * D + 2 * c;
   const int rows = counts[sequence] * Q_PER_KV;
   UNROLL for (int i = 0; i < ROW_TILES; i++)
     UNROLL for (int j = 0; j < 2; j++) {

@@ -153,7 +153,7 @@ def numpy(device_array: np.ndarray, allow_unwritten: bool = False) -> np.ndarray
     return device_array.copy()
 
 
-def _place(address: int, args: Sequence[Any]) -> str:
+def _location(address: int, args: Sequence[Any]) -> str:
     """The array of which an address is part, or which ends just before it, and the argument that leads there."""
     near = [start for start in _arrays if start <= address]
     if not near:
@@ -252,10 +252,10 @@ class Kernel:
                 name, size = "dynamic shared memory", dynamic
             else:
                 name = "shared " + re.sub(r"^_ZZ.*E\d*([A-Za-z]\w*?)(_\d+)?$", r"\1", name)
-            place = f"{name} + {offset - start} of {size} bytes"
+            where = f"{name} + {offset - start} of {size} bytes"
         else:
-            place = _place(report.address, args)
-        return f"{self.name}{self.module.line(report.pc)}, " + text.replace("@", place) + self.module.line(report.other_pc)
+            where = _location(report.address, args)
+        return f"{self.name}{self.module.line(report.pc)}, " + text.replace("@", where) + self.module.line(report.other_pc)
 
 
 def _shared_definitions(assembly: str) -> str:
@@ -286,7 +286,7 @@ def _flags(arch: int) -> list[str]:
 
 
 def _headers(arch: int) -> Path:
-    """What stands before every source, with the same compiled beside it (.gch), which g++ reads instead."""
+    """Included before every source; g++ reads the precompiled header (.gch) beside it instead."""
     key = f"headers-{arch}-{_version()}"
     header = BUILD / f"{key}.h"
 
@@ -300,7 +300,7 @@ def _headers(arch: int) -> Path:
 
 @functools.cache
 def _module(source: Path, names: tuple[str, ...], defines: tuple[str, ...], arch: int, key: str) -> Module:
-    wrapper = [  # the defines stand behind simt's own headers, whose names they might hit
+    wrapper = [  # the defines come after simt's own headers, whose names they might redefine
         *(f"#define {d.replace('=', ' ', 1) if '=' in d else d + ' 1'}" for d in defines),
         f'#include "{source}"',
         'extern "C" {',

@@ -1,4 +1,5 @@
-// copies.cpp: copies that run beside the threads. Their destination can be read only after the wait that CUDA asks for; until then it holds poison.
+// copies.cpp: copies that run beside the threads. Their destination can be read only after the wait that CUDA asks
+// for; until then it holds poison.
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -44,7 +45,8 @@ static void land(const Copy& c, int writer) {
 }
 
 void copy_async(void* to, const void* from, int bytes, int source_bytes) {
-  if ((uintptr_t)to % bytes || (source_bytes && (uintptr_t)from % bytes)) fault(SIMT_PC, from, "cp.async of %d bytes from or to an address that is not aligned to them", bytes);
+  if ((uintptr_t)to % bytes || (source_bytes && (uintptr_t)from % bytes))
+    fault(SIMT_PC, from, "cp.async of %d bytes from or to an address that is not aligned to them", bytes);
   Queue& q = queues[current->index];
   q.copies.push_back({q.committed, start(to, from, bytes, source_bytes, SIMT_PC)});
 }
@@ -97,23 +99,26 @@ void mbarrier_wait(void* barrier, unsigned parity, int line) {
 }
 
 void copy_bulk(void* to, const void* from, unsigned bytes, void* barrier) {
-  if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) fault(SIMT_PC, from, "bulk copy of %u bytes: addresses and size must be multiples of 16", bytes);
+  if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16)
+    fault(SIMT_PC, from, "bulk copy of %u bytes: addresses and size must be multiples of 16", bytes);
   Mbarrier& b = find(barrier, SIMT_PC);
   b.copies.push_back(start(to, from, bytes, bytes, SIMT_PC));
 }
 
 void copy_tensor_box(void* to, const Tensor& from, int column, int row, void* barrier) {
-  if ((uintptr_t)to % 1024) fault(SIMT_PC, to, "box of a tensor to @: the pattern of swizzling begins at a multiple of 1024 bytes");
-  if ((uintptr_t)from.base % 16 || from.columns % 8) fault(SIMT_PC, from.base, "a tensor whose rows do not begin at multiples of 16 bytes");
+  if ((uintptr_t)to % 1024)
+    fault(SIMT_PC, to, "box of a tensor to @: the pattern of swizzling begins at a multiple of 1024 bytes");
+  if ((uintptr_t)from.base % 16 || from.columns % 8)
+    fault(SIMT_PC, from.base, "a tensor whose rows do not begin at multiples of 16 bytes");
   Mbarrier& b = find(barrier, SIMT_PC);
   Copy c{(char*)to, std::vector<char>(from.box_rows * 128)};
   for (uint64_t r = 0; r < from.box_rows; r++)
-    for (uint64_t piece = 0; piece < 8; piece++) {
-      const uint64_t y = row + r, x = column + 8 * piece;
+    for (uint64_t vector = 0; vector < 8; vector++) {
+      const uint64_t y = row + r, x = column + 8 * vector;
       if (y >= from.rows || x >= from.columns) continue;  // stays zero
       const char* source = from.base + 2 * (y * from.columns + x);
       access(source, 16, READ, SIMT_PC);
-      memcpy(&c.data[r * 128 + (piece ^ r % 8) * 16], source, 16);
+      memcpy(&c.data[r * 128 + (vector ^ r % 8) * 16], source, 16);
     }
   access(to, c.data.size(), WRITE, SIMT_PC);
   in_flight(to, c.data.size());
@@ -143,9 +148,11 @@ bool bulk_pending() {
 const char* copy_in_flight(const void* address, size_t bytes) {
   auto covers = [&](const Copy& c) { return (char*)address < c.to + c.data.size() && (char*)address + bytes > c.to; };
   for (int i = 0; i < launch.threads; i++)
-    for (auto& g : queues[i].copies) if (covers(g.copy)) return "that a cp.async in flight will write: its wait is missing";
+    for (auto& g : queues[i].copies)
+      if (covers(g.copy)) return "that a cp.async in flight will write: its wait is missing";
   for (auto& [at, b] : mbarriers)
-    for (auto& c : b.copies) if (covers(c)) return "that a bulk copy in flight will write: nobody has waited for its mbarrier";
+    for (auto& c : b.copies)
+      if (covers(c)) return "that a bulk copy in flight will write: nobody has waited for its mbarrier";
   return nullptr;
 }
 }  // namespace simt

@@ -1,8 +1,9 @@
 // memory.cpp: every load and store of a kernel, seen through the calls that g++ -fsanitize=thread puts before them.
 //
-// For each 4-byte word of global and shared memory a shadow keeps which bytes are addressable, which have been written, and up to four recent accesses.
-// Two accesses to one byte by different threads, a write among them (not both atomic), must be ordered: by a block-wide barrier (an "epoch"), by __syncwarp
-// inside a warp, by an mbarrier or named barrier that the lane or, before a __syncwarp, its warp has come to (Clocks), or, between blocks, by a
+// For each 4-byte word of global and shared memory a shadow keeps which bytes are addressable, which have been
+// written, and up to four recent accesses. Two accesses to one byte by different threads, a write among them (not
+// both atomic), must be ordered: by a block-wide barrier (an "epoch"), by __syncwarp inside a warp, by an mbarrier or
+// named barrier that the lane or, before a __syncwarp, its warp has come to (Clocks), or, between blocks, by a
 // __threadfence with an atomic after it and an atomic in the later block.
 // Shuffles, votes and matrix operations do not order memory, as in CUDA's documentation.
 #include <sys/mman.h>
@@ -65,7 +66,9 @@ static void mark(Region& r, const void* address, size_t bytes, bool addressable,
 
 // ---- Order.
 static bool ordered_across_blocks(const Cell& c) {
-  auto it = std::upper_bound(blocks.begin(), blocks.end(), c.epoch, [](uint64_t e, const Block& b) { return e < b.start; }) - 1;
+  auto it =
+      std::upper_bound(blocks.begin(), blocks.end(), c.epoch, [](uint64_t e, const Block& b) { return e < b.start; }) -
+      1;
   const int w = c.thread == ENGINE ? 0 : warp_of(c.thread);
   const bool released = c.epoch < it->released || (c.epoch == it->warp_epoch[w] && c.clock <= it->warp_clock[w]);
   return released && (acquired_epoch < launch.epoch || acquired_warps >> warp_of(current->index) & 1);
@@ -92,9 +95,15 @@ static bool reads(Kind kind) { return kind != WRITE && kind != RELAXED_WRITE; }
   if (c.thread == ENGINE) strcpy(who, "a bulk copy whose mbarrier it has not waited for");
   else {
     const unsigned t = c.thread, x = launch.block_dim.x, y = launch.block_dim.y;
-    int n = sprintf(who, "the %s by thread (%u,%u,%u)", verb(c.atomic ? ATOMIC : c.write ? WRITE : READ), t % x, t / x % y, t / x / y);
+    int n = sprintf(who, "the %s by thread (%u,%u,%u)",
+                    verb(c.atomic  ? ATOMIC
+                         : c.write ? WRITE
+                                   : READ),
+                    t % x, t / x % y, t / x / y);
     if (c.epoch < launch.block_epoch) {
-      auto it = std::upper_bound(blocks.begin(), blocks.end(), c.epoch, [](uint64_t e, const Block& b) { return e < b.start; }) - 1;
+      auto it = std::upper_bound(blocks.begin(), blocks.end(), c.epoch,
+                                 [](uint64_t e, const Block& b) { return e < b.start; }) -
+                1;
       sprintf(who + n, " of block (%u,%u,%u)", it->index.x, it->index.y, it->index.z);
     }
   }
@@ -111,7 +120,8 @@ static void record(Region& r, size_t word, uint8_t bytes, Kind kind, size_t tota
     if (!(c.bytes & bytes)) continue;
     const bool before = ordered(c);
     if (!before && (c.write || write) && !(c.atomic && atomic)) race(c, kind, total, address, pc);
-    if (before && !(c.bytes & ~bytes) && (write || !c.write)) put = &c;  // whoever must come after c must come after this one too
+    if (before && !(c.bytes & ~bytes) && (write || !c.write))
+      put = &c;  // whoever must come after c must come after this one too
   }
   if (!put) put = &cells[random_below(4)];
   *put = Cell{launch.epoch, clocks[warp_of(current->index)], uint64_t(current->index), bytes, write, atomic, pc};
@@ -120,9 +130,11 @@ static void record(Region& r, size_t word, uint8_t bytes, Kind kind, size_t tota
 [[noreturn]] static void bad(Region& r, const void* address, size_t bytes, Kind kind, void* pc) {
   const char* space = &r == &global ? "global" : "shared";
   for (size_t o = (uintptr_t)address - r.base, end = o + bytes; o < end; o++) {
-    if (!(r.state[o / 4] >> (4 + o % 4) & 1)) fault(pc, (void*)(r.base + o), "out of bounds: %s of %zu bytes of %s memory at @", verb(kind), bytes, space);
+    if (!(r.state[o / 4] >> (4 + o % 4) & 1))
+      fault(pc, (void*)(r.base + o), "out of bounds: %s of %zu bytes of %s memory at @", verb(kind), bytes, space);
     if (r.state[o / 4] >> (o % 4) & 1) continue;
-    if (const char* copy = copy_in_flight((void*)(r.base + o), 1)) fault(pc, (void*)(r.base + o), "read of %zu bytes at @ %s", bytes, copy);
+    if (const char* copy = copy_in_flight((void*)(r.base + o), 1))
+      fault(pc, (void*)(r.base + o), "read of %zu bytes at @ %s", bytes, copy);
     fault(pc, (void*)(r.base + o), "read of unwritten %s memory: %zu bytes at @", space, bytes);
   }
   __builtin_unreachable();
@@ -133,7 +145,8 @@ static bool on_stack(const void* p) { return size_t((char*)p - stacks) < size_t(
 void access(const void* address, size_t bytes, Kind kind, void* pc) {
   const uintptr_t p = (uintptr_t)address;
   if (on_stack(address) || !launch.checks || !current) return;
-  if (++since_switch >> 28) fault(pc, address, "no end in sight: 2^28 accesses in one epoch (does it wait for another block or for a thread?)");
+  if (++since_switch >> 28)
+    fault(pc, address, "no end in sight: 2^28 accesses in one epoch (does it wait for another block or for a thread?)");
   Region* r = p - shared.base < shared.size ? &shared : p - global.base < global.size ? &global : nullptr;
   if (!r) {
     if (p - (uintptr_t)launch.module_begin < size_t(launch.module_end - launch.module_begin)) return;
@@ -152,7 +165,9 @@ void access(const void* address, size_t bytes, Kind kind, void* pc) {
   }
 }
 
-struct Variable { size_t offset, bytes, guard; };  // guard: g++'s mark that an array has been constructed, which needs no work here
+struct Variable {
+  size_t offset, bytes, guard;
+};  // guard: g++'s mark that an array has been constructed, which needs no work here
 static std::vector<Variable> variables;            // what the block may use of the segment
 static void poison_shared() {
   memset(shared.state, 0, shared.size / 4 + 1);
@@ -192,7 +207,9 @@ static void take(Clocks& into, const Clocks& from) {
   }
 }
 
-void after_warp_sync(int warp, uint32_t mask) {  // a partial mask is taken to order the whole warp: a race may be missed, none is invented
+void after_warp_sync(
+    int warp,
+    uint32_t mask) {  // a partial mask is taken to order the whole warp: a race may be missed, none is invented
   warp_synced[warp] = ++clocks[warp];
   if (!any_seen) return;
   Clocks all{};
@@ -213,7 +230,8 @@ void release(int thread, Clocks& into) {
   own.warp[w] = std::max(own.warp[w], warp_synced[w]);
   take(today(into), own);
   into.some[w] = ++clocks[w], into.lanes[w] |= 1u << thread % 32;
-  if (into.lanes[w] == ~0u >> (32 - std::min(launch.threads - 32 * w, 32))) into.warp[w] = into.some[w], into.lanes[w] = 0;
+  if (into.lanes[w] == ~0u >> (32 - std::min(launch.threads - 32 * w, 32)))
+    into.warp[w] = into.some[w], into.lanes[w] = 0;
   into.acquired |= acquired_warps >> w & 1;
 }
 
@@ -237,7 +255,8 @@ void landed(const void* address, size_t bytes, int writer) {
   const size_t begin = (uintptr_t)address - shared.base;
   for (size_t w = begin / 4; w < (begin + bytes) / 4; w++) {
     memset(shared.cells[w], 0, sizeof(Cell[4]));
-    shared.cells[w][0] = Cell{launch.epoch, clocks[writer == ENGINE ? WARPS : warp_of(writer)], uint64_t(writer), 15, true, false, nullptr};
+    shared.cells[w][0] = Cell{
+        launch.epoch, clocks[writer == ENGINE ? WARPS : warp_of(writer)], uint64_t(writer), 15, true, false, nullptr};
   }
 }
 
@@ -249,10 +268,12 @@ void atomic(const void* address, size_t bytes, bool acquire_release) {
   if (current->fenced || acquire_release) {
     Block& b = blocks.back();
     const int own = warp_of(current->index);
-    for (int w = 0; w < WARPS; w++) {  // its own accesses, and those that it has seen by barriers of less than the block
+    for (int w = 0; w < WARPS;
+         w++) {  // its own accesses, and those that it has seen by barriers of less than the block
       const uint32_t clock = w == own ? clocks[w]++ : any_seen ? seen[current->index].warp[w] - 1 : ~0u;
       if (clock == ~0u) continue;
-      b.warp_clock[w] = b.warp_epoch[w] == launch.epoch ? std::max(b.warp_clock[w], clock) : clock, b.warp_epoch[w] = launch.epoch;
+      b.warp_clock[w] = b.warp_epoch[w] == launch.epoch ? std::max(b.warp_clock[w], clock) : clock,
+      b.warp_epoch[w] = launch.epoch;
     }
     b.released = launch.epoch;
   }
@@ -288,7 +309,8 @@ extern "C" long simt_first_unwritten(const void* p, size_t bytes) {
   return -1;
 }
 
-extern "C" void simt_free(const void* p, size_t bytes, int last) {  // addresses are used again only after the last array has gone
+extern "C" void simt_free(const void* p, size_t bytes,
+                          int last) {  // addresses are used again only after the last array has gone
   mark(global, p, bytes, false, false);
   if (!last) return;
   madvise(global.state, global.size / 4, MADV_DONTNEED);
@@ -304,9 +326,12 @@ extern "C" void simt_shared(char* base, size_t bytes, const Variable* usable, in
 }
 
 // ---- The calls that the compiler inserts.
-[[noreturn]] static void misaligned(void* p, size_t n, void* pc) { fault(pc, p, "misaligned: access of %zu bytes at @", n); }
+[[noreturn]] static void misaligned(void* p, size_t n, void* pc) {
+  fault(pc, p, "misaligned: access of %zu bytes at @", n);
+}
 static inline void aligned(void* p, size_t n, Kind kind, void* pc) {
-  if ((uintptr_t)p % n && current && !on_stack(p)) misaligned(p, n, pc);  // g++ copies structs on the stack in pieces as large as it likes
+  if ((uintptr_t)p % n && current && !on_stack(p))
+    misaligned(p, n, pc);  // g++ copies structs on the stack in chunks of any size
   access(p, n, kind, pc);
 }
 #define SIZES(F) F(1) F(2) F(4) F(8) F(16)

@@ -1,4 +1,4 @@
-// runtime.h: what the runtime offers to kernels (upper half, used by include/*.h) and to itself (lower half).
+// runtime.h: the runtime's interface for kernels (upper half, used by include/*.h) and for itself (lower half).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -8,7 +8,8 @@ namespace simt {
 enum Kind { READ, WRITE, ATOMIC, RELAXED_READ, RELAXED_WRITE };  // the last two: atomic, but nothing is ordered by them
 struct Index { unsigned x, y, z; };
 
-// ---- Called by kernels through the headers in include/. `line` is the line of the kernel that asks: lanes must warp_operation at the same one.
+// ---- Called by kernels through the headers in include/. `line` is the kernel's source line: lanes of a warp
+// operation must come from the same one.
 [[gnu::const]] Index thread_index();
 [[gnu::const]] Index block_index();
 [[gnu::const]] Index block_size();
@@ -30,13 +31,15 @@ void mma_16816(float* d, const uint32_t* a, const uint32_t* b, const float* c, b
 void ldmatrix(uint32_t* out, int count, bool transposed, const void* row, int line);
 uint32_t movmatrix(uint32_t value, int line);
 
-// wgmma.mma_async, m64nNk16, BF16: d[N / 2] += a . b; a in four registers of each thread or, where `a` is null, like b in shared memory.
+// wgmma.mma_async, m64nNk16, BF16: d[N / 2] += a . b; a in four registers of each thread or, where `a` is null, like
+// b in shared memory.
 void wgmma(float* d, int n, bool fresh, const uint32_t* a, uint64_t a_shared, uint64_t b, bool b_n_major, int line);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int groups, int line);
 
-void copy_async(void* shared, const void* global, int bytes, int source_bytes);  // cp.async; bytes past source_bytes become zero
+void copy_async(void* shared, const void* global, int bytes,
+                int source_bytes);  // cp.async; bytes past source_bytes become zero
 void copy_commit();
 void copy_wait(int groups);                                 // until at most `groups` newest groups are in flight
 void mbarrier_init(void* barrier, int count);
@@ -48,7 +51,8 @@ struct Tensor {  // what a tensor map says: a matrix of 16-bit numbers, and a bo
   uint64_t rows, columns;
   uint32_t box_rows;
 };
-void copy_tensor_box(void* shared, const Tensor& from, int column, int row, void* barrier);  // in the order of 128-byte swizzling
+void copy_tensor_box(void* shared, const Tensor& from, int column, int row,
+                     void* barrier);                        // in the order of 128-byte swizzling
 uint32_t shared_address(const void* p);                     // the 32-bit address of PTX and back
 void* shared_pointer(uint32_t address);
 
@@ -71,7 +75,8 @@ struct Thread {
 struct Launch {
   Index grid, block_dim, block;  // block: the one that runs now
   int threads;
-  uint32_t start_epoch, block_epoch, epoch;  // one more after each block-wide barrier: of the launch's start, the block's start, now
+  uint32_t start_epoch, block_epoch,
+      epoch;  // one more after each block-wide barrier: of the launch's start, the block's start, now
   uint64_t random;
   bool checks;
   char *module_begin, *module_end;  // data of the kernel's own shared object: tables and __device__ variables
@@ -100,9 +105,11 @@ void begin_block();
 void begin_launch();
 void after_block_barrier();
 void after_warp_sync(int warp, uint32_t mask);
-struct Clocks {  // what has been seen of each warp (and of ENGINE) since the last block-wide barrier, and whether of other blocks
+struct Clocks {  // what has been seen of each warp (and of ENGINE) since the last block-wide barrier, and whether of
+                 // other blocks
   uint32_t epoch, warp[WARPS + 1];
-  uint32_t some[WARPS + 1], lanes[WARPS + 1];  // and of these lanes alone: a lane's arrival is not its warp's without a __syncwarp before it
+  uint32_t some[WARPS + 1],
+      lanes[WARPS + 1];  // and of these lanes alone: a lane's arrival is not its warp's without a __syncwarp before it
   bool acquired;
 };
 void release(int thread, Clocks& into);

@@ -1,6 +1,7 @@
 // scheduler.cpp: the threads of a block are fibers; between synchronization points they run in a random, seeded order.
 //
-// Blocks run one after another, also in a random order: a kernel may leave work to the last block that arrives, but no block may wait for another.
+// Blocks run one after another, also in a random order: a kernel may leave work to the last block that arrives, but
+// no block may wait for another.
 #include <sys/mman.h>
 
 #include <cstdarg>
@@ -10,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "meet.h"
+#include "warp_operation.h"
 #include "runtime.h"
 
 namespace simt {
@@ -109,10 +110,12 @@ void note_other(void* pc) { simt_report.other_pc = (uint64_t)pc; }
 
 static const char* waiting_in(const Thread& t) {
   static char text[2][96];
-  static int turn;
-  char* out = text[turn ^= 1];
-  const char* at[] = {"runs", "waits in __syncthreads", "waits in a named barrier", "waits in ", "waits for an mbarrier", "has returned"};
-  int n = sprintf(out, "thread (%u,%u,%u) %s%s", t.id.x, t.id.y, t.id.z, at[int(t.state)], t.state == State::warp ? t.op : "");
+  static int index;
+  char* out = text[index ^= 1];
+  const char* at[] = {"runs",      "waits in __syncthreads", "waits in a named barrier",
+                      "waits in ", "waits for an mbarrier",  "has returned"};
+  int n = sprintf(out, "thread (%u,%u,%u) %s%s", t.id.x, t.id.y, t.id.z, at[int(t.state)],
+                  t.state == State::warp ? t.op : "");
   if (t.state != State::done && t.state != State::ready) sprintf(out + n, " at line %d", t.line);
   return out;
 }
@@ -123,7 +126,8 @@ static const char* waiting_in(const Thread& t) {
     Thread& t = threads[i];
     if (t.state == State::warp && !a) {
       for (int l = 0; l < 32 && i / 32 * 32 + l < launch.threads; l++)
-        if (Thread& o = threads[i / 32 * 32 + l]; t.mask >> l & 1 && (o.state != State::warp || o.mask != t.mask)) a = &t, b = &o;
+        if (Thread& o = threads[i / 32 * 32 + l]; t.mask >> l & 1 && (o.state != State::warp || o.mask != t.mask))
+          a = &t, b = &o;
     }
   }
   for (int i = 0; i < launch.threads && !b; i++) {
@@ -134,7 +138,8 @@ static const char* waiting_in(const Thread& t) {
   for (int i = 0; i < launch.threads && !b; i++)
     if (threads[i].state == State::done) b = &threads[i];
   current = a;
-  fault(pc, nullptr, "no thread can go on (divergent barrier?): %s%s%s", waiting_in(*a), b ? "; " : "", b ? waiting_in(*b) : "");
+  fault(pc, nullptr, "no thread can go on (divergent barrier?): %s%s%s", waiting_in(*a), b ? "; " : "",
+        b ? waiting_in(*b) : "");
 }
 
 void make_ready(Thread& t) {
@@ -159,8 +164,8 @@ static void run_thread() {
   if (arrived) {
     for (int i = 0; i < launch.threads; i++)
       if (threads[i].state == State::barrier)
-        fault(nullptr, nullptr, "returned without the __syncthreads at line %d where thread (%u,%u,%u) waits", threads[i].line, threads[i].id.x,
-              threads[i].id.y, threads[i].id.z);
+        fault(nullptr, nullptr, "returned without the __syncthreads at line %d where thread (%u,%u,%u) waits",
+              threads[i].line, threads[i].id.x, threads[i].id.y, threads[i].id.z);
   }
   if (finished == launch.threads) {
     if (bulk_pending()) fault(nullptr, nullptr, "the block ended with a bulk copy in flight");
@@ -183,9 +188,12 @@ void trap(const char* what) { fault(SIMT_PC, nullptr, "%s", what); }
 static void arrive(void* pc, int line) {
   Thread& t = *current;
   t.line = line;
-  if (finished) fault(pc, nullptr, "waits in __syncthreads at line %d, but %d threads of the block have returned", line, finished);
+  if (finished)
+    fault(pc, nullptr, "waits in __syncthreads at line %d, but %d threads of the block have returned", line, finished);
   if (!arrived) barrier_line = line;
-  else if (line != barrier_line) fault(pc, nullptr, "divergent barrier: __syncthreads at line %d while others wait in the one at line %d", line, barrier_line);
+  else if (line != barrier_line)
+    fault(pc, nullptr, "divergent barrier: __syncthreads at line %d while others wait in the one at line %d", line,
+          barrier_line);
   if (++arrived < launch.threads) return park(State::barrier);
   arrived = 0, reduce_result = reduce_value;
   after_block_barrier();
@@ -202,7 +210,7 @@ unsigned barrier_reduce(unsigned value, char op, int line) {
   return reduce_result;
 }
 
-// Producers and consumers may warp_operation from different lines; those that only arrive go on.
+// Producers and consumers may wait at different lines; those that only arrive go on.
 static void named_arrival(int id, int count, bool waits) {
   auto& b = named[id & 15];
   release(current->index, b.clocks);
@@ -221,7 +229,8 @@ void barrier_named_arrive(int id, int count) { named_arrival(id, count, false); 
 
 void sync_warp(uint32_t mask, int line) {
   char nothing = 0;
-  warp_operation<char>(SIMT_PC, mask, "__syncwarp", line, nothing, [](char**, uint32_t m) { after_warp_sync(warp_of(current->index), m); });
+  warp_operation<char>(SIMT_PC, mask, "__syncwarp", line, nothing,
+                       [](char**, uint32_t m) { after_warp_sync(warp_of(current->index), m); });
 }
 
 struct Shuffle { uint64_t in, out; int from; };
@@ -230,7 +239,8 @@ uint64_t shuffle(uint32_t mask, uint64_t value, int from, int line) {
   Shuffle args{value, 0, from};
   warp_operation<Shuffle>(SIMT_PC, mask, "a shuffle", line, args, [](Shuffle** lane, uint32_t) {
     for (int l = 0; l < 32; l++)
-      if (lane[l] && !lane[lane[l]->from]) fault(nullptr, nullptr, "shuffle from lane %d, which the block does not have", lane[l]->from);
+      if (lane[l] && !lane[lane[l]->from])
+        fault(nullptr, nullptr, "shuffle from lane %d, which the block does not have", lane[l]->from);
       else if (lane[l]) lane[l]->out = lane[lane[l]->from]->in;
   });
   return args.out;
@@ -258,7 +268,8 @@ void mma_16816(float* d, const uint32_t* a, const uint32_t* b, const float* c, b
     for (int l = 0; l < 32; l++) {
       const int g = l / 4, c = l % 4;
       for (int x = 0; x < 2; x++) {
-        for (int r = 0; r < 4; r++) A[g + 8 * (r & 1)][2 * c + 8 * (r >> 1) + x] = widen(lane[l]->a[r] >> (16 * x), lane[l]->bf16);
+        for (int r = 0; r < 4; r++)
+          A[g + 8 * (r & 1)][2 * c + 8 * (r >> 1) + x] = widen(lane[l]->a[r] >> (16 * x), lane[l]->bf16);
         for (int r = 0; r < 2; r++) B[2 * c + 8 * r + x][g] = widen(lane[l]->b[r] >> (16 * x), lane[l]->bf16);
         for (int r = 0; r < 2; r++) D[g + 8 * r][2 * c + x] = lane[l]->c[2 * r + x];
       }
@@ -302,10 +313,11 @@ uint32_t movmatrix(uint32_t value, int line) {
 }
 
 // ---- Called by the driver: 0 when the kernel ran to its end, 1 when simt_report says why it did not.
-extern "C" int simt_launch(void (*kernel)(void**), void** args, const unsigned* grid, const unsigned* block, uint64_t seed, int checks,
-                           char* module_begin, char* module_end) {
+extern "C" int simt_launch(void (*kernel)(void**), void** args, const unsigned* grid, const unsigned* block,
+                           uint64_t seed, int checks, char* module_begin, char* module_end) {
   if (!stacks) {
-    stacks = (char*)mmap(nullptr, STACK * MAX_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    stacks = (char*)mmap(nullptr, STACK * MAX_THREADS, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     stacks_end = stacks + STACK * MAX_THREADS;
   }
   entry = kernel, arguments = args;
@@ -328,7 +340,8 @@ extern "C" int simt_launch(void (*kernel)(void**), void** args, const unsigned* 
     for (int i = 0; i < launch.threads; i++) {
       Thread& t = threads[i] = Thread{};
       t.index = i, t.id = {i % block[0], i / block[0] % block[1], i / block[0] / block[1]};
-      t.stack = fresh_stack(stacks + STACK * (i + 1) - 64 * (i % 64), run_thread);  // staggered: equal offsets would share cache sets
+      t.stack = fresh_stack(stacks + STACK * (i + 1) - 64 * (i % 64),
+                            run_thread);  // staggered: equal offsets would share cache sets
       make_ready(t);
     }
     current = pick();

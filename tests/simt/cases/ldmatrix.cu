@@ -1,4 +1,5 @@
-// ldmatrix.cu: device.cuh's ldmatrix_x4. x: four 8x8 matrices of 16-bit numbers; out: [2, 32, 4], as they are, transposed.
+// ldmatrix.cu: device.cuh's ldmatrix_x4. x: four 8x8 matrices of 16-bit numbers; out: [2, 32, 4], as they are,
+// transposed.
 #include "device.cuh"
 
 extern "C" __global__ void load(const uint4* x, uint32_t* out) {

@@ -14,7 +14,8 @@ struct Box {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(1024) mixed(const Arrays a, bool more, unsigned char small, long long large) {
+extern "C" __global__ void __launch_bounds__(1024)
+    mixed(const Arrays a, bool more, unsigned char small, long long large) {
   __shared__ __half halves[1024];
   __shared__ __nv_bfloat162 pairs[4];
   __shared__ Box<float, 4> boxes[2];
@@ -25,6 +26,7 @@ extern "C" __global__ void __launch_bounds__(1024) mixed(const Arrays a, bool mo
   if (t < 8) boxes[t / 4].v[t % 4] = t;
   numbers[t] = table[t & 3];
   __syncthreads();
-  a.y[t] = __half2float(halves[1023 - t]) + __low2float(pairs[t & 3]) + boxes[t & 1].sum() + numbers[t ^ 1] + a.k[t % 5] + (more ? small : 0) + large;
+  a.y[t] = __half2float(halves[1023 - t]) + __low2float(pairs[t & 3]) + boxes[t & 1].sum() + numbers[t ^ 1] +
+           a.k[t % 5] + (more ? small : 0) + large;
   if (t == 0) atomicMax((int*)&a.y[a.n], 5);
 }

@@ -36,6 +36,7 @@ extern "C" __global__ void integers(const unsigned* a, const unsigned* b, unsign
   out[3 * n + i] = __popc(a[i]);
   out[4 * n + i] = __ffs((int)a[i]);
   out[5 * n + i] = __brev(a[i]);
-  const unsigned long long x = (unsigned long long)a[i] << 32 | b[i], y = (unsigned long long)b[i] << 32 | a[i], high = __umul64hi(x, y);
+  const unsigned long long x = (unsigned long long)a[i] << 32 | b[i], y = (unsigned long long)b[i] << 32 | a[i],
+                           high = __umul64hi(x, y);
   out[6 * n + i] = (unsigned)high, out[7 * n + i] = (unsigned)(high >> 32);
 }

@@ -11,8 +11,12 @@ SIMT_INLINE __nv_bfloat16 __float2bfloat16_rn(float a) { return __nv_bfloat16::f
 SIMT_INLINE __nv_bfloat16 __float2bfloat16(float a) { return __nv_bfloat16::from(a); }
 SIMT_INLINE __nv_bfloat16 __double2bfloat16(double a) { return __nv_bfloat16::from(a); }
 SIMT_INLINE float __bfloat162float(__nv_bfloat16 a) { return a.value(); }
-SIMT_INLINE __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__nv_bfloat16::from(a), __nv_bfloat16::from(b)}; }
-SIMT_INLINE __nv_bfloat162 __float22bfloat162_rn(float2 a) { return {__nv_bfloat16::from(a.x), __nv_bfloat16::from(a.y)}; }
+SIMT_INLINE __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
+  return {__nv_bfloat16::from(a), __nv_bfloat16::from(b)};
+}
+SIMT_INLINE __nv_bfloat162 __float22bfloat162_rn(float2 a) {
+  return {__nv_bfloat16::from(a.x), __nv_bfloat16::from(a.y)};
+}
 SIMT_INLINE __nv_bfloat162 __float2bfloat162_rn(float a) { return {__nv_bfloat16::from(a), __nv_bfloat16::from(a)}; }
 SIMT_INLINE float2 __bfloat1622float2(__nv_bfloat162 a) { return {a.x.value(), a.y.value()}; }
 SIMT_INLINE __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 a) { return {a, a}; }

@@ -1,4 +1,5 @@
-// simt.h: CUDA C++ for g++. Force-included before a kernel's source; with it stand cuda_fp16.h, cuda_bf16.h and device.cuh.
+// simt.h: CUDA C++ for g++. Force-included before a kernel's source; together with cuda_fp16.h, cuda_bf16.h and
+// device.cuh.
 #pragma once
 #include <float.h>
 #include <limits.h>
@@ -108,10 +109,13 @@ SIMT_INLINE T shuffled(unsigned mask, T value, int from, int line) {
   __builtin_memcpy(&value, &out, sizeof value);
   return value;
 }
-SIMT_INLINE int lane() { return (thread_index().x + block_size().x * (thread_index().y + block_size().y * thread_index().z)) & 31; }
+SIMT_INLINE int lane() {
+  return (thread_index().x + block_size().x * (thread_index().y + block_size().y * thread_index().z)) & 31;
+}
 }  // namespace simt
 
-// A source outside of the segment of `width` lanes is the lane itself, except for __shfl_sync, which takes it modulo width.
+// A source outside of the segment of `width` lanes is the lane itself, except for __shfl_sync, which takes it modulo
+// width.
 template <class T> SIMT_INLINE T __shfl_sync(unsigned mask, T v, int from, int width = 32, SIMT_LINE) {
   const int l = simt::lane();
   return simt::shuffled(mask, v, (l & ~(width - 1)) | (from & (width - 1)), line);
@@ -135,12 +139,12 @@ template <class T> SIMT_INLINE T __shfl_up_sync(unsigned mask, T v, unsigned by,
       if (mask >> i & 1) { T b = simt::shuffled(mask, v, i, line); a = expression; } \
     return a;                                                                      \
   }
-SIMT_REDUCE(add, unsigned, a + b) SIMT_REDUCE(add, int, a + b)
-SIMT_REDUCE(max, unsigned, a > b ? a : b) SIMT_REDUCE(max, int, a > b ? a : b)
-SIMT_REDUCE(min, unsigned, a < b ? a : b) SIMT_REDUCE(min, int, a < b ? a : b)
-SIMT_REDUCE(and, unsigned, a & b) SIMT_REDUCE(or, unsigned, a | b) SIMT_REDUCE(xor, unsigned, a ^ b)
-
-// ---- Atomics. Fibers do not interrupt one another, so a plain update is atomic; it only must not be seen as a plain access.
+SIMT_REDUCE(add, unsigned, a + b)
+SIMT_REDUCE(add, int, a + b) SIMT_REDUCE(max, unsigned, a > b ? a : b) SIMT_REDUCE(max, int, a > b ? a : b)
+    SIMT_REDUCE(min, unsigned, a < b ? a : b) SIMT_REDUCE(min, int, a < b ? a : b) SIMT_REDUCE(and, unsigned, a& b)
+        SIMT_REDUCE(or, unsigned, a | b) SIMT_REDUCE(xor, unsigned, a ^ b)
+// ---- Atomics. Fibers do not interrupt one another, so a plain update is atomic; it only must not be seen as a plain
+// access.
 #define SIMT_ATOMIC(name, expression)                                                            \
   template <class T> __attribute__((no_sanitize("thread"), noinline)) T name(T* p, std::common_type_t<T> v) { \
     simt::atomic(p, sizeof(T));                                                                  \
@@ -148,18 +152,13 @@ SIMT_REDUCE(and, unsigned, a & b) SIMT_REDUCE(or, unsigned, a | b) SIMT_REDUCE(x
     *p = expression;                                                                             \
     return old;                                                                                  \
   }
-SIMT_ATOMIC(atomicAdd, old + v)
-SIMT_ATOMIC(atomicSub, old - v)
-SIMT_ATOMIC(atomicExch, v)
-SIMT_ATOMIC(atomicMax, old > v ? old : v)
-SIMT_ATOMIC(atomicMin, old < v ? old : v)
-SIMT_ATOMIC(atomicAnd, old & v)
-SIMT_ATOMIC(atomicOr, old | v)
-SIMT_ATOMIC(atomicXor, old ^ v)
-SIMT_ATOMIC(atomicInc, old >= v ? 0 : old + 1)
-SIMT_ATOMIC(atomicDec, old == 0 || old > v ? v : old - 1)
-template <class T>
-__attribute__((no_sanitize("thread"), noinline)) T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> v) {
+            SIMT_ATOMIC(atomicAdd, old + v) SIMT_ATOMIC(atomicSub, old - v) SIMT_ATOMIC(atomicExch, v)
+                SIMT_ATOMIC(atomicMax, old > v ? old : v) SIMT_ATOMIC(atomicMin, old < v ? old : v)
+                    SIMT_ATOMIC(atomicAnd, old& v) SIMT_ATOMIC(atomicOr, old | v) SIMT_ATOMIC(atomicXor, old ^ v)
+                        SIMT_ATOMIC(atomicInc, old >= v ? 0 : old + 1)
+                            SIMT_ATOMIC(atomicDec, old == 0 || old > v ? v : old - 1) template <class T>
+                            __attribute__((no_sanitize("thread"), noinline)) T
+    atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> v) {
   simt::atomic(p, sizeof(T));
   const T old = *p;
   if (old == expected) *p = v;
@@ -185,7 +184,9 @@ SIMT_INLINE int __popcll(unsigned long long x) { return __builtin_popcountll(x);
 SIMT_INLINE int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 SIMT_INLINE int __ffs(int x) { return __builtin_ffs(x); }
 SIMT_INLINE unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
-SIMT_INLINE unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned __int128)a * b >> 64; }
+SIMT_INLINE unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return (unsigned __int128)a * b >> 64;
+}
 SIMT_INLINE int __mulhi(int a, int b) { return (int)((int64_t)a * b >> 32); }
 SIMT_INLINE unsigned __brev(unsigned x) {
   unsigned r = 0;
@@ -201,8 +202,12 @@ SIMT_INLINE unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   }
   return r;
 }
-SIMT_INLINE unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned by) { return (unsigned)(((uint64_t)hi << 32 | lo) >> (by & 31)); }
-SIMT_INLINE unsigned __funnelshift_l(unsigned lo, unsigned hi, unsigned by) { return (unsigned)(((uint64_t)hi << 32 | lo) << (by & 31) >> 32); }
+SIMT_INLINE unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned by) {
+  return (unsigned)(((uint64_t)hi << 32 | lo) >> (by & 31));
+}
+SIMT_INLINE unsigned __funnelshift_l(unsigned lo, unsigned hi, unsigned by) {
+  return (unsigned)(((uint64_t)hi << 32 | lo) << (by & 31) >> 32);
+}
 SIMT_INLINE float __int_as_float(int x) { return simt::bits_of<float>(x); }
 SIMT_INLINE float __uint_as_float(unsigned x) { return simt::bits_of<float>(x); }
 SIMT_INLINE int __float_as_int(float x) { return simt::bits_of<int>(x); }
@@ -251,19 +256,32 @@ SIMT_INLINE void __trap() { simt::trap("__trap()"); }
 #undef assert
 #define assert(condition) ((condition) ? (void)0 : simt::trap("assertion failed: " #condition))
 
-// ---- For the driver: a kernel with any parameters as a function of void**, and its parameters' types as text ("P0008i0004": kind, size).
+// ---- For the driver: a kernel with any parameters as a function of void**, and its parameters' types as text
+// ("P0008i0004": kind, size).
 namespace simt {
 template <class... A, size_t... I>
-__attribute__((no_sanitize("thread"))) void call(void (*kernel)(A...), void** v, std::index_sequence<I...>) { kernel(*(std::remove_reference_t<A>*)v[I]...); }
+__attribute__((no_sanitize("thread"))) void call(void (*kernel)(A...), void** v, std::index_sequence<I...>) {
+  kernel(*(std::remove_reference_t<A>*)v[I]...);
+}
 template <class... A>
-__attribute__((no_sanitize("thread"))) void call(void (*kernel)(A...), void** v) { call(kernel, v, std::index_sequence_for<A...>{}); }
+__attribute__((no_sanitize("thread"))) void call(void (*kernel)(A...), void** v) {
+  call(kernel, v, std::index_sequence_for<A...>{});
+}
 template <class A>
 constexpr char kind_of() {
-  return std::is_pointer_v<A> ? 'P' : std::is_floating_point_v<A> ? 'f' : std::is_same_v<A, bool> ? 'b' : !std::is_integral_v<A> ? 'V' : std::is_signed_v<A> ? 'i' : 'u';
+  return std::is_pointer_v<A>          ? 'P'
+         : std::is_floating_point_v<A> ? 'f'
+         : std::is_same_v<A, bool>     ? 'b'
+         : !std::is_integral_v<A>      ? 'V'
+         : std::is_signed_v<A>         ? 'i'
+                                       : 'u';
 }
 constexpr char digit(size_t n, size_t of) { return char('0' + n / of % 10); }
 template <class... A>
-struct Signature { static constexpr char text[][5] = {{kind_of<A>(), digit(sizeof(A), 1000), digit(sizeof(A), 100), digit(sizeof(A), 10), digit(sizeof(A), 1)}..., {}}; };
+struct Signature {
+  static constexpr char text[][5] = {
+      {kind_of<A>(), digit(sizeof(A), 1000), digit(sizeof(A), 100), digit(sizeof(A), 10), digit(sizeof(A), 1)}..., {}};
+};
 template <class... A>
 const char* signature(void (*)(A...)) { return Signature<A...>::text[0]; }
 }  // namespace simt

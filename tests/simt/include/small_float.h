@@ -23,7 +23,8 @@ struct Small {
     int e = x > 0 ? ilogb(x) : EMIN;
     if (e < EMIN) e = EMIN;
     if (e > -EMIN + 1) return raw(sign | INF);
-    const uint32_t m = (uint32_t)nearbyint(ldexp(x, MANTISSA - e));  // below 2^P; 2^P carries into the exponent, and into infinity
+    const uint32_t m =
+        (uint32_t)nearbyint(ldexp(x, MANTISSA - e));  // below 2^P; 2^P carries into the exponent, and into infinity
     const uint32_t r = m < (1u << MANTISSA) ? m : ((uint32_t)(e - EMIN + 1) << MANTISSA) + (m - (1u << MANTISSA));
     return raw(sign | r);
   }
@@ -41,8 +42,8 @@ struct Small {
   friend SIMT_INLINE Small operator-(Small a) { return raw(a.bits ^ 0x8000); }
   SIMT_INLINE Small& operator+=(Small b) { return *this = *this + b; }
   SIMT_INLINE Small& operator*=(Small b) { return *this = *this * b; }
-  // Not so of a fused multiply-add: a product may lie in the middle between two numbers, and c be too small to move it. What the double loses
-  // goes into its last bit ("round to odd"), after which it may be rounded again.
+  // Not so of a fused multiply-add: a product may lie in the middle between two numbers, and c be too small to move
+  // it. What the double loses goes into its last bit ("round to odd"), after which it may be rounded again.
   static __attribute__((noinline)) Small fma(Small a, Small b, Small c) {
     const double product = (double)a.value() * b.value(), z = c.value(), sum = product + z, part = sum - product;
     const double lost = (product - (sum - part)) + (z - part);  // exactly
@@ -74,8 +75,11 @@ SIMT_BINARY(__hmax, a.value() != a.value() || b.value() > a.value() ? b : a)
 SIMT_BINARY(__hmin, a.value() != a.value() || b.value() < a.value() ? b : a)
 SIMT_UNARY(__hneg, -a)
 SIMT_UNARY(__habs, SIMT_S::raw(a.bits & 0x7FFF))
-SIMT_COMPARE(__heq, ==) SIMT_COMPARE(__hne, !=) SIMT_COMPARE(__hlt, <) SIMT_COMPARE(__hle, <=) SIMT_COMPARE(__hgt, >) SIMT_COMPARE(__hge, >=)
-SIMT_T SIMT_S __hdiv(SIMT_S a, SIMT_S b) { return a / b; }
+SIMT_COMPARE(__heq, ==)
+SIMT_COMPARE(__hne, !=) SIMT_COMPARE(__hlt, <) SIMT_COMPARE(__hle, <=) SIMT_COMPARE(__hgt, >)
+    SIMT_COMPARE(__hge, >=) SIMT_T SIMT_S __hdiv(SIMT_S a, SIMT_S b) {
+  return a / b;
+}
 SIMT_T SIMT_S __hfma(SIMT_S a, SIMT_S b, SIMT_S c) { return SIMT_S::fma(a, b, c); }
 SIMT_T SIMT_P __hfma2(SIMT_P a, SIMT_P b, SIMT_P c) { return {SIMT_S::fma(a.x, b.x, c.x), SIMT_S::fma(a.y, b.y, c.y)}; }
 SIMT_T bool __hisnan(SIMT_S a) { return a.value() != a.value(); }

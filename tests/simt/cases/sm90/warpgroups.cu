@@ -1,4 +1,5 @@
-// warpgroups.cu: one warpgroup; b [128, 64] K-major or [16, N] N-major; a, c and d in memory as they are in registers, c and d [128, N / 2].
+// warpgroups.cu: one warpgroup; b [128, 64] K-major or [16, N] N-major; a, c and d in memory as they are in
+// registers, c and d [128, N / 2].
 #include "sm90/wgmma.cuh"
 
 // d = c + a . b, a [128, 4] registers, b [16, N]
@@ -24,14 +25,19 @@ __device__ void multiply(const uint32_t* a, const uint4* b, const float* c, floa
   compiler_fence(d);
   for (int i = 0; i < N / 2; i++) out[N / 2 * t + i] = d[i / 4][i % 4];
 }
-extern "C" __global__ void registers_shared_64(const uint32_t* a, const uint4* b, const float* c, float* out) { multiply<64>(a, b, c, out); }
-extern "C" __global__ void registers_shared_128(const uint32_t* a, const uint4* b, const float* c, float* out) { multiply<128>(a, b, c, out); }
+extern "C" __global__ void registers_shared_64(const uint32_t* a, const uint4* b, const float* c, float* out) {
+  multiply<64>(a, b, c, out);
+}
+extern "C" __global__ void registers_shared_128(const uint32_t* a, const uint4* b, const float* c, float* out) {
+  multiply<128>(a, b, c, out);
+}
 
 // d = c + a . b, or a . b where c is null; b [128, 64] K-major, its k from 48 on
 extern "C" __global__ void registers_rows(const uint32_t* a, const uint4* b, const float* c, float* out, int fault) {
   extern __shared__ __align__(1024) unsigned char rows[];
   const int t = threadIdx.x;
-  for (int i = t; i < 128 * 8; i += 128) *(uint4*)(rows + i / 8 * 128 + (i % 8 ^ i / 8 % 8) * 16) = b[i];  // as wgmma_operand wants them
+  for (int i = t; i < 128 * 8; i += 128)
+    *(uint4*)(rows + i / 8 * 128 + (i % 8 ^ i / 8 % 8) * 16) = b[i];  // as wgmma_operand wants them
   fence_async();
   __syncthreads();
   float d[16][4];
@@ -57,7 +63,8 @@ template <int N>
 __device__ void multiply_shared(const uint4* a, const uint4* b, const float* c, float* out) {
   extern __shared__ __align__(1024) unsigned char rows[];
   const int t = threadIdx.x;
-  for (int i = t; i < (64 + N) * 8; i += 128) *(uint4*)(rows + i / 8 * 128 + (i % 8 ^ i / 8 % 8) * 16) = i < 512 ? a[i] : b[i - 512];
+  for (int i = t; i < (64 + N) * 8; i += 128)
+    *(uint4*)(rows + i / 8 * 128 + (i % 8 ^ i / 8 % 8) * 16) = i < 512 ? a[i] : b[i - 512];
   fence_async();
   __syncthreads();
   float d[N / 8][4];
@@ -70,6 +77,8 @@ __device__ void multiply_shared(const uint4* a, const uint4* b, const float* c, 
   compiler_fence(d);
   for (int i = 0; i < N / 2; i++) out[N / 2 * t + i] = d[i / 4][i % 4];
 }
-#define SHARED(N) \
-  extern "C" __global__ void shared_##N(const uint4* a, const uint4* b, const float* c, float* out) { multiply_shared<N>(a, b, c, out); }
+#define SHARED(N)                                                                                     \
+  extern "C" __global__ void shared_##N(const uint4* a, const uint4* b, const float* c, float* out) { \
+    multiply_shared<N>(a, b, c, out);                                                                 \
+  }
 SHARED(16) SHARED(32) SHARED(48) SHARED(64) SHARED(96) SHARED(128)

@@ -6,9 +6,11 @@
 
 namespace simt {
 
-// Every lane of `mask` must come to the same operation; the last one carries it out for all (`combine` gets each lane's args) and all go on.
+// Every lane of `mask` must come to the same operation; the last one carries it out for all (`combine` gets each
+// lane's args), and all continue.
 template <class Args>
-void warp_operation(void* pc, uint32_t mask, const char* op, int line, Args& args, void (*combine)(Args** lanes, uint32_t mask)) {
+void warp_operation(void* pc, uint32_t mask, const char* op, int line, Args& args,
+                    void (*combine)(Args** lanes, uint32_t mask)) {
   Thread& t = *current;
   const int base = t.index & ~31;
   const int lanes = launch.threads - base < 32 ? launch.threads - base : 32;
@@ -19,10 +21,12 @@ void warp_operation(void* pc, uint32_t mask, const char* op, int line, Args& arg
   for (int l = 0; l < lanes; l++) {
     if (!(mask >> l & 1)) continue;
     Thread& o = threads[base + l];
-    if (o.state == State::done) fault(pc, nullptr, "%s at line %d names lane %d in its mask, which has returned", op, line, l);
+    if (o.state == State::done)
+      fault(pc, nullptr, "%s at line %d names lane %d in its mask, which has returned", op, line, l);
     if (&o != &t && o.state != State::warp) return park(State::warp);  // who comes last looks at all
     if (&o != &t && (o.mask != mask || o.line != line || strcmp(o.op, op)))
-      fault(pc, nullptr, "divergent warp: %s at line %d (mask %08x) while lane %d waits in %s at line %d (mask %08x)", op, line, mask, l, o.op, o.line, o.mask);
+      fault(pc, nullptr, "divergent warp: %s at line %d (mask %08x) while lane %d waits in %s at line %d (mask %08x)",
+            op, line, mask, l, o.op, o.line, o.mask);
     all[l] = (Args*)o.args;
   }
   combine(all, mask);
