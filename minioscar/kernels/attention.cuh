@@ -96,8 +96,7 @@ DEVICE TileQuery load_tile_query(const bf16* q) {
   return query;
 }
 
-// Attends to one tile of `valid` (1..TILE_TOKENS) BF16 tokens in shared memory: keys, then values, [TILE_TOKENS][D]
-// each.
+// Attends to one tile of `valid` (1..TILE_TOKENS) BF16 tokens in shared memory: keys [TILE_TOKENS][D], then values.
 template <class Items>
 DEVICE void attend_tile(State& state, const unsigned char* tile, const TileQuery& query, int valid, float scale_log2) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
@@ -150,11 +149,7 @@ DEVICE void attend_tile(State& state, const unsigned char* tile, const TileQuery
 
 // --- copies
 
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes;
-};
+struct Copy { void* to; const void* from; int bytes; };
 
 // A warp's ring of items in shared memory, filled STAGES ahead.
 struct Ring {
@@ -177,8 +172,7 @@ struct Ring {
   DEVICE unsigned char* slot_at(int slot) const { return slots + slot * ITEM_BYTES; }
 
   // Starts the copies that fill a slot, all sizes multiples of 16 bytes and perhaps 0.
-  template <int N>
-  DEVICE void fill(int slot, const Copy (&copies)[N]) {
+  template <int N> DEVICE void fill(int slot, const Copy (&copies)[N]) {
 #if BULK_COPIES
     if (elect_one()) {
       int bytes = 0;
@@ -206,8 +200,7 @@ struct Ring {
     __syncwarp();
 #endif
   }
-  // Waits for the first item in a slot of another warp, `warps` further on. Without mbarriers, launches do not
-  // overlap either.
+  // Waits for the first item in a slot of another warp, `warps` further on. No overlap without mbarriers.
   DEVICE void wait_for_other(int warps, int slot) {
 #if BULK_COPIES
     mbarrier_wait(barriers + warps * STAGES + slot, 0);
@@ -215,8 +208,7 @@ struct Ring {
   }
 };
 
-// Stores a warp's sums of a head: to the output if the warp has the whole head, else to shared memory as partial
-// `index`.
+// Stores a warp's sums of a head: to the output if the warp has the whole head, else as partial `index`.
 template <class Items>
 DEVICE void store_sums(const State& state, unsigned char* smem, const Results& to, int head, bool whole, int index) {
   constexpr int RUN = Items::HALF_TILES, BOTH = COLUMN_HALVES * RUN,

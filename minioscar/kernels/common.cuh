@@ -22,18 +22,15 @@ DEVICE void accumulate(float (&sum)[4], const float4& x) {
 }
 
 // Sets MMA accumulators to 0.
-template <int N>
-DEVICE void clear(float (&x)[N]) {
+template <int N> DEVICE void clear(float (&x)[N]) {
   UNROLL for (int i = 0; i < N; i++) x[i] = 0.f;
 }
-template <int N, int M, class T>
-DEVICE void clear(T (&x)[N][M]) {
+template <int N, int M, class T> DEVICE void clear(T (&x)[N][M]) {
   UNROLL for (int i = 0; i < N; i++) clear(x[i]);
 }
 
 // The sum over `lanes` neighbouring lanes, a power of two; every one of them gets it.
-template <int LANES = 32>
-DEVICE float warp_sum(float x) {
+template <int LANES = 32> DEVICE float warp_sum(float x) {
   UNROLL for (int other = LANES / 2; other; other /= 2) x += __shfl_xor_sync(FULL_MASK, x, other);
   return x;
 }
@@ -46,4 +43,21 @@ DEVICE float quad_sum(float x) {
   x += __shfl_xor_sync(FULL_MASK, x, 1);
   return x + __shfl_xor_sync(FULL_MASK, x, 2);
 }
+
+// The type of a kernel's results, set by -D: BF16 or, with OUT_BF16=0, float32.
+#ifdef OUT_BF16
+#if OUT_BF16
+typedef bf16 Output;
+DEVICE bf16 to_output(float x) { return to_bf16(x); }
+DEVICE void store_pair(bf16* to, float x, float y) { *(uint32_t*)to = pack_bf16x2(x, y); }
+DEVICE void store_output(bf16* to, float x, float y, float z, float w) {
+  *(uint2*)to = make_uint2(pack_bf16x2(x, y), pack_bf16x2(z, w));
+}
+#else
+typedef float Output;
+DEVICE float to_output(float x) { return x; }
+DEVICE void store_pair(float* to, float x, float y) { *(float2*)to = make_float2(x, y); }
+DEVICE void store_output(float* to, float x, float y, float z, float w) { *(float4*)to = make_float4(x, y, z, w); }
+#endif
+#endif
 #endif

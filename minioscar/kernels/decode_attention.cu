@@ -41,10 +41,8 @@ DEVICE constexpr float power_of_two(int n) { return (float)(1 << n); }
 DEVICE constexpr int group_of(int channel_tile) { return channel_tile * 16 / VALUE_GROUP; }
 
 // MMA operands of tiles 0, 1, 2 ... of one load after the other: the codes of a tile, masked; or, nested, together
-// with those of the lower slots of the byte, whose product is subtracted afterwards: one mask fewer a byte, and no
-// shift.
-template <bool NESTED>
-struct Codes {
+// with those of the lower slots of the byte, whose product is subtracted afterwards: one mask fewer a byte, no shift.
+template <bool NESTED> struct Codes {
   uint4 bits;
   DEVICE void advance(const unsigned char* codes, int tile) {
     if (tile % TILES == 0) word = ((const uint4*)codes)[tile / TILES * 32 + threadIdx.x % 32];
@@ -67,8 +65,7 @@ struct Codes {
 };
 
 // Sums of nested codes to those of each tile: subtracts the sum of the tile before, which has the lower slots.
-template <int N>
-DEVICE void subtract_nested(float (&sum)[N][4]) {
+template <int N> DEVICE void subtract_nested(float (&sum)[N][4]) {
   UNROLL for (int j = N - 1; j > 0; j--)
     UNROLL for (int i = 0; i < 4; i++)
       if (j % BYTE_SLOTS) sum[j][i] -= sum[j - 1][i];
@@ -187,10 +184,8 @@ struct PageItems {
       float norm[4] = {factor, factor, factor, factor};
       if (SCALED) {
         const float4 n = *(const float4*)(data + PAGE_BYTES + ((COLUMN_HALVES == 2 ? second : j / 2) * 32 + 4 * r) * 4);
-        norm[0] *= n.x;
-        norm[1] *= n.y;
-        norm[2] *= n.z;
-        norm[3] *= n.w;
+        const float four[4] = {n.x, n.y, n.z, n.w};
+        UNROLL for (int i = 0; i < 4; i++) norm[i] *= four[i];
       }
       UNROLL for (int u = 0; u < 2; u++) {
         const float scale = second ? scale_of(above + u) : scale_of(j + u);

@@ -1,5 +1,4 @@
-// decode_attention_bf16.cu: one query token per sequence attends to a plain BF16 cache, which is read once: the
-// baseline.
+// decode_attention_bf16.cu: one query token per sequence attends to a plain BF16 cache, which is read once.
 //
 //   out[b,h,:] = softmax_t(scale * <q[b,h,:], keys[b,t,:]>) . values[b,t,:]
 //   q heads h share kv head h / (Q_GROUPS * Q_PER_KV)

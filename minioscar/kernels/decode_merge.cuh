@@ -1,5 +1,4 @@
-// decode_merge.cuh: merges the splits of a head that several warps of a block, and several blocks, have
-// (attention.cuh).
+// decode_merge.cuh: merges the splits of a head over several warps and blocks (attention.cuh).
 //
 //   m = max m_i, l = sum 2^(m_i - m) l_i, o = sum 2^(m_i - m) o_i, output = o / l
 //
@@ -19,7 +18,6 @@
 // and clears as much.
 #ifndef MINIOSCAR_DECODE_MERGE_CUH
 #define MINIOSCAR_DECODE_MERGE_CUH
-#include "output.cuh"
 #include "schedule.cuh"
 
 // Channels of all q heads, in quads: a lane merges one, a warp a slice of 16.
@@ -60,17 +58,14 @@ DEVICE void store_lse(const Results& to, int head, int q_head, float m, float l)
 struct Partial { float4 o; float2 ml; };
 
 // Adds partials to `sum`, in their order.
-template <int N>
-DEVICE void add_partials(Partial& sum, const Partial (&partials)[N]) {
+template <int N> DEVICE void add_partials(Partial& sum, const Partial (&partials)[N]) {
   float m = sum.ml.x, l = 0.f;
   float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
   UNROLL for (int u = 0; u < N; u++) m = fmaxf(m, partials[u].ml.x);
   auto add = [&](const Partial& partial) {
     const float f = ex2(partial.ml.x - m);
-    o.x = fmaf(f, partial.o.x, o.x);
-    o.y = fmaf(f, partial.o.y, o.y);
-    o.z = fmaf(f, partial.o.z, o.z);
-    o.w = fmaf(f, partial.o.w, o.w);
+    const float4& x = partial.o;
+    o = make_float4(fmaf(f, x.x, o.x), fmaf(f, x.y, o.y), fmaf(f, x.z, o.z), fmaf(f, x.w, o.w));
     l = fmaf(f, partial.ml.y, l);
   };
   add(sum);
@@ -80,8 +75,7 @@ DEVICE void add_partials(Partial& sum, const Partial (&partials)[N]) {
 
 // Merges `count` partials, partial(k) the k-th, loading N at a time. The lower half of the warp merges the first half
 // of them and the upper half the others; the lower half returns the merge of all.
-template <int N, class Load>
-DEVICE Partial merge_partials(int count, const Load& partial) {
+template <int N, class Load> DEVICE Partial merge_partials(int count, const Load& partial) {
   const bool upper = threadIdx.x % 32 >= 16;
   const int middle = (count + 1) / 2, end = upper ? count : middle;
   Partial sum = {make_float4(0.f, 0.f, 0.f, 0.f), make_float2(INITIAL_MAX, 0.f)};

@@ -92,18 +92,15 @@ DEVICE void load_once(uint4& d, const void* global, bool predicate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p ld.global.cs.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
                : "+r"(d.x), "+r"(d.y), "+r"(d.z), "+r"(d.w) : "l"(global), "r"((int)predicate));
 }
+#define ATOMIC_ADD(NAME, ORDER)                                                                                       \
+  DEVICE int NAME(int* p, int x) {                                                                                  \
+    int old;                                                                                                        \
+    asm volatile("atom." ORDER ".gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(x) : "memory");        \
+    return old;                                                                                                     \
+  }
 // Adds at GPU scope: writes before it are visible to a thread that reads the sum later, and the other way round.
-DEVICE int atomic_add_acq_rel(int* p, int x) {
-  int old;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(x) : "memory");
-  return old;
-}
-// The same without ordering any other access.
-DEVICE int atomic_add_relaxed(int* p, int x) {
-  int old;
-  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(x) : "memory");
-  return old;
-}
+ATOMIC_ADD(atomic_add_acq_rel, "acq_rel")
+ATOMIC_ADD(atomic_add_relaxed, "relaxed")  // orders no other access
 // Memory that other blocks may access at the same time: each 32-bit word by itself is either the old or the new one.
 DEVICE int load_relaxed(const int* p) {
   int x;
@@ -135,8 +132,7 @@ DEVICE void cp_async_16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_addr(shared)), "l"(global) : "memory");
 }
 // The same if `valid`, else zeros without a read. PREFETCH: L2 fetches the 256 bytes around, which are copied next.
-template <bool PREFETCH>
-DEVICE void cp_async_16_or_zero(void* shared, const void* from, bool valid) {
+template <bool PREFETCH> DEVICE void cp_async_16_or_zero(void* shared, const void* from, bool valid) {
   const uint32_t to = smem_addr(shared), bytes = valid ? 16 : 0;
   if (PREFETCH)
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -145,8 +141,7 @@ DEVICE void cp_async_16_or_zero(void* shared, const void* from, bool valid) {
 }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most N of this thread's groups are in flight.
-template <int N>
-DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+template <int N> DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // --- overlapping launches (ops/card.py); no effect on cards and in launches without them
 

@@ -1,5 +1,4 @@
-// elementwise.cu: the steps between the products of a prefill, which cuBLAS computes: BF16, float32 inside, rounded
-// once.
+// elementwise.cu: the steps between the products of a prefill, which cuBLAS computes: BF16, float32 inside.
 //
 //   silu_mul: out[t, j] = silu(gate_up[t, j]) * gate_up[t, n + j]
 //   add: y[t, j] += x[t, j], or a bias: x[j] for every t
@@ -18,8 +17,7 @@ struct Sum {
 };
 
 // out[i] = F(a[i], b[i]) for this block's vectors of a row.
-template <class F>
-DEVICE void apply(const uint4* a, const uint4* b, uint4* out, int vectors) {
+template <class F> DEVICE void apply(const uint4* a, const uint4* b, uint4* out, int vectors) {
   const int first = blockIdx.y * (PER_THREAD * THREADS) + threadIdx.x;
   uint4 x[PER_THREAD], y[PER_THREAD];
   UNROLL for (int i = 0; i < PER_THREAD; i++)

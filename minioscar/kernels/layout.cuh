@@ -19,8 +19,7 @@ constexpr int KEY_STEP = CODE_BYTES, KEY_MIN = KEY_STEP + KEY_PARAM_BYTES, VALUE
 constexpr int VALUE_STEP = VALUE_CODES + CODE_BYTES, VALUE_MIN = VALUE_STEP + VALUE_PARAM_BYTES;
 constexpr int PAGE_BYTES = VALUE_STEP + VALUE_PARAM_BYTES * (SYMMETRIC ? 1 : 2);
 
-// The token of a page in row r (half 0) or r + 8 (half 1) of token tile j: the norms that a lane needs are then
-// neighbours.
+// The token of a page in row r (half 0) or r + 8 (half 1) of token tile j: a lane's norms are then neighbours.
 DEVICE constexpr int token_of(int j, int half, int r) { return j / 2 * 32 + 4 * r + j % 2 * 2 + half; }
 
 // Parameters of values are ordered even groups, then odd groups: what a lane needs of either is one load.

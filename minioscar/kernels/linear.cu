@@ -1,5 +1,4 @@
-// linear.cu: matrix-vector products of a decode step, 1 to 8 tokens at a time, with the norm before and the steps
-// after them.
+// linear.cu: matrix-vector products of a decode step, 1 to 8 tokens at a time, with norm, activation and residual.
 //
 //   y[m, n] = act(sum_k x'[m, k] weight[n, k] + bias[n]) + residual[m, n]
 //   x' = x, or with NORM rms_norm(x) rounded to BF16

@@ -2,7 +2,7 @@
 // Set by -D: SILU (weight holds gate rows, then up rows), OUT_BF16; and WARPS by the including file.
 #ifndef MINIOSCAR_LINEAR_CUH
 #define MINIOSCAR_LINEAR_CUH
-#include "output.cuh"
+#include "common.cuh"
 
 constexpr int THREADS = WARPS * 32, BRANCHES = SILU ? 2 : 1;  // gate and up, or one
 

@@ -27,8 +27,7 @@ constexpr int WARPS = 8;
 #include "split_merge.cuh"
 
 // A warp has ROW_TILES MMA tiles: lane 4r + c holds rows r and r + 8 of each, columns 2c and 2c + 1 of every 8. Rows
-// 2q and 2q + 1 of all of them are neighbours in the output, so that a lane stores LANE_OUT numbers of a token at
-// once.
+// 2q and 2q + 1 of all of them are neighbours in the output, so that a lane stores LANE_OUT of them.
 constexpr int WARP_ROWS = ROW_TILES * 16, ROW_WARPS = WARPS / K_GROUPS, ROWS = ROW_WARPS * WARP_ROWS;
 constexpr int WARP_OUT = WARP_ROWS / BRANCHES, OUT_ROWS = ROWS / BRANCHES, LANE_OUT = WARP_OUT / 4;
 constexpr int GROUP_K = 64, SLAB = K_GROUPS * GROUP_K;            // k of a warp and of all
@@ -38,8 +37,7 @@ constexpr int STAGE_BYTES = X_OFFSET + K_GROUPS * COLUMNS * LINE_BYTES;
 static_assert(COLUMNS % 16 == 0 && K_GROUPS * COLUMNS <= 256,
               "ldmatrix loads two column tiles; the groups' sums fit into a stage");
 
-template <class T, int N>
-struct alignas(sizeof(T) * (N & -N) < 16 ? sizeof(T) * (N & -N) : 16) Vector {
+template <class T, int N> struct alignas(sizeof(T) * (N & -N) < 16 ? sizeof(T) * (N & -N) : 16) Vector {
   T of[N];
 };
 
@@ -51,8 +49,7 @@ struct Product {
   // Row r + 8 i of MMA tile t of a warp: its branch, and its output, counted from the warp's first.
   DEVICE static int branch(int i) { return SILU ? i : 0; }
   DEVICE static int output(int t, int i, int r) { return LANE_OUT * (r / 2) + 2 * (SILU ? t : 2 * t + i) + r % 2; }
-  // The weights of that row. Rows past the end repeat the last row; their results are discarded. first: the warp's
-  // first output.
+  // The weights of that row. Rows past the end repeat the last row; their results are discarded.
   DEVICE const bf16* row(int first, int t, int i, int r) const {
     return weight + (size_t)(branch(i) * rows + min(first + output(t, i, r), rows - 1)) * K;
   }
@@ -106,8 +103,7 @@ DEVICE void multiply(float (&y)[ROW_TILES][TILES][4], const unsigned char* stage
 
 typedef float Sums[ROW_TILES][OWN_TILES][4];  // of a warp
 
-// A warp's sums of a tile: bias, activation, residual, and out. first: its first output. z: columns first_column and
-// so on.
+// A warp's sums of a tile: bias, activation, residual, and out. first: its first output. z: columns first_column ...
 DEVICE void finish(const Sums& z, const Product& p, int first, int first_column) {
   // Column tiles whose residuals are loaded together.
   constexpr int AT_ONCE = OWN_TILES % 4 == 0 ? 4 : OWN_TILES % 3 == 0 ? 3 : OWN_TILES % 2 == 0 ? 2 : 1;

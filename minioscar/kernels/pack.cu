@@ -55,8 +55,7 @@ constexpr float CODE_BIAS = 8388608.f;  // 2^23: adding it rounds to a whole num
 // to even, hence >, >=, >. Symmetric, x has 8 bits and a step 11, so that x / step is +-1 or at least 2^-11 away from
 // it; and x / step + 3/2 rounds up to 3/2 from -2^-24 on. The upper two codes are compared after subtracting 2 step,
 // which is exact where it matters.
-template <bool CENTRED>
-struct Coder {
+template <bool CENTRED> struct Coder {
   float minimum, step, low, middle;
   Divisor divisor;
   DEVICE explicit Coder(const GroupParams& g)
@@ -115,14 +114,12 @@ DEVICE float channel_max(Row row, bool negate) {
   return row.x[0];
 }
 
-// Keys or values of one kv head: the window holds the tokens of block `base` before `start`, `recent` those from
-// `start`.
+// Keys or values of one kv head: the window holds the tokens of block `base` before `start`, `recent` the rest.
 struct Source {
   const bf16 *window, *recent;
   int base, start, stride;
   // 16 bytes at `at` of N tokens first + token(i), of one page.
-  template <int N, class Token>
-  DEVICE void load(uint4 (&raw)[N], int first, int at, Token token) const {
+  template <int N, class Token> DEVICE void load(uint4 (&raw)[N], int first, int at, Token token) const {
     if (first >= start) {
       const bf16* from = recent + (size_t)(first - start) * stride + at;
       UNROLL for (int i = 0; i < N; i++) raw[i] = *(const uint4*)(from + (size_t)token(i) * stride);

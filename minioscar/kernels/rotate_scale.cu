@@ -1,5 +1,4 @@
-// rotate_scale.cu: from the qkv projection to what attention and the cache take (oscar.py, steps 1 and 2), in one
-// launch.
+// rotate_scale.cu: from the qkv projection to what attention and the cache take (oscar.py, steps 1 and 2).
 //
 //   x = QK-norm(x) (if the model has it), RoPE(x) (half-split pairs), x . H (if the scheme rotates)
 //   x: heads of q, then k
@@ -23,15 +22,12 @@ constexpr int HEADS_PER_BLOCK = 16, THREADS = HEADS_PER_BLOCK * LANES, HEADS_PER
               WORDS = PER_LANE / 2;
 static_assert(DIM == 64 || DIM == 128 || DIM == 256, "head_dim");
 
-// A lane's numbers of a head: channels 8 * lane ... and DIM / 2 + 8 * lane ..., two in a word; `lane` counts within
-// the head.
+// A lane's numbers of a head: channels 8 * lane ... and DIM / 2 + 8 * lane ..., two in a word.
 DEVICE void load(uint32_t (&words)[WORDS], const bf16* head, int lane) {
   UNROLL for (int half = 0; half < 2; half++) {
     const uint4 x = *(const uint4*)(head + lane * HALF + half * (DIM / 2));
-    words[4 * half] = x.x;
-    words[4 * half + 1] = x.y;
-    words[4 * half + 2] = x.z;
-    words[4 * half + 3] = x.w;
+    const uint32_t four[4] = {x.x, x.y, x.z, x.w};
+    UNROLL for (int i = 0; i < 4; i++) words[4 * half + i] = four[i];
   }
 }
 DEVICE void store(bf16* head, const uint32_t (&words)[WORDS], int lane) {
@@ -43,11 +39,9 @@ DEVICE float number(const uint32_t (&words)[WORDS], int i) { return i % 2 ? high
 // row [DIM / 2]: cosines or sines of a position.
 DEVICE void load_angles(float (&x)[HALF], const float* row, int lane) {
   UNROLL for (int i = 0; i < HALF; i += 4) {
-    const float4 four = *(const float4*)(row + lane * HALF + i);
-    x[i] = four.x;
-    x[i + 1] = four.y;
-    x[i + 2] = four.z;
-    x[i + 3] = four.w;
+    const float4 angles = *(const float4*)(row + lane * HALF + i);
+    const float four[4] = {angles.x, angles.y, angles.z, angles.w};
+    UNROLL for (int j = 0; j < 4; j++) x[i + j] = four[j];
   }
 }
 
@@ -75,8 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
                  float* __restrict__ norms, int q_heads, int kv_heads, int capacity, int norm_stride, int rotate,
                  float eps) {
   __shared__ float squares[THREADS / 32];
-  // The shuffle tells the compiler that `warp` is uniform; else every shuffle in the loop gets a second, divergent
-  // version.
+  // The shuffle tells the compiler that `warp` is uniform; else every shuffle in the loop gets a divergent version.
   const int warp = __shfl_sync(FULL_MASK, threadIdx.x / 32, 0), lane = threadIdx.x % LANES,
             position = positions[blockIdx.x];
   const bool has_keys = blockIdx.y == 0;

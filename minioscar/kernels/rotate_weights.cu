@@ -14,8 +14,7 @@ constexpr int DIM = HEAD_DIM, THREADS = 256, COLUMNS = 32;
 static_assert(DIM == 64 || DIM == 128 || DIM == 256, "head_dim");
 
 // f(channel, column, number in memory) for all numbers of this block; neighbouring threads take neighbours in memory.
-template <class F>
-DEVICE void for_each(__nv_bfloat16* x, int num_columns, int inner, F f) {
+template <class F> DEVICE void for_each(__nv_bfloat16* x, int num_columns, int inner, F f) {
   for (int n = threadIdx.x; n < DIM * COLUMNS; n += THREADS) {
     const int channel = inner == 1 ? n % DIM : n / COLUMNS, column = inner == 1 ? n / DIM : n % COLUMNS;
     const int at = blockIdx.x * COLUMNS + column;

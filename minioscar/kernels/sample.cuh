@@ -61,8 +61,7 @@ DEVICE uint64_t block_sum(uint64_t x, uint64_t* before = nullptr) {
 }
 
 // Sums of 64 bits in shared memory, by atomics of 32 bits: whoever makes the lower half overflow adds the carry.
-template <int N>
-struct Histogram {
+template <int N> struct Histogram {
   uint32_t low[N], high[N];
   DEVICE void clear() {
     UNROLL for (int i = 0; i < N / THREADS; i++) low[i * THREADS + threadIdx.x] = high[i * THREADS + threadIdx.x] = 0;
@@ -78,8 +77,7 @@ struct Histogram {
 // Of numbers of which thread t has EACH * t + {0 ... EACH - 1}: the first at which their running sum reaches `wanted`
 // (-1: none does), that number, and the sum of those before it.
 struct Reached { int at; uint64_t before, own; };
-template <int EACH>
-DEVICE Reached reach(const uint64_t (&own)[EACH], uint64_t wanted) {
+template <int EACH> DEVICE Reached reach(const uint64_t (&own)[EACH], uint64_t wanted) {
   __shared__ Reached found;
   uint64_t sum = 0, before;
   UNROLL for (int i = 0; i < EACH; i++) sum += own[i];
@@ -99,8 +97,7 @@ DEVICE Reached reach(const uint64_t (&own)[EACH], uint64_t wanted) {
 // The largest bound of bits 63 ... `end` such that the weights of the entries of at least this value reach `wanted`,
 // or a smaller one that no other entry of a weight passes; 0 if all together do not. weigh(i, value) sets entry i's
 // value and returns its weight. Eight bits a round.
-template <class Weigh>
-DEVICE uint64_t bound_of(int n, int end, uint64_t wanted, Weigh weigh) {
+template <class Weigh> DEVICE uint64_t bound_of(int n, int end, uint64_t wanted, Weigh weigh) {
   __shared__ Histogram<256> digits;
   uint64_t bound = 0;
 #pragma unroll 1

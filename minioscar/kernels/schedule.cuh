@@ -1,13 +1,11 @@
-// schedule.cuh: the list of work items and which warp takes which of them, found from the sequences' lengths once a
-// step.
+// schedule.cuh: the list of work items and which warp takes which of them, found from the lengths once a step.
 //
 // The list: sequence after sequence, kv head after kv head, in each its pages, then its tiles. Blocks take equal,
 // contiguous shares of it, and so do the warps of a block. Where shares differ by an item, the larger ones are spread
 // evenly over the blocks, so that heads of one size end at the end of a block if their number allows it. A type Items
 // says how many items a length makes (attention.cuh).
 //
-// tasks [blocks][2 * BLOCK_WARPS + 2] int4: for each block its warps' tasks, then the two heads that it shares with
-// others.
+// tasks [blocks][2 * BLOCK_WARPS + 2] int4: for each block its warps' tasks, then the two heads that it shares.
 // grid (blocks of the attention kernel), BLOCK_WARPS * 32 threads, 4 * (2 * batch + 1) bytes of dynamic shared memory.
 // reads 4 B a sequence in every block, writes 32 B a warp: some microseconds, for all layers of a step.
 #ifndef MINIOSCAR_SCHEDULE_CUH
@@ -17,8 +15,7 @@
 // Items of one kv head: its pages first, then its tiles. `item` is the next one of them.
 struct Cursor { int row, head, item, num_pages, num_items, tokens; };
 
-template <class Items>
-DEVICE void next_head(const Items& items, Cursor& at, const int* tokens, int batch, int heads) {
+template <class Items> DEVICE void next_head(const Items& items, Cursor& at, const int* tokens, int batch, int heads) {
   at.item = 0;
   if (++at.head == heads) {
     at.head = 0;
@@ -39,8 +36,7 @@ struct Shared { int head, blocks, from, warps; };
 // Of a block, in int4: its warps' tasks, then the two shared heads.
 constexpr int BLOCK_TASKS = 2 * BLOCK_WARPS + 2;
 
-// first [batch + 1]: number of each sequence's first item, then of all items; tokens [batch]: their lengths. By one
-// warp.
+// first [batch + 1]: number of each sequence's first item, then of all items; tokens [batch]: lengths. By one warp.
 template <class Items>
 DEVICE void number_items(int* first, int* tokens, const Items& items, const int* lengths, int added, int batch,
                          int heads) {

@@ -56,20 +56,16 @@ DEVICE void unpack_keys(const unsigned char* page, int chunk, const float* norms
   uint32_t words[LOADS][4];
   UNROLL for (int i = 0; i < LOADS; i++) {
     const uint4 raw = ((const uint4*)page)[(chunk * LOADS + i) * 32 + lane];
-    words[i][0] = raw.x;
-    words[i][1] = raw.y;
-    words[i][2] = raw.z;
-    words[i][3] = raw.w;
+    const uint32_t four[4] = {raw.x, raw.y, raw.z, raw.w};
+    UNROLL for (int w = 0; w < 4; w++) words[i][w] = four[w];
   }
   const uint4 *steps = (const uint4*)(page + KEY_STEP), *minima = (const uint4*)(page + KEY_MIN);
   float norm[8];
   if (SCALED) {
     UNROLL for (int i = 0; i < 2; i++) {
-      const float4 four = *(const float4*)(norms + 32 * i + 4 * r);
-      norm[4 * i] = four.x;
-      norm[4 * i + 1] = four.y;
-      norm[4 * i + 2] = four.z;
-      norm[4 * i + 3] = four.w;
+      const float4 n = *(const float4*)(norms + 32 * i + 4 * r);
+      const float four[4] = {n.x, n.y, n.z, n.w};
+      UNROLL for (int j = 0; j < 4; j++) norm[4 * i + j] = four[j];
     }
   }
   Channels minima_of[2];  // one group: all in the first; two: one for each k step, [pair][group][2 channels]

@@ -1,14 +1,12 @@
 // faults.cu: small kernels that are right with fault = 0 and have one planted fault otherwise.
 #include "device.cuh"
 
-extern "C" __global__ void shift_left(const float* x, float* out, int n,
-                                      int fault) {  // out[i] = x[i + 1], the last one stays
+extern "C" __global__ void shift_left(const float* x, float* out, int n, int fault) {  // out[i] = x[i + 1]
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) out[i] = x[i + (i < n - 1 || fault)];
 }
 
-extern "C" __global__ void rotate(const float* x, float* out, int n,
-                                  int fault) {  // out[t] = x[(t + 1) % n] twice, through dynamic shared memory
+extern "C" __global__ void rotate(const float* x, float* out, int n, int fault) {  // out[t] = x[(t + 1) % n], twice
   extern __shared__ __align__(16) float held[];
   const int t = threadIdx.x;
   held[t + (fault == 1)] = x[t];                          // 1: one word too far
@@ -21,8 +19,7 @@ extern "C" __global__ void rotate(const float* x, float* out, int n,
   out[t] = held[(t + 1) % n] - out[t];
 }
 
-extern "C" __global__ void average(const float* x, float* out, int n,
-                                   int fault) {  // of neighbours in a warp, through static shared memory
+extern "C" __global__ void average(const float* x, float* out, int n, int fault) {  // of neighbours in a warp
   __shared__ float first[32], second[32];
   float* p = fault == 1 ? second + 1 : second;            // 1: past the end, behind the compiler's back
   const int t = threadIdx.x;
@@ -34,8 +31,7 @@ extern "C" __global__ void average(const float* x, float* out, int n,
   if (fault == 4 && t < 16) out[t] += __shfl_xor_sync(0xffffffffu, x[t], 1);  // 4: half of the lanes stay away
 }
 
-extern "C" __global__ void stream(const uint4* x, uint4* out, int n,
-                                  int fault) {  // two buffers of 32 x 16 bytes filled by cp.async; out = x
+extern "C" __global__ void stream(const uint4* x, uint4* out, int n, int fault) {  // by cp.async; out = x
   __shared__ uint4 buffer[2][32];
   const int t = threadIdx.x;
   cp_async_16(&buffer[0][t], &x[t]);
@@ -51,12 +47,10 @@ extern "C" __global__ void stream(const uint4* x, uint4* out, int n,
   }
 }
 
-extern "C" __global__ void sum_of_blocks(const float* x, float* out, float* part, int* counter, int n,
-                                         int fault) {  // by the block that comes last
+extern "C" __global__ void sum_of_blocks(const float* x, float* out, float* part, int* counter, int n, int fault) {
   __shared__ int last;
   const int t = threadIdx.x;
-  part[fault == 1 ? t : blockIdx.x * blockDim.x + t] =
-      x[blockIdx.x * blockDim.x + t];                     // 1: every block writes the same words
+  part[fault == 1 ? t : blockIdx.x * blockDim.x + t] = x[blockIdx.x * blockDim.x + t];  // 1: same words
   if (fault != 2) __threadfence();                        // 2: not visible to other blocks
   if (fault != 3) __syncthreads();                        // 3: counts before all threads have written
   if (t == 0) last = atomicAdd(counter, 1) == (int)gridDim.x - 1;
@@ -68,8 +62,7 @@ extern "C" __global__ void sum_of_blocks(const float* x, float* out, float* part
   }
 }
 
-extern "C" __global__ void words(const float* x, float* out, float* part, int* counter, int n,
-                                 int fault) {  // the same without a fence: words are empty (NaN) or there
+extern "C" __global__ void words(const float* x, float* out, float* part, int* counter, int n, int fault) {  // the same without a fence: words are empty (NaN) or there
   const int t = threadIdx.x, i = blockIdx.x * blockDim.x + t;
   const float2 mine = make_float2(x[i], 0.f);
   if (fault == 1) *(float2*)(part + 2 * i) = mine;        // 1: an ordinary write, while others may read
@@ -80,19 +73,15 @@ extern "C" __global__ void words(const float* x, float* out, float* part, int* c
   __syncthreads();
   if (!last || t) return;
   float s = 0.f;
-  for (int k = 0; k < n; k++)
-    s += fault == 2 ? part[2 * k]
-                    : load_relaxed((const float2*)(part + 2 * k)).x;  // 2: an ordinary read: nothing orders it
+  for (int k = 0; k < n; k++) s += fault == 2 ? part[2 * k] : load_relaxed((const float2*)(part + 2 * k)).x;
   *out = s;
   if (fault == 3) *counter = load_relaxed(counter + 1);   // 3: out of bounds
 }
 
-extern "C" __global__ void vectors(const float* x, float* out, int n,
-                                   int fault) {  // out = x, four at a time, with odd bits flipped by a shift
+extern "C" __global__ void vectors(const float* x, float* out, int n, int fault) {
   const int t = threadIdx.x;
   const float4 v = *reinterpret_cast<const float4*>(x + 4 * t + (fault == 1));  // 1: misaligned
   float four[4] = {v.x, v.y, v.z, v.w};
   const int last = fault == 2 ? 5 : 4;                    // 2: an index past a local array
-  for (int i = 0; i < last; i++)
-    out[4 * t + (i & 3)] = four[i] * (float)(1u << (fault == 3 ? n + 32 : 0));  // 3: a shift by more than the width
+  for (int i = 0; i < last; i++) out[4 * t + (i & 3)] = four[i] * (float)(1u << (fault == 3 ? n + 32 : 0));  // 3: too far
 }

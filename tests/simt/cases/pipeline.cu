@@ -1,9 +1,7 @@
-// pipeline.cu: a ring of buffers, right with fault = 0 and with one planted fault otherwise. Bulk copies: compute
-// capability 9.0.
+// pipeline.cu: a ring of buffers, correct with fault = 0, with one planted fault otherwise. Compute capability 9.0.
 #include "device.cuh"
 
-// Two warps share two buffers of 1 KB that bulk copies fill; a barrier for full ones, one for those that both warps
-// have read. out = x
+// Two warps share two buffers of 1 KB, filled by bulk copies; barriers for full and for read ones. out = x
 extern "C" __global__ void pipeline(const float4* x, float4* out, int n, int fault) {
   extern __shared__ __align__(128) float4 ring[];
   __shared__ __align__(8) uint64_t full[2], read[2];
@@ -19,13 +17,10 @@ extern "C" __global__ void pipeline(const float4* x, float4* out, int n, int fau
   if (t == 0) fill(0), fill(1);
   for (int i = 0; i < n; i++) {
     const int s = i & 1, parity = i >> 1 & 1;
-    if (fault == 1 ? false : fault == 2 ? t % 32 == 0 : true)
-      mbarrier_wait(&full[s], parity);  // 1: nobody waits; 2: one lane a warp,
-    if (fault == 2)
-      __shfl_sync(0xffffffffu, t, 0);  // and a shuffle, which makes the others come later but orders no memory
+    if (fault == 1 ? false : fault == 2 ? t % 32 == 0 : true) mbarrier_wait(&full[s], parity);  // 1: none; 2: one lane
+    if (fault == 2) __shfl_sync(0xffffffffu, t, 0);         // and a shuffle, which makes the others come later but orders no memory
     out[64 * i + t] = ring[64 * s + t];
-    if (fault == 5)
-      __shfl_sync(0xffffffffu, t, 0);  // 5: lane 0 says that its warp has read; a shuffle does not make that true
+    if (fault == 5) __shfl_sync(0xffffffffu, t, 0);       // 5: lane 0 says that its warp has read; a shuffle does not make that true
     else __syncwarp();
     if (t % 32 == 0) mbarrier_arrive_expect_tx(&read[s], 0);
     if (t == 0 && i + 2 < n) {
