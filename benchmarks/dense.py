@@ -1,7 +1,8 @@
-"""`bench.py kernel` on a card, the second half: the kernels of a step that are not the cache's, in the shapes of Qwen3-8B.
+"""`bench.py kernel` on a card, the second half: the kernels of a step that are not the cache's, in the shapes of
+Qwen3-8B.
 
-Products and sampling beside the bytes that they must read, the attention of a prefill beside its operations. As everywhere, many
-launches in one replayed graph, over weights that no L2 holds.
+Products and sampling beside the bytes that they must read, the attention of a prefill beside its operations. As
+everywhere, many launches in one replayed graph, over weights that no L2 holds.
 """
 
 from __future__ import annotations
@@ -40,7 +41,15 @@ def measure(copy_rate: float, matmul_rate: float, quick: bool) -> Iterator[dict]
         weights += [weights[0].copy() for _ in range(copies_of(weights[0].nbytes) - 1)]
         for tokens in TOKENS[:1] if quick else TOKENS:
             us, spread = graph_time(products(matrix, weights, tokens, rng))
-            yield row("linear", f"{matrix.size} to {matrix.rows}: {matrix.name}", tokens, us, spread, weights[0].nbytes, copy_rate)
+            yield row(
+                "linear",
+                f"{matrix.size} to {matrix.rows}: {matrix.name}",
+                tokens,
+                us,
+                spread,
+                weights[0].nbytes,
+                copy_rate,
+            )
         del weights
         cupy.get_default_memory_pool().free_all_blocks()
     for name, sampling in SAMPLINGS[:1] if quick else SAMPLINGS:
@@ -61,11 +70,19 @@ def measure(copy_rate: float, matmul_rate: float, quick: bool) -> Iterator[dict]
 
 def row(op: str, shape: str, tokens: int, us: float, spread: float, work: int, rate: float) -> dict:
     """work: the bytes or operations that the limit is about, rate: of them a second."""
-    return {"op": op, "shape": shape, "tokens": tokens, "us": us, "us_spread": spread, "fraction_of_limit": work / (us * 1e-6) / rate}
+    return {
+        "op": op,
+        "shape": shape,
+        "tokens": tokens,
+        "us": us,
+        "us_spread": spread,
+        "fraction_of_limit": work / (us * 1e-6) / rate,
+    }
 
 
 def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> list[Callable[[], None]]:
-    """A launch for each copy of the weights; where linear.cu has no room the norm is a launch of its own, and counted."""
+    """A launch for each copy of the weights; where linear.cu has no room the norm is a launch of its own, and
+    counted."""
     multiprocessors, capability = properties()
     x, norm = random_bf16((tokens, matrix.size), rng), cupy.ones(matrix.size, BF16)
     width = matrix.rows // 2 if matrix.silu else matrix.rows
@@ -79,7 +96,10 @@ def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> lis
         scratch = cupy.empty(plan.workspace_floats, np.float32), cupy.zeros(plan.counters, np.int32)
         normed = cupy.empty_like(x)
         before = (raw_dense.rms_norm(x, norm, EPS, normed),) if matrix.norm else ()
-        made = [(*before, raw_batch.linear_batch(normed if before else x, weight, out, plan, *scratch, **options)) for weight in weights]
+        made = [
+            (*before, raw_batch.linear_batch(normed if before else x, weight, out, plan, *scratch, **options))
+            for weight in weights
+        ]
 
     return [together(launches) for launches in made]
 
@@ -106,12 +126,24 @@ def between(rng: Any) -> Iterator[tuple[str, str, int, raw.Launch, int]]:
     x, y = (random_bf16((tokens, 4096), rng) for _ in "xy")
     yield "add", "4,096", tokens, raw_dense.add(x, y), x.nbytes + 2 * y.nbytes
     tokens, (q_heads, kv_heads, head_dim) = 32768, astuple(HEADS)
-    qkv, tables = random_bf16((tokens, (q_heads + 2 * kv_heads) * head_dim), rng), cupy.ones((2, tokens, head_dim // 2), np.float32)
+    qkv, tables = (
+        random_bf16((tokens, (q_heads + 2 * kv_heads) * head_dim), rng),
+        cupy.ones((2, tokens, head_dim // 2), np.float32),
+    )
     q, k = (cupy.empty((tokens, n, head_dim), BF16) for n in (q_heads, kv_heads))
     norms, weight = cupy.empty((1, tokens), np.float32), cupy.ones(head_dim, BF16)
     slots = cupy.zeros(tokens, np.int32)  # all of one sequence
-    options = {"slots": slots, "norms": norms, "norm_stride": tokens, "q_weight": weight, "k_weight": weight, "eps": EPS}
-    launch = raw.rotate_scale(HEADS, qkv, cupy.arange(tokens, dtype=np.int32), *tables, q, rotate=True, k_out=k, **options)
+    options = {
+        "slots": slots,
+        "norms": norms,
+        "norm_stride": tokens,
+        "q_weight": weight,
+        "k_weight": weight,
+        "eps": EPS,
+    }
+    launch = raw.rotate_scale(
+        HEADS, qkv, cupy.arange(tokens, dtype=np.int32), *tables, q, rotate=True, k_out=k, **options
+    )
     moved = 2 * (q.nbytes + k.nbytes) + tables.nbytes + norms.nbytes
     yield "rotate_scale", f"{q_heads} and {kv_heads} heads of {head_dim}", tokens, launch, moved
 
@@ -127,7 +159,11 @@ def prefill(past: int, new: int, rng: Any) -> Callable[[], None]:
         card.run(raw_prefill.fill_tiles(h, new_tokens, older, past + new, tiles))
         older = tiles
     plan = raw_prefill.split_plan(h, new, 1, past, multiprocessors, capability)
-    split = plan and (plan, cupy.empty(plan.workspace_floats(h.head_dim), np.float32), cupy.zeros(plan.blocks, np.int32))
+    split = plan and (
+        plan,
+        cupy.empty(plan.workspace_floats(h.head_dim), np.float32),
+        cupy.zeros(plan.blocks, np.int32),
+    )
     options = {"split": split, "multiprocessors": multiprocessors}
     launch = raw_prefill.prefill_attention(h, q, new_tokens, older, cupy.empty_like(q), capability, **options)
     return lambda: card.run(launch)
@@ -144,5 +180,7 @@ def unpacking(tokens: int, rng: Any) -> Callable[[], None]:
     keys, values = (cupy.empty((1, HEADS.kv_heads, tokens, HEADS.head_dim), BF16) for _ in "kv")
     tiled = raw_prefill.tiled(HEADS.head_dim, properties()[1])
     to = raw_prefill.Tiles(*tiles_for(tokens), cupy.zeros(1, np.int32)) if tiled else (keys, values)
-    launch = raw_prefill.unpack(HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), tokens, filled(case, rng), to)
+    launch = raw_prefill.unpack(
+        HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), tokens, filled(case, rng), to
+    )
     return lambda: card.run(launch)

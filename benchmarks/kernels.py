@@ -1,7 +1,8 @@
-"""`bench.py kernel`: the kernels of the cache alone, beside the bytes they must move and the best BF16 kernels that are installed.
+"""`bench.py kernel`: the kernels of the cache alone, beside the bytes they must move and the best BF16 kernels that
+are installed.
 
-Every case runs as 20 launches in one replayed graph over rotating caches that no L2 holds (minioscar/measure.py), ours and the
-peers alike. A cache has its window half full, as it is on average.
+Every case runs as 20 launches in one replayed graph over rotating caches that no L2 holds (minioscar/measure.py), ours
+and the peers alike. A cache has its window half full, as it is on average.
 """
 
 from __future__ import annotations
@@ -41,9 +42,13 @@ def filled(case: Case, rng: Any) -> dict[str, Array]:
         return {"keys": random_bf16(shape, rng), "values": random_bf16(shape, rng)}
     window = rows, h.kv_heads, WINDOW, h.head_dim
     cache = {"window_keys": random_bf16(window, rng), "window_values": random_bf16(window, rng)}
-    cache["pages"] = cupy.empty((rows, h.kv_heads, context // raw.PAGE_TOKENS, raw.page_bytes(scheme, h.head_dim)), np.uint8)
+    cache["pages"] = cupy.empty(
+        (rows, h.kv_heads, context // raw.PAGE_TOKENS, raw.page_bytes(scheme, h.head_dim)), np.uint8
+    )
     if scheme.scale:
-        cache["norms"] = (h.kv_heads * h.head_dim) ** 0.5 * (1 + 0.2 * rng.standard_normal((rows, context), dtype=np.float32))
+        cache["norms"] = (h.kv_heads * h.head_dim) ** 0.5 * (
+            1 + 0.2 * rng.standard_normal((rows, context), dtype=np.float32)
+        )
     if scheme.sinks:
         sinks = rows, h.kv_heads, scheme.sinks, h.head_dim
         cache["sink_keys"], cache["sink_values"] = cupy.empty(sinks, BF16), cupy.empty(sinks, BF16)
@@ -52,7 +57,9 @@ def filled(case: Case, rng: Any) -> dict[str, Array]:
     return cache
 
 
-def packing(h: raw.Heads, scheme: Scheme, cache: dict[str, Array], rng: Any) -> Iterator[tuple[int, Callable[[], None]]]:
+def packing(
+    h: raw.Heads, scheme: Scheme, cache: dict[str, Array], rng: Any
+) -> Iterator[tuple[int, Callable[[], None]]]:
     """Launches of the bulk kernel that fill the pages of every row; the number is the tokens of one launch."""
     rows, _, page_count, _ = cache["pages"].shape
     context = page_count * raw.PAGE_TOKENS
@@ -101,24 +108,34 @@ def compile_all(wanted: list[Case]) -> None:
     for case in wanted:
         cache = {name: cupy.empty((1, 1, 1, 1), np.uint8) for name in ("keys", "values", "pages", "norms")}
         lengths = np.empty(case.batch)
-        launch = raw.decode_attention(case.heads, case.scheme, plan_of(case), q, cache, lengths, None, q, None, None, None, parity=0)
+        launch = raw.decode_attention(
+            case.heads, case.scheme, plan_of(case), q, cache, lengths, None, q, None, None, None, parity=0
+        )
         seen[launch.source, launch.name, launch.defines] = None
         if case.scheme.quantized:
             seen["pack.cu", "pack", raw.layout_defines(case.scheme, case.heads.head_dim)] = None
     if not seen:
         return
-    with multiprocessing.get_context("spawn").Pool(min(len(seen), os.cpu_count() or 1)) as pool:  # each fills the cache on disk
+    # Each fills the cache on disk
+    with multiprocessing.get_context("spawn").Pool(min(len(seen), os.cpu_count() or 1)) as pool:
         pool.starmap(card.kernel, list(seen), chunksize=1)
 
 
 def measure(wanted: list[Case], copy_rate: float, peers: bool, rest: bool = True) -> Iterator[dict]:
-    """A row of every case; one that the card's memory cannot hold says why instead of a time. rest: as `graph_time` has it."""
+    """A row of every case; one that the card's memory cannot hold says why instead of a time. rest: as `graph_time`
+    has it."""
     rng = cupy.random.default_rng(0)
     fitting = {case: too_large(case, free_bytes()) for case in wanted}
     compile_all([case for case, reason in fitting.items() if reason is None])
     for case, reason in fitting.items():
         if reason is not None:
-            yield {"op": "decode_attention", "kv": case.kv, "batch": case.batch, "context": case.context, "skipped": reason}
+            yield {
+                "op": "decode_attention",
+                "kv": case.kv,
+                "batch": case.batch,
+                "context": case.context,
+                "skipped": reason,
+            }
             continue
         launches, caches = attention(case, rng)
         us, spread = graph_time(launches, rest=rest)
@@ -135,7 +152,8 @@ def free_bytes() -> int:
 
 
 def writing(copy_rate: float) -> Iterator[dict]:
-    """rotate_scale with append, pack of a step that finds nothing full, the schedule of a step, and the bulk pack of a prompt."""
+    """rotate_scale with append, pack of a step that finds nothing full, the schedule of a step, and the bulk pack of a
+    prompt."""
     rng, case = cupy.random.default_rng(0), Case("int2", 1, 131072)
     scheme, h = case.scheme, case.heads
     cache = filled(case, rng)
@@ -144,14 +162,23 @@ def writing(copy_rate: float) -> Iterator[dict]:
     cos = cupy.ones((case.context + WINDOW, h.head_dim // 2), np.float32)
     q = cupy.empty((1, h.q_heads, h.head_dim), BF16)
     weight = cupy.ones(h.head_dim, BF16)
-    options = {"keys": cache["window_keys"], "values": cache["window_values"], "norms": cache["norms"], "norm_stride": case.context}
+    options = {
+        "keys": cache["window_keys"],
+        "values": cache["window_values"],
+        "norms": cache["norms"],
+        "norm_stride": case.context,
+    }
     options |= {"q_weight": weight, "k_weight": weight, "eps": 1e-6}
     rotate = raw.rotate_scale(h, qkv, lengths, cos, cos, q, rotate=True, **options)
     pack = raw.pack_step(h, scheme, lengths, cache)
     plan = plan_of(case)
     scratch = cupy.empty(plan.task_shape, np.int32), cupy.empty(plan.workspace_floats(h.head_dim), np.float32)
     schedule = raw.schedule(h, scheme, plan, lengths, *scratch)
-    for op, made in (("rotate_scale_append", (rotate,)), ("rotate_scale_append_pack", (rotate, pack)), ("schedule", (schedule,))):
+    for op, made in (
+        ("rotate_scale_append", (rotate,)),
+        ("rotate_scale_append_pack", (rotate, pack)),
+        ("schedule", (schedule,)),
+    ):
 
         def launch(made: tuple = made) -> None:
             for one in made:
@@ -167,5 +194,7 @@ def writing(copy_rate: float) -> Iterator[dict]:
             launches += [launch for _, launch in packing(h, case.scheme, cache, rng)]
         us, spread = graph_time(launches)
         read = 2 * context * h.kv_heads * h.head_dim * 2 + 4 * context
-        written = cache["pages"].nbytes + sum(cache[name].nbytes for name in ("sink_keys", "sink_values") if name in cache)
+        written = cache["pages"].nbytes + sum(
+            cache[name].nbytes for name in ("sink_keys", "sink_values") if name in cache
+        )
         yield entry("pack_bulk", case, us, spread, read + written, copy_rate)

@@ -82,7 +82,9 @@ class CudaDevice(Device):
         options = ("-std=c++17", *(f"-D{d}" for d in defines))
         kernel = card.module(str(source), options, [name] if "<" in name else None).get_function(name)
 
-        def launch(grid: Any, block: Any, args: Sequence[Any], shared: int = 0, seed: int = 0, checks: bool = True) -> None:
+        def launch(
+            grid: Any, block: Any, args: Sequence[Any], shared: int = 0, seed: int = 0, checks: bool = True
+        ) -> None:
             if shared > 48 * 1024:
                 kernel.max_dynamic_shared_size_bytes = shared
             three = [(n,) if isinstance(n, int) else tuple(n) for n in (grid, block)]

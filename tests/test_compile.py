@@ -33,7 +33,10 @@ def launches(arch: int) -> dict[str, raw.Launch]:
     """Label -> what is launched for a shape on a card of this compute capability."""
     found, everything = {}, arch == 90
     ints, out = np.empty(1, np.int32), np.empty(1, np.uint16)
-    cache = {name: np.empty((1, 1, 1, 1), np.uint8) for name in ("keys", "values", "pages", "norms", "window_keys", "window_values")}
+    cache = {
+        name: np.empty((1, 1, 1, 1), np.uint8)
+        for name in ("keys", "values", "pages", "norms", "window_keys", "window_values")
+    }
     for kv, dim, q_per_kv in SHAPES + MORE * everything:
         heads, scheme = raw.Heads(2 * q_per_kv, 2, dim), SCHEMES[kv]
         plan = raw.decode_plan(heads, scheme, 1, MULTIPROCESSORS, arch)
@@ -49,10 +52,16 @@ def launches(arch: int) -> dict[str, raw.Launch]:
     for dim, q_per_kv in [(128, 4)] + [(64, 3), (96, 1), (256, 8)] * everything:
         heads = raw.Heads(2 * q_per_kv, 2, dim)
         past = raw_prefill.Tiles(out, out, ints) if raw_prefill.tiled(dim, arch) else None
-        found[f"prefill_attention d{dim} {q_per_kv}:1"] = raw_prefill.prefill_attention(heads, out, new, past, out, arch)
+        found[f"prefill_attention d{dim} {q_per_kv}:1"] = raw_prefill.prefill_attention(
+            heads, out, new, past, out, arch
+        )
         if past:
             found[f"prefill_tiles d{dim}"] = raw_prefill.fill_tiles(heads, new, None, 1, past)
-    for to, silu, dtype in (("bf16", False, np.uint16), ("silu, bf16", True, np.uint16), ("float32", False, np.float32)):
+    for to, silu, dtype in (
+        ("bf16", False, np.uint16),
+        ("silu, bf16", True, np.uint16),
+        ("float32", False, np.float32),
+    ):
         norm = None if to == "bf16" else (out, 0.0)
         x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
         found[f"linear to {to}"] = raw_dense.linear(x, weight, y, MULTIPROCESSORS, arch, norm=norm, silu=silu)
@@ -61,9 +70,19 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         batch = raw_batch.batch_plan(tokens, 4096, 24576, True, MULTIPROCESSORS, arch)
         found[f"linear_batch of {tokens}"] = raw_batch.linear_batch(x, weight, y, batch, out, ints, silu=True)
     for warpgroups, tile in raw_batch.MAX_TILE_ROWS.items() if everything else ():  # the largest sums
-        x, weight, y = np.empty((64 * warpgroups, 4096)), np.empty((2 * tile, 4096), np.uint8), np.empty((1, 1), np.uint16)
-        batch = next(p for p in raw_batch.wgmma_configs(64 * warpgroups, 4096, 2 * tile, False, MULTIPROCESSORS) if p.rows == tile)
-        found[f"linear_batch of {64 * warpgroups}, tiles of {tile}"] = raw_batch.linear_batch(x, weight, y, batch, out, ints)
+        x, weight, y = (
+            np.empty((64 * warpgroups, 4096)),
+            np.empty((2 * tile, 4096), np.uint8),
+            np.empty((1, 1), np.uint16),
+        )
+        batch = next(
+            p
+            for p in raw_batch.wgmma_configs(64 * warpgroups, 4096, 2 * tile, False, MULTIPROCESSORS)
+            if p.rows == tile
+        )
+        found[f"linear_batch of {64 * warpgroups}, tiles of {tile}"] = raw_batch.linear_batch(
+            x, weight, y, batch, out, ints
+        )
     found["embed"], found["advance"] = raw_dense.embed(out[None], ints, out), raw_dense.advance(ints, ints)
     for launch in (raw_dense.silu_mul(out[None], np.empty((1, 8))), raw_dense.add(out[None], np.empty((1, 8)))):
         found[launch.name] = launch
@@ -99,7 +118,9 @@ def headers() -> Path:
     """Of CUDA, which the wheel nvidia-cuda-runtime brings (cuda_fp16.h, cuda_bf16.h)."""
     import nvidia
 
-    return next(found for root in nvidia.__path__ for found in Path(root).glob("*/include") if (found / "cuda_fp16.h").exists())
+    return next(
+        found for root in nvidia.__path__ for found in Path(root).glob("*/include") if (found / "cuda_fp16.h").exists()
+    )
 
 
 @cache  # the kernels of a file come together
@@ -133,10 +154,16 @@ def resources(arch: int) -> Iterator[dict]:
         assert cubin[:4] == b"\x7fELF", label
         report = re.split(r"Compiling entry function '(\w+)'", log)
         own = dict(zip(report[1::2], report[2::2], strict=True))[launch.name]
-        assert not re.search("wgmma|warpgroup", log), log  # "wgmma.mma_async instructions are serialized", "warpgroup.arrive is injected"
+        assert not re.search("wgmma|warpgroup", log), (
+            log
+        )  # "wgmma.mma_async instructions are serialized", "warpgroup.arrive is injected"
         yield {
-            "kernel": label, "arch": arch, "threads": launch.block, "registers": int(re.search(r"Used (\d+) registers", own)[1]),
-            "static_shared": sum(map(int, re.findall(r"(\d+) bytes smem", own))), "dynamic_shared": launch.shared,
+            "kernel": label,
+            "arch": arch,
+            "threads": launch.block,
+            "registers": int(re.search(r"Used (\d+) registers", own)[1]),
+            "static_shared": sum(map(int, re.findall(r"(\d+) bytes smem", own))),
+            "dynamic_shared": launch.shared,
             "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", own))),
         }
 

@@ -43,7 +43,9 @@ def history(rng: np.random.Generator, n: int, d: int, kind: str, q: np.ndarray) 
         x[0] *= np.linspace(0.1, 8, n)[:, None]
     elif kind == "cliff":  # largest logits of about 3, 70, 220 and 14, and again
         x[0] *= np.array([1, 25, 80, 5])[np.arange(n) // 130 % 4, None]
-    elif kind == "tail":  # infinite kurtosis; of 2 degrees of freedom logits reach hundreds, and q * step in fp16 costs up to 3e-3
+    elif (
+        kind == "tail"
+    ):  # infinite kurtosis; of 2 degrees of freedom logits reach hundreds, and q * step in fp16 costs up to 3e-3
         x = rng.standard_t(3, size=x.shape)
     elif kind == "sink" and n:  # a token of large norm
         x[0, :, 0] *= 20
@@ -60,7 +62,9 @@ def dequantized(x: np.ndarray, packed: int, scheme: Scheme) -> tuple[np.ndarray,
     if packed:
         norms = oscar.token_norms(x[0, :, :packed].transpose(1, 0, 2)) if scheme.scale else np.ones(packed, np.float32)
         old = slice(scheme.sinks, packed)
-        keys[:, old] = oscar.dequantize_keys(*oscar.quantize_keys(keys[:, :packed], norms, scheme), norms, scheme)[:, old]
+        keys[:, old] = oscar.dequantize_keys(*oscar.quantize_keys(keys[:, :packed], norms, scheme), norms, scheme)[
+            :, old
+        ]
         values[:, old] = oscar.dequantize_values(*oscar.quantize_values(values[:, :packed], scheme), scheme)[:, old]
     return keys, values
 
@@ -80,7 +84,10 @@ def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: raw.H
             plain[:, b, :, : x.shape[2]] = x
         return {n: device.array(x) for n, x in zip(("keys", "values"), plain, strict=True)}
     packed = [packed_tokens(n) for n in rows]
-    window, norms = np.full((2, batch, KV_HEADS, WINDOW, d), np.nan, BF16), np.ones((batch, -(-capacity // 64) * 64), np.float32)
+    window, norms = (
+        np.full((2, batch, KV_HEADS, WINDOW, d), np.nan, BF16),
+        np.ones((batch, -(-capacity // 64) * 64), np.float32),
+    )
     for b, (x, old) in enumerate(zip(sequences, packed, strict=True)):
         window[:, b, :, : x.shape[2] - old] = x[:, :, old:]
         norms[b, : x.shape[2]] = oscar.token_norms(x[0].transpose(1, 0, 2))
@@ -90,15 +97,26 @@ def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: raw.H
     if scheme.sinks:
         cache |= {f"sink_{n}": device.empty((batch, KV_HEADS, scheme.sinks, d), BF16) for n in ("keys", "values")}
     keys, values = (device.array(x) for x in np.concatenate(sequences, axis=2).transpose(0, 2, 1, 3))
-    first, starts, counts = (device.array(np.array(x, np.int32)) for x in (np.cumsum([0, *rows[:-1]]), [0] * batch, packed))
+    first, starts, counts = (
+        device.array(np.array(x, np.int32)) for x in (np.cumsum([0, *rows[:-1]]), [0] * batch, packed)
+    )
     new = raw.PrefillTokens(keys, values, KV_HEADS * d, KV_HEADS * d, first, None, starts, counts, max(rows))
     device.run(raw.pack_bulk(heads, scheme, new, cache))
     return cache
 
 
 def run(
-    device, scheme: Scheme, d: int, plan: raw.DecodePlan, lengths: Sequence[int], seed: int, *, kind: str = "", arch: int = 80,
-    order: int = 0, reference: bool = True,
+    device,
+    scheme: Scheme,
+    d: int,
+    plan: raw.DecodePlan,
+    lengths: Sequence[int],
+    seed: int,
+    *,
+    kind: str = "",
+    arch: int = 80,
+    order: int = 0,
+    reference: bool = True,
 ):
     """Output and log-sum-exp, the kernel's and the reference's, each [batch, q_heads, ...]; lengths count the new
     token."""
@@ -111,7 +129,9 @@ def run(
     return got, expected
 
 
-def drawn(d: int, plan: raw.DecodePlan, lengths: Sequence[int], seed: int, kind: str) -> tuple[np.ndarray, list[np.ndarray]]:
+def drawn(
+    d: int, plan: raw.DecodePlan, lengths: Sequence[int], seed: int, kind: str
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """Queries, BF16 [batch, q_heads, d], and the `history` of each sequence."""
     rng, q_heads = np.random.default_rng(seed), KV_HEADS * plan.q_groups * plan.q_per_kv
     q = rng.normal(size=(len(lengths), q_heads, d))
@@ -122,7 +142,13 @@ def drawn(d: int, plan: raw.DecodePlan, lengths: Sequence[int], seed: int, kind:
 
 
 def attended(
-    device, scheme: Scheme, plan: raw.DecodePlan, q: np.ndarray, sequences: Sequence[np.ndarray], arch: int = 80, order: int = 0
+    device,
+    scheme: Scheme,
+    plan: raw.DecodePlan,
+    q: np.ndarray,
+    sequences: Sequence[np.ndarray],
+    arch: int = 80,
+    order: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The kernel's output and log-sum-exp."""
     d, heads = q.shape[2], raw.Heads(q.shape[1], KV_HEADS, q.shape[2])
@@ -132,7 +158,9 @@ def attended(
     split_counter = device.array(np.zeros(plan.counters(d), np.int32))
     known = device.array(np.array([x.shape[2] for x in sequences], np.int32) - 1)
     tasks = device.empty(plan.task_shape, np.int32)
-    attend = raw.decode_attention(heads, scheme, plan, device.array(q), cache, known, tasks, out, lse, workspace, split_counter, parity=0)
+    attend = raw.decode_attention(
+        heads, scheme, plan, device.array(q), cache, known, tasks, out, lse, workspace, split_counter, parity=0
+    )
     schedule = raw.schedule(heads, scheme, plan, known, tasks, workspace)
     device.run(replace(schedule, defines=attend.defines), arch, order)  # one compilation, as in the engine
     device.run(attend, arch, order)
@@ -181,7 +209,9 @@ CASES = [  # scheme, head_dim, q heads of a work item, groups of them that share
 
 @on_each_device
 @pytest.mark.parametrize(("name", "d", "q_per_kv", "q_groups", "arch"), CASES)
-def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(device, seed, name, d, q_per_kv, q_groups, arch):
+def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(
+    device, seed, name, d, q_per_kv, q_groups, arch
+):
     for blocks, lengths in ((1, RAGGED), (5, RAGGED), (23, (129, 0, 257, 64)), (9, (2, 385, 0, 0))):
         plan = raw.DecodePlan(q_per_kv, q_groups, 4, 2, blocks)
         check(*run(device, SCHEMES[name], d, plan, lengths, seed, arch=arch), lengths)
@@ -267,9 +297,15 @@ def test_launches_that_alternate_halves_of_a_workspace_find_no_sums_of_each_othe
 def test_a_number_that_is_none_ends_in_its_own_heads(device, seed, name):
     """Parts that are NaN are taken for parts that are not there yet, and asked for again: once."""
     plan, lengths = raw.DecodePlan(4, 1, 4, 2, 7), (1400, 300)
-    good, bad = (run(device, SCHEMES[name], 64, plan, lengths, seed, kind=kind, reference=False)[0] for kind in ("", "nan"))
+    good, bad = (
+        run(device, SCHEMES[name], 64, plan, lengths, seed, kind=kind, reference=False)[0] for kind in ("", "nan")
+    )
     assert np.isnan(bad[0][0, :4]).all() and np.isnan(bad[1][0, :4]).all()  # the first kv head of the first sequence
-    assert np.array_equal(good[0][0, 4:], bad[0][0, 4:]) and np.array_equal(good[0][1], bad[0][1]) and np.isfinite(good[0]).all()
+    assert (
+        np.array_equal(good[0][0, 4:], bad[0][0, 4:])
+        and np.array_equal(good[0][1], bad[0][1])
+        and np.isfinite(good[0]).all()
+    )
 
 
 @on_each_device
@@ -288,10 +324,16 @@ def planned(scheme: Scheme, d: int, q_per_kv: int, batch: int) -> raw.DecodePlan
 
     device = cupy.cuda.Device()
     heads = raw.Heads(KV_HEADS * q_per_kv, KV_HEADS, d)
-    return raw.decode_plan(heads, scheme, batch, device.attributes["MultiProcessorCount"], int(device.compute_capability))
+    return raw.decode_plan(
+        heads, scheme, batch, device.attributes["MultiProcessorCount"], int(device.compute_capability)
+    )
 
 
-OTHERS = [name for name, scheme in SCHEMES.items() if name != "int2" and not (scheme.quantized and raw.unsupported(scheme, 128))]
+OTHERS = [
+    name
+    for name, scheme in SCHEMES.items()
+    if name != "int2" and not (scheme.quantized and raw.unsupported(scheme, 128))
+]
 GRID = [("int2", d, q_per_kv) for d in raw.HEAD_DIMS for q_per_kv in (*range(1, 9), 16)]
 GRID += [(name, d, (2 * i + 3 * j) % 8 + 1) for i, name in enumerate(OTHERS) for j, d in enumerate(raw.HEAD_DIMS)]
 

@@ -18,12 +18,26 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return x.astype(BF16).astype(np.float64)
 
 
-def check(device, seed: int, tokens: int, size: int, rows: int, *, order: int = 0, multiprocessors: int = 2, capability: int = 80,
-          plan: raw_batch.LinearPlan | None = None, **parts: bool) -> np.ndarray:
+def check(
+    device,
+    seed: int,
+    tokens: int,
+    size: int,
+    rows: int,
+    *,
+    order: int = 0,
+    multiprocessors: int = 2,
+    capability: int = 80,
+    plan: raw_batch.LinearPlan | None = None,
+    **parts: bool,
+) -> np.ndarray:
     """parts: norm, bias, residual, silu, float32. plan: of a batch (None: the one that it gets). Returns what the
     kernel computed."""
     rng, width = np.random.default_rng(seed), rows // 2 if parts.get("silu") else rows
-    x, weight = rng.normal(size=(tokens, size)).astype(BF16), (rng.normal(size=(rows, size)) / np.sqrt(size)).astype(BF16)
+    x, weight = (
+        rng.normal(size=(tokens, size)).astype(BF16),
+        (rng.normal(size=(rows, size)) / np.sqrt(size)).astype(BF16),
+    )
     norm = rng.uniform(0.5, 1.5, size).astype(BF16) if parts.get("norm") else None
     bias = rng.normal(size=rows).astype(BF16) if parts.get("bias") else None
     residual = rng.normal(size=(tokens, width)).astype(BF16) if parts.get("residual") else None
@@ -40,7 +54,10 @@ def check(device, seed: int, tokens: int, size: int, rows: int, *, order: int = 
             device.run(raw_dense.rms_norm(x_there, device.array(norm), EPS, normed), seed=order)
             x_there = normed
         plan = plan or raw_batch.batch_plan(tokens, size, rows, given["silu"], multiprocessors, capability)
-        workspace, split_counter = device.empty(plan.workspace_floats, np.float32), device.array(np.zeros(plan.counters, np.int32))
+        workspace, split_counter = (
+            device.empty(plan.workspace_floats, np.float32),
+            device.array(np.zeros(plan.counters, np.int32)),
+        )
         launch = raw_batch.linear_batch(x_there, weight_there, out, plan, workspace, split_counter, **given)
         device.run(launch, arch=90 if isinstance(plan, WgmmaPlan) else 80, seed=order)
         assert not device.numpy(split_counter).any()
@@ -52,7 +69,9 @@ def check(device, seed: int, tokens: int, size: int, rows: int, *, order: int = 
     y, size_of = x @ w.T, abs(x) @ abs(w).T
     # Float32 sums; and two numbers of the norm may be rounded to the other side than in float64, by 2^-8 of them at
     # most.
-    error = 2.0**-20 * size_of + (2 * 2.0**-8 * (abs(x).max(axis=1)[:, None] * abs(w).max(axis=1)) if norm is not None else 0)
+    error = 2.0**-20 * size_of + (
+        2 * 2.0**-8 * (abs(x).max(axis=1)[:, None] * abs(w).max(axis=1)) if norm is not None else 0
+    )
     if bias is not None:
         y = y + bias.astype(np.float64)
     if parts.get("silu"):
@@ -86,7 +105,16 @@ def test_linear_with_what_stands_before_and_behind_it(device, seed, tokens, size
     check(device, seed, tokens, size, rows, **parts)
 
 
-GROUPS = [(33, 200, 34), (48, 840, 130), (64, 8, 2), (65, 640, 200), (128, 72, 256), (131, 264, 40), (256, 136, 48), (100, 392, 33)]
+GROUPS = [
+    (33, 200, 34),
+    (48, 840, 130),
+    (64, 8, 2),
+    (65, 640, 200),
+    (128, 72, 256),
+    (131, 264, 40),
+    (256, 136, 48),
+    (100, 392, 33),
+]
 
 
 @on_each_device
@@ -132,7 +160,9 @@ def test_linear_gives_equal_bits_on_every_grid_and_in_every_order(device, seed):
     parts = {"norm": True, "residual": True, "multiprocessors": 1}
     first = check(device, seed, 4, 288, 130, **parts)
     for order, multiprocessors in ((1, 1), (2, 2), (3, 40)):
-        assert np.array_equal(first, check(device, seed, 4, 288, 130, order=order, **parts | {"multiprocessors": multiprocessors}))
+        assert np.array_equal(
+            first, check(device, seed, 4, 288, 130, order=order, **parts | {"multiprocessors": multiprocessors})
+        )
     plan = raw_batch.mma_configs(20, 640, 130, False, 3, 80)[0]
     # Of five slabs each: the second block ends one tile and begins the other
     assert (plan.tiles, plan.blocks) == (2, 3)
@@ -216,7 +246,11 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match="do not fit"):
             raw_dense.linear(np.empty((tokens, 12288), np.uint16), weight, weight, 132, capability, norm=before)
         assert not raw_dense.fits(tokens, 12288, before is not None, False, capability)
-    for tokens, size, normed, silu, capability in ((8, 8192, True, False, 90), (2, 4096, True, True, 89), (8, 28672, False, False, 89)):
+    for tokens, size, normed, silu, capability in (
+        (8, 8192, True, False, 90),
+        (2, 4096, True, True, 89),
+        (8, 28672, False, False, 89),
+    ):
         assert raw_dense.fits(tokens, size, normed, silu, capability)
     with pytest.raises(ValueError, match="do not fit"):
         raw_batch.batch_plan(257, 12288, 16, False, 132, 90)
@@ -225,10 +259,20 @@ def test_what_does_not_fit_is_refused():
 def test_the_weights_are_shared_equally():
     """Qwen3-8B on 132 multiprocessors: what one block has is at most 4 % above what all would have that share the
     weights equally."""
-    for size, rows, silu in ((4096, 6144, False), (4096, 4096, False), (4096, 24576, True), (12288, 4096, False), (4096, 151936, False)):
+    for size, rows, silu in (
+        (4096, 6144, False),
+        (4096, 4096, False),
+        (4096, 24576, True),
+        (12288, 4096, False),
+        (4096, 151936, False),
+    ):
         for tokens in (9, 17, 32, 48, 64, 128, 192, 256):
             plan = raw_batch.batch_plan(tokens, size, rows, silu, 132, 90)
-            of_block = plan.max_runs * plan.rows * 64 if isinstance(plan, WgmmaPlan) else plan.max_slabs * 128 * plan.row_tiles * 64
+            of_block = (
+                plan.max_runs * plan.rows * 64
+                if isinstance(plan, WgmmaPlan)
+                else plan.max_slabs * 128 * plan.row_tiles * 64
+            )
             assert of_block < 1.04 * size * rows / 132, plan
 
 

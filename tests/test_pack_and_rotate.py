@@ -36,7 +36,9 @@ def near(got: np.ndarray, exact: np.ndarray) -> bool:
 @pytest.mark.parametrize("rotate", [True, False])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "normed"), [(9, 3, False), (4, 1, True), (20, 18, True)])
 @pytest.mark.parametrize("d", raw.HEAD_DIMS)
-def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(device, seed, d, q_heads, kv_heads, normed, rotate, prefill):
+def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
+    device, seed, d, q_heads, kv_heads, normed, rotate, prefill
+):
     rng = np.random.default_rng(seed)
     tokens, slots, capacity, norm_stride, eps = 4, 5, 128, 300, 1e-6
     qkv = rng.normal(size=(tokens, q_heads + 2 * kv_heads, d)).astype(BF16)
@@ -129,7 +131,9 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
     for s, start, n, h in zip(slots, starts, total, history, strict=True):
         for t in range(start // 128 * 128, start if step == "prefill" else n):
             window[:, s, :, t % 128] = h[:, :, t]
-    new = np.concatenate([h[:, :, start:] for h, start in zip(history, starts, strict=True)], axis=2).transpose(0, 2, 1, 3)
+    new = np.concatenate([h[:, :, start:] for h, start in zip(history, starts, strict=True)], axis=2).transpose(
+        0, 2, 1, 3
+    )
     first_rows = np.append(0, np.cumsum(counts)[:-1]).astype(np.int32)
     pages = device.empty((batch, kv_heads, capacity, raw.page_bytes(scheme, d)), np.uint8)
     sink = [device.empty((batch, kv_heads, max(sinks, 1), d), BF16) for _ in "kv"]
@@ -176,7 +180,10 @@ def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed)
     def packed(rows: np.ndarray) -> np.ndarray:
         pages = device.empty((len(rows), 1, 4, raw.page_bytes(scheme, 64)), np.uint8)
         cache = {"pages": pages, "norms": device.array(norms[rows])}
-        cache |= {name: device.array(np.zeros((len(rows), 1, scheme.sinks, 64), BF16)) for name in ("sink_keys", "sink_values")}
+        cache |= {
+            name: device.array(np.zeros((len(rows), 1, scheme.sinks, 64), BF16))
+            for name in ("sink_keys", "sink_values")
+        }
         cache |= {f"window_{name}": device.array(window[i, rows]) for i, name in enumerate(("keys", "values"))}
         device.run(raw.pack_step(heads, scheme, device.array(lengths[rows]), cache), seed=seed % 7)
         return np.array(device.numpy(pages, allow_unwritten=True))
@@ -192,7 +199,11 @@ def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed)
 @pytest.mark.parametrize("d", [64, 128])
 def test_tokens_after_the_last_full_block_go_to_the_window(device, seed, d):
     scheme, rng, kv_heads = oscar.SCHEMES["int2"], np.random.default_rng(seed), 3
-    starts, counts, slots = np.array([0, 70, 200, 127], np.int32), np.array([300, 58, 50, 1], np.int32), np.array([2, 0, 1, 3], np.int32)
+    starts, counts, slots = (
+        np.array([0, 70, 200, 127], np.int32),
+        np.array([300, 58, 50, 1], np.int32),
+        np.array([2, 0, 1, 3], np.int32),
+    )
     new = rng.normal(size=(2, counts.sum(), kv_heads, d)).astype(BF16)
     first_rows = np.append(0, np.cumsum(counts)[:-1]).astype(np.int32)
     names = ("window_keys", "window_values")

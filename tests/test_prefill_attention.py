@@ -25,7 +25,10 @@ def causal(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndar
     """
     n, heads, d = q.shape
     kv_heads, tokens, _ = keys.shape
-    x = q.reshape(n, kv_heads, -1, d).transpose(1, 2, 0, 3).astype(np.float64) @ keys.astype(np.float64).swapaxes(1, 2)[:, None]
+    x = (
+        q.reshape(n, kv_heads, -1, d).transpose(1, 2, 0, 3).astype(np.float64)
+        @ keys.astype(np.float64).swapaxes(1, 2)[:, None]
+    )
     x = np.where(np.arange(tokens) <= np.arange(tokens - n, tokens)[:, None], x / math.sqrt(d), -np.inf)
     p = np.exp(x - x.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
@@ -34,8 +37,18 @@ def causal(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndar
 
 
 def check(
-    device, d: int, group: int, starts: Sequence[int], counts: Sequence[int], seed: int, *, kind: str = "", arch: int = 80, order: int = 0,
-    splits: tuple[int, int] = (1, 0), multiprocessors: int = 3,
+    device,
+    d: int,
+    group: int,
+    starts: Sequence[int],
+    counts: Sequence[int],
+    seed: int,
+    *,
+    kind: str = "",
+    arch: int = 80,
+    order: int = 0,
+    splits: tuple[int, int] = (1, 0),
+    multiprocessors: int = 3,
 ) -> np.ndarray:
     """Sequences of starts[s] older and counts[s] new tokens, whose cache rows stand in reverse; returns what the
     kernel computed.
@@ -63,7 +76,9 @@ def check(
     plan = raw_prefill.SplitPlan(-(-max(counts) * group // raw_prefill.WGMMA_ROWS) * KV_HEADS * batch, *splits)
     split_counter = device.array(np.zeros(plan.blocks, np.int32))
     scratch = (plan, device.empty(plan.workspace_floats(d), np.float32), split_counter) if plan.splits > 1 else None
-    launch = raw_prefill.prefill_attention(heads, device.array(q), new, older, out, arch, split=scratch, multiprocessors=multiprocessors)
+    launch = raw_prefill.prefill_attention(
+        heads, device.array(q), new, older, out, arch, split=scratch, multiprocessors=multiprocessors
+    )
     device.run(launch, arch, order)
     assert not np.any(device.numpy(split_counter))
     got = np.array(device.numpy(out, allow_unwritten=True)).astype(np.float64)
@@ -158,7 +173,9 @@ def test_prefill_attention_one_head_after_the_other_gives_equal_bits(device, see
 
 @on_each_device
 def test_prefill_attention_in_splits_gives_equal_bits_in_every_order(device, seed):
-    first, *others = (check(device, 64, 3, (400, 0), (50, 90), seed, arch=90, order=order, splits=(4, 1)) for order in range(3))
+    first, *others = (
+        check(device, 64, 3, (400, 0), (50, 90), seed, arch=90, order=order, splits=(4, 1)) for order in range(3)
+    )
     assert all(np.array_equal(first, other, equal_nan=True) for other in others)
 
 

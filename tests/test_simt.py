@@ -40,7 +40,9 @@ def test_floats_round_to_nearest_even(device, name, seed):
     values = np.arange(65536, dtype=np.uint16).view(TYPES[name]).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         middles = np.float32((values[:-1].astype(np.float64) + values[1:]) / 2)  # ties, and the numbers beside them
-    x = np.concatenate([values, middles, np.nextafter(middles, np.float32(np.inf)), np.nextafter(middles, np.float32(-np.inf))])
+    x = np.concatenate(
+        [values, middles, np.nextafter(middles, np.float32(np.inf)), np.nextafter(middles, np.float32(-np.inf))]
+    )
     x = np.concatenate([x, rng.integers(0, 2**32, 20000, dtype=np.uint32).view(np.float32)])
     x = np.resize(x, -(-x.size // BLOCK) * BLOCK)
     out = device.empty(x.size, np.uint16)
@@ -65,8 +67,11 @@ def test_arithmetic_of_pairs_is_rounded_once(device, name, seed):
     n, dtype = 2048, TYPES[name]
     low = -9 if name == "half" else -60  # so that sums and products reach the subnormals of half
     a, b, c = (np.ldexp(rng.uniform(-2, 2, n), rng.integers(low, 5, n)).astype(dtype) for _ in range(3))
-    c[: n // 2] = -(a[: n // 2].astype(np.float64) * b[: n // 2]).astype(dtype)  # cancellation: what is left is the product's rounding
-    c[-n // 4 :] = np.ldexp(c[-n // 4 :].astype(np.float64), -50).astype(dtype)  # decides alone about products in the middle of two numbers
+    c[: n // 2] = -(a[: n // 2].astype(np.float64) * b[: n // 2]).astype(
+        dtype
+    )  # cancellation: what is left is the product's rounding
+    # Decides alone about products in the middle of two numbers
+    c[-n // 4 :] = np.ldexp(c[-n // 4 :].astype(np.float64), -50).astype(dtype)
     out = device.empty((4, n), dtype)
     device.compile(CASES / "numbers.cu", PAIRS[name])(n // 2 // 64, 64, [*map(device.array, (a, b, c)), out])
     exact = [[Fraction(float(v)) for v in x] for x in (a, b, c)]
@@ -125,7 +130,9 @@ def test_shuffles_and_votes_follow_the_manual(device, seed):
 def test_blocks_and_threads_of_two_dimensions_share_static_and_dynamic_memory(device, seed, order):
     x = np.random.default_rng(seed).normal(size=(6, 96)).astype(np.float32)
     out, counter = device.empty(x.shape, np.float32), device.array(np.zeros(1, np.int32))
-    device.compile(CASES / "warps.cu", "reverse<96>")((3, 2), (24, 4), [device.array(x), out, counter], shared=96 * 4, seed=order)
+    device.compile(CASES / "warps.cu", "reverse<96>")(
+        (3, 2), (24, 4), [device.array(x), out, counter], shared=96 * 4, seed=order
+    )
     assert np.array_equal(device.numpy(out), x[:, ::-1])
     assert device.numpy(counter)[0] == 6 * sum(range(96))
 
@@ -135,14 +142,19 @@ def test_structs_tables_and_classes_in_shared_memory(device):
     x, y = device.array(np.arange(1024, dtype=np.float32)), device.array(np.zeros(1025, np.float32))
     a = np.zeros((), np.dtype([("x", "u8"), ("y", "u8"), ("n", "i4"), ("k", "f4", 5)], align=True))
     a["x"], a["y"], a["n"], a["k"] = x.ctypes.data, y.ctypes.data, 1024, range(5)
-    device.compile(CASES / "mixed.cu", "mixed")(1, 1024, [a[()], np.bool_(True), np.uint8(7), np.int64(100)], shared=4096)
+    device.compile(CASES / "mixed.cu", "mixed")(
+        1, 1024, [a[()], np.bool_(True), np.uint8(7), np.int64(100)], shared=4096
+    )
     t = np.arange(1024)
-    assert np.array_equal(device.numpy(y)[:1024], 1023 - t + t % 4 + np.where(t % 2, 22, 6) + (t ^ 1) % 4 + 1 + t % 5 + 107)
+    assert np.array_equal(
+        device.numpy(y)[:1024], 1023 - t + t % 4 + np.where(t % 2, 22, 6) + (t ^ 1) % 4 + 1 + t % 5 + 107
+    )
     assert device.numpy(y).view(np.int32)[1024] == 5
 
 
 def fragments(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """[32, registers] of 32 bits from a matrix of 16-bit numbers: rows and columns [32, 2 * registers] say which element stands where."""
+    """[32, registers] of 32 bits from a matrix of 16-bit numbers: rows and columns [32, 2 * registers] say which
+    element stands where."""
     return np.ascontiguousarray(matrix.view(np.uint16)[rows, columns]).view(np.uint32)
 
 
@@ -152,10 +164,14 @@ def test_mma_fragments_multiply_like_numpy(device, name, seed):
     rng = np.random.default_rng(seed)
     dtype = TYPES["bfloat16" if name == "bf16" else "half"]
     a, b = rng.normal(size=(16, 16)).astype(dtype), rng.normal(size=(16, 8)).astype(dtype)
-    a[::3] = rng.integers(0, 4, a[::3].shape).astype(np.uint16).view(dtype)  # subnormals: codes that were only masked out
+    # Subnormals: codes that were only masked out
+    a[::3] = rng.integers(0, 4, a[::3].shape).astype(np.uint16).view(dtype)
     c = rng.normal(size=(16, 8)).astype(np.float32)
     lane = np.arange(32)[:, None]
-    group, inside = lane >> 2, lane % 4  # the PTX manual's groupID and threadID_in_group, "Matrix fragments for mma.m16n8k16"
+    group, inside = (
+        lane >> 2,
+        lane % 4,
+    )  # the PTX manual's groupID and threadID_in_group, "Matrix fragments for mma.m16n8k16"
     i = np.arange(8)
     fa = fragments(a, group + 8 * ((i & 2) > 0), inside * 2 + (i & 1) + 8 * (i >= 4))
     i = np.arange(4)
@@ -167,8 +183,10 @@ def test_mma_fragments_multiply_like_numpy(device, name, seed):
     if name == "fresh_f16":
         c[:] = 0
     exact = a.astype(np.float64) @ b.astype(np.float64) + c
-    # A tensor core aligns the 17 addends to the largest exponent and truncates each to at least 24 bits of it (Fasi, Higham, Mikaitis,
-    # Pranesh, PeerJ Computer Science 7:e330, 2021), where a subnormal fp16 counts with the exponent of 2^-14 (seen on an H200).
+    # A tensor core aligns the 17 addends to the largest exponent and truncates each to at least 24 bits of it (Fasi,
+    # Higham, Mikaitis,
+    # Pranesh, PeerJ Computer Science 7:e330, 2021), where a subnormal fp16 counts with the exponent of 2^-14 (seen on
+    # an H200).
     exponent = np.where(a != 0, np.maximum(np.abs(a.astype(np.float64)), 0 if name == "bf16" else 2.0**-14), 0)
     largest = np.maximum((exponent[:, :, None] * np.abs(b.astype(np.float64))).max(axis=1), np.abs(c))
     error = np.abs(device.numpy(out) - exact[rows, columns]) / largest[rows, columns]
@@ -176,7 +194,8 @@ def test_mma_fragments_multiply_like_numpy(device, name, seed):
 
 
 def sums(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the sums of a wgmma of n columns, [128, n / 2]: the PTX manual's fragment of accumulator D."""
+    """Rows and columns of the sums of a wgmma of n columns, [128, n / 2]: the PTX manual's fragment of accumulator
+    D."""
     t, i = np.arange(128)[:, None], np.arange(n // 2)
     return t // 32 * 16 + t % 32 // 4 + 8 * (i // 2 % 2), i // 4 * 8 + t % 4 * 2 + i % 2
 
@@ -244,7 +263,9 @@ def test_ldmatrix_gives_each_lane_its_elements(device, seed):
     lane, i = np.arange(32)[:, None], np.arange(2)
     for got, matrices in zip(device.numpy(out), (x, x.transpose(0, 2, 1)), strict=True):
         for number, matrix in enumerate(matrices):
-            assert np.array_equal(got[:, number], fragments(np.ascontiguousarray(matrix), lane // 4 + 0 * i, lane % 4 * 2 + i)[:, 0])
+            assert np.array_equal(
+                got[:, number], fragments(np.ascontiguousarray(matrix), lane // 4 + 0 * i, lane % 4 * 2 + i)[:, 0]
+            )
 
 
 @on_each_device

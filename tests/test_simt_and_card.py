@@ -59,7 +59,9 @@ def test_rotated_heads_differ_by_one_rounding_at_most(seed):
 @pytest.mark.parametrize("name", ["int2", "int2-compact", "oscar", "int4", "bf16"])
 def test_decode_attention_differs_by_the_tensor_cores_truncation(seed, name):
     lengths, plan = (300, 1, 128, 513), raw.DecodePlan(4, 1, 4, 2, 5)
-    (simulated, _), (real, _) = (run(device, SCHEMES[name], 128, plan, lengths, seed, arch=90, reference=False)[0] for device in DEVICES)
+    (simulated, _), (real, _) = (
+        run(device, SCHEMES[name], 128, plan, lengths, seed, arch=90, reference=False)[0] for device in DEVICES
+    )
     error = np.linalg.norm(simulated - real) / np.linalg.norm(real)
     print(f"{name}: {error:.1e}")
     assert error < (2e-5 if name == "bf16" else 2e-4)

@@ -1,4 +1,5 @@
-"""Planted faults are caught in every order of threads that is tried, each with its thread and line; without them the same kernels pass."""
+"""Planted faults are caught in every order of threads that is tried, each with its thread and line; without them the
+same kernels pass."""
 
 from __future__ import annotations
 
@@ -53,30 +54,66 @@ def test_without_a_fault_nothing_is_reported(device, name, seed):
 @pytest.mark.parametrize(
     ("name", "fault", "message"),
     [
-        ("shift_left", 1, r"\(35,0,0\): out of bounds: read of 4 bytes of global memory at argument 0, float32\[100\] \+ 400 of 400"),
-        ("rotate", 1, r"thread \(63,0,0\): out of bounds: write of 4 bytes of shared memory at dynamic shared memory \+ 256 of 256 bytes"),
+        (
+            "shift_left",
+            1,
+            r"\(35,0,0\): out of bounds: read of 4 bytes of global memory at argument 0, float32\[100\] \+ 400 of 400",
+        ),
+        (
+            "rotate",
+            1,
+            r"thread \(63,0,0\): out of bounds: write of 4 bytes of shared memory at dynamic shared memory \+ 256 of 256 bytes",
+        ),
         ("rotate", 2, r"race: .* is not ordered after|read of unwritten shared memory"),
         ("rotate", 3, r"thread \(63,0,0\): out of bounds: read of 4 bytes of shared memory"),
-        ("rotate", 4, r"divergent barrier: __syncthreads at line 16 while others wait in the one at line 15|line 15 while .* line 16"),
-        ("rotate", 5, r"race: (read|write) of 4 bytes at dynamic shared memory .* is not ordered after the (read|write) by thread"),
-        ("average", 1, r"thread \(31,0,0\): out of bounds: write of 4 bytes of shared memory at shared second \+ 128 of 128 bytes"),
+        (
+            "rotate",
+            4,
+            r"divergent barrier: __syncthreads at line 16 while others wait in the one at line 15|line 15 while .* line 16",
+        ),
+        (
+            "rotate",
+            5,
+            r"race: (read|write) of 4 bytes at dynamic shared memory .* is not ordered after the (read|write) by thread",
+        ),
+        (
+            "average",
+            1,
+            r"thread \(31,0,0\): out of bounds: write of 4 bytes of shared memory at shared second \+ 128 of 128 bytes",
+        ),
         ("average", 2, r"read of unwritten shared memory: 4 bytes at shared first \+ 0 of 128"),
         ("average", 3, r"race: .* is not ordered after|read of unwritten shared memory"),
         ("average", 4, r"a shuffle at line \d+"),
         ("stream", 1, r"a cp.async in flight will write: its wait is missing"),
         ("stream", 2, r"race: .* is not ordered after the write|cp.async in flight will write|unwritten shared memory"),
         ("stream", 3, r"race: .* is not ordered after|that a cp.async in flight will write"),
-        ("words", 1, r"race: relaxed read of 8 bytes at argument 2, .* is not ordered after the write by thread .* of block"),
+        (
+            "words",
+            1,
+            r"race: relaxed read of 8 bytes at argument 2, .* is not ordered after the write by thread .* of block",
+        ),
         ("words", 2, r"race: read of 4 bytes at argument 2, .* is not ordered after the atomic by thread .* of block"),
         ("words", 3, r"out of bounds: relaxed read of 4 bytes of global memory at argument 3"),
         ("vectors", 1, r"misaligned"),
         ("vectors", 2, r"out of bounds: index 4 of an array of fixed size"),
         ("vectors", 3, r"shift by 32"),
-        ("sum_of_blocks", 1, r"race: write of 4 bytes at argument 2, .* is not ordered after the write by thread \(\d+,0,0\) of block"),
+        (
+            "sum_of_blocks",
+            1,
+            r"race: write of 4 bytes at argument 2, .* is not ordered after the write by thread \(\d+,0,0\) of block",
+        ),
         ("sum_of_blocks", 2, r"race: read .* is not ordered after the write by thread \(\d+,0,0\) of block"),
-        ("sum_of_blocks", 3, r"race: read .* is not ordered after the write by thread \(\d+,0,0\)|read of unwritten global memory"),
+        (
+            "sum_of_blocks",
+            3,
+            r"race: read .* is not ordered after the write by thread \(\d+,0,0\)|read of unwritten global memory",
+        ),
         ("sum_of_blocks", 4, r"was never written"),
-        ("pipeline", 1, r"a bulk copy in flight will write: nobody has waited for its mbarrier|read of unwritten shared memory"),
+        (
+            "pipeline",
+            1,
+            r"a bulk copy in flight will write: nobody has waited for its mbarrier|read of unwritten shared memory",
+        ),
         ("pipeline", 2, r"race: read .* is not ordered after a bulk copy whose mbarrier it has not waited for"),
         ("pipeline", 3, r"race: write .* is not ordered after the read by thread|a bulk copy in flight will write"),
         ("pipeline", 4, r"no thread can go on \(divergent barrier\?\): thread \(\d+,0,0\) waits for an mbarrier"),
@@ -89,7 +126,9 @@ def test_a_planted_fault_is_reported_with_its_thread_and_line(device, name, faul
             run(device, name, fault, seed, order)
         text = str(caught.value)
         print(text)
-        assert "never written" in text or re.match(rf"{name}( at \w+\.cu:\d+)?, block \(\d+,0,0\) thread \(\d+,0,0\): ", text), text
+        assert "never written" in text or re.match(
+            rf"{name}( at \w+\.cu:\d+)?, block \(\d+,0,0\) thread \(\d+,0,0\): ", text
+        ), text
 
 
 @on_simt

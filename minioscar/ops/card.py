@@ -122,8 +122,9 @@ class Address:
 class Recording:
     """Launches that were run once and can be run again, in order, on the same arrays.
 
-    What is allocated while it is open comes from a pool of its own: an array that a step has no more use for is used again later in the
-    step, in every replay the same, and by nobody else. A launch knows such arrays by their addresses only; others it keeps.
+    What is allocated while it is open comes from a pool of its own: an array that a step has no more use for is used
+    again later in the step, in every replay the same, and by nobody else. A launch knows such arrays by their
+    addresses only; others it keeps.
     """
 
     def __init__(self) -> None:
@@ -197,7 +198,7 @@ def _driver(name: str) -> Any:
 def _launch_overlapping(function: int, launch: Launch) -> None:
     import cupy
 
-    values = np.zeros(len(launch.args), np.uint64)  # a place of eight bytes for each argument
+    values = np.zeros(len(launch.args), np.uint64)  # eight bytes for each argument
     pointers = values.ctypes.data + 8 * np.arange(len(values), dtype=np.uint64)
     for i, a in enumerate(launch.args):
         if isinstance(a, np.generic):

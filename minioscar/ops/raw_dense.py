@@ -1,4 +1,4 @@
-"""Launches of the raw kernels that know nothing of the cache, as in raw.py: linear layers, norms, what stands between
+"""Launches of the raw kernels that know nothing of the cache, as in raw.py: linear layers, norms, the steps between
 them, sampling."""
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ def _linear_bytes(tokens: int, size: int, norm: bool, silu: bool) -> int:
 
 
 def linear_warps(size: int, silu: bool) -> int:
-    """Warps that share k: as many as have something to ask for at three of five places. Not of the tokens: it decides
-    the order of sums."""
+    """Warps that split k: as many as have weights to load in at least three fifths of their rounds. Independent of the
+    tokens, since it decides the order of sums."""
     rounds = {warps: (4 if silu else 8) * 32 * warps for warps in (16, 8)}  # k that all ask for at a time
     return next((warps for warps, k in rounds.items() if size / (-(-size // k) * k) >= 0.6), 4)
 
 
 def linear(
     x: Array, weight: Array, out: Array, multiprocessors: int, capability: int, *,
-    norm: tuple[Array, float] | None = None, bias: Array | None = None, residual: Array | None = None, silu: bool = False,
+    norm: tuple[Array, float] | None = None, bias: Array | None = None, residual: Array | None = None,
+    silu: bool = False,
 ) -> Launch:
     """`Reference.linear` of x [tokens, in], bf16, at most LINEAR_TOKENS of them; out bf16 or float32.
 
@@ -120,7 +121,9 @@ class Drawing:
         if vocab > SAMPLE_VOCAB:
             raise ValueError(f"a vocabulary of {vocab} has no place in sample.cu, which has room for {SAMPLE_VOCAB}")
         self.rows, self.vocab = [row.sampling for row in rows], vocab
-        self.settings = xp.asarray(np.array([_settings(row, vocab) for row in rows], SETTINGS).view(np.uint64).reshape(len(rows), -1))
+        self.settings = xp.asarray(
+            np.array([_settings(row, vocab) for row in rows], SETTINGS).view(np.uint64).reshape(len(rows), -1)
+        )
         self.workspace = xp.zeros((len(rows), sample_words(vocab)), np.uint64)
         penalizes, masks = any(row.sampling.penalizes for row in rows), any(row.masks for row in rows)
         self.adjusted = xp.empty((len(rows), vocab), np.float32) if penalizes or masks else None

@@ -55,7 +55,9 @@ def unpack(
     return Launch("unpack.cu", "unpack", defines, grid, 2 * heads.head_dim, args)
 
 
-def fill_tiles(heads: Heads, new: PrefillTokens, past: tuple[Array, Array] | None, max_length: int, tiles: Tiles) -> Launch:
+def fill_tiles(
+    heads: Heads, new: PrefillTokens, past: tuple[Array, Array] | None, max_length: int, tiles: Tiles
+) -> Launch:
     """New tokens, and older ones of a plain cache, into their tiles. max_length: of a sequence, old and new tokens."""
     keys, values = past if past else (None, None)
     where = new.first_rows, new.slots, new.starts, new.counts, tiles.first

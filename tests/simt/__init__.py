@@ -84,7 +84,12 @@ def _version() -> str:
 
 
 class _Report(ctypes.Structure):
-    _fields_ = [("text", ctypes.c_char * 640), ("address", ctypes.c_uint64), ("pc", ctypes.c_uint64), ("other_pc", ctypes.c_uint64)]
+    _fields_ = [
+        ("text", ctypes.c_char * 640),
+        ("address", ctypes.c_uint64),
+        ("pc", ctypes.c_uint64),
+        ("other_pc", ctypes.c_uint64),
+    ]
 
 
 @functools.cache
@@ -138,7 +143,13 @@ def array(values: Any) -> np.ndarray:
 def tensor_map(matrix: np.ndarray, box_rows: int) -> np.void:
     """The TensorMap of include/device.cuh: a matrix of 16-bit numbers from `array` or `empty`, in boxes of so many
     rows and 64 columns."""
-    fields = [("base", np.uint64), ("rows", np.uint64), ("columns", np.uint64), ("box_rows", np.uint32), ("rest", "V100")]
+    fields = [
+        ("base", np.uint64),
+        ("rows", np.uint64),
+        ("columns", np.uint64),
+        ("box_rows", np.uint32),
+        ("rest", "V100"),
+    ]
     return np.array((matrix.ctypes.data, *matrix.shape, box_rows, b""), np.dtype(fields))[()]
 
 
@@ -160,7 +171,11 @@ def _location(address: int, args: Sequence[Any]) -> str:
         return hex(address)
     start = max(near)
     size, what = _arrays[start]
-    which = [f"argument {i}, " for i, a in enumerate(args) if isinstance(a, np.ndarray) and start <= a.ctypes.data < start + max(size, 1)]
+    which = [
+        f"argument {i}, "
+        for i, a in enumerate(args)
+        if isinstance(a, np.ndarray) and start <= a.ctypes.data < start + max(size, 1)
+    ]
     return f"{which[0] if which else ''}{what} + {address - start} of {size} bytes"
 
 
@@ -172,8 +187,12 @@ class Module:
         self.path, self.source = path, source
         self.lib = ctypes.CDLL(str(path))
         self.lib.simt_dynamic.restype = self.lib.simt_begin.restype = self.lib.simt_end.restype = ctypes.c_void_p
-        symbols = re.findall(r"^ *\d+: ([0-9a-f]+) +(\d+|0x[0-9a-f]+) TLS .* (\S+)$", _run("readelf", "-sW", path), re.M)
-        self.variables = sorted({(int(offset, 16), int(size, 0), name) for offset, size, name in symbols if int(size, 0)})
+        symbols = re.findall(
+            r"^ *\d+: ([0-9a-f]+) +(\d+|0x[0-9a-f]+) TLS .* (\S+)$", _run("readelf", "-sW", path), re.M
+        )
+        self.variables = sorted(
+            {(int(offset, 16), int(size, 0), name) for offset, size, name in symbols if int(size, 0)}
+        )
         self.kernels = {name: Kernel(self, i, name) for i, name in enumerate(names)}
 
     def __getitem__(self, name: str) -> Kernel:
@@ -187,7 +206,9 @@ class Module:
         statics = [(offset, size, name.startswith("_ZGV")) for offset, size, name in self.variables if offset != at]
         static = sum(size for _, size, guard in statics if not guard)
         if dynamic > MAX_DYNAMIC_SHARED or static > MAX_STATIC_SHARED:
-            raise Fault(f"{self.source.name}: {dynamic} bytes of dynamic, {static} of static shared memory: more than a block can have")
+            raise Fault(
+                f"{self.source.name}: {dynamic} bytes of dynamic, {static} of static shared memory: more than a block can have"
+            )
         usable = np.array([*statics, (at, dynamic, 0)], np.uint64)
         end = max(offset + size for offset, size, _ in self.variables)
         _runtime().simt_shared(base, end + _GAP, usable.ctypes.data, len(usable))
@@ -218,7 +239,9 @@ class Kernel:
         signature.restype = ctypes.c_char_p
         self.types = re.findall(r"\D\d+", signature().decode())
 
-    def __call__(self, grid: Any, block: Any, args: Sequence[Any], shared: int = 0, seed: int = 0, checks: bool = True) -> None:
+    def __call__(
+        self, grid: Any, block: Any, args: Sequence[Any], shared: int = 0, seed: int = 0, checks: bool = True
+    ) -> None:
         if len(args) != len(self.types):
             raise TypeError(f"{self.name} takes {len(self.types)} arguments, not {len(args)}")
         cells = [self._cell(i, kind, arg) for i, (kind, arg) in enumerate(zip(self.types, args, strict=True))]
@@ -237,7 +260,11 @@ class Kernel:
                 return np.zeros(1, np.uint64)
             if isinstance(arg, np.ndarray):
                 return np.array([arg.ctypes.data], np.uint64)
-        elif isinstance(arg, np.generic) and arg.dtype.itemsize == int(kind[1:]) and (kind[0] == "V" or arg.dtype.kind == kind[0]):
+        elif (
+            isinstance(arg, np.generic)
+            and arg.dtype.itemsize == int(kind[1:])
+            and (kind[0] == "V" or arg.dtype.kind == kind[0])
+        ):
             return np.frombuffer(arg.tobytes(), np.uint8).copy()
         is_not = f"is {type(arg).__name__}, the kernel takes {kind} (P pointer, i/u/f/b number, V struct; bytes)"
         raise TypeError(f"argument {i} of {self.name} {is_not}")
@@ -245,7 +272,11 @@ class Kernel:
     def _explain(self, report: _Report, base: int, dynamic: int, args: Sequence[Any]) -> str:
         text = report.text.decode(errors="replace")
         offset = report.address - base
-        near = [v for v in self.module.variables if 0 <= offset and v[0] <= offset + _GAP // 2 and offset < v[0] + v[1] + _GAP]
+        near = [
+            v
+            for v in self.module.variables
+            if 0 <= offset and v[0] <= offset + _GAP // 2 and offset < v[0] + v[1] + _GAP
+        ]
         if near:
             start, size, name = near[-1]
             if name == DYNAMIC:
@@ -255,7 +286,9 @@ class Kernel:
             where = f"{name} + {offset - start} of {size} bytes"
         else:
             where = _location(report.address, args)
-        return f"{self.name}{self.module.line(report.pc)}, " + text.replace("@", where) + self.module.line(report.other_pc)
+        return (
+            f"{self.name}{self.module.line(report.pc)}, " + text.replace("@", where) + self.module.line(report.other_pc)
+        )
 
 
 def _shared_definitions(assembly: str) -> str:
@@ -267,17 +300,31 @@ def _shared_definitions(assembly: str) -> str:
             sections[i] = re.sub(r"\.zero\s+(\d+)", lambda size: f".zero\t{int(size[1]) + _GAP}", text)
     assembly = "".join(sections)
     uses = "\n".join(line for line in assembly.split("\n") if "tls" in line or "gottpoff" in line)
-    used = set(re.findall(r"([\w.$]+)@(?:tlsgd|gottpoff|tlsdesc)", uses)) | set(re.findall(r":(?:tlsdesc|tlsgd):([\w.$]+)", uses))
+    used = set(re.findall(r"([\w.$]+)@(?:tlsgd|gottpoff|tlsdesc)", uses)) | set(
+        re.findall(r":(?:tlsdesc|tlsgd):([\w.$]+)", uses)
+    )
     outside = sorted(name for name in used if not re.search(rf"^{re.escape(name)}:", assembly, re.M))
     labels = [*(name for name in outside if name != DYNAMIC), DYNAMIC]
     tail = ['.section .tbss.simt_dynamic,"awT",%nobits', ".p2align 10"]
     for name in labels:
         tail += [f".globl {name}", f".hidden {name}", f".type {name}, %object", f"{name}:"]
-    return assembly + "\n".join(["", *tail, f".size {DYNAMIC}, {MAX_DYNAMIC_SHARED}", f".zero {MAX_DYNAMIC_SHARED + _GAP}", ""])
+    return assembly + "\n".join(
+        ["", *tail, f".size {DYNAMIC}, {MAX_DYNAMIC_SHARED}", f".zero {MAX_DYNAMIC_SHARED + _GAP}", ""]
+    )
 
 
 def _flags(arch: int) -> list[str]:
-    flags = ["-std=c++17", "-O1", "-g1", "-gdwarf-4", "-fPIC", "-w", "-fno-strict-aliasing", "-fsigned-char", *_machine_flags()]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-gdwarf-4",
+        "-fPIC",
+        "-w",
+        "-fno-strict-aliasing",
+        "-fsigned-char",
+        *_machine_flags(),
+    ]
     flags += ["-fno-extern-tls-init", "-fno-section-anchors", "-fno-gnu-unique"]  # unique: one instance for all modules
     flags += ["-fno-tree-loop-im"]  # would read ahead of conditions
     flags += ["-fno-var-tracking"]  # a fault wants lines, not variables; a fifth of the time of a compilation
@@ -342,5 +389,7 @@ def compile_module(source: str | Path, names: Sequence[str], defines: Sequence[s
 
 def compile_kernel(source: str | Path, name: str, defines: Sequence[str] = (), arch: int = 80) -> Kernel:
     """One kernel of a .cu file, compiled with all its kernels that are no templates: other calls want those."""
-    kernels = re.findall(r'^extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(', Path(source).read_text(), re.M)
+    kernels = re.findall(
+        r'^extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(', Path(source).read_text(), re.M
+    )
     return compile_module(source, kernels if name in kernels else [name], defines, arch)[name]

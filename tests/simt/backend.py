@@ -72,7 +72,8 @@ class Simt(Cuda):
 
     @contextmanager
     def recording(self, tokens: int, config: Config) -> Iterator[Recording]:
-        """The launches with their arrays, since simulated memory has no pools; nothing is compiled for a capture, so nothing runs yet."""
+        """The launches with their arrays, since simulated memory has no pools; nothing is compiled for a capture, so
+        nothing runs yet."""
         self.recorded = SimpleNamespace(launches=(found := []), append=found.append)
         try:
             yield self.recorded
@@ -133,5 +134,6 @@ def _there(a: Any) -> Any:
 
 
 def _simulated(x: np.ndarray) -> bool:
-    """Inputs that NumPy made (a temporary of array code) are copied in; outputs always are the back end's own arrays."""
+    """Inputs that NumPy made (a temporary of array code) are copied in; outputs always are the back end's own
+    arrays."""
     return any(start <= x.ctypes.data < start + max(size, 1) for start, (size, _) in list(_arrays.items()))
