@@ -16,9 +16,13 @@ from .tiny import load, relative, write_model
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 SHAPES = {
+    "head_dim 96": {"hidden_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 96, **BIASES},
+    "head_dim 80": {"hidden_size": 80, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 80},
     "head_dim 20": {"hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20},
     "head_dim 100": {"hidden_size": 200, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": None, **BIASES},
-    "hidden and intermediate size 60, 50": {"hidden_size": 60, "head_dim": 64, "vocab_size": 101, "intermediate_size": 50, **BIASES},
+    "hidden and intermediate size 60, 50": {
+        "hidden_size": 60, "head_dim": 64, "vocab_size": 101, "intermediate_size": 50, **BIASES,
+    },
     "": {"head_dim": 64, **BIASES},  # all of it by kernels: nothing is said
 }
 
