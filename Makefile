@@ -13,8 +13,8 @@ test: .venv/test.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n auto --maxprocesses 4 --dist worksteal
 
 results: .venv/test.done  # the tables and figures of README.md and docs/, from docs/results/*.json and the code's arithmetic
-	$(BIN)/python docs/render.py
-	$(BIN)/python docs/figures.py
+	$(BIN)/python -m tools.render
+	$(BIN)/python -m tools.figures
 
 soak: .venv/test.done  # 20,000 mutated inputs, then an hour of random requests in each of two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --json docs/results/soak.json

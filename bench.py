@@ -34,18 +34,18 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks import cases, loading, memory, models, peers, start
+from benchmarks import cases, loading, memory, models, peers, presets, start
+from benchmarks.measure import ceilings
 from benchmarks.plan import Plan, planned
 from benchmarks.table import line, table
-from minioscar import cli, presets
-from minioscar import strict_json as json
+from minioscar.app import cli
 from minioscar.engine import Engine
 from minioscar.errors import Failure, UserError
-from minioscar.files import check_writable, descriptor, replacing
-from minioscar.measure import ceilings
 from minioscar.ops import backend
 from minioscar.ops.decode import unsupported
 from minioscar.ops.reference import Reference
+from minioscar.storage import strict_json as json
+from minioscar.storage.files import check_writable, descriptor, replacing
 
 COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory", "start")
 SECTIONS = ("kernel", "sustained", "dense", "sweep", "growth", "skipped", "decode", "breakdown", "prefill")

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from benchmarks.measure import copies_of, graph_time
 from benchmarks.models import filled
 from minioscar.cache import Cache
 from minioscar.engine import Engine
-from minioscar.measure import copies_of, graph_time
 from minioscar.ops import card, raw
 from minioscar.ops.decode import StepDecoder
 from minioscar.sampling import RowSampling

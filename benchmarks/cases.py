@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from benchmarks.measure import copies_of, line
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
-from minioscar.measure import copies_of, line
 from minioscar.memory import size
 from minioscar.ops import raw
 from minioscar.oscar import SCHEMES, WINDOW, Scheme

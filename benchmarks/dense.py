@@ -16,8 +16,8 @@ import numpy as np
 
 from benchmarks.cases import DENSE, PREFILLS, Case, Matrix, pairs
 from benchmarks.kernels import filled, properties, random_bf16
+from benchmarks.measure import copies_of, graph_time
 from minioscar.cache import BF16
-from minioscar.measure import copies_of, graph_time
 from minioscar.ops import card, raw, raw_batch, raw_dense, raw_prefill
 from minioscar.sampling import RowSampling, Sampling
 

@@ -1,7 +1,7 @@
 """`bench.py kernel`: the kernels of the cache alone, beside the bytes they must move and the best BF16 kernels that
 are installed.
 
-Every case runs as 20 launches in one replayed graph over rotating caches that no L2 holds (minioscar/measure.py), ours
+Every case runs as 20 launches in one replayed graph over rotating caches that no L2 holds (benchmarks/measure.py), ours
 and the peers alike. A cache has its window half full, as it is on average.
 """
 
@@ -16,9 +16,9 @@ import cupy
 import numpy as np
 
 from benchmarks.cases import PIECE, Case, entry, moved_bytes, too_large
+from benchmarks.measure import copies_of, graph_time
 from benchmarks.peers import peer_times
 from minioscar.cache import BF16
-from minioscar.measure import copies_of, graph_time
 from minioscar.ops import card, raw
 from minioscar.oscar import WINDOW, Scheme
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from benchmarks.measure import host_copy_bandwidth, median_and_spread
 from minioscar import memory, weights
 from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.errors import UserError
-from minioscar.measure import host_copy_bandwidth, median_and_spread
 from minioscar.ops.reference import Reference
 
 MOST, MOST_CPU = 4 * 10**9, 64 * 10**6  # bytes of the files

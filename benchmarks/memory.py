@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.measure import timed
 from benchmarks.models import filled, stepping, weight_bytes
 from minioscar.cache import cache_bytes
 from minioscar.engine import Engine
 from minioscar.errors import Failure, UserError
-from minioscar.measure import timed
 from minioscar.memory import needed
 from minioscar.oscar import SCHEMES
 

@@ -8,11 +8,11 @@ from itertools import cycle
 import numpy as np
 
 from benchmarks.cases import Case, entry, layer, moved_bytes
+from benchmarks.measure import copies_of, timed
 from minioscar import oscar
 from minioscar.cache import Cache, NewTokens, cache_bytes
 from minioscar.config import Config
 from minioscar.engine import Engine
-from minioscar.measure import copies_of, timed
 from minioscar.ops.reference import Reference
 from minioscar.oscar import WINDOW, Scheme
 from minioscar.sampling import RowSampling

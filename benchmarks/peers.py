@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.measure import LAUNCHES, replayed, sustained
 from minioscar.config import Config
-from minioscar.measure import LAUNCHES, replayed, sustained
 from minioscar.oscar import WINDOW
 
 if TYPE_CHECKING:

@@ -6,15 +6,16 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from benchmarks import presets
 from benchmarks.memory import budgets, enforceable
-from minioscar import engine, memory, presets
+from minioscar import engine, memory
 from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.errors import UserError
-from minioscar.hub import resolve
 from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference
 from minioscar.oscar import WINDOW, Scheme
+from minioscar.storage.hub import resolve
 
 USUAL = {"decode": (512, 2048), "throughput": (4096,), "memory": (4096,)}  # contexts
 USUAL_CPU = USUAL | {"throughput": (1024,)}

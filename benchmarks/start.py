@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import minioscar
+from benchmarks.measure import median_and_spread
 from minioscar.errors import Failure
-from minioscar.hub import resolve
-from minioscar.measure import median_and_spread
+from minioscar.storage.hub import resolve
 
 PROMPT = "The sea is"
 

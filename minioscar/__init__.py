@@ -50,7 +50,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .conversation import Conversation as Conversation
+    from .app.conversation import Conversation as Conversation
     from .engine import Engine as Engine
     from .engine import load as load
     from .errors import Failure as Failure
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _FROM = {
-    "load": "engine", "Engine": "engine", "Conversation": "conversation", "Generation": "generation", "Logprob": "generation",
+    "load": "engine", "Engine": "engine", "Conversation": "app.conversation", "Generation": "generation", "Logprob": "generation",
     "Options": "generation", "PromptCache": "prompt_cache", "Sampling": "sampling", "SCHEMES": "oscar", "UserError": "errors",
     "Failure": "errors",
 }

@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import strict_json as json
 from .errors import UserError
+from .storage import strict_json as json
 
 MAX_CHAT = 64 << 20  # characters a chat template may write: far above any context, far below memory
 MAX_SECONDS = 5.0  # that a chat template may loop

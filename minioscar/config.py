@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import foreign
-from . import strict_json as json
 from .errors import UserError
 from .rope import Rope
+from .storage import foreign
+from .storage import strict_json as json
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 MOST = {"num_hidden_layers": 4096, "head_dim": 2048}  # what is made from these numbers before a weight is seen must stay small

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from os.path import commonprefix
 from typing import Any
 
-from . import strict_json as json
+from .storage import strict_json as json
 
 TAIL = 64  # tokens of a prompt that can matter to the text behind it: a character's bytes, a run of byte tokens
 

@@ -22,16 +22,16 @@ from .chat_template import Message
 from .config import Config
 from .errors import Failure, UserError
 from .generation import Generation, Options, Run, first_answers, for_each
-from .hub import resolve
 from .model import Model, check_scheme
+from .nan_check import Watch
 from .ops.raw_batch import BATCH_TOKENS
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
 from .prompt_cache import File, PromptCache, as_path, common, continued
 from .sampling import shown
 from .shaping import shape_keys
+from .storage.hub import resolve
 from .tokenizer import Tokenizer
-from .watch import Watch
 from .weights import Weights, for_scheme, weight_files
 from .weights import load as load_weights
 

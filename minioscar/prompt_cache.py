@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import strict_json as json
 from .cache import Cache, left_after_cut, row_layout
 from .chat_template import Message, flat, malformed
 from .config import Config
 from .errors import Failure, UserError
-from .files import check_seekable, reason, replacing
 from .oscar import SCHEMES, WINDOW, Scheme
 from .sampling import shown
+from .storage import strict_json as json
+from .storage.files import check_seekable, reason, replacing
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -10,12 +10,13 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minioscar import chat_template, foreign
-from minioscar import strict_json as json
+from minioscar import chat_template
 from minioscar.chat_template import Message
 from minioscar.detokenizer import Detokenizer
 from minioscar.errors import ChatTemplateError, UserError
 from minioscar.sampling import shown, whole
+from minioscar.storage import foreign
+from minioscar.storage import strict_json as json
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from . import foreign, oscar
+from . import oscar
 from .cache import BF16
 from .config import Config, read_json
 from .errors import UserError
-from .identity import Stamp, WeightFiles, stamp
+from .storage import foreign
+from .storage.identity import Stamp, WeightFiles, stamp
 
 if TYPE_CHECKING:
     from .ops.reference import Reference

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minioscar import cli
+from minioscar.app import cli
 
 from .mutants import Case, make_originals
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from minioscar import Conversation, Engine, Failure, Options, Sampling, UserError, load
-from minioscar.evaluate import default_text
+from minioscar.evaluation.fidelity import default_text
 from minioscar.generation import Generation
 
 from .fuzz import fuzz

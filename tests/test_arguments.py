@@ -231,7 +231,7 @@ DEVICES = ["cuda:0", "CPU", "gpu", "mps", "", "cpu ", "cuda0", "rocm", 0, True, 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_devices_that_are_not_there_are_refused_with_those_that_are(folder, device, monkeypatch):
-    for backend in ("", "simt"):
+    for backend in ("", "tests.simt.backend:Simt"):
         monkeypatch.setenv("MINIOSCAR_BACKEND", backend)
         refused(lambda: minioscar.load(folder, device=device), "device", "choose from auto, cuda, cpu")
 
@@ -503,7 +503,7 @@ def test_runs_of_one_engine_do_not_know_of_each_other(engine):
 
 @pytest.mark.skipif(simt.missing() is not None, reason=str(simt.missing()))
 def test_runs_whose_steps_are_queued_do_not_know_of_each_other_either(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIOSCAR_BACKEND", "simt")
+    monkeypatch.setenv("MINIOSCAR_BACKEND", "tests.simt.backend:Simt")
     engine = load(write_model(tmp_path / "m", 4, head_dim=64, num_hidden_layers=1), "int2", "auto")
     options = Options(max_tokens=6)
     prompts = [[1, 2, 3], [4, 5, 6, 7]]

@@ -19,12 +19,13 @@ import pytest
 import bench
 from benchmarks import cases as bench_cases
 from benchmarks import loading as bench_loading
+from benchmarks import measure, presets
 from benchmarks import memory as bench_memory
 from benchmarks import models as bench_models
-from minioscar import engine, measure, presets
+from benchmarks.measure import copies_of, enough, line, replayed, sustained
+from minioscar import engine
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
-from minioscar.measure import copies_of, enough, line, replayed, sustained
 from minioscar.ops import raw
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, WINDOW

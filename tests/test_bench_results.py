@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
-import bench_figures
-import bench_tables
-import committed
 import pytest
+
+from tools import bench_figures, bench_tables, committed
 
 GROWTH = {"us_per_1000_tokens": 0.2, "us_at_0_tokens": 8.0, "worst_error": 0.03, "bytes_us_per_1000_tokens": 0.1, "times_the_bytes": 2.0}
 PART = {"us_a_step": 54.0, "bytes": 2e6, "fraction_of_limit": 0.333}

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from minioscar import chat, hub
-from minioscar.cli import main
+from minioscar.app import chat
+from minioscar.app.cli import main
+from minioscar.storage import hub
 
 from .tiny import write_talker
 

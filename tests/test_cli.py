@@ -15,10 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from minioscar import cli, evaluate, flags, hub, ops, oscar
-from minioscar.cli import main
+from minioscar import ops, oscar
+from minioscar.app import cli, flags
+from minioscar.app.cli import main
+from minioscar.evaluation import fidelity
 from minioscar.generation import Options, Run
 from minioscar.sampling import Sampling
+from minioscar.storage import hub
 
 from .tiny import write_model, write_talker
 
@@ -36,7 +39,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
 
 def test_help_answers_before_anything_heavy_is_imported():
     """Counted in modules, which a loaded machine cannot blur, and in seconds of the fastest of three runs."""
-    listing = "import sys; from minioscar.cli import main; main(['--help']); print({'numpy', 'tokenizers', 'cupy'} & set(sys.modules))"
+    listing = "import sys; from minioscar.app.cli import main; main(['--help']); print({'numpy', 'tokenizers', 'cupy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True).stdout.rstrip().endswith("set()")
     times = []
     for _ in range(3):
@@ -83,7 +86,7 @@ def test_no_context_is_made_where_none_is_wanted_or_can_be(why_not, monkeypatch)
     monkeypatch.setattr(ops, "find_spec", lambda _: None if why_not == "no CuPy" else True)
     monkeypatch.setattr(ops, "Thread", lambda target, name: SimpleNamespace(start=target))  # here and now: what it raises is seen
     monkeypatch.setattr(ops.ctypes, "CDLL", library)
-    monkeypatch.setenv("MINIOSCAR_BACKEND", "simt" if why_not == "simulator" else "")
+    monkeypatch.setenv("MINIOSCAR_BACKEND", "tests.simt.backend:Simt" if why_not == "simulator" else "")
     ops.wake("cpu" if why_not == "cpu" else "auto")
     assert not driver.calls
 
@@ -95,9 +98,9 @@ COMMANDS = ["generate nowhere x", "generate nowhere --prompts-file F", "chat now
 def test_the_context_is_begun_before_anything_heavy_is_imported(command, tmp_path):
     code = """
 import sys
-from minioscar import commands
+from minioscar.app import commands
 commands.wake = lambda device: print(device, {'numpy', 'tokenizers', 'cupy'} & set(sys.modules))
-from minioscar.cli import main
+from minioscar.app.cli import main
 main([*sys.argv[1:], "--device", "cuda"])
 """
     argv = command.replace("F", str(tmp_path / "file")).split()
@@ -167,7 +170,7 @@ def test_eval_prints_a_table(smollm2, capsys, tmp_path):
 
 
 def test_eval_with_needle_and_drift_adds_their_objects_and_tables(smollm2, capsys, monkeypatch):
-    monkeypatch.setattr("minioscar.needle.DEPTHS", (0.5,))
+    monkeypatch.setattr("minioscar.evaluation.needle.DEPTHS", (0.5,))
     options = ["--prefill", 130, "--decode", 5, "--kv", "int4", "--needle", "100", "--drift", 10]
     code, out, _ = run(capsys, "eval", smollm2, *options, "--json")
     report = json.loads(out)
@@ -175,7 +178,7 @@ def test_eval_with_needle_and_drift_adds_their_objects_and_tables(smollm2, capsy
     assert report["drift"]["tokens"] == 10 and len(report["drift"]["results"][1]["first_difference"]) == 1
     assert set(report["drift"]["results"][1]) == {"kv", "first_difference", "same_tokens", "kl"}
     assert report["needle"]["lengths"] == [128] and set(report["needle"]["results"][1]) == {"kv", "exact_match", "by_length_and_depth"}
-    tables = evaluate.table(report)
+    tables = fidelity.table(report)
     assert "| int4 | 5.000 |" in tables and "Passkeys found" in tables and "Greedy continuation, 10 tokens" in tables
 
 

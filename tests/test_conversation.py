@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from minioscar import memory
+from minioscar.app.conversation import Conversation
 from minioscar.cache import Cache
-from minioscar.conversation import Conversation
 from minioscar.errors import Failure, UserError
 from minioscar.prompt_cache import common
 from minioscar.sampling import Sampling

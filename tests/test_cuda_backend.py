@@ -203,7 +203,7 @@ def test_minioscar_backend_simt_runs_a_model_end_to_end(kv, tmp_path, monkeypatc
     """Prefill, steps and flush of a tiny model, every kernel simulated; a row leaves the batch on the way."""
     folder = write_model(tmp_path / "m", 4, head_dim=64, num_hidden_layers=1)
     want = load(folder, kv, "cpu").generate([[5] * 120, [7, 8]], max_tokens=12)
-    monkeypatch.setenv("MINIOSCAR_BACKEND", "simt")
+    monkeypatch.setenv("MINIOSCAR_BACKEND", "tests.simt.backend:Simt")
     got = load(folder, kv, "auto").generate([[5] * 120, [7, 8]], max_tokens=12)
     assert {r.device for r in got} == {"simt"}
     agree = np.mean([a == b for g, w in zip(got, want, strict=True) for a, b in zip(g.token_ids, w.token_ids, strict=True)])

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minioscar import presets
+from benchmarks import presets
 from minioscar.cache import BF16, Cache
 from minioscar.model import Model
 from minioscar.ops.cuda import Cuda

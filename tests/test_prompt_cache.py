@@ -13,16 +13,16 @@ from safetensors.numpy import load_file, save_file
 
 from minioscar import engine as module
 from minioscar import memory
+from minioscar.app.cli import main
 from minioscar.cache import Cache, row_layout
-from minioscar.cli import main
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.generation import Options
-from minioscar.identity import WeightFiles
 from minioscar.ops import raw, repage
 from minioscar.oscar import SCHEMES
 from minioscar.prompt_cache import PromptCache, common, continued, digest
 from minioscar.sampling import Sampling
+from minioscar.storage.identity import WeightFiles
 
 from . import simt
 from .tiny import CONFIG, load, relative, talker, write_model, write_talker
@@ -93,7 +93,7 @@ def test_what_one_back_end_saved_the_other_goes_on_with(tmp_path, kv, monkeypatc
     folder = write_model(tmp_path / "m", 4, head_dim=64, num_hidden_layers=1)
     ids = np.random.default_rng(seed).integers(0, 160, 300).tolist()
     here = load(folder, kv)
-    monkeypatch.setenv("MINIOSCAR_BACKEND", "simt")
+    monkeypatch.setenv("MINIOSCAR_BACKEND", "tests.simt.backend:Simt")
     there = load(folder, kv, "auto")
     assert there.ops.name == "simt"
     for source, target in ((here, there), (there, here)):

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minioscar.cli import main
+from minioscar.app.cli import main
+from minioscar.app.prompts import answers, parse
 from minioscar.errors import Failure, UserError
 from minioscar.generation import Options
-from minioscar.prompts import answers, parse
 from minioscar.sampling import Sampling
 
 from .tiny import talker, write_talker

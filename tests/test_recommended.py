@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minioscar.cli import main
-from minioscar.recommended import recommended
+from minioscar.app.cli import main
+from minioscar.app.recommended import recommended
 from minioscar.sampling import Sampling
 
 from .tiny import talker, write_talker

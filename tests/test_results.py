@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import doctest
 import html
-import importlib.util
 import json
 import re
 from xml.etree import ElementTree
 
 import pytest
 
-
-def module(name: str, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+from tools import figures, pareto, render
 
 
 def test_tables_are_rendered_from_their_json(pytestconfig):
-    render, used = module("render", pytestconfig.rootpath / "docs" / "render.py"), set()
+    used = set()
     for page in render.PAGES:
         text = (pytestconfig.rootpath / page).read_text()
         used |= {block[2] for block in render.BLOCK.finditer(text)}
@@ -29,7 +23,7 @@ def test_tables_are_rendered_from_their_json(pytestconfig):
 
 
 def test_figures_are_what_their_script_draws_and_every_figure_is_shown(pytestconfig, tmp_path):
-    figures, docs = module("figures", pytestconfig.rootpath / "docs" / "figures.py"), pytestconfig.rootpath / "docs"
+    docs = pytestconfig.rootpath / "docs"
     figures.draw(tmp_path)
     pages = "".join(page.read_text() for page in docs.rglob("*.md"))
     for name in figures.all_drawn():
@@ -56,8 +50,7 @@ def test_links_of_the_docs_lead_somewhere(pytestconfig):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_pareto_plot_shows_the_committed_numbers(pytestconfig):
-    pareto = module("pareto", pytestconfig.rootpath / "docs" / "pareto.py")
+def test_pareto_plot_shows_the_committed_numbers():
     description = re.search(r"<dc:description>(.*?)</dc:description>", (pareto.RESULTS / "pareto.svg").read_text(), re.DOTALL)
     assert json.loads(html.unescape(description[1])) == pareto.points(), "run `make results`"
     assert pareto.front({"a": [3, 0.2, 0], "b": [2, 0.5, 0], "c": [2.5, 0.6, 0], "d": [4, 0.1, 0]}) == [(2, 0.5), (3, 0.2), (4, 0.1)]

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minioscar import evaluate, info, inspection, memory
-from minioscar.conversation import Conversation
+from minioscar import memory
+from minioscar.app import info
+from minioscar.app.conversation import Conversation
 from minioscar.engine import load
 from minioscar.errors import UserError
+from minioscar.evaluation import fidelity, inspection
 from minioscar.oscar import SCHEMES
 
 from .tiny import talker, write_talker
@@ -41,9 +43,9 @@ def refusals(folder: Path):
         "conversation": lambda m: Conversation(m, ctx=WINDOW + 1),
         "message": lambda m: list(Conversation(m).say("the cat sat " * 100)),
         "info": lambda m: info.describe(name, WINDOW + 1, 1, "cpu"),
-        "eval": lambda m: evaluate.evaluate(name, ["int2"], text=text, prefill=200, decode=101, device="cpu"),
-        "drift": lambda m: evaluate.evaluate(name, ["int2"], text=text, prefill=200, decode=9, continued=100, device="cpu"),
-        "needle": lambda m: evaluate.evaluate(name, ["int2"], text=text, prefill=9, decode=9, needles=[256], device="cpu"),
+        "eval": lambda m: fidelity.evaluate(name, ["int2"], text=text, prefill=200, decode=101, device="cpu"),
+        "drift": lambda m: fidelity.evaluate(name, ["int2"], text=text, prefill=200, decode=9, continued=100, device="cpu"),
+        "needle": lambda m: fidelity.evaluate(name, ["int2"], text=text, prefill=9, decode=9, needles=[256], device="cpu"),
         "inspect": lambda m: inspection.inspect(name, ["int2"], text=text, tokens=384, device="cpu"),
     }
 

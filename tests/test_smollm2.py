@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minioscar import engine, evaluate, hub, oscar
+from minioscar import engine, oscar
 from minioscar.cache import Cache
+from minioscar.evaluation import fidelity
 from minioscar.oscar import SCHEMES, WINDOW, Scheme
+from minioscar.storage import hub
 
 FIXTURE = Path(__file__).parent / "fixtures" / "smollm2-135m" / "reference.npz"
 PACKED = 256  # tokens of the fixture's long prompt that are quantized; the 44 behind them ask
@@ -85,7 +87,7 @@ def test_low_norm_tokens_pay_for_their_group_until_norms_are_divided_out(layers)
 def test_quantized_cache_of_the_whole_model_is_oscar_bit_for_bit_after_prefill_and_decode(model):
     """Prefill 200, then 120 steps over two flushes: what is packed is oscar.py of the BF16 keys that the window held."""
     quantized = engine.load(model, "oscar", "cpu")
-    ids = np.array(quantized.tokenizer.encode(evaluate.default_text())[:320])
+    ids = np.array(quantized.tokenizer.encode(fidelity.default_text())[:320])
     scheme, seen = quantized.scheme, []
     model = quantized.model.observed(lambda q, new: seen.append(new[:3]))
     cache = Cache(quantized.config, scheme, 1, 320, quantized.ops)
@@ -109,7 +111,7 @@ GOLDEN_NLL, GOLDEN_KL = 2.3256, {  # one short window; another BLAS moves a KL b
 
 def test_fidelity_has_not_changed():
     """A regression in any part of the cache path shows here: golden numbers, 512 tokens prefilled and 256 decoded."""
-    baseline, *rows = evaluate.evaluate("smollm2-135m", list(GOLDEN_KL), prefill=512, decode=256, device="cpu")["results"]
+    baseline, *rows = fidelity.evaluate("smollm2-135m", list(GOLDEN_KL), prefill=512, decode=256, device="cpu")["results"]
     assert baseline["nll"] == pytest.approx(GOLDEN_NLL, abs=0.001) and baseline["kl"] == 0
     print({row["kv"]: row["kl"] for row in rows})
     for row in rows:
@@ -119,10 +121,10 @@ def test_fidelity_has_not_changed():
 def test_teacher_forced_chunks_measure_what_single_steps_do(model):
     """The KL of `eval` (chunks up to the flush) and of true decoding, token by token, differ only by BF16 in the window."""
     loaded = engine.load(model, "int2", "cpu")
-    ids = np.array(loaded.tokenizer.encode(evaluate.default_text())[:171])
-    chunks = np.concatenate(list(evaluate.teacher_forced(loaded, ids, 110)))
+    ids = np.array(loaded.tokenizer.encode(fidelity.default_text())[:171])
+    chunks = np.concatenate(list(fidelity.teacher_forced(loaded, ids, 110)))
     cache = Cache(loaded.config, loaded.scheme, 1, 170, loaded.ops)
     loaded.model.forward(ids[:110], cache, cache.batch_for([0], [110]))
     steps = np.concatenate([loaded.model.forward(ids[i : i + 1], cache, cache.batch_for([0], [1])) for i in range(110, 170)])
-    a, b = evaluate.log_softmax(chunks), evaluate.log_softmax(steps)
+    a, b = fidelity.log_softmax(chunks), fidelity.log_softmax(steps)
     assert (np.exp(a) * (a - b)).sum(1).mean() < 1e-3  # int2 itself costs 50 times that

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from minioscar import cli, streams
-from minioscar.cli import main, run
+from minioscar.app import cli, streams
+from minioscar.app.cli import main, run
 from minioscar.errors import Failure
 
 from .tiny import write_talker
@@ -62,7 +62,7 @@ def test_a_closed_stream_costs_no_more_than_what_it_was_for(folder, name):
 
 
 def test_a_file_that_is_opened_later_does_not_become_a_standard_stream():
-    code = "from minioscar.streams import prepared\nimport os\nwith prepared(): print(os.open('/dev/null', 0) > 2)"
+    code = "from minioscar.app.streams import prepared\nimport os\nwith prepared(): print(os.open('/dev/null', 0) > 2)"
     done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" <&- 2>&-'], capture_output=True)
     assert done.stdout == b"True\n"
 
@@ -152,7 +152,7 @@ def test_streams_are_put_back(capsys):
 def test_ctrl_c_in_an_import_is_not_an_import_error(tmp_path):
     swallows = "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt: raise ImportError"
     (tmp_path / "swallows.py").write_text(swallows)
-    code = "import signal; from minioscar import cli; signal.signal(signal.SIGINT, cli.interrupt); import swallows"
+    code = "import signal; from minioscar.app import cli; signal.signal(signal.SIGINT, cli.interrupt); import swallows"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stderr) == (130, b"minioscar: interrupted\n")
     with pytest.raises(KeyboardInterrupt):

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import minioscar
-from minioscar import evaluate, strict_json
 from minioscar.config import Config
 from minioscar.errors import UserError
+from minioscar.evaluation import fidelity
 from minioscar.oscar import SCHEMES
+from minioscar.storage import strict_json
 
 from .tiny import CONFIG, write_model
 
@@ -46,7 +47,7 @@ def test_results_that_are_not_finite_become_null():
 
 def test_a_perplexity_that_overflows_is_null():
     scores = np.array([[800.0, 0.1, 1.0]])
-    row = evaluate.summary(SCHEMES["int2"], 64, scores, scores)
+    row = fidelity.summary(SCHEMES["int2"], 64, scores, scores)
     assert row.ppl == float("inf") and json.loads(strict_json.dumps(vars(row)))["ppl"] is None
 
 

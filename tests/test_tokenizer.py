@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
-from minioscar import chat_template, hub
+from minioscar import chat_template
 from minioscar.detokenizer import BYTES, Detokenizer
 from minioscar.errors import ChatTemplateError, UserError, said
+from minioscar.storage import hub
 from minioscar.tokenizer import Tokenizer
 
 TEXT = "The café costs 12 €. 日本語のテキスト, Привет мир! नमस्ते 👩‍👩‍👧 🇯🇵 e\u0301 \u200f مرحبا\n\n  two  spaces\ttab"

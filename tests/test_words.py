@@ -12,8 +12,9 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
-from minioscar import cli, engine
-from minioscar.conversation import Conversation
+from minioscar import engine
+from minioscar.app import cli
+from minioscar.app.conversation import Conversation
 from minioscar.engine import Engine
 from minioscar.errors import UserError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 
 DEVICES = ("auto", "cuda", "cpu")
+ENTRY = "MINIOSCAR_BACKEND"  # an environment variable: a back end of the tests in place of these
 
 
 def backend(device: str | None) -> Reference:
@@ -27,8 +29,8 @@ def backend(device: str | None) -> Reference:
 
         names = f"{', '.join(DEVICES)} (CUDA_VISIBLE_DEVICES chooses the GPU)"
         raise UserError(f"device {shown(device)} is not known; choose from {names}")
-    if os.environ.get("MINIOSCAR_BACKEND") == "simt":
-        return _simulator()
+    if entry := os.environ.get(ENTRY):
+        return _named(entry)
     if device == "cpu":
         return Reference()
     reason = cuda_missing()
@@ -46,7 +48,7 @@ def wake(device: str) -> None:
 
     What goes wrong with it is for `backend` to say.
     """
-    if device != "cpu" and os.environ.get("MINIOSCAR_BACKEND") != "simt" and find_spec("cupy"):
+    if device != "cpu" and not os.environ.get(ENTRY) and find_spec("cupy"):
         Thread(target=_make_context, name="wake").start()  # not a daemon: the driver does not like to be left in the middle of it
 
 
@@ -61,13 +63,14 @@ def _make_context() -> None:
         driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
-def _simulator() -> Reference:
-    """The CUDA back end on the simulator of the tests, for whoever works on kernels without a GPU (tests/simt/README.md)."""
+def _named(entry: str) -> Reference:
+    """module:Class of another back end, such as the simulator of the tests (tests/simt/README.md). Raises UserError without one."""
+    module, _, name = entry.partition(":")
     try:
-        from tests.simt.backend import Simt
-    except ImportError as error:
-        raise UserError(f"MINIOSCAR_BACKEND=simt works in a checkout of minioscar only ({error}); unset it") from None
-    return Simt()
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(f"{ENTRY}={entry}: no back end of this name, module:Class ({error}); unset it") from None
+    return found()
 
 
 def cuda_missing() -> str | None:

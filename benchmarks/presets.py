@@ -1,0 +1,113 @@
+"""Models by their published shapes, with random weights: what a speed or a size depends on, without a file.
+
+engine = load(config_of("qwen3-8b"), "int2", "cuda")      it has no tokenizer: token ids only
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minioscar import ops as back_ends
+from minioscar.config import Config, read_json
+from minioscar.engine import Engine, scheme_named
+from minioscar.errors import UserError
+from minioscar.memory import size
+from minioscar.model import check_scheme
+from minioscar.ops.reference import Reference
+from minioscar.shaping import shape_keys
+from minioscar.storage.files import expand
+from minioscar.weights import Layer, Weights, for_scheme
+
+Array = Any
+
+QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "max_position_embeddings": 40960, "rope_theta": 1e6}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+PRESETS: dict[str, dict[str, Any]] = {  # from the config.json of Qwen/Qwen3-8B, Qwen/Qwen3-0.6B, meta-llama/Llama-3.1-8B, Qwen/Qwen2.5-7B
+    "qwen3-8b": QWEN3 | {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+    "qwen3-0.6b": QWEN3 | {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "rope_scaling": LLAMA3,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072, "rope_theta": 1e6,
+    },
+}  # fmt: skip
+PIECE = 1 << 26  # numbers drawn at once: in float32 first, so that a large matrix of BF16 needs little besides itself
+
+
+def config_of(preset: str) -> Config:
+    """The config of a preset, or of any config.json, by its path. Raises UserError for other names."""
+    if preset in PRESETS:
+        return Config.from_dict(PRESETS[preset], preset)
+    if Path(preset).name == "config.json":
+        return Config.from_dict(read_json(expand(preset), "name an existing one"), preset)
+    raise UserError(f"{preset!r} is neither a preset ({', '.join(PRESETS)}) nor the path of a config.json")
+
+
+def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0) -> Engine:
+    """`engine.load` without files. Raises UserError for a scheme or device that cannot work, or too little memory."""
+    scheme, ops = scheme_named(kv), back_ends.backend(device)
+    check_scheme(config, scheme)
+    need, free = config.parameters() * ops.dtype.itemsize, ops.free_bytes()
+    if need > free:
+        raise UserError(f"random weights of this shape take {size(need)}, but only {size(free)} of {ops.name} memory are free")
+    weights = for_scheme(random_weights(config, ops, seed), config, scheme, ops)
+    weights = shape_keys(weights, config, ops) if scheme.shaped else weights
+    ops.release()  # what was rotated in them
+    return Engine(config, weights, None, scheme, ops)
+
+
+def random_weights(config: Config, ops: Reference, seed: int = 0) -> Weights:
+    """Drawn on the back end, in its dtype; one seed gives the same weights on the same back end.
+
+    Every projection keeps the size of what it reads, and a layer adds to the residual about 1 / layers of its variance, so that
+    activations stay near 1 however deep the model is.
+    """
+    rng, xp, hidden = ops.xp.random.default_rng(seed), ops.xp, config.hidden_size
+
+    def normal(*shape: int, scale: float) -> Array:
+        out = xp.empty(int(np.prod(shape)), ops.dtype)
+        for at in range(0, out.size, PIECE):
+            piece = out[at : at + PIECE]
+            piece[...] = (rng.standard_normal(piece.size, dtype=np.float32) * np.float32(scale)).astype(ops.dtype)
+        return out.reshape(shape)
+
+    def matrix(out: int, inputs: int, scale: float = 1.0) -> Array:
+        return normal(out, inputs, scale=scale * inputs**-0.5)
+
+    def layer() -> Layer:
+        rows, to_residual = config.q_size + 2 * config.kv_size, (2 * config.num_layers) ** -0.5
+        head_norm = xp.ones(config.head_dim, ops.dtype) if config.qk_norm else None
+        return Layer(
+            input_norm=xp.ones(hidden, ops.dtype),
+            qkv=matrix(rows, hidden),
+            qkv_bias=normal(rows, scale=0.1) if config.qkv_bias else None,
+            q_norm=head_norm,
+            k_norm=head_norm,
+            o=matrix(hidden, config.q_size, to_residual),
+            o_bias=normal(hidden, scale=0.1 * to_residual) if config.output_bias else None,
+            post_norm=xp.ones(hidden, ops.dtype),
+            gate_up=matrix(2 * config.intermediate_size, hidden),
+            gate_up_bias=normal(2 * config.intermediate_size, scale=0.1) if config.mlp_bias else None,
+            down=matrix(hidden, config.intermediate_size, to_residual),
+            down_bias=normal(hidden, scale=0.1 * to_residual) if config.mlp_bias else None,
+        )
+
+    embed = normal(config.vocab_size, hidden, scale=1.0)
+    return Weights(
+        embed=embed,
+        layers=tuple(layer() for _ in range(config.num_layers)),
+        norm=xp.ones(hidden, ops.dtype),
+        head=embed if config.tie_embeddings else matrix(config.vocab_size, hidden),
+    )

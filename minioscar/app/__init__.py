@@ -1,0 +1,1 @@
+"""What a user talks to: the command line, chats, files of prompts. It uses the engine; nothing below knows it."""

@@ -1,0 +1,111 @@
+"""The command line: its options, its exit codes, and every error in one line. What the commands do is in commands.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from .. import __version__
+from ..errors import ChatTemplateError, Failure, UserError, said
+from . import streams
+from .commands import COMMANDS
+from .flags import EVERY, EXAMPLES, FLAGS, MORE_EXAMPLES, RENDERING
+
+Explain = Callable[[BaseException], tuple[int, str]]  # exit code and message of an error
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> Parser:
+    look = argparse.RawDescriptionHelpFormatter
+    about = "Llama/Qwen-style models with OScaR's 2-bit KV cache."
+    main = Parser(prog="minioscar", description=about, epilog=EXAMPLES, formatter_class=look)
+    main.add_argument("--version", action="version", version=__version__)
+    commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command, (help, flags) in FLAGS.items():
+        epilog = MORE_EXAMPLES.get(command)
+        sub = commands.add_parser(command, help=help, description=help, epilog=epilog, formatter_class=look)
+        mode = sub.add_mutually_exclusive_group() if RENDERING[0] in flags else sub
+        for name, how in (*EVERY, *flags):
+            (mode if (name, how) in RENDERING else sub).add_argument(name, **how)
+    return main
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+    """argparse takes an optional PROMPT only where it stands next to MODEL; anywhere else it is left over."""
+    args, rest = parser().parse_known_args(argv)
+    if len(rest) == 1 and getattr(args, "prompt", "") is None and (rest[0] == "-" or not rest[0].startswith("-")):
+        args.prompt = rest.pop()
+    if rest:
+        raise UserError(f"unrecognized arguments: {' '.join(rest)}; see minioscar {args.command} --help")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 1 (failure), 2 (wrong use or input), 130 (Ctrl-C)."""
+
+    def work(argv: list[str]) -> None:
+        args = parsed(argv)
+        try:
+            COMMANDS[args.command](args)
+        except ChatTemplateError as error:
+            raise UserError(said(error, args.command)) from error
+
+    return run("minioscar", work, argv, explained)
+
+
+def run(name: str, work: Callable[[list[str]], None], argv: list[str] | None, explain: Explain) -> int:
+    """The exit code of a program's work on sys.argv, or on argv; every error in one line on stderr."""
+    given = sys.argv[1:] if argv is None else argv
+    if argv is None and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a process of its own, in the foreground
+        signal.signal(signal.SIGINT, interrupt)
+    with streams.prepared():
+        try:
+            streams.check_stdout()
+            try:
+                work(given)
+            except SystemExit:  # --help and --version
+                pass
+            sys.stdout.flush()
+            return 0
+        except BrokenPipeError:  # the reader of stdout left, as `head` does
+            return 0
+        except (KeyboardInterrupt, Exception) as error:
+            if argv is None:  # a second Ctrl-C has nothing left to interrupt
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if "--debug" in given:
+                import traceback
+
+                traceback.print_exc()
+            code, message = explain(error)
+            print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+            return code
+
+
+def interrupt(*_: object) -> None:
+    """Ctrl-C. A library whose import it breaks off may make an ImportError of it; nothing is to be cleaned up by then."""
+    if any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in list(sys.modules.values())):
+        os.write(2, b"minioscar: interrupted\n")
+        os._exit(130)
+    raise KeyboardInterrupt
+
+
+def explained(error: BaseException) -> tuple[int, str]:
+    """Exit code and message of an error."""
+    match error:
+        case KeyboardInterrupt():
+            return 130, "interrupted"
+        case UserError():
+            return 2, str(error)
+        case Failure():
+            return 1, str(error)
+        case MemoryError():  # CuPy's is one too
+            return 1, f"out of memory ({error}); use a shorter --ctx or a smaller model"
+    return 1, f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback"

@@ -1,0 +1,158 @@
+"""Fidelity of a KV scheme: teacher-forced decoding of a real text, compared with the unquantized run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..config import Config
+from ..engine import Engine, scheme_named
+from ..errors import UserError
+from ..model import check_scheme
+from ..ops import backend
+from ..ops.reference import Reference
+from ..oscar import Scheme
+from ..shaping import shape_keys
+from ..storage.hub import resolve
+from ..tokenizer import Tokenizer
+from ..weights import Weights, rotate_values
+from ..weights import load as load_weights
+from . import drift, needle
+from .teacher_forcing import Done, divergence, log_softmax, teacher_forced
+
+BASELINE = "bf16"
+
+
+@dataclass
+class Row:
+    """One scheme: means over the decoded positions, in nats."""
+
+    kv: str
+    bits_per_element: float
+    nll: float  # of the true next token
+    ppl: float  # exp(nll)
+    dnll: float  # nll minus the unquantized run's
+    kl: float  # KL(unquantized || this)
+    top1: float  # share of positions whose likeliest token is the unquantized run's
+    dnll_se: float | None  # standard errors of dnll and kl over the windows; None for a single one
+    kl_se: float | None
+
+
+def default_text() -> str:
+    """The topics of CPython's built-in help: real English of about 465,000 characters, on every machine that has Python."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def evaluate(
+    model: str, schemes: Sequence[str], *, text: str | None = None, prefill: int = 1024, decode: int = 512, windows: int = 1,
+    needles: Sequence[int] = (), continued: int = 0, device: str = "auto", progress: bool = False,
+) -> dict:
+    """Runs every scheme over `windows` stretches of prefill + decode + 1 tokens of a text; the object of `eval --json`.
+
+    The first stretch begins with the text and each follows the one before. Its prompt is prefilled, then `decode` true tokens are
+    fed; the prediction at each of those positions counts. needles: also retrieve passkeys from haystacks of these lengths.
+    continued: also follow a greedy continuation of each prompt for so many tokens. Raises UserError for an unknown scheme, a text
+    that is too short or a context that the model does not have.
+    """
+    from tqdm import tqdm
+
+    names = [BASELINE, *(name for name in dict.fromkeys(schemes) if name != BASELINE)]
+    wanted = [scheme_named(name) for name in names]
+    for name, value in (("prefill", prefill), ("decode", decode), ("windows", windows), ("needle", min(needles, default=1))):
+        if value < 1:
+            raise UserError(f"--{name} {value} is out of range; it must be at least 1")
+    if continued < 0:
+        raise UserError(f"--drift {continued} is out of range; it must be at least 0")
+    ops, folder = backend(device), resolve(model)
+    config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
+    for scheme in wanted:
+        check_scheme(config, scheme)
+    haystack = max(needle.blocks(needles), default=0)
+    longest = max(prefill + decode, prefill + continued + 1, haystack + needle.MARGIN)
+    if longest > config.max_context:
+        options = "--prefill, --decode, --drift or --needle"
+        raise UserError(f"this takes {longest} positions; lower {options}: {config.limit}")
+    ids, size = tokenizer.encode(default_text() if text is None else text), prefill + decode + 1
+    if len(ids) < windows * size:
+        raise UserError(f"the text has {len(ids)} tokens, but {windows * size} are needed; lower --prefill, --decode or --windows")
+    if len(ids) < haystack:
+        raise UserError(f"the text has {len(ids)} tokens, but --needle {max(needles)} needs {haystack}; use a longer text")
+    engines = engines_for(wanted, load_weights(folder, config, ops, progress), config, tokenizer, ops)
+    stretches = [ids[start : start + size] for start in range(0, windows * size, size)]
+    parts: dict[str, tuple[int, Callable[[Done], Any]]] = {
+        "results": (len(engines) * windows * (size - 1), lambda done: fidelity(engines, stretches, prefill, done)),
+    }
+    if continued:
+        prompts = [stretch[:prefill] for stretch in stretches]
+        parts["drift"] = drift.cost(engines, windows, prefill, continued), lambda done: drift.drift(engines, prompts, continued, done)
+    if needles:
+        parts["needle"] = needle.cost(engines, needles), lambda done: needle.needle(engines, ids, needles, done)
+    report = {"model": str(model), "device": ops.name, "prefill": prefill, "decode": decode, "windows": windows}
+    for name, (tokens, run) in parts.items():
+        with tqdm(total=tokens, desc=f"eval: {name}", unit="token", leave=False, disable=None if progress else True) as bar:
+            report[name] = run(bar.update)
+    return report
+
+
+def engines_for(wanted: Sequence[Scheme], plain: Weights, config: Config, tokenizer: Tokenizer, ops: Reference) -> list[Engine]:
+    """An engine for each scheme; those that want the same weights share them."""
+    rotated = rotate_values(plain, config, ops) if any(scheme.rotate for scheme in wanted) else plain
+    shaped = shape_keys(rotated, config, ops) if any(scheme.shaped for scheme in wanted) else rotated
+    weights = [shaped if scheme.shaped else rotated if scheme.rotate else plain for scheme in wanted]
+    return [Engine(config, prepared, tokenizer, scheme, ops) for scheme, prepared in zip(wanted, weights, strict=True)]
+
+
+def fidelity(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefill: int, done: Done) -> list[dict]:
+    """The rows of the table, one an engine, over all windows; engines[0] is the baseline."""
+    scores: list[list[tuple[float, float, float]]] = [[] for _ in engines]
+    for window in windows:
+        truth: list[np.ndarray] = []  # log-probabilities of the unquantized run, chunk by chunk
+        for engine, found in zip(engines, scores, strict=True):
+            chunks = map(log_softmax, teacher_forced(engine, window, prefill, done))
+            truth = truth or list(chunks)  # the first engine is the baseline
+            found.append(compare(iter(truth) if engine is engines[0] else chunks, truth, np.array(window[prefill + 1 :])))
+    baseline = np.array(scores[0])
+    return [
+        asdict(summary(engine.scheme, engine.config.head_dim, np.array(found), baseline))
+        for engine, found in zip(engines, scores, strict=True)
+    ]
+
+
+def summary(scheme: Scheme, head_dim: int, scores: np.ndarray, baseline: np.ndarray) -> Row:
+    """Means, and standard errors where there are several windows. scores, baseline: float64 [windows, (nll, kl, top1)]."""
+    nll, kl, top1 = scores.mean(axis=0).tolist()
+    change, several = scores[:, 0] - baseline[:, 0], len(scores) > 1
+    errors = [float(x.std(ddof=1) / np.sqrt(len(x))) if several else None for x in (change, scores[:, 1])]
+    with np.errstate(over="ignore"):  # a perplexity that overflows is null in JSON
+        ppl = float(np.exp(nll))
+    return Row(scheme.name, scheme.bits_per_element(head_dim), nll, ppl, float(change.mean()), kl, top1, *errors)
+
+
+def compare(chunks: Iterable[np.ndarray], truth: Iterable[np.ndarray], targets: np.ndarray) -> tuple[float, float, float]:
+    """NLL, KL and top-1 agreement of one run; both are log-probabilities float32 [n, vocab] in equal chunks."""
+    nll = kl = top1 = 0.0
+    at = 0
+    for ours, theirs in zip(chunks, truth, strict=True):
+        rows = np.arange(len(ours))
+        nll -= float(ours[rows, targets[at + rows]].sum(dtype=np.float64))
+        kl += float(divergence(theirs, ours).sum())
+        top1 += float((ours.argmax(1) == theirs.argmax(1)).sum())
+        at += len(ours)
+    return nll / at, kl / at, top1 / at
+
+
+def table(report: dict) -> str:
+    """The report as a Markdown table."""
+    lines = ["| kv | bits/element | NLL | perplexity | ΔNLL | KL | top-1 |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in report["results"]:
+        kl = "{kl:.4f}" if row["kl_se"] is None else "{kl:.4f} ± {kl_se:.4f}"
+        lines.append(("| {kv} | {bits_per_element:.3f} | {nll:.4f} | {ppl:.3f} | {dnll:+.4f} | " + kl + " | {top1:.3f} |").format(**row))
+    for part in (drift, needle):
+        if (name := part.__name__.rpartition(".")[2]) in report:
+            lines += ["", part.table(report[name])]
+    return "\n".join(lines)
