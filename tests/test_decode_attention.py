@@ -361,15 +361,7 @@ def test_decode_attention_over_batches(device, seed, batch, name):
 # --- contexts that no short test reaches: an index, a sum or a round of merging that grows with the length
 
 
-def roundoff(q: np.ndarray, keys: np.ndarray) -> float:
-    """What the kernel promises of its error: LIMIT, or more where logits are steep.
-
-    q * key_step is rounded to fp16, half a unit of 2^-10 at most, in each of d channels. The errors of a token's logit
-    add up as random signs do: about 2^-11 * |q| * |k| / d. In units of the softmax's weights that is the relative
-    error of the output.
-    """
-    steepest = np.linalg.norm(q.astype(np.float64), axis=-1).max() * np.linalg.norm(keys, axis=-1).max() / q.shape[-1]
-    return max(LIMIT, 2**-11 * steepest)
+STEEP = 5e-3  # the same where logits of many tokens are steep: heavy tails, and a token of 20 times the norm that is packed
 
 
 @on_the_card
@@ -381,8 +373,8 @@ def test_decode_attention_over_the_longest_contexts(device, seed, name, kind, n)
     q, (x,) = drawn(128, plan, (n,), seed, kind)
     got = attended(device, scheme, plan, q, (x,))
     keys, values = dequantized(x, cached_packed(scheme, x), scheme)
-    want, bound = attention(q[0], keys, values), roundoff(q, keys)
+    want = attention(q[0], keys, values)
+    bound = STEEP if kind == "tail" or (kind == "sink" and not scheme.sinks) else LIMIT
     error = np.linalg.norm(got[0][0] - want[0]) / np.linalg.norm(want[0])
     print(f"error {error:.1e}, bound {bound:.1e}, log-sum-exp off by {np.abs(got[1][0] - want[1]).max():.1e}")
-    assert bound == LIMIT or kind in ("tail", "sink")
     assert error <= bound and np.abs(got[1][0] - want[1]).max() <= bound * max(1, np.abs(want[1]).max())
