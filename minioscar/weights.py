@@ -104,10 +104,6 @@ class Tensor:
         """A view of the file."""
         return self.data[self.begin : self.begin + self.nbytes].view(self.dtype).reshape(self.shape)
 
-    def continued_by(self, other: Tensor) -> bool:
-        """Whether its numbers follow in the file."""
-        return other.file is self.file and other.begin == self.begin + self.nbytes and other.kind == self.kind
-
 
 class Checkpoint:
     """The tensors of a model folder, one safetensors file or shards with an index; nothing but the headers is read yet."""

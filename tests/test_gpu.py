@@ -126,13 +126,13 @@ def test_smollm2_answers_many_prompts_as_it_answers_each_alone(kv, count, apart)
 
 @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32])
 def test_weights_arrive_as_they_are(dtype, tmp_path, seed, monkeypatch):
-    """Pieces of a buffer, parts of one, several tensors in one array; few buffers, which are used many times, and many."""
+    """Chunks of a buffer, segments of one, several tensors in one array; few buffers, which are used many times, and many."""
     rng, ops = np.random.default_rng(seed), back_ends.backend("cuda")
     shapes = {"large": (40 << 20,), "odd": (12345, 1001), "a": (3000, 1024), "b": (1, 1024), "c": (777, 1024), "one": (1,)}
     tensors = {name: rng.standard_normal(shape, np.float32).astype(dtype) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / "x")
-    for worth in (upload.WORTH, 1):
-        monkeypatch.setattr(upload, "WORTH", worth)
+    for chunks in (upload.CHUNKS_PER_BUFFER, 1):
+        monkeypatch.setattr(upload, "CHUNKS_PER_BUFFER", chunks)
         told = []
         with open(tmp_path / "x", "rb", buffering=0) as file:
             there = dict(_tensors(file))

@@ -1,14 +1,14 @@
-"""ops/upload.py and ops/aio.py without a card: pieces, reads, errors, the end. That the bytes arrive on one, tests/test_gpu.py shows."""
+"""ops/upload.py without a card: chunks, reads, errors, end. tests/test_gpu.py shows that the bytes arrive on one."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import signal
 import threading
 import time
 from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -19,66 +19,63 @@ from minioscar import weights
 from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.errors import UserError
-from minioscar.ops import aio, upload
-from minioscar.ops.aio import Read
+from minioscar.ops import upload
 from minioscar.ops.reference import Reference
-from minioscar.ops.upload import Buffer, Upload
+from minioscar.ops.upload import Buffer, Upload, read_exactly
 from minioscar.oscar import SCHEMES
 from minioscar.weights import Tensor, _tensors
 
 from .tiny import write_model
 
 
-class OnHost(Upload):
-    """What is to be copied from a buffer is copied when it is waited for."""
+class Event:
+    """What a stream of a card does, as late as it may: a copy is made when it is waited for."""
 
+    def __init__(self):
+        self.queued: list = []
+
+    def record(self, stream: Stream) -> None:
+        self.queued, stream.queued = stream.queued, []
+        stream.events.append(self)
+
+    def synchronize(self) -> None:
+        with np.errstate(invalid="ignore"):  # the gaps between a chunk's segments can be anything
+            for target, numbers in self.queued:
+                target[...] = numbers.astype(target.dtype)
+        self.queued = []
+
+
+class Stream:
+    def __init__(self):
+        self.queued, self.events = [], []
+
+    def synchronize(self) -> None:
+        for event in self.events:
+            event.synchronize()
+
+
+class OnHost(Upload):
     def _empty(self, count: int) -> np.ndarray:
+        self.stream = Stream()
         return np.zeros(count, self.dtype)
 
-    def _part(self, first: int, shape: tuple[int, ...]) -> np.ndarray:
+    def _slice(self, first: int, shape: tuple[int, ...]) -> np.ndarray:
         return self.slab[first : first + math.prod(shape)].reshape(shape)
 
     def _buffer(self) -> Buffer:
-        self.made += 1
-        memory = np.empty(upload.PIECE, np.uint8)
-        return Buffer(memory, memory.ctypes.data, [])
+        return Buffer(np.empty(upload.CHUNK, np.uint8), Event())
 
-    def _copy(self, buffer: Buffer, start: int, place: int, size: int, dtype: np.dtype) -> None:
-        buffer.copied.append((buffer.memory[start : start + size].view(dtype), place))
-
-    _convert = _copy
-
-    def _sent(self, buffer: Buffer) -> None:
-        pass
-
-    def _through(self, buffer: Buffer) -> bool:
-        return len(self.under_way) > 2
-
-    def _wait(self, buffer: Buffer) -> None:
-        with np.errstate(invalid="ignore"):  # what is between a piece's parts can be anything
-            for numbers, place in buffer.copied:
-                self.slab[place : place + numbers.size] = numbers.astype(self.slab.dtype)
-        buffer.copied.clear()
-
-    def _finish(self) -> None:
-        for buffer in self.under_way:
-            self._wait(buffer)
-
-
-try:
-    aio._library()
-except (OSError, AttributeError) as error:  # a C library that is not glibc
-    pytest.skip(f"POSIX.1's asynchronous reads as glibc has them: {error}", allow_module_level=True)
+    def _copy(self, numbers: np.ndarray, offset: int) -> None:
+        self.stream.queued.append((self.slab[offset : offset + numbers.size], numbers))
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Pieces that no tensor is a multiple of, as many buffers as there can be. Nothing stays open."""
-    monkeypatch.setattr(upload, "PIECE", 1000)
-    monkeypatch.setattr(upload, "WORTH", 1)
-    before = os.listdir("/proc/self/fd")
+    """Chunks that no tensor is a multiple of, as many buffers as there can be. No thread is left."""
+    monkeypatch.setattr(upload, "CHUNK", 1000)
+    monkeypatch.setattr(upload, "CHUNKS_PER_BUFFER", 1)
     yield
-    assert os.listdir("/proc/self/fd") == before
+    assert "upload" not in {thread.name for thread in threading.enumerate()}
 
 
 def opened(stack: ExitStack, path: Path) -> dict[str, Tensor]:
@@ -125,13 +122,12 @@ def test_asking_for_more_than_was_announced_is_an_error_and_reads_nothing_of_it(
         with pytest.raises(ValueError, match="more is asked for"), OnHost(BF16, told.append, [file["a"]]) as put:
             put([file["a"]])
             put([file["b"]])
-    assert sum(told) <= 10_000 and put.given == 10  # pieces of 1,000 bytes; of `a` there are 10.24
-    assert not put.slab[10 * 250 :].any()
+    assert not told and not put.slab.any() and not put.buffers
 
 
 @pytest.mark.parametrize("turn", range(3))
 def test_dtypes_can_be_mixed_within_one_array(turn, tmp_path, seed):
-    """Each tensor as if it were alone, rounding and overflow of F16 and F32 to BF16 included, in whatever order they lie in the file."""
+    """Each as if it were alone, rounding and overflow of F16 and F32 to BF16 included, in any order in the file."""
     rng, kinds = np.random.default_rng(seed), [np.float16, BF16, np.float32]
     tensors = {n: (rng.standard_normal((37, 50)) * 1e4).astype(kinds[(i + turn) % 3]) for i, n in enumerate("qkvgu")}
     save_file(tensors, tmp_path / "x")
@@ -143,28 +139,38 @@ def test_dtypes_can_be_mixed_within_one_array(turn, tmp_path, seed):
         assert array.tobytes() == np.concatenate([tensors[n].astype(BF16) for n in names]).tobytes()
 
 
-def test_dtypes_can_be_mixed_and_small_tensors_share_a_piece(tmp_path, seed):
+def test_small_tensors_share_a_chunk(tmp_path, seed):
     rng = np.random.default_rng(seed)
     dtypes = [BF16] * 9 + [np.float32, np.float16, np.float16, np.float32, BF16, BF16]
     tensors = {str(i): rng.standard_normal(13).astype(dtype) for i, dtype in enumerate(dtypes)}
     save_file(tensors, tmp_path / "x")
-    for names, width, shared in ((list(tensors)[:9], 2, [2, 2, 2, 2, 1]), (list(tensors), 4, [1] * 15)):  # 256 numbers each, for 13
+    cases = (list(tensors)[:9], 2, [2, 2, 2, 2, 1]), (list(tensors), 4, [1] * 15)  # 256 numbers for each tensor
+    for names, width, shared in cases:
         with ExitStack() as stack:
             file = opened(stack, tmp_path / "x")
             with OnHost(BF16, lambda _: None, [file[name] for name in names]) as put:
                 found = {name: put([file[name]]) for name in names}
-            assert put.width == width and [len(put._parts(piece)) for piece in range(put.given)] == shared
+            chunks = groupby(put._chunked(), lambda segment: segment.offset // put.numbers)
+            assert put.width == width and [len(list(segments)) for _, segments in chunks] == shared
         for name, array in found.items():
             assert array.tobytes() == tensors[name].astype(BF16).tobytes(), name
 
 
-def test_what_stands_side_by_side_in_the_file_and_in_the_slab_is_read_at_once(tmp_path):
+def test_what_is_adjacent_in_the_file_and_in_the_slab_is_one_segment(tmp_path):
     save_file({name: np.full(256, i, np.float32).astype(BF16) for i, name in enumerate("abcde")}, tmp_path / "x")
     with ExitStack() as stack:
         file = opened(stack, tmp_path / "x")
         with OnHost(BF16, lambda _: None, list(file.values())) as put:
-            found = {name: put([file[name]]) for name in "ab"} | {"dc": put([file["d"], file["c"]]), "e": put([file["e"]])}
-    assert put.sizes == [512, 256, 256, 256] and put.places == [0, 512, 768, 1024]
+            found = {name: put([file[name]]) for name in "ab"} | {
+                "dc": put([file["d"], file["c"]]),
+                "e": put([file["e"]]),
+            }
+    assert [(segment.offset, segment.count) for segment in put.segments] == [
+        (0, 512),
+        (512, 256),
+        (768, 256),
+        (1024, 256),
+    ]
     for name, array in found.items():
         assert array.tolist() == sum(([float("abcde".index(letter))] * 256 for letter in name), [])
 
@@ -183,7 +189,9 @@ def test_a_model_in_one_allocation_is_the_reference_s_and_is_rotated_in_place(tm
     config = Config.from_folder(folder)
     ours, wanted = (weights.load(folder, config, ops) for ops in (HostOps(), plain))
     before = [array.__array_interface__["data"] for array in weights.arrays(ours)]
-    rotated = [weights.for_scheme(loaded, config, SCHEMES[kv], ops) for loaded, ops in ((ours, HostOps()), (wanted, plain))]
+    rotated = [
+        weights.for_scheme(loaded, config, SCHEMES[kv], ops) for loaded, ops in ((ours, HostOps()), (wanted, plain))
+    ]
     assert [array.__array_interface__["data"] for array in weights.arrays(rotated[0])] == before
     for x, y in zip(*map(weights.arrays, rotated), strict=True):
         assert x.shape == y.shape and x.tobytes() == y.tobytes()
@@ -210,127 +218,73 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("when", ["while tensors are asked for", "while they are waited for"])
-def test_whatever_breaks_the_loading_off_reads_and_writes_nothing_more(error, when, tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["while tensors are asked for", "while chunks are read"])
+def test_after_whatever_ends_the_loading_nothing_is_read_or_written(error, when, tmp_path, monkeypatch):
     save_file({"a": np.arange(1_000_000, dtype=np.float32)}, tmp_path / "x")
-    begun = []
+    read = []
 
     def advance(_: int) -> None:
         raise error
 
-    monkeypatch.setattr(upload, "Read", lambda *place: begun.append(place) or Read(*place))
+    monkeypatch.setattr(upload, "read_exactly", lambda *args: read.append(args) or read_exactly(*args))
     with ExitStack() as stack:
         tensor = opened(stack, tmp_path / "x")["a"]
         with pytest.raises(error), OnHost(BF16, advance, [tensor]) as put:
             put([tensor])
             if when == "while tensors are asked for":
                 raise error
-        left = [buffer.memory.copy() for buffer in put.reading]
+        copies = [buffer.memory.copy() for buffer in put.buffers]
         time.sleep(0.02)
-        assert all((buffer.memory == memory).all() for buffer, memory in zip(put.reading, left, strict=True))
-    assert put.given == 4000 and 0 < len(begun) <= upload.BUFFERS + 1
+        assert all((buffer.memory == memory).all() for buffer, memory in zip(put.buffers, copies, strict=True))
+    assert len(read) <= upload.BUFFERS and bool(read) == (when == "while chunks are read")
 
 
-# --- aio.py
+def test_ctrl_c_ends_the_wait_for_a_read_and_no_other_is_begun(tmp_path, monkeypatch):
+    save_file({"a": np.arange(1_000_000, dtype=np.float32)}, tmp_path / "x")
+    monkeypatch.setattr(upload, "THREADS", 2)
+    interrupted, read = threading.Event(), []
+
+    def slow(*args: object) -> None:
+        read.append(args)
+        assert interrupted.wait(10)
+
+    def interrupt() -> None:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.05)
+        interrupted.set()
+
+    monkeypatch.setattr(upload, "read_exactly", slow)
+    timer = threading.Timer(0.05, interrupt)
+    with ExitStack() as stack:
+        tensor = opened(stack, tmp_path / "x")["a"]
+        with pytest.raises(KeyboardInterrupt), OnHost(BF16, lambda _: None, [tensor]) as put:
+            put([tensor])
+            timer.start()
+    timer.join()
+    assert len(read) <= 2
 
 
-def numbers(path: Path, count: int, seed: int) -> np.ndarray:
-    data = np.random.default_rng(seed).integers(0, 256, count, np.uint8)
-    path.write_bytes(data)
-    return data
+@pytest.mark.parametrize("given", [1, 999])
+def test_what_the_system_did_not_give_at_once_is_read_next(given, tmp_path, monkeypatch, seed):
+    data, found = np.random.default_rng(seed).integers(0, 256, 5000, np.uint8), np.zeros(5000, np.uint8)
+    (tmp_path / "x").write_bytes(data)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, begin: preadv(fd, [buffers[0][:given]], begin))
+    with open(tmp_path / "x", "rb", buffering=0) as file:
+        read_exactly(file, 100, found[:4900])
+    assert (found[:4900] == data[100:]).all() and not found[4900:].any()
 
 
-def test_reads_are_what_stands_in_the_file_however_many_there_are_at_once(tmp_path, seed):
-    data, found = numbers(tmp_path / "x", 100_000, seed), np.zeros(100_000, np.uint8)
-    with open(tmp_path / "x", "rb") as file:
-        reads = [Read(file, at, found.ctypes.data + at, min(999, 100_000 - at)) for at in range(0, 100_000, 999)]
-        for read in reads:
-            read.start()
-        for read in reads:
-            read.finish()
-            assert read.done()
-            read.abandon()  # too late, and nothing happens
-    assert (found == data).all()
-
-
-def test_many_reads_share_the_file_s_own_descriptor(tmp_path, monkeypatch, seed):
-    """As of a model with thousands of tensors of a few bytes, more than a process may have files open."""
-    monkeypatch.setattr(aio, "MOST_OPEN", 3)
-    data, found, before = numbers(tmp_path / "x", 5000, seed), np.zeros(5000, np.uint8), len(os.listdir("/proc/self/fd"))
-    with open(tmp_path / "x", "rb") as file:
-        reads = [Read(file, at, found.ctypes.data + at, 1) for at in range(5000)]
-        for read in reads:
-            read.start()
-        assert len(os.listdir("/proc/self/fd")) == before + 4
-        for read in reads[:4000]:
-            read.finish()
-        for read in reads[4000:]:
-            read.abandon()
-        assert (found[:4000] == data[:4000]).all() and Read.opened == 0
-        assert file.read(10) == data[:10].tobytes()  # it is still open
-
-
-class Library:
-    """The C library's, but for what a test gives."""
-
-    def __init__(self, **functions):
-        self.__dict__ |= functions
-
-    def __getattr__(self, name):
-        return getattr(self.real, name)
-
-    real = aio._library()
-
-
-def test_what_the_system_did_not_give_at_once_is_read_next(tmp_path, monkeypatch, seed):
-    data, found, counts = numbers(tmp_path / "x", 1000, seed), np.zeros(1000, np.uint8), []
-
-    def a_third(block: ctypes.Structure) -> int:
-        """Of what was read, and it alone."""
-        count = Library.real.aio_return(block)
-        counts.append(-(-count // 3))
-        ctypes.memset(block.address + counts[-1], 0, count - counts[-1])
-        return counts[-1]
-
-    monkeypatch.setattr(aio, "_library", lambda: Library(aio_return=a_third))
-    with open(tmp_path / "x", "rb") as file:
-        read = Read(file, 100, found.ctypes.data, 900)
-        read.start()
-        read.finish()
-    assert (found[:900] == data[100:]).all() and not found[900:].any() and counts[:3] == [300, 200, 134]
-
-
-def test_a_read_that_was_not_started_can_be_abandoned(tmp_path, seed):
-    numbers(tmp_path / "x", 10, seed)
-    with open(tmp_path / "x", "rb") as file:
-        Read(file, 0, 0, 10).abandon()
-
-
-def test_a_read_that_cannot_even_begin_says_why(tmp_path, monkeypatch, seed):
-    numbers(tmp_path / "x", 10, seed)
-
-    def refused(_: ctypes.Structure) -> int:
-        ctypes.set_errno(11)
-        return -1
-
-    monkeypatch.setattr(aio, "_library", lambda: Library(aio_read=refused))
-    with open(tmp_path / "x", "rb") as file, pytest.raises(UserError, match=r"x cannot be read \(Resource temporarily unavailable\)"):
-        Read(file, 0, np.zeros(10, np.uint8).ctypes.data, 10).start()
-
-
-def test_ctrl_c_ends_a_wait(tmp_path, monkeypatch, seed):
-    data, found = numbers(tmp_path / "x", 10, seed), np.zeros(10, np.uint8)
-
-    def waiting(*_: object) -> None:
-        """As a read that takes for ever: only a signal ends it."""
-        threading.Timer(0.05, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
-        time.sleep(10)
-
-    with open(tmp_path / "x", "rb") as file:
-        read = Read(file, 0, found.ctypes.data, 10)
-        read.start()
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(aio, "_library", lambda: Library(aio_error=lambda _: aio.EINPROGRESS, aio_suspend=waiting))
-            read.finish()
-        read.abandon()
-    assert (found == data).all()
+@pytest.mark.parametrize(("chunks_per_buffer", "buffers"), [(1, 20), (100, 11), (1000, 2), (5000, 1)])
+def test_however_few_the_buffers_are_all_chunks_arrive_and_no_buffer_is_read_into_before_it_is_copied(
+    chunks_per_buffer, buffers, tmp_path, monkeypatch, seed
+):
+    monkeypatch.setattr(upload, "CHUNKS_PER_BUFFER", chunks_per_buffer)
+    numbers, told = np.random.default_rng(seed).standard_normal(263_000, np.float32), []
+    save_file({"a": numbers}, tmp_path / "x")
+    with ExitStack() as stack:
+        tensor = opened(stack, tmp_path / "x")["a"]
+        with OnHost(np.dtype(np.float32), told.append, [tensor]) as put:
+            found = put([tensor])
+    assert found.tobytes() == numbers.tobytes() and sum(told) == numbers.nbytes
+    assert len(put.buffers) == buffers and len(put.threads) <= min(buffers, upload.THREADS)

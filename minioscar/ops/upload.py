@@ -1,157 +1,174 @@
-"""Weights to the card: all arrays are parts of one allocation. Pieces of it are read from files into pinned memory, many at a time, while
-others are on their way to the card; all of it is started and waited for by the one thread that asks for tensors.
+"""Weights to the card: threads read chunks of the files into pinned buffers, the loading thread copies them from there.
 
-A copy from ordinary memory goes through one buffer of the driver and one thread, at a fifth of what the bus carries; one thread reads
-5 to 7 GB/s of what the system holds of a file, so that a dozen are needed, which are the C library's (aio.py). Pinning memory takes
-longer than reading into it: few and small buffers, made when they are needed.
+All arrays are slices of one allocation, the slab; a chunk is CHUNK bytes of it, whichever tensors lie there. A copy
+from pageable memory reaches a fifth of the bus's rate. One thread reads 5 to 7 GB/s from the page cache, so a dozen
+read, with one `os.preadv` a chunk, which holds no GIL. They call nothing else that blocks: whoever comes back from such
+a call may wait 0.1 ms for the GIL.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from bisect import bisect_right
+import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import groupby
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from .aio import Read
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..weights import Tensor
 
 Array = Any
-ALIGN = 512  # bytes that every array begins at a multiple of, as CuPy's own do
-PIECE = 4 << 20  # bytes of a buffer: smaller ones are over before Python has asked for the next, larger ones leave the processor's cache
-BUFFERS = 20  # in 16 a Qwen3-0.6B takes 30 ms, in 20 28, in 24 28 (H200)
-WORTH = 12  # pieces from which on a buffer is worth its pinning
+ALIGN = 512  # bytes; every array begins at a multiple of it, as CuPy's own do
+CHUNK = 4 << 20  # bytes of a buffer: smaller reads end before Python queues the next, larger ones leave the CPU's cache
+THREADS, BUFFERS, COPYING = 12, 20, 4  # at most; of the buffers, COPYING wait for the card, the others for a thread
+CHUNKS_PER_BUFFER = 12  # pinning a buffer takes 2 ms, longer than reading it: small models get fewer
 HOST_TO_DEVICE = 1  # cudaMemcpyKind
 
 
-class Part(NamedTuple):
-    """Of a piece: `count` numbers from number `at` of a tensor on, or of those that continue it, which go to number `place` of the slab."""
+class Segment(NamedTuple):
+    """`count` numbers of a file from byte `begin` on, of adjacent tensors; for number `offset` of the slab."""
 
-    tensor: Tensor
-    at: int
+    file: BinaryIO
+    dtype: np.dtype
+    begin: int
+    offset: int
     count: int
-    place: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    def rest(self, start: int) -> Segment:
+        """From number `start` on."""
+        return self._replace(
+            begin=self.begin + start * self.dtype.itemsize, offset=self.offset + start, count=self.count - start
+        )
+
+
+@dataclass
+class Buffer:
+    memory: np.ndarray  # uint8 [CHUNK], pinned
+    copied: Any  # the event behind its copy
+    begin: int = 0  # its chunk's first number in the slab
+    reads: list[tuple[Segment, np.ndarray]] = field(default_factory=list)  # and the bytes of `memory` that they fill
 
 
 class Upload:
-    """`Reference.loading` onto a card: call it with tensors; what it gave holds their numbers when its context has ended."""
+    """`Reference.loading` onto a card. Call it with tensors: what it returns is filled when the context has ended."""
 
     def __init__(self, dtype: np.dtype, advance: Callable[[int], object], tensors: Sequence[Tensor]):
         self.dtype, self.advance = dtype, advance
-        self.used = self.end = 0  # numbers of the slab: with what lies behind the last array, and without
-        self.tensors: list[Tensor] = []  # that do not continue the one before
-        self.places: list[int] = []  # of their first numbers in the slab
-        self.sizes: list[int] = []  # numbers, with those of what continues them
-        self.last: Tensor | None = None
-        self.width = max((tensor.dtype.itemsize for tensor in tensors), default=dtype.itemsize)  # bytes of a number in a buffer
-        self.numbers = PIECE // self.width  # of the slab in a piece
-        self.given = self.begun = self.copied = 0  # pieces that can be read, are being read, are on their way to the card
-        self.slab = self._empty(sum(self._padded(tensor.size) for tensor in tensors))  # enough, however they are joined
-        self.few = min(BUFFERS, -(-self.slab.size // (WORTH * self.numbers)))
-        self.made = 0  # buffers, which are in one of these three:
-        self.free: list[Buffer] = []
-        self.reading: deque[Buffer] = deque()
-        self.under_way: deque[Buffer] = deque()
+        self.width = max(
+            (tensor.dtype.itemsize for tensor in tensors), default=dtype.itemsize
+        )  # of a number in a buffer
+        self.numbers = CHUNK // self.width  # of the slab in a chunk
+        self.slab = self._empty(
+            sum(self._aligned(tensor.size) for tensor in tensors)
+        )  # enough, however they are joined
+        self.used, self.segments = 0, list[Segment]()  # one segment: what is adjacent in the slab and in the file
+        self.num_buffers = min(BUFFERS, -(-self.slab.size // (CHUNKS_PER_BUFFER * self.numbers)))
+        self.num_threads = min(THREADS, os.cpu_count() or 1, self.num_buffers)
+        self.threads, self.buffers, self.copying = list[Thread](), list[Buffer](), deque[Buffer]()
+        self.to_read, self.was_read = SimpleQueue[Buffer | None](), SimpleQueue[Buffer | Exception]()
 
     def __enter__(self) -> Upload:
         return self
 
     def __call__(self, tensors: Sequence[Tensor]) -> Array:
-        first, rows = self.used, sum(tensor.shape[0] for tensor in tensors)
-        for tensor in tensors:
-            self._add(tensor)
-        self.end, self.used = self.used, self._padded(self.used)
-        if self.used > self.slab.size:
+        """Their rows one below the other. Raises ValueError where more is asked for than was announced."""
+        first = self.used
+        if self._aligned(first + sum(tensor.size for tensor in tensors)) > self.slab.size:
             raise ValueError("more is asked for than the tensors that `loading` was told of")
-        self.given = self.used // self.numbers  # nothing is added to a full piece, so it can be read already
-        self._begin()
-        while self.reading and all(read.done() for read in self.reading[0].reads):
-            self._send()
-            self._begin()
-        return self._part(first, (rows, *tensors[0].shape[1:]))
+        for tensor in tensors:
+            segment = Segment(tensor.file, tensor.dtype, tensor.begin, self.used, tensor.size)
+            if self.segments and (last := self.segments[-1]).rest(last.count)[:4] == segment[:4]:
+                segment = self.segments.pop()._replace(count=last.count + segment.count)
+            self.segments.append(segment)
+            self.used += tensor.size
+        self.used = self._aligned(self.used)
+        return self._slice(first, (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:]))
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
             if kind is None:
-                self.given = -(-self.end // self.numbers)
-                while self.copied < self.given:
-                    self._begin()
-                    self._send()
-        finally:  # after an error or Ctrl-C, too, nobody writes on into memory that is free
-            for buffer in self.reading:
-                for read in buffer.reads:
-                    read.abandon()
-            self._finish()
+                for chunk, segments in groupby(self._chunked(), lambda segment: segment.offset // self.numbers):
+                    self._read(self._free_buffer(), chunk * self.numbers, segments)
+                while len(self.copying) < len(self.buffers):
+                    self._copy_next()
+        finally:  # after an error or Ctrl-C, too, nobody writes into memory that is free
+            with contextlib.suppress(Empty):
+                while True:
+                    self.to_read.get_nowait()
+            for _ in self.threads:
+                self.to_read.put(None)
+            for thread in self.threads:
+                thread.join()
+            self.stream.synchronize()
 
-    def _add(self, tensor: Tensor) -> None:
-        """What continues the last one, in its file and in the slab, is read with it."""
-        if self.last is not None and self.places[-1] + self.sizes[-1] == self.used and self.last.continued_by(tensor):
-            self.sizes[-1] += tensor.size
-        else:
-            self.tensors.append(tensor)
-            self.places.append(self.used)
-            self.sizes.append(tensor.size)
-        self.last = tensor
-        self.used += tensor.size
-
-    def _padded(self, count: int) -> int:
+    def _aligned(self, count: int) -> int:
         """Numbers up to where the next array may begin."""
         return count + -count % (ALIGN // self.dtype.itemsize)
 
-    def _parts(self, piece: int) -> list[Part]:
-        begin, end = piece * self.numbers, (piece + 1) * self.numbers
-        found, i = [], bisect_right(self.places, begin) - 1
-        while i < len(self.places) and (first := self.places[i]) < end:
-            at, upto = max(begin - first, 0), min(end - first, self.sizes[i])
-            if at < upto:  # not only what lies between two arrays
-                found.append(Part(self.tensors[i], at, upto - at, first + at))
-            i += 1
-        return found
+    def _chunked(self) -> Iterator[Segment]:
+        """The segments, cut where a chunk ends."""
+        for segment in self.segments:
+            while segment.count:
+                count = min(segment.count, self.numbers - segment.offset % self.numbers)
+                yield segment._replace(count=count)
+                segment = segment.rest(count)
 
-    def _begin(self) -> None:
-        """Reads as many pieces as there are buffers for."""
-        while self.begun < self.given:
-            if self.under_way and (self._through(self.under_way[0]) or not self.reading and not self.free and self.made == self.few):
-                self._wait(self.under_way[0])
-                self.free.append(self.under_way.popleft())
-            elif self.free or self.made < self.few:
-                self._read(self.free.pop() if self.free else self._buffer())
-            else:
-                return
+    def _free_buffer(self) -> Buffer:
+        if len(self.buffers) < self.num_buffers:
+            self.buffers.append(self._buffer())
+            return self.buffers[-1]
+        while len(self.copying) < min(COPYING, self.num_buffers):
+            self._copy_next()
+        self.copying[0].copied.synchronize()
+        return self.copying.popleft()
 
-    def _read(self, buffer: Buffer) -> None:
-        """The next piece; number n of the slab is to stand at byte (n - begin) * width."""
-        buffer.begin, buffer.parts = self.begun * self.numbers, self._parts(self.begun)
-        self.begun += 1
-        self.reading.append(buffer)
-        buffer.reads = []
-        for tensor, at, count, place in buffer.parts:
-            size, address = tensor.dtype.itemsize, buffer.address + (place - buffer.begin) * self.width
-            buffer.reads.append(Read(tensor.file, tensor.begin + at * size, address, count * size))
-            buffer.reads[-1].start()  # when it is where Ctrl-C finds it
+    def _read(self, buffer: Buffer, begin: int, segments: Iterator[Segment]) -> None:
+        """Queues a chunk: number n of the slab will stand at byte (n - begin) * width of the buffer."""
+        buffer.begin, buffer.reads = begin, []
+        for segment in segments:
+            at = (segment.offset - begin) * self.width
+            buffer.reads.append((segment, buffer.memory[at : at + segment.nbytes]))
+        self.to_read.put(buffer)
+        if len(self.threads) < self.num_threads:
+            self.threads.append(Thread(target=self._reader, name="upload"))
+            self.threads[-1].start()
 
-    def _send(self) -> None:
-        """The piece that has been read for longest, to its place; waits for it."""
-        buffer = self.reading[0]
-        for read in buffer.reads:
-            read.finish()
-        self.under_way.append(self.reading.popleft())
-        begin, parts = buffer.begin, buffer.parts
-        if self.width == self.dtype.itemsize and all(part.tensor.dtype == self.dtype for part in parts):
-            self._copy(buffer, 0, begin, (parts[-1].place + parts[-1].count - begin) * self.width, self.dtype)  # with what lies between
+    def _reader(self) -> None:
+        while (buffer := self.to_read.get()) is not None:
+            try:
+                for segment, memory in buffer.reads:
+                    read_exactly(segment.file, segment.begin, memory)
+                self.was_read.put(buffer)
+            except Exception as error:  # raised by the loading thread
+                self.was_read.put(error)
+
+    def _copy_next(self) -> None:
+        """Waits for a chunk that has been read, and copies it to the slab."""
+        if isinstance(buffer := self.was_read.get(), Exception):
+            raise buffer
+        if all(segment.dtype == self.dtype for segment, _ in buffer.reads) and self.width == self.dtype.itemsize:
+            last = buffer.reads[-1][0]
+            size = (last.offset + last.count - buffer.begin) * self.width
+            self._copy(buffer.memory[:size].view(self.dtype), buffer.begin)  # with the gaps between arrays
         else:
-            for tensor, _, count, place in parts:
-                send = self._copy if tensor.dtype == self.dtype else self._convert
-                send(buffer, (place - begin) * self.width, place, count * tensor.dtype.itemsize, tensor.dtype)
-        self._sent(buffer)
-        self.copied += 1
-        self.advance(sum(part.count * part.tensor.dtype.itemsize for part in parts))
+            for segment, memory in buffer.reads:
+                self._copy(memory.view(segment.dtype), segment.offset)
+        buffer.copied.record(self.stream)
+        self.copying.append(buffer)
+        self.advance(sum(segment.nbytes for segment, _ in buffer.reads))
 
     # --- what needs a card
 
@@ -162,9 +179,8 @@ class Upload:
         self.stream = cupy.cuda.Stream(non_blocking=True)
         return cupy.empty(count, self.dtype)
 
-    def _part(self, first: int, shape: tuple[int, ...]) -> Array:
-        """Of the slab, from this number on. Not a slice: of more than 2 GB it would go to kernels that index with 64 bits, whatever its
-        own size."""
+    def _slice(self, first: int, shape: tuple[int, ...]) -> Array:
+        """Of the slab. No view of it: of an array over 2 GB that would go to kernels with 64-bit indices."""
         import cupy
 
         return cupy.ndarray(shape, self.dtype, self.slab.data + first * self.dtype.itemsize)
@@ -172,52 +188,36 @@ class Upload:
     def _buffer(self) -> Buffer:
         import cupy
 
-        self.made += 1
-        memory = pinned((PIECE,), np.uint8)
-        return Buffer(memory, memory.ctypes.data, cupy.cuda.Event(disable_timing=True))
+        return Buffer(pinned((CHUNK,), np.uint8), cupy.cuda.Event(disable_timing=True))
 
-    def _copy(self, buffer: Buffer, start: int, place: int, size: int, _: np.dtype) -> None:
+    def _copy(self, numbers: np.ndarray, offset: int) -> None:
+        """Another dtype is converted on the card, which rounds as NumPy does."""
         import cupy
 
-        there = self.slab.data.ptr + place * self.dtype.itemsize
-        cupy.cuda.runtime.memcpyAsync(there, buffer.address + start, size, HOST_TO_DEVICE, self.stream.ptr)
-
-    def _convert(self, buffer: Buffer, start: int, place: int, size: int, dtype: np.dtype) -> None:
-        """On the card, which rounds as NumPy does."""
-        import cupy
-
+        if numbers.dtype == self.dtype:
+            target = self.slab.data.ptr + offset * self.dtype.itemsize
+            cupy.cuda.runtime.memcpyAsync(target, numbers.ctypes.data, numbers.nbytes, HOST_TO_DEVICE, self.stream.ptr)
+            return
         with self.stream:
-            there = cupy.empty(size // dtype.itemsize, dtype)
-            there.set(buffer.memory[start : start + size].view(dtype), stream=self.stream)
-            self._part(place, there.shape)[...] = there.astype(np.float32, copy=False).astype(self.dtype)
-
-    def _sent(self, buffer: Buffer) -> None:
-        buffer.copied.record(self.stream)
-
-    def _through(self, buffer: Buffer) -> bool:
-        return buffer.copied.done
-
-    def _wait(self, buffer: Buffer) -> None:
-        buffer.copied.synchronize()
-
-    def _finish(self) -> None:
-        self.stream.synchronize()
+            there = cupy.empty(numbers.size, numbers.dtype)
+            there.set(numbers, stream=self.stream)
+            self._slice(offset, there.shape)[...] = there.astype(np.float32, copy=False).astype(self.dtype)
 
 
-@dataclass
-class Buffer:
-    """PIECE bytes of pinned memory."""
-
-    memory: np.ndarray
-    address: int
-    copied: Any  # the event behind the copy of what is in it
-    begin: int = 0  # the first number of the slab that is for it
-    parts: list[Part] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)
+def read_exactly(file: BinaryIO, begin: int, memory: np.ndarray) -> None:
+    """Fills `memory` (uint8) from byte `begin` of the file on. Raises UserError where it is unreadable or ends."""
+    while memory.size:
+        try:
+            count = os.preadv(file.fileno(), [memory], begin)
+        except OSError as error:
+            raise UserError(f"{file.name} cannot be read ({error.strerror}); fetch the model again") from None
+        if not count:
+            raise UserError(f"{file.name} became shorter while it was read; fetch the model again")
+        begin, memory = begin + count, memory[count:]
 
 
 def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory of the host that the copy engine can reach. (cupyx.empty_pinned is the same, but importing cupyx takes 0.3 s.)"""
+    """Host memory that the copy engine can reach. (cupyx.empty_pinned is the same, but its import takes 0.3 s.)"""
     import cupy
 
     memory = cupy.cuda.alloc_pinned_memory(math.prod(shape) * np.dtype(dtype).itemsize)
