@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from minioscar.tables import aligned
+
 Column = tuple[str, int, Callable[[dict], str]]
 
 
@@ -97,7 +99,3 @@ def table(section: str, rows: Sequence[dict]) -> Iterator[str]:
         yield f"\n{section}"
         yield aligned([(title, width) for title, width, _ in COLUMNS[section]])
     yield from (line(section, row) for row in rows)
-
-
-def aligned(cells: Sequence[tuple[str, int]]) -> str:
-    return " ".join(cell.ljust(-width) if width < 0 else cell.rjust(width) for cell, width in cells).rstrip()

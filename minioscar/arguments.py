@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from .chat_template import Message, malformed
+from .checks import whole
 from .config import Config
-from .errors import UserError
+from .errors import UserError, shown
 from .generation import Options
-from .sampling import Sampling, shown, whole
+from .sampling import Sampling
 
 Prompt = str | Sequence[int] | Sequence[Message]
 KINDS = 'a prompt is text, a list of token ids, or a list of messages {"role", "content"}'
@@ -125,10 +126,3 @@ def variables_of(template: Any) -> dict[str, Any]:
 def is_chat(prompt: Any) -> bool:
     """Whether a prompt that `one_prompt` has checked is messages."""
     return bool(prompt) and isinstance(prompt[0], Mapping)
-
-
-def flag(name: str, value: Any) -> bool | None:
-    """True, False or None. Raises UserError for anything else."""
-    if value is not None and not isinstance(value, bool | np.bool_):
-        raise UserError(f"{name} {shown(value)} must be True, False or None")
-    return None if value is None else bool(value)

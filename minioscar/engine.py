@@ -19,16 +19,16 @@ from . import ops as back_ends
 from .arguments import Prompt
 from .cache import Cache
 from .chat_template import Message
+from .checks import as_path, flag
 from .config import Config
-from .errors import Failure, UserError
+from .errors import Failure, UserError, shown
 from .generation import Generation, Options, Run, first_answers, for_each
 from .model import Model, check_scheme
 from .nan_check import Watch
 from .ops.raw_batch import BATCH_TOKENS
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
-from .prompt_cache import File, PromptCache, as_path, common, continued
-from .sampling import shown
+from .prompt_cache import File, PromptCache, common, continued
 from .shaping import shape_keys
 from .storage.hub import resolve
 from .tokenizer import Tokenizer
@@ -160,7 +160,7 @@ class Engine:
 
     def _encode(self, prompt: Prompt, chat: Any, cache: PromptCache | None, template: Any) -> tuple[list[int], bool]:
         """Also whether the chat template wrote the prompt."""
-        prompt, chat = arguments.one_prompt(prompt), arguments.flag("chat", chat)
+        prompt, chat = arguments.one_prompt(prompt), flag("chat", chat)
         if cache is not None:
             self.belongs(cache)
         full = self._full_prompt(prompt, chat, cache) if isinstance(prompt, str) else prompt
@@ -244,7 +244,7 @@ class Engine:
         A text that the chat template is for becomes a user's message that the prompt of later calls goes on with. They give
         the same template again: what another one renders differently is read again.
         """
-        prompt, chat, messages = arguments.one_prompt(prompt), arguments.flag("chat", chat), None
+        prompt, chat, messages = arguments.one_prompt(prompt), flag("chat", chat), None
         full = self._full_prompt(prompt, chat, None) if isinstance(prompt, str) else prompt
         if not arguments.is_chat(full) or full is prompt and chat is False:
             ids = self.encode(prompt, chat, template=template)
@@ -327,7 +327,7 @@ def load(
     infinity. Raises UserError for anything that cannot work, before the weights are read.
     """
     as_path("model", model)
-    tokenizer, progress, debug = map(arguments.flag, ("tokenizer", "progress", "debug"), (tokenizer, progress, debug))
+    tokenizer, progress, debug = map(flag, ("tokenizer", "progress", "debug"), (tokenizer, progress, debug))
     with File(as_path("cache", cache)) if cache is not None else nullcontext() as saved:
         scheme = scheme_named((saved.scheme if saved else DEFAULT_SCHEME) if kv is None else kv)
         ops = back_ends.backend(device)

@@ -1,5 +1,9 @@
 """The two ways a command can end badly; the command line turns them into one line on stderr and an exit code."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class UserError(Exception):
     """Wrong use or wrong input (exit code 2): the message names the thing, the reason and the way out, in one line."""
@@ -23,3 +27,18 @@ def said(error: BaseException, command: str) -> str:
     """What a command prints of an error."""
     known = isinstance(error, ChatTemplateError) and command in error.ways
     return f"{error.reason}; {error.ways[command]}" if known else str(error)
+
+
+def one_line(error: BaseException) -> str:
+    """What another library says is wrong, in a line of an error; its type where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """A value in a line of an error: short, whatever it is."""
+    try:
+        text = str(value) if getattr(value, "shape", None) == () else repr(value)  # a number of NumPy's without its type
+    except Exception:  # Python prints no number of more than 4,300 digits
+        return f"({type(value).__name__})"
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .cache import Batch, Cache
+from .checks import whole
 from .decoding import Decoder
-from .errors import UserError
-from .sampling import RowSampling, Sampling, likeliest, next_token, shown, whole
+from .errors import UserError, shown
+from .sampling import RowSampling, Sampling, likeliest, next_token
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -7,7 +7,6 @@ the back end. Its metadata binds it to format, config, scheme and weights; `cont
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,10 +18,10 @@ import numpy as np
 
 from .cache import Cache, left_after_cut, row_layout
 from .chat_template import Message, flat, malformed
+from .checks import as_path
 from .config import Config
-from .errors import Failure, UserError
+from .errors import Failure, UserError, one_line, shown
 from .oscar import SCHEMES, WINDOW, Scheme
-from .sampling import shown
 from .storage import strict_json as json
 from .storage.files import check_seekable, reason, replacing
 
@@ -102,7 +101,7 @@ class PromptCache:
         try:
             prompt = json.dumps({"messages": self.messages, "text": self.text}, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            why = f"the messages cannot be written as JSON ({_line(error)}); use text, lists and dicts"
+            why = f"the messages cannot be written as JSON ({one_line(error)}); use text, lists and dicts"
             raise UserError(f"{path}: {why}") from None
         tensors = {"ids": np.array(self.ids, np.int32), "prompt": np.frombuffer(prompt, np.uint8)}
         if self.logits is not None:
@@ -171,7 +170,7 @@ class File:
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; make it with: python -m minioscar cache MODEL --prompt-file F --out {path}") from None
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is truncated or not a safetensors file ({_line(error)}); make it again") from None
+            raise UserError(f"{path} is truncated or not a safetensors file ({one_line(error)}); make it again") from None
         self.metadata = self.handle.metadata() or {}
         if self.metadata.get("format") != FORMAT:
             raise UserError(f"{path} is a safetensors file, but not a prompt cache of minioscar; make one with: python -m minioscar cache")
@@ -275,26 +274,11 @@ class File:
         try:
             return self.handle.get_tensor(name)
         except (SafetensorError, TypeError, ValueError, AttributeError, OSError) as error:  # a dtype that NumPy has not
-            raise self._damaged(f"tensor {name} cannot be read: {_line(error)}") from None
+            raise self._damaged(f"tensor {name} cannot be read: {one_line(error)}") from None
 
     def _damaged(self, reason: str) -> UserError:
         return UserError(f"{self.path} is damaged ({reason}); make it again")
 
 
-def as_path(name: str, value: Any) -> Path:
-    """Raises UserError for what is no path."""
-    try:
-        path = os.fspath(value)
-    except TypeError:
-        path = None
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise UserError(f"{name} {shown(value)} must be text or a path")
-    return Path(path)
-
-
 def _short(value: Any) -> str:
     return json.dumps(value)[:60]
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

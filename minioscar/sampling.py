@@ -5,45 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 
-from .errors import Failure, UserError
+from .checks import number, whole
+from .errors import Failure
 
 NOT_FINITE = "the model's logits are not finite; run again with --debug to see which layer and operation they come from"
-
-
-def number(name: str, value: Any, good: Callable[[float], bool], want: str) -> float:
-    """The value as a float. Raises UserError, which names it, for another type (bool, text) and where it is not good; NaN never is."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise UserError(f"{name} {shown(value)} is not a number; it must be {want}")
-    try:
-        found = float(value)
-    except OverflowError:  # an int may be larger than any float
-        found = math.inf if value > 0 else -math.inf
-    if math.isnan(found) or not good(found):
-        raise UserError(f"{name} {shown(value)} is out of range; it must be {want}")
-    return found
-
-
-def whole(name: str, value: Any, good: Callable[[int], bool], want: str) -> int:
-    """The same for whole numbers, Python's and NumPy's, as an int."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise UserError(f"{name} {shown(value)} is not a whole number; it must be {want}")
-    if not good(int(value)):
-        raise UserError(f"{name} {shown(value)} is out of range; it must be {want}")
-    return int(value)
-
-
-def shown(value: Any) -> str:
-    """A value in a line of an error: short, whatever it is."""
-    try:
-        text = str(value) if isinstance(value, np.generic) else repr(value)
-    except Exception:  # Python prints no number of more than 4,300 digits
-        return f"({type(value).__name__})"
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 
 from minioscar import chat_template
 from minioscar.chat_template import Message
+from minioscar.checks import whole
 from minioscar.detokenizer import Detokenizer
-from minioscar.errors import ChatTemplateError, UserError
-from minioscar.sampling import shown, whole
+from minioscar.errors import ChatTemplateError, UserError, one_line, shown
 from minioscar.storage import foreign
 from minioscar.storage import strict_json as json
 
@@ -128,7 +128,7 @@ class Tokenizer:
         except UnicodeEncodeError:  # half a surrogate pair: what Python makes of command line bytes that are not UTF-8
             raise UserError("the text is not valid Unicode (was it UTF-8?); convert it to UTF-8") from None
         except Exception as error:  # the library raises plain Exception, as where there is no token for unknown text
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(f"{self.folder}: the tokenizer cannot encode this text ({reason})") from error
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -188,7 +188,7 @@ class Tokenizer:
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from None
         except Exception as error:  # a template is a program: it may end in any exception
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error)
             raise ChatTemplateError(f"{self.folder}: the chat template failed ({reason})") from error
 
     def prompt_ids(self, text: str, chat: bool, template: Mapping[str, Any] | None = None) -> list[int]:
@@ -217,7 +217,7 @@ def _load(folder: Path) -> Any:
     except Exception as error:  # the library raises plain Exception
         if found := foreign.content(path):
             raise UserError(f"{path}: not a readable tokenizer but {found}") from None
-        raise UserError(f"{path}: not a readable tokenizer ({' '.join(str(error).split())[:200]}); fetch it again") from error
+        raise UserError(f"{path}: not a readable tokenizer ({one_line(error)}); fetch it again") from error
     tokenizer.no_truncation()  # some files carry the settings of their training
     tokenizer.no_padding()
     return tokenizer

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
 from minioscar.oscar import SCHEMES
+from minioscar.tables import markdown
 from tools import bench_figures
 from tools.committed import (
     NAMES,
@@ -34,10 +35,6 @@ OPS = {
 }
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-
-
 # --- README.md, docs/kernels.md
 
 
@@ -55,7 +52,7 @@ def cpu() -> str:
         f"cache once at the measured copy bandwidth ({limits['copy_tb_s'] * 1e3:.1f} GB/s); prefill multiplies at the measured matrix "
         f"rate ({limits['matmul_tflop_s'] * 1e3:.0f} GFLOP/s)."
     )
-    return "\n".join([*table(["", "`--kv`", "tokens", "tokens/s", "of the limit"], rows), "", note])
+    return "\n".join([*markdown(["", "`--kv`", "tokens", "tokens/s", "of the limit"], rows), "", note])
 
 
 def attention_table(rows: list[dict], best: dict[tuple, tuple[float, str]]) -> list[str]:
@@ -70,7 +67,7 @@ def attention_table(rows: list[dict], best: dict[tuple, tuple[float, str]]) -> l
         us, name = best.get(shape_of(row), (0, ""))
         yield "" if not us or row["kv"] == "bf16" else f"{us:.1f} µs ({NAMES[name]}): {us / row['us']:.1f}x"
 
-    return table(head, (list(cells(row)) for row in rows))
+    return markdown(head, (list(cells(row)) for row in rows))
 
 
 def kernel_note() -> str:
@@ -120,7 +117,7 @@ def other_kernels() -> str:
             whole = row["op"] == "pack_bulk"
             moved = (f"{row['bytes'] / 1e6:.1f}", f"{row['fraction_of_copy']:.0%}") if whole else ("-", "latency")
             rows.append((OPS[row["op"]], f"`{row['kv']}`", f"{row['context']:,}" if whole else "1", f"{row['us']:.2f}", *moved))
-    lines = table(["", "`--kv`", "tokens", "µs", "MB in and out", "of the copy rate"], rows)
+    lines = markdown(["", "`--kv`", "tokens", "µs", "MB in and out", "of the copy rate"], rows)
     return "\n".join([*lines, "", "32 q heads, 8 kv heads, head_dim 128, one sequence; a layer."])
 
 
@@ -134,7 +131,7 @@ def resources() -> str:
             shared = row["static_shared"] + row["dynamic_shared"]
             rows.append((f"`{row['kernel']}`", f"{row['threads']}", f"{row['registers']}", every, f"{shared:,}"))
     head = ["kernel, cache, head_dim, q heads a kv head", "threads", "registers (9.0)", "(8.0 to 12.0)", "shared memory, bytes (9.0)"]
-    return "\n".join(table(head, rows))
+    return "\n".join(markdown(head, rows))
 
 
 # --- the paper's three numbers beside ours
@@ -152,7 +149,7 @@ def headlines() -> str:
         ("throughput at 4,096 tokens", "4.1x", throughput_gain(reports)),
     ]
     head = ["", "the paper, on an H20, against BF16 FlashDecoding-v2", "minioscar, `--kv int2`"]
-    return "\n".join(table(head, rows))
+    return "\n".join(markdown(head, rows))
 
 
 def attention_gain(reports: list[dict]) -> str:
@@ -231,7 +228,7 @@ def section(name: str, report: dict) -> Iterator[str]:
         yield from (f"![{canvas.title}](../figures/{figure}.svg)", "")
     for part, (head, cells) in PARTS.items():
         if report.get(part):
-            yield from (*table(head, (list(cells(row)) for row in report[part])), "", *reasons(report[part]))
+            yield from (*markdown(head, (list(cells(row)) for row in report[part])), "", *reasons(report[part]))
 
 
 def repeats() -> str:
@@ -246,7 +243,7 @@ def repeats() -> str:
     head = ["kernel", *SHAPE, KERNEL[0], *("µs" for _ in runs), "apart", "widest spread in a run"]
     close = sum(x <= 0.03 for x in apart)
     commits = ", ".join(f"`{run['meta']['commit']}`" for run in runs)
-    return "\n".join([*table(head, rows), "", f"{close} of {len(apart)} within 3 %; {runs[0]['meta']['card']}, commits {commits}."])
+    return "\n".join([*markdown(head, rows), "", f"{close} of {len(apart)} within 3 %; {runs[0]['meta']['card']}, commits {commits}."])
 
 
 def section_of_memory() -> Iterator[str]:

@@ -12,6 +12,7 @@ from minioscar.cache import cache_bytes
 from minioscar.config import Config
 from minioscar.evaluation.baselines import Ott, TurboQuant
 from minioscar.oscar import SCHEMES
+from minioscar.tables import markdown
 from tools import bench_tables
 from tools.committed import RESULTS, ROOT, load
 
@@ -23,11 +24,11 @@ PAGES = ("README.md", *(f"docs/{name}.md" for name in ("reading", "method", "usi
 def fidelity() -> str:
     """eval --json of SmolLM2-135M."""
     report = load("eval-smollm2-135m")
-    lines = ["| `--kv` | bits/element | KL to BF16 | ΔNLL | same top token |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for row in report["results"]:
-        spread = "" if row["kv"] == "bf16" else " ± {kl_se:.4f}"
-        lines.append(("| `{kv}` | {bits_per_element:.3f} | {kl:.4f}" + spread + " | {dnll:+.4f} | {top1:.1%} |").format(**row))
-    lines.append("")
+        kl = f"{row['kl']:.4f}" if row["kv"] == "bf16" else f"{row['kl']:.4f} ± {row['kl_se']:.4f}"
+        rows.append([f"`{row['kv']}`", f"{row['bits_per_element']:.3f}", kl, f"{row['dnll']:+.4f}", f"{row['top1']:.1%}"])
+    lines = [*markdown(["`--kv`", "bits/element", "KL to BF16", "ΔNLL", "same top token"], rows), ""]
     where = f"({report['device']}); mean and standard error of {report['windows']} windows of the default text"
     lines.append(f"{report['prefill']} tokens prefilled, then {report['decode']} decoded teacher-forced {where}.")
     return "\n".join(lines)
@@ -36,23 +37,22 @@ def fidelity() -> str:
 def models() -> str:
     """The same for both models, and what an allocated cache takes, window and sinks included."""
     reports = [load("eval-smollm2-135m"), load("eval-smollm2-135m-key-biases")]
-    lines = [
-        "| `--kv` | bits/element | all of it | SmolLM2-135M: KL | of `oscar`'s | with key biases: KL | of `oscar`'s |",
-        "| --- |" + " --- |" * 6,
-    ]
+    head = ["`--kv`", "bits/element", "all of it", "SmolLM2-135M: KL", "of `oscar`'s", "with key biases: KL", "of `oscar`'s"]
+    table = []
     for rows in zip(*(report["results"] for report in reports), strict=True):
         name, cells = rows[0]["kv"], []
         for row, report in zip(rows, reports, strict=True):
             anchor = next(other["kl"] for other in report["results"] if other["kv"] == "oscar")
             cells += ["{kl:.4f} ± {kl_se:.4f}".format(**row), f"{row['kl'] / anchor:.2f}"] if name != "bf16" else ["0", "0"]
         whole = everything(name, reports[0]["prefill"] + reports[0]["decode"])
-        lines.append(f"| `{name}` | {rows[0]['bits_per_element']:.3f} | {whole:.2f} | " + " | ".join(cells) + " |")
+        table.append([f"`{name}`", f"{rows[0]['bits_per_element']:.3f}", f"{whole:.2f}", *cells])
     first, second = (
         f"{r['prefill']:,} tokens prefilled and {r['decode']:,} decoded teacher-forced in {r['windows']} windows (NLL unquantized "
         f"{r['results'][0]['nll']:.3f})"
         for r in reports
     )
-    lines += [
+    lines = [
+        *markdown(head, table),
         "",
         f"SmolLM2: {first}; with key biases: {second}; mean and standard error. *All of it*: bits per element of the whole allocated cache "
         f"at {reports[0]['prefill'] + reports[0]['decode']:,} tokens, with norms, sinks and the window of 128 tokens in BF16, which weigh "
@@ -69,11 +69,11 @@ def everything(kv: str, context: int) -> float:
 def ideas() -> str:
     """tools/ideas.py on both models."""
     reports = [load("ideas-smollm2-135m"), load("ideas-smollm2-135m-key-biases")]
-    lines = ["| idea | bits/element | SmolLM2-135M: KL | with key biases: KL |", "| --- | --- | --- | --- |"]
+    table = []
     for rows in zip(*(report["results"] for report in reports), strict=True):
         name = f"`{rows[0]['kv']}`" if rows[0]["kv"] in ("oscar", "int2") else rows[0]["kv"]
-        cells = " | ".join("{kl:.4f} ± {kl_se:.4f}".format(**row) for row in rows)
-        lines.append(f"| {name} | {rows[0]['bits_per_element']:.3f} | {cells} |")
+        table.append([name, f"{rows[0]['bits_per_element']:.3f}", *("{kl:.4f} ± {kl_se:.4f}".format(**row) for row in rows)])
+    lines = markdown(["idea", "bits/element", "SmolLM2-135M: KL", "with key biases: KL"], table)
     plain, biased = (f"{report['results'][0]['nll'] - report['results'][0]['dnll']:.3f}" for report in reports)
     size = f"{reports[0]['prefill']:,} tokens prefilled, {reports[0]['decode']:,} decoded; {reports[0]['windows']} windows"
     lines += ["", f"{size}, the same for both models, whose unquantized NLLs there are {plain} and {biased}."]
@@ -99,11 +99,8 @@ def needle() -> str:
 def size() -> str:
     """du -sm of site-packages after pip install into an empty environment."""
     report = load("installed-size")
-    lines = ["| installed with | MB |", "| --- | --- |"]
-    lines += [f"| `{row['command']}` | {row['mb']:,} |" for row in report["rows"]]
-    lines.append("")
-    lines.append(report["note"])
-    return "\n".join(lines)
+    lines = markdown(["installed with", "MB"], ([f"`{row['command']}`", f"{row['mb']:,}"] for row in report["rows"]))
+    return "\n".join([*lines, "", report["note"]])
 
 
 # --- the arithmetic of SmolLM2-135M, for docs/reading.md
@@ -118,23 +115,23 @@ def smollm2() -> Config:
 def reading_weights() -> str:
     c = smollm2()
     qkv = c.q_size + 2 * c.kv_size
-    rows = [
+    arrays = [
         ("embedding, also the last projection", 1, (c.vocab_size, c.hidden_size)),
         ("qkv", c.num_layers, (qkv, c.hidden_size)),
         ("o", c.num_layers, (c.hidden_size, c.q_size)),
         ("gate and up", c.num_layers, (2 * c.intermediate_size, c.hidden_size)),
         ("down", c.num_layers, (c.hidden_size, c.intermediate_size)),
     ]
-    lines, total = ["| weights | shape | MB in BF16 |", "| --- | --- | --- |"], 0
-    for name, times, shape in rows:
+    rows, total = [], 0
+    for name, times, shape in arrays:
         numbers = times * shape[0] * shape[1]
         total += numbers
-        lines.append(f"| {f'{times} x ' if times > 1 else ''}{name} | {list(shape)} | {2 * numbers / 1e6:.1f} |")
+        rows.append([f"{f'{times} x ' if times > 1 else ''}{name}", f"{list(shape)}", f"{2 * numbers / 1e6:.1f}"])
     norms = (2 * c.num_layers + 1) * c.hidden_size
     assert total + norms == c.parameters()
-    lines.append(f"| norms | {2 * c.num_layers + 1} x [{c.hidden_size}] | {2 * norms / 1e6:.1f} |")
-    lines.append(f"| all of it | {c.parameters():,} numbers | {2 * c.parameters() / 1e6:.1f} |")
-    lines.append("")
+    rows.append(["norms", f"{2 * c.num_layers + 1} x [{c.hidden_size}]", f"{2 * norms / 1e6:.1f}"])
+    rows.append(["all of it", f"{c.parameters():,} numbers", f"{2 * c.parameters() / 1e6:.1f}"])
+    lines = [*markdown(["weights", "shape", "MB in BF16"], rows), ""]
     lines.append(
         "On a GPU the weights are kept in BF16, 2 bytes a number; on a CPU in float32, because NumPy multiplies nothing smaller, so "
         "twice as much."
@@ -149,28 +146,23 @@ def per_token(config: Config, kv: str) -> int:
 
 def reading_cache() -> str:
     c = smollm2()
-    lines = [
-        f"| `--kv` | a token, one layer | a token, {c.num_layers} layers | {c.max_positions:,} tokens, window and sinks included |",
-        "| --- | --- | --- | --- |",
-    ]
+    head, rows = ["`--kv`", "a token, one layer", f"a token, {c.num_layers} layers"], []
+    head.append(f"{c.max_positions:,} tokens, window and sinks included")
     for kv in ("bf16", "oscar", "int2", "int2-compact"):
         token, whole = per_token(c, kv), cache_bytes(c, SCHEMES[kv], 1, c.max_positions)
-        lines.append(f"| `{kv}` | {token / c.num_layers:.1f} B | {token:,} B | {whole / 1e6:.1f} MB |")
-    lines += ["", f"SmolLM2-135M: {c.num_kv_heads} kv heads of {c.head_dim} channels, keys and values."]
+        rows.append([f"`{kv}`", f"{token / c.num_layers:.1f} B", f"{token:,} B", f"{whole / 1e6:.1f} MB"])
+    lines = [*markdown(head, rows), "", f"SmolLM2-135M: {c.num_kv_heads} kv heads of {c.head_dim} channels, keys and values."]
     return "\n".join(lines)
 
 
 def reading_step() -> str:
-    c, weights = smollm2(), 2 * smollm2().parameters()
-    lines = [
-        "| tokens in the cache | weights | cache in `bf16` | cache in `int2` | step: `bf16` | step: `int2` |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    c, weights, rows = smollm2(), 2 * smollm2().parameters(), []
     for context in (512, 2048, 8192):
         kept = [cache_bytes(c, SCHEMES[kv], 1, context) for kv in ("bf16", "int2")]
-        cells = " | ".join(f"{size / 1e6:.1f} MB" for size in (weights, *kept, *(weights + size for size in kept)))
-        lines.append(f"| {context:,} | {cells} |")
-    lines += [
+        sizes = weights, *kept, *(weights + size for size in kept)
+        rows.append([f"{context:,}", *(f"{size / 1e6:.1f} MB" for size in sizes)])
+    lines = [
+        *markdown(["tokens in the cache", "weights", "cache in `bf16`", "cache in `int2`", "step: `bf16`", "step: `int2`"], rows),
         "",
         "SmolLM2-135M, one sequence, weights in BF16. With 32 sequences at once the weights are read once for all of them, and the "
         "cache 32 times: then it is nearly all that counts.",
@@ -180,10 +172,10 @@ def reading_step() -> str:
 
 def schemes() -> str:
     """The switches of every scheme, for docs/method.md."""
-    lines = ["| `--kv` | keys | groups of keys | values | kept in BF16 | bits/element |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = []
     for name, s in SCHEMES.items():
         if not s.quantized:
-            lines.append(f"| `{name}` | as they are | | as they are | everything | {s.bits_per_element(128):.3f} |")
+            rows.append([f"`{name}`", "as they are", "", "as they are", "everything", f"{s.bits_per_element(128):.3f}"])
             continue
         switches = {
             "rotated": s.rotate, "rotated at random, Lloyd-Max levels": isinstance(s, TurboQuant), "divided by the token's norm": s.scale,
@@ -195,7 +187,8 @@ def schemes() -> str:
         values = f"{'rotated, ' if s.rotate or isinstance(s, TurboQuant) else ''}{step}, groups of {s.value_group(128)}"
         kept = ["window"] + [f"first {s.sinks} tokens"] * bool(s.sinks)
         kept += [f"{s.outliers} tokens a block"] if isinstance(s, Ott) else []
-        lines.append(f"| `{name}` | {keys} | {along} | {values} | {', '.join(kept)} | {s.bits_per_element(128):.3f} |")
+        rows.append([f"`{name}`", keys, along, values, ", ".join(kept), f"{s.bits_per_element(128):.3f}"])
+    lines = markdown(["`--kv`", "keys", "groups of keys", "values", "kept in BF16", "bits/element"], rows)
     lines += ["", "At head_dim 128. The window is the newest 0 … 127 tokens. Norms, 4 bytes a token and layer, come on top."]
     return "\n".join(lines)
 
@@ -205,11 +198,14 @@ def prompt_cache() -> str:
     report = load("prompt-cache")
     rows, meta = report["rows"], report["meta"]
     largest = rows[0]["file_bytes"]
-    lines = ["| `--kv` | file | smaller than `bf16` | read the document | load the file | first token: from the file | without it |"]
-    lines.append("| --- |" + " --- |" * 6)
+    head = ["`--kv`", "file", "smaller than `bf16`", "read the document", "load the file"]
+    head += ["first token: from the file", "without it"]
+    times = "read_s", "load_s", "first_token_from_cache_s", "first_token_without_s"
+    cells = []
     for row in rows:
-        times = " | ".join(f"{row[key]:.2f} s" for key in ("read_s", "load_s", "first_token_from_cache_s", "first_token_without_s"))
-        lines.append(f"| `{row['kv']}` | {row['file_bytes'] / 1e6:.1f} MB | {largest / row['file_bytes']:.2f}x | {times} |")
+        sizes = f"{row['file_bytes'] / 1e6:.1f} MB", f"{largest / row['file_bytes']:.2f}x"
+        cells.append([f"`{row['kv']}`", *sizes, *(f"{row[key]:.2f} s" for key in times)])
+    lines = markdown(head, cells)
     where = f"{meta['model']}, {rows[0]['tokens']:,} tokens of the default text and a question of {rows[0]['question_tokens']}"
     lines += ["", f"{where}; {meta['device']}, {meta['threads']} thread{'s' * (meta['threads'] > 1)}, processor time."]
     return "\n".join(lines)
@@ -222,19 +218,19 @@ def soak() -> str:
     codes = {code: sum(kind.get(code, 0) for kind in fuzz["exit_codes"].values()) for code in ("0", "1", "2")}
     fates = f"{codes['0']:,} answered, {codes['2']:,} refused as wrong input, {codes['1']:,} failed in one line"
     broken = f"{len(fuzz['failures'])} tracebacks, hangs, crashes or files opened outside; {fates}"
-    lines = ["| what | how much | result |", "| --- | --- | --- |"]
-    lines.append(f"| mutated model folders, prompt caches and prompts | {fuzz['cases']:,} cases | {broken} |")
+    rows = [["mutated model folders, prompt caches and prompts", f"{fuzz['cases']:,} cases", broken]]
     for run in runs:
         quarters = " → ".join(f"{mb:.0f}" for mb in run["resident_mb_by_quarter"])
         flat = f"resident memory by quarter {quarters} MB, {run['growth_mb_per_hour']:+.1f} MB an hour in the second half"
-        lines.append(f"| random requests to one process | {run['requests']:,} in {run['seconds'] / 60:.0f} minutes | {flat} |")
+        rows.append(["random requests to one process", f"{run['requests']:,} in {run['seconds'] / 60:.0f} minutes", flat])
     again, equal = (sum(run[key] for run in runs) for key in ("fresh_processes", "equal_in_fresh_processes"))
-    lines.append(f"| of them, each again in a fresh process | {again} | {equal} equal bit for bit |")
+    rows.append(["of them, each again in a fresh process", f"{again}", f"{equal} equal bit for bit"])
     kinds = Counter()
     for run in runs:
         kinds.update(run["kinds"])
     where = f"two processes at a time, one thread each; {meta['cpu']}, Python {meta['python']}, NumPy {meta['numpy']}, {meta['date']}"
     asked = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
+    lines = markdown(["what", "how much", "result"], rows)
     return "\n".join([*lines, "", f"SmolLM2-135M, `{runs[0]['kv']}`; {where}. Requests: {asked}."])
 
 
@@ -242,19 +238,19 @@ def on_a_card() -> str:
     """One eval on both back ends."""
     report = load("eval-card-smollm2-135m")
     meta, head = report["meta"], "back end | `--kv` | NLL | KL to BF16 | same top token | passkeys found | greedy: first difference | KL"
-    lines = [f"| {head} |", "| --- |" + " --- |" * 7]
+    rows = []
     for where, name in (("cuda", meta["card"]), ("cpu", "CPU, NumPy")):
         found = report[where]
         for row, trials, text in zip(found["results"], found["needle"]["results"], found["drift"]["results"], strict=True):
             first = text["first_difference"][0]
             cells = [f"{row['nll']:.4f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}", f"{trials['exact_match']:.0%}"]
             cells += ["none" if first is None else f"{first}", f"{sum(text['kl']) / len(text['kl']):.4f}"]
-            lines.append(f"| {name} | `{row['kv']}` | " + " | ".join(cells) + " |")
+            rows.append([name, f"`{row['kv']}`", *cells])
     needle, drift = (report["cuda"][part] for part in ("needle", "drift"))
     asked = f"{len(needle['depths']) * needle['repeats']} passkeys in {needle['lengths'][0]} tokens; {drift['tokens']} greedy tokens"
     size = f"{report['cuda']['prefill']:,} tokens prefilled, {report['cuda']['decode']} decoded; {asked}"
-    lines += ["", f"SmolLM2-135M, one window: {size}. Driver {meta['driver']}, commit `{meta['commit']}`."]
-    return "\n".join(lines)
+    note = f"SmolLM2-135M, one window: {size}. Driver {meta['driver']}, commit `{meta['commit']}`."
+    return "\n".join([*markdown(head.split(" | "), rows), "", note])
 
 
 TABLES = {"on_a_card": on_a_card, "fidelity": fidelity, "size": size, "models": models, "ideas": ideas, "drift": drift, "needle": needle}

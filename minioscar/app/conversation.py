@@ -18,11 +18,10 @@ from ..arguments import context_of, options_of, variables_of
 from ..cache import Cache
 from ..chat_template import Message
 from ..engine import Engine
-from ..errors import ChatTemplateError, UserError
+from ..errors import ChatTemplateError, UserError, shown
 from ..generation import Generation, Options, Run
 from ..oscar import WINDOW
 from ..prompt_cache import PromptCache, common, continued
-from ..sampling import shown
 
 Turn = tuple[list[Message], list[Message]]  # the messages before it, and those that its answer follows
 

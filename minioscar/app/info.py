@@ -10,6 +10,7 @@ from ..model import check_scheme
 from ..ops import backend
 from ..oscar import SCHEMES, WINDOW
 from ..storage.hub import resolve
+from ..tables import aligned
 
 
 def describe(model: str, ctx: int | None, batch: int, device: str) -> dict:
@@ -65,25 +66,25 @@ def describe(model: str, ctx: int | None, batch: int, device: str) -> dict:
     }
 
 
+WIDTHS = {"kv": -20, "bits/element": 12, "bytes/token": 12, "cache": 11, "vs bf16": 8, "longest context that fits": 26}
+
+
 def text(report: dict) -> str:
     """The report for people."""
     window = report["sliding_window"]
     window = "" if window is None else f", sliding window {window}: no longer context runs"
+    weights, work, free = (size(report[key]) for key in ("weight_bytes", "work_bytes", "free_bytes"))
     lines = [
-        "{model}: {model_type}, {parameters:,} parameters, {layers} layers, hidden {hidden_size}, mlp {intermediate_size}".format(**report),
-        "attention: {q_heads} q heads, {kv_heads} kv heads, head_dim {head_dim}".format(**report),
-        "positions: {max_positions}{0}, rope {rope}; vocabulary {vocab_size}".format(window, **report),
-        "on {device}: weights {0}, reading a prompt of {context} tokens takes {1} more; {2} free".format(
-            *(size(report[key]) for key in ("weight_bytes", "work_bytes", "free_bytes")), **report
-        ),
+        "{model}: {model_type}, {parameters:,} parameters, {layers} layers, hidden {hidden_size}, mlp {intermediate_size}",
+        "attention: {q_heads} q heads, {kv_heads} kv heads, head_dim {head_dim}",
+        "positions: {max_positions}{window}, rope {rope}; vocabulary {vocab_size}",
+        "on {device}: weights {weights}, reading a prompt of {context} tokens takes {work} more; {free} free",
         "",
-        "KV cache at context {context}, batch {batch}:".format(**report),
-        f"{'kv':20}{'bits/element':>13}{'bytes/token':>13}{'cache':>12}{'vs bf16':>9}{'longest context that fits':>27}",
+        "KV cache at context {context}, batch {batch}:",
     ]
+    lines = [line.format(**report | {"window": window, "weights": weights, "work": work, "free": free}) for line in lines]
+    rows = [list(WIDTHS)]
     for row in report["schemes"]:
-        lines.append(
-            "{kv:20}{bits_per_element:>13.3f}{bytes_per_token:>13.0f}{0:>9.1f} MB{ratio_to_bf16:>8.2f}x{longest_context:>27}".format(
-                row["cache_bytes"] / 1e6, **row
-            )
-        )
-    return "\n".join(lines)
+        numbers = f"{row['bits_per_element']:.3f}", f"{row['bytes_per_token']:.0f}", f"{row['cache_bytes'] / 1e6:.1f} MB"
+        rows.append([row["kv"], *numbers, f"{row['ratio_to_bf16']:.2f}x", str(row["longest_context"])])
+    return "\n".join([*lines, *(aligned(zip(row, WIDTHS.values(), strict=True)) for row in rows)])

@@ -15,10 +15,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ..chat_template import Message, malformed
-from ..errors import Failure, UserError, said
+from ..errors import Failure, UserError, one_line, said, shown
 from ..generation import Generation, Options
 from ..ops.raw_batch import BATCH_TOKENS
-from ..sampling import Sampling, shown
+from ..sampling import Sampling
 from ..storage import strict_json
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _line(number: int, raw: bytes) -> Line:
             id = value.get("id")
         strict_json.check(value)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        return Line(number, error=f"not JSON in UTF-8: {' '.join(str(error).split())[:200]}", id=id)
+        return Line(number, error=f"not JSON in UTF-8: {one_line(error)}", id=id)
     try:
         value = {"prompt": value} if isinstance(value, str) else value
         return Line(number, _prompt(value), id=id, settings={name: value[name] for name in SETTINGS if value.get(name) is not None})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..sampling import Sampling
 from ..storage import strict_json
 from ..storage.files import read_text
@@ -41,7 +41,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[str]]:
         if not isinstance(config, dict):
             raise ValueError("it is not an object")
     except (UserError, ValueError, RecursionError) as error:
-        return {}, [f"{FILE} is left out: {' '.join(str(error).split())[:200]}"]
+        return {}, [f"{FILE} is left out: {one_line(error)}"]
     found, wrong = {}, []
     for name in FIELDS:
         try:

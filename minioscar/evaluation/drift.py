@@ -10,6 +10,7 @@ import numpy as np
 from ..cache import Cache
 from ..engine import Engine
 from ..sampling import RowSampling
+from ..tables import markdown
 from .teacher_forcing import Done, divergence, log_softmax, teacher_forced
 
 STRETCHES = 8  # of the continuation, for the KL along the way
@@ -70,17 +71,12 @@ def cost(engines: Sequence[Engine], windows: int, prompt: int, count: int) -> in
 
 def table(report: dict) -> str:
     """The report as a Markdown table."""
-    count, results = report["tokens"], report["results"]
+    count, results, rows = report["tokens"], report["results"], []
     parts = len(results[0]["kl"])
-    columns = [f"KL {count * i // parts}–{count * (i + 1) // parts}" for i in range(parts)]
-    lines = [
-        f"Greedy continuation, {count} tokens: the first that differs from the unquantized run's (median over the windows).",
-        "",
-        "| kv | first difference | same token | " + " | ".join(columns) + " |",
-        "| --- | --- | --- |" + " --- |" * parts,
-    ]
+    stretches = [f"KL {count * i // parts}–{count * (i + 1) // parts}" for i in range(parts)]
     for row in results:
         first = float(np.median([count if n is None else n for n in row["first_difference"]]))
         first = f"{first:.0f}" if first < count else f"none in {count}"
-        lines.append(f"| {row['kv']} | {first} | {row['same_tokens']:.3f} | " + " | ".join(f"{kl:.4f}" for kl in row["kl"]) + " |")
-    return "\n".join(lines)
+        rows.append([row["kv"], first, f"{row['same_tokens']:.3f}", *(f"{kl:.4f}" for kl in row["kl"])])
+    title = f"Greedy continuation, {count} tokens: the first that differs from the unquantized run's (median over the windows)."
+    return "\n".join([title, "", *markdown(["kv", "first difference", "same token", *stretches], rows)])

@@ -17,6 +17,7 @@ from ..ops.reference import Reference
 from ..oscar import Scheme
 from ..shaping import shape_keys
 from ..storage.hub import resolve
+from ..tables import markdown
 from ..tokenizer import Tokenizer
 from ..weights import Weights, rotate_values
 from ..weights import load as load_weights
@@ -148,10 +149,12 @@ def compare(chunks: Iterable[np.ndarray], truth: Iterable[np.ndarray], targets: 
 
 def table(report: dict) -> str:
     """The report as a Markdown table."""
-    lines = ["| kv | bits/element | NLL | perplexity | ΔNLL | KL | top-1 |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    rows = []
     for row in report["results"]:
-        kl = "{kl:.4f}" if row["kl_se"] is None else "{kl:.4f} ± {kl_se:.4f}"
-        lines.append(("| {kv} | {bits_per_element:.3f} | {nll:.4f} | {ppl:.3f} | {dnll:+.4f} | " + kl + " | {top1:.3f} |").format(**row))
+        numbers = "{bits_per_element:.3f}|{nll:.4f}|{ppl:.3f}|{dnll:+.4f}|{kl:.4f}".format(**row).split("|")
+        numbers[-1] += "" if row["kl_se"] is None else f" ± {row['kl_se']:.4f}"
+        rows.append([row["kv"], *numbers, f"{row['top1']:.3f}"])
+    lines = markdown(["kv", "bits/element", "NLL", "perplexity", "ΔNLL", "KL", "top-1"], rows)
     for part in (drift, needle):
         if (name := part.__name__.rpartition(".")[2]) in report:
             lines += ["", part.table(report[name])]

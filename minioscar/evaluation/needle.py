@@ -12,6 +12,7 @@ from ..cache import Cache
 from ..engine import Engine
 from ..errors import UserError
 from ..oscar import WINDOW
+from ..tables import markdown
 from .teacher_forcing import Done, next_flush
 
 LENGTHS = (512, 1024, 2048)
@@ -98,14 +99,9 @@ def cost(engines: Sequence[Engine], lengths: Sequence[int]) -> int:
 
 def table(report: dict) -> str:
     """The report as a Markdown table: a column a length, over all depths."""
-    lengths, each = report["lengths"], len(report["depths"]) * report["repeats"]
-    lines = [
-        f"Passkeys found, of {each} at each length ({len(report['depths'])} depths).",
-        "",
-        "| kv | " + " | ".join(f"{n:,} tokens" for n in lengths) + " | all |",
-        "| --- |" + " --- |" * (len(lengths) + 1),
-    ]
+    lengths, each, rows = report["lengths"], len(report["depths"]) * report["repeats"], []
     for row in report["results"]:
         shares = [float(np.mean(depths)) for depths in row["by_length_and_depth"]]
-        lines.append(f"| {row['kv']} | " + " | ".join(f"{share:.0%}" for share in [*shares, row["exact_match"]]) + " |")
-    return "\n".join(lines)
+        rows.append([row["kv"], *(f"{share:.0%}" for share in [*shares, row["exact_match"]])])
+    title = f"Passkeys found, of {each} at each length ({len(report['depths'])} depths)."
+    return "\n".join([title, "", *markdown(["kv", *(f"{n:,} tokens" for n in lengths), "all"], rows)])

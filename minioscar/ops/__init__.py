@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import UserError, shown
 
 if TYPE_CHECKING:
     from .reference import Reference
@@ -25,8 +25,6 @@ def backend(device: str | None) -> Reference:
 
     device = "auto" if device is None else device
     if not isinstance(device, str) or device not in DEVICES:
-        from ..sampling import shown  # not above: NumPy takes a while, and --help needs none
-
         names = f"{', '.join(DEVICES)} (CUDA_VISIBLE_DEVICES chooses the GPU)"
         raise UserError(f"device {shown(device)} is not known; choose from {names}")
     if entry := os.environ.get(ENTRY):

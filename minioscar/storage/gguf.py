@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from minioscar.errors import Failure, UserError
+from minioscar.errors import Failure, UserError, one_line
 
 LAYER = {  # GGUF name within blk.N -> Hugging Face name within model.layers.N
     "attn_norm": "input_layernorm",
@@ -71,7 +71,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         reader = gguf.GGUFReader(path)
         return {key: field.contents() for key, field in reader.fields.items()}, {t.name: t for t in reader.tensors}
     except Exception as error:  # the reader does not check what it reads: a bad file ends in any exception
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"{path}: not a readable GGUF file ({reason}); fetch it again") from error
 
 

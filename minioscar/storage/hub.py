@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minioscar.errors import Failure, UserError
+from minioscar.errors import Failure, UserError, one_line
 from minioscar.storage import foreign
 from minioscar.storage import strict_json as json
 
@@ -244,19 +244,24 @@ def _download(model: str, patterns: list[str], **options: Any) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=NOT_OURS, **options))
     except errors.GatedRepoError:
-        raise UserError(f"{model}: access is restricted; accept its terms at https://huggingface.co/{model}, then: hf auth login") from None
+        terms = f"accept its terms at https://huggingface.co/{model}, then: hf auth login"
+        raise UserError(f"{model}: access is restricted; {terms}") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{model}: no such folder, and no such model on the Hugging Face hub (if it is private: hf auth login)") from None
+        absent = "no such folder, and no such model on the Hugging Face hub (if it is private: hf auth login)"
+        raise UserError(f"{model}: {absent}") from None
     except errors.HFValidationError as error:
-        raise UserError(f"{model}: not a Hugging Face id: {_line(error)}") from None
+        raise UserError(f"{model}: not a Hugging Face id: {one_line(error)}") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         if constants.HF_HUB_OFFLINE:
-            raise UserError(f"{model}: no such folder, not whole in the Hugging Face cache, and HF_HUB_OFFLINE is set: unset it") from None
+            absent = "no such folder, not whole in the Hugging Face cache, and HF_HUB_OFFLINE is set: unset it"
+            raise UserError(f"{model}: {absent}") from None
         _check_disk(model, place, f"{error} {error.__cause__}")
-        raise Failure(f"{model}: no such folder, and the Hugging Face hub cannot be reached: {_line(error.__cause__ or error)}") from error
+        why = one_line(error.__cause__ or error)
+        raise Failure(f"{model}: no such folder, and the Hugging Face hub cannot be reached: {why}") from error
     except Exception as error:  # by version of the client, of httpx or of requests; of the disk as OSError or as text
         _check_disk(model, place, f"{error} {error.__cause__}")
-        raise Failure(f"{model}: fetching from the Hugging Face hub failed: {_line(error)}; run it again to go on") from error
+        again = "run it again to go on"
+        raise Failure(f"{model}: fetching from the Hugging Face hub failed: {one_line(error)}; {again}") from error
 
 
 def _whole(model: str, folder: Path, weights: bool) -> Path:
@@ -291,10 +296,6 @@ def _check_disk(model: str, place: Path | str, said: str) -> None:
         cause = os.strerror(int(found[1])) if found[1] else found[0]
         way_out = "free space on its disk or set MINIOSCAR_WEIGHTS or HF_HOME"
         raise Failure(f"{model}: cannot be written to {place}: {cause}; {way_out}")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 # --- putting a model in its place
