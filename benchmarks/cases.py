@@ -9,7 +9,8 @@ from benchmarks.measure import copies_of, line
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
 from minioscar.memory import size
-from minioscar.ops import raw
+from minioscar.ops import attention
+from minioscar.ops.layout import PAGE_TOKENS
 from minioscar.oscar import SCHEMES, WINDOW, Scheme
 
 PIECE = 1 << 26  # random numbers that are drawn at once, in float32 first
@@ -22,7 +23,7 @@ class Case:
     kv: str
     batch: int
     context: int
-    heads: raw.Heads = raw.Heads(32, 8, 128)
+    heads: attention.Heads = attention.Heads(32, 8, 128)
     peers: bool = False  # measure the other kernels on the same shape
     group: int | None = None  # another group size than the scheme's own
 
@@ -48,7 +49,7 @@ def cases(quick: bool) -> list[Case]:
     if quick:
         return found[:2]
     found += [Case("int4", 1, 131072), Case("kivi", 1, 131072), Case("int2", 256, 4096), Case("int2", 8, 32768)]
-    return found + [Case("int2", 2 * (8 // heads[1]) if heads[2] == 128 else 12, 131072, raw.Heads(*heads)) for heads in SHAPES]
+    return found + [Case("int2", 2 * (8 // heads[1]) if heads[2] == 128 else 12, 131072, attention.Heads(*heads)) for heads in SHAPES]
 
 
 def sustained() -> list[Case]:
@@ -61,7 +62,7 @@ def sweep(quick: bool) -> list[Case]:
     schemes, step = (SWEPT[:2], 4) if quick else (SWEPT, 1)
     contexts = [Case(kv, 1, 1024 << i) for kv in schemes for i in range(0, 9, step)]
     batches = [Case(kv, 1 << i, 4096) for kv in schemes for i in range(0, 9, step)]
-    packed = [] if quick else [kv for kv, s in SCHEMES.items() if s.quantized and raw.unsupported(s, 128) is None]
+    packed = [] if quick else [kv for kv, s in SCHEMES.items() if s.quantized and attention.unsupported(s, 128) is None]
     others = [Case(kv, 1, 131072) for kv in packed]
     groups = [Case(kv, 1, 131072, group=96 - SCHEMES[kv].group) for kv in packed]  # 64 for 32 and 32 for 64
     return list(dict.fromkeys(contexts + batches + others + groups))
@@ -97,7 +98,7 @@ def pairs(past: int, new: int) -> int:
 
 # --- without one: NumPy, small shapes
 
-SMALL = raw.Heads(8, 2, 64)
+SMALL = attention.Heads(8, 2, 64)
 
 
 def small_cases(quick: bool) -> list[Case]:
@@ -120,11 +121,11 @@ def moved_bytes(case: Case) -> int:
     token = h.kv_heads * h.head_dim * 2 * 2
     if not scheme.quantized:
         return case.batch * (case.context + WINDOW // 2) * token
-    pages = case.context // raw.PAGE_TOKENS * h.kv_heads * raw.page_bytes(scheme, h.head_dim)
+    pages = case.context // PAGE_TOKENS * h.kv_heads * attention.page_bytes(scheme, h.head_dim)
     return case.batch * (pages + 4 * case.context * scheme.scale + (scheme.sinks + WINDOW // 2) * token)
 
 
-def layer(heads: raw.Heads) -> Config:
+def layer(heads: attention.Heads) -> Config:
     """A model of one attention layer with these heads."""
     shape = {"num_attention_heads": heads.q_heads, "num_key_value_heads": heads.kv_heads, "head_dim": heads.head_dim}
     rest = {"hidden_size": heads.q_heads * heads.head_dim, "intermediate_size": 1, "vocab_size": 1, "num_hidden_layers": 1}

@@ -18,11 +18,12 @@ from benchmarks.cases import DENSE, PREFILLS, Case, Matrix, pairs
 from benchmarks.kernels import filled, properties, random_bf16
 from benchmarks.measure import copies_of, graph_time
 from minioscar.cache import BF16
-from minioscar.ops import card, raw, raw_batch, raw_dense, raw_prefill
+from minioscar.ops import attention, linear, linear_batch, prefill, sample
+from minioscar.ops.launch import Launch, run
 from minioscar.sampling import RowSampling, Sampling
 
 Array = Any
-HEADS = raw.Heads(32, 8, 128)
+HEADS = attention.Heads(32, 8, 128)
 VOCABULARY, EPS = 151936, 1e-6
 TOKENS = (1, 8, 48, 128, 256)
 SAMPLINGS = [
@@ -60,7 +61,7 @@ def measure(copy_rate: float, matmul_rate: float, quick: bool) -> Iterator[dict]
         us, spread = graph_time([together([launch])])
         yield row(name, shape, tokens, us, spread, moved, copy_rate)
     for past, new in PREFILLS[:1] if quick else PREFILLS:
-        us, spread = graph_time([prefill(past, new, rng)], replays=5)
+        us, spread = graph_time([prefill_after(past, new, rng)], replays=5)
         operations = 4 * HEADS.head_dim * HEADS.q_heads * pairs(past, new)
         yield row("prefill_attention", f"after {past:,} tokens", new, us, spread, operations, matmul_rate)
     if not quick:
@@ -88,16 +89,16 @@ def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> lis
     width = matrix.rows // 2 if matrix.silu else matrix.rows
     out = cupy.empty((tokens, width), np.float32 if matrix.float32 else BF16)
     options = {"silu": matrix.silu, "residual": random_bf16((tokens, width), rng) if matrix.residual else None}
-    if raw_dense.fits(tokens, matrix.size, matrix.norm, matrix.silu, capability):
+    if linear.fits(tokens, matrix.size, matrix.norm, matrix.silu, capability):
         options |= {"norm": (norm, EPS)} if matrix.norm else {}
-        made = [(raw_dense.linear(x, weight, out, multiprocessors, capability, **options),) for weight in weights]
+        made = [(linear.linear(x, weight, out, multiprocessors, capability, **options),) for weight in weights]
     else:
-        plan = raw_batch.batch_plan(tokens, matrix.size, matrix.rows, matrix.silu, multiprocessors, capability)
+        plan = linear_batch.batch_plan(tokens, matrix.size, matrix.rows, matrix.silu, multiprocessors, capability)
         scratch = cupy.empty(plan.workspace_floats, np.float32), cupy.zeros(plan.counters, np.int32)
         normed = cupy.empty_like(x)
-        before = (raw_dense.rms_norm(x, norm, EPS, normed),) if matrix.norm else ()
+        before = (linear.rms_norm(x, norm, EPS, normed),) if matrix.norm else ()
         made = [
-            (*before, raw_batch.linear_batch(normed if before else x, weight, out, plan, *scratch, **options))
+            (*before, linear_batch.linear_batch(normed if before else x, weight, out, plan, *scratch, **options))
             for weight in weights
         ]
 
@@ -106,25 +107,25 @@ def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> lis
 
 def drawing(sampling: Sampling, batch: int, rng: Any) -> Callable[[], None]:
     logits = rng.standard_normal((batch, VOCABULARY), dtype=np.float32) * 3
-    drawing = raw_dense.Drawing(cupy, [RowSampling(sampling, i) for i in range(batch)], VOCABULARY)
-    return together(raw_dense.sample(logits, drawing, *(cupy.zeros(batch, np.int32) for _ in range(2))))
+    drawing = sample.Drawing(cupy, [RowSampling(sampling, i) for i in range(batch)], VOCABULARY)
+    return together(sample.sample(logits, drawing, *(cupy.zeros(batch, np.int32) for _ in range(2))))
 
 
-def together(launches: Sequence[raw.Launch]) -> Callable[[], None]:
-    def run() -> None:
+def together(launches: Sequence[Launch]) -> Callable[[], None]:
+    def run_all() -> None:
         for launch in launches:
-            card.run(launch)
+            run(launch)
 
-    return run
+    return run_all
 
 
-def between(rng: Any) -> Iterator[tuple[str, str, int, raw.Launch, int]]:
+def between(rng: Any) -> Iterator[tuple[str, str, int, Launch, int]]:
     """What runs between the products of a prompt: name, shape, tokens, launch, and bytes in and out."""
     tokens = 4096
     gate_up, out = random_bf16((tokens, 24576), rng), cupy.empty((tokens, 12288), BF16)
-    yield "silu_mul", "12,288", tokens, raw_dense.silu_mul(gate_up, out), gate_up.nbytes + out.nbytes
+    yield "silu_mul", "12,288", tokens, linear.silu_mul(gate_up, out), gate_up.nbytes + out.nbytes
     x, y = (random_bf16((tokens, 4096), rng) for _ in "xy")
-    yield "add", "4,096", tokens, raw_dense.add(x, y), x.nbytes + 2 * y.nbytes
+    yield "add", "4,096", tokens, linear.add(x, y), x.nbytes + 2 * y.nbytes
     tokens, (q_heads, kv_heads, head_dim) = 32768, astuple(HEADS)
     qkv, tables = (
         random_bf16((tokens, (q_heads + 2 * kv_heads) * head_dim), rng),
@@ -141,46 +142,46 @@ def between(rng: Any) -> Iterator[tuple[str, str, int, raw.Launch, int]]:
         "k_weight": weight,
         "eps": EPS,
     }
-    launch = raw.rotate_scale(
+    launch = attention.rotate_scale(
         HEADS, qkv, cupy.arange(tokens, dtype=np.int32), *tables, q, rotate=True, k_out=k, **options
     )
     moved = 2 * (q.nbytes + k.nbytes) + tables.nbytes + norms.nbytes
     yield "rotate_scale", f"{q_heads} and {kv_heads} heads of {head_dim}", tokens, launch, moved
 
 
-def prefill(past: int, new: int, rng: Any) -> Callable[[], None]:
+def prefill_after(past: int, new: int, rng: Any) -> Callable[[], None]:
     h, (multiprocessors, capability) = HEADS, properties()
     q, k, v = (random_bf16((new, n, h.head_dim), rng) for n in (h.q_heads, h.kv_heads, h.kv_heads))
     older = tuple(random_bf16((1, h.kv_heads, past, h.head_dim), rng) for _ in "kv") if past else None
     stride = h.kv_heads * h.head_dim
-    new_tokens = raw.PrefillTokens(k, v, stride, stride, *(cupy.asarray([n], np.int32) for n in (0, 0, past, new)), new)
-    if raw_prefill.tiled(h.head_dim, capability):
-        tiles = raw_prefill.Tiles(*tiles_for(past + new), new_tokens.first_rows)
-        card.run(raw_prefill.fill_tiles(h, new_tokens, older, past + new, tiles))
+    new_tokens = attention.PrefillTokens(k, v, stride, stride, *(cupy.asarray([n], np.int32) for n in (0, 0, past, new)), new)
+    if prefill.tiled(h.head_dim, capability):
+        tiles = prefill.Tiles(*tiles_for(past + new), new_tokens.first_rows)
+        run(prefill.fill_tiles(h, new_tokens, older, past + new, tiles))
         older = tiles
-    plan = raw_prefill.split_plan(h, new, 1, past, multiprocessors, capability)
+    plan = prefill.split_plan(h, new, 1, past, multiprocessors, capability)
     split = plan and (
         plan,
         cupy.empty(plan.workspace_floats(h.head_dim), np.float32),
         cupy.zeros(plan.blocks, np.int32),
     )
     options = {"split": split, "multiprocessors": multiprocessors}
-    launch = raw_prefill.prefill_attention(h, q, new_tokens, older, cupy.empty_like(q), capability, **options)
-    return lambda: card.run(launch)
+    launch = prefill.prefill_attention(h, q, new_tokens, older, cupy.empty_like(q), capability, **options)
+    return lambda: run(launch)
 
 
 def tiles_for(tokens: int) -> tuple[Array, Array]:
-    """Keys and values of raw_prefill.Tiles, unwritten."""
-    shape = -(-tokens // raw_prefill.TILE_TOKENS), HEADS.kv_heads, raw_prefill.TILE_TOKENS, HEADS.head_dim
+    """Keys and values of prefill.Tiles, unwritten."""
+    shape = -(-tokens // prefill.TILE_TOKENS), HEADS.kv_heads, prefill.TILE_TOKENS, HEADS.head_dim
     return cupy.empty(shape, BF16), cupy.empty(shape, BF16)
 
 
 def unpacking(tokens: int, rng: Any) -> Callable[[], None]:
     case = Case("int2", 1, tokens, HEADS)
     keys, values = (cupy.empty((1, HEADS.kv_heads, tokens, HEADS.head_dim), BF16) for _ in "kv")
-    tiled = raw_prefill.tiled(HEADS.head_dim, properties()[1])
-    to = raw_prefill.Tiles(*tiles_for(tokens), cupy.zeros(1, np.int32)) if tiled else (keys, values)
-    launch = raw_prefill.unpack(
+    tiled = prefill.tiled(HEADS.head_dim, properties()[1])
+    to = prefill.Tiles(*tiles_for(tokens), cupy.zeros(1, np.int32)) if tiled else (keys, values)
+    launch = prefill.unpack(
         HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), tokens, filled(case, rng), to
     )
-    return lambda: card.run(launch)
+    return lambda: run(launch)

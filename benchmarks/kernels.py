@@ -19,7 +19,9 @@ from benchmarks.cases import PIECE, Case, entry, moved_bytes, too_large
 from benchmarks.measure import copies_of, graph_time
 from benchmarks.peers import peer_times
 from minioscar.cache import BF16
-from minioscar.ops import card, raw
+from minioscar.ops import attention
+from minioscar.ops.launch import kernel, run
+from minioscar.ops.layout import PAGE_TOKENS
 from minioscar.oscar import WINDOW, Scheme
 
 Array = Any
@@ -43,7 +45,7 @@ def filled(case: Case, rng: Any) -> dict[str, Array]:
     window = rows, h.kv_heads, WINDOW, h.head_dim
     cache = {"window_keys": random_bf16(window, rng), "window_values": random_bf16(window, rng)}
     cache["pages"] = cupy.empty(
-        (rows, h.kv_heads, context // raw.PAGE_TOKENS, raw.page_bytes(scheme, h.head_dim)), np.uint8
+        (rows, h.kv_heads, context // PAGE_TOKENS, attention.page_bytes(scheme, h.head_dim)), np.uint8
     )
     if scheme.scale:
         cache["norms"] = (h.kv_heads * h.head_dim) ** 0.5 * (
@@ -58,20 +60,20 @@ def filled(case: Case, rng: Any) -> dict[str, Array]:
 
 
 def packing(
-    h: raw.Heads, scheme: Scheme, cache: dict[str, Array], rng: Any
+    h: attention.Heads, scheme: Scheme, cache: dict[str, Array], rng: Any
 ) -> Iterator[tuple[int, Callable[[], None]]]:
     """Launches of the bulk kernel that fill the pages of every row; the number is the tokens of one launch."""
     rows, _, page_count, _ = cache["pages"].shape
-    context = page_count * raw.PAGE_TOKENS
+    context = page_count * PAGE_TOKENS
     k, v = (random_bf16((context, h.kv_heads, h.head_dim), rng) for _ in range(2))
     stride = h.kv_heads * h.head_dim
     for row in range(rows):
         ints = [cupy.asarray([x], np.int32) for x in (0, row, 0, context)]
-        launch = raw.pack_bulk(h, scheme, raw.PrefillTokens(k, v, stride, stride, *ints, context), cache)
-        yield context, lambda launch=launch: card.run(launch)
+        launch = attention.pack_bulk(h, scheme, attention.PrefillTokens(k, v, stride, stride, *ints, context), cache)
+        yield context, lambda launch=launch: run(launch)
 
 
-def attention(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict[str, Array]]]:
+def attention_launches(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict[str, Array]]]:
     """One launch per rotating cache."""
     scheme, h = case.scheme, case.heads
     first = filled(case, rng)
@@ -84,11 +86,11 @@ def attention(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict
     workspace = cupy.empty(plan.workspace_floats(h.head_dim), np.float32)
     split_counter = cupy.zeros(plan.counters(h.head_dim), np.int32)
     tasks = cupy.empty(plan.task_shape, np.int32)
-    card.run(raw.schedule(h, scheme, plan, lengths, tasks, workspace))  # once a step, for all layers: its own row
+    run(attention.schedule(h, scheme, plan, lengths, tasks, workspace))  # once a step, for all layers: its own row
     results = lengths, tasks, out, None, workspace, split_counter
     turns = enumerate(caches * (1 + len(caches) % 2))  # an even number of them
-    made = [raw.decode_attention(h, scheme, plan, q, cache, *results, parity=i % 2) for i, cache in turns]
-    return [lambda launch=launch: card.run(launch) for launch in made], caches
+    made = [attention.decode_attention(h, scheme, plan, q, cache, *results, parity=i % 2) for i, cache in turns]
+    return [lambda launch=launch: run(launch) for launch in made], caches
 
 
 def properties() -> tuple[int, int]:
@@ -97,8 +99,8 @@ def properties() -> tuple[int, int]:
     return found["multiProcessorCount"], 10 * found["major"] + found["minor"]
 
 
-def plan_of(case: Case) -> raw.DecodePlan:
-    return raw.decode_plan(case.heads, case.scheme, case.batch, *properties())
+def plan_of(case: Case) -> attention.DecodePlan:
+    return attention.decode_plan(case.heads, case.scheme, case.batch, *properties())
 
 
 def compile_all(wanted: list[Case]) -> None:
@@ -108,17 +110,17 @@ def compile_all(wanted: list[Case]) -> None:
     for case in wanted:
         cache = {name: cupy.empty((1, 1, 1, 1), np.uint8) for name in ("keys", "values", "pages", "norms")}
         lengths = np.empty(case.batch)
-        launch = raw.decode_attention(
+        launch = attention.decode_attention(
             case.heads, case.scheme, plan_of(case), q, cache, lengths, None, q, None, None, None, parity=0
         )
         seen[launch.source, launch.name, launch.defines] = None
         if case.scheme.quantized:
-            seen["pack.cu", "pack", raw.layout_defines(case.scheme, case.heads.head_dim)] = None
+            seen["pack.cu", "pack", attention.layout_defines(case.scheme, case.heads.head_dim)] = None
     if not seen:
         return
     # Each fills the cache on disk
     with multiprocessing.get_context("spawn").Pool(min(len(seen), os.cpu_count() or 1)) as pool:
-        pool.starmap(card.kernel, list(seen), chunksize=1)
+        pool.starmap(kernel, list(seen), chunksize=1)
 
 
 def measure(wanted: list[Case], copy_rate: float, peers: bool, rest: bool = True) -> Iterator[dict]:
@@ -137,7 +139,7 @@ def measure(wanted: list[Case], copy_rate: float, peers: bool, rest: bool = True
                 "skipped": reason,
             }
             continue
-        launches, caches = attention(case, rng)
+        launches, caches = attention_launches(case, rng)
         us, spread = graph_time(launches, rest=rest)
         row = entry("decode_attention", case, us, spread, moved_bytes(case), copy_rate)
         if peers and case.peers:
@@ -169,11 +171,11 @@ def writing(copy_rate: float) -> Iterator[dict]:
         "norm_stride": case.context,
     }
     options |= {"q_weight": weight, "k_weight": weight, "eps": 1e-6}
-    rotate = raw.rotate_scale(h, qkv, lengths, cos, cos, q, rotate=True, **options)
-    pack = raw.pack_step(h, scheme, lengths, cache)
+    rotate = attention.rotate_scale(h, qkv, lengths, cos, cos, q, rotate=True, **options)
+    pack = attention.pack_step(h, scheme, lengths, cache)
     plan = plan_of(case)
     scratch = cupy.empty(plan.task_shape, np.int32), cupy.empty(plan.workspace_floats(h.head_dim), np.float32)
-    schedule = raw.schedule(h, scheme, plan, lengths, *scratch)
+    schedule = attention.schedule(h, scheme, plan, lengths, *scratch)
     for op, made in (
         ("rotate_scale_append", (rotate,)),
         ("rotate_scale_append_pack", (rotate, pack)),
@@ -182,7 +184,7 @@ def writing(copy_rate: float) -> Iterator[dict]:
 
         def launch(made: tuple = made) -> None:
             for one in made:
-                card.run(one)
+                run(one)
 
         us, spread = graph_time([launch])
         yield entry(op, case, us, spread, 2 * qkv.nbytes, copy_rate)

@@ -25,7 +25,7 @@ from .errors import Failure, UserError, shown
 from .generation import Generation, Options, Run, first_answers, for_each
 from .model import Model, check_scheme
 from .nan_check import Watch
-from .ops.raw_batch import BATCH_TOKENS
+from .ops.linear_batch import BATCH_TOKENS
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
 from .prompt_cache import File, PromptCache, common, continued

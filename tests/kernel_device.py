@@ -7,7 +7,7 @@
         kernel(grid, block, [device.array(x), out, np.int32(n)], shared=1024)
         assert_something(device.numpy(out))
 
-`device.run(launch)` does the middle part for a `Launch` of minioscar.ops.raw. Scalars are NumPy scalars of the
+`device.run(launch)` does the middle part for a `Launch` of minioscar.ops.launch. Scalars are NumPy scalars of the
 kernel's own types. `empty` is filled with 0xFF: NaN, or a size that no array has. `arch` is the least compute
 capability: the one that is simulated, while a card compiles for its own.
 """
@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minioscar.ops import card
-from minioscar.ops.raw import KERNELS, Launch, TensorMap
+from minioscar.ops.launch import KERNELS, Launch, TensorMap, module, run
 
 from . import simt
 
@@ -65,7 +64,7 @@ class CudaDevice(Device):
 
         self.check(launch.source, arch)
         cupy.cuda.Device().synchronize()
-        card.run(launch)
+        run(launch)
 
     @staticmethod
     def check(source: str, arch: int) -> None:
@@ -80,7 +79,7 @@ class CudaDevice(Device):
     def compile(source: Path, name: str, defines: Sequence[str] = (), arch: int = 80) -> Callable[..., None]:
         CudaDevice.check(str(source), arch)
         options = ("-std=c++17", *(f"-D{d}" for d in defines))
-        kernel = card.module(str(source), options, [name] if "<" in name else None).get_function(name)
+        kernel = module(str(source), options, [name] if "<" in name else None).get_function(name)
 
         def launch(
             grid: Any, block: Any, args: Sequence[Any], shared: int = 0, seed: int = 0, checks: bool = True

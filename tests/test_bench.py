@@ -26,7 +26,7 @@ from benchmarks.measure import copies_of, enough, line, replayed, sustained
 from minioscar import engine
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
-from minioscar.ops import raw
+from minioscar.ops import attention
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, WINDOW
 
@@ -235,7 +235,7 @@ def test_moved_bytes_are_the_cache_without_half_of_its_window():
         window = case.batch * WINDOW // 2 * h.kv_heads * h.head_dim * 4
         whole = cache_bytes(bench_cases.layer(h), scheme, case.batch, case.context)
         assert bench_cases.moved_bytes(case) == (whole - window if scheme.quantized else whole + window)
-        assert not scheme.quantized or raw.unsupported(scheme, h.head_dim) is None or h == bench_cases.SMALL
+        assert not scheme.quantized or attention.unsupported(scheme, h.head_dim) is None or h == bench_cases.SMALL
 
 
 def test_sweeps_cover_what_they_say_once():

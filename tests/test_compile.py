@@ -1,6 +1,6 @@
 """Every kernel compiles for every supported card without a GPU, in its budget of registers and without spills.
 
-NVRTC is what compiles them on a card too. The budget lets a block run as raw.decode_plan counts on: 65,536 registers a
+NVRTC is what compiles them on a card too. The budget lets a block run as attention.decode_plan counts on: 65,536 registers a
 multiprocessor over its threads. `python -m tests.test_compile` writes what each takes to docs/results/resources.json.
 """
 
@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minioscar.ops import card, raw, raw_batch, raw_dense, raw_prefill
+from minioscar.ops import attention, linear, linear_batch, prefill, sample
+from minioscar.ops.launch import KERNELS, SHARED_KIB, Launch, architecture
+from minioscar.ops.launch import source as text_of
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling, Sampling
 
@@ -29,7 +31,7 @@ MORE = [("oscar", 128, 4), ("int2-compact", 128, 8), ("int4", 128, 4), ("kivi", 
 MORE += [("int2", 256, 7), ("bf16", 256, 8)]
 
 
-def launches(arch: int) -> dict[str, raw.Launch]:
+def launches(arch: int) -> dict[str, Launch]:
     """Label -> what is launched for a shape on a card of this compute capability."""
     found, everything = {}, arch == 90
     ints, out = np.empty(1, np.int32), np.empty(1, np.uint16)
@@ -38,25 +40,25 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         for name in ("keys", "values", "pages", "norms", "window_keys", "window_values")
     }
     for kv, dim, q_per_kv in SHAPES + MORE * everything:
-        heads, scheme = raw.Heads(2 * q_per_kv, 2, dim), SCHEMES[kv]
-        plan = raw.decode_plan(heads, scheme, 1, MULTIPROCESSORS, arch)
-        launch = raw.decode_attention(heads, scheme, plan, out, cache, ints, ints, out, None, out, ints, parity=0)
+        heads, scheme = attention.Heads(2 * q_per_kv, 2, dim), SCHEMES[kv]
+        plan = attention.decode_plan(heads, scheme, 1, MULTIPROCESSORS, arch)
+        launch = attention.decode_attention(heads, scheme, plan, out, cache, ints, ints, out, None, out, ints, parity=0)
         found[f"{launch.name} {kv} d{dim} {q_per_kv}:1"] = launch
         if kv == "int2" and dim == 128:
-            found[f"schedule {kv} d{dim} {q_per_kv}:1"] = raw.schedule(heads, scheme, plan, ints, ints, out)
-    new = raw.PrefillTokens(out, out, 0, 0, ints, ints, ints, ints, 1)
+            found[f"schedule {kv} d{dim} {q_per_kv}:1"] = attention.schedule(heads, scheme, plan, ints, ints, out)
+    new = attention.PrefillTokens(out, out, 0, 0, ints, ints, ints, ints, 1)
     for kv, dim in [("int2", 128)] + [("int2-compact", 128), ("int4", 64), ("oscar", 256)] * everything:
-        heads = raw.Heads(2, 2, dim)
-        for launch in (raw.pack_bulk(heads, SCHEMES[kv], new, cache), raw.pack_step(heads, SCHEMES[kv], ints, cache)):
+        heads = attention.Heads(2, 2, dim)
+        for launch in (attention.pack_bulk(heads, SCHEMES[kv], new, cache), attention.pack_step(heads, SCHEMES[kv], ints, cache)):
             found[f"{launch.name} {kv} d{dim}"] = launch
     for dim, q_per_kv in [(128, 4)] + [(64, 3), (96, 1), (256, 8)] * everything:
-        heads = raw.Heads(2 * q_per_kv, 2, dim)
-        past = raw_prefill.Tiles(out, out, ints) if raw_prefill.tiled(dim, arch) else None
-        found[f"prefill_attention d{dim} {q_per_kv}:1"] = raw_prefill.prefill_attention(
+        heads = attention.Heads(2 * q_per_kv, 2, dim)
+        past = prefill.Tiles(out, out, ints) if prefill.tiled(dim, arch) else None
+        found[f"prefill_attention d{dim} {q_per_kv}:1"] = prefill.prefill_attention(
             heads, out, new, past, out, arch
         )
         if past:
-            found[f"prefill_tiles d{dim}"] = raw_prefill.fill_tiles(heads, new, None, 1, past)
+            found[f"prefill_tiles d{dim}"] = prefill.fill_tiles(heads, new, None, 1, past)
     for to, silu, dtype in (
         ("bf16", False, np.uint16),
         ("silu, bf16", True, np.uint16),
@@ -64,12 +66,12 @@ def launches(arch: int) -> dict[str, raw.Launch]:
     ):
         norm = None if to == "bf16" else (out, 0.0)
         x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
-        found[f"linear to {to}"] = raw_dense.linear(x, weight, y, MULTIPROCESSORS, arch, norm=norm, silu=silu)
+        found[f"linear to {to}"] = linear.linear(x, weight, y, MULTIPROCESSORS, arch, norm=norm, silu=silu)
     for tokens in (32, 48, 128, *((192, 256) if everything else ())):
         x, weight, y = np.empty((tokens, 4096)), np.empty((24576, 4096), np.uint8), np.empty((1, 1), np.uint16)
-        batch = raw_batch.batch_plan(tokens, 4096, 24576, True, MULTIPROCESSORS, arch)
-        found[f"linear_batch of {tokens}"] = raw_batch.linear_batch(x, weight, y, batch, out, ints, silu=True)
-    for warpgroups, tile in raw_batch.MAX_TILE_ROWS.items() if everything else ():  # the largest sums
+        batch = linear_batch.batch_plan(tokens, 4096, 24576, True, MULTIPROCESSORS, arch)
+        found[f"linear_batch of {tokens}"] = linear_batch.linear_batch(x, weight, y, batch, out, ints, silu=True)
+    for warpgroups, tile in linear_batch.MAX_TILE_ROWS.items() if everything else ():  # the largest sums
         x, weight, y = (
             np.empty((64 * warpgroups, 4096)),
             np.empty((2 * tile, 4096), np.uint8),
@@ -77,27 +79,27 @@ def launches(arch: int) -> dict[str, raw.Launch]:
         )
         batch = next(
             p
-            for p in raw_batch.wgmma_configs(64 * warpgroups, 4096, 2 * tile, False, MULTIPROCESSORS)
+            for p in linear_batch.wgmma_configs(64 * warpgroups, 4096, 2 * tile, False, MULTIPROCESSORS)
             if p.rows == tile
         )
-        found[f"linear_batch of {64 * warpgroups}, tiles of {tile}"] = raw_batch.linear_batch(
+        found[f"linear_batch of {64 * warpgroups}, tiles of {tile}"] = linear_batch.linear_batch(
             x, weight, y, batch, out, ints
         )
-    found["embed"], found["advance"] = raw_dense.embed(out[None], ints, out), raw_dense.advance(ints, ints)
-    for launch in (raw_dense.silu_mul(out[None], np.empty((1, 8))), raw_dense.add(out[None], np.empty((1, 8)))):
+    found["embed"], found["advance"] = linear.embed(out[None], ints, out), sample.advance(ints, ints)
+    for launch in (linear.silu_mul(out[None], np.empty((1, 8))), linear.add(out[None], np.empty((1, 8)))):
         found[launch.name] = launch
-    found["rms_norm"] = raw_dense.rms_norm(x, out, 0, out)
+    found["rms_norm"] = linear.rms_norm(x, out, 0, out)
     for batch in (1, *((64,) if everything else ())):
         rows = [RowSampling(Sampling(1, top_p=0.5, repetition_penalty=2))] * batch
-        for launch in raw_dense.sample(np.empty((batch, 2)), raw_dense.Drawing(np, rows, 2), ints, ints):
+        for launch in sample.sample(np.empty((batch, 2)), sample.Drawing(np, rows, 2), ints, ints):
             found[f"{launch.name} of {batch}"] = launch
     for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
-        to = raw_prefill.Tiles(past, past, ints) if raw_prefill.tiled(dim, arch) else (past, past)
-        found[f"unpack {kv} d{dim}"] = raw_prefill.unpack(raw.Heads(2, 2, dim), SCHEMES[kv], ints, ints, 1, cache, to)
+        to = prefill.Tiles(past, past, ints) if prefill.tiled(dim, arch) else (past, past)
+        found[f"unpack {kv} d{dim}"] = prefill.unpack(attention.Heads(2, 2, dim), SCHEMES[kv], ints, ints, 1, cache, to)
     for dim in (128, *((64, 256) if everything else ())):
-        found[f"rotate_scale d{dim}"] = raw.rotate_scale(raw.Heads(8, 2, dim), out, ints, out, out, out, rotate=True)
-        found[f"rotate_weights d{dim}"] = raw.rotate_weights(out, dim, 0)
+        found[f"rotate_scale d{dim}"] = attention.rotate_scale(attention.Heads(8, 2, dim), out, ints, out, out, out, rotate=True)
+        found[f"rotate_weights d{dim}"] = attention.rotate_weights(out, dim, 0)
     return found
 
 
@@ -106,8 +108,8 @@ def test_every_kernel_waits_for_the_launch_before_it():
 
     rms_norm alone lets the next launch start before its own wait: a product, which reads only weights before it waits.
     """
-    found = [body for file in raw.KERNELS.rglob("*.cu") for body in file.read_text().split("__global__")[1:]]
-    attend = (raw.KERNELS / "attention.cuh").read_text().split("DEVICE void attend(")[1]
+    found = [body for file in KERNELS.rglob("*.cu") for body in file.read_text().split("__global__")[1:]]
+    attend = (KERNELS / "attention.cuh").read_text().split("DEVICE void attend(")[1]
     found = [attend if "attend(" in body else body for body in found]
     found = [body.replace("wait_then_allow_next()", "wait_for_previous(), allow_next()") for body in found]
     early = [body for body in found if body.index("wait_for_previous()") > body.index("allow_next()")]
@@ -126,10 +128,10 @@ def headers() -> Path:
 @cache  # the kernels of a file come together
 def compiled(source: str, defines: tuple[str, ...], arch: int) -> tuple[str, bytes]:
     """The log with ptxas's report, and the cubin. Raises AssertionError with the log where it does not compile."""
-    target = f"--gpu-architecture={card.architecture(source, arch)}"
+    target = f"--gpu-architecture={architecture(source, arch)}"
     options = [target, "-std=c++17", "--ptxas-options=-v", *(f"-D{d}" for d in defines)]
-    options += [] if source.startswith("sm90/") else [f"-I{headers()}"]  # as card.module finds them for the others
-    program = checked(nvrtc.nvrtcCreateProgram(card.source(source).encode(), source.encode(), 0, [], []))
+    options += [] if source.startswith("sm90/") else [f"-I{headers()}"]  # as launch.module finds them for the others
+    program = checked(nvrtc.nvrtcCreateProgram(text_of(source).encode(), source.encode(), 0, [], []))
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
     checked(nvrtc.nvrtcGetProgramLog(program, log))
@@ -175,7 +177,7 @@ def test_kernels_compile_within_their_registers_and_without_spills(arch: int):
         print(json.dumps(row))
         assert row["spilled"] == 0, row
         assert row["registers"] * row["threads"] <= 65536, row
-        assert row["static_shared"] + row["dynamic_shared"] <= raw.SHARED_KIB[arch] * 1024, row
+        assert row["static_shared"] + row["dynamic_shared"] <= SHARED_KIB[arch] * 1024, row
         recorded.remove(row["kernel"])
     assert not recorded, f"{RECORD.name} has kernels that are gone: {recorded}"
 

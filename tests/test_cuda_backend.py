@@ -179,7 +179,7 @@ def test_a_product_of_many_tokens_is_added_to_the_residual(make, size, seed):
     product, size_of = x @ weight.T, 1e-5 * (abs(residual) + abs(x) @ abs(weight).T)
     want = residual + product
     once = abs(got - want) <= 2**-8 * abs(want) + size_of
-    # cuBLAS rounds the product first (ops/blas.py); in float32 that may stand on the other side of the middle between two BF16.
+    # cuBLAS rounds the product first (linear.add_product); in float32 that may stand on the other side of the middle between two BF16.
     low, high = (residual + rounded(product + side) for side in (-size_of, size_of))
     twice = (low - 2**-8 * abs(low) <= got) & (got <= high + 2**-8 * abs(high))
     assert once.all() or (make is _card and twice.all())

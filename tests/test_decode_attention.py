@@ -11,7 +11,7 @@ import pytest
 
 from minioscar import oscar
 from minioscar.cache import BF16
-from minioscar.ops import raw
+from minioscar.ops import attention
 from minioscar.oscar import SCHEMES, WINDOW, Scheme
 
 from .kernel_device import on_each_device, on_the_card
@@ -21,7 +21,7 @@ LIMIT = 2e-3  # ||error|| / ||reference|| of float32 outputs
 RAGGED = (300, 1, 128, 513)
 
 
-def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def softmax_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One query token in float64: q [q_heads, d], keys, values [kv_heads, n, d] -> out [q_heads, d], log-sum-exp
     [q_heads]."""
     heads, _, d = keys.shape
@@ -74,7 +74,7 @@ def packed_tokens(n: int) -> int:
     return max(n - 1, 0) // WINDOW * WINDOW
 
 
-def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: raw.Heads) -> dict:
+def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: attention.Heads) -> dict:
     """The cache of one layer: full blocks before the last token packed, the rest in the window."""
     d, rows, batch = heads.head_dim, [x.shape[2] for x in sequences], len(sequences)
     capacity = max(max(rows), 1) + 64
@@ -91,7 +91,7 @@ def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: raw.H
     for b, (x, old) in enumerate(zip(sequences, packed, strict=True)):
         window[:, b, :, : x.shape[2] - old] = x[:, :, old:]
         norms[b, : x.shape[2]] = oscar.token_norms(x[0].transpose(1, 0, 2))
-    pages = device.empty((batch, KV_HEADS, -(-capacity // 64), raw.page_bytes(scheme, d)), np.uint8)
+    pages = device.empty((batch, KV_HEADS, -(-capacity // 64), attention.page_bytes(scheme, d)), np.uint8)
     cache = {"pages": pages, "norms": device.array(norms)}
     cache |= {f"window_{n}": device.array(w) for n, w in zip(("keys", "values"), window, strict=True)}
     if scheme.sinks:
@@ -100,8 +100,8 @@ def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: raw.H
     first, starts, counts = (
         device.array(np.array(x, np.int32)) for x in (np.cumsum([0, *rows[:-1]]), [0] * batch, packed)
     )
-    new = raw.PrefillTokens(keys, values, KV_HEADS * d, KV_HEADS * d, first, None, starts, counts, max(rows))
-    device.run(raw.pack_bulk(heads, scheme, new, cache))
+    new = attention.PrefillTokens(keys, values, KV_HEADS * d, KV_HEADS * d, first, None, starts, counts, max(rows))
+    device.run(attention.pack_bulk(heads, scheme, new, cache))
     return cache
 
 
@@ -109,7 +109,7 @@ def run(
     device,
     scheme: Scheme,
     d: int,
-    plan: raw.DecodePlan,
+    plan: attention.DecodePlan,
     lengths: Sequence[int],
     seed: int,
     *,
@@ -125,12 +125,12 @@ def run(
     expected = np.zeros(q.shape), np.zeros(q.shape[:2])
     for b, x in enumerate(sequences):
         if x.shape[2] and reference:
-            expected[0][b], expected[1][b] = attention(q[b], *dequantized(x, cached_packed(scheme, x), scheme))
+            expected[0][b], expected[1][b] = softmax_attention(q[b], *dequantized(x, cached_packed(scheme, x), scheme))
     return got, expected
 
 
 def drawn(
-    d: int, plan: raw.DecodePlan, lengths: Sequence[int], seed: int, kind: str
+    d: int, plan: attention.DecodePlan, lengths: Sequence[int], seed: int, kind: str
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Queries, BF16 [batch, q_heads, d], and the `history` of each sequence."""
     rng, q_heads = np.random.default_rng(seed), KV_HEADS * plan.q_groups * plan.q_per_kv
@@ -144,24 +144,24 @@ def drawn(
 def attended(
     device,
     scheme: Scheme,
-    plan: raw.DecodePlan,
+    plan: attention.DecodePlan,
     q: np.ndarray,
     sequences: Sequence[np.ndarray],
     arch: int = 80,
     order: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The kernel's output and log-sum-exp."""
-    d, heads = q.shape[2], raw.Heads(q.shape[1], KV_HEADS, q.shape[2])
+    d, heads = q.shape[2], attention.Heads(q.shape[1], KV_HEADS, q.shape[2])
     cache = filled(device, sequences, scheme, heads)
     out, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:2], np.float32)
     workspace = device.empty(plan.workspace_floats(d), np.float32)
     split_counter = device.array(np.zeros(plan.counters(d), np.int32))
     known = device.array(np.array([x.shape[2] for x in sequences], np.int32) - 1)
     tasks = device.empty(plan.task_shape, np.int32)
-    attend = raw.decode_attention(
+    attend = attention.decode_attention(
         heads, scheme, plan, device.array(q), cache, known, tasks, out, lse, workspace, split_counter, parity=0
     )
-    schedule = raw.schedule(heads, scheme, plan, known, tasks, workspace)
+    schedule = attention.schedule(heads, scheme, plan, known, tasks, workspace)
     device.run(replace(schedule, defines=attend.defines), arch, order)  # one compilation, as in the engine
     device.run(attend, arch, order)
     assert not device.numpy(split_counter).any()
@@ -213,7 +213,7 @@ def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(
     device, seed, name, d, q_per_kv, q_groups, arch
 ):
     for blocks, lengths in ((1, RAGGED), (5, RAGGED), (23, (129, 0, 257, 64)), (9, (2, 385, 0, 0))):
-        plan = raw.DecodePlan(q_per_kv, q_groups, 4, 2, blocks)
+        plan = attention.DecodePlan(q_per_kv, q_groups, 4, 2, blocks)
         check(*run(device, SCHEMES[name], d, plan, lengths, seed, arch=arch), lengths)
 
 
@@ -221,47 +221,47 @@ def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_decode_attention_over_fewer_units_than_blocks(device, seed, name):
     for lengths in ((2, 385, 0, 0), (0, 40, 0, 1), (0, 0, 0, 0)):
-        check(*run(device, SCHEMES[name], 128, raw.DecodePlan(4, 1, 4, 2, 132), lengths, seed), lengths)
+        check(*run(device, SCHEMES[name], 128, attention.DecodePlan(4, 1, 4, 2, 132), lengths, seed), lengths)
 
 
 @on_each_device
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_a_head_of_more_blocks_than_a_round_takes_is_merged_in_rounds(device, seed, name):
-    check(*run(device, SCHEMES[name], 64, raw.DecodePlan(3, 1, 2, 2, 61), (1400,), seed), (1400,))
+    check(*run(device, SCHEMES[name], 64, attention.DecodePlan(3, 1, 2, 2, 61), (1400,), seed), (1400,))
 
 
 @on_each_device
 @pytest.mark.parametrize(("name", "d"), [("int2", 128), ("int2-compact", 64)])
 def test_a_block_may_have_as_many_parts_as_a_warp_has_lanes(device, seed, name, d):
     for lengths in (RAGGED, (1400,)):
-        check(*run(device, SCHEMES[name], d, raw.DecodePlan(4, 1, 16, 2, 3), lengths, seed, arch=90), lengths)
+        check(*run(device, SCHEMES[name], d, attention.DecodePlan(4, 1, 16, 2, 3), lengths, seed, arch=90), lengths)
 
 
 @on_each_device
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 127, 128, 129, 130, 191, 192, 193, 256, 257])
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_decode_attention_around_every_boundary(device, seed, name, n):
-    check(*run(device, SCHEMES[name], 64, raw.DecodePlan(2, 1, 4, 2, 3), (n,), seed), (n,))
+    check(*run(device, SCHEMES[name], 64, attention.DecodePlan(2, 1, 4, 2, 3), (n,), seed), (n,))
 
 
 @on_each_device
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 @pytest.mark.parametrize("kind", ["zero", "equal", "ramp", "tail", "sink", "peak"])
 def test_decode_attention_over_difficult_caches(device, seed, kind, name):
-    check(*run(device, SCHEMES[name], 128, raw.DecodePlan(4, 1, 4, 2, 5), RAGGED, seed, kind=kind), RAGGED)
+    check(*run(device, SCHEMES[name], 128, attention.DecodePlan(4, 1, 4, 2, 5), RAGGED, seed, kind=kind), RAGGED)
 
 
 @on_each_device
 @pytest.mark.parametrize("sinks", [0, 32, 64, 100, 128])
 def test_decode_attention_with_any_number_of_sinks(device, seed, sinks):
     scheme = replace(SCHEMES["int2"], sinks=sinks)
-    check(*run(device, scheme, 64, raw.DecodePlan(3, 1, 4, 2, 5), RAGGED, seed), RAGGED)
+    check(*run(device, scheme, 64, attention.DecodePlan(3, 1, 4, 2, 5), RAGGED, seed), RAGGED)
 
 
 @on_each_device
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_decode_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(device, seed, name):
-    plan, kept = raw.DecodePlan(4, 1, 4, 2, 7), {"reference": False}
+    plan, kept = attention.DecodePlan(4, 1, 4, 2, 7), {"reference": False}
     first, *others = [run(device, SCHEMES[name], 128, plan, RAGGED, seed, order=order, **kept)[0] for order in range(4)]
     assert all(np.array_equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
@@ -271,24 +271,24 @@ def test_decode_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(
 def test_launches_that_alternate_halves_of_a_workspace_find_no_sums_of_each_other_in_it(device, seed, name):
     """Three launches after each of three schedules, so that parity 0 follows parity 0; caches, q and splits differ."""
     rng, scheme = np.random.default_rng(seed), SCHEMES[name]
-    plan, heads = raw.DecodePlan(4, 1, 4, 2, 7), raw.Heads(KV_HEADS * 4, KV_HEADS, 64)
+    plan, heads = attention.DecodePlan(4, 1, 4, 2, 7), attention.Heads(KV_HEADS * 4, KV_HEADS, 64)
     workspace = device.array(np.zeros(plan.workspace_floats(64), np.float32))  # nothing of it is empty
     split_counter = device.array(np.zeros(plan.counters(64), np.int32))
     for lengths in ((300, 1, 128, 513), (700, 40, 0, 0), (129, 400, 400, 2)):
         tasks, known = device.empty(plan.task_shape, np.int32), device.array(np.array(lengths, np.int32) - 1)
-        device.run(raw.schedule(heads, scheme, plan, known, tasks, workspace))
+        device.run(attention.schedule(heads, scheme, plan, known, tasks, workspace))
         for parity in (0, 1, 0):
             q = rng.normal(size=(len(lengths), heads.q_heads, 64)).astype(BF16)
             sequences = [history(rng, n, 64, "", q[0, 0].astype(np.float64)) for n in lengths]
             out, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:2], np.float32)
             results = known, tasks, out, lse, workspace, split_counter
             cache = filled(device, sequences, scheme, heads)
-            device.run(raw.decode_attention(heads, scheme, plan, device.array(q), cache, *results, parity=parity))
+            device.run(attention.decode_attention(heads, scheme, plan, device.array(q), cache, *results, parity=parity))
             expected = np.zeros(q.shape), np.zeros(q.shape[:2])
             for b, x in enumerate(sequences):
                 if x.shape[2]:
                     old = packed_tokens(x.shape[2]) if scheme.quantized else 0
-                    expected[0][b], expected[1][b] = attention(q[b], *dequantized(x, old, scheme))
+                    expected[0][b], expected[1][b] = softmax_attention(q[b], *dequantized(x, old, scheme))
             check((device.numpy(out), device.numpy(lse, allow_unwritten=True)), expected, lengths)
 
 
@@ -296,7 +296,7 @@ def test_launches_that_alternate_halves_of_a_workspace_find_no_sums_of_each_othe
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_a_number_that_is_none_ends_in_its_own_heads(device, seed, name):
     """Parts that are NaN are taken for parts that are not there yet, and asked for again: once."""
-    plan, lengths = raw.DecodePlan(4, 1, 4, 2, 7), (1400, 300)
+    plan, lengths = attention.DecodePlan(4, 1, 4, 2, 7), (1400, 300)
     good, bad = (
         run(device, SCHEMES[name], 64, plan, lengths, seed, kind=kind, reference=False)[0] for kind in ("", "nan")
     )
@@ -313,18 +313,18 @@ def test_a_number_that_is_none_ends_in_its_own_heads(device, seed, name):
 @pytest.mark.parametrize("warps", [1, 2, 4])
 def test_warps_with_many_units_ask_for_two_of_them_early(device, seed, warps, name):
     lengths = (1400, 0, 900)
-    check(*run(device, SCHEMES[name], 128, raw.DecodePlan(4, 1, warps, 2, 2), lengths, seed, arch=90), lengths)
+    check(*run(device, SCHEMES[name], 128, attention.DecodePlan(4, 1, warps, 2, 2), lengths, seed, arch=90), lengths)
 
 
 # --- the whole grid, with the plans that the engine makes: on the card only
 
 
-def planned(scheme: Scheme, d: int, q_per_kv: int, batch: int) -> raw.DecodePlan:
+def planned(scheme: Scheme, d: int, q_per_kv: int, batch: int) -> attention.DecodePlan:
     import cupy
 
     device = cupy.cuda.Device()
-    heads = raw.Heads(KV_HEADS * q_per_kv, KV_HEADS, d)
-    return raw.decode_plan(
+    heads = attention.Heads(KV_HEADS * q_per_kv, KV_HEADS, d)
+    return attention.decode_plan(
         heads, scheme, batch, device.attributes["MultiProcessorCount"], int(device.compute_capability)
     )
 
@@ -332,10 +332,10 @@ def planned(scheme: Scheme, d: int, q_per_kv: int, batch: int) -> raw.DecodePlan
 OTHERS = [
     name
     for name, scheme in SCHEMES.items()
-    if name != "int2" and not (scheme.quantized and raw.unsupported(scheme, 128))
+    if name != "int2" and not (scheme.quantized and attention.unsupported(scheme, 128))
 ]
-GRID = [("int2", d, q_per_kv) for d in raw.HEAD_DIMS for q_per_kv in (*range(1, 9), 16)]
-GRID += [(name, d, (2 * i + 3 * j) % 8 + 1) for i, name in enumerate(OTHERS) for j, d in enumerate(raw.HEAD_DIMS)]
+GRID = [("int2", d, q_per_kv) for d in attention.HEAD_DIMS for q_per_kv in (*range(1, 9), 16)]
+GRID += [(name, d, (2 * i + 3 * j) % 8 + 1) for i, name in enumerate(OTHERS) for j, d in enumerate(attention.HEAD_DIMS)]
 
 
 @on_the_card
@@ -373,7 +373,7 @@ def test_decode_attention_over_the_longest_contexts(device, seed, name, kind, n)
     q, (x,) = drawn(128, plan, (n,), seed, kind)
     got = attended(device, scheme, plan, q, (x,))
     keys, values = dequantized(x, cached_packed(scheme, x), scheme)
-    want = attention(q[0], keys, values)
+    want = softmax_attention(q[0], keys, values)
     steep = scheme.quantized and (kind == "tail" or kind == "sink" and not scheme.sinks)
     bound = STEEP if steep else LIMIT
     error = np.linalg.norm(got[0][0] - want[0]) / np.linalg.norm(want[0])

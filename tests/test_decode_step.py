@@ -14,7 +14,7 @@ from minioscar.cache import BF16, Cache
 from minioscar.model import Model
 from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode import StepBatch, StepDecoder, unsupported
-from minioscar.ops.products import Products, batch_plans
+from minioscar.ops.linear import Products, batch_plans
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling, Sampling, next_token, sample
 from minioscar.weights import Layer, Weights, expected

@@ -7,8 +7,8 @@ import pytest
 
 from minioscar import oscar
 from minioscar.cache import BF16
-from minioscar.ops import raw
-from minioscar.ops.pages import unpack
+from minioscar.ops import attention
+from minioscar.ops.layout import unpack
 
 from .kernel_device import on_each_device, on_the_card
 
@@ -35,7 +35,7 @@ def near(got: np.ndarray, exact: np.ndarray) -> bool:
 @pytest.mark.parametrize("prefill", [False, True])
 @pytest.mark.parametrize("rotate", [True, False])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "normed"), [(9, 3, False), (4, 1, True), (20, 18, True)])
-@pytest.mark.parametrize("d", raw.HEAD_DIMS)
+@pytest.mark.parametrize("d", attention.HEAD_DIMS)
 def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
     device, seed, d, q_heads, kv_heads, normed, rotate, prefill
 ):
@@ -52,8 +52,8 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
     keys, values = (None if prefill else device.empty((slots, kv_heads, capacity, d), BF16) for _ in "kv")
     norms = device.empty((slots, norm_stride), np.float32)
     q_weight, k_weight = (w if w is None else device.array(w) for w in weights)
-    launch = raw.rotate_scale(
-        raw.Heads(q_heads, kv_heads, d), *map(device.array, (qkv, positions, cosines, sines)), q_out, rotate=rotate, k_out=k_out,
+    launch = attention.rotate_scale(
+        attention.Heads(q_heads, kv_heads, d), *map(device.array, (qkv, positions, cosines, sines)), q_out, rotate=rotate, k_out=k_out,
         keys=keys, values=values, capacity=capacity, slots=device.array(rows), norms=norms, norm_stride=norm_stride,
         q_weight=q_weight, k_weight=k_weight, eps=eps,
     )  # fmt: skip
@@ -86,7 +86,7 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
 def check_rotate_weights(device, seed: int, shape: tuple[int, ...], d: int, axis: int) -> None:
     x = np.random.default_rng(seed).normal(size=shape).astype(BF16)
     there = device.array(x)
-    device.run(raw.rotate_weights(there, d, axis), seed=seed % 7)
+    device.run(attention.rotate_weights(there, d, axis), seed=seed % 7)
     heads = np.moveaxis(x, axis, -1).astype(np.float64)
     heads = heads.reshape(*heads.shape[:-1], -1, d)
     got = np.moveaxis(device.numpy(there), axis, -1).reshape(heads.shape)
@@ -95,7 +95,7 @@ def check_rotate_weights(device, seed: int, shape: tuple[int, ...], d: int, axis
 
 @on_each_device
 @pytest.mark.parametrize("what", ["rows", "columns", "bias"])
-@pytest.mark.parametrize("d", raw.HEAD_DIMS)
+@pytest.mark.parametrize("d", attention.HEAD_DIMS)
 def test_rotate_weights_rotates_every_head_of_a_matrix(device, seed, d, what):
     shape, axis = {"rows": ((2 * d, 45), 0), "columns": ((15, 3 * d), 1), "bias": ((3 * d,), 0)}[what]
     check_rotate_weights(device, seed, shape, d, axis)
@@ -109,7 +109,7 @@ def test_rotate_weights_of_models_shapes(device, seed, shape, d, axis):
 
 @on_each_device
 @pytest.mark.parametrize("name", ["oscar", "int2", "int2-compact", "int4", "kivi"])
-@pytest.mark.parametrize("d", raw.HEAD_DIMS)
+@pytest.mark.parametrize("d", attention.HEAD_DIMS)
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name):
     scheme, rng = oscar.SCHEMES[name], np.random.default_rng(seed)
@@ -135,17 +135,17 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
         0, 2, 1, 3
     )
     first_rows = np.append(0, np.cumsum(counts)[:-1]).astype(np.int32)
-    pages = device.empty((batch, kv_heads, capacity, raw.page_bytes(scheme, d)), np.uint8)
+    pages = device.empty((batch, kv_heads, capacity, attention.page_bytes(scheme, d)), np.uint8)
     sink = [device.empty((batch, kv_heads, max(sinks, 1), d), BF16) for _ in "kv"]
     cache = {"pages": pages, "norms": device.array(norms), "sink_keys": sink[0], "sink_values": sink[1]}
     cache |= {"window_keys": device.array(window[0]), "window_values": device.array(window[1])}
-    heads = raw.Heads(kv_heads, kv_heads, d)
+    heads = attention.Heads(kv_heads, kv_heads, d)
     if step == "prefill":
         rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
-        new_tokens = raw.PrefillTokens(*map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()))
-        launch = raw.pack_bulk(heads, scheme, new_tokens, cache)
+        new_tokens = attention.PrefillTokens(*map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()))
+        launch = attention.pack_bulk(heads, scheme, new_tokens, cache)
     else:
-        launch = raw.pack_step(heads, scheme, device.array(starts[np.argsort(slots)]), cache)
+        launch = attention.pack_step(heads, scheme, device.array(starts[np.argsort(slots)]), cache)
     device.run(launch, seed=seed % 7)
     got = device.numpy(pages, allow_unwritten=True)
     sinks_got = [device.numpy(a, allow_unwritten=True) for a in sink]
@@ -170,7 +170,7 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
 def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed):
     """A warp looks at 32 of them at a time; some are not in use. Pages are those of a sequence alone, and nothing else
     is written."""
-    scheme, heads, batch, rng = oscar.SCHEMES["int2"], raw.Heads(1, 1, 64), 70, np.random.default_rng(seed)
+    scheme, heads, batch, rng = oscar.SCHEMES["int2"], attention.Heads(1, 1, 64), 70, np.random.default_rng(seed)
     lengths = rng.choice(np.array([-1, 0, 126, 128, 200], np.int32), batch)
     full = np.array([0, 31, 32, 50, 69])
     lengths[full] = [127, 255, 127, 127, 255]
@@ -178,14 +178,14 @@ def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed)
     norms = rng.uniform(1, 2, (batch, 256)).astype(np.float32)
 
     def packed(rows: np.ndarray) -> np.ndarray:
-        pages = device.empty((len(rows), 1, 4, raw.page_bytes(scheme, 64)), np.uint8)
+        pages = device.empty((len(rows), 1, 4, attention.page_bytes(scheme, 64)), np.uint8)
         cache = {"pages": pages, "norms": device.array(norms[rows])}
         cache |= {
             name: device.array(np.zeros((len(rows), 1, scheme.sinks, 64), BF16))
             for name in ("sink_keys", "sink_values")
         }
         cache |= {f"window_{name}": device.array(window[i, rows]) for i, name in enumerate(("keys", "values"))}
-        device.run(raw.pack_step(heads, scheme, device.array(lengths[rows]), cache), seed=seed % 7)
+        device.run(attention.pack_step(heads, scheme, device.array(lengths[rows]), cache), seed=seed % 7)
         return np.array(device.numpy(pages, allow_unwritten=True))
 
     together = packed(np.arange(batch))
@@ -210,9 +210,9 @@ def test_tokens_after_the_last_full_block_go_to_the_window(device, seed, d):
     before = np.zeros((4, kv_heads, oscar.WINDOW, d), BF16)
     cache = {n: device.array(before) for n in names}
     rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
-    heads = raw.Heads(kv_heads, kv_heads, d)
-    new_tokens = raw.PrefillTokens(*map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()))
-    device.run(raw.fill_window(heads, scheme, new_tokens, cache), seed=seed % 7)
+    heads = attention.Heads(kv_heads, kv_heads, d)
+    new_tokens = attention.PrefillTokens(*map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()))
+    device.run(attention.fill_window(heads, scheme, new_tokens, cache), seed=seed % 7)
     for x, name in zip(new, names, strict=True):
         expected = before.copy()
         for first, slot, start, n in zip(first_rows, slots, starts, counts, strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minioscar.cache import BF16
-from minioscar.ops import raw, raw_prefill
+from minioscar.ops import attention, prefill
 from minioscar.oscar import SCHEMES
 
 from .kernel_device import on_each_device, on_the_card
@@ -55,7 +55,7 @@ def check(
 
     splits: at most so many of the keys, of so many tiles each. multiprocessors: so few that a block has several items.
     """
-    rng, heads, batch = np.random.default_rng(seed), raw.Heads(KV_HEADS * group, KV_HEADS, d), len(starts)
+    rng, heads, batch = np.random.default_rng(seed), attention.Heads(KV_HEADS * group, KV_HEADS, d), len(starts)
     # Two tokens of nobody: first_rows leave a gap
     q = rng.normal(size=(sum(counts) + 2, heads.q_heads, d)).astype(BF16)
     sequences = [history(rng, n, d, kind, q[0, 0].astype(np.float64)) for n in np.add(starts, counts)]
@@ -67,16 +67,16 @@ def check(
         qkv[:, first : first + count, :KV_HEADS] = x[:, :, start:].swapaxes(1, 2)
     stride = (KV_HEADS + 1) * d
     rows = (device.array(np.asarray(x, np.int32)) for x in (firsts, slots, starts, counts))
-    new = raw.PrefillTokens(*map(device.array, qkv), stride, stride, *rows, max(counts))
+    new = attention.PrefillTokens(*map(device.array, qkv), stride, stride, *rows, max(counts))
     out = device.empty(q.shape, BF16)
     older = tuple(map(device.array, past)) if any(starts) else None
-    if raw_prefill.tiled(d, arch):
+    if prefill.tiled(d, arch):
         plain, older = older, tiles_for(device, d, np.add(starts, counts))
-        device.run(raw_prefill.fill_tiles(heads, new, plain, max(np.add(starts, counts)), older), arch, order)
-    plan = raw_prefill.SplitPlan(-(-max(counts) * group // raw_prefill.WGMMA_ROWS) * KV_HEADS * batch, *splits)
+        device.run(prefill.fill_tiles(heads, new, plain, max(np.add(starts, counts)), older), arch, order)
+    plan = prefill.SplitPlan(-(-max(counts) * group // prefill.WGMMA_ROWS) * KV_HEADS * batch, *splits)
     split_counter = device.array(np.zeros(plan.blocks, np.int32))
     scratch = (plan, device.empty(plan.workspace_floats(d), np.float32), split_counter) if plan.splits > 1 else None
-    launch = raw_prefill.prefill_attention(
+    launch = prefill.prefill_attention(
         heads, device.array(q), new, older, out, arch, split=scratch, multiprocessors=multiprocessors
     )
     device.run(launch, arch, order)
@@ -93,10 +93,10 @@ def check(
     return got
 
 
-def tiles_for(device, d: int, tokens: Sequence[int]) -> raw_prefill.Tiles:
-    shape = int(sum(-(-np.asarray(tokens) // raw_prefill.TILE_TOKENS))), KV_HEADS, raw_prefill.TILE_TOKENS, d
+def tiles_for(device, d: int, tokens: Sequence[int]) -> prefill.Tiles:
+    shape = int(sum(-(-np.asarray(tokens) // prefill.TILE_TOKENS))), KV_HEADS, prefill.TILE_TOKENS, d
     keys, values = (device.empty(shape, BF16) for _ in "kv")
-    return raw_prefill.Tiles(keys, values, device.array(tiles_before(tokens).astype(np.int32)))
+    return prefill.Tiles(keys, values, device.array(tiles_before(tokens).astype(np.int32)))
 
 
 CASES = [(128, 4, 80), (64, 3, 80), (96, 1, 80), (256, 2, 80), (256, 1, 90), (256, 2, 120), (64, 8, 80), (128, 7, 80)]
@@ -164,10 +164,10 @@ def test_prefill_attention_one_head_after_the_other_gives_equal_bits(device, see
     """What L2 holds decides about the order of items, and nothing else."""
 
     def ordered(l2: int) -> np.ndarray:
-        monkeypatch.setattr(raw_prefill, "L2_BYTES", l2)
+        monkeypatch.setattr(prefill, "L2_BYTES", l2)
         return check(device, 64, 3, (300, 0), (50, 190), seed, arch=90, splits=splits)
 
-    one, both = (ordered(l2) for l2 in (1, raw_prefill.L2_BYTES))
+    one, both = (ordered(l2) for l2 in (1, prefill.L2_BYTES))
     assert np.array_equal(one, both, equal_nan=True)
 
 
@@ -180,19 +180,19 @@ def test_prefill_attention_in_splits_gives_equal_bits_in_every_order(device, see
 
 
 def test_keys_are_cut_only_where_multiprocessors_would_be_idle():
-    heads = raw.Heads(32, 8, 128)
-    assert raw_prefill.split_plan(heads, 32768, 1, 0, 132, 90) is None
-    assert raw_prefill.split_plan(heads, 4096, 1, 0, 132, 90) is None
-    assert raw_prefill.split_plan(heads, 512, 1, 131072, 132, 90) is None  # 128 blocks
-    assert raw_prefill.split_plan(heads, 64, 1, 131072, 132, 90) == raw_prefill.SplitPlan(16, 8, 129)
-    assert raw_prefill.split_plan(heads, 64, 1, 131072, 132, 80) is None
+    heads = attention.Heads(32, 8, 128)
+    assert prefill.split_plan(heads, 32768, 1, 0, 132, 90) is None
+    assert prefill.split_plan(heads, 4096, 1, 0, 132, 90) is None
+    assert prefill.split_plan(heads, 512, 1, 131072, 132, 90) is None  # 128 blocks
+    assert prefill.split_plan(heads, 64, 1, 131072, 132, 90) == prefill.SplitPlan(16, 8, 129)
+    assert prefill.split_plan(heads, 64, 1, 131072, 132, 80) is None
     for most in (1, 100, 256, 700):
-        plan = raw_prefill.split_plan(heads, most, 1, 131072, 132, 90)
-        assert plan.splits * plan.tiles * raw_prefill.TILE_TOKENS >= 131072 + most
+        plan = prefill.split_plan(heads, most, 1, 131072, 132, 90)
+        assert plan.splits * plan.tiles * prefill.TILE_TOKENS >= 131072 + most
 
 
 @on_the_card
-@pytest.mark.parametrize("d", raw_prefill.PREFILL_CONFIGS)
+@pytest.mark.parametrize("d", prefill.PREFILL_CONFIGS)
 @pytest.mark.parametrize("group", [*range(1, 9), 16])
 def test_prefill_attention_over_the_grid_of_shapes(device, seed, d, group):
     import cupy
@@ -203,28 +203,28 @@ def test_prefill_attention_over_the_grid_of_shapes(device, seed, d, group):
 
 @on_each_device
 @pytest.mark.parametrize("name", ["int2", "int2-compact", "oscar", "int4", "kivi", "scaling"])
-@pytest.mark.parametrize("d", raw.HEAD_DIMS)
+@pytest.mark.parametrize("d", attention.HEAD_DIMS)
 def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
     scheme, rng, lengths = SCHEMES[name], np.random.default_rng(seed), (300, 129, 40, 1)
-    if raw.unsupported(scheme, d):
-        pytest.skip(raw.unsupported(scheme, d))
-    heads = raw.Heads(KV_HEADS, KV_HEADS, d)
+    if attention.unsupported(scheme, d):
+        pytest.skip(attention.unsupported(scheme, d))
+    heads = attention.Heads(KV_HEADS, KV_HEADS, d)
     sequences = [history(rng, n, d, "tail", np.ones(d)) for n in lengths]
     cache = filled(device, sequences, scheme, heads)  # as decode attention finds it, its last token in the window
     slots = np.array([3, 0, 1, 2], np.int32)
     starts = np.array(lengths, np.int32)[slots]
     keys, values = (device.empty((len(slots), KV_HEADS, 320, d), BF16) for _ in "kv")
     slots_and_starts = device.array(slots), device.array(starts)
-    device.run(raw_prefill.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, (keys, values)), seed=seed % 5)
+    device.run(prefill.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, (keys, values)), seed=seed % 5)
     for row, slot in enumerate(slots):
         n = lengths[slot]
         for got, expected in zip((keys, values), dequantized(sequences[slot], n // 128 * 128, scheme), strict=True):
             got = np.array(device.numpy(got, allow_unwritten=True))[row]
             assert np.array_equal(got[:, :n], expected.astype(BF16)) and np.all(got[:, n:].view(np.uint16) == 0xFFFF)
-    if not raw_prefill.tiled(d, 90):
+    if not prefill.tiled(d, 90):
         return
     tiles = tiles_for(device, d, starts)
-    device.run(raw_prefill.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, tiles), seed=seed % 5)
+    device.run(prefill.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, tiles), seed=seed % 5)
     for row, n in enumerate(starts):
         for got, expected in zip((tiles.keys, tiles.values), (keys, values), strict=True):
             got = plain(np.array(device.numpy(got, allow_unwritten=True)), d)[:, 128 * tiles_before(starts)[row] :]
@@ -232,13 +232,13 @@ def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
 
 
 def tiles_before(tokens: Sequence[int]) -> np.ndarray:
-    each = -(-np.asarray(tokens) // raw_prefill.TILE_TOKENS)
+    each = -(-np.asarray(tokens) // prefill.TILE_TOKENS)
     return np.cumsum(each) - each
 
 
 def plain(tiles: np.ndarray, d: int) -> np.ndarray:
-    """The numbers of raw_prefill.Tiles in their order: [tiles, kv_heads, 128, d] -> [kv_heads, tokens, d]."""
-    pieces = tiles.reshape(*tiles.shape[:2], d // 64, raw_prefill.TILE_TOKENS, 8, 8)
-    r = np.arange(raw_prefill.TILE_TOKENS)[:, None]
+    """The numbers of prefill.Tiles in their order: [tiles, kv_heads, 128, d] -> [kv_heads, tokens, d]."""
+    pieces = tiles.reshape(*tiles.shape[:2], d // 64, prefill.TILE_TOKENS, 8, 8)
+    r = np.arange(prefill.TILE_TOKENS)[:, None]
     pieces = pieces[:, :, :, r, np.arange(8) ^ r % 8]
     return pieces.transpose(1, 0, 3, 2, 4, 5).reshape(tiles.shape[1], -1, d)

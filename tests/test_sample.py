@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minioscar.errors import Failure
-from minioscar.ops import raw_dense
+from minioscar.ops import sample as launches
 from minioscar.sampling import RowSampling, Sampling, adjusted, exponentials, history, next_token, probabilities, sample
 
 from .kernel_device import on_each_device, on_the_card
@@ -40,7 +40,7 @@ class Drawn:
     def __init__(self, device, rows: Sequence[RowSampling], vocab: int):
         self.device, self.rows, self.vocab = device, rows, vocab
         xp = SimpleNamespace(asarray=device.array, empty=device.empty, zeros=lambda shape, dtype: device.array(np.zeros(shape, dtype)))
-        self.drawing = raw_dense.Drawing(xp, rows, vocab)
+        self.drawing = launches.Drawing(xp, rows, vocab)
 
     def __call__(self, logits: np.ndarray, steps: np.ndarray, fed: np.ndarray, seen: np.ndarray | None = None, order: int = 0):
         """Tokens of one step, twice, since a launch must leave the workspace as it was. seen: what penalties look back at, before `fed`."""
@@ -49,7 +49,7 @@ class Drawn:
             if self.drawing.history is not None:
                 self.drawing.history = self.device.array(np.zeros(logits.shape, np.int32) if seen is None else seen)
             tokens = self.device.array(fed)
-            for launch in raw_dense.sample(there, self.drawing, at, tokens):
+            for launch in launches.sample(there, self.drawing, at, tokens):
                 self.device.run(launch, seed=order + again)
             found.append(np.array(self.device.numpy(tokens)))
         assert np.array_equal(*found)
@@ -163,7 +163,7 @@ def test_the_device_counts_what_it_is_fed(device, seed):
     tokens = device.array(np.array([3, 5, 5], np.int32))
     for step in range(1, 13):
         logits = (2 * rng.standard_normal((3, vocab))).astype(np.float32)
-        for launch in raw_dense.sample(device.array(logits), draw.drawing, device.array(np.full(3, step, np.int32)), tokens):
+        for launch in launches.sample(device.array(logits), draw.drawing, device.array(np.full(3, step, np.int32)), tokens):
             device.run(launch, seed=step)
         want = [next_token(x, row, step, before) for x, row, before in zip(logits, rows, past, strict=True)]
         assert device.numpy(tokens).tolist() == want
@@ -186,15 +186,15 @@ def test_a_cut_among_more_tokens_than_the_list_holds(device, seed):
 
 def test_a_vocabulary_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="no place"):
-        raw_dense.Drawing(np, [RowSampling()], 2**21 + 1)
+        launches.Drawing(np, [RowSampling()], 2**21 + 1)
 
 
 def test_what_no_row_asks_for_is_neither_launched_nor_allocated():
     def launched(*samplings: Sampling, **more) -> list[str]:
-        drawing = raw_dense.Drawing(np, [RowSampling(s, **more) for s in samplings], 100)
+        drawing = launches.Drawing(np, [RowSampling(s, **more) for s in samplings], 100)
         assert (drawing.history is not None) == any(s.penalizes for s in samplings)
         logits, at = np.empty((len(samplings), 100), np.float32), np.empty(len(samplings), np.int32)
-        return [launch.name.removeprefix("sample_") for launch in raw_dense.sample(logits, drawing, at, at)]
+        return [launch.name.removeprefix("sample_") for launch in launches.sample(logits, drawing, at, at)]
 
     assert launched(Sampling(), Sampling(top_p=0.5)) == ["max"]
     assert launched(Sampling(), Sampling(1, top_k=3, top_p=0.5)) == ["max", "draw"]

@@ -12,7 +12,7 @@ import pytest
 
 from minioscar import oscar
 from minioscar.cache import BF16
-from minioscar.ops import raw
+from minioscar.ops import attention
 from minioscar.oscar import SCHEMES
 
 from . import simt
@@ -30,14 +30,14 @@ def test_packed_pages_are_equal_bit_for_bit(seed, name):
     sequences = [history(rng, n, 128, "tail", np.ones(128)) for n in (300, 129)]
     pages = []
     for device in DEVICES:
-        cache = filled(device, sequences, SCHEMES[name], raw.Heads(2, 2, 128))
+        cache = filled(device, sequences, SCHEMES[name], attention.Heads(2, 2, 128))
         pages.append(np.array(device.numpy(cache["pages"], allow_unwritten=True)))
     packed = [page[b, :, : n // 128 * 2] for page in pages for b, n in enumerate((300, 129))]
     assert all(np.array_equal(a, b) for a, b in zip(packed[:2], packed[2:], strict=True))
 
 
 def test_rotated_heads_differ_by_one_rounding_at_most(seed):
-    rng, d, heads = np.random.default_rng(seed), 128, raw.Heads(8, 2, 128)
+    rng, d, heads = np.random.default_rng(seed), 128, attention.Heads(8, 2, 128)
     qkv, weight = rng.normal(size=(3, 12, d)).astype(BF16), rng.uniform(0.5, 2, d).astype(BF16)
     angles = rng.uniform(0, 6, (4, d // 2))
     found = []
@@ -46,7 +46,7 @@ def test_rotated_heads_differ_by_one_rounding_at_most(seed):
         tables = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
         inputs = map(device.array, (qkv, np.array([0, 2, 3], np.int32), *tables))
         normed = {"q_weight": device.array(weight), "k_weight": device.array(weight), "eps": 1e-6}
-        device.run(raw.rotate_scale(heads, *inputs, q, rotate=True, k_out=k, norms=norms, norm_stride=4, **normed))
+        device.run(attention.rotate_scale(heads, *inputs, q, rotate=True, k_out=k, norms=norms, norm_stride=4, **normed))
         found.append([np.array(device.numpy(x, allow_unwritten=True)) for x in (q, k, norms)])
     for a, b in zip(*(f[:2] for f in found), strict=True):
         bits = np.abs(a.view(np.int16).astype(int) - b.view(np.int16).astype(int))
@@ -58,7 +58,7 @@ def test_rotated_heads_differ_by_one_rounding_at_most(seed):
 
 @pytest.mark.parametrize("name", ["int2", "int2-compact", "oscar", "int4", "bf16"])
 def test_decode_attention_differs_by_the_tensor_cores_truncation(seed, name):
-    lengths, plan = (300, 1, 128, 513), raw.DecodePlan(4, 1, 4, 2, 5)
+    lengths, plan = (300, 1, 128, 513), attention.DecodePlan(4, 1, 4, 2, 5)
     (simulated, _), (real, _) = (
         run(device, SCHEMES[name], 128, plan, lengths, seed, arch=90, reference=False)[0] for device in DEVICES
     )
@@ -69,12 +69,12 @@ def test_decode_attention_differs_by_the_tensor_cores_truncation(seed, name):
 
 def test_the_schedule_is_equal_bit_for_bit(seed):
     lengths = np.random.default_rng(seed).integers(-1, 900, 70).astype(np.int32)
-    heads, plan = raw.Heads(8, 2, 128), raw.DecodePlan(4, 1, 4, 2, 13)
+    heads, plan = attention.Heads(8, 2, 128), attention.DecodePlan(4, 1, 4, 2, 13)
     tasks = []
     for device in DEVICES:
         out = device.empty(plan.task_shape, np.int32)
         workspace = device.empty(plan.workspace_floats(128), np.float32)
-        device.run(raw.schedule(heads, SCHEMES["int2"], plan, device.array(lengths), out, workspace))
+        device.run(attention.schedule(heads, SCHEMES["int2"], plan, device.array(lengths), out, workspace))
         tasks.append(np.array(device.numpy(out)))
     assert np.array_equal(*tasks)
     counts = tasks[0][:, : 2 * plan.warps : 2, 3]

@@ -47,15 +47,15 @@ def code(cubin: bytes) -> list[str]:
 
 def compile_tree(arch: int, only: str, cache: Path) -> dict[str, list[str]]:
     """Label -> `code` of each launch of the tree in the working directory; sources that were compiled before come from `cache`."""
-    from minioscar.ops import card
+    from minioscar.ops.launch import architecture, source
     from tests import test_compile
 
     found = {}
     for label, launch in test_compile.launches(arch).items():
         if not re.search(only, label):
             continue
-        text = card.source(launch.source)
-        parts = text, launch.defines, card.architecture(launch.source, arch)
+        text = source(launch.source)
+        parts = text, launch.defines, architecture(launch.source, arch)
         path = cache / (hashlib.sha256(repr(parts).encode()).hexdigest()[:32] + ".json")
         if not path.exists():
             path.write_text(json.dumps(code(test_compile.compiled(launch.source, launch.defines, arch)[1])))

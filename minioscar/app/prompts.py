@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..chat_template import Message, malformed
 from ..errors import Failure, UserError, one_line, said, shown
 from ..generation import Generation, Options
-from ..ops.raw_batch import BATCH_TOKENS
+from ..ops.linear_batch import BATCH_TOKENS
 from ..sampling import Sampling
 from ..storage import strict_json
 

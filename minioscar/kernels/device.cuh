@@ -143,7 +143,7 @@ DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memor
 // Waits until at most N of this thread's groups are in flight.
 template <int N> DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-// --- overlapping launches (ops/card.py); no effect on cards and in launches without them
+// --- overlapping launches (ops/launch.py); no effect on cards and in launches without them
 
 // Waits until every earlier launch has ended and its writes are visible. Each kernel calls it in every thread before
 // it writes anything and before it reads what the launch directly before may have written; results of older launches

@@ -49,7 +49,7 @@ struct State {  // of a row, from launch to launch
 };
 
 // Workspace, `words` of 64 bits a row, zero at first: State, sums of bins (zero before and after), a number of each
-// block, maxima of groups, the list. raw_dense.sample_words.
+// block, maxima of groups, the list. ops/sample.py, sample_words.
 struct Row {
   const float* logits;
   const Settings* settings;  // written once, long ago
@@ -190,7 +190,7 @@ sample_max(const float* logits, const uint64_t* rows, uint64_t* workspace, int w
   row.state->last = last;
 }
 
-// bins: those after so many are out, whatever the logits; raw_dense.py has the reason.
+// bins: those after so many are out, whatever the logits; ops/sample.py has the reason.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 sample_mass(const float* logits, const uint64_t* rows, uint64_t* workspace, int words, int bins, int vocab) {
   __shared__ Histogram<BINS> histogram;

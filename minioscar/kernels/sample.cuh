@@ -5,7 +5,7 @@
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 
-struct Settings {  // of a row, raw_dense.SETTINGS
+struct Settings {  // of a row, ops/sample.py, SETTINGS
   uint64_t seed;
   double top_p;
   float scale, min_p;  // scale: log2(e) / temperature, 0 where that is 0

@@ -20,10 +20,11 @@ from ..decoding import Decoder
 from ..oscar import Scheme
 from ..sampling import RowSampling
 from ..weights import Layer, Tensor
-from . import blas, card, raw, raw_batch, raw_dense, raw_prefill
+from . import attention, linear, linear_batch, prefill, sample
 from .decode import Queue, StepBatch, StepDecoder, unsupported
+from .launch import Launch, Recording, run
+from .linear import Products, batch_plans
 from .paged import KernelCache, kernel_cache
-from .products import Products, batch_plans
 from .reference import Reference
 from .upload import Upload
 
@@ -45,8 +46,8 @@ class Indices:
     starts: Array
     counts: Array
     firsts: Array  # [sequences]: where a sequence's first token stands among the tokens
-    first_tiles: Array  # [sequences]: of raw_prefill.Tiles
-    tiles: int  # of raw_prefill.Tiles, of all sequences
+    first_tiles: Array  # [sequences]: of prefill.Tiles
+    tiles: int  # of prefill.Tiles, of all sequences
 
 
 class Cuda(Reference):
@@ -61,19 +62,19 @@ class Cuda(Reference):
         self.multiprocessors = properties["multiProcessorCount"]
         self.capability = 10 * properties["major"] + properties["minor"]
         self.indices: Indices | None = None
-        self.recorded: card.Recording | None = None  # a step that is being recorded
+        self.recorded: Recording | None = None  # a step that is being recorded
         self.products = Products(self.xp, self.multiprocessors, self.capability)
 
-    def run(self, launch: raw.Launch) -> None:
-        card.run(launch)
+    def run(self, launch: Launch) -> None:
+        run(launch)
         if self.recorded is not None:
             self.recorded.append(launch)
 
     @contextmanager
-    def recording(self, tokens: int, config: Config) -> Iterator[card.Recording]:
+    def recording(self, tokens: int, config: Config) -> Iterator[Recording]:
         """The launches of this context, to be run again. Scratch for so many tokens, and what they allocate, is theirs alone."""
         common = self.products
-        with card.Recording().open() as self.recorded:
+        with Recording().open() as self.recorded:
             self.products = Products(self.xp, self.multiprocessors, self.capability)
             self.products.reserve(batch_plans(config, tokens, self.multiprocessors, self.capability))
             self.recorded.products = self.products
@@ -103,19 +104,19 @@ class Cuda(Reference):
         """What is alive at once in a layer of model.py, while attention reads keys and values in BF16 or while the MLP runs; or, of many
         rows, the arrays of a `StepBatch`, which is made when the prompts are read."""
         c = config
-        if c.head_dim not in raw.HEAD_DIMS:  # array code in float32
+        if c.head_dim not in attention.HEAD_DIMS:  # array code in float32
             arrays = 4 // self.dtype.itemsize * super().work_bytes(config, tokens, context, rows)
             return arrays + self._tables_bytes(config, context)
-        attention = tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
-        attention += 2 * (context if raw_prefill.tiled(c.head_dim, self.capability) else context - tokens) * c.kv_size
-        heads = raw.Heads(c.num_heads, c.num_kv_heads, c.head_dim)
-        split = raw_prefill.split_plan(heads, tokens, 1, context - tokens, self.multiprocessors, self.capability)
-        attention += 0 if split is None else 4 * split.workspace_floats(c.head_dim) // self.dtype.itemsize
+        in_attention = tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
+        in_attention += 2 * (context if prefill.tiled(c.head_dim, self.capability) else context - tokens) * c.kv_size
+        heads = attention.Heads(c.num_heads, c.num_kv_heads, c.head_dim)
+        split = prefill.split_plan(heads, tokens, 1, context - tokens, self.multiprocessors, self.capability)
+        in_attention += 0 if split is None else 4 * split.workspace_floats(c.head_dim) // self.dtype.itemsize
         mlp = tokens * (2 * c.hidden_size + c.intermediate_size) + min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
         step = rows * (2 * c.hidden_size + 3 * c.q_size + 2 * c.kv_size + c.intermediate_size)  # x twice, qkv, q, y, h
-        few = max(rows, tokens if tokens <= raw_batch.BATCH_TOKENS else 0)  # cuBLAS takes more
-        reading = max(attention, mlp) * self.dtype.itemsize + self._products_bytes(c, few)
-        drawing = raw_dense.drawing_bytes(c.vocab_size, rows, penalties)
+        few = max(rows, tokens if tokens <= linear_batch.BATCH_TOKENS else 0)  # cuBLAS takes more
+        reading = max(in_attention, mlp) * self.dtype.itemsize + self._products_bytes(c, few)
+        drawing = sample.drawing_bytes(c.vocab_size, rows, penalties)
         merging = 18 * self.multiprocessors * min(8, c.num_heads // c.num_kv_heads) * c.head_dim  # splits of attention
         stepping = step * self.dtype.itemsize + drawing + merging + 2 * self._products_bytes(c, rows)  # the prompts' scratch is kept
         return max(reading, stepping) + 4 * rows * c.vocab_size + self._tables_bytes(config, context)
@@ -126,7 +127,7 @@ class Cuda(Reference):
 
     def _products_bytes(self, config: Config, tokens: int) -> int:
         """Scratch of `Products` for so many tokens."""
-        plans = batch_plans(config, min(tokens, raw_batch.BATCH_TOKENS), self.multiprocessors, self.capability)
+        plans = batch_plans(config, min(tokens, linear_batch.BATCH_TOKENS), self.multiprocessors, self.capability)
         partial = max((4 * (plan.workspace_floats + plan.counters) for plan in plans), default=0)
         return partial + tokens * config.hidden_size * self.dtype.itemsize * bool(plans)
 
@@ -141,8 +142,8 @@ class Cuda(Reference):
 
     def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None:
         """A raw kernel, not for its speed alone: cuBLAS takes 0.1 s to load, and a short prompt needs nothing else of it."""
-        if head_dim in raw.HEAD_DIMS:
-            self.run(raw.rotate_weights(x, head_dim, axis))
+        if head_dim in attention.HEAD_DIMS:
+            self.run(attention.rotate_weights(x, head_dim, axis))
         else:
             super().rotate_heads(x, head_dim, axis)
 
@@ -151,7 +152,7 @@ class Cuda(Reference):
         residual: Array | None = None, float32: bool = False,
     ) -> Array:
         """Raw kernels for what is bound by the weights, and for logits, which want float32; cuBLAS for many tokens."""
-        (tokens, size), rows, most = x.shape, weight.shape[0] // (2 if silu else 1), raw_batch.BATCH_TOKENS
+        (tokens, size), rows, most = x.shape, weight.shape[0] // (2 if silu else 1), linear_batch.BATCH_TOKENS
         many = tokens > most and not float32
         if size % 8 or many and rows % 8:
             return super().linear(x, weight, bias, norm=norm, silu=silu, residual=residual, float32=float32)
@@ -164,7 +165,7 @@ class Cuda(Reference):
             return out
         if norm is not None:
             x, given = self.xp.empty_like(x), x
-            self.run(raw_dense.rms_norm(given, *norm, x))
+            self.run(linear.rms_norm(given, *norm, x))
         if residual is not None and bias is None and not silu:
             self.add_product(residual, x, weight)
             return residual
@@ -172,7 +173,7 @@ class Cuda(Reference):
             out = self.xp.empty((tokens, rows), self.dtype)
             for i in range(0, tokens, MLP_TOKENS):
                 gate_up = self._plus(self.product(x[i : i + MLP_TOKENS], weight, False), bias)
-                self.run(raw_dense.silu_mul(gate_up, out[i : i + MLP_TOKENS]))
+                self.run(linear.silu_mul(gate_up, out[i : i + MLP_TOKENS]))
                 del gate_up  # before there is another
         else:
             out = self._plus(self.product(x, weight, False), bias)
@@ -181,7 +182,7 @@ class Cuda(Reference):
     def _plus(self, y: Array, x: Array | None) -> Array:
         """y, x added in place where there is one."""
         if x is not None:
-            self.run(raw_dense.add(x, y))
+            self.run(linear.add(x, y))
         return y
 
     def product(self, x: Array, weight: Array, float32: bool) -> Array:
@@ -190,13 +191,13 @@ class Cuda(Reference):
 
     def add_product(self, y: Array, x: Array, weight: Array) -> None:
         """y += x @ weight.T"""
-        blas.add_product(y, x, weight)
+        linear.add_product(y, x, weight)
 
     def embed(self, table: Array, ids: Array) -> Array:
         if table.shape[1] % 8:
             return super().embed(table, ids)
         x = self.xp.empty((len(ids), table.shape[1]), self.dtype)
-        self.run(raw_dense.embed(table, self.xp.asarray(ids, np.int32), x))
+        self.run(linear.embed(table, self.xp.asarray(ids, np.int32), x))
         return x
 
     def rotate_scale(
@@ -235,7 +236,7 @@ class Cuda(Reference):
     def indices_of(self, batch: Batch) -> Indices:
         """The arrays of a batch; the layers of one pass ask for the same."""
         if self.indices is None or self.indices.batch is not batch:
-            firsts, tiles = np.cumsum(batch.counts) - batch.counts, -(-np.add(batch.starts, batch.counts) // raw_prefill.TILE_TOKENS)
+            firsts, tiles = np.cumsum(batch.counts) - batch.counts, -(-np.add(batch.starts, batch.counts) // prefill.TILE_TOKENS)
             found = batch.positions, np.repeat(batch.slots, batch.counts), batch.slots, batch.starts, batch.counts, firsts
             found = (self.xp.asarray(np.asarray(x, np.int32)) for x in (*found, np.cumsum(tiles) - tiles))
             self.indices = Indices(batch, *found, int(tiles.sum()))

@@ -21,7 +21,7 @@ from ..decoding import Decoder
 from ..errors import Failure
 from ..oscar import Scheme
 from ..sampling import NOT_FINITE, RowSampling, history
-from . import raw, raw_batch, raw_dense
+from . import attention, linear_batch, sample
 from .upload import pinned
 
 if TYPE_CHECKING:
@@ -45,23 +45,23 @@ class StepBatch:
         size, xp, scheme = len(cache.lengths), ops.xp, cache.scheme
         if reason := unsupported(config, scheme, size):
             raise ValueError(reason)
-        self.end, self.scheme, self.drawing = cache.context, scheme, raw_dense.Drawing(xp, rows, config.vocab_size)
-        self.heads = raw.Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+        self.end, self.scheme, self.drawing = cache.context, scheme, sample.Drawing(xp, rows, config.vocab_size)
+        self.heads = attention.Heads(config.num_heads, config.num_kv_heads, config.head_dim)
         self.tokens, self.steps = (xp.zeros(size, np.int32) for _ in range(2))
         self.lengths = xp.asarray(np.full(size, -1, np.int32))
-        self.plan = raw.decode_plan(self.heads, scheme, size, ops.multiprocessors, ops.capability)
+        self.plan = attention.decode_plan(self.heads, scheme, size, ops.multiprocessors, ops.capability)
         self.tasks = xp.empty(self.plan.task_shape, np.int32)
         self.workspace = xp.empty(self.plan.workspace_floats(config.head_dim), np.float32)
         self.split_counter = xp.zeros(self.plan.counters(config.head_dim), np.int32)
 
     def schedule(self, ops: Cuda) -> None:
         """Shares the step's attention out to the warps of the card, for every layer."""
-        ops.run(raw.schedule(self.heads, self.scheme, self.plan, self.lengths, self.tasks, self.workspace))
+        ops.run(attention.schedule(self.heads, self.scheme, self.plan, self.lengths, self.tasks, self.workspace))
 
     def attend(self, q: Array, layer_cache: KernelCache) -> Array:
         """One query a row over the cache, which holds the new tokens already."""
         out, where = layer_cache.xp.empty_like(q), (self.workspace, self.split_counter)
-        attend = raw.decode_attention(
+        attend = attention.decode_attention(
             self.heads, self.scheme, self.plan, q, layer_cache.arrays, self.lengths, self.tasks, out, None, *where,
             parity=layer_cache.index % 2,
         )
@@ -71,13 +71,13 @@ class StepBatch:
     def pack(self, cache: Cache, ops: Cuda) -> None:
         """The windows that this step has filled, of all layers at once: mostly it finds nothing."""
         if self.scheme.quantized:
-            ops.run(raw.pack_step(self.heads, self.scheme, self.lengths, cache.arrays, len(cache.layers)))
+            ops.run(attention.pack_step(self.heads, self.scheme, self.lengths, cache.arrays, len(cache.layers)))
 
     def draw(self, logits: Array, ops: Cuda) -> Array:
         """The next tokens, and everything one step further."""
-        for launch in raw_dense.sample(logits, self.drawing, self.steps, self.tokens):
+        for launch in sample.sample(logits, self.drawing, self.steps, self.tokens):
             ops.run(launch)
-        ops.run(raw_dense.advance(self.lengths, self.steps))
+        ops.run(sample.advance(self.lengths, self.steps))
         return self.tokens
 
 
@@ -200,14 +200,14 @@ class Queue:
 
 def unsupported(config: Config, scheme: Scheme, rows: int) -> str | None:
     """Why a step of so many rows cannot be raw kernels alone, or None."""
-    if scheme.quantized and (reason := raw.unsupported(scheme, config.head_dim)):
+    if scheme.quantized and (reason := attention.unsupported(scheme, config.head_dim)):
         return reason
-    if config.head_dim not in raw.HEAD_DIMS:
-        return f"head_dim {config.head_dim} is not one of {', '.join(map(str, raw.HEAD_DIMS))}"
+    if config.head_dim not in attention.HEAD_DIMS:
+        return f"head_dim {config.head_dim} is not one of {', '.join(map(str, attention.HEAD_DIMS))}"
     if config.hidden_size % 8 or config.intermediate_size % 8:
         return f"hidden and intermediate size {config.hidden_size}, {config.intermediate_size} are not multiples of 8"
-    if config.vocab_size > raw_dense.SAMPLE_VOCAB:
-        return f"a vocabulary of {config.vocab_size} is more than {raw_dense.SAMPLE_VOCAB}"
-    if rows > raw_batch.BATCH_TOKENS:
-        return f"{rows} rows are more than {raw_batch.BATCH_TOKENS}"
+    if config.vocab_size > sample.SAMPLE_VOCAB:
+        return f"a vocabulary of {config.vocab_size} is more than {sample.SAMPLE_VOCAB}"
+    if rows > linear_batch.BATCH_TOKENS:
+        return f"{rows} rows are more than {linear_batch.BATCH_TOKENS}"
     return None

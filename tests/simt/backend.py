@@ -17,12 +17,11 @@ import numpy as np
 
 from minioscar.cache import LayerCache, NewTokens
 from minioscar.config import Config
-from minioscar.ops import raw
-from minioscar.ops.card import Recording
 from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode import Queue, StepBatch
+from minioscar.ops.launch import KERNELS, Launch, Recording, TensorMap
+from minioscar.ops.linear import Products
 from minioscar.ops.paged import KernelCache
-from minioscar.ops.products import Products
 from minioscar.ops.reference import Reference
 
 from . import _arrays, array, compile_kernel, empty, tensor_map
@@ -62,12 +61,12 @@ class Simt(Cuda):
         self.indices = self.recorded = None
         self.products = Products(self.xp, MULTIPROCESSORS, arch)
 
-    def run(self, launch: raw.Launch) -> None:
+    def run(self, launch: Launch) -> None:
         if self.recorded is not None:
             return self.recorded.append(launch)
-        kernel = compile_kernel(raw.KERNELS / launch.source, launch.name, launch.defines, self.capability)
+        kernel = compile_kernel(KERNELS / launch.source, launch.name, launch.defines, self.capability)
         args = [_there(a) for a in launch.args]  # copies live as long as this list
-        maps = [tensor_map(a.array, a.box_rows) if isinstance(a, raw.TensorMap) else a for a in args]
+        maps = [tensor_map(a.array, a.box_rows) if isinstance(a, TensorMap) else a for a in args]
         kernel(launch.grid, launch.block, maps, shared=launch.shared)
 
     @contextmanager
@@ -128,7 +127,7 @@ class Immediate(Queue):
 
 def _there(a: Any) -> Any:
     """The argument of a launch, in simulated memory."""
-    if isinstance(a, raw.TensorMap):
+    if isinstance(a, TensorMap):
         return replace(a, array=_there(a.array))
     return array(a) if isinstance(a, np.ndarray) and not _simulated(a) else a
 

@@ -1,5 +1,5 @@
 // sm90/linear_batch.cu: the products of a decode step of 17 to 256 sequences on compute capability 9.0
-// (raw_batch.uses_wgmma: of 49 where the matrix has many rows). The general linear_batch.cu has the others.
+// (linear_batch.uses_wgmma: of 49 where the matrix has many rows). The general linear_batch.cu has the others.
 //
 //   y[m, n] = act(sum_k x[m, k] weight[n, k] + bias[n]) + residual[m, n]
 //

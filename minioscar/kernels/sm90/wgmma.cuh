@@ -116,7 +116,7 @@ WGMMA_SHARED(256, 128, 129, SUMS_64(d, 0), SUMS_64(d, 16))
 
 // --- tensors in global memory
 
-// A CUtensorMap, which ops/card.py makes of a raw.TensorMap: a matrix read in boxes 64 numbers wide.
+// A CUtensorMap, which ops/launch.py makes of a TensorMap: a matrix read in boxes 64 numbers wide.
 struct alignas(64) TensorMap { unsigned char opaque[128]; };
 // Copies the box whose first number is `column` of `row`, swizzled as wgmma_operand says, zeros outside the matrix;
 // `bar` counts its bytes.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .raw import Launch, TensorMap, max_shared_bytes
+from .launch import Launch, TensorMap, max_shared_bytes
 
 Array = Any
 
@@ -188,7 +188,7 @@ def linear_batch(
     x: Array, weight: Array, out: Array, p: LinearPlan, workspace: Array, split_counter: Array, *,
     bias: Array | None = None, residual: Array | None = None, silu: bool = False,
 ) -> Launch:
-    """As `raw_dense.linear`, for up to BATCH_TOKENS, already normed.
+    """As `linear.linear`, for up to BATCH_TOKENS, already normed.
 
     workspace float32 [p.workspace_floats]; split_counter int32 [p.counters], zero before and after.
     """

@@ -1,4 +1,4 @@
-"""Launches of the attention of a prefill, as in raw.py: a packed past back to BF16, tiles, and the attention itself."""
+"""Launches of the attention of a prefill, as in attention.py: a packed past back to BF16, tiles, and the attention itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..oscar import Scheme
-from .raw import PAGE_TOKENS, Heads, Launch, PrefillTokens, layout_defines, max_shared_bytes
+from .attention import Heads, PrefillTokens, layout_defines
+from .launch import Launch, max_shared_bytes
+from .layout import PAGE_TOKENS
 
 Array = Any
 

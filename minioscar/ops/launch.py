@@ -21,10 +21,37 @@ from typing import Any
 
 import numpy as np
 
-from .raw import KERNELS, Launch, TensorMap
-
+Array = Any
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+# Compute capability -> KiB of shared memory that a block may use.
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 BFLOAT16, NOT_INTERLEAVED, SWIZZLE_128B, L2_256B, ZEROS = 9, 0, 3, 3, 0  # CUtensorMapDataType and so on
+
+
+def max_shared_bytes(capability: int) -> int:
+    """Dynamic shared memory that a block may use; one KiB is left for what a kernel declares statically."""
+    return SHARED_KIB.get(capability, 99) * 1024 - 1024
+
+
+@dataclass(frozen=True)
+class Launch:
+    source: str
+    name: str
+    defines: tuple[str, ...]
+    grid: tuple[int, ...]
+    block: int
+    args: tuple[Any, ...]
+    shared: int = 0
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """An argument: a matrix [rows, columns] of 16-bit numbers that the copy engine reads in boxes of 64 columns
+    (tma_load_2d)."""
+
+    array: Array
+    box_rows: int
 
 
 @cache

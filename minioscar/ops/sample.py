@@ -1,5 +1,4 @@
-"""Launches of the raw kernels that know nothing of the cache, as in raw.py: linear layers, norms, the steps between
-them, sampling."""
+"""Launches of sampling, and how the rows of a batch draw, on the device."""
 
 from __future__ import annotations
 
@@ -10,85 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..sampling import RowSampling, Sampling
-from .raw import Launch, max_shared_bytes
+from .launch import Launch
 
 Array = Any
-
-LINEAR_TOKENS = 8  # of linear.cu: the columns of an MMA
-
-
-def fits(tokens: int, size: int, norm: bool, silu: bool, capability: int) -> bool:
-    """Whether linear.cu takes this many tokens of `size` numbers; normed, they stay in shared memory. linear_batch.cu
-    takes any size."""
-    shared = _linear_bytes(tokens, size, norm, silu)
-    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and shared <= max_shared_bytes(capability)
-
-
-def _linear_bytes(tokens: int, size: int, norm: bool, silu: bool) -> int:
-    sums = 2 * (2 if silu else 1) * linear_warps(size, silu) * 16 * 8 * 4
-    return sums + (tokens * (-(-size // 64) * 128 + 64) if norm else 0)
-
-
-def linear_warps(size: int, silu: bool) -> int:
-    """Warps that split k: as many as have weights to load in at least three fifths of their rounds. Independent of the
-    tokens, since it decides the order of sums."""
-    rounds = {warps: (4 if silu else 8) * 32 * warps for warps in (16, 8)}  # k that all ask for at a time
-    return next((warps for warps, k in rounds.items() if size / (-(-size // k) * k) >= 0.6), 4)
-
-
-def linear(
-    x: Array, weight: Array, out: Array, multiprocessors: int, capability: int, *,
-    norm: tuple[Array, float] | None = None, bias: Array | None = None, residual: Array | None = None,
-    silu: bool = False,
-) -> Launch:
-    """`Reference.linear` of x [tokens, in], bf16, at most LINEAR_TOKENS of them; out bf16 or float32.
-
-    Raises ValueError where `fits` says no.
-    """
-    (tokens, size), (rows, _), tiles = x.shape, weight.shape, 2 if silu else 1
-    if not fits(tokens, size, norm is not None, silu, capability):
-        card = f"a card of capability {capability / 10}"
-        raise ValueError(f"{tokens} tokens of {size} numbers do not fit linear.cu on {card}")
-    shared, warps = _linear_bytes(tokens, size, norm is not None, silu), linear_warps(size, silu)
-    resident = min(16 // warps, max_shared_bytes(capability) // (shared + 1024) or 1)  # blocks a multiprocessor
-    blocks = min(-(-rows // (16 * tiles)), multiprocessors * resident)
-    weights, eps = norm or (None, 0.0)
-    args = (x, weights, weight, bias, residual, out, *map(np.int32, (tokens, size, rows)), np.float32(eps))
-    flags = f"NORM={norm is not None:d}", f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
-    defines = f"BLOCK_WARPS={warps}", *flags
-    return Launch("linear.cu", "linear", defines, (blocks,), 32 * warps, args, shared)
-
-
-def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> Launch:
-    """x [tokens, size] -> out, both bf16."""
-    args = (x, weight, out, np.int32(x.shape[1]), np.float32(eps))
-    return Launch("rms_norm.cu", "rms_norm", ("SILU=0", "OUT_BF16=1"), (len(x),), 256, args)
-
-
-# --- between the products of a prefill
-
-
-def silu_mul(gate_up: Array, out: Array) -> Launch:
-    """`Reference.silu_mul`: gate_up [tokens, 2 n] -> out [tokens, n], both bf16, n a multiple of 8."""
-    return _elementwise("silu_mul", out, gate_up, out)
-
-
-def add(x: Array, y: Array) -> Launch:
-    """y += x in bf16: y [tokens, n], x the same or a bias [n], n a multiple of 8."""
-    return _elementwise("add", y, x, y, np.int32(y.shape[1] // 8 if x.ndim == 2 else 0))
-
-
-def _elementwise(name: str, out: Array, a: Array, b: Array, *more: np.int32) -> Launch:
-    tokens, size = out.shape
-    if size % 8:
-        raise ValueError(f"rows of {size} numbers do not fit elementwise.cu, which takes multiples of 8")
-    grid = tokens, -(-size // 4096)
-    return Launch("elementwise.cu", name, (), grid, 256, (a, b, np.int32(size // 8), *more))
-
-
-# --- the next token
-
-
 SAMPLE_VOCAB = 2**21  # the most that sample.cu has room for
 
 
@@ -178,15 +101,6 @@ def sample(logits: Array, drawing: Drawing, steps: Array, tokens: Array) -> list
     if drawn:
         launches.append(launch("sample_draw", *row, steps, tokens))
     return launches
-
-
-# --- around a step
-
-
-def embed(table: Array, tokens: Array, x: Array) -> Launch:
-    """x[i] = table[tokens[i]]: table bf16 [vocab, hidden], tokens int32 [n], x bf16 [n, hidden], hidden a multiple of
-    8."""
-    return Launch("step.cu", "embed", (), (len(tokens),), 128, (table, tokens, x, np.int32(table.shape[1])))
 
 
 def advance(lengths: Array, steps: Array) -> Launch:

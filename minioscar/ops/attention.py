@@ -1,37 +1,27 @@
 """Launches of the raw kernels: source file, macros, grid and arguments. No arithmetic here.
 
-Every function returns a `Launch`; `card.run` sends it to the card. Arrays are CuPy arrays (or what else the caller
+Every function returns a `Launch`; `launch.run` sends it to the card. Arrays are CuPy arrays (or what else the caller
 runs them on), contiguous, with shapes as the kernel's file says. A quantized cache is, per layer (all in device
 memory): pages uint8 [batch, kv_heads, pages, page_bytes] · norms float32 [batch, tokens] · sink_keys, sink_values bf16
 [batch, kv_heads, sinks, d] · window_keys, window_values bf16 [batch, kv_heads, WINDOW, d]. `lengths` int32 [batch]
 counts the tokens before this step; -1 marks a row that is not in use. Prefill attention has a file of its own,
-raw_prefill.py.
+prefill.py.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..oscar import WINDOW, Scheme
-from .pages import PAGE_TOKENS
+from .launch import Launch, max_shared_bytes
+from .layout import PAGE_TOKENS
 
 Array = Any
-KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 HEAD_DIMS = (64, 128, 256)
-# Compute capability -> KiB of shared memory that a block may use.
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
-
-
-def max_shared_bytes(capability: int) -> int:
-    """Dynamic shared memory that a block may use; one KiB is left for what a kernel declares statically."""
-    return SHARED_KIB.get(capability, 99) * 1024 - 1024
-
-
 @dataclass(frozen=True)
 class Heads:
     """Of one attention layer."""
@@ -39,26 +29,6 @@ class Heads:
     q_heads: int
     kv_heads: int
     head_dim: int
-
-
-@dataclass(frozen=True)
-class Launch:
-    source: str
-    name: str
-    defines: tuple[str, ...]
-    grid: tuple[int, ...]
-    block: int
-    args: tuple[Any, ...]
-    shared: int = 0
-
-
-@dataclass(frozen=True)
-class TensorMap:
-    """An argument: a matrix [rows, columns] of 16-bit numbers that the copy engine reads in boxes of 64 columns
-    (tma_load_2d)."""
-
-    array: Array
-    box_rows: int
 
 
 # --- the packed layout

@@ -1,0 +1,161 @@
+"""Launches of linear layers and of what stands around them: norms, activations, sums; and the scratch memory of products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..cache import BF16
+from .launch import Launch, max_shared_bytes
+from .linear_batch import LinearPlan, batch_plan, linear_batch
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+Array = Any
+
+LINEAR_TOKENS = 8  # of linear.cu: the columns of an MMA
+ONE = np.ones(1, np.float32)  # where cuBLAS reads alpha and beta
+
+
+def fits(tokens: int, size: int, norm: bool, silu: bool, capability: int) -> bool:
+    """Whether linear.cu takes this many tokens of `size` numbers; normed, they stay in shared memory. linear_batch.cu
+    takes any size."""
+    shared = _linear_bytes(tokens, size, norm, silu)
+    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and shared <= max_shared_bytes(capability)
+
+
+def _linear_bytes(tokens: int, size: int, norm: bool, silu: bool) -> int:
+    sums = 2 * (2 if silu else 1) * linear_warps(size, silu) * 16 * 8 * 4
+    return sums + (tokens * (-(-size // 64) * 128 + 64) if norm else 0)
+
+
+def linear_warps(size: int, silu: bool) -> int:
+    """Warps that split k: as many as have weights to load in at least three fifths of their rounds. Independent of the
+    tokens, since it decides the order of sums."""
+    rounds = {warps: (4 if silu else 8) * 32 * warps for warps in (16, 8)}  # k that all ask for at a time
+    return next((warps for warps, k in rounds.items() if size / (-(-size // k) * k) >= 0.6), 4)
+
+
+def linear(
+    x: Array, weight: Array, out: Array, multiprocessors: int, capability: int, *,
+    norm: tuple[Array, float] | None = None, bias: Array | None = None, residual: Array | None = None,
+    silu: bool = False,
+) -> Launch:
+    """`Reference.linear` of x [tokens, in], bf16, at most LINEAR_TOKENS of them; out bf16 or float32.
+
+    Raises ValueError where `fits` says no.
+    """
+    (tokens, size), (rows, _), tiles = x.shape, weight.shape, 2 if silu else 1
+    if not fits(tokens, size, norm is not None, silu, capability):
+        card = f"a card of capability {capability / 10}"
+        raise ValueError(f"{tokens} tokens of {size} numbers do not fit linear.cu on {card}")
+    shared, warps = _linear_bytes(tokens, size, norm is not None, silu), linear_warps(size, silu)
+    resident = min(16 // warps, max_shared_bytes(capability) // (shared + 1024) or 1)  # blocks a multiprocessor
+    blocks = min(-(-rows // (16 * tiles)), multiprocessors * resident)
+    weights, eps = norm or (None, 0.0)
+    args = (x, weights, weight, bias, residual, out, *map(np.int32, (tokens, size, rows)), np.float32(eps))
+    flags = f"NORM={norm is not None:d}", f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    defines = f"BLOCK_WARPS={warps}", *flags
+    return Launch("linear.cu", "linear", defines, (blocks,), 32 * warps, args, shared)
+
+
+def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> Launch:
+    """x [tokens, size] -> out, both bf16."""
+    args = (x, weight, out, np.int32(x.shape[1]), np.float32(eps))
+    return Launch("rms_norm.cu", "rms_norm", ("SILU=0", "OUT_BF16=1"), (len(x),), 256, args)
+
+
+def silu_mul(gate_up: Array, out: Array) -> Launch:
+    """`Reference.silu_mul`: gate_up [tokens, 2 n] -> out [tokens, n], both bf16, n a multiple of 8."""
+    return _elementwise("silu_mul", out, gate_up, out)
+
+
+def add(x: Array, y: Array) -> Launch:
+    """y += x in bf16: y [tokens, n], x the same or a bias [n], n a multiple of 8."""
+    return _elementwise("add", y, x, y, np.int32(y.shape[1] // 8 if x.ndim == 2 else 0))
+
+
+def _elementwise(name: str, out: Array, a: Array, b: Array, *more: np.int32) -> Launch:
+    tokens, size = out.shape
+    if size % 8:
+        raise ValueError(f"rows of {size} numbers do not fit elementwise.cu, which takes multiples of 8")
+    grid = tokens, -(-size // 4096)
+    return Launch("elementwise.cu", name, (), grid, 256, (a, b, np.int32(size // 8), *more))
+
+
+def embed(table: Array, tokens: Array, x: Array) -> Launch:
+    """x[i] = table[tokens[i]]: table bf16 [vocab, hidden], tokens int32 [n], x bf16 [n, hidden], hidden a multiple of
+    8."""
+    return Launch("step.cu", "embed", (), (len(tokens),), 128, (table, tokens, x, np.int32(table.shape[1])))
+
+
+class Products:
+    """For one card and one stream: a launch may use the scratch memory as soon as the one before it has ended. Grown
+    buffers are reallocated; earlier launches keep a reference to the old ones.
+    """
+
+    def __init__(self, xp: Any, multiprocessors: int, capability: int):
+        self.xp, self.card = xp, (multiprocessors, capability)
+        self.workspace, self.counters = xp.empty(0, np.float32), xp.zeros(0, np.int32)
+        self.normed = xp.empty((0, 0), BF16)
+
+    def launches(
+        self, x: Array, weight: Array, out: Array, *, norm: tuple[Array, float] | None = None, **rest: Any
+    ) -> list[Launch]:
+        """`Reference.linear` of at most BATCH_TOKENS tokens, a multiple of 8 wide; parameters as
+        `linear` has them."""
+        (tokens, size), silu = x.shape, rest.get("silu", False)
+        if fits(tokens, size, norm is not None, silu, self.card[1]):
+            return [linear(x, weight, out, *self.card, norm=norm, **rest)]
+        before = []
+        if norm is not None:
+            if self.normed.shape != x.shape:
+                self.normed = self.xp.empty(x.shape, BF16)
+            before, x = [rms_norm(x, *norm, self.normed)], self.normed
+        plan = batch_plan(tokens, size, weight.shape[0], silu, *self.card)
+        self._reserve(plan.workspace_floats, plan.counters)
+        return [*before, linear_batch(x, weight, out, plan, self.workspace, self.counters, **rest)]
+
+    def reserve(self, plans: Sequence[LinearPlan]) -> None:
+        """Scratch for all of these at once: where launches are kept, each size that was too small would be kept with
+        them."""
+        self._reserve(max((p.workspace_floats for p in plans), default=0), max((p.counters for p in plans), default=0))
+
+    def _reserve(self, floats: int, counters: int) -> None:
+        if len(self.workspace) < floats:
+            self.workspace = self.xp.empty(floats, np.float32)
+        if len(self.counters) < counters:
+            self.counters = self.xp.zeros(counters, np.int32)
+
+
+def batch_plans(config: Config, tokens: int, multiprocessors: int, capability: int) -> list[LinearPlan]:
+    """Of the matrices of a model, for so many tokens; none for few, which linear.cu takes without scratch."""
+    if tokens <= LINEAR_TOKENS:
+        return []
+    c = config
+    shapes = (c.hidden_size, c.q_size + 2 * c.kv_size, False), (c.q_size, c.hidden_size, False)
+    shapes += ((c.hidden_size, c.vocab_size, False),)
+    shapes += (c.hidden_size, 2 * c.intermediate_size, True), (c.intermediate_size, c.hidden_size, False)
+    return [batch_plan(tokens, *shape, multiprocessors, capability) for shape in shapes if shape[0] % 8 == 0]
+
+
+def add_product(y: Array, x: Array, weight: Array) -> None:
+    """y += x @ weight.T: y [tokens, out], x [tokens, in], weight [out, in], all bf16 and contiguous.
+
+    The product is rounded to bf16, then the sum, as by two operations one after the other: so cuBLAS's tensor-core kernels do it, whatever
+    its math mode (CUDA 13, H200). CUBLAS_COMPUTE_32F_PEDANTIC rounds once, without tensor cores, and takes 25 times as long.
+    On CuPy's current stream. Raises cupy's CUBLASError.
+    """
+    from cupy.cuda.device import get_cublas_handle
+    from cupy.cuda.runtime import CUDA_R_16BF
+    from cupy_backends.cuda.libs import cublas
+
+    (tokens, size), rows, one = x.shape, len(weight), ONE.ctypes.data
+    # column by column, as cuBLAS counts, the arrays are their transposes: y.T += weight @ x.T
+    sizes = rows, tokens, size
+    a, b, c = (weight.data.ptr, CUDA_R_16BF, size), (x.data.ptr, CUDA_R_16BF, size), (y.data.ptr, CUDA_R_16BF, rows)
+    how, handle = (cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP), get_cublas_handle()
+    cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, *sizes, one, *a, *b, one, *c, *how)
