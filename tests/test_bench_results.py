@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tools import bench_figures, bench_tables, committed
+from tools import bench_figures, bench_tables, committed, plot
 
 GROWTH = {"us_per_1000_tokens": 0.2, "us_at_0_tokens": 8.0, "worst_error": 0.03, "bytes_us_per_1000_tokens": 0.1, "times_the_bytes": 2.0}
 PART = {"us_a_step": 54.0, "bytes": 2e6, "fraction_of_limit": 0.333}
@@ -107,7 +107,7 @@ def test_every_part_with_something_to_show_has_a_figure(report, tmp_path: Path):
     }
     assert set(figures) == {f"made-up-{name}" for name in shown}
     for name, words in shown.items():
-        figures[f"made-up-{name}"].save("figure.svg", tmp_path)
+        plot.save(figures[f"made-up-{name}"], tmp_path / "figure.svg")
         root = ElementTree.fromstring((tmp_path / "figure.svg").read_text())
         assert words in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     without_a_card = {**report, "meta": {**META, "driver": None, "cuda": None}}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import doctest
-import html
-import json
 import re
 from xml.etree import ElementTree
 
 import pytest
 
-from tools import figures, pareto, render
+from tools import figures, pareto, plot, render
 
 
 def test_tables_are_rendered_from_their_json(pytestconfig):
@@ -22,15 +20,23 @@ def test_tables_are_rendered_from_their_json(pytestconfig):
     assert used == set(render.TABLES)
 
 
-def test_figures_are_what_their_script_draws_and_every_figure_is_shown(pytestconfig, tmp_path):
-    docs = pytestconfig.rootpath / "docs"
-    figures.draw(tmp_path)
-    pages = "".join(page.read_text() for page in docs.rglob("*.md"))
-    for name in figures.all_drawn():
-        assert (tmp_path / f"{name}.svg").read_text() == (figures.OUT / f"{name}.svg").read_text(), "run `make results`"
-        ElementTree.fromstring((tmp_path / f"{name}.svg").read_text())
-        assert f"figures/{name}.svg)" in pages
-    assert {path.stem for path in figures.OUT.iterdir()} == set(figures.all_drawn())
+def test_figures_show_what_their_script_draws_and_every_figure_is_shown(pytestconfig):
+    """Their texts, lines and boxes: another version of matplotlib may draw the same with other bytes."""
+    pages = "".join(page.read_text() for page in (pytestconfig.rootpath / "docs").rglob("*.md"))
+    drawn = {figures.OUT / f"{name}.svg": figure for name, figure in figures.all_drawn().items()}
+    for path, figure in {**drawn, pareto.RESULTS / "pareto.svg": pareto.drawn()}.items():
+        assert plot.saved_content(path) == plot.content(figure), f"{path.name}: run `make results`"
+        ElementTree.parse(path)
+        assert f"{path.parent.name}/{path.name})" in pages
+    assert set(figures.OUT.iterdir()) == set(drawn)
+
+
+def test_a_figure_is_the_same_bytes_every_time_and_its_text_is_text(tmp_path):
+    for name in "ab":
+        plot.save(plot.styled(figures.path)({}), tmp_path / f"{name}.svg")
+    saved = (tmp_path / "a.svg").read_text()
+    assert saved == (tmp_path / "b.svg").read_text() and ">tokenizer.py</text>" in saved
+    assert "<dc:date>" not in saved and "<path id=\"DejaVu" not in saved
 
 
 @pytest.mark.parametrize("page", ["reading.md", "method.md", "using.md"])
@@ -50,7 +56,5 @@ def test_links_of_the_docs_lead_somewhere(pytestconfig):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_pareto_plot_shows_the_committed_numbers():
-    description = re.search(r"<dc:description>(.*?)</dc:description>", (pareto.RESULTS / "pareto.svg").read_text(), re.DOTALL)
-    assert json.loads(html.unescape(description[1])) == pareto.points(), "run `make results`"
+def test_the_front_is_what_no_other_scheme_beats_in_both_bits_and_kl():
     assert pareto.front({"a": [3, 0.2, 0], "b": [2, 0.5, 0], "c": [2.5, 0.6, 0], "d": [4, 0.1, 0]}) == [(2, 0.5), (3, 0.2), (4, 0.1)]

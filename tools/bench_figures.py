@@ -10,20 +10,21 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
+
 from minioscar.cache import array_cache
 from minioscar.config import Config
 from minioscar.oscar import SCHEMES
-from tools.canvas import BLUE, GREEN, INK, RED, Canvas
 from tools.committed import NAMES, QWEN3_8B, attention_rows, benches, fastest_bf16, measured, on_gpu, shape_of
+from tools.plot import BLUE, GREEN, GREY, GRID, INK, MUTED, PALE, RED, figure, styled
 
-MUTED, GRID, PALE, GREY = "#5b6270", "#e4e4e4", "#9db7da", "#7d8492"
 PEER_COLORS = {"sdpa_fa2": "#b8862b", "sdpa_cudnn": "#7a5ea8", "triton": "#2b8a8a", "flashinfer": "#8a5a3c", "transformers": "#7a5ea8"}
 KV_COLORS = {"bf16": RED, "int2": BLUE, "int2-compact": GREEN}
 ROOFLINE = "Dashed: the bytes that must be read, at the copy rate of the same run. Both axes are logarithmic."
 SPEEDUPS = ("int2", "int2-compact", "oscar", "int4")
 
 
-def drawn() -> dict[str, Canvas]:
+def drawn() -> dict[str, Figure]:
     """Name -> figure, of all that is committed."""
     found = {"memory": memory()}
     for name, report in benches().items():
@@ -31,10 +32,11 @@ def drawn() -> dict[str, Canvas]:
     return found
 
 
-def drawn_from(name: str, report: dict) -> dict[str, Canvas]:
+@styled
+def drawn_from(name: str, report: dict) -> dict[str, Figure]:
     """Those that one report has the rows for; `name` begins theirs."""
     kernels = [*speedups(report), *attention_times(report)] if on_gpu(report) else []  # elsewhere they are NumPy's, at small shapes
-    return {f"{name}-{what}": canvas for what, canvas in [*kernels, *step_times(report), *throughputs(report)]}
+    return {f"{name}-{what}": made for what, made in [*kernels, *step_times(report), *throughputs(report)]}
 
 
 # --- lines over the context or the budget
@@ -47,39 +49,35 @@ class Line(NamedTuple):
     limit: bool = False
 
 
-def chart(title: str, x_label: str, y_label: str, lines: list[Line], tick: Callable[[float], str], note: str) -> Canvas:
+def chart(title: str, x_label: str, y_label: str, lines: list[Line], tick: Callable[[float], str], note: str) -> Figure:
     """Logarithmic axes; every line is named at its right end, with its last value."""
-    c, left, right, top, bottom = Canvas(860, 430, title), 70, 620, 64, 350
+    drawn, height = Figure(figsize=(860 / 96, 430 / 96), label=title), 286
+    axes = drawn.add_axes((70 / 860, 80 / 430, 550 / 860, height / 430), xscale="log", yscale="log", xlabel=x_label)
     places = sorted({x for line in lines for x, _ in line.points})
     values = [y for line in lines for _, y in line.points]
     low, high = min(values) / 1.3, max(values) * 1.2
-
-    def at(x: float) -> float:
-        return left + (right - left) * math.log(x / places[0]) / math.log(places[-1] / places[0])
-
-    def up(y: float) -> float:
-        return bottom - (bottom - top) * math.log(y / low) / math.log(high / low)
-
-    c.text(left - 40, 28, title, 14)
-    c.text(left - 40, 48, y_label, 12, fill=MUTED)
     digits = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
-    for value in (digit * 10.0**power for power in range(-3, 7) for digit in digits):
-        if low <= value <= high:
-            c.line([(left, up(value)), (right, up(value))], GRID, 1)
-            c.text(left - 8, up(value) + 4, f"{value:g}", 12, "end", MUTED)
-    for x in places:
-        c.line([(at(x), bottom), (at(x), bottom + 5)], MUTED, 1)
-        c.text(at(x), bottom + 20, tick(x), 12, "middle", MUTED)
-    c.text((left + right) / 2, bottom + 42, x_label, 12, "middle", MUTED)
-    c.text(left - 40, bottom + 68, note, 12, fill=MUTED)
-    for line, place in zip(lines, apart([up(line.points[-1][1]) for line in lines], 17), strict=True):
+    ticks = [value for power in range(-3, 7) for digit in digits if low <= (value := digit * 10.0**power) <= high]
+    axes.set_xticks(places, map(tick, places))
+    axes.set_yticks(ticks, [f"{value:g}" for value in ticks])
+    axes.minorticks_off()
+    axes.set(xlim=(places[0], places[-1]), ylim=(low, high))
+    axes.grid(axis="y")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_title(title, x=-40 / 550, pad=24)
+    axes.text(-40 / 550, 1 + 16 / height, y_label, color=MUTED, transform=axes.transAxes)
+    axes.text(-40 / 550, -68 / height, note, color=MUTED, transform=axes.transAxes)
+    ends = [height * math.log(line.points[-1][1] / low) / math.log(high / low) for line in lines]
+    for line, place in zip(lines, apart(ends, 17), strict=True):
         last, value = line.points[-1]
-        c.line([(at(x), up(y)) for x, y in line.points], line.color, 1.2 if line.limit else 2.2, "5 4" if line.limit else "")
-        for x, y in line.points if not line.limit else ():
-            c.rect(at(x) - 3, up(y) - 3, 6, 6, line.color)
-        c.line([(at(last) + 6, up(value)), (right + 22, place)], line.color, 0.8)
-        c.text(right + 26, place + 4, f"{line.label} " + (f"{value:,.0f}" if value >= 100 else f"{value:.3g}"), 12, fill=line.color)
-    return c
+        style = {"lw": 1, "ls": (0, (5, 4))} if line.limit else {"lw": 1.8, "marker": "s", "ms": 4}
+        axes.plot(*zip(*line.points, strict=True), color=line.color, clip_on=False, **style)
+        text = f"{line.label} " + (f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
+        leader = {"arrowstyle": "-", "color": line.color, "lw": 0.6, "shrinkA": 2, "shrinkB": 4, "relpos": (0, 0.5)}
+        where = {"xytext": (1 + 26 / 550, place / height), "textcoords": "axes fraction", "arrowprops": leader}
+        axes.annotate(text, (last, value), **where, color=line.color, va="center", annotation_clip=False)
+    return drawn
 
 
 def apart(wanted: list[float], gap: float) -> list[float]:
@@ -125,7 +123,7 @@ def kv_lines(rows: list[dict], value: str, fraction: str) -> list[Line]:
     return list(lines.values())
 
 
-def attention_times(report: dict) -> Iterable[tuple[str, Canvas]]:
+def attention_times(report: dict) -> Iterable[tuple[str, Figure]]:
     card = report["meta"]["card"]
     once: dict[tuple, dict] = {}  # a sweep comes by some cases again
     for row in attention_rows(report, "kernel", "sweep"):
@@ -139,7 +137,7 @@ def attention_times(report: dict) -> Iterable[tuple[str, Canvas]]:
         yield f"time-b{batch}-{q_heads}-{kv_heads}-{dim}", chart(title, "tokens in the cache", "µs", lines, context_tick, ROOFLINE)
 
 
-def step_times(report: dict) -> Iterable[tuple[str, Canvas]]:
+def step_times(report: dict) -> Iterable[tuple[str, Figure]]:
     card = report["meta"]["card"]
     for (model, batch), rows in groups(report["decode"], "model", "batch"):
         title = f"A decode step of {model}, batch {batch}; {card}"
@@ -147,7 +145,7 @@ def step_times(report: dict) -> Iterable[tuple[str, Canvas]]:
         yield f"step-{slug(model)}-b{batch}", chart(title, "tokens in the cache", "ms", lines, context_tick, ROOFLINE)
 
 
-def throughputs(report: dict) -> Iterable[tuple[str, Canvas]]:
+def throughputs(report: dict) -> Iterable[tuple[str, Figure]]:
     """The most tokens/s that each cache reaches in a budget of memory, where there is more than one budget."""
     best: dict[tuple, dict[tuple, float]] = {}
     for row in report.get("throughput", ()):
@@ -173,7 +171,7 @@ def slug(name: str) -> str:
 # --- bars
 
 
-def speedups(report: dict) -> Iterable[tuple[str, Canvas]]:
+def speedups(report: dict) -> Iterable[tuple[str, Figure]]:
     """Of decode attention, over the fastest BF16 kernel of the same run; nothing where no shape has both."""
     best, rows = fastest_bf16(report), attention_rows(report)
     whole = {shape_of(row): row["bytes"] for row in rows if row["kv"] == "bf16"}
@@ -182,70 +180,65 @@ def speedups(report: dict) -> Iterable[tuple[str, Canvas]]:
     if not shapes:
         return
     title = f"Decode attention: times as fast as the fastest BF16 kernel of the same run, {report['meta']['card']}"
-    height = 70 + 44 * len(shapes) + 24 * len(shown) + 40
-    c, left, unit = Canvas(860, height, title), 130, 74
-    bottom = height - 50
-    c.text(30, 28, title, 14)
-    for n in range(8):
-        c.line([(left + n * unit, 48), (left + n * unit, bottom)], MUTED if n == 1 else GRID, 1)
-        c.text(left + n * unit, bottom + 18, f"{n}x", 12, "middle", MUTED)
-    c.text(left, bottom + 38, "speed-up; dashed: what the bytes allow, those of BF16 over those that are read", 12, fill=MUTED)
-    y = 64
+    drawn = figure(860, 110 + 44 * len(shapes) + 24 * len(shown), title)
+    axes, y, kinds = drawn.subplots(), 0.0, {}
     for shape in shapes:
         us, name = best[shape]
         batch, context, q_heads, kv_heads, dim = shape
-        c.rect(30, y - 6, 800, 24, "white")
-        c.text(30, y + 10, f"{batch} x {context:,} tokens, {q_heads} / {kv_heads} heads of {dim}", 12.5)
-        c.text(830, y + 10, f"fastest BF16: {NAMES[name]}, {us:.1f} µs", 12, "end", RED)
-        y += 26
-        for kv in SPEEDUPS:
-            if (shape, kv) in shown:
-                row = shown[shape, kv]
-                gain, limit = us / row["us"], whole[shape] / row["bytes"]
-                color = KV_COLORS.get(kv, GREY)
-                c.text(left - 8, y + 13, kv, 12, "end", color)
-                c.rect(left, y, gain * unit, 18, color)
-                edge = left + limit * unit
-                c.line([(left + gain * unit, y), (edge, y), (edge, y + 18), (left + gain * unit, y + 18)], color, 1, "3 3")
-                c.text(left + gain * unit - 6, y + 13, f"{gain:.1f}x", 12, "end", "white")
-                c.text(edge + 8, y + 13, f"{row['us']:.1f} µs; the bytes allow {limit:.1f}x", 12, fill=MUTED)
-                y += 24
-        y += 18
-    yield "speedup", c
+        heading = f"{batch} x {context:,} tokens, {q_heads} / {kv_heads} heads of {dim}"
+        axes.text(-1.2, y, heading, va="center", weight="bold")
+        axes.text(8.4, y, f"fastest BF16: {NAMES[name]}, {us:.1f} µs", ha="right", va="center", color=RED)
+        for kv in filter(lambda kv: (shape, kv) in shown, SPEEDUPS):
+            row, y = shown[shape, kv], y + 1
+            gain, limit, color = us / row["us"], whole[shape] / row["bytes"], KV_COLORS.get(kv, GREY)
+            kinds[y] = kv, color
+            axes.barh(y, limit, 0.75, color="none", edgecolor=color, ls=(0, (3, 3)), lw=0.8)
+            axes.barh(y, gain, 0.75, color=color)
+            axes.text(gain - 0.08, y, f"{gain:.1f}x", ha="right", va="center", color="white")
+            axes.text(max(gain, limit) + 0.1, y, f"{row['us']:.1f} µs; the bytes allow {limit:.1f}x", va="center", color=MUTED)
+        y += 1.6
+    axes.axvline(1, color=MUTED, lw=0.8, zorder=0.6)
+    axes.set_yticks(list(kinds), [kv for kv, _ in kinds.values()])
+    for label, (_, color) in zip(axes.get_yticklabels(), kinds.values(), strict=True):
+        label.set_color(color)
+    axes.set_xticks(range(8), [f"{n}x" for n in range(8)])
+    axes.set(xlim=(0, 8.4), ylim=(y - 1, -0.7), title=title)
+    axes.set_xlabel("speed-up; dashed: what the bytes allow, those of BF16 over those that are read", loc="left")
+    axes.grid(axis="x", color=GRID)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(length=0)
+    yield "speedup", drawn
 
 
 MEMORY_SHOWN = ("bf16", "int4", "oscar", "int2", "int2-compact")
 PARTS = (("BF16 keys and values (all, or window and first tokens)", RED), ("codes", BLUE), ("steps and minima", PALE), ("norms", GREEN))
 
 
-def memory() -> Canvas:
+@styled
+def memory() -> Figure:
     """Bytes of an allocated cache of the Qwen3-8B shape by what they are; arithmetic of minioscar/cache.py."""
     title = "Memory of the cache of a Qwen3-8B shape, everything counted: arithmetic of the code, not measured"
-    config, c, left, width = Config.from_dict(QWEN3_8B), Canvas(860, 440, title), 130, 480
-    c.text(30, 28, title, 14)
-    x = 30.0
-    for name, color in PARTS:
-        c.rect(x, 42, 12, 12, color)
-        c.text(x + 18, 53, name, 12, fill=MUTED)
-        x += 44 + 6.3 * len(name)
-    cases = ((1, 131072), (48, 4096))
-    most = max(sum(parts(config, "bf16", *case)) for case in cases)
-    y = 78
-    for batch, context in cases:
-        c.text(30, y + 12, f"{batch} sequence{'s' * (batch > 1)} of {context:,} tokens", 12.5)
-        y += 24
-        whole = sum(parts(config, "bf16", batch, context))
+    config, drawn = Config.from_dict(QWEN3_8B), figure(860, 440, title)
+    axes, y, names = drawn.subplots(), 0.0, {}
+    for batch, context in ((1, 131072), (48, 4096)):
+        axes.text(-2.8, y, f"{batch} sequence{'s' * (batch > 1)} of {context:,} tokens", va="center", weight="bold")
+        whole = sum(parts(config, "bf16", batch, context)) / 1e9
         for kv in MEMORY_SHOWN:
-            c.text(left - 8, y + 14, kv, 12, "end", INK)
-            x, sizes = float(left), parts(config, kv, batch, context)
-            for size, (_, color) in zip(sizes, PARTS, strict=True):
-                c.rect(x, y, width * size / most, 20, color)
-                x += width * size / most
-            smaller = "" if kv == "bf16" else f", {whole / sum(sizes):.1f}x smaller"
-            c.text(x + 8, y + 14, f"{sum(sizes) / 1e9:.2f} GB{smaller}", 12, fill=INK)
-            y += 26
-        y += 18
-    return c
+            sizes, y, x = [size / 1e9 for size in parts(config, kv, batch, context)], y + 1, 0.0
+            names[y] = kv
+            for size, (name, color) in zip(sizes, PARTS, strict=True):
+                axes.barh(y, size, 0.78, x, color=color, label=name if len(names) == 1 else None)
+                x += size
+            smaller = "" if kv == "bf16" else f", {whole / x:.1f}x smaller"
+            axes.text(x + 0.3, y, f"{x:.2f} GB{smaller}", va="center")
+        y += 1.6
+    axes.set_yticks(list(names), names.values(), color=INK)
+    axes.set(xticks=[], xlim=(0, 34), ylim=(y - 1, -0.7))
+    axes.set_title(title, pad=24)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.1, 1), ncols=len(PARTS), handlelength=0.9, columnspacing=1.4, borderpad=0)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return drawn
 
 
 def parts(config: Config, kv: str, batch: int, context: int) -> list[int]:

@@ -224,8 +224,8 @@ def section(name: str, report: dict) -> Iterator[str]:
     versions = ", ".join(f"{package} {version}" for package, version in meta["versions"].items())
     rates = f"copy {limits['copy_tb_s']:.4g} TB/s, read and written; matrix product {limits['matmul_tflop_s']:.4g} TFLOP/s"
     yield from (f"## {name}.json", "", f"{where}; {versions}; commit `{meta['commit']}`, {meta['date']}. Measured limits: {rates}.", "")
-    for figure, canvas in bench_figures.drawn_from(name, report).items():
-        yield from (f"![{canvas.title}](../figures/{figure}.svg)", "")
+    for name_of, figure in bench_figures.drawn_from(name, report).items():
+        yield from (f"![{figure.get_label()}](../figures/{name_of}.svg)", "")
     for part, (head, cells) in PARTS.items():
         if report.get(part):
             yield from (*markdown(head, (list(cells(row)) for row in report[part])), "", *reasons(report[part]))
@@ -248,7 +248,7 @@ def repeats() -> str:
 
 def section_of_memory() -> Iterator[str]:
     yield from ("## Memory", "", "Arithmetic of minioscar/cache.py, not measured: every byte that a cache of the shape allocates.", "")
-    yield f"![{bench_figures.memory().title}](../figures/memory.svg)"
+    yield f"![{bench_figures.memory().get_label()}](../figures/memory.svg)"
 
 
 def kernel_cells(row: dict) -> Iterator[str]:

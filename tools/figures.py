@@ -1,6 +1,6 @@
 """The figures of docs/reading.md and docs/method.md: drawn from docs/results/figures.json and from the code itself.
 
-    python -m tools.figures              draws them and those of bench_figures.py (part of `make results`)
+    python -m tools.figures              draws them, those of bench_figures.py, pareto.svg (part of `make results`)
     python -m tools.figures --measure    first measures the numbers again, on SmolLM2-135M
 """
 
@@ -8,234 +8,218 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from tools import bench_figures
-from tools.canvas import BLUE, FAINT, GREEN, INK, RED, SAND, Canvas
+from matplotlib.figure import Figure
+
+from minioscar.storage.files import replacing
+from tools import bench_figures, pareto
 from tools.committed import QWEN3_8B, RESULTS, ROOT
+from tools.plot import BLUE, FAINT, GREEN, GRID, INK, MUTED, RED, SAND, arrow, box, figure, page, save, styled, words
 
 OUT, NUMBERS = ROOT / "docs" / "figures", RESULTS / "figures.json"
+FED = "#dfe8f5"
 
 
-# --- the way of a token
+# --- the path of a token
 
 
-def path(numbers: dict) -> Canvas:
+def path(numbers: dict) -> Figure:
     """Files from top to bottom, what each hands to the next, and what the cache is to them."""
-    c = Canvas(820, 560, "The way of a token through the files of minioscar")
+    drawn, axes = page(820, 560, "The path of a token through the files of minioscar")
     stations = [
-        ("cli.py", "reads the command", '"The capital of France is"'),
-        ("engine.py", "checks everything, makes room", "[504, 3575, 282, 4649, 314]"),
-        ("tokenizer.py", "text → ids, and back", ""),
-        ("generation.py", "prefill, then step by step", "ids of this pass, and which row of the cache they go to"),
+        ("app/cli.py", "reads the command", '"The capital of France is"'),
+        ("engine.py", "checks everything, allocates the cache", "[504, 3575, 282, 4649, 314]"),
+        ("generation.py", "prefill, then step by step", "ids of this pass, and the rows of the cache they go to"),
         ("model.py", "the transformer, layer by layer", "x  [tokens, 576]"),
         ("ops/reference.py or ops/cuda.py", "what every operation means", "q, k, v  [tokens, heads, 64]"),
-        ("oscar.py / kernels/*.cu", "the method; the same, on the card", "codes, steps, minima, norms"),
+        ("oscar.py / kernels/*.cu", "the method; the same, on the card", ""),
     ]
-    y = 30
     for i, (name, does, hands) in enumerate(stations):
-        if name == "tokenizer.py":
-            c.rect(500, y - 78, 240, 50, SAND, FAINT)
-            c.text(512, y - 58, name, 14)
-            c.text(512, y - 38, does, 12, fill=FAINT)
-            c.line([(400, y - 61), (498, y - 61)], arrow=True)
-            c.line([(500, y - 44), (402, y - 44)], arrow=True)
-            continue
-        c.rect(60, y, 340, 50, SAND, FAINT)
-        c.text(72, y + 20, name, 14)
-        c.text(72, y + 40, does, 12, fill=FAINT)
-        if i < len(stations) - 1:
-            c.line([(230, y + 50), (230, y + 76)], arrow=True)
-            c.text(242, y + 68, hands, 12, fill=BLUE, mono=True)
-        y += 80
-    c.rect(560, 270, 200, 130, "white", BLUE)
-    c.text(572, 292, "cache.py", 14, fill=BLUE)
+        y = 30 + 80 * i
+        box(axes, 60, y, 340, 50, SAND, FAINT)
+        words(axes, 72, y + 20, name, 14)
+        words(axes, 72, y + 40, does, 12, color=MUTED)
+        if hands:
+            arrow(axes, [(230, y + 50), (230, y + 79)])
+            words(axes, 242, y + 69, hands, 12, color=BLUE, family="monospace")
+    box(axes, 500, 112, 240, 50, SAND, FAINT)
+    words(axes, 512, 132, "tokenizer.py", 14)
+    words(axes, 512, 152, "text → ids, and back", 12, color=MUTED)
+    arrow(axes, [(400, 129), (499, 129)])
+    arrow(axes, [(500, 146), (401, 146)])
+    box(axes, 560, 270, 200, 130, "white", BLUE)
+    words(axes, 572, 292, "cache.py", 14, color=BLUE)
     for n, line in enumerate(("one row a sequence:", "sinks, packed blocks,", "window; allocated once,", "never grows")):
-        c.text(572, 318 + 20 * n, line, 12)
-    c.line([(400, 300), (558, 300)], BLUE, arrow=True)
-    c.text(410, 292, "room, lengths", 12, fill=BLUE)
-    c.line([(400, 375), (558, 375)], BLUE, arrow=True)
-    c.text(410, 367, "append and read", 12, fill=BLUE)
-    c.line([(60, 295), (36, 295), (36, 215), (58, 215)], arrow=True)
-    c.text(30, 255, "new token", 12, anchor="middle", fill=FAINT, upright=True)
-    c.text(60, 545, "Each file imports only what stands below it. Two back ends, one list of operations.", 12, fill=FAINT)
-    return c
+        words(axes, 572, 318 + 20 * n, line, 12)
+    for y, what in ((300, "rows, lengths"), (375, "append and read")):
+        arrow(axes, [(400, y), (559, y)], BLUE)
+        words(axes, 410, y - 8, what, 12, color=BLUE)
+    arrow(axes, [(60, 295), (36, 295), (36, 215), (59, 215)])
+    words(axes, 24, 255, "new token", 12, color=MUTED, rotation=90, ha="center", va="center")
+    words(axes, 60, 525, "Each file imports only what stands below it. Two back ends, one list of operations.", 12, color=MUTED)
+    return drawn
 
 
 # --- a row of the cache
 
 
-def row(numbers: dict) -> Canvas:
+def row(numbers: dict) -> Figure:
     """What is kept of 300 tokens, with the bytes of a token of SmolLM2 in one kv head of one layer."""
-    c = Canvas(860, 330, "One row of the cache: sinks, packed blocks and the window")
+    drawn, axes = page(860, 330, "One row of the cache: sinks, packed blocks and the window")
     left, scale = 40, 2.35
     spans = [(0, 32, RED, "sinks"), (32, 128, BLUE, "block 0"), (128, 256, BLUE, "block 1"), (256, 300, GREEN, "window")]
-    c.text(left, 32, "300 tokens of one sequence, one layer, one kv head (scheme int2, head_dim 64)", 14)
-    for a, b, color, name in spans:
-        c.rect(left + a * scale, 60, (b - a) * scale, 46, color, "white")
-        c.text(left + (a + b) / 2 * scale, 88, name, 13, "middle", "white")
-    for t in (0, 32, 128, 256, 300):
-        c.line([(left + t * scale, 106), (left + t * scale, 114)])
-        c.text(left + t * scale, 128, str(t), 12, "middle")
-    c.text(left + 300 * scale + 10, 88, "next token →", 12, fill=FAINT)
-    per = numbers["row_bytes"]
+    words(axes, left, 32, "300 tokens of one sequence, one layer, one kv head (scheme int2, head_dim 64)", 14)
+    for begin, end, color, name in spans:
+        box(axes, left + begin * scale, 60, (end - begin) * scale, 46, color, "white")
+        words(axes, left + (begin + end) / 2 * scale, 88, name, 13, ha="center", color="white")
+    for token in (0, 32, 128, 256, 300):
+        axes.plot([left + token * scale] * 2, [106, 114], color=INK, lw=1)
+        words(axes, left + token * scale, 128, str(token), 12, ha="center")
+    words(axes, left + 300 * scale + 10, 88, "next token →", 12, color=MUTED)
+    size = numbers["row_bytes"]
+    sinks = f"BF16: 64 keys and 64 values of 2 B = {size['bf16']} B a token; their packed slots lie unused"
     codes = "codes 16 + 16 B, key steps and minima 2 x 64 x 2 B / 32, value steps 2 x 2 B"
+    window = f"BF16, {size['bf16']} B a token; when it holds 128, all of it becomes one block"
     rows = [
-        (RED, "sinks: the first 32 tokens", f"BF16: 64 keys and 64 values of 2 B = {per['bf16']} B a token; their packed slots lie unused"),
-        (BLUE, "packed: whole blocks of 128", f"{codes} = {per['int2']} B a token"),
-        (GREEN, "window: the newest, 0 … 127", f"BF16, {per['bf16']} B a token; when it holds 128, all of it becomes one block"),
-        (FAINT, "norms: every token", f"one float32 a token, over all {per['kv_heads']} kv heads of the layer"),
+        (RED, "sinks: the first 32 tokens", sinks),
+        (BLUE, "packed: whole blocks of 128", f"{codes} = {size['int2']} B a token"),
+        (GREEN, "window: the newest, 0 … 127", window),
+        (FAINT, "norms: every token", f"one float32 a token, over all {size['kv_heads']} kv heads of the layer"),
     ]
     for n, (color, what, cost) in enumerate(rows):
         y = 165 + 38 * n
-        c.rect(left, y - 11, 14, 14, color)
-        c.text(left + 24, y, what, 13)
-        c.text(left + 24, y + 16, cost, 12, fill=FAINT)
-    return c
+        box(axes, left, y - 11, 14, 14, color)
+        words(axes, left + 24, y, what, 13)
+        words(axes, left + 24, y + 16, cost, 12, color=MUTED)
+    return drawn
 
 
 # --- one group
 
 
-def group(numbers: dict) -> Canvas:
+def group(numbers: dict) -> Figure:
     """32 real numbers of one channel become 2-bit codes: levels of the whole range, and of the narrowed one."""
     data = numbers["group"]
-    values, low, high = data["values"], min(data["values"]), max(data["values"])
-    c = Canvas(860, 400, "A group of 32 tokens of one channel and its four levels")
-    where = f"channel {data['channel']} of kv head {data['head']}, layer {data['layer']}, tokens {data['first']} … {data['first'] + 31}"
-    c.text(40, 30, f"One key group: {where}", 14)
-    top, height = 60, 230
-
-    def place(v: float) -> float:
-        return top + height - (v - low) / (high - low) * height
-
-    for name, x, color in (("oscar", 640, FAINT), ("int2", 640, BLUE)):
-        for level in range(4):
-            v = data[name]["min"] + level * data[name]["step"]
-            c.line([(60, place(v)), (620, place(v))], color, 1, "2,4" if name == "oscar" else "")
-            if name == "int2":
-                c.text(x, place(v) + 4, f"code {level}", 12, fill=color)
-    for t, v in enumerate(values):
-        x, code = 70 + t * 17.3, data["int2"]["codes"][t]
-        level = data["int2"]["min"] + code * data["int2"]["step"]
-        c.line([(x, place(v)), (x, place(level))], FAINT, 1)
-        c.rect(x - 3, place(v) - 3, 6, 6, INK)
-        c.text(x, 318, str(code), 12, "middle", BLUE, mono=True)
-    c.text(640, 318, "codes, 2 bits each", 12, fill=BLUE)
-    packed = " ".join(f"{byte:02x}" for byte in data["int2"]["bytes"])
-    fields = f"step {data['int2']['step']:.5f}, min {data['int2']['min']:+.5f} in fp16"
-    c.text(70, 346, f"as 8 bytes: {packed}    and {fields}: 12 bytes for 64", 13, mono=True)
-    legend = "squares: the numbers; solid lines: levels of int2, whose range is narrowed to 0.9; dotted: those of oscar (the whole range)"
-    c.text(70, 376, legend, 12, fill=FAINT)
-    return c
+    drawn = figure(860, 400, "A group of 32 tokens of one channel and its four levels")
+    axes, int2 = drawn.subplots(), data["int2"]
+    where = f"channel {data['channel']} of kv head {data['head']}, layer {data['layer']}"
+    axes.set_title(f"One key group: {where}, tokens {data['first']} … {data['first'] + 31}")
+    for level in range(4):
+        for name, color, style in (("oscar", FAINT, ":"), ("int2", BLUE, "-")):
+            axes.plot([-0.6, 31.6], [data[name]["min"] + level * data[name]["step"]] * 2, style, color=color, lw=1)
+        axes.text(32, int2["min"] + level * int2["step"], f"code {level}", color=BLUE, va="center")
+    for token, (value, code) in enumerate(zip(data["values"], int2["codes"], strict=True)):
+        axes.plot([token] * 2, [value, int2["min"] + code * int2["step"]], color=FAINT, lw=0.8)
+    axes.plot(range(32), data["values"], "s", color=INK, ms=4.5)
+    axes.set_xticks(range(32), map(str, int2["codes"]), family="monospace", color=BLUE)
+    axes.tick_params(length=0)
+    axes.set(yticks=[], xlim=(-0.7, 34.5))
+    axes.spines[:].set_visible(False)
+    packed = " ".join(f"{byte:02x}" for byte in int2["bytes"])
+    fields = f"step {int2['step']:.5f}, min {int2['min']:+.5f} in fp16"
+    legend = (
+        f"the codes, 2 bits each; as 8 bytes: {packed}, and {fields}: 12 bytes for 64\n"
+        "squares: the numbers; solid lines: levels of int2, whose range is narrowed to 0.9; dotted: those of oscar (the whole range)"
+    )
+    axes.set_xlabel(legend, loc="left", linespacing=1.6)
+    return drawn
 
 
 # --- why rotate, why scale
 
 
-def bars(c: Canvas, x: float, y: float, w: float, h: float, values: Sequence[float], most: float, color: str) -> None:
-    step = w / len(values)
-    for i, v in enumerate(values):
-        c.rect(x + i * step, y + h - v / most * h, step * 0.85, v / most * h, color)
-    c.line([(x, y + h), (x + w, y + h)], FAINT, 1)
-
-
-def rotation(numbers: dict) -> Canvas:
+def rotation(numbers: dict) -> Figure:
     data = numbers["rotation"]
-    most = max(data["before"])
-    c = Canvas(860, 260, "Channels of keys before and after the rotation")
-    for n, (name, color) in enumerate((("before", RED), ("after", BLUE))):
-        x = 40 + 415 * n
+    drawn = figure(860, 280, "Channels of keys before and after the rotation")
+    kinds = (("before", "keys", RED), ("after", "the same, times H", BLUE))
+    for axes, (name, title, color) in zip(drawn.subplots(1, 2, sharey=True), kinds, strict=True):
         ratio = max(data[name]) / (sum(data[name]) / len(data[name]))
-        c.text(x, 30, f"{'keys' if n == 0 else 'the same, times H'}: largest channel {ratio:.1f} x the mean", 13)
-        bars(c, x, 50, 380, 160, data[name], most, color)
-        c.text(x, 232, "mean |k| of each of the 64 channels", 12, fill=FAINT)
-    c.text(40, 252, f"SmolLM2-135M, layer {data['layer']}, kv head {data['head']}, {data['tokens']} tokens of English", 12, fill=FAINT)
-    return c
+        axes.bar(range(len(data[name])), data[name], 0.85, color=color)
+        axes.set(title=f"{title}: largest channel {ratio:.1f} x the mean", xlabel="channel", xmargin=0.01)
+    where = f"SmolLM2-135M, layer {data['layer']}, kv head {data['head']}, {data['tokens']} tokens of English"
+    drawn.axes[0].set_ylabel("mean |k|")
+    drawn.supxlabel(where, fontsize=9, color=MUTED)
+    return drawn
 
 
-def norms(numbers: dict) -> Canvas:
+def norms(numbers: dict) -> Figure:
     data = numbers["norms"]
-    c = Canvas(860, 240, "Norms of tokens, and the error of keys by token")
+    drawn = figure(860, 270, "Norms of tokens, and the error of keys by token")
     titles = {"norms": ("norm of a token's keys", INK), "kivi": ("relative error: kivi", RED), "oscar": ("relative error: oscar", BLUE)}
-    for n, (name, (title, color)) in enumerate(titles.items()):
-        x, (first, *others) = 40 + 270 * n, data[name]
-        c.text(x, 30, title, 13)
-        bars(c, x, 50, 240, 130, data[name], max(data["norms"]) if n == 0 else max(data["kivi"]), color)
-        c.text(x, 200, f"token 0: {first:.2f}; mean of 1 … {len(others)}: {sum(others) / len(others):.2f}", 12, fill=FAINT)
+    for axes, (name, (title, color)) in zip(drawn.subplots(1, 3), titles.items(), strict=True):
+        first, *others = data[name]
+        axes.bar(range(len(data[name])), data[name], 0.85, color=color)
+        mean = sum(others) / len(others)
+        axes.set(title=title, xlabel=f"token 0: {first:.2f}; mean of 1 … {len(others)}: {mean:.2f}", xmargin=0.01)
+        axes.set_ylim(0, max(data["norms" if name == "norms" else "kivi"]) * 1.05)
     where = f"SmolLM2-135M, layer {data['layer']}, all kv heads, tokens 0 … {len(data['norms']) - 1}"
-    c.text(40, 228, f"{where}. Token 0 is an attention sink: a small norm, and much attention.", 12, fill=FAINT)
-    return c
+    drawn.supxlabel(f"{where}. Token 0 is an attention sink: a small norm, and much attention.", fontsize=9, color=MUTED)
+    return drawn
 
 
 # --- what a decode step reads
 
 
-def step(numbers: dict) -> Canvas:
+def step(numbers: dict) -> Figure:
     data = numbers["step"]
-    c = Canvas(860, 420, "Bytes that a decode step reads")
-    left, bottom, width, height = 90, 350, 640, 290
-    contexts, most = data["contexts"], max(data["bf16"]) + data["weights"]
-    c.text(40, 30, f"Bytes that one decode step of {data['model']} reads (batch 1), in GB", 14)
-
-    def at(i: int) -> float:
-        return left + width * contexts[i] / contexts[-1]
-
-    def up(size: float) -> float:
-        return bottom - height * size / most
-
-    for tick in range(0, int(most / 1e9) + 1, 5):
-        c.line([(left, up(tick * 1e9)), (left + width, up(tick * 1e9))], "#e4e4e4", 1)
-        c.text(left - 8, up(tick * 1e9) + 4, str(tick), 12, "end", FAINT)
-    for tick in contexts[::2]:
-        x = left + width * tick / contexts[-1]
-        c.text(x, bottom + 20, f"{tick // 1024}K" if tick else "0", 12, "middle", FAINT)
-    c.rect(left, up(data["weights"]), width, bottom - up(data["weights"]), SAND)
-    c.text(left + 10, up(data["weights"] / 2), f"weights, {data['weights'] / 1e9:.1f} GB in BF16", 12)
-    for name, color in (("bf16", RED), ("oscar", FAINT), ("int2", BLUE)):
-        c.line([(at(i), up(b + data["weights"])) for i, b in enumerate(data[name])], color, 2.5)
-        y = up(data[name][-1] + data["weights"]) + (14 if name == "int2" else 2)
-        c.text(left + width + 8, y, f"{name} {data[name][-1] / 1e9:.1f}", 12, fill=color)
-    c.text(left, bottom + 44, "tokens in the cache. Above the weights: keys and values, steps, minima and norms.", 12, fill=FAINT)
-    return c
+    drawn = figure(860, 420, "Bytes that a decode step reads")
+    axes, contexts, weights = drawn.subplots(), data["contexts"], data["weights"] / 1e9
+    axes.fill_between([0, contexts[-1]], weights, color=SAND, lw=0)
+    axes.text(contexts[-1] / 50, weights / 2, f"weights, {weights:.1f} GB in BF16")
+    for name, color, offset in (("bf16", RED, 0), ("oscar", FAINT, 3), ("int2", BLUE, -6)):
+        sizes = [size / 1e9 for size in data[name]]
+        axes.plot(contexts, [size + weights for size in sizes], color=color, lw=2)
+        place = {"xytext": (6, offset), "textcoords": "offset points", "va": "center", "color": color}
+        axes.annotate(f"{name} {sizes[-1]:.1f}", (contexts[-1], sizes[-1] + weights), **place, annotation_clip=False)
+    axes.set_title(f"Bytes that one decode step of {data['model']} reads (batch 1), in GB")
+    axes.set_xlabel("tokens in the cache. Above the weights: keys and values, steps, minima and norms.")
+    axes.set_xticks(contexts[::2], [bench_figures.context_tick(tokens) for tokens in contexts[::2]])
+    axes.set(xlim=(0, contexts[-1]), ylim=(0, None))
+    axes.grid(axis="y", color=GRID)
+    return drawn
 
 
-# --- what is read of a turn
+# --- what a turn of a chat feeds
 
 
-def turns(numbers: dict) -> Canvas:
+def turns(numbers: dict) -> Figure:
     """The cache between two turns of a chat: what it holds, what is fed, and where it may be cut."""
-    c = Canvas(860, 300, "The cache between the turns of a chat")
+    drawn, axes = page(860, 300, "The cache between the turns of a chat")
     left, scale = 40, 1.55
-
-    def strip(y: float, parts: list[tuple[int, str, str]]) -> None:
-        x = left
-        for tokens, color, label in parts:
-            c.rect(x, y, tokens * scale, 30, color, "white")
-            c.text(x + tokens * scale / 2, y + 20, label, 11, "middle", "white" if color not in (SAND, "#dfe8f5") else INK)
+    strips = [
+        ("after the answer, the cache holds", [(128, BLUE, "block"), (128, BLUE, "block"), (70, GREEN, "window")]),
+        (
+            "the next turn renders to the same tokens and goes on: only the new ones are fed",
+            [(326, FED, "as it is"), (60, INK, "fed")],
+        ),
+        ("it parts from them within the window: the window is cut there", [(290, FED, "as it is"), (96, INK, "fed")]),
+        (
+            "it parts from them within a block: that block is fed again, the ones before it stay",
+            [(128, FED, "as it is"), (72, FAINT, "fed again"), (186, INK, "fed")],
+        ),
+    ]
+    for n, (text, pieces) in enumerate(strips):
+        x, y = float(left), 28 + 70 * n
+        words(axes, x, y, text, 13)
+        for tokens, color, label in pieces:
+            box(axes, x, y + 10, tokens * scale, 30, color, "white")
+            ink = INK if color == FED else "white"
+            words(axes, x + tokens * scale / 2, y + 25, label, 11, ha="center", va="center", color=ink)
             x += tokens * scale
-
-    c.text(left, 28, "after the answer, the cache holds", 13)
-    strip(38, [(128, BLUE, "block"), (128, BLUE, "block"), (70, GREEN, "window")])
-    c.text(left, 98, "the next turn renders to the same tokens and goes on: only the new ones are fed", 13)
-    strip(108, [(326, "#dfe8f5", "as it is"), (60, INK, "fed")])
-    c.text(left, 168, "it parts from them within the window: the window is cut there", 13)
-    strip(178, [(290, "#dfe8f5", "as it is"), (96, INK, "fed")])
-    c.text(left, 238, "it parts from them within a block: that block is fed again, the ones before it stay", 13)
-    strip(248, [(128, "#dfe8f5", "as it is"), (72, FAINT, "fed again"), (186, INK, "fed")])
-    return c
+    return drawn
 
 
 DRAWN = {"path": path, "row": row, "group": group, "rotation": rotation, "norms": norms, "step": step, "turns": turns}
 
 
-def draw(folder: Path = OUT) -> None:
-    for name, canvas in all_drawn().items():
-        canvas.save(f"{name}.svg", folder)
+def draw() -> None:
+    for name, drawn in all_drawn().items():
+        save(drawn, OUT / f"{name}.svg")
+    save(pareto.drawn(), RESULTS / "pareto.svg")
 
 
-def all_drawn() -> dict[str, Canvas]:
+@styled
+def all_drawn() -> dict[str, Figure]:
     numbers = json.loads(NUMBERS.read_text())
     return {name: make(numbers) for name, make in DRAWN.items()} | bench_figures.drawn()
 
@@ -290,7 +274,8 @@ def measure() -> None:
         "step": {"model": "the Qwen3-8B shape", "contexts": contexts, "weights": weights, **read},
         "row_bytes": {**one, "kv_heads": 3},
     }
-    NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
+    with replacing(NUMBERS) as partial:
+        partial.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from minioscar.evaluation.fidelity import default_text
 from minioscar.ops.reference import Reference
 from minioscar.rope import Rope
 from minioscar.storage import hub
+from minioscar.storage.files import replacing
 from minioscar.tokenizer import Tokenizer
 from minioscar.weights import load
 
@@ -72,8 +73,10 @@ def main() -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(source / name, out)
     settings = {**json.loads((source / "config.json").read_text()), "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    (out / "config.json").write_text(json.dumps(settings, indent=2))
-    save_file(tensors, out / "model.safetensors")
+    with replacing(out / "config.json") as partial:
+        partial.write_text(json.dumps(settings, indent=2))
+    with replacing(out / "model.safetensors") as partial:
+        save_file(tensors, partial)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""docs/results/pareto.svg: bits per element against KL for every family of schemes, on both models, from the committed eval results."""
+"""docs/results/pareto.svg: bits per element against KL for every family of schemes, on both models, from the committed
+eval results."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+from matplotlib.figure import Figure
+
+from tools.committed import RESULTS
+from tools.plot import figure, save, styled
+
 MODELS = {"eval-smollm2-135m": "SmolLM2-135M", "eval-smollm2-135m-key-biases": "the same with large key biases"}
 FAMILIES = {
     "KIVI and its steps": ("#8c8c8c", "o", ("kivi", "rotation", "scaling")),
@@ -38,32 +42,26 @@ def front(rows: dict[str, list[float]]) -> list[tuple[float, float]]:
     return best
 
 
-def draw(path: Path) -> None:
-    """Writes the figure, with the numbers that it shows as its description."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style = {"font.size": 12, "svg.hashsalt": "pareto", "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-             "figure.constrained_layout.use": True, "legend.frameon": False}
-    with rc_context(style):
-        figure = Figure(figsize=(13, 5.8))
-        for axes, (title, rows) in zip(figure.subplots(1, 2), points().items(), strict=True):
-            axes.step(*zip(*front(rows), strict=True), where="post", color="#bbbbbb", lw=1.2, zorder=1)
-            for family, (color, marker, names) in FAMILIES.items():
-                bits, kl, error = zip(*(rows[name] for name in names), strict=True)
-                axes.errorbar(bits, kl, error, fmt=marker, color=color, ms=8, capsize=3, label=family)
-                for name in names:
-                    left, x = (True, -9) if name in LABELLED_LEFT else (False, 9)
-                    place = {"xytext": (x, -13 if name in LABELLED_BELOW else 4), "textcoords": "offset points"}
-                    axes.annotate(name, rows[name][:2], **place, ha="right" if left else "left", fontsize=10.5, color=color)
-            axes.set(title=title, xlabel="bits per element", yscale="log", xlim=(0.9, 5.6))
-            axes.grid(color="#eeeeee", which="both")
-            axes.set_axisbelow(True)
-            axes.yaxis.set_major_formatter("{x:g}")
-        figure.axes[0].set_ylabel("KL to the unquantized run (nats per token)")
-        figure.axes[1].legend(loc="upper right", fontsize=11)
-        figure.savefig(path, metadata={"Date": None, "Description": json.dumps(points())})
+@styled
+def drawn() -> Figure:
+    found = figure(1250, 560, "Bits per element against KL, by family of schemes")
+    for axes, (title, rows) in zip(found.subplots(1, 2), points().items(), strict=True):
+        axes.step(*zip(*front(rows), strict=True), where="post", color="#bbbbbb", lw=1.2, zorder=1)
+        for family, (color, marker, names) in FAMILIES.items():
+            bits, kl, error = zip(*(rows[name] for name in names), strict=True)
+            axes.errorbar(bits, kl, error, fmt=marker, color=color, ms=8, capsize=3, label=family)
+            for name in names:
+                left, x = (True, -9) if name in LABELLED_LEFT else (False, 9)
+                place = {"xytext": (x, -13 if name in LABELLED_BELOW else 4), "textcoords": "offset points"}
+                axes.annotate(name, rows[name][:2], **place, ha="right" if left else "left", fontsize=10.5, color=color)
+        axes.set(title=title, xlabel="bits per element", yscale="log", xlim=(0.9, 5.6))
+        axes.title.set_size(12)
+        axes.grid(color="#eeeeee", which="both")
+        axes.yaxis.set_major_formatter("{x:g}")
+    found.axes[0].set_ylabel("KL to the unquantized run (nats per token)")
+    found.axes[1].legend(loc="upper right", fontsize=11)
+    return found
 
 
 if __name__ == "__main__":
-    draw(RESULTS / "pareto.svg")
+    save(drawn(), RESULTS / "pareto.svg")

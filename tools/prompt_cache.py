@@ -19,6 +19,7 @@ import numpy as np
 
 from minioscar import load
 from minioscar.evaluation.fidelity import default_text
+from minioscar.storage.files import replacing
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "prompt-cache.json"
 QUESTION = "What is this text about?"
@@ -56,7 +57,8 @@ def main() -> None:
     rows = [measure(args.model, kv, args.tokens, args.device) for kv in ("bf16", "int2", "int2-compact")]
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
     meta = {"model": args.model, "device": args.device, "cpu": platform.machine(), "threads": int(threads), "numpy": np.__version__}
-    RESULTS.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    with replacing(RESULTS) as partial:
+        partial.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from minioscar.cache import cache_bytes
 from minioscar.config import Config
 from minioscar.evaluation.baselines import Ott, TurboQuant
 from minioscar.oscar import SCHEMES
+from minioscar.storage.files import replacing
 from minioscar.tables import markdown
 from tools import bench_tables
-from tools.committed import RESULTS, ROOT, load
+from tools.committed import ROOT, load
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
@@ -263,8 +264,7 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
-    from tools import pareto
-
     for page in (ROOT / name for name in PAGES):
-        page.write_text(rendered(page.read_text()))
-    pareto.draw(RESULTS / "pareto.svg")
+        text = rendered(page.read_text())
+        with replacing(page) as partial:
+            partial.write_text(text)
