@@ -308,8 +308,11 @@ class Run:
         feeds = {slot: ids[self.cache.lengths[slot] :] for slot, ids in zip(self.first, self.ids, strict=True)}
         feeds = {slot: ids for slot, ids in feeds.items() if ids}
         found = dict.fromkeys(self.first, self.logits)
+        slots, inputs = list(feeds), list(feeds.values())
+        ops, batch = self.engine.ops, self.cache.batch_for(slots, map(len, inputs)) if feeds else None
+        steps = any(one.max_tokens > 1 for one in self.options)
+        ops.prepare(self.engine.model, self.cache, batch, self.rows if steps else (), self.engine.progress)
         if feeds:
-            slots, inputs = list(feeds), list(feeds.values())
             with self.engine.prefill_bar(sum(map(len, inputs))) as model:
                 logits = self._pass(slots, inputs, lambda ids, batch: model.forward(ids, self.cache, batch))
             found |= zip(slots, logits, strict=True)

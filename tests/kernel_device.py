@@ -22,7 +22,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minioscar.ops.launch import KERNELS, Launch, TensorMap, module, run
+from minioscar.ops.cubins import KERNELS
+from minioscar.ops.cubins import source as text_of
+from minioscar.ops.launch import Launch, TensorMap, run
+from minioscar.ops.launch import kernel as compiled_kernel
 
 from . import simt
 
@@ -78,8 +81,14 @@ class CudaDevice(Device):
     @staticmethod
     def compile(source: Path, name: str, defines: Sequence[str] = (), arch: int = 80) -> Callable[..., None]:
         CudaDevice.check(str(source), arch)
-        options = ("-std=c++17", *(f"-D{d}" for d in defines))
-        kernel = module(str(source), options, [name] if "<" in name else None).get_function(name)
+        if "<" in name:  # of a template
+            import cupy
+
+            options = ("-std=c++17", *(f"-D{d}" for d in defines))
+            module = cupy.RawModule(code=text_of(str(source)), options=options, name_expressions=[name])
+            kernel = module.get_function(name)
+        else:
+            kernel = compiled_kernel(str(source), name, tuple(defines))
 
         def launch(
             grid: Any, block: Any, args: Sequence[Any], shared: int = 0, seed: int = 0, checks: bool = True

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from minioscar.ops import attention, linear, linear_batch, prefill, sample
-from minioscar.ops.launch import KERNELS, SHARED_KIB, Launch, architecture
-from minioscar.ops.launch import source as text_of
+from minioscar.ops.cubins import KERNELS, architecture
+from minioscar.ops.cubins import source as text_of
+from minioscar.ops.launch import SHARED_KIB, Launch
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling, Sampling
 
@@ -130,7 +131,7 @@ def compiled(source: str, defines: tuple[str, ...], arch: int) -> tuple[str, byt
     """The log with ptxas's report, and the cubin. Raises AssertionError with the log where it does not compile."""
     target = f"--gpu-architecture={architecture(source, arch)}"
     options = [target, "-std=c++17", "--ptxas-options=-v", *(f"-D{d}" for d in defines)]
-    options += [] if source.startswith("sm90/") else [f"-I{headers()}"]  # as launch.module finds them for the others
+    options += [] if source.startswith("sm90/") else [f"-I{headers()}"]  # as cubins.compiled finds them for the others
     program = checked(nvrtc.nvrtcCreateProgram(text_of(source).encode(), source.encode(), 0, [], []))
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))

@@ -9,7 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +21,9 @@ from ..config import Config
 from ..decoding import Decoder
 from ..oscar import Scheme
 from ..sampling import RowSampling
-from ..weights import Layer, Tensor
+from ..weights import Layer, Tensor, Weights
 from . import attention, linear, linear_batch, prefill, sample
+from .cubins import Program, compile_all
 from .decode import Queue, StepBatch, StepDecoder, unsupported
 from .launch import Launch, Recording, run
 from .linear import Products, batch_plans
@@ -215,6 +218,11 @@ class Cuda(Reference):
             return super().decoder(model, cache, rows, logits=logits)
         return StepDecoder(model, cache, rows, logits=logits, replay=replay)
 
+    def prepare(self, model: Model, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling], progress: bool) -> None:
+        from cupy.cuda import nvrtc
+
+        compile_all(programs(self, model, cache, batch, rows), self.capability, nvrtc, progress)
+
     def queue(self, batch: StepBatch, run: Callable[[], None], graph: bool) -> Queue:
         return Queue(batch, run, graph)
 
@@ -241,3 +249,67 @@ class Cuda(Reference):
             found = (self.xp.asarray(np.asarray(x, np.int32)) for x in (*found, np.cumsum(tiles) - tiles))
             self.indices = Indices(batch, *found, int(tiles.sum()))
         return self.indices
+
+
+def programs(
+    ops: Cuda, model: Model, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling]
+) -> list[Program]:
+    """What a pass over `batch` (None: there is none) and then decode steps of `rows` (none: no steps) launch.
+
+    One layer of the model is run on paper: over arrays that have shapes and no memory, since nothing writes to them. Empty for schemes
+    and shapes whose steps are array code.
+    """
+    config, paper = model.config, OnPaper(ops)
+    if unsupported(config, cache.scheme, len(cache.lengths)):
+        return []
+    kept, config = copy(cache), replace(config, num_layers=1)
+    kept.ops, kept.lengths = paper, cache.lengths.copy()
+    kept.arrays = {name: paper.blank(array[:1]) for name, array in cache.arrays.items()}
+    kept.layers = [type(cache.layers[0])({name: array[0] for name, array in kept.arrays.items()}, cache.scheme, paper)]
+    model = copy(model)
+    model.config, model.ops, model.weights = config, paper, paper.weights(model.weights)
+    model.tables = (np.broadcast_to(np.float32(0), (cache.context, config.head_dim // 2)),) * 2
+    if batch is not None:
+        model.forward(np.zeros(sum(batch.counts), np.int32), kept, batch)
+    if rows:
+        step = StepBatch(paper, config, kept, rows)
+        model.step(step.tokens, kept, step, partial(step.draw, ops=paper))
+    return list(paper.launched)
+
+
+class OnPaper(Cuda):
+    """The same card, and nothing runs on it: launches are noted."""
+
+    def __init__(self, ops: Cuda) -> None:
+        self.xp, self.multiprocessors, self.capability = np, ops.multiprocessors, ops.capability
+        self.indices = self.recorded = None
+        self.products = Products(np, ops.multiprocessors, ops.capability)
+        self.launched: dict[Program, None] = {}
+
+    @staticmethod
+    def blank(x: Array) -> Array:
+        """An array of the shape and dtype of x, of one number's memory."""
+        return np.broadcast_to(np.zeros((), x.dtype), x.shape)
+
+    def weights(self, weights: Weights) -> Weights:
+        layer = {name: x if x is None else self.blank(x) for name, x in vars(weights.layers[0]).items()}
+        outer = {name: self.blank(getattr(weights, name)) for name in ("embed", "norm", "head")}
+        return replace(weights, layers=(replace(weights.layers[0], **layer),), **outer)
+
+    def run(self, launch: Launch) -> None:
+        self.launched[launch.source, launch.defines] = None
+
+    def attention(self, q: Array, new: NewTokens, layer_cache: LayerCache, batch: Batch | StepBatch) -> Array:
+        y = layer_cache.attend(q, new, batch)
+        if layer_cache.scheme.quantized:  # else appending is array code
+            layer_cache.append(new, batch)
+        return y
+
+    def product(self, x: Array, weight: Array, float32: bool) -> Array:
+        return np.empty((len(x), len(weight)), np.float32 if float32 else self.dtype)
+
+    def add_product(self, y: Array, x: Array, weight: Array) -> None:
+        pass
+
+    def numpy(self, x: Array) -> np.ndarray:
+        return x

@@ -1,4 +1,4 @@
-"""From a `Launch` to the card: the text that NVRTC compiles, the compiled kernel, and the launch itself.
+"""From a `Launch` to the card: the compiled kernel, and the launch itself.
 
 From compute capability 9.0 on a launch may begin while the one before it still runs ("programmatic dependent launch",
 CUDA programming guide): a kernel waits by itself, in `wait_for_previous` of device.cuh, before it touches what another
@@ -9,20 +9,17 @@ it, so the driver is called directly.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .cubins import compiled
+
 Array = Any
-KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 # Compute capability -> KiB of shared memory that a block may use.
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
@@ -55,78 +52,16 @@ class TensorMap:
 
 
 @cache
-def source(name: str) -> str:
-    """Text of a kernel with the package's headers inlined: CuPy's cache of binaries does not look into included
-    files."""
-    seen: set[Path] = set()
-
-    def inline(path: Path) -> str:
-        if path in seen:
-            return ""
-        seen.add(path)
-        include = re.compile(r'^#include "([\w./]+)"$', re.MULTILINE)
-        return include.sub(lambda match: inline(find(match[1], path.parent)), path.read_text())
-
-    def find(name: str, folder: Path) -> Path:
-        beside = (folder / name).resolve()
-        return beside if beside.exists() else KERNELS / name
-
-    return inline((KERNELS / name).resolve())
-
-
-@cache
 def kernel(file: str, name: str, defines: tuple[str, ...]) -> Any:
     """The compiled kernel, allowed all the dynamic shared memory that a block may have."""
     import cupy
+    from cupy.cuda import nvrtc
 
-    function = module(file, ("-std=c++17", *(f"-D{d}" for d in defines))).get_function(name)
+    path = compiled((file, defines), int(cupy.cuda.Device().compute_capability), nvrtc)
+    function = cupy.RawModule(path=str(path)).get_function(name)
     most = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
     function.max_dynamic_shared_size_bytes = most - function.shared_size_bytes
     return function
-
-
-def architecture(file: str, capability: int) -> str:
-    """What a kernel is compiled for. Files in sm90/ have instructions of compute capability 9.0 alone."""
-    return f"sm_{capability}a" if Path(file).parent.name == "sm90" else f"sm_{capability}"
-
-
-def module(file: str, options: tuple[str, ...], names: list[str] | None = None) -> Any:
-    """A file compiled for the card that is there; names: of the instances of its templates.
-
-    Macros go into the text: for every new list of options CuPy first compiles an empty program, 50 ms each time the
-    package is started.
-    """
-    import cupy
-
-    code, arch = source(file), architecture(file, int(cupy.cuda.Device().compute_capability))
-    if arch.endswith("a"):  # CuPy names the architecture itself, without the letter
-        return cupy.RawModule(path=str(_cubin(code, (f"--gpu-architecture={arch}", "-ftz=true", *options))))
-    macros = "".join(f"#define {option[2:].replace('=', ' ', 1)}\n" for option in options if option.startswith("-D"))
-    rest = tuple(option for option in options if not option.startswith("-D"))
-    return cupy.RawModule(code=macros + code, options=rest, name_expressions=names)
-
-
-def _cubin(code: str, options: tuple[str, ...]) -> Path:
-    """Compiled by NVRTC, and kept where CuPy keeps its own. Raises RuntimeError with NVRTC's log."""
-    from cupy.cuda import nvrtc
-
-    key = hashlib.sha256(repr((code, options, nvrtc.getVersion())).encode()).hexdigest()
-    path = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache") / f"minioscar-{key}.cubin"
-    if path.exists():
-        return path
-    program = nvrtc.createProgram(code, "minioscar.cu", (), ())
-    try:
-        nvrtc.compileProgram(program, options)
-        cubin = nvrtc.getCUBIN(program)
-    except nvrtc.NVRTCError as error:
-        raise RuntimeError(f"{error}: {nvrtc.getProgramLog(program)}") from None
-    finally:
-        nvrtc.destroyProgram(program)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_bytes(cubin)
-    draft.replace(path)
-    return path
 
 
 @dataclass(frozen=True)

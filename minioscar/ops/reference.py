@@ -186,6 +186,11 @@ class Reference:
         """Decode steps of the rows of a cache, as decoding.py says. replay: how recorded steps are taken (`decode.StepDecoder`)."""
         return Decoder(model, cache, rows, logits)
 
+    def prepare(
+        self, model: Model, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling], progress: bool
+    ) -> None:
+        """Before a run whose prompts are `batch` and whose answers draw as `rows` say: compiles what is not compiled yet."""
+
     # --- the cache
 
     def cache_type(self, config: Config, scheme: Scheme) -> type[LayerCache]:

@@ -17,9 +17,10 @@ import numpy as np
 
 from minioscar.cache import LayerCache, NewTokens
 from minioscar.config import Config
+from minioscar.ops.cubins import KERNELS
 from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode import Queue, StepBatch
-from minioscar.ops.launch import KERNELS, Launch, Recording, TensorMap
+from minioscar.ops.launch import Launch, Recording, TensorMap
 from minioscar.ops.linear import Products
 from minioscar.ops.paged import KernelCache
 from minioscar.ops.reference import Reference
@@ -54,6 +55,7 @@ class Simt(Cuda):
     name = "simt"
     numpy, free_bytes, release = Reference.numpy, Reference.free_bytes, Reference.release
     loading = Reference.loading
+    prepare = Reference.prepare  # the simulator compiles by itself
 
     def __init__(self, arch: int = ARCH) -> None:
         self.xp: Any = _Memory()
@@ -135,4 +137,5 @@ def _there(a: Any) -> Any:
 def _simulated(x: np.ndarray) -> bool:
     """Inputs that NumPy made (a temporary of array code) are copied in; outputs always are the back end's own
     arrays."""
-    return any(start <= x.ctypes.data < start + max(size, 1) for start, (size, _) in list(_arrays.items()))
+    arrays = _arrays.copy()  # some may die while they are looked through
+    return any(start <= x.ctypes.data < start + max(size, 1) for start, (size, _) in arrays.items())
