@@ -1,24 +1,25 @@
-"""`bench.py decode --breakdown`: the kernels that a decode step consists of, each kind timed by itself in a graph of its launches.
+"""`bench.py decode --breakdown`: the kernels of a decode step, each kind timed by itself in a graph of its launches.
 
-Their sum is more than the step where launches overlap, and less where a kernel finds in L2 what it must read in a step.
+Their sum is more than the step where launches overlap, and less where a kernel finds in L2 what a step reads from
+memory.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-
-import numpy as np
+from typing import Any
 
 from benchmarks.measure import copies_of, graph_time
 from benchmarks.models import filled
 from minioscar.cache import Cache
 from minioscar.engine import Engine
 from minioscar.ops.decode import StepDecoder
-from minioscar.ops.launch import Launch, run
+from minioscar.ops.launch import Address, Launch, TensorMap, run
 from minioscar.sampling import RowSampling
 
 CACHE = ("decode_attention", "decode_attention_bf16")
+SMALL = 1 << 20  # bytes; larger arguments are tables and workspaces, of which a launch reads a part
 
 
 def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterator[dict]:
@@ -26,41 +27,48 @@ def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterato
     decoder = StepDecoder(e.model, cache, [RowSampling()] * batch, replay="launches")
     lengths = decoder.batch.lengths
     lengths.fill(context)
-    decoder.replay()  # every input of every kernel is there
+    decoder.replay()  # fills every kernel's inputs
     lengths.fill(context)
     kinds: dict[str, list[Launch]] = defaultdict(list)
     for launch in decoder.recorded.launches:
         kinds[label(launch)].append(launch)
     for kind, launches in kinds.items():
         size = bytes_of(launches[0], cache)
-        count = copies_of(size) if size > 1 << 20 else 2
-        few = launches[: count + count % 2]  # an even number: those of attention take turns, and must find the workspace empty
-        us, spread = graph_time([lambda launch=launch: run(launch) for launch in few])
-        row = {"kv": e.scheme.name, "batch": batch, "context": context, "kernel": kind, "launches": len(launches), "us": us}
-        row |= {"us_spread": spread, "us_a_step": us * len(launches)}
+        count = copies_of(size) if size > SMALL else 2
+        timed = launches[: count + count % 2]  # attention alternates two workspaces and must find the next one empty
+        us, spread = graph_time([lambda launch=launch: run(launch) for launch in timed])
+        row = {"kv": e.scheme.name, "batch": batch, "context": context, "kernel": kind, "launches": len(launches)}
+        row |= {"us": us, "us_spread": spread, "us_a_step": us * len(launches)}
         yield row | {"bytes": size, "fraction_of_limit": size / (us * 1e-6) / copy_rate}
         lengths.fill(context)
 
 
 def label(launch: Launch) -> str:
+    """Its kernel; of a product also the numbers in and out of a token."""
     weight = weight_of(launch)
     return launch.name if weight is None else f"{launch.name} {weight.shape[1]} to {weight.shape[0]}"
 
 
-def weight_of(launch: Launch) -> object:
-    """The matrix of a product: the largest of its arguments."""
+def arrays_of(launch: Launch) -> list[Any]:
+    """Its arguments but for scalars; of recorded ones from the step's pool an `Address`."""
+    args = (a.array if isinstance(a, TensorMap) else a for a in launch.args)
+    return [a for a in args if isinstance(a, Address) or getattr(a, "shape", ())]
+
+
+def weight_of(launch: Launch) -> Any | None:
+    """The matrix of a product, which is the second one among its arguments: x [tokens, in], weight [out, in]."""
     if not launch.name.startswith("linear"):
         return None
-    return max((a for a in launch.args if getattr(a, "ndim", 0) == 2), key=lambda a: a.nbytes)
+    return [a for a in arrays_of(launch) if a.ndim == 2][1]
 
 
 def bytes_of(launch: Launch, cache: Cache) -> int:
-    """What a launch must read at least: the matrix of a product, a layer's cache, or all its arguments that are small."""
+    """What a launch must move at least: a layer's cache, the matrix of a product, else its small arguments that are not
+    the cache's."""
     if launch.name in CACHE:
         return cache.nbytes // len(cache.layers)
-    weight = weight_of(launch)
-    if weight is not None:
+    if (weight := weight_of(launch)) is not None:
         return weight.nbytes
-    own = {id(array) for layer_cache in cache.layers for array in layer_cache.arrays.values()}
-    small = [a for a in launch.args if isinstance(getattr(a, "nbytes", None), int) and not isinstance(a, np.generic) and id(a) not in own]
-    return sum(a.nbytes for a in small if a.nbytes < 1 << 20)
+    arrays = [cache.arrays, *(layer_cache.arrays for layer_cache in cache.layers)]  # of all layers (pack_step), of one
+    own = {id(array) for of_layer in arrays for array in of_layer.values()}
+    return sum(a.nbytes for a in arrays_of(launch) if a.nbytes < SMALL and id(a) not in own)

@@ -1,0 +1,63 @@
+"""benchmarks/breakdown.py: what it says of the launches of a recorded step. Their times only a card has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.breakdown import bytes_of, label
+from minioscar.cache import Cache
+from minioscar.ops.decode import StepDecoder
+from minioscar.ops.launch import Address, Launch, TensorMap
+from minioscar.sampling import RowSampling
+
+from .test_cuda_backend import SIMULATED, _simulated, _simulated_hopper
+from .test_decode_step import of_backend
+from .tiny import write_model
+
+
+SHAPE = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 192}  # no two matrices of the same
+
+
+def as_on_a_card(launch: Launch, kept: set[int]) -> Launch:
+    """Of arrays that come from the step's own pool, a recorded launch has the addresses alone (`launch.Recording`)."""
+
+    def released(a):
+        if isinstance(a, TensorMap):
+            return replace(a, array=released(a.array))
+        return a if not np.ndim(a) or id(a) in kept else Address(a.ctypes.data, a.shape, a.nbytes)
+
+    return replace(launch, args=tuple(map(released, launch.args)))
+
+
+@SIMULATED
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("make", [_simulated, _simulated_hopper])
+@pytest.mark.parametrize("kv", ["int2", "bf16"])
+def test_products_are_named_by_their_shape_and_count_their_matrix_attention_its_cache(make, kv, rows, tmp_path):
+    _, engine, ops = of_backend(make, write_model(tmp_path / "m", 3, **SHAPE), kv)
+    config, weights = engine.config, engine.model.weights
+    cache = Cache(config, engine.scheme, rows, 256, ops)
+    recorded = StepDecoder(engine.model, cache, [RowSampling()] * rows, replay="launches").recorded.launches
+    matrices = {
+        f"{matrix.shape[1]} to {matrix.shape[0]}": matrix.nbytes
+        for matrix in (weights.head, *(getattr(weights.layers[0], name) for name in ("qkv", "o", "gate_up", "down")))
+    }
+    kept = {id(array) for of in (cache, *cache.layers) for array in of.arrays.values()}
+    kept |= {id(matrix) for layer in weights.layers for matrix in vars(layer).values()} | {id(weights.head)}
+    launches = [as_on_a_card(launch, kept) for launch in recorded]
+    found = Counter()
+    for launch in launches:
+        name, _, shape = label(launch).partition(" ")
+        found[shape or name] += 1
+        if shape:
+            assert name.startswith("linear") and bytes_of(launch, cache) == matrices[shape]
+        elif name.startswith("decode_attention"):
+            assert bytes_of(launch, cache) * config.num_layers == cache.nbytes
+        else:
+            assert 0 < bytes_of(launch, cache) < 1 << 20, name
+    assert sum(found[shape] for shape in matrices) == 4 * config.num_layers + 1
+    assert sum(count for name, count in found.items() if name.startswith("decode_attention")) == config.num_layers
