@@ -18,7 +18,6 @@ from .test_cuda_backend import SIMULATED, _simulated, _simulated_hopper
 from .test_decode_step import of_backend
 from .tiny import write_model
 
-
 SHAPE = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 192}  # no two matrices of the same
 
 
