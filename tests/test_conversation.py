@@ -277,6 +277,42 @@ def test_an_empty_conversation_and_an_empty_message_are_refused(folder, tmp_path
         say(conversation, " \n")
 
 
+@pytest.mark.parametrize("system", [None, "Be a cat."])
+def test_what_was_taken_back_is_not_saved(folder, tmp_path, system):
+    """/undo and /reset back to the beginning: the file would hold the tokens of messages that it does not have."""
+    engine = talker(folder)
+    for back in (Conversation.undo, Conversation.reset):
+        conversation, path = Conversation(engine, ctx=512, system=system), tmp_path / f"{back.__name__}.safetensors"
+        say(conversation, "the dog sat on the mat " * 12)
+        back(conversation)
+        if system is None:
+            with pytest.raises(UserError, match="no conversation yet"):
+                conversation.save(path)
+            continue
+        conversation.save(path)
+        saved = engine.load_cache(path)
+        assert saved.messages == conversation.messages == [{"role": "system", "content": system}]
+        assert saved.ids == engine.render([*saved.messages, {"role": "user", "content": "the dog"}])[: len(saved)]
+        again = Conversation(engine, ctx=512, cache=saved)
+        assert say(again, "the cat", temperature=0, sampling=None) == say(conversation, "the cat", temperature=0, sampling=None)
+
+
+@pytest.mark.parametrize("then", ["save", "reset"])
+def test_an_answer_left_standing_ends_where_the_conversation_is_saved_or_reset(folder, tmp_path, then):
+    engine = talker(folder)
+    conversation = Conversation(engine, ctx=256)
+    answer = conversation.say("the cat", max_tokens=9)
+    next(answer)
+    if then == "save":
+        conversation.save(tmp_path / "c.safetensors")
+        assert engine.load_cache(tmp_path / "c.safetensors").messages == conversation.messages
+        assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    else:
+        conversation.reset()
+        assert conversation.messages == [] and list(answer) == []
+    assert len(conversation.held) == conversation.cache.lengths[0]
+
+
 def test_a_template_that_refuses_leaves_the_conversation_as_it_was(tmp_path):
     template = "{% if messages | length > 2 %}{{ raise_exception('enough') }}{% endif %}" + TEMPLATE
     conversation = Conversation(talker(write_talker(tmp_path / "m", 5, template=template)), ctx=256)

@@ -112,7 +112,11 @@ class Conversation:
         if not self._past:
             raise UserError("there is no answer yet to take back")
         self.messages, self.last = self._past.pop()[0], None
-        if self.cache is not None:  # what was taken back is neither counted nor saved
+        self._forget()
+
+    def _forget(self) -> None:
+        """Cuts what was taken back from the cache: it is neither counted nor saved."""
+        if self.cache is not None:
             self._cut(self.engine.render(continued(self.messages, "a"), self.template))
 
     def _close(self) -> None:
@@ -157,12 +161,15 @@ class Conversation:
 
     def reset(self) -> None:
         """Back to the beginning: the system message, or the document of the prompt cache, whose tokens are kept as far as can be."""
+        self._close()
         self.messages, self.turns, self.last = list(self._beginning), 0, None
         self._past = _past(self.messages)
+        self._forget()
 
     def save(self, path: str | Path) -> None:
         """Writes a prompt cache with which a conversation goes on later. Raises UserError where there is nothing to save."""
-        if self.cache is None or not self.held:
+        self._close()
+        if self.cache is None or not self.held or not self.messages:
             raise UserError("there is no conversation yet to save")
         PromptCache.of(self.engine, self.cache, self.held, messages=self.messages).save(path)
 
