@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import UserError
 from .storage import strict_json as json
+from .storage.files import decoded
 
 MAX_CHAT = 64 << 20  # characters a chat template may write: far above any context, far below memory
 MAX_SECONDS = 5.0  # that a chat template may loop
@@ -37,15 +38,15 @@ def find(folder: Path, config: Mapping[str, Any], file: Mapping[str, Any]) -> di
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # text mode: every line ends with \n
-    except (OSError, ValueError) as error:
+        return decoded(path.read_bytes(), str(path))
+    except OSError as error:
         raise UserError(f"{path}: not readable ({error}); fetch it again") from error
 
 
 def malformed(messages: Any) -> str | None:
     """Why these are no messages of a chat, a list of objects {"role": text, "content": text or parts}; None if they are."""
     if not isinstance(messages, list | tuple) or not messages:
-        return "there is no message" if messages == [] else "it is no list"
+        return "there is no message" if isinstance(messages, list | tuple) else "it is no list"
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return f"messages[{i}] has no role"

@@ -122,6 +122,8 @@ class Checkpoint:
             raise UserError(f"{folder / gone[0]} does not exist: {why}; fetch the model again")
         for file in files:
             path = folder / file
+            if not path.is_file():  # opening a FIFO would wait for its writer
+                raise UserError(f"{path} is no file; fetch the model again{self.beside}")
             try:
                 with safe_open(path, "np"):
                     opened = stack.enter_context(open(path, "rb", buffering=0))

@@ -174,6 +174,7 @@ def odd_targets(folder: Path) -> dict[str, tuple[Path, str]]:
         "no folder": (folder / "no" / "file", "there is no folder"),
         "parent is a file": (folder / "file" / "x", "is not a folder"),
         "name too long": (folder / ("n" * 256), "name too long"),
+        "path too long": (folder / "/".join(["n" * 200] * 30), "name too long"),
         "zero byte": (folder / "a\0b", "not the name of a file"),
         "half a character": (folder / "a\ud800", "not the name of a file"),
         "proc": (Path("/proc/file"), "cannot be written"),
@@ -195,6 +196,14 @@ def test_what_is_no_file_is_refused_before_the_work_and_stays_what_it_is(tmp_pat
                 use(path)
             assert "\n" not in str(error.value), name
         assert before == (names(tmp_path), modes(path)), name
+
+
+@pytest.mark.parametrize("name", ["new/", "new/.", "new//", "folder/"])
+def test_the_name_of_a_folder_is_no_file_to_be_made(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder; name a file to write"):
+        check_writable(f"{tmp_path}/{name}")
+    assert names(tmp_path) == ["folder"]
 
 
 def test_a_name_as_long_as_names_may_be_is_written(tmp_path):

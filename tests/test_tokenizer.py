@@ -418,8 +418,10 @@ def test_byte_order_marks_and_line_ends_of_files_are_no_content(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbfa\r\n{% if true %}\r\nb\r\n{% endif %}\r\nc")
     one = Tokenizer(tmp_path)
     assert one.eos_ids == {2} and one.chat([]) == "a\nb\nc"
+    (tmp_path / "chat_template.jinja").write_bytes("a\r\né".encode("utf-16"))
+    assert Tokenizer(tmp_path).chat([]) == "a\né"
     (tmp_path / "chat_template.jinja").write_bytes("é".encode("latin-1"))
-    with pytest.raises(UserError, match="chat_template.jinja: not readable"):
+    with pytest.raises(UserError, match="chat_template.jinja cannot be read as UTF-8 text"):
         Tokenizer(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -187,6 +188,14 @@ def test_a_link_into_a_cache_that_was_emptied_is_called_what_it_is(tmp_path, nam
     with pytest.raises(UserError, match=f"{name} is a link to a file that is gone; fetch the model again"):
         read(folder)
         Tokenizer(folder)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_waited_for(folder, make):
+    (folder / FILE).unlink()
+    make(folder / FILE)
+    with pytest.raises(UserError, match=f"{FILE} is no file; fetch the model again"):
+        read(folder)
 
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"

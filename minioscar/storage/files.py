@@ -35,7 +35,10 @@ def expand(path: str | Path) -> Path:
     if home.startswith("~") and slash and not os.path.isdir(home):
         raise UserError(f"{path}: there is no home folder that {home} could mean; name the folder")
     with contextlib.suppress(UnicodeError):  # half a surrogate pair, from a program
-        if b"\0" not in os.fsencode(found) and found:
+        name = os.fsencode(found)
+        if len(name) > 4095 or max(map(len, name.split(b"/"))) > 255:  # Linux's limits
+            raise UserError(f"{str(path)[:80]}... cannot be read or written: file name too long; name another")
+        if b"\0" not in name and name:
             return Path(found)
     raise UserError(f"{str(path)!r} is not the name of a file, and cannot be read or written; name one")
 
@@ -179,8 +182,8 @@ def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
     try:
         target = Path(os.path.realpath(expand(path)))
         found = _lstat(target)
-        if found and not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path} is {_kind(found)}; name a file to write")
+        if found and not stat.S_ISREG(found.st_mode) or os.path.basename(path) in ("", ".", ".."):  # realpath takes a last / away
+            raise UserError(f"{path} is {_kind(found) if found else 'the name of a folder'}; name a file to write")
         if not target.parent.is_dir():
             if target.parent.exists():
                 raise UserError(f"{path}: {target.parent} is not a folder; name another file")
