@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .chat_template import Message, malformed
-from .checks import whole
+from .checks import TEXT, whole
 from .config import Config
 from .errors import UserError, shown
 from .generation import Options
@@ -49,7 +49,7 @@ def one_prompt(prompt: Any) -> str | list[int] | list[dict[str, Any]]:
 
 def all_prompts(prompts: Any) -> tuple[list[str | list[int] | list[dict[str, Any]]], bool]:
     """The prompts, and whether it was one by itself, not in a list. Raises UserError for what is neither."""
-    many = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes | bytearray | memoryview)
+    many = isinstance(prompts, Sequence) and not isinstance(prompts, TEXT)
     if many or isinstance(prompts, np.ndarray) and prompts.ndim == 2:
         if not len(prompts):
             raise UserError("there is no prompt; give at least one")
@@ -107,7 +107,7 @@ def sequences_of(sequences: Any, answers: int) -> list[int]:
         return list(range(answers))
     if isinstance(sequences, np.ndarray):
         sequences = sequences.tolist()
-    if not isinstance(sequences, Sequence) or len(sequences) != answers:
+    if not isinstance(sequences, Sequence) or isinstance(sequences, TEXT) or len(sequences) != answers:
         raise UserError(f"sequences {shown(sequences)} must be {answers} numbers, one for each answer")
     return [whole("sequences", number, lambda n: 0 <= n < 2**32, "numbers from 0 to 2^32 - 1") for number in sequences]
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from .errors import UserError, shown
 
+TEXT = str | bytes | bytearray | memoryview  # what Python takes for sequences of characters or numbers, and no user means as one
+
 
 def number(name: str, value: Any, good: Callable[[float], bool], want: str) -> float:
     """The value as a float. Raises UserError, which names it, for another type (bool, text) and where it is not good; NaN never is."""

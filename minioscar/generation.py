@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .cache import Batch, Cache
-from .checks import whole
+from .checks import TEXT, whole
 from .decoding import Decoder
 from .errors import UserError, shown
 from .sampling import RowSampling, Sampling, likeliest, next_token
@@ -67,7 +67,8 @@ class Options:
         if not isinstance(given["sampling"], Sampling):
             raise UserError(f"sampling {shown(given['sampling'])} must be a minioscar.Sampling")
         if given["min_tokens"] > given["max_tokens"]:
-            raise UserError(f"min_tokens {given['min_tokens']} is more than max_tokens {given['max_tokens']}; raise max_tokens")
+            least, most = shown(given["min_tokens"]), shown(given["max_tokens"])
+            raise UserError(f"min_tokens {least} is more than max_tokens {most}; raise max_tokens")
         for name, value in given.items():
             object.__setattr__(self, name, value)
 
@@ -109,7 +110,7 @@ DEFAULTS = {"sampling": Sampling()} | {f.name: f.default for f in fields(Options
 
 
 def _sequence(name: str, value: Any) -> tuple:
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
+    if isinstance(value, TEXT | Mapping) or not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
         raise UserError(f"{name} {shown(value)} must be a list of {'strings' if name == 'stop' else 'token ids'}")
     return tuple(value)
 
@@ -154,23 +155,33 @@ class StopText:
     """Lets text through until a stop string comes, which it swallows; what may be the beginning of one is held back.
 
     The stop string that is complete first counts, the longest if several are, however the text was cut into pieces.
+    tokenizer: of the special tokens whose names stand within stop strings. They are no text: while it is looked at, each is
+    half of a surrogate pair, which no text has.
     """
 
-    def __init__(self, stops: Collection[str]):
+    def __init__(self, stops: Collection[str], tokenizer: Tokenizer | None = None):
+        special = tokenizer.specials_in("\0".join(stops)) if tokenizer and stops else {}
+        free = (half for half in map(chr, range(0xD800, 0xE000)) if not any(half in stop for stop in stops))
+        self.marks = dict(zip(special.values(), free, strict=False))
+        for name, i in special.items():
+            stops = [stop.replace(name, self.marks[i]) for stop in stops]
         self.stops, self.held, self.hit = tuple(stops), "", False
 
-    def add(self, piece: str) -> str:
-        text = self.held + piece
+    def add(self, piece: str, token: int | None = None) -> str:
+        text = self.held + piece + self.marks.get(token, "")
         found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         self.hit = bool(found)
         end = min(found)[1] if found else len(text) - max((self._begun(text, stop) for stop in self.stops), default=0)
         self.held = "" if found else text[end:]
-        return text[:end]
+        return self._shown(text[:end])
 
     def flush(self) -> str:
         """What was held back, once no text follows."""
         held, self.held = self.held, ""
-        return held
+        return self._shown(held)
+
+    def _shown(self, text: str) -> str:
+        return text.translate(dict.fromkeys(map(ord, self.marks.values()))) if self.marks else text
 
     @staticmethod
     def _begun(text: str, stop: str) -> int:
@@ -220,14 +231,14 @@ class Run:
             raise UserError("a run is iterated once; start another")
         self.begun = True
         streams = [self.tokenizer.stream(before) if self.tokenizer else None for before in self.before]
-        streams = list(zip(streams, (StopText(one.stop) for one in self.options), strict=True))
+        streams = list(zip(streams, (StopText(one.stop, self.tokenizer) for one in self.options), strict=True))
         for index, token in self._tokens():
             result, (stream, stops) = self.results[index], streams[index]
             piece = "" if stream is None or token is None else stream.add(token)
             if result.finish_reason and stream:
                 piece += stream.flush()
             if token is None or result.new_tokens > self.options[index].min_tokens:
-                piece = stops.add(piece)
+                piece = stops.add(piece, token)
             if stops.hit:
                 result.finish_reason = "stop"
             elif result.finish_reason:

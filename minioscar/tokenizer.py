@@ -12,7 +12,7 @@ from typing import Any
 
 from minioscar import chat_template
 from minioscar.chat_template import Message
-from minioscar.checks import whole
+from minioscar.checks import TEXT, whole
 from minioscar.detokenizer import Detokenizer
 from minioscar.errors import ChatTemplateError, UserError, one_line, shown
 from minioscar.storage import foreign
@@ -72,6 +72,12 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError):
             return None
         return found if found in self._special else None
+
+    def specials_in(self, text: str) -> dict[str, int]:
+        """The special tokens that a text holds the names of, the longest names first, and their ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        found = {token.content: i for i, token in added.items() if token.special and token.content in text}
+        return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
     def _add_tokens(self, wanted: dict[int, Any], special: dict[str, Any]) -> None:
         """Adds the tokens, by id, that tokenizer.json lacks or has with other flags; then special ones that are only named.
@@ -133,7 +139,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids without special tokens; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
-        if isinstance(ids, str | bytes | Mapping) or not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ():
+        if isinstance(ids, TEXT | Mapping) or not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ():
             raise UserError(f"token ids must be a list of whole numbers, not {shown(ids)}")
         ids = [whole("token id", i, lambda i: 0 <= i < 2**32, "a number from 0 on") for i in ids]
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -144,7 +150,7 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """What the token is in the middle of a text: " Paris", where `decode` of a text that begins with it has "Paris"."""
-        stream = self.stream(first=False)
+        stream, token_id = self.stream(first=False), whole("token id", token_id, lambda i: 0 <= i < 2**32, "a number from 0 on")
         return stream.add(token_id) + stream.flush()
 
     def complete(self, text: str, ids: Sequence[int]) -> str:
@@ -173,7 +179,7 @@ class Tokenizer:
 
         template: more variables for it (enable_thinking=False); chat_template is the name of one of several.
         """
-        if messages and (why := chat_template.malformed(messages)):
+        if not (isinstance(messages, list | tuple) and not messages) and (why := chat_template.malformed(messages)):
             raise UserError(f"messages cannot be rendered: {why}")
         extra = dict(template or {})
         name = extra.pop("chat_template", "default")

@@ -209,7 +209,7 @@ def test_an_option_that_is_not_there_is_refused_with_what_was_meant(engine, wron
     refused(lambda: Conversation(engine, ctx=128).say("the cat", **{wrong: 1}), repr(wrong))
 
 
-SEQUENCES = [5, "ab", [1], [1, 2, 3], [0, -1], [0, 1.5], [0, None], [0, 2**40], {0: 1, 1: 2}, np.array(5)]
+SEQUENCES = [5, "ab", b"ab", bytearray(b"ab"), [1], [1, 2, 3], [0, -1], [0, 1.5], [0, None], [0, 2**40], {0: 1, 1: 2}, np.array(5)]
 
 
 @pytest.mark.parametrize("sequences", SEQUENCES)
@@ -256,7 +256,7 @@ def test_models_schemes_contexts_and_files_that_cannot_be_are_refused(folder, op
     refused(lambda: minioscar.load(**{"model": folder, "device": "cpu", **options}))
 
 
-@pytest.mark.parametrize("path", [None, 5, b"x", ["x"], "", "a\0b", 1.5, object()])
+@pytest.mark.parametrize("path", [None, 5, b"x", ["x"], "", "a\0b", 1.5, object(), "n" * 256, "n/" * 3000])
 def test_what_is_no_path_is_refused(engine, path):
     cache, conversation = engine.prefill("the cat"), Conversation(engine, ctx=128)
     list(conversation.say("the cat", max_tokens=2))
@@ -299,7 +299,8 @@ def test_objects_that_do_not_even_have_a_name_are_refused(engine, folder):
     refused(lambda: engine.generate("x", template={"chat_template": np.array([1, 2])}), "chat template")
 
 
-NO_IDS = [None, 5, "the cat", b"x", [1.5], ["a"], [None], [True], [-1], [2**40], {1: 2}, np.array(3), np.array([1.5])]
+NO_IDS = [None, 5, "the cat", b"x", bytearray(b"x"), memoryview(b"x")]
+NO_IDS += [[1.5], ["a"], [None], [True], [-1], [2**40], {1: 2}, np.array(3), np.array([1.5])]
 
 
 @pytest.mark.parametrize("ids", NO_IDS)
@@ -308,6 +309,9 @@ def test_the_tokenizer_decodes_ids_only_and_encodes_text_only(engine, ids):
     if not isinstance(ids, str):
         refused(lambda: engine.tokenizer.encode(ids), "only text has token ids")
         assert engine.tokenizer.special_id(ids) is None
+    if ids != 5:
+        refused(lambda: engine.tokenizer.token_text(ids), "token id")
+    refused(lambda: engine.tokenizer.chat(ids), "messages cannot be rendered")
     assert engine.tokenizer.decode(np.array([5, 6])) == engine.tokenizer.decode([5, np.int64(6)])
 
 

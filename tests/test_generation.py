@@ -131,7 +131,7 @@ def test_a_stop_id_that_the_model_does_not_have_is_refused(engine, wrong):
 @pytest.mark.parametrize("stop", ["<|user|>", "<|end|>"])
 @pytest.mark.parametrize("others", [[], ["never so", "<|user|>x", "x<|end|>", "<|nobody|>", "\ud800"]])
 def test_a_stop_string_that_is_a_special_token_ends_there(engine, monkeypatch, stop, others):
-    """Its text is never seen, so only the token can match; beside other text it matches nothing, and breaks nothing."""
+    """Its text is never seen, so only the token can match; what is not a special token, or has other text, breaks nothing."""
     special = engine.tokenizer.special_id(stop)
     monkeypatch.setattr(engine.tokenizer, "eos_ids", frozenset())
     # random logits have it seldom: it is put in the way

@@ -131,6 +131,21 @@ def test_half_a_character_never_enters_a_conversation(tmp_path, kind, tokens):
     assert conversation.messages[1]["content"] == whole
 
 
+@pytest.mark.parametrize(("stops", "text", "tokens"), [
+    (["b<|user|>"], "a", 3), (["b<|user|>c"], "a", 4), (["<|user|>c"], "ab", 4), (["<|user|>cX", "d"], "abc", 5),
+    (["b<|user|>c<|user|>"], "abcd", 5), (["bc<|system|>", "bc"], "a", 4), (["ab<|user|>cd", "c<|user|>"], "", 5),
+])  # fmt: skip
+def test_a_special_token_within_a_stop_string_is_that_token(tmp_path, stops, text, tokens):
+    """Its name is no text of the answer, so that "<|end|>\\n" would never match; what is no whole match comes out as it was."""
+    library = byte_level()
+    follows = chain(library, "<|assistant|>", "a", "b", "<|user|>", "c", "d", "<|end|>")
+    config = {"eos_token": "<|end|>", "chat_template": CHATML}
+    model = told(tmp_path / "m", library, follows, tokenizer_config=config)
+    found = model.generate("hm", stop=stops)
+    assert (found.text, found.new_tokens, found.finish_reason) == (text, tokens, "stop")
+    assert "".join(model.stream("hm", stop=stops)) == text
+
+
 def _letter(byte: int) -> str:
     from minioscar.detokenizer import BYTES
 
