@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +196,9 @@ class File:
         """Raises UserError, by name, where the file was not made with this config, scheme and weights."""
         if self.scheme != scheme.name:
             raise UserError(f"{self.path} was made with --kv {self.scheme}, not {scheme.name}; use --kv {self.scheme} or make it again")
+        theirs = self._json("config")
+        if "window" not in theirs:  # as versions before 0.2 had a sliding window
+            config = replace(config, max_positions=config.max_context, window=None)
         for what, ours in binding(config, scheme).items():
             if what in ("config", "scheme"):
                 self._same(what, self._json(what), json.loads(ours))
@@ -204,11 +207,12 @@ class File:
             raise UserError(f"{self.path} was made with other weights (SHA-256 {found}..., here {weights[:12]}...); make it again")
 
     def _same(self, what: str, theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> None:
+        """A field that another version does not have counts where it changes something."""
         for name in dict.fromkeys([*ours, *theirs]):
             a, b = (fields.get(name, "nothing") for fields in (theirs, ours))
             if isinstance(a, dict) and isinstance(b, dict):
                 self._same(what, a, b, f"{prefix}{name}.")
-            elif a != b:
+            elif a != b and not ((name in theirs) != (name in ours) and _is_neutral(theirs.get(name, ours.get(name)))):
                 difference = f"{prefix}{name} {_short(a)} there, {_short(b)} here"
                 raise UserError(f"{self.path} was made with another {what}: {difference}; make it again")
 
@@ -278,6 +282,12 @@ class File:
 
     def _damaged(self, reason: str) -> UserError:
         return UserError(f"{self.path} is damaged ({reason}); make it again")
+
+
+def _is_neutral(value: Any) -> bool:
+    """Of a field of Config or Scheme: off, none, or a factor of 1.0."""
+    number = type(value) in (int, float) and value == 0 or type(value) is float and value == 1.0
+    return value is None or value is False or number
 
 
 def _short(value: Any) -> str:

@@ -317,6 +317,52 @@ def test_a_file_that_is_not_this_models_or_is_damaged_is_refused_by_name(engine,
     assert message in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
 
 
+def without(key: str, *names: str, **changes):
+    """The metadata of a version that did not have these fields, and had others."""
+    def edit(tensors, metadata):
+        fields = json.loads(metadata[key])
+        metadata[key] = json.dumps({name: value for name, value in fields.items() if name not in names} | changes)
+
+    return edit
+
+
+def test_a_file_of_version_0_1_is_read(engine, file):
+    """Its Config had no window and no mlp_bias, its Scheme codebook and outliers."""
+    new = engine.load_cache(file)
+    rewritten(file, without("config", "window", "mlp_bias"))
+    rewritten(file, without("scheme", codebook=False, outliers=0))
+    old = engine.load_cache(file)
+    assert old.ids == new.ids and engine.generate("a", cache=old, max_tokens=3).text == engine.generate("a", cache=new, max_tokens=3).text
+
+
+def test_a_sliding_window_of_version_0_1_was_the_positions(tmp_path):
+    engine = talker(write_talker(tmp_path / "m", 1, model_type="mistral", sliding_window=512))
+    engine.prefill("a b c").save(tmp_path / "c")
+    rewritten(tmp_path / "c", without("config", "window", "mlp_bias", max_positions=512))
+    assert len(engine.load_cache(tmp_path / "c"))
+    rewritten(tmp_path / "c", without("config", max_positions=1024))
+    with pytest.raises(UserError, match="max_positions 1024 there, 512 here"):
+        engine.load_cache(tmp_path / "c")
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, 1.0])
+@pytest.mark.parametrize("key", ["config", "scheme"])
+def test_a_field_of_another_version_that_changes_nothing_is_no_difference(engine, file, key, value):
+    rewritten(file, without(key, new=value))
+    engine.load_cache(file)
+
+
+@pytest.mark.parametrize("edit", [
+    without("scheme", outliers=2), without("scheme", codebook=True), without("scheme", new=1), without("config", new="half"),
+    without("config", new=[0]), without("config", new=0.5), without("scheme", "bits"), without("scheme", "rotate"),
+    without("scheme", "shrink"), without("config", "rope"), without("config", "num_layers"), without("scheme", rotate=None),
+])
+def test_a_field_of_another_version_that_changes_something_is_one(engine, file, edit):
+    rewritten(file, edit)
+    with pytest.raises(UserError, match="was made with another"):
+        engine.load_cache(file)
+
+
 @pytest.mark.parametrize("harm", [lambda b: b"", lambda b: b[:7], lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b"\xff" * 100])
 def test_half_a_file_is_refused(engine, file, harm):
     file.write_bytes(harm(file.read_bytes()))
