@@ -1,24 +1,26 @@
-"""How fast and how small: kernels, decode steps, prefill, throughput in a budget, memory; each beside the machine's limit.
+"""How fast and how small: kernels, decode steps, prefill, throughput and memory, each beside the machine's limit.
 
-    python bench.py all --quick                            does everything run, and about how fast? Under a minute
+    python bench.py all --quick                           does everything run, and about how fast? Under a minute
     python bench.py decode --model smollm2-135m --kv bf16,int2 --context 512,2048 --json cpu.json
-    python bench.py kernel --sweep --peers --json f.json   on a GPU: all shapes, how time grows, other kernels in the same run
+    python bench.py kernel --sweep --peers --json f.json  on a GPU: all shapes, how time grows, other kernels
     python bench.py throughput --random-weights qwen3-8b --budget 24GB,48GB
     python bench.py memory --random-weights qwen3-0.6b --kv bf16,oscar,int2
 
-kernel      decode attention, and on a GPU all that writes the cache: bytes that must move over the measured copy rate; linear
-            layers, sampling and the attention of a prefill too, against bytes or operations
-decode      a step of a whole model as `generate` takes it: weights and cache read once over the copy rate; --breakdown: its kernels
+kernel      decode attention: bytes that must move, over the measured copy rate. On a GPU also the kernels that write
+            the cache, linear layers, sampling and prefill attention, against bytes or operations
+decode      a step of a whole model: weights and cache read once, over the copy rate; --breakdown: its kernels
 prefill     one prompt: multiply-adds over the measured matrix rate
-throughput  decode steps of the largest batch that really runs in a budget of memory, beside the weights
-memory      what the allocator gave for a cache, and the most that it and a step took together; how fast weights of these shapes are
-            loaded, beside one copy of the same bytes
-start       from the start of `python -m minioscar generate` to the first text of an answer; of a model with files and a tokenizer
+throughput  decode steps of the largest batch that runs in a budget of memory, weights included
+memory      bytes allocated for a cache, and the peak of it and a step; how fast weights of these shapes are loaded,
+            beside one copy of the same bytes
+start       from the start of `python -m minioscar generate` to the first text of its answer; needs a model with files
 
-Limits are measured first. Times are medians after a warm-up; spread is (max - min) / median. On a GPU kernels are replayed from one
-graph over caches that no L2 holds, peers alike, with rests that keep the card below its power limit; "sustained" is what that limit
-leaves without them. Without a GPU all runs in NumPy, kernel at small shapes: that tests the bench, and says nothing about a GPU. A
-sweep takes minutes, so it is asked for. stdout gets tables, stderr progress, --json everything.
+The limits are measured first. Times are medians after a warm-up; spread is (max - min) / median. On a GPU, kernels are
+replayed from one graph over caches larger than L2, peers alike, with pauses that keep the card below its power limit;
+"sustained" is without pauses. Without a GPU everything runs in NumPy, kernel at small shapes: that tests the bench and
+says nothing about a GPU. Peers are PyTorch, Triton, FlashInfer and transformers with its DynamicCache and its 2-bit
+caches (HQQ, quanto); one that is not installed has the reason in place of its time. Tables go to stdout, progress to
+stderr, everything to --json.
 """
 
 from __future__ import annotations
@@ -57,27 +59,48 @@ Rows = Iterator[tuple[str, dict]]  # section and row, as they are measured
 
 def parser() -> cli.Parser:
     found = cli.Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("what", choices=(*COMMANDS, "all"))
+    found.add_argument("what", choices=(*COMMANDS, "all"), help="what to measure (above)")
     model = found.add_mutually_exclusive_group()
-    model.add_argument("--model", default="smollm2-135m", help="folder, name under weights/, or Hugging Face id (smollm2-135m)")
+    model.add_argument(
+        "--model", default="smollm2-135m", help="folder, name under weights/, or Hugging Face id (smollm2-135m)"
+    )
     shapes = f"{', '.join(presets.PRESETS)}, or the path of a config.json"
-    model.add_argument("--random-weights", metavar="PRESET", help=f"instead of --model, a shape without files: {shapes}")
+    model.add_argument(
+        "--random-weights", metavar="PRESET", help=f"instead of --model, a shape without files: {shapes}"
+    )
     found.add_argument("--kv", default="bf16,int2", help="schemes; prefill and start take the last (bf16,int2)")
-    found.add_argument("--context", help="tokens in the cache, multiples of 128 (decode: 512,2048; else 4096; a CPU's throughput: 1024)")
+    found.add_argument(
+        "--context",
+        help="tokens in the cache, multiples of 128 (decode: 512,2048; else 4096; a CPU's throughput: 1024)",
+    )
     found.add_argument("--batch", default="1", help="sequences of decode and memory (1)")
     found.add_argument("--tokens", help="prompt lengths of prefill (512,2048)")
-    found.add_argument("--budget", help="of throughput, weights included, such as 24GB,48GB (24GB; on a CPU the weights and 64MB)")
+    found.add_argument(
+        "--budget", help="of throughput, weights included, such as 24GB,48GB (24GB; on a CPU the weights and 64MB)"
+    )
     found.add_argument("--steps", type=int, help="decode steps timed (20)")
-    found.add_argument("--sweep", action="store_true", help="kernel: also contexts, batches, schemes and group sizes, and how time grows")
-    found.add_argument("--breakdown", action="store_true", help="decode, on a GPU: also every kernel of a step by itself")
-    found.add_argument("--quick", action="store_true", help="less of everything")
-    found.add_argument("--peers", action="store_true", help="other libraries in the same run: kernels, whole models; needs a GPU")
-    found.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU if there is one")
+    found.add_argument(
+        "--sweep",
+        action="store_true",
+        help="kernel: also contexts, batches, schemes and group sizes, and how time grows",
+    )
+    found.add_argument(
+        "--breakdown", action="store_true", help="decode, on a GPU: also every kernel of a step by itself"
+    )
+    found.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
+    found.add_argument(
+        "--peers", action="store_true", help="other libraries in the same run: kernels, whole models; needs a GPU"
+    )
+    found.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU if there is one"
+    )
     found.add_argument("--json", metavar="F", help="write everything to a file; - is stdout, tables go to stderr then")
     return found
 
 
-def measured(args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | None, ops: Reference, limits: dict[str, float]) -> Rows:
+def measured(
+    args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | None, ops: Reference, limits: dict[str, float]
+) -> Rows:
     if "kernel" in commands:
         yield from kernel_rows(args, ops, limits)
     if "start" in commands:
@@ -150,7 +173,13 @@ def whole_model(plan: Plan, e: Engine, limits: dict[str, float], prefills: int, 
 
 
 def meta(ops: Reference, args: argparse.Namespace, argv: list[str]) -> dict[str, object]:
-    about = {"device": ops.name, "quick": args.quick, "command": " ".join(["bench.py", *argv]), "versions": versions(), "commit": commit()}
+    about = {
+        "device": ops.name,
+        "quick": args.quick,
+        "command": " ".join(["bench.py", *argv]),
+        "versions": versions(),
+        "commit": commit(),
+    }
     about["date"] = datetime.date.today().isoformat()
     if ops.name == "cuda":
         runtime = ops.xp.cuda.runtime
@@ -163,7 +192,12 @@ def meta(ops: Reference, args: argparse.Namespace, argv: list[str]) -> dict[str,
         }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     about["note"] = "kernel is the NumPy reference at small shapes; nothing here says anything about a GPU"
-    return {"card": f"no GPU: {cores} CPU cores, {cpu_name()}, {platform.machine()}", "driver": None, "cuda": None, **about}
+    return {
+        "card": f"no GPU: {cores} CPU cores, {cpu_name()}, {platform.machine()}",
+        "driver": None,
+        "cuda": None,
+        **about,
+    }
 
 
 def versions() -> dict[str, str]:
@@ -214,7 +248,9 @@ def run(argv: list[str]) -> None:
         check_writable(args.json, inputs=filter(None, [args.random_weights]))
     ops = backend(args.device)
     if ops.name != "cuda" and (args.peers or args.breakdown):
-        what = "--peers needs a GPU: the other libraries are" if args.peers else "--breakdown needs a GPU: its kernels are"
+        what = (
+            "--peers needs a GPU: the other libraries are" if args.peers else "--breakdown needs a GPU: its kernels are"
+        )
         raise UserError(f"{what} measured on nothing else")
     if "start" in commands and (reason := start.missing(args.model, args.random_weights)):
         if args.what == "start":

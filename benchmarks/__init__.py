@@ -1,1 +1,2 @@
-"""What bench.py measures with: cases, kernels, whole models, memory, and other people's code beside ours. Not part of the package."""
+"""What bench.py measures with: cases, kernels, whole models, memory, and other people's code beside ours. Not part of
+the package."""

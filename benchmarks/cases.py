@@ -1,4 +1,5 @@
-"""What `bench.py kernel` measures: the shapes, the bytes that each must move, and how time grows over them. Only arithmetic: no GPU."""
+"""What `bench.py kernel` measures: the shapes, the bytes that each must move, and how time grows over them. Only
+arithmetic: no GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from minioscar.ops import attention
 from minioscar.ops.layout import PAGE_TOKENS
 from minioscar.oscar import SCHEMES, WINDOW, Scheme
 
-PIECE = 1 << 26  # random numbers that are drawn at once, in float32 first
+CHUNK = 1 << 26  # random numbers that are drawn at once, in float32 first
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ SWEPT = ("bf16", "int2", "oscar", "int2-compact", "int4")
 
 
 def headlines(shapes: list[tuple[int, int]]) -> list[Case]:
-    return [Case(kv, *shape, peers=kv == "bf16") for shape in shapes for kv in ("bf16", "int2", "oscar", "int2-compact")]
+    return [
+        Case(kv, *shape, peers=kv == "bf16") for shape in shapes for kv in ("bf16", "int2", "oscar", "int2-compact")
+    ]
 
 
 def cases(quick: bool) -> list[Case]:
@@ -49,7 +52,10 @@ def cases(quick: bool) -> list[Case]:
     if quick:
         return found[:2]
     found += [Case("int4", 1, 131072), Case("kivi", 1, 131072), Case("int2", 256, 4096), Case("int2", 8, 32768)]
-    return found + [Case("int2", 2 * (8 // heads[1]) if heads[2] == 128 else 12, 131072, attention.Heads(*heads)) for heads in SHAPES]
+    return found + [
+        Case("int2", 2 * (8 // heads[1]) if heads[2] == 128 else 12, 131072, attention.Heads(*heads))
+        for heads in SHAPES
+    ]
 
 
 def sustained() -> list[Case]:
@@ -58,7 +64,8 @@ def sustained() -> list[Case]:
 
 
 def sweep(quick: bool) -> list[Case]:
-    """Context 1K to 256K at batch 1; batch 1 to 256 at 4K; at 1 x 128K every scheme that has kernels, and both group sizes."""
+    """Context 1K to 256K at batch 1; batch 1 to 256 at 4K; at 1 x 128K every scheme that has kernels, and both group
+    sizes."""
     schemes, step = (SWEPT[:2], 4) if quick else (SWEPT, 1)
     contexts = [Case(kv, 1, 1024 << i) for kv in schemes for i in range(0, 9, step)]
     batches = [Case(kv, 1 << i, 4096) for kv in schemes for i in range(0, 9, step)]
@@ -128,7 +135,12 @@ def moved_bytes(case: Case) -> int:
 def layer(heads: attention.Heads) -> Config:
     """A model of one attention layer with these heads."""
     shape = {"num_attention_heads": heads.q_heads, "num_key_value_heads": heads.kv_heads, "head_dim": heads.head_dim}
-    rest = {"hidden_size": heads.q_heads * heads.head_dim, "intermediate_size": 1, "vocab_size": 1, "num_hidden_layers": 1}
+    rest = {
+        "hidden_size": heads.q_heads * heads.head_dim,
+        "intermediate_size": 1,
+        "vocab_size": 1,
+        "num_hidden_layers": 1,
+    }
     return Config.from_dict({"model_type": "llama", **shape, **rest})
 
 
@@ -137,7 +149,7 @@ def allocated_bytes(case: Case) -> int:
     h = case.heads
     one = cache_bytes(layer(h), case.scheme, case.batch, case.context + WINDOW)
     drawn = 2 * case.context * h.kv_heads * h.head_dim * 2
-    return copies_of(moved_bytes(case)) * one + drawn + 6 * PIECE
+    return copies_of(moved_bytes(case)) * one + drawn + 6 * CHUNK
 
 
 def too_large(case: Case, free: int) -> str | None:

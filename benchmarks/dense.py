@@ -154,7 +154,9 @@ def prefill_after(past: int, new: int, rng: Any) -> Callable[[], None]:
     q, k, v = (random_bf16((new, n, h.head_dim), rng) for n in (h.q_heads, h.kv_heads, h.kv_heads))
     older = tuple(random_bf16((1, h.kv_heads, past, h.head_dim), rng) for _ in "kv") if past else None
     stride = h.kv_heads * h.head_dim
-    new_tokens = attention.PrefillTokens(k, v, stride, stride, *(cupy.asarray([n], np.int32) for n in (0, 0, past, new)), new)
+    new_tokens = attention.PrefillTokens(
+        k, v, stride, stride, *(cupy.asarray([n], np.int32) for n in (0, 0, past, new)), new
+    )
     if prefill.tiled(h.head_dim, capability):
         tiles = prefill.Tiles(*tiles_for(past + new), new_tokens.first_rows)
         run(prefill.fill_tiles(h, new_tokens, older, past + new, tiles))
@@ -181,7 +183,5 @@ def unpacking(tokens: int, rng: Any) -> Callable[[], None]:
     keys, values = (cupy.empty((1, HEADS.kv_heads, tokens, HEADS.head_dim), BF16) for _ in "kv")
     tiled = prefill.tiled(HEADS.head_dim, properties()[1])
     to = prefill.Tiles(*tiles_for(tokens), cupy.zeros(1, np.int32)) if tiled else (keys, values)
-    launch = prefill.unpack(
-        HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), tokens, filled(case, rng), to
-    )
+    launch = prefill.unpack(HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), tokens, filled(case, rng), to)
     return lambda: run(launch)

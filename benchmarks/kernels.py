@@ -15,7 +15,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from benchmarks.cases import PIECE, Case, entry, moved_bytes, too_large
+from benchmarks.cases import CHUNK, Case, entry, moved_bytes, too_large
 from benchmarks.measure import copies_of, graph_time
 from benchmarks.peers import peer_times
 from minioscar.cache import BF16
@@ -28,11 +28,11 @@ Array = Any
 
 
 def random_bf16(shape: tuple[int, ...], rng: Any) -> Array:
-    """Normal numbers, made on the card in pieces (float32 for a whole cache would not fit)."""
+    """Normal numbers, made on the card in chunks (float32 for a whole cache would not fit)."""
     out = cupy.empty(int(np.prod(shape)), BF16)
-    for at in range(0, out.size, PIECE):
-        piece = out[at : at + PIECE]
-        piece[...] = rng.standard_normal(piece.size, dtype=np.float32).astype(BF16)
+    for at in range(0, out.size, CHUNK):
+        chunk = out[at : at + CHUNK]
+        chunk[...] = rng.standard_normal(chunk.size, dtype=np.float32).astype(BF16)
     return out.reshape(shape)
 
 
@@ -88,8 +88,8 @@ def attention_launches(case: Case, rng: Any) -> tuple[list[Callable[[], None]], 
     tasks = cupy.empty(plan.task_shape, np.int32)
     run(attention.schedule(h, scheme, plan, lengths, tasks, workspace))  # once a step, for all layers: its own row
     results = lengths, tasks, out, None, workspace, split_counter
-    turns = enumerate(caches * (1 + len(caches) % 2))  # an even number of them
-    made = [attention.decode_attention(h, scheme, plan, q, cache, *results, parity=i % 2) for i, cache in turns]
+    rotation = enumerate(caches * (1 + len(caches) % 2))  # an even number: launches alternate two workspaces
+    made = [attention.decode_attention(h, scheme, plan, q, cache, *results, parity=i % 2) for i, cache in rotation]
     return [lambda launch=launch: run(launch) for launch in made], caches
 
 

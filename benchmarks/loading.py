@@ -1,4 +1,5 @@
-"""`bench.py memory`, its last row: a checkpoint from files that the system holds in memory to where the model is computed."""
+"""`bench.py memory`, its last row: a checkpoint from files that the system holds in memory to where the model is
+computed."""
 
 from __future__ import annotations
 
@@ -22,17 +23,21 @@ from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.ops.reference import Reference
 
-MOST, MOST_CPU = 4 * 10**9, 64 * 10**6  # bytes of the files
+MAX_BYTES, MAX_BYTES_CPU = 4 * 10**9, 64 * 10**6  # bytes of the files
 COPIED = 256 << 20  # at a time, by the copy that is the limit
 
 
 def loading(config: Config, name: str, ops: Reference, repeats: int) -> dict:
-    """Two shards of BF16, the model's own shapes, as many layers as MOST has room for. The limit is one copy of the same bytes out of
-    pinned memory, or on a CPU from memory to memory. The first load, which also pins its buffers, is `first_s`."""
-    config = shortened(config, MOST if ops.name == "cuda" else MOST_CPU)
+    """Two shards of BF16, the model's own shapes, as many layers as MAX_BYTES holds. The limit is one copy of the
+    same bytes out of pinned memory, or on a CPU from memory to memory. The first load, which also pins its buffers,
+    is `first_s`."""
+    config = shortened(config, MAX_BYTES if ops.name == "cuda" else MAX_BYTES_CPU)
     size, free = 2 * config.parameters(), shutil.disk_usage(tempfile.gettempdir()).free
     if size > free:
-        raise UserError(f"memory writes a checkpoint of {memory.size(size)} to {tempfile.gettempdir()}, which has {memory.size(free)} free")
+        raise UserError(
+            f"memory writes a checkpoint of {memory.size(size)} to {tempfile.gettempdir()}, which has "
+            f"{memory.size(free)} free"
+        )
     with tempfile.TemporaryDirectory() as folder:
         written = write(Path(folder), config)
         seconds = [once(Path(folder), config, ops) for _ in range(1 + repeats)]
@@ -49,14 +54,18 @@ def shortened(config: Config, most: int) -> Config:
 
 
 def write(folder: Path, config: Config) -> int:
-    """The bytes of the tensors in two shards, which are on the disk when it returns: what is still to be written would slow a load."""
+    """The bytes of the tensors in two shards, which are on the disk when it returns: what is still to be written
+    would slow a load."""
     shapes, block = weights.expected(config), np.random.default_rng(0).standard_normal(1 << 20, np.float32).astype(BF16)
     total, at, places = 2 * sum(map(math.prod, shapes.values())), 0, {}
     for tensor, shape in shapes.items():
         places[tensor] = f"model-{1 + 2 * at // total}.safetensors"
         at += 2 * math.prod(shape)
     for file in sorted(set(places.values())):
-        save_file({tensor: np.resize(block, shapes[tensor]) for tensor, place in places.items() if place == file}, folder / file)
+        save_file(
+            {tensor: np.resize(block, shapes[tensor]) for tensor, place in places.items() if place == file},
+            folder / file,
+        )
         with open(folder / file, "rb+") as written:
             os.fsync(written)
     (folder / weights.INDEX).write_text(json.dumps({"weight_map": places}))

@@ -1,4 +1,5 @@
-"""Times and the limits they are held against. On a card: many launches in one replayed graph, on data that no cache holds."""
+"""Times and the limits they are held against. On a card: many launches in one replayed graph, on data that no cache
+holds."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
 LAUNCHES = 20  # in one graph, at least
 MEASURED = 20e3  # microseconds of replays, or 16 times as many of them as asked for
 WARM_UP = 3  # replays that do not count
-REST = 2  # times as long as two replays took the card rests behind them: else it comes to its power limit, and its clock wanders
+REST = 2  # pause after two replays, in units of their time: keeps the card below its power limit, its clock steady
 SUSTAINED = 2.0  # seconds without a rest
 L2_BYTES = 64 << 20  # of the largest card so far, rounded up
 
 
 def copies_of(size: int) -> int:
-    """How many sets of buffers of `size` bytes to rotate through, so that none is in L2 when its turn comes again."""
+    """How many sets of buffers of `size` bytes to rotate through, so that L2 holds none when it is used again."""
     return max(2, -(-4 * L2_BYTES // size))
 
 
@@ -32,14 +33,14 @@ def median_and_spread(times: Sequence[float]) -> tuple[float, float]:
 
 
 def enough(times: Sequence[float], launches: int, replays: int) -> bool:
-    """Whether these times of one launch each, of replays of so many, are as many as a median wants."""
+    """Whether these times of a launch, one from each replay of `launches`, suffice for a median."""
     if len(times) < replays:
         return False
     return sum(times) * launches >= MEASURED or len(times) >= 16 * replays
 
 
 def replayed(once: Callable[[], float], launches: int, replays: int) -> list[float]:
-    """Microseconds of a launch, as `once` finds them of a replay of so many behind another one; `enough` of them, each after a rest."""
+    """Microseconds of a launch, `enough` of them, a rest after each. once: times a replay of `launches` of them."""
     times: list[float] = []
     while not enough(times[WARM_UP:], launches, replays):
         times.append(once())
@@ -48,7 +49,7 @@ def replayed(once: Callable[[], float], launches: int, replays: int) -> list[flo
 
 
 def sustained(once: Callable[[], float]) -> list[float]:
-    """The same without a rest, in the second half of SUSTAINED seconds: of a card that is as fast as its power limit lets it be."""
+    """The same without rests, in the second half of SUSTAINED seconds: as fast as the card's power limit allows."""
     times, start = [], time.perf_counter()
     while (since := time.perf_counter() - start) < SUSTAINED:
         times.append((since, once()))
@@ -56,11 +57,11 @@ def sustained(once: Callable[[], float]) -> list[float]:
 
 
 def graph_time(launches: Sequence[Callable[[], None]], replays: int = 25, rest: bool = True) -> tuple[float, float]:
-    """Microseconds of one launch (median over at least so many replays, `enough`) and their spread; without a rest: `sustained`.
+    """Microseconds of one launch, the median of `replayed` or without rests of `sustained`, and their spread.
 
-    launches[i % len] is captured as launch i of LAUNCHES, or of as many as there are; each is called once before, so that
-    compilation stays out. A replay is timed behind another one, as a decode step runs behind the step before it: how long the host
-    takes to start a graph stays out too.
+    Launch i of max(LAUNCHES, len(launches)) in the captured graph is launches[i % len]; each is called once before,
+    which excludes compilation. A replay is timed right behind another one, which excludes the host's time to launch a
+    graph.
     """
     import cupy
 
@@ -102,7 +103,8 @@ def timed(ops: Reference, run: Callable[[], Any], repeats: int, warm_up: int = 2
 
 
 def ceilings(ops: Reference, quick: bool = False) -> dict[str, float]:
-    """The machine's limits: copy bandwidth (read + written) and the matrix rate in the dtype of the weights, the best of several.
+    """The machine's limits: copy bandwidth (read + written) and the matrix rate in the dtype of the weights, the best
+    of several.
 
     quick: on a CPU over less data, so that the result is rougher.
     """
@@ -124,7 +126,8 @@ def host_copy_bandwidth(ops: Reference, size: int) -> float:
 
 
 def copy_bandwidth(size: int = 1 << 32) -> float:
-    """Bytes per second of a device copy, read and written bytes counted; the best of ten. size: less where the card has less room."""
+    """Bytes per second of a device copy, read and written bytes counted; the best of ten. size: less where the card
+    has less room."""
     import cupy
 
     size = min(size, cupy.cuda.runtime.memGetInfo()[0] // 4)
@@ -142,7 +145,8 @@ def copy_bandwidth(size: int = 1 << 32) -> float:
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """Least squares y = slope * x + intercept, and the largest |error| / y of a point. Raises ValueError for one x only."""
+    """Least squares y = slope * x + intercept, and the largest |error| / y of a point. Raises ValueError for one x
+    only."""
     if len(set(x)) < 2:
         raise ValueError("a line needs two points")
     xs, ys = np.asarray(x, float), np.asarray(y, float)

@@ -1,7 +1,9 @@
-"""`bench.py memory` and `throughput`: what a cache takes, and how many sequences a budget holds; measured where memory is handed out.
+"""`bench.py memory` and `throughput`: what a cache takes, and how many sequences a budget holds; measured where
+memory is handed out.
 
-On a card that is CuPy's memory pool, whose limit enforces the budget. On a CPU sizes come from NumPy's allocations (tracemalloc), and
-an attempt at a batch runs in a forked process that the kernel gives no more data than the budget leaves (RLIMIT_DATA).
+On a card that is CuPy's memory pool, whose limit enforces the budget. On a CPU sizes come from NumPy's allocations
+(tracemalloc), and an attempt at a batch runs in a forked process that the kernel gives no more data than the budget
+leaves (RLIMIT_DATA).
 """
 
 from __future__ import annotations
@@ -37,11 +39,13 @@ Work = Callable[[], dict]
 def memory(e: Engine, name: str, batch: int, context: int) -> dict:
     """A cache of `batch` rows of `context` tokens, and the most that it and a decode step take together.
 
-    predicted_peak_bytes is what `minioscar.memory` would have said. ratio_to_bf16 counts everything; ratio_of_codes counts codes, steps
-    and minima alone, as papers do: 5.33 for `oscar`.
+    predicted_peak_bytes is what `minioscar.memory` would have said. ratio_to_bf16 counts everything; ratio_of_codes
+    counts codes, steps and minima alone, as papers do: 5.33 for `oscar`.
     """
     scheme, room = e.scheme, context + 1
-    stepping(e, filled(e.config, scheme, e.ops, batch, context, weights=e.model.weights))[0]()  # makes what stays: tables, kernels
+    stepping(e, filled(e.config, scheme, e.ops, batch, context, weights=e.model.weights))[
+        0
+    ]()  # makes what stays: tables, kernels
     cache, peak = (pooled if e.ops.name == "cuda" else traced)(e, batch, context)
     predicted, bf16 = (cache_bytes(e.config, s, batch, room) for s in (scheme, SCHEMES["bf16"]))
     sizes = {"cache_bytes": cache, "predicted_bytes": predicted, "bf16_bytes": bf16, "peak_bytes": peak}
@@ -51,7 +55,8 @@ def memory(e: Engine, name: str, batch: int, context: int) -> dict:
 
 
 def traced(e: Engine, batch: int, context: int) -> tuple[int, int]:
-    """Bytes of the arrays of a cache (its lengths, on the host on every back end, aside), and the most that it and a step held."""
+    """Bytes of the arrays of a cache (its lengths, on the host on every back end, aside), and the most that it and a
+    step held."""
     tracemalloc.start()
     try:
         cache = filled(e.config, e.scheme, e.ops, batch, context, weights=e.model.weights)
@@ -66,7 +71,8 @@ def traced(e: Engine, batch: int, context: int) -> tuple[int, int]:
 
 
 def pooled(e: Engine, batch: int, context: int) -> tuple[int, int]:
-    """The same on a card. The pool rounds every array up to 512 bytes, and its growth in a step is that step's high-water mark."""
+    """The same on a card. The pool rounds every array up to 512 bytes, and its growth in a step is that step's
+    high-water mark."""
     pool = e.ops.xp.get_default_memory_pool()
     e.ops.release()
     before = pool.used_bytes()
@@ -92,15 +98,18 @@ def budgets(text: str) -> list[int]:
 def enforceable(device: str) -> None:
     """Raises UserError where a budget would only be assumed."""
     if device == "cpu" and not (STATUS.exists() and hasattr(ctypes.CDLL(None), "mallinfo2")):
-        raise UserError("throughput enforces its budget with what Linux and glibc 2.33 have, and this system has not; use a GPU")
+        raise UserError(
+            "throughput enforces its budget with what Linux and glibc 2.33 have, and this system has not; use a GPU"
+        )
 
 
 def throughput(e: Engine, name: str, budget: int, context: int, steps: int) -> dict:
-    """Decode steps of the largest batch that runs in `budget` bytes, weights included: with one sequence more, memory runs out.
+    """Decode steps of the largest batch that runs in `budget` bytes, weights included: with one sequence more, memory
+    runs out.
 
-    A batch runs if its cache can be made, filled with random tokens, and stepped; `tried` says which were, and whether they ran. On a
-    card all that is outside the pool (CUDA's own memory, other programs) is taken off the budget; on a CPU the interpreter and its
-    libraries are not counted.
+    A batch runs if its cache can be made, filled with random tokens, and stepped; `tried` says which were, and
+    whether they ran. On a card all that is outside the pool (CUDA's own memory, other programs) is taken off the
+    budget; on a CPU the interpreter and its libraries are not counted.
     """
     weights, row, tried = weight_bytes(e.model.weights), cache_bytes(e.config, e.scheme, 1, context + 1), {}
     attempt, outside = limited(e, budget, weights)
@@ -113,9 +122,22 @@ def throughput(e: Engine, name: str, budget: int, context: int, steps: int) -> d
     batch, found = largest(lambda n: run(n, 1) is not None, max(budget - weights - outside, 0) // row), None
     while batch and (found := run(batch, steps)) is None:
         batch -= 1
-    sizes = {"weight_bytes": weights, "outside_bytes": outside, "cache_bytes": batch * row, "tried": dict(sorted(tried.items()))}
+    sizes = {
+        "weight_bytes": weights,
+        "outside_bytes": outside,
+        "cache_bytes": batch * row,
+        "tried": dict(sorted(tried.items())),
+    }
     times = found or {"ms": None, "spread": None, "tokens_per_s": 0.0}
-    return {"model": name, "budget_gb": budget / 1e9, "kv": e.scheme.name, "context": context, "batch": batch, **times, **sizes}
+    return {
+        "model": name,
+        "budget_gb": budget / 1e9,
+        "kv": e.scheme.name,
+        "context": context,
+        "batch": batch,
+        **times,
+        **sizes,
+    }
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
@@ -134,7 +156,8 @@ def steps_of(e: Engine, batch: int, context: int, steps: int) -> dict:
 
 
 def limited(e: Engine, budget: int, weights: int) -> tuple[Callable[[Work], dict | None], int]:
-    """What runs work under the budget, and gives None where memory does not suffice; and the bytes outside of its control."""
+    """What runs work under the budget, and gives None where memory does not suffice; and the bytes outside of its
+    control."""
     gc.collect()
     e.ops.release()  # or what is made now would lie in large blocks that are free, and keep them
     first, _ = stepping(e, filled(e.config, e.scheme, e.ops, 1, 128, weights=e.model.weights))
@@ -163,8 +186,8 @@ def in_pool(ops, limit: int, work: Work) -> dict | None:
 def in_process(room: int, first: Callable[[], None], work: Work) -> dict | None:
     """work() in a forked process that may take `room` bytes more than it has after `first`.
 
-    A process of its own because BLAS ends the process, without an exception, where its own memory runs out. Raises Failure for any
-    other error.
+    A process of its own because BLAS ends the process, without an exception, where its own memory runs out. Raises
+    Failure for any other error.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -186,7 +209,9 @@ def _limited_child(room: int, first: Callable[[], None], work: Work) -> dict:
 
     libc, (soft, hard) = ctypes.CDLL(None), resource.getrlimit(resource.RLIMIT_DATA)
     try:
-        libc.__cxa_atexit(libc._exit, 1, None)  # OpenBLAS's own exit handler would wait for threads that the fork has left behind
+        libc.__cxa_atexit(
+            libc._exit, 1, None
+        )  # OpenBLAS's own exit handler would wait for threads that the fork has left behind
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where OpenBLAS would say that its memory has run out
         square = np.ones((1024, 1024), np.float32)
         square @ square, square @ square[0]  # BLAS's threads and buffers, which a fork takes away
@@ -205,12 +230,16 @@ def _limited_child(room: int, first: Callable[[], None], work: Work) -> dict:
 class Mallinfo2(ctypes.Structure):
     """mallinfo2(3)."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
 
 
 def data_bytes() -> int:
-    """What counts against RLIMIT_DATA: the heap and private writable mappings. What malloc has been given back is not in use: it hands
-    that out again without asking the kernel. (RLIMIT_AS would count, and so give away, what malloc's arenas only reserve.)"""
+    """What counts against RLIMIT_DATA: the heap and private writable mappings. What malloc has been given back is not
+    in use: it hands that out again without asking the kernel. (RLIMIT_AS would count, and so give away, what malloc's
+    arenas only reserve.)"""
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = Mallinfo2
     kib = next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmData:"))

@@ -1,4 +1,5 @@
-"""`bench.py decode` and `prefill`: whole models; and `kernel` where there is no GPU: the NumPy back end's decode attention alone."""
+"""`bench.py decode` and `prefill`: whole models; and `kernel` where there is no GPU: the NumPy back end's decode
+attention alone."""
 
 from __future__ import annotations
 
@@ -19,13 +20,20 @@ from minioscar.sampling import RowSampling
 from minioscar.weights import Weights, arrays
 
 IN_A_ROW = 32  # decode steps that are timed together where they are queued
-MOST_COPIES = 8  # of a cache on a CPU, whose array code dequantizes it into new arrays anyway
+MAX_COPIES = 8  # of a cache on a CPU, whose array code dequantizes it into new arrays anyway
 
 
 def filled(
-    config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, room: int = 1, weights: Weights | None = None
+    config: Config,
+    scheme: Scheme,
+    ops: Reference,
+    batch: int,
+    context: int,
+    room: int = 1,
+    weights: Weights | None = None,
 ) -> Cache:
-    """A cache of `batch` rows that hold the same `context` random tokens, and `room` for more. weights: what shaped schemes need."""
+    """A cache of `batch` rows that hold the same `context` random tokens, and `room` for more. weights: what shaped
+    schemes need."""
     cache, rng = Cache(config, scheme, batch, context + room, ops), ops.xp.random.default_rng(0)
     shape = context, config.num_kv_heads, config.head_dim
     first = cache.batch_for([0], [context])
@@ -45,8 +53,8 @@ def weight_bytes(weights: Weights) -> int:
 
 
 def step_bytes(e: Engine, batch: int, context: int) -> int:
-    """What a decode step must read: every matrix once, the caches once. Of an embedding that is not also the head it reads no more
-    than a row a sequence."""
+    """What a decode step must read: every matrix once, the caches once. Of an embedding that is not also the head it
+    reads no more than a row a sequence."""
     weights = weight_bytes(e.model.weights) - (0 if e.config.tie_embeddings else e.model.weights.embed.nbytes)
     return weights + cache_bytes(e.config, e.scheme, batch, context)
 
@@ -94,14 +102,16 @@ def prefill(e: Engine, name: str, tokens: int, limits: dict[str, float], repeats
 
     seconds, spread = timed(e.ops, read, repeats, 1)
     embedding = c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
-    flops = 2 * tokens * (c.parameters() - embedding) + 2 * tokens**2 * c.q_size * c.num_layers  # causal: half of 4 * n^2
+    flops = (
+        2 * tokens * (c.parameters() - embedding) + 2 * tokens**2 * c.q_size * c.num_layers
+    )  # causal: half of 4 * n^2
     of_limit = {"flops": flops, "fraction_of_limit": flops / (limits["matmul_tflop_s"] * 1e12) / seconds}
     times = {"s": seconds, "spread": spread, "tokens_per_s": tokens / seconds}
     return {"model": name, "kv": e.scheme.name, "tokens": tokens, **times, **of_limit}
 
 
 def reference_kernel(wanted: Sequence[Case], ops: Reference, copy_rate: float, repeats: int) -> Iterator[dict]:
-    """`kernels.measure` without a GPU: a step of decode attention in NumPy, over caches that take turns, windows half full."""
+    """`kernels.measure` without a GPU: decode attention in NumPy over rotating caches, windows half full."""
     for case in wanted:
         seconds, spread = timed(ops, attending(case, ops), repeats)
         yield entry("decode_attention", case, seconds * 1e6, spread, moved_bytes(case), copy_rate)
@@ -111,9 +121,11 @@ def attending(case: Case, ops: Reference) -> Callable[[], None]:
     config, h = layer(case.heads), case.heads
     cache = filled(config, case.scheme, ops, case.batch, case.context + WINDOW // 2 - 1, WINDOW)
     (first,) = cache.layers
-    copies = min(copies_of(cache.nbytes), MOST_COPIES) - 1
+    copies = min(copies_of(cache.nbytes), MAX_COPIES) - 1
     arrays = ({name: array.copy() for name, array in first.arrays.items()} for _ in range(copies))
     rotated = cycle([first, *(type(first)(of_copy, case.scheme, ops) for of_copy in arrays)])
     rng, batch = np.random.default_rng(1), cache.batch_for(list(range(case.batch)), [1] * case.batch)
-    q, k, v = (rng.standard_normal((case.batch, n, h.head_dim), np.float32) for n in (h.q_heads, h.kv_heads, h.kv_heads))
+    q, k, v = (
+        rng.standard_normal((case.batch, n, h.head_dim), np.float32) for n in (h.q_heads, h.kv_heads, h.kv_heads)
+    )
     return lambda: next(rotated).attend(q, NewTokens(k, v), batch)

@@ -1,8 +1,9 @@
-"""What `bench.py --peers` measures beside ours: attention kernels over the same BF16 tensors, and Hugging Face transformers end to end.
+"""What `bench.py --peers` measures beside ours: attention kernels over the same BF16 tensors, and Hugging Face
+transformers end to end.
 
-Nothing here is needed to run: a peer that is absent, cannot run a shape or computes something else has its reason where its time
-would stand. Attention peers are timed as our kernels are, 20 launches in one replayed graph; transformers cannot be captured as it
-is, so its steps are timed one by one, launches from Python included.
+Nothing here is needed to run: a peer that is absent, cannot run a shape or computes something else has its reason
+where its time would stand. Attention peers are timed as our kernels are, 20 launches in one replayed graph;
+transformers cannot be captured as it is, so its steps are timed one by one, launches from Python included.
 """
 
 from __future__ import annotations
@@ -57,17 +58,22 @@ def gives_back(measure: Callable) -> Callable:
 
 @gives_back
 def peer_times(case: Case, caches: list[dict[str, Array]], rest: bool = True) -> Times:
-    """Microseconds of decode attention over `context` tokens and half a window, by peer; caches: our kernel's rotating BF16 arrays.
-    rest: as `measure.graph_time` has it."""
+    """Microseconds of decode attention over `context` tokens and half a window, by peer; caches: our kernel's
+    rotating BF16 arrays. rest: as `measure.graph_time` has it."""
     try:
         import torch
 
         tokens = case.context + WINDOW // 2
         pairs = [
-            tuple(torch.from_dlpack(cache[name].view(np.uint16)).view(torch.bfloat16)[:, :, :tokens] for name in ("keys", "values"))
+            tuple(
+                torch.from_dlpack(cache[name].view(np.uint16)).view(torch.bfloat16)[:, :, :tokens]
+                for name in ("keys", "values")
+            )
             for cache in caches
         ]
-        q = torch.randn(case.batch, case.heads.q_heads, case.heads.head_dim, device=pairs[0][0].device).to(torch.bfloat16)
+        q = torch.randn(case.batch, case.heads.q_heads, case.heads.head_dim, device=pairs[0][0].device).to(
+            torch.bfloat16
+        )
         expected = attention(q, *pairs[0])
     except Exception as error:
         return dict.fromkeys(ATTENTION, reason(error))
@@ -94,7 +100,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fastest(candidates: Candidates, expected: Tensor, rest: bool) -> float:
-    """Microseconds of the peer's fastest candidate. One that fails or is wrong is passed over, unless all of them are."""
+    """Microseconds of the peer's fastest candidate. One that fails or is wrong is passed over, unless all of them
+    are."""
     tried: list[tuple[float, list[Call]]] = []
     failure: Exception = RuntimeError("nothing to try for this shape")
     for prepare in candidates:
@@ -162,12 +169,15 @@ def triton(q: Tensor, caches: Caches) -> Candidates:
 
 
 def flashinfer(q: Tensor, caches: Caches) -> Candidates:
-    """FlashInfer on tensor cores: its kernel for one sequence, and the paged one that servers use (docs.flashinfer.ai, decode)."""
+    """FlashInfer on tensor cores: its kernel for one sequence, and the paged one that servers use
+    (docs.flashinfer.ai, decode)."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper, single_decode_with_kv_cache
 
     if q.shape[0] == 1:
         options = {"kv_layout": "HND", "use_tensor_cores": True}
-        yield lambda: [lambda k=k, v=v: single_decode_with_kv_cache(q[0], k[0], v[0], **options)[None] for k, v in caches]
+        yield lambda: [
+            lambda k=k, v=v: single_decode_with_kv_cache(q[0], k[0], v[0], **options)[None] for k, v in caches
+        ]
     for backend in ("fa2", "auto"):  # on Hopper `auto` is FlashAttention-3, whose tiles are made for many queries
         yield partial(paged, BatchDecodeWithPagedKVCacheWrapper, backend, q, caches)
 
@@ -185,14 +195,16 @@ def paged(wrapper_class: type, backend: str, q: Tensor, caches: Caches, page: in
     last = torch.full((batch,), page, **numbers)
     wrapper = wrapper_class(
         torch.zeros(128 << 20, dtype=torch.uint8, device=q.device), "HND", use_cuda_graph=True, use_tensor_cores=True,
-        paged_kv_indptr_buffer=indptr, paged_kv_indices_buffer=indices, paged_kv_last_page_len_buffer=last, backend=backend,
+        paged_kv_indptr_buffer=indptr, paged_kv_indices_buffer=indices, paged_kv_last_page_len_buffer=last,
+        backend=backend,
     )  # fmt: skip
     wrapper.plan(indptr, indices, last, q.shape[1], kv_heads, dim, page, q_data_type=q.dtype, kv_data_type=q.dtype)
     return [partial(wrapper.run, q, (pages(k, page), pages(v, page))) for k, v in caches]
 
 
 def pages(x: Tensor, page: int) -> Tensor:
-    """A view of [batch, kv_heads, tokens, head_dim] as [pages, kv_heads, page, head_dim]: page i begins i * page tokens into the storage.
+    """A view of [batch, kv_heads, tokens, head_dim] as [pages, kv_heads, page, head_dim]: page i begins i * page
+    tokens into the storage.
 
     A row begins every kv_heads * room / page pages. What stands between are other heads' tokens again: pages of no row.
     """
@@ -220,10 +232,14 @@ CACHES: dict[str, dict[str, Any] | None] = {
 
 
 @gives_back
-def decode_peers(config: Config, cases: Sequence[tuple[int, int]], device: str = "cuda", steps: int = 20) -> list[Times]:
-    """Milliseconds of a decode step of transformers for every (batch, context), by cache; random weights, the cache filled at random.
+def decode_peers(
+    config: Config, cases: Sequence[tuple[int, int]], device: str = "cuda", steps: int = 20
+) -> list[Times]:
+    """Milliseconds of a decode step of transformers for every (batch, context), by cache; random weights, the cache
+    filled at random.
 
-    The cache grows by a token a step, as transformers' does. A quantized one packs again every 128 steps; the median leaves that out.
+    The cache grows by a token a step, as transformers' does. A quantized one packs again every 128 steps; the median
+    leaves that out.
     """
     try:
         model = random_model(config, device)
@@ -252,7 +268,9 @@ def prefill_peers(config: Config, prompts: Sequence[int], device: str = "cuda") 
     for tokens in prompts:
         ids = torch.randint(config.vocab_size, (1, tokens), device=device)
         try:
-            seconds = median_seconds(lambda ids=ids: model(ids, use_cache=True, logits_to_keep=1), device, repeats=3, warm_up=1)
+            seconds = median_seconds(
+                lambda ids=ids: model(ids, use_cache=True, logits_to_keep=1), device, repeats=3, warm_up=1
+            )
             found.append({"transformers": tokens / seconds})
         except Exception as error:
             found.append({"transformers": reason(error)})
@@ -260,7 +278,8 @@ def prefill_peers(config: Config, prompts: Sequence[int], device: str = "cuda") 
 
 
 def beside(config: Config, rows: Sequence[tuple[str, dict]], steps: int) -> None:
-    """Puts transformers' figures into the rows of bench.py's sections decode and prefill, measured once for each shape."""
+    """Puts transformers' figures into the rows of bench.py's sections decode and prefill, measured once for each
+    shape."""
     decode, prefill = ([row for section, row in rows if section == wanted] for wanted in ("decode", "prefill"))
     cases = list(dict.fromkeys((row["batch"], row["context"]) for row in decode))
     found = dict(zip(cases, decode_peers(config, cases, steps=steps) if cases else (), strict=True))
@@ -277,9 +296,22 @@ def random_model(config: Config, device: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     c = config
-    shape = {"vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size, "head_dim": c.head_dim}
-    shape |= {"num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads}
-    shape |= {"max_position_embeddings": c.max_positions, "tie_word_embeddings": c.tie_embeddings, "attention_bias": c.qkv_bias}
+    shape = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "head_dim": c.head_dim,
+    }
+    shape |= {
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+    }
+    shape |= {
+        "max_position_embeddings": c.max_positions,
+        "tie_word_embeddings": c.tie_embeddings,
+        "attention_bias": c.qkv_bias,
+    }
     shape |= {"mlp_bias": c.mlp_bias}
     with torch.device(device):
         made = AutoConfig.for_model(c.model_type, **shape, sliding_window=None)
@@ -290,7 +322,9 @@ def random_model(config: Config, device: str) -> Any:
     return model
 
 
-def step_seconds(model: Any, config: Config, options: dict[str, Any] | None, batch: int, context: int, steps: int) -> float:
+def step_seconds(
+    model: Any, config: Config, options: dict[str, Any] | None, batch: int, context: int, steps: int
+) -> float:
     import torch
     from transformers import DynamicCache, QuantizedCache
 
@@ -299,7 +333,9 @@ def step_seconds(model: Any, config: Config, options: dict[str, Any] | None, bat
     for layer in range(config.num_layers):
         cache.update(*(torch.randn(shape, dtype=torch.bfloat16, device=model.device) for _ in range(2)), layer)
     ids = torch.zeros((batch, 1), dtype=torch.int64, device=model.device)
-    return median_seconds(lambda: model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1), str(model.device), steps)
+    return median_seconds(
+        lambda: model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1), str(model.device), steps
+    )
 
 
 def median_seconds(run: Callable[[], Any], device: str, repeats: int, warm_up: int = 3) -> float:

@@ -20,7 +20,10 @@ from minioscar.storage.hub import resolve
 USUAL = {"decode": (512, 2048), "throughput": (4096,), "memory": (4096,)}  # contexts
 USUAL_CPU = USUAL | {"throughput": (1024,)}
 QUICK = {"decode": (128,), "throughput": (256,), "memory": (256,)}
-ROOM, QUICK_ROOM = 64 * 10**6, 16 * 10**6  # of a CPU's usual budget, beside the weights: NumPy takes a second a step for so much cache
+ROOM, QUICK_ROOM = (
+    64 * 10**6,
+    16 * 10**6,
+)  # of a CPU's usual budget, beside the weights: NumPy takes a second a step for so much cache
 POSITIONS = 1 << 20  # of random weights, which no context is too long for
 
 
@@ -77,7 +80,9 @@ def model_of(args: argparse.Namespace) -> tuple[Config, Callable[[Scheme], Engin
     return config, lambda scheme: engine.load(args.model, scheme.name, args.device, tokenizer=False)
 
 
-def contexts_of(args: argparse.Namespace, commands: tuple[str, ...], config: Config, ops: Reference) -> dict[str, list[int]]:
+def contexts_of(
+    args: argparse.Namespace, commands: tuple[str, ...], config: Config, ops: Reference
+) -> dict[str, list[int]]:
     """Of every command that has a cache: those given, or the usual ones as far as the model's context goes."""
     given = numbers("--context", args.context, multiple_of=WINDOW)
     usual = QUICK if args.quick else USUAL if ops.name == "cuda" else USUAL_CPU
@@ -99,9 +104,15 @@ def budgets_of(args: argparse.Namespace, ops: Reference, weights: int) -> list[i
         found = [weights + (QUICK_ROOM if args.quick else ROOM)]
     for budget in found:
         if budget <= weights:
-            raise UserError(f"--budget {memory.size(budget)} does not even hold the weights, {memory.size(weights)}; give a larger one")
+            raise UserError(
+                f"--budget {memory.size(budget)} does not even hold the weights, {memory.size(weights)}; give a "
+                "larger one"
+            )
         if budget > free:
-            raise UserError(f"--budget {memory.size(budget)} is more than the {memory.size(free)} of {ops.name} memory that are free")
+            raise UserError(
+                f"--budget {memory.size(budget)} is more than the {memory.size(free)} of {ops.name} memory that "
+                "are free"
+            )
     return found
 
 

@@ -23,27 +23,44 @@ from minioscar.weights import Layer, Weights, for_scheme
 
 Array = Any
 
-QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "max_position_embeddings": 40960, "rope_theta": 1e6}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-PRESETS: dict[str, dict[str, Any]] = {  # from the config.json of Qwen/Qwen3-8B, Qwen/Qwen3-0.6B, meta-llama/Llama-3.1-8B, Qwen/Qwen2.5-7B
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# From the config.json of Qwen/Qwen3-8B, Qwen/Qwen3-0.6B, meta-llama/Llama-3.1-8B, Qwen/Qwen2.5-7B.
+PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-8b": QWEN3 | {
-        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8,
     },
     "qwen3-0.6b": QWEN3 | {
-        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 8,
         "tie_word_embeddings": True,
     },
     "llama-3.1-8b": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0, "rope_scaling": LLAMA3,
     },
     "qwen2.5-7b": {
-        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28,
         "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072, "rope_theta": 1e6,
     },
 }  # fmt: skip
-PIECE = 1 << 26  # numbers drawn at once: in float32 first, so that a large matrix of BF16 needs little besides itself
+CHUNK = 1 << 26  # numbers drawn at once: in float32 first, so that a large matrix of BF16 needs little besides itself
 
 
 def config_of(preset: str) -> Config:
@@ -61,7 +78,9 @@ def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0) 
     check_scheme(config, scheme)
     need, free = config.parameters() * ops.dtype.itemsize, ops.free_bytes()
     if need > free:
-        raise UserError(f"random weights of this shape take {size(need)}, but only {size(free)} of {ops.name} memory are free")
+        raise UserError(
+            f"random weights of this shape take {size(need)}, but only {size(free)} of {ops.name} memory are free"
+        )
     weights = for_scheme(random_weights(config, ops, seed), config, scheme, ops)
     weights = shape_keys(weights, config, ops) if scheme.shaped else weights
     ops.release()  # what was rotated in them
@@ -71,16 +90,16 @@ def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0) 
 def random_weights(config: Config, ops: Reference, seed: int = 0) -> Weights:
     """Drawn on the back end, in its dtype; one seed gives the same weights on the same back end.
 
-    Every projection keeps the size of what it reads, and a layer adds to the residual about 1 / layers of its variance, so that
-    activations stay near 1 however deep the model is.
+    Every projection keeps the size of what it reads, and a layer adds to the residual about 1 / layers of its
+    variance, so that activations stay near 1 however deep the model is.
     """
     rng, xp, hidden = ops.xp.random.default_rng(seed), ops.xp, config.hidden_size
 
     def normal(*shape: int, scale: float) -> Array:
         out = xp.empty(int(np.prod(shape)), ops.dtype)
-        for at in range(0, out.size, PIECE):
-            piece = out[at : at + PIECE]
-            piece[...] = (rng.standard_normal(piece.size, dtype=np.float32) * np.float32(scale)).astype(ops.dtype)
+        for at in range(0, out.size, CHUNK):
+            chunk = out[at : at + CHUNK]
+            chunk[...] = (rng.standard_normal(chunk.size, dtype=np.float32) * np.float32(scale)).astype(ops.dtype)
         return out.reshape(shape)
 
     def matrix(out: int, inputs: int, scale: float = 1.0) -> Array:

@@ -1,7 +1,9 @@
-"""`bench.py start`: from the start of `python -m minioscar generate` to the first text on its stdout, which whoever types that waits for.
+"""`bench.py start`: from the start of `python -m minioscar generate` to the first text on its stdout, which whoever
+types that waits for.
 
-Every start is a process of its own. The first one may read files from the disk; it does not count. On a GPU two more begin with an
-empty cache of kernels: what the first start after the installation takes longer is what compiling takes.
+Every start is a process of its own. The first one may read files from the disk; it does not count. On a GPU two more
+begin with an empty cache of kernels: what the first start after the installation takes longer is what compiling
+takes.
 """
 
 from __future__ import annotations
@@ -33,7 +35,20 @@ def missing(model: str, random_weights: str | None) -> str | None:
 
 def start(model: str, kv: str, device: str, repeats: int) -> dict:
     """Seconds. Raises Failure where a process fails."""
-    command = [sys.executable, "-m", "minioscar", "generate", model, PROMPT, "--kv", kv, "--device", device, "--max-tokens", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "minioscar",
+        "generate",
+        model,
+        PROMPT,
+        "--kv",
+        kv,
+        "--device",
+        device,
+        "--max-tokens",
+        "2",
+    ]
     first, *seconds = (first_text(command) for _ in range(1 + repeats))
     median, spread = median_and_spread(seconds)
     row = {"model": model, "kv": kv, "starts": repeats, "s": median, "spread": spread, "first_s": first}

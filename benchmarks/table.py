@@ -30,14 +30,18 @@ def heads(row: dict) -> str:
 
 
 def peers(row: dict) -> str:
-    return ", ".join(f"{name} {us:.1f}" if isinstance(us, float) else f"{name}: {us}" for name, us in row.get("peers", {}).items())
+    return ", ".join(
+        f"{name} {us:.1f}" if isinstance(us, float) else f"{name}: {us}" for name, us in row.get("peers", {}).items()
+    )
 
 
 KV, SHAPE = text("kv", -20, "kv"), ("batch x tokens", 15, shape)
 SPREAD = number("spread", 7, "spread", ".0%")
 KERNEL: list[Column] = [
-    text("operation", -24, "op"), KV, number("group", 5, "group", "d"), SHAPE, ("heads", 11, heads), number("µs", 10, "us", ".2f"),
-    number("spread", 7, "us_spread", ".1%"), megabytes("MB moved", "bytes"), number("of copy", 8, "fraction_of_copy", ".1%"),
+    text("operation", -24, "op"), KV, number("group", 5, "group", "d"), SHAPE, ("heads", 11, heads),
+    number("µs", 10, "us", ".2f"),
+    number("spread", 7, "us_spread", ".1%"), megabytes("MB moved", "bytes"),
+    number("of copy", 8, "fraction_of_copy", ".1%"),
     ("peers, µs", -1, peers),
 ]  # fmt: skip
 COLUMNS: dict[str, list[Column]] = {
@@ -45,11 +49,13 @@ COLUMNS: dict[str, list[Column]] = {
     "sustained": KERNEL,
     "sweep": KERNEL,
     "dense": [
-        text("operation", -24, "op"), text("shape", -40, "shape"), number("tokens", 9, "tokens", ",d"), number("µs", 10, "us", ".2f"),
+        text("operation", -24, "op"), text("shape", -40, "shape"), number("tokens", 9, "tokens", ",d"),
+        number("µs", 10, "us", ".2f"),
         number("spread", 7, "us_spread", ".1%"), number("of limit", 9, "fraction_of_limit", ".1%"),
     ],
     "growth": [
-        text("over", -8, "over"), KV, number("points", 7, "points", "d"), number("µs per 1,000 tokens", 20, "us_per_1000_tokens", ".3f"),
+        text("over", -8, "over"), KV, number("points", 7, "points", "d"),
+        number("µs per 1,000 tokens", 20, "us_per_1000_tokens", ".3f"),
         number("their bytes' µs", 16, "bytes_us_per_1000_tokens", ".3f"), number("times", 7, "times_the_bytes", ".2f"),
         number("µs at none", 11, "us_at_0_tokens", ".2f"), number("worst error", 12, "worst_error", ".0%"),
     ],
@@ -60,11 +66,14 @@ COLUMNS: dict[str, list[Column]] = {
         number("of limit", 9, "fraction_of_limit", ".1%"), ("peers, ms", -1, peers),
     ],
     "breakdown": [
-        KV, SHAPE, text("  kernel", -34, "kernel"), number("launches", 8, "launches", "d"), number("µs each", 9, "us", ".2f"),
-        number("µs a step", 10, "us_a_step", ".0f"), megabytes("MB each", "bytes"), number("of limit", 9, "fraction_of_limit", ".1%"),
+        KV, SHAPE, text("  kernel", -34, "kernel"), number("launches", 8, "launches", "d"),
+        number("µs each", 9, "us", ".2f"),
+        number("µs a step", 10, "us_a_step", ".0f"), megabytes("MB each", "bytes"),
+        number("of limit", 9, "fraction_of_limit", ".1%"),
     ],
     "prefill": [
-        KV, number("tokens", 15, "tokens", ",d"), number("s", 10, "s", ".3f"), SPREAD, number("tokens/s", 10, "tokens_per_s", ".1f"),
+        KV, number("tokens", 15, "tokens", ",d"), number("s", 10, "s", ".3f"), SPREAD,
+        number("tokens/s", 10, "tokens_per_s", ".1f"),
         number("of limit", 9, "fraction_of_limit", ".1%"), ("peers, tokens/s", -1, peers),
     ],
     "throughput": [
@@ -73,8 +82,10 @@ COLUMNS: dict[str, list[Column]] = {
         number("tokens/s", 10, "tokens_per_s", ".1f"), megabytes("MB cache", "cache_bytes"),
     ],
     "load": [
-        text("model", -24, "model"), number("layers", 8, "layers", "d"), megabytes("MB", "bytes"), number("s", 8, "s", ".3f"), SPREAD,
-        number("first, s", 9, "first_s", ".3f"), number("GB/s", 8, "gb_s", ".2f"), number("copy, GB/s", 11, "copy_gb_s", ".2f"),
+        text("model", -24, "model"), number("layers", 8, "layers", "d"), megabytes("MB", "bytes"),
+        number("s", 8, "s", ".3f"), SPREAD,
+        number("first, s", 9, "first_s", ".3f"), number("GB/s", 8, "gb_s", ".2f"),
+        number("copy, GB/s", 11, "copy_gb_s", ".2f"),
         number("of copy", 8, "fraction_of_copy", ".1%"),
     ],
     "start": [

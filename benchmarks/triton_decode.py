@@ -1,10 +1,12 @@
-"""Decode attention over a BF16 cache in Triton, as a peer of `bench.py kernel`: split-KV on tensor cores, tuned by trying.
+"""Decode attention over a BF16 cache in Triton, as a peer of `bench.py kernel`: split-KV on tensor cores, tuned by
+trying.
 
     out[b,h,:] = softmax_t(<q[b,h,:], key[b,t,:]> / sqrt(head_dim)) . value[b,t,:]
 
-`attend`, grid (splits, kv_heads, batch): a program takes `per_split` tokens of one kv head for all of its q heads, which are the rows
-of both products, padded to 16 with zeros. `combine` merges the splits. Keys and values are read once; a split leaves head_dim + 1
-floats per q head. Triton compiles when a function is first called, and where TRITON_INTERPRET=1 was set at import it runs on NumPy.
+`attend`, grid (splits, kv_heads, batch): a program takes `per_split` tokens of one kv head for all of its q heads,
+which are the rows of both products, padded to 16 with zeros. `combine` merges the splits. Keys and values are read
+once; a split leaves head_dim + 1 floats per q head. Triton compiles when a function is first called, and where
+TRITON_INTERPRET=1 was set at import it runs on NumPy.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ def attend(
     q, k, v, lengths, parts, logs, scale, per_split, row_stride, head_stride,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """parts[b,h,split,:]: the attention over the split alone; logs[b,h,split]: log2 of the sum of its exponentials, -inf if it is empty."""
+    """parts[b,h,split,:]: the attention over the split alone; logs[b,h,split]: log2 of the sum of its exponentials,
+    -inf if it is empty."""
     split, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     splits, kv_heads = tl.num_programs(0), tl.num_programs(1)
     members, channels, steps = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, BLOCK)
@@ -52,7 +55,9 @@ def attend(
         tokens = first + steps
         there, at = (tokens < end)[:, None], base + tokens[:, None] * DIM + channels
         keys = tl.load(k + at, mask=there, other=0.0)
-        logits = tl.where((tokens < end)[None, :], tl.dot(query, tl.trans(keys)) * scale, float("-inf"))  # [ROWS, BLOCK]
+        logits = tl.where(
+            (tokens < end)[None, :], tl.dot(query, tl.trans(keys)) * scale, float("-inf")
+        )  # [ROWS, BLOCK]
         higher = tl.maximum(top, tl.max(logits, 1))
         weights, shrink = tl.exp2(logits - higher[:, None]), tl.exp2(top - higher)
         values = tl.load(v + at, mask=there, other=0.0)
@@ -82,8 +87,8 @@ def decode(
 ) -> list[Callable[[], Tensor]]:
     """One call per cache, each returning out, [batch, q_heads, head_dim] in BF16; all of them share one workspace.
 
-    q: like out. caches: keys and values, [batch, kv_heads, tokens, head_dim] in BF16, equally strided, each head's tokens contiguous.
-    lengths: int32 [batch], of 1 to `tokens`. Raises ValueError where head_dim is no power of two.
+    q: like out. caches: keys and values, [batch, kv_heads, tokens, head_dim] in BF16, equally strided, each head's
+    tokens contiguous. lengths: int32 [batch], of 1 to `tokens`. Raises ValueError where head_dim is no power of two.
     """
     batch, q_heads, dim = q.shape
     kv_heads, tokens = caches[0][0].shape[1:3]
@@ -102,7 +107,9 @@ def decode(
     def call(k: Tensor, v: Tensor) -> Tensor:
         strides = k.stride(0), k.stride(1)
         attend[splits, kv_heads, batch](q, k, v, lengths, parts, logs, scale, per_split, *strides, **shape, **options)
-        combine[batch * q_heads, dim // part](parts, logs, out, splits, DIM=dim, SPLITS=triton.next_power_of_2(splits), SLICE=part)
+        combine[batch * q_heads, dim // part](
+            parts, logs, out, splits, DIM=dim, SPLITS=triton.next_power_of_2(splits), SLICE=part
+        )
         return out
 
     return [lambda k=k, v=v: call(k, v) for k, v in caches]

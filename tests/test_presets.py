@@ -39,7 +39,7 @@ def test_random_weights_are_complete_repeatable_and_keep_activations_near_one(ch
 
 
 def test_large_matrices_are_drawn_in_pieces(monkeypatch):
-    monkeypatch.setattr(presets, "PIECE", 1000)
+    monkeypatch.setattr(presets, "CHUNK", 1000)
     weights = presets.random_weights(Config.from_dict(CONFIG), Reference())
     assert 0.9 < weights.embed.std() < 1.1 and weights.embed.all()
 

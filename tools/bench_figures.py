@@ -1,4 +1,5 @@
-"""Figures of what bench.py measured: one set per committed JSON, of what it holds, and the memory of a cache by arithmetic.
+"""Figures of what bench.py measured: one set per committed JSON, of what it holds, and the memory of a cache by
+arithmetic.
 
 Dashed lines and outlines are limits: what the bytes that must be read take at the copy rate measured in the same run.
 """
@@ -18,7 +19,13 @@ from minioscar.oscar import SCHEMES
 from tools.committed import NAMES, QWEN3_8B, attention_rows, benches, fastest_bf16, measured, on_gpu, shape_of
 from tools.plot import BLUE, GREEN, GREY, GRID, INK, MUTED, PALE, RED, figure, styled
 
-PEER_COLORS = {"sdpa_fa2": "#b8862b", "sdpa_cudnn": "#7a5ea8", "triton": "#2b8a8a", "flashinfer": "#8a5a3c", "transformers": "#7a5ea8"}
+PEER_COLORS = {
+    "sdpa_fa2": "#b8862b",
+    "sdpa_cudnn": "#7a5ea8",
+    "triton": "#2b8a8a",
+    "flashinfer": "#8a5a3c",
+    "transformers": "#7a5ea8",
+}
 KV_COLORS = {"bf16": RED, "int2": BLUE, "int2-compact": GREEN}
 ROOFLINE = "Dashed: the bytes that must be read, at the copy rate of the same run. Both axes are logarithmic."
 SPEEDUPS = ("int2", "int2-compact", "oscar", "int4")
@@ -35,7 +42,9 @@ def drawn() -> dict[str, Figure]:
 @styled
 def drawn_from(name: str, report: dict) -> dict[str, Figure]:
     """Those that one report has the rows for; `name` begins theirs."""
-    kernels = [*speedups(report), *attention_times(report)] if on_gpu(report) else []  # elsewhere they are NumPy's, at small shapes
+    kernels = (
+        [*speedups(report), *attention_times(report)] if on_gpu(report) else []
+    )  # elsewhere they are NumPy's, at small shapes
     return {f"{name}-{what}": made for what, made in [*kernels, *step_times(report), *throughputs(report)]}
 
 
@@ -134,7 +143,10 @@ def attention_times(report: dict) -> Iterable[tuple[str, Figure]]:
         shape = f"batch {batch}, {q_heads} q and {kv_heads} kv heads of {dim}"
         title = f"Decode attention of one layer, {shape}, {card}"
         lines = kv_lines(rows, "us", "fraction_of_copy")
-        yield f"time-b{batch}-{q_heads}-{kv_heads}-{dim}", chart(title, "tokens in the cache", "µs", lines, context_tick, ROOFLINE)
+        yield (
+            f"time-b{batch}-{q_heads}-{kv_heads}-{dim}",
+            chart(title, "tokens in the cache", "µs", lines, context_tick, ROOFLINE),
+        )
 
 
 def step_times(report: dict) -> Iterable[tuple[str, Figure]]:
@@ -160,7 +172,10 @@ def throughputs(report: dict) -> Iterable[tuple[str, Figure]]:
             lines.setdefault(kv, Line(f"{kv}:", KV_COLORS.get(kv, MUTED), [])).points.append((budget, rate))
         if len({budget for _, budget in rates}) > 1:
             title = f"Tokens per second of {model} at {context:,} tokens, {report['meta']['card']}"
-            axes, note = ("memory for weights and cache, GB", "tokens/s"), "Each cache with as many sequences as it is fastest with."
+            axes, note = (
+                ("memory for weights and cache, GB", "tokens/s"),
+                "Each cache with as many sequences as it is fastest with.",
+            )
             yield f"throughput-{slug(model)}-{context}", chart(title, *axes, list(lines.values()), "{:g}".format, note)
 
 
@@ -195,7 +210,9 @@ def speedups(report: dict) -> Iterable[tuple[str, Figure]]:
             axes.barh(y, limit, 0.75, color="none", edgecolor=color, ls=(0, (3, 3)), lw=0.8)
             axes.barh(y, gain, 0.75, color=color)
             axes.text(gain - 0.08, y, f"{gain:.1f}x", ha="right", va="center", color="white")
-            axes.text(max(gain, limit) + 0.1, y, f"{row['us']:.1f} µs; the bytes allow {limit:.1f}x", va="center", color=MUTED)
+            axes.text(
+                max(gain, limit) + 0.1, y, f"{row['us']:.1f} µs; the bytes allow {limit:.1f}x", va="center", color=MUTED
+            )
         y += 1.6
     axes.axvline(1, color=MUTED, lw=0.8, zorder=0.6)
     axes.set_yticks(list(kinds), [kv for kv, _ in kinds.values()])
@@ -211,7 +228,12 @@ def speedups(report: dict) -> Iterable[tuple[str, Figure]]:
 
 
 MEMORY_SHOWN = ("bf16", "int4", "oscar", "int2", "int2-compact")
-PARTS = (("BF16 keys and values (all, or window and first tokens)", RED), ("codes", BLUE), ("steps and minima", PALE), ("norms", GREEN))
+PARTS = (
+    ("BF16 keys and values (all, or window and first tokens)", RED),
+    ("codes", BLUE),
+    ("steps and minima", PALE),
+    ("norms", GREEN),
+)
 
 
 @styled
@@ -235,7 +257,9 @@ def memory() -> Figure:
     axes.set_yticks(list(names), names.values(), color=INK)
     axes.set(xticks=[], xlim=(0, 34), ylim=(y - 1, -0.7))
     axes.set_title(title, pad=24)
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.1, 1), ncols=len(PARTS), handlelength=0.9, columnspacing=1.4, borderpad=0)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.1, 1), ncols=len(PARTS), handlelength=0.9, columnspacing=1.4, borderpad=0
+    )
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return drawn

@@ -1,4 +1,5 @@
-"""The tables of what bench.py measured: for README.md, docs/kernels.md and docs/results/README.md. Rendered by tools/render.py."""
+"""The tables of what bench.py measured: for README.md, docs/kernels.md and docs/results/README.md. Rendered by
+tools/render.py."""
 
 from __future__ import annotations
 
@@ -48,8 +49,10 @@ def cpu() -> str:
         for row in report[kind]
     ]
     note = (
-        f"SmolLM2-135M, batch 1, {report['meta']['card']}, NumPy {report['meta']['versions']['numpy']}. Limits: decode reads weights and "
-        f"cache once at the measured copy bandwidth ({limits['copy_tb_s'] * 1e3:.1f} GB/s); prefill multiplies at the measured matrix "
+        f"SmolLM2-135M, batch 1, {report['meta']['card']}, NumPy {report['meta']['versions']['numpy']}. Limits: "
+        "decode reads weights and "
+        f"cache once at the measured copy bandwidth ({limits['copy_tb_s'] * 1e3:.1f} GB/s); prefill multiplies "
+        "at the measured matrix "
         f"rate ({limits['matmul_tflop_s'] * 1e3:.0f} GFLOP/s)."
     )
     return "\n".join([*markdown(["", "`--kv`", "tokens", "tokens/s", "of the limit"], rows), "", note])
@@ -78,7 +81,8 @@ def kernel_note() -> str:
     return (
         f"{meta['card']}, driver {meta['driver']}, {peers} for the peers, kernels of commit "
         f"`{meta['commit']}`; 20 launches in one replayed graph on "
-        f"caches that no L2 holds, median of 25 replays or more, each after a rest twice as long, which spread by at most {spread:.1%}. "
+        "caches that no L2 holds, median of 25 replays or more, each after a rest twice as long, which spread "
+        f"by at most {spread:.1%}. "
         f"The copy rate is {copy:.2f} TB/s, "
         "read and written, over the bytes of the cache that a step must read; every window is half full."
     )
@@ -107,7 +111,9 @@ def sustained() -> str:
 
 
 def peers_of(row: dict) -> str:
-    return ", ".join(f"{NAMES[name]} " + (us if isinstance(us, str) else f"{us:.1f} µs") for name, us in row["peers"].items())
+    return ", ".join(
+        f"{NAMES[name]} " + (us if isinstance(us, str) else f"{us:.1f} µs") for name, us in row["peers"].items()
+    )
 
 
 def other_kernels() -> str:
@@ -116,7 +122,9 @@ def other_kernels() -> str:
         if row["op"] in OPS and row["op"] != "decode_attention":
             whole = row["op"] == "pack_bulk"
             moved = (f"{row['bytes'] / 1e6:.1f}", f"{row['fraction_of_copy']:.0%}") if whole else ("-", "latency")
-            rows.append((OPS[row["op"]], f"`{row['kv']}`", f"{row['context']:,}" if whole else "1", f"{row['us']:.2f}", *moved))
+            rows.append(
+                (OPS[row["op"]], f"`{row['kv']}`", f"{row['context']:,}" if whole else "1", f"{row['us']:.2f}", *moved)
+            )
     lines = markdown(["", "`--kv`", "tokens", "µs", "MB in and out", "of the copy rate"], rows)
     return "\n".join([*lines, "", "32 q heads, 8 kv heads, head_dim 128, one sequence; a layer."])
 
@@ -130,7 +138,13 @@ def resources() -> str:
             every = f"{min(same)} to {max(same)}" if len(same) > 1 else ""
             shared = row["static_shared"] + row["dynamic_shared"]
             rows.append((f"`{row['kernel']}`", f"{row['threads']}", f"{row['registers']}", every, f"{shared:,}"))
-    head = ["kernel, cache, head_dim, q heads a kv head", "threads", "registers (9.0)", "(8.0 to 12.0)", "shared memory, bytes (9.0)"]
+    head = [
+        "kernel, cache, head_dim, q heads a kv head",
+        "threads",
+        "registers (9.0)",
+        "(8.0 to 12.0)",
+        "shared memory, bytes (9.0)",
+    ]
     return "\n".join(markdown(head, rows))
 
 
@@ -156,7 +170,8 @@ def attention_gain(reports: list[dict]) -> str:
     for report in reports:
         if found := int2_beside_bf16(report, "kernel"):
             ours, us, name = found
-            text = f"{us / ours:.1f}x, {ours:.1f} µs against the {us:.1f} µs of the fastest BF16 kernel in the same run ({NAMES[name]})"
+            run = f"the fastest BF16 kernel in the same run ({NAMES[name]})"
+            text = f"{us / ours:.1f}x, {ours:.1f} µs against the {us:.1f} µs of {run}"
             text += f", {report['meta']['card']}"
             if found := int2_beside_bf16(report, "sustained"):
                 text += f"; {found[1] / found[0]:.1f}x without rests, at the card's power limit"
@@ -222,8 +237,15 @@ def section(name: str, report: dict) -> Iterator[str]:
     if on_gpu(report):
         where += f", driver {meta['driver']}, CUDA {meta['cuda'] // 1000}.{meta['cuda'] % 1000 // 10}"
     versions = ", ".join(f"{package} {version}" for package, version in meta["versions"].items())
-    rates = f"copy {limits['copy_tb_s']:.4g} TB/s, read and written; matrix product {limits['matmul_tflop_s']:.4g} TFLOP/s"
-    yield from (f"## {name}.json", "", f"{where}; {versions}; commit `{meta['commit']}`, {meta['date']}. Measured limits: {rates}.", "")
+    rates = (
+        f"copy {limits['copy_tb_s']:.4g} TB/s, read and written; matrix product {limits['matmul_tflop_s']:.4g} TFLOP/s"
+    )
+    yield from (
+        f"## {name}.json",
+        "",
+        f"{where}; {versions}; commit `{meta['commit']}`, {meta['date']}. Measured limits: {rates}.",
+        "",
+    )
     for name_of, figure in bench_figures.drawn_from(name, report).items():
         yield from (f"![{figure.get_label()}](../figures/{name_of}.svg)", "")
     for part, (head, cells) in PARTS.items():
@@ -233,21 +255,45 @@ def section(name: str, report: dict) -> Iterator[str]:
 
 def repeats() -> str:
     """The kernels of h200.json and of the runs under again/: how far apart the medians are."""
-    runs = [load(KERNELS), *(json.loads(path.read_text()) for path in sorted((RESULTS / "again").glob(f"{KERNELS}-*.json")))]
+    runs = [
+        load(KERNELS),
+        *(json.loads(path.read_text()) for path in sorted((RESULTS / "again").glob(f"{KERNELS}-*.json"))),
+    ]
     rows, apart = [], []
     for same in zip(*(run["kernel"] for run in runs), strict=True):
         op, kv, shape, heads, *_ = kernel_cells(same[0])
         us = [row["us"] for row in same]
         apart.append(max(us) / min(us) - 1)
-        rows.append((op, kv, shape, heads, *(f"{x:.2f}" for x in us), f"{apart[-1]:.1%}", f"{max(row['us_spread'] for row in same):.0%}"))
+        rows.append(
+            (
+                op,
+                kv,
+                shape,
+                heads,
+                *(f"{x:.2f}" for x in us),
+                f"{apart[-1]:.1%}",
+                f"{max(row['us_spread'] for row in same):.0%}",
+            )
+        )
     head = ["kernel", *SHAPE, KERNEL[0], *("µs" for _ in runs), "apart", "widest spread in a run"]
     close = sum(x <= 0.03 for x in apart)
     commits = ", ".join(f"`{run['meta']['commit']}`" for run in runs)
-    return "\n".join([*markdown(head, rows), "", f"{close} of {len(apart)} within 3 %; {runs[0]['meta']['card']}, commits {commits}."])
+    return "\n".join(
+        [
+            *markdown(head, rows),
+            "",
+            f"{close} of {len(apart)} within 3 %; {runs[0]['meta']['card']}, commits {commits}.",
+        ]
+    )
 
 
 def section_of_memory() -> Iterator[str]:
-    yield from ("## Memory", "", "Arithmetic of minioscar/cache.py, not measured: every byte that a cache of the shape allocates.", "")
+    yield from (
+        "## Memory",
+        "",
+        "Arithmetic of minioscar/cache.py, not measured: every byte that a cache of the shape allocates.",
+        "",
+    )
     yield f"![{bench_figures.memory().get_label()}](../figures/memory.svg)"
 
 
@@ -263,12 +309,22 @@ def kernel_cells(row: dict) -> Iterator[str]:
 
 
 def dense_cells(row: dict) -> Iterator[str]:
-    yield from (OPS.get(row["op"], row["op"]), row["shape"], f"{row['tokens']:,}", f"{row['us']:.2f} (spread {row['us_spread']:.1%})")
+    yield from (
+        OPS.get(row["op"], row["op"]),
+        row["shape"],
+        f"{row['tokens']:,}",
+        f"{row['us']:.2f} (spread {row['us_spread']:.1%})",
+    )
     yield from (f"{row['us'] * row['fraction_of_limit']:.2f}", f"{row['fraction_of_limit']:.0%}")
 
 
 def growth_cells(row: dict) -> Iterator[str]:
-    yield from (row["over"], f"`{row['kv']}`", f"{row['us_per_1000_tokens']:.3f}", f"{row['bytes_us_per_1000_tokens']:.3f}")
+    yield from (
+        row["over"],
+        f"`{row['kv']}`",
+        f"{row['us_per_1000_tokens']:.3f}",
+        f"{row['bytes_us_per_1000_tokens']:.3f}",
+    )
     yield from (f"{1 / row['times_the_bytes']:.0%}", f"{row['us_at_0_tokens']:.2f}", f"{row['worst_error']:.0%}")
 
 
@@ -277,18 +333,34 @@ def skipped_cells(row: dict) -> Iterator[str]:
 
 
 def decode_cells(row: dict) -> Iterator[str]:
-    yield from (row["model"], f"`{row['kv']}`", "{batch} x {context:,}".format(**row), f"{row['ms']:.2f}", f"{row['tokens_per_s']:,.1f}")
+    yield from (
+        row["model"],
+        f"`{row['kv']}`",
+        "{batch} x {context:,}".format(**row),
+        f"{row['ms']:.2f}",
+        f"{row['tokens_per_s']:,.1f}",
+    )
     yield from (f"{row['ms'] * row['fraction_of_limit']:.2f}", f"{row['fraction_of_limit']:.0%}", peer_cell(row, 2))
 
 
 def breakdown_cells(row: dict) -> Iterator[str]:
-    yield from (row["kernel"], f"`{row['kv']}`", "{batch} x {context:,}".format(**row), f"{row['launches']}", f"{row['us']:.2f}")
+    yield from (
+        row["kernel"],
+        f"`{row['kv']}`",
+        "{batch} x {context:,}".format(**row),
+        f"{row['launches']}",
+        f"{row['us']:.2f}",
+    )
     yield from (f"{row['us_a_step']:,.0f}", f"{row['bytes'] / 1e6:,.2f}", f"{row['fraction_of_limit']:.0%}")
 
 
 def prefill_cells(row: dict) -> Iterator[str]:
     yield from (row["model"], f"{row['tokens']:,}", f"{row['tokens_per_s']:,.0f}")
-    yield from (f"{row['tokens_per_s'] / row['fraction_of_limit']:,.0f}", f"{row['fraction_of_limit']:.0%}", peer_cell(row, 0))
+    yield from (
+        f"{row['tokens_per_s'] / row['fraction_of_limit']:,.0f}",
+        f"{row['fraction_of_limit']:.0%}",
+        peer_cell(row, 0),
+    )
 
 
 def throughput_cells(row: dict) -> Iterator[str]:
@@ -297,17 +369,34 @@ def throughput_cells(row: dict) -> Iterator[str]:
 
 
 def memory_cells(row: dict) -> Iterator[str]:
-    yield from (row["model"], f"`{row['kv']}`", "{batch} x {context:,}".format(**row), f"{row['cache_bytes'] / 1e6:,.1f}")
+    yield from (
+        row["model"],
+        f"`{row['kv']}`",
+        "{batch} x {context:,}".format(**row),
+        f"{row['cache_bytes'] / 1e6:,.1f}",
+    )
     yield from (f"{row['predicted_bytes'] / 1e6:,.1f}", f"{row['ratio_to_bf16']:.2f}x")
 
 
 def load_cells(row: dict) -> Iterator[str]:
-    yield from (row["model"], f"{row['layers']}", f"{row['bytes'] / 1e6:,.0f}", f"{row['s']:.3f}", f"{row['first_s']:.3f}")
+    yield from (
+        row["model"],
+        f"{row['layers']}",
+        f"{row['bytes'] / 1e6:,.0f}",
+        f"{row['s']:.3f}",
+        f"{row['first_s']:.3f}",
+    )
     yield from (f"{row['gb_s']:.1f}", f"{row['copy_gb_s']:.1f}", f"{row['fraction_of_copy']:.0%}")
 
 
 def start_cells(row: dict) -> Iterator[str]:
-    yield from (row["model"], f"`{row['kv']}`", f"{row['starts']}", f"{row['s']:.2f} (spread {row['spread']:.0%})", f"{row['first_s']:.2f}")
+    yield from (
+        row["model"],
+        f"`{row['kv']}`",
+        f"{row['starts']}",
+        f"{row['s']:.2f} (spread {row['spread']:.0%})",
+        f"{row['first_s']:.2f}",
+    )
 
 
 def peer_cell(row: dict, digits: int) -> str:
@@ -332,7 +421,10 @@ PARTS = {
     "growth": (["growth over", "`--kv`", *GROWTH], growth_cells),
     "skipped": (["not measured", *SHAPE, "why"], skipped_cells),
     "decode": (["decode", *SHAPE, "ms a step", "tokens/s", "limit, ms", "of it", "peers, ms"], decode_cells),
-    "breakdown": (["a step's", *SHAPE, "launches", "µs each", "µs a step", "MB each", "of the copy rate"], breakdown_cells),
+    "breakdown": (
+        ["a step's", *SHAPE, "launches", "µs each", "µs a step", "MB each", "of the copy rate"],
+        breakdown_cells,
+    ),
     "prefill": (["prefill", "tokens", "tokens/s", "limit, tokens/s", "of it", "peers, tokens/s"], prefill_cells),
     "throughput": (["throughput", "budget, GB", "`--kv`", "tokens", "sequences", "tokens/s"], throughput_cells),
     "memory": (["memory", *SHAPE, "cache, MB", "predicted, MB", "smaller than BF16"], memory_cells),
@@ -340,5 +432,11 @@ PARTS = {
     "start": (["start to first text", "`--kv`", "starts", "s", "the first time, s"], start_cells),
 }
 
-TABLES = {"decode_kernels": decode_kernels, "other_kernels": other_kernels, "resources": resources, "gpu": gpu, "cpu": cpu}
+TABLES = {
+    "decode_kernels": decode_kernels,
+    "other_kernels": other_kernels,
+    "resources": resources,
+    "gpu": gpu,
+    "cpu": cpu,
+}
 TABLES |= {"sustained": sustained, "headlines": headlines, "benches": bench_sections, "repeats": repeats}

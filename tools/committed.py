@@ -13,7 +13,8 @@ RESULTS = ROOT / "docs" / "results"
 
 QWEN3_8B = {**PRESETS["qwen3-8b"], "max_position_embeddings": 131072}  # as long as what is measured
 NAMES = {
-    "ours": "ours", "sdpa_fa2": "FlashAttention-2", "sdpa_cudnn": "cuDNN", "triton": "Triton", "flashinfer": "FlashInfer",
+    "ours": "ours", "sdpa_fa2": "FlashAttention-2", "sdpa_cudnn": "cuDNN", "triton": "Triton",
+    "flashinfer": "FlashInfer",
     "transformers": "transformers", "transformers_hqq2": "transformers, 2-bit cache of HQQ",
     "transformers_quanto2": "transformers, 2-bit cache of quanto",
 }  # fmt: skip
@@ -35,7 +36,8 @@ def on_gpu(report: dict) -> bool:
 
 
 def attention_rows(report: dict, *parts: str) -> list[dict]:
-    """Decode attention with the group size that is the scheme's own (a sweep also tries others), of some parts of a report."""
+    """Decode attention with the group size that is the scheme's own (a sweep also tries others), of some parts of a
+    report."""
     rows = [row for part in parts or ("kernel",) for row in report.get(part, ()) if row["op"] == "decode_attention"]
     return [row for row in rows if not foreign_group(row)]
 

@@ -1,8 +1,10 @@
-"""Shows that a change of the kernels' sources left the machine code as it was: `python tools/compare_cubins.py REVISION`.
+"""Shows that a change of the kernels' sources left the machine code as it was: `python tools/compare_cubins.py
+REVISION`.
 
-Every launch that tests/test_compile.py lists is compiled with NVRTC, once from the files of a git revision and once from the working
-tree, and the code of the two cubins is compared: instructions, constants, registers, static shared memory. Names and line numbers are not,
-so a kernel may be renamed. Exits 1 where a launch differs or only one side has it; needs no GPU.
+Every launch that tests/test_compile.py lists is compiled with NVRTC, once from the files of a git revision and once
+from the working tree, and the code of the two cubins is compared: instructions, constants, registers, static shared
+memory. Names and line numbers are not, so a kernel may be renamed. Exits 1 where a launch differs or only one side
+has it; needs no GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ NOBITS = 8  # section type of ELF: no bytes in the file
 
 def sections(cubin: bytes) -> Iterator[tuple[str, int, int, bytes]]:
     """Name, size, sh_info and content of each section of a 64-bit ELF file."""
-    table, = struct.unpack_from("<Q", cubin, 40)
+    (table,) = struct.unpack_from("<Q", cubin, 40)
     entry, count, names = struct.unpack_from("<HHH", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQII", cubin, table + i * entry) for i in range(count)]
     strings = headers[names][4]
@@ -37,7 +39,8 @@ def sections(cubin: bytes) -> Iterator[tuple[str, int, int, bytes]]:
 
 
 def code(cubin: bytes) -> list[str]:
-    """A digest of each kernel's code, sorted: names do not count. The upper byte of a .text section's sh_info counts registers."""
+    """A digest of each kernel's code, sorted: names do not count. The upper byte of a .text section's sh_info counts
+    registers."""
     kernels: dict[str, list] = {}
     for name, size, info, content in sections(cubin):
         if found := re.match(r"\.(text|nv\.constant\d+|nv\.shared)\.(.+)", name):
@@ -46,7 +49,8 @@ def code(cubin: bytes) -> list[str]:
 
 
 def compile_tree(arch: int, only: str, cache: Path) -> dict[str, list[str]]:
-    """Label -> `code` of each launch of the tree in the working directory; sources that were compiled before come from `cache`."""
+    """Label -> `code` of each launch of the tree in the working directory; sources that were compiled before come
+    from `cache`."""
     from minioscar.ops.cubins import architecture, source
     from tests import test_compile
 
@@ -64,7 +68,8 @@ def compile_tree(arch: int, only: str, cache: Path) -> dict[str, list[str]]:
 
 
 def compiled(tree: Path, arch: int, only: str, cache: Path) -> dict[str, list[str]]:
-    """`compile_tree` in a process that imports from `tree`. Raises CalledProcessError where something does not compile."""
+    """`compile_tree` in a process that imports from `tree`. Raises CalledProcessError where something does not
+    compile."""
     command = [sys.executable, __file__, "--tree", "--arch", str(arch), "--only", only, "--cache", str(cache)]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     return json.loads(subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.PIPE).stdout)
@@ -72,8 +77,12 @@ def compiled(tree: Path, arch: int, only: str, cache: Path) -> dict[str, list[st
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("revision", nargs="?", default="HEAD", help="what the working tree is compared with (default HEAD)")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="compute capabilities (default 80 90; 90 includes sm_90a)")
+    parser.add_argument(
+        "revision", nargs="?", default="HEAD", help="what the working tree is compared with (default HEAD)"
+    )
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=[80, 90], help="compute capabilities (default 80 90; 90 includes sm_90a)"
+    )
     parser.add_argument("--only", default="", metavar="REGEX", help="launches whose label matches")
     parser.add_argument("--cache", type=Path, help="folder that keeps what was compiled")
     parser.add_argument("--tree", action="store_true", help=argparse.SUPPRESS)
@@ -85,7 +94,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         base, cache = Path(folder) / "base", (options.cache or Path(folder) / "cache").resolve()
         cache.mkdir(parents=True, exist_ok=True)
-        archive = subprocess.run(["git", "archive", options.revision], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+        archive = subprocess.run(
+            ["git", "archive", options.revision], cwd=ROOT, check=True, stdout=subprocess.PIPE
+        ).stdout
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             files.extractall(base, filter="data")
         for arch in options.arch:
@@ -95,7 +106,13 @@ def main() -> int:
                     equal += 1
                     continue
                 differing += 1
-                sides = f"only in {options.revision}" if label not in after else "new" if label not in before else "code differs"
+                sides = (
+                    f"only in {options.revision}"
+                    if label not in after
+                    else "new"
+                    if label not in before
+                    else "code differs"
+                )
                 print(f"{arch}: {label}: {sides}")
     print(f"{equal} launches have the machine code of {options.revision}, {differing} do not")
     return bool(differing)

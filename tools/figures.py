@@ -1,7 +1,7 @@
 """The figures of docs/reading.md and docs/method.md: drawn from docs/results/figures.json and from the code itself.
 
-    python -m tools.figures              draws them, those of bench_figures.py, pareto.svg (part of `make results`)
-    python -m tools.figures --measure    first measures the numbers again, on SmolLM2-135M
+python -m tools.figures              draws them, those of bench_figures.py, pareto.svg (part of `make results`)
+python -m tools.figures --measure    first measures the numbers again, on SmolLM2-135M
 """
 
 from __future__ import annotations
@@ -49,14 +49,23 @@ def path(numbers: dict) -> Figure:
     arrow(axes, [(500, 146), (401, 146)])
     box(axes, 560, 270, 200, 130, "white", BLUE)
     words(axes, 572, 292, "cache.py", 14, color=BLUE)
-    for n, line in enumerate(("one row a sequence:", "sinks, packed blocks,", "window; allocated once,", "never grows")):
+    for n, line in enumerate(
+        ("one row a sequence:", "sinks, packed blocks,", "window; allocated once,", "never grows")
+    ):
         words(axes, 572, 318 + 20 * n, line, 12)
     for y, what in ((300, "rows, lengths"), (375, "append and read")):
         arrow(axes, [(400, y), (559, y)], BLUE)
         words(axes, 410, y - 8, what, 12, color=BLUE)
     arrow(axes, [(60, 295), (36, 295), (36, 215), (59, 215)])
     words(axes, 24, 255, "new token", 12, color=MUTED, rotation=90, ha="center", va="center")
-    words(axes, 60, 525, "Each file imports only what stands below it. Two back ends, one list of operations.", 12, color=MUTED)
+    words(
+        axes,
+        60,
+        525,
+        "Each file imports only what stands below it. Two back ends, one list of operations.",
+        12,
+        color=MUTED,
+    )
     return drawn
 
 
@@ -67,7 +76,12 @@ def row(numbers: dict) -> Figure:
     """What is kept of 300 tokens, with the bytes of a token of SmolLM2 in one kv head of one layer."""
     drawn, axes = page(860, 330, "One row of the cache: sinks, packed blocks and the window")
     left, scale = 40, 2.35
-    spans = [(0, 32, RED, "sinks"), (32, 128, BLUE, "block 0"), (128, 256, BLUE, "block 1"), (256, 300, GREEN, "window")]
+    spans = [
+        (0, 32, RED, "sinks"),
+        (32, 128, BLUE, "block 0"),
+        (128, 256, BLUE, "block 1"),
+        (256, 300, GREEN, "window"),
+    ]
     words(axes, left, 32, "300 tokens of one sequence, one layer, one kv head (scheme int2, head_dim 64)", 14)
     for begin, end, color, name in spans:
         box(axes, left + begin * scale, 60, (end - begin) * scale, 46, color, "white")
@@ -119,7 +133,8 @@ def group(numbers: dict) -> Figure:
     fields = f"step {int2['step']:.5f}, min {int2['min']:+.5f} in fp16"
     legend = (
         f"the codes, 2 bits each; as 8 bytes: {packed}, and {fields}: 12 bytes for 64\n"
-        "squares: the numbers; solid lines: levels of int2, whose range is narrowed to 0.9; dotted: those of oscar (the whole range)"
+        "squares: the numbers; solid lines: levels of int2, whose range is narrowed to 0.9; dotted: those of "
+        "oscar (the whole range)"
     )
     axes.set_xlabel(legend, loc="left", linespacing=1.6)
     return drawn
@@ -145,7 +160,11 @@ def rotation(numbers: dict) -> Figure:
 def norms(numbers: dict) -> Figure:
     data = numbers["norms"]
     drawn = figure(860, 270, "Norms of tokens, and the error of keys by token")
-    titles = {"norms": ("norm of a token's keys", INK), "kivi": ("relative error: kivi", RED), "oscar": ("relative error: oscar", BLUE)}
+    titles = {
+        "norms": ("norm of a token's keys", INK),
+        "kivi": ("relative error: kivi", RED),
+        "oscar": ("relative error: oscar", BLUE),
+    }
     for axes, (name, (title, color)) in zip(drawn.subplots(1, 3), titles.items(), strict=True):
         first, *others = data[name]
         axes.bar(range(len(data[name])), data[name], 0.85, color=color)
@@ -153,7 +172,9 @@ def norms(numbers: dict) -> Figure:
         axes.set(title=title, xlabel=f"token 0: {first:.2f}; mean of 1 … {len(others)}: {mean:.2f}", xmargin=0.01)
         axes.set_ylim(0, max(data["norms" if name == "norms" else "kivi"]) * 1.05)
     where = f"SmolLM2-135M, layer {data['layer']}, all kv heads, tokens 0 … {len(data['norms']) - 1}"
-    drawn.supxlabel(f"{where}. Token 0 is an attention sink: a small norm, and much attention.", fontsize=9, color=MUTED)
+    drawn.supxlabel(
+        f"{where}. Token 0 is an attention sink: a small norm, and much attention.", fontsize=9, color=MUTED
+    )
     return drawn
 
 
@@ -249,25 +270,38 @@ def measure() -> None:
     for name in ("oscar", "int2"):
         codes, step, low = oscar.quantize(part[:, None], -2, 32, 2, SCHEMES[name].shrink)
         packed = oscar.pack(codes[:, 0], 2)
-        group[name] = {"codes": codes[:, 0].tolist(), "step": float(step[0, 0]), "min": float(low[0, 0]), "bytes": packed.tolist()}
+        group[name] = {
+            "codes": codes[:, 0].tolist(),
+            "step": float(step[0, 0]),
+            "min": float(low[0, 0]),
+            "bytes": packed.tolist(),
+        }
     errors = {}
     for name in ("kivi", "oscar"):
         scheme, x = SCHEMES[name], (rotated if SCHEMES[name].rotate else keys).swapaxes(0, 1)
         back = oscar.dequantize_keys(*oscar.quantize_keys(x, norm, scheme), norm, scheme)
         errors[name] = (np.linalg.norm(back - x, axis=(0, 2)) / norm)[:48].round(4).tolist()
     config, contexts = Config.from_dict(QWEN3_8B), [n * 16384 for n in range(9)]
-    read = {name: [cache_bytes(config, SCHEMES[name], 1, n) if n else 0 for n in contexts] for name in ("bf16", "oscar", "int2")}
+    read = {
+        name: [cache_bytes(config, SCHEMES[name], 1, n) if n else 0 for n in contexts]
+        for name in ("bf16", "oscar", "int2")
+    }
     per_head = {**QWEN3_8B, "head_dim": 64, "num_key_value_heads": 1, "num_attention_heads": 1, "num_hidden_layers": 1}
     one = {}
     for name in ("bf16", "int2"):
         arrays = row_layout(Config.from_dict(per_head), SCHEMES[name], 12800)
         arrays = {n: of for n, of in arrays.items() if not n.startswith(("sink", "norms"))}
         one[name] = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in arrays.values()) // 12800
-    weights = 2 * (config.parameters() - config.vocab_size * config.hidden_size)  # one row of the embedding is read, not all
+    weights = 2 * (
+        config.parameters() - config.vocab_size * config.hidden_size
+    )  # one row of the embedding is read, not all
     numbers = {
         "rotation": {
-            "layer": layer, "head": head, "tokens": tokens,
-            "before": np.abs(keys[:, head]).mean(0).round(4).tolist(), "after": np.abs(rotated[:, head]).mean(0).round(4).tolist(),
+            "layer": layer,
+            "head": head,
+            "tokens": tokens,
+            "before": np.abs(keys[:, head]).mean(0).round(4).tolist(),
+            "after": np.abs(rotated[:, head]).mean(0).round(4).tolist(),
         },
         "norms": {"layer": layer, "norms": norm[:48].round(3).tolist(), **errors},
         "group": group,

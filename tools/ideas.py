@@ -1,7 +1,9 @@
-"""What was tried on the way past `int2`, and what each idea is worth: `python -m tools.ideas MODEL > docs/results/ideas-NAME.json`.
+"""What was tried on the way past `int2`, and what each idea is worth: `python -m tools.ideas MODEL >
+docs/results/ideas-NAME.json`.
 
-An idea is a function from a run of whole blocks of keys (or values) to what attention would read back of them; the rest of the cache
-path (BF16 window and sinks, flush by flush, teacher-forced decoding) is that of `eval`. docs/fidelity.md says what came of each.
+An idea is a function from a run of whole blocks of keys (or values) to what attention would read back of them; the
+rest of the cache path (BF16 window and sinks, flush by flush, teacher-forced decoding) is that of `eval`.
+docs/fidelity.md says what came of each.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Keys:
     offset: int = 0  # tokens that share a mean, about which the groups are symmetric, instead of a minimum each
     refit: bool = False  # the norm that fits best after rounding
     params: Callable[[Array, Array], tuple[Array, Array]] | None = None  # what storing step and minimum makes of them
-    choices: tuple[Keys, ...] = ()  # of these, the one with the smaller squared error is taken in each group of each channel
+    choices: tuple[
+        Keys, ...
+    ] = ()  # of these, the one with the smaller squared error is taken in each group of each channel
     rank: int = 0  # of a term, in float16, that is taken off each block of each head before
     exact: int = 0  # tokens of each block and head, those with the largest errors, that stay in BF16
 
@@ -55,7 +59,9 @@ class Keys:
         blocks = keys.reshape(len(keys), -1, oscar.WINDOW, keys.shape[-1])
         if self.choices:
             group = self.scheme.group
-            backs = np.stack([choice(keys, feedback).reshape(len(keys), -1, group, keys.shape[-1]) for choice in self.choices])
+            backs = np.stack(
+                [choice(keys, feedback).reshape(len(keys), -1, group, keys.shape[-1]) for choice in self.choices]
+            )
             errors = ((backs - keys.reshape(backs.shape[1:])) ** 2).sum(axis=3, keepdims=True)
             return np.take_along_axis(backs, errors.argmin(axis=0)[None], axis=0).reshape(keys.shape)
         if self.rank:
@@ -74,17 +80,23 @@ class Keys:
         x, top, group = keys / norms[:, None], 2**self.scheme.bits - 1, self.scheme.group
         if self.offset:
             mean = np.repeat(f16(x.reshape(len(x), -1, self.offset, x.shape[-1]).mean(axis=2)), self.offset, axis=1)
-            step = f16(abs(x - mean).reshape(len(x), -1, group, x.shape[-1]).max(axis=2) * self.scheme.shrink / (top / 2))
+            step = f16(
+                abs(x - mean).reshape(len(x), -1, group, x.shape[-1]).max(axis=2) * self.scheme.shrink / (top / 2)
+            )
             low = mean - np.repeat(step, group, axis=1) * top / 2
         else:
             _, step, minimum = oscar.quantize(x, -2, group, self.scheme.bits, self.scheme.shrink)
-            step, minimum = self.params(step, minimum) if self.params else (step.astype(np.float32), minimum.astype(np.float32))
+            step, minimum = (
+                self.params(step, minimum) if self.params else (step.astype(np.float32), minimum.astype(np.float32))
+            )
             low = np.repeat(minimum, group, axis=1)
         step = np.maximum(np.repeat(step, group, axis=1), 1e-7)
         levels = np.arange(top + 1, dtype=np.float32) if self.levels is None else np.array(self.levels, np.float32)
         edges, left, back = (levels[1:] + levels[:-1]) / 2, x.copy(), np.empty_like(x)
         for i in range(x.shape[-1]):
-            back[..., i] = levels[np.searchsorted(edges, (left[..., i] - low[..., i]) / step[..., i])] * step[..., i] + low[..., i]
+            back[..., i] = (
+                levels[np.searchsorted(edges, (left[..., i] - low[..., i]) / step[..., i])] * step[..., i] + low[..., i]
+            )
             if self.shaped:
                 left[..., i + 1 :] -= (left[..., i] - back[..., i])[..., None] * feedback[:, None, i, i + 1 :]
         if self.refit:
@@ -119,7 +131,9 @@ class Values:
         if self.levels:
             inner, outer = self.levels
             peak = f16(abs(x).max(axis=-1, keepdims=True))
-            return (np.where(abs(x) > peak * (inner + outer) / 2, outer, inner) * peak * np.sign(x)).reshape(values.shape)
+            return (np.where(abs(x) > peak * (inner + outer) / 2, outer, inner) * peak * np.sign(x)).reshape(
+                values.shape
+            )
         if self.least_squares or self.carried:
             step = oscar.quantize_values(values, self.scheme)[1][..., None].astype(np.float32)
             for _ in range(2 * self.least_squares):
@@ -145,11 +159,16 @@ class Lab(Reference):
     """The reference back end, with a cache that keeps packed blocks as the idea reads them back."""
 
     def __init__(
-        self, keys: Keys, values: Values, correction: float = 0.0, centered: bool = False, shrinks: tuple[float, ...] = (),
+        self,
+        keys: Keys,
+        values: Values,
+        correction: float = 0.0,
+        centered: bool = False,
+        shrinks: tuple[float, ...] = (),
         where_needed: bool = False,
     ):
-        """shrinks: of these, a layer keeps the one that loses least of the first keys it packs. where_needed: sinks in BF16 only in
-        layers whose first key is shorter than half of the median.
+        """shrinks: of these, a layer keeps the one that loses least of the first keys it packs. where_needed: sinks
+        in BF16 only in layers whose first key is shorter than half of the median.
         """
         self.keys, self.values, self.correction, self.centered = keys, values, correction, centered
         self.shrinks, self.where_needed = shrinks, where_needed
@@ -170,11 +189,16 @@ class LabCache(PackedCache):
         lab, scheme, layer, tokens = self.ops, self.scheme, self.arrays, slice(first, first + keys.shape[1])
         self.keep_sinks(slot, first, keys, values)
         keys, values = keys.astype(np.float32), values.astype(np.float32)
-        if lab.centered:  # a constant taken off every key of a sequence is a constant in its logits: softmax does not see it
+        if (
+            lab.centered
+        ):  # a constant taken off every key of a sequence is a constant in its logits: softmax does not see it
             mean = layer.setdefault("mean", keys[:, scheme.sinks :].mean(axis=1, keepdims=True))
             back = lab.keys(keys - mean, feedback) + mean
         elif lab.shrinks:
-            backs = {shrink: replace(lab.keys, scheme=replace(lab.keys.scheme, shrink=shrink))(keys, feedback) for shrink in lab.shrinks}
+            backs = {
+                shrink: replace(lab.keys, scheme=replace(lab.keys.scheme, shrink=shrink))(keys, feedback)
+                for shrink in lab.shrinks
+            }
             best = min(backs, key=lambda shrink: float(((backs[shrink] - keys)[:, scheme.sinks :] ** 2).sum()))
             back = backs[layer.setdefault("shrink", best)]
         else:
@@ -195,7 +219,8 @@ class LabCache(PackedCache):
         return self["back_keys"][slot, :, :tokens].copy(), self["back_values"][slot, :, :tokens].copy()
 
     def attend(self, q, new, batch) -> Array:
-        """With a correction, a logit q.k gives way by half its variance, which noise adds to the logarithm of the mean of exp."""
+        """With a correction, a logit q.k gives way by half its variance, which noise adds to the logarithm of the
+        mean of exp."""
         if not self.ops.correction or batch.starts[0] < oscar.WINDOW:
             return super().attend(q, new, batch)
         (slot, start, _), dim = batch.spans()[0], q.shape[-1]
@@ -207,7 +232,9 @@ class LabCache(PackedCache):
         scores[..., :packed] -= self.ops.correction / 2 * ((x * x) @ variance)
         scores += np.triu(np.full(scores.shape[-2:], -np.inf, np.float32), 1 + start)
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        return (p / p.sum(axis=-1, keepdims=True) @ values[:, None]).transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
+        return (
+            (p / p.sum(axis=-1, keepdims=True) @ values[:, None]).transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
+        )
 
 
 def int2(**changes: Any) -> Scheme:
@@ -235,7 +262,11 @@ IDEAS: dict[str, tuple[Keys, Values, dict[str, Any]]] = {
     "keys: step and minimum in 8 bits": (Keys(2.5, params=eight_bits), V, {}),
     "keys: wider outer levels": (Keys(3, levels=(-0.1, 1, 2, 3.1)), V, {}),
     "keys: the better of two codebooks": (Keys(3 + 1 / 32, choices=(K, Keys(3, levels=(-0.3, 0.9, 2.1, 3.3)))), V, {}),
-    "keys: shrink 0.8, 0.9 or 1 by group": (Keys(3, choices=tuple(Keys(3, int2(shrink=s)) for s in (0.8, 0.9, 1.0))), V, {}),
+    "keys: shrink 0.8, 0.9 or 1 by group": (
+        Keys(3, choices=tuple(Keys(3, int2(shrink=s)) for s in (0.8, 0.9, 1.0))),
+        V,
+        {},
+    ),
     "keys: a rank-1 term a block": (Keys(3 + 16 * (1 / 64 + 1 / 128), rank=1), V, {}),
     "keys: 2 worst tokens a block exact": (Keys(3 + 2 * 16 / 128, exact=2), V, {}),
     "values: Lloyd-Max spacing": (K, Values(2.5, levels=(0.25, 0.85)), {}),
@@ -248,39 +279,56 @@ IDEAS: dict[str, tuple[Keys, Values, dict[str, Any]]] = {
     "shaped, value groups of 64": (Keys(3, shaped=True), V64, {}),
     "shaped, key groups of 64": (Keys(2.5, int2(group=64, shrink=0.85), shaped=True), V64, {"sinks": 64}),
     "shaped, key groups of 128": (Keys(2.25, int2(group=128, shrink=0.8), shaped=True), V64, {"sinks": 64}),
-    "shaped, keys 3 bits in 128s, values 2 in 64s": (Keys(3.25, int2(bits=3, group=128, shrink=1.0), shaped=True), V64, {}),
+    "shaped, keys 3 bits in 128s, values 2 in 64s": (
+        Keys(3.25, int2(bits=3, group=128, shrink=1.0), shaped=True),
+        V64,
+        {},
+    ),
 }
 
 
 def balanced(weights, config: Config):
-    """k times s and q over s in every RoPE pair, s^4 = the ratio of their energies by the weights' own rows: a fold, free at run time."""
+    """k times s and q over s in every RoPE pair, s^4 = the ratio of their energies by the weights' own rows: a fold,
+    free at run time."""
     layers = []
     for layer in weights.layers:
         rows = ((layer.qkv * layer.input_norm) ** 2).sum(axis=1) + (0 if layer.qkv_bias is None else layer.qkv_bias**2)
         rows = rows[: config.q_size + config.kv_size].reshape(-1, 2, config.head_dim // 2).sum(axis=1)
-        q, k = rows[: config.num_heads].reshape(config.num_kv_heads, -1, config.head_dim // 2).mean(axis=1), rows[config.num_heads :]
+        q, k = (
+            rows[: config.num_heads].reshape(config.num_kv_heads, -1, config.head_dim // 2).mean(axis=1),
+            rows[config.num_heads :],
+        )
         s = np.tile((q / k) ** 0.25, 2)  # [kv_heads, d]
-        factor = np.concatenate([1 / s.repeat(config.num_heads // config.num_kv_heads, axis=0).ravel(), s.ravel(), np.ones(config.kv_size)])
+        factor = np.concatenate(
+            [1 / s.repeat(config.num_heads // config.num_kv_heads, axis=0).ravel(), s.ravel(), np.ones(config.kv_size)]
+        )
         factor = factor.astype(np.float32)
         bias = None if layer.qkv_bias is None else layer.qkv_bias * factor
         layers.append(replace(layer, qkv=layer.qkv * factor[:, None], qkv_bias=bias))
     return replace(weights, layers=tuple(layers))
 
 
-EXACT = replace(SCHEMES["int2-shaped"], name="exact", bits=16, scale=False)  # rotated as the ideas are, nothing quantized
+EXACT = replace(
+    SCHEMES["int2-shaped"], name="exact", bits=16, scale=False
+)  # rotated as the ideas are, nothing quantized
 
 
 def prefilled(engine: Engine, ids: list[int]) -> list[tuple[Array, Array]]:
-    """Keys and values of every layer, [tokens, kv_heads, d], as a prefill hands them to the cache; no scheme changes them."""
+    """Keys and values of every layer, [tokens, kv_heads, d], as a prefill hands them to the cache; no scheme changes
+    them."""
     seen: list[tuple[Array, Array]] = []
-    model, cache = Model(engine.config, engine.model.weights, EXACT, Reference()), Cache(engine.config, EXACT, 1, len(ids), Reference())
+    model, cache = (
+        Model(engine.config, engine.model.weights, EXACT, Reference()),
+        Cache(engine.config, EXACT, 1, len(ids), Reference()),
+    )
     model = model.observed(lambda q, new: seen.append((new.k, new.v)))
     model.forward(np.array(ids), cache, cache.batch_for([0], [len(ids)]))
     return seen
 
 
 def decoded(engine: Engine, ids: list[int], prefill: list[tuple[Array, Array]]) -> Iterable[Array]:
-    """Log-probabilities, chunk by chunk, of the tokens behind a prefill that is put into the cache as it was once computed."""
+    """Log-probabilities, chunk by chunk, of the tokens behind a prefill that is put into the cache as it was once
+    computed."""
     cache = Cache(engine.config, engine.scheme, 1, len(ids) - 1, engine.ops)
     batch = cache.batch_for([0], [len(prefill[0][0])])
     for (k, v), layer, layer_cache in zip(prefill, engine.model.weights.layers, cache.layers, strict=True):
@@ -300,7 +348,9 @@ def main() -> None:
     for name in names:
         keys, values, options = IDEAS[name]
         scheme = replace(SCHEMES["int2-shaped"], name=name, sinks=options.get("sinks", 32))
-        lab = Lab(keys, values, **{option: value for option, value in options.items() if option not in ("sinks", "balance")})
+        lab = Lab(
+            keys, values, **{option: value for option, value in options.items() if option not in ("sinks", "balance")}
+        )
         runs.append(Engine(config, other if options.get("balance") else shaped, tokenizer, scheme, lab))
     ids, size = tokenizer.encode(fidelity.default_text()), PREFILL + DECODE + 1
     scores: list[list[tuple[float, float, float]]] = [[] for _ in runs]
@@ -320,7 +370,11 @@ def main() -> None:
     for row in rows[2:]:
         keys, values, _ = IDEAS[row["kv"]]
         row["bits_per_element"] = (keys.bits + values.bits) / 2
-    print(json.dumps({"model": folder.name, "prefill": PREFILL, "decode": DECODE, "windows": WINDOWS, "results": rows[1:]}))
+    print(
+        json.dumps(
+            {"model": folder.name, "prefill": PREFILL, "decode": DECODE, "windows": WINDOWS, "results": rows[1:]}
+        )
+    )
 
 
 if __name__ == "__main__":

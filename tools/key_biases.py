@@ -1,13 +1,15 @@
 """A Qwen2-style model with large key biases, made from SmolLM2-135M: `python -m tools.key_biases OUT`.
 
-Qwen2 models add biases to keys, some of them many times what the rest of a key varies by, and are the hardest for a quantized KV
-cache. They sit where RoPE turns slowest (arXiv 2502.01563 finds the large values of keys there). So this model gets, in every
-layer and kv head, a bias of TIMES the spread of the keys in each of the PAIRS slowest RoPE pairs.
+Qwen2 models add biases to keys, some of them many times what the rest of a key varies by, and are the hardest for a
+quantized KV cache. They sit where RoPE turns slowest (arXiv 2502.01563 finds the large values of keys there). So this
+model gets, in every layer and kv head, a bias of TIMES the spread of the keys in each of the PAIRS slowest RoPE
+pairs.
 
-A constant added to a key before RoPE is not neutral: it adds q . R(s-t) . bias to the logit of a key at distance s-t. Where the
-pair turns slowly this is nearly the same for all keys, and softmax does not see it; what is left is a slope with distance, as large
-as the query's part across the bias. The bias therefore points along the mean query of its pair, with a random sign, which makes
-that part small. The result is another model, but a language model: its own BF16 run is its reference (`eval` prints its NLL).
+A constant added to a key before RoPE is not neutral: it adds q . R(s-t) . bias to the logit of a key at distance s-t.
+Where the pair turns slowly this is nearly the same for all keys, and softmax does not see it; what is left is a slope
+with distance, as large as the query's part across the bias. The bias therefore points along the mean query of its
+pair, with a random sign, which makes that part small. The result is another model, but a language model: its own BF16
+run is its reference (`eval` prints its NLL).
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def unturned(x: np.ndarray, rope: Rope) -> np.ndarray:
 
 
 def biases(folder: Path, config: Config) -> list[np.ndarray]:
-    """Of the keys of every layer, float32 [kv_heads, d], measured on the end of the default text, which `eval` does not reach."""
+    """Of the keys of every layer, float32 [kv_heads, d], measured on the end of the default text, which `eval` does
+    not reach."""
     ops, rng, found = Reference(), np.random.default_rng(0), []
     heads, half = config.num_kv_heads, config.head_dim // 2
 
@@ -50,7 +53,11 @@ def biases(folder: Path, config: Config) -> list[np.ndarray]:
         q, k = unturned(inputs.q, config.rope), unturned(inputs.k, config.rope)
         along = q.reshape(len(q), heads, -1, 2, half).mean(axis=(0, 2))  # [kv_heads, 2, pairs]
         spread = np.sqrt(k.reshape(len(k), heads, 2, half).var(axis=0).mean(axis=1))  # [kv_heads, pairs]
-        bias = along / np.linalg.norm(along, axis=1, keepdims=True) * (TIMES * spread * rng.choice([-1, 1], spread.shape))[:, None]
+        bias = (
+            along
+            / np.linalg.norm(along, axis=1, keepdims=True)
+            * (TIMES * spread * rng.choice([-1, 1], spread.shape))[:, None]
+        )
         bias[..., : half - PAIRS] = 0
         found.append(bias.reshape(heads, -1))
 
@@ -72,7 +79,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(source / name, out)
-    settings = {**json.loads((source / "config.json").read_text()), "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    settings = {
+        **json.loads((source / "config.json").read_text()),
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+    }
     with replacing(out / "config.json") as partial:
         partial.write_text(json.dumps(settings, indent=2))
     with replacing(out / "model.safetensors") as partial:

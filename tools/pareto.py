@@ -29,7 +29,9 @@ def points() -> dict[str, dict[str, list[float]]]:
     found = {}
     for file, title in MODELS.items():
         rows = json.loads((RESULTS / f"{file}.json").read_text())["results"]
-        found[title] = {row["kv"]: [round(row[key], 4) for key in ("bits_per_element", "kl", "kl_se")] for row in rows if row["kl"]}
+        found[title] = {
+            row["kv"]: [round(row[key], 4) for key in ("bits_per_element", "kl", "kl_se")] for row in rows if row["kl"]
+        }
     return found
 
 

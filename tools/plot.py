@@ -23,7 +23,8 @@ BLUE, RED, GREEN, SAND, PALE, GREY = "#3b6fb5", "#c0504d", "#5b9a5b", "#f1ece2",
 POINTS = 0.75  # of a pixel
 STYLE = {
     "font.size": 9, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titlecolor": INK, "text.color": INK,
-    "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "axes.edgecolor": FAINT, "axes.axisbelow": True,
+    "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "axes.edgecolor": FAINT,
+    "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID, "legend.frameon": False,
     "svg.hashsalt": "minioscar", "svg.fonttype": "none",
 }  # fmt: skip
@@ -74,7 +75,9 @@ def content(drawn: Figure) -> dict:
     for axes in drawn.axes:
         labels = axes.get_title("left"), axes.get_xlabel(), axes.get_ylabel(), *(text.get_text() for text in axes.texts)
         found["texts"] += filter(None, labels)
-        found["lines"] += [[[float(f"{number:.4g}") for number in point] for point in line.get_xydata()] for line in axes.lines]
+        found["lines"] += [
+            [[float(f"{number:.4g}") for number in point] for point in line.get_xydata()] for line in axes.lines
+        ]
         found["boxes"] += [[float(f"{number:.4g}") for number in patch.get_bbox().bounds] for patch in axes.patches]
     return found
 

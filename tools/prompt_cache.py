@@ -1,6 +1,7 @@
 """What a prompt cache saves, measured: python -m tools.prompt_cache [--tokens N] writes docs/results/prompt-cache.json.
 
-A document is read and saved; then the file is loaded and a question behind it answered with one token, as `generate --cache` does.
+A document is read and saved; then the file is loaded and a question behind it answered with one token, as `generate
+--cache` does.
 """
 
 from __future__ import annotations
@@ -56,7 +57,13 @@ def main() -> None:
     args = parser.parse_args()
     rows = [measure(args.model, kv, args.tokens, args.device) for kv in ("bf16", "int2", "int2-compact")]
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
-    meta = {"model": args.model, "device": args.device, "cpu": platform.machine(), "threads": int(threads), "numpy": np.__version__}
+    meta = {
+        "model": args.model,
+        "device": args.device,
+        "cpu": platform.machine(),
+        "threads": int(threads),
+        "numpy": np.__version__,
+    }
     with replacing(RESULTS) as partial:
         partial.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
 

@@ -1,6 +1,7 @@
 """Fills the tables of README.md and docs/ from docs/results/*.json and from the code's own arithmetic: `make results`.
 
-A figure is never typed by hand. A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; NAME is a function below.
+A figure is never typed by hand. A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; NAME
+is a function below.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from tools.committed import ROOT, load
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels", "results/README")))
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels", "results/README")),
+)
 
 
 def fidelity() -> str:
@@ -28,7 +32,9 @@ def fidelity() -> str:
     rows = []
     for row in report["results"]:
         kl = f"{row['kl']:.4f}" if row["kv"] == "bf16" else f"{row['kl']:.4f} ± {row['kl_se']:.4f}"
-        rows.append([f"`{row['kv']}`", f"{row['bits_per_element']:.3f}", kl, f"{row['dnll']:+.4f}", f"{row['top1']:.1%}"])
+        rows.append(
+            [f"`{row['kv']}`", f"{row['bits_per_element']:.3f}", kl, f"{row['dnll']:+.4f}", f"{row['top1']:.1%}"]
+        )
     lines = [*markdown(["`--kv`", "bits/element", "KL to BF16", "ΔNLL", "same top token"], rows), ""]
     where = f"({report['device']}); mean and standard error of {report['windows']} windows of the default text"
     lines.append(f"{report['prefill']} tokens prefilled, then {report['decode']} decoded teacher-forced {where}.")
@@ -38,25 +44,38 @@ def fidelity() -> str:
 def models() -> str:
     """The same for both models, and what an allocated cache takes, window and sinks included."""
     reports = [load("eval-smollm2-135m"), load("eval-smollm2-135m-key-biases")]
-    head = ["`--kv`", "bits/element", "all of it", "SmolLM2-135M: KL", "of `oscar`'s", "with key biases: KL", "of `oscar`'s"]
+    head = [
+        "`--kv`",
+        "bits/element",
+        "all of it",
+        "SmolLM2-135M: KL",
+        "of `oscar`'s",
+        "with key biases: KL",
+        "of `oscar`'s",
+    ]
     table = []
     for rows in zip(*(report["results"] for report in reports), strict=True):
         name, cells = rows[0]["kv"], []
         for row, report in zip(rows, reports, strict=True):
             anchor = next(other["kl"] for other in report["results"] if other["kv"] == "oscar")
-            cells += ["{kl:.4f} ± {kl_se:.4f}".format(**row), f"{row['kl'] / anchor:.2f}"] if name != "bf16" else ["0", "0"]
+            cells += (
+                ["{kl:.4f} ± {kl_se:.4f}".format(**row), f"{row['kl'] / anchor:.2f}"] if name != "bf16" else ["0", "0"]
+            )
         whole = everything(name, reports[0]["prefill"] + reports[0]["decode"])
         table.append([f"`{name}`", f"{rows[0]['bits_per_element']:.3f}", f"{whole:.2f}", *cells])
     first, second = (
-        f"{r['prefill']:,} tokens prefilled and {r['decode']:,} decoded teacher-forced in {r['windows']} windows (NLL unquantized "
+        f"{r['prefill']:,} tokens prefilled and {r['decode']:,} decoded teacher-forced in {r['windows']} "
+        "windows (NLL unquantized "
         f"{r['results'][0]['nll']:.3f})"
         for r in reports
     )
     lines = [
         *markdown(head, table),
         "",
-        f"SmolLM2: {first}; with key biases: {second}; mean and standard error. *All of it*: bits per element of the whole allocated cache "
-        f"at {reports[0]['prefill'] + reports[0]['decode']:,} tokens, with norms, sinks and the window of 128 tokens in BF16, which weigh "
+        f"SmolLM2: {first}; with key biases: {second}; mean and standard error. *All of it*: bits per element "
+        "of the whole allocated cache "
+        f"at {reports[0]['prefill'] + reports[0]['decode']:,} tokens, with norms, sinks and the window of 128 "
+        "tokens in BF16, which weigh "
         "less the longer the context is.",
     ]
     return "\n".join(lines)
@@ -73,10 +92,14 @@ def ideas() -> str:
     table = []
     for rows in zip(*(report["results"] for report in reports), strict=True):
         name = f"`{rows[0]['kv']}`" if rows[0]["kv"] in ("oscar", "int2") else rows[0]["kv"]
-        table.append([name, f"{rows[0]['bits_per_element']:.3f}", *("{kl:.4f} ± {kl_se:.4f}".format(**row) for row in rows)])
+        table.append(
+            [name, f"{rows[0]['bits_per_element']:.3f}", *("{kl:.4f} ± {kl_se:.4f}".format(**row) for row in rows)]
+        )
     lines = markdown(["idea", "bits/element", "SmolLM2-135M: KL", "with key biases: KL"], table)
     plain, biased = (f"{report['results'][0]['nll'] - report['results'][0]['dnll']:.3f}" for report in reports)
-    size = f"{reports[0]['prefill']:,} tokens prefilled, {reports[0]['decode']:,} decoded; {reports[0]['windows']} windows"
+    size = (
+        f"{reports[0]['prefill']:,} tokens prefilled, {reports[0]['decode']:,} decoded; {reports[0]['windows']} windows"
+    )
     lines += ["", f"{size}, the same for both models, whose unquantized NLLs there are {plain} and {biased}."]
     return "\n".join(lines)
 
@@ -86,7 +109,9 @@ def drift() -> str:
     from minioscar.evaluation import drift as part
 
     report = load("drift-smollm2-135m")
-    where = f"After prompts of {report['prefill']:,} tokens, {report['windows']} windows of the default text, SmolLM2-135M."
+    where = (
+        f"After prompts of {report['prefill']:,} tokens, {report['windows']} windows of the default text, SmolLM2-135M."
+    )
     return f"{where} {part.table(report['drift'])}"
 
 
@@ -108,7 +133,13 @@ def size() -> str:
 
 
 def smollm2() -> Config:
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    shape = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     rest = {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
     return Config.from_dict({"model_type": "llama", **shape, **rest})
 
@@ -134,7 +165,8 @@ def reading_weights() -> str:
     rows.append(["all of it", f"{c.parameters():,} numbers", f"{2 * c.parameters() / 1e6:.1f}"])
     lines = [*markdown(["weights", "shape", "MB in BF16"], rows), ""]
     lines.append(
-        "On a GPU the weights are kept in BF16, 2 bytes a number; on a CPU in float32, because NumPy multiplies nothing smaller, so "
+        "On a GPU the weights are kept in BF16, 2 bytes a number; on a CPU in float32, because NumPy multiplies "
+        "nothing smaller, so "
         "twice as much."
     )
     return "\n".join(lines)
@@ -152,7 +184,11 @@ def reading_cache() -> str:
     for kv in ("bf16", "oscar", "int2", "int2-compact"):
         token, whole = per_token(c, kv), cache_bytes(c, SCHEMES[kv], 1, c.max_positions)
         rows.append([f"`{kv}`", f"{token / c.num_layers:.1f} B", f"{token:,} B", f"{whole / 1e6:.1f} MB"])
-    lines = [*markdown(head, rows), "", f"SmolLM2-135M: {c.num_kv_heads} kv heads of {c.head_dim} channels, keys and values."]
+    lines = [
+        *markdown(head, rows),
+        "",
+        f"SmolLM2-135M: {c.num_kv_heads} kv heads of {c.head_dim} channels, keys and values.",
+    ]
     return "\n".join(lines)
 
 
@@ -163,9 +199,13 @@ def reading_step() -> str:
         sizes = weights, *kept, *(weights + size for size in kept)
         rows.append([f"{context:,}", *(f"{size / 1e6:.1f} MB" for size in sizes)])
     lines = [
-        *markdown(["tokens in the cache", "weights", "cache in `bf16`", "cache in `int2`", "step: `bf16`", "step: `int2`"], rows),
+        *markdown(
+            ["tokens in the cache", "weights", "cache in `bf16`", "cache in `int2`", "step: `bf16`", "step: `int2`"],
+            rows,
+        ),
         "",
-        "SmolLM2-135M, one sequence, weights in BF16. With 32 sequences at once the weights are read once for all of them, and the "
+        "SmolLM2-135M, one sequence, weights in BF16. With 32 sequences at once the weights are read once for "
+        "all of them, and the "
         "cache 32 times: then it is nearly all that counts.",
     ]
     return "\n".join(lines)
@@ -179,18 +219,28 @@ def schemes() -> str:
             rows.append([f"`{name}`", "as they are", "", "as they are", "everything", f"{s.bits_per_element(128):.3f}"])
             continue
         switches = {
-            "rotated": s.rotate, "rotated at random, Lloyd-Max levels": isinstance(s, TurboQuant), "divided by the token's norm": s.scale,
-            f"range x {s.shrink}": s.shrink < 1, "errors steered": s.shaped,
+            "rotated": s.rotate,
+            "rotated at random, Lloyd-Max levels": isinstance(s, TurboQuant),
+            "divided by the token's norm": s.scale,
+            f"range x {s.shrink}": s.shrink < 1,
+            "errors steered": s.shaped,
         }
         keys = "; ".join([f"{s.bits} bits", ", ".join(word for word, on in switches.items() if on)]).removesuffix("; ")
-        along = f"{s.group} tokens of one channel" if s.key_axis == "token" else f"{s.value_group(128)} channels of one token"
+        along = (
+            f"{s.group} tokens of one channel"
+            if s.key_axis == "token"
+            else f"{s.value_group(128)} channels of one token"
+        )
         step = "step only" if s.symmetric_values or isinstance(s, TurboQuant) else "step and min"
         values = f"{'rotated, ' if s.rotate or isinstance(s, TurboQuant) else ''}{step}, groups of {s.value_group(128)}"
         kept = ["window"] + [f"first {s.sinks} tokens"] * bool(s.sinks)
         kept += [f"{s.outliers} tokens a block"] if isinstance(s, Ott) else []
         rows.append([f"`{name}`", keys, along, values, ", ".join(kept), f"{s.bits_per_element(128):.3f}"])
     lines = markdown(["`--kv`", "keys", "groups of keys", "values", "kept in BF16", "bits/element"], rows)
-    lines += ["", "At head_dim 128. The window is the newest 0 … 127 tokens. Norms, 4 bytes a token and layer, come on top."]
+    lines += [
+        "",
+        "At head_dim 128. The window is the newest 0 … 127 tokens. Norms, 4 bytes a token and layer, come on top.",
+    ]
     return "\n".join(lines)
 
 
@@ -207,7 +257,10 @@ def prompt_cache() -> str:
         sizes = f"{row['file_bytes'] / 1e6:.1f} MB", f"{largest / row['file_bytes']:.2f}x"
         cells.append([f"`{row['kv']}`", *sizes, *(f"{row[key]:.2f} s" for key in times)])
     lines = markdown(head, cells)
-    where = f"{meta['model']}, {rows[0]['tokens']:,} tokens of the default text and a question of {rows[0]['question_tokens']}"
+    where = (
+        f"{meta['model']}, {rows[0]['tokens']:,} tokens of the default text and a question of "
+        f"{rows[0]['question_tokens']}"
+    )
     lines += ["", f"{where}; {meta['device']}, {meta['threads']} thread{'s' * (meta['threads'] > 1)}, processor time."]
     return "\n".join(lines)
 
@@ -222,14 +275,21 @@ def soak() -> str:
     rows = [["mutated model folders, prompt caches and prompts", f"{fuzz['cases']:,} cases", broken]]
     for run in runs:
         quarters = " → ".join(f"{mb:.0f}" for mb in run["resident_mb_by_quarter"])
-        flat = f"resident memory by quarter {quarters} MB, {run['growth_mb_per_hour']:+.1f} MB an hour in the second half"
-        rows.append(["random requests to one process", f"{run['requests']:,} in {run['seconds'] / 60:.0f} minutes", flat])
+        flat = (
+            f"resident memory by quarter {quarters} MB, {run['growth_mb_per_hour']:+.1f} MB an hour in the second half"
+        )
+        rows.append(
+            ["random requests to one process", f"{run['requests']:,} in {run['seconds'] / 60:.0f} minutes", flat]
+        )
     again, equal = (sum(run[key] for run in runs) for key in ("fresh_processes", "equal_in_fresh_processes"))
     rows.append(["of them, each again in a fresh process", f"{again}", f"{equal} equal bit for bit"])
     kinds = Counter()
     for run in runs:
         kinds.update(run["kinds"])
-    where = f"two processes at a time, one thread each; {meta['cpu']}, Python {meta['python']}, NumPy {meta['numpy']}, {meta['date']}"
+    where = (
+        f"two processes at a time, one thread each; {meta['cpu']}, Python {meta['python']}, NumPy "
+        f"{meta['numpy']}, {meta['date']}"
+    )
     asked = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
     lines = markdown(["what", "how much", "result"], rows)
     return "\n".join([*lines, "", f"SmolLM2-135M, `{runs[0]['kv']}`; {where}. Requests: {asked}."])
@@ -238,23 +298,39 @@ def soak() -> str:
 def on_a_card() -> str:
     """One eval on both back ends."""
     report = load("eval-card-smollm2-135m")
-    meta, head = report["meta"], "back end | `--kv` | NLL | KL to BF16 | same top token | passkeys found | greedy: first difference | KL"
+    meta, head = (
+        report["meta"],
+        "back end | `--kv` | NLL | KL to BF16 | same top token | passkeys found | greedy: first difference | KL",
+    )
     rows = []
     for where, name in (("cuda", meta["card"]), ("cpu", "CPU, NumPy")):
         found = report[where]
-        for row, trials, text in zip(found["results"], found["needle"]["results"], found["drift"]["results"], strict=True):
+        for row, trials, text in zip(
+            found["results"], found["needle"]["results"], found["drift"]["results"], strict=True
+        ):
             first = text["first_difference"][0]
             cells = [f"{row['nll']:.4f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}", f"{trials['exact_match']:.0%}"]
             cells += ["none" if first is None else f"{first}", f"{sum(text['kl']) / len(text['kl']):.4f}"]
             rows.append([name, f"`{row['kv']}`", *cells])
     needle, drift = (report["cuda"][part] for part in ("needle", "drift"))
-    asked = f"{len(needle['depths']) * needle['repeats']} passkeys in {needle['lengths'][0]} tokens; {drift['tokens']} greedy tokens"
+    asked = (
+        f"{len(needle['depths']) * needle['repeats']} passkeys in {needle['lengths'][0]} tokens; "
+        f"{drift['tokens']} greedy tokens"
+    )
     size = f"{report['cuda']['prefill']:,} tokens prefilled, {report['cuda']['decode']} decoded; {asked}"
     note = f"SmolLM2-135M, one window: {size}. Driver {meta['driver']}, commit `{meta['commit']}`."
     return "\n".join([*markdown(head.split(" | "), rows), "", note])
 
 
-TABLES = {"on_a_card": on_a_card, "fidelity": fidelity, "size": size, "models": models, "ideas": ideas, "drift": drift, "needle": needle}
+TABLES = {
+    "on_a_card": on_a_card,
+    "fidelity": fidelity,
+    "size": size,
+    "models": models,
+    "ideas": ideas,
+    "drift": drift,
+    "needle": needle,
+}
 TABLES |= {"reading_weights": reading_weights, "reading_cache": reading_cache, "reading_step": reading_step}
 TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache, "soak": soak} | bench_tables.TABLES
 
