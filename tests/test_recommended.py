@@ -101,7 +101,7 @@ def test_generate_and_prompts_file_draw_as_the_model_recommends(folder, capsys, 
     greedy, err = answers(capsys, *one, "--temperature", 0)
     assert "sampling" not in err and greedy == [talker(folder).generate("the cat", max_tokens=12).token_ids]  # Python is greedy
     drawn, err = answers(capsys, *one, "--seed", 3)
-    assert err == "minioscar: sampling: temperature 1.5, top-k 100 from generation_config.json; --temperature 0 is greedy\n"
+    assert err == "[sampling: temperature 1.5, top-k 100 from generation_config.json; --temperature 0 is greedy]\n"
     assert drawn != greedy and drawn == answers(capsys, *one, "--seed", 3, "--temperature", 1.5, "--top-k", 100)[0]
     lines, err = answers(capsys, "generate", folder, "--prompts-file", tmp_path / "p")
     assert err.count("from generation_config.json") == 1 and lines != greedy
@@ -110,7 +110,7 @@ def test_generate_and_prompts_file_draw_as_the_model_recommends(folder, capsys, 
 
 def test_what_the_user_gives_is_still_refused_before_the_model_is_loaded(folder, capsys):
     assert main(["generate", str(folder), "x", "--top-p", "2"]) == 2
-    assert capsys.readouterr().err.startswith("minioscar: top_p 2")
+    assert capsys.readouterr().err.startswith("[top_p 2")
 
 
 # --- --system

@@ -221,7 +221,7 @@ def sampled(options: Options, args: argparse.Namespace, engine: Engine) -> Optio
 
     sampling, lines = recommended(engine.folder, given(args, Sampling))
     for line in lines:
-        print(f"minioscar: {line}", file=sys.stderr)
+        print(f"[{line}]", file=sys.stderr)
     return replace(options, sampling=sampling)
 
 

@@ -138,7 +138,7 @@ class Cuda(Reference):
         reason = unsupported(config, scheme, 1)
         if reason:
             text = f"{reason}: this model runs in array code on {self.name}, many times slower than by kernels"
-            print(f"minioscar: {text}", file=sys.stderr, flush=True)
+            print(f"[{text}]", file=sys.stderr, flush=True)
         return reason is not None
 
     # --- the transformer
