@@ -110,7 +110,7 @@ def test_generate_and_prompts_file_draw_as_the_model_recommends(folder, capsys, 
 
 def test_what_the_user_gives_is_still_refused_before_the_model_is_loaded(folder, capsys):
     assert main(["generate", str(folder), "x", "--top-p", "2"]) == 2
-    assert capsys.readouterr().err.startswith("[top_p 2")
+    assert capsys.readouterr().err.startswith("minioscar: top_p 2")
 
 
 # --- --system
