@@ -17,7 +17,7 @@ from minioscar.errors import UserError
 from minioscar.memory import size
 from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference
-from minioscar.shaping import shape_keys
+from minioscar.query_energy import shape_keys
 from minioscar.storage.files import expand
 from minioscar.weights import Layer, Weights, for_scheme
 

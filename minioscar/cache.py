@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -17,13 +17,20 @@ import numpy as np
 from .config import Config
 from .oscar import WINDOW, Scheme
 
-if TYPE_CHECKING:
-    from .ops.reference import Reference
-
 Array = Any
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> (shape, dtype)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 QUERIES = 256  # queries of one sequence whose scores are in memory at once
+
+
+class Backend(Protocol):
+    """What a cache asks of a back end."""
+
+    xp: Any  # NumPy or CuPy
+
+    def numpy(self, x: Array) -> np.ndarray: ...
+
+    def cache_type(self, config: Config, scheme: Scheme) -> type[LayerCache]: ...
 
 
 class NewTokens(NamedTuple):
@@ -73,7 +80,7 @@ class Batch:
 class LayerCache:
     """One layer's keys and values of every row. arrays: those that `layout` names, on the back end of `ops`. index: of the layer."""
 
-    def __init__(self, arrays: dict[str, Array], scheme: Scheme, ops: Reference, index: int = 0):
+    def __init__(self, arrays: dict[str, Array], scheme: Scheme, ops: Backend, index: int = 0):
         self.arrays, self.scheme, self.ops, self.xp, self.index = arrays, scheme, ops, ops.xp, index
 
     def __getitem__(self, name: str) -> Array:
@@ -278,7 +285,7 @@ class Cache:
     once takes those. lengths[b] counts the tokens of row b (host, int64).
     """
 
-    def __init__(self, config: Config, scheme: Scheme, batch: int, context: int, ops: Reference):
+    def __init__(self, config: Config, scheme: Scheme, batch: int, context: int, ops: Backend):
         self.config, self.scheme, self.context, self.ops = config, scheme, context, ops
         self.lengths = np.zeros(batch, np.int64)
         kind = ops.cache_type(config, scheme)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from .cache import Cache
+from .cache import Backend, Batch, Cache
+from .config import Config
 from .sampling import RowSampling, next_token
 
-if TYPE_CHECKING:
-    from .model import Model
-
 Array = Any
+Draw = Callable[[Array], Array]  # from logits to tokens
+
+
+class Stepper(Protocol):
+    """The model, as a decoder needs it (model.py)."""
+
+    config: Config
+    ops: Backend
+    weights: Any
+    tables: Any  # of RoPE
+
+    def step(self, ids: Array, cache: Cache, batch: Batch, draw: Draw | None = None) -> tuple[Array, Array]: ...
 
 
 class Decoder:
@@ -26,7 +36,7 @@ class Decoder:
 
     ahead = 0  # steps that may be launched before the one before them is read
 
-    def __init__(self, model: Model, cache: Cache, rows: Sequence[RowSampling], logits: bool = False):
+    def __init__(self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], logits: bool = False):
         self.model, self.cache, self.rows, self.wanted = model, cache, rows, logits
         self.drawn: list[list[int]] = [[] for _ in rows]  # by each row so far; the newest token is not in the cache yet
         self.step = 0

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,21 +21,19 @@ from .cache import Cache
 from .chat_template import Message
 from .checks import as_path, flag
 from .config import Config
-from .errors import Failure, UserError, shown
-from .generation import Generation, Options, Run, first_answers, for_each
+from .errors import UserError, shown
+from .generation import Generation, Options, Prompts, Run, first_answers, for_each
 from .model import Model, check_scheme
 from .nan_check import Watch
 from .ops.linear_batch import BATCH_TOKENS
 from .ops.reference import Reference
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
 from .prompt_cache import File, PromptCache, common, continued
-from .shaping import shape_keys
+from .query_energy import shape_keys
 from .storage.hub import resolve
 from .tokenizer import Tokenizer
 from .weights import Weights, for_scheme, weight_files
 from .weights import load as load_weights
-
-SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
 
 
 class Engine:
@@ -63,7 +61,8 @@ class Engine:
     def weights_sha256(self) -> str:
         """Of the weight files, hashed when a prompt cache is first saved or loaded. Raises UserError if they have changed."""
         if self.files is None:
-            raise UserError("this model was not loaded from a folder, so a prompt cache cannot be bound to it; use minioscar.load")
+            why = "this model was not loaded from a folder, so a prompt cache cannot be bound to it"
+            raise UserError(f"{why}; use minioscar.load")
         return self.files.sha256
 
     @property
@@ -148,7 +147,14 @@ class Engine:
                 again = prompt == cache.ids and cache.logits is not None
                 logits = cache.logits if again else logits
                 cache.fill(kept, row, len(prompt) if again else min(common(prompt, cache.ids), len(prompt) - 1))
-        return Run(self, ids, kept, wanted, logits, sequences, [not is_chat for _, is_chat in encoded])
+        prompts = Prompts(ids, logits, [not is_chat for _, is_chat in encoded])
+        return self.run(prompts, kept, wanted, sequences)
+
+    def run(
+        self, prompts: Prompts, cache: Cache, options: Options | Sequence[Options], sequences: Sequence[int] | None = None
+    ) -> Run:
+        """A run over a cache of the caller's."""
+        return Run(self.model, self._tokenizer, prompts, cache, options, sequences, self.progress)
 
     def encode(
         self, prompt: Prompt, chat: bool | None = None, cache: PromptCache | None = None,
@@ -162,7 +168,7 @@ class Engine:
         """Also whether the chat template wrote the prompt."""
         prompt, chat = arguments.one_prompt(prompt), flag("chat", chat)
         if cache is not None:
-            self.belongs(cache)
+            self.check_owner(cache)
         full = self._full_prompt(prompt, chat, cache) if isinstance(prompt, str) else prompt
         if arguments.is_chat(full):
             if full is prompt and chat is False:
@@ -252,8 +258,8 @@ class Engine:
             messages = full
             ids = self.render(continued(messages, "a"), template)
             ids = self._checked(ids[: common(ids, self.render(continued(messages, "1"), template))])
-        context = self.padded(self.capacity([ids], Options(max_tokens=1), None))
-        run = Run(self, [ids], self.new_cache(1, context), Options(max_tokens=1))
+        context = self.round_up(self.capacity([ids], Options(max_tokens=1), None))
+        run = self.run(Prompts([ids]), self.new_cache(1, context), Options(max_tokens=1))
         logits = run.prefill()[0]
         text = full if isinstance(full, str) else None
         return PromptCache.of(self, run.cache, ids, messages=messages, text=text, logits=logits)
@@ -262,14 +268,14 @@ class Engine:
         """A prompt cache that `PromptCache.save` wrote. Raises UserError where it was not made with this model and scheme."""
         return PromptCache.load(as_path("a prompt cache", path), self)
 
-    def belongs(self, cache: PromptCache) -> None:
+    def check_owner(self, cache: PromptCache) -> None:
         """Raises UserError for what is no prompt cache, or one of another engine."""
         if not isinstance(cache, PromptCache):
             raise UserError(f"cache {shown(cache)} must be what prefill or load_cache returned; load_cache reads a file")
         if cache.engine is not self:
             raise UserError("this prompt cache belongs to another loaded model; save it and load it with this one")
 
-    def padded(self, context: int) -> int:
+    def round_up(self, context: int) -> int:
         """A capacity of whole blocks, if the model has such a context: a row of it can be saved and go on in any other."""
         return min(-(-context // WINDOW) * WINDOW, self.config.max_context)
 
@@ -285,7 +291,7 @@ class Engine:
         cache = Cache(self.config, self.scheme, 1, len(ids), self.ops)
         return self.model.forward(ids, cache, cache.batch_for([0], [len(ids)]), every=True)
 
-    # --- memory and progress
+    # --- memory
 
     def new_cache(self, batch: int, context: int) -> Cache:
         return self._or_out_of_memory(lambda: Cache(self.config, self.scheme, batch, context, self.ops))
@@ -295,24 +301,7 @@ class Engine:
             return work()
         except MemoryError as error:
             reason = str(error) or "no more memory"
-        raise self.out_of_memory(reason)  # here the frames of `work`, and their arrays, are gone
-
-    def out_of_memory(self, reason: str) -> Failure:
-        """What to raise; whoever calls this has let go of the cache."""
-        self.ops.release()
-        fits = memory.longest_context(self.config, self.scheme, self.ops, 1, self.ops.free_bytes())
-        return Failure(f"out of {self.ops.name} memory ({reason}); by its arithmetic --ctx {fits} fits now, a shorter prompt surely")
-
-    @contextmanager
-    def prefill_bar(self, tokens: int) -> Iterator[Model]:
-        """The model for one long forward pass, whose layers count on stderr, if this engine shows progress."""
-        if not self.progress or tokens < SHOW_PREFILL:
-            yield self.model
-            return
-        from tqdm import tqdm
-
-        with tqdm(total=self.config.num_layers, desc=f"prefill {tokens} tokens", unit="layer", leave=False) as bar:
-            yield self.model.observed(lambda *_: bar.update())
+        raise memory.out_of_memory(self.config, self.scheme, self.ops, reason)  # the frames of `work`, and their arrays, are gone
 
 
 def load(

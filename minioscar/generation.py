@@ -5,25 +5,25 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
+from . import memory
 from .cache import Batch, Cache
 from .checks import TEXT, whole
 from .decoding import Decoder
 from .errors import UserError, shown
+from .model import Model
 from .sampling import RowSampling, Sampling, likeliest, next_token
-
-if TYPE_CHECKING:
-    from .engine import Engine
-    from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer
 
 T = TypeVar("T")
 MAX_TOKENS = 256
-
+SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
 
 
 @dataclass(frozen=True)
@@ -189,41 +189,52 @@ class StopText:
         return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What a run reads. ids: whole prompts, whose first row of the cache may hold the first `cache.lengths[row]` tokens already.
+
+    logits, float32 [vocab]: what follows a prompt that the cache holds to its last token. continued: prompts whose text goes on in the
+    answer, with SentencePiece's space between the two; to others, and without it, the answer is a text of its own.
+    """
+
+    ids: list[list[int]]
+    logits: np.ndarray | None = None
+    continued: Sequence[bool] | None = None
+
+
 class Run:
     """One batch being generated: iterate for (index of the answer, piece of text), read `results` at any time.
 
-    ids: the whole prompts. options: one for all, or one for each. The n answers to a prompt stand together, in the cache and in
-    `results`; its first row there holds the first `cache.lengths[row]` tokens already. logits, float32 [vocab]: what follows a prompt
-    that the cache holds to its last token. sequences: the number under which each answer draws its random numbers. continued: prompts
-    whose text goes on in the answer, with SentencePiece's space between the two; to others the answer is a text of its own.
+    options: one for all prompts, or one for each. The n answers to a prompt stand together, in the cache and in `results`. sequences: the
+    number under which each answer draws its random numbers. progress: show on stderr how far a long prompt is read.
     """
 
     def __init__(
-        self, engine: Engine, ids: list[list[int]], cache: Cache, options: Options | Sequence[Options], logits: np.ndarray | None = None,
-        sequences: Sequence[int] | None = None, continued: Sequence[bool] | None = None,
+        self, model: Model, tokenizer: Tokenizer | None, prompts: Prompts, cache: Cache, options: Options | Sequence[Options],
+        sequences: Sequence[int] | None = None, progress: bool = False,
     ):
-        self.engine, self.ids, self.logits = engine, ids, logits
+        self.model, self.tokenizer, self.progress, self.ids = model, tokenizer, progress, prompts.ids
+        self.logits, continued, ids, vocab = prompts.logits, prompts.continued, prompts.ids, model.config.vocab_size
         self.cache: Cache | None = cache  # None once a run that did not fit into memory has freed it
         self.decoder: Decoder | None = None
         self.begun = False
-        self.tokenizer, vocab = engine.tokenizer if engine.has_tokenizer else None, engine.config.vocab_size
         options = for_each(options, len(ids))
         self.first = first_answers(options)
-        prompts = [i for i, one in enumerate(options) for _ in range(one.n)]
-        self.options = [options[i] for i in prompts]  # of each answer, as what follows
-        self.before = [ids[i] if continued is not None and continued[i] else () for i in prompts]
-        sequences = range(len(prompts)) if sequences is None else sequences
+        asked = [i for i, one in enumerate(options) for _ in range(one.n)]  # the prompt of each answer
+        self.options = [options[i] for i in asked]  # of each answer, as what follows
+        self.before = [ids[i] if continued is not None and continued[i] else () for i in asked]
+        sequences = range(len(asked)) if sequences is None else sequences
         self.ends = [one.ends(self.tokenizer, vocab) for one in self.options]
         self.rows = [
             RowSampling(one.sampling, sequence, ids[i], sorted(end for end in ends if end < vocab), one.min_tokens)
-            for i, one, ends, sequence in zip(prompts, self.options, self.ends, sequences, strict=True)
+            for i, one, ends, sequence in zip(asked, self.options, self.ends, sequences, strict=True)
         ]
         self.results = [
             Generation(
-                len(ids[i]), kv=engine.scheme.name, kv_bytes=cache.nbytes, device=engine.ops.name,
+                len(ids[i]), kv=model.scheme.name, kv_bytes=cache.nbytes, device=model.ops.name,
                 prefilled_tokens=len(ids[i]) - int(cache.lengths[self.first[i]]), logprobs=None if options[i].logprobs is None else [],
             )
-            for i in prompts
+            for i in asked
         ]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
@@ -253,14 +264,14 @@ class Run:
         first = [next_token(*drawing, 0) for drawing in zip(logits, self.rows, strict=True)]
         for result in results:
             result.prefill_s = time.perf_counter() - before
-        yield from self._taken(range(len(results)), first, logits)
+        yield from self._accept(range(len(results)), first, logits)
         if any(not result.finish_reason for result in results):
             for slots, tokens, logits, spent in self._steps(first):
                 for slot in slots:
                     results[slot].decode_s += spent * (results[slot].finish_reason is None)
-                yield from self._taken(slots, tokens, logits)
+                yield from self._accept(slots, tokens, logits)
 
-    def _taken(self, slots: Sequence[int], tokens: Sequence[int], logits: np.ndarray | None) -> Iterator[tuple[int, int | None]]:
+    def _accept(self, slots: Sequence[int], tokens: Sequence[int], logits: np.ndarray | None) -> Iterator[tuple[int, int | None]]:
         """What one step brought, put into the results; answers that have ended get nothing more."""
         for at, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
             result = self.results[slot]
@@ -287,14 +298,13 @@ class Run:
         """
         slots, graph = range(len(self.results)), all(one.graph for one in self.options)
         wanted = {"logits": any(one.logprobs is not None for one in self.options), "replay": "graph" if graph else "launches"}
-        ops, model = self.engine.ops, self.engine.model
-        self.decoder = self._guarded(lambda: ops.decoder(model, self.cache, self.rows, **wanted))
+        self.decoder = self._guarded(lambda: self.model.ops.decoder(self.model, self.cache, self.rows, **wanted))
         try:
             before, launched = time.perf_counter(), deque()
             self.decoder.feed(slots, tokens)
             while True:
                 while len(launched) <= self.decoder.ahead:
-                    going = [slot for slot in slots if self._goes_on(slot, len(launched))]
+                    going = [slot for slot in slots if self._should_continue(slot, len(launched))]
                     if not going:
                         break
                     self._guarded(partial(self.decoder.launch, going))
@@ -308,7 +318,7 @@ class Run:
             if self.decoder is not None:
                 self.decoder.drain()
 
-    def _goes_on(self, slot: int, ahead: int) -> bool:
+    def _should_continue(self, slot: int, ahead: int) -> bool:
         """Whether an answer takes one more step behind `ahead` steps whose tokens are not known yet."""
         result, cache = self.results[slot], self.cache
         room = len(result.token_ids) + ahead < self.options[slot].max_tokens and cache.lengths[slot] + ahead < cache.context
@@ -320,17 +330,29 @@ class Run:
         feeds = {slot: ids for slot, ids in feeds.items() if ids}
         found = dict.fromkeys(self.first, self.logits)
         slots, inputs = list(feeds), list(feeds.values())
-        ops, batch = self.engine.ops, self.cache.batch_for(slots, map(len, inputs)) if feeds else None
+        batch = self.cache.batch_for(slots, map(len, inputs)) if feeds else None
         steps = any(one.max_tokens > 1 for one in self.options)
-        ops.prepare(self.engine.model, self.cache, batch, self.rows if steps else (), self.engine.progress)
+        self.model.ops.prepare(self.model, self.cache, batch, self.rows if steps else (), self.progress)
         if feeds:
-            with self.engine.prefill_bar(sum(map(len, inputs))) as model:
+            with self._progress(sum(map(len, inputs))) as model:
                 logits = self._pass(slots, inputs, lambda ids, batch: model.forward(ids, self.cache, batch))
             found |= zip(slots, logits, strict=True)
         for slot in found:
             for other in range(slot + 1, slot + self.options[slot].n):
                 self.cache.copy(slot, other)
         return np.repeat(np.stack(list(found.values())), [self.options[slot].n for slot in found], axis=0)
+
+    @contextmanager
+    def _progress(self, tokens: int) -> Iterator[Model]:
+        """The model for one long forward pass, whose layers count on stderr where progress is shown."""
+        if not self.progress or tokens < SHOW_PREFILL:
+            yield self.model
+            return
+        from tqdm import tqdm
+
+        title = f"prefill {tokens} tokens"
+        with tqdm(total=self.model.config.num_layers, desc=title, unit="layer", leave=False) as bar:
+            yield self.model.observed(lambda *_: bar.update())
 
     def _pass(self, slots: list[int], inputs: list[list[int]], forward: Callable[[np.ndarray, Batch], T]) -> T:
         """One forward pass. Broken off, it leaves a cache that is whole again; out of memory, it leaves none."""
@@ -351,7 +373,8 @@ class Run:
             reason = str(error) or "no more memory"
         held, size = int(self.cache.lengths.max()), self.cache.nbytes
         work = self.decoder = self.cache = None
-        raise self.engine.out_of_memory(f"{reason}, after {held} tokens; the cache of {size / 1e6:.1f} MB was freed")
+        what = f"{reason}, after {held} tokens; the cache of {memory.size(size)} was freed"
+        raise memory.out_of_memory(self.model.config, self.model.scheme, self.model.ops, what)
 
     def _logprob(self, logits: np.ndarray, token: int, k: int) -> Logprob:
         words = self.tokenizer

@@ -5,19 +5,13 @@ need = weights + cache (exact, cache.py) + work, the arrays of one forward pass 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .cache import cache_bytes
 from .config import Config
-from .errors import UserError
+from .errors import Failure, UserError
+from .ops.reference import Reference
 from .oscar import SCHEMES, WINDOW, Scheme
-
-if TYPE_CHECKING:
-    from .ops.reference import Reference
-
 
 NONE_FIT = f"not even {WINDOW} tokens fit"
 
@@ -106,41 +100,14 @@ def longest_context(
     return min(low * WINDOW, config.max_context)
 
 
+def out_of_memory(config: Config, scheme: Scheme, ops: Reference, reason: str) -> Failure:
+    """What to raise where memory ran out after all; whoever calls this has let go of the cache."""
+    ops.release()
+    fits = longest_context(config, scheme, ops, 1, ops.free_bytes())
+    way_out = f"by its arithmetic --ctx {fits} fits now, a shorter prompt surely"
+    return Failure(f"out of {ops.name} memory ({reason}); {way_out}")
+
+
 def size(count: int) -> str:
     """Bytes, for people."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def host_bytes() -> int:
-    """Memory of this machine that a program may still take without swapping, in bytes; a container's limit counts."""
-    return min(_machine(), _cgroup())
-
-
-def _machine() -> int:
-    try:  # what Linux could free counts: its file cache fills all memory sooner or later
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # macOS counts only what it has in all
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-CGROUPS = (  # limit, use, and the file cache within the use: version 2, version 1
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-)
-
-
-def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the control group that a container runs in leaves; no limit where there is none (docs.kernel.org, cgroup-v2, memory)."""
-    for limit, use, cached in CGROUPS:
-        try:
-            most, used = int((root / limit).read_text()), int((root / use).read_text())
-            stat = dict(line.split() for line in (root / use).with_name("memory.stat").read_text().splitlines())
-            return max(most - used + int(stat.get(cached, 0)), 0)
-        except (OSError, ValueError):  # "max": no limit
-            continue
-    return 2**63

@@ -15,7 +15,8 @@ import numpy as np
 from .cache import Batch, Cache, LayerCache, NewTokens
 from .config import Config
 from .errors import UserError
-from .oscar import Scheme, hadamard
+from .hadamard import hadamard
+from .oscar import Scheme
 from .weights import Layer, Weights
 
 if TYPE_CHECKING:

@@ -1,22 +1,153 @@
 """OScaR in a page of NumPy: the specification that every kernel is tested against (arXiv 2605.19660).
 
-Keys and values of one layer are `[kv_heads, tokens, head_dim]`, keys after RoPE (and QK-norm). A block of `WINDOW` tokens is
-quantized at once, in three steps: rotate keys by a Hadamard matrix, divide each token by its norm, round groups of `group`
-numbers to `bits` bits. Every function takes float32 (NumPy or CuPy arrays alike) and is the textbook formula.
+Keys and values of one layer are `[kv_heads, tokens, head_dim]`, keys after RoPE (and QK-norm). A block of `WINDOW` tokens
+is quantized at once, in three steps: rotate keys by a Hadamard matrix (hadamard.py), divide each token by its norm, round
+groups of numbers to `bits` bits. Every function takes float32 (NumPy or CuPy arrays alike) and is the textbook formula.
+Read down to `Scheme`, which says which steps are taken and puts a block together. Beside the page: error_feedback.py is
+another way to round keys, evaluation/baselines.py has other published quantizers.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from .error_feedback import shaped_codes
+from .hadamard import hadamard
+
 Array = Any  # numpy.ndarray or cupy.ndarray: the code below runs on either
 
 WINDOW = 128  # R: the newest tokens stay in BF16 until there are this many, then all of them are quantized at once
+
+
+# --- 1. canalized rotation
+
+
+def rotate(x: Array, xp: Any = np) -> Array:
+    """Canalized rotation: x @ H along the last axis, in float32. Norms and inner products are preserved.
+
+    x: [..., head_dim]. Raises ValueError where `hadamard` does. OScaR, "Canalized Rotation".
+    """
+    return x.astype(xp.float32) @ xp.asarray(hadamard(x.shape[-1]))
+
+
+# --- 2. omni-token scaling
+
+
+def token_norms(keys: Array, xp: Any = np) -> Array:
+    """n_t = the 2-norm of token t over all kv heads and channels; 1 where it is 0.
+
+    keys: [tokens, kv_heads, head_dim]. Returns float32 [tokens]. OScaR, "Omni-Token Scaling".
+    """
+    keys = keys.astype(xp.float32)
+    norms = xp.sqrt((keys * keys).sum(axis=(1, 2)))
+    return xp.where(norms == 0, xp.float32(1), norms)
+
+
+# --- 3. quantization of groups
+
+
+def quantize(
+    x: Array, axis: int, group: int, bits: int, shrink: float = 1.0, xp: Any = np
+) -> tuple[Array, Array, Array]:
+    """Asymmetric quantization in groups of `group` along `axis`.
+
+    x: float. Returns codes uint8 (shape of x), step and minimum float16 (that axis divided by `group`).
+    step = (max - min) / (2^bits - 1), code = clip(round((x - min) / step), 0, 2^bits - 1), with max and min first moved to
+    mid +- shrink * (max - min) / 2, and step and min rounded to float16 before codes are chosen. A step of 0 gives codes 0.
+    """
+    x, axis = _split(x.astype(xp.float32), axis, group)
+    top = 2**bits - 1
+    low, high = x.min(axis=axis, keepdims=True), x.max(axis=axis, keepdims=True)
+    span = (high - low) * xp.float32(shrink)
+    step = (span / xp.float32(top)).astype(xp.float16)
+    minimum = (low + (high - low - span) * xp.float32(0.5)).astype(xp.float16)
+    codes = _round((x - minimum) / _nonzero(step, xp), step, top, xp)
+    return _join(codes, axis), step.squeeze(axis), minimum.squeeze(axis)
+
+
+def dequantize(codes: Array, step: Array, minimum: Array, axis: int, group: int, xp: Any = np) -> Array:
+    """x = step * code + minimum. Shapes as `quantize` returns them; float32."""
+    codes, axis = _split(codes, axis, group)
+    x = codes.astype(xp.float32)
+    x *= xp.expand_dims(step.astype(xp.float32), axis)
+    x += xp.expand_dims(minimum.astype(xp.float32), axis)
+    return _join(x, axis)
+
+
+def quantize_symmetric(
+    x: Array, axis: int, group: int, bits: int, shrink: float = 1.0, xp: Any = np
+) -> tuple[Array, Array]:
+    """Symmetric quantization: the levels are step * (code - c), c = (2^bits - 1) / 2, so there is no minimum to store.
+
+    step = shrink * max|x| / c rounded to float16 first, code = clip(round(x / step + c), 0, 2^bits - 1). For 2 bits
+    c = 1.5. Returns codes uint8 and step float16, shapes as in `quantize`. A step of 0 gives codes 0.
+    """
+    x, axis = _split(x.astype(xp.float32), axis, group)
+    top = 2**bits - 1
+    step = (abs(x).max(axis=axis, keepdims=True) * xp.float32(shrink / (top / 2))).astype(xp.float16)
+    codes = _round(x / _nonzero(step, xp) + xp.float32(top / 2), step, top, xp)
+    return _join(codes, axis), step.squeeze(axis)
+
+
+def dequantize_symmetric(codes: Array, step: Array, axis: int, group: int, bits: int, xp: Any = np) -> Array:
+    """x = step * (code - (2^bits - 1) / 2); float32."""
+    codes, axis = _split(codes, axis, group)
+    x = codes.astype(xp.float32)
+    x -= xp.float32((2**bits - 1) / 2)
+    x *= xp.expand_dims(step.astype(xp.float32), axis)
+    return _join(x, axis)
+
+
+def _split(x: Array, axis: int, group: int) -> tuple[Array, int]:
+    """Splits `axis`, a negative one, into [..., groups, group, ...]; the second is the new axis to reduce."""
+    at = x.ndim + axis
+    return x.reshape(*x.shape[:at], x.shape[at] // group, group, *x.shape[at + 1 :]), axis
+
+
+def _join(x: Array, axis: int) -> Array:
+    at = x.ndim + axis
+    return x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :])
+
+
+def _nonzero(step: Array, xp: Any) -> Array:
+    return xp.where(step == 0, step.dtype.type(1), step).astype(xp.float32)
+
+
+def _round(x: Array, step: Array, top: int, xp: Any) -> Array:
+    return xp.where(step == 0, xp.uint8(0), xp.clip(xp.rint(x), 0, top).astype(xp.uint8))
+
+
+# --- codes in bytes
+
+
+def pack(codes: Array, bits: int, xp: Any = np) -> Array:
+    """uint8 codes [..., n] -> bytes [..., n * bits / 8]; the first code stands in the lowest bits."""
+    per = 8 // bits
+    codes = codes.reshape(*codes.shape[:-1], -1, per)
+    shifts = xp.arange(per, dtype=xp.uint8) * xp.uint8(bits)
+    return (codes << shifts).sum(axis=-1, dtype=xp.uint8)
+
+
+def unpack(packed: Array, bits: int, xp: Any = np) -> Array:
+    """The inverse of `pack`: uint8 bytes [..., m] -> uint8 codes [..., m * 8 / bits]."""
+    table = xp.asarray(_codes_of_byte(bits))
+    return xp.take(table, packed).view(xp.uint8).reshape(*packed.shape[:-1], -1)  # faster than table[packed]
+
+
+@cache
+def _codes_of_byte(bits: int) -> np.ndarray:
+    """The codes in each of the 256 bytes, as one word a byte, so that unpacking is a single look-up."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8(2**bits - 1)
+    return codes.view(f"u{8 // bits}").reshape(256)
+
+
+# --- a block, as a scheme wants it
 
 
 @dataclass(frozen=True)
@@ -27,7 +158,7 @@ class Scheme:
     scale: divide keys by the token's norm.  key_axis: "token" = a group is `group` tokens of one channel (per-channel
     quantization), "channel" = `group` channels of one token.  symmetric_values: step only, no minimum.
     shrink: the range is narrowed to this fraction about its middle.  sinks: first tokens kept in BF16.
-    shaped: rounding errors of keys are fed back, so that they avoid what queries look at (`quantize_shaped`).
+    shaped: rounding errors of keys are fed back, so that they avoid what queries look at (`shaped_codes`).
     A subclass may keep a block in another way: it says so in `packed_layout`, `pack` and `unpack` (evaluation/baselines.py).
     """
 
@@ -62,14 +193,17 @@ class Scheme:
         """Name -> (shape, dtype) of what one kv head keeps of whole blocks of so many tokens."""
         codes, groups = (tokens, head_dim * self.bits // 8), (tokens, head_dim // self.value_group(head_dim))
         key_groups = (tokens // self.group, head_dim) if self.key_axis == "token" else groups
-        found = {"key_codes": (codes, np.uint8), "key_step": (key_groups, np.float16), "key_min": (key_groups, np.float16)}
+        found = dict.fromkeys(("key_step", "key_min"), (key_groups, np.float16))
+        found = {"key_codes": (codes, np.uint8), **found}
         found |= {"value_codes": (codes, np.uint8), "value_step": (groups, np.float16)}
         return found if self.symmetric_values else found | {"value_min": (groups, np.float16)}
 
-    def pack(self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None) -> dict[str, Array]:
-        """Whole blocks [kv_heads, tokens, head_dim] -> the arrays of `packed_layout`, each with the axis of kv heads in front.
+    def pack(
+        self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None
+    ) -> dict[str, Array]:
+        """Whole blocks [kv_heads, tokens, head_dim] -> the arrays of `packed_layout`, with the axis of kv heads in front.
 
-        norms: [tokens], where the scheme scales. feedback: what `quantize_shaped` takes, for a shaped scheme.
+        norms: [tokens], where the scheme scales. feedback: what `shaped_codes` takes, for a shaped scheme.
         """
         parts = {"key": quantize_keys(keys, norms, self, xp, feedback), "value": quantize_values(values, self, xp)}
         found = {}
@@ -85,189 +219,25 @@ class Scheme:
         return keys, dequantize_values(values, row["value_step"], row.get("value_min"), self, xp)
 
 
+INT2 = Scheme("int2", rotate=True, scale=True, shrink=0.9, sinks=32, symmetric_values=True)
+COMPACT = replace(INT2, name="int2-compact", group=64, shrink=0.85, sinks=64)
 SCHEMES: dict[str, Scheme] = {
-    s.name: s
-    for s in (
+    scheme.name: scheme
+    for scheme in (
         Scheme("bf16", bits=16),
         Scheme("kivi"),
         Scheme("quarot", rotate=True, key_axis="channel"),
         Scheme("rotation", rotate=True),
         Scheme("scaling", scale=True),
         Scheme("oscar", rotate=True, scale=True),
-        Scheme("int2", rotate=True, scale=True, shrink=0.9, sinks=32, symmetric_values=True),
-        Scheme("int2-compact", rotate=True, scale=True, group=64, shrink=0.85, sinks=64, symmetric_values=True),
-        Scheme("int2-shaped", rotate=True, scale=True, shrink=0.9, sinks=32, symmetric_values=True, shaped=True),
-        Scheme("int2-compact-shaped", rotate=True, scale=True, group=64, shrink=0.85, sinks=64, symmetric_values=True, shaped=True),
+        INT2,
+        COMPACT,
+        replace(INT2, name="int2-shaped", shaped=True),
+        replace(COMPACT, name="int2-compact-shaped", shaped=True),
         Scheme("int4", bits=4, rotate=True, scale=True),
     )
 }
 DEFAULT_SCHEME = "int2"
-
-
-# --- 1. canalized rotation
-
-
-@cache
-def hadamard(n: int) -> np.ndarray:
-    """The normalized Hadamard matrix of order n: symmetric and orthogonal, so H @ H = I. float32 [n, n].
-
-    n = 2^k gives Walsh-Hadamard (Sylvester's doubling). n = 12 * 2^k and 20 * 2^k double a matrix of order 12 or 20 by
-    Paley's first construction (q = 11, 19), its core written with chi(i + j) instead of chi(i - j), which makes it
-    symmetric. Every entry is +-1/sqrt(n), so an outlier channel spreads evenly over all of them.
-    Raises ValueError for other n.
-    """
-    order = odd_part(n)
-    h = np.ones((1, 1)) if order == 1 else _paley(order - 1)
-    while len(h) < n:
-        h = np.block([[h, h], [h, -h]])
-    return (h / np.sqrt(n)).astype(np.float32)
-
-
-def odd_part(n: int) -> int:
-    """Order of the matrix that `hadamard` doubles up to n: 1, 12 or 20. Raises ValueError where there is none."""
-    odd = n // (n & -n) if n > 0 else 0
-    if odd not in (1, 3, 5) or (odd > 1 and n % 4):
-        raise ValueError(f"no Hadamard matrix of order {n} here: head_dim must be 2^k, 12*2^k or 20*2^k")
-    return 1 if odd == 1 else 4 * odd
-
-
-def _paley(q: int) -> np.ndarray:
-    """Symmetric Hadamard matrix of order q + 1, q a prime with q % 4 == 3; entries +-1, not normalized."""
-    squares = {i * i % q for i in range(1, q)}
-    chi = np.array([-1 if i == 0 or i in squares else 1 for i in range(q)])  # -(chi + identity), on i + j
-    i = np.arange(q)
-    h = np.ones((q + 1, q + 1))
-    h[1:, 1:] = chi[(i[:, None] + i) % q]
-    return h
-
-
-def rotate(x: Array, xp: Any = np) -> Array:
-    """Canalized rotation: x @ H along the last axis, in float32. Norms and inner products are preserved.
-
-    x: [..., head_dim]. Raises ValueError where `hadamard` does. OScaR, "Canalized Rotation".
-    """
-    return x.astype(xp.float32) @ xp.asarray(hadamard(x.shape[-1]))
-
-
-# --- 2. omni-token scaling
-
-
-def token_norms(keys: Array, xp: Any = np) -> Array:
-    """n_t = the 2-norm of token t over all kv heads and channels; 1 where it is 0.
-
-    keys: [tokens, kv_heads, head_dim]. Returns float32 [tokens]. OScaR, "Omni-Token Scaling".
-    """
-    keys = keys.astype(xp.float32)
-    norms = xp.sqrt((keys * keys).sum(axis=(1, 2)))
-    return xp.where(norms == 0, xp.float32(1), norms)
-
-
-# --- 3. quantization of groups
-
-
-def quantize(x: Array, axis: int, group: int, bits: int, shrink: float = 1.0, xp: Any = np) -> tuple[Array, Array, Array]:
-    """Asymmetric quantization in groups of `group` along `axis`.
-
-    x: float. Returns codes uint8 (shape of x), step and minimum float16 (that axis divided by `group`).
-    step = (max - min) / (2^bits - 1), code = clip(round((x - min) / step), 0, 2^bits - 1), with max and min first moved to
-    mid +- shrink * (max - min) / 2, and step and min rounded to float16 before codes are chosen. A step of 0 gives codes 0.
-    """
-    x, axis = _split(x.astype(xp.float32), axis, group)
-    top = 2**bits - 1
-    low, high = x.min(axis=axis, keepdims=True), x.max(axis=axis, keepdims=True)
-    span = (high - low) * xp.float32(shrink)
-    step = (span / xp.float32(top)).astype(xp.float16)
-    minimum = (low + (high - low - span) * xp.float32(0.5)).astype(xp.float16)
-    codes = _round((x - minimum) / _nonzero(step, xp), top, xp)
-    return _join(xp.where(step == 0, xp.uint8(0), codes), axis), step.squeeze(axis), minimum.squeeze(axis)
-
-
-def dequantize(codes: Array, step: Array, minimum: Array, axis: int, group: int, xp: Any = np) -> Array:
-    """x = step * code + minimum. Shapes as `quantize` returns them; float32."""
-    codes, axis = _split(codes, axis, group)
-    x = codes.astype(xp.float32)
-    x *= xp.expand_dims(step.astype(xp.float32), axis)
-    x += xp.expand_dims(minimum.astype(xp.float32), axis)
-    return _join(x, axis)
-
-
-def quantize_symmetric(x: Array, axis: int, group: int, bits: int, shrink: float = 1.0, xp: Any = np) -> tuple[Array, Array]:
-    """Symmetric quantization: the levels are step * (code - c), c = (2^bits - 1) / 2, so there is no minimum to store.
-
-    step = shrink * max|x| / c rounded to float16 first, code = clip(round(x / step + c), 0, 2^bits - 1). For 2 bits
-    c = 1.5. Returns codes uint8 and step float16, shapes as in `quantize`. A step of 0 gives codes 0.
-    """
-    x, axis = _split(x.astype(xp.float32), axis, group)
-    top = 2**bits - 1
-    step = (abs(x).max(axis=axis, keepdims=True) * xp.float32(shrink / (top / 2))).astype(xp.float16)
-    codes = _round(x / _nonzero(step, xp) + xp.float32(top / 2), top, xp)
-    return _join(xp.where(step == 0, xp.uint8(0), codes), axis), step.squeeze(axis)
-
-
-def dequantize_symmetric(codes: Array, step: Array, axis: int, group: int, bits: int, xp: Any = np) -> Array:
-    """x = step * (code - (2^bits - 1) / 2); float32."""
-    codes, axis = _split(codes, axis, group)
-    x = codes.astype(xp.float32)
-    x -= xp.float32((2**bits - 1) / 2)
-    x *= xp.expand_dims(step.astype(xp.float32), axis)
-    return _join(x, axis)
-
-
-def quantize_shaped(
-    keys: Array, feedback: Array, group: int, bits: int, shrink: float = 1.0, xp: Any = np
-) -> tuple[Array, Array, Array]:
-    """`quantize` along tokens, with the rounding error of each channel fed back into the channels after it.
-
-    keys [kv_heads, tokens, d], feedback float32 [kv_heads, d, d] (`feedback_matrix`). Step and min are those of `quantize`; then,
-    for i = 0 ... d - 1: the code of channel i is rounded, and x_j -= (x_i - what it reads back as) * feedback[i, j] for j > i.
-    The errors e of a token come out with a small e.M.e rather than a small e.e: noise shaping, as GPTQ (arXiv 2210.17323) does
-    for weights. The result is stored and read like any other.
-    """
-    codes, step, minimum = quantize(keys, -2, group, bits, shrink, xp)
-    x, top = xp.moveaxis(keys, -1, 0).astype(xp.float32, order="C"), 2**bits - 1  # [d, kv_heads, tokens]
-    low, width = (xp.moveaxis(xp.repeat(a.astype(xp.float32), group, axis=-2), -1, 0) for a in (minimum, step))
-    for i in range(len(x)):
-        code = xp.where(width[i] == 0, xp.uint8(0), _round((x[i] - low[i]) / _nonzero(width[i], xp), top, xp))
-        codes[..., i] = code
-        error = x[i] - (code * width[i] + low[i])
-        x[i + 1 :] -= error * xp.moveaxis(feedback[:, i, i + 1 :], -1, 0)[..., None]
-    return codes, step, minimum
-
-
-def feedback_matrix(energy: np.ndarray, floor: float = 0.03) -> np.ndarray:
-    """How the error of one rotated channel is to be fed into the later ones, from what queries weigh channels with.
-
-    energy [d]: mean square of the queries in each channel before rotation, equal in both channels of a RoPE pair (so that it
-    holds at every position). The error e of a rotated key costs e.M.e in logits, M = H.diag(energy).H, to which `floor` of its
-    mean is added. With U the upper Cholesky factor of M's inverse (M^-1 = U^T.U), feedback[i, j] = U[i, j] / U[i, i] for j > i,
-    else 0. float32 [d, d]. GPTQ (arXiv 2210.17323), section 3.
-    """
-    h = hadamard(len(energy)).astype(np.float64)
-    m = (h * (energy + floor * energy.mean())) @ h
-    upper = np.linalg.cholesky(np.linalg.inv(m)).T
-    return np.triu(upper / np.diag(upper)[:, None], 1).astype(np.float32)
-
-
-def _split(x: Array, axis: int, group: int) -> tuple[Array, int]:
-    """Splits `axis` (counted from the end, negative) into [..., groups, group, ...]; the second is the new axis to reduce."""
-    at = x.ndim + axis
-    return x.reshape(*x.shape[:at], x.shape[at] // group, group, *x.shape[at + 1 :]), axis
-
-
-def _join(x: Array, axis: int) -> Array:
-    at = x.ndim + axis
-    return x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :])
-
-
-def _nonzero(step: Array, xp: Any) -> Array:
-    return xp.where(step == 0, step.dtype.type(1), step).astype(xp.float32)
-
-
-def _round(x: Array, top: int, xp: Any) -> Array:
-    return xp.clip(xp.rint(x), 0, top).astype(xp.uint8)
-
-
-# --- the two halves of a block, as a scheme wants them
 
 
 def quantize_keys(
@@ -276,20 +246,24 @@ def quantize_keys(
     """keys [kv_heads, tokens, head_dim] (rotated if the scheme does), norms [tokens] -> codes, step, min of keys / norm.
 
     The codes have the keys' shape; step and min are [kv_heads, tokens/group, head_dim], or, for quantization per token,
-    [kv_heads, tokens, head_dim/group]. `tokens` must be a multiple of the group. feedback: what `quantize_shaped` takes, for a
+    [kv_heads, tokens, head_dim/group]. `tokens` must be a multiple of the group. feedback: what `shaped_codes` takes, for a
     shaped scheme only. Raises ValueError where it is missing.
     """
     keys = keys.astype(xp.float32)
     if scheme.scale:
         keys = keys / norms[:, None]
+    codes, step, minimum = quantize(keys, *_key_groups(scheme, keys.shape[-1]), scheme.bits, scheme.shrink, xp)
     if scheme.shaped:
         if feedback is None:
-            raise ValueError(f"{scheme.name} needs the feedback matrix of its layer; shaping.shape_keys puts it into the weights")
-        return quantize_shaped(keys, feedback, scheme.group, scheme.bits, scheme.shrink, xp)
-    return quantize(keys, *_key_groups(scheme, keys.shape[-1]), scheme.bits, scheme.shrink, xp)
+            where = "query_energy.shape_keys puts it into the weights"
+            raise ValueError(f"{scheme.name} needs the feedback matrix of its layer; {where}")
+        codes = shaped_codes(keys, step, minimum, feedback, scheme.bits, xp)
+    return codes, step, minimum
 
 
-def dequantize_keys(codes: Array, step: Array, minimum: Array, norms: Array | None, scheme: Scheme, xp: Any = np) -> Array:
+def dequantize_keys(
+    codes: Array, step: Array, minimum: Array, norms: Array | None, scheme: Scheme, xp: Any = np
+) -> Array:
     """What attention takes the keys to be: the inverse of `quantize_keys`, norms multiplied back; float32."""
     keys = dequantize(codes, step, minimum, *_key_groups(scheme, codes.shape[-1]), xp)
     if scheme.scale:
@@ -305,7 +279,9 @@ def quantize_values(values: Array, scheme: Scheme, xp: Any = np) -> tuple[Array,
     return quantize(values, -1, group, scheme.bits, scheme.shrink, xp)
 
 
-def dequantize_values(codes: Array, step: Array, minimum: Array | None, scheme: Scheme, xp: Any = np) -> Array:
+def dequantize_values(
+    codes: Array, step: Array, minimum: Array | None, scheme: Scheme, xp: Any = np
+) -> Array:
     """The inverse of `quantize_values`; float32."""
     group = scheme.value_group(codes.shape[-1])
     if scheme.symmetric_values:
@@ -315,28 +291,3 @@ def dequantize_values(codes: Array, step: Array, minimum: Array | None, scheme: 
 
 def _key_groups(scheme: Scheme, head_dim: int) -> tuple[int, int]:
     return (-2, scheme.group) if scheme.key_axis == "token" else (-1, scheme.value_group(head_dim))
-
-
-# --- codes in bytes
-
-
-def pack(codes: Array, bits: int, xp: Any = np) -> Array:
-    """uint8 codes [..., n] -> bytes [..., n * bits / 8]; the first code stands in the lowest bits."""
-    per = 8 // bits
-    codes = codes.reshape(*codes.shape[:-1], -1, per)
-    shifts = xp.arange(per, dtype=xp.uint8) * xp.uint8(bits)
-    return (codes << shifts).sum(axis=-1, dtype=xp.uint8)
-
-
-def unpack(packed: Array, bits: int, xp: Any = np) -> Array:
-    """The inverse of `pack`: uint8 bytes [..., m] -> uint8 codes [..., m * 8 / bits]."""
-    table = xp.asarray(_codes_of_byte(bits))
-    return xp.take(table, packed).view(xp.uint8).reshape(*packed.shape[:-1], -1)  # faster than table[packed], and the same
-
-
-@cache
-def _codes_of_byte(bits: int) -> np.ndarray:
-    """The codes in each of the 256 bytes, as one word a byte, so that unpacking is a single look-up."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8(2**bits - 1)
-    return codes.view(f"u{8 // bits}").reshape(256)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,10 +25,20 @@ from .oscar import SCHEMES, WINDOW, Scheme
 from .storage import strict_json as json
 from .storage.files import check_seekable, reason, replacing
 
-if TYPE_CHECKING:
-    from .engine import Engine
-
 FORMAT, VERSION = "minioscar-prompt-cache", "1"
+
+
+class Source(Protocol):
+    """The loaded model that a prompt cache is of: an Engine."""
+
+    config: Config
+    scheme: Scheme
+
+    @property
+    def weights_sha256(self) -> str: ...
+
+    @property
+    def model_files(self) -> list[Path]: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class PromptCache:
     rows: per layer, the arrays of `cache.row_layout`. logits: float32 [vocab], what the model says after the last token, if known.
     """
 
-    engine: Engine
+    engine: Source
     ids: list[int]
     rows: list[dict[str, np.ndarray]]
     messages: list[Message] | None = None
@@ -46,7 +56,7 @@ class PromptCache:
     logits: np.ndarray | None = None
 
     @classmethod
-    def of(cls, engine: Engine, cache: Cache, ids: Sequence[int], **known: Any) -> PromptCache:
+    def of(cls, engine: Source, cache: Cache, ids: Sequence[int], **known: Any) -> PromptCache:
         """A copy of row 0 of a cache that holds exactly these tokens."""
         if cache.lengths[0] != len(ids):
             raise ValueError(f"the cache holds {cache.lengths[0]} tokens, not {len(ids)}")
@@ -108,7 +118,8 @@ class PromptCache:
             tensors["logits"] = self.logits
         tensors |= {f"layers.{i}.{name}": array for i, row in enumerate(self.rows) for name, array in row.items()}
         tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-        metadata = binding(self.engine.config, self.engine.scheme) | {"weights": self.engine.weights_sha256, "contents": digest(tensors)}
+        made_with = {"weights": self.engine.weights_sha256, "contents": digest(tensors)}
+        metadata = binding(self.engine.config, self.engine.scheme) | made_with
         with replacing(path, inputs=self.engine.model_files) as partial:
             try:
                 save_file(tensors, partial, metadata)
@@ -116,7 +127,7 @@ class PromptCache:
                 raise Failure(f"{path}: cannot be written: {reason(error)}") from None
 
     @classmethod
-    def load(cls, path: str | Path, engine: Engine) -> PromptCache:
+    def load(cls, path: str | Path, engine: Source) -> PromptCache:
         """Raises UserError for a file that is damaged or not made with this model, weights and scheme."""
         with File(path) as file:
             file.check(engine.config, engine.scheme, engine.weights_sha256)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -18,12 +18,23 @@ from .errors import UserError
 from .storage import foreign
 from .storage.identity import Stamp, WeightFiles, stamp
 
-if TYPE_CHECKING:
-    from .ops.reference import Reference
-
 Array = Any
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+Put = Callable[["Sequence[Tensor]"], Array]
+
+
+class Backend(Protocol):
+    """What weights ask of a back end (ops/reference.py says what each does)."""
+
+    name: str
+    dtype: np.dtype
+
+    def free_bytes(self) -> int: ...
+
+    def loading(self, advance: Callable[[int], object], tensors: Sequence[Tensor]) -> AbstractContextManager[Put]: ...
+
+    def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Layer:
     down: Array  # [hidden, intermediate]
     gate_up_bias: Array | None = None
     down_bias: Array | None = None
-    key_feedback: Array | None = None  # float32 [kv_heads, head_dim, head_dim], for a shaped scheme: oscar.feedback_matrix
+    key_feedback: Array | None = None  # float32 [kv_heads, head_dim, head_dim], for a shaped scheme: error_feedback.feedback_matrix
 
 
 @dataclass(frozen=True)
@@ -211,7 +222,7 @@ def weight_files(folder: Path) -> WeightFiles:
     return WeightFiles.of([folder / name for name in _files(folder)])
 
 
-def load(folder: Path, config: Config, ops: Reference, progress: bool = False) -> Weights:
+def load(folder: Path, config: Config, ops: Backend, progress: bool = False) -> Weights:
     """Reads the weights onto the back end, in its dtype. Raises UserError for what `Checkpoint` refuses."""
     from tqdm import tqdm
 
@@ -260,7 +271,7 @@ def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
     )
 
 
-def rotate_values(weights: Weights, config: Config, ops: Reference, in_place: bool = False) -> Weights:
+def rotate_values(weights: Weights, config: Config, ops: Backend, in_place: bool = False) -> Weights:
     """V's half of canalized rotation, folded into the weights: v_proj's rows and o_proj's columns times H, head by head.
 
     v' = H.v for every kv head, and o_proj.H undoes it, since H.H = I: the model computes what it did, on rotated values.
@@ -283,7 +294,7 @@ def rotate_values(weights: Weights, config: Config, ops: Reference, in_place: bo
     return replace(weights, layers=tuple(map(fold, weights.layers)))
 
 
-def for_scheme(weights: Weights, config: Config, scheme: oscar.Scheme, ops: Reference) -> Weights:
+def for_scheme(weights: Weights, config: Config, scheme: oscar.Scheme, ops: Backend) -> Weights:
     """The weights as a model with this KV scheme wants them, in the arrays of `weights`, which are the caller's no more: copies beside
     them would leave holes in a card's memory that no cache fits into (3 GB of a Qwen3-8B)."""
     return rotate_values(weights, config, ops, in_place=True) if scheme.rotate else weights

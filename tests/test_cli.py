@@ -204,7 +204,7 @@ def test_every_option_of_an_answer_reaches_it(tmp_path, capsys, monkeypatch):
     """Of generate, many prompts and a chat; what each does is tested where it is done."""
     folder, seen = write_talker(tmp_path / "m", 5), []
     made = Run.__init__
-    monkeypatch.setattr(Run, "__init__", lambda self, *args, **more: (seen.append(args[3]), made(self, *args, **more))[1])
+    monkeypatch.setattr(Run, "__init__", lambda self, *args, **more: (seen.append(args[4]), made(self, *args, **more))[1])
     (tmp_path / "p").write_text('"a"')
     options = (
         "--temperature .5 --top-p .6 --top-k 7 --min-p .08 --seed 9 --repetition-penalty 1.1 --presence-penalty .2 --frequency-penalty .3 "

@@ -11,7 +11,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from minioscar import memory
+from minioscar import machine, memory
 from minioscar.cache import Cache
 from minioscar.errors import UserError
 from minioscar.generation import Options
@@ -183,21 +183,21 @@ def test_free_memory_counts_what_linux_could_free():
     if "MemAvailable" not in fields:
         pytest.skip("no /proc/meminfo here")
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    assert abs(memory._machine() - available) < 2e9
-    assert memory.host_bytes() <= memory._machine()
+    assert abs(machine._machine() - available) < 2e9
+    assert machine.host_bytes() <= machine._machine()
 
 
-@pytest.mark.parametrize("names", memory.CGROUPS)
+@pytest.mark.parametrize("names", machine.CGROUPS)
 def test_a_containers_limit_counts_and_its_file_cache_does_not(tmp_path, names):
     limit, use, cached = names
-    assert memory._cgroup(tmp_path) == 2**63
+    assert machine._cgroup(tmp_path) == 2**63
     (tmp_path / limit).parent.mkdir(exist_ok=True)
     (tmp_path / limit).write_text("1000000\n")
     (tmp_path / use).write_text("700000\n")
     (tmp_path / use).with_name("memory.stat").write_text(f"anon 5\n{cached} 200000\nfile 3\n")
-    assert memory._cgroup(tmp_path) == 500_000
+    assert machine._cgroup(tmp_path) == 500_000
     (tmp_path / limit).write_text("max\n")
-    assert memory._cgroup(tmp_path) == 2**63
+    assert machine._cgroup(tmp_path) == 2**63
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

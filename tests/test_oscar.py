@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minioscar import oscar
+from minioscar.error_feedback import feedback_matrix
 from minioscar.evaluation import baselines as codebook
 from minioscar.oscar import SCHEMES
 
@@ -150,7 +151,7 @@ def shaped_error(energy: np.ndarray, seed: int, scheme) -> tuple[float, float]:
     keys = oscar.rotate(rng.standard_normal((1, 256, 64)).astype(np.float32))
     norms = oscar.token_norms(keys.swapaxes(0, 1))
     errors = []
-    for feedback in (oscar.feedback_matrix(energy)[None], np.zeros((1, 64, 64), np.float32)):
+    for feedback in (feedback_matrix(energy)[None], np.zeros((1, 64, 64), np.float32)):
         codes = oscar.quantize_keys(keys, norms, scheme, feedback=feedback)
         error = oscar.rotate(oscar.dequantize_keys(*codes, norms, scheme) - keys)[0]  # in the channels that the queries have
         errors.append(float((error * error * energy).sum(axis=1).mean()))
@@ -166,7 +167,7 @@ def test_shaped_rounding_avoids_the_channels_that_queries_look_at(seed):
 
 def test_shaped_rounding_with_equal_weights_or_no_feedback_is_plain_rounding(seed):
     rng, scheme = np.random.default_rng(seed), SCHEMES["int2-compact-shaped"]
-    assert abs(oscar.feedback_matrix(np.ones(64))).max() < 1e-12
+    assert abs(feedback_matrix(np.ones(64))).max() < 1e-12
     keys = rng.standard_normal((2, 128, 64)).astype(np.float32)
     norms = oscar.token_norms(keys.swapaxes(0, 1))
     plain = oscar.quantize_keys(keys, norms, SCHEMES["int2-compact"])
@@ -181,7 +182,7 @@ def test_feedback_matrix_makes_rounding_the_nearest_plane_of_its_metric(seed):
     energy = np.random.default_rng(seed).uniform(0.1, 10, 64)
     h, floor = oscar.hadamard(64).astype(np.float64), 0.03 * energy.mean()
     m = h @ np.diag(energy + floor) @ h
-    factor = np.eye(64) + oscar.feedback_matrix(energy)
+    factor = np.eye(64) + feedback_matrix(energy)
     diagonal = np.linalg.inv(factor.T) @ np.linalg.inv(m) @ np.linalg.inv(factor)
     np.testing.assert_allclose(diagonal, np.diag(np.diag(diagonal)), atol=1e-5 * np.diag(diagonal).max())
 

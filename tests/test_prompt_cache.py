@@ -123,7 +123,8 @@ def test_generation_from_a_file_is_generation_without_interruption(folder, tmp_p
     straight = engine.generate(TEXT * repeats, chat=False, **options)
     cache = engine.prefill(TEXT * repeats, chat=False)
     cache.save(tmp_path / "c.kv.safetensors")
-    for found in (cache, engine.load_cache(tmp_path / "c.kv.safetensors"), talker(folder, kv).load_cache(tmp_path / "c.kv.safetensors")):
+    file = tmp_path / "c.kv.safetensors"
+    for found in (cache, engine.load_cache(file), talker(folder, kv).load_cache(file)):
         result = found.engine.generate("", cache=found, **options)
         assert bits(result) == bits(straight) and result.prefilled_tokens == 0
     more, loaded = (engine.generate("And so? ", cache=c, **options) for c in (cache, engine.load_cache(tmp_path / "c.kv.safetensors")))

@@ -10,8 +10,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from minioscar import engine, oscar
+from minioscar import engine
 from minioscar.config import Config
+from minioscar.error_feedback import feedback_matrix
 from minioscar.oscar import Scheme
 from minioscar.weights import expected
 
@@ -93,4 +94,4 @@ def key_feedback(scheme: Scheme, heads: int, dim: int) -> np.ndarray | None:
     if not scheme.shaped:
         return None
     energies = np.exp(np.random.default_rng(1).uniform(0, np.log(10), (heads, dim // 2)))
-    return np.stack([oscar.feedback_matrix(np.concatenate([energy, energy])) for energy in energies])
+    return np.stack([feedback_matrix(np.concatenate([energy, energy])) for energy in energies])

@@ -26,7 +26,7 @@ from minioscar.evaluation.teacher_forcing import followed, log_softmax
 from minioscar.model import Model
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, Scheme
-from minioscar.shaping import shape_keys
+from minioscar.query_energy import shape_keys
 from minioscar.storage import hub
 from minioscar.tokenizer import Tokenizer
 from minioscar.weights import load, rotate_values

@@ -19,7 +19,7 @@ from ..cache import Cache
 from ..chat_template import Message
 from ..engine import Engine
 from ..errors import ChatTemplateError, UserError, shown
-from ..generation import Generation, Options, Run
+from ..generation import Generation, Options, Prompts
 from ..oscar import WINDOW
 from ..prompt_cache import PromptCache, common, continued
 
@@ -46,7 +46,7 @@ class Conversation:
         if system is not None and not isinstance(system, str):
             raise UserError(f"system {shown(system)} must be text")
         if cache is not None:
-            engine.belongs(cache)
+            engine.check_owner(cache)
         if cache is not None and (system is not None or cache.messages is None):
             kind = "token ids" if cache.text is None else "plain text, it was made with --raw"
             why = "its messages are the first, a system message cannot be" if cache.messages else f"it holds {kind}"
@@ -77,7 +77,7 @@ class Conversation:
             ctx = memory.longest_context(config, scheme, ops, 1, ops.free_bytes() * 4 // 5) or min(WINDOW, config.max_context)
         ctx = context_of(ctx, config)
         memory.check(config, scheme, ops, 1, ctx, 1)
-        return self.engine.padded(ctx)  # whole blocks, so that the row can be saved
+        return self.engine.round_up(ctx)  # whole blocks, so that the row can be saved
 
     def say(self, text: str, **options: Any) -> Generator[str, None, None]:
         """The answer to a user's message, as it comes; options as in `Engine.generate`.
@@ -136,7 +136,7 @@ class Conversation:
             more = f"the conversation would have {len(ids)} tokens, the context holds {self.context}"
             raise UserError(f"{more}; begin anew{self._more(' or raise --ctx')}")
         cache = self._cut(ids)
-        run, text, complete = Run(self.engine, [ids], cache, options), "", self.engine.tokenizer.complete
+        run, text, complete = self.engine.run(Prompts([ids]), cache, options), "", self.engine.tokenizer.complete
         try:
             for _, piece in run:
                 last = run.results[0]

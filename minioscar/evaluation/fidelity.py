@@ -15,7 +15,7 @@ from ..model import check_scheme
 from ..ops import backend
 from ..ops.reference import Reference
 from ..oscar import Scheme
-from ..shaping import shape_keys
+from ..query_energy import shape_keys
 from ..storage.hub import resolve
 from ..tables import markdown
 from ..tokenizer import Tokenizer

@@ -23,7 +23,7 @@ from ..model import check_scheme
 from ..ops import backend
 from ..ops.reference import Reference
 from ..oscar import SCHEMES, WINDOW, Scheme
-from ..shaping import shape_keys
+from ..query_energy import shape_keys
 from ..storage.hub import resolve
 from ..tokenizer import Tokenizer
 from ..weights import load as load_weights

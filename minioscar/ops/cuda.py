@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..cache import BF16, Batch, Cache, LayerCache, NewTokens
 from ..config import Config
-from ..decoding import Decoder
+from ..decoding import Decoder, Stepper
 from ..oscar import Scheme
 from ..sampling import RowSampling
 from ..weights import Layer, Tensor, Weights
@@ -30,9 +30,6 @@ from .linear import Products, batch_plans
 from .paged import KernelCache, kernel_cache
 from .reference import Reference
 from .upload import Upload
-
-if TYPE_CHECKING:
-    from ..model import Model
 
 Array = Any
 MLP_TOKENS = 8192  # whose gate and up projections are in memory at once
@@ -211,14 +208,14 @@ class Cuda(Reference):
         return super().rotate_scale(qkv, layer, tables, layer_cache, config, batch)
 
     def decoder(
-        self, model: Model, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
+        self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
     ) -> Decoder:
         """What has no kernels (`decode.unsupported`) goes step by step through array code."""
         if unsupported(model.config, cache.scheme, len(cache.lengths)):
             return super().decoder(model, cache, rows, logits=logits)
         return StepDecoder(model, cache, rows, logits=logits, replay=replay)
 
-    def prepare(self, model: Model, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling], progress: bool) -> None:
+    def prepare(self, model: Stepper, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling], progress: bool) -> None:
         from cupy.cuda import nvrtc
 
         compile_all(programs(self, model, cache, batch, rows), self.capability, nvrtc, progress)
@@ -252,7 +249,7 @@ class Cuda(Reference):
 
 
 def programs(
-    ops: Cuda, model: Model, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling]
+    ops: Cuda, model: Stepper, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling]
 ) -> list[Program]:
     """What a pass over `batch` (None: there is none) and then decode steps of `rows` (none: no steps) launch.
 

@@ -11,25 +11,31 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..cache import Cache
+from ..cache import Cache, LayerCache
 from ..config import Config
-from ..decoding import Decoder
+from ..decoding import Decoder, Stepper
 from ..errors import Failure
 from ..oscar import Scheme
 from ..sampling import NOT_FINITE, RowSampling, history
 from . import attention, linear_batch, sample
+from .launch import Launch
 from .upload import pinned
 
-if TYPE_CHECKING:
-    from ..model import Model
-    from .cuda import Cuda
-    from .paged import KernelCache
-
 Array = Any
+
+
+class Card(Protocol):
+    """The back end, as a step needs it (cuda.py)."""
+
+    xp: Any
+    multiprocessors: int
+    capability: int
+
+    def run(self, launch: Launch) -> None: ...
 
 
 class StepBatch:
@@ -41,7 +47,7 @@ class StepBatch:
 
     last = None  # every token is the last of its sequence
 
-    def __init__(self, ops: Cuda, config: Config, cache: Cache, rows: Sequence[RowSampling]):
+    def __init__(self, ops: Card, config: Config, cache: Cache, rows: Sequence[RowSampling]):
         size, xp, scheme = len(cache.lengths), ops.xp, cache.scheme
         if reason := unsupported(config, scheme, size):
             raise ValueError(reason)
@@ -54,11 +60,11 @@ class StepBatch:
         self.workspace = xp.empty(self.plan.workspace_floats(config.head_dim), np.float32)
         self.split_counter = xp.zeros(self.plan.counters(config.head_dim), np.int32)
 
-    def schedule(self, ops: Cuda) -> None:
+    def schedule(self, ops: Card) -> None:
         """Shares the step's attention out to the warps of the card, for every layer."""
         ops.run(attention.schedule(self.heads, self.scheme, self.plan, self.lengths, self.tasks, self.workspace))
 
-    def attend(self, q: Array, layer_cache: KernelCache) -> Array:
+    def attend(self, q: Array, layer_cache: LayerCache) -> Array:
         """One query a row over the cache, which holds the new tokens already."""
         out, where = layer_cache.xp.empty_like(q), (self.workspace, self.split_counter)
         attend = attention.decode_attention(
@@ -68,12 +74,12 @@ class StepBatch:
         layer_cache.ops.run(attend)
         return out
 
-    def pack(self, cache: Cache, ops: Cuda) -> None:
+    def pack(self, cache: Cache, ops: Card) -> None:
         """The windows that this step has filled, of all layers at once: mostly it finds nothing."""
         if self.scheme.quantized:
             ops.run(attention.pack_step(self.heads, self.scheme, self.lengths, cache.arrays, len(cache.layers)))
 
-    def draw(self, logits: Array, ops: Cuda) -> Array:
+    def draw(self, logits: Array, ops: Card) -> Array:
         """The next tokens, and everything one step further."""
         for launch in sample.sample(logits, self.drawing, self.steps, self.tokens):
             ops.run(launch)
@@ -87,7 +93,7 @@ class StepDecoder(Decoder):
     """
 
     def __init__(
-        self, model: Model, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
+        self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
     ):
         super().__init__(model, cache, rows, logits)
         self.ahead, ops = 0 if logits else 1, model.ops

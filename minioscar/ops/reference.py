@@ -14,14 +14,13 @@ import numpy as np
 
 from .. import oscar
 from ..cache import BF16, QUERIES, Batch, Cache, LayerCache, NewTokens, array_cache
-from ..decoding import Decoder
-from ..memory import host_bytes
+from ..decoding import Decoder, Stepper
+from ..machine import host_bytes
 from ..oscar import Scheme
 from ..sampling import RowSampling
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..model import Model
     from ..weights import Layer, Tensor
 
 Array = Any
@@ -90,7 +89,7 @@ class Reference:
     def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None:
         """In place: x, a weight matrix [out, in] or a bias [out], every head_dim numbers along `axis` (a head) times H.
 
-        Raises ValueError where `oscar.hadamard` does.
+        Raises ValueError where `hadamard` does.
         """
         rows = self.xp.moveaxis(x, axis, -1)
         rotated = oscar.rotate(rows.reshape(*rows.shape[:-1], -1, head_dim), self.xp).reshape(rows.shape)
@@ -181,13 +180,13 @@ class Reference:
         return y
 
     def decoder(
-        self, model: Model, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
+        self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
     ) -> Decoder:
         """Decode steps of the rows of a cache, as decoding.py says. replay: how recorded steps are taken (`decode.StepDecoder`)."""
         return Decoder(model, cache, rows, logits)
 
     def prepare(
-        self, model: Model, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling], progress: bool
+        self, model: Stepper, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling], progress: bool
     ) -> None:
         """Before a run whose prompts are `batch` and whose answers draw as `rows` say: compiles what is not compiled yet."""
 

@@ -7,9 +7,9 @@ import numpy as np
 from minioscar.attention_inputs import record_attention_inputs
 from minioscar.config import Config
 from minioscar.engine import load as load_engine
+from minioscar.error_feedback import feedback_matrix
 from minioscar.ops.reference import Reference
-from minioscar.oscar import feedback_matrix
-from minioscar.shaping import query_energy, shape_keys
+from minioscar.query_energy import query_energy, shape_keys
 from minioscar.weights import load
 
 from .tiny import write_model

@@ -8,8 +8,8 @@ import numpy as np
 
 from .attention_inputs import AttentionInputs, record_attention_inputs
 from .config import Config
+from .error_feedback import feedback_matrix
 from .ops.reference import Reference
-from .oscar import feedback_matrix
 from .weights import Weights
 
 TOKENS = 256  # twice or half as many measure the same to within the noise: docs/fidelity.md
