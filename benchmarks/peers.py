@@ -178,7 +178,7 @@ def flashinfer(q: Tensor, caches: Caches) -> Candidates:
         yield lambda: [
             lambda k=k, v=v: single_decode_with_kv_cache(q[0], k[0], v[0], **options)[None] for k, v in caches
         ]
-    for backend in ("fa2", "auto"):  # on Hopper `auto` is FlashAttention-3, whose tiles are made for many queries
+    for backend in ("fa2", "fa3"):  # "auto" is fa2 for BF16 (0.6.18); FlashAttention-3 runs on Hopper alone
         yield partial(paged, BatchDecodeWithPagedKVCacheWrapper, backend, q, caches)
 
 
