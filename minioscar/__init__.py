@@ -49,6 +49,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .app.conversation import Conversation as Conversation
     from .engine import Engine as Engine
@@ -62,13 +64,11 @@ if TYPE_CHECKING:
     from .prompt_cache import PromptCache as PromptCache
     from .sampling import Sampling as Sampling
 
-__version__ = "0.1.0"
-
 _FROM = {
-    "load": "engine", "Engine": "engine", "Conversation": "app.conversation", "Generation": "generation", "Logprob": "generation",
-    "Options": "generation", "PromptCache": "prompt_cache", "Sampling": "sampling", "SCHEMES": "oscar", "UserError": "errors",
-    "Failure": "errors",
-}
+    "load": "engine", "Engine": "engine", "Conversation": "app.conversation", "PromptCache": "prompt_cache",
+    "Generation": "generation", "Logprob": "generation", "Options": "generation", "Sampling": "sampling", "SCHEMES": "oscar",
+    "UserError": "errors", "Failure": "errors",
+}  # fmt: skip
 __all__ = ["__version__", *_FROM]
 
 

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from .. import __version__
 from ..errors import ChatTemplateError, Failure, UserError, said
+from ..version import __version__
 from . import streams
 from .commands import COMMANDS
 from .flags import EVERY, EXAMPLES, FLAGS, MORE_EXAMPLES, RENDERING
