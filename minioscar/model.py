@@ -56,28 +56,33 @@ class Model:
 
     def _logits(self, ids: Array, cache: Cache, batch: Batch, every: bool) -> Array:
         """Runs new tokens, int [tokens], sequence after sequence as `batch` says, through all layers and puts them into the cache."""
-        ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
+        ops, weights = self.ops, self.weights
         tables = self.tables_for(batch.end)
         ops.begin(cache, batch)
         x = ops.embed(weights.embed, ids)  # [tokens, hidden]
         for layer, layer_cache in zip(weights.layers, cache.layers, strict=True):
-            x = self._attend(x, layer, layer_cache, tables, batch)
-            norm = layer.post_norm, eps
-            h = ops.linear(x, layer.gate_up, layer.gate_up_bias, norm=norm, silu=True)  # [tokens, intermediate]
-            x = ops.linear(h, layer.down, layer.down_bias, residual=x)
-            del h  # not beside the arrays of the next layer's attention
+            x = self._attention(x, layer, layer_cache, tables, batch)
+            x = self._mlp(x, layer)
         ops.end(cache, batch)
         x = x if every or batch.last is None else x[ops.xp.asarray(batch.last)]
-        return ops.linear(x, weights.head, norm=(weights.norm, eps), float32=True)
+        return ops.linear(x, weights.head, norm=(weights.norm, self.config.rms_norm_eps), float32=True)
 
-    def _attend(self, x: Array, layer: Layer, layer_cache: LayerCache, tables: tuple[Array, Array], batch: Batch) -> Array:
-        """x and the attention of a layer; the cache has the new tokens then. What stands between is gone before the MLP runs."""
+    def _attention(
+        self, x: Array, layer: Layer, layer_cache: LayerCache, tables: tuple[Array, Array], batch: Batch
+    ) -> Array:
+        """x and the attention of a layer; the cache has the new tokens then. Its arrays are freed before the MLP runs."""
         ops = self.ops
         norm = layer.input_norm, self.config.rms_norm_eps
         qkv = ops.linear(x, layer.qkv, layer.qkv_bias, norm=norm)  # [tokens, (q_heads + 2 * kv_heads) * head_dim]
         q, new = ops.rotate_scale(qkv, layer, tables, layer_cache, self.config, batch)  # QK-norm, RoPE, rotation, norms
         y = ops.attention(q, new, layer_cache, batch)  # [tokens, q_heads, head_dim]
         return ops.linear(y.reshape(len(x), -1), layer.o, layer.o_bias, residual=x)
+
+    def _mlp(self, x: Array, layer: Layer) -> Array:
+        """x and the gated MLP (SwiGLU) of a layer; its widest array is freed before the next layer's attention."""
+        norm = layer.post_norm, self.config.rms_norm_eps
+        h = self.ops.linear(x, layer.gate_up, layer.gate_up_bias, norm=norm, silu=True)  # [tokens, intermediate]
+        return self.ops.linear(h, layer.down, layer.down_bias, residual=x)
 
     def tables_for(self, positions: int) -> tuple[Array, Array]:
         """Cosines and sines of RoPE for at least so many positions; float32 [positions or more, head_dim / 2]."""
