@@ -70,7 +70,7 @@ def test_peers_get_our_tensors_and_one_that_fails_or_is_wrong_gives_its_reason(m
         yield lambda: [lambda k=k, v=v: peers.attention(q, k, v).bfloat16() for k, v in tensors]
         yield from (*wrong(q, tensors), fail)
 
-    monkeypatch.setattr(peers, "graph_time", lambda calls, replays=25: float(len(calls)))
+    monkeypatch.setattr(peers, "graph_time", lambda calls, replays=25, rest=True: float(len(calls)))
     monkeypatch.setattr(peers, "ATTENTION", {**peers.ATTENTION, "wrong": wrong, "fails": fails, "right": right})
     found = peers.peer_times(case(2, 128), caches(np.random.default_rng(seed), 2, 128))
     assert found["right"] == 2.0
