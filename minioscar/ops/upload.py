@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -67,14 +67,13 @@ class Upload:
 
     def __init__(self, dtype: np.dtype, advance: Callable[[int], object], tensors: Sequence[Tensor]):
         self.dtype, self.advance = dtype, advance
-        self.width = max(
-            (tensor.dtype.itemsize for tensor in tensors), default=dtype.itemsize
-        )  # of a number in a buffer
-        self.numbers = CHUNK // self.width  # of the slab in a chunk
-        self.slab = self._empty(
-            sum(self._aligned(tensor.size) for tensor in tensors)
-        )  # enough, however they are joined
-        self.used, self.segments = 0, list[Segment]()  # one segment: what is adjacent in the slab and in the file
+        # Bytes of a number in a buffer, numbers of a chunk; the slab has room for the tensors however they are joined.
+        self.width = max((tensor.dtype.itemsize for tensor in tensors), default=dtype.itemsize)
+        self.numbers = CHUNK // self.width
+        self.slab = self._empty(sum(self._aligned(tensor.size) for tensor in tensors))
+        self.used = self.end = 0  # numbers of the slab, with the gap behind the last array and without
+        self.segments = list[Segment]()  # by offset; what is adjacent in the slab and in the file is one
+        self.chunks = 0  # that are queued, or were
         self.num_buffers = min(BUFFERS, -(-self.slab.size // (CHUNKS_PER_BUFFER * self.numbers)))
         self.num_threads = min(THREADS, os.cpu_count() or 1, self.num_buffers)
         self.threads, self.buffers, self.copying = list[Thread](), list[Buffer](), deque[Buffer]()
@@ -94,14 +93,16 @@ class Upload:
                 segment = self.segments.pop()._replace(count=last.count + segment.count)
             self.segments.append(segment)
             self.used += tensor.size
-        self.used = self._aligned(self.used)
+        self.end, self.used = self.used, self._aligned(self.used)
+        while len(self.buffers) < self.num_buffers and (self.chunks + 1) * self.numbers <= self.used:
+            self._read_next(self._free_buffer())  # a full chunk, while more is asked for
         return self._slice(first, (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:]))
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
             if kind is None:
-                for chunk, segments in groupby(self._chunked(), lambda segment: segment.offset // self.numbers):
-                    self._read(self._free_buffer(), chunk * self.numbers, segments)
+                while self.chunks * self.numbers < self.end:
+                    self._read_next(self._free_buffer())
                 while len(self.copying) < len(self.buffers):
                     self._copy_next()
         finally:  # after an error or Ctrl-C, too, nobody writes into memory that is free
@@ -118,13 +119,16 @@ class Upload:
         """Numbers up to where the next array may begin."""
         return count + -count % (ALIGN // self.dtype.itemsize)
 
-    def _chunked(self) -> Iterator[Segment]:
-        """The segments, cut where a chunk ends."""
-        for segment in self.segments:
-            while segment.count:
-                count = min(segment.count, self.numbers - segment.offset % self.numbers)
-                yield segment._replace(count=count)
-                segment = segment.rest(count)
+    def _segments_of(self, chunk: int) -> list[Segment]:
+        begin, end = chunk * self.numbers, (chunk + 1) * self.numbers
+        found, first = [], bisect_right(self.segments, begin, key=lambda segment: segment.offset) - 1
+        for segment in self.segments[max(first, 0) :]:
+            segment = segment.rest(max(begin - segment.offset, 0))
+            if segment.offset >= end:
+                break
+            if segment.count > 0:  # and not only the gap behind it
+                found.append(segment._replace(count=min(segment.count, end - segment.offset)))
+        return found
 
     def _free_buffer(self) -> Buffer:
         if len(self.buffers) < self.num_buffers:
@@ -135,12 +139,13 @@ class Upload:
         self.copying[0].copied.synchronize()
         return self.copying.popleft()
 
-    def _read(self, buffer: Buffer, begin: int, segments: Iterator[Segment]) -> None:
+    def _read_next(self, buffer: Buffer) -> None:
         """Queues a chunk: number n of the slab will stand at byte (n - begin) * width of the buffer."""
-        buffer.begin, buffer.reads = begin, []
-        for segment in segments:
-            at = (segment.offset - begin) * self.width
+        buffer.begin, buffer.reads = self.chunks * self.numbers, []
+        for segment in self._segments_of(self.chunks):
+            at = (segment.offset - buffer.begin) * self.width
             buffer.reads.append((segment, buffer.memory[at : at + segment.nbytes]))
+        self.chunks += 1
         self.to_read.put(buffer)
         if len(self.threads) < self.num_threads:
             self.threads.append(Thread(target=self._reader, name="upload"))
