@@ -38,7 +38,7 @@ from pathlib import Path
 
 from benchmarks import cases, loading, memory, models, peers, presets, start
 from benchmarks.measure import ceilings
-from benchmarks.plan import Plan, planned
+from benchmarks.runs import Runs, parse_runs
 from benchmarks.table import line, table
 from minioscar.app import cli
 from minioscar.engine import Engine
@@ -99,25 +99,25 @@ def parser() -> cli.Parser:
 
 
 def measured(
-    args: argparse.Namespace, commands: tuple[str, ...], plan: Plan | None, ops: Reference, limits: dict[str, float]
+    args: argparse.Namespace, commands: tuple[str, ...], runs: Runs | None, ops: Reference, limits: dict[str, float]
 ) -> Rows:
     if "kernel" in commands:
         yield from kernel_rows(args, ops, limits)
     if "start" in commands:
         progress("start: a process each time")
-        yield "start", start.start(args.model, plan.schemes[-1].name, ops.name, 2 if args.quick else 15)
+        yield "start", start.start(args.model, runs.schemes[-1].name, ops.name, 2 if args.quick else 15)
     if set(commands) - {"kernel", "start"}:
         found = []
-        for scheme in plan.schemes:  # one at a time: on a card two models may not fit
-            for section, row in whole_model(plan, plan.load(scheme), limits, 2 if args.quick else 3, args.breakdown):
+        for scheme in runs.schemes:  # one at a time: on a card two models may not fit
+            for section, row in whole_model(runs, runs.load(scheme), limits, 2 if args.quick else 3, args.breakdown):
                 found.append((section, row))
                 yield section, row
             ops.release()
         if "memory" in commands:
-            yield "load", loading.loading(plan.config, plan.model, ops, 2 if args.quick else 15)
+            yield "load", loading.loading(runs.config, runs.model, ops, 2 if args.quick else 15)
         if args.peers:
             progress("transformers, end to end")
-            peers.beside(plan.config, found, plan.steps)
+            peers.beside(runs.config, found, runs.steps)
 
 
 def kernel_rows(args: argparse.Namespace, ops: Reference, limits: dict[str, float]) -> Rows:
@@ -150,23 +150,23 @@ def kernel_rows(args: argparse.Namespace, ops: Reference, limits: dict[str, floa
         yield from (("growth", row) for row in cases.growth([row for row in found if "skipped" not in row], copy_rate))
 
 
-def whole_model(plan: Plan, e: Engine, limits: dict[str, float], prefills: int, breakdown: bool) -> Rows:
+def whole_model(runs: Runs, e: Engine, limits: dict[str, float], prefills: int, breakdown: bool) -> Rows:
     if breakdown:
         from benchmarks.breakdown import kernels_of
-    for context in plan.contexts.get("decode", ()):
-        for batch in plan.batches:
-            yield "decode", models.decode(e, plan.model, batch, context, limits, plan.steps)
+    for context in runs.contexts.get("decode", ()):
+        for batch in runs.batches:
+            yield "decode", models.decode(e, runs.model, batch, context, limits, runs.steps)
             if breakdown and unsupported(e.config, e.scheme, batch) is None:
                 yield from (("breakdown", row) for row in kernels_of(e, batch, context, limits["copy_tb_s"] * 1e12))
-    for context in plan.contexts.get("memory", ()):
-        for batch in plan.batches:
-            yield "memory", memory.memory(e, plan.model, batch, context)
-    for context in plan.contexts.get("throughput", ()):
-        for budget in plan.budgets:
-            yield "throughput", memory.throughput(e, plan.model, budget, context, plan.steps)
-    if e.scheme is plan.schemes[-1]:  # a prompt is read at full precision: the schemes differ in little
-        for tokens in plan.prompts:
-            yield "prefill", models.prefill(e, plan.model, tokens, limits, prefills)
+    for context in runs.contexts.get("memory", ()):
+        for batch in runs.batches:
+            yield "memory", memory.memory(e, runs.model, batch, context)
+    for context in runs.contexts.get("throughput", ()):
+        for budget in runs.budgets:
+            yield "throughput", memory.throughput(e, runs.model, budget, context, runs.steps)
+    if e.scheme is runs.schemes[-1]:  # a prompt is read at full precision: the schemes differ in little
+        for tokens in runs.prompts:
+            yield "prefill", models.prefill(e, runs.model, tokens, limits, prefills)
 
 
 # --- what it was measured on
@@ -257,14 +257,14 @@ def run(argv: list[str]) -> None:
             raise UserError(reason)
         commands = tuple(command for command in commands if command != "start")
         print(f"bench: {reason}", file=sys.stderr)
-    plan = planned(args, commands, ops) if commands != ("kernel",) else None
+    runs = parse_runs(args, commands, ops) if commands != ("kernel",) else None
     progress("measuring copy bandwidth and matrix rate")
     about, limits = meta(ops, args, argv), ceilings(ops, args.quick)
     ops.release()
     report: dict = {"meta": about, "ceilings": limits, **{section: [] for section in SECTIONS}}
     tables = sys.stderr if args.json is not None and descriptor(args.json) == 1 else sys.stdout
     try:
-        for section, row in measured(args, commands, plan, ops, limits):
+        for section, row in measured(args, commands, runs, ops, limits):
             report[section].append(row)
             progress(f"{section}: {line(section, row)}")
         if args.json is not None:

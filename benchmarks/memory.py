@@ -209,9 +209,8 @@ def _limited_child(room: int, first: Callable[[], None], work: Work) -> dict:
 
     libc, (soft, hard) = ctypes.CDLL(None), resource.getrlimit(resource.RLIMIT_DATA)
     try:
-        libc.__cxa_atexit(
-            libc._exit, 1, None
-        )  # OpenBLAS's own exit handler would wait for threads that the fork has left behind
+        # OpenBLAS's own exit handler would wait for threads that the fork has left behind.
+        libc.__cxa_atexit(libc._exit, 1, None)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where OpenBLAS would say that its memory has run out
         square = np.ones((1024, 1024), np.float32)
         square @ square, square @ square[0]  # BLAS's threads and buffers, which a fork takes away

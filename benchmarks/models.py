@@ -102,9 +102,8 @@ def prefill(e: Engine, name: str, tokens: int, limits: dict[str, float], repeats
 
     seconds, spread = timed(e.ops, read, repeats, 1)
     embedding = c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
-    flops = (
-        2 * tokens * (c.parameters() - embedding) + 2 * tokens**2 * c.q_size * c.num_layers
-    )  # causal: half of 4 * n^2
+    causal = 2 * tokens**2 * c.q_size * c.num_layers  # half of 4 * n^2
+    flops = 2 * tokens * (c.parameters() - embedding) + causal
     of_limit = {"flops": flops, "fraction_of_limit": flops / (limits["matmul_tflop_s"] * 1e12) / seconds}
     times = {"s": seconds, "spread": spread, "tokens_per_s": tokens / seconds}
     return {"model": name, "kv": e.scheme.name, "tokens": tokens, **times, **of_limit}

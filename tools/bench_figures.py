@@ -42,9 +42,8 @@ def drawn() -> dict[str, Figure]:
 @styled
 def drawn_from(name: str, report: dict) -> dict[str, Figure]:
     """Those that one report has the rows for; `name` begins theirs."""
-    kernels = (
-        [*speedups(report), *attention_times(report)] if on_gpu(report) else []
-    )  # elsewhere they are NumPy's, at small shapes
+    # Without a card the kernels are NumPy's, at small shapes.
+    kernels = [*speedups(report), *attention_times(report)] if on_gpu(report) else []
     return {f"{name}-{what}": made for what, made in [*kernels, *step_times(report), *throughputs(report)]}
 
 

@@ -292,9 +292,7 @@ def measure() -> None:
         arrays = row_layout(Config.from_dict(per_head), SCHEMES[name], 12800)
         arrays = {n: of for n, of in arrays.items() if not n.startswith(("sink", "norms"))}
         one[name] = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in arrays.values()) // 12800
-    weights = 2 * (
-        config.parameters() - config.vocab_size * config.hidden_size
-    )  # one row of the embedding is read, not all
+    weights = 2 * (config.parameters() - config.vocab_size * config.hidden_size)  # of the embedding one row is read
     numbers = {
         "rotation": {
             "layer": layer,

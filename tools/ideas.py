@@ -308,9 +308,7 @@ def balanced(weights, config: Config):
     return replace(weights, layers=tuple(layers))
 
 
-EXACT = replace(
-    SCHEMES["int2-shaped"], name="exact", bits=16, scale=False
-)  # rotated as the ideas are, nothing quantized
+EXACT = replace(SCHEMES["int2-shaped"], name="exact", bits=16, scale=False)  # rotated as the ideas are, not quantized
 
 
 def prefilled(engine: Engine, ids: list[int]) -> list[tuple[Array, Array]]:

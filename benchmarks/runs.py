@@ -20,15 +20,12 @@ from minioscar.storage.hub import resolve
 USUAL = {"decode": (512, 2048), "throughput": (4096,), "memory": (4096,)}  # contexts
 USUAL_CPU = USUAL | {"throughput": (1024,)}
 QUICK = {"decode": (128,), "throughput": (256,), "memory": (256,)}
-ROOM, QUICK_ROOM = (
-    64 * 10**6,
-    16 * 10**6,
-)  # of a CPU's usual budget, beside the weights: NumPy takes a second a step for so much cache
+ROOM, QUICK_ROOM = 64 * 10**6, 16 * 10**6  # bytes of cache in a CPU's budget: NumPy takes a second a step for them
 POSITIONS = 1 << 20  # of random weights, which no context is too long for
 
 
 @dataclass(frozen=True)
-class Plan:
+class Runs:
     model: str
     config: Config
     load: Callable[[Scheme], Engine]
@@ -40,7 +37,7 @@ class Plan:
     steps: int
 
 
-def planned(args: argparse.Namespace, commands: tuple[str, ...], ops: Reference) -> Plan:
+def parse_runs(args: argparse.Namespace, commands: tuple[str, ...], ops: Reference) -> Runs:
     """Raises UserError for whatever cannot work."""
     schemes = [engine.scheme_named(name.strip()) for name in args.kv.split(",")]
     batches = numbers("--batch", args.batch)
@@ -55,9 +52,9 @@ def planned(args: argparse.Namespace, commands: tuple[str, ...], ops: Reference)
     weights = config.parameters() * ops.dtype.itemsize
     limits = budgets_of(args, ops, weights) if "throughput" in commands else []
     prompts = prompts if "prefill" in commands else []
-    plan = Plan(args.random_weights or args.model, config, load, schemes, contexts, batches, prompts, limits, steps)
-    check_sizes(plan, config, ops, weights)
-    return plan
+    runs = Runs(args.random_weights or args.model, config, load, schemes, contexts, batches, prompts, limits, steps)
+    check_sizes(runs, config, ops, weights)
+    return runs
 
 
 def numbers(option: str, text: str | None, multiple_of: int = 1) -> list[int]:
@@ -116,15 +113,15 @@ def budgets_of(args: argparse.Namespace, ops: Reference, weights: int) -> list[i
     return found
 
 
-def check_sizes(plan: Plan, config: Config, ops: Reference, weights: int) -> None:
-    held = [n + 1 for contexts in plan.contexts.values() for n in contexts]
-    if max(held + plan.prompts, default=0) > config.max_context:
-        asked = max(held + plan.prompts)
+def check_sizes(runs: Runs, config: Config, ops: Reference, weights: int) -> None:
+    held = [n + 1 for contexts in runs.contexts.values() for n in contexts]
+    if max(held + runs.prompts, default=0) > config.max_context:
+        asked = max(held + runs.prompts)
         raise UserError(f"a context of {asked} is too long, give a shorter --context or --tokens: {config.limit}")
-    most = max((n + 1 for name, contexts in plan.contexts.items() if name != "throughput" for n in contexts), default=0)
-    sizes = [(max(plan.batches), most, max(plan.batches))] * bool(most) + [(1, n, n) for n in plan.prompts]
+    most = max((n + 1 for name, contexts in runs.contexts.items() if name != "throughput" for n in contexts), default=0)
+    sizes = [(max(runs.batches), most, max(runs.batches))] * bool(most) + [(1, n, n) for n in runs.prompts]
     try:
-        for scheme in plan.schemes:
+        for scheme in runs.schemes:
             for batch, context, tokens in sizes:
                 memory.check(config, scheme, ops, batch, context, tokens, weights)
     except UserError as error:
