@@ -17,6 +17,7 @@ from minioscar.detokenizer import Detokenizer
 from minioscar.errors import ChatTemplateError, UserError, one_line, shown
 from minioscar.storage import foreign
 from minioscar.storage import strict_json as json
+from minioscar.storage.files import decoded
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -219,7 +220,7 @@ def _load(folder: Path) -> Any:
         why = foreign.tokenizer(folder) or "the folder has no tokenizer.json, the only one that is read; fetch it with the model"
         raise UserError(f"{folder}: {why}")
     try:
-        tokenizer = Library.from_file(str(path))
+        tokenizer = Library.from_str(decoded(path.read_bytes(), str(path)))  # with a byte order mark, or in UTF-16, too
     except Exception as error:  # the library raises plain Exception
         if found := foreign.content(path):
             raise UserError(f"{path}: not a readable tokenizer but {found}") from None

@@ -212,6 +212,8 @@ def test_a_conversation_with_its_commands(folder, tmp_path, monkeypatch):
         terminal.wait_for(r"minioscar: /save talk.txt: name a file that ends in .safetensors .*>>> ")
         terminal.send("/fly\r")
         terminal.wait_for("minioscar: there is no /fly; /help lists the commands.*>>> ")
+        terminal.send("/undo 2\r")
+        terminal.wait_for("minioscar: /undo takes nothing behind it; .*>>> ")
         terminal.send("/help\r")
         assert "Ctrl-C" in terminal.wait_for(">>> ")
         terminal.send("/retry\r")

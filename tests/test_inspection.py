@@ -130,6 +130,14 @@ def test_bad_input_is_one_line(options, mention, capsys, tmp_path):
     assert out == "" and err.count("\n") == 1 and mention in err and not (tmp_path / "r").exists()
 
 
+def test_a_working_directory_that_is_gone_is_said(capsys, monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["inspect", "smollm2-135m", "--out", "r"]) == 2
+    assert "the working directory is gone" in capsys.readouterr().err
+
+
 def test_a_missing_matplotlib_and_a_bad_folder_are_named_with_the_way_out(capsys, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     assert main(["inspect", "smollm2-135m", "--out", str(tmp_path / "file" / "r")]) == 2

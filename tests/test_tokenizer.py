@@ -420,6 +420,10 @@ def test_byte_order_marks_and_line_ends_of_files_are_no_content(tmp_path):
     assert one.eos_ids == {2} and one.chat([]) == "a\nb\nc"
     (tmp_path / "chat_template.jinja").write_bytes("a\r\né".encode("utf-16"))
     assert Tokenizer(tmp_path).chat([]) == "a\né"
+    library = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "tokenizer.json").write_text(library, encoding=encoding)
+        assert Tokenizer(tmp_path).encode("a b") == one.encode("a b")
     (tmp_path / "chat_template.jinja").write_bytes("é".encode("latin-1"))
     with pytest.raises(UserError, match="chat_template.jinja cannot be read as UTF-8 text"):
         Tokenizer(tmp_path)

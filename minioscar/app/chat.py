@@ -217,6 +217,8 @@ def command(conversation: Conversation, line: str, options: dict[str, Any]) -> b
         return False
     if name not in commands:
         raise UserError(f"there is no {name}; /help lists the commands, a space in front makes it a message")
+    if argument and name != "/save":
+        raise UserError(f"{name} takes nothing behind it; a space in front makes the line a message")
     commands[name]()
     return True
 

@@ -46,7 +46,10 @@ def check(folder: str | Path, text: str | None = None) -> None:
     if str(folder) == "-":
         raise UserError("--out - would be standard output, but a report is a folder; name one, or take --json instead")
     folder = expand(folder)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: the working directory is gone; go to another, or give a whole path") from None
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{folder} cannot be written to ({existing} is no folder or is write-protected); give another --out")
     for name in FILES if folder.is_dir() else ():
