@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .storage import foreign
 from .storage import strict_json as json
 from .storage.files import decoded
 
@@ -31,7 +32,7 @@ def find(folder: Path, config: Mapping[str, Any], file: Mapping[str, Any]) -> di
         source = source if isinstance(source, dict) else {"default": source}
         named |= {name: text for name, text in source.items() if isinstance(name, str) and text and isinstance(text, str)}
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (path := folder / "chat_template.jinja").is_file():
+    if (path := folder / "chat_template.jinja").is_file() or path.is_symlink():
         files["default"] = path
     return named | {name: _text(path) for name, path in files.items()}
 
@@ -39,6 +40,8 @@ def find(folder: Path, config: Mapping[str, Any], file: Mapping[str, Any]) -> di
 def _text(path: Path) -> str:
     try:
         return decoded(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} {foreign.GONE}") from None
     except OSError as error:
         raise UserError(f"{path}: not readable ({error}); fetch it again") from error
 

@@ -235,6 +235,8 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())  # with a byte order mark, or in UTF-16, too
     except FileNotFoundError:
+        if path.is_symlink():
+            raise UserError(f"{path} {foreign.GONE}") from None
         return {}
     except (OSError, ValueError, RecursionError) as error:
         if found := foreign.content(path):
@@ -293,12 +295,12 @@ def _added_tokens(folder: Path, config: dict[str, Any], special: Container[str])
 
     found, decoder = {}, config.get("added_tokens_decoder")
     for key, entry in (decoder if isinstance(decoder, dict) else {}).items():
-        if not (isinstance(entry, dict) and _content(entry) and key.isdecimal()):
+        if not (isinstance(entry, dict) and _content(entry) and key.isdecimal() and len(key) < 10):
             raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has no token under {key!r}; fetch it again")
         found[int(key)] = AddedToken(entry["content"], **_flags(entry))
     texts, older, place = {token.content for token in found.values()}, {}, folder / "added_tokens.json"
     for text, i in _json(place).items():
-        if type(i) is not int or i < 0 or i in older:
+        if type(i) is not int or not 0 <= i < 10**9 or i in older:
             also = f", as has {older[i].content!r}" if i in older else ""
             raise UserError(f"{place}: the token {text!r} has the id {i!r}{also}; fetch it again")
         if text and text not in texts:

@@ -359,7 +359,9 @@ def test_a_text_that_tokenizer_json_has_keeps_its_id_as_in_transformers(tmp_path
         (dict(tokenizer_config={"added_tokens_decoder": {"0": {"content": "<c>"}}}), "'<c>' has id 0, .* that is '<s>'"),
         (dict(tokenizer_config={"added_tokens_decoder": {"x": {"content": "<c>"}}}), "no token under 'x'"),
         (dict(tokenizer_config={"added_tokens_decoder": {"280": "<c>"}}), "no token under '280'"),
+        (dict(tokenizer_config={"added_tokens_decoder": {"9" * 20: {"content": "<c>"}}}), "no token under '9{20}'"),
         (dict(added_tokens={"<c>": "280"}), "'<c>' has the id '280'"),
+        (dict(added_tokens={"<c>": 10**20}), "'<c>' has the id 10{20}"),
         (dict(added_tokens={"<c>": 280, "<d>": 280}), "'<d>' has the id 280, as has '<c>'"),
     ],
 )

@@ -180,10 +180,13 @@ def test_weights_of_another_form_are_named_with_a_way_out(folder, names, parts):
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", [FILE, INDEX, "tokenizer.json"])
+SIDE_FILES = "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"
+
+
+@pytest.mark.parametrize("name", [FILE, INDEX, *SIDE_FILES])
 def test_a_link_into_a_cache_that_was_emptied_is_called_what_it_is(tmp_path, name):
     folder = write_talker(tmp_path / "m", 1)
-    (folder / (name if name == "tokenizer.json" else FILE)).unlink()
+    (folder / (name if name in SIDE_FILES else FILE)).unlink(missing_ok=True)
     (folder / name).symlink_to("../../blobs/4d7a")
     with pytest.raises(UserError, match=f"{name} is a link to a file that is gone; fetch the model again"):
         read(folder)
