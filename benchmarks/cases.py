@@ -11,7 +11,7 @@ from minioscar.cache import cache_bytes
 from minioscar.config import Config
 from minioscar.memory import size
 from minioscar.ops import attention
-from minioscar.ops.layout import PAGE_TOKENS
+from minioscar.ops.layout import PAGE_TOKENS, page_bytes
 from minioscar.oscar import SCHEMES, WINDOW, Scheme
 
 CHUNK = 1 << 26  # random numbers that are drawn at once, in float32 first
@@ -128,7 +128,7 @@ def moved_bytes(case: Case) -> int:
     token = h.kv_heads * h.head_dim * 2 * 2
     if not scheme.quantized:
         return case.batch * (case.context + WINDOW // 2) * token
-    pages = case.context // PAGE_TOKENS * h.kv_heads * attention.page_bytes(scheme, h.head_dim)
+    pages = case.context // PAGE_TOKENS * h.kv_heads * page_bytes(scheme, h.head_dim)
     return case.batch * (pages + 4 * case.context * scheme.scale + (scheme.sinks + WINDOW // 2) * token)
 
 

@@ -15,11 +15,11 @@ import cupy
 import numpy as np
 
 from benchmarks.cases import DENSE, PREFILLS, Case, Matrix, pairs
-from benchmarks.kernels import filled, properties, random_bf16
+from benchmarks.kernels import filled, random_bf16
 from benchmarks.measure import copies_of, graph_time
 from minioscar.cache import BF16
 from minioscar.ops import attention, linear, linear_batch, prefill, sample
-from minioscar.ops.launch import Launch, run
+from minioscar.ops.launch import Card, Launch, run
 from minioscar.sampling import RowSampling, Sampling
 
 Array = Any
@@ -84,21 +84,21 @@ def row(op: str, shape: str, tokens: int, us: float, spread: float, work: int, r
 def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> list[Callable[[], None]]:
     """A launch for each copy of the weights; where linear.cu has no room the norm is a launch of its own, and
     counted."""
-    multiprocessors, capability = properties()
+    card = Card.current()
     x, norm = random_bf16((tokens, matrix.size), rng), cupy.ones(matrix.size, BF16)
     width = matrix.rows // 2 if matrix.silu else matrix.rows
     out = cupy.empty((tokens, width), np.float32 if matrix.float32 else BF16)
     options = {"silu": matrix.silu, "residual": random_bf16((tokens, width), rng) if matrix.residual else None}
-    if linear.fits(tokens, matrix.size, matrix.norm, matrix.silu, capability):
+    if linear.fits(tokens, matrix.size, matrix.norm, matrix.silu, card):
         options |= {"norm": (norm, EPS)} if matrix.norm else {}
-        made = [(linear.linear(x, weight, out, multiprocessors, capability, **options),) for weight in weights]
+        made = [(linear.linear(x, weight, out, card, **options),) for weight in weights]
     else:
-        plan = linear_batch.batch_plan(tokens, matrix.size, matrix.rows, matrix.silu, multiprocessors, capability)
-        scratch = cupy.empty(plan.workspace_floats, np.float32), cupy.zeros(plan.counters, np.int32)
+        plan = linear_batch.batch_plan(tokens, matrix.size, matrix.rows, matrix.silu, card)
+        scratch = linear_batch.Scratch(cupy.empty(plan.workspace_floats, np.float32), cupy.zeros(plan.counters, np.int32))
         normed = cupy.empty_like(x)
         before = (linear.rms_norm(x, norm, EPS, normed),) if matrix.norm else ()
         made = [
-            (*before, linear_batch.linear_batch(normed if before else x, weight, out, plan, *scratch, **options))
+            (*before, linear_batch.linear_batch(normed if before else x, weight, out, plan, scratch, **options))
             for weight in weights
         ]
 
@@ -133,55 +133,39 @@ def between(rng: Any) -> Iterator[tuple[str, str, int, Launch, int]]:
     )
     q, k = (cupy.empty((tokens, n, head_dim), BF16) for n in (q_heads, kv_heads))
     norms, weight = cupy.empty((1, tokens), np.float32), cupy.ones(head_dim, BF16)
-    slots = cupy.zeros(tokens, np.int32)  # all of one sequence
-    options = {
-        "slots": slots,
-        "norms": norms,
-        "norm_stride": tokens,
-        "q_weight": weight,
-        "k_weight": weight,
-        "eps": EPS,
-    }
-    launch = attention.rotate_scale(
-        HEADS, qkv, cupy.arange(tokens, dtype=np.int32), *tables, q, rotate=True, k_out=k, **options
-    )
+    to = attention.KeyOutputs(k, norms=norms, slots=cupy.zeros(tokens, np.int32))  # all of one sequence
+    rotation = attention.Rotation(HEADS, *tables, True, weight, weight, EPS)
+    launch = attention.rotate_scale(rotation, qkv, cupy.arange(tokens, dtype=np.int32), q, to)
     moved = 2 * (q.nbytes + k.nbytes) + tables.nbytes + norms.nbytes
     yield "rotate_scale", f"{q_heads} and {kv_heads} heads of {head_dim}", tokens, launch, moved
 
 
 def prefill_after(past: int, new: int, rng: Any) -> Callable[[], None]:
-    h, (multiprocessors, capability) = HEADS, properties()
+    h, card = HEADS, Card.current()
     q, k, v = (random_bf16((new, n, h.head_dim), rng) for n in (h.q_heads, h.kv_heads, h.kv_heads))
     older = tuple(random_bf16((1, h.kv_heads, past, h.head_dim), rng) for _ in "kv") if past else None
     stride = h.kv_heads * h.head_dim
-    new_tokens = attention.PrefillTokens(
-        k, v, stride, stride, *(cupy.asarray([n], np.int32) for n in (0, 0, past, new)), new
-    )
-    if prefill.tiled(h.head_dim, capability):
-        tiles = prefill.Tiles(*tiles_for(past + new), new_tokens.first_rows)
+    rows = (cupy.asarray([n], np.int32) for n in (0, 0, past, new))
+    new_tokens = attention.PrefillTokens(k, v, stride, stride, *rows, new)
+    if prefill.tiled(h.head_dim, card):
+        tiles = tiles_for(past + new, new_tokens.first_rows)
         run(prefill.fill_tiles(h, new_tokens, older, past + new, tiles))
         older = tiles
-    plan = prefill.split_plan(h, new, 1, past, multiprocessors, capability)
-    split = plan and (
-        plan,
-        cupy.empty(plan.workspace_floats(h.head_dim), np.float32),
-        cupy.zeros(plan.blocks, np.int32),
-    )
-    options = {"split": split, "multiprocessors": multiprocessors}
-    launch = prefill.prefill_attention(h, q, new_tokens, older, cupy.empty_like(q), capability, **options)
+    plan = prefill.split_plan(h, new, 1, past, card)
+    splits = plan and prefill.KeySplits.allocate(cupy, plan, h.head_dim)
+    launch = prefill.prefill_attention(h, q, new_tokens, older, cupy.empty_like(q), card, splits=splits)
     return lambda: run(launch)
 
 
-def tiles_for(tokens: int) -> tuple[Array, Array]:
-    """Keys and values of prefill.Tiles, unwritten."""
-    shape = -(-tokens // prefill.TILE_TOKENS), HEADS.kv_heads, prefill.TILE_TOKENS, HEADS.head_dim
-    return cupy.empty(shape, BF16), cupy.empty(shape, BF16)
+def tiles_for(tokens: int, first: Array) -> prefill.Tiles:
+    """Unwritten."""
+    return prefill.Tiles.allocate(cupy, HEADS, -(-tokens // prefill.TILE_TOKENS), first)
 
 
 def unpacking(tokens: int, rng: Any) -> Callable[[], None]:
     case = Case("int2", 1, tokens, HEADS)
     keys, values = (cupy.empty((1, HEADS.kv_heads, tokens, HEADS.head_dim), BF16) for _ in "kv")
-    tiled = prefill.tiled(HEADS.head_dim, properties()[1])
-    to = prefill.Tiles(*tiles_for(tokens), cupy.zeros(1, np.int32)) if tiled else (keys, values)
+    tiled = prefill.tiled(HEADS.head_dim, Card.current())
+    to = tiles_for(tokens, cupy.zeros(1, np.int32)) if tiled else (keys, values)
     launch = prefill.unpack(HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), tokens, filled(case, rng), to)
     return lambda: run(launch)

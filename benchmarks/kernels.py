@@ -20,8 +20,8 @@ from benchmarks.measure import copies_of, graph_time
 from benchmarks.peers import peer_times
 from minioscar.cache import BF16
 from minioscar.ops import attention
-from minioscar.ops.launch import kernel, run
-from minioscar.ops.layout import PAGE_TOKENS
+from minioscar.ops.launch import Card, kernel, run
+from minioscar.ops.layout import PAGE_TOKENS, page_bytes
 from minioscar.oscar import WINDOW, Scheme
 
 Array = Any
@@ -45,7 +45,7 @@ def filled(case: Case, rng: Any) -> dict[str, Array]:
     window = rows, h.kv_heads, WINDOW, h.head_dim
     cache = {"window_keys": random_bf16(window, rng), "window_values": random_bf16(window, rng)}
     cache["pages"] = cupy.empty(
-        (rows, h.kv_heads, context // PAGE_TOKENS, attention.page_bytes(scheme, h.head_dim)), np.uint8
+        (rows, h.kv_heads, context // PAGE_TOKENS, page_bytes(scheme, h.head_dim)), np.uint8
     )
     if scheme.scale:
         cache["norms"] = (h.kv_heads * h.head_dim) ** 0.5 * (
@@ -75,44 +75,30 @@ def packing(
 
 def attention_launches(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict[str, Array]]]:
     """One launch per rotating cache."""
-    scheme, h = case.scheme, case.heads
-    first = filled(case, rng)
+    h, first = case.heads, filled(case, rng)
     size = sum(array.nbytes for array in first.values())
     caches = [first] + [{name: array.copy() for name, array in first.items()} for _ in range(copies_of(size) - 1)]
-    plan = plan_of(case)
     q = random_bf16((case.batch, h.q_heads, h.head_dim), rng)
-    lengths = cupy.full(case.batch, case.context + WINDOW // 2 - 1, np.int32)
-    out = cupy.empty(q.shape, BF16)
-    workspace = cupy.empty(plan.workspace_floats(h.head_dim), np.float32)
-    split_counter = cupy.zeros(plan.counters(h.head_dim), np.int32)
-    tasks = cupy.empty(plan.task_shape, np.int32)
-    run(attention.schedule(h, scheme, plan, lengths, tasks, workspace))  # once a step, for all layers: its own row
-    results = lengths, tasks, out, None, workspace, split_counter
+    state, out = decode_state(case), cupy.empty(q.shape, BF16)
+    run(attention.schedule(state))  # once a step, for all layers: its own row
     rotation = enumerate(caches * (1 + len(caches) % 2))  # an even number: launches alternate two workspaces
-    made = [attention.decode_attention(h, scheme, plan, q, cache, *results, parity=i % 2) for i, cache in rotation]
+    made = [attention.decode_attention(state, q, cache, out, parity=i % 2) for i, cache in rotation]
     return [lambda launch=launch: run(launch) for launch in made], caches
 
 
-def properties() -> tuple[int, int]:
-    """Multiprocessors and compute capability."""
-    found = cupy.cuda.runtime.getDeviceProperties(0)
-    return found["multiProcessorCount"], 10 * found["major"] + found["minor"]
+def decode_state(case: Case) -> attention.DecodeState:
+    plan = attention.decode_plan(case.heads, case.scheme, case.batch, Card.current())
+    lengths = cupy.full(case.batch, case.context + WINDOW // 2 - 1, np.int32)
+    return attention.DecodeState.allocate(cupy, case.heads, case.scheme, plan, lengths)
 
 
-def plan_of(case: Case) -> attention.DecodePlan:
-    return attention.decode_plan(case.heads, case.scheme, case.batch, *properties())
-
-
-def compile_all(wanted: list[Case]) -> None:
+def compile_all(cases: list[Case]) -> None:
     """NVRTC on all cores, before anything is timed."""
     q = cupy.empty(0, BF16)
     seen = {}
-    for case in wanted:
+    for case in cases:
         cache = {name: cupy.empty((1, 1, 1, 1), np.uint8) for name in ("keys", "values", "pages", "norms")}
-        lengths = np.empty(case.batch)
-        launch = attention.decode_attention(
-            case.heads, case.scheme, plan_of(case), q, cache, lengths, None, q, None, None, None, parity=0
-        )
+        launch = attention.decode_attention(decode_state(case), q, cache, q, parity=0)
         seen[launch.source, launch.name, launch.defines] = None
         if case.scheme.quantized:
             seen["pack.cu", "pack", attention.layout_defines(case.scheme, case.heads.head_dim)] = None
@@ -123,11 +109,11 @@ def compile_all(wanted: list[Case]) -> None:
         pool.starmap(kernel, list(seen), chunksize=1)
 
 
-def measure(wanted: list[Case], copy_rate: float, peers: bool, rest: bool = True) -> Iterator[dict]:
+def measure(cases: list[Case], copy_rate: float, peers: bool, rest: bool = True) -> Iterator[dict]:
     """A row of every case; one that the card's memory cannot hold says why instead of a time. rest: as `graph_time`
     has it."""
     rng = cupy.random.default_rng(0)
-    fitting = {case: too_large(case, free_bytes()) for case in wanted}
+    fitting = {case: too_large(case, free_bytes()) for case in cases}
     compile_all([case for case, reason in fitting.items() if reason is None])
     for case, reason in fitting.items():
         if reason is not None:
@@ -164,18 +150,11 @@ def writing(copy_rate: float) -> Iterator[dict]:
     cos = cupy.ones((case.context + WINDOW, h.head_dim // 2), np.float32)
     q = cupy.empty((1, h.q_heads, h.head_dim), BF16)
     weight = cupy.ones(h.head_dim, BF16)
-    options = {
-        "keys": cache["window_keys"],
-        "values": cache["window_values"],
-        "norms": cache["norms"],
-        "norm_stride": case.context,
-    }
-    options |= {"q_weight": weight, "k_weight": weight, "eps": 1e-6}
-    rotate = attention.rotate_scale(h, qkv, lengths, cos, cos, q, rotate=True, **options)
+    to = attention.KeyOutputs(None, cache["window_keys"], cache["window_values"], cache["norms"])
+    rotation = attention.Rotation(h, cos, cos, True, weight, weight, 1e-6)
+    rotate = attention.rotate_scale(rotation, qkv, lengths, q, to)
     pack = attention.pack_step(h, scheme, lengths, cache)
-    plan = plan_of(case)
-    scratch = cupy.empty(plan.task_shape, np.int32), cupy.empty(plan.workspace_floats(h.head_dim), np.float32)
-    schedule = attention.schedule(h, scheme, plan, lengths, *scratch)
+    schedule = attention.schedule(decode_state(case))
     for op, made in (
         ("rotate_scale_append", (rotate,)),
         ("rotate_scale_append_pack", (rotate, pack)),

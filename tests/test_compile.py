@@ -18,7 +18,7 @@ import pytest
 from minioscar.ops import attention, linear, linear_batch, prefill, sample
 from minioscar.ops.cubins import KERNELS, architecture
 from minioscar.ops.cubins import source as text_of
-from minioscar.ops.launch import SHARED_KIB, Launch
+from minioscar.ops.launch import SHARED_KIB, Card, Launch
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling, Sampling
 
@@ -34,19 +34,21 @@ MORE += [("int2", 256, 7), ("bf16", 256, 8)]
 
 def launches(arch: int) -> dict[str, Launch]:
     """Label -> what is launched for a shape on a card of this compute capability."""
-    found, everything = {}, arch == 90
+    found, everything, card = {}, arch == 90, Card(MULTIPROCESSORS, arch)
     ints, out = np.empty(1, np.int32), np.empty(1, np.uint16)
+    scratch = linear_batch.Scratch(out, ints)
     cache = {
         name: np.empty((1, 1, 1, 1), np.uint8)
         for name in ("keys", "values", "pages", "norms", "window_keys", "window_values")
     }
     for kv, dim, q_per_kv in SHAPES + MORE * everything:
         heads, scheme = attention.Heads(2 * q_per_kv, 2, dim), SCHEMES[kv]
-        plan = attention.decode_plan(heads, scheme, 1, MULTIPROCESSORS, arch)
-        launch = attention.decode_attention(heads, scheme, plan, out, cache, ints, ints, out, None, out, ints, parity=0)
+        plan = attention.decode_plan(heads, scheme, 1, card)
+        state = attention.DecodeState(heads, scheme, plan, ints, ints, out, ints)
+        launch = attention.decode_attention(state, out, cache, out, parity=0)
         found[f"{launch.name} {kv} d{dim} {q_per_kv}:1"] = launch
         if kv == "int2" and dim == 128:
-            found[f"schedule {kv} d{dim} {q_per_kv}:1"] = attention.schedule(heads, scheme, plan, ints, ints, out)
+            found[f"schedule {kv} d{dim} {q_per_kv}:1"] = attention.schedule(state)
     new = attention.PrefillTokens(out, out, 0, 0, ints, ints, ints, ints, 1)
     for kv, dim in [("int2", 128)] + [("int2-compact", 128), ("int4", 64), ("oscar", 256)] * everything:
         heads = attention.Heads(2, 2, dim)
@@ -54,10 +56,8 @@ def launches(arch: int) -> dict[str, Launch]:
             found[f"{launch.name} {kv} d{dim}"] = launch
     for dim, q_per_kv in [(128, 4)] + [(64, 3), (96, 1), (256, 8)] * everything:
         heads = attention.Heads(2 * q_per_kv, 2, dim)
-        past = prefill.Tiles(out, out, ints) if prefill.tiled(dim, arch) else None
-        found[f"prefill_attention d{dim} {q_per_kv}:1"] = prefill.prefill_attention(
-            heads, out, new, past, out, arch
-        )
+        past = prefill.Tiles(out, out, ints) if prefill.tiled(dim, card) else None
+        found[f"prefill_attention d{dim} {q_per_kv}:1"] = prefill.prefill_attention(heads, out, new, past, out, card)
         if past:
             found[f"prefill_tiles d{dim}"] = prefill.fill_tiles(heads, new, None, 1, past)
     for to, silu, dtype in (
@@ -67,25 +67,20 @@ def launches(arch: int) -> dict[str, Launch]:
     ):
         norm = None if to == "bf16" else (out, 0.0)
         x, weight, y = np.empty((1, 4096)), np.empty((8192, 4096)), np.empty((1, 1), dtype)
-        found[f"linear to {to}"] = linear.linear(x, weight, y, MULTIPROCESSORS, arch, norm=norm, silu=silu)
+        found[f"linear to {to}"] = linear.linear(x, weight, y, card, norm=norm, silu=silu)
     for tokens in (32, 48, 128, *((192, 256) if everything else ())):
         x, weight, y = np.empty((tokens, 4096)), np.empty((24576, 4096), np.uint8), np.empty((1, 1), np.uint16)
-        batch = linear_batch.batch_plan(tokens, 4096, 24576, True, MULTIPROCESSORS, arch)
-        found[f"linear_batch of {tokens}"] = linear_batch.linear_batch(x, weight, y, batch, out, ints, silu=True)
+        plan = linear_batch.batch_plan(tokens, 4096, 24576, True, card)
+        found[f"linear_batch of {tokens}"] = linear_batch.linear_batch(x, weight, y, plan, scratch, silu=True)
     for warpgroups, tile in linear_batch.MAX_TILE_ROWS.items() if everything else ():  # the largest sums
         x, weight, y = (
             np.empty((64 * warpgroups, 4096)),
             np.empty((2 * tile, 4096), np.uint8),
             np.empty((1, 1), np.uint16),
         )
-        batch = next(
-            p
-            for p in linear_batch.wgmma_configs(64 * warpgroups, 4096, 2 * tile, False, MULTIPROCESSORS)
-            if p.rows == tile
-        )
-        found[f"linear_batch of {64 * warpgroups}, tiles of {tile}"] = linear_batch.linear_batch(
-            x, weight, y, batch, out, ints
-        )
+        plans = linear_batch.wgmma_configs(64 * warpgroups, 4096, 2 * tile, False, card)
+        plan, label = next(p for p in plans if p.rows == tile), f"linear_batch of {64 * warpgroups}, tiles of {tile}"
+        found[label] = linear_batch.linear_batch(x, weight, y, plan, scratch)
     found["embed"], found["advance"] = linear.embed(out[None], ints, out), sample.advance(ints, ints)
     for launch in (linear.silu_mul(out[None], np.empty((1, 8))), linear.add(out[None], np.empty((1, 8)))):
         found[launch.name] = launch
@@ -96,10 +91,11 @@ def launches(arch: int) -> dict[str, Launch]:
             found[f"{launch.name} of {batch}"] = launch
     for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
-        to = prefill.Tiles(past, past, ints) if prefill.tiled(dim, arch) else (past, past)
+        to = prefill.Tiles(past, past, ints) if prefill.tiled(dim, card) else (past, past)
         found[f"unpack {kv} d{dim}"] = prefill.unpack(attention.Heads(2, 2, dim), SCHEMES[kv], ints, ints, 1, cache, to)
     for dim in (128, *((64, 256) if everything else ())):
-        found[f"rotate_scale d{dim}"] = attention.rotate_scale(attention.Heads(8, 2, dim), out, ints, out, out, out, rotate=True)
+        rotation = attention.Rotation(attention.Heads(8, 2, dim), out, out, True)
+        found[f"rotate_scale d{dim}"] = attention.rotate_scale(rotation, out, ints, out, attention.KeyOutputs())
         found[f"rotate_weights d{dim}"] = attention.rotate_weights(out, dim, 0)
     return found
 

@@ -12,6 +12,8 @@ import pytest
 from minioscar import oscar
 from minioscar.cache import BF16
 from minioscar.ops import attention
+from minioscar.ops.launch import Card
+from minioscar.ops.layout import page_bytes
 from minioscar.oscar import SCHEMES, WINDOW, Scheme
 
 from .kernel_device import on_each_device, on_the_card
@@ -91,7 +93,7 @@ def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: atten
     for b, (x, old) in enumerate(zip(sequences, packed, strict=True)):
         window[:, b, :, : x.shape[2] - old] = x[:, :, old:]
         norms[b, : x.shape[2]] = oscar.token_norms(x[0].transpose(1, 0, 2))
-    pages = device.empty((batch, KV_HEADS, -(-capacity // 64), attention.page_bytes(scheme, d)), np.uint8)
+    pages = device.empty((batch, KV_HEADS, -(-capacity // 64), page_bytes(scheme, d)), np.uint8)
     cache = {"pages": pages, "norms": device.array(norms)}
     cache |= {f"window_{n}": device.array(w) for n, w in zip(("keys", "values"), window, strict=True)}
     if scheme.sinks:
@@ -151,21 +153,26 @@ def attended(
     order: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The kernel's output and log-sum-exp."""
-    d, heads = q.shape[2], attention.Heads(q.shape[1], KV_HEADS, q.shape[2])
+    heads = attention.Heads(q.shape[1], KV_HEADS, q.shape[2])
     cache = filled(device, sequences, scheme, heads)
     out, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:2], np.float32)
-    workspace = device.empty(plan.workspace_floats(d), np.float32)
-    split_counter = device.array(np.zeros(plan.counters(d), np.int32))
-    known = device.array(np.array([x.shape[2] for x in sequences], np.int32) - 1)
-    tasks = device.empty(plan.task_shape, np.int32)
-    attend = attention.decode_attention(
-        heads, scheme, plan, device.array(q), cache, known, tasks, out, lse, workspace, split_counter, parity=0
-    )
-    schedule = attention.schedule(heads, scheme, plan, known, tasks, workspace)
+    state = state_of(device, heads, scheme, plan, [x.shape[2] for x in sequences])
+    attend = attention.decode_attention(state, device.array(q), cache, out, lse=lse, parity=0)
+    schedule = attention.schedule(state)
     device.run(replace(schedule, defines=attend.defines), arch, order)  # one compilation, as in the engine
     device.run(attend, arch, order)
-    assert not device.numpy(split_counter).any()
+    assert not device.numpy(state.split_counter).any()
     return device.numpy(out), device.numpy(lse, allow_unwritten=True)
+
+
+def state_of(
+    device, heads: attention.Heads, scheme: Scheme, plan: attention.DecodePlan, lengths: Sequence[int]
+) -> attention.DecodeState:
+    """lengths count the new token."""
+    before, d = device.array(np.array(lengths, np.int32) - 1), heads.head_dim
+    tasks, workspace = device.empty(plan.task_shape, np.int32), device.empty(plan.workspace_floats(d), np.float32)
+    split_counter = device.array(np.zeros(plan.counters(d), np.int32))
+    return attention.DecodeState(heads, scheme, plan, before, tasks, workspace, split_counter)
 
 
 def cached_packed(scheme: Scheme, x: np.ndarray) -> int:
@@ -273,17 +280,15 @@ def test_launches_that_alternate_halves_of_a_workspace_find_no_sums_of_each_othe
     rng, scheme = np.random.default_rng(seed), SCHEMES[name]
     plan, heads = attention.DecodePlan(4, 1, 4, 2, 7), attention.Heads(KV_HEADS * 4, KV_HEADS, 64)
     workspace = device.array(np.zeros(plan.workspace_floats(64), np.float32))  # nothing of it is empty
-    split_counter = device.array(np.zeros(plan.counters(64), np.int32))
     for lengths in ((300, 1, 128, 513), (700, 40, 0, 0), (129, 400, 400, 2)):
-        tasks, known = device.empty(plan.task_shape, np.int32), device.array(np.array(lengths, np.int32) - 1)
-        device.run(attention.schedule(heads, scheme, plan, known, tasks, workspace))
+        state = replace(state_of(device, heads, scheme, plan, lengths), workspace=workspace)
+        device.run(attention.schedule(state))
         for parity in (0, 1, 0):
             q = rng.normal(size=(len(lengths), heads.q_heads, 64)).astype(BF16)
             sequences = [history(rng, n, 64, "", q[0, 0].astype(np.float64)) for n in lengths]
             out, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:2], np.float32)
-            results = known, tasks, out, lse, workspace, split_counter
             cache = filled(device, sequences, scheme, heads)
-            device.run(attention.decode_attention(heads, scheme, plan, device.array(q), cache, *results, parity=parity))
+            device.run(attention.decode_attention(state, device.array(q), cache, out, lse=lse, parity=parity))
             expected = np.zeros(q.shape), np.zeros(q.shape[:2])
             for b, x in enumerate(sequences):
                 if x.shape[2]:
@@ -320,13 +325,7 @@ def test_warps_with_many_units_ask_for_two_of_them_early(device, seed, warps, na
 
 
 def planned(scheme: Scheme, d: int, q_per_kv: int, batch: int) -> attention.DecodePlan:
-    import cupy
-
-    device = cupy.cuda.Device()
-    heads = attention.Heads(KV_HEADS * q_per_kv, KV_HEADS, d)
-    return attention.decode_plan(
-        heads, scheme, batch, device.attributes["MultiProcessorCount"], int(device.compute_capability)
-    )
+    return attention.decode_plan(attention.Heads(KV_HEADS * q_per_kv, KV_HEADS, d), scheme, batch, Card.current())
 
 
 OTHERS = [

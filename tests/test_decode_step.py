@@ -14,7 +14,8 @@ from minioscar.cache import BF16, Cache
 from minioscar.model import Model
 from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode import StepBatch, StepDecoder, unsupported
-from minioscar.ops.linear import Products, batch_plans
+from minioscar.ops.launch import Card
+from minioscar.ops.linear import Products, scratch_bytes, step_plans
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling, Sampling, next_token, sample
 from minioscar.weights import Layer, Weights, expected
@@ -210,15 +211,15 @@ class Unlaunched(Cuda):
     """The CUDA back end without a card: arrays are made, nothing is launched, and nothing of them is touched."""
 
     def __init__(self):
-        self.xp, self.multiprocessors, self.capability, self.recorded = Counted(), 132, 90, None
-        self.products = Products(self.xp, self.multiprocessors, self.capability)
+        self.xp, self.card, self.recorded = Counted(), Card(132, 90), None
+        self.products = Products(self.xp, self.card)
 
     def run(self, launch) -> None:
         pass
 
     @contextmanager
     def recording(self, tokens: int, config):
-        self.products.reserve(batch_plans(config, tokens, self.multiprocessors, self.capability))
+        self.products.reserve(step_plans(config, tokens, self.card))
         yield None
 
     def queue(self, batch, run, graph):
@@ -243,6 +244,6 @@ def test_what_a_step_allocates_is_predicted(preset, kv, rows, penalty):
     model = Model(config, weights, SCHEMES[kv], ops)
     StepDecoder(model, cache, [RowSampling(Sampling(0.8, top_p=0.9, presence_penalty=penalty))] * rows)
     # the arrays that are alive together are fewer than all of them; the other scratch is the prompts'
-    predicted = ops.work_bytes(config, rows, rows, rows, penalty > 0) - ops._products_bytes(config, rows)
+    predicted = ops.work_bytes(config, rows, rows, rows, penalty > 0) - scratch_bytes(config, rows, ops.card)
     made = ops.xp.most - before
     assert predicted * 0.9 - 200_000 < made < 1.02 * predicted + 100_000, (made, predicted)

@@ -17,7 +17,7 @@ from minioscar.generation import Options
 from minioscar.model import Model
 from minioscar.ops import cubins
 from minioscar.ops.cuda import OnPaper, programs
-from minioscar.ops.linear import Products
+from minioscar.ops.launch import Card
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling, Sampling
 from minioscar.weights import Layer, Weights, expected
@@ -158,15 +158,9 @@ def test_what_a_run_launches_is_known_before(kv, lengths, sampling, arch, tmp_pa
     assert ops.launched == ops.listed
 
 
-class Card(OnPaper):
-    def __init__(self, arch: int):
-        self.xp, self.multiprocessors, self.capability, self.indices, self.recorded = np, 132, arch, None, None
-        self.products, self.launched = Products(np, 132, arch), {}
-
-
 def listed(preset: str, kv: str, lengths: list[int], arch: int) -> list[cubins.Program]:
     """What a run of a published shape launches."""
-    config, ops = replace(presets.config_of(preset), num_layers=1), Card(arch)
+    config, ops = replace(presets.config_of(preset), num_layers=1), OnPaper(Card(132, arch))
     shapes = {name: np.broadcast_to(BF16.type(0), shape) for name, shape in expected(config).items()}
     of = {name.removeprefix("model.layers.0."): x for name, x in shapes.items()}
     widths = config.q_size + 2 * config.kv_size, 2 * config.intermediate_size

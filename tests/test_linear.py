@@ -7,7 +7,8 @@ import pytest
 
 from minioscar.cache import BF16
 from minioscar.ops import linear, linear_batch
-from minioscar.ops.linear_batch import WgmmaPlan
+from minioscar.ops.launch import Card
+from minioscar.ops.linear_batch import Scratch, WgmmaPlan
 
 from .kernel_device import on_each_device, on_the_card
 
@@ -18,6 +19,13 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return x.astype(BF16).astype(np.float64)
 
 
+SMALL = Card(2, 80)
+
+
+def scratch_for(device, plan: linear_batch.LinearPlan) -> Scratch:
+    return Scratch(device.empty(plan.workspace_floats, np.float32), device.array(np.zeros(plan.counters, np.int32)))
+
+
 def check(
     device,
     seed: int,
@@ -26,8 +34,7 @@ def check(
     rows: int,
     *,
     order: int = 0,
-    multiprocessors: int = 2,
-    capability: int = 80,
+    card: Card = SMALL,
     plan: linear_batch.LinearPlan | None = None,
     **parts: bool,
 ) -> np.ndarray:
@@ -47,20 +54,17 @@ def check(
     x_there, weight_there = device.array(x), device.array(weight)
     if tokens <= linear.LINEAR_TOKENS:
         given |= {"norm": (device.array(norm), EPS)} if norm is not None else {}
-        device.run(linear.linear(x_there, weight_there, out, multiprocessors, capability, **given), seed=order)
+        device.run(linear.linear(x_there, weight_there, out, card, **given), seed=order)
     else:
         if norm is not None:
             normed = device.empty(x.shape, BF16)
             device.run(linear.rms_norm(x_there, device.array(norm), EPS, normed), seed=order)
             x_there = normed
-        plan = plan or linear_batch.batch_plan(tokens, size, rows, given["silu"], multiprocessors, capability)
-        workspace, split_counter = (
-            device.empty(plan.workspace_floats, np.float32),
-            device.array(np.zeros(plan.counters, np.int32)),
-        )
-        launch = linear_batch.linear_batch(x_there, weight_there, out, plan, workspace, split_counter, **given)
+        plan = plan or linear_batch.batch_plan(tokens, size, rows, given["silu"], card)
+        scratch = scratch_for(device, plan)
+        launch = linear_batch.linear_batch(x_there, weight_there, out, plan, scratch, **given)
         device.run(launch, arch=90 if isinstance(plan, WgmmaPlan) else 80, seed=order)
-        assert not device.numpy(split_counter).any()
+        assert not device.numpy(scratch.split_counter).any()
     got = np.array(device.numpy(out))
 
     x, w = x.astype(np.float64), weight.astype(np.float64)
@@ -123,8 +127,8 @@ GROUPS = [
 def test_linear_of_warpgroups(device, seed, tokens, size, rows, parts):
     if parts.get("silu") and rows % 2:
         pytest.skip("gate and up have the same number of rows")
-    assert linear_batch.uses_wgmma(tokens, rows, 2, 90)
-    check(device, seed, tokens, size, rows, capability=90, **parts)
+    assert linear_batch.uses_wgmma(tokens, rows, Card(2, 90))
+    check(device, seed, tokens, size, rows, card=Card(2, 90), **parts)
 
 
 WGMMA_CONFIGS = [  # rows of a tile, runs, splits of k; multiprocessors
@@ -141,7 +145,7 @@ WGMMA_CONFIGS = [  # rows of a tile, runs, splits of k; multiprocessors
 @pytest.mark.parametrize(("tile", "runs", "splits", "multiprocessors"), WGMMA_CONFIGS)
 @pytest.mark.parametrize("tokens", [40, 96, 190])
 def test_every_tile_config_and_split_of_warpgroups(device, seed, tokens, tile, runs, splits, multiprocessors, parts):
-    configs = linear_batch.wgmma_configs(tokens, 712, 200, parts.get("silu", False), multiprocessors)
+    configs = linear_batch.wgmma_configs(tokens, 712, 200, parts.get("silu", False), Card(multiprocessors, 90))
     plan = next(p for p in configs if (p.rows, p.runs, p.splits) == (tile, runs, splits))
     check(device, seed, tokens, 712, 200, plan=plan, **parts)
 
@@ -150,23 +154,22 @@ def test_every_tile_config_and_split_of_warpgroups(device, seed, tokens, tile, r
 @pytest.mark.parametrize(("tokens", "size", "rows"), [(2, 4096, 80), (70, 400, 150)])
 def test_linear_with_the_least_shared_memory(device, seed, tokens, size, rows):
     """That of 8.6 and 8.9: slabs two by two, two blocks of columns."""
-    plan = linear_batch.batch_plan(70, 400, 150, True, 2, 89)
+    plan = linear_batch.batch_plan(70, 400, 150, True, Card(2, 89))
     assert (plan.stages, plan.column_blocks) == (2, 2)
-    check(device, seed, tokens, size, rows, capability=89, norm=True, silu=True)
+    check(device, seed, tokens, size, rows, card=Card(2, 89), norm=True, silu=True)
 
 
 @on_each_device
 def test_linear_gives_equal_bits_on_every_grid_and_in_every_order(device, seed):
-    parts = {"norm": True, "residual": True, "multiprocessors": 1}
-    first = check(device, seed, 4, 288, 130, **parts)
+    parts = {"norm": True, "residual": True}
+    first = check(device, seed, 4, 288, 130, card=Card(1, 80), **parts)
     for order, multiprocessors in ((1, 1), (2, 2), (3, 40)):
-        assert np.array_equal(
-            first, check(device, seed, 4, 288, 130, order=order, **parts | {"multiprocessors": multiprocessors})
-        )
-    plan = linear_batch.mma_configs(20, 640, 130, False, 3, 80)[0]
+        other = check(device, seed, 4, 288, 130, order=order, card=Card(multiprocessors, 80), **parts)
+        assert np.array_equal(first, other)
+    plan = linear_batch.mma_configs(20, 640, 130, False, Card(3, 80))[0]
     # Of five slabs each: the second block ends one tile and begins the other
     assert (plan.tiles, plan.blocks) == (2, 3)
-    configs = linear_batch.wgmma_configs(20, 640, 130, False, 99)
+    configs = linear_batch.wgmma_configs(20, 640, 130, False, Card(99, 90))
     for shared in (plan, next(p for p in configs if (p.rows, p.runs, p.splits) == (32, 1, 4))):
         first, *others = (check(device, seed, 20, 640, 130, order=order, plan=shared, **parts) for order in range(6))
         assert all(np.array_equal(first, other) for other in others)
@@ -186,7 +189,7 @@ CONFIGS = [
 @pytest.mark.parametrize("parts", [{}, {"silu": True}, {"residual": True, "bias": True, "float32": True}])
 @pytest.mark.parametrize(("tokens", "size", "rows", "multiprocessors", "configs"), CONFIGS)
 def test_every_way_to_share_the_slabs(device, seed, tokens, size, rows, multiprocessors, configs, parts):
-    plans = linear_batch.mma_configs(tokens, size, rows, parts.get("silu", False), multiprocessors, 90)
+    plans = linear_batch.mma_configs(tokens, size, rows, parts.get("silu", False), Card(multiprocessors, 90))
     if "silu" not in parts:
         assert [(p.tiles, p.blocks, p.granularity, p.partial_tiles) for p in plans] == configs
     for plan in plans:
@@ -204,7 +207,7 @@ def test_a_token_of_a_batch_gets_the_bits_that_it_gets_alone(device, seed, size,
     for tokens in (8, 1):
         out = device.empty((tokens, 48), np.float32)
         before = (device.array(weights), EPS) if norm else None
-        device.run(linear.linear(device.array(x[:tokens]), device.array(weight), out, 2, 80, norm=before))
+        device.run(linear.linear(device.array(x[:tokens]), device.array(weight), out, Card(2, 80), norm=before))
         rows.append(np.array(device.numpy(out))[0])
     assert np.array_equal(*rows)
 
@@ -213,16 +216,17 @@ def test_a_token_of_a_batch_gets_the_bits_that_it_gets_alone(device, seed, size,
 def test_a_token_gets_the_same_bits_in_batches_that_share_the_slabs_alike(device, seed):
     rng = np.random.default_rng(seed)
     x, weight = rng.normal(size=(60, 640)).astype(BF16), rng.normal(size=(132, 640)).astype(BF16)
-    pairs = list(zip(*(linear_batch.mma_configs(tokens, 640, 132, False, 4, 90) for tokens in (9, 60)), strict=True))
+    pairs = list(zip(*(linear_batch.mma_configs(tokens, 640, 132, False, Card(4, 90)) for tokens in (9, 60)), strict=True))
     for small, large in pairs:
         for name in ("row_tiles", "k_groups", "blocks", "granularity"):
             assert getattr(small, name) == getattr(large, name)
-    for small, large in [*pairs, tuple(linear_batch.wgmma_configs(tokens, 640, 132, False, 4)[0] for tokens in (9, 60))]:
+    wgmma = tuple(linear_batch.wgmma_configs(tokens, 640, 132, False, Card(4, 90))[0] for tokens in (9, 60))
+    for small, large in [*pairs, wgmma]:
         rows = []
         for tokens, plan in ((9, small), (60, large)):
             out = device.empty((tokens, 132), np.float32)
-            scratch = device.empty(plan.workspace_floats, np.float32), device.array(np.zeros(plan.counters, np.int32))
-            launch = linear_batch.linear_batch(device.array(x[:tokens]), device.array(weight), out, plan, *scratch)
+            there = device.array(x[:tokens]), device.array(weight)
+            launch = linear_batch.linear_batch(*there, out, plan, scratch_for(device, plan))
             device.run(launch, arch=90 if isinstance(plan, WgmmaPlan) else 80)
             rows.append(np.array(device.numpy(out))[:9])
         assert np.array_equal(*rows)
@@ -244,16 +248,16 @@ def test_what_does_not_fit_is_refused():
     weight, norm = np.empty((16, 12288), np.uint16), (np.empty(12288, np.uint16), EPS)
     for tokens, capability, before in ((9, 90, None), (8, 89, norm), (0, 90, None)):
         with pytest.raises(ValueError, match="do not fit"):
-            linear.linear(np.empty((tokens, 12288), np.uint16), weight, weight, 132, capability, norm=before)
-        assert not linear.fits(tokens, 12288, before is not None, False, capability)
+            linear.linear(np.empty((tokens, 12288), np.uint16), weight, weight, Card(132, capability), norm=before)
+        assert not linear.fits(tokens, 12288, before is not None, False, Card(132, capability))
     for tokens, size, normed, silu, capability in (
         (8, 8192, True, False, 90),
         (2, 4096, True, True, 89),
         (8, 28672, False, False, 89),
     ):
-        assert linear.fits(tokens, size, normed, silu, capability)
+        assert linear.fits(tokens, size, normed, silu, Card(132, capability))
     with pytest.raises(ValueError, match="do not fit"):
-        linear_batch.batch_plan(257, 12288, 16, False, 132, 90)
+        linear_batch.batch_plan(257, 12288, 16, False, Card(132, 90))
 
 
 def test_the_weights_are_shared_equally():
@@ -267,7 +271,7 @@ def test_the_weights_are_shared_equally():
         (4096, 151936, False),
     ):
         for tokens in (9, 17, 32, 48, 64, 128, 192, 256):
-            plan = linear_batch.batch_plan(tokens, size, rows, silu, 132, 90)
+            plan = linear_batch.batch_plan(tokens, size, rows, silu, Card(132, 90))
             of_block = (
                 plan.max_runs * plan.rows * 64
                 if isinstance(plan, WgmmaPlan)
@@ -282,6 +286,6 @@ def test_the_weights_are_shared_equally():
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 48, 128, 256])
 @pytest.mark.parametrize(("size", "rows"), [(4096, 6144), (576, 49152), (1536, 576), (9728, 2560)])
 def test_linear_of_models_shapes(device, seed, tokens, size, rows, capability, parts):
-    if capability == 80 and not linear_batch.uses_wgmma(tokens, rows, 132, 90):
+    if capability == 80 and not linear_batch.uses_wgmma(tokens, rows, Card(132, 90)):
         pytest.skip("the kernel of 9.0 is this one, too")
-    check(device, seed, tokens, size, rows, multiprocessors=132, capability=capability, **parts)
+    check(device, seed, tokens, size, rows, card=Card(132, capability), **parts)

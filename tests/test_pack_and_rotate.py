@@ -8,7 +8,7 @@ import pytest
 from minioscar import oscar
 from minioscar.cache import BF16
 from minioscar.ops import attention
-from minioscar.ops.layout import unpack
+from minioscar.ops.layout import from_pages, page_bytes
 
 from .kernel_device import on_each_device, on_the_card
 
@@ -52,11 +52,10 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
     keys, values = (None if prefill else device.empty((slots, kv_heads, capacity, d), BF16) for _ in "kv")
     norms = device.empty((slots, norm_stride), np.float32)
     q_weight, k_weight = (w if w is None else device.array(w) for w in weights)
-    launch = attention.rotate_scale(
-        attention.Heads(q_heads, kv_heads, d), *map(device.array, (qkv, positions, cosines, sines)), q_out, rotate=rotate, k_out=k_out,
-        keys=keys, values=values, capacity=capacity, slots=device.array(rows), norms=norms, norm_stride=norm_stride,
-        q_weight=q_weight, k_weight=k_weight, eps=eps,
-    )  # fmt: skip
+    tables, heads = map(device.array, (cosines, sines)), attention.Heads(q_heads, kv_heads, d)
+    rotation = attention.Rotation(heads, *tables, rotate, q_weight, k_weight, eps)
+    to = attention.KeyOutputs(k_out, keys, values, norms, device.array(rows))
+    launch = attention.rotate_scale(rotation, device.array(qkv), device.array(positions), q_out, to)
     device.run(launch, seed=seed % 7)
     q_got, n_got, k_got = (device.numpy(a, allow_unwritten=True) for a in (q_out, norms, k_out if prefill else keys))
 
@@ -135,7 +134,7 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
         0, 2, 1, 3
     )
     first_rows = np.append(0, np.cumsum(counts)[:-1]).astype(np.int32)
-    pages = device.empty((batch, kv_heads, capacity, attention.page_bytes(scheme, d)), np.uint8)
+    pages = device.empty((batch, kv_heads, capacity, page_bytes(scheme, d)), np.uint8)
     sink = [device.empty((batch, kv_heads, max(sinks, 1), d), BF16) for _ in "kv"]
     cache = {"pages": pages, "norms": device.array(norms), "sink_keys": sink[0], "sink_values": sink[1]}
     cache |= {"window_keys": device.array(window[0]), "window_values": device.array(window[1])}
@@ -156,14 +155,15 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
             continue
         k, v = h[:, :, begin:end].astype(np.float32)
         expected = [*oscar.quantize_keys(k, norms[s, begin:end], scheme), *oscar.quantize_values(v, scheme)]
-        pieces = unpack(got[s, :, begin // 64 : end // 64], scheme, d)
+        arrays = from_pages(got[s, :, begin // 64 : end // 64], scheme, d)
+        arrays |= {name: oscar.unpack(arrays[name], scheme.bits) for name in ("key_codes", "value_codes")}
         names = [f"{kind}_{part}" for kind in ("key", "value") for part in ("codes", "step", "min")]
-        for piece, theirs in zip(names, expected, strict=True):
-            mine = pieces[piece]
-            assert mine is None if theirs is None else np.array_equal(mine.reshape(theirs.shape), theirs), piece
-        kept = range(begin, min(end, sinks))
+        for name, theirs in zip(names, expected, strict=True):
+            mine = arrays.get(name)
+            assert mine is None if theirs is None else np.array_equal(mine.reshape(theirs.shape), theirs), name
+        sink_tokens = list(range(begin, min(end, sinks)))
         for i in range(2):
-            assert np.array_equal(sinks_got[i][s][:, list(kept)], h[i][:, list(kept)])
+            assert np.array_equal(sinks_got[i][s][:, sink_tokens], h[i][:, sink_tokens])
 
 
 @on_each_device
@@ -178,7 +178,7 @@ def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed)
     norms = rng.uniform(1, 2, (batch, 256)).astype(np.float32)
 
     def packed(rows: np.ndarray) -> np.ndarray:
-        pages = device.empty((len(rows), 1, 4, attention.page_bytes(scheme, 64)), np.uint8)
+        pages = device.empty((len(rows), 1, 4, page_bytes(scheme, 64)), np.uint8)
         cache = {"pages": pages, "norms": device.array(norms[rows])}
         cache |= {
             name: device.array(np.zeros((len(rows), 1, scheme.sinks, 64), BF16))

@@ -10,6 +10,7 @@ import pytest
 
 from minioscar.cache import BF16
 from minioscar.ops import attention, prefill
+from minioscar.ops.launch import Card
 from minioscar.oscar import SCHEMES
 
 from .kernel_device import on_each_device, on_the_card
@@ -55,6 +56,7 @@ def check(
 
     splits: at most so many of the keys, of so many tiles each. multiprocessors: so few that a block has several items.
     """
+    card = Card(multiprocessors, arch)
     rng, heads, batch = np.random.default_rng(seed), attention.Heads(KV_HEADS * group, KV_HEADS, d), len(starts)
     # Two tokens of nobody: first_rows leave a gap
     q = rng.normal(size=(sum(counts) + 2, heads.q_heads, d)).astype(BF16)
@@ -70,15 +72,14 @@ def check(
     new = attention.PrefillTokens(*map(device.array, qkv), stride, stride, *rows, max(counts))
     out = device.empty(q.shape, BF16)
     older = tuple(map(device.array, past)) if any(starts) else None
-    if prefill.tiled(d, arch):
+    if prefill.tiled(d, card):
         plain, older = older, tiles_for(device, d, np.add(starts, counts))
         device.run(prefill.fill_tiles(heads, new, plain, max(np.add(starts, counts)), older), arch, order)
     plan = prefill.SplitPlan(-(-max(counts) * group // prefill.WGMMA_ROWS) * KV_HEADS * batch, *splits)
     split_counter = device.array(np.zeros(plan.blocks, np.int32))
-    scratch = (plan, device.empty(plan.workspace_floats(d), np.float32), split_counter) if plan.splits > 1 else None
-    launch = prefill.prefill_attention(
-        heads, device.array(q), new, older, out, arch, split=scratch, multiprocessors=multiprocessors
-    )
+    scratch = prefill.KeySplits(plan, device.empty(plan.workspace_floats(d), np.float32), split_counter)
+    scratch = scratch if plan.splits > 1 else None
+    launch = prefill.prefill_attention(heads, device.array(q), new, older, out, card, splits=scratch)
     device.run(launch, arch, order)
     assert not np.any(device.numpy(split_counter))
     got = np.array(device.numpy(out, allow_unwritten=True)).astype(np.float64)
@@ -179,16 +180,16 @@ def test_prefill_attention_in_splits_gives_equal_bits_in_every_order(device, see
     assert all(np.array_equal(first, other, equal_nan=True) for other in others)
 
 
-def test_keys_are_cut_only_where_multiprocessors_would_be_idle():
+def test_keys_are_split_only_where_multiprocessors_would_be_idle():
     heads = attention.Heads(32, 8, 128)
-    assert prefill.split_plan(heads, 32768, 1, 0, 132, 90) is None
-    assert prefill.split_plan(heads, 4096, 1, 0, 132, 90) is None
-    assert prefill.split_plan(heads, 512, 1, 131072, 132, 90) is None  # 128 blocks
-    assert prefill.split_plan(heads, 64, 1, 131072, 132, 90) == prefill.SplitPlan(16, 8, 129)
-    assert prefill.split_plan(heads, 64, 1, 131072, 132, 80) is None
-    for most in (1, 100, 256, 700):
-        plan = prefill.split_plan(heads, most, 1, 131072, 132, 90)
-        assert plan.splits * plan.tiles * prefill.TILE_TOKENS >= 131072 + most
+    assert prefill.split_plan(heads, 32768, 1, 0, Card(132, 90)) is None
+    assert prefill.split_plan(heads, 4096, 1, 0, Card(132, 90)) is None
+    assert prefill.split_plan(heads, 512, 1, 131072, Card(132, 90)) is None  # 128 blocks
+    assert prefill.split_plan(heads, 64, 1, 131072, Card(132, 90)) == prefill.SplitPlan(16, 8, 129)
+    assert prefill.split_plan(heads, 64, 1, 131072, Card(132, 80)) is None
+    for count in (1, 100, 256, 700):
+        plan = prefill.split_plan(heads, count, 1, 131072, Card(132, 90))
+        assert plan.splits * plan.tiles * prefill.TILE_TOKENS >= 131072 + count
 
 
 @on_the_card
@@ -221,7 +222,7 @@ def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
         for got, expected in zip((keys, values), dequantized(sequences[slot], n // 128 * 128, scheme), strict=True):
             got = np.array(device.numpy(got, allow_unwritten=True))[row]
             assert np.array_equal(got[:, :n], expected.astype(BF16)) and np.all(got[:, n:].view(np.uint16) == 0xFFFF)
-    if not prefill.tiled(d, 90):
+    if not prefill.tiled(d, Card(132, 90)):
         return
     tiles = tiles_for(device, d, starts)
     device.run(prefill.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, tiles), seed=seed % 5)

@@ -78,12 +78,12 @@ def cache_of(engine, cache):
 @pytest.mark.parametrize("kv", [name for name, s in SCHEMES.items() if s.quantized and attention.unsupported(s, 64) is None])
 def test_pages_to_plain_arrays_and_back_are_the_same_bytes(kv, dim, seed):
     scheme = SCHEMES[kv]
-    given = np.random.default_rng(seed).integers(0, 256, (3, 4, attention.page_bytes(scheme, dim)), dtype=np.uint8)
-    row = layout.plain(given, scheme, dim)
+    given = np.random.default_rng(seed).integers(0, 256, (3, 4, layout.page_bytes(scheme, dim)), dtype=np.uint8)
+    row = layout.from_pages(given, scheme, dim)
     config = Config.from_dict({**CONFIG, "head_dim": dim, "num_attention_heads": 3, "num_key_value_heads": 3})
     shapes = row_layout(config, scheme, 256)
     assert {name: (array.shape, array.dtype) for name, array in row.items()} == {name: shapes[name] for name in row}
-    np.testing.assert_array_equal(layout.pages(row, scheme, given.shape[-1]), given)
+    np.testing.assert_array_equal(layout.to_pages(row, scheme), given)
 
 
 @pytest.mark.skipif(simt.missing() is not None, reason=str(simt.missing()))

@@ -17,7 +17,7 @@ from minioscar.oscar import SCHEMES
 
 from . import simt
 from .kernel_device import CudaDevice, SimtDevice
-from .test_decode_attention import filled, history, run
+from .test_decode_attention import filled, history, run, state_of
 
 _no_simt = simt.missing()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_no_simt is not None, reason=str(_no_simt))]
@@ -44,9 +44,10 @@ def test_rotated_heads_differ_by_one_rounding_at_most(seed):
     for device in DEVICES:
         q, k, norms = device.empty((3, 8, d), BF16), device.empty((3, 2, d), BF16), device.empty((3, 4), np.float32)
         tables = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
-        inputs = map(device.array, (qkv, np.array([0, 2, 3], np.int32), *tables))
-        normed = {"q_weight": device.array(weight), "k_weight": device.array(weight), "eps": 1e-6}
-        device.run(attention.rotate_scale(heads, *inputs, q, rotate=True, k_out=k, norms=norms, norm_stride=4, **normed))
+        weights = device.array(weight), device.array(weight)
+        rotation = attention.Rotation(heads, *map(device.array, tables), True, *weights, 1e-6)
+        inputs = map(device.array, (qkv, np.array([0, 2, 3], np.int32)))
+        device.run(attention.rotate_scale(rotation, *inputs, q, attention.KeyOutputs(k, norms=norms)))
         found.append([np.array(device.numpy(x, allow_unwritten=True)) for x in (q, k, norms)])
     for a, b in zip(*(f[:2] for f in found), strict=True):
         bits = np.abs(a.view(np.int16).astype(int) - b.view(np.int16).astype(int))
@@ -72,10 +73,9 @@ def test_the_schedule_is_equal_bit_for_bit(seed):
     heads, plan = attention.Heads(8, 2, 128), attention.DecodePlan(4, 1, 4, 2, 13)
     tasks = []
     for device in DEVICES:
-        out = device.empty(plan.task_shape, np.int32)
-        workspace = device.empty(plan.workspace_floats(128), np.float32)
-        device.run(attention.schedule(heads, SCHEMES["int2"], plan, device.array(lengths), out, workspace))
-        tasks.append(np.array(device.numpy(out)))
+        state = state_of(device, heads, SCHEMES["int2"], plan, lengths + 1)
+        device.run(attention.schedule(state))
+        tasks.append(np.array(device.numpy(state.tasks)))
     assert np.array_equal(*tasks)
     counts = tasks[0][:, : 2 * plan.warps : 2, 3]
     assert counts.max() - counts.min() <= 2  # equal parts of the list: a unit between blocks, another between warps

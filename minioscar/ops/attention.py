@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..oscar import WINDOW, Scheme
-from .launch import Launch, max_shared_bytes
-from .layout import PAGE_TOKENS
+from .launch import Card, Launch
+from .layout import PAGE_TOKENS, page_bytes
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 Array = Any
 HEAD_DIMS = (64, 128, 256)
@@ -29,6 +32,10 @@ class Heads:
     q_heads: int
     kv_heads: int
     head_dim: int
+
+    @classmethod
+    def of(cls, config: Config) -> Heads:
+        return cls(config.num_heads, config.num_kv_heads, config.head_dim)
 
 
 # --- the packed layout
@@ -47,14 +54,6 @@ def unsupported(scheme: Scheme, head_dim: int) -> str | None:
     return None
 
 
-def page_bytes(scheme: Scheme, head_dim: int) -> int:
-    """Bytes of 64 tokens of one kv head, keys and values."""
-    codes = 2 * PAGE_TOKENS * head_dim * scheme.bits // 8
-    keys = 2 * 2 * PAGE_TOKENS // scheme.group * head_dim
-    values = 2 * PAGE_TOKENS * head_dim // scheme.value_group(head_dim)
-    return codes + keys + (1 if scheme.symmetric_values else 2) * values
-
-
 def layout_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
     """Macros of layout.cuh. Raises ValueError where `unsupported` has a reason."""
     if reason := unsupported(scheme, head_dim):
@@ -67,21 +66,53 @@ def layout_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
 # --- rotate, scale, append; pack
 
 
-def rotate_scale(
-    heads: Heads, qkv: Array, positions: Array, cos: Array, sin: Array, q_out: Array, *, rotate: bool,
-    k_out: Array | None = None, keys: Array | None = None, values: Array | None = None, capacity: int = WINDOW,
-    slots: Array | None = None, norms: Array | None = None, norm_stride: int = 0, q_weight: Array | None = None,
-    k_weight: Array | None = None, eps: float = 0.0,
-) -> Launch:
-    """qkv [tokens, (q_heads + 2 kv_heads) * d] -> q_out, and K' to k_out, or K' and V to position % capacity of keys,
-    values."""
-    tokens = positions.shape[0]
-    heads_per_block, lanes_per_head = 16, heads.head_dim // 16
-    sizes = map(np.int32, (heads.q_heads, heads.kv_heads, capacity, norm_stride, rotate))
-    arrays = qkv, q_weight, k_weight, cos, sin, positions, slots, q_out, k_out, keys, values, norms
-    args = *arrays, *sizes, np.float32(eps)
-    grid, defines = (tokens, 1 + -(-heads.q_heads // heads_per_block)), (f"HEAD_DIM={heads.head_dim}",)
+@dataclass(frozen=True)
+class Rotation:
+    """What a layer does to its queries and keys: QK-norm, RoPE, and H where `rotate` says so.
+
+    cos, sin: float32 [positions, d/2]. q_weight, k_weight: of the QK-norm, bf16 [d], with its eps; None: there is none.
+    """
+
+    heads: Heads
+    cos: Array
+    sin: Array
+    rotate: bool
+    q_weight: Array | None = None
+    k_weight: Array | None = None
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class KeyOutputs:
+    """Where `rotate_scale` writes keys, values and norms; what is None is not written.
+
+    k_out: bf16 [tokens, kv_heads, d]. keys, values: of a cache, bf16 [rows, kv_heads, capacity, d]; a token goes to
+    position % capacity of its row. norms: float32 [rows, positions]. slots: int32 [tokens], the row of each token
+    (None: row t of token t, which is how a decode step has it).
+    """
+
+    k_out: Array | None = None
+    keys: Array | None = None
+    values: Array | None = None
+    norms: Array | None = None
+    slots: Array | None = None
+
+
+def rotate_scale(rotation: Rotation, qkv: Array, positions: Array, q_out: Array, to: KeyOutputs) -> Launch:
+    """qkv [tokens, (q_heads + 2 kv_heads) * d] -> q_out [tokens, q_heads, d], and K', V and the norms of K' where `to`
+    says."""
+    r, heads_per_block, lanes_per_head = rotation, 16, rotation.heads.head_dim // 16
+    capacity, norm_stride = WINDOW if to.keys is None else to.keys.shape[2], _norm_stride(to.norms)
+    sizes = map(np.int32, (r.heads.q_heads, r.heads.kv_heads, capacity, norm_stride, r.rotate))
+    outputs = q_out, to.k_out, to.keys, to.values, to.norms
+    args = qkv, r.q_weight, r.k_weight, r.cos, r.sin, positions, to.slots, *outputs, *sizes, np.float32(r.eps)
+    grid = positions.shape[0], 1 + -(-r.heads.q_heads // heads_per_block)
+    defines = (f"HEAD_DIM={r.heads.head_dim}",)
     return Launch("rotate_scale.cu", "rotate_scale", defines, grid, heads_per_block * lanes_per_head, args)
+
+
+def _norm_stride(norms: Array | None) -> int:
+    return 0 if norms is None else norms.shape[-1]
 
 
 def rotate_weights(x: Array, head_dim: int, axis: int) -> Launch:
@@ -138,8 +169,7 @@ def _packed(cache: dict[str, Array]) -> tuple[Array | None, ...]:
 
 
 def _packing(heads: Heads, scheme: Scheme, cache: dict[str, Array]) -> tuple[np.generic, ...]:
-    norms = cache.get("norms")
-    sizes = heads.kv_heads, 0 if norms is None else norms.shape[-1], cache["pages"].shape[-2], scheme.sinks
+    sizes = heads.kv_heads, _norm_stride(cache.get("norms")), cache["pages"].shape[-2], scheme.sinks
     return *map(np.int32, sizes), np.float32(scheme.shrink), np.float32(scheme.shrink / ((2**scheme.bits - 1) / 2))
 
 
@@ -186,8 +216,50 @@ class DecodePlan:
         (schedule.cuh)."""
         return self.blocks, 2 * self.warps + 2, 4
 
+    def nbytes(self, head_dim: int) -> int:
+        """Of the arrays of a `DecodeState`, but for the lengths."""
+        return 4 * (self.workspace_floats(head_dim) + self.counters(head_dim) + math.prod(self.task_shape))
 
-def decode_plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, capability: int) -> DecodePlan:
+
+@dataclass(frozen=True)
+class DecodeState:
+    """What decode attention goes by, the same for all layers and steps.
+
+    Row b of a step is row b of the cache: a table of slots would enter here. lengths: int32 [batch], the tokens of each
+    row before `added` new ones (-1: the row is not in use). tasks: int32 [plan.task_shape]. workspace: float32
+    [plan.workspace_floats(d)]. split_counter: int32 [plan.counters(d)], zero between launches.
+    """
+
+    heads: Heads
+    scheme: Scheme
+    plan: DecodePlan
+    lengths: Array
+    tasks: Array
+    workspace: Array
+    split_counter: Array
+    added: int = 1
+
+    @classmethod
+    def allocate(cls, xp: Any, heads: Heads, scheme: Scheme, plan: DecodePlan, lengths: Array) -> DecodeState:
+        tasks, workspace = xp.empty(plan.task_shape, np.int32), xp.empty(plan.workspace_floats(heads.head_dim), np.float32)
+        split_counter = xp.zeros(plan.counters(heads.head_dim), np.int32)
+        return cls(heads, scheme, plan, lengths, tasks, workspace, split_counter)
+
+    @property
+    def shared_bytes(self) -> int:
+        return shared_bytes(self.heads.head_dim, self.scheme, self.plan, self.lengths.shape[0])
+
+    def source(self, out_bf16: bool) -> tuple[str, tuple[str, ...]]:
+        """File and macros of the kernels."""
+        p, dim = self.plan, self.heads.head_dim
+        config = f"Q_PER_KV={p.q_per_kv}", f"Q_GROUPS={p.q_groups}", f"BLOCK_WARPS={p.warps}", f"STAGES={p.stages}"
+        config = *config, f"OUT_BF16={out_bf16:d}"
+        if self.scheme.quantized:
+            return "decode_attention.cu", (*layout_defines(self.scheme, dim), *config)
+        return "decode_attention_bf16.cu", (f"HEAD_DIM={dim}", *config)
+
+
+def decode_plan(heads: Heads, scheme: Scheme, batch: int, card: Card) -> DecodePlan:
     """The most warps whose rings of copies fit, 8 where they were faster; a grid that splits as few heads as possible.
 
     More warps hide more of a page's latency, fewer leave fewer splits to merge at the end. On an H200 8 beat 12 with
@@ -197,14 +269,15 @@ def decode_plan(heads: Heads, scheme: Scheme, batch: int, multiprocessors: int, 
     q_per_kv = heads.q_heads // heads.kv_heads
     q_groups = next(n for n in range(1, q_per_kv + 1) if q_per_kv % n == 0 and q_per_kv // n <= 8)
     work = batch * heads.kv_heads * q_groups
-    even = (n for n in range(multiprocessors * 15 // 16, multiprocessors + 1) if n % work == 0 or work % n == 0)
-    blocks = max(even, default=multiprocessors)
+    few, all_of_them = card.multiprocessors * 15 // 16, card.multiprocessors
+    even = (n for n in range(few, all_of_them + 1) if n % work == 0 or work % n == 0)
+    blocks = max(even, default=all_of_them)
     configs = WARP_CONFIGS if scheme.quantized else BF16_WARP_CONFIGS
     plans = [DecodePlan(q_per_kv // q_groups, q_groups, warps, stages, blocks) for warps, stages in configs]
     # The sums of 256 channels leave registers for 8 warps.
     if heads.head_dim > 128 or _item_bytes(heads.head_dim, scheme) >= 6 << 10:
         plans = [p for p in plans if p.warps <= 8]
-    fitting = (p for p in plans if shared_bytes(heads.head_dim, scheme, p, batch) <= max_shared_bytes(capability))
+    fitting = (p for p in plans if shared_bytes(heads.head_dim, scheme, p, batch) <= card.max_shared_bytes)
     return next(fitting, plans[-1])
 
 
@@ -219,49 +292,40 @@ def shared_bytes(head_dim: int, scheme: Scheme, p: DecodePlan, batch: int) -> in
     return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * batch
 
 
-def schedule(
-    heads: Heads, scheme: Scheme, p: DecodePlan, lengths: Array, tasks: Array, workspace: Array, *, added: int = 1
-) -> Launch:
-    """Which warp attends to what: lengths [batch] -> tasks int32 [p.task_shape], for every layer of one step. Before
-    it every launch of `decode_attention` with this workspace must have ended; after it the first one has parity 0."""
-    file, defines = _decode_source(heads, scheme, p, True)
-    args = (lengths, tasks, workspace, *map(np.int32, (lengths.shape[0], heads.kv_heads, scheme.sinks, added)))
-    return Launch(file, "schedule", defines, (p.blocks,), p.warps * 32, args, 4 * (2 * lengths.shape[0] + 1))
+def schedule(state: DecodeState) -> Launch:
+    """Which warp attends to what: lengths -> tasks, for every layer of one step. Before it every launch of
+    `decode_attention` with this workspace must have ended; after it the first one has parity 0."""
+    (file, defines), p, batch = state.source(True), state.plan, state.lengths.shape[0]
+    sizes = map(np.int32, (batch, state.heads.kv_heads, state.scheme.sinks, state.added))
+    args = state.lengths, state.tasks, state.workspace, *sizes
+    return Launch(file, "schedule", defines, (p.blocks,), p.warps * 32, args, 4 * (2 * batch + 1))
 
 
 def decode_attention(
-    heads: Heads, scheme: Scheme, p: DecodePlan, q: Array, cache: dict[str, Array], lengths: Array, tasks: Array,
-    out: Array, lse: Array | None, workspace: Array, split_counter: Array, *, parity: int, added: int = 1,
+    state: DecodeState, q: Array, cache: dict[str, Array], out: Array, *, parity: int, lse: Array | None = None,
     scale: float | None = None,
 ) -> Launch:
     """q [batch, q_heads, d] bf16 -> out, bf16 or float32, over lengths[b] + added tokens of each row, split as
     `schedule` says.
 
     The launch directly before may write q and the newest token of each row; all else must come from launches before
-    that one. workspace float32 [p.workspace_floats(d)], split_counter int32 [p.counters(d)], zero before and after.
-    parity: 0 for the first launch with this workspace after `schedule`, then 1, 0, 1 ...; with another one the results
-    are wrong. lse float32 [batch, q_heads] or None, not written for a row without tokens. scale: of the logits, 1 /
-    sqrt(d) unless given.
+    that one. parity: 0 for the first launch with this workspace after `schedule`, then 1, 0, 1 ...; with another one the
+    results are wrong. lse: float32 [batch, q_heads] or None, not written for a row without tokens. scale: of the logits,
+    1 / sqrt(d) unless given.
     """
-    d, batch, norms = heads.head_dim, lengths.shape[0], cache.get("norms")
-    scale_log2 = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e))
-    results = (lengths, tasks, out, lse, workspace, split_counter)
-    if scheme.quantized:
-        norm_stride = 0 if norms is None else norms.shape[-1]
-        sizes = (batch, heads.kv_heads, cache["pages"].shape[-2], norm_stride, scheme.sinks, added, parity)
-        named = (cache.get(n) for n in ("sink_keys", "sink_values", "window_keys", "window_values"))
-        args = (q, cache["pages"], norms, *named, *results, *map(np.int32, sizes), scale_log2)
+    s, batch, norms = state, state.lengths.shape[0], cache.get("norms")
+    results = s.lengths, s.tasks, out, lse, s.workspace, s.split_counter
+    if s.scheme.quantized:
+        names = "pages", "norms", "sink_keys", "sink_values", "window_keys", "window_values"
+        sizes = batch, s.heads.kv_heads, cache["pages"].shape[-2], _norm_stride(norms), s.scheme.sinks, s.added, parity
     else:
-        sizes = (batch, heads.kv_heads, cache["keys"].shape[-2], added, parity)
-        args = (q, cache["keys"], cache["values"], *results, *map(np.int32, sizes), scale_log2)
-    file, defines = _decode_source(heads, scheme, p, out.dtype.itemsize == 2)
-    shared = shared_bytes(d, scheme, p, batch)
-    return Launch(file, file.removesuffix(".cu"), defines, (p.blocks,), p.warps * 32, args, shared)
+        names = "keys", "values"
+        sizes = batch, s.heads.kv_heads, cache["keys"].shape[-2], s.added, parity
+    args = q, *map(cache.get, names), *results, *map(np.int32, sizes), log2_scale(scale, s.heads.head_dim)
+    file, defines = s.source(out.dtype.itemsize == 2)
+    return Launch(file, file.removesuffix(".cu"), defines, (s.plan.blocks,), s.plan.warps * 32, args, s.shared_bytes)
 
 
-def _decode_source(heads: Heads, scheme: Scheme, p: DecodePlan, out_bf16: bool) -> tuple[str, tuple[str, ...]]:
-    config = f"Q_PER_KV={p.q_per_kv}", f"Q_GROUPS={p.q_groups}", f"BLOCK_WARPS={p.warps}", f"STAGES={p.stages}"
-    config = *config, f"OUT_BF16={out_bf16:d}"
-    if scheme.quantized:
-        return "decode_attention.cu", (*layout_defines(scheme, heads.head_dim), *config)
-    return "decode_attention_bf16.cu", (f"HEAD_DIM={heads.head_dim}", *config)
+def log2_scale(scale: float | None, head_dim: int) -> np.float32:
+    """Of the logits as the kernels take it, whose exponential is 2^x."""
+    return np.float32((scale or 1 / math.sqrt(head_dim)) * math.log2(math.e))

@@ -1,7 +1,7 @@
 """The same operations on CuPy: raw kernels (kernels/*.cu), and cuBLAS for the products of a prefill.
 
-What a layer keeps is filled and read by kernels where there are some for the scheme and the head size (paged.py); elsewhere the
-reference's caches and array code serve on the GPU too. A decode step is the same code over a batch that lives on the card (decode.py).
+Kernels fill and read the cache where there are some for the scheme and the head size (paged.py); elsewhere the reference's
+caches and array code serve on the GPU too. A decode step is the same code over a batch that lives on the card (decode.py).
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from ..decoding import Decoder, Stepper
 from ..oscar import Scheme
 from ..sampling import RowSampling
 from ..weights import Layer, Tensor, Weights
-from . import attention, linear, linear_batch, prefill, sample
+from . import attention, linear, prefill
+from .attention import HEAD_DIMS, Heads
 from .cubins import Program, compile_all
 from .decode import Queue, StepBatch, StepDecoder, unsupported
-from .launch import Launch, Recording, run
-from .linear import Products, batch_plans
+from .launch import Card, Launch, Recording, run
+from .linear import Products, scratch_bytes, step_plans
+from .linear_batch import BATCH_TOKENS
 from .paged import KernelCache, kernel_cache
 from .reference import Reference
 from .upload import Upload
@@ -37,7 +39,7 @@ MLP_TOKENS = 8192  # whose gate and up projections are in memory at once
 
 @dataclass(frozen=True)
 class Indices:
-    """A batch as the kernels of a prefill want it: int32 arrays on the device."""
+    """A batch as the kernels of a prefill take it: int32 arrays on the device."""
 
     batch: Batch
     positions: Array  # [tokens]
@@ -45,7 +47,7 @@ class Indices:
     slots: Array  # [sequences]
     starts: Array
     counts: Array
-    firsts: Array  # [sequences]: where a sequence's first token stands among the tokens
+    firsts: Array  # [sequences]: index of each sequence's first token
     first_tiles: Array  # [sequences]: of prefill.Tiles
     tiles: int  # of prefill.Tiles, of all sequences
 
@@ -58,12 +60,10 @@ class Cuda(Reference):
         import cupy
 
         self.xp = cupy
-        properties = cupy.cuda.runtime.getDeviceProperties(0)
-        self.multiprocessors = properties["multiProcessorCount"]
-        self.capability = 10 * properties["major"] + properties["minor"]
+        self.card = Card.current()
         self.indices: Indices | None = None
         self.recorded: Recording | None = None  # a step that is being recorded
-        self.products = Products(self.xp, self.multiprocessors, self.capability)
+        self.products = Products(self.xp, self.card)
 
     def run(self, launch: Launch) -> None:
         run(launch)
@@ -75,8 +75,8 @@ class Cuda(Reference):
         """The launches of this context, to be run again. Scratch for so many tokens, and what they allocate, is theirs alone."""
         common = self.products
         with Recording().open() as self.recorded:
-            self.products = Products(self.xp, self.multiprocessors, self.capability)
-            self.products.reserve(batch_plans(config, tokens, self.multiprocessors, self.capability))
+            self.products = Products(self.xp, self.card)
+            self.products.reserve(step_plans(config, tokens, self.card))
             self.recorded.products = self.products
             try:
                 yield self.recorded
@@ -101,35 +101,24 @@ class Cuda(Reference):
         self.xp.get_default_memory_pool().free_all_blocks()
 
     def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool = False) -> int:
-        """What is alive at once in a layer of model.py, while attention reads keys and values in BF16 or while the MLP runs; or, of many
-        rows, the arrays of a `StepBatch`, which is made when the prompts are read."""
-        c = config
-        if c.head_dim not in attention.HEAD_DIMS:  # array code in float32
-            arrays = 4 // self.dtype.itemsize * super().work_bytes(config, tokens, context, rows)
-            return arrays + self._tables_bytes(config, context)
-        in_attention = tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
-        in_attention += 2 * (context if prefill.tiled(c.head_dim, self.capability) else context - tokens) * c.kv_size
-        heads = attention.Heads(c.num_heads, c.num_kv_heads, c.head_dim)
-        split = prefill.split_plan(heads, tokens, 1, context - tokens, self.multiprocessors, self.capability)
-        in_attention += 0 if split is None else 4 * split.workspace_floats(c.head_dim) // self.dtype.itemsize
-        mlp = tokens * (2 * c.hidden_size + c.intermediate_size) + min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
-        step = rows * (2 * c.hidden_size + 3 * c.q_size + 2 * c.kv_size + c.intermediate_size)  # x twice, qkv, q, y, h
-        few = max(rows, tokens if tokens <= linear_batch.BATCH_TOKENS else 0)  # cuBLAS takes more
-        reading = max(in_attention, mlp) * self.dtype.itemsize + self._products_bytes(c, few)
-        drawing = sample.drawing_bytes(c.vocab_size, rows, penalties)
-        merging = 18 * self.multiprocessors * min(8, c.num_heads // c.num_kv_heads) * c.head_dim  # splits of attention
-        stepping = step * self.dtype.itemsize + drawing + merging + 2 * self._products_bytes(c, rows)  # the prompts' scratch is kept
-        return max(reading, stepping) + 4 * rows * c.vocab_size + self._tables_bytes(config, context)
+        """The arrays of model.py that are alive at once in a prefill, or, of many rows, in a decode step, which finds the scratch
+        of the prefill still there; and in both the logits and the tables of RoPE."""
+        tables = 4 * config.head_dim * max(1024, 1 << (context - 1).bit_length())
+        if config.head_dim not in HEAD_DIMS:  # array code in float32
+            return 4 // self.dtype.itemsize * super().work_bytes(config, tokens, context, rows) + tables
+        few = max(rows, tokens if tokens <= BATCH_TOKENS else 0)  # cuBLAS takes more
+        reading = self._prefill_bytes(config, tokens, context) + scratch_bytes(config, few, self.card)
+        stepping = StepBatch.nbytes(config, rows, self.card, penalties) + 2 * scratch_bytes(config, rows, self.card)
+        return max(reading, stepping) + 4 * rows * config.vocab_size + tables
 
-    def _tables_bytes(self, config: Config, context: int) -> int:
-        """Of RoPE."""
-        return 4 * config.head_dim * max(1024, 1 << (context - 1).bit_length())
-
-    def _products_bytes(self, config: Config, tokens: int) -> int:
-        """Scratch of `Products` for so many tokens."""
-        plans = batch_plans(config, min(tokens, linear_batch.BATCH_TOKENS), self.multiprocessors, self.capability)
-        partial = max((4 * (plan.workspace_floats + plan.counters) for plan in plans), default=0)
-        return partial + tokens * config.hidden_size * self.dtype.itemsize * bool(plans)
+    def _prefill_bytes(self, c: Config, tokens: int, context: int) -> int:
+        """While attention reads keys and values in BF16, or while the MLP runs."""
+        heads, width = Heads.of(c), self.dtype.itemsize
+        split = prefill.split_plan(heads, tokens, 1, context - tokens, self.card)
+        attending = width * tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
+        attending += prefill.past_bytes(heads, tokens, context, self.card) + (split.nbytes(c.head_dim) if split else 0)
+        gate_up = min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
+        return max(attending, width * (tokens * (2 * c.hidden_size + c.intermediate_size) + gate_up))
 
     def say_if_slow(self, config: Config, scheme: Scheme) -> bool:
         reason = unsupported(config, scheme, 1)
@@ -142,7 +131,7 @@ class Cuda(Reference):
 
     def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None:
         """A raw kernel, not for its speed alone: cuBLAS takes 0.1 s to load, and a short prompt needs nothing else of it."""
-        if head_dim in attention.HEAD_DIMS:
+        if head_dim in HEAD_DIMS:
             self.run(attention.rotate_weights(x, head_dim, axis))
         else:
             super().rotate_heads(x, head_dim, axis)
@@ -152,34 +141,39 @@ class Cuda(Reference):
         residual: Array | None = None, float32: bool = False,
     ) -> Array:
         """Raw kernels for what is bound by the weights, and for logits, which want float32; cuBLAS for many tokens."""
-        (tokens, size), rows, most = x.shape, weight.shape[0] // (2 if silu else 1), linear_batch.BATCH_TOKENS
-        many = tokens > most and not float32
-        if size % 8 or many and rows % 8:
+        (tokens, size), rows, batch = x.shape, weight.shape[0] // (2 if silu else 1), BATCH_TOKENS
+        is_large = tokens > batch and not float32
+        if size % 8 or is_large and rows % 8:
             return super().linear(x, weight, bias, norm=norm, silu=silu, residual=residual, float32=float32)
-        if not many:
-            out = self.xp.empty((tokens, rows), np.float32 if float32 else self.dtype)
-            for i in range(0, tokens, most):
-                part = {"norm": norm, "bias": bias, "silu": silu, "residual": None if residual is None else residual[i : i + most]}
-                for launch in self.products.launches(x[i : i + most], weight, out[i : i + most], **part):
-                    self.run(launch)
-            return out
+        if is_large:
+            return self._large_linear(x, weight, bias, norm, silu, residual)
+        out = self.xp.empty((tokens, rows), np.float32 if float32 else self.dtype)
+        for i in range(0, tokens, batch):
+            options = {"norm": norm, "bias": bias, "silu": silu, "residual": None if residual is None else residual[i : i + batch]}
+            for launch in self.products.launches(x[i : i + batch], weight, out[i : i + batch], **options):
+                self.run(launch)
+        return out
+
+    def _large_linear(
+        self, x: Array, weight: Array, bias: Array | None, norm: tuple[Array, float] | None, silu: bool, residual: Array | None
+    ) -> Array:
+        """By cuBLAS."""
         if norm is not None:
             x, given = self.xp.empty_like(x), x
             self.run(linear.rms_norm(given, *norm, x))
         if residual is not None and bias is None and not silu:
             self.add_product(residual, x, weight)
             return residual
-        if silu:  # gate and up together are the widest array of a pass: in parts
-            out = self.xp.empty((tokens, rows), self.dtype)
-            for i in range(0, tokens, MLP_TOKENS):
-                gate_up = self._plus(self.product(x[i : i + MLP_TOKENS], weight, False), bias)
-                self.run(linear.silu_mul(gate_up, out[i : i + MLP_TOKENS]))
-                del gate_up  # before there is another
-        else:
-            out = self._plus(self.product(x, weight, False), bias)
-        return self._plus(out, residual)
+        if not silu:
+            return self._add(self._add(self.product(x, weight, False), bias), residual)
+        out = self.xp.empty((len(x), weight.shape[0] // 2), self.dtype)
+        for i in range(0, len(x), MLP_TOKENS):  # gate and up together are the widest array of a pass
+            gate_up = self._add(self.product(x[i : i + MLP_TOKENS], weight, False), bias)
+            self.run(linear.silu_mul(gate_up, out[i : i + MLP_TOKENS]))
+            del gate_up  # before there is another
+        return self._add(out, residual)
 
-    def _plus(self, y: Array, x: Array | None) -> Array:
+    def _add(self, y: Array, x: Array | None) -> Array:
         """y, x added in place where there is one."""
         if x is not None:
             self.run(linear.add(x, y))
@@ -218,7 +212,7 @@ class Cuda(Reference):
     def prepare(self, model: Stepper, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling], progress: bool) -> None:
         from cupy.cuda import nvrtc
 
-        compile_all(programs(self, model, cache, batch, rows), self.capability, nvrtc, progress)
+        compile_all(programs(self, model, cache, batch, rows), self.card.capability, nvrtc, progress)
 
     def queue(self, batch: StepBatch, run: Callable[[], None], graph: bool) -> Queue:
         return Queue(batch, run, graph)
@@ -241,10 +235,11 @@ class Cuda(Reference):
     def indices_of(self, batch: Batch) -> Indices:
         """The arrays of a batch; the layers of one pass ask for the same."""
         if self.indices is None or self.indices.batch is not batch:
-            firsts, tiles = np.cumsum(batch.counts) - batch.counts, -(-np.add(batch.starts, batch.counts) // prefill.TILE_TOKENS)
-            found = batch.positions, np.repeat(batch.slots, batch.counts), batch.slots, batch.starts, batch.counts, firsts
-            found = (self.xp.asarray(np.asarray(x, np.int32)) for x in (*found, np.cumsum(tiles) - tiles))
-            self.indices = Indices(batch, *found, int(tiles.sum()))
+            rows, firsts = np.repeat(batch.slots, batch.counts), np.cumsum(batch.counts) - batch.counts
+            tiles = -(-np.add(batch.starts, batch.counts) // prefill.TILE_TOKENS)
+            fields = batch.positions, rows, batch.slots, batch.starts, batch.counts, firsts, np.cumsum(tiles) - tiles
+            arrays = (self.xp.asarray(np.asarray(x, np.int32)) for x in fields)
+            self.indices = Indices(batch, *arrays, int(tiles.sum()))
         return self.indices
 
 
@@ -256,31 +251,30 @@ def programs(
     One layer of the model is run on paper: over arrays that have shapes and no memory, since nothing writes to them. Empty for schemes
     and shapes whose steps are array code.
     """
-    config, paper = model.config, OnPaper(ops)
+    config, paper = model.config, OnPaper(ops.card)
     if unsupported(config, cache.scheme, len(cache.lengths)):
         return []
-    kept, config = copy(cache), replace(config, num_layers=1)
-    kept.ops, kept.lengths = paper, cache.lengths.copy()
-    kept.arrays = {name: paper.blank(array[:1]) for name, array in cache.arrays.items()}
-    kept.layers = [type(cache.layers[0])({name: array[0] for name, array in kept.arrays.items()}, cache.scheme, paper)]
+    blank, config = copy(cache), replace(config, num_layers=1)
+    blank.ops, blank.lengths = paper, cache.lengths.copy()
+    blank.arrays = {name: paper.blank(array[:1]) for name, array in cache.arrays.items()}
+    blank.layers = [type(cache.layers[0])({name: array[0] for name, array in blank.arrays.items()}, cache.scheme, paper)]
     model = copy(model)
     model.config, model.ops, model.weights = config, paper, paper.weights(model.weights)
     model.tables = (np.broadcast_to(np.float32(0), (cache.context, config.head_dim // 2)),) * 2
     if batch is not None:
-        model.forward(np.zeros(sum(batch.counts), np.int32), kept, batch)
+        model.forward(np.zeros(sum(batch.counts), np.int32), blank, batch)
     if rows:
-        step = StepBatch(paper, config, kept, rows)
-        model.step(step.tokens, kept, step, partial(step.draw, ops=paper))
+        step = StepBatch(paper, config, blank, rows)
+        model.step(step.tokens, blank, step, partial(step.draw, ops=paper))
     return list(paper.launched)
 
 
 class OnPaper(Cuda):
-    """The same card, and nothing runs on it: launches are noted."""
+    """A card on which nothing runs: launches are noted."""
 
-    def __init__(self, ops: Cuda) -> None:
-        self.xp, self.multiprocessors, self.capability = np, ops.multiprocessors, ops.capability
-        self.indices = self.recorded = None
-        self.products = Products(np, ops.multiprocessors, ops.capability)
+    def __init__(self, card: Card) -> None:
+        self.xp, self.card, self.indices, self.recorded = np, card, None, None
+        self.products = Products(np, card)
         self.launched: dict[Program, None] = {}
 
     @staticmethod

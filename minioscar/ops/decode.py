@@ -1,9 +1,9 @@
 """Decode steps on a card: `model.step` over arrays that never move, run once, its launches recorded and replayed from then on.
 
-Tokens, lengths and the numbers of the steps live on the device: a step reads the tokens that the step before has drawn, and the host
-queues the next step while this one runs and reads tokens a step behind. A step that was launched and not read has put one token more
-into the cache than `cache.lengths` says. Nothing is lost by that: a window holds what it held, and its next slot, or the block that the
-token completed, is written again when the row goes on.
+Tokens, lengths and step numbers live on the device: a step reads the tokens that the step before has drawn, and the host queues the
+next step while this one runs and reads tokens a step behind. A step that was launched and not read has put one token more into the
+cache than `cache.lengths` says. Nothing is lost by that: older slots of the window are untouched, and the next slot, or the block
+that the token completed, is written again when the row goes on.
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..cache import Cache, LayerCache
+from ..cache import BF16, Cache, LayerCache
 from ..config import Config
 from ..decoding import Decoder, Stepper
 from ..errors import Failure
-from ..oscar import Scheme
+from ..oscar import SCHEMES, Scheme
 from ..sampling import NOT_FINITE, RowSampling, history
-from . import attention, linear_batch, sample
-from .launch import Launch
+from . import attention
+from .attention import DecodeState, Heads
+from .launch import Card, Launch
+from .linear_batch import BATCH_TOKENS
+from .sample import SAMPLE_VOCAB, Drawing, advance, drawing_bytes, sample
 from .upload import pinned
 
 Array = Any
 
 
-class Card(Protocol):
+class Runner(Protocol):
     """The back end, as a step needs it (cuda.py)."""
 
     xp: Any
-    multiprocessors: int
-    capability: int
+    card: Card
 
     def run(self, launch: Launch) -> None: ...
 
@@ -41,49 +43,51 @@ class Card(Protocol):
 class StepBatch:
     """The newest token of every row, as `Batch` is the new tokens of a pass: int32 [rows] arrays on the device, a row of the cache each.
 
-    `tokens` stand at positions `lengths` (-1: the row is not in use) and are the number `steps` of what their sequences drew; when a step
-    has ended, all three are those of the next. rows: how each draws. Raises ValueError for schemes and shapes that have no kernels.
+    `tokens` stand at positions `lengths` (-1: the row is not in use); `steps` counts what their sequences have drawn. A step leaves in
+    all three what the next one takes. rows: how each draws. Raises ValueError for schemes and shapes that have no kernels.
     """
 
     last = None  # every token is the last of its sequence
 
-    def __init__(self, ops: Card, config: Config, cache: Cache, rows: Sequence[RowSampling]):
-        size, xp, scheme = len(cache.lengths), ops.xp, cache.scheme
+    def __init__(self, ops: Runner, config: Config, cache: Cache, rows: Sequence[RowSampling]):
+        size, xp, scheme, heads = len(cache.lengths), ops.xp, cache.scheme, Heads.of(config)
         if reason := unsupported(config, scheme, size):
             raise ValueError(reason)
-        self.end, self.scheme, self.drawing = cache.context, scheme, sample.Drawing(xp, rows, config.vocab_size)
-        self.heads = attention.Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+        self.end, self.drawing = cache.context, Drawing(xp, rows, config.vocab_size)
         self.tokens, self.steps = (xp.zeros(size, np.int32) for _ in range(2))
         self.lengths = xp.asarray(np.full(size, -1, np.int32))
-        self.plan = attention.decode_plan(self.heads, scheme, size, ops.multiprocessors, ops.capability)
-        self.tasks = xp.empty(self.plan.task_shape, np.int32)
-        self.workspace = xp.empty(self.plan.workspace_floats(config.head_dim), np.float32)
-        self.split_counter = xp.zeros(self.plan.counters(config.head_dim), np.int32)
+        plan = attention.decode_plan(heads, scheme, size, ops.card)
+        self.state = DecodeState.allocate(xp, heads, scheme, plan, self.lengths)
 
-    def schedule(self, ops: Card) -> None:
+    @staticmethod
+    def nbytes(config: Config, rows: int, card: Card, penalties: bool) -> int:
+        """Of these arrays and of the activations of a step."""
+        c = config
+        plan = attention.decode_plan(Heads.of(c), SCHEMES["int2"], rows, card)  # no scheme has more warps, so more tasks
+        activations = 2 * c.hidden_size + 3 * c.q_size + 2 * c.kv_size + c.intermediate_size  # x twice, qkv, q, y, h
+        return BF16.itemsize * rows * activations + plan.nbytes(c.head_dim) + drawing_bytes(c.vocab_size, rows, penalties)
+
+    def schedule(self, ops: Runner) -> None:
         """Shares the step's attention out to the warps of the card, for every layer."""
-        ops.run(attention.schedule(self.heads, self.scheme, self.plan, self.lengths, self.tasks, self.workspace))
+        ops.run(attention.schedule(self.state))
 
     def attend(self, q: Array, layer_cache: LayerCache) -> Array:
         """One query a row over the cache, which holds the new tokens already."""
-        out, where = layer_cache.xp.empty_like(q), (self.workspace, self.split_counter)
-        attend = attention.decode_attention(
-            self.heads, self.scheme, self.plan, q, layer_cache.arrays, self.lengths, self.tasks, out, None, *where,
-            parity=layer_cache.index % 2,
-        )
-        layer_cache.ops.run(attend)
+        out, parity = layer_cache.xp.empty_like(q), layer_cache.index % 2
+        layer_cache.ops.run(attention.decode_attention(self.state, q, layer_cache.arrays, out, parity=parity))
         return out
 
-    def pack(self, cache: Cache, ops: Card) -> None:
-        """The windows that this step has filled, of all layers at once: mostly it finds nothing."""
-        if self.scheme.quantized:
-            ops.run(attention.pack_step(self.heads, self.scheme, self.lengths, cache.arrays, len(cache.layers)))
+    def pack(self, cache: Cache, ops: Runner) -> None:
+        """The windows that this step has filled, of all layers at once: mostly there are none."""
+        heads, scheme = self.state.heads, self.state.scheme
+        if scheme.quantized:
+            ops.run(attention.pack_step(heads, scheme, self.lengths, cache.arrays, len(cache.layers)))
 
-    def draw(self, logits: Array, ops: Card) -> Array:
+    def draw(self, logits: Array, ops: Runner) -> Array:
         """The next tokens, and everything one step further."""
-        for launch in sample.sample(logits, self.drawing, self.steps, self.tokens):
+        for launch in sample(logits, self.drawing, self.steps, self.tokens):
             ops.run(launch)
-        ops.run(sample.advance(self.lengths, self.steps))
+        ops.run(advance(self.lengths, self.steps))
         return self.tokens
 
 
@@ -212,8 +216,8 @@ def unsupported(config: Config, scheme: Scheme, rows: int) -> str | None:
         return f"head_dim {config.head_dim} is not one of {', '.join(map(str, attention.HEAD_DIMS))}"
     if config.hidden_size % 8 or config.intermediate_size % 8:
         return f"hidden and intermediate size {config.hidden_size}, {config.intermediate_size} are not multiples of 8"
-    if config.vocab_size > sample.SAMPLE_VOCAB:
-        return f"a vocabulary of {config.vocab_size} is more than {sample.SAMPLE_VOCAB}"
-    if rows > linear_batch.BATCH_TOKENS:
-        return f"{rows} rows are more than {linear_batch.BATCH_TOKENS}"
+    if config.vocab_size > SAMPLE_VOCAB:
+        return f"a vocabulary of {config.vocab_size} is more than {SAMPLE_VOCAB}"
+    if rows > BATCH_TOKENS:
+        return f"{rows} rows are more than {BATCH_TOKENS}"
     return None

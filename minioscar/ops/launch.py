@@ -26,9 +26,25 @@ PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 BFLOAT16, NOT_INTERLEAVED, SWIZZLE_128B, L2_256B, ZEROS = 9, 0, 3, 3, 0  # CUtensorMapDataType and so on
 
 
-def max_shared_bytes(capability: int) -> int:
-    """Dynamic shared memory that a block may use; one KiB is left for what a kernel declares statically."""
-    return SHARED_KIB.get(capability, 99) * 1024 - 1024
+@dataclass(frozen=True)
+class Card:
+    """What plans are made for."""
+
+    multiprocessors: int
+    capability: int  # 90: compute capability 9.0
+
+    @property
+    def max_shared_bytes(self) -> int:
+        """Dynamic shared memory that a block may use; one KiB is left for what a kernel declares statically."""
+        return SHARED_KIB.get(self.capability, 99) * 1024 - 1024
+
+    @classmethod
+    def current(cls) -> Card:
+        """CuPy's current device."""
+        import cupy
+
+        properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+        return cls(properties["multiProcessorCount"], 10 * properties["major"] + properties["minor"])
 
 
 @dataclass(frozen=True)

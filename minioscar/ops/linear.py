@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache import BF16
-from .launch import Launch, max_shared_bytes
-from .linear_batch import LinearPlan, batch_plan, linear_batch
+from .launch import Card, Launch
+from .linear_batch import BATCH_TOKENS, LinearPlan, Scratch, batch_plan, linear_batch
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -20,11 +20,11 @@ LINEAR_TOKENS = 8  # of linear.cu: the columns of an MMA
 ONE = np.ones(1, np.float32)  # where cuBLAS reads alpha and beta
 
 
-def fits(tokens: int, size: int, norm: bool, silu: bool, capability: int) -> bool:
+def fits(tokens: int, size: int, norm: bool, silu: bool, card: Card) -> bool:
     """Whether linear.cu takes this many tokens of `size` numbers; normed, they stay in shared memory. linear_batch.cu
     takes any size."""
     shared = _linear_bytes(tokens, size, norm, silu)
-    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and shared <= max_shared_bytes(capability)
+    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and shared <= card.max_shared_bytes
 
 
 def _linear_bytes(tokens: int, size: int, norm: bool, silu: bool) -> int:
@@ -40,7 +40,7 @@ def linear_warps(size: int, silu: bool) -> int:
 
 
 def linear(
-    x: Array, weight: Array, out: Array, multiprocessors: int, capability: int, *,
+    x: Array, weight: Array, out: Array, card: Card, *,
     norm: tuple[Array, float] | None = None, bias: Array | None = None, residual: Array | None = None,
     silu: bool = False,
 ) -> Launch:
@@ -49,12 +49,12 @@ def linear(
     Raises ValueError where `fits` says no.
     """
     (tokens, size), (rows, _), tiles = x.shape, weight.shape, 2 if silu else 1
-    if not fits(tokens, size, norm is not None, silu, capability):
-        card = f"a card of capability {capability / 10}"
-        raise ValueError(f"{tokens} tokens of {size} numbers do not fit linear.cu on {card}")
+    if not fits(tokens, size, norm is not None, silu, card):
+        where = f"a card of capability {card.capability / 10}"
+        raise ValueError(f"{tokens} tokens of {size} numbers do not fit linear.cu on {where}")
     shared, warps = _linear_bytes(tokens, size, norm is not None, silu), linear_warps(size, silu)
-    resident = min(16 // warps, max_shared_bytes(capability) // (shared + 1024) or 1)  # blocks a multiprocessor
-    blocks = min(-(-rows // (16 * tiles)), multiprocessors * resident)
+    resident = min(16 // warps, card.max_shared_bytes // (shared + 1024) or 1)  # blocks a multiprocessor
+    blocks = min(-(-rows // (16 * tiles)), card.multiprocessors * resident)
     weights, eps = norm or (None, 0.0)
     args = (x, weights, weight, bias, residual, out, *map(np.int32, (tokens, size, rows)), np.float32(eps))
     flags = f"NORM={norm is not None:d}", f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
@@ -97,41 +97,32 @@ class Products:
     buffers are reallocated; earlier launches keep a reference to the old ones.
     """
 
-    def __init__(self, xp: Any, multiprocessors: int, capability: int):
-        self.xp, self.card = xp, (multiprocessors, capability)
-        self.workspace, self.counters = xp.empty(0, np.float32), xp.zeros(0, np.int32)
+    def __init__(self, xp: Any, card: Card):
+        self.xp, self.card, self.scratch = xp, card, Scratch(xp.empty(0, np.float32), xp.zeros(0, np.int32))
         self.normed = xp.empty((0, 0), BF16)
 
     def launches(
         self, x: Array, weight: Array, out: Array, *, norm: tuple[Array, float] | None = None, **rest: Any
     ) -> list[Launch]:
-        """`Reference.linear` of at most BATCH_TOKENS tokens, a multiple of 8 wide; parameters as
-        `linear` has them."""
+        """`Reference.linear` of at most BATCH_TOKENS tokens, a multiple of 8 wide; parameters as `linear` has them."""
         (tokens, size), silu = x.shape, rest.get("silu", False)
-        if fits(tokens, size, norm is not None, silu, self.card[1]):
-            return [linear(x, weight, out, *self.card, norm=norm, **rest)]
+        if fits(tokens, size, norm is not None, silu, self.card):
+            return [linear(x, weight, out, self.card, norm=norm, **rest)]
         before = []
         if norm is not None:
             if self.normed.shape != x.shape:
                 self.normed = self.xp.empty(x.shape, BF16)
             before, x = [rms_norm(x, *norm, self.normed)], self.normed
-        plan = batch_plan(tokens, size, weight.shape[0], silu, *self.card)
-        self._reserve(plan.workspace_floats, plan.counters)
-        return [*before, linear_batch(x, weight, out, plan, self.workspace, self.counters, **rest)]
+        plan = batch_plan(tokens, size, weight.shape[0], silu, self.card)
+        self.reserve([plan])
+        return [*before, linear_batch(x, weight, out, plan, self.scratch, **rest)]
 
     def reserve(self, plans: Sequence[LinearPlan]) -> None:
-        """Scratch for all of these at once: where launches are kept, each size that was too small would be kept with
-        them."""
-        self._reserve(max((p.workspace_floats for p in plans), default=0), max((p.counters for p in plans), default=0))
-
-    def _reserve(self, floats: int, counters: int) -> None:
-        if len(self.workspace) < floats:
-            self.workspace = self.xp.empty(floats, np.float32)
-        if len(self.counters) < counters:
-            self.counters = self.xp.zeros(counters, np.int32)
+        """Scratch for all of these at once: recorded launches would keep each buffer that was too small."""
+        self.scratch = self.scratch.grown(self.xp, plans)
 
 
-def batch_plans(config: Config, tokens: int, multiprocessors: int, capability: int) -> list[LinearPlan]:
+def step_plans(config: Config, tokens: int, card: Card) -> list[LinearPlan]:
     """Of the matrices of a model, for so many tokens; none for few, which linear.cu takes without scratch."""
     if tokens <= LINEAR_TOKENS:
         return []
@@ -139,7 +130,14 @@ def batch_plans(config: Config, tokens: int, multiprocessors: int, capability: i
     shapes = (c.hidden_size, c.q_size + 2 * c.kv_size, False), (c.q_size, c.hidden_size, False)
     shapes += ((c.hidden_size, c.vocab_size, False),)
     shapes += (c.hidden_size, 2 * c.intermediate_size, True), (c.intermediate_size, c.hidden_size, False)
-    return [batch_plan(tokens, *shape, multiprocessors, capability) for shape in shapes if shape[0] % 8 == 0]
+    return [batch_plan(tokens, *shape, card) for shape in shapes if shape[0] % 8 == 0]
+
+
+def scratch_bytes(config: Config, tokens: int, card: Card) -> int:
+    """Of `Products` for the matrices of a model and so many tokens."""
+    plans = step_plans(config, min(tokens, BATCH_TOKENS), card)
+    normed = tokens * config.hidden_size * BF16.itemsize if plans else 0
+    return max((plan.nbytes for plan in plans), default=0) + normed
 
 
 def add_product(y: Array, x: Array, weight: Array) -> None:

@@ -3,13 +3,14 @@ faster."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from .launch import Launch, TensorMap, max_shared_bytes
+from .launch import Card, Launch, TensorMap
 
 Array = Any
 
@@ -49,17 +50,19 @@ class BatchPlan:
         return self.column_blocks * self.tiles * 8 if self.partial_tiles else 0
 
     @property
+    def nbytes(self) -> int:
+        return 4 * (self.workspace_floats + self.counters)
+
+    @property
     def cost(self) -> int:
         """Bytes that a block waits for: its weights, and its partial sums, which are written and read."""
         return self.max_slabs * 128 * self.row_tiles * 128 + self.partial_tiles * 8 * self._tile_floats
 
 
-def mma_configs(
-    tokens: int, size: int, rows: int, silu: bool, multiprocessors: int, capability: int
-) -> list[BatchPlan]:
+def mma_configs(tokens: int, size: int, rows: int, silu: bool, card: Card) -> list[BatchPlan]:
     """Ways to share the slabs, one block a multiprocessor, with the fewest blocks of columns whose x fits; the first
     one fits on every card."""
-    large, shared = rows >= 128 * multiprocessors, max_shared_bytes(capability)
+    large, shared = rows >= 128 * card.multiprocessors, card.max_shared_bytes
     column_blocks = -(-tokens // (128 if 3 * _stage_bytes(128, 2, 1 if large else 2) <= shared else 64))
     block_tokens = -(-tokens // column_blocks)
     step = 16 if block_tokens <= 64 else 32
@@ -69,7 +72,7 @@ def mma_configs(
         """whole: no block ends within a tile, or all of a tile's blocks have the same share of it."""
         stages = min(shared // _stage_bytes(columns, row_tiles, k_groups), MAX_STAGES)
         tiles, slabs = -(-outputs // (128 * row_tiles // k_groups // (2 if silu else 1))), -(-size // (64 * k_groups))
-        blocks, granularity, partial_tiles = min(max(multiprocessors // column_blocks, 1), tiles * slabs), 1, 2
+        blocks, granularity, partial_tiles = min(max(card.multiprocessors // column_blocks, 1), tiles * slabs), 1, 2
         if whole and tiles >= blocks:
             granularity, partial_tiles = slabs, 0
         elif whole:
@@ -130,6 +133,10 @@ class WgmmaPlan:
         return self.tiles * 4 * self.warpgroups if self.splits > 1 else 0
 
     @property
+    def nbytes(self) -> int:
+        return 4 * (self.workspace_floats + self.counters)
+
+    @property
     def cost(self) -> float:
         """About microseconds on an H200: the longest of memory (4.2 TB/s), a multiprocessor's path to L2 (125 GB/s)
         and products (64 clocks each at least, and a start for every slab), a seventh of the others, which get in its
@@ -143,17 +150,17 @@ class WgmmaPlan:
         return longest + (memory + l2 + products - longest) / 7 + merging
 
 
-def wgmma_configs(tokens: int, size: int, rows: int, silu: bool, multiprocessors: int) -> list[WgmmaPlan]:
+def wgmma_configs(tokens: int, size: int, rows: int, silu: bool, card: Card) -> list[WgmmaPlan]:
     """Tile configs and split plans, at most a block a multiprocessor."""
     outputs, warpgroups, configs = rows // 2 if silu else rows, -(-tokens // 64), []
     for tile in range(16, MAX_TILE_ROWS[warpgroups] + 1, 16):
         tiles = -(-outputs // (tile // 2 if silu else tile))
         for runs in (1, 2):
             slabs = -(-size // (64 * runs))
-            stages = min(max_shared_bytes(90) // (runs * _run_bytes(warpgroups, tile)), MAX_WGMMA_STAGES)
+            stages = min(card.max_shared_bytes // (runs * _run_bytes(warpgroups, tile)), MAX_WGMMA_STAGES)
             for splits in range(1, 9):
-                blocks = tiles * splits if splits > 1 else min(tiles, multiprocessors)
-                if stages < 2 + runs or blocks > multiprocessors or splits > slabs:
+                blocks = tiles * splits if splits > 1 else min(tiles, card.multiprocessors)
+                if stages < 2 + runs or blocks > card.multiprocessors or splits > slabs:
                     continue
                 max_runs = -(-tiles * splits // blocks) * -(-slabs // splits) * runs
                 configs.append(WgmmaPlan(tokens, tile, runs, stages, blocks, tiles, splits, max_runs))
@@ -168,32 +175,44 @@ def _run_bytes(warpgroups: int, rows: int) -> int:
 LinearPlan = BatchPlan | WgmmaPlan
 
 
-def uses_wgmma(tokens: int, rows: int, multiprocessors: int, capability: int) -> bool:
+@dataclass(frozen=True)
+class Scratch:
+    """What the blocks of a product share: partial sums, and counters, which are zero before and after a launch."""
+
+    workspace: Array  # float32 [at least plan.workspace_floats]
+    split_counter: Array  # int32 [at least plan.counters]
+
+    def grown(self, xp: Any, plans: Sequence[LinearPlan]) -> Scratch:
+        """Enough for each of these plans; what is large enough stays."""
+        floats, counters = (max((getattr(p, n) for p in plans), default=0) for n in ("workspace_floats", "counters"))
+        workspace = self.workspace if len(self.workspace) >= floats else xp.empty(floats, np.float32)
+        split_counter = self.split_counter if len(self.split_counter) >= counters else xp.zeros(counters, np.int32)
+        return Scratch(workspace, split_counter)
+
+
+def uses_wgmma(tokens: int, rows: int, card: Card) -> bool:
     """Whether sm90/linear_batch.cu is faster: measured with Qwen3-8B's matrices on an H200."""
-    return capability == 90 and tokens > (48 if rows >= 128 * multiprocessors else 16)
+    return card.capability == 90 and tokens > (48 if rows >= 128 * card.multiprocessors else 16)
 
 
 @lru_cache(4096)  # a prompt of 17 to 256 tokens asks for the same few in every layer
-def batch_plan(tokens: int, size: int, rows: int, silu: bool, multiprocessors: int, capability: int) -> LinearPlan:
+def batch_plan(tokens: int, size: int, rows: int, silu: bool, card: Card) -> LinearPlan:
     """The cheapest. Raises ValueError for more than BATCH_TOKENS, or numbers a token that are no multiple of 8."""
     if not 1 <= tokens <= BATCH_TOKENS or size % 8:
         limit = f"at most {BATCH_TOKENS} tokens of a multiple of 8 numbers"
         raise ValueError(f"{tokens} tokens of {size} numbers do not fit linear_batch.cu: {limit}")
-    if uses_wgmma(tokens, rows, multiprocessors, capability):
-        return min(wgmma_configs(tokens, size, rows, silu, multiprocessors), key=lambda plan: plan.cost)
-    return min(mma_configs(tokens, size, rows, silu, multiprocessors, capability), key=lambda plan: plan.cost)
+    if uses_wgmma(tokens, rows, card):
+        return min(wgmma_configs(tokens, size, rows, silu, card), key=lambda plan: plan.cost)
+    return min(mma_configs(tokens, size, rows, silu, card), key=lambda plan: plan.cost)
 
 
 def linear_batch(
-    x: Array, weight: Array, out: Array, p: LinearPlan, workspace: Array, split_counter: Array, *,
-    bias: Array | None = None, residual: Array | None = None, silu: bool = False,
+    x: Array, weight: Array, out: Array, p: LinearPlan, scratch: Scratch, *, bias: Array | None = None,
+    residual: Array | None = None, silu: bool = False,
 ) -> Launch:
-    """As `linear.linear`, for up to BATCH_TOKENS, already normed.
-
-    workspace float32 [p.workspace_floats]; split_counter int32 [p.counters], zero before and after.
-    """
+    """As `linear.linear`, for up to BATCH_TOKENS, already normed."""
     (tokens, size), rows = x.shape, weight.shape[0]
-    rest = bias, residual, out, workspace, split_counter
+    rest = bias, residual, out, scratch.workspace, scratch.split_counter
     kind = f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
     if isinstance(p, WgmmaPlan):
         maps = TensorMap(x, -(-tokens // 8) * 8), TensorMap(weight, p.rows // 2 if silu else p.rows)

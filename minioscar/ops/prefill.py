@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..cache import BF16
 from ..oscar import Scheme
-from .attention import Heads, PrefillTokens, layout_defines
-from .launch import Launch, max_shared_bytes
+from .attention import Heads, PrefillTokens, layout_defines, log2_scale
+from .launch import Card, Launch
 from .layout import PAGE_TOKENS
 
 Array = Any
@@ -20,9 +20,9 @@ WGMMA_STAGES = {64: 6, 128: 3}
 WGMMA_ROWS, TILE_TOKENS = 128, 128
 
 
-def tiled(head_dim: int, capability: int) -> bool:
+def tiled(head_dim: int, card: Card) -> bool:
     """Whether `prefill_attention` reads keys and values from `Tiles`, not from where they are."""
-    return capability == 90 and head_dim in WGMMA_STAGES
+    return card.capability == 90 and head_dim in WGMMA_STAGES
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,19 @@ class Tiles:
     values: Array
     first: Array
 
+    @classmethod
+    def allocate(cls, xp: Any, heads: Heads, tiles: int, first: Array) -> Tiles:
+        shape = tiles, heads.kv_heads, TILE_TOKENS, heads.head_dim
+        return cls(xp.empty(shape, BF16), xp.empty(shape, BF16), first)
+
 
 Past = tuple[Array, Array] | Tiles
+
+
+def past_bytes(heads: Heads, tokens: int, context: int, card: Card) -> int:
+    """Of keys and values in BF16, beside the cache, while the last `tokens` tokens of a context are attended from: all
+    tokens in `Tiles`, or the older ones unpacked."""
+    return 2 * BF16.itemsize * (context if tiled(heads.head_dim, card) else context - tokens) * heads.kv_heads * heads.head_dim
 
 
 def unpack(
@@ -91,60 +102,85 @@ class SplitPlan:
     def workspace_floats(self, head_dim: int) -> int:
         return self.blocks * self.splits * WGMMA_ROWS * (head_dim + 2)
 
+    def nbytes(self, head_dim: int) -> int:
+        """Of the arrays of a `KeySplits`."""
+        return 4 * (self.workspace_floats(head_dim) + self.blocks)
 
-def split_plan(
-    heads: Heads, max_count: int, sequences: int, max_start: int, multiprocessors: int, capability: int
-) -> SplitPlan | None:
+
+@dataclass(frozen=True)
+class KeySplits:
+    """A plan and what its blocks share: workspace float32 [plan.workspace_floats(d)], split_counter int32
+    [plan.blocks], zero before and after a launch."""
+
+    plan: SplitPlan
+    workspace: Array | None = None
+    split_counter: Array | None = None
+
+    @classmethod
+    def allocate(cls, xp: Any, plan: SplitPlan, head_dim: int) -> KeySplits:
+        return cls(plan, xp.empty(plan.workspace_floats(head_dim), np.float32), xp.zeros(plan.blocks, np.int32))
+
+
+WHOLE = KeySplits(SplitPlan(0, 1, 2**30))  # keys are not split
+
+
+def split_plan(heads: Heads, max_count: int, sequences: int, max_start: int, card: Card) -> SplitPlan | None:
     """Splits where multiprocessors would be idle without, else None. max_count, max_start: of new and of older
     tokens."""
-    if not tiled(heads.head_dim, capability):
+    if not tiled(heads.head_dim, card):
         return None
     blocks = -(-max_count * (heads.q_heads // heads.kv_heads) // WGMMA_ROWS) * heads.kv_heads * sequences
     tiles = -(-(max_start + max_count) // TILE_TOKENS)
-    split_tiles = {splits: -(-tiles // splits) for splits in range(1, min(tiles, multiprocessors) + 1)}
-    splits = min(split_tiles, key=lambda n: -(-blocks * n // multiprocessors) * (split_tiles[n] + SPLIT_COST))
+    split_tiles = {splits: -(-tiles // splits) for splits in range(1, min(tiles, card.multiprocessors) + 1)}
+    splits = min(split_tiles, key=lambda n: -(-blocks * n // card.multiprocessors) * (split_tiles[n] + SPLIT_COST))
     return SplitPlan(blocks, splits, split_tiles[splits]) if splits > 1 else None
 
 
 def prefill_attention(
-    heads: Heads, q: Array, new: PrefillTokens, past: Past | None, out: Array, capability: int, *,
-    scale: float | None = None, split: tuple[SplitPlan, Array, Array] | None = None, multiprocessors: int = 132,
+    heads: Heads, q: Array, new: PrefillTokens, past: Past | None, out: Array, card: Card, *,
+    scale: float | None = None, splits: KeySplits | None = None,
 ) -> Launch:
     """q [tokens, q_heads, d] -> out, both bf16: each new token over those before it and itself. scale: as in
     `decode_attention`.
 
     past: keys and values of the older tokens, bf16 [rows, kv_heads, capacity, d], row new.slots[s] (None: s) of
-    sequence s; None where new.starts are all 0. Where `tiled` says so, the tiles of all tokens instead. split: by
-    `split_plan`, with workspace float32 [workspace_floats(d)] and split_counter int32 [blocks], zero before and after.
-    multiprocessors: 132 of an H100 or H200; where there are fewer, some blocks have to wait.
+    sequence s; None where new.starts are all 0. Where `tiled` says so, the tiles of all tokens instead. splits: by
+    `split_plan`.
     """
-    d, q_per_kv = heads.head_dim, heads.q_heads // heads.kv_heads
-    scale_log2 = np.float32((scale or 1 / math.sqrt(d)) * math.log2(math.e))
-    defines = f"HEAD_DIM={d}", f"Q_PER_KV={q_per_kv}"
+    scale_log2 = log2_scale(scale, heads.head_dim)
     if isinstance(past, Tiles):
-        plan, workspace, split_counter = split or (SplitPlan(0, 1, 2**30), None, None)
-        blocks, sequences = -(-new.max_count * q_per_kv // WGMMA_ROWS), new.starts.shape[0]
-        fitting = L2_BYTES * heads.kv_heads // max(2 * past.keys.nbytes, 1)  # heads whose keys and values L2 holds
-        divisors = (n for n in range(heads.kv_heads, 1, -1) if heads.kv_heads % n == 0 and n <= fitting)
-        heads_per_pass = next(divisors, 1)
-        sizes = heads.kv_heads, heads_per_pass, sequences, blocks, plan.splits, plan.tiles
-        where = past.first, new.first_rows, new.starts, new.counts
-        args = (q, past.keys, past.values, *where, out, workspace, split_counter, *map(np.int32, sizes), scale_log2)
-        stages = WGMMA_STAGES[d]
-        shared = (WGMMA_ROWS + 2 * stages * TILE_TOKENS) * 2 * d + 4 * stages * 8 + 8
-        grid = (min(blocks * plan.splits * heads.kv_heads * sequences, multiprocessors),)
-        defines = *defines, f"STAGES={stages}"
-        return Launch("sm90/prefill_attention.cu", "prefill_attention", defines, grid, 384, args, shared)
+        return _attend_to_tiles(heads, q, new, past, out, card, scale_log2, splits or WHOLE)
+    d, q_per_kv = heads.head_dim, heads.q_heads // heads.kv_heads
 
     def config_bytes(warps: int, row_tiles: int, tile: int, _blocks: int) -> int:
         return (warps * row_tiles * 16 + 4 * tile) * (2 * d + 16)
 
-    best = next(c for c in PREFILL_CONFIGS[d] if config_bytes(*c) <= max_shared_bytes(capability))
+    best = next(c for c in PREFILL_CONFIGS[d] if config_bytes(*c) <= card.max_shared_bytes)
     names = "BLOCK_WARPS", "ROW_TILES", "TILE", "BLOCKS_PER_SM"
-    defines = (*defines, *(f"{name}={n}" for name, n in zip(names, best, strict=True)))
+    defines = f"HEAD_DIM={d}", f"Q_PER_KV={q_per_kv}", *(f"{name}={n}" for name, n in zip(names, best, strict=True))
     grid = -(-new.max_count * q_per_kv // (best[0] * best[1] * 16)), heads.kv_heads, new.starts.shape[0]
     keys, values = past if past else (None, None)
     where = new.first_rows, new.slots, new.starts, new.counts
     sizes = new.key_stride, new.value_stride, heads.kv_heads, keys.shape[2] if past else 0
     args = (q, new.keys, new.values, keys, values, *where, out, *map(np.int32, sizes), scale_log2)
     return Launch("prefill_attention.cu", "prefill_attention", defines, grid, 32 * best[0], args, config_bytes(*best))
+
+
+def _attend_to_tiles(
+    heads: Heads, q: Array, new: PrefillTokens, tiles: Tiles, out: Array, card: Card, scale_log2: np.float32,
+    splits: KeySplits,
+) -> Launch:
+    """sm90/prefill_attention.cu: at most a block a multiprocessor."""
+    d, q_per_kv, plan = heads.head_dim, heads.q_heads // heads.kv_heads, splits.plan
+    blocks, sequences = -(-new.max_count * q_per_kv // WGMMA_ROWS), new.starts.shape[0]
+    fitting = L2_BYTES * heads.kv_heads // max(2 * tiles.keys.nbytes, 1)  # heads whose keys and values L2 holds
+    divisors = (n for n in range(heads.kv_heads, 1, -1) if heads.kv_heads % n == 0 and n <= fitting)
+    heads_per_pass = next(divisors, 1)
+    sizes = map(np.int32, (heads.kv_heads, heads_per_pass, sequences, blocks, plan.splits, plan.tiles))
+    inputs = q, tiles.keys, tiles.values, tiles.first, new.first_rows, new.starts, new.counts
+    args = *inputs, out, splits.workspace, splits.split_counter, *sizes, scale_log2
+    stages = WGMMA_STAGES[d]
+    shared = (WGMMA_ROWS + 2 * stages * TILE_TOKENS) * 2 * d + 4 * stages * 8 + 8
+    grid = (min(blocks * plan.splits * heads.kv_heads * sequences, card.multiprocessors),)
+    defines = f"HEAD_DIM={d}", f"Q_PER_KV={q_per_kv}", f"STAGES={stages}"
+    return Launch("sm90/prefill_attention.cu", "prefill_attention", defines, grid, 384, args, shared)

@@ -20,7 +20,7 @@ from minioscar.config import Config
 from minioscar.ops.cubins import KERNELS
 from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode import Queue, StepBatch
-from minioscar.ops.launch import Launch, Recording, TensorMap
+from minioscar.ops.launch import Card, Launch, Recording, TensorMap
 from minioscar.ops.linear import Products
 from minioscar.ops.paged import KernelCache
 from minioscar.ops.reference import Reference
@@ -59,14 +59,13 @@ class Simt(Cuda):
 
     def __init__(self, arch: int = ARCH) -> None:
         self.xp: Any = _Memory()
-        self.multiprocessors, self.capability = MULTIPROCESSORS, arch
-        self.indices = self.recorded = None
-        self.products = Products(self.xp, MULTIPROCESSORS, arch)
+        self.card, self.indices, self.recorded = Card(MULTIPROCESSORS, arch), None, None
+        self.products = Products(self.xp, self.card)
 
     def run(self, launch: Launch) -> None:
         if self.recorded is not None:
             return self.recorded.append(launch)
-        kernel = compile_kernel(KERNELS / launch.source, launch.name, launch.defines, self.capability)
+        kernel = compile_kernel(KERNELS / launch.source, launch.name, launch.defines, self.card.capability)
         args = [_there(a) for a in launch.args]  # copies live as long as this list
         maps = [tensor_map(a.array, a.box_rows) if isinstance(a, TensorMap) else a for a in args]
         kernel(launch.grid, launch.block, maps, shared=launch.shared)
