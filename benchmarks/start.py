@@ -8,6 +8,7 @@ takes.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -76,3 +77,36 @@ def first_text(command: Sequence[str], **changes: str) -> float:
         reason = said.decode(errors="replace").strip().splitlines() or ["it said nothing"]
         raise Failure(f"a start ended with exit code {process.returncode}: {reason[-1]}")
     return seconds
+
+
+def first_answers(preset: str, kv: str = "int2", tokens: int = 20) -> dict[str, float]:
+    """Seconds of a first answer and of a second one, in this process. What it says of compiling goes to stderr."""
+    from benchmarks import presets
+
+    engine = presets.load(presets.config_of(preset), kv, "cuda")
+    engine.progress = True
+    seconds = []
+    for _ in range(2):
+        engine.ops.xp.cuda.Device().synchronize()
+        before = time.perf_counter()
+        engine.generate(list(range(tokens)), max_tokens=3)
+        seconds.append(time.perf_counter() - before)
+    return {"first_s": seconds[0], "again_s": seconds[1]}
+
+
+def main(preset: str) -> int:
+    code = f"import json; from benchmarks.start import first_answers; print(json.dumps(first_answers({preset!r})))"
+    with TemporaryDirectory() as folder:
+        environment = {**os.environ, "CUPY_CACHE_DIR": folder, "CUDA_CACHE_DISABLE": "1"}
+        command = [sys.executable, "-c", code]
+        fresh, second = (
+            json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+            for _ in range(2)
+        )
+    result = {"model": preset, "fresh_s": fresh["first_s"], "second_process_s": second["first_s"]}
+    print(json.dumps(result | {"again_s": second["again_s"], "compile_s": fresh["first_s"] - second["first_s"]}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:] or ["qwen3-8b"]))
