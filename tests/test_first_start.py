@@ -15,7 +15,7 @@ from minioscar.cache import BF16, Cache
 from minioscar.errors import Failure
 from minioscar.generation import Options
 from minioscar.model import Model
-from minioscar.ops import cubins
+from minioscar.ops import cubins, launch
 from minioscar.ops.cuda import OnPaper, programs
 from minioscar.ops.launch import Card
 from minioscar.oscar import SCHEMES
@@ -24,7 +24,7 @@ from minioscar.weights import Layer, Weights, expected
 
 from .test_cuda_backend import SIMULATED
 from .test_decode_step import of_backend
-from .tiny import write_model
+from .tiny import load, write_model
 
 
 class Compiler:
@@ -156,6 +156,24 @@ def test_what_a_run_launches_is_known_before(kv, lengths, sampling, arch, tmp_pa
     ops.launched.clear(), ops.listed.clear()
     engine.generate([*prompts[0], 3, 4], cache=cache, max_tokens=3, temperature=1.0)
     assert ops.launched == ops.listed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 20, 300])
+def test_nothing_is_compiled_after_the_first_launch_on_a_card(tokens, tmp_path, monkeypatch):
+    """Every kernel's machine code is on disk when it is first asked for."""
+    monkeypatch.undo()  # CUDA's headers are there
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    engine, asked = load(write_model(tmp_path / "m", 1, head_dim=64), "int2", "cuda"), []
+
+    def compiled(program, *rest):
+        asked.append((program, cubins.cubin(program, *rest).exists()))
+        return cubins.compiled(program, *rest)
+
+    launch.kernel.cache_clear()
+    monkeypatch.setattr(launch, "compiled", compiled)
+    engine.generate([5] * tokens, max_tokens=4)
+    assert len(asked) > 5 and all(there for _, there in asked), asked
 
 
 def listed(preset: str, kv: str, lengths: list[int], arch: int) -> list[cubins.Program]:
