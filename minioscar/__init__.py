@@ -59,14 +59,14 @@ if TYPE_CHECKING:
     from .errors import UserError as UserError
     from .generation import Generation as Generation
     from .generation import Logprob as Logprob
-    from .generation import Options as Options
+    from .options import Options as Options
     from .oscar import SCHEMES as SCHEMES
     from .prompt_cache import PromptCache as PromptCache
     from .sampling import Sampling as Sampling
 
 _FROM = {
     "load": "engine", "Engine": "engine", "Conversation": "app.conversation", "PromptCache": "prompt_cache",
-    "Generation": "generation", "Logprob": "generation", "Options": "generation", "Sampling": "sampling", "SCHEMES": "oscar",
+    "Generation": "generation", "Logprob": "generation", "Options": "options", "Sampling": "sampling", "SCHEMES": "oscar",
     "UserError": "errors", "Failure": "errors",
 }  # fmt: skip
 __all__ = ["__version__", *_FROM]

@@ -13,7 +13,7 @@ from .chat_template import Message, malformed
 from .checks import TEXT, whole
 from .config import Config
 from .errors import UserError, shown
-from .generation import Options
+from .options import Options
 from .sampling import Sampling
 
 Prompt = str | Sequence[int] | Sequence[Message]

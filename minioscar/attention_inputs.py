@@ -16,7 +16,8 @@ from .weights import Weights
 
 
 class AttentionInputs(NamedTuple):
-    """Of one layer, on the host, float32; q and k after QK-norm and RoPE, none of them rotated (v only if the weights rotate it)."""
+    """Of one layer, on the host, float32; q and k after QK-norm and RoPE, none of them rotated (v only if the weights
+    rotate it)."""
 
     q: np.ndarray  # [tokens, q_heads, d]
     k: np.ndarray  # [tokens, kv_heads, d]

@@ -1,7 +1,8 @@
 """The KV cache: what one layer keeps of a token, and the rows of a batch; allocated once, nothing grows.
 
-A sequence of length L keeps its first L - L % WINDOW tokens packed and the newest L % WINDOW in BF16. What the arithmetic of a
-block is stands in oscar.py. These classes are array code and run on NumPy and CuPy; ops/paged.py has the ones that kernels fill.
+A sequence of length L keeps its first L - L % WINDOW tokens packed and the newest L % WINDOW in BF16. What the
+arithmetic of a block is stands in oscar.py. These classes are array code and run on NumPy and CuPy; ops/paged.py has
+the ones that kernels fill.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Batch:
 
 
 class LayerCache:
-    """One layer's keys and values of every row. arrays: those that `layout` names, on the back end of `ops`. index: of the layer."""
+    """One layer's keys and values of every row. arrays: those that `layout` names, on the back end of `ops`. index: of
+    the layer."""
 
     def __init__(self, arrays: dict[str, Array], scheme: Scheme, ops: Backend, index: int = 0):
         self.arrays, self.scheme, self.ops, self.xp, self.index = arrays, scheme, ops, ops.xp, index
@@ -88,12 +90,14 @@ class LayerCache:
 
     @classmethod
     def layout(cls, config: Config, scheme: Scheme, batch: int, context: int) -> Layout:
-        """The arrays of one layer. Axes: batch, kv_heads, tokens (or groups, or blocks' worth of them), channels (or groups, or bytes)."""
+        """The arrays of one layer. Axes: batch, kv_heads, tokens (or groups, or blocks' worth of them), channels (or
+        groups, or bytes)."""
         raise NotImplementedError
 
     @classmethod
     def row_layout(cls, config: Config, scheme: Scheme, length: int) -> Layout:
-        """What one layer of a row of `length` tokens holds: what a saved cache consists of, on every back end. Nothing empty is in it."""
+        """What one layer of a row of `length` tokens holds: what a saved cache consists of, on every back end. Nothing
+        empty is in it."""
         raise NotImplementedError
 
     def append(self, new: NewTokens, batch: Batch) -> None:
@@ -101,7 +105,8 @@ class LayerCache:
         raise NotImplementedError
 
     def past(self, slot: int, length: int, room: int = 0) -> tuple[Array, Array]:
-        """What attention takes the first `length` tokens of a row to be: keys, values, float32 [kv_heads, length + room, d].
+        """What attention takes the first `length` tokens of a row to be: keys, values, float32 [kv_heads, length +
+        room, d].
 
         The last `room` tokens are left for the caller to fill.
         """
@@ -121,7 +126,8 @@ class LayerCache:
             for first in range(span.start, span.stop, QUERIES):
                 queries = slice(first, min(first + QUERIES, span.stop))
                 seen = start + queries.stop - span.start  # tokens that the last of these queries sees
-                out[queries] = causal_attention(q[queries].astype(xp.float32) * scale, keys[:, :seen], values[:, :seen], xp)
+                x = q[queries].astype(xp.float32) * scale
+                out[queries] = causal_attention(x, keys[:, :seen], values[:, :seen], xp)
         return out
 
     def export_row(self, slot: int, length: int, config: Config) -> dict[str, np.ndarray]:
@@ -134,7 +140,8 @@ class LayerCache:
     def import_row(self, slot: int, row: dict[str, np.ndarray]) -> None:
         """The inverse of `export_row`, bit for bit, into a row of any capacity that holds so many tokens."""
         for name, array in row.items():
-            cut = tuple(map(slice, map(min, array.shape, self.arrays[name].shape[1:])))  # norms lack room in a last partial block
+            # norms lack room in a last partial block
+            cut = tuple(map(slice, map(min, array.shape, self.arrays[name].shape[1:])))
             self.arrays[name][(slot, *cut)] = self.xp.asarray(array[cut])
 
     def copy_row(self, source: int, target: int) -> None:
@@ -168,7 +175,8 @@ class PlainCache(LayerCache):
 
 
 class PackedCache(LayerCache):
-    """Whole blocks quantized as the scheme says, the newest tokens in a BF16 window, the first ones (sinks) in BF16 beside them."""
+    """Whole blocks quantized as the scheme says, the newest tokens in a BF16 window, the first ones (sinks) in BF16
+    beside them."""
 
     @classmethod
     def layout(cls, config: Config, scheme: Scheme, batch: int, context: int) -> Layout:
@@ -204,21 +212,26 @@ class PackedCache(LayerCache):
     def append(self, new: NewTokens, batch: Batch) -> None:
         """Into the window, and every full block of WINDOW tokens from there into packed form."""
         for slot, start, span in batch.spans():
-            rows = {"keys": new.k[span].astype(BF16).swapaxes(0, 1), "values": new.v[span].astype(BF16).swapaxes(0, 1)}  # [heads, n, d]
+            # [heads, n, d]
+            rows = {"keys": new.k[span].astype(BF16).swapaxes(0, 1), "values": new.v[span].astype(BF16).swapaxes(0, 1)}
             count, held = span.stop - span.start, start % WINDOW
             if new.norms is not None:
-                kept = max(min(count, self["norms"].shape[1] - start), 0)  # a last partial block has no room, nor needs it
+                # a last partial block has no room, nor needs it
+                kept = max(min(count, self["norms"].shape[1] - start), 0)
                 self["norms"][slot, start : start + kept] = new.norms[span][:kept]
             full, left = divmod(held + count, WINDOW)
             if full:
-                blocks = {name: self.xp.concatenate([self[f"window_{name}"][slot, :, :held], x], axis=1) for name, x in rows.items()}
+                blocks = {
+                    name: self.xp.concatenate([self[f"window_{name}"][slot, :, :held], x], axis=1)
+                    for name, x in rows.items()
+                }
                 self.pack(slot, start - held, *(block[:, : full * WINDOW] for block in blocks.values()), new.feedback)
                 rows, held = {name: block[:, full * WINDOW :] for name, block in blocks.items()}, 0
             for name, x in rows.items():
                 self[f"window_{name}"][slot, :, held:left] = x
 
     def pack(self, slot: int, first: int, keys: Array, values: Array, feedback: Array | None = None) -> None:
-        """Quantizes whole blocks, BF16 [kv_heads, n, d], as tokens first ... first + n - 1 of a row, and keeps its sinks."""
+        """Quantizes whole blocks, BF16 [kv_heads, n, d], as tokens first ... first + n - 1; keeps a row's sinks."""
         scheme, tokens = self.scheme, slice(first, first + keys.shape[1])
         self.keep_sinks(slot, first, keys, values)
         norms = self["norms"][slot, tokens] if scheme.scale else None
@@ -229,7 +242,8 @@ class PackedCache(LayerCache):
     def keep_sinks(self, slot: int, first: int, keys: Array, values: Array) -> None:
         """The first tokens of a row stay in BF16 beside the cache; their packed slots are not read."""
         if self.scheme.sinks and first == 0:
-            self["sink_keys"][slot], self["sink_values"][slot] = keys[:, : self.scheme.sinks], values[:, : self.scheme.sinks]
+            for name, x in (("sink_keys", keys), ("sink_values", values)):
+                self[name][slot] = x[:, : self.scheme.sinks]
 
     def past(self, slot: int, length: int, room: int = 0) -> tuple[Array, Array]:
         packed, found = length - length % WINDOW, []
@@ -246,7 +260,7 @@ class PackedCache(LayerCache):
         return found[0], found[1]
 
     def packed(self, slot: int, tokens: int) -> tuple[Array, Array]:
-        """The packed tokens of a row, dequantized: keys, values, float32 [kv_heads, tokens, d]. Sinks are not put in."""
+        """The packed tokens of a row, dequantized: keys, values, float32 [kv_heads, tokens, d]; without the sinks."""
         scheme, xp = self.scheme, self.xp
         dim = self["window_keys"].shape[3]
         row = {name: self[name][slot, :, : shape[0]] for name, (shape, _) in scheme.packed_layout(tokens, dim).items()}
@@ -254,7 +268,8 @@ class PackedCache(LayerCache):
 
 
 def causal_attention(q: Array, keys: Array, values: Array, xp: Any) -> Array:
-    """The last queries of a sequence over all its tokens: q [n, q_heads, d], already times 1 / sqrt(d); keys, values [kv_heads, seen, d].
+    """The last queries of a sequence over all its tokens: q [n, q_heads, d], already times 1 / sqrt(d); keys, values
+    [kv_heads, seen, d].
 
     float32 [n, q_heads, d]. Query i of n sees the first seen - n + i + 1 tokens.
     """
@@ -271,7 +286,8 @@ def causal_attention(q: Array, keys: Array, values: Array, xp: Any) -> Array:
 
 
 def widen(x: Array) -> Array:
-    """BF16 -> float32, exactly: the upper half of the word. (NumPy's own conversion of ml_dtypes takes three times as long.)"""
+    """BF16 -> float32, exactly: the upper half of the word. (NumPy's own conversion of ml_dtypes takes three times as
+    long.)"""
     return (x.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
@@ -281,8 +297,8 @@ def widen(x: Array) -> Array:
 class Cache:
     """Keys and values of `batch` sequences of at most `context` tokens, in the given scheme.
 
-    layers[i] is what layer i keeps, its arrays parts of `arrays`, which have one more axis in front: what is done for all layers at
-    once takes those. lengths[b] counts the tokens of row b (host, int64).
+    layers[i] is what layer i keeps, its arrays parts of `arrays`, which have one more axis in front: what is done for
+    all layers at once takes those. lengths[b] counts the tokens of row b (host, int64).
     """
 
     def __init__(self, config: Config, scheme: Scheme, batch: int, context: int, ops: Backend):
@@ -290,7 +306,9 @@ class Cache:
         self.lengths = np.zeros(batch, np.int64)
         kind = ops.cache_type(config, scheme)
         shapes = kind.layout(config, scheme, batch, context)
-        self.arrays = {name: ops.xp.zeros((config.num_layers, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+        self.arrays = {
+            name: ops.xp.zeros((config.num_layers, *shape), dtype) for name, (shape, dtype) in shapes.items()
+        }
         arrays = ({name: array[i] for name, array in self.arrays.items()} for i in range(config.num_layers))
         self.layers = [kind(of_layer, scheme, ops, i) for i, of_layer in enumerate(arrays)]
 
@@ -313,12 +331,13 @@ class Cache:
             self.lengths[slot] = start + count
 
     def rollback(self, batch: Batch) -> None:
-        """After a pass that ended midway: some layers have its tokens and others not, and windows may be overwritten."""
+        """After a pass that ended midway: some layers have its tokens, others not, and windows may be overwritten."""
         for slot, start in zip(batch.slots, batch.starts, strict=True):
             self.lengths[slot] = start - start % WINDOW if self.scheme.quantized else start
 
     def truncate(self, slot: int, length: int) -> int:
-        """Forgets the tokens of a row from `length` on; returns how many are left (`left_after_cut`). The caller feeds the rest again."""
+        """Forgets the tokens of a row from `length` on; returns how many are left (`left_after_cut`). The caller feeds
+        the rest again."""
         self.lengths[slot] = left_after_cut(self.scheme, int(self.lengths[slot]), length)
         return int(self.lengths[slot])
 
@@ -327,10 +346,13 @@ class Cache:
         return [layer_cache.export_row(slot, int(self.lengths[slot]), self.config) for layer_cache in self.layers]
 
     def import_row(self, slot: int, rows: Iterable[dict[str, np.ndarray]], length: int) -> None:
-        """The first `length` tokens of what `export_row` gave for a row that is as long or longer and can be cut there."""
+        """The first `length` tokens of what `export_row` gave for a row that is as long or longer and can be cut
+        there."""
         shapes = row_layout(self.config, self.scheme, length)
         for layer_cache, row in zip(self.layers, rows, strict=True):
-            layer_cache.import_row(slot, {name: row[name][tuple(map(slice, shape))] for name, (shape, _) in shapes.items()})
+            layer_cache.import_row(
+                slot, {name: row[name][tuple(map(slice, shape))] for name, (shape, _) in shapes.items()}
+            )
         self.lengths[slot] = length
 
     def copy(self, source: int, target: int) -> None:
@@ -366,8 +388,8 @@ def cache_bytes(config: Config, scheme: Scheme, batch: int, context: int) -> int
 def left_after_cut(scheme: Scheme, held: int, length: int) -> int:
     """How many tokens of a row of `held` are left when it is cut to `length`.
 
-    The window can be cut anywhere. A packed block cannot be taken apart, so a cut within one keeps the blocks before it: up to
-    WINDOW - 1 tokens fewer than asked for.
+    The window can be cut anywhere. A packed block cannot be taken apart, so a cut within one keeps the blocks before
+    it: up to WINDOW - 1 tokens fewer than asked for.
     """
     if length >= held:
         return held

@@ -1,4 +1,5 @@
-"""Messages -> the text of a prompt, by the model's chat template: a jinja2 program, run in a sandbox as transformers runs it."""
+"""Messages -> the text of a prompt, by the model's chat template: a jinja2 program, run in a sandbox as transformers
+runs it."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def find(folder: Path, config: Mapping[str, Any], file: Mapping[str, Any]) -> di
         if isinstance(source, list):
             source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = source if isinstance(source, dict) else {"default": source}
-        named |= {name: text for name, text in source.items() if isinstance(name, str) and text and isinstance(text, str)}
+        named |= {
+            name: text for name, text in source.items() if isinstance(name, str) and text and isinstance(text, str)
+        }
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (path := folder / "chat_template.jinja").is_file() or path.is_symlink():
         files["default"] = path
@@ -47,7 +50,8 @@ def _text(path: Path) -> str:
 
 
 def malformed(messages: Any) -> str | None:
-    """Why these are no messages of a chat, a list of objects {"role": text, "content": text or parts}; None if they are."""
+    """Why these are no messages of a chat, a list of objects {"role": text, "content": text or parts}; None if they
+    are."""
     if not isinstance(messages, list | tuple) or not messages:
         return "there is no message" if isinstance(messages, list | tuple) else "it is no list"
     for i, message in enumerate(messages):
@@ -74,15 +78,17 @@ def flat(content: Any) -> Any:
 def render(template: str, messages: Sequence[Message], variables: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
     """The text of the messages. extra: variables from the caller, such as enable_thinking.
 
-    A template knows content as text, as parts, or both. What it does not show, or shows as Python writes it, is rendered
-    in the other form: parts joined to one text, text as a list of one part.
-    Raises UserError for a variable that the template does not read, else any exception: a template is a program.
+    A template knows content as text, as parts, or both. What it does not show, or shows as Python writes it, is
+    rendered in the other form: parts joined to one text, text as a list of one part. Raises UserError for a variable
+    that the template does not read, else any exception: a template is a program.
     """
     compiled, names = _compiled(template)
     own = {"messages", "tools", "documents", "add_generation_prompt", *variables, *compiled.environment.globals}
     for name in extra:
         if name in own:
-            raise UserError(f"the template argument {name!r} would overwrite what the chat template is given; leave it out")
+            raise UserError(
+                f"the template argument {name!r} would overwrite what the chat template is given; leave it out"
+            )
         if name not in names:
             known = ", ".join(sorted(names - own)) or "none"
             raise UserError(f"the chat template has no variable {name!r} to set; it has: {known}")
@@ -136,7 +142,8 @@ def _written(compiled: Any, variables: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=16)
 def _compiled(template: str) -> tuple[Any, set[str]]:
-    """The template in jinja2's sandbox, with what transformers (utils/chat_template_utils.py) gives it; the names it reads."""
+    """The template in jinja2's sandbox, with what transformers (utils/chat_template_utils.py) gives it; the names it
+    reads."""
     import jinja2
     from jinja2 import meta, nodes
     from jinja2.ext import Extension
@@ -148,7 +155,10 @@ def _compiled(template: str) -> tuple[Any, set[str]]:
         intercepted_binops = frozenset(("*", "**"))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            pairs = [(a, b) for a, b in ((left, right), (right, left)) if isinstance(a, str | list | tuple) and isinstance(b, int)]
+            pairs = [
+                (a, b) for a, b in ((left, right), (right, left)) if isinstance(a, str | list | tuple)
+                and isinstance(b, int)
+            ]
             sizes = [len(a) * b for a, b in pairs]
             if operator == "**" and isinstance(left, int) and isinstance(right, int):
                 sizes = [left.bit_length() * right]

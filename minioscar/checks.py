@@ -12,11 +12,13 @@ import numpy as np
 
 from .errors import UserError, shown
 
-TEXT = str | bytes | bytearray | memoryview  # what Python takes for sequences of characters or numbers, and no user means as one
+# what Python takes for sequences of characters or numbers, and no user means as one
+TEXT = str | bytes | bytearray | memoryview
 
 
 def number(name: str, value: Any, good: Callable[[float], bool], want: str) -> float:
-    """The value as a float. Raises UserError, which names it, for another type (bool, text) and where it is not good; NaN never is."""
+    """The value as a float. Raises UserError, which names it, for another type (bool, text) and where it is not good;
+    NaN never is."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise UserError(f"{name} {shown(value)} is not a number; it must be {want}")
     try:

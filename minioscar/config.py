@@ -1,4 +1,5 @@
-"""config.json -> Config: the shapes and switches of a model, checked; whatever is not implemented is refused by name."""
+"""config.json -> Config: the shapes and switches of a model, checked; whatever is not implemented is refused by
+name."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from .storage import foreign
 from .storage import strict_json as json
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-MOST = {"num_hidden_layers": 4096, "head_dim": 2048}  # what is made from these numbers before a weight is seen must stay small
+# what is made from these numbers before a weight is seen must stay small
+MOST = {"num_hidden_layers": 4096, "head_dim": 2048}
 SHARED_DEFAULTS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "sliding_window": 4096}
 SHARED_DEFAULTS |= {"max_window_layers": 28}
 QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
@@ -59,26 +61,35 @@ class Config:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Config:
-        """Reads folder/config.json. Raises UserError where it is missing, malformed or asks for what is not implemented."""
+        """Reads folder/config.json. Raises UserError where it is missing, malformed or asks for what is not
+        implemented."""
         path = Path(folder) / "config.json"
         return cls.from_dict(read_json(path, "a model folder needs it"), str(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
-        """The fields are those of transformers' configuration classes, old and new spelling of the rope options alike."""
+        """The fields are those of transformers' configuration classes, old and new spelling of the rope options
+        alike."""
         kind = raw.get("model_type")
         if kind not in MODEL_TYPES:
             raise UserError(f"{source}: model_type {kind!r} is not supported; minioscar runs {', '.join(MODEL_TYPES)}")
         get = _Reader(raw, source, DEFAULTS[kind])
         for name in get.items("architectures"):
             if not str(name).endswith("ForCausalLM"):
-                raise UserError(f"{source}: architecture {name!r} is not supported; only ...ForCausalLM models generate text")
+                raise UserError(
+                    f"{source}: architecture {name!r} is not supported; only ...ForCausalLM models generate text"
+                )
         if raw.get("quantization_config"):
-            raise UserError(f"{source}: quantization_config (quantized weights) is not supported; use the model's F32, F16 or BF16 weights")
+            raise UserError(
+                f"{source}: quantization_config (quantized weights) is not supported; use the model's F32, F16 or "
+                "BF16 weights"
+            )
         heads, hidden = get.count("num_attention_heads"), get.count("hidden_size")
         kv_heads = heads if raw.get("num_key_value_heads", 0) is None else get.count("num_key_value_heads", heads)
         if heads % kv_heads:
-            raise UserError(f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            raise UserError(
+                f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
         head_dim = _head_dim(get, kind, hidden, heads)
         _refuse_other_families(get, head_dim)
         rope = Rope.from_config(raw, head_dim, get.count("max_position_embeddings"), source)
@@ -132,7 +143,9 @@ class Config:
         """The number of weights, a tied embedding counted once."""
         hidden, inter = self.hidden_size, self.intermediate_size
         attention = hidden * (self.q_size + 2 * self.kv_size) + self.q_size * hidden
-        attention += (self.q_size + 2 * self.kv_size) * self.qkv_bias + hidden * self.output_bias + 2 * self.head_dim * self.qk_norm
+        attention += (
+            self.q_size + 2 * self.kv_size
+        ) * self.qkv_bias + hidden * self.output_bias + 2 * self.head_dim * self.qk_norm
         layer = attention + 3 * hidden * inter + (2 * inter + hidden) * self.mlp_bias + 2 * hidden
         return self.num_layers * layer + hidden + self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
 
@@ -245,7 +258,9 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         if found := foreign.content(path):
             raise UserError(f"{path} cannot be read as JSON: it is {found}") from None
-        raise UserError(f"{path} cannot be read as JSON ({' '.join(str(error).split())}); fetch the model again") from None
+        raise UserError(
+            f"{path} cannot be read as JSON ({' '.join(str(error).split())}); fetch the model again"
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object; fetch the model again")
     return value

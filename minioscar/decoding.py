@@ -30,8 +30,8 @@ class Stepper(Protocol):
 class Decoder:
     """A step at a time, through the operations that a prefill uses too.
 
-    `feed` says where the rows stand, `launch` begins a step of some of them, `read` has what came of the oldest that was not read yet.
-    rows: how each row of the cache draws. logits: `read` returns them too.
+    `feed` says where the rows stand, `launch` begins a step of some of them, `read` has what came of the oldest that
+    was not read yet. rows: how each row of the cache draws. logits: `read` returns them too.
     """
 
     ahead = 0  # steps that may be launched before the one before them is read
@@ -43,7 +43,8 @@ class Decoder:
         self.newest: tuple[np.ndarray, np.ndarray | None] | None = None
 
     def feed(self, slots: Sequence[int], tokens: Sequence[int], step: int = 1) -> None:
-        """The newest token of each row, which its cache does not hold yet; the next ones are drawn as those of `step`."""
+        """The newest token of each row, which its cache does not hold yet; the next ones are drawn as those of
+        `step`."""
         self.step = step
         for slot, token in zip(slots, tokens, strict=True):
             self.drawn[slot] = [*self.drawn[slot][: step - 1], int(token)]

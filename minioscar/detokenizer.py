@@ -4,10 +4,10 @@ The decoder of tokenizer.json is a chain of steps over the list of all tokens. H
 and keeps what it has to know of those before: streamed text is decoded text for every chain, at a cost per token that
 does not grow.
 
-`tokenizers.decoders.DecodeStream` decodes its newest tokens again and again instead. It drops the last bytes of an answer
-where they are no whole character, shows bytes that are no UTF-8 only once valid text follows (and decodes all of them
-again with each token), and shows a character of byte tokens that a bad byte behind it takes back: `decode` makes U+FFFD of
-the whole run then.
+`tokenizers.decoders.DecodeStream` decodes its newest tokens again and again instead. It drops the last bytes of an
+answer where they are no whole character, shows bytes that are no UTF-8 only once valid text follows (and decodes all of
+them again with each token), and shows a character of byte tokens that a bad byte behind it takes back: `decode` makes
+U+FFFD of the whole run then.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ TAIL = 64  # tokens of a prompt that can matter to the text behind it: a charact
 
 
 class Detokenizer:
-    """`add` returns the text that has become certain with a token, `flush` the rest: together `Tokenizer.decode` of all ids.
+    """`add` returns the text that has become certain with a token, `flush` the rest: together `Tokenizer.decode` of all
+    ids.
 
     No piece ends within a UTF-8 character. before: tokens in front, whose text is not returned: then the pieces are
-    decode(before + ids) without decode(before), which keeps SentencePiece's space between a prompt and its continuation.
-    first=False: some text is in front.
+    decode(before + ids) without decode(before), which keeps SentencePiece's space between a prompt and its
+    continuation. first=False: some text is in front.
     """
 
     def __init__(self, library: Any, special: frozenset[int], before: Sequence[int] = (), first: bool = True):
@@ -79,7 +80,9 @@ def _steps(decoder: Any, first: bool) -> list[_Step]:
         "ByteLevel": lambda d: _Bytes(),
         "CTC": lambda d: _Distinct(decoders.CTC(d["pad_token"], d["word_delimiter_token"], d["cleanup"])),
         "Fuse": lambda d: _Step(),
-        "Metaspace": lambda d: _AfterFirst(decoders.Metaspace(d["replacement"], d["prepend_scheme"], d["split"]), first),
+        "Metaspace": lambda d: _AfterFirst(
+            decoders.Metaspace(d["replacement"], d["prepend_scheme"], d["split"]), first
+        ),
         "Replace": lambda d: _Each(decoders.Replace(pattern(d), d["content"])),
         "Strip": lambda d: _Each(decoders.Strip(d["content"], d["start"], d["stop"])),
         "WordPiece": lambda d: _AfterFirst(decoders.WordPiece(d["prefix"], d["cleanup"]), first),
@@ -106,7 +109,8 @@ def _flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 class _Step:
-    """One step: tokens in, tokens out. This one changes nothing, as Fuse: behind it the tokens are pieces of one text."""
+    """One step: tokens in, tokens out. This one changes nothing, as Fuse: behind it the tokens are pieces of one
+    text."""
 
     def add(self, token: str) -> list[str]:
         return [token]

@@ -22,11 +22,12 @@ from .chat_template import Message
 from .checks import as_path, flag
 from .config import Config
 from .errors import UserError, shown
-from .generation import Generation, Options, Prompts, Run, first_answers, for_each
+from .generation import Generation, Prompts, Run
 from .model import Model, check_scheme
 from .nan_check import Watch
 from .ops.linear_batch import BATCH_TOKENS
 from .ops.reference import Reference
+from .options import Options, first_answers, for_each
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
 from .prompt_cache import File, PromptCache, common, continued
 from .query_energy import shape_keys
@@ -40,7 +41,8 @@ class Engine:
     """A model on a back end, bound to a KV scheme, its weights prepared for it by `for_scheme`. `load` makes one."""
 
     def __init__(
-        self, config: Config, weights: Weights, tokenizer: Tokenizer | None, scheme: Scheme, ops: Reference, progress: bool = False,
+        self, config: Config, weights: Weights, tokenizer: Tokenizer | None, scheme: Scheme, ops: Reference,
+        progress: bool = False,
         folder: Path | None = None,
     ):
         self.config, self.scheme, self.ops, self.progress, self.folder = config, scheme, ops, progress, folder
@@ -59,7 +61,8 @@ class Engine:
 
     @property
     def weights_sha256(self) -> str:
-        """Of the weight files, hashed when a prompt cache is first saved or loaded. Raises UserError if they have changed."""
+        """Of the weight files, hashed when a prompt cache is first saved or loaded. Raises UserError if they have
+        changed."""
         if self.files is None:
             why = "this model was not loaded from a folder, so a prompt cache cannot be bound to it"
             raise UserError(f"{why}; use minioscar.load")
@@ -81,18 +84,19 @@ class Engine:
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, ctx: int | None = None, chat: bool | None = None,
-        cache: PromptCache | None = None, system: str | None = None, template: Mapping[str, Any] | None = None, **options: Any,
+        cache: PromptCache | None = None, system: str | None = None, template: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Generation | list[Generation]:
         """Continues one prompt, or several of unequal lengths as one batch (a list then, in their order).
 
         A prompt is text, token ids, or the messages of a chat, [{"role", "content"}, ...]. chat: render text with the
-        model's chat template (None: if it has one). ctx: capacity of the cache in tokens (None: what prompts and max_tokens
-        need, see `capacity`). cache: what `prefill` or `load_cache` returned; prompts go on from there (messages repeat its
-        own, see `PromptCache.followed_by`), and only what it does not hold is computed. system: a system message in front
-        of text. template: more variables of the chat template. options: the fields of `Options` (max_tokens, stop,
-        logprobs, ...) and of `Sampling` (temperature, top_p, seed, ...), or sampling=; None is the default. Raises
-        UserError for an empty prompt, one that does not fit, or a value of a wrong type or out of range; Failure if memory
-        runs out.
+        model's chat template (None: if it has one). ctx: capacity of the cache in tokens (None: what prompts and
+        max_tokens need, see `capacity`). cache: what `prefill` or `load_cache` returned; prompts go on from there
+        (messages repeat its own, see `PromptCache.followed_by`), and only what it does not hold is computed. system: a
+        system message in front of text. template: more variables of the chat template. options: the fields of `Options`
+        (max_tokens, stop, logprobs, ...) and of `Sampling` (temperature, top_p, seed, ...), or sampling=; None is the
+        default. Raises UserError for an empty prompt, one that does not fit, or a value of a wrong type or out of
+        range; Failure if memory runs out.
         """
         given, alone = arguments.all_prompts(prompts)
         run = self._start(given, options, ctx=ctx, chat=chat, cache=cache, system=system, template=template)
@@ -120,15 +124,16 @@ class Engine:
         return self.start(prompts, options=wanted, **rest)
 
     def start(
-        self, prompts: Sequence[Prompt], *, ctx: int | None = None, chat: bool | None = None, cache: PromptCache | None = None,
+        self, prompts: Sequence[Prompt], *, ctx: int | None = None, chat: bool | None = None,
+        cache: PromptCache | None = None,
         sequences: Sequence[int] | None = None, options: Options | Sequence[Options] | None = None,
         template: Mapping[str, Any] | None = None,
     ) -> Run:
         """Checks everything and allocates the cache; iterate the result for (answer, piece of text), token by token.
 
-        The other half of `generate`, and more: options.n answers to each prompt, which is read once for all of them. options: one for
-        all prompts, or one for each. sequences: the number under which each answer draws its random numbers (None: its place in the
-        batch).
+        The other half of `generate`, and more: options.n answers to each prompt, which is read once for all of them.
+        options: one for all prompts, or one for each. sequences: the number under which each answer draws its random
+        numbers (None: its place in the batch).
         """
         prompts, alone = arguments.all_prompts(prompts)
         if alone:
@@ -151,7 +156,8 @@ class Engine:
         return self.run(prompts, kept, wanted, sequences)
 
     def run(
-        self, prompts: Prompts, cache: Cache, options: Options | Sequence[Options], sequences: Sequence[int] | None = None
+        self, prompts: Prompts, cache: Cache, options: Options | Sequence[Options],
+        sequences: Sequence[int] | None = None
     ) -> Run:
         """A run over a cache of the caller's."""
         return Run(self.model, self._tokenizer, prompts, cache, options, sequences, self.progress)
@@ -201,7 +207,10 @@ class Engine:
         if not ids:
             raise UserError("the prompt is empty, or becomes no tokens; give it some text")
         if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
-            raise UserError(f"the prompt has token ids outside 0 ... {self.config.vocab_size - 1}; the tokenizer is not this model's")
+            raise UserError(
+                f"the prompt has token ids outside 0 ... {self.config.vocab_size - 1}; the tokenizer is not this "
+                "model's"
+            )
         return ids
 
     def render(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> list[int]:
@@ -213,12 +222,14 @@ class Engine:
         return self._checked(self.tokenizer.encode(text))
 
     def capacity(
-        self, ids: list[list[int]], options: Options | Sequence[Options], ctx: int | None, cache: PromptCache | None = None
+        self, ids: list[list[int]], options: Options | Sequence[Options], ctx: int | None,
+        cache: PromptCache | None = None
     ) -> int:
-        """The capacity of the cache, every limit checked before anything is computed. cache: holds the beginning of the prompts.
+        """The capacity of the cache, every limit checked before anything is computed. cache: holds the beginning of the
+        prompts.
 
-        Without ctx it is what prompts and max_tokens need, as far as the model's context goes; for one answer, as far as memory has
-        room, too: it ends there. Several at a time are refused instead, since fewer need less.
+        Without ctx it is what prompts and max_tokens need, as far as the model's context goes; for one answer, as far
+        as memory has room, too: it ends there. Several at a time are refused instead, since fewer need less.
         """
         if not ids:
             raise UserError("there is no prompt; give at least one")
@@ -247,8 +258,8 @@ class Engine:
     ) -> PromptCache:
         """Reads a prompt now, for `generate(..., cache=...)` and `PromptCache.save` later; parameters as in `generate`.
 
-        A text that the chat template is for becomes a user's message that the prompt of later calls goes on with. They give
-        the same template again: what another one renders differently is read again.
+        A text that the chat template is for becomes a user's message that the prompt of later calls goes on with. They
+        give the same template again: what another one renders differently is read again.
         """
         prompt, chat, messages = arguments.one_prompt(prompt), flag("chat", chat), None
         full = self._full_prompt(prompt, chat, None) if isinstance(prompt, str) else prompt
@@ -265,18 +276,22 @@ class Engine:
         return PromptCache.of(self, run.cache, ids, messages=messages, text=text, logits=logits)
 
     def load_cache(self, path: str | Path) -> PromptCache:
-        """A prompt cache that `PromptCache.save` wrote. Raises UserError where it was not made with this model and scheme."""
+        """A prompt cache that `PromptCache.save` wrote. Raises UserError where it was not made with this model and
+        scheme."""
         return PromptCache.load(as_path("a prompt cache", path), self)
 
     def check_owner(self, cache: PromptCache) -> None:
         """Raises UserError for what is no prompt cache, or one of another engine."""
         if not isinstance(cache, PromptCache):
-            raise UserError(f"cache {shown(cache)} must be what prefill or load_cache returned; load_cache reads a file")
+            raise UserError(
+                f"cache {shown(cache)} must be what prefill or load_cache returned; load_cache reads a file"
+            )
         if cache.engine is not self:
             raise UserError("this prompt cache belongs to another loaded model; save it and load it with this one")
 
     def round_up(self, context: int) -> int:
-        """A capacity of whole blocks, if the model has such a context: a row of it can be saved and go on in any other."""
+        """A capacity of whole blocks, if the model has such a context: a row of it can be saved and go on in any
+        other."""
         return min(-(-context // WINDOW) * WINDOW, self.config.max_context)
 
     # --- logits
@@ -301,7 +316,8 @@ class Engine:
             return work()
         except MemoryError as error:
             reason = str(error) or "no more memory"
-        raise memory.out_of_memory(self.config, self.scheme, self.ops, reason)  # the frames of `work`, and their arrays, are gone
+        # the frames of `work`, and their arrays, are gone
+        raise memory.out_of_memory(self.config, self.scheme, self.ops, reason)
 
 
 def load(
@@ -310,10 +326,11 @@ def load(
 ) -> Engine:
     """Loads a model: a folder, a name under weights/, or a Hugging Face id.
 
-    kv: a scheme of `oscar.SCHEMES` (None: that of `cache`, else int2). device: "auto" (None), "cuda" or "cpu". ctx: refuse early if the
-    model or the memory cannot hold so many tokens. tokenizer=False: token ids only (the folder needs no tokenizer). cache: a file
-    that `load_cache` will read; one of another model is refused now. debug: check what every operation computes for NaN and
-    infinity. Raises UserError for anything that cannot work, before the weights are read.
+    kv: a scheme of `oscar.SCHEMES` (None: that of `cache`, else int2). device: "auto" (None), "cuda" or "cpu". ctx:
+    refuse early if the model or the memory cannot hold so many tokens. tokenizer=False: token ids only (the folder
+    needs no tokenizer). cache: a file that `load_cache` will read; one of another model is refused now. debug: check
+    what every operation computes for NaN and infinity. Raises UserError for anything that cannot work, before the
+    weights are read.
     """
     as_path("model", model)
     tokenizer, progress, debug = map(flag, ("tokenizer", "progress", "debug"), (tokenizer, progress, debug))

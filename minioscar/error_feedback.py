@@ -1,4 +1,5 @@
-"""Shaped rounding: the rounding error of a key avoids what queries look at, as GPTQ (arXiv 2210.17323) does it for weights."""
+"""Shaped rounding: the rounding error of a key avoids what queries look at, as GPTQ (arXiv 2210.17323) does it for
+weights."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ Array = Any
 
 
 def shaped_codes(keys: Array, step: Array, minimum: Array, feedback: Array, bits: int, xp: Any = np) -> Array:
-    """Codes of keys for given groups along tokens, the rounding error of each channel fed back into the channels after it.
+    """Codes of keys for given groups along tokens, the rounding error of each channel fed back into the channels after
+    it.
 
-    keys [kv_heads, tokens, d]; step, minimum [kv_heads, groups, d]; feedback float32 [kv_heads, d, d] (`feedback_matrix`).
-    For i = 0 ... d - 1: the code of channel i is rounded, and x_j -= (x_i - what it reads back as) * feedback[i, j] for
-    j > i. The errors e of a token come out with a small e.M.e rather than a small e.e. Returns uint8 codes in the keys'
-    shape, which are stored and read like any other.
+    keys [kv_heads, tokens, d]; step, minimum [kv_heads, groups, d]; feedback float32 [kv_heads, d, d]
+    (`feedback_matrix`). For i = 0 ... d - 1: the code of channel i is rounded, and x_j -= (x_i - what it reads back as)
+    * feedback[i, j] for j > i. The errors e of a token come out with a small e.M.e rather than a small e.e. Returns
+    uint8 codes in the keys' shape, which are stored and read like any other.
     """
     x, top = xp.moveaxis(keys, -1, 0).astype(xp.float32, order="C"), 2**bits - 1  # [d, kv_heads, tokens]
     group, codes = keys.shape[-2] // step.shape[-2], xp.empty(keys.shape, xp.uint8)
@@ -33,10 +35,10 @@ def shaped_codes(keys: Array, step: Array, minimum: Array, feedback: Array, bits
 def feedback_matrix(energy: np.ndarray, floor: float = 0.03) -> np.ndarray:
     """How the error of one rotated channel is to be fed into the later ones, from what queries weigh channels with.
 
-    energy [d]: mean square of the queries in each channel before rotation, equal in both channels of a RoPE pair (so that it
-    holds at every position). The error e of a rotated key costs e.M.e in logits, M = H.diag(energy).H, to which `floor` of its
-    mean is added. With U the upper Cholesky factor of M's inverse (M^-1 = U^T.U), feedback[i, j] = U[i, j] / U[i, i] for j > i,
-    else 0. float32 [d, d]. GPTQ (arXiv 2210.17323), section 3.
+    energy [d]: mean square of the queries in each channel before rotation, equal in both channels of a RoPE pair (so
+    that it holds at every position). The error e of a rotated key costs e.M.e in logits, M = H.diag(energy).H, to which
+    `floor` of its mean is added. With U the upper Cholesky factor of M's inverse (M^-1 = U^T.U), feedback[i, j] = U[i,
+    j] / U[i, i] for j > i, else 0. float32 [d, d]. GPTQ (arXiv 2210.17323), section 3.
     """
     h = hadamard(len(energy)).astype(np.float64)
     m = (h * (energy + floor * energy.mean())) @ h

@@ -37,7 +37,8 @@ def one_line(error: BaseException) -> str:
 def shown(value: Any) -> str:
     """A value in a line of an error: short, whatever it is."""
     try:
-        text = str(value) if getattr(value, "shape", None) == () else repr(value)  # a number of NumPy's without its type
+        # a number of NumPy's without its type
+        text = str(value) if getattr(value, "shape", None) == () else repr(value)
     except Exception:  # Python prints no number of more than 4,300 digits
         return f"({type(value).__name__})"
     text = " ".join(text.split())

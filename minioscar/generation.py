@@ -4,115 +4,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from . import memory
 from .cache import Batch, Cache
-from .checks import TEXT, whole
 from .decoding import Decoder
-from .errors import UserError, shown
+from .errors import UserError
 from .model import Model
-from .sampling import RowSampling, Sampling, likeliest, next_token
+from .options import Options, first_answers, for_each
+from .sampling import RowSampling, likeliest, next_token
 from .tokenizer import Tokenizer
 
 T = TypeVar("T")
-MAX_TOKENS = 256
 SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is asked of a prompt. None is the default. Raises UserError for a wrong type and for what cannot be.
-
-    max_tokens: new tokens at most. stop: the text ends before the first of these strings. logprobs: report the log-probability of
-    every new token, and of this many likeliest ones beside it (None: do not). n: answers to each prompt, drawn independently.
-    graph: on a GPU a decode step is one CUDA graph; False launches its kernels one by one, for debugging, and gives the same bits.
-    stop_ids: token ids that end an answer as the model's own end tokens do. min_tokens: no end before so many new tokens: until then
-    end tokens cannot be drawn, and stop strings are looked for behind them. ignore_eos: the model's end tokens are tokens like others.
-    """
-
-    max_tokens: int = MAX_TOKENS
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: Sequence[str] = ()
-    logprobs: int | None = None
-    n: int = 1
-    graph: bool = True
-    stop_ids: Sequence[int] = ()
-    min_tokens: int = 0
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        given = {name: default if (value := getattr(self, name)) is None else value for name, default in DEFAULTS.items()}
-        for name, low, want in (
-            ("max_tokens", 1, "at least 1"), ("n", 1, "at least one answer"), ("min_tokens", 0, "0 (off) or a positive number"),
-        ):
-            given[name] = whole(name, given[name], low.__le__, want)
-        if self.logprobs is not None:
-            given["logprobs"] = whole("logprobs", self.logprobs, lambda k: 0 <= k <= 100, "0 ... 100 likeliest tokens")
-        for name in ("stop", "stop_ids"):
-            given[name] = _sequence(name, given[name])
-        if not all(isinstance(s, str) and s for s in given["stop"]):
-            raise UserError(f"stop {shown(list(given['stop']))} must be a list of strings, none of them empty")
-        given["stop_ids"] = tuple(whole("stop_ids", i, lambda i: i >= 0, "token ids of the model") for i in given["stop_ids"])
-        for name in ("graph", "ignore_eos"):
-            if not isinstance(given[name], bool | np.bool_):
-                raise UserError(f"{name} {shown(given[name])} must be true or false")
-            given[name] = bool(given[name])
-        if not isinstance(given["sampling"], Sampling):
-            raise UserError(f"sampling {shown(given['sampling'])} must be a minioscar.Sampling")
-        if given["min_tokens"] > given["max_tokens"]:
-            least, most = shown(given["min_tokens"]), shown(given["max_tokens"])
-            raise UserError(f"min_tokens {least} is more than max_tokens {most}; raise max_tokens")
-        for name, value in given.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def adjusts(self) -> bool:
-        """Whether tokens are drawn from other logits than the model's."""
-        return self.sampling.penalizes or self.min_tokens > 0
-
-    def ends(self, tokenizer: Tokenizer | None, vocab: int) -> frozenset[int]:
-        """The token ids that end an answer. A stop string that is a special token's text is that token, whose text nobody ever sees.
-
-        Raises UserError for stop_ids that the model does not have.
-        """
-        if wrong := [i for i in self.stop_ids if i >= vocab]:
-            raise UserError(f"stop id {wrong[0]} is not a token of this model; its tokens are 0 ... {vocab - 1}")
-        special = (tokenizer.special_id(text) for text in self.stop) if tokenizer else ()
-        eos = tokenizer.eos_ids if tokenizer and not self.ignore_eos else ()
-        return frozenset((*self.stop_ids, *eos, *(i for i in special if i is not None)))
-
-
-def for_each(options: Options | Sequence[Options] | None, prompts: int) -> list[Options]:
-    """One for every prompt, from one for all of them or from as many. Raises UserError for anything else."""
-    if options is None or isinstance(options, Options):
-        return [options or Options()] * prompts
-    found = list(options) if isinstance(options, Sequence) else [options]
-    if not all(isinstance(one, Options) for one in found):
-        raise UserError(f"options {shown(options)} must be a minioscar.Options, or a list with one for each prompt")
-    if len(found) != prompts:
-        raise UserError(f"there are {len(found)} options for {prompts} prompts; give one for all of them, or one for each")
-    return found
-
-
-def first_answers(options: Sequence[Options]) -> list[int]:
-    """Where the answers to each prompt begin among those to all."""
-    return [sum(one.n for one in options[:i]) for i in range(len(options))]
-
-
-DEFAULTS = {"sampling": Sampling()} | {f.name: f.default for f in fields(Options) if f.name not in ("sampling", "logprobs")}
-
-
-def _sequence(name: str, value: Any) -> tuple:
-    if isinstance(value, TEXT | Mapping) or not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
-        raise UserError(f"{name} {shown(value)} must be a list of {'strings' if name == 'stop' else 'token ids'}")
-    return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -132,7 +42,8 @@ class Generation:
     prompt_tokens: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)  # a stop string's tokens included, an end token not
-    finish_reason: str | None = None  # "stop": an end token, stop id or stop string; "length": max_tokens; "context": it is full
+    # "stop": an end token, stop id or stop string; "length": max_tokens; "context": it is full
+    finish_reason: str | None = None
     kv: str = ""
     kv_bytes: int = 0  # of the whole cache
     device: str = ""
@@ -155,8 +66,8 @@ class StopText:
     """Lets text through until a stop string comes, which it swallows; what may be the beginning of one is held back.
 
     The stop string that is complete first counts, the longest if several are, however the text was cut into pieces.
-    tokenizer: of the special tokens whose names stand within stop strings. They are no text: while it is looked at, each is
-    half of a surrogate pair, which no text has.
+    tokenizer: of the special tokens whose names stand within stop strings. They are no text: while it is looked at,
+    each is half of a surrogate pair, which no text has.
     """
 
     def __init__(self, stops: Collection[str], tokenizer: Tokenizer | None = None):
@@ -191,10 +102,12 @@ class StopText:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a run reads. ids: whole prompts, whose first row of the cache may hold the first `cache.lengths[row]` tokens already.
+    """What a run reads. ids: whole prompts, whose first row of the cache may hold the first `cache.lengths[row]` tokens
+    already.
 
-    logits, float32 [vocab]: what follows a prompt that the cache holds to its last token. continued: prompts whose text goes on in the
-    answer, with SentencePiece's space between the two; to others, and without it, the answer is a text of its own.
+    logits, float32 [vocab]: what follows a prompt that the cache holds to its last token. continued: prompts whose text
+    goes on in the answer, with SentencePiece's space between the two; to others, and without it, the answer is a text
+    of its own.
     """
 
     ids: list[list[int]]
@@ -205,12 +118,14 @@ class Prompts:
 class Run:
     """One batch being generated: iterate for (index of the answer, piece of text), read `results` at any time.
 
-    options: one for all prompts, or one for each. The n answers to a prompt stand together, in the cache and in `results`. sequences: the
-    number under which each answer draws its random numbers. progress: show on stderr how far a long prompt is read.
+    options: one for all prompts, or one for each. The n answers to a prompt stand together, in the cache and in
+    `results`. sequences: the number under which each answer draws its random numbers. progress: show on stderr how far
+    a long prompt is read.
     """
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer | None, prompts: Prompts, cache: Cache, options: Options | Sequence[Options],
+        self, model: Model, tokenizer: Tokenizer | None, prompts: Prompts, cache: Cache,
+        options: Options | Sequence[Options],
         sequences: Sequence[int] | None = None, progress: bool = False,
     ):
         self.model, self.tokenizer, self.progress, self.ids = model, tokenizer, progress, prompts.ids
@@ -232,7 +147,8 @@ class Run:
         self.results = [
             Generation(
                 len(ids[i]), kv=model.scheme.name, kv_bytes=cache.nbytes, device=model.ops.name,
-                prefilled_tokens=len(ids[i]) - int(cache.lengths[self.first[i]]), logprobs=None if options[i].logprobs is None else [],
+                prefilled_tokens=len(ids[i]) - int(cache.lengths[self.first[i]]),
+                logprobs=None if options[i].logprobs is None else [],
             )
             for i in asked
         ]
@@ -271,7 +187,9 @@ class Run:
                     results[slot].decode_s += spent * (results[slot].finish_reason is None)
                 yield from self._accept(slots, tokens, logits)
 
-    def _accept(self, slots: Sequence[int], tokens: Sequence[int], logits: np.ndarray | None) -> Iterator[tuple[int, int | None]]:
+    def _accept(
+        self, slots: Sequence[int], tokens: Sequence[int], logits: np.ndarray | None
+    ) -> Iterator[tuple[int, int | None]]:
         """What one step brought, put into the results; answers that have ended get nothing more."""
         for at, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
             result = self.results[slot]
@@ -291,13 +209,16 @@ class Run:
             yield slot, int(token)
 
     def _steps(self, tokens: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None, float]]:
-        """Decode steps behind the prefill's tokens: rows, their tokens, logits if they are wanted, and the seconds it took.
+        """Decode steps behind the prefill's tokens: rows, their tokens, logits if they are wanted, and the seconds it
+        took.
 
-        As many steps as the back end takes ahead are launched before the first is read: an answer that ends by itself has then
-        cost a step too many, which is thrown away.
+        As many steps as the back end takes ahead are launched before the first is read: an answer that ends by itself
+        has then cost a step too many, which is thrown away.
         """
         slots, graph = range(len(self.results)), all(one.graph for one in self.options)
-        wanted = {"logits": any(one.logprobs is not None for one in self.options), "replay": "graph" if graph else "launches"}
+        wanted = {
+            "logits": any(one.logprobs is not None for one in self.options), "replay": "graph" if graph else "launches"
+        }
         self.decoder = self._guarded(lambda: self.model.ops.decoder(self.model, self.cache, self.rows, **wanted))
         try:
             before, launched = time.perf_counter(), deque()
@@ -321,11 +242,12 @@ class Run:
     def _should_continue(self, slot: int, ahead: int) -> bool:
         """Whether an answer takes one more step behind `ahead` steps whose tokens are not known yet."""
         result, cache = self.results[slot], self.cache
-        room = len(result.token_ids) + ahead < self.options[slot].max_tokens and cache.lengths[slot] + ahead < cache.context
-        return result.finish_reason is None and room
+        wanted = len(result.token_ids) + ahead < self.options[slot].max_tokens
+        return result.finish_reason is None and wanted and cache.lengths[slot] + ahead < cache.context
 
     def prefill(self) -> np.ndarray:
-        """Puts every prompt into the cache, once for all of its answers; the logits after it for each, float32 [answers, vocab]."""
+        """Puts every prompt into the cache, once for all of its answers; the logits after it for each, float32
+        [answers, vocab]."""
         feeds = {slot: ids[self.cache.lengths[slot] :] for slot, ids in zip(self.first, self.ids, strict=True)}
         feeds = {slot: ids for slot, ids in feeds.items() if ids}
         found = dict.fromkeys(self.first, self.logits)

@@ -30,17 +30,19 @@ class Need:
 
 
 def needed(
-    config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None, weights: int = 0,
+    config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None,
+    weights: int = 0,
     penalties: bool = False,
 ) -> Need:
-    """For `batch` sequences of `context` tokens; tokens: the most that one forward pass takes in (None: the whole context of
-    one). penalties: whether a token is drawn from other logits than the model's (`Options.adjusts`)."""
+    """For `batch` sequences of `context` tokens; tokens: the most that one forward pass takes in (None: the whole
+    context of one). penalties: whether a token is drawn from other logits than the model's (`Options.adjusts`)."""
     work = ops.work_bytes(config, context if tokens is None else tokens, context, batch, penalties)
     return Need(weights, cache_bytes(config, scheme, batch, context), work)
 
 
 def check(
-    config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None, weights: int = 0,
+    config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None,
+    weights: int = 0,
     penalties: bool = False,
 ) -> None:
     """Raises UserError, with the longest context that does fit, where `needed` exceeds what is free."""
@@ -59,8 +61,8 @@ def check(
 def as_far_as_it_fits(
     config: Config, scheme: Scheme, ops: Reference, context: int, prompt: int, tokens: int, penalties: bool = False
 ) -> int:
-    """`context`, or the longest that fits what is free: of one sequence, whose prompt must fit. tokens, penalties: as in
-    `needed`.
+    """`context`, or the longest that fits what is free: of one sequence, whose prompt must fit. tokens, penalties: as
+    in `needed`.
 
     Raises UserError for a prompt that does not.
     """
@@ -77,19 +79,26 @@ def as_far_as_it_fits(
 
 
 def _exceeds(need: Need, free: int, scheme: Scheme, ops: Reference) -> str:
-    parts = f"{f'weights {size(need.weights)}, ' if need.weights else ''}{scheme.name} cache {size(need.cache)}, work {size(need.work)}"
+    parts = (
+        f"{f'weights {size(need.weights)}, ' if need.weights else ''}{scheme.name} cache {size(need.cache)}, work "
+        f"{size(need.work)}"
+    )
     return f"needs {size(need.total)} ({parts}) but {size(free)} of {ops.name} memory are free"
 
 
-def _int2_fits(config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None, free: int) -> bool:
+def _int2_fits(
+    config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None, free: int
+) -> bool:
     """Whether a 2-bit cache is the way out for one in BF16."""
     return scheme is SCHEMES["bf16"] and needed(config, SCHEMES["int2"], ops, batch, context, tokens).total <= free
 
 
 def longest_context(
-    config: Config, scheme: Scheme, ops: Reference, batch: int, free: int, tokens: int | None = None, penalties: bool = False
+    config: Config, scheme: Scheme, ops: Reference, batch: int, free: int, tokens: int | None = None,
+    penalties: bool = False
 ) -> int:
-    """The most tokens (a multiple of 128, at most the model's context) that fit `free` bytes with their work; 0 if none do."""
+    """The most tokens (a multiple of 128, at most the model's context) that fit `free` bytes with their work; 0 if none
+    do."""
     low, high = 0, -(-config.max_context // WINDOW)
     while low < high:
         middle = (low + high + 1) // 2

@@ -26,7 +26,8 @@ Array = Any
 
 
 class Model:
-    """Weights, bound to a scheme of the cache and to a back end; values are rotated in the weights where the scheme rotates."""
+    """Weights, bound to a scheme of the cache and to a back end; values are rotated in the weights where the scheme
+    rotates."""
 
     def __init__(self, config: Config, weights: Weights, scheme: Scheme, ops: Reference):
         check_scheme(config, scheme)
@@ -36,7 +37,8 @@ class Model:
         self.tables: tuple[Array, Array] | None = None  # cos and sin of RoPE for the positions seen so far
 
     def observed(self, seen: Callable[[Array, NewTokens], object]) -> Model:
-        """The same model, which shows what attention is given, queries and new tokens, to `seen`, a layer after the other."""
+        """The same model, which shows what attention is given, queries and new tokens, to `seen`, a layer after the
+        other."""
         other = copy(self)
         other.ops = Observed(self.ops, seen)
         return other
@@ -44,18 +46,21 @@ class Model:
     def step(
         self, ids: Array, cache: Cache, batch: Batch, draw: Callable[[Array], Array] | None = None
     ) -> tuple[Array, Array]:
-        """The next token of every sequence of `batch` after its new tokens `ids`, and the logits it was drawn from, float32
-        [sequences, vocab] on the back end. draw: from logits to tokens (None: the likeliest, int64 on the host).
+        """The next token of every sequence of `batch` after its new tokens `ids`, and the logits it was drawn from,
+        float32 [sequences, vocab] on the back end. draw: from logits to tokens (None: the likeliest, int64 on the
+        host).
         """
         logits = self._logits(ids, cache, batch, False)
         return self.ops.numpy(logits).argmax(axis=1) if draw is None else draw(logits), logits
 
     def forward(self, ids: np.ndarray, cache: Cache, batch: Batch, every: bool = False) -> np.ndarray:
-        """Logits on the host, float32: [sequences, vocab] of each sequence's last token, or [tokens, vocab] of all if `every`."""
+        """Logits on the host, float32: [sequences, vocab] of each sequence's last token, or [tokens, vocab] of all if
+        `every`."""
         return self.ops.numpy(self._logits(ids, cache, batch, every))
 
     def _logits(self, ids: Array, cache: Cache, batch: Batch, every: bool) -> Array:
-        """Runs new tokens, int [tokens], sequence after sequence as `batch` says, through all layers and puts them into the cache."""
+        """Runs new tokens, int [tokens], sequence after sequence as `batch` says, through all layers and puts them into
+        the cache."""
         ops, weights = self.ops, self.weights
         tables = self.tables_for(batch.end)
         ops.begin(cache, batch)
@@ -70,7 +75,8 @@ class Model:
     def _attention(
         self, x: Array, layer: Layer, layer_cache: LayerCache, tables: tuple[Array, Array], batch: Batch
     ) -> Array:
-        """x and the attention of a layer; the cache has the new tokens then. Its arrays are freed before the MLP runs."""
+        """x and the attention of a layer; the cache has the new tokens then. Its arrays are freed before the MLP
+        runs."""
         ops = self.ops
         norm = layer.input_norm, self.config.rms_norm_eps
         qkv = ops.linear(x, layer.qkv, layer.qkv_bias, norm=norm)  # [tokens, (q_heads + 2 * kv_heads) * head_dim]
@@ -109,7 +115,10 @@ class Observed:
 def check_scheme(config: Config, scheme: Scheme) -> None:
     """Raises UserError where the model's head_dim does not fit the scheme's groups or has no Hadamard matrix."""
     if scheme.quantized and config.head_dim % 16:
-        raise UserError(f"head_dim {config.head_dim} is not a multiple of 16, so --kv {scheme.name} has no groups for it; use --kv bf16")
+        raise UserError(
+            f"head_dim {config.head_dim} is not a multiple of 16, so --kv {scheme.name} has no groups for it; use "
+            "--kv bf16"
+        )
     if scheme.rotate:
         try:
             hadamard(config.head_dim)

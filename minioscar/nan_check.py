@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from .ops.reference import Reference
 
 Array = Any
-PROJECTIONS = {"qkv": "qkv projection", "o": "output projection", "gate_up": "gate and up projection", "down": "down projection"}
+PROJECTIONS = {
+    "qkv": "qkv projection", "o": "output projection", "gate_up": "gate and up projection", "down": "down projection"
+}
 
 
 class Watch:
@@ -74,5 +76,6 @@ class Watch:
         kind = "NaN" if np.isnan(self._ops.numpy(result).astype(np.float32)).any() else "infinite"
         token = int(bad.reshape(len(bad), -1).any(axis=1).argmax())
         guilty = [what for what, array in inputs.items() if array is not None and self._bad(array).any()]
-        reason = f"its {guilty[0]} is not finite: the model's files are damaged" if guilty else "what went into it was finite"
-        raise Failure(f"{self._where}{name}: {bad.sum()} of {bad.size} numbers are {kind}, first at token {token} of the pass; {reason}")
+        damaged = f"its {guilty[0]} is not finite: the model's files are damaged" if guilty else ""
+        where = f"{bad.sum()} of {bad.size} numbers are {kind}, first at token {token} of the pass"
+        raise Failure(f"{self._where}{name}: {where}; {damaged or 'what went into it was finite'}")

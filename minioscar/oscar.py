@@ -1,10 +1,10 @@
 """OScaR in a page of NumPy: the specification that every kernel is tested against (arXiv 2605.19660).
 
-Keys and values of one layer are `[kv_heads, tokens, head_dim]`, keys after RoPE (and QK-norm). A block of `WINDOW` tokens
-is quantized at once, in three steps: rotate keys by a Hadamard matrix (hadamard.py), divide each token by its norm, round
-groups of numbers to `bits` bits. Every function takes float32 (NumPy or CuPy arrays alike) and is the textbook formula.
-Read down to `Scheme`, which says which steps are taken and puts a block together. Beside the page: error_feedback.py is
-another way to round keys, evaluation/baselines.py has other published quantizers.
+Keys and values of one layer are `[kv_heads, tokens, head_dim]`, keys after RoPE (and QK-norm). A block of `WINDOW`
+tokens is quantized at once, in three steps: rotate keys by a Hadamard matrix (hadamard.py), divide each token by its
+norm, round groups of numbers to `bits` bits. Every function takes float32 (NumPy or CuPy arrays alike) and is the
+textbook formula. Read down to `Scheme`, which says which steps are taken and puts a block together. Beside the page:
+error_feedback.py is another way to round keys, evaluation/baselines.py has other published quantizers.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def quantize(
     """Asymmetric quantization in groups of `group` along `axis`.
 
     x: float. Returns codes uint8 (shape of x), step and minimum float16 (that axis divided by `group`).
-    step = (max - min) / (2^bits - 1), code = clip(round((x - min) / step), 0, 2^bits - 1), with max and min first moved to
-    mid +- shrink * (max - min) / 2, and step and min rounded to float16 before codes are chosen. A step of 0 gives codes 0.
+    step = (max - min) / (2^bits - 1), code = clip(round((x - min) / step), 0, 2^bits - 1), with max and min first moved
+    to mid +- shrink * (max - min) / 2, and step and min rounded to float16 before codes are chosen. A step of 0 gives
+    codes 0.
     """
     x, axis = _split(x.astype(xp.float32), axis, group)
     top = 2**bits - 1
@@ -159,7 +160,8 @@ class Scheme:
     quantization), "channel" = `group` channels of one token.  symmetric_values: step only, no minimum.
     shrink: the range is narrowed to this fraction about its middle.  sinks: first tokens kept in BF16.
     shaped: rounding errors of keys are fed back, so that they avoid what queries look at (`shaped_codes`).
-    A subclass may keep a block in another way: it says so in `packed_layout`, `pack` and `unpack` (evaluation/baselines.py).
+    A subclass may keep a block in another way: it says so in `packed_layout`, `pack` and `unpack`
+    (evaluation/baselines.py).
     """
 
     name: str
@@ -178,7 +180,8 @@ class Scheme:
         return self.bits < 16
 
     def value_group(self, head_dim: int) -> int:
-        """Channels in a group: `group`, or the largest power of two below it that divides head_dim (32 for 96, 16 for 80)."""
+        """Channels in a group: `group`, or the largest power of two below it that divides head_dim (32 for 96, 16 for
+        80)."""
         return math.gcd(self.group, head_dim)
 
     def bits_per_element(self, head_dim: int) -> float:
@@ -201,7 +204,8 @@ class Scheme:
     def pack(
         self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None
     ) -> dict[str, Array]:
-        """Whole blocks [kv_heads, tokens, head_dim] -> the arrays of `packed_layout`, with the axis of kv heads in front.
+        """Whole blocks [kv_heads, tokens, head_dim] -> the arrays of `packed_layout`, with the axis of kv heads in
+        front.
 
         norms: [tokens], where the scheme scales. feedback: what `shaped_codes` takes, for a shaped scheme.
         """
@@ -243,11 +247,12 @@ DEFAULT_SCHEME = "int2"
 def quantize_keys(
     keys: Array, norms: Array | None, scheme: Scheme, xp: Any = np, feedback: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """keys [kv_heads, tokens, head_dim] (rotated if the scheme does), norms [tokens] -> codes, step, min of keys / norm.
+    """keys [kv_heads, tokens, head_dim] (rotated if the scheme does), norms [tokens] -> codes, step, min of keys /
+    norm.
 
     The codes have the keys' shape; step and min are [kv_heads, tokens/group, head_dim], or, for quantization per token,
-    [kv_heads, tokens, head_dim/group]. `tokens` must be a multiple of the group. feedback: what `shaped_codes` takes, for a
-    shaped scheme only. Raises ValueError where it is missing.
+    [kv_heads, tokens, head_dim/group]. `tokens` must be a multiple of the group. feedback: what `shaped_codes` takes,
+    for a shaped scheme only. Raises ValueError where it is missing.
     """
     keys = keys.astype(xp.float32)
     if scheme.scale:

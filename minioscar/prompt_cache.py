@@ -1,7 +1,9 @@
-"""A prompt that a model has read once and need not read again: its tokens, its row of the cache, on the host or in a file.
+"""A prompt that a model has read once and need not read again: its tokens, its row of the cache, on the host or in a
+file.
 
-A file is safetensors: `ids`, `prompt` (JSON in UTF-8), `logits`, and per layer the arrays of `cache.row_layout`, which do not depend on
-the back end. Its metadata binds it to format, config, scheme and weights; `contents` is a digest of the tensors.
+A file is safetensors: `ids`, `prompt` (JSON in UTF-8), `logits`, and per layer the arrays of `cache.row_layout`, which
+do not depend on the back end. Its metadata binds it to format, config, scheme and weights; `contents` is a digest of
+the tensors.
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class PromptCache:
-    """What `Engine.prefill` returns. messages or text say what the tokens are, so that a prompt can go on from there; neither: ids only.
+    """What `Engine.prefill` returns. messages or text say what the tokens are, so that a prompt can go on from there;
+    neither: ids only.
 
-    rows: per layer, the arrays of `cache.row_layout`. logits: float32 [vocab], what the model says after the last token, if known.
+    rows: per layer, the arrays of `cache.row_layout`. logits: float32 [vocab], what the model says after the last
+    token, if known.
     """
 
     engine: Source
@@ -75,7 +79,8 @@ class PromptCache:
         return None if self.messages is self.text is None else self.messages is not None
 
     def begins(self, messages: Sequence[Message], ids: Sequence[int]) -> bool:
-        """Whether this chat, of these ids, begins with what is held: its messages, of which the last may go on, or its tokens."""
+        """Whether this chat, of these ids, begins with what is held: its messages, of which the last may go on, or its
+        tokens."""
         if self.messages is None:
             return common(ids, self.ids) == len(self)
         both = messages, self.messages
@@ -87,7 +92,8 @@ class PromptCache:
         return content == held or isinstance(content, str) and isinstance(held, str) and content.startswith(held)
 
     def followed_by(self, prompt: str) -> str | list[Message]:
-        """The whole prompt that `prompt` makes of this one: what a cached text goes on with, or the next message of a chat."""
+        """The whole prompt that `prompt` makes of this one: what a cached text goes on with, or the next message of a
+        chat."""
         if not isinstance(prompt, str):
             raise UserError(f"what follows a prompt cache must be text, not {shown(prompt)}")
         if self.messages is not None:
@@ -97,7 +103,8 @@ class PromptCache:
         raise UserError("this prompt cache holds token ids without their text; give token ids too")
 
     def fill(self, cache: Cache, slot: int, tokens: int) -> None:
-        """Puts the first `tokens` tokens, or what can be had of them, into an empty row of a cache of the same model."""
+        """Puts the first `tokens` tokens, or what can be had of them, into an empty row of a cache of the same
+        model."""
         cache.import_row(slot, self.rows, left_after_cut(cache.scheme, len(self), tokens))
 
     # --- files
@@ -142,7 +149,8 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def continued(messages: Sequence[Message], text: str) -> list[Message]:
-    """The chat after one more message of the user. An open message of the user's (a document) goes on with it, after a blank line."""
+    """The chat after one more message of the user. An open message of the user's (a document) goes on with it, after a
+    blank line."""
     if messages and messages[-1]["role"] == "user":
         *before, last = messages
         content = last["content"]
@@ -179,15 +187,24 @@ class File:
         try:
             self.handle = self.stack.enter_context(safe_open(self.path, "np"))
         except FileNotFoundError:
-            raise UserError(f"{path} does not exist; make it with: python -m minioscar cache MODEL --prompt-file F --out {path}") from None
+            raise UserError(
+                f"{path} does not exist; make it with: python -m minioscar cache MODEL --prompt-file F --out {path}"
+            ) from None
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is truncated or not a safetensors file ({one_line(error)}); make it again") from None
+            raise UserError(
+                f"{path} is truncated or not a safetensors file ({one_line(error)}); make it again"
+            ) from None
         self.metadata = self.handle.metadata() or {}
         if self.metadata.get("format") != FORMAT:
-            raise UserError(f"{path} is a safetensors file, but not a prompt cache of minioscar; make one with: python -m minioscar cache")
+            raise UserError(
+                f"{path} is a safetensors file, but not a prompt cache of minioscar; make one with: python -m "
+                "minioscar cache"
+            )
         if self.metadata.get("version") != VERSION:
             found = self.metadata.get("version")
-            raise UserError(f"{path} has version {found!r} of the format, this minioscar reads {VERSION!r}; make it again")
+            raise UserError(
+                f"{path} has version {found!r} of the format, this minioscar reads {VERSION!r}; make it again"
+            )
 
     def __enter__(self) -> File:
         return self
@@ -200,13 +217,18 @@ class File:
         """The scheme's name. Raises UserError if it is none."""
         name = self._json("scheme").get("name")
         if not isinstance(name, str) or name not in SCHEMES:
-            raise UserError(f"{self.path} was made with --kv {name!r}, which this minioscar does not have; make it again")
+            raise UserError(
+                f"{self.path} was made with --kv {name!r}, which this minioscar does not have; make it again"
+            )
         return name
 
     def check(self, config: Config, scheme: Scheme, weights: str) -> None:
         """Raises UserError, by name, where the file was not made with this config, scheme and weights."""
         if self.scheme != scheme.name:
-            raise UserError(f"{self.path} was made with --kv {self.scheme}, not {scheme.name}; use --kv {self.scheme} or make it again")
+            raise UserError(
+                f"{self.path} was made with --kv {self.scheme}, not {scheme.name}; use --kv {self.scheme} or make it "
+                "again"
+            )
         theirs = self._json("config")
         if "window" not in theirs:  # as versions before 0.2 had a sliding window
             config = replace(config, max_positions=config.max_context, window=None)
@@ -215,7 +237,9 @@ class File:
                 self._same(what, self._json(what), json.loads(ours))
         if self.metadata.get("weights") != weights:
             found = str(self.metadata.get("weights"))[:12]
-            raise UserError(f"{self.path} was made with other weights (SHA-256 {found}..., here {weights[:12]}...); make it again")
+            raise UserError(
+                f"{self.path} was made with other weights (SHA-256 {found}..., here {weights[:12]}...); make it again"
+            )
 
     def _same(self, what: str, theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> None:
         """A field that another version does not have counts where it changes something."""
@@ -236,7 +260,9 @@ class File:
             raise UserError(f"{self.path} does not say which {key} it was made with; it is damaged: make it again")
         return value
 
-    def read(self, config: Config, scheme: Scheme) -> tuple[list[int], list[dict[str, np.ndarray]], list[Message] | None, str | None, Any]:
+    def read(
+        self, config: Config, scheme: Scheme
+    ) -> tuple[list[int], list[dict[str, np.ndarray]], list[Message] | None, str | None, Any]:
         """The fields of a PromptCache, every tensor checked. Raises UserError for a damaged file."""
         names = set(self.handle.keys())
         length, prompt = (self._length(name) if name in names else 0 for name in ("ids", "prompt"))

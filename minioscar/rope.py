@@ -1,8 +1,8 @@
 """Rotary position embedding: the frequencies of every supported type, and their tables.
 
-A pair of channels (i, i + head_dim/2) of a token at position p is turned by the angle p * f_i (the "rotate half" layout of
-Hugging Face checkpoints). The types differ in f_i only, and yarn also in a factor on the result.
-RoFormer (arXiv 2104.09864); linear: position interpolation (arXiv 2306.15595); yarn (arXiv 2309.00071); llama3: Llama 3.1's model card.
+A pair of channels (i, i + head_dim/2) of a token at position p is turned by the angle p * f_i (the "rotate half" layout
+of Hugging Face checkpoints). The types differ in f_i only, and yarn also in a factor on the result. RoFormer (arXiv
+2104.09864); linear: position interpolation (arXiv 2306.15595); yarn (arXiv 2309.00071); llama3: Llama 3.1's model card.
 """
 
 from __future__ import annotations
@@ -47,13 +47,17 @@ class Rope:
         if kind not in ROPE_TYPES:
             raise UserError(f"{source}: rope type {kind!r} is not supported; minioscar has {', '.join(ROPE_TYPES)}")
         if (fields.get("partial_rotary_factor") or 1.0) != 1.0:
-            raise UserError(f"{source}: partial_rotary_factor {fields['partial_rotary_factor']!r} is not supported; only 1.0 is")
+            raise UserError(
+                f"{source}: partial_rotary_factor {fields['partial_rotary_factor']!r} is not supported; only 1.0 is"
+            )
 
         def number(key: str, default: float | None = None, least: float = 0) -> float:
             value = fields.get(key)
             value = default if value is None else value
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-                raise UserError(f"{source}: rope option {key} of type {kind!r} must be a positive number, not {value!r}")
+                raise UserError(
+                    f"{source}: rope option {key} of type {kind!r} must be a positive number, not {value!r}"
+                )
             if value < least:
                 raise UserError(f"{source}: rope option {key} {value!r} is not supported; it must be at least {least}")
             return float(value)
@@ -111,12 +115,14 @@ class Rope:
     def tables(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin of every angle, yarn's factor in them; float32 [positions, head_dim / 2]."""
         angles = np.arange(positions)[:, None] * self.frequencies()
-        return (np.cos(angles) * self.attention_factor).astype(np.float32), (np.sin(angles) * self.attention_factor).astype(np.float32)
+        return (
+            np.cos(angles) * self.attention_factor
+        ).astype(np.float32), (np.sin(angles) * self.attention_factor).astype(np.float32)
 
 
 def _options(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The rope options of a config.json from all places that have any: `rope_parameters` (transformers 5), `rope_scaling`
-    and the top (before). `type` is the old name of `rope_type`.
+    """The rope options of a config.json from all places that have any: `rope_parameters` (transformers 5),
+    `rope_scaling` and the top (before). `type` is the old name of `rope_type`.
 
     Raises UserError where two places say different things; a type in one goes before `default` in the other.
     """

@@ -1,4 +1,5 @@
-"""From logits to the next token: penalties, then greedy, or drawn after temperature, top-k, top-p and min-p, in this order."""
+"""From logits to the next token: penalties, then greedy, or drawn after temperature, top-k, top-p and min-p, in this
+order."""
 
 from __future__ import annotations
 
@@ -16,13 +17,15 @@ NOT_FINITE = "the model's logits are not finite; run again with --debug to see w
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. The same seed draws the same tokens. None is the default.
+    """temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. The same seed draws the same tokens. None is the
+    default.
 
     top_p: nucleus sampling (arXiv 1904.09751), the smallest set of likeliest tokens whose probability reaches p.
     min_p: (arXiv 2407.01082) tokens at least min_p times as likely as the likeliest.
-    repetition_penalty: (CTRL, arXiv 1909.05858) the logits of tokens of the prompt and the answer are divided by it, negative ones
-    multiplied. presence_penalty and frequency_penalty, as OpenAI has them: subtracted from the logits of the answer's tokens, once, and
-    for each time. All three also where temperature is 0. Raises UserError for a wrong type or a number out of range.
+    repetition_penalty: (CTRL, arXiv 1909.05858) the logits of tokens of the prompt and the answer are divided by it,
+    negative ones multiplied. presence_penalty and frequency_penalty, as OpenAI has them: subtracted from the logits of
+    the answer's tokens, once, and for each time. All three also where temperature is 0. Raises UserError for a wrong
+    type or a number out of range.
     """
 
     temperature: float = 0.0
@@ -38,7 +41,9 @@ class Sampling:
         for field in fields(self):
             check, good, want = CHECKS[field.name]
             value = getattr(self, field.name)
-            object.__setattr__(self, field.name, check(field.name, field.default if value is None else value, good, want))
+            object.__setattr__(
+                self, field.name, check(field.name, field.default if value is None else value, good, want)
+            )
 
     @property
     def penalizes(self) -> bool:
@@ -61,8 +66,8 @@ CHECKS: dict[str, tuple[Callable, Callable, str]] = {
 class RowSampling:
     """How one sequence of a batch draws.
 
-    sequence: the number under which it gets its random numbers. prompt: token ids that repetition_penalty counts beside the drawn ones.
-    ends: token ids that are not drawn before there are min_tokens drawn ones.
+    sequence: the number under which it gets its random numbers. prompt: token ids that repetition_penalty counts beside
+    the drawn ones. ends: token ids that are not drawn before there are min_tokens drawn ones.
     """
 
     sampling: Sampling = Sampling()
@@ -77,20 +82,23 @@ class RowSampling:
 
 
 def next_token(logits: np.ndarray, row: RowSampling, step: int, drawn: Sequence[int] = ()) -> int:
-    """The token that a sequence draws at `step` after those that it has drawn: logits float32 [vocab]. Raises Failure as `sample`."""
+    """The token that a sequence draws at `step` after those that it has drawn: logits float32 [vocab]. Raises Failure
+    as `sample`."""
     seen = history(row, drawn, len(logits)) if row.sampling.penalizes else None
     return sample(adjusted(logits, row, step, seen), row.sampling, row.sequence, step)
 
 
 def history(row: RowSampling, drawn: Sequence[int], vocab: int) -> np.ndarray:
-    """What penalties look back at, int32 [vocab]: twice how often a token was drawn, and 1 more if the prompt has it."""
+    """What penalties look back at, int32 [vocab]: twice how often a token was drawn, and 1 more if the prompt has
+    it."""
     seen = 2 * np.bincount(np.asarray(drawn, np.int64), minlength=vocab).astype(np.int32)
     seen[np.asarray(row.prompt, np.int64)] += 1
     return seen
 
 
 def adjusted(logits: np.ndarray, row: RowSampling, step: int, seen: np.ndarray | None) -> np.ndarray:
-    """Logits after the penalties of `seen` (`history`) and without end tokens where it is too early for them; float32 [vocab]."""
+    """Logits after the penalties of `seen` (`history`) and without end tokens where it is too early for them; float32
+    [vocab]."""
     if seen is None and not row.masks:
         return logits
     x, s = logits.astype(np.float32), row.sampling
@@ -107,10 +115,10 @@ def adjusted(logits: np.ndarray, row: RowSampling, step: int, seen: np.ndarray |
 def sample(logits: np.ndarray, sampling: Sampling, sequence: int, step: int) -> int:
     """The next token id of one sequence, without penalties: logits float32 [vocab].
 
-    Drawn by Gumbel-max: the kept token whose logit / temperature - log(e) is largest, e from `exponentials` for each token by itself.
-    That is a draw from the softmax of the kept tokens, and a rounding of the logits moves it only where two tokens are nearly equal
-    in that sum: what a sequence draws depends on neither the others of its batch nor, but for such near-ties, on its back end.
-    Raises Failure where the logits hold a NaN or an infinity.
+    Drawn by Gumbel-max: the kept token whose logit / temperature - log(e) is largest, e from `exponentials` for each
+    token by itself. That is a draw from the softmax of the kept tokens, and a rounding of the logits moves it only
+    where two tokens are nearly equal in that sum: what a sequence draws depends on neither the others of its batch nor,
+    but for such near-ties, on its back end. Raises Failure where the logits hold a NaN or an infinity.
     """
     if not np.isfinite(logits.max()):
         raise Failure(NOT_FINITE)
@@ -124,8 +132,8 @@ def sample(logits: np.ndarray, sampling: Sampling, sequence: int, step: int) -> 
 def exponentials(seed: int, sequence: int, step: int, vocab: int) -> np.ndarray:
     """A random number of the exponential distribution for every token, float64 [vocab], none of them 0.
 
-    They come from a counter (Philox4x64-10, Salmon et al., SC 2011, keyed by the seed): token i has word i % 4 of block i // 4 of the
-    counter [., 0, sequence, step].
+    They come from a counter (Philox4x64-10, Salmon et al., SC 2011, keyed by the seed): token i has word i % 4 of block
+    i // 4 of the counter [., 0, sequence, step].
     """
     words = np.random.Philox(key=seed, counter=[0, 0, sequence, step]).random_raw(vocab)
     return -np.log1p(-np.maximum((words >> np.uint64(11)) * 2.0**-53, 2.0**-54))
@@ -139,7 +147,8 @@ def _scaled(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """What a token is drawn from at a temperature above 0, float64 [vocab]: 0 where it is left out; the rest is not scaled up again."""
+    """What a token is drawn from at a temperature above 0, float64 [vocab]: 0 where it is left out; the rest is not
+    scaled up again."""
     x = _scaled(logits, sampling)
     if 0 < sampling.top_k < len(x):
         x[x < np.partition(x, -sampling.top_k)[-sampling.top_k]] = -np.inf
@@ -155,7 +164,8 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 
 def likeliest(logits: np.ndarray, token: int, k: int) -> list[tuple[int, float]]:
-    """(id, log-probability) of `token`, then of the k likeliest tokens in order; logits float32 [vocab], natural logarithms."""
+    """(id, log-probability) of `token`, then of the k likeliest tokens in order; logits float32 [vocab], natural
+    logarithms."""
     x = logits.astype(np.float64)
     x -= x.max()
     x -= np.log(np.exp(x).sum())

@@ -30,7 +30,8 @@ CLASS_OF_MODEL = dict.fromkeys(("llama", "mistral"), "LlamaTokenizer")  # where 
 
 
 class Tokenizer:
-    """The tokenizer of a model folder. Raises UserError for files that are missing, damaged, or contradict one another."""
+    """The tokenizer of a model folder. Raises UserError for files that are missing, damaged, or contradict one
+    another."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -52,7 +53,8 @@ class Tokenizer:
         self.bos_id: int | None = self._id(self.bos_token)
         if self.bos_id is None:
             self.bos_id = next((min(ids) for c in models if (ids := _ids(c.get("bos_token_id")))), None)
-        # An answer ends at whatever any file calls an end: a fine-tune may leave the base model's token in some of them.
+        # An answer ends at whatever any file calls an end: a fine-tune may leave the base model's token in some of
+        # them.
         named = [_content(c.get(f"{name}_token")) for c in (config, legacy) for name in ("eos", "eot", "eom")]
         ends = [_ids(c.get("eos_token_id")) for c in models] + [_ids(self._id(token)) for token in named]
         size = next((n for c in models if type(n := c.get("vocab_size")) is int), self._tokenizer.get_vocab_size())
@@ -81,9 +83,11 @@ class Tokenizer:
         return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
     def _add_tokens(self, wanted: dict[int, Any], special: dict[str, Any]) -> None:
-        """Adds the tokens, by id, that tokenizer.json lacks or has with other flags; then special ones that are only named.
+        """Adds the tokens, by id, that tokenizer.json lacks or has with other flags; then special ones that are only
+        named.
 
-        That is what transformers does. The library numbers them in order: raises UserError where a token cannot get its id.
+        That is what transformers does. The library numbers them in order: raises UserError where a token cannot get its
+        id.
         """
         library, known = self._tokenizer, self._tokenizer.get_added_tokens_decoder()
         wanted, new = dict(sorted(wanted.items())), {}
@@ -101,7 +105,9 @@ class Tokenizer:
         for i, text in new.items():
             if (found := library.token_to_id(text)) != i:
                 why = f"that is {taken[i]!r}" if taken[i] else f"the next free id is {found}"
-                raise UserError(f"{self.folder}: the added token {text!r} has id {i}, in tokenizer.json {why}; fetch both again")
+                raise UserError(
+                    f"{self.folder}: the added token {text!r} has id {i}, in tokenizer.json {why}; fetch both again"
+                )
 
     def _add_bos_and_eos(self, config: dict[str, Any], model: dict[str, Any]) -> None:
         """add_bos_token and add_eos_token, for the classes that heed them."""
@@ -139,7 +145,8 @@ class Tokenizer:
             raise UserError(f"{self.folder}: the tokenizer cannot encode this text ({reason})") from error
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids without special tokens; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
+        """Text of the ids without special tokens; bytes that are not UTF-8 become U+FFFD, ids without a token
+        nothing."""
         if isinstance(ids, TEXT | Mapping) or not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ():
             raise UserError(f"token ids must be a list of whole numbers, not {shown(ids)}")
         ids = [whole("token id", i, lambda i: 0 <= i < 2**32, "a number from 0 on") for i in ids]
@@ -150,8 +157,11 @@ class Tokenizer:
         return Detokenizer(self._tokenizer, self._special, before, first)
 
     def token_text(self, token_id: int) -> str:
-        """What the token is in the middle of a text: " Paris", where `decode` of a text that begins with it has "Paris"."""
-        stream, token_id = self.stream(first=False), whole("token id", token_id, lambda i: 0 <= i < 2**32, "a number from 0 on")
+        """What the token is in the middle of a text: " Paris", where `decode` of a text that begins with it has
+        "Paris"."""
+        stream, token_id = self.stream(first=False), whole(
+            "token id", token_id, lambda i: 0 <= i < 2**32, "a number from 0 on"
+        )
         return stream.add(token_id) + stream.flush()
 
     def complete(self, text: str, ids: Sequence[int]) -> str:
@@ -176,7 +186,8 @@ class Tokenizer:
     def chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, template: Mapping[str, Any] | None = None
     ) -> str:
-        """The messages as one prompt, by the model's own template. Raises ChatTemplateError, a UserError, if that fails.
+        """The messages as one prompt, by the model's own template. Raises ChatTemplateError, a UserError, if that
+        fails.
 
         template: more variables for it (enable_thinking=False); chat_template is the name of one of several.
         """
@@ -217,8 +228,8 @@ def _load(folder: Path) -> Any:
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        why = foreign.tokenizer(folder) or "the folder has no tokenizer.json, the only one that is read; fetch it with the model"
-        raise UserError(f"{folder}: {why}")
+        absent = "the folder has no tokenizer.json, the only one that is read; fetch it with the model"
+        raise UserError(f"{folder}: {foreign.tokenizer(folder) or absent}")
     try:
         tokenizer = Library.from_str(decoded(path.read_bytes(), str(path)))  # with a byte order mark, or in UTF-16, too
     except Exception as error:  # the library raises plain Exception
@@ -259,7 +270,8 @@ def _ids(value: Any) -> frozenset[int]:
 
 
 def _named(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, str | list[str]]:
-    """transformers' special_tokens_map: names that templates know the special tokens by; several are additional_special_tokens.
+    """transformers' special_tokens_map: names that templates know the special tokens by; several are
+    additional_special_tokens.
 
     Of tokenizer_config.json and special_tokens_map.json the newer form is preferred, which has added_tokens_decoder.
     """
@@ -276,10 +288,13 @@ def _named(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, str | li
 
 
 def _special(named: dict[str, str | list[str]], *files: dict[str, Any]) -> dict[str, Any]:
-    """tokenizers.AddedToken of every named special token by its text, with the flags of the files that write it as an object."""
+    """tokenizers.AddedToken of every named special token by its text, with the flags of the files that write it as an
+    object."""
     from tokenizers import AddedToken
 
-    entries = [entry for file in files for value in file.values() for entry in (value if isinstance(value, list) else [value])]
+    entries = [
+        entry for file in files for value in file.values() for entry in (value if isinstance(value, list) else [value])
+    ]
     flags = {text: _flags(entry) for entry in entries if isinstance(entry, dict) and (text := _content(entry))}
     texts = [text for value in named.values() for text in (value if isinstance(value, list) else [value])]
     return {text: AddedToken(text, **flags.get(text, {}) | {"special": True}) for text in texts}
@@ -296,7 +311,9 @@ def _added_tokens(folder: Path, config: dict[str, Any], special: Container[str])
     found, decoder = {}, config.get("added_tokens_decoder")
     for key, entry in (decoder if isinstance(decoder, dict) else {}).items():
         if not (isinstance(entry, dict) and _content(entry) and key.isdecimal() and len(key) < 10):
-            raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has no token under {key!r}; fetch it again")
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has no token under {key!r}; fetch it again"
+            )
         found[int(key)] = AddedToken(entry["content"], **_flags(entry))
     texts, older, place = {token.content for token in found.values()}, {}, folder / "added_tokens.json"
     for text, i in _json(place).items():

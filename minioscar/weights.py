@@ -1,4 +1,5 @@
-"""safetensors -> the arrays of a model: every name, shape and dtype checked against the config before a byte is read."""
+"""safetensors -> the arrays of a model: every name, shape and dtype checked against the config before a byte is
+read."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class Layer:
     down: Array  # [hidden, intermediate]
     gate_up_bias: Array | None = None
     down_bias: Array | None = None
-    key_feedback: Array | None = None  # float32 [kv_heads, head_dim, head_dim], for a shaped scheme: error_feedback.feedback_matrix
+    # float32 [kv_heads, head_dim, head_dim], for a shaped scheme: error_feedback.feedback_matrix
+    key_feedback: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Weights:
 def expected(config: Config) -> dict[str, tuple[int, ...]]:
     """Tensor name, as Hugging Face checkpoints spell it, -> shape."""
     hidden, inter, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)
+    }
     if not config.tie_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     for i in range(config.num_layers):
@@ -117,7 +121,8 @@ class Tensor:
 
 
 class Checkpoint:
-    """The tensors of a model folder, one safetensors file or shards with an index; nothing but the headers is read yet."""
+    """The tensors of a model folder, one safetensors file or shards with an index; nothing but the headers is read
+    yet."""
 
     def __init__(self, folder: Path, config: Config, stack: ExitStack):
         from safetensors import SafetensorError, safe_open
@@ -173,20 +178,27 @@ class Checkpoint:
                 raise UserError(f"{self.folder}: tensor {name} is missing; {why}")
             tensor = self.tensors[name]
             if tensor.shape != shape:
-                raise UserError(f"{self.folder}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}")
+                raise UserError(
+                    f"{self.folder}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for "
+                    f"{list(shape)}"
+                )
             if tensor.kind not in DTYPES:
-                raise UserError(f"{self.folder}: tensor {name} has dtype {tensor.kind}; only {', '.join(DTYPES)} are supported")
+                raise UserError(
+                    f"{self.folder}: tensor {name} has dtype {tensor.kind}; only {', '.join(DTYPES)} are supported"
+                )
         for name in self.tensors.keys() - shapes.keys() - {"lm_head.weight"}:  # a tied one may be there
             if name.startswith(("model.", "lm_head.")) and not name.endswith("rotary_emb.inv_freq"):
-                raise UserError(f"{self.folder}: tensor {name} has no place in this architecture; it is not implemented")
+                raise UserError(
+                    f"{self.folder}: tensor {name} has no place in this architecture; it is not implemented"
+                )
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
 
 def _tensors(file: BinaryIO) -> Iterator[tuple[str, Tensor]]:
-    """Of a file whose header the safetensors library has found to be sound: its size in 8 bytes, itself as JSON, the data
-    (github.com/huggingface/safetensors, Format)."""
+    """Of a file whose header the safetensors library has found to be sound: its size in 8 bytes, itself as JSON, the
+    data (github.com/huggingface/safetensors, Format)."""
     data = np.asarray(np.memmap(file, np.uint8, "r"))
     size = 8 + int(data[:8].view("<u8")[0])
     for name, entry in json.loads(bytes(data[8:size])).items():
@@ -213,7 +225,9 @@ def _files(folder: Path, index: dict[str, str] | None = None) -> list[str]:
     names = sorted(set((_index(folder) if index is None else index).values())) or [SINGLE]
     for name in names:
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors") or not name.isprintable():
-            raise UserError(f"{folder / INDEX} names {name!r}, which is not a safetensors file of this folder; refusing to open it")
+            raise UserError(
+                f"{folder / INDEX} names {name!r}, which is not a safetensors file of this folder; refusing to open it"
+            )
     return names
 
 
@@ -230,7 +244,10 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False) -> 
         tensors = Checkpoint(folder, config, stack)
         need, free = config.parameters() * ops.dtype.itemsize, ops.free_bytes()
         if need > free:
-            raise UserError(f"{folder}: the weights take {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of {ops.name} memory are free")
+            raise UserError(
+                f"{folder}: the weights take {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of {ops.name} memory "
+                "are free"
+            )
         wanted, shown = [tensors[name] for name in expected(config)], None if progress else True
         total = sum(tensor.nbytes for tensor in wanted)
         bar = stack.enter_context(tqdm(total=total, desc="load", unit="B", unit_scale=True, leave=False, disable=shown))
@@ -255,7 +272,8 @@ def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
     def of(*names: str, present: bool = True) -> Array | None:
         return get(*(prefix + name for name in names)) if present else None
 
-    return Layer(  # in the order of the alphabet, which is that of the files: what stands side by side there is read at once
+    # in the order of the alphabet, which is that of the files: what stands side by side there is read at once
+    return Layer(
         input_norm=of("input_layernorm.weight"),
         down_bias=of("mlp.down_proj.bias", present=config.mlp_bias),
         down=of("mlp.down_proj.weight"),
@@ -272,11 +290,12 @@ def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
 
 
 def rotate_values(weights: Weights, config: Config, ops: Backend, in_place: bool = False) -> Weights:
-    """V's half of canalized rotation, folded into the weights: v_proj's rows and o_proj's columns times H, head by head.
+    """V's half of canalized rotation, folded into the weights: v_proj's rows and o_proj's columns times H, head by
+    head.
 
-    v' = H.v for every kv head, and o_proj.H undoes it, since H.H = I: the model computes what it did, on rotated values.
-    Arrays that do not change are shared with `weights`; those that do are copies, or in_place what they were. Raises ValueError where
-    head_dim has no Hadamard matrix.
+    v' = H.v for every kv head, and o_proj.H undoes it, since H.H = I: the model computes what it did, on rotated
+    values. Arrays that do not change are shared with `weights`; those that do are copies, or in_place what they were.
+    Raises ValueError where head_dim has no Hadamard matrix.
     """
 
     def own(x: Array | None) -> Array | None:
@@ -295,8 +314,8 @@ def rotate_values(weights: Weights, config: Config, ops: Backend, in_place: bool
 
 
 def for_scheme(weights: Weights, config: Config, scheme: oscar.Scheme, ops: Backend) -> Weights:
-    """The weights as a model with this KV scheme wants them, in the arrays of `weights`, which are the caller's no more: copies beside
-    them would leave holes in a card's memory that no cache fits into (3 GB of a Qwen3-8B)."""
+    """The weights as a model with this KV scheme wants them, in the arrays of `weights`, which are the caller's no
+    more: copies beside them would leave holes in a card's memory that no cache fits into (3 GB of a Qwen3-8B)."""
     return rotate_values(weights, config, ops, in_place=True) if scheme.rotate else weights
 
 

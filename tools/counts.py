@@ -25,7 +25,7 @@ FLOORS = (
     ("model", "memory"),
     ("ops",),
     ("cache", "weights", "decoding"),
-    ("config", "tokenizer", "chat_template", "detokenizer", "sampling"),
+    ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
     ("oscar", "error_feedback", "hadamard", "rope"),
     ("storage",),
     ("errors", "checks", "tables", "machine", "version"),
@@ -48,9 +48,9 @@ def counts() -> list[Count]:
     kernels = [path for path in (PACKAGE / "kernels").rglob("*") if path.suffix in (".cu", ".cuh")]
     general = [path for path in kernels if path.parent.name != "sm90"]
     return [
-        Count("lines of the reading path", total(reading), f"{len(reading)} files", 5400, 3800),
+        Count("lines of the reading path", total(reading), f"{len(reading)} files", 5500, 3800),
         Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 3300),
-        Count("lines of the package's Python", total(package), f"{len(package)} files", 10500),
+        Count("lines of the package's Python", total(package), f"{len(package)} files", 11000),
         Count("longest file of the package", *longest(package), 400),
         Count("longest function of the package", *worst(package, length), 60),
         Count("most parameters in the package", *worst(package, parameters), 17, 8),

@@ -1,6 +1,7 @@
 """The `chat` command: a conversation in a terminal, or on a pipe, one message a line.
 
-stdout carries the answers; everything else goes to stderr. Editing and history are the readline of Python's standard library.
+stdout carries the answers; everything else goes to stderr. Editing and history are the readline of Python's standard
+library.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Lines:
         self.terminal, self.begun = sys.stdin.isatty(), False
         self.editing = self.terminal and sys.stdout.isatty()
         state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-        self.history = None if state.startswith("~") else Path(state) / "minioscar" / "history"  # ~ stays where there is no home
+        # ~ stays where there is no home
+        self.history = None if state.startswith("~") else Path(state) / "minioscar" / "history"
 
     @contextlib.contextmanager
     def remembered(self) -> Iterator[None]:
@@ -57,14 +59,16 @@ class Lines:
             yield
         finally:
             if readline and self.history:
-                with contextlib.suppress(OSError, UserError, Failure):  # a home that cannot be written costs the history, no more
+                # a home that cannot be written costs the history, no more
+                with contextlib.suppress(OSError, UserError, Failure):
                     self.history.parent.mkdir(parents=True, exist_ok=True)
                     readline.set_history_length(1000)
                     with replacing(self.history, mode=0o600) as partial:
                         readline.write_history_file(partial)
 
     def message(self) -> str:
-        """One message. Raises EOFError at the end, KeyboardInterrupt on Ctrl-C, UserError for text that is not UTF-8."""
+        """One message. Raises EOFError at the end, KeyboardInterrupt on Ctrl-C, UserError for text that is not
+        UTF-8."""
         try:
             text = self._message()
             text.encode()
@@ -113,8 +117,8 @@ def _readline() -> Any:
 
 
 class Stop:
-    """Ctrl-C while an answer is written asks it to stop behind its newest token, which keeps the cache whole; a second one, or one
-    before the first token, interrupts at once.
+    """Ctrl-C while an answer is written asks it to stop behind its newest token, which keeps the cache whole; a second
+    one, or one before the first token, interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -134,10 +138,14 @@ class Stop:
 
 
 def talk(conversation: Conversation, options: dict[str, Any], quiet: bool = False) -> None:
-    """Reads messages and prints answers until the user leaves. quiet: prints no answers. Errors end it only on a pipe."""
+    """Reads messages and prints answers until the user leaves. quiet: prints no answers. Errors end it only on a
+    pipe."""
     lines = Lines()
     if lines.terminal:
-        _say(f"{conversation.context} tokens of context, {conversation.engine.scheme.name} cache; /help lists the commands")
+        _say(
+            f"{conversation.context} tokens of context, {conversation.engine.scheme.name} cache; /help lists the "
+            "commands"
+        )
     with lines.remembered():
         while True:
             try:
@@ -161,7 +169,9 @@ def talk(conversation: Conversation, options: dict[str, Any], quiet: bool = Fals
         _say("")
 
 
-def answer(conversation: Conversation, answer: Generator[str, None, None], quiet: bool = False, again: bool = False) -> None:
+def answer(
+    conversation: Conversation, answer: Generator[str, None, None], quiet: bool = False, again: bool = False
+) -> None:
     """One turn, or another answer in it; how it went goes to stderr."""
     with Stop() as stop, contextlib.closing(answer) as pieces:
         try:
@@ -197,7 +207,8 @@ def summary(conversation: Conversation) -> dict[str, Any]:
     """The object of `chat --json`."""
     engine = conversation.engine
     return {
-        "messages": conversation.messages, "kv": engine.scheme.name, "device": engine.ops.name, "context": conversation.context,
+        "messages": conversation.messages, "kv": engine.scheme.name, "device": engine.ops.name,
+        "context": conversation.context,
         "context_used": len(conversation.held),
     }
 
@@ -243,21 +254,30 @@ def save(conversation: Conversation, path: str) -> None:
     elif path.endswith(".safetensors"):
         conversation.save(path)
     else:
-        raise UserError(f"/save {path}: name a file that ends in .safetensors (with the cache, for chat --cache) or .json (the messages)")
+        raise UserError(
+            f"/save {path}: name a file that ends in .safetensors (with the cache, for chat --cache) or .json (the "
+            "messages)"
+        )
     _say(f"[saved {path}, {size(os.path.getsize(expand(path)))}]")
 
 
 def stats(conversation: Conversation) -> str:
     engine, last = conversation.engine, conversation.last
-    ours, bf16 = (cache_bytes(engine.config, scheme, 1, conversation.context) for scheme in (engine.scheme, SCHEMES["bf16"]))
+    ours, bf16 = (
+        cache_bytes(engine.config, scheme, 1, conversation.context) for scheme in (engine.scheme, SCHEMES["bf16"])
+    )
     lines = [
         f"{used(conversation)}, {len(conversation.messages)} messages",
-        f"{engine.scheme.name} cache on {engine.ops.name}: {size(ours)} for the whole context, {bf16 / ours:.2f}x less than bf16",
+        f"{engine.scheme.name} cache on {engine.ops.name}: {size(ours)} for the whole context, {bf16 / ours:.2f}x "
+        "less than bf16",
         f"memory free: {size(engine.ops.free_bytes())}",
     ]
     if last:
         read = f"{last.prefilled_tokens} of its prompt's {last.prompt_tokens} tokens read in {last.prefill_s:.2f} s"
-        lines.append(f"last answer: {read}, {last.new_tokens} written in {last.decode_s:.2f} s ({last.tokens_per_s:.1f} a second)")
+        lines.append(
+            f"last answer: {read}, {last.new_tokens} written in {last.decode_s:.2f} s ({last.tokens_per_s:.1f} a "
+            "second)"
+        )
     return "\n".join(lines)
 
 

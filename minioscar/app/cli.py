@@ -1,4 +1,5 @@
-"""The command line: its options, its exit codes, and every error in one line. What the commands do is in commands.py."""
+"""The command line: its options, its exit codes, and every error in one line. What the commands do is in
+commands.py."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(name: str, work: Callable[[list[str]], None], argv: list[str] | None, explain: Explain) -> int:
     """The exit code of a program's work on sys.argv, or on argv; every error in one line on stderr."""
     given = sys.argv[1:] if argv is None else argv
-    if argv is None and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a process of its own, in the foreground
+    # a process of its own, in the foreground
+    if argv is None and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupt)
     with streams.prepared():
         try:
@@ -90,7 +92,8 @@ def run(name: str, work: Callable[[list[str]], None], argv: list[str] | None, ex
 
 
 def interrupt(*_: object) -> None:
-    """Ctrl-C. A library whose import it breaks off may make an ImportError of it; nothing is to be cleaned up by then."""
+    """Ctrl-C. A library whose import it breaks off may make an ImportError of it; nothing is to be cleaned up by
+    then."""
     if any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in list(sys.modules.values())):
         os.write(2, b"minioscar: interrupted\n")
         os._exit(130)

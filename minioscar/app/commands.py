@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ..engine import Engine
-    from ..generation import Generation, Options
+    from ..generation import Generation
+    from ..options import Options
     from ..prompt_cache import Message, PromptCache
 
-GENERATE_KEYS = "text token_ids prompt_tokens new_tokens finish_reason kv kv_bytes device prefill_s decode_s tokens_per_s".split()
+GENERATE_KEYS = (
+    "text", "token_ids", "prompt_tokens", "new_tokens", "finish_reason", "kv", "kv_bytes", "device", "prefill_s",
+    "decode_s", "tokens_per_s",
+)  # fmt: skip
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -43,7 +47,8 @@ def run_generate(args: argparse.Namespace) -> None:
     options = wanted(args)
     if args.prompts_file is not None:
         return run_prompts(args, options)
-    prompt = read_text(args.prompt_file) if args.prompt_file is not None else read_text("-") if args.prompt == "-" else args.prompt or ""
+    file = args.prompt_file if args.prompt_file is not None else "-" if args.prompt == "-" else None
+    prompt = args.prompt or "" if file is None else read_text(file)
     if not (prompt or args.cache):
         raise UserError("the prompt is empty; give it some text")
     engine, cache = loaded(args)
@@ -65,8 +70,8 @@ def run_generate(args: argparse.Namespace) -> None:
     full = f" (the context of {run.cache.context} is full{window})" if result.finish_reason == "context" else ""
     print(
         f"[{result.prefilled_tokens} tokens{cached} in {result.prefill_s:.2f} s, {new} new in {result.decode_s:.2f} s "
-        f"({result.tokens_per_s:.1f} tokens/s), {result.finish_reason}{full}; {result.kv} cache {result.kv_bytes / 1e6:.1f} MB, "
-        f"{result.device}]",
+        f"({result.tokens_per_s:.1f} tokens/s), {result.finish_reason}{full}; {result.kv} cache "
+        f"{result.kv_bytes / 1e6:.1f} MB, {result.device}]",
         file=sys.stderr,
     )
 
@@ -92,7 +97,9 @@ def run_prompts(args: argparse.Namespace, options: Options) -> None:
     def piece(line: prompts.Line, index: int, text: str) -> None:
         print_piece(line.head(), index if line.options.n > 1 else None, text)
 
-    failed, bar = [], tqdm(total=len(lines), desc="prompts", unit="line", leave=False, disable=None if sys.stderr.isatty() else True)
+    failed, bar = [], tqdm(
+        total=len(lines), desc="prompts", unit="line", leave=False, disable=None if sys.stderr.isatty() else True
+    )
     with bar:
         how = {"ctx": args.ctx, "chat": args.chat, "cache": cache, "template": template}
         told = piece if args.stream else None
@@ -106,11 +113,15 @@ def run_prompts(args: argparse.Namespace, options: Options) -> None:
             bar.update()
     if failed:
         which = f"line{'s' * (len(failed) > 1)} {', '.join(map(str, failed[:5]))}{', ...' * (len(failed) > 5)}"
-        raise UserError(f"{args.prompts_file}: {len(failed)} of {len(lines)} prompts failed ({which}); their \"error\" on stdout says why")
+        raise UserError(
+            f"{args.prompts_file}: {len(failed)} of {len(lines)} prompts failed ({which}); their \"error\" on stdout "
+            "says why"
+        )
 
 
 def line_settings(settings: Mapping[str, Any], args: argparse.Namespace, engine: Engine) -> Mapping[str, Any]:
-    """Of a line, and where it says how to draw, what the model's file recommends beside that: as on the command line."""
+    """Of a line, and where it says how to draw, what the model's file recommends beside that: as on the command
+    line."""
     from ..sampling import Sampling
     from .prompts import SAMPLING
     from .recommended import recommended
@@ -169,18 +180,22 @@ def run_cache(args: argparse.Namespace) -> None:
     report = {
         "file": str(expand(args.out)), "tokens": len(cache), "kv": engine.scheme.name, "kv_bytes": cache.nbytes,
         "file_bytes": target.stat().st_size if stream is None else cache.nbytes,
-        "bf16_bytes": cache_bytes(engine.config, SCHEMES["bf16"], 1, len(cache)), "device": engine.ops.name, "prefill_s": seconds,
+        "bf16_bytes": cache_bytes(engine.config, SCHEMES["bf16"], 1, len(cache)), "device": engine.ops.name,
+        "prefill_s": seconds,
     }
     if stream != 1:
         print(json.dumps(report) if args.json else report["file"])
     if not args.json:
-        sizes = f"{report['file_bytes'] / 1e6:.1f} MB, {report['bf16_bytes'] / report['kv_bytes']:.2f}x less cache than in bf16"
+        sizes = (
+            f"{report['file_bytes'] / 1e6:.1f} MB, {report['bf16_bytes'] / report['kv_bytes']:.2f}x less cache than "
+            "in bf16"
+        )
         print(f"[{len(cache)} tokens in {seconds:.2f} s; {report['kv']}, {sizes}, {report['device']}]", file=sys.stderr)
 
 
 def wanted(args: argparse.Namespace) -> Options:
     """The options that are given, checked."""
-    from ..generation import Options
+    from ..options import Options
     from ..sampling import Sampling
 
     graph = not getattr(args, "no_graph", False)
@@ -201,7 +216,9 @@ def template_of(args: argparse.Namespace) -> dict[str, Any]:
         except (ValueError, RecursionError):  # text needs no quotes
             found[name] = value
     if found and getattr(args, "chat", None) is False:
-        raise UserError(f"--template-arg {next(iter(found))} is for the chat template, which --raw leaves out; give one of the two")
+        raise UserError(
+            f"--template-arg {next(iter(found))} is for the chat template, which --raw leaves out; give one of the two"
+        )
     return found
 
 
@@ -276,7 +293,8 @@ def run_eval(args: argparse.Namespace) -> None:
     text = None if args.text is None else read_text(args.text)
     schemes = [name.strip() for name in args.kv.split(",")]
     report = fidelity.evaluate(
-        args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows, needles=lengths(args.needle),
+        args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows,
+        needles=lengths(args.needle),
         continued=args.drift, device=args.device, progress=sys.stderr.isatty(),
     )
     print(json.dumps(report) if args.json else fidelity.table(report))
@@ -288,7 +306,9 @@ def run_inspect(args: argparse.Namespace) -> None:
     report.check(args.out, args.text)
     text = None if args.text is None else read_text(args.text)
     schemes = [name.strip() for name in args.kv.split(",")]
-    found = inspection.inspect(args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty())
+    found = inspection.inspect(
+        args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty()
+    )
     files = report.write(found, args.out)
     print(json.dumps(found) if args.json else files[-1])
 
@@ -302,6 +322,7 @@ def lengths(option: str | None) -> list[int]:
 
 
 COMMANDS = {
-    "generate": run_generate, "chat": run_chat, "cache": run_cache, "pull": run_pull, "info": run_info, "eval": run_eval,
+    "generate": run_generate, "chat": run_chat, "cache": run_cache, "pull": run_pull, "info": run_info,
+    "eval": run_eval,
     "inspect": run_inspect,
 }

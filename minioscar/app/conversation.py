@@ -1,9 +1,10 @@
 """A chat that keeps its cache between turns: only what the cache does not hold yet is prefilled.
 
-Every turn renders the whole history with the model's template and compares its tokens with those that the cache holds. Usually the
-history goes on where the cache ends. Where it does not (a template that drops the thoughts of earlier answers, an answer whose text
-splits into other tokens than the model drew), the cache is cut where the two part: anywhere in the window of the newest tokens,
-else at the block before, whose tokens are then fed again (`cache.left_after_cut`).
+Every turn renders the whole history with the model's template and compares its tokens with those that the cache holds.
+Usually the history goes on where the cache ends. Where it does not (a template that drops the thoughts of earlier
+answers, an answer whose text splits into other tokens than the model drew), the cache is cut where the two part:
+anywhere in the window of the newest tokens, else at the block before, whose tokens are then fed again
+(`cache.left_after_cut`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ..cache import Cache
 from ..chat_template import Message
 from ..engine import Engine
 from ..errors import ChatTemplateError, UserError, shown
-from ..generation import Generation, Options, Prompts
+from ..generation import Generation, Prompts
+from ..options import Options
 from ..oscar import WINDOW
 from ..prompt_cache import PromptCache, common, continued
 
@@ -27,11 +29,13 @@ Turn = tuple[list[Message], list[Message]]  # the messages before it, and those 
 
 
 class Conversation:
-    """Messages, and a cache of `context` tokens. `messages` may be read at any time; `last` is the newest answer as generated.
+    """Messages, and a cache of `context` tokens. `messages` may be read at any time; `last` is the newest answer as
+    generated.
 
-    system: the first message. cache: a document or an earlier conversation to go on with; its messages are the first. ctx: tokens
-    (None: all that the model has, or what fits into memory), rounded up to whole blocks. template: more variables of the
-    chat template. Raises UserError where the model has none, where the context cannot be had, or for both system and cache.
+    system: the first message. cache: a document or an earlier conversation to go on with; its messages are the first.
+    ctx: tokens (None: all that the model has, or what fits into memory), rounded up to whole blocks. template: more
+    variables of the chat template. Raises UserError where the model has none, where the context cannot be had, or for
+    both system and cache.
     """
 
     def __init__(
@@ -74,7 +78,9 @@ class Conversation:
     def _room(self, ctx: int | None) -> int:
         config, scheme, ops = self.engine.config, self.engine.scheme, self.engine.ops
         if ctx is None:  # a fifth is left for what no arithmetic knows
-            ctx = memory.longest_context(config, scheme, ops, 1, ops.free_bytes() * 4 // 5) or min(WINDOW, config.max_context)
+            ctx = memory.longest_context(
+                config, scheme, ops, 1, ops.free_bytes() * 4 // 5
+            ) or min(WINDOW, config.max_context)
         ctx = context_of(ctx, config)
         memory.check(config, scheme, ops, 1, ctx, 1)
         return self.engine.round_up(ctx)  # whole blocks, so that the row can be saved
@@ -82,9 +88,9 @@ class Conversation:
     def say(self, text: str, **options: Any) -> Generator[str, None, None]:
         """The answer to a user's message, as it comes; options as in `Engine.generate`.
 
-        The message and what there is of its answer join the conversation, also where the iteration is broken off (Ctrl-C, a closed
-        iterator); a message that got no answer at all does not. Raises UserError, the conversation as it was, for an empty message
-        or one that the context does not hold any more.
+        The message and what there is of its answer join the conversation, also where the iteration is broken off
+        (Ctrl-C, a closed iterator); a message that got no answer at all does not. Raises UserError, the conversation as
+        it was, for an empty message or one that the context does not hold any more.
         """
         if not isinstance(text, str):
             raise UserError(f"the message must be text, not {shown(text)}")
@@ -96,7 +102,8 @@ class Conversation:
         return self._begin([*self._past, (self.messages, messages)], wanted)
 
     def retry(self, **options: Any) -> Generator[str, None, None]:
-        """Another answer to the last message, in place of the one that there is, with other random numbers; else as `say`.
+        """Another answer to the last message, in place of the one that there is, with other random numbers; else as
+        `say`.
 
         Raises UserError where nothing was answered yet.
         """
@@ -160,14 +167,16 @@ class Conversation:
         return self.cache
 
     def reset(self) -> None:
-        """Back to the beginning: the system message, or the document of the prompt cache, whose tokens are kept as far as can be."""
+        """Back to the beginning: the system message, or the document of the prompt cache, whose tokens are kept as far
+        as can be."""
         self._close()
         self.messages, self.turns, self.last = list(self._beginning), 0, None
         self._past = _past(self.messages)
         self._forget()
 
     def save(self, path: str | Path) -> None:
-        """Writes a prompt cache with which a conversation goes on later. Raises UserError where there is nothing to save."""
+        """Writes a prompt cache with which a conversation goes on later. Raises UserError where there is nothing to
+        save."""
         self._close()
         if self.cache is None or not self.held or not self.messages:
             raise UserError("there is no conversation yet to save")

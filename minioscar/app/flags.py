@@ -1,4 +1,5 @@
-"""What can be given to each command: names, types and help of its options, and its examples. cli.py makes a parser of them."""
+"""What can be given to each command: names, types and help of its options, and its examples. cli.py makes a parser of
+them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from typing import Any
 Flag = tuple[str, dict[str, Any]]  # its name and what argparse is to know of it
 
 SCHEMES = (
-    "bf16, kivi, quarot, rotation, scaling, oscar, int2, int2-compact, int2-shaped, int2-compact-shaped, int4, ott, turboquant"
+    "bf16, kivi, quarot, rotation, scaling, oscar, int2, int2-compact, int2-shaped, int2-compact-shaped, int4, ott, "
+    "turboquant"
 )
 EXAMPLES = """examples:
   python -m minioscar generate smollm2-135m "The capital of France is" --raw
@@ -18,7 +20,8 @@ EXAMPLES = """examples:
   python -m minioscar inspect smollm2-135m --out report
   python -m minioscar info smollm2-135m --ctx 8192 --batch 4
 
-MODEL is a folder, a name under weights/, or a Hugging Face id; smollm2-135m is built in. COMMAND --help has examples of each."""
+MODEL is a folder, a name under weights/, or a Hugging Face id; smollm2-135m is built in.
+COMMAND --help has examples of each."""
 MORE_EXAMPLES = {
     "generate": """examples:
   python -m minioscar generate smollm2-135m "Tell me about Paris" --temperature 0.7 --top-p 0.9 --seed 3
@@ -27,9 +30,9 @@ MORE_EXAMPLES = {
   python -m minioscar generate smollm2-135m --prompts-file prompts.jsonl --batch 16 > answers.jsonl
   python -m minioscar generate smollm2-135m "And the second chapter?" --cache book.kv.safetensors
 
-A line of prompts.jsonl is a JSON string or {"prompt": "...", "id": ...} or {"messages": [{"role": "user", "content": "..."}]}, with
-"system" and settings of its own: "max_tokens", "temperature", "seed", "stop", "n" and so on, as the options are called. A line that
-fails becomes {"line": N, "error": "..."} and the others go on.""",
+A line of prompts.jsonl is a JSON string or {"prompt": "...", "id": ...} or {"messages": [{"role": "user", "content":
+"..."}]}, with "system" and settings of its own: "max_tokens", "temperature", "seed", "stop", "n" and so on, as the
+options are called. A line that fails becomes {"line": N, "error": "..."} and the others go on.""",
     "chat": """examples:
   python -m minioscar chat smollm2-135m --system "Answer in one sentence."
   python -m minioscar chat smollm2-135m --cache book.kv.safetensors
@@ -42,8 +45,8 @@ Ctrl-C stops an answer and keeps the conversation.""",
   python -m minioscar generate Qwen/Qwen3-0.6B "Who is the narrator?" --cache book.kv.safetensors
   python -m minioscar chat Qwen/Qwen3-0.6B --cache book.kv.safetensors
 
-The text is read once; what --cache goes on with is read behind it: in the same message of a chat, or (--raw) in the same text. The file
-is bound to the model, its weights and --kv, not to the device.""",
+The text is read once; what --cache goes on with is read behind it: in the same message of a chat, or (--raw) in the
+same text. The file is bound to the model, its weights and --kv, not to the device.""",
     "pull": "example:\n  python -m minioscar pull Qwen/Qwen3-0.6B",
     "info": "example:\n  python -m minioscar info Qwen/Qwen3-0.6B --ctx 32768 --batch 8",
     "eval": """examples:
@@ -89,7 +92,8 @@ SAMPLING = [  # fields of Sampling; what is not given is taken from the model's 
     number("--top-k", "only the K likeliest tokens; 0: off (the model's, else 0)", "K"),
     number("--min-p", "only tokens P times as likely as the likeliest; 0: off (the model's, else 0)", "P", type=float),
     number(
-        "--repetition-penalty", "divides the logits of tokens that came before, the prompt's too (the model's, else 1)", "R", type=float
+        "--repetition-penalty", "divides the logits of tokens that came before, the prompt's too (the model's, else 1)",
+        "R", type=float
     ),
     number("--presence-penalty", "taken from the logits of tokens that the answer has (0)", "X", type=float),
     number("--frequency-penalty", "the same, for each time that it has them (0)", "X", type=float),
@@ -150,7 +154,8 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         number("--windows", "stretches of the text, one after the other (1)", "N", 1),
         flag("--kv", f"schemes: {SCHEMES}", "A,B,C", default="kivi,oscar,int2,int2-compact"),
         flag(
-            "--needle", "also retrieve passkeys from so many tokens of the text (512,1024,2048)", "N,N", nargs="?", const="512,1024,2048"
+            "--needle", "also retrieve passkeys from so many tokens of the text (512,1024,2048)", "N,N", nargs="?",
+            const="512,1024,2048"
         ),
         number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),
         DEVICE,

@@ -37,7 +37,9 @@ def describe(model: str, ctx: int | None, batch: int, device: str) -> dict:
                 "bits_per_element": scheme.bits_per_element(config.head_dim),
                 "bytes_per_token": per_token,
                 "cache_bytes": cache_bytes(config, scheme, batch, context),
-                "ratio_to_bf16": cache_bytes(config, SCHEMES["bf16"], batch, context) / cache_bytes(config, scheme, batch, context),
+                "ratio_to_bf16": cache_bytes(
+                    config, SCHEMES["bf16"], batch, context
+                ) / cache_bytes(config, scheme, batch, context),
                 "longest_context": longest_context(config, scheme, ops, batch, free - weights),
             }
         )
@@ -75,16 +77,20 @@ def text(report: dict) -> str:
     window = "" if window is None else f", sliding window {window}: no longer context runs"
     weights, work, free = (size(report[key]) for key in ("weight_bytes", "work_bytes", "free_bytes"))
     lines = [
-        "{model}: {model_type}, {parameters:,} parameters, {layers} layers, hidden {hidden_size}, mlp {intermediate_size}",
+        "{model}: {model_type}, {parameters:,} parameters, {layers} layers, hidden {hidden_size}, mlp "
+        "{intermediate_size}",
         "attention: {q_heads} q heads, {kv_heads} kv heads, head_dim {head_dim}",
         "positions: {max_positions}{window}, rope {rope}; vocabulary {vocab_size}",
         "on {device}: weights {weights}, reading a prompt of {context} tokens takes {work} more; {free} free",
         "",
         "KV cache at context {context}, batch {batch}:",
     ]
-    lines = [line.format(**report | {"window": window, "weights": weights, "work": work, "free": free}) for line in lines]
+    lines = [
+        line.format(**report | {"window": window, "weights": weights, "work": work, "free": free}) for line in lines
+    ]
     rows = [list(WIDTHS)]
     for row in report["schemes"]:
-        numbers = f"{row['bits_per_element']:.3f}", f"{row['bytes_per_token']:.0f}", f"{row['cache_bytes'] / 1e6:.1f} MB"
-        rows.append([row["kv"], *numbers, f"{row['ratio_to_bf16']:.2f}x", str(row["longest_context"])])
+        numbers = f"{row['bits_per_element']:.3f}", f"{row['bytes_per_token']:.0f}"
+        numbers += f"{row['cache_bytes'] / 1e6:.1f} MB", f"{row['ratio_to_bf16']:.2f}x", str(row["longest_context"])
+        rows.append([row["kv"], *numbers])
     return "\n".join([*lines, *(aligned(zip(row, WIDTHS.values(), strict=True)) for row in rows)])

@@ -1,8 +1,9 @@
 """Many prompts from a JSONL file, answered in batches, in their order; a bad line spoils none of the others.
 
-A line is a JSON string, or an object with "prompt" (text) or "messages" (a chat), and perhaps "system", "id", which comes back, and
-settings of its own (`SETTINGS`). A line of the result is the object of `generate --json` with "line" (from 1) and "id", or {"line", "id",
-"error"}; with --stream {"line", "id", "piece"} for each piece of the text come before it.
+A line is a JSON string, or an object with "prompt" (text) or "messages" (a chat), and perhaps "system", "id", which
+comes back, and settings of its own (`SETTINGS`). A line of the result is the object of `generate --json` with "line"
+(from 1) and "id", or {"line", "id", "error"}; with --stream {"line", "id", "piece"} for each piece of the text come
+before it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..chat_template import Message, malformed
 from ..errors import Failure, UserError, one_line, said, shown
-from ..generation import Generation, Options
+from ..generation import Generation
 from ..ops.linear_batch import BATCH_TOKENS
+from ..options import Options
 from ..sampling import Sampling
 from ..storage import strict_json
 
@@ -31,7 +33,8 @@ KEYS = ["prompt", "messages", "id", "system", *SETTINGS]
 
 @dataclass(frozen=True)
 class Line:
-    """prompt is None where error says why. settings: the line's own, by name; options: what they make of those for all, once checked."""
+    """prompt is None where error says why. settings: the line's own, by name; options: what they make of those for all,
+    once checked."""
 
     number: int
     prompt: str | list[Message] | None = None
@@ -64,7 +67,10 @@ def _line(number: int, raw: bytes) -> Line:
         return Line(number, error=f"not JSON in UTF-8: {one_line(error)}", id=id)
     try:
         value = {"prompt": value} if isinstance(value, str) else value
-        return Line(number, _prompt(value), id=id, settings={name: value[name] for name in SETTINGS if value.get(name) is not None})
+        return Line(
+            number, _prompt(value), id=id,
+            settings={name: value[name] for name in SETTINGS if value.get(name) is not None}
+        )
     except UserError as error:
         return Line(number, error=str(error), id=id)
 
@@ -100,13 +106,15 @@ def configured(options: Options, settings: Mapping[str, Any]) -> Options:
 
 
 def answers(
-    engine: Engine, lines: Iterable[Line], *, batch: int, options: Options, piece: Callable[[Line, int, str], None] | None = None,
+    engine: Engine, lines: Iterable[Line], *, batch: int, options: Options,
+    piece: Callable[[Line, int, str], None] | None = None,
     **how: Any,
 ) -> Iterator[tuple[Line, list[Generation]]]:
     """Each line with its answers (as many as its `n`), or with its error and none, in order.
 
-    `batch` prompts run at a time. One that does not fit spoils no others; a batch that does not fit into memory is halved. piece: is
-    told the text as it comes, with its line and answer. how: ctx, chat, cache and template, as `Engine.start` takes them.
+    `batch` prompts run at a time. One that does not fit spoils no others; a batch that does not fit into memory is
+    halved. piece: is told the text as it comes, with its line and answer. how: ctx, chat, cache and template, as
+    `Engine.start` takes them.
     """
     lines = iter(lines)
     while group := list(islice(lines, batch)):
@@ -136,7 +144,9 @@ def _answered(
     each = [(line, i) for line in lines for i in range(line.options.n)]
     sequences, begun = [line.number * BATCH_TOKENS + i for line, i in each], False  # draws do not depend on the batch
     try:
-        run = engine.start([line.prompt for line in lines], options=[line.options for line in lines], sequences=sequences, **how)
+        run = engine.start(
+            [line.prompt for line in lines], options=[line.options for line in lines], sequences=sequences, **how
+        )
         for answer, text in run:
             if piece and text:
                 begun = True

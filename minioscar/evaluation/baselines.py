@@ -1,8 +1,9 @@
-"""Published baselines as quantizers of their own, registered beside the schemes of oscar.py; on every back end they run as array code.
+"""Published baselines as quantizers of their own, registered beside the schemes of oscar.py; on every back end they run
+as array code.
 
-OTT (arXiv 2505.10938): of each block and kv head the tokens with the smallest keys stay in BF16. TurboQuant (arXiv 2504.19874, its MSE
-variant): a random rotation makes the coordinates of any vector nearly normal; so one codebook, the best for a normal variable, serves
-all of them, and the vector's norm in float16 is all that is stored beside the codes.
+OTT (arXiv 2505.10938): of each block and kv head the tokens with the smallest keys stay in BF16. TurboQuant (arXiv
+2504.19874, its MSE variant): a random rotation makes the coordinates of any vector nearly normal; so one codebook, the
+best for a normal variable, serves all of them, and the vector's norm in float16 is all that is stored beside the codes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ..oscar import SCHEMES, WINDOW, Scheme
 
 Array = Any
 Layout = dict[str, tuple[tuple[int, ...], Any]]
-LEVELS = np.array([-1.510, -0.4528, 0.4528, 1.510], np.float32)  # J. Max, Quantizing for minimum distortion (1960), table 1, N = 4
+# J. Max, Quantizing for minimum distortion (1960), table 1, N = 4
+LEVELS = np.array([-1.510, -0.4528, 0.4528, 1.510], np.float32)
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,18 @@ class Ott(Scheme):
         found = dict.fromkeys(("outlier_keys", "outlier_values"), ((*outliers, head_dim), BF16))
         return super().packed_layout(tokens, head_dim) | found | {"outlier_offsets": (outliers, np.uint8)}
 
-    def pack(self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None) -> dict[str, Array]:
-        """The keys with the smallest 1-norms are replaced by the mean of their block's others, so that they stretch no group's range."""
+    def pack(
+        self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None
+    ) -> dict[str, Array]:
+        """The keys with the smallest 1-norms are replaced by the mean of their block's others, so that they stretch no
+        group's range."""
         blocks = keys.astype(xp.float32).reshape(len(keys), -1, WINDOW, keys.shape[-1])
         offsets = xp.argsort(abs(blocks).sum(axis=-1), axis=-1)[..., : self.outliers]  # [heads, blocks, outliers]
         index = _block_index(offsets, xp)
-        kept = {f"outlier_{kind}": x.reshape(blocks.shape)[index].astype(BF16) for kind, x in (("keys", keys), ("values", values))}
+        kept = {
+            f"outlier_{kind}": x.reshape(blocks.shape)[index].astype(BF16)
+            for kind, x in (("keys", keys), ("values", values))
+        }
         others = (blocks.sum(axis=2) - blocks[index].sum(axis=2)) / (WINDOW - self.outliers)
         blocks[index] = others[:, :, None]
         packed = super().pack(blocks.reshape(keys.shape), values, norms, xp, feedback)
@@ -71,7 +79,9 @@ class TurboQuant(Scheme):
     def packed_layout(self, tokens: int, head_dim: int) -> Layout:
         return {name: of for name, of in super().packed_layout(tokens, head_dim).items() if not name.endswith("min")}
 
-    def pack(self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None) -> dict[str, Array]:
+    def pack(
+        self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None
+    ) -> dict[str, Array]:
         found = {}
         for kind, x in (("key", keys), ("value", values)):
             codes, found[f"{kind}_step"] = quantize(x, self.value_group(x.shape[-1]), xp)
@@ -80,14 +90,16 @@ class TurboQuant(Scheme):
 
     def unpack(self, row: dict[str, Array], norms: Array | None, xp: Any = np) -> tuple[Array, Array]:
         keys, values = (
-            dequantize(oscar.unpack(row[f"{kind}_codes"], self.bits, xp), row[f"{kind}_step"], xp) for kind in ("key", "value")
+            dequantize(oscar.unpack(row[f"{kind}_codes"], self.bits, xp), row[f"{kind}_step"], xp)
+            for kind in ("key", "value")
         )
         return keys, values
 
 
 @cache
 def rotation(n: int) -> np.ndarray:
-    """A random orthogonal matrix, float32 [n, n]: the Q of a normal matrix, columns with the signs that make it uniform."""
+    """A random orthogonal matrix, float32 [n, n]: the Q of a normal matrix, columns with the signs that make it
+    uniform."""
     q, r = np.linalg.qr(np.random.default_rng(0).standard_normal((n, n)))
     return (q * np.sign(np.diag(r))).astype(np.float32)
 
@@ -95,8 +107,8 @@ def rotation(n: int) -> np.ndarray:
 def quantize(x: Array, group: int, xp: Any = np) -> tuple[Array, Array]:
     """x [..., channels], float -> codes uint8 of the same shape, step float16 [..., channels / group].
 
-    Each group of channels is one vector: rotated, divided by step = its norm / sqrt(group), and every coordinate replaced by the
-    index of the nearest of LEVELS. A step of 0 gives codes 0.
+    Each group of channels is one vector: rotated, divided by step = its norm / sqrt(group), and every coordinate
+    replaced by the index of the nearest of LEVELS. A step of 0 gives codes 0.
     """
     vectors = x.astype(xp.float32).reshape(*x.shape[:-1], -1, group)
     step = xp.sqrt((vectors * vectors).mean(axis=-1, keepdims=True)).astype(xp.float16)

@@ -1,4 +1,5 @@
-"""Generation drift: how long a greedy continuation with a quantized cache stays what it is without one, and the KL along the way."""
+"""Generation drift: how long a greedy continuation with a quantized cache stays what it is without one, and the KL
+along the way."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Drift:
     """One scheme over the windows of a text."""
 
     kv: str
-    first_difference: list[int | None]  # per window: the first of the tokens 1, 2 ... that is another one; None if none is
+    # per window: the first of the tokens 1, 2 ... that is another one; None if none is
+    first_difference: list[int | None]
     same_tokens: float  # share of the positions at which the likeliest token is the unquantized run's
     kl: list[float]  # mean KL(unquantized || this) over each of STRETCHES equal parts of the continuation
 
@@ -40,16 +42,20 @@ def greedy(engine: Engine, ids: Sequence[int], count: int, done: Done) -> list[i
     return tokens
 
 
-def drift(engines: Sequence[Engine], windows: Sequence[Sequence[int]], count: int, done: Done = lambda tokens: None) -> dict:
+def drift(
+    engines: Sequence[Engine], windows: Sequence[Sequence[int]], count: int, done: Done = lambda tokens: None
+) -> dict:
     """The object `drift` of `eval --json`: engines[0], unquantized, continues each prompt, the others follow it.
 
     `count` tokens are compared, those after token 0, which comes out of the prefill and is the same in every scheme.
-    Until its first different token, a scheme's own continuation and the unquantized one are the same; so feeding the latter to
-    the scheme finds that token without generating twice, and past it still compares predictions from the same words.
+    Until its first different token, a scheme's own continuation and the unquantized one are the same; so feeding the
+    latter to the scheme finds that token without generating twice, and past it still compares predictions from the same
+    words.
     """
     found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in engines]
     for prompt in windows:
-        ids = [*prompt, *greedy(engines[0], prompt, count + 1, done)]  # the first is the prefill's, which quantizes nothing
+        # the first is the prefill's, which quantizes nothing
+        ids = [*prompt, *greedy(engines[0], prompt, count + 1, done)]
         truth: np.ndarray | None = None
         for engine, runs in zip(engines, found, strict=True):
             ours = log_softmax(np.concatenate(list(teacher_forced(engine, ids, len(prompt), done))))
@@ -78,5 +84,8 @@ def table(report: dict) -> str:
         first = float(np.median([count if n is None else n for n in row["first_difference"]]))
         first = f"{first:.0f}" if first < count else f"none in {count}"
         rows.append([row["kv"], first, f"{row['same_tokens']:.3f}", *(f"{kl:.4f}" for kl in row["kl"])])
-    title = f"Greedy continuation, {count} tokens: the first that differs from the unquantized run's (median over the windows)."
+    title = (
+        f"Greedy continuation, {count} tokens: the first that differs from the unquantized run's (median over the "
+        "windows)."
+    )
     return "\n".join([title, "", *markdown(["kv", "first difference", "same token", *stretches], rows)])

@@ -43,64 +43,119 @@ class Row:
 
 
 def default_text() -> str:
-    """The topics of CPython's built-in help: real English of about 465,000 characters, on every machine that has Python."""
+    """The topics of CPython's built-in help: real English of about 465,000 characters, on every machine that has
+    Python."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def evaluate(
-    model: str, schemes: Sequence[str], *, text: str | None = None, prefill: int = 1024, decode: int = 512, windows: int = 1,
-    needles: Sequence[int] = (), continued: int = 0, device: str = "auto", progress: bool = False,
-) -> dict:
-    """Runs every scheme over `windows` stretches of prefill + decode + 1 tokens of a text; the object of `eval --json`.
+@dataclass(frozen=True)
+class Lengths:
+    """How much of a text is evaluated, in tokens. Raises UserError for a number out of range.
 
-    The first stretch begins with the text and each follows the one before. Its prompt is prefilled, then `decode` true tokens are
-    fed; the prediction at each of those positions counts. needles: also retrieve passkeys from haystacks of these lengths.
-    continued: also follow a greedy continuation of each prompt for so many tokens. Raises UserError for an unknown scheme, a text
-    that is too short or a context that the model does not have.
+    Each of `windows` stretches is prefilled by `prefill` tokens, then `decode` true tokens are fed; the prediction at
+    each of those positions counts. needles: also retrieve passkeys from haystacks of these lengths. continued: also
+    follow a greedy continuation of each prompt for so many tokens.
+    """
+
+    prefill: int = 1024
+    decode: int = 512
+    windows: int = 1
+    needles: Sequence[int] = ()
+    continued: int = 0
+
+    def __post_init__(self) -> None:
+        shortest = min(self.needles, default=1)
+        for name, value in {
+            "prefill": self.prefill, "decode": self.decode, "windows": self.windows, "needle": shortest
+        }.items():
+            if value < 1:
+                raise UserError(f"--{name} {value} is out of range; it must be at least 1")
+        if self.continued < 0:
+            raise UserError(f"--drift {self.continued} is out of range; it must be at least 0")
+
+    @property
+    def window(self) -> int:
+        """Tokens of a stretch: the last one is only predicted."""
+        return self.prefill + self.decode + 1
+
+    @property
+    def haystack(self) -> int:
+        return max(needle.blocks(self.needles), default=0)
+
+    def check(self, config: Config) -> None:
+        """Raises UserError where the model's context is too short."""
+        longest = max(self.window - 1, self.prefill + self.continued + 1, self.haystack + needle.MARGIN)
+        if longest > config.max_context:
+            options = "--prefill, --decode, --drift or --needle"
+            raise UserError(f"this takes {longest} positions; lower {options}: {config.limit}")
+
+    def check_text(self, tokens: int) -> None:
+        """Raises UserError for a text that is too short."""
+        needed = self.windows * self.window
+        if tokens < needed:
+            way_out = "lower --prefill, --decode or --windows"
+            raise UserError(f"the text has {tokens} tokens, but {needed} are needed; {way_out}")
+        if tokens < self.haystack:
+            asked = f"--needle {max(self.needles)} needs {self.haystack}"
+            raise UserError(f"the text has {tokens} tokens, but {asked}; use a longer text")
+
+
+def evaluate(
+    model: str, schemes: Sequence[str], *, text: str | None = None, device: str = "auto", progress: bool = False,
+    **lengths: Any,
+) -> dict:
+    """Runs every scheme over stretches of a text; the object of `eval --json`. lengths: the fields of `Lengths`.
+
+    The first stretch begins with the text and each follows the one before. Raises UserError for an unknown scheme, a
+    text that is too short or a context that the model does not have.
     """
     from tqdm import tqdm
 
     names = [BASELINE, *(name for name in dict.fromkeys(schemes) if name != BASELINE)]
-    wanted = [scheme_named(name) for name in names]
-    for name, value in (("prefill", prefill), ("decode", decode), ("windows", windows), ("needle", min(needles, default=1))):
-        if value < 1:
-            raise UserError(f"--{name} {value} is out of range; it must be at least 1")
-    if continued < 0:
-        raise UserError(f"--drift {continued} is out of range; it must be at least 0")
+    wanted, asked = [scheme_named(name) for name in names], Lengths(**lengths)
     ops, folder = backend(device), resolve(model)
     config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
     for scheme in wanted:
         check_scheme(config, scheme)
-    haystack = max(needle.blocks(needles), default=0)
-    longest = max(prefill + decode, prefill + continued + 1, haystack + needle.MARGIN)
-    if longest > config.max_context:
-        options = "--prefill, --decode, --drift or --needle"
-        raise UserError(f"this takes {longest} positions; lower {options}: {config.limit}")
-    ids, size = tokenizer.encode(default_text() if text is None else text), prefill + decode + 1
-    if len(ids) < windows * size:
-        raise UserError(f"the text has {len(ids)} tokens, but {windows * size} are needed; lower --prefill, --decode or --windows")
-    if len(ids) < haystack:
-        raise UserError(f"the text has {len(ids)} tokens, but --needle {max(needles)} needs {haystack}; use a longer text")
+    asked.check(config)
+    ids = tokenizer.encode(default_text() if text is None else text)
+    asked.check_text(len(ids))
     engines = engines_for(wanted, load_weights(folder, config, ops, progress), config, tokenizer, ops)
-    stretches = [ids[start : start + size] for start in range(0, windows * size, size)]
-    parts: dict[str, tuple[int, Callable[[Done], Any]]] = {
-        "results": (len(engines) * windows * (size - 1), lambda done: fidelity(engines, stretches, prefill, done)),
+    report = {
+        "model": str(model), "device": ops.name, "prefill": asked.prefill, "decode": asked.decode,
+        "windows": asked.windows,
     }
-    if continued:
-        prompts = [stretch[:prefill] for stretch in stretches]
-        parts["drift"] = drift.cost(engines, windows, prefill, continued), lambda done: drift.drift(engines, prompts, continued, done)
-    if needles:
-        parts["needle"] = needle.cost(engines, needles), lambda done: needle.needle(engines, ids, needles, done)
-    report = {"model": str(model), "device": ops.name, "prefill": prefill, "decode": decode, "windows": windows}
-    for name, (tokens, run) in parts.items():
-        with tqdm(total=tokens, desc=f"eval: {name}", unit="token", leave=False, disable=None if progress else True) as bar:
+    for name, (tokens, run) in parts(engines, ids, asked).items():
+        hidden = None if progress else True
+        with tqdm(total=tokens, desc=f"eval: {name}", unit="token", leave=False, disable=hidden) as bar:
             report[name] = run(bar.update)
     return report
 
 
-def engines_for(wanted: Sequence[Scheme], plain: Weights, config: Config, tokenizer: Tokenizer, ops: Reference) -> list[Engine]:
+def parts(
+    engines: Sequence[Engine], ids: Sequence[int], asked: Lengths
+) -> dict[str, tuple[int, Callable[[Done], Any]]]:
+    """What there is to measure: its name in the report -> tokens that go through models, and what does it."""
+    stretches = [ids[start : start + asked.window] for start in range(0, asked.windows * asked.window, asked.window)]
+    tokens = len(engines) * asked.windows * (asked.window - 1)
+    found: dict[str, tuple[int, Callable[[Done], Any]]] = {
+        "results": (tokens, lambda done: fidelity(engines, stretches, asked.prefill, done)),
+    }
+    if asked.continued:
+        prompts = [stretch[: asked.prefill] for stretch in stretches]
+        tokens = drift.cost(engines, asked.windows, asked.prefill, asked.continued)
+        found["drift"] = tokens, lambda done: drift.drift(engines, prompts, asked.continued, done)
+    if asked.needles:
+        tokens = needle.cost(engines, asked.needles)
+        found["needle"] = tokens, lambda done: needle.needle(engines, ids, asked.needles, done)
+    return found
+
+
+def engines_for(
+    wanted: Sequence[Scheme], plain: Weights, config: Config, tokenizer: Tokenizer, ops: Reference
+) -> list[Engine]:
     """An engine for each scheme; those that want the same weights share them."""
     rotated = rotate_values(plain, config, ops) if any(scheme.rotate for scheme in wanted) else plain
     shaped = shape_keys(rotated, config, ops) if any(scheme.shaped for scheme in wanted) else rotated
@@ -116,7 +171,9 @@ def fidelity(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefil
         for engine, found in zip(engines, scores, strict=True):
             chunks = map(log_softmax, teacher_forced(engine, window, prefill, done))
             truth = truth or list(chunks)  # the first engine is the baseline
-            found.append(compare(iter(truth) if engine is engines[0] else chunks, truth, np.array(window[prefill + 1 :])))
+            found.append(
+                compare(iter(truth) if engine is engines[0] else chunks, truth, np.array(window[prefill + 1 :]))
+            )
     baseline = np.array(scores[0])
     return [
         asdict(summary(engine.scheme, engine.config.head_dim, np.array(found), baseline))
@@ -125,7 +182,8 @@ def fidelity(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefil
 
 
 def summary(scheme: Scheme, head_dim: int, scores: np.ndarray, baseline: np.ndarray) -> Row:
-    """Means, and standard errors where there are several windows. scores, baseline: float64 [windows, (nll, kl, top1)]."""
+    """Means, and standard errors where there are several windows. scores, baseline: float64 [windows, (nll, kl,
+    top1)]."""
     nll, kl, top1 = scores.mean(axis=0).tolist()
     change, several = scores[:, 0] - baseline[:, 0], len(scores) > 1
     errors = [float(x.std(ddof=1) / np.sqrt(len(x))) if several else None for x in (change, scores[:, 1])]
@@ -134,7 +192,9 @@ def summary(scheme: Scheme, head_dim: int, scores: np.ndarray, baseline: np.ndar
     return Row(scheme.name, scheme.bits_per_element(head_dim), nll, ppl, float(change.mean()), kl, top1, *errors)
 
 
-def compare(chunks: Iterable[np.ndarray], truth: Iterable[np.ndarray], targets: np.ndarray) -> tuple[float, float, float]:
+def compare(
+    chunks: Iterable[np.ndarray], truth: Iterable[np.ndarray], targets: np.ndarray
+) -> tuple[float, float, float]:
     """NLL, KL and top-1 agreement of one run; both are log-probabilities float32 [n, vocab] in equal chunks."""
     nll = kl = top1 = 0.0
     at = 0

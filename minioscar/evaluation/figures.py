@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = {
-    "kivi": "#8c8c8c", "quarot": "#c9a227", "rotation": "#56b4e9", "scaling": "#e69f00", "oscar": "#0072b2", "int2": "#d55e00",
+    "kivi": "#8c8c8c", "quarot": "#c9a227", "rotation": "#56b4e9", "scaling": "#e69f00", "oscar": "#0072b2",
+    "int2": "#d55e00",
     "ott": "#a6761d", "turboquant": "#7570b3",
     "int2-compact": "#cc79a7", "int2-shaped": "#009e73", "int2-compact-shaped": "#66c2a5", "int4": "#333333",
 }
 STEP_COLORS = dict(zip(STEPS, ("#8c8c8c", "#e69f00", "#56b4e9", "#0072b2"), strict=True))
 STYLE = {
-    "font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e5e5", "axes.axisbelow": True, "legend.frameon": False,
+    "font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e5e5", "axes.axisbelow": True,
+    "legend.frameon": False,
     "lines.linewidth": 2, "svg.hashsalt": "minioscar", "svg.fonttype": "path", "figure.constrained_layout.use": True,
 }
 
@@ -42,19 +45,26 @@ def sinks(fig: Figure, report: dict) -> None:
     left, right = fig.subplots(1, 2, width_ratios=(1.25, 1))
     shown = np.arange(min(64, norms.shape[1]))
     image = left.imshow(
-        (norms / np.median(norms, axis=1, keepdims=True))[:, shown], aspect="auto", cmap="RdBu", vmin=0, vmax=2, interpolation="nearest"
+        (norms / np.median(norms, axis=1, keepdims=True))[:, shown], aspect="auto", cmap="RdBu", vmin=0, vmax=2,
+        interpolation="nearest"
     )
     left.grid(False)
     left.set(title="Norm of each key / median of its layer", xlabel="token", ylabel="layer")
     fig.colorbar(image, ax=left, ticks=(0, 0.5, 1, 1.5, 2), pad=0.01)
     mean = shares.mean(axis=0)
-    right.scatter((norms / np.median(norms, axis=1, keepdims=True)).mean(axis=0), mean.clip(1e-6), s=14, color="#0072b2", alpha=0.5, lw=0)
+    right.scatter(
+        (norms / np.median(norms, axis=1, keepdims=True)).mean(axis=0), mean.clip(1e-6), s=14, color="#0072b2",
+        alpha=0.5, lw=0
+    )
     for i, sink in enumerate(report["sinks"][:3]):
         text = f"token {sink['position']}: {sink['text'].strip() or sink['text']!r}"
         place = {"xytext": (8, 4 - 12 * i), "textcoords": "offset points", "fontsize": 11}
         right.annotate(text, (sink["norm_to_median"], mean[sink["position"]]), **place)
     right.set_yscale("log")
-    right.set(title="Low norm, much attention", xlabel="norm of the key / median, mean over layers", ylabel="share of attention received")
+    right.set(
+        title="Low norm, much attention", xlabel="norm of the key / median, mean over layers",
+        ylabel="share of attention received"
+    )
     right.set_ylim(bottom=max(np.quantile(mean[mean > 0], 0.01) / 2, 1e-6))
 
 
@@ -80,7 +90,9 @@ def forms(fig: Figure, report: dict) -> None:
     """The four forms of the same keys, side by side."""
     example = report["example"]
     for axes, step in zip(fig.subplots(1, 4, sharey=True), STEPS, strict=True):
-        image = axes.imshow(np.array(example["keys"][step])[:16], aspect="auto", cmap="magma_r", vmin=0, vmax=4, interpolation="nearest")
+        image = axes.imshow(
+            np.array(example["keys"][step])[:16], aspect="auto", cmap="magma_r", vmin=0, vmax=4, interpolation="nearest"
+        )
         axes.grid(False)
         axes.set(title=step.capitalize(), xlabel="channel")
     fig.axes[0].set_ylabel(f"token (layer {example['layer']}, kv head {example['kv_head']})")
@@ -97,7 +109,9 @@ def artifact(fig: Figure, report: dict) -> None:
         share = np.arange(1, values.shape[1] + 1) / values.shape[1]
         right.plot(share, values.mean(axis=0), color=STEP_COLORS[step], label=step)
     left.set(title="The channel it stretches most", xlabel="layer", ylabel="range with it / range without it")
-    right.set(title="All channels, mean over layers", xlabel="share of channels stretched at least so far", xscale="log")
+    right.set(
+        title="All channels, mean over layers", xlabel="share of channels stretched at least so far", xscale="log"
+    )
     right.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}" if x >= 0.01 else f"{x:.1%}")
     for axes in (left, right):
         axes.set_ylim(bottom=1)
@@ -117,20 +131,25 @@ def spread(fig: Figure, report: dict) -> None:
     left.set_ylim(bottom=1)
     left.legend()
     for step in STEPS:
-        right.plot(x, [np.mean(layer["range"][step]) for layer in report["layers"]], color=STEP_COLORS[step], label=step)
+        right.plot(
+            x, [np.mean(layer["range"][step]) for layer in report["layers"]], color=STEP_COLORS[step], label=step
+        )
     right.set(title="Mean range of a channel, in rms of the keys", xlabel="layer")
     right.legend()
 
 
 def bound(fig: Figure, report: dict) -> None:
     """Error against norm spread, with the bound."""
-    data, shown = report["imbalance"], [name for name in ("kivi", "rotation", "scaling", "oscar", "int2") if name in report["schemes"]]
+    data, shown = report["imbalance"], [
+        name for name in ("kivi", "rotation", "scaling", "oscar", "int2") if name in report["schemes"]
+    ]
     left, right = fig.subplots(1, 2, width_ratios=(1.6, 1))
     left.plot(data["spread"], data["bound"], color="black", ls="--", label="bound without scaling")
     for name in shown:
         left.plot(data["spread"], data["errors"][name], "o-", color=COLORS[name], label=name, ms=5)
     left.set(title="Error of a token's key, by how much its group outweighs it", ylabel="error / norm of the key",
-             xlabel="largest norm of the group / norm of the token", xscale="log" if data["spread"][-1] > 10 else "linear")
+             xlabel="largest norm of the group / norm of the token",
+             xscale="log" if data["spread"][-1] > 10 else "linear")
     left.set_ylim(0, 1.05 * max(data["bound"]))
     left.legend(loc="upper left")
     right.bar(range(len(data["tokens"])), data["tokens"], color="#bbbbbb")
@@ -146,7 +165,9 @@ def along(fig: Figure, report: dict) -> None:
         keys, color = np.array(report["errors_by_token"][name]["keys"]), COLORS.get(name)
         left.plot(np.arange(first), keys[:first], color=color, label=name)
         right.plot(np.arange(len(keys) // first) * first, keys.reshape(-1, first).mean(axis=1), color=color, label=name)
-    left.set(title="The first group, token by token", xlabel="token", ylabel="error / norm of the key, mean over layers")
+    left.set(
+        title="The first group, token by token", xlabel="token", ylabel="error / norm of the key, mean over layers"
+    )
     right.set(title="All groups", xlabel="token")
     for axes in (left, right):
         axes.set_ylim(bottom=0)
@@ -169,62 +190,68 @@ def errors(fig: Figure, report: dict) -> None:
 FIGURES: list[tuple[str, str, Callable[[Any, dict], None]]] = [
     (
         "Attention sinks have small keys",
-        "Left: a row is a layer, a column one of the first tokens, red is a key much shorter than the others of its layer (the norm "
-        "is over all kv heads). Right: every token of the text. The few tokens that nearly every query looks at, the attention "
-        "sinks, are usually those with the shortest keys: the opposite of an outlier one would look for. A token is listed as a "
-        f"sink of a layer if it gets more than {SINK_SHARE:.0%} of the attention of queries at least 128 tokens behind it.",
+        "Left: a row is a layer, a column one of the first tokens, red is a key much shorter than the others of its "
+        "layer (the norm is over all kv heads). Right: every token of the text. The few tokens that nearly every "
+        "query looks at, the attention sinks, are usually those with the shortest keys: the opposite of an outlier "
+        f"one would look for. A token is listed as a sink of a layer if it gets more than {SINK_SHARE:.0%} of the "
+        "attention of queries at least 128 tokens behind it.",
         sinks,
     ),
     (
         "How long queries, keys and values are",
-        "Median norm per layer and kv head (line), 5 to 95 % of the tokens (band), and the shortest of all (dotted). Rotation by an "
-        "orthogonal matrix does not change any of these norms; dividing a key by its norm over all kv heads (omni-token scaling) "
-        "makes all tokens of a layer equally long, and the norm is kept aside as one number per token and layer.",
+        "Median norm per layer and kv head (line), 5 to 95 % of the tokens (band), and the shortest of all (dotted). "
+        "Rotation by an orthogonal matrix does not change any of these norms; dividing a key by its norm over all kv "
+        "heads (omni-token scaling) makes all tokens of a layer equally long, and the norm is kept aside as one "
+        "number per token and layer.",
         norms,
     ),
     (
         "Token Norm Imbalance",
-        "Left: keys are quantized in groups of consecutive tokens that share a step in every channel. The longer the longest key of "
-        "a group is compared with the shortest, the coarser the step is for the shortest. Right: the range of a channel inside a "
-        "group (largest minus smallest), which the four levels must cover, for the four forms of keys: as they are, divided by "
-        "their norms, rotated, and both. Rotation makes the average channel a little wider; what it takes away are the extremes.",
+        "Left: keys are quantized in groups of consecutive tokens that share a step in every channel. The longer the "
+        "longest key of a group is compared with the shortest, the coarser the step is for the shortest. Right: the "
+        "range of a channel inside a group (largest minus smallest), which the four levels must cover, for the four "
+        "forms of keys: as they are, divided by their norms, rotated, and both. Rotation makes the average channel a "
+        "little wider; what it takes away are the extremes.",
         spread,
     ),
     (
         "The error grows with the imbalance, as it must",
-        "A code is at most half a step off, and a step is a third of the range of its channel. So without scaling the error of a "
-        "key, relative to its norm, is at most the dashed line, which rises with the largest norm of the group over the token's "
-        "own. The measured error of <i>rotation</i> and <i>kivi</i> follows it; dividing by the norm before quantizing "
-        "(<i>scaling</i>, <i>oscar</i>) makes it flat. The few tokens at the right are the sinks, which matter most; <i>int2</i> "
-        "keeps the first tokens in BF16 besides.",
+        "A code is at most half a step off, and a step is a third of the range of its channel. So without scaling the "
+        "error of a key, relative to its norm, is at most the dashed line, which rises with the largest norm of the "
+        "group over the token's own. The measured error of <i>rotation</i> and <i>kivi</i> follows it; dividing by "
+        "the norm before quantizing (<i>scaling</i>, <i>oscar</i>) makes it flat. The few tokens at the right are the "
+        "sinks, which matter most; <i>int2</i> keeps the first tokens in BF16 besides.",
         bound,
     ),
     (
         "Why rotate before scaling: the four forms of the same keys",
-        "The first keys of one head, where the effect is largest: rows are tokens, columns are channels, dark is large. "
-        "Raw keys have outlier channels, and a first token that is nearly empty. Scaling alone blows that token up to the norm of "
-        "the others, and with it whatever channels its little energy sits in: new outliers. Rotation spreads the energy of each "
-        "token evenly over all channels first, so that scaling afterwards only equalizes rows.",
+        "The first keys of one head, where the effect is largest: rows are tokens, columns are channels, dark is "
+        "large. Raw keys have outlier channels, and a first token that is nearly empty. Scaling alone blows that "
+        "token up to the norm of the others, and with it whatever channels its little energy sits in: new outliers. "
+        "Rotation spreads the energy of each token evenly over all channels first, so that scaling afterwards only "
+        "equalizes rows.",
         forms,
     ),
     (
         "The Scaling-Induced Outlier Artifact, measured",
-        "For the token of lowest norm in the first group: how much wider it makes the range of each channel than the other tokens "
-        "alone would (1 means it fits in). Without rotation, dividing by the norm makes it worse, not better: a few channels get "
-        "several times their range, and every other token of the group pays for it with coarser steps.",
+        "For the token of lowest norm in the first group: how much wider it makes the range of each channel than the "
+        "other tokens alone would (1 means it fits in). Without rotation, dividing by the norm makes it worse, not "
+        "better: a few channels get several times their range, and every other token of the group pays for it with "
+        "coarser steps.",
         artifact,
     ),
     (
         "Who pays",
-        "The error of keys along the text, as attention reads them from the cache. Without scaling the first tokens, the sinks, pay "
-        "for the longer keys of their group. Schemes that keep the first tokens in BF16 have no error there.",
+        "The error of keys along the text, as attention reads them from the cache. Without scaling the first tokens, "
+        "the sinks, pay for the longer keys of their group. Schemes that keep the first tokens in BF16 have no error "
+        "there.",
         along,
     ),
     (
         "What is left of it in the output",
-        "Relative error of keys, of values, and of what attention makes of both for the last queries, by layer. A smaller error of "
-        "keys is not always a smaller error of the output: a shaped scheme makes larger errors than its plain twin, in directions "
-        "that queries do not look.",
+        "Relative error of keys, of values, and of what attention makes of both for the last queries, by layer. A "
+        "smaller error of keys is not always a smaller error of the output: a shaped scheme makes larger errors than "
+        "its plain twin, in directions that queries do not look.",
         errors,
     ),
 ]

@@ -1,8 +1,9 @@
-"""What quantization meets in a model and what it does to it: norms, spreads, sinks and errors, layer by layer (`inspect`).
+"""What quantization meets in a model and what it does to it: norms, spreads, sinks and errors, layer by layer
+(`inspect`).
 
-The four forms of keys that the figures compare are the steps of the method: raw; scaled (divided by the token's norm over all kv
-heads, without rotation); rotated; rotated and scaled, which is what `oscar` quantizes. OScaR (arXiv 2605.19660) calls the spread of
-these norms Token Norm Imbalance.
+The four forms of keys that the figures compare are the steps of the method: raw; scaled (divided by the token's norm
+over all kv heads, without rotation); rotated; rotated and scaled, which is what `oscar` quantizes. OScaR (arXiv
+2605.19660) calls the spread of these norms Token Norm Imbalance.
 """
 
 from __future__ import annotations
@@ -32,16 +33,20 @@ from .fidelity import default_text
 STEPS = ("raw", "scaled", "rotated", "rotated and scaled")
 QUANTILES = (0, 0.05, 0.5, 0.95, 1)
 ASKING = 128  # queries at the end, whose attention is computed with every scheme
-SINK_SHARE = 0.05  # of a layer's attention, by mean over heads and queries far behind: a token that gets more is a sink there
+# of a layer's attention, by mean over heads and queries far behind: a token that gets more is a sink there
+SINK_SHARE = 0.05
 SPREADS = 12  # bins of the norm spread, from 1 to the largest, evenly in its logarithm
 
 
 def inspect(
-    model: str, schemes: Sequence[str], *, text: str | None = None, tokens: int = 1024, device: str = "auto", progress: bool = False
+    model: str, schemes: Sequence[str], *, text: str | None = None, tokens: int = 1024, device: str = "auto",
+    progress: bool = False
 ) -> dict:
-    """The object of `inspect --json`: one unquantized run over the first `tokens` tokens of a text, seen from every layer.
+    """The object of `inspect --json`: one unquantized run over the first `tokens` tokens of a text, seen from every
+    layer.
 
-    Raises UserError for an unknown scheme, a number of tokens that is no multiple of WINDOW, or a text or model too short for it.
+    Raises UserError for an unknown scheme, a number of tokens that is no multiple of WINDOW, or a text or model too
+    short for it.
     """
     from tqdm import tqdm
 
@@ -68,16 +73,21 @@ def inspect(
         layers.append(look(inputs, config, wanted, None if feedback is None else ops.numpy(feedback)))
         bar.update()
 
-    with tqdm(total=config.num_layers, desc="inspect", unit="layer", leave=False, disable=None if progress else True) as bar:
+    with tqdm(
+        total=config.num_layers, desc="inspect", unit="layer", leave=False, disable=None if progress else True
+    ) as bar:
         record_attention_inputs(weights, config, ops, np.array(ids), record)
     return {
-        "model": str(model), "device": ops.name, "tokens": tokens, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim,
+        "model": str(model), "device": ops.name, "tokens": tokens, "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
         "group": SCHEMES["oscar"].group, "schemes": [scheme.name for scheme in wanted], "quantiles": QUANTILES,
         "sinks": sinks(layers, ids, tokenizer),
         "imbalance": imbalance(layers),
         "errors_by_token": by_token(layers),
         "example": example(layers),
-        "layers": [{name: value for name, value in layer.items() if name not in ("of_tokens", "picture")} for layer in layers],
+        "layers": [
+            {name: value for name, value in layer.items() if name not in ("of_tokens", "picture")} for layer in layers
+        ],
     }
 
 
@@ -87,7 +97,8 @@ def inspect(
 def look(inputs: AttentionInputs, config: Config, schemes: Sequence[Scheme], feedback: np.ndarray | None) -> dict:
     """Everything about one layer, rounded numbers only. Keys and values count as BF16 keeps them."""
     k, v = (x.astype(BF16).astype(np.float32).swapaxes(0, 1) for x in (inputs.k, inputs.v))  # [kv_heads, tokens, d]
-    q = inputs.q.reshape(len(inputs.q), config.num_kv_heads, -1, config.head_dim).transpose(1, 2, 0, 3)  # [kv_heads, q_per_kv, tokens, d]
+    # [kv_heads, q_per_kv, tokens, d]
+    q = inputs.q.reshape(len(inputs.q), config.num_kv_heads, -1, config.head_dim).transpose(1, 2, 0, 3)
     norms = oscar.token_norms(k.swapaxes(0, 1))
     keys = dict(zip(STEPS, (k, k / norms[:, None], oscar.rotate(k), oscar.rotate(k) / norms[:, None]), strict=True))
     group = SCHEMES["oscar"].group
@@ -102,10 +113,14 @@ def look(inputs: AttentionInputs, config: Config, schemes: Sequence[Scheme], fee
     for scheme in schemes:
         back_k, back_v = through_cache(k, v, norms, scheme, config, feedback)
         of_keys[scheme.name], of_values[scheme.name] = (
-            np.linalg.norm(back - x, axis=(0, 2)) / np.linalg.norm(x, axis=(0, 2)) for back, x in ((back_k, k), (back_v, v))
+            np.linalg.norm(back - x, axis=(0, 2)) / np.linalg.norm(x, axis=(0, 2))
+            for back, x in ((back_k, k), (back_v, v))
         )
         output = np.linalg.norm(attend(q[:, :, -ASKING:], back_k, back_v) - exact) / np.linalg.norm(exact)
-        heads = [np.linalg.norm(back - x, axis=(1, 2)) / np.linalg.norm(x, axis=(1, 2)) for back, x in ((back_k, k), (back_v, v))]
+        heads = [
+            np.linalg.norm(back - x, axis=(1, 2)) / np.linalg.norm(x, axis=(1, 2))
+            for back, x in ((back_k, k), (back_v, v))
+        ]
         errors[scheme.name] = {"keys": rounded(heads[0]), "values": rounded(heads[1]), "attention": rounded(output)}
     return {
         "norms": {
@@ -114,21 +129,28 @@ def look(inputs: AttentionInputs, config: Config, schemes: Sequence[Scheme], fee
             "v": {"raw": quantiles(v[:, None]), "rotated": quantiles(oscar.rotate(v)[:, None])},
         },
         "token_norms": rounded(norms),
-        "norm_spread": rounded(norms.reshape(-1, group).max(axis=1) / norms.reshape(-1, group).min(axis=1)),  # a number a group
+        # a number a group
+        "norm_spread": rounded(norms.reshape(-1, group).max(axis=1) / norms.reshape(-1, group).min(axis=1)),
         "range": {step: rounded(x.mean(axis=(1, 2)) / rms[step]) for step, x in ranges.items()},  # a number a kv head
-        "stretch": {step: rounded(np.sort(x, axis=None)[::-1]) for step, x in stretches.items()},  # a number a channel, largest first
+        # a number a channel, largest first
+        "stretch": {step: rounded(np.sort(x, axis=None)[::-1]) for step, x in stretches.items()},
         "attention": rounded(attention),
         "errors": errors,  # keys and values: a number a kv head
-        "of_tokens": {"spread": norms.reshape(-1, group).max(axis=1).repeat(group) / norms, "bound": bound(norms, ranges["rotated"]),
+        "of_tokens": {"spread": norms.reshape(-1, group).max(axis=1).repeat(group) / norms, "bound": bound(
+            norms, ranges["rotated"]
+        ),
                       "keys": of_keys, "values": of_values},
-        "picture": {"head": head, "token": low, "keys": {step: abs(x[head, :group]) / rms[step] for step, x in keys.items()}},
+        "picture": {
+            "head": head, "token": low, "keys": {step: abs(x[head, :group]) / rms[step] for step, x in keys.items()}
+        },
     }
 
 
 def through_cache(
     k: np.ndarray, v: np.ndarray, norms: np.ndarray, scheme: Scheme, config: Config, feedback: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What attention reads back of one layer's keys and values, [kv_heads, tokens, d], after they went through a cache."""
+    """What attention reads back of one layer's keys and values, [kv_heads, tokens, d], after they went through a
+    cache."""
     ops, one = Reference(), replace(config, num_layers=1)
     rotate = oscar.rotate if scheme.rotate else np.asarray
     cache = Cache(one, scheme, 1, k.shape[1], ops)
@@ -154,13 +176,17 @@ def probabilities(q: np.ndarray, k: np.ndarray) -> np.ndarray:
 
 
 def received(q: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """Share of attention that each token gets from queries at least WINDOW tokens behind it, mean over heads; 0 where there are none."""
-    p = np.mean([probabilities(q[i : i + 1], k[i : i + 1]).mean(axis=(0, 1)) for i in range(len(k))], axis=0, dtype=np.float64)
+    """Share of attention that each token gets from queries at least WINDOW tokens behind it, mean over heads; 0 where
+    there are none."""
+    p = np.mean(
+        [probabilities(q[i : i + 1], k[i : i + 1]).mean(axis=(0, 1)) for i in range(len(k))], axis=0, dtype=np.float64
+    )
     return np.tril(p, -WINDOW).sum(axis=0) / np.maximum(np.arange(len(p))[::-1] + 1 - WINDOW, 1)
 
 
 def stretch(group: np.ndarray, token: int) -> np.ndarray:
-    """Range of every channel of one group of keys, [kv_heads, tokens, d], over its range without one token; [kv_heads, d]."""
+    """Range of every channel of one group of keys, [kv_heads, tokens, d], over its range without one token; [kv_heads,
+    d]."""
     others = np.delete(group, token, axis=1)
     return np.ptp(group, axis=1) / np.ptp(others, axis=1)
 
@@ -169,8 +195,8 @@ def bound(norms: np.ndarray, ranges: np.ndarray) -> np.ndarray:
     """The largest relative error that a token of rotated, unscaled keys can have; [tokens].
 
     A code is at most half a step off, and a step is a third of the range of its channel in its group; so
-    ||error of t|| / n_t <= sqrt(sum over channels of range^2) / (2 * 3 * n_t). Ranges grow with the largest norm of the group, hence
-    the bound with max n / n_t: Token Norm Imbalance. norms [tokens], ranges [kv_heads, groups, d].
+    ||error of t|| / n_t <= sqrt(sum over channels of range^2) / (2 * 3 * n_t). Ranges grow with the largest norm of
+    the group, hence the bound with max n / n_t: Token Norm Imbalance. norms [tokens], ranges [kv_heads, groups, d].
     """
     return np.sqrt((ranges * ranges).sum(axis=(0, 2))).repeat(len(norms) // ranges.shape[1]) / (2 * 3 * norms)
 
@@ -179,7 +205,8 @@ def bound(norms: np.ndarray, ranges: np.ndarray) -> np.ndarray:
 
 
 def imbalance(layers: Sequence[dict]) -> dict:
-    """Mean bound and key errors of all tokens of all layers, in bins of the norm spread of their groups (empty bins are left out)."""
+    """Mean bound and key errors of all tokens of all layers, in bins of the norm spread of their groups (empty bins are
+    left out)."""
     tokens = [layer["of_tokens"] for layer in layers]
     spread, limit = (np.concatenate([layer[name] for layer in tokens]) for name in ("spread", "bound"))
     bins = np.minimum(np.log(spread) / max(np.log(spread.max()), 1e-9) * SPREADS, SPREADS - 1).astype(int)
@@ -190,7 +217,8 @@ def imbalance(layers: Sequence[dict]) -> dict:
 
     errors = {name: means(np.concatenate([layer["keys"][name] for layer in tokens])) for name in tokens[0]["keys"]}
     return {
-        "spread": rounded(np.exp(means(np.log(spread)))), "tokens": [int((bins == b).sum()) for b in used], "bound": means(limit),
+        "spread": rounded(np.exp(means(np.log(spread)))), "tokens": [int((bins == b).sum()) for b in used],
+        "bound": means(limit),
         "errors": errors,
     }
 
@@ -205,7 +233,8 @@ def by_token(layers: Sequence[dict]) -> dict:
 
 
 def example(layers: Sequence[dict]) -> dict:
-    """The first group of keys where the artifact of scaling alone is largest: |key| / rms, [tokens, d] for each form, of one kv head."""
+    """The first group of keys where the artifact of scaling alone is largest: |key| / rms, [tokens, d] for each form,
+    of one kv head."""
     index = int(np.argmax([layer["stretch"]["scaled"][0] for layer in layers]))
     picture = layers[index]["picture"]
     keys = {step: rounded(x) for step, x in picture["keys"].items()}
@@ -214,11 +243,13 @@ def example(layers: Sequence[dict]) -> dict:
 
 def sinks(layers: Sequence[dict], ids: Sequence[int], tokenizer: Tokenizer) -> list[dict]:
     """Tokens that get more than SINK_SHARE of the attention of some layer, those of most layers first."""
-    shares, norms = (np.array([layer[name] for layer in layers]) for name in ("attention", "token_norms"))  # [layers, tokens]
+    # [layers, tokens]
+    shares, norms = (np.array([layer[name] for layer in layers]) for name in ("attention", "token_norms"))
     counts = (shares > SINK_SHARE).sum(axis=0)
     found = [
         {
-            "position": int(t), "text": tokenizer.decode([ids[t]]), "layers": int(counts[t]), "attention": rounded(shares[:, t].mean()),
+            "position": int(t), "text": tokenizer.decode([ids[t]]), "layers": int(counts[t]),
+            "attention": rounded(shares[:, t].mean()),
             "norm_to_median": rounded((norms[:, t] / np.median(norms, axis=1)).mean()),
         }
         for t in np.flatnonzero(counts)

@@ -37,12 +37,16 @@ def trials(lengths: Sequence[int], depths: Sequence[float], repeats: int) -> lis
 
 
 def plant(haystack: Sequence[int], needle: Sequence[int], length: int, depth: float) -> list[int]:
-    """`length` tokens: the haystack's first, with the needle put in at `depth`. Raises UserError where one of them is too short."""
+    """`length` tokens: the haystack's first, with the needle put in at `depth`. Raises UserError where one of them is
+    too short."""
     room = length - len(needle)
     if room < 0:
         raise UserError(f"--needle {length} has no room for a passkey of {len(needle)} tokens; use at least {WINDOW}")
     if len(haystack) < room:
-        raise UserError(f"the text has {len(haystack)} tokens, but --needle {length} needs {room}; use a longer text or shorter lengths")
+        raise UserError(
+            f"the text has {len(haystack)} tokens, but --needle {length} needs {room}; use a longer text or shorter "
+            "lengths"
+        )
     at = round(depth * room)
     return [*haystack[:at], *needle, *haystack[at:room]]
 
@@ -54,14 +58,16 @@ def retrieved(answer: str, passkey: str) -> bool:
 
 
 def ask(engine: Engine, haystack: Sequence[int], question: Sequence[int], done: Done = lambda tokens: None) -> str:
-    """The greedy answer. The haystack is prefilled; the question comes after, so that it sees the needle as the cache kept it."""
+    """The greedy answer. The haystack is prefilled; the question comes after, so that it sees the needle as the cache
+    kept it."""
     feed = np.array(question)
     cache = Cache(engine.config, engine.scheme, 1, len(haystack) + len(feed) + ANSWER_TOKENS, engine.ops)
     engine.model.forward(np.array(haystack), cache, cache.batch_for([0], [len(haystack)]))
     done(len(haystack))
     tokens: list[int] = []
     while len(tokens) < ANSWER_TOKENS:
-        chunk, feed = np.split(feed, [next_flush(cache) - int(cache.lengths[0])])  # a longer one would attend past a flush
+        # a longer one would attend past a flush
+        chunk, feed = np.split(feed, [next_flush(cache) - int(cache.lengths[0])])
         token = engine.model.step(chunk, cache, cache.batch_for([0], [len(chunk)]))[0]
         if not len(feed):
             tokens += token.tolist()
@@ -69,10 +75,14 @@ def ask(engine: Engine, haystack: Sequence[int], question: Sequence[int], done: 
     return engine.tokenizer.decode(tokens)
 
 
-def needle(engines: Sequence[Engine], haystack: Sequence[int], lengths: Sequence[int], done: Done = lambda tokens: None) -> dict:
-    """The object `needle` of `eval --json`: the share of passkeys found, per scheme, overall and for each length and depth.
+def needle(
+    engines: Sequence[Engine], haystack: Sequence[int], lengths: Sequence[int], done: Done = lambda tokens: None
+) -> dict:
+    """The object `needle` of `eval --json`: the share of passkeys found, per scheme, overall and for each length and
+    depth.
 
-    lengths are rounded up to whole blocks of WINDOW tokens, so that the whole haystack is packed when the question comes.
+    lengths are rounded up to whole blocks of WINDOW tokens, so that the whole haystack is packed when the question
+    comes.
     """
     lengths = blocks(lengths)
     cases, encode = trials(lengths, DEPTHS, REPEATS), engines[0].tokenizer.encode
@@ -80,10 +90,13 @@ def needle(engines: Sequence[Engine], haystack: Sequence[int], lengths: Sequence
     rows = []
     for engine in engines:
         hits = [
-            retrieved(ask(engine, text, encode(QUESTION), done), case.passkey) for case, text in zip(cases, texts, strict=True)
+            retrieved(ask(engine, text, encode(QUESTION), done), case.passkey)
+            for case, text in zip(cases, texts, strict=True)
         ]
         found = np.array(hits).reshape(len(lengths), len(DEPTHS), REPEATS).mean(axis=2)
-        rows.append({"kv": engine.scheme.name, "exact_match": float(found.mean()), "by_length_and_depth": found.tolist()})
+        rows.append(
+            {"kv": engine.scheme.name, "exact_match": float(found.mean()), "by_length_and_depth": found.tolist()}
+        )
     return {"lengths": lengths, "depths": list(DEPTHS), "repeats": REPEATS, "results": rows}
 
 

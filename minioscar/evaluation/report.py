@@ -1,4 +1,5 @@
-"""report.json and report.html of `inspect`: figures of what inspection.py measured, each with a few lines for a student."""
+"""report.json and report.html of `inspect`: figures of what inspection.py measured, each with a few lines for a
+student."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ PAGE = """<!doctype html>
 body {{ font: 17px/1.55 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 3rem auto; padding: 0 1.5rem; }}
 h1 {{ font-size: 1.9rem; margin-bottom: 0; }} h2 {{ font-size: 1.3rem; margin-top: 3rem; }}
 figure {{ margin: 1rem 0; }} figure svg {{ width: 100%; height: auto; }} p {{ max-width: 46rem; }}
-table {{ border-collapse: collapse; }} td, th {{ padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #ddd; }}
+table {{ border-collapse: collapse; }}
+td, th {{ padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #ddd; }}
 td:nth-child(2) {{ text-align: left; font-family: monospace; white-space: pre; }} .dim {{ color: #666; }}
 </style></head><body>
 <h1>{title}</h1>
@@ -35,14 +37,17 @@ td:nth-child(2) {{ text-align: left; font-family: monospace; white-space: pre; }
 
 
 def check(folder: str | Path, text: str | None = None) -> None:
-    """Raises UserError where a report cannot be made, before anything is measured: no matplotlib, no folder to write to.
+    """Raises UserError where a report cannot be made, before anything is measured: no matplotlib, no folder to write
+    to.
 
     text: the file that is measured, which no report replaces.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("inspect draws its figures with matplotlib, which is not installed; pip install 'minioscar[plot]'") from None
+        raise UserError(
+            "inspect draws its figures with matplotlib, which is not installed; pip install 'minioscar[plot]'"
+        ) from None
     if str(folder) == "-":
         raise UserError("--out - would be standard output, but a report is a folder; name one, or take --json instead")
     folder = expand(folder)
@@ -51,7 +56,9 @@ def check(folder: str | Path, text: str | None = None) -> None:
     except FileNotFoundError:
         raise UserError(f"{folder}: the working directory is gone; go to another, or give a whole path") from None
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"{folder} cannot be written to ({existing} is no folder or is write-protected); give another --out")
+        raise UserError(
+            f"{folder} cannot be written to ({existing} is no folder or is write-protected); give another --out"
+        )
     for name in FILES if folder.is_dir() else ():
         check_writable(folder / name, inputs=() if text is None else (text,))
 
@@ -77,8 +84,9 @@ def page(report: dict) -> str:
         if draw is sinks:
             parts.append(sink_table(report))
     subtitle = (
-        f"{len(report['layers'])} layers, {report['kv_heads']} kv heads of {report['head_dim']} channels; {report['tokens']:,} tokens of "
-        f"text, one unquantized run on {report['device']}. Keys are taken after RoPE, in groups of {report['group']} tokens."
+        f"{len(report['layers'])} layers, {report['kv_heads']} kv heads of {report['head_dim']} channels; "
+        f"{report['tokens']:,} tokens of text, one unquantized run on {report['device']}. Keys are taken after RoPE, "
+        f"in groups of {report['group']} tokens."
     )
     title = html.escape(f"What quantization meets in {Path(report['model']).name}")
     return PAGE.format(title=title, subtitle=html.escape(subtitle), body="\n".join(parts))
@@ -99,5 +107,7 @@ def sink_table(report: dict) -> str:
         f"<td>{sink['attention']:.1%}</td><td>{sink['norm_to_median']:.2f}</td></tr>"
         for sink in report["sinks"][:10]
     ]
-    head = "<tr><th>token</th><th>text</th><th>sink in layers</th><th>attention received</th><th>norm / median</th></tr>"
+    head = (
+        "<tr><th>token</th><th>text</th><th>sink in layers</th><th>attention received</th><th>norm / median</th></tr>"
+    )
     return f"<table>{head}{''.join(rows)}</table>" if rows else "<p>No token is a sink in any layer.</p>"

@@ -13,11 +13,14 @@ from ..oscar import WINDOW
 Done = Callable[[int], object]  # told how many tokens went through the model since it was last called
 
 
-def teacher_forced(engine: Engine, ids: Sequence[int], prefill: int, done: Done = lambda tokens: None) -> Iterator[np.ndarray]:
+def teacher_forced(
+    engine: Engine, ids: Sequence[int], prefill: int, done: Done = lambda tokens: None
+) -> Iterator[np.ndarray]:
     """Logits, in chunks, at positions prefill ... len(ids) - 2 of a decode that is fed the true tokens.
 
-    The window is flushed only when a block of WINDOW tokens is full, so all tokens up to the next flush can go through the
-    model at once and see exactly what they would see one by one: the packed blocks, the window, and each other unquantized.
+    The window is flushed only when a block of WINDOW tokens is full, so all tokens up to the next flush can go through
+    the model at once and see exactly what they would see one by one: the packed blocks, the window, and each other
+    unquantized.
     """
     cache = Cache(engine.config, engine.scheme, 1, len(ids) - 1, engine.ops)
     engine.model.forward(np.array(ids[:prefill]), cache, cache.batch_for([0], [prefill]))
@@ -25,7 +28,9 @@ def teacher_forced(engine: Engine, ids: Sequence[int], prefill: int, done: Done 
     yield from followed(engine, ids, cache, done)
 
 
-def followed(engine: Engine, ids: Sequence[int], cache: Cache, done: Done = lambda tokens: None) -> Iterator[np.ndarray]:
+def followed(
+    engine: Engine, ids: Sequence[int], cache: Cache, done: Done = lambda tokens: None
+) -> Iterator[np.ndarray]:
     """The same from where row 0 of a cache stands, with as many of ids in it as it is long."""
     feed = np.array(ids[:-1])
     while int(cache.lengths[0]) < len(feed):

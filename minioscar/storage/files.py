@@ -182,7 +182,8 @@ def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
     try:
         target = Path(os.path.realpath(expand(path)))
         found = _lstat(target)
-        if found and not stat.S_ISREG(found.st_mode) or os.path.basename(path) in ("", ".", ".."):  # realpath takes a last / away
+        # realpath takes a last / away
+        if found and not stat.S_ISREG(found.st_mode) or os.path.basename(path) in ("", ".", ".."):
             raise UserError(f"{path} is {_kind(found) if found else 'the name of a folder'}; name a file to write")
         if not target.parent.is_dir():
             if target.parent.exists():

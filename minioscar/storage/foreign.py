@@ -1,4 +1,5 @@
-"""Files of other formats, and files that are not what their name says: what lies there and the way out, in few words."""
+"""Files of other formats, and files that are not what their name says: what lies there and the way out, in few
+words."""
 
 from __future__ import annotations
 

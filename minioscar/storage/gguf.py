@@ -1,7 +1,8 @@
-"""A GGUF file of the Llama architecture -> an ordinary model folder, weights in BF16. Used once, when a model is fetched.
+"""A GGUF file of the Llama architecture -> an ordinary model folder, weights in BF16. Used once, when a model is
+fetched.
 
-Written from the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md). What a file may hold and this module does not
-know (biases, rope scaling, experts, another tokenizer) is refused by name: a wrong model is worse than none.
+Written from the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md). What a file may hold and this module does
+not know (biases, rope scaling, experts, another tokenizer) is refused by name: a wrong model is worse than none.
 """
 
 from __future__ import annotations
@@ -29,14 +30,18 @@ LAYER = {  # GGUF name within blk.N -> Hugging Face name within model.layers.N
 }
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 NAMED = {name: f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom", "mask", "cls")}
-NAMED |= {"unk": "tokenizer.ggml.unknown_token_id", "pad": "tokenizer.ggml.padding_token_id", "sep": "tokenizer.ggml.seperator_token_id"}
+NAMED |= {
+    "unk": "tokenizer.ggml.unknown_token_id", "pad": "tokenizer.ggml.padding_token_id",
+    "sep": "tokenizer.ggml.seperator_token_id"
+}
 
 
 def convert(gguf_path: str | Path, out_dir: str | Path) -> None:
     """Writes model.safetensors (BF16), tokenizer.json, tokenizer_config.json, generation_config.json and config.json.
 
     out_dir exists already. config.json is written last: a folder that has it has everything.
-    Raises UserError for a file that is unreadable or holds what is not supported; then out_dir may hold some of the files.
+    Raises UserError for a file that is unreadable or holds what is not supported; then out_dir may hold some of the
+    files.
     """
     path, out = Path(gguf_path), Path(out_dir)
     fields, tensors = _read(path)
@@ -44,7 +49,8 @@ def convert(gguf_path: str | Path, out_dir: str | Path) -> None:
     tokenizer, tokenizer_config = _tokenizer(path, fields, config["max_position_embeddings"])
     _write_weights(path, tensors, config, out / "model.safetensors")
     (out / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    shutil.copymode(out / "tokenizer.json", out / "model.safetensors")  # safetensors makes its file unreadable for others
+    # safetensors makes its file unreadable for others
+    shutil.copymode(out / "tokenizer.json", out / "model.safetensors")
     _write_json(out / "tokenizer_config.json", tokenizer_config)
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     ends = dict.fromkeys(fields[NAMED[name]] for name in ("eos", "eot", "eom") if NAMED[name] in fields)
@@ -55,7 +61,8 @@ def convert(gguf_path: str | Path, out_dir: str | Path) -> None:
 
 
 def require_gguf(what: str) -> None:
-    """Raises UserError if the gguf package, an extra, is not installed; to be asked before a long download. what: who needs it."""
+    """Raises UserError if the gguf package, an extra, is not installed; to be asked before a long download. what: who
+    needs it."""
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -78,7 +85,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     architecture = fields.get("general.architecture")
     if architecture != "llama":
-        raise UserError(f"{path}: GGUF architecture {architecture!r} is not supported, only 'llama'; use the model's safetensors")
+        raise UserError(
+            f"{path}: GGUF architecture {architecture!r} is not supported, only 'llama'; use the model's safetensors"
+        )
 
     def need(key: str) -> Any:
         if key not in fields:
@@ -95,9 +104,13 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> dict
     head_dim = number("attention.key_length", hidden // heads)
     sizes = {head_dim, number("attention.value_length", head_dim), number("rope.dimension_count", head_dim)}
     if len(sizes) > 1 or head_dim % 2:
-        raise UserError(f"{path}: head sizes {sorted(sizes)} (key, value, rope) must be one even number; others are not supported")
+        raise UserError(
+            f"{path}: head sizes {sorted(sizes)} (key, value, rope) must be one even number; others are not supported"
+        )
     if fields.get("llama.rope.scaling.type", "none") != "none":
-        raise UserError(f"{path}: rope scaling {fields['llama.rope.scaling.type']!r} in GGUF is not supported; use the safetensors")
+        raise UserError(
+            f"{path}: rope scaling {fields['llama.rope.scaling.type']!r} in GGUF is not supported; use the safetensors"
+        )
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path}: tensor token_embd.weight is missing; the file is not a complete model")
     config = {
@@ -142,7 +155,9 @@ def _write_weights(path: Path, tensors: dict[str, Any], config: dict[str, Any], 
 
     wanted = _wanted(config)
     if unknown := sorted(tensors.keys() - wanted.keys()):
-        raise UserError(f"{path}: tensor {unknown[0]} is not part of a plain Llama model and is not supported; use the safetensors")
+        raise UserError(
+            f"{path}: tensor {unknown[0]} is not part of a plain Llama model and is not supported; use the safetensors"
+        )
     weights = {}
     for name, (hf_name, shape) in tqdm(wanted.items(), desc="converting", unit="tensor", leave=False):
         x = _dequantize(path, name, tensors.get(name), shape)
@@ -192,21 +207,27 @@ def _dequantize(path: Path, name: str, tensor: Any, shape: tuple[int, ...]) -> n
         raise UserError(f"{path}: tensor {name} is missing; the file is not a complete model")
     found = tuple(int(n) for n in reversed(tensor.shape))
     if found != shape:
-        raise UserError(f"{path}: tensor {name} has shape {list(found)}, its metadata wants {list(shape)}; the file is damaged")
+        raise UserError(
+            f"{path}: tensor {name} has shape {list(found)}, its metadata wants {list(shape)}; the file is damaged"
+        )
     try:
         x = dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError:
-        raise UserError(f"{path}: tensor {name} is stored as {tensor.tensor_type.name}, which gguf cannot dequantize") from None
+        raise UserError(
+            f"{path}: tensor {name} is stored as {tensor.tensor_type.name}, which gguf cannot dequantize"
+        ) from None
     if x.size != math.prod(shape):
-        raise UserError(f"{path}: tensor {name} holds {x.size} numbers, its shape wants {math.prod(shape)}; the file is damaged")
+        raise UserError(
+            f"{path}: tensor {name} holds {x.size} numbers, its shape wants {math.prod(shape)}; the file is damaged"
+        )
     return x.astype(np.float32, copy=False).reshape(shape)
 
 
 def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
     """Rows of a q or k projection from GGUF's order to Hugging Face's.
 
-    x: [heads * head_dim, ...]. RoPE turns the pairs (i, i + head_dim/2) in Hugging Face's Llama and (2i, 2i + 1) in GGUF's, so
-    GGUF row 2i + j of a head is row i + j * head_dim/2. Returns the same shape.
+    x: [heads * head_dim, ...]. RoPE turns the pairs (i, i + head_dim/2) in Hugging Face's Llama and (2i, 2i + 1) in
+    GGUF's, so GGUF row 2i + j of a head is row i + j * head_dim/2. Returns the same shape.
     """
     pairs = x.reshape(heads, -1, 2, *x.shape[1:])  # [heads, head_dim/2, 2, ...]
     return pairs.swapaxes(1, 2).reshape(x.shape)
@@ -221,7 +242,9 @@ def _tokenizer(path: Path, fields: dict[str, Any], max_length: int) -> tuple[Any
 
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if (kind, pre) != ("gpt2", "smollm"):
-        raise UserError(f"{path}: GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported, only 'gpt2' with 'smollm'")
+        raise UserError(
+            f"{path}: GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported, only 'gpt2' with 'smollm'"
+        )
     try:
         tokens, types, merges = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "merges"))
         bpe = models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges])
@@ -229,10 +252,16 @@ def _tokenizer(path: Path, fields: dict[str, Any], max_length: int) -> tuple[Any
         raise UserError(f"{path}: the tokenizer in the GGUF file is damaged ({error}); fetch it again") from error
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    of_type = {wanted: [t for t, kind in zip(tokens, types, strict=True) if kind == wanted] for wanted in (CONTROL, USER_DEFINED)}
+    of_type = {
+        wanted: [t for t, kind in zip(tokens, types, strict=True) if kind == wanted]
+        for wanted in (CONTROL, USER_DEFINED)
+    }
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in of_type[CONTROL]])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in of_type[USER_DEFINED]])
 
@@ -244,9 +273,13 @@ def _tokenizer(path: Path, fields: dict[str, Any], max_length: int) -> tuple[Any
     for name, key in NAMED.items():
         if (token := fields.get(key)) is not None:
             if not (isinstance(token, int) and 0 <= token < len(tokens)):
-                raise UserError(f"{path}: the {name} token {token} is not among the {len(tokens)} tokens; the file is damaged")
+                raise UserError(
+                    f"{path}: the {name} token {token} is not among the {len(tokens)} tokens; the file is damaged"
+                )
             config[f"{name}_token"] = tokens[token]
-    added = {name: config.get(f"{name}_token") for name in ("bos", "eos") if fields.get(f"tokenizer.ggml.add_{name}_token")}
+    added = {
+        name: config.get(f"{name}_token") for name in ("bos", "eos") if fields.get(f"tokenizer.ggml.add_{name}_token")
+    }
     around = [(token, tokens.index(token)) for token in added.values() if token]
     bos, eos = ([f"{added[name]}:0"] if added.get(name) else [] for name in ("bos", "eos"))
     if around:
@@ -261,7 +294,10 @@ def _tokenizer(path: Path, fields: dict[str, Any], max_length: int) -> tuple[Any
 def _templates(fields: dict[str, Any]) -> dict[str, str]:
     """tokenizer.chat_template, and tokenizer.chat_template.NAME for what others there are."""
     key = "tokenizer.chat_template"
-    found = {name.removeprefix(key)[1:] or "default": text for name, text in fields.items() if name == key or name.startswith(f"{key}.")}
+    found = {
+        name.removeprefix(key)[1:] or "default": text for name, text in fields.items() if name == key
+        or name.startswith(f"{key}.")
+    }
     return {name: text for name, text in found.items() if isinstance(text, str) and text}
 
 
@@ -269,5 +305,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        raise UserError(f"{path.name}: the GGUF file has a number for it that is NaN or infinite; fetch it again") from None
+        raise UserError(
+            f"{path.name}: the GGUF file has a number for it that is NaN or infinite; fetch it again"
+        ) from None
     path.write_text(f"{text}\n", encoding="utf-8")

