@@ -141,9 +141,12 @@ class Checkpoint:
             if not path.is_file():  # opening a FIFO would wait for its writer
                 raise UserError(f"{path} is no file; fetch the model again{self.beside}")
             try:
+                opened = stack.enter_context(open(path, "rb", buffering=0))
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror or error}); fetch the model again{self.beside}") from None
+            try:
                 with safe_open(path, "np"):
-                    opened = stack.enter_context(open(path, "rb", buffering=0))
-                stamps[path] = stamp(opened)
+                    stamps[path] = stamp(opened)
                 self._add(file, dict(_tensors(opened)), index)
             except (SafetensorError, OSError) as error:
                 what = f"({error})" if not (found := foreign.content(path)) else f"but {found}"

@@ -17,7 +17,7 @@ import pytest
 
 from minioscar.errors import Failure, UserError
 from minioscar.storage import files
-from minioscar.storage.files import check_writable, read_bytes, read_lines, read_text, replacing
+from minioscar.storage.files import check_seekable, check_writable, read_bytes, read_lines, read_text, replacing
 
 TEXT = "the cat\nsat on é \U0001f642\n"
 ENCODINGS = {
@@ -87,6 +87,17 @@ def test_a_folder_a_missing_file_and_no_name_are_one_line(tmp_path):
         with pytest.raises(UserError, match="cannot be read") as error:
             read_bytes(str(path))
         assert "\n" not in str(error.value)
+
+
+def test_a_file_of_which_parts_are_read_is_refused_by_its_true_cause(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("x")
+    for name, reason in (("fifo", "is a FIFO"), ("", "is a folder"), ("loop", "cannot be read .Too many levels of symbolic links")):
+        with pytest.raises(UserError, match=reason):
+            check_seekable(tmp_path / name)
+    for name in ("file", "no", "no/no", "file/no"):  # what is not there is for the caller to say
+        assert check_seekable(tmp_path / name) == tmp_path / name
 
 
 def test_a_fifo_and_a_process_substitution_are_read(tmp_path):

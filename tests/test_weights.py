@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -15,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.ops.reference import Reference
+from minioscar.storage.hub import resolve
 from minioscar.tokenizer import Tokenizer
 from minioscar.weights import arrays, load, rotate_values
 
@@ -178,6 +181,29 @@ def test_weights_of_another_form_are_named_with_a_way_out(folder, names, parts):
     with pytest.raises(UserError) as error:
         read(folder)
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "."])
+def test_what_may_not_be_read_is_no_damaged_file(tmp_path, monkeypatch, name):
+    """Tests may be run by root, who may read everything, so that the refusal is the file system's in no more than name."""
+    folder, real = write_talker(tmp_path / "m", 1), {"open": io.open, "stat": os.stat}
+
+    def denied(call: str):
+        def denying(path, *args, **how):
+            if not isinstance(path, int) and call == ("stat" if name == "." else "open") and Path(path).parent == folder:
+                if name in (".", Path(path).name):
+                    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real[call](path, *args, **how)
+
+        return denying
+
+    for module, call in (("builtins", "open"), ("io", "open"), ("os", "stat")):
+        monkeypatch.setattr(f"{module}.{call}", denied(call))
+    with pytest.raises(UserError, match="Permission denied") as error:
+        resolve(str(folder))
+        read(folder)
+        Tokenizer(folder)
+    assert "truncated" not in str(error.value) and "\n" not in str(error.value)
 
 
 SIDE_FILES = "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"

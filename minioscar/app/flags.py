@@ -108,7 +108,7 @@ def answering(max_tokens: int, ctx: str) -> list[Flag]:
         SCHEME,
         number("--max-tokens", f"stop after so many new tokens ({max_tokens})", "N", max_tokens),
         *SAMPLING,
-        several("--stop", "end before this text", "S"),
+        several("--stop", "end before this text, or at the special token of this name", "S"),
         several("--stop-id", "end at this token id", "ID", type=int, dest="stop_ids"),
         number("--min-tokens", "no end before so many new tokens (0)", "N", 0),
         switch("--ignore-eos", "go on behind the model's end tokens, as far as --max-tokens"),

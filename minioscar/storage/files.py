@@ -108,11 +108,18 @@ def stdin_as_text() -> None:
 
 
 def check_seekable(path: str | Path) -> Path:
-    """The path, expanded, of a file of which parts will be read. Raises UserError for -, and for what is no file."""
-    found = expand(path)
-    if str(path) == "-" or found.exists() and not found.is_file():
-        kind = "standard input" if str(path) == "-" else _kind(os.stat(found))
-        raise UserError(f"{path} is {kind}, of which no parts can be read; name a file")
+    """The path, expanded, of a file of which parts will be read. Raises UserError for -, for what is no file, or cannot be read."""
+    found, kind = expand(path), "standard input"
+    try:
+        if str(path) != "-":
+            kind = _kind(status) if not stat.S_ISREG((status := os.stat(found)).st_mode) else ""
+        if kind:
+            raise UserError(f"{path} is {kind}, of which no parts can be read; name a file")
+        open(found, "rb").close()
+    except (FileNotFoundError, NotADirectoryError):  # the caller says what makes one
+        pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); name a file") from None
     return found
 
 
