@@ -103,6 +103,12 @@ def test_a_kernel_that_does_not_compile_is_one_line(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_folder_that_cannot_be_written_says_how_to_take_another(empty_cache):
+    empty_cache.write_text("a file in its place")
+    with pytest.raises(Failure, match=r"cache: compiled kernels cannot be kept there \(.*\); set CUPY_CACHE_DIR"):
+        cubins.compile_all(SOME, 90, Compiler(), progress=False)
+
+
 def test_missing_headers_of_cuda_say_what_brings_them(monkeypatch, tmp_path):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "cupy", type(sys)("cupy"))

@@ -77,10 +77,14 @@ def compiled(program: Program, capability: int, nvrtc: Any) -> Path:
         raise Failure(f"{program[0]} does not compile for this GPU ({error}): {log}") from None
     finally:
         nvrtc.destroyProgram(handle)
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_bytes(machine_code)
-    draft.replace(path)  # another process may be writing the same
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(machine_code)
+        draft.replace(path)  # another process may be writing the same
+    except OSError as error:
+        way_out = "set CUPY_CACHE_DIR to a folder that can be written"
+        raise Failure(f"{path.parent}: compiled kernels cannot be kept there ({error.strerror}); {way_out}") from None
     return path
 
 
