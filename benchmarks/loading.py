@@ -22,6 +22,7 @@ from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.ops.reference import Reference
+from minioscar.storage import checkpoint
 
 MAX_BYTES, MAX_BYTES_CPU = 4 * 10**9, 64 * 10**6  # bytes of the files
 COPIED = 256 << 20  # at a time, by the copy that is the limit
@@ -68,7 +69,7 @@ def write(folder: Path, config: Config) -> int:
         )
         with open(folder / file, "rb+") as written:
             os.fsync(written)
-    (folder / weights.INDEX).write_text(json.dumps({"weight_map": places}))
+    (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": places}))
     return total
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minioscar import ops as back_ends
-from minioscar.config import Config, read_json
+from minioscar.config import Config
 from minioscar.engine import Engine, scheme_named
 from minioscar.errors import UserError
 from minioscar.memory import size
@@ -19,6 +19,7 @@ from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference
 from minioscar.query_energy import shape_keys
 from minioscar.storage.files import expand
+from minioscar.storage.strict_json import read_object
 from minioscar.weights import Layer, Weights, for_scheme
 
 Array = Any
@@ -68,7 +69,7 @@ def config_of(preset: str) -> Config:
     if preset in PRESETS:
         return Config.from_dict(PRESETS[preset], preset)
     if Path(preset).name == "config.json":
-        return Config.from_dict(read_json(expand(preset), "name an existing one"), preset)
+        return Config.from_dict(read_object(expand(preset), "name an existing one"), preset)
     raise UserError(f"{preset!r} is neither a preset ({', '.join(PRESETS)}) nor the path of a config.json")
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from .errors import UserError
 from .rope import Rope
-from .storage import foreign
 from .storage import strict_json as json
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -64,7 +63,7 @@ class Config:
         """Reads folder/config.json. Raises UserError where it is missing, malformed or asks for what is not
         implemented."""
         path = Path(folder) / "config.json"
-        return cls.from_dict(read_json(path, "a model folder needs it"), str(path))
+        return cls.from_dict(json.read_object(path, "a model folder needs it"), str(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
@@ -247,20 +246,3 @@ class _Reader:
         if value is not None and value not in supported and not close:
             meant = [repr(s) for s in supported if s is not None] or ["null"]
             raise UserError(f"{self.source}: {key} {value!r} is not supported; only {' or '.join(meant)} is")
-
-
-def read_json(path: Path, why: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises UserError, with `why` the file is needed, if it is missing or is not one."""
-    try:
-        value = json.loads(path.read_bytes())  # with a byte order mark, or in UTF-16, too
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; {why}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        if found := foreign.content(path):
-            raise UserError(f"{path} cannot be read as JSON: it is {found}") from None
-        raise UserError(
-            f"{path} cannot be read as JSON ({' '.join(str(error).split())}); fetch the model again"
-        ) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object; fetch the model again")
-    return value

@@ -31,9 +31,10 @@ from .options import Options, first_answers, for_each
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
 from .prompt_cache import File, PromptCache, common, continued
 from .query_energy import shape_keys
+from .storage.checkpoint import weight_files
 from .storage.hub import resolve
 from .tokenizer import Tokenizer
-from .weights import Weights, for_scheme, weight_files
+from .weights import Weights, for_scheme
 from .weights import load as load_weights
 
 

@@ -22,7 +22,8 @@ from minioscar.ops import upload
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling
 from minioscar.storage import hub
-from minioscar.weights import _tensors, arrays
+from minioscar.storage.checkpoint import _tensors
+from minioscar.weights import arrays
 
 from .tiny import load, relative, write_model
 

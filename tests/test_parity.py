@@ -17,7 +17,7 @@ from minioscar.config import MODEL_TYPES, Config
 from minioscar.engine import Engine, load
 from minioscar.oscar import SCHEMES
 from minioscar.rope import ROPE_TYPES
-from minioscar.weights import DTYPES
+from minioscar.storage.checkpoint import DTYPES
 
 from .make_fixtures import CASES, CLEAR, FIXTURES, STEPS, spellings
 

@@ -19,8 +19,8 @@ from minioscar.model import check_scheme
 from minioscar.oscar import SCHEMES, WINDOW
 from minioscar.prompt_cache import FORMAT, VERSION, File, binding, common, continued
 from minioscar.rope import Rope
+from minioscar.storage.checkpoint import INDEX, _files
 from minioscar.tokenizer import Tokenizer
-from minioscar.weights import INDEX, _files
 
 from .tiny import CONFIG, write_talker
 

@@ -22,7 +22,7 @@ from minioscar.ops import upload
 from minioscar.ops.reference import Reference
 from minioscar.ops.upload import Buffer, Upload, read_exactly
 from minioscar.oscar import SCHEMES
-from minioscar.weights import Tensor, _tensors
+from minioscar.storage.checkpoint import Tensor, _tensors
 
 from .tiny import write_model
 

@@ -39,7 +39,7 @@ class Reference:
 
     @contextmanager
     def loading(self, advance: Callable[[int], object], tensors: Sequence[Tensor]) -> Iterator[Callable[[Sequence[Tensor]], Array]]:
-        """Gives what makes one array of tensors of files (`weights.Tensor`), their rows one below the other, in this back end's dtype.
+        """Gives what makes one array of tensors of files (`checkpoint.Tensor`), their rows one below the other, in this back end's dtype.
 
         The arrays hold their numbers when the context has ended. advance: is told of the bytes of the files that were read. tensors:
         all that will be asked for, once each: a card allocates them together.

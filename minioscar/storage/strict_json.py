@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from ..errors import UserError, one_line
+from . import foreign
 
 
 def loads(text: str | bytes) -> Any:
@@ -46,3 +50,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_object(path: Path, why: str) -> dict[str, Any]:
+    """The JSON object in `path`. Raises UserError, with `why` the file is needed, if it is missing or is not one."""
+    try:
+        value = loads(path.read_bytes())  # with a byte order mark, or in UTF-16, too
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; {why}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        if found := foreign.content(path):
+            raise UserError(f"{path} cannot be read as JSON: it is {found}") from None
+        raise UserError(f"{path} cannot be read as JSON ({one_line(error)}); fetch the model again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object; fetch the model again")
+    return value
