@@ -1,12 +1,14 @@
-"""The command line on mutated model folders, prompt caches and prompts: one line and an exit code is all that may come of them.
+"""The command line on mutated model folders, prompt caches and prompts: one line and an exit code is all that may come
+of them.
 
     python -m tests.fuzz --cases 10000 [--seed S] [--json F]     a summary; exit code 1 if a case broke a promise
     python -m tests.fuzz --seed S --case N                       one case again, with all that it prints
 
-Cases run in a worker process that says which one it is at; a worker that dies, or takes longer than LIMIT seconds, is a failure of that
-case, and another goes on behind it. Checked of every case: exit code 0, 1 or 2; no traceback, no "unexpected" error, nothing that a
-library wrote to stderr by itself; an error is one line; outside the case's folder nothing was opened (by Python: an audit hook; by
-anybody: inotify on a decoy that mutations point at), and in it nothing written but what was asked for.
+Cases run in a worker process that says which one it is at; a worker that dies, or takes longer than LIMIT seconds, is a
+failure of that case, and another goes on behind it. Checked of every case: exit code 0, 1 or 2; no traceback, no
+"unexpected" error, nothing that a library wrote to stderr by itself; an error is one line; outside the case's folder
+nothing was opened (by Python: an audit hook; by anybody: inotify on a decoy that mutations point at), and in it nothing
+written but what was asked for.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ MEMORY = 4 << 30  # address space of a worker
 
 
 class Opened:
-    """Paths that were opened outside the allowed roots. An audit hook cannot be removed; it looks only while a case runs."""
+    """Paths that were opened outside the allowed roots. An audit hook cannot be removed; it looks only while a case
+    runs."""
 
     def __init__(self) -> None:
         self.roots, self.paths = tuple[str, ...](), list[str]()
@@ -162,7 +165,9 @@ def fuzz(cases: int, seed: int, progress: bool = False) -> dict[str, Any]:
     codes: dict[str, collections.Counter] = {kind: collections.Counter() for kind in Case.KINDS}
     start = began = time.monotonic()
     failures, slowest, at = [], (0.0, 0), 0
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as place, tqdm(total=cases, disable=not progress, leave=False) as bar:
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as place, tqdm(
+        total=cases, disable=not progress, leave=False
+    ) as bar:
         make_originals(Path(place) / "originals")
         while at < cases:
             shutil.rmtree(Path(place) / "decoy", ignore_errors=True)
@@ -190,7 +195,8 @@ def fuzz(cases: int, seed: int, progress: bool = False) -> dict[str, Any]:
     return {
         "cases": cases, "seed": seed, "seconds": round(time.monotonic() - start, 1),
         "slowest_s": round(slowest[0], 2), "slowest_case": slowest[1],
-        "exit_codes": {kind: {str(code): n for code, n in sorted(found.items())} for kind, found in codes.items()}, "failures": failures,
+        "exit_codes": {kind: {str(code): n for code, n in sorted(found.items())} for kind, found in codes.items()},
+        "failures": failures,
     }
 
 

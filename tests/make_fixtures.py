@@ -2,15 +2,16 @@
 
     pip install -e '.[parity]' && python tests/make_fixtures.py [CASE ...]        (two minutes on two cores)
 
-The fixtures are committed; this is run by hand when a case is added. Each folder holds config.json and the weights exactly
-as `save_pretrained` writes them, and reference.npz (float32 arithmetic on the stored, rounded weights):
+The fixtures are committed; this is run by hand when a case is added. Each folder holds config.json and the weights
+exactly as `save_pretrained` writes them, and reference.npz (float32 arithmetic on the stored, rounded weights):
   prompt int32 [n], logits float32 [n, vocab] of all its positions, greedy int32 [k] the continuation,
   gap float32 [k] between the two largest logits at each of its steps.
-smollm2-135m is the real model of weights/smollm2-135m (`python -m minioscar pull smollm2-135m`); only its reference is stored.
+smollm2-135m is the real model of weights/smollm2-135m (`python -m minioscar pull smollm2-135m`); only its reference is
+stored.
 
 Nothing is left at a default that would hide a mistake (norm weights of one, biases of zero, prompts shorter than what
-RoPE scaling changes). The script checks that: undoing any single feature must move the logits by more than BITES of the largest.
-It also checks that transformers reads every spelling of config.json alike.
+RoPE scaling changes). The script checks that: undoing any single feature must move the logits by more than BITES of the
+largest. It also checks that transformers reads every spelling of config.json alike.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ CLEAR = 0.03  # of the largest logit: twice what keys and values in BF16 change
 
 @dataclass(frozen=True)
 class Case:
-    """One folder of fixtures: `model` names the architecture, `config` overrides SHAPE, `dtype` is that of the stored weights."""
+    """One folder of fixtures: `model` names the architecture, `config` overrides SHAPE, `dtype` is that of the stored
+    weights."""
 
     model: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -64,35 +66,52 @@ def rope(rope_type: str, theta: float = 10000.0, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **more}}
 
 
-LLAMA3 = rope("llama3", 5000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = rope(
+    "llama3", 5000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
 
 CASES: dict[str, Case] = {
     # head_dim is hidden/heads and theta 10000, as transformers assumes where config.json says nothing; F16 as published
     "llama2": Case(
-        "llama", {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, **rope("default"), "rms_norm_eps": 1e-6}, "float16"
+        "llama", {
+            "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, **rope("default"),
+            "rms_norm_eps": 1e-6
+        }, "float16"
     ),
     "llama3": Case("llama", {**LLAMA3, "tie_word_embeddings": True}),
     "llama3-untied-sharded": Case("llama", {**LLAMA3, **ONE_KV_HEAD}, shard="30KB"),
     "llama-bias": Case("llama", {"attention_bias": True, **ONE_KV_HEAD, **rope("default", 100.0)}, "float32"),
-    "llama-mlp-bias": Case("llama", {"attention_bias": True, "mlp_bias": True, **ONE_KV_HEAD, **rope("default", 500.0)}, "float32"),
+    "llama-mlp-bias": Case(
+        "llama", {"attention_bias": True, "mlp_bias": True, **ONE_KV_HEAD, **rope("default", 500.0)}, "float32"
+    ),
     # OpenLLaMA 3B has 100 channels a head: no multiple of 8, and hidden_size is none here either
     "llama-head-dim-20": Case(
-        "llama", {"hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20, **rope("default", 300.0)}
+        "llama", {
+            "hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20,
+            **rope("default", 300.0)
+        }
     ),
     # LongChat's way: max_position_embeddings is the length before scaling, and the prompt is longer
-    "llama-linear-beyond": Case("llama", {"max_position_embeddings": 32, **ONE_KV_HEAD, **rope("linear", 500.0, factor=4.0)}),
+    "llama-linear-beyond": Case(
+        "llama", {"max_position_embeddings": 32, **ONE_KV_HEAD, **rope("linear", 500.0, factor=4.0)}
+    ),
     "llama-linear": Case("llama", {**ONE_KV_HEAD, **rope("linear", 500.0, factor=2.5)}),
-    "llama-head-dim-16": Case("llama", {"hidden_size": 48, "num_attention_heads": 6, "head_dim": 16, **rope("default", 500.0)}),
+    "llama-head-dim-16": Case(
+        "llama", {"hidden_size": 48, "num_attention_heads": 6, "head_dim": 16, **rope("default", 500.0)}
+    ),
     "llama-head-dim-96": Case("llama", {"head_dim": 96, **ONE_KV_HEAD, **rope("default", 500.0)}),
     "mistral": Case("mistral", {"sliding_window": None, **rope("default", 1000.0)}),
     "mistral-sliding-window": Case("mistral", {"sliding_window": 128, **ONE_KV_HEAD, **rope("default", 1000.0)}),
     "qwen2": Case("qwen2", {**rope("default", 1000.0), "tie_word_embeddings": True}),
     # Qwen's own recipe for long contexts: max_position_embeddings stays at the original length
     "qwen2-yarn": Case(
-        "qwen2", {"max_position_embeddings": 32, **ONE_KV_HEAD, **rope("yarn", factor=4.0, original_max_position_embeddings=32)}
+        "qwen2",
+        {"max_position_embeddings": 32, **ONE_KV_HEAD, **rope("yarn", factor=4.0, original_max_position_embeddings=32)}
     ),
     "qwen3": Case(
-        "qwen3", {"head_dim": 64, **ONE_KV_HEAD, **rope("default", 1000.0), "tie_word_embeddings": True, "rms_norm_eps": 1e-2}, "float32"
+        "qwen3",
+        {"head_dim": 64, **ONE_KV_HEAD, **rope("default", 1000.0), "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
+        "float32"
     ),
     "llama-yarn": Case("llama", {**ONE_KV_HEAD, **rope("yarn", factor=4.0, original_max_position_embeddings=64)}),
     "qwen3-yarn-options": Case(
@@ -101,7 +120,10 @@ CASES: dict[str, Case] = {
             **ONE_KV_HEAD,
             "rms_norm_eps": 3e-3,
             # the ramp begins behind the first channel and would end behind the last
-            **rope("yarn", 100.0, factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, beta_slow=0.1, attention_factor=1.3),
+            **rope(
+                "yarn", 100.0, factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, beta_slow=0.1,
+                attention_factor=1.3
+            ),
         },
     ),
 }
@@ -110,12 +132,17 @@ CASES: dict[str, Case] = {
 def spellings(name: str, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Other config.json files that mean the same model as that of the case `name`, by what is other about them."""
     others = {f"transformers 4, {key}": _old_spelling(config, key) for key in ("rope_type", "type")}
-    if scaling := others["transformers 4, type"]["rope_scaling"]:  # saved by transformers 5, then scaled as the model's card says
+    # saved by transformers 5, then scaled as the model's card says
+    if scaling := others["transformers 4, type"]["rope_scaling"]:
         theta = config["rope_parameters"]["rope_theta"]
         plain = {"rope_type": "default", "rope_theta": theta}
-        others["a scaling beside the default"] = {**config, "rope_parameters": plain, "rope_theta": theta, "rope_scaling": scaling}
+        others["a scaling beside the default"] = {
+            **config, "rope_parameters": plain, "rope_theta": theta, "rope_scaling": scaling
+        }
     if name == "llama2":  # the first Llama files said no more than this, plus what is transformers' default
-        required = ("hidden_size", "intermediate_size", "model_type", "num_attention_heads", "num_hidden_layers", "vocab_size")
+        required = (
+            "hidden_size", "intermediate_size", "model_type", "num_attention_heads", "num_hidden_layers", "vocab_size"
+        )
         others["nothing but shapes"] = {key: config[key] for key in required}
     if name == "qwen2-yarn":
         others["original length left out"] = _old_spelling(config, "type")
@@ -141,7 +168,8 @@ def _old_spelling(config: dict[str, Any], type_key: str) -> dict[str, Any]:
 
 
 def build(case: Case, seed: int) -> Any:
-    """A model whose every tensor is random: matrices around 1/sqrt(fan in), norm weights in 0.5 ... 1.5, biases around 0.5."""
+    """A model whose every tensor is random: matrices around 1/sqrt(fan in), norm weights in 0.5 ... 1.5, biases around
+    0.5."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -178,7 +206,9 @@ def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        return model(torch.from_numpy(np.atleast_2d(ids).astype(np.int64)), use_cache=False).logits.numpy().reshape(*ids.shape, -1)
+        return model(
+            torch.from_numpy(np.atleast_2d(ids).astype(np.int64)), use_cache=False
+        ).logits.numpy().reshape(*ids.shape, -1)
 
 
 def greedy(model: Any, ids: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +223,8 @@ def greedy(model: Any, ids: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndar
 
 
 def clear_prompt(model: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first random prompt whose greedy continuation is nowhere so close that rounding could change it, and not monotonous."""
+    """The first random prompt whose greedy continuation is nowhere so close that rounding could change it, and not
+    monotonous."""
     for _ in range(100):
         prompts = rng.integers(0, VOCAB, (64, PROMPT))
         tokens, gaps = greedy(model, prompts, STEPS)
@@ -244,20 +275,27 @@ def make(name: str, case: Case) -> None:
     for spelling, other in spellings(name, config).items():
         difference = np.abs(logits_of(load(folder, config=other), prompt) - logits).max()
         assert difference == 0, f"{name}: transformers computes something else from the spelling {spelling!r}: {difference}"
-    moved = {what: np.abs(logits_of(other, prompt) - logits).max() / largest for what, other in undone(folder, config).items()}
+    moved = {
+        what: np.abs(logits_of(other, prompt) - logits).max() / largest
+        for what, other in undone(folder, config).items()
+    }
     blunt = {what: move for what, move in moved.items() if move < BITES}
     assert not blunt, f"{name}: the logits hardly depend on {blunt}"
 
-    save_reference(folder, prompt=prompt.astype(np.int32), logits=logits, greedy=tokens.astype(np.int32), gap=gap.astype(np.float32))
+    save_reference(
+        folder, prompt=prompt.astype(np.int32), logits=logits, greedy=tokens.astype(np.int32),
+        gap=gap.astype(np.float32)
+    )
     size = sum(f.stat().st_size for f in folder.iterdir()) / 1000
     print(
-        f"{name:24} {size:5.0f} kB  float32 noise {noise:.0e}  least move {min(moved.values()):.3f} ({min(moved, key=moved.get)})"
-        f"  least gap {gap.min() / largest:.3f}  of max |logit| {largest:.1f}"
+        f"{name:24} {size:5.0f} kB  float32 noise {noise:.0e}  least move {min(moved.values()):.3f} "
+        f"({min(moved, key=moved.get)})  least gap {gap.min() / largest:.3f}  of max |logit| {largest:.1f}"
     )
 
 
 def make_smollm2() -> None:
-    """The real model: a short prompt with the whole first row of logits, and one that crosses the window of 128 tokens."""
+    """The real model: a short prompt with the whole first row of logits, and one that crosses the window of 128
+    tokens."""
     from pydoc_data.topics import topics
 
     from transformers import AutoTokenizer
@@ -266,7 +304,9 @@ def make_smollm2() -> None:
     # "string-methods": of the topics it is the one whose continuation is the least ambiguous
     long = tokenizer.encode(topics["string-methods"], add_special_tokens=False)[:300]
     arrays = {}
-    for kind, ids in {"short": tokenizer.encode("The capital of France is", add_special_tokens=False), "long": long}.items():
+    for kind, ids in {
+        "short": tokenizer.encode("The capital of France is", add_special_tokens=False), "long": long
+    }.items():
         prompt = np.array(ids, np.int32)
         last = logits_of(model, prompt)[-1]
         tokens, gap = greedy(model, prompt[None], 32)
@@ -276,7 +316,9 @@ def make_smollm2() -> None:
         else:  # the 64 largest are enough a second time
             arrays["long_top"] = np.argsort(-last)[:64].astype(np.int32)
             arrays["long_top_logits"] = last[arrays["long_top"]]
-        print(f"smollm2-135m {kind}: {len(ids)} tokens, least gap {gap.min():.3f}, max |logit| {np.abs(last).max():.1f}")
+        print(
+            f"smollm2-135m {kind}: {len(ids)} tokens, least gap {gap.min():.3f}, max |logit| {np.abs(last).max():.1f}"
+        )
         print(repr(tokenizer.decode(tokens[0])))
     text = topics["lambda"] + topics["numbers"] + "déjà vu: 12345 + 67 = 🦙\t\n  <|im_start|>user"
     arrays |= {"text": np.array(text), "text_ids": np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)}

@@ -19,9 +19,15 @@ from .tiny import talker, write_talker
 
 NUMBERS = [-1, 0, 1, 2, 3, 7, 8, 64, 127, 4096, 2**16, 2**20, 2**31 - 1, 2**31, 2**32, 2**63, 10**30]
 NUMBERS += [0.0, -0.5, 1e-30, 1e30, 1e308, float("inf"), float("nan")]
-WORDS = ["", "a", "\0", "..", "../decoy/model.safetensors", "DECOY/model.safetensors", "DECOY", "default", "yarn", "llama3", "silu", "true"]
+WORDS = [
+    "", "a", "\0", "..", "../decoy/model.safetensors", "DECOY/model.safetensors", "DECOY", "default", "yarn", "llama3",
+    "silu", "true"
+]
 WORDS += ["x" * 5000, "\ud800", "é\n"]  # DECOY: the absolute path of a folder that nothing may open
-TEMPLATES = ["{% for", "{{ messages }}", "{{ ''.__class__ }}", "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**6 }}", ""]
+TEMPLATES = [
+    "{% for", "{{ messages }}", "{{ ''.__class__ }}", "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**6 }}",
+    ""
+]
 TEMPLATES += ["{{ messages[0].content }}", "{% include 'DECOY/tokenizer.json' %}", "{{ messages.append(1) }}"]
 SNIPPETS = ["the ", "cat", "\n", "é", "日", "\0", "\ud8ff", "<|end|>", "<|user|>", "{{ x }}"]
 OPTIONS: dict[str, list[Any]] = {
@@ -72,7 +78,10 @@ def mutated_json(rng: random.Random, value: Any, share: float = 0.1) -> Any:
         return strange(rng)
     if isinstance(value, dict):
         kept = {key: item for key, item in value.items() if rng.random() > share / 4}
-        found = {key if rng.random() > share / 10 else rng.choice(WORDS): mutated_json(rng, item, share) for key, item in kept.items()}
+        found = {
+            key if rng.random() > share / 10 else rng.choice(WORDS): mutated_json(rng, item, share)
+            for key, item in kept.items()
+        }
         return found | ({rng.choice([*value, *WORDS]): strange(rng)} if rng.random() < share else {})
     if isinstance(value, list):
         return [mutated_json(rng, item, share) for item in value if rng.random() > share / 4]
@@ -100,7 +109,9 @@ def mutated_bytes(rng: random.Random, raw: bytes) -> bytes:
             case 3:
                 data[at:at] = rng.randbytes(rng.choice([1, 8, 100]))
             case 4:
-                data[at : at + 8] = rng.choice([b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, (2**40).to_bytes(8, "little")])
+                data[at : at + 8] = rng.choice(
+                    [b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, (2**40).to_bytes(8, "little")]
+                )
             case 5:
                 data = data[:at]
     return bytes(data)
@@ -181,7 +192,9 @@ class Case:
         if rng.random() < 0.2:
             (model / "chat_template.jinja").write_text(rng.choice(TEMPLATES).replace("DECOY", str(self.decoy)))
         if rng.random() < 0.3:
-            (model / "generation_config.json").write_bytes(dump(rng, {"eos_token_id": rng.choice([2, [2, 3], strange(rng)])}, self.decoy))
+            (model / "generation_config.json").write_bytes(
+                dump(rng, {"eos_token_id": rng.choice([2, [2, 3], strange(rng)])}, self.decoy)
+            )
         names = sorted(path.name for path in model.iterdir())
         for name in rng.sample(names, min(rng.choice([1, 1, 1, 2, 9]), len(names))):
             self._mutate_file(model / name)
@@ -192,12 +205,18 @@ class Case:
             case 1:
                 (self.home / "doc.txt").write_text("the cat sat " * 30)
                 out = self.home / "out.kv.safetensors"
-                self.argv = ["cache", str(model), "--prompt-file", str(self.home / "doc.txt"), "--out", str(out), "--device", "cpu"]
+                self.argv = [
+                    "cache", str(model), "--prompt-file", str(self.home / "doc.txt"), "--out", str(out), "--device",
+                    "cpu"
+                ]
                 self.writes = {out.name}
             case 2:
                 self.argv, self.stdin = ["chat", str(model), "--device", "cpu", "--max-tokens", "2"], b"the cat\nand?\n"
             case _:
-                self.argv = ["generate", str(model), rng.choice(["the cat", "the cat sat " * 30]), *self._options(rng.random() < 0.3)]
+                self.argv = [
+                    "generate", str(model), rng.choice(["the cat", "the cat sat " * 30]),
+                    *self._options(rng.random() < 0.3)
+                ]
 
     def _cache(self) -> None:
         rng, file = self.rng, self.home / "c.kv.safetensors"
@@ -212,7 +231,10 @@ class Case:
         if rng.random() < 0.3:
             self.argv, self.stdin = ["chat", str(self.model), *cached], b"the cat\nand?\n"
         else:
-            self.argv = ["generate", str(self.model), rng.choice(["the cat", "", "x" * 3000]), *cached, *rng.choice([[], ["--json"]])]
+            self.argv = [
+                "generate", str(self.model), rng.choice(["the cat", "", "x" * 3000]), *cached,
+                *rng.choice([[], ["--json"]])
+            ]
 
     def _rewrite(self, file: Path) -> None:
         """Other content with a digest that is right: what somebody makes who knows the format."""
@@ -235,13 +257,17 @@ class Case:
                 case 3:
                     tensors[name] = array[..., : rng.randrange(array.shape[-1] + 1)]
                 case 4:
-                    tensors[name] = array.astype(rng.choice([np.int8, np.float64, np.uint8, np.int64, np.bool_, np.float16]))
+                    tensors[name] = array.astype(
+                        rng.choice([np.int8, np.float64, np.uint8, np.int64, np.bool_, np.float16])
+                    )
                 case 5:
                     key = rng.choice(["config", "scheme"])
                     with contextlib.suppress(ValueError, KeyError):
                         metadata[key] = json.dumps(mutated_json(rng, json.loads(metadata[key])))
                 case 6:
-                    metadata[rng.choice(["format", "version", "config", "scheme", "weights"])] = rng.choice(["", "a", "1", "[]", "{}"])
+                    metadata[rng.choice(["format", "version", "config", "scheme", "weights"])] = rng.choice(
+                        ["", "a", "1", "[]", "{}"]
+                    )
                 case 7:
                     metadata.pop(rng.choice(sorted(metadata)), None)
                 case 8:
@@ -266,8 +292,13 @@ class Case:
                 self.argv.append("-")
                 self.stdin = mutated_bytes(rng, text.encode("utf-8", "replace"))
             case 3 | 4:
-                good = [{"prompt": text, "id": strange(rng)}, {"messages": [{"role": "user", "content": "a"}]}, "the cat"]
-                values = [rng.choice([*good, strange(rng), mutated_json(rng, rng.choice(good), 0.5)]) for _ in range(rng.randrange(8))]
+                good = [
+                    {"prompt": text, "id": strange(rng)}, {"messages": [{"role": "user", "content": "a"}]}, "the cat"
+                ]
+                values = [
+                    rng.choice([*good, strange(rng), mutated_json(rng, rng.choice(good), 0.5)])
+                    for _ in range(rng.randrange(8))
+                ]
                 raw = b"\n".join(dump(rng, value, self.decoy) for value in values)
                 file.write_bytes(raw if rng.random() < 0.7 else mutated_bytes(rng, raw))
                 self.argv += ["--prompts-file", str(file), "--batch", str(rng.choice([1, 3, 8]))]

@@ -18,7 +18,8 @@ def main(argv: list[str]) -> int:
     import cupy
 
     cupy.cuda.set_allocator(None)
-    chosen = argv or ["-k", "cuda"]  # those of the card's own grids too; racecheck takes more than five minutes for 256 sequences
+    # those of the card's own grids too; racecheck takes more than five minutes for 256 sequences
+    chosen = argv or ["-k", "cuda"]
     return pytest.main(["-q", "-p", "no:cacheprovider", *chosen, *(f"tests/test_{name}.py" for name in FILES)])
 
 

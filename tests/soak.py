@@ -1,11 +1,13 @@
-"""Hours of random requests to a loaded model: memory stays flat, and every answer is what a fresh process gives, bit for bit.
+"""Hours of random requests to a loaded model: memory stays flat, and every answer is what a fresh process gives, bit
+for bit.
 
     python -m tests.soak --json docs/results/soak.json      what `make soak` runs: the fuzz, then two processes for an hour each
     python -m tests.soak --only 1234 --seed S                                       the digest of one request, in a fresh process
 
-A request is made from (seed, number) alone: single prompts, batches, several answers, chats with answers broken off, prompt caches saved
-and loaded, logits, wrong requests, and passes in which memory runs out or Ctrl-C comes. Its digest covers token ids, texts, finish
-reasons, log-probabilities and logits. Requests drawn at random are run again, each in a process of its own.
+A request is made from (seed, number) alone: single prompts, batches, several answers, chats with answers broken off,
+prompt caches saved and loaded, logits, wrong requests, and passes in which memory runs out or Ctrl-C comes. Its digest
+covers token ids, texts, finish reasons, log-probabilities and logits. Requests drawn at random are run again, each in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -68,7 +70,10 @@ class Request:
         penalties = rng.choice([1.0, 1.0, 1.2]), rng.choice([0.0, 0.5]), rng.choice([0.0, 0.0, 0.3])
         filters = rng.choice([0, 40]), rng.choice([1.0, 0.9]), rng.choice([0.0, 0.05])
         sampling = Sampling(temperature, *filters, rng.randrange(2**32), *penalties)
-        return {"max_tokens": rng.choice([1, 4, 16, 40]), "sampling": sampling, "stop": rng.choice([(), ("\n\n",), ("the", "."),])} | more
+        return {
+            "max_tokens": rng.choice([1, 4, 16, 40]), "sampling": sampling,
+            "stop": rng.choice([(), ("\n\n",), ("the", "."),])
+        } | more
 
     @staticmethod
     def plain(result: Generation) -> dict[str, Any]:
@@ -189,10 +194,15 @@ def soak(hours: float, seed: int, again: int) -> dict[str, Any]:
             gc.collect()
             resident.append((time.monotonic() - start, resident_mb()))
         if at % 100 == 0:
-            print(f"{at} requests, {resident[-1][1]:.0f} MB, {(end - time.monotonic()) / 60:.0f} minutes left", file=sys.stderr, flush=True)
+            print(
+                f"{at} requests, {resident[-1][1]:.0f} MB, {(end - time.monotonic()) / 60:.0f} minutes left",
+                file=sys.stderr, flush=True
+            )
     seconds, chosen = time.monotonic() - start, random.Random(seed).sample(range(at), min(again, at))
     same = sum(digests[number] == fresh(seed, number) for number in chosen)
-    quarters = [float(np.median([mb for _, mb in part])) for part in np.array_split(resident, 4)] if len(resident) >= 4 else []
+    quarters = [
+        float(np.median([mb for _, mb in part])) for part in np.array_split(resident, 4)
+    ] if len(resident) >= 4 else []
     late = np.array(resident[len(resident) // 2 :])
     slope = float(np.polyfit(late[:, 0] / 3600, late[:, 1], 1)[0]) if len(late) > 2 else 0.0
     return {
@@ -210,7 +220,9 @@ def fresh(seed: int, number: int) -> str:
 def side_by_side(args: argparse.Namespace) -> list[dict[str, Any]]:
     """`soak` in so many processes at a time, each with a seed of its own."""
     options = ["--hours", str(args.hours), "--again", str(args.again), "--cases", "0", "--processes", "1"]
-    commands = [[sys.executable, "-m", "tests.soak", *options, "--seed", str(args.seed + i)] for i in range(args.processes)]
+    commands = [
+        [sys.executable, "-m", "tests.soak", *options, "--seed", str(args.seed + i)] for i in range(args.processes)
+    ]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for command in commands]
     said = [process.communicate()[0] for process in running]
     return [run for text in said for run in json.loads(text)["soak"]]
@@ -232,11 +244,15 @@ def main() -> int:
     parser.add_argument("--json", metavar="F")
     args = parser.parse_args()
     if os.environ.get("OMP_NUM_THREADS") != "1":  # NumPy reads it when it is imported; one thread sums in one order
-        os.execve(sys.executable, [sys.executable, "-m", "tests.soak", *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})
+        os.execve(
+            sys.executable, [sys.executable, "-m", "tests.soak", *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"}
+        )
     if args.only is not None:
         print(Request(engine(), args.seed, args.only).digest())
         return 0
-    machine = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version(), "numpy": np.__version__}
+    machine = {
+        "cpu": platform.processor() or platform.machine(), "python": platform.python_version(), "numpy": np.__version__
+    }
     report: dict[str, Any] = {"meta": machine | {"threads": 1, "date": time.strftime("%Y-%m-%d")}}
     if args.cases:
         report["fuzz"] = fuzz(args.cases, args.seed, progress=sys.stderr.isatty())
@@ -245,7 +261,9 @@ def main() -> int:
     if args.json:
         Path(args.json).write_text(text + "\n")
     print(text)
-    return 0 if all(passed(run, args.hours) for run in report["soak"]) and not report.get("fuzz", {}).get("failures") else 1
+    return 0 if all(
+        passed(run, args.hours) for run in report["soak"]
+    ) and not report.get("fuzz", {}).get("failures") else 1
 
 
 if __name__ == "__main__":

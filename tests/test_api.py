@@ -23,7 +23,10 @@ def test_the_examples_of_the_package_are_true(tmp_path, monkeypatch):
 
 
 def test_importing_it_imports_nothing_heavy_and_every_name_is_there():
-    code = "import sys, minioscar; assert not {'numpy', 'tokenizers', 'cupy'} & set(sys.modules); print(*minioscar.__all__)"
+    code = (
+        "import sys, minioscar; assert not {'numpy', 'tokenizers', 'cupy'} & set(sys.modules); "
+        "print(*minioscar.__all__)"
+    )
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"load", "Engine", "Conversation", "PromptCache", "Sampling", "UserError", "Failure"} <= set(names)
     for name in names:

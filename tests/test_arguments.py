@@ -209,7 +209,10 @@ def test_an_option_that_is_not_there_is_refused_with_what_was_meant(engine, wron
     refused(lambda: Conversation(engine, ctx=128).say("the cat", **{wrong: 1}), repr(wrong))
 
 
-SEQUENCES = [5, "ab", b"ab", bytearray(b"ab"), [1], [1, 2, 3], [0, -1], [0, 1.5], [0, None], [0, 2**40], {0: 1, 1: 2}, np.array(5)]
+SEQUENCES = [
+    5, "ab", b"ab", bytearray(b"ab"), [1], [1, 2, 3], [0, -1], [0, 1.5], [0, None], [0, 2**40], {0: 1, 1: 2},
+    np.array(5)
+]
 
 
 @pytest.mark.parametrize("sequences", SEQUENCES)
@@ -223,7 +226,9 @@ def test_sequences_are_a_number_for_each_answer(engine, sequences):
 
 def named(options: dict) -> str:
     """The name of a test: the same in every process, as an object's address is not."""
-    return "-".join(f"{name}={type(value).__name__ if type(value) is object else repr(value)}" for name, value in options.items())
+    return "-".join(
+        f"{name}={type(value).__name__ if type(value) is object else repr(value)}" for name, value in options.items()
+    )
 
 
 DEVICES = ["cuda:0", "CPU", "gpu", "mps", "", "cpu ", "cuda0", "rocm", 0, True, b"cpu", ["cpu"], object(), np.int64(0)]

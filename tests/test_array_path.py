@@ -1,4 +1,5 @@
-"""Models whose shapes no kernel has: they run on the array path of the CUDA back end in BF16, and say so in one line."""
+"""Models whose shapes no kernel has: they run on the array path of the CUDA back end in BF16, and say so in one
+line."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ SHAPES = {
     "head_dim 96": {"hidden_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 96, **BIASES},
     "head_dim 80": {"hidden_size": 80, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 80},
     "head_dim 20": {"hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20},
-    "head_dim 100": {"hidden_size": 200, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": None, **BIASES},
+    "head_dim 100": {
+        "hidden_size": 200, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": None, **BIASES
+    },
     "hidden and intermediate size 60, 50": {
         "hidden_size": 60, "head_dim": 64, "vocab_size": 101, "intermediate_size": 50, **BIASES,
     },
@@ -31,7 +34,9 @@ SHAPES = {
 @pytest.mark.parametrize("reason", SHAPES)
 def test_a_shape_without_kernels_runs_in_bf16_and_says_why_it_is_slow(make, reason, tmp_path, capsys):
     """Prompts of few tokens, of a batch of kernels and of cuBLAS, and a decode of two rows."""
-    reference, other, ops = of_backend(make, write_model(tmp_path / "m", 1, num_hidden_layers=1, **SHAPES[reason]), "bf16")
+    reference, other, ops = of_backend(
+        make, write_model(tmp_path / "m", 1, num_hidden_layers=1, **SHAPES[reason]), "bf16"
+    )
     capsys.readouterr()
     engine = Engine(other.config, other.model.weights, None, other.scheme, ops)
     said = capsys.readouterr().err

@@ -44,7 +44,10 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(model, tmp_path_factory):
     file = tmp_path_factory.mktemp("report") / "b.json"
-    argv = f"all --quick --sweep --model {model} --device cpu --kv bf16,oscar,int2 --batch 1,2 --budget 12MB --json {file}"
+    argv = (
+        f"all --quick --sweep --model {model} --device cpu --kv bf16,oscar,int2 --batch 1,2 --budget 12MB --json "
+        f"{file}"
+    )
     process = subprocess.run([sys.executable, bench.__file__, *argv.split()], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert f"bench: start needs a tokenizer, and {model} has none; give another --model\n" in process.stderr
@@ -62,7 +65,8 @@ def test_json_has_the_stable_keys(report):
     attention = "op kv batch context q_heads kv_heads head_dim us us_spread bytes fraction_of_copy"
     for section, keys in {
         "kernel": attention, "sweep": attention, "decode": "model kv batch context ms tokens_per_s fraction_of_limit",
-        "prefill": "model tokens tokens_per_s fraction_of_limit", "throughput": "model budget_gb kv context batch tokens_per_s",
+        "prefill": "model tokens tokens_per_s fraction_of_limit",
+        "throughput": "model budget_gb kv context batch tokens_per_s",
         "memory": "kv batch context cache_bytes predicted_bytes ratio_to_bf16",
         "load": "model layers bytes s spread first_s gb_s copy_gb_s fraction_of_copy",
         "growth": "over kv points us_per_1000_tokens us_at_0_tokens worst_error bytes_us_per_1000_tokens times_the_bytes",
@@ -74,7 +78,8 @@ def test_json_has_the_stable_keys(report):
 
 
 def test_a_run_without_a_gpu_says_so(report):
-    assert report["meta"]["device"] == "cpu" and report["meta"]["card"].startswith("no GPU") and "NumPy" in report["meta"]["note"]
+    assert report["meta"]["device"] == "cpu" and report["meta"]["card"].startswith("no GPU")
+    assert "NumPy" in report["meta"]["note"]
 
 
 def test_times_are_positive_and_fractions_are_those_of_the_bytes(report):
@@ -92,13 +97,17 @@ def test_times_are_positive_and_fractions_are_those_of_the_bytes(report):
 def test_every_scheme_batch_and_context_that_was_asked_for_is_there(report):
     pairs = [(kv, batch) for kv in ("bf16", "oscar", "int2") for batch in (1, 2)]
     for section, context in (("decode", 128), ("memory", 256)):
-        assert [(row["kv"], row["batch"], row["context"]) for row in report[section]] == [(*pair, context) for pair in pairs]
-    assert [row["kv"] for row in report["throughput"]] == ["bf16", "oscar", "int2"] and report["prefill"][0]["kv"] == "int2"
+        assert [
+            (row["kv"], row["batch"], row["context"]) for row in report[section]
+        ] == [(*pair, context) for pair in pairs]
+    assert [row["kv"] for row in report["throughput"]] == ["bf16", "oscar", "int2"]
+    assert report["prefill"][0]["kv"] == "int2"
 
 
 def test_the_embedding_counts_as_read_only_where_it_is_the_head(tmp_path):
     untied, tied = (
-        engine.load(write_model(tmp_path / str(tie), 1, tie_word_embeddings=tie), "bf16", "cpu", tokenizer=False) for tie in (False, True)
+        engine.load(write_model(tmp_path / str(tie), 1, tie_word_embeddings=tie), "bf16", "cpu", tokenizer=False)
+        for tie in (False, True)
     )
     assert bench_models.step_bytes(untied, 1, 128) == bench_models.step_bytes(tied, 1, 128)
 
@@ -189,7 +198,8 @@ def test_a_budget_gives_memory_up_to_itself_and_no_more(model, pytestconfig):
 def test_work_that_blas_cannot_survive_is_an_attempt_that_failed(model):
     e = engine.load(model, "bf16", "cpu", tokenizer=False)
     attempt, _ = bench_memory.limited(e, 2 * MB, 0)
-    assert attempt(lambda: os.kill(os.getpid(), signal.SIGKILL)) is None and attempt(lambda: ctypes.CDLL(None).exit(1)) is None
+    assert attempt(lambda: os.kill(os.getpid(), signal.SIGKILL)) is None
+    assert attempt(lambda: ctypes.CDLL(None).exit(1)) is None
 
 
 def test_an_error_that_is_not_about_memory_is_not_taken_for_a_batch_too_large(model):
@@ -204,7 +214,8 @@ def test_the_batch_is_the_largest_that_runs_in_the_budget(report, model):
         e = engine.load(model, row["kv"], "cpu", tokenizer=False)
         batch, context, room = row["batch"], row["context"], round(row["budget_gb"] * 1e9) - row["weight_bytes"]
         each = cache_bytes(e.config, e.scheme, 1, context + 1)
-        assert row["weight_bytes"] == bench_memory.weight_bytes(e.model.weights) and row["cache_bytes"] == batch * each < room
+        assert row["weight_bytes"] == bench_memory.weight_bytes(e.model.weights)
+        assert row["cache_bytes"] == batch * each < room
         assert row["tokens_per_s"] == pytest.approx(batch / row["ms"] * 1e3)
         assert all(ran == (int(n) <= batch) for n, ran in row["tried"].items()) and row["tried"][str(batch)]
         assert str(batch + 1) in row["tried"] or (batch + 1) * each > room
@@ -245,7 +256,9 @@ def test_sweeps_cover_what_they_say_once():
         own = [case for case in found if case.kv == kv and case.group is None]
         assert [1024 << i for i in range(9)] == sorted(case.context for case in own if case.batch == 1)
         assert [1 << i for i in range(9)] == sorted(case.batch for case in own if case.context == 4096)
-    assert {(case.kv, case.scheme.group) for case in found} >= {(kv, group) for kv in ("kivi", "oscar", "int2") for group in (32, 64)}
+    assert {(case.kv, case.scheme.group) for case in found} >= {
+        (kv, group) for kv in ("kivi", "oscar", "int2") for group in (32, 64)
+    }
     assert set(bench_cases.sweep(True)) < set(found)
 
 
@@ -283,7 +296,9 @@ def test_a_case_too_large_for_the_card_is_skipped_with_the_reason():
 
 
 def test_growth_is_the_line_that_the_times_were_made_of():
-    cases = [bench_cases.Case("int2", 1, 1024 << i) for i in range(9)] + [bench_cases.Case("int2", 1 << i, 4096) for i in range(1, 9)]
+    cases = [bench_cases.Case("int2", 1, 1024 << i) for i in range(9)] + [
+        bench_cases.Case("int2", 1 << i, 4096) for i in range(1, 9)
+    ]
     cases += [bench_cases.Case("int2", 1, 131072, group=64), bench_cases.Case("kivi", 1, 131072)]
     rate = 4e12
     rows = []
@@ -294,7 +309,8 @@ def test_growth_is_the_line_that_the_times_were_made_of():
     for row, over in zip(bench_cases.growth(rows, rate), ("context", "batch"), strict=True):
         assert (row["over"], row["kv"], row["points"]) == (over, "int2", 9)
         assert row["us_per_1000_tokens"] == pytest.approx(0.25) and row["us_at_0_tokens"] == pytest.approx(7)
-        assert row["worst_error"] < 1e-9 and row["times_the_bytes"] == pytest.approx(0.25 / row["bytes_us_per_1000_tokens"])
+        assert row["worst_error"] < 1e-9
+        assert row["times_the_bytes"] == pytest.approx(0.25 / row["bytes_us_per_1000_tokens"])
     per_token = SCHEMES["int2"].bits_per_element(128) / 8 * 2 * 8 * 128 + 4
     assert bench_cases.growth(rows, rate)[0]["bytes_us_per_1000_tokens"] == pytest.approx(per_token * 1000 / rate * 1e6)
 
@@ -334,7 +350,10 @@ def test_a_line_says_how_far_its_worst_point_is():
         ("decode --random-weights qwen9", "qwen3-0.6b"),
         ("juggle", "invalid choice"),
         ("start", "start needs a tokenizer, and"),
-        ("start --random-weights qwen3-0.6b", "start needs the files of a model; give --model in place of --random-weights"),
+        (
+            "start --random-weights qwen3-0.6b",
+            "start needs the files of a model; give --model in place of --random-weights"
+        ),
         ("start --model nowhere-at-all", "nowhere-at-all"),
     ],
 )  # fmt: skip
@@ -394,7 +413,9 @@ def test_what_a_start_waits_for_is_the_first_byte():
 
 def test_ctrl_c_shows_what_there_is_and_leaves_no_file(model, tmp_path):
     argv = f"all --quick --model {model} --device cpu --steps 10000000 --json {tmp_path / 'b.json'}"
-    process = subprocess.Popen([sys.executable, bench.__file__, *argv.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, bench.__file__, *argv.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while not process.stderr.readline().startswith("kernel: decode_attention         int2-compact"):
         assert process.poll() is None
     time.sleep(0.5)
@@ -411,7 +432,9 @@ def test_short_launches_are_replayed_more_often():
 
 
 def test_a_card_is_also_measured_without_rests_unless_quick(monkeypatch):
-    kernels = SimpleNamespace(measure=lambda wanted, *_, rest=True: [{"us": len(wanted), "rest": rest}], writing=lambda *_: [])
+    kernels = SimpleNamespace(
+        measure=lambda wanted, *_, rest=True: [{"us": len(wanted), "rest": rest}], writing=lambda *_: []
+    )
     for name, module in (("kernels", kernels), ("dense", SimpleNamespace(measure=lambda *_: []))):
         monkeypatch.setitem(sys.modules, f"benchmarks.{name}", module)
         monkeypatch.setattr(f"benchmarks.{name}", module, raising=False)

@@ -52,7 +52,9 @@ def test_packed_blocks_window_and_sinks_are_what_oscar_says(name, pieces, seed):
         if packed == 0:
             continue
         if kind == "key":
-            codes, step, minimum = oscar.quantize_keys(whole, norms[:packed], scheme, feedback=key_feedback(scheme, 2, 64))
+            codes, step, minimum = oscar.quantize_keys(
+                whole, norms[:packed], scheme, feedback=key_feedback(scheme, 2, 64)
+            )
         else:
             codes, step, minimum = oscar.quantize_values(whole, scheme)
         groups = packed // scheme.group if by_token else packed
@@ -74,7 +76,10 @@ def test_attention_reads_dequantized_blocks_sinks_and_window(name, seed):
     keys, values = np.random.default_rng(seed).standard_normal((2, n, 2, 64)).astype(np.float32)
     cache, norms = appended(scheme, keys, values, [n])
     got_keys, got_values = cache.layers[0].past(1, n)
-    want = {"keys": keys.astype(BF16).astype(np.float32).swapaxes(0, 1), "values": values.astype(BF16).astype(np.float32).swapaxes(0, 1)}
+    want = {
+        "keys": keys.astype(BF16).astype(np.float32).swapaxes(0, 1),
+        "values": values.astype(BF16).astype(np.float32).swapaxes(0, 1)
+    }
     exact = {**want}
     packed = slice(0, 256)
     want = {kind: x.copy() for kind, x in want.items()}
@@ -85,7 +90,8 @@ def test_attention_reads_dequantized_blocks_sinks_and_window(name, seed):
     for kind, got in (("keys", got_keys), ("values", got_values)):
         want[kind][:, : scheme.sinks] = exact[kind][:, : scheme.sinks]
         np.testing.assert_array_equal(got, want[kind])
-        assert (got[:, 256:] == exact[kind][:, 256:]).all() and (got[:, scheme.sinks : 256] != exact[kind][:, scheme.sinks : 256]).any()
+        assert (got[:, 256:] == exact[kind][:, 256:]).all()
+        assert (got[:, scheme.sinks : 256] != exact[kind][:, scheme.sinks : 256]).any()
 
 
 @pytest.mark.parametrize("pieces", [[300], [100, 100, 100], [127, 1, 172]], ids=str)
@@ -105,7 +111,8 @@ def test_outlier_tokens_are_those_of_smallest_keys_and_come_back_exactly(pieces,
         np.testing.assert_array_equal(got_keys[head, places], keys[places, head])
         np.testing.assert_array_equal(got_values[head, places], values[places, head])
         others = np.setdiff1d(np.arange(256), places)
-        assert abs(got_keys[head, others] - keys[others, head]).max() < 1.5  # 4 +- 3 in 4 levels; with a 0 in the group, 4 / 3 more
+        # 4 +- 3 in 4 levels; with a 0 in the group, 4 / 3 more
+        assert abs(got_keys[head, others] - keys[others, head]).max() < 1.5
         assert (got_values[head, others] != values[others, head]).any(axis=1).all()
 
 
@@ -142,7 +149,8 @@ def test_oscar_takes_3_bits_an_element_and_a_norm():
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_tokens_in_chunks_up_to_the_flush_are_tokens_one_by_one(name, seed):
-    """What `eval` relies on. Keys and values are BF16 numbers here, so that only the order of float32 sums can differ."""
+    """What `eval` relies on. Keys and values are BF16 numbers here, so that only the order of float32 sums can
+    differ."""
     scheme, ops, rng = SCHEMES[name], Reference(), np.random.default_rng(seed)
     keys, values = rng.standard_normal((2, 330, 2, 64)).astype(BF16).astype(np.float32)
     q, norms, outputs = rng.standard_normal((330, 4, 64)).astype(np.float32), oscar.token_norms(keys), []
@@ -150,7 +158,9 @@ def test_tokens_in_chunks_up_to_the_flush_are_tokens_one_by_one(name, seed):
         cache, rows, at = Cache(config(num_hidden_layers=1), scheme, 1, 330, ops), [], 0
         for count in pieces:
             batch, span = cache.batch_for([0], [count]), slice(at, at + count)
-            new = NewTokens(keys[span], values[span], norms[span] if scheme.scale else None, key_feedback(scheme, 2, 64))
+            new = NewTokens(
+                keys[span], values[span], norms[span] if scheme.scale else None, key_feedback(scheme, 2, 64)
+            )
             rows.append(ops.attention(q[span], new, cache.layers[0], batch))
             cache.advance(batch)
             at += count

@@ -30,7 +30,9 @@ def folder(tmp_path_factory):
 
 
 def piped(folder: Path, text: str, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "minioscar", "chat", str(folder), "--device", "cpu", "--max-tokens", "20", *options]
+    command = [
+        sys.executable, "-m", "minioscar", "chat", str(folder), "--device", "cpu", "--max-tokens", "20", *options
+    ]
     return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
 
 
@@ -50,10 +52,15 @@ def test_on_a_pipe_a_line_is_a_message_and_stdout_is_the_answers(folder):
     assert [m["content"] for m in messages if m["role"] == "user"] == ["the cat", "the dog\nsaw", "the \nmat"]
     plain = piped(folder, "the cat\n")
     assert plain.stdout == messages[1]["content"] + "\n"
-    assert re.fullmatch(r"\[context \d+ of 1024 \(\d+%\); \d+ tokens read, \d+ written \([\d.]+ a second\)(; cut: .*)?\]\n", plain.stderr)
+    assert re.fullmatch(
+        r"\[context \d+ of 1024 \(\d+%\); \d+ tokens read, \d+ written \([\d.]+ a second\)(; cut: .*)?\]\n",
+        plain.stderr
+    )
 
 
-@pytest.mark.parametrize(("text", "message"), [('"""one\ntwo', "one\ntwo"), ("one\\", "one"), ("one\\\n", "one"), ("one", "one")])
+@pytest.mark.parametrize(
+    ("text", "message"), [('"""one\ntwo', "one\ntwo"), ("one\\", "one"), ("one\\\n", "one"), ("one", "one")]
+)
 def test_a_message_that_the_end_of_the_input_cuts_short_is_still_said(folder, text, message):
     assert json.loads(piped(folder, text, "--json").stdout)["messages"][0]["content"] == message
 
@@ -148,7 +155,8 @@ class Terminal:
         return text
 
     def interrupt(self, wanted: str) -> str:
-        """Ctrl-C until it is seen: one that comes while readline is not waiting for a key is noticed with the next key only."""
+        """Ctrl-C until it is seen: one that comes while readline is not waiting for a key is noticed with the next key
+        only."""
         for _ in range(20):
             self.send("\x03")
             try:

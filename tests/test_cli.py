@@ -39,8 +39,13 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
 
 def test_help_answers_before_anything_heavy_is_imported():
     """Counted in modules, which a loaded machine cannot blur, and in seconds of the fastest of three runs."""
-    listing = "import sys; from minioscar.app.cli import main; main(['--help']); print({'numpy', 'tokenizers', 'cupy'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True).stdout.rstrip().endswith("set()")
+    listing = (
+        "import sys; from minioscar.app.cli import main; main(['--help']); print({'numpy', 'tokenizers', 'cupy'} & "
+        "set(sys.modules))"
+    )
+    assert subprocess.run(
+        [sys.executable, "-c", listing], capture_output=True, text=True
+    ).stdout.rstrip().endswith("set()")
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -62,7 +67,9 @@ class Driver:
 CALLS = ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
 
 
-@pytest.mark.parametrize(("fails", "calls"), [("", CALLS), ("cuInit", CALLS[:1]), ("cuDeviceGet", CALLS[:2]), (CALLS[2], CALLS)])
+@pytest.mark.parametrize(
+    ("fails", "calls"), [("", CALLS), ("cuInit", CALLS[:1]), ("cuDeviceGet", CALLS[:2]), (CALLS[2], CALLS)]
+)
 def test_a_context_is_made_in_a_thread_as_far_as_it_goes(fails, calls, monkeypatch):
     driver = Driver(fails)
     monkeypatch.setattr(ops, "find_spec", lambda _: True)
@@ -84,14 +91,17 @@ def test_no_context_is_made_where_none_is_wanted_or_can_be(why_not, monkeypatch)
         return driver
 
     monkeypatch.setattr(ops, "find_spec", lambda _: None if why_not == "no CuPy" else True)
-    monkeypatch.setattr(ops, "Thread", lambda target, name: SimpleNamespace(start=target))  # here and now: what it raises is seen
+    # here and now: what it raises is seen
+    monkeypatch.setattr(ops, "Thread", lambda target, name: SimpleNamespace(start=target))
     monkeypatch.setattr(ops.ctypes, "CDLL", library)
     monkeypatch.setenv("MINIOSCAR_BACKEND", "tests.simt.backend:Simt" if why_not == "simulator" else "")
     ops.wake("cpu" if why_not == "cpu" else "auto")
     assert not driver.calls
 
 
-COMMANDS = ["generate nowhere x", "generate nowhere --prompts-file F", "chat nowhere", "cache nowhere --prompt-file F --out F"]
+COMMANDS = [
+    "generate nowhere x", "generate nowhere --prompts-file F", "chat nowhere", "cache nowhere --prompt-file F --out F"
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -105,12 +115,17 @@ main([*sys.argv[1:], "--device", "cuda"])
 """
     argv = command.replace("F", str(tmp_path / "file")).split()
     (tmp_path / "file").write_text('"x"')
-    assert subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True).stdout.startswith("cuda set()")
+    assert subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True
+    ).stdout.startswith("cuda set()")
 
 
 def test_every_example_of_the_help_is_a_command_that_parses(capsys):
     texts = [flags.EXAMPLES, *flags.MORE_EXAMPLES.values()]
-    examples = [line.split("python -m minioscar ")[1] for text in texts for line in text.splitlines() if "python -m minioscar " in line]
+    examples = [
+        line.split("python -m minioscar ")[1] for text in texts for line in text.splitlines()
+        if "python -m minioscar " in line
+    ]
     assert {example.split()[0] for example in examples} == set(cli.COMMANDS)
     for example in examples:
         words = shlex.split(example.split(" > ")[0])
@@ -132,7 +147,10 @@ def test_demo_prints_paris_on_stdout_and_statistics_on_stderr(smollm2, capsys):
 
 
 def test_generate_json_is_one_object_with_the_stable_keys(smollm2, capsys):
-    code, out, _ = run(capsys, "generate", smollm2, "Hi", "--max-tokens", 3, "--json", "--kv", "oscar", "--temperature", "0.8", "--seed", 3)
+    code, out, _ = run(
+        capsys, "generate", smollm2, "Hi", "--max-tokens", 3, "--json", "--kv", "oscar", "--temperature", "0.8",
+        "--seed", 3
+    )
     result = json.loads(out)
     keys = "text token_ids prompt_tokens new_tokens finish_reason kv kv_bytes device prefill_s decode_s tokens_per_s"
     assert code == 0 and set(result) == set(keys.split())
@@ -147,7 +165,10 @@ def test_prompt_file_is_the_prompt(smollm2, capsys, tmp_path):
 
 
 def test_the_prompt_may_stand_anywhere(smollm2, capsys):
-    for argv in (["--raw", "--max-tokens", "1", "The capital of France is"], ["--raw", "The capital of France is", "--max-tokens", "1"]):
+    for argv in (
+        ["--raw", "--max-tokens", "1", "The capital of France is"],
+        ["--raw", "The capital of France is", "--max-tokens", "1"]
+    ):
         assert run(capsys, "generate", smollm2, *argv)[:2] == (0, " Paris\n")
     code, _, err = run(capsys, "generate", smollm2, "--raw", "a", "b")
     assert code == 2 and "unrecognized arguments: " in err
@@ -158,14 +179,18 @@ def test_eval_json_has_the_baseline_first_and_the_stable_keys(smollm2, capsys):
     report = json.loads(out)
     assert code == 0 and set(report) == {"model", "device", "prefill", "decode", "windows", "results"}
     assert [row["kv"] for row in report["results"]] == ["bf16", "oscar", "int2"]
-    assert set(report["results"][0]) == {"kv", "bits_per_element", "nll", "ppl", "dnll", "kl", "top1", "dnll_se", "kl_se"}
+    assert set(report["results"][0]) == {
+        "kv", "bits_per_element", "nll", "ppl", "dnll", "kl", "top1", "dnll_se", "kl_se"
+    }
     assert (report["results"][0]["kl"], report["results"][0]["top1"], report["results"][0]["dnll"]) == (0, 1, 0)
     assert all(row["kl"] > 0 for row in report["results"][1:])
 
 
 def test_eval_prints_a_table(smollm2, capsys, tmp_path):
     (tmp_path / "t.txt").write_text("one two three four five six seven eight nine ten eleven twelve")
-    code, out, _ = run(capsys, "eval", smollm2, "--prefill", 5, "--decode", 3, "--kv", "int4", "--text", tmp_path / "t.txt")
+    code, out, _ = run(
+        capsys, "eval", smollm2, "--prefill", 5, "--decode", 3, "--kv", "int4", "--text", tmp_path / "t.txt"
+    )
     assert code == 0 and "| int4 | 5.000 |" in out
 
 
@@ -174,10 +199,12 @@ def test_eval_with_needle_and_drift_adds_their_objects_and_tables(smollm2, capsy
     options = ["--prefill", 130, "--decode", 5, "--kv", "int4", "--needle", "100", "--drift", 10]
     code, out, _ = run(capsys, "eval", smollm2, *options, "--json")
     report = json.loads(out)
-    assert code == 0 and set(report) == {"model", "device", "prefill", "decode", "windows", "results", "drift", "needle"}
+    assert code == 0
+    assert set(report) == {"model", "device", "prefill", "decode", "windows", "results", "drift", "needle"}
     assert report["drift"]["tokens"] == 10 and len(report["drift"]["results"][1]["first_difference"]) == 1
     assert set(report["drift"]["results"][1]) == {"kv", "first_difference", "same_tokens", "kl"}
-    assert report["needle"]["lengths"] == [128] and set(report["needle"]["results"][1]) == {"kv", "exact_match", "by_length_and_depth"}
+    assert report["needle"]["lengths"] == [128]
+    assert set(report["needle"]["results"][1]) == {"kv", "exact_match", "by_length_and_depth"}
     tables = fidelity.table(report)
     assert "| int4 | 5.000 |" in tables and "Passkeys found" in tables and "Greedy continuation, 10 tokens" in tables
 
@@ -204,21 +231,28 @@ def test_every_option_of_an_answer_reaches_it(tmp_path, capsys, monkeypatch):
     """Of generate, many prompts and a chat; what each does is tested where it is done."""
     folder, seen = write_talker(tmp_path / "m", 5), []
     made = Run.__init__
-    monkeypatch.setattr(Run, "__init__", lambda self, *args, **more: (seen.append(args[4]), made(self, *args, **more))[1])
+    monkeypatch.setattr(
+        Run, "__init__", lambda self, *args, **more: (seen.append(args[4]), made(self, *args, **more))[1]
+    )
     (tmp_path / "p").write_text('"a"')
     options = (
-        "--temperature .5 --top-p .6 --top-k 7 --min-p .08 --seed 9 --repetition-penalty 1.1 --presence-penalty .2 --frequency-penalty .3 "
-        "--max-tokens 4 --min-tokens 2 --stop xx --stop yy --stop-id 300 --stop-id 301 --ignore-eos"
+        "--temperature .5 --top-p .6 --top-k 7 --min-p .08 --seed 9 --repetition-penalty 1.1 --presence-penalty .2 "
+        "--frequency-penalty .3 --max-tokens 4 --min-tokens 2 --stop xx --stop yy --stop-id 300 --stop-id 301 "
+        "--ignore-eos"
     )
     numbers = {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3}
     sampling = Sampling(temperature=0.5, top_p=0.6, top_k=7, min_p=0.08, seed=9, **numbers)
     want = Options(4, sampling, ("xx", "yy"), stop_ids=(300, 301), min_tokens=2, ignore_eos=True)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"a"))))
-    for command in (["generate", folder, "a"], ["generate", folder, "--prompts-file", tmp_path / "p"], ["chat", folder]):
+    for command in (
+        ["generate", folder, "a"], ["generate", folder, "--prompts-file", tmp_path / "p"], ["chat", folder]
+    ):
         assert run(capsys, *command, *options.split())[0] == 0
         given = seen.pop()
         assert all(one == want for one in (given if isinstance(given, list | tuple) else [given])), command
-    for wrong, message in (("--min-tokens 5 --max-tokens 4", "min_tokens 5"), ("--stop-id -1", "stop_ids -1"), ("--top-k -1", "top_k -1")):
+    for wrong, message in (
+        ("--min-tokens 5 --max-tokens 4", "min_tokens 5"), ("--stop-id -1", "stop_ids -1"), ("--top-k -1", "top_k -1")
+    ):
         code, _, err = run(capsys, "generate", folder, "a", *wrong.split())
         assert code == 2 and err.count("\n") == 1 and message in err
 
@@ -249,7 +283,9 @@ def cases(tiny: Path) -> dict[str, tuple[list[str], str]]:
         "unknown flag": (["generate", smollm2, "x", "--fast"], "--fast"),
         "not a number": (["generate", smollm2, "x", "--max-tokens", "many"], "'many'"),
         "no prompt": (["generate", smollm2], "give one of PROMPT, --prompt-file and --prompts-file"),
-        "two prompts": (["generate", smollm2, "x", "--prompt-file", "y"], "give one of PROMPT, --prompt-file and --prompts-file"),
+        "two prompts": (
+            ["generate", smollm2, "x", "--prompt-file", "y"], "give one of PROMPT, --prompt-file and --prompts-file"
+        ),
         "empty prompt": (["generate", smollm2, ""], "prompt is empty"),
         "missing prompt file": (["generate", smollm2, "--prompt-file", "nowhere.txt"], "nowhere.txt"),
         "prompt not UTF-8": (["generate", smollm2, "--prompt-file", str(latin)], "UTF-8"),
@@ -263,17 +299,23 @@ def cases(tiny: Path) -> dict[str, tuple[list[str], str]]:
         "context too long": (["generate", smollm2, "x", "--ctx", "9000"], "8192"),
         "context below 1": (["generate", smollm2, "x", "--ctx", "0"], "--ctx 0"),
         "no tokens": (["generate", smollm2, "x", "--max-tokens", "0"], "max_tokens 0"),
-        "prompt longer than context": (["generate", smollm2, "one two three four", "--raw", "--ctx", "2"], "context holds 2"),
+        "prompt longer than context": (
+            ["generate", smollm2, "one two three four", "--raw", "--ctx", "2"], "context holds 2"
+        ),
         "temperature": (["generate", smollm2, "x", "--temperature", "-1"], "temperature -1"),
         "top-p": (["generate", smollm2, "x", "--top-p", "2"], "top_p 2"),
         "eval scheme": (["eval", smollm2, "--kv", "oscar,foo"], "'foo'"),
         "eval too long": (["eval", smollm2, "--prefill", "8000", "--decode", "1000"], "8192"),
-        "eval short text": (["eval", smollm2, "--text", str(tiny / "config.json"), "--prefill", "2000"], "the text has"),
+        "eval short text": (
+            ["eval", smollm2, "--text", str(tiny / "config.json"), "--prefill", "2000"], "the text has"
+        ),
         "eval nothing": (["eval", smollm2, "--decode", "0"], "at least 1"),
         "needle no number": (["eval", smollm2, "--needle", "512,long"], "'512,long'"),
         "needle below 1": (["eval", smollm2, "--needle", "0"], "--needle 0"),
         "needle too long": (["eval", smollm2, "--needle", "8192"], "8192"),
-        "needle short text": (["eval", smollm2, "--text", str(passage), *"--prefill 3 --decode 3 --needle 700".split()], "--needle 700"),
+        "needle short text": (
+            ["eval", smollm2, "--text", str(passage), *"--prefill 3 --decode 3 --needle 700".split()], "--needle 700"
+        ),
         "drift below 0": (["eval", smollm2, "--drift", "-1"], "--drift -1"),
         "drift too long": (["eval", smollm2, "--drift", "8000"], "8192"),
         "info context": (["info", smollm2, "--ctx", "10000"], "8192"),

@@ -1,7 +1,8 @@
 """Every kernel compiles for every supported card without a GPU, in its budget of registers and without spills.
 
-NVRTC is what compiles them on a card too. The budget lets a block run as attention.decode_plan counts on: 65,536 registers a
-multiprocessor over its threads. `python -m tests.test_compile` writes what each takes to docs/results/resources.json.
+NVRTC is what compiles them on a card too. The budget lets a block run as attention.decode_plan counts on: 65,536
+registers a multiprocessor over its threads. `python -m tests.test_compile` writes what each takes to
+docs/results/resources.json.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def launches(arch: int) -> dict[str, Launch]:
     new = attention.PrefillTokens(out, out, 0, 0, ints, ints, ints, ints, 1)
     for kv, dim in [("int2", 128)] + [("int2-compact", 128), ("int4", 64), ("oscar", 256)] * everything:
         heads = attention.Heads(2, 2, dim)
-        for launch in (attention.pack_bulk(heads, SCHEMES[kv], new, cache), attention.pack_step(heads, SCHEMES[kv], ints, cache)):
+        for launch in (
+            attention.pack_bulk(heads, SCHEMES[kv], new, cache), attention.pack_step(heads, SCHEMES[kv], ints, cache)
+        ):
             found[f"{launch.name} {kv} d{dim}"] = launch
     for dim, q_per_kv in [(128, 4)] + [(64, 3), (96, 1), (256, 8)] * everything:
         heads = attention.Heads(2 * q_per_kv, 2, dim)

@@ -21,7 +21,9 @@ def test_switches_of_the_four_families():
     for kind in ("llama", "mistral", "qwen2", "qwen3"):
         c = made(model_type=kind)
         flags[kind] = (c.qkv_bias, c.output_bias, c.qk_norm)
-    assert flags == {"llama": (False,) * 3, "mistral": (False,) * 3, "qwen2": (True, False, False), "qwen3": (False, False, True)}
+    assert flags == {
+        "llama": (False,) * 3, "mistral": (False,) * 3, "qwen2": (True, False, False), "qwen3": (False, False, True)
+    }
     assert made(attention_bias=True).output_bias and made(attention_bias=True).qkv_bias
     assert made(model_type="qwen3", attention_bias=True).output_bias
 
@@ -37,8 +39,11 @@ def test_keys_left_out_mean_what_the_family_s_class_says():
     for kind in ("llama", "mistral", "qwen2", "qwen3"):
         c = Config.from_dict({"model_type": kind})
         shapes[kind] = c.vocab_size, c.intermediate_size, c.num_kv_heads, c.max_positions, c.window
-        assert (c.hidden_size, c.num_layers, c.num_heads, c.head_dim, c.rms_norm_eps, c.rope.theta) == (4096, 32, 32, 128, 1e-6, 10000)
-        assert not c.tie_embeddings and Config.from_dict({"model_type": kind, "num_key_value_heads": None}).num_kv_heads == 32
+        assert (
+            c.hidden_size, c.num_layers, c.num_heads, c.head_dim, c.rms_norm_eps, c.rope.theta
+        ) == (4096, 32, 32, 128, 1e-6, 10000)
+        assert not c.tie_embeddings
+        assert Config.from_dict({"model_type": kind, "num_key_value_heads": None}).num_kv_heads == 32
     assert shapes == {
         "llama": (32000, 11008, 32, 2048, None), "mistral": (32000, 14336, 8, 131072, 4096),
         "qwen2": (151936, 22016, 32, 32768, None), "qwen3": (151936, 22016, 32, 32768, None),
@@ -51,14 +56,19 @@ def test_biases_are_those_that_the_family_s_class_has():
     for kind in ("llama", "mistral", "qwen2", "qwen3"):
         c = made(model_type=kind, attention_bias=True, mlp_bias=True)
         found[kind] = c.qkv_bias, c.output_bias, c.mlp_bias
-    assert found == {"llama": (True,) * 3, "mistral": (False,) * 3, "qwen2": (True, False, False), "qwen3": (True, True, False)}
+    assert found == {
+        "llama": (True,) * 3, "mistral": (False,) * 3, "qwen2": (True, False, False), "qwen3": (True, True, False)
+    }
 
 
 SLIDES = {"model_type": "qwen2", "sliding_window": 300, "use_sliding_window": True}
 FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 LINEAR = {"type": "linear", "factor": 4}
-LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 256}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+    "original_max_position_embeddings": 256
+}
 
 
 @pytest.mark.parametrize(
@@ -115,24 +125,46 @@ PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @pytest.mark.parametrize("scaling", [YARN, LINEAR, LLAMA3])
-@pytest.mark.parametrize("beside", [{"rope_theta": 10000.0}, PLAIN, {"type": "default"}, {}, None, {"rope_type": None, "factor": None}])
+@pytest.mark.parametrize(
+    "beside", [{"rope_theta": 10000.0}, PLAIN, {"type": "default"}, {}, None, {"rope_type": None, "factor": None}]
+)
 def test_rope_options_of_both_places_are_one_set(scaling, beside):
     want = made(rope_scaling=scaling).rope
-    assert want == made(rope_parameters=scaling, rope_scaling=beside).rope == made(rope_parameters=beside, rope_scaling=scaling).rope
+    assert want == made(
+        rope_parameters=scaling, rope_scaling=beside
+    ).rope == made(rope_parameters=beside, rope_scaling=scaling).rope
     assert want == made(rope_parameters=scaling, rope_scaling=scaling).rope
-    halves = ({key: value for i, (key, value) in enumerate(scaling.items()) if "type" in key or i % 2 == half} for half in (0, 1))
+    halves = (
+        {key: value for i, (key, value) in enumerate(scaling.items()) if "type" in key or i % 2 == half}
+        for half in (0, 1)
+    )
     assert want == made(**dict(zip(("rope_parameters", "rope_scaling"), halves, strict=True))).rope
 
 
 @pytest.mark.parametrize(
     ("changes", "places"),
     [
-        ({"rope_parameters": {"rope_theta": 5e5}}, ("rope_parameters.rope_theta is 500000.0", "rope_theta at the top is 10000.0")),
-        ({"rope_parameters": YARN, "rope_scaling": {**YARN, "factor": 2}}, ("rope_parameters.factor", "rope_scaling.factor")),
-        ({"rope_parameters": YARN, "rope_scaling": LINEAR}, ("rope_parameters.rope_type is 'yarn'", "rope_scaling.rope_type is 'linear'")),
-        ({"rope_scaling": YARN, "original_max_position_embeddings": 512}, ("rope_scaling.original_max", "at the top is 512")),
+        (
+            {"rope_parameters": {"rope_theta": 5e5}},
+            ("rope_parameters.rope_theta is 500000.0", "rope_theta at the top is 10000.0")
+        ),
+        (
+            {"rope_parameters": YARN, "rope_scaling": {**YARN, "factor": 2}},
+            ("rope_parameters.factor", "rope_scaling.factor")
+        ),
+        (
+            {"rope_parameters": YARN, "rope_scaling": LINEAR},
+            ("rope_parameters.rope_type is 'yarn'", "rope_scaling.rope_type is 'linear'")
+        ),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 512},
+            ("rope_scaling.original_max", "at the top is 512")
+        ),
         ({"rope_scaling": {**YARN, "type": "linear"}}, ("rope_scaling has rope_type 'yarn' and type 'linear'",)),
-        ({"rope_scaling": {"type": "default", "rope_type": "yarn"}}, ("rope_scaling has rope_type 'yarn' and type 'default'",)),
+        (
+            {"rope_scaling": {"type": "default", "rope_type": "yarn"}},
+            ("rope_scaling has rope_type 'yarn' and type 'default'",)
+        ),
         ({"rope_scaling": {"factor": 4.0}}, ("rope_scaling.factor 4.0 has no rope_type",)),
         ({"rope_scaling": {"factor": 4.0}, "rope_parameters": PLAIN}, ("rope_scaling.factor 4.0 has no rope_type",)),
     ],
@@ -145,9 +177,12 @@ def test_rope_options_that_contradict_each_other_are_refused_by_both_places(chan
 
 def test_options_that_change_no_number_are_no_obstacle():
     neutral = {
-        "hidden_act": "swish", "hidden_activation": None, "logit_scale": 1.0, "residual_multiplier": 1.0, "final_logit_softcapping": None,
-        "query_pre_attn_scalar": 32, "attention_multiplier": 32**-0.5, "num_local_experts": 0, "pretraining_tp": 4, "dtype": "float8",
-        "torch_dtype": None, "partial_rotary_factor": 1, "rope_scaling": {**YARN, "finetuned": True, "attention_factor": None},
+        "hidden_act": "swish", "hidden_activation": None, "logit_scale": 1.0, "residual_multiplier": 1.0,
+        "final_logit_softcapping": None,
+        "query_pre_attn_scalar": 32, "attention_multiplier": 32**-0.5, "num_local_experts": 0, "pretraining_tp": 4,
+        "dtype": "float8",
+        "torch_dtype": None, "partial_rotary_factor": 1,
+        "rope_scaling": {**YARN, "finetuned": True, "attention_factor": None},
     }  # fmt: skip
     assert made(**neutral) == made(rope_scaling=YARN)
 
@@ -172,26 +207,41 @@ def test_options_that_change_no_number_are_no_obstacle():
         ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar 256 is not supported; only 32 is"),
         ({"num_local_experts": 8}, "num_local_experts 8"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported; minioscar has default, linear"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope type 'dynamic' is not supported; minioscar has default, linear"
+        ),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
         ({"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
-        ({"rope_scaling": {**YARN, "llama_4_scaling_beta": 0.1}}, "rope option rope_scaling.llama_4_scaling_beta 0.1 is not known"),
-        ({"rope_scaling": {**YARN, "factor": "4"}}, "rope option factor of type 'yarn' must be a positive number, not '4'"),
+        (
+            {"rope_scaling": {**YARN, "llama_4_scaling_beta": 0.1}},
+            "rope option rope_scaling.llama_4_scaling_beta 0.1 is not known"
+        ),
+        (
+            {"rope_scaling": {**YARN, "factor": "4"}},
+            "rope option factor of type 'yarn' must be a positive number, not '4'"
+        ),
         ({"rope_scaling": {**YARN, "truncate": "no"}}, "rope option truncate must be true or false, not 'no'"),
         ({"rope_theta": "10000"}, "rope option rope_theta of type 'default' must be a positive number, not '10000'"),
         ({"rope_scaling": False}, "rope_scaling must be an object, not False"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope option factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, "rope option factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope option low_freq_factor"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 1}}, "must be below"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 1}},
+            "must be below"
+        ),
         ({"rope_scaling": "yarn"}, "must be an object"),
         ({"rope_theta": 1.0}, "rope option rope_theta 1.0 is not supported; it must be at least 1.001"),
         ({"layer_types": ["linear_attention"]}, "layer type 'linear_attention'"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_layers 2"),
         ({"model_type": "qwen3", "layer_types": MIXED, "sliding_window": None}, "sliding_window is null"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a positive whole number, not 0"),
-        ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window must be a positive whole number, not '4096'"),
+        (
+            {"model_type": "mistral", "sliding_window": "4096"},
+            "sliding_window must be a positive whole number, not '4096'"
+        ),
         ({**SLIDES, "max_window_layers": "1"}, "max_window_layers must be a whole number, not '1'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number, not 0"),
         ({"hidden_size": "64"}, "hidden_size must be a positive whole number"),
@@ -199,7 +249,10 @@ def test_options_that_change_no_number_are_no_obstacle():
         ({"num_attention_heads": 3}, "not a multiple of num_key_value_heads"),
         ({"num_attention_heads": 6, "head_dim": None, "num_key_value_heads": 2}, "hidden_size 64 is not a multiple"),
         ({"head_dim": 31}, "head_dim 31 is not supported; RoPE turns pairs of channels: it must be even, at most 2048"),
-        ({"head_dim": 65536}, "head_dim 65536 is not supported; RoPE turns pairs of channels: it must be even, at most 2048"),
+        (
+            {"head_dim": 65536},
+            "head_dim 65536 is not supported; RoPE turns pairs of channels: it must be even, at most 2048"
+        ),
         ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers 2147483647 is not supported; it must be at most 4096"),
         ({"architectures": True}, "architectures must be a list, not True"),
         ({"layer_types": "full_attention"}, "layer_types must be a list"),

@@ -1,4 +1,5 @@
-"""A chat keeps its cache: only new tokens are read, whatever broke off before, and the model always sees the rendered history."""
+"""A chat keeps its cache: only new tokens are read, whatever broke off before, and the model always sees the rendered
+history."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from minioscar.sampling import Sampling
 from .tiny import TEMPLATE, talker, write_talker
 
 FORGETFUL = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] | trim if m['role'] == 'user' else '' }}")
-QUESTIONS = ["the cat sat on the mat", "and the dog?", "the dog saw that the cat sat there. " * 9, "so", "the mat " * 40]
+QUESTIONS = [
+    "the cat sat on the mat", "and the dog?", "the dog saw that the cat sat there. " * 9, "so", "the mat " * 40
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,8 @@ def folder(tmp_path_factory):
 
 
 class Witness:
-    """Watches the forward passes of one row: `row` is what its tokens are, by what was fed where; `read` what was fed last, in parts."""
+    """Watches the forward passes of one row: `row` is what its tokens are, by what was fed where; `read` what was fed
+    last, in parts."""
 
     def __init__(self, engine, monkeypatch):
         self.row: list[int] = []
@@ -46,7 +50,9 @@ class Witness:
 
 def say(conversation: Conversation, text: str, pieces: int | None = None, **options) -> str:
     """An answer, broken off after so many pieces."""
-    answer: Iterator[str] = conversation.say(text, **{"max_tokens": 30, "sampling": Sampling(temperature=1.0, seed=5), **options})
+    answer: Iterator[str] = conversation.say(
+        text, **{"max_tokens": 30, "sampling": Sampling(temperature=1.0, seed=5), **options}
+    )
     said = ""
     for n, piece in enumerate(answer, 1):
         said += piece
@@ -59,7 +65,8 @@ def say(conversation: Conversation, text: str, pieces: int | None = None, **opti
 @pytest.mark.parametrize("template", [TEMPLATE, FORGETFUL], ids=["remembers", "forgets"])
 @pytest.mark.parametrize("kv", ["bf16", "oscar", "int2"])
 def test_every_answer_is_to_the_rendered_history_and_only_what_is_new_is_read(tmp_path, kv, template, monkeypatch):
-    """Random answers split into other tokens than were drawn, and the second template drops them: both cut the cache."""
+    """Random answers split into other tokens than were drawn, and the second template drops them: both cut the
+    cache."""
     engine = talker(write_talker(tmp_path / "m", 5, template=template), kv)
     conversation, witness = Conversation(engine, system="the dog", ctx=1024), Witness(engine, monkeypatch)
     for turn, question in enumerate(QUESTIONS):
@@ -73,7 +80,8 @@ def test_every_answer_is_to_the_rendered_history_and_only_what_is_new_is_read(tm
         assert rendered[kept:] == witness.read[0] and rendered[:kept] == before[:kept]
         shared = common(rendered, before)
         assert shared - 128 < kept <= shared and (kept == shared or kv != "bf16")  # at most a block is read again
-        assert conversation.last.prompt_tokens == len(rendered) and conversation.last.prefilled_tokens == len(rendered) - kept
+        assert conversation.last.prompt_tokens == len(rendered)
+        assert conversation.last.prefilled_tokens == len(rendered) - kept
         held = len(conversation.held)
         assert conversation.held == witness.row[:held] == (rendered + conversation.last.token_ids)[:held]
         assert held == conversation.cache.lengths[0]
@@ -89,8 +97,11 @@ def test_a_turn_costs_what_is_new_on_a_real_model():
     answer = "".join(conversation.say("And of Italy?", max_tokens=12))
     assert "Rome" in answer
     last = conversation.last
-    # everything but the end token of the first answer, the new message and the template's words around it was in the cache
-    assert last.prefilled_tokens == last.prompt_tokens - first.prompt_tokens - first.new_tokens + (first.finish_reason != "stop")
+    # everything but the end token of the first answer, the new message and the template's words around it was in the
+    # cache
+    assert last.prefilled_tokens == last.prompt_tokens - first.prompt_tokens - first.new_tokens + (
+        first.finish_reason != "stop"
+    )
     assert last.prefilled_tokens < 20 < last.prompt_tokens
 
 
@@ -189,7 +200,9 @@ def test_a_full_context_is_said_and_the_conversation_stays(folder):
     say(conversation, "the cat", max_tokens=300)
     assert conversation.last.finish_reason in ("length", "context", "stop")
     messages = list(conversation.messages)
-    with pytest.raises(UserError, match=r"the conversation would have \d+ tokens, the context holds 128; begin anew or raise --ctx"):
+    with pytest.raises(
+        UserError, match=r"the conversation would have \d+ tokens, the context holds 128; begin anew or raise --ctx"
+    ):
         say(conversation, "the dog saw that " * 30)
     assert conversation.messages == messages
     conversation.reset()
@@ -294,7 +307,9 @@ def test_what_was_taken_back_is_not_saved(folder, tmp_path, system):
         assert saved.messages == conversation.messages == [{"role": "system", "content": system}]
         assert saved.ids == engine.render([*saved.messages, {"role": "user", "content": "the dog"}])[: len(saved)]
         again = Conversation(engine, ctx=512, cache=saved)
-        assert say(again, "the cat", temperature=0, sampling=None) == say(conversation, "the cat", temperature=0, sampling=None)
+        assert say(again, "the cat", temperature=0, sampling=None) == say(
+            conversation, "the cat", temperature=0, sampling=None
+        )
 
 
 @pytest.mark.parametrize("then", ["save", "reset"])
@@ -337,7 +352,8 @@ def test_undo_takes_one_turn_after_another_back_as_if_they_had_not_been(folder, 
         conversation.undo()
         assert conversation.messages == state and conversation.last is None
         rendered = conversation.engine.render([*state, {"role": "user", "content": ""}])
-        assert common(rendered, conversation.held) == len(conversation.held) == conversation.cache.lengths[0]  # no more is held
+        # no more is held
+        assert common(rendered, conversation.held) == len(conversation.held) == conversation.cache.lengths[0]
     with pytest.raises(UserError, match="no answer yet to take back"):
         conversation.undo()
     greedy = {"max_tokens": 20, "sampling": Sampling()}

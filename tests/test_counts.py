@@ -15,7 +15,8 @@ def test_no_import_points_up_and_there_is_no_circle():
     graph = counts.imports()
     assert not counts.rising(graph) and not counts.circle(graph)
     assert {"engine", "oscar", "ops.reference", "app.cli", "evaluation.fidelity"} <= set(graph)
-    assert "oscar" in graph["ops.reference"] and "app.conversation" in graph[""]  # one is imported from .., one for types only
+    # one is imported from .., one for types only
+    assert "oscar" in graph["ops.reference"] and "app.conversation" in graph[""]
 
 
 def test_what_points_up_or_in_a_circle_is_found():

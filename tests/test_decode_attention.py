@@ -360,7 +360,8 @@ def test_decode_attention_over_batches(device, seed, batch, name):
 # --- contexts that no short test reaches: an index, a sum or a round of merging that grows with the length
 
 
-STEEP = 5e-3  # the same where logits of many tokens are steep: heavy tails, and a token of 20 times the norm that is packed
+# the same where logits of many tokens are steep: heavy tails, and a token of 20 times the norm that is packed
+STEEP = 5e-3
 
 
 @on_the_card

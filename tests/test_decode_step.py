@@ -24,13 +24,18 @@ from .test_cuda_backend import SIMULATED, _card, _simulated, _simulated_hopper, 
 from .tiny import load, relative, write_model
 
 GREEDY = Sampling()
-FAMILIES = {"llama": {}, "qwen2": {"num_attention_heads": 6, "num_key_value_heads": 1}, "qwen3": {"tie_word_embeddings": True}}
+FAMILIES = {
+    "llama": {}, "qwen2": {"num_attention_heads": 6, "num_key_value_heads": 1}, "qwen3": {"tie_word_embeddings": True}
+}
 FAMILIES["llama with biases"] = {"attention_bias": True, "mlp_bias": True}
 
 
-def prepared(engine, ops, prompts: list[np.ndarray], sampling: Sampling = GREEDY, room: int = 8, **drawing) -> StepDecoder:
+def prepared(
+    engine, ops, prompts: list[np.ndarray], sampling: Sampling = GREEDY, room: int = 8, **drawing
+) -> StepDecoder:
     """A step over a cache that `ops` has filled with the prompts, but for the last token of each."""
-    cache = Cache(engine.config, engine.scheme, len(prompts) + 1, max(map(len, prompts)) + room, ops)  # the last row is not in use
+    # the last row is not in use
+    cache = Cache(engine.config, engine.scheme, len(prompts) + 1, max(map(len, prompts)) + room, ops)
     slots = [i for i, ids in enumerate(prompts) if len(ids) > 1]
     if slots:
         counts = [len(prompts[i]) - 1 for i in slots]
@@ -66,16 +71,20 @@ def mapped(weights: Weights, change) -> Weights:
 def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed):
     """Over two steps, the window of one row filled and packed on the way.
 
-    The reference goes on with the back end's cache, once that is seen to be nearly its own: activations in BF16 put a hundredth of
-    the keys at another of four levels, which is not what is tested here.
+    The reference goes on with the back end's cache, once that is seen to be nearly its own: activations in BF16 put a
+    hundredth of the keys at another of four levels, which is not what is tested here.
     """
-    folder = write_model(tmp_path / "m", seed, model_type=family.split()[0], head_dim=64, num_hidden_layers=1, **FAMILIES[family])
+    folder = write_model(
+        tmp_path / "m", seed, model_type=family.split()[0], head_dim=64, num_hidden_layers=1, **FAMILIES[family]
+    )
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 160, n) for n in (128, 1, 40)]
     reference, engine, ops = of_backend(make, folder, kv)
     step = prepared(engine, ops, prompts)
     cache = Cache(reference.config, reference.scheme, len(prompts), 140, reference.ops)
-    reference.model.forward(np.concatenate([prompts[0][:-1], prompts[2][:-1]]), cache, cache.batch_for([0, 2], [127, 39]))
+    reference.model.forward(
+        np.concatenate([prompts[0][:-1], prompts[2][:-1]]), cache, cache.batch_for([0, 2], [127, 39])
+    )
     ids = np.array([p[-1] for p in prompts])
     for _ in range(2):
         for slot in range(3):
@@ -110,8 +119,8 @@ MANY_ROWS = [
 
 @pytest.mark.parametrize(("make", "rows"), MANY_ROWS)
 def test_many_rows_give_what_each_gives_alone(make, rows, tmp_path, seed):
-    """Ten rows take the products of linear_batch.cu, forty of sm90/linear_batch.cu where there is one, one those of linear.cu: equal within
-    the roundings of BF16."""
+    """Ten rows take the products of linear_batch.cu, forty of sm90/linear_batch.cu where there is one, one those of
+    linear.cu: equal within the roundings of BF16."""
     folder = write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1)
     prompts = [np.random.default_rng(seed + n).integers(0, 160, 1 + n % 9) for n in range(rows - 1)]
     _, engine, ops = of_backend(make, folder, "int2")
@@ -228,7 +237,9 @@ class Unlaunched(Cuda):
 
 @pytest.mark.parametrize("kv", ["int2", "bf16"])
 @pytest.mark.parametrize("preset", ["qwen3-0.6b", "qwen2.5-7b"])
-@pytest.mark.parametrize(("rows", "penalty"), [(1, 0.0), (8, 0.0), (9, 0.0), (100, 0.0), (256, 0.0), (1, 1.0), (100, 1.0)])
+@pytest.mark.parametrize(
+    ("rows", "penalty"), [(1, 0.0), (8, 0.0), (9, 0.0), (100, 0.0), (256, 0.0), (1, 1.0), (100, 1.0)]
+)
 def test_what_a_step_allocates_is_predicted(preset, kv, rows, penalty):
     config, ops = replace(presets.config_of(preset), num_layers=2), Unlaunched()
     shapes = {name: np.empty(shape, BF16) for name, shape in expected(config).items()}
@@ -236,7 +247,9 @@ def test_what_a_step_allocates_is_predicted(preset, kv, rows, penalty):
     qkv, gate_up = (np.empty((n, hidden), BF16) for n in (width, 2 * config.intermediate_size))
     names = "input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj"
     norm, q_norm, k_norm, o, post_norm, down = (shapes.get(f"model.layers.0.{name}.weight") for name in names)
-    layer = Layer(norm, qkv, np.empty(width, BF16) if config.qkv_bias else None, q_norm, k_norm, o, None, post_norm, gate_up, down)
+    layer = Layer(
+        norm, qkv, np.empty(width, BF16) if config.qkv_bias else None, q_norm, k_norm, o, None, post_norm, gate_up, down
+    )
     embed = shapes["model.embed_tokens.weight"]
     weights = Weights(embed, (layer, layer), shapes["model.norm.weight"], embed)
     cache = Cache(config, SCHEMES[kv], rows, 256, ops)

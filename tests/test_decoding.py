@@ -44,7 +44,8 @@ def steps(decoder, rows: list[list[int]]) -> list[list[int]]:
 @on_each_backend
 @pytest.mark.parametrize("kv", ["int2", "bf16"])
 def test_a_step_that_was_thrown_away_is_taken_again(make, kv, tmp_path, seed):
-    """It had filled the window of row 0, and packed it; in row 1 it stood first in a window that was packed a step before."""
+    """It had filled the window of row 0, and packed it; in row 1 it stood first in a window that was packed a step
+    before."""
     _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), kv)
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 160, n) for n in (126, 127)]

@@ -10,8 +10,13 @@ from tokenizers import Tokenizer as Library
 
 from minioscar.detokenizer import Detokenizer
 
-WORDS = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in (0xE2, 0x82, 0xAC, 0xFF, 0x41)), "▁", "▁▁", "▁The", "a", "b", "##b", "##", "."]
-WORDS += ["'s", "n't", "x</w>", "a</w>b", "</w>", "<pad>", "|", "é", "日", "Ġthe", "â", "Ĥ", "¬", "ÿ", " ", "  ", "\ufffd"]
+WORDS = [
+    "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in (0xE2, 0x82, 0xAC, 0xFF, 0x41)), "▁", "▁▁", "▁The", "a", "b", "##b",
+    "##", "."
+]
+WORDS += [
+    "'s", "n't", "x</w>", "a</w>b", "</w>", "<pad>", "|", "é", "日", "Ġthe", "â", "Ĥ", "¬", "ÿ", " ", "  ", "\ufffd"
+]
 SPECIAL = frozenset((0, 1))
 SPACE, BYTES, FUSE, STRIP = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
 BYTE_LEVEL, METASPACE = decoders.ByteLevel(), decoders.Metaspace(prepend_scheme="first")
@@ -39,7 +44,9 @@ CHAINS = {
     "strip_each": decoders.Sequence([SPACE, STRIP]),
     "strip_behind": decoders.Sequence([FUSE, decoders.Strip("b", 0, 1)]),
     "replace_across_tokens": decoders.Sequence([FUSE, decoders.Replace("▁▁", "  ")]),
-    "replace_by_pattern": decoders.Sequence([decoders.Replace(Regex("a+"), "b"), FUSE, decoders.Replace(Regex("b+"), "c")]),
+    "replace_by_pattern": decoders.Sequence(
+        [decoders.Replace(Regex("a+"), "b"), FUSE, decoders.Replace(Regex("b+"), "c")]
+    ),
 }
 
 
@@ -62,7 +69,8 @@ def test_streamed_is_decoded_from_the_beginning_and_behind_a_prompt(chain):
     rng = random.Random(seed)
     for _ in range(400):
         ids = [rng.randrange(len(WORDS) + 4) for _ in range(rng.randrange(9))]  # added tokens, rows without one
-        ids = ids if chain != "strip_behind" else [WORDS.index("a"), *ids]  # the library panics where there is nothing to strip
+        # the library panics where there is nothing to strip
+        ids = ids if chain != "strip_behind" else [WORDS.index("a"), *ids]
         whole, cut = made.decode(ids), rng.randrange(len(ids) + 1)
         assert "".join(pieces(made, ids, [])) == whole, (seed, ids)
         prompt = made.decode(ids[:cut]) if cut or chain != "strip_behind" else ""

@@ -20,8 +20,12 @@ def engines(tmp_path_factory) -> dict[str, Engine]:
     folder = write_model(tmp_path_factory.mktemp("drift") / "m", 11, head_dim=64)
     ops, config = Reference(), Config.from_folder(folder)
     plain = load(folder, config, ops)
-    schemes = [SCHEMES[name] for name in ("bf16", "kivi", "int4")] + [Scheme("nothing lost", bits=8, rotate=True, scale=True)]
-    return {s.name: Engine(config, rotate_values(plain, config, ops) if s.rotate else plain, None, s, ops) for s in schemes}
+    schemes = [SCHEMES[name] for name in ("bf16", "kivi", "int4")] + [
+        Scheme("nothing lost", bits=8, rotate=True, scale=True)
+    ]
+    return {
+        s.name: Engine(config, rotate_values(plain, config, ops) if s.rotate else plain, None, s, ops) for s in schemes
+    }
 
 
 PROMPTS = [np.random.default_rng(n).integers(0, 160, 150).tolist() for n in range(2)]

@@ -10,7 +10,8 @@ from minioscar.ops import linear
 
 from .kernel_device import on_each_device, on_the_card
 
-SMALL = [(1, 8), (3, 72), (2, 2056), (2, 4104), (1, 6144)]  # tokens, n: a piece, pieces of one round, of two, of two blocks
+# tokens, n: a piece, pieces of one round, of two, of two blocks
+SMALL = [(1, 8), (3, 72), (2, 2056), (2, 4104), (1, 6144)]
 LARGE = [(4097, 12288), (70000, 576)]  # more tokens than a grid may have in its second axis
 
 

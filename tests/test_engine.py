@@ -55,7 +55,10 @@ def test_greedy_decoding_is_the_argmax_of_the_models_own_logits(folder, kv):
 
 def test_the_same_seed_draws_the_same_tokens_and_another_seed_others(folder):
     engine = load(folder)
-    draw = [engine.generate([1, 2, 3], max_tokens=20, sampling=Sampling(temperature=1.0, seed=s)).token_ids for s in (5, 5, 6)]
+    draw = [
+        engine.generate([1, 2, 3], max_tokens=20, sampling=Sampling(temperature=1.0, seed=s)).token_ids
+        for s in (5, 5, 6)
+    ]
     assert draw[0] == draw[1] != draw[2]
 
 

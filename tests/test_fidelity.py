@@ -26,9 +26,12 @@ def test_metrics_of_two_known_distributions():
 
 
 def test_a_scheme_that_loses_nothing_measures_nothing(monkeypatch):
-    """Eight bits a code: the whole path of rotation, norms and packed blocks, and a KL of a millionth of what two bits cost."""
+    """Eight bits a code: the whole path of rotation, norms and packed blocks, and a KL of a millionth of what two bits
+    cost."""
     monkeypatch.setitem(SCHEMES, "8bit", Scheme("8bit", bits=8, rotate=True, scale=True))
-    exact, ours, oscar = fidelity.evaluate("smollm2-135m", ["8bit", "oscar"], prefill=260, decode=30, device="cpu")["results"]
+    exact, ours, oscar = fidelity.evaluate(
+        "smollm2-135m", ["8bit", "oscar"], prefill=260, decode=30, device="cpu"
+    )["results"]
     assert (exact["kl"], exact["dnll"], exact["top1"]) == (0, 0, 1)
     assert 0 <= ours["kl"] < 1e-4 < oscar["kl"] / 100 and abs(ours["dnll"]) < 0.01
 
@@ -47,7 +50,9 @@ def test_standard_errors_are_those_of_the_mean_over_windows():
 
 
 def test_windows_follow_each_other_and_their_mean_is_reported():
-    run = {n: fidelity.evaluate("smollm2-135m", ["int2"], prefill=140, decode=10, windows=n, device="cpu") for n in (1, 2)}
+    run = {
+        n: fidelity.evaluate("smollm2-135m", ["int2"], prefill=140, decode=10, windows=n, device="cpu") for n in (1, 2)
+    }
     text = fidelity.default_text()
     from minioscar.storage import hub
     from minioscar.tokenizer import Tokenizer

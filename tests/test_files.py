@@ -21,7 +21,8 @@ from minioscar.storage.files import check_seekable, check_writable, read_bytes, 
 
 TEXT = "the cat\nsat on é \U0001f642\n"
 ENCODINGS = {
-    "utf-8": "", "utf-8-sig": "", "utf-16": "", "utf-16-le": "\ufeff", "utf-16-be": "\ufeff", "utf-32": "", "utf-32-le": "\ufeff",
+    "utf-8": "", "utf-8-sig": "", "utf-16": "", "utf-16-le": "\ufeff", "utf-16-be": "\ufeff", "utf-32": "",
+    "utf-32-le": "\ufeff",
     "utf-32-be": "\ufeff",
 }
 
@@ -93,7 +94,9 @@ def test_a_file_of_which_parts_are_read_is_refused_by_its_true_cause(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("x")
-    for name, reason in (("fifo", "is a FIFO"), ("", "is a folder"), ("loop", "cannot be read .Too many levels of symbolic links")):
+    for name, reason in (
+        ("fifo", "is a FIFO"), ("", "is a folder"), ("loop", "cannot be read .Too many levels of symbolic links")
+    ):
         with pytest.raises(UserError, match=reason):
             check_seekable(tmp_path / name)
     for name in ("file", "no", "no/no", "file/no"):  # what is not there is for the caller to say
@@ -106,7 +109,9 @@ def test_a_fifo_and_a_process_substitution_are_read(tmp_path):
     writer.start()
     assert read_text(str(tmp_path / "pipe")) == "a\n"
     writer.join()
-    code = "import sys; from minioscar.storage.files import read_text; print([read_text(path) for path in sys.argv[1:]])"
+    code = (
+        "import sys; from minioscar.storage.files import read_text; print([read_text(path) for path in sys.argv[1:]])"
+    )
     shell = f"{sys.executable} -c '{code}' <(printf one) /dev/stdin <<< two"
     assert subprocess.run(["bash", "-c", shell], capture_output=True, text=True).stdout == "['one', 'two\\n']\n"
 
@@ -167,7 +172,9 @@ def odd_targets(folder: Path) -> dict[str, tuple[Path, str]]:
     os.mkfifo(folder / "fifo")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "socket"))
-    links = {"one": "two", "two": "one", "to null": "/dev/null", "to fifo": "fifo", "far": "no/file", "to folder": "folder"}
+    links = {
+        "one": "two", "two": "one", "to null": "/dev/null", "to fifo": "fifo", "far": "no/file", "to folder": "folder"
+    }
     for link, to in links.items():
         (folder / link).symlink_to(to)
     (folder / "file").write_text("x")
@@ -282,7 +289,10 @@ def test_write_protection_is_respected_also_where_a_rename_would_not(tmp_path, m
 
 
 def through(path: str, redirect: str, tmp_path: Path) -> subprocess.CompletedProcess:
-    code = f"from minioscar.storage.files import replacing\nprint(1)\nwith replacing('{path}') as p: p.write_bytes(bytes(range(256)))"
+    code = (
+        f"from minioscar.storage.files import replacing\nprint(1)\nwith replacing('{path}') as p: "
+        "p.write_bytes(bytes(range(256)))"
+    )
     code += "\nprint(2)"
     (tmp_path / "code.py").write_text(code)
     return subprocess.run(["bash", "-c", f"{sys.executable} {tmp_path}/code.py {redirect}"], capture_output=True)

@@ -1,4 +1,5 @@
-"""The first minute: what `make demo` installs on which machine, and the package as a wheel of its own, away from the checkout."""
+"""The first minute: what `make demo` installs on which machine, and the package as a wheel of its own, away from the
+checkout."""
 
 from __future__ import annotations
 
@@ -41,15 +42,21 @@ def demo(folder: Path, *variables: str, version: int = 13000, devices: int = 1, 
     return done.stdout, done.stderr
 
 
-needs_make = pytest.mark.skipif(not (shutil.which("make") and shutil.which("g++")), reason="needs make and g++ (a stand-in for the driver)")
+needs_make = pytest.mark.skipif(
+    not (shutil.which("make") and shutil.which("g++")), reason="needs make and g++ (a stand-in for the driver)"
+)
 
 
 @needs_make
-@pytest.mark.parametrize(("version", "extra"), [(12000, "cuda12"), (12080, "cuda12"), (13000, "cuda13"), (14010, "cuda13")])
+@pytest.mark.parametrize(
+    ("version", "extra"), [(12000, "cuda12"), (12080, "cuda12"), (13000, "cuda13"), (14010, "cuda13")]
+)
 def test_a_machine_with_a_driver_gets_the_extra_of_its_version(version, extra, tmp_path):
     commands, said = demo(tmp_path, version=version)
     assert f"install -q --disable-pip-version-check -e '.[gguf,{extra}]'" in commands and said == ""
-    assert commands.index(f"cuda_extra.py {extra}") < commands.index("pip install") < commands.index("minioscar generate")
+    assert commands.index(
+        f"cuda_extra.py {extra}"
+    ) < commands.index("pip install") < commands.index("minioscar generate")
     assert "--device auto" in commands
 
 
@@ -57,7 +64,8 @@ def test_a_machine_with_a_driver_gets_the_extra_of_its_version(version, extra, t
 @pytest.mark.parametrize(
     ("driver", "why"),
     [
-        ({"init": 100}, ""), ({"devices": 0}, ""), ({"init": 999}, "does not work (CUDA error 999); going on without the GPU"),
+        ({"init": 100}, ""), ({"devices": 0}, ""),
+        ({"init": 999}, "does not work (CUDA error 999); going on without the GPU"),
         ({"version": 11040}, "has CUDA 11.4, and CuPy needs 12 or newer"),
     ],
 )  # fmt: skip
@@ -118,11 +126,20 @@ def test_a_wheel_in_a_clean_environment_generates_a_token(wheel, tmp_path):
     """Libraries are those that are here; the package is the wheel's, and nothing of the checkout can be seen."""
     venv.create(tmp_path / "venv", symlinks=True)
     python = str(tmp_path / "venv" / "bin" / "python")
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", "--no-compile", str(wheel)]
+    install = [
+        sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", "--no-compile",
+        str(wheel)
+    ]
     subprocess.run(install, check=True, capture_output=True)
-    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")}))
-    libraries = {str(Path(find_spec(name).origin).parent.parent) for name in ("numpy", "tokenizers", "safetensors", "tqdm", "jinja2")}
-    (site / "libraries.pth").write_text("\n".join(libraries))  # these alone: an editable minioscar beside them is not found by this
+    site = Path(
+        sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")})
+    )
+    libraries = {
+        str(Path(find_spec(name).origin).parent.parent)
+        for name in ("numpy", "tokenizers", "safetensors", "tqdm", "jinja2")
+    }
+    # these alone: an editable minioscar beside them is not found by this
+    (site / "libraries.pth").write_text("\n".join(libraries))
     model = write_talker(tmp_path / "model", 1)
 
     def run(*command: str) -> str:
@@ -133,5 +150,7 @@ def test_a_wheel_in_a_clean_environment_generates_a_token(wheel, tmp_path):
 
     assert run(python, "-c", EVERY_MODULE).strip() == str(site / "minioscar" / "__init__.py")
     script = str(tmp_path / "venv" / "bin" / "minioscar")
-    answer = json.loads(run(script, "generate", str(model), "the cat", "--max-tokens", "2", "--ignore-eos", "--device", "cpu", "--json"))
+    answer = json.loads(
+        run(script, "generate", str(model), "the cat", "--max-tokens", "2", "--ignore-eos", "--device", "cpu", "--json")
+    )
     assert answer["new_tokens"] == 2

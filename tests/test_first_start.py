@@ -1,4 +1,5 @@
-"""The first answer on a fresh card: which kernels a run needs is known before it launches any, and they are compiled side by side."""
+"""The first answer on a fresh card: which kernels a run needs is known before it launches any, and they are compiled
+side by side."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from .tiny import load, write_model
 
 
 class Compiler:
-    """Stand-in for CuPy's binding of NVRTC (`cupy.cuda.nvrtc`): compiling takes a while, and says how many do it at a time."""
+    """Stand-in for CuPy's binding of NVRTC (`cupy.cuda.nvrtc`): compiling takes a while, and says how many do it at a
+    time."""
 
     NVRTCError = type("NVRTCError", (Exception,), {})
 
@@ -64,7 +66,9 @@ class Compiler:
         pass
 
 
-SOME = [("step.cu", ()), ("linear.cu", ("NORM=1",)), ("linear.cu", ("NORM=0",)), ("sm90/linear_batch.cu", ("ROWS=128",))]
+SOME = [
+    ("step.cu", ()), ("linear.cu", ("NORM=1",)), ("linear.cu", ("NORM=0",)), ("sm90/linear_batch.cu", ("ROWS=128",))
+]
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +96,13 @@ def test_what_is_missing_is_compiled_side_by_side_and_kept(empty_cache, capsys):
 def test_another_card_macro_or_compiler_has_machine_code_of_its_own(monkeypatch):
     nvrtc, newer = Compiler(), Compiler()
     newer.getVersion = lambda: (13, 1)
-    found = [cubins.cubin(("step.cu", defines), arch, n) for defines in ((), ("A=1",)) for arch in (80, 90) for n in (nvrtc, newer)]
+    found = [
+        cubins.cubin(("step.cu", defines), arch, n) for defines in ((), ("A=1",)) for arch in (80, 90)
+        for n in (nvrtc, newer)
+    ]
     assert len(set(found)) == 8
-    assert "sm_90a" in cubins.options(("sm90/linear_batch.cu", ()), 90)[0] and "sm_90a" not in cubins.options(("step.cu", ()), 90)[0]
+    assert "sm_90a" in cubins.options(("sm90/linear_batch.cu", ()), 90)[0]
+    assert "sm_90a" not in cubins.options(("step.cu", ()), 90)[0]
 
 
 def test_a_kernel_that_does_not_compile_is_one_line(capsys):
@@ -191,7 +199,9 @@ def listed(preset: str, kv: str, lengths: list[int], arch: int) -> list[cubins.P
     wide = [np.broadcast_to(BF16.type(0), (width, config.hidden_size)) for width in widths]
     names = "input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj"
     norm, q_norm, k_norm, o, post, down = (of.get(f"{name}.weight") for name in names)
-    layer, embed = Layer(norm, wide[0], None, q_norm, k_norm, o, None, post, wide[1], down), of["model.embed_tokens.weight"]
+    layer, embed = Layer(
+        norm, wide[0], None, q_norm, k_norm, o, None, post, wide[1], down
+    ), of["model.embed_tokens.weight"]
     model = Model(config, Weights(embed, (layer,), of["model.norm.weight"], embed), SCHEMES[kv], ops)
     cache = Cache(config, SCHEMES[kv], len(lengths), 4096, ops)
     rows = [RowSampling(Sampling())] * len(lengths)
@@ -205,4 +215,5 @@ def test_a_long_prompt_of_a_large_model_is_listed_in_no_time_and_no_memory(arch)
     before = time.perf_counter()
     found = listed("qwen3-8b", "int2", [4000], arch)
     assert time.perf_counter() - before < 0.2
-    assert 8 <= len(found) <= 20 and {"pack.cu", "decode_attention.cu", "step.cu", "sample.cu"} <= {file for file, _ in found}
+    assert 8 <= len(found) <= 20
+    assert {"pack.cu", "decode_attention.cu", "step.cu", "sample.cu"} <= {file for file, _ in found}

@@ -20,7 +20,8 @@ def test_mutated_models_caches_and_prompts_end_in_one_line_and_an_exit_code(seed
     assert not summary["failures"], json.dumps(summary["failures"][:3], indent=1)
     assert sum(sum(codes.values()) for codes in summary["exit_codes"].values()) == 450
     codes = summary["exit_codes"]
-    assert all("2" in found for found in codes.values()) and "0" in codes["folder"] and "0" in codes["prompt"], summary  # some live
+    # some live
+    assert all("2" in found for found in codes.values()) and "0" in codes["folder"] and "0" in codes["prompt"], summary
 
 
 def test_some_mutated_caches_live():
@@ -43,7 +44,9 @@ def judged(place: Path, argv: list[str], stdin: bytes = b"") -> list[str]:
     case = Case(1, 2, place / "case", place / "originals", place / "decoy")
     shutil.rmtree(case.model)
     shutil.copytree(place / "originals" / "model", case.model)
-    case.argv, case.stdin, case.writes = [*(str(case.model) if a == "MODEL" else a for a in argv), "--device", "cpu"], stdin, set()
+    case.argv, case.stdin, case.writes = [
+        *(str(case.model) if a == "MODEL" else a for a in argv), "--device", "cpu"
+    ], stdin, set()
     decoy.touched()
     _, broken = fuzz.run_case(case, OPENED, decoy)
     if decoy.fd is not None:
@@ -75,7 +78,9 @@ def test_the_fuzz_notices_a_decoy_opened_by_a_library(place, monkeypatch):
 
     if not Path("/proc/self/fd").exists():
         pytest.skip("inotify is Linux's")
-    monkeypatch.setitem(cli.COMMANDS, "generate", lambda args: print(safe_open(place / "decoy" / "model.safetensors", "np")))
+    monkeypatch.setitem(
+        cli.COMMANDS, "generate", lambda args: print(safe_open(place / "decoy" / "model.safetensors", "np"))
+    )
     assert any("the decoy" in line for line in judged(place, GOOD))
 
 
@@ -88,14 +93,9 @@ def test_the_fuzz_notices_crashes_and_hangs(monkeypatch, tmp_path):
     """The worker is told to die in its third case and to sleep in its fifth."""
     hook = tmp_path / "sitecustomize.py"
     hook.write_text(
-        "import os, sys, time\n"
-        "if '--worker' in sys.orig_argv:\n"
-        "    import tests.mutants as m\n"
-        "    make = m.Case.__init__\n"
-        "    def init(self, seed, number, *rest):\n"
-        "        make(self, seed, number, *rest)\n"
-        "        os.abort() if number == 2 else time.sleep(99) if number == 4 else None\n"
-        "    m.Case.__init__ = init\n"
+        "import os, sys, time\nif '--worker' in sys.orig_argv:\n    import tests.mutants as m\n    make = "
+        "m.Case.__init__\n    def init(self, seed, number, *rest):\n        make(self, seed, number, *rest)\n        "
+        "os.abort() if number == 2 else time.sleep(99) if number == 4 else None\n    m.Case.__init__ = init\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}")
     monkeypatch.setattr(fuzz, "LIMIT", 3.0)

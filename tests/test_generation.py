@@ -1,5 +1,5 @@
-"""What can be asked of a prompt: where its answer ends, penalties, log-probabilities, several answers, each prompt its own options; and
-what happens when memory or numbers run out."""
+"""What can be asked of a prompt: where its answer ends, penalties, log-probabilities, several answers, each prompt its
+own options; and what happens when memory or numbers run out."""
 
 from __future__ import annotations
 
@@ -97,10 +97,12 @@ def answers(engine, prompts, options, **more):
 
 @pytest.fixture
 def ending(engine, monkeypatch):
-    """The engine with an end token that its greedy answer to "the cat" has, and how many tokens that answer has before it."""
+    """The engine with an end token that its greedy answer to "the cat" has, and how many tokens that answer has before
+    it."""
     plain = engine.generate("the cat", max_tokens=30, ignore_eos=True).token_ids
     at = next(i for i, token in enumerate(plain) if i > 3 and token not in plain[:i])
-    monkeypatch.setattr(engine.tokenizer, "eos_ids", frozenset({plain[at], 10**6}))  # some files name an end token that the model has not
+    # some files name an end token that the model has not
+    monkeypatch.setattr(engine.tokenizer, "eos_ids", frozenset({plain[at], 10**6}))
     return engine, at
 
 
@@ -131,7 +133,8 @@ def test_a_stop_id_that_the_model_does_not_have_is_refused(engine, wrong):
 @pytest.mark.parametrize("stop", ["<|user|>", "<|end|>"])
 @pytest.mark.parametrize("others", [[], ["never so", "<|user|>x", "x<|end|>", "<|nobody|>", "\ud800"]])
 def test_a_stop_string_that_is_a_special_token_ends_there(engine, monkeypatch, stop, others):
-    """Its text is never seen, so only the token can match; what is not a special token, or has other text, breaks nothing."""
+    """Its text is never seen, so only the token can match; what is not a special token, or has other text, breaks
+    nothing."""
     special = engine.tokenizer.special_id(stop)
     monkeypatch.setattr(engine.tokenizer, "eos_ids", frozenset())
     # random logits have it seldom: it is put in the way
@@ -186,9 +189,14 @@ def test_stop_strings_are_looked_for_behind_min_tokens(engine):
 def test_penalties_change_what_is_drawn_and_not_the_log_probabilities(engine):
     """A frequency penalty on greedy tokens draws each the oftener the seldomer; logprobs stay the model's."""
     plain = engine.generate("the cat", max_tokens=60, ignore_eos=True)
-    result = engine.generate("the cat", max_tokens=60, frequency_penalty=2.0, presence_penalty=2.0, ignore_eos=True, logprobs=3)
+    result = engine.generate(
+        "the cat", max_tokens=60, frequency_penalty=2.0, presence_penalty=2.0, ignore_eos=True, logprobs=3
+    )
     assert len(set(result.token_ids)) > len(set(plain.token_ids))
-    assert all([top.logprob for top in one.top] == sorted((top.logprob for top in one.top), reverse=True) for one in result.logprobs)
+    assert all(
+        [top.logprob for top in one.top] == sorted((top.logprob for top in one.top), reverse=True)
+        for one in result.logprobs
+    )
     assert any(one.token_id != one.top[0].token_id for one in result.logprobs)
     again = engine.generate("the cat", max_tokens=60, repetition_penalty=100.0, ignore_eos=True)
     assert len(set(again.token_ids)) > len(set(plain.token_ids))
@@ -216,7 +224,9 @@ def test_each_prompt_may_have_options_of_its_own(engine):
     for i, (prompt, one) in enumerate(zip(prompts, options, strict=True)):
         alone = answers(engine, [prompt], one, sequences=range(first[i], first[i] + one.n))
         mine = together[first[i] : first[i] + one.n]
-        assert [(r.text, r.token_ids, r.finish_reason) for r in alone] == [(r.text, r.token_ids, r.finish_reason) for r in mine]
+        assert [
+            (r.text, r.token_ids, r.finish_reason) for r in alone
+        ] == [(r.text, r.token_ids, r.finish_reason) for r in mine]
         assert all((r.logprobs is None) == (one.logprobs is None) for r in mine)
     assert len(together) == 5 and together[0].new_tokens == 5 and max(r.new_tokens for r in together[1:3]) <= 9
 
@@ -233,8 +243,11 @@ def test_options_that_are_not_one_for_each_prompt_are_refused(engine, wrong):
 def test_logprobs_are_those_of_the_models_own_logits(engine):
     result = engine.generate("the cat", max_tokens=12, logprobs=3)
     ids = engine.encode("the cat")
-    logits = engine.logits(ids + result.token_ids)[len(ids) - 1 : -1].astype(np.float64)  # below 128 tokens nothing is quantized
-    want = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) - logits.max(1, keepdims=True)
+    # below 128 tokens nothing is quantized
+    logits = engine.logits(ids + result.token_ids)[len(ids) - 1 : -1].astype(np.float64)
+    want = logits - np.log(
+        np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)
+    ) - logits.max(1, keepdims=True)
     assert [entry.token_id for entry in result.logprobs] == result.token_ids
     for entry, row in zip(result.logprobs, want, strict=True):
         assert entry.logprob == pytest.approx(row[entry.token_id], abs=0.05)  # BF16 in the window
@@ -319,8 +332,11 @@ def break_at(engine, monkeypatch, call: int, error: type[BaseException], *args) 
 
 @pytest.mark.parametrize("kv", ["bf16", "oscar", "int2", "int2-compact"])
 @pytest.mark.parametrize("held", [5, 127, 128, 200, 300])
-def test_a_pass_that_broke_off_leaves_a_cache_that_goes_on_from_its_last_whole_block(folder, kv, held, seed, monkeypatch):
-    """The second layer fails, the first has the new tokens already: what is read later must be as if they had never come."""
+def test_a_pass_that_broke_off_leaves_a_cache_that_goes_on_from_its_last_whole_block(
+    folder, kv, held, seed, monkeypatch
+):
+    """The second layer fails, the first has the new tokens already: what is read later must be as if they had never
+    come."""
     engine, rng = talker(folder, kv), np.random.default_rng(seed)
     ids, more = rng.integers(0, 320, held).tolist(), rng.integers(0, 320, 150).tolist()
     cache = Cache(engine.config, engine.scheme, 1, 512, engine.ops)

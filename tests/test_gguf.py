@@ -69,16 +69,19 @@ def gguf_name(name: str) -> str:
 
 
 def interleaved(x: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF's row order, row by row: rows i and i + head_dim/2 of a head, which RoPE turns together, become neighbours."""
+    """GGUF's row order, row by row: rows i and i + head_dim/2 of a head, which RoPE turns together, become
+    neighbours."""
     half = HEAD_DIM // 2
     order = [head * HEAD_DIM + j * half + i for head in range(heads) for i in range(half) for j in (0, 1)]
     return x[order]
 
 
 def write_gguf(
-    path: Path, weights: dict[str, np.ndarray], kinds: dict[str, str] | None = None, architecture: str = "llama", **changes: Any
+    path: Path, weights: dict[str, np.ndarray], kinds: dict[str, str] | None = None, architecture: str = "llama",
+    **changes: Any
 ) -> None:
-    """kinds: part of a GGUF name -> quantization type, F32 where none matches. changes: other or (None) absent metadata."""
+    """kinds: part of a GGUF name -> quantization type, F32 where none matches. changes: other or (None) absent
+    metadata."""
     tokens, types, merges = vocabulary()
     writer = gguf.GGUFWriter(path, architecture)
     numbers = {
@@ -148,7 +151,8 @@ def test_weights_keep_their_names_shapes_and_row_order_and_are_rounded_once_to_b
 
 
 def test_bf16_rounding_is_to_nearest_even(tmp_path, weights):
-    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF], np.uint32)  # two ties, just above and just below one
+    # two ties, just above and just below one
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF], np.uint32)
     weights["model.norm.weight"][:4] = bits.view(np.float32)
     write_gguf(tmp_path / "m.gguf", weights)
     found, _ = converted(tmp_path / "m.gguf")
@@ -171,8 +175,13 @@ def test_quantized_tensors_are_dequantized_before_rows_are_put_back(tmp_path, we
 def test_config_has_the_fields_and_the_shortest_spelling_of_float32_numbers(tmp_path, weights):
     write_gguf(tmp_path / "m.gguf", weights)
     _, config = converted(tmp_path / "m.gguf")
-    wanted = dict(model_type="llama", architectures=["LlamaForCausalLM"], torch_dtype="bfloat16", tie_word_embeddings=True)
-    wanted |= dict(hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, head_dim=HEAD_DIM)
+    wanted = dict(
+        model_type="llama", architectures=["LlamaForCausalLM"], torch_dtype="bfloat16", tie_word_embeddings=True
+    )
+    wanted |= dict(
+        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        head_dim=HEAD_DIM
+    )
     wanted |= dict(num_key_value_heads=KV_HEADS, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=1e5)
     wanted |= dict(vocab_size=len(vocabulary()[0]), bos_token_id=1, eos_token_id=2)
     assert {key: config[key] for key in wanted} == wanted
@@ -191,14 +200,19 @@ def test_the_tokenizer_splits_digits_and_knows_special_and_added_tokens(tmp_path
     converted(tmp_path / "m.gguf")
     tokenizer = Tokenizer(tmp_path / "out")
     tokens = vocabulary()[0]
-    assert [tokens[i] for i in tokenizer.encode("a the 12<think><|im_end|>")] == ["a", "Ġthe", "Ġ", "1", "2", "<think>", "<|im_end|>"]
+    assert [
+        tokens[i] for i in tokenizer.encode("a the 12<think><|im_end|>")
+    ] == ["a", "Ġthe", "Ġ", "1", "2", "<think>", "<|im_end|>"]
     assert tokenizer.decode(tokenizer.encode("a the 12<think><|im_end|>é")) == "a the 12<think>é"
     assert (tokenizer.eos_ids, tokenizer.bos_id) == ({2}, 1)
     assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == "<|im_start|>user\nHi<|im_end|>\n"
 
 
 def test_ends_of_turns_bos_eos_and_named_templates_are_those_of_the_file(tmp_path, weights):
-    more = {"ggml.eot_token_id": 3, "ggml.eom_token_id": 2, "ggml.add_bos_token": True, "ggml.add_eos_token": True, "ggml.cls_token_id": 1}
+    more = {
+        "ggml.eot_token_id": 3, "ggml.eom_token_id": 2, "ggml.add_bos_token": True, "ggml.add_eos_token": True,
+        "ggml.cls_token_id": 1
+    }
     write_gguf(tmp_path / "m.gguf", weights, more=more | {"chat_template.tool_use": "tools {{ cls_token }}"})
     converted(tmp_path / "m.gguf")
     one = Tokenizer(tmp_path / "out")

@@ -1,6 +1,8 @@
-"""The same prompts, seeds and schemes give the tokens that they gave before the house was put in order: fixtures/golden/tokens.json.
+"""The same prompts, seeds and schemes give the tokens that they gave before the house was put in order:
+fixtures/golden/tokens.json.
 
-`python -m tests.test_golden` writes the file anew: only where a change of tokens is meant, and then it says so in its commit.
+`python -m tests.test_golden` writes the file anew: only where a change of tokens is meant, and then it says so in its
+commit.
 """
 
 from __future__ import annotations

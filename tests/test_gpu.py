@@ -33,7 +33,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("kv", SCHEMES)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_tiny_models_of_every_family(family, kv, tmp_path, seed):
-    """Float32 weights rounded to BF16 and BF16 activations through two layers: a few parts in a hundred of a random model's logits."""
+    """Float32 weights rounded to BF16 and BF16 activations through two layers: a few parts in a hundred of a random
+    model's logits."""
     folder = write_model(tmp_path / "m", seed, model_type=family, head_dim=64)
     ids = np.random.default_rng(seed).integers(0, 160, 140)
     want, got = (load(folder, kv, device).logits(ids) for device in ("cpu", "cuda"))
@@ -52,12 +53,13 @@ def test_two_runs_give_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("kv", SCHEMES)
 def test_smollm2_greedy_tokens_agree_except_at_near_ties(kv):
-    """128 tokens; NumPy is fed the GPU's tokens, and where it would choose another one, the two must nearly tie for it: their
-    gap is at most six standard deviations (three for each) of the difference between the back ends' logits at that step.
+    """128 tokens; NumPy is fed the GPU's tokens, and where it would choose another one, the two must nearly tie for it:
+    their gap is at most six standard deviations (three for each) of the difference between the back ends' logits at
+    that step.
 
-    That difference is held to what BF16 explains. Before the first flush: an activation is rounded (2^-9) about seven times in
-    each of 30 layers, 2^-9 * sqrt(210) = 0.028. Behind it, a key that moves by that may fall to the next of four levels, so
-    that the scheme's own error is partly drawn anew: up to half of it more.
+    That difference is held to what BF16 explains. Before the first flush: an activation is rounded (2^-9) about seven
+    times in each of 30 layers, 2^-9 * sqrt(210) = 0.028. Behind it, a key that moves by that may fall to the next of
+    four levels, so that the scheme's own error is partly drawn anew: up to half of it more.
     """
     folder = hub.resolve("smollm2-135m")
     engines = [engine_module.load(folder, *name) for name in ((kv, "cuda"), (kv, "cpu"), ("bf16", "cpu"))]
@@ -69,10 +71,13 @@ def test_smollm2_greedy_tokens_agree_except_at_near_ties(kv):
     gap = cpu.max(axis=1) - cpu[rows, tokens]  # 0 where NumPy chooses the same token
     flush = oscar.WINDOW - len(prompt)  # the first prediction that sees a packed block
     assert 0 < flush < len(tokens) - 20
-    before, behind, own = relative(gpu[:flush], cpu[:flush]), relative(gpu[flush:], cpu[flush:]), relative(cpu[flush:], exact[flush:])
+    before, behind, own = relative(gpu[:flush], cpu[:flush]), relative(gpu[flush:], cpu[flush:]), relative(
+        cpu[flush:], exact[flush:]
+    )
     kl = divergence(log_softmax(cpu), log_softmax(gpu))
     report = {"kv": kv, "tokens": len(tokens), "differ": int((gap > 0).sum()), "largest_gap": float(gap.max()),
-              "largest_gap_in_noise": float((gap / noise).max()), "error_before_flush": before, "error_behind": behind, "scheme_error": own,
+              "largest_gap_in_noise": float((gap / noise).max()), "error_before_flush": before, "error_behind": behind,
+              "scheme_error": own,
               "kl": float(kl.mean()), "kl_before_flush": float(kl[:flush].mean())}
     print("SMOLLM2", json.dumps(report))
     assert (gap <= 6 * noise).all()
@@ -82,7 +87,8 @@ def test_smollm2_greedy_tokens_agree_except_at_near_ties(kv):
 
 
 def forced(engine, prompt: list[int], tokens: list[int]) -> np.ndarray:
-    """Logits that predict each of `tokens`: on the GPU fed one by one, as generation feeds them, on NumPy up to the next flush."""
+    """Logits that predict each of `tokens`: on the GPU fed one by one, as generation feeds them, on NumPy up to the
+    next flush."""
     if engine.ops.name == "cuda":
         return fed(engine, [prompt], [tokens])[0]
     ids = np.array(prompt + tokens[:-1])
@@ -110,7 +116,8 @@ def fed(engine, prompts: list[list[int]], tokens: list[list[int]]) -> np.ndarray
 @pytest.mark.parametrize(("count", "apart"), [(16, 100), (100, 40)])
 @pytest.mark.parametrize("kv", ["int2", "bf16"])
 def test_smollm2_answers_many_prompts_as_it_answers_each_alone(kv, count, apart):
-    """32 tokens; the batch takes other kernels, so BF16 rounds differently. Where another token is chosen, the two nearly tie as above."""
+    """32 tokens; the batch takes other kernels, so BF16 rounds differently. Where another token is chosen, the two
+    nearly tie as above."""
     ours = engine_module.load(hub.resolve("smollm2-135m"), kv, "cuda")
     text = ours.encode(default_text()[:20000], chat=False)
     prompts = [text[apart * i : apart * i + 3 + 17 * (i % 16)] for i in range(count)]
@@ -121,15 +128,21 @@ def test_smollm2_answers_many_prompts_as_it_answers_each_alone(kv, count, apart)
     alone = np.concatenate([fed(ours, [p], [t]) for p, t in zip(prompts, tokens, strict=True)])
     noise = (together - alone).std(axis=2)
     gap = alone.max(axis=2) - np.take_along_axis(alone, np.array(tokens)[:, :, None], 2)[:, :, 0]
-    print("MANY", count, kv, f"{(gap > 0).sum()} of {gap.size} tokens differ, largest gap {(gap / noise).max():.1f} of the noise")
+    print(
+        "MANY", count, kv,
+        f"{(gap > 0).sum()} of {gap.size} tokens differ, largest gap {(gap / noise).max():.1f} of the noise"
+    )
     assert (gap <= 6 * noise).all() and (gap > 0).mean() < 0.05
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32])
 def test_weights_arrive_as_they_are(dtype, tmp_path, seed, monkeypatch):
-    """Chunks of a buffer, segments of one, several tensors in one array; few buffers, which are used many times, and many."""
+    """Chunks of a buffer, segments of one, several tensors in one array; few buffers, which are used many times, and
+    many."""
     rng, ops = np.random.default_rng(seed), back_ends.backend("cuda")
-    shapes = {"large": (40 << 20,), "odd": (12345, 1001), "a": (3000, 1024), "b": (1, 1024), "c": (777, 1024), "one": (1,)}
+    shapes = {
+        "large": (40 << 20,), "odd": (12345, 1001), "a": (3000, 1024), "b": (1, 1024), "c": (777, 1024), "one": (1,)
+    }
     tensors = {name: rng.standard_normal(shape, np.float32).astype(dtype) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / "x")
     for chunks in (upload.CHUNKS_PER_BUFFER, 1):
@@ -138,7 +151,9 @@ def test_weights_arrive_as_they_are(dtype, tmp_path, seed, monkeypatch):
         with open(tmp_path / "x", "rb", buffering=0) as file:
             there = dict(_tensors(file))
             with ops.loading(told.append, list(there.values())) as put:
-                found = {names: put([there[name] for name in names.split()]) for names in ("one", "large", "a b c", "odd")}
+                found = {
+                    names: put([there[name] for name in names.split()]) for names in ("one", "large", "a b c", "odd")
+                }
         assert len({array.data.mem.ptr for array in found.values()}) == 1  # one allocation
         for names, array in found.items():
             assert array.data.ptr % 512 == 0 and array.flags.c_contiguous

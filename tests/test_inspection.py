@@ -35,7 +35,8 @@ def test_no_token_of_rotated_keys_is_further_off_than_its_bound(seed):
     bound = inspection.bound(norms, turned.max(axis=2) - turned.min(axis=2))
     back, _ = inspection.through_cache(k, k, norms, SCHEMES["rotation"], Config.from_dict(CONFIG), None)
     errors = np.linalg.norm(back - k, axis=(0, 2)) / norms
-    assert (errors <= bound * 1.01).all() and errors.max() > bound.max() / 4  # 1 %: keys pass through BF16, steps through float16
+    # 1 %: keys pass through BF16, steps through float16
+    assert (errors <= bound * 1.01).all() and errors.max() > bound.max() / 4
     assert bound[::7].min() > 4 * np.delete(bound, np.s_[::7]).max()
 
 
@@ -66,11 +67,14 @@ def test_token_norm_imbalance_on_a_real_model(found):
     for name in ("scaling", "oscar"):
         assert data["errors"][name][-1] < 1.2 * data["errors"][name][0]
     assert found["errors_by_token"]["kivi"]["keys"][0] > 2 * found["errors_by_token"]["oscar"]["keys"][0]
-    assert max(found["errors_by_token"]["int2"]["keys"][:32]) < 2**-9 < 0.05 < min(found["errors_by_token"]["int2"]["keys"][32:])  # BF16
+    assert max(
+        found["errors_by_token"]["int2"]["keys"][:32]
+    ) < 2**-9 < 0.05 < min(found["errors_by_token"]["int2"]["keys"][32:])  # BF16
 
 
 def test_scaling_without_rotation_makes_new_outliers(found):
-    """The Scaling-Induced Outlier Artifact: the token of lowest norm stretches its group more than before, unless keys are rotated."""
+    """The Scaling-Induced Outlier Artifact: the token of lowest norm stretches its group more than before, unless keys
+    are rotated."""
     worst = {step: np.mean([layer["stretch"][step][0] for layer in found["layers"]]) for step in inspection.STEPS}
     assert worst["scaled"] > 1.4 * worst["raw"] and worst["scaled"] > 1.5 * worst["rotated and scaled"]
     assert len(found["example"]["keys"]["scaled"]) == 32 and found["example"]["low_norm_token"] == 0
@@ -114,7 +118,8 @@ def test_command_writes_the_report_and_prints_where(capsys, tmp_path, monkeypatc
     (tmp_path / "to").mkdir()
     (tmp_path / "r").symlink_to("to")
     assert main(["inspect", "smollm2-135m", "--out", "~/r"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'r' / 'report.html'}\n" and (tmp_path / "r" / "report.json").exists()
+    assert capsys.readouterr().out == f"{tmp_path / 'r' / 'report.html'}\n"
+    assert (tmp_path / "r" / "report.json").exists()
     assert main(["inspect", "smollm2-135m", "--out", str(tmp_path / "r"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["schemes"] == KV
 
@@ -148,7 +153,8 @@ def test_a_missing_matplotlib_and_a_bad_folder_are_named_with_the_way_out(capsys
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "report.json").mkdir()
     for out, mention in (
-        ("file", "is no folder"), ("loop", "is no folder"), ("-", "--out - would be standard output"), ("r", "report.json is a folder"),
+        ("file", "is no folder"), ("loop", "is no folder"), ("-", "--out - would be standard output"),
+        ("r", "report.json is a folder"),
         ("~nobody-of-this-name/r", "no home folder"), ("", "not the name"),
     ):
         assert main(["inspect", "smollm2-135m", "--out", out]) == 2

@@ -1,7 +1,7 @@
 """kill -9 at every step of writing a model or a prompt cache: what is left is whole, or looks like nothing.
 
-A child process runs the work and kills itself at its n-th event on files (an audit hook sees open, rename, mkdir, remove, ... before they
-happen) for n = 1, 2, ... until it survives; so every state that a crash can leave is looked at.
+A child process runs the work and kills itself at its n-th event on files (an audit hook sees open, rename, mkdir,
+remove, ... before they happen) for n = 1, 2, ... until it survives; so every state that a crash can leave is looked at.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def killed_everywhere(place: Path, work: str):
     """Yields the exit code after each kill, and at last 0."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILD, str(place), work]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as child:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    ) as child:
         for line in child.stdout:
             yield int(line.split()[1])
             child.stdin.write("\n")
@@ -87,7 +89,8 @@ def run():
         for path in place.iterdir():
             if path != target:
                 assert path.name.startswith(".partial-"), path
-    assert codes[-1] == 0 and codes.count(-signal.SIGKILL) >= 3 and found[0] == (before.ids if old else None) and found[-1] == after.ids
+    assert codes[-1] == 0 and codes.count(-signal.SIGKILL) >= 3
+    assert found[0] == (before.ids if old else None) and found[-1] == after.ids
     assert [path.name for path in place.iterdir()] == [target.name]  # what the killed ones left is gone
 
 

@@ -216,7 +216,9 @@ def test_a_token_of_a_batch_gets_the_bits_that_it_gets_alone(device, seed, size,
 def test_a_token_gets_the_same_bits_in_batches_that_share_the_slabs_alike(device, seed):
     rng = np.random.default_rng(seed)
     x, weight = rng.normal(size=(60, 640)).astype(BF16), rng.normal(size=(132, 640)).astype(BF16)
-    pairs = list(zip(*(linear_batch.mma_configs(tokens, 640, 132, False, Card(4, 90)) for tokens in (9, 60)), strict=True))
+    pairs = list(
+        zip(*(linear_batch.mma_configs(tokens, 640, 132, False, Card(4, 90)) for tokens in (9, 60)), strict=True)
+    )
     for small, large in pairs:
         for name in ("row_tiles", "k_groups", "blocks", "granularity"):
             assert getattr(small, name) == getattr(large, name)

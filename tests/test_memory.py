@@ -87,7 +87,9 @@ def test_a_context_that_cannot_fit_is_refused_before_the_weights_are_read(tmp_pa
     folder = write_model(tmp_path / "m", 1)
     monkeypatch.setattr(Reference, "free_bytes", lambda self: 1_000_000)
     monkeypatch.setattr(module, "load_weights", lambda *_: pytest.fail("the weights were read"))
-    with pytest.raises(UserError, match=r"context 1024 needs .* \(weights 0\.\d MB, int2 cache .*, work .*\) but 1\.0 MB"):
+    with pytest.raises(
+        UserError, match=r"context 1024 needs .* \(weights 0\.\d MB, int2 cache .*, work .*\) but 1\.0 MB"
+    ):
         module.load(folder, "int2", "cpu", ctx=1024, tokenizer=False)
 
 
@@ -120,9 +122,11 @@ def test_without_ctx_the_context_is_what_is_needed_as_far_as_positions_and_memor
     assert engine.capacity([[1] * 300], Options(max_tokens=5000), None) == fits
     result = engine.generate([1] * 300, max_tokens=5000)
     assert (result.finish_reason, result.new_tokens) == ("context", fits - 300 + 1)
-    with pytest.raises(UserError, match=r"context 8192 needs .* --ctx \d+ fits"):  # one that was asked for is not changed
+    # one that was asked for is not changed
+    with pytest.raises(UserError, match=r"context 8192 needs .* --ctx \d+ fits"):
         engine.capacity([[1] * 300], Options(max_tokens=5000), 8192)
-    with pytest.raises(UserError, match="2 x context 5300 needs .* fewer sequences"):  # nor do several share what one could have
+    # nor do several share what one could have
+    with pytest.raises(UserError, match="2 x context 5300 needs .* fewer sequences"):
         engine.capacity([[1] * 300] * 2, Options(max_tokens=5000), None)
 
 
@@ -134,7 +138,8 @@ def test_a_prompt_longer_than_what_fits_is_refused_with_what_does(tmp_path, monk
     with pytest.raises(UserError) as error:
         engine.generate([1] * (2000 if kv == "bf16" else 2500))
     found = re.fullmatch(
-        rf"the prompt of \d+ tokens needs [\d.]+ MB \({kv} cache .* MB, work .* MB\) but [\d.]+ MB of cpu memory are free; "
+        rf"the prompt of \d+ tokens needs [\d.]+ MB \({kv} cache .* MB, work .* MB\) but [\d.]+ MB of cpu memory are "
+        rf"free; "
         r"(\d+) tokens fit, shorten it(.*)", str(error.value)
     )
     assert found[2] == (", or take --kv int2" if kv == "bf16" else "")
@@ -146,7 +151,9 @@ def test_a_prompt_longer_than_what_fits_is_refused_with_what_does(tmp_path, monk
 def test_more_answers_than_a_step_has_room_for_are_refused(engine):
     assert engine.capacity([[1, 2]] * 256, Options(max_tokens=2), None) == 4
     for prompts, n in (([[1, 2]] * 257, 1), ([[1, 2]], 257), ([[1, 2]] * 129, 2)):
-        with pytest.raises(UserError, match=r"25\d answers at a time are more than 256; give fewer prompts at once \(--batch\)"):
+        with pytest.raises(
+            UserError, match=r"25\d answers at a time are more than 256; give fewer prompts at once \(--batch\)"
+        ):
             engine.capacity(prompts, Options(max_tokens=2, n=n), None)
 
 
@@ -174,12 +181,16 @@ print(e.generate([1] * 2000, max_tokens=2).new_tokens)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**ENVIRONMENT}, timeout=120)
     said, after = run.stdout.splitlines()
-    assert said.startswith("(1, 'out of cpu memory (Unable to allocate") and "MB was freed); by its arithmetic --ctx" in said, run
+    assert said.startswith(
+        "(1, 'out of cpu memory (Unable to allocate"
+    ) and "MB was freed); by its arithmetic --ctx" in said, run
     assert after == "2" and run.stderr == ""
 
 
 def test_free_memory_counts_what_linux_could_free():
-    fields = dict(line.split(":", 1) for line in open("/proc/meminfo").read().splitlines()) if sys.platform == "linux" else {}
+    fields = dict(
+        line.split(":", 1) for line in open("/proc/meminfo").read().splitlines()
+    ) if sys.platform == "linux" else {}
     if "MemAvailable" not in fields:
         pytest.skip("no /proc/meminfo here")
     available = int(fields["MemAvailable"].split()[0]) * 1024

@@ -22,7 +22,9 @@ def watched(folder):
 
 
 def test_a_watched_model_says_what_an_unwatched_one_says(folder):
-    assert watched(folder).generate("the cat", max_tokens=30).token_ids == talker(folder).generate("the cat", max_tokens=30).token_ids
+    assert watched(folder).generate(
+        "the cat", max_tokens=30
+    ).token_ids == talker(folder).generate("the cat", max_tokens=30).token_ids
 
 
 @pytest.mark.parametrize(
@@ -41,14 +43,18 @@ def test_a_watched_model_says_what_an_unwatched_one_says(folder):
 def test_a_damaged_weight_is_found_where_it_is_used(folder, field, layer, where):
     engine = watched(folder)
     getattr(engine.model.weights.layers[layer], field).reshape(-1)[5] = np.nan
-    with pytest.raises(Failure, match=f"^{where}: .* NaN, first at token 0 of the pass; its .* is not finite: the model's files are"):
+    with pytest.raises(
+        Failure, match=f"^{where}: .* NaN, first at token 0 of the pass; its .* is not finite: the model's files are"
+    ):
         engine.generate("the cat")
 
 
 def test_an_overflow_between_finite_numbers_is_named_too(folder):
     engine = watched(folder)
     engine.model.weights.layers[1].gate_up[:] = 3e30  # silu(gate) * up: beyond float32
-    with pytest.raises(Failure, match="^layer 1: gate and up projection: .* numbers are (infinite|NaN).*what went into it was finite"):
+    with pytest.raises(
+        Failure, match="^layer 1: gate and up projection: .* numbers are (infinite|NaN).*what went into it was finite"
+    ):
         engine.generate("the cat")
     engine = watched(folder)
     engine.model.weights.head[7] = np.inf

@@ -1,4 +1,5 @@
-"""Passkey retrieval: where the needle is planted, what counts as found, and that the question reads the quantized cache."""
+"""Passkey retrieval: where the needle is planted, what counts as found, and that the question reads the quantized
+cache."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def smollm2():
 
 
 def test_the_question_reads_the_haystack_from_the_packed_cache(smollm2, monkeypatch):
-    """With the packed part zeroed the passkey is lost: nothing of the haystack is left unquantized when the question comes."""
+    """With the packed part zeroed the passkey is lost: nothing of the haystack is left unquantized when the question
+    comes."""
     encode = smollm2.tokenizer.encode
     text = needle.plant(encode(fidelity.default_text()[:3000]), encode(needle.HIDDEN.format(71432)), 2 * WINDOW, 0.6)
     question = encode(needle.QUESTION)

@@ -141,7 +141,9 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
     heads = attention.Heads(kv_heads, kv_heads, d)
     if step == "prefill":
         rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
-        new_tokens = attention.PrefillTokens(*map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()))
+        new_tokens = attention.PrefillTokens(
+            *map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max())
+        )
         launch = attention.pack_bulk(heads, scheme, new_tokens, cache)
     else:
         launch = attention.pack_step(heads, scheme, device.array(starts[np.argsort(slots)]), cache)

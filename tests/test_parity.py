@@ -21,11 +21,13 @@ from minioscar.storage.checkpoint import DTYPES
 
 from .make_fixtures import CASES, CLEAR, FIXTURES, STEPS, spellings
 
-# Both sides are float32 and differ in the order of their sums alone: measured 2e-6 to 5e-6 of the largest logit, on the tiny models
-# as on SmolLM2, and transformers itself is up to 3e-6 away from its own float64. So 1e-4 leaves a factor of 20 for another
-# BLAS, while every mistake that make_fixtures.py tries (a norm, a bias, eps or a RoPE option ignored) moves them by 1e-2 or more.
+# Both sides are float32 and differ in the order of their sums alone: measured 2e-6 to 5e-6 of the largest logit, on the
+# tiny models as on SmolLM2, and transformers itself is up to 3e-6 away from its own float64. So 1e-4 leaves a factor of
+# 20 for another BLAS, while every mistake that make_fixtures.py tries (a norm, a bias, eps or a RoPE option ignored)
+# moves them by 1e-2 or more.
 TOLERANCE = 1e-4
-PAIRS = [(case, kv) for case in CASES for kv in SCHEMES if kv == "bf16" or case != "llama-head-dim-20"]  # 20 channels have no groups
+# 20 channels have no groups
+PAIRS = [(case, kv) for case in CASES for kv in SCHEMES if kv == "bf16" or case != "llama-head-dim-20"]
 
 
 def assert_same_logits(ours: np.ndarray, theirs: np.ndarray, what: str = "") -> None:
@@ -72,7 +74,8 @@ def test_prefill_logits_are_those_of_transformers_whatever_the_cache_is(case: st
 
 @pytest.mark.parametrize(("case", "kv"), PAIRS)
 def test_greedy_continuation_within_the_window_is_that_of_transformers(case: str, kv: str) -> None:
-    """Up to 128 tokens every scheme keeps keys and values in BF16, which moves the gap between two logits by 0.015 of the largest at most.
+    """Up to 128 tokens every scheme keeps keys and values in BF16, which moves the gap between two logits by 0.015 of
+    the largest at most.
 
     That is measured; the prompts were chosen so that the two best tokens are twice as far apart at every step.
     """
@@ -93,7 +96,9 @@ def test_old_and_new_spelling_of_config_json_mean_the_same_model(case: str, tmp_
         (tmp_path / "config.json").write_text(json.dumps(other))
         engine = tiny(tmp_path)
         assert_same_logits(engine.logits(expected["prompt"]), expected["logits"], spelling)
-        assert engine.generate(expected["prompt"].tolist(), max_tokens=STEPS).token_ids == expected["greedy"].tolist(), spelling
+        assert engine.generate(
+            expected["prompt"].tolist(), max_tokens=STEPS
+        ).token_ids == expected["greedy"].tolist(), spelling
 
 
 def test_a_sliding_window_limits_the_context_so_that_attention_within_it_is_full() -> None:
@@ -125,10 +130,14 @@ def test_smollm2_first_token_logits_are_those_of_transformers(smollm2: Engine, e
 
 
 def test_smollm2_first_token_logits_do_not_depend_on_the_cache(expected: dict[str, np.ndarray]) -> None:
-    assert_same_logits(load("smollm2-135m", kv="int2", device="cpu").logits(expected["short_prompt"])[-1], expected["short_logits"])
+    assert_same_logits(
+        load("smollm2-135m", kv="int2", device="cpu").logits(expected["short_prompt"])[-1], expected["short_logits"]
+    )
 
 
-def test_smollm2_logits_of_300_tokens_are_those_of_transformers(smollm2: Engine, expected: dict[str, np.ndarray]) -> None:
+def test_smollm2_logits_of_300_tokens_are_those_of_transformers(
+    smollm2: Engine, expected: dict[str, np.ndarray]
+) -> None:
     last = smollm2.logits(expected["long_prompt"])[-1]
     assert_same_logits(last[expected["long_top"]], expected["long_top_logits"])
     others = np.delete(last, expected["long_top"])
@@ -136,12 +145,17 @@ def test_smollm2_logits_of_300_tokens_are_those_of_transformers(smollm2: Engine,
 
 
 @pytest.mark.parametrize("prompt", ["short", "long"])
-def test_smollm2_continues_greedily_as_transformers_for_32_tokens(smollm2: Engine, expected: dict[str, np.ndarray], prompt: str) -> None:
-    """transformers keeps keys and values in float32, we in BF16, which moves the gap between the two best tokens by 0.08 at most.
+def test_smollm2_continues_greedily_as_transformers_for_32_tokens(
+    smollm2: Engine, expected: dict[str, np.ndarray], prompt: str
+) -> None:
+    """transformers keeps keys and values in float32, we in BF16, which moves the gap between the two best tokens by
+    0.08 at most.
 
-    The long prompt leaves 0.3 at every step; the short one 0.04 at one, where BF16 happens to move it by 0.004 (measured).
+    The long prompt leaves 0.3 at every step; the short one 0.04 at one, where BF16 happens to move it by 0.004
+    (measured).
     """
-    engine = Engine(smollm2.config, smollm2.model.weights, None, smollm2.scheme, smollm2.ops)  # without a tokenizer nothing ends early
+    # without a tokenizer nothing ends early
+    engine = Engine(smollm2.config, smollm2.model.weights, None, smollm2.scheme, smollm2.ops)
     generated = engine.generate(expected[f"{prompt}_prompt"].tolist(), max_tokens=32)
     assert generated.token_ids == expected[f"{prompt}_greedy"].tolist(), f"gaps {expected[f'{prompt}_gap']}"
 

@@ -1,4 +1,5 @@
-"""benchmarks/peers.py: peers compute attention; one that is absent, fails or is wrong says so in its place. Whole where installed."""
+"""benchmarks/peers.py: peers compute attention; one that is absent, fails or is wrong says so in its place. Whole where
+installed."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ CARD = cuda_missing() is None
 if not CARD:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported, which no test has done yet
 PEERS = ("torch", "triton", "flashinfer", "transformers", "hqq", "optimum")
-QWEN = {"model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+QWEN = {
+    "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2
+}
 QWEN |= {"head_dim": 64, "num_hidden_layers": 2, "vocab_size": 96, "max_position_embeddings": 1024}
 
 
@@ -30,9 +34,13 @@ def case(batch: int, context: int, q_heads: int = 4, head_dim: int = 64) -> Simp
     return SimpleNamespace(batch=batch, context=context, heads=SimpleNamespace(q_heads=q_heads, head_dim=head_dim))
 
 
-def caches(rng: np.random.Generator, batch: int, context: int, kv_heads: int = 2, head_dim: int = 64) -> list[dict[str, np.ndarray]]:
+def caches(
+    rng: np.random.Generator, batch: int, context: int, kv_heads: int = 2, head_dim: int = 64
+) -> list[dict[str, np.ndarray]]:
     shape = batch, kv_heads, context + WINDOW, head_dim
-    return [{name: rng.standard_normal(shape, np.float32).astype(BF16) for name in ("keys", "values")} for _ in range(2)]
+    return [
+        {name: rng.standard_normal(shape, np.float32).astype(BF16) for name in ("keys", "values")} for _ in range(2)
+    ]
 
 
 def test_absent_peers_give_their_reason(monkeypatch):

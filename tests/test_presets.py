@@ -1,4 +1,5 @@
-"""Random weights of published shapes: the shapes are the published ones, the weights are repeatable and activations stay finite."""
+"""Random weights of published shapes: the shapes are the published ones, the weights are repeatable and activations
+stay finite."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from minioscar.weights import arrays
 
 from .tiny import CONFIG
 
-PUBLISHED = {"qwen3-8b": 8_190_735_360, "qwen3-0.6b": 596_049_920, "llama-3.1-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512}
+PUBLISHED = {
+    "qwen3-8b": 8_190_735_360, "qwen3-0.6b": 596_049_920, "llama-3.1-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512
+}
 SMALL = {**CONFIG, "num_hidden_layers": 12}
 
 
@@ -25,7 +28,8 @@ def test_presets_have_the_published_number_of_parameters(preset):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"model_type": "qwen2"}, {"model_type": "qwen3", "tie_word_embeddings": True, "attention_bias": True}]
+    "changes",
+    [{}, {"model_type": "qwen2"}, {"model_type": "qwen3", "tie_word_embeddings": True, "attention_bias": True}]
 )
 def test_random_weights_are_complete_repeatable_and_keep_activations_near_one(changes):
     config, ops = Config.from_dict(SMALL | changes), Reference()
@@ -35,7 +39,8 @@ def test_random_weights_are_complete_repeatable_and_keep_activations_near_one(ch
     assert all(np.array_equal(a, b) for a, b in zip(arrays(first), arrays(same), strict=True))
     assert not np.array_equal(first.embed, other.embed)
     logits = presets.load(config, "int2", "cpu").logits(range(100))
-    assert np.isfinite(logits).all() and 0.5 < logits.std() < 2 * config.hidden_size**0.5  # a tied head meets its own token again
+    # a tied head meets its own token again
+    assert np.isfinite(logits).all() and 0.5 < logits.std() < 2 * config.hidden_size**0.5
 
 
 def test_large_matrices_are_drawn_in_pieces(monkeypatch):

@@ -1,4 +1,5 @@
-"""A prompt that has been read goes on, from memory or from a file, as if nothing had happened; every mismatch is refused by name."""
+"""A prompt that has been read goes on, from memory or from a file, as if nothing had happened; every mismatch is
+refused by name."""
 
 from __future__ import annotations
 
@@ -60,7 +61,10 @@ def test_a_row_goes_out_and_into_any_other_cache_bit_for_bit(folder, kv, length,
     for row, again in zip(rows, other.export_row(2), strict=True):
         assert all(np.array_equal(row[name], again[name]) for name in row)
     more = rng.integers(0, 320, 140)  # over the next block
-    got, want = (engine.model.forward(more, c, c.batch_for([slot], [140])) for c, slot in ((other, 2), (cache_of(engine, cache), 1)))
+    got, want = (
+        engine.model.forward(more, c, c.batch_for([slot], [140]))
+        for c, slot in ((other, 2), (cache_of(engine, cache), 1))
+    )
     np.testing.assert_array_equal(got, want)
 
 
@@ -75,7 +79,9 @@ def cache_of(engine, cache):
 
 
 @pytest.mark.parametrize("dim", attention.HEAD_DIMS)
-@pytest.mark.parametrize("kv", [name for name, s in SCHEMES.items() if s.quantized and attention.unsupported(s, 64) is None])
+@pytest.mark.parametrize(
+    "kv", [name for name, s in SCHEMES.items() if s.quantized and attention.unsupported(s, 64) is None]
+)
 def test_pages_to_plain_arrays_and_back_are_the_same_bytes(kv, dim, seed):
     scheme = SCHEMES[kv]
     given = np.random.default_rng(seed).integers(0, 256, (3, 4, layout.page_bytes(scheme, dim)), dtype=np.uint8)
@@ -89,7 +95,8 @@ def test_pages_to_plain_arrays_and_back_are_the_same_bytes(kv, dim, seed):
 @pytest.mark.skipif(simt.missing() is not None, reason=str(simt.missing()))
 @pytest.mark.parametrize("kv", ["int2", "bf16"])
 def test_what_one_back_end_saved_the_other_goes_on_with(tmp_path, kv, monkeypatch, seed):
-    """The CUDA back end on the simulator: its pages become a file that the CPU reads, and the other way round, bit for bit."""
+    """The CUDA back end on the simulator: its pages become a file that the CPU reads, and the other way round, bit for
+    bit."""
     folder = write_model(tmp_path / "m", 4, head_dim=64, num_hidden_layers=1)
     ids = np.random.default_rng(seed).integers(0, 160, 300).tolist()
     here = load(folder, kv)
@@ -103,9 +110,13 @@ def test_what_one_back_end_saved_the_other_goes_on_with(tmp_path, kv, monkeypatc
         kept = Cache(target.config, target.scheme, 1, 512, target.ops)
         loaded.fill(kept, 0, 300)
         assert all(np.array_equal(kept.export_row(0)[0][name], array) for name, array in cache.rows[0].items())
-    a, b = (e.generate([3, 1, 4], cache=e.load_cache(tmp_path / "c.safetensors"), max_tokens=1, logprobs=5) for e in (here, there))
+    a, b = (
+        e.generate([3, 1, 4], cache=e.load_cache(tmp_path / "c.safetensors"), max_tokens=1, logprobs=5)
+        for e in (here, there)
+    )
     assert a.prefilled_tokens == b.prefilled_tokens == 3
-    assert a.logprobs[0].top[0].logprob == pytest.approx(b.logprobs[0].top[0].logprob, abs=0.1)  # float32 here, BF16 there
+    # float32 here, BF16 there
+    assert a.logprobs[0].top[0].logprob == pytest.approx(b.logprobs[0].top[0].logprob, abs=0.1)
 
 
 # --- going on
@@ -119,7 +130,9 @@ def bits(result) -> tuple:
 @pytest.mark.parametrize("repeats", [1, 2, 8, 20])
 def test_generation_from_a_file_is_generation_without_interruption(folder, tmp_path, kv, repeats):
     """Bit for bit, log-probabilities included: from the cache in memory, from the file, and from the text itself."""
-    engine, options = talker(folder, kv), {"max_tokens": 140, "logprobs": 1, "sampling": Sampling(temperature=0.8, seed=2)}
+    engine, options = talker(folder, kv), {
+        "max_tokens": 140, "logprobs": 1, "sampling": Sampling(temperature=0.8, seed=2)
+    }
     straight = engine.generate(TEXT * repeats, chat=False, **options)
     cache = engine.prefill(TEXT * repeats, chat=False)
     cache.save(tmp_path / "c.kv.safetensors")
@@ -127,7 +140,10 @@ def test_generation_from_a_file_is_generation_without_interruption(folder, tmp_p
     for found in (cache, engine.load_cache(file), talker(folder, kv).load_cache(file)):
         result = found.engine.generate("", cache=found, **options)
         assert bits(result) == bits(straight) and result.prefilled_tokens == 0
-    more, loaded = (engine.generate("And so? ", cache=c, **options) for c in (cache, engine.load_cache(tmp_path / "c.kv.safetensors")))
+    more, loaded = (
+        engine.generate("And so? ", cache=c, **options)
+        for c in (cache, engine.load_cache(tmp_path / "c.kv.safetensors"))
+    )
     assert bits(more) == bits(loaded)
     assert more.prompt_tokens == len(engine.encode(TEXT * repeats + "And so? ", chat=False))
 
@@ -156,7 +172,8 @@ def test_a_batch_goes_on_from_one_document(engine):
 @pytest.mark.parametrize("kv", ["bf16", "int2"])
 @pytest.mark.parametrize("shared", [0, 1, 100, 128, 200, 255, 256, 270, 299, 300])
 def test_a_prompt_that_parts_from_the_document_uses_what_they_share(folder, kv, shared, seed):
-    """Whatever the place: blocks and window before the cut serve, the rest is fed, and that is all that can be told of the history."""
+    """Whatever the place: blocks and window before the cut serve, the rest is fed, and that is all that can be told of
+    the history."""
     engine = talker(folder, kv)
     ids = np.random.default_rng(seed).integers(4, 320, 300).tolist()
     other = [*ids[:shared], *([4] if shared < 300 and ids[shared] != 4 else [5]), 7, 8]
@@ -196,7 +213,9 @@ def test_the_weights_are_hashed_once(folder, file, monkeypatch):
 def test_ids_go_on_with_ids(tmp_path):
     engine = load(write_model(tmp_path / "m", 3))
     cache = engine.prefill([1, 2, 3, 4])
-    assert engine.generate([5, 6], cache=cache, max_tokens=6).token_ids == engine.generate([1, 2, 3, 4, 5, 6], max_tokens=6).token_ids
+    assert engine.generate(
+        [5, 6], cache=cache, max_tokens=6
+    ).token_ids == engine.generate([1, 2, 3, 4, 5, 6], max_tokens=6).token_ids
     with pytest.raises(UserError, match="token ids without their text"):
         engine.generate("text", cache=cache)
 
@@ -207,7 +226,9 @@ def test_a_cache_of_another_engine_is_refused(folder, engine):
 
 
 def test_common_and_continued():
-    assert [common(a, b) for a, b in (([], [1]), ([1, 2], [1, 3]), ([1, 2], [1, 2, 3]), ([1, 2], [1, 2]))] == [0, 1, 2, 2]
+    assert [
+        common(a, b) for a, b in (([], [1]), ([1, 2], [1, 3]), ([1, 2], [1, 2, 3]), ([1, 2], [1, 2]))
+    ] == [0, 1, 2, 2]
     document = [{"role": "user", "content": "D"}]
     assert continued(document, "q") == [{"role": "user", "content": "D\n\nq"}] and continued(document, "") == document
     answered = [*document, {"role": "assistant", "content": "A"}]
@@ -228,13 +249,16 @@ def test_a_file_holds_what_was_in_memory(engine, file):
     assert (loaded.ids, loaded.messages, loaded.text) == (cache.ids, cache.messages, cache.text)
     np.testing.assert_array_equal(loaded.logits, cache.logits)
     for a, b in zip(cache.rows, loaded.rows, strict=True):
-        assert a.keys() == b.keys() and all(np.array_equal(a[name].view(np.uint8), b[name].view(np.uint8)) for name in a)
+        assert a.keys() == b.keys()
+        assert all(np.array_equal(a[name].view(np.uint8), b[name].view(np.uint8)) for name in a)
     assert file.stat().st_size < cache.nbytes + 40_000
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
 def test_a_2_bit_file_is_more_than_five_times_smaller_than_one_in_bf16(tmp_path):
-    folder, ids, sizes = write_talker(tmp_path / "m", 5, max_position_embeddings=16384, num_key_value_heads=4), [5] * 12_800, {}
+    folder, ids, sizes = write_talker(
+        tmp_path / "m", 5, max_position_embeddings=16384, num_key_value_heads=4
+    ), [5] * 12_800, {}
     for kv in ("bf16", "int2", "int2-compact"):
         one, path = talker(folder, kv), tmp_path / f"{kv}.safetensors"
         shapes = row_layout(one.config, one.scheme, len(ids))
@@ -305,7 +329,9 @@ HARM = {
     "an infinite logit": (tensor("logits", lambda x: x * np.float32(np.inf)), "logits holds a NaN or an infinity"),
     "other bytes": (lambda t, m: t["layers.0.value_codes"].__ixor__(1), "digest of its tensors"),
     "prompt no JSON": (tensor("prompt", lambda x: x[:-1]), "prompt is not readable"),
-    "prompt no messages": (tensor("prompt", lambda x: np.frombuffer(b'{"messages": [1], "text": null}', np.uint8)), "prompt is not"),
+    "prompt no messages": (
+        tensor("prompt", lambda x: np.frombuffer(b'{"messages": [1], "text": null}', np.uint8)), "prompt is not"
+    ),
 }
 
 
@@ -333,7 +359,8 @@ def test_a_file_of_version_0_1_is_read(engine, file):
     rewritten(file, without("config", "window", "mlp_bias"))
     rewritten(file, without("scheme", codebook=False, outliers=0))
     old = engine.load_cache(file)
-    assert old.ids == new.ids and engine.generate("a", cache=old, max_tokens=3).text == engine.generate("a", cache=new, max_tokens=3).text
+    assert old.ids == new.ids
+    assert engine.generate("a", cache=old, max_tokens=3).text == engine.generate("a", cache=new, max_tokens=3).text
 
 
 def test_a_sliding_window_of_version_0_1_was_the_positions(tmp_path):
@@ -354,9 +381,11 @@ def test_a_field_of_another_version_that_changes_nothing_is_no_difference(engine
 
 
 @pytest.mark.parametrize("edit", [
-    without("scheme", outliers=2), without("scheme", codebook=True), without("scheme", new=1), without("config", new="half"),
+    without("scheme", outliers=2), without("scheme", codebook=True), without("scheme", new=1),
+    without("config", new="half"),
     without("config", new=[0]), without("config", new=0.5), without("scheme", "bits"), without("scheme", "rotate"),
-    without("scheme", "shrink"), without("config", "rope"), without("config", "num_layers"), without("scheme", rotate=None),
+    without("scheme", "shrink"), without("config", "rope"), without("config", "num_layers"),
+    without("scheme", rotate=None),
 ])
 def test_a_field_of_another_version_that_changes_something_is_one(engine, file, edit):
     rewritten(file, edit)
@@ -364,7 +393,9 @@ def test_a_field_of_another_version_that_changes_something_is_one(engine, file, 
         engine.load_cache(file)
 
 
-@pytest.mark.parametrize("harm", [lambda b: b"", lambda b: b[:7], lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b"\xff" * 100])
+@pytest.mark.parametrize(
+    "harm", [lambda b: b"", lambda b: b[:7], lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b"\xff" * 100]
+)
 def test_half_a_file_is_refused(engine, file, harm):
     file.write_bytes(harm(file.read_bytes()))
     with pytest.raises(UserError, match="truncated or not a safetensors file"):
@@ -390,7 +421,8 @@ def test_a_file_that_cannot_be_written_is_one_line(engine, tmp_path):
     cache = engine.prefill("a")
     weights, config = engine.folder / "model.safetensors", engine.folder / "config.json"
     for path, message in (
-        (tmp_path, "is a folder"), (tmp_path / "no" / "c", "there is no folder"), ("/dev/null", "is a device"), (weights, "would be lost"),
+        (tmp_path, "is a folder"), (tmp_path / "no" / "c", "there is no folder"), ("/dev/null", "is a device"),
+        (weights, "would be lost"),
         (config, "would be lost"),
     ):
         with pytest.raises(UserError, match=message):
@@ -417,7 +449,9 @@ def test_a_write_that_fails_leaves_the_old_file(engine, file, monkeypatch):
 def test_cache_and_generate_on_the_command_line(folder, tmp_path, capsys):
     (tmp_path / "doc.txt").write_text(TEXT * 8)
     out, device = tmp_path / "doc.kv.safetensors", ["--device", "cpu"]
-    assert main(["cache", str(folder), "--prompt-file", str(tmp_path / "doc.txt"), "--out", str(out), "--kv", "oscar", *device]) == 0
+    assert main(
+        ["cache", str(folder), "--prompt-file", str(tmp_path / "doc.txt"), "--out", str(out), "--kv", "oscar", *device]
+    ) == 0
     printed, said = capsys.readouterr()
     assert printed == f"{out}\n" and "oscar" in said and "less cache than in bf16" in said
     base = ["generate", str(folder), "Who?", "--cache", str(out), "--device", "cpu", "--max-tokens", "5"]
@@ -477,7 +511,10 @@ def test_everything_that_cannot_work_is_said_before_the_model_is_loaded(folder, 
         (["cache", model, "--prompt-file", doc, "--out", str(tmp_path)], "is a folder"),
         (["cache", model, "--prompt-file", str(tmp_path / "empty.txt"), "--out", "c"], "is empty"),
         (["cache", model, "--prompt-file", doc], "--out"),
-        (["generate", model, "x", "--cache", str(tmp_path / "none")], "does not exist; make it with: python -m minioscar cache"),
+        (
+            ["generate", model, "x", "--cache", str(tmp_path / "none")],
+            "does not exist; make it with: python -m minioscar cache"
+        ),
         (["generate", model, "x", "--cache", str(folder / "model.safetensors")], "not a prompt cache of minioscar"),
         (["chat", model, "--cache", doc], "not a safetensors file"),
     ):
@@ -503,7 +540,10 @@ def test_a_cache_goes_through_standard_output_and_is_read_from_a_file_alone(fold
         ([*make, "-", "--json"], b"leave --json out"),
         ([*make, str(tmp_path / "t")], b"what this is made from"),
         ([*make, f"{folder}/tokenizer.json"], b"what this is made from"),
-        *((["generate", str(folder), "x", "--cache", at], message) for at, message in (("-", b"standard input"), (".", b"is a folder"))),
+        *(
+            (["generate", str(folder), "x", "--cache", at], message)
+            for at, message in (("-", b"standard input"), (".", b"is a folder"))
+        ),
         (["chat", str(folder), "--cache", "/dev/null"], b"is a device"),
     ):
         assert main(wrong) == 2

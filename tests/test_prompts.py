@@ -37,7 +37,10 @@ values = st.recursive(
     lambda value: st.lists(value) | st.dictionaries(keys, value, max_size=4),
     max_leaves=6,
 )
-lines = st.one_of(st.binary(max_size=20), values.map(lambda v: json.dumps(v).encode()), values.map(lambda v: json.dumps(v).encode()[:-1]))
+lines = st.one_of(
+    st.binary(max_size=20), values.map(lambda v: json.dumps(v).encode()),
+    values.map(lambda v: json.dumps(v).encode()[:-1])
+)
 
 
 @settings(max_examples=400, deadline=None, print_blob=True)
@@ -45,7 +48,9 @@ lines = st.one_of(st.binary(max_size=20), values.map(lambda v: json.dumps(v).enc
 def test_every_line_is_a_prompt_or_an_error_in_its_place(raw):
     raw = [line.replace(b"\n", b" ") for line in raw]
     found = list(parse(raw))
-    assert [line.number for line in found] == [n for n, line in enumerate(raw, 1) if line.removeprefix(b"\xef\xbb\xbf").strip()]
+    assert [line.number for line in found] == [
+        n for n, line in enumerate(raw, 1) if line.removeprefix(b"\xef\xbb\xbf").strip()
+    ]
     for line in found:
         assert (line.prompt is None) != (line.error is None)
         assert line.error is None or "\n" not in line.error
@@ -106,7 +111,10 @@ def test_blank_lines_a_byte_order_mark_and_carriage_returns_are_nothing():
 
 
 def texts(engine, lines, batch, **options) -> list:
-    return [(line.number, [r.token_ids for r in results]) for line, results in answers(engine, lines, batch=batch, **options)]
+    return [
+        (line.number, [r.token_ids for r in results])
+        for line, results in answers(engine, lines, batch=batch, **options)
+    ]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -123,7 +131,10 @@ def test_the_batch_changes_neither_order_nor_answers(engine, temperature):
 LINES = [
     {"prompt": "the cat", "max_tokens": 4},
     {"prompt": "the cat", "temperature": 1.0, "seed": 9, "n": 3, "max_tokens": None},
-    {"prompt": "the dog", "temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "presence_penalty": 1, "frequency_penalty": 0.5},
+    {
+        "prompt": "the dog", "temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "presence_penalty": 1,
+        "frequency_penalty": 0.5
+    },
     {"messages": [{"role": "user", "content": "a"}], "logprobs": 2, "repetition_penalty": 1.3, "min_tokens": 6},
     {"prompt": "the mat", "system": "be brief", "stop": ["e", "<|end|>"], "stop_ids": [9], "ignore_eos": True},
     "the cat",
@@ -136,9 +147,11 @@ def test_a_line_has_settings_of_its_own_and_its_draws_do_not_depend_on_its_batch
     assert found[0] == found[1] == found[2]
     lines = [line for line, _ in answers(engine, given, batch=6, options=options)]
     assert all(line.error is None for line in lines)
-    assert [line.options.max_tokens for line in lines] == [4, 8, 8, 8, 8, 8] and [line.options.n for line in lines] == [1, 3, 1, 1, 1, 1]
+    assert [line.options.max_tokens for line in lines] == [4, 8, 8, 8, 8, 8]
+    assert [line.options.n for line in lines] == [1, 3, 1, 1, 1, 1]
     assert lines[1].options.sampling == Sampling(1.0, seed=9) and lines[5].options == options
-    assert [len(answer) for _, answer in found[0]] == [1, 3, 1, 1, 1, 1] and len({tuple(ids) for ids in found[0][1][1]}) == 3
+    assert [len(answer) for _, answer in found[0]] == [1, 3, 1, 1, 1, 1]
+    assert len({tuple(ids) for ids in found[0][1][1]}) == 3
     assert len(found[0][0][1][0]) <= 4 and len(found[0][3][1][0]) >= 6
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the mat"}]
     assert lines[4].prompt == messages
@@ -147,10 +160,14 @@ def test_a_line_has_settings_of_its_own_and_its_draws_do_not_depend_on_its_batch
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temperature": "1"}, "temperature '1' is not a number"), ({"top_k": 2.5}, "top_k 2.5"), ({"seed": -1}, "seed -1"),
-        ({"n": 0}, "n 0"), ({"n": 300}, "300 answers at a time"), ({"logprobs": True}, "logprobs True"), ({"stop": "x"}, "list of strings"),
-        ({"stop_ids": [320]}, "stop id 320 is not a token"), ({"min_tokens": 9}, "min_tokens 9 is more than max_tokens 8"),
-        ({"max_tokens": 2.0}, "max_tokens 2.0 is not a whole number"), ({"ignore_eos": 1}, "ignore_eos 1 must be true or false"),
+        ({"temperature": "1"}, "temperature '1' is not a number"), ({"top_k": 2.5}, "top_k 2.5"),
+        ({"seed": -1}, "seed -1"),
+        ({"n": 0}, "n 0"), ({"n": 300}, "300 answers at a time"), ({"logprobs": True}, "logprobs True"),
+        ({"stop": "x"}, "list of strings"),
+        ({"stop_ids": [320]}, "stop id 320 is not a token"),
+        ({"min_tokens": 9}, "min_tokens 9 is more than max_tokens 8"),
+        ({"max_tokens": 2.0}, "max_tokens 2.0 is not a whole number"),
+        ({"ignore_eos": 1}, "ignore_eos 1 must be true or false"),
     ],
 )
 def test_a_setting_that_cannot_be_is_an_error_of_its_line(engine, setting, message):
@@ -194,7 +211,9 @@ def test_pieces_come_before_their_answer_and_never_twice(engine, monkeypatch):
     assert {line.number: [r.token_ids for r in results] for line, results in again} == whole
     for line, results in again:
         for i, result in enumerate(results):
-            assert result.text.startswith("".join(text for number, at, text in told if (number, at) == (line.number, i)))
+            assert result.text.startswith(
+                "".join(text for number, at, text in told if (number, at) == (line.number, i))
+            )
 
 
 def test_a_line_that_does_not_fit_spoils_no_other(engine):
@@ -224,12 +243,15 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(engine, monkeypatch):
 def test_more_prompts_than_go_at_a_time_are_answered_in_waves(engine):
     lines = list(parse([b'"a"'] * 300))
     found = list(answers(engine, lines, batch=300, options=Options(max_tokens=1)))
-    assert [line.number for line, _ in found] == [line.number for line in lines] and all(len(results) == 1 for _, results in found)
+    assert [line.number for line, _ in found] == [line.number for line in lines]
+    assert all(len(results) == 1 for _, results in found)
 
 
 def test_a_document_is_shared_by_all_lines(engine):
     cache = engine.prefill("the dog saw that the cat sat there. " * 9)
-    found = list(answers(engine, list(parse([b'"who?"', b'"where?"'])), batch=2, options=Options(max_tokens=4), cache=cache))
+    found = list(
+        answers(engine, list(parse([b'"who?"', b'"where?"'])), batch=2, options=Options(max_tokens=4), cache=cache)
+    )
     assert all(results[0].prefilled_tokens < 30 < results[0].prompt_tokens for _, results in found)
 
 
@@ -245,7 +267,9 @@ def run(capsys, *argv) -> tuple[int, list[dict], str]:
 def test_prompts_file_is_jsonl_in_and_out(folder, engine, tmp_path, capsys):
     file = tmp_path / "p.jsonl"
     messages = [{"role": "system", "content": "so"}, {"role": "user", "content": "the cat"}]
-    file.write_text(f'"the cat"\n{json.dumps({"prompt": "the dog", "id": [7]})}\n\n{json.dumps({"messages": messages, "id": "m"})}')
+    file.write_text(
+        f'"the cat"\n{json.dumps({"prompt": "the dog", "id": [7]})}\n\n{json.dumps({"messages": messages, "id": "m"})}'
+    )
     base = ["generate", folder, "--prompts-file", file, "--device", "cpu", "--max-tokens", 6]
     code, found, err = run(capsys, *base)
     assert code == 0 and err == ""
@@ -263,14 +287,18 @@ def test_prompts_file_is_jsonl_in_and_out(folder, engine, tmp_path, capsys):
 def test_stream_writes_pieces_and_then_the_whole_object(folder, tmp_path, capsys):
     base = ["generate", folder, "--device", "cpu", "--max-tokens", 6, "--temperature", 1, "--stream"]
     code, (*pieces, last), _ = run(capsys, *base, "the cat", "--json")
-    assert code == 0 and "".join(one["piece"] for one in pieces) == last["text"] and all(set(one) == {"piece"} for one in pieces)
+    assert code == 0 and "".join(one["piece"] for one in pieces) == last["text"]
+    assert all(set(one) == {"piece"} for one in pieces)
     code, (*pieces, last), _ = run(capsys, *base, "the cat", "--json", "--n", 2)
-    assert code == 0 and all("".join(p["piece"] for p in pieces if p["index"] == i) == last["answers"][i]["text"] for i in range(2))
+    assert code == 0
+    assert all("".join(p["piece"] for p in pieces if p["index"] == i) == last["answers"][i]["text"] for i in range(2))
     (tmp_path / "p.jsonl").write_text('"the cat"\n{"prompt": "a", "n": 2, "id": "x"}\n{"prompt": 1}\n')
     code, found, _ = run(capsys, *base, "--prompts-file", tmp_path / "p.jsonl")
     assert code == 2
     wholes = [one for one in found if "text" in one]
-    assert [(one["line"], one.get("id"), one.get("index")) for one in wholes] == [(1, None, None), (2, "x", 0), (2, "x", 1)]
+    assert [
+        (one["line"], one.get("id"), one.get("index")) for one in wholes
+    ] == [(1, None, None), (2, "x", 0), (2, "x", 1)]
     for whole in wholes:
         head = {name: whole[name] for name in ("line", "id", "index") if name in whole}
         assert "".join(one["piece"] for one in found if one == head | {"piece": one.get("piece")}) == whole["text"]
@@ -282,15 +310,23 @@ def test_options_of_ends_and_penalties_reach_the_answer(folder, engine, capsys):
     plain = engine.generate("the cat", max_tokens=12).token_ids
     _, (found,), _ = run(capsys, *base, "--stop-id", plain[4], "--stop-id", 319)
     assert found["finish_reason"] == "stop" and found["token_ids"] == plain[: plain.index(plain[4])]
-    penalties = {"repetition_penalty": 1.7, "presence_penalty": 0.5, "frequency_penalty": -0.5, "min_tokens": 3, "ignore_eos": True}
-    flags = ["--repetition-penalty", 1.7, "--presence-penalty", 0.5, "--frequency-penalty", -0.5, "--min-tokens", 3, "--ignore-eos"]
+    penalties = {
+        "repetition_penalty": 1.7, "presence_penalty": 0.5, "frequency_penalty": -0.5, "min_tokens": 3,
+        "ignore_eos": True
+    }
+    flags = [
+        "--repetition-penalty", 1.7, "--presence-penalty", 0.5, "--frequency-penalty", -0.5, "--min-tokens", 3,
+        "--ignore-eos"
+    ]
     _, (found,), _ = run(capsys, *base, *flags)
     assert found["token_ids"] == engine.generate("the cat", max_tokens=12, **penalties).token_ids != plain
 
 
 def test_bad_lines_are_reported_on_both_streams_and_the_exit_code_is_2(folder, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_bytes(b'"the cat"\n{"id": 3}\n"caf\xe9"\n"a"\n')
-    code, found, err = run(capsys, "generate", folder, "--prompts-file", tmp_path / "p.jsonl", "--device", "cpu", "--max-tokens", 2)
+    code, found, err = run(
+        capsys, "generate", folder, "--prompts-file", tmp_path / "p.jsonl", "--device", "cpu", "--max-tokens", 2
+    )
     assert code == 2 and [one["line"] for one in found] == [1, 2, 3, 4]
     assert "error" in found[1] and found[1]["id"] == 3 and "error" in found[2] and "text" in found[3]
     assert err.count("\n") == 1 and "2 of 4 prompts failed (lines 2, 3)" in err
@@ -324,7 +360,8 @@ def test_n_answers_stop_and_logprobs_of_one_prompt(folder, engine, capsys):
     plain = engine.generate("the cat", max_tokens=30)
     stops = ["--stop", plain.text[5:8], "--stop", "nothing"]
     code, (found,), _ = run(capsys, "generate", folder, "the cat", "--device", "cpu", "--json", *stops)
-    assert code == 0 and found["text"] == plain.text[: plain.text.index(plain.text[5:8])] and found["finish_reason"] == "stop"
+    assert code == 0 and found["text"] == plain.text[: plain.text.index(plain.text[5:8])]
+    assert found["finish_reason"] == "stop"
 
 
 def test_an_answer_that_ends_where_the_context_is_full_says_so(folder, capsys):
@@ -332,7 +369,9 @@ def test_an_answer_that_ends_where_the_context_is_full_says_so(folder, capsys):
     for more, full in (["--max-tokens", "1000000"], True), (["--ctx", "64"], True), (["--max-tokens", "9"], False):
         assert main([*base, *more]) == 0
         err = capsys.readouterr().err
-        assert ("context (the context of 64 is full)" if more[0] == "--ctx" else "(the context of 1024 is full)") in err or not full
+        assert (
+            "context (the context of 64 is full)" if more[0] == "--ctx" else "(the context of 1024 is full)"
+        ) in err or not full
         assert full or "is full" not in err
 
 
@@ -364,7 +403,10 @@ def test_wrong_use_is_one_line(folder, capsys, argv, message):
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_prompts_from_windows_are_the_same_prompts(folder, tmp_path, capsys, encoding, newline):
-    lines = [json.dumps("the cat é", ensure_ascii=False), "", json.dumps({"prompt": "so", "id": 7}), "nothing", json.dumps("the dog")]
+    lines = [
+        json.dumps("the cat é", ensure_ascii=False), "", json.dumps({"prompt": "so", "id": 7}), "nothing",
+        json.dumps("the dog")
+    ]
     seen = []
     for data in ("\n".join(lines).encode(), newline.join([*lines, ""]).encode(encoding)):
         (tmp_path / "p").write_bytes(data)

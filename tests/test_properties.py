@@ -1,4 +1,5 @@
-"""Whatever stands in a config, a safetensors index or a prompt cache's header: a value that works, or one line that says why not."""
+"""Whatever stands in a config, a safetensors index or a prompt cache's header: a value that works, or one line that
+says why not."""
 
 from __future__ import annotations
 
@@ -24,11 +25,15 @@ from minioscar.tokenizer import Tokenizer
 
 from .tiny import CONFIG, write_talker
 
-examples = settings(max_examples=200, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+examples = settings(
+    max_examples=200, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 usual = st.sampled_from([16, 64, 96, 128, 1024, 4096, 10**6, 2**31 - 1, 1.0, 0.5, 40.0, 1e4, 5e5, 1e-6])
 numbers = st.one_of(st.integers(-2, 5), st.integers(), usual, st.floats())
 anything = st.recursive(
-    st.none() | st.booleans() | numbers | st.text(max_size=4) | st.sampled_from(["full_attention", "sliding_attention", "yarn", "llama3"]),
+    st.none() | st.booleans() | numbers | st.text(max_size=4) | st.sampled_from(
+        ["full_attention", "sliding_attention", "yarn", "llama3"]
+    ),
     lambda value: st.lists(value, max_size=3) | st.dictionaries(st.text(max_size=4), value, max_size=3),
     max_leaves=5,
 )
@@ -37,7 +42,8 @@ rope = st.fixed_dictionaries(
     optional={
         key: numbers | anything
         for key in (
-            "factor", "rope_theta", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+            "factor", "rope_theta", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+            "beta_fast", "beta_slow",
             "attention_factor", "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor",
         )
     },
@@ -48,8 +54,10 @@ configs = st.builds(
     st.fixed_dictionaries(
         {},
         optional={
-            "rope_scaling": rope | anything, "rope_parameters": rope, "rope_theta": numbers, "use_sliding_window": st.booleans(),
-            "sliding_window": numbers, "layer_types": st.lists(st.sampled_from(["full_attention", "sliding_attention"])) | anything,
+            "rope_scaling": rope | anything, "rope_parameters": rope, "rope_theta": numbers,
+            "use_sliding_window": st.booleans(),
+            "sliding_window": numbers,
+            "layer_types": st.lists(st.sampled_from(["full_attention", "sliding_attention"])) | anything,
             **{key: numbers | anything for key in CONFIG if key not in ("rope_theta", "model_type")},
         },
     ),
@@ -88,7 +96,9 @@ options = ["beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_d
 @examples
 @given(
     kind=st.sampled_from(["linear", "llama3", "yarn"]),
-    required=st.fixed_dictionaries({key: positive for key in ("factor", "rope_theta", "low_freq_factor", "high_freq_factor")}),
+    required=st.fixed_dictionaries(
+        {key: positive for key in ("factor", "rope_theta", "low_freq_factor", "high_freq_factor")}
+    ),
     optional=st.dictionaries(st.sampled_from(options), positive, max_size=4),
     truncate=st.booleans(),
 )
@@ -152,7 +162,9 @@ def test_any_header_of_a_prompt_cache_is_this_models_or_is_refused(folder, tmp_p
     metadata = {**good, field: json.dumps({**json.loads(good[field]), **fields}), **changes}
     metadata = {key: value.encode("utf-8", "replace").decode() for key, value in metadata.items()}
     save_file({"ids": np.zeros(1, np.int32)}, tmp_path / "c", metadata)
-    same = all(metadata[key] == good[key] or _loads(metadata[key]) == _loads(good[key]) for key in good if key != "contents")
+    same = all(
+        metadata[key] == good[key] or _loads(metadata[key]) == _loads(good[key]) for key in good if key != "contents"
+    )
     try:
         with File(tmp_path / "c") as file:
             file.check(config, scheme, "w")
@@ -172,7 +184,8 @@ def _loads(text: str):
 @examples
 @given(kv=st.sampled_from(sorted(SCHEMES)), length=st.integers(1, 1024), dim=st.sampled_from([32, 64, 128]))
 def test_a_row_of_any_length_is_counted_by_its_layout(kv, length, dim):
-    """What a saved row takes is what the cache takes for its tokens: packed blocks, and a window as far as it is filled."""
+    """What a saved row takes is what the cache takes for its tokens: packed blocks, and a window as far as it is
+    filled."""
     config, scheme = Config.from_dict({**CONFIG, "head_dim": dim}), SCHEMES[kv]
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in row_layout(config, scheme, length).values())
     whole = cache_bytes(config, scheme, 1, -(-length // WINDOW) * WINDOW) // config.num_layers

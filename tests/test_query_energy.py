@@ -27,7 +27,9 @@ def test_attention_inputs_are_what_the_projections_of_the_first_layer_give(tmp_p
     record_attention_inputs(weights, config, ops, ids, seen.append)
     assert len(seen) == config.num_layers
     layer = weights.layers[0]
-    qkv = ops.linear(ops.embed(weights.embed, ids), layer.qkv, layer.qkv_bias, norm=(layer.input_norm, config.rms_norm_eps))
+    qkv = ops.linear(
+        ops.embed(weights.embed, ids), layer.qkv, layer.qkv_bias, norm=(layer.input_norm, config.rms_norm_eps)
+    )
     q, k, v = np.split(qkv.reshape(5, -1, 64), [config.num_heads, config.num_heads + config.num_kv_heads], axis=1)
     cos, sin = (table[:5] for table in config.rope.tables(8))
     for got, want in zip(seen[0], (ops.rope(q, cos, sin), ops.rope(k, cos, sin), v), strict=True):
@@ -54,7 +56,8 @@ def test_a_shaped_engine_has_the_feedback_of_every_layer_and_others_have_none(tm
     energy = query_energy(weights, config, ops)
     for layer, heads in zip(layers, energy, strict=True):
         want = np.stack([feedback_matrix(head) for head in heads])
-        np.testing.assert_allclose(layer.key_feedback, want, atol=1e-4 * abs(want).max())  # V is rotated in the engine's weights
+        # V is rotated in the engine's weights
+        np.testing.assert_allclose(layer.key_feedback, want, atol=1e-4 * abs(want).max())
     assert load_engine(folder, "int2", "cpu", tokenizer=False).model.weights.layers[0].key_feedback is None
     shaped = shape_keys(weights, config, ops)
     assert shaped.layers[0].qkv is weights.layers[0].qkv and weights.layers[0].key_feedback is None

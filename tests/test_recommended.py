@@ -1,4 +1,5 @@
-"""generation_config.json: what its authors recommend is used and said, what the user gives comes first, and nothing in it stops a run."""
+"""generation_config.json: what its authors recommend is used and said, what the user gives comes first, and nothing in
+it stops a run."""
 
 from __future__ import annotations
 
@@ -32,14 +33,25 @@ def said(folder: Path, config, given: dict | None = None) -> tuple[Sampling, lis
         (QWEN3, {"top_p": 1.0}, {"temperature": 0.6, "top_k": 20}, "sampling: temperature 0.6, top-k 20 from"),
         (QWEN3, {"temperature": 1.5, "top_k": 0}, {"temperature": 1.5, "top_p": 0.95}, "sampling: top-p 0.95 from"),
         (QWEN3 | {"do_sample": False}, {}, {}, None),
-        (QWEN3 | {"do_sample": False}, {"temperature": 0.5}, {"temperature": 0.5, "top_p": 0.95, "top_k": 20}, "top-p 0.95, top-k"),
+        (
+            QWEN3 | {"do_sample": False}, {"temperature": 0.5}, {"temperature": 0.5, "top_p": 0.95, "top_k": 20},
+            "top-p 0.95, top-k"
+        ),
         ({"temperature": 0.6, "top_k": 20}, {}, {}, None),  # do_sample is false where it is not named
         ({"do_sample": None, "temperature": 0.6}, {}, {}, None),
-        ({"do_sample": True}, {}, {"temperature": 1.0, "top_k": 50}, "sampling: temperature 1, top-k 50 from"),  # transformers' own
-        ({"do_sample": True, "top_k": None, "temperature": 0.7}, {}, {"temperature": 0.7, "top_k": 50}, "temperature 0.7, top-k 50"),
-        ({"do_sample": True, "top_k": 0, "min_p": 0.1}, {}, {"temperature": 1.0, "min_p": 0.1}, "sampling: temperature 1, min-p 0.1"),
+        # transformers' own
+        ({"do_sample": True}, {}, {"temperature": 1.0, "top_k": 50}, "sampling: temperature 1, top-k 50 from"),
+        (
+            {"do_sample": True, "top_k": None, "temperature": 0.7}, {}, {"temperature": 0.7, "top_k": 50},
+            "temperature 0.7, top-k 50"
+        ),
+        (
+            {"do_sample": True, "top_k": 0, "min_p": 0.1}, {}, {"temperature": 1.0, "min_p": 0.1},
+            "sampling: temperature 1, min-p 0.1"
+        ),
         ({"do_sample": True, "temperature": 0.0, "top_k": 5}, {}, {}, None),
-        ({"repetition_penalty": 1.2}, {}, {"repetition_penalty": 1.2}, "sampling: repetition-penalty 1.2 from"),  # greedy, too
+        # greedy, too
+        ({"repetition_penalty": 1.2}, {}, {"repetition_penalty": 1.2}, "sampling: repetition-penalty 1.2 from"),
         ({"repetition_penalty": 1.0}, {}, {}, None),
         ({}, {}, {}, None),
         ({"eos_token_id": 2}, {"temperature": 0.7}, {"temperature": 0.7}, None),
@@ -48,7 +60,9 @@ def said(folder: Path, config, given: dict | None = None) -> tuple[Sampling, lis
 def test_each_option_comes_from_the_user_else_from_the_model_else_is_off(tmp_path, config, given, want, line):
     sampling, lines = said(tmp_path, config, given)
     assert sampling == Sampling(**want)
-    assert len(lines) == (line is not None) and (line is None or line in lines[0] and lines[0].endswith("--temperature 0 is greedy"))
+    assert len(lines) == (line is not None) and (
+        line is None or line in lines[0] and lines[0].endswith("--temperature 0 is greedy")
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +113,8 @@ def test_generate_and_prompts_file_draw_as_the_model_recommends(folder, capsys, 
     (tmp_path / "p").write_text('"the cat"\n')
     one = "generate", folder, "the cat", "--json"
     greedy, err = answers(capsys, *one, "--temperature", 0)
-    assert "sampling" not in err and greedy == [talker(folder).generate("the cat", max_tokens=12).token_ids]  # Python is greedy
+    # Python is greedy
+    assert "sampling" not in err and greedy == [talker(folder).generate("the cat", max_tokens=12).token_ids]
     drawn, err = answers(capsys, *one, "--seed", 3)
     assert err == "[sampling: temperature 1.5, top-k 100 from generation_config.json; --temperature 0 is greedy]\n"
     assert drawn != greedy and drawn == answers(capsys, *one, "--seed", 3, "--temperature", 1.5, "--top-k", 100)[0]
@@ -118,12 +133,18 @@ def test_what_the_user_gives_is_still_refused_before_the_model_is_loaded(folder,
 
 def test_system_comes_first_in_one_prompt_and_in_each_of_many(folder, capsys, tmp_path):
     engine = talker(folder)
-    system, user, own = ({"role": role, "content": text} for role, text in (("system", "so"), ("user", "the cat"), ("system", "own")))
+    system, user, own = (
+        {"role": role, "content": text} for role, text in (("system", "so"), ("user", "the cat"), ("system", "own"))
+    )
     want = [engine.generate([[first, user]], max_tokens=12)[0].token_ids for first in (system, own)]
     options = "--system", "so", "--temperature", 0
     assert answers(capsys, "generate", folder, "the cat", "--json", *options)[0] == want[:1]
-    (tmp_path / "p").write_text("\n".join(map(json.dumps, ["the cat", {"messages": [user]}, {"messages": [own, user]}])))
-    assert answers(capsys, "generate", folder, "--prompts-file", tmp_path / "p", *options)[0] == [want[0], want[0], want[1]]
+    (tmp_path / "p").write_text(
+        "\n".join(map(json.dumps, ["the cat", {"messages": [user]}, {"messages": [own, user]}]))
+    )
+    assert answers(
+        capsys, "generate", folder, "--prompts-file", tmp_path / "p", *options
+    )[0] == [want[0], want[0], want[1]]
 
 
 @pytest.mark.parametrize(

@@ -57,4 +57,6 @@ def test_links_of_the_docs_lead_somewhere(pytestconfig):
 
 
 def test_the_front_is_what_no_other_scheme_beats_in_both_bits_and_kl():
-    assert pareto.front({"a": [3, 0.2, 0], "b": [2, 0.5, 0], "c": [2.5, 0.6, 0], "d": [4, 0.1, 0]}) == [(2, 0.5), (3, 0.2), (4, 0.1)]
+    assert pareto.front(
+        {"a": [3, 0.2, 0], "b": [2, 0.5, 0], "c": [2.5, 0.6, 0], "d": [4, 0.1, 0]}
+    ) == [(2, 0.5), (3, 0.2), (4, 0.1)]

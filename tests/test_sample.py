@@ -39,11 +39,16 @@ class Drawn:
 
     def __init__(self, device, rows: Sequence[RowSampling], vocab: int):
         self.device, self.rows, self.vocab = device, rows, vocab
-        xp = SimpleNamespace(asarray=device.array, empty=device.empty, zeros=lambda shape, dtype: device.array(np.zeros(shape, dtype)))
+        xp = SimpleNamespace(
+            asarray=device.array, empty=device.empty, zeros=lambda shape, dtype: device.array(np.zeros(shape, dtype))
+        )
         self.drawing = launches.Drawing(xp, rows, vocab)
 
-    def __call__(self, logits: np.ndarray, steps: np.ndarray, fed: np.ndarray, seen: np.ndarray | None = None, order: int = 0):
-        """Tokens of one step, twice, since a launch must leave the workspace as it was. seen: what penalties look back at, before `fed`."""
+    def __call__(
+        self, logits: np.ndarray, steps: np.ndarray, fed: np.ndarray, seen: np.ndarray | None = None, order: int = 0
+    ):
+        """Tokens of one step, twice, since a launch must leave the workspace as it was. seen: what penalties look back
+        at, before `fed`."""
         there, at, found = self.device.array(logits), self.device.array(steps), []
         for again in range(2):
             if self.drawing.history is not None:
@@ -56,7 +61,9 @@ class Drawn:
         return found[0]
 
 
-def drawn(device, logits: np.ndarray, sampling: Sampling, sequences: np.ndarray, steps: np.ndarray, order: int = 0) -> np.ndarray:
+def drawn(
+    device, logits: np.ndarray, sampling: Sampling, sequences: np.ndarray, steps: np.ndarray, order: int = 0
+) -> np.ndarray:
     rows = [RowSampling(sampling, sequence) for sequence in sequences.tolist()]
     return Drawn(device, rows, logits.shape[1])(logits, steps, np.zeros(len(logits), np.int32), order=order)
 
@@ -83,7 +90,8 @@ def check(device, seed: int, rows: Sequence[RowSampling], vocab: int, ties: bool
 
 
 def undecided(logits: np.ndarray, row: RowSampling, step: int, past: list[int]) -> bool:
-    """Whether the two best scores are nearer than float32 tells apart, or a cut is so near to a token that it may be on its other side.
+    """Whether the two best scores are nearer than float32 tells apart, or a cut is so near to a token that it may be on
+    its other side.
 
     A logit 2^3 or 2^4 below the largest, in units of log2, is rounded by up to 2^-20, and its share by so much of it.
     """
@@ -141,14 +149,16 @@ def test_end_tokens_are_not_drawn_too_early(device):
     logits = np.zeros((3, vocab), np.float32)
     logits[:, [7, 2050]] = 30, 29
     rows = [
-        RowSampling(Sampling(), ends=(7,), min_tokens=3), RowSampling(Sampling(1.0, top_k=5), ends=(7, 2050), min_tokens=2),
+        RowSampling(Sampling(), ends=(7,), min_tokens=3),
+        RowSampling(Sampling(1.0, top_k=5), ends=(7, 2050), min_tokens=2),
         RowSampling(Sampling(0.5, top_p=0.9), ends=tuple(i for i in range(vocab) if i != 2051), min_tokens=2),
     ]
     draw = Drawn(device, rows, vocab)
     for step in range(4):
         got = draw(logits, np.full(3, step, np.int32), np.zeros(3, np.int32)).tolist()
         assert got == [next_token(x, row, step) for x, row in zip(logits, rows, strict=True)]
-        assert (got[0] == 2050) == (step < 3) and (got[1] in (7, 2050)) == (step >= 2) and (got[2] == 2051) == (step < 2)
+        assert (got[0] == 2050) == (step < 3) and (got[1] in (7, 2050)) == (step >= 2)
+        assert (got[2] == 2051) == (step < 2)
 
 
 @on_each_device
@@ -156,14 +166,19 @@ def test_the_device_counts_what_it_is_fed(device, seed):
     """Twelve steps of few tokens, each fed with the token before it: history and draws stay the host's."""
     rng, vocab = np.random.default_rng(seed), 40
     penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.4}
-    rows = [RowSampling(Sampling(temperature, seed=i, **penalties), i, prompt=(1, 5, 5)) for i, temperature in enumerate((0.0, 0.5))]
+    rows = [
+        RowSampling(Sampling(temperature, seed=i, **penalties), i, prompt=(1, 5, 5))
+        for i, temperature in enumerate((0.0, 0.5))
+    ]
     rows.append(RowSampling(Sampling(0.5, seed=2)))  # has none
     draw, past = Drawn(device, rows, vocab), [[3], [5], [5]]
     draw.drawing.history = device.array(np.stack([history(row, [], vocab) for row in rows]))
     tokens = device.array(np.array([3, 5, 5], np.int32))
     for step in range(1, 13):
         logits = (2 * rng.standard_normal((3, vocab))).astype(np.float32)
-        for launch in launches.sample(device.array(logits), draw.drawing, device.array(np.full(3, step, np.int32)), tokens):
+        for launch in launches.sample(
+            device.array(logits), draw.drawing, device.array(np.full(3, step, np.int32)), tokens
+        ):
             device.run(launch, seed=step)
         want = [next_token(x, row, step, before) for x, row, before in zip(logits, rows, past, strict=True)]
         assert device.numpy(tokens).tolist() == want
@@ -177,7 +192,9 @@ def test_a_cut_among_more_tokens_than_the_list_holds(device, seed):
     """Of 9,000 equal ones the first are kept; of rounded ones thousands are equal."""
     at = np.zeros(1, np.int32)
     logits = np.zeros((1, 9000), np.float32)
-    for sampling in (Sampling(1.0, top_p=0.00105, seed=seed), Sampling(1.0, top_k=9, min_p=0.5), Sampling(1.0, top_k=9, top_p=0.3)):
+    for sampling in (
+        Sampling(1.0, top_p=0.00105, seed=seed), Sampling(1.0, top_k=9, min_p=0.5), Sampling(1.0, top_k=9, top_p=0.3)
+    ):
         assert drawn(device, logits, sampling, at, at)[0] == sample(logits[0], sampling, 0, 0)
     logits = np.random.default_rng(seed).integers(0, 2, (1, 9000)).astype(np.float32) * 0.001
     for sampling in (Sampling(1.0, top_p=0.3, seed=seed), Sampling(1.0, top_k=5000, top_p=0.9, seed=seed)):

@@ -62,19 +62,22 @@ def test_without_a_fault_nothing_is_reported(device, name, seed):
         (
             "rotate",
             1,
-            r"thread \(63,0,0\): out of bounds: write of 4 bytes of shared memory at dynamic shared memory \+ 256 of 256 bytes",
+            r"thread \(63,0,0\): out of bounds: write of 4 bytes of shared memory at dynamic shared memory \+ 256 of "
+            r"256 bytes",
         ),
         ("rotate", 2, r"race: .* is not ordered after|read of unwritten shared memory"),
         ("rotate", 3, r"thread \(63,0,0\): out of bounds: read of 4 bytes of shared memory"),
         (
             "rotate",
             4,
-            r"divergent barrier: __syncthreads at line 16 while others wait in the one at line 15|line 15 while .* line 16",
+            r"divergent barrier: __syncthreads at line 16 while others wait in the one at line 15|line 15 while .* "
+            r"line 16",
         ),
         (
             "rotate",
             5,
-            r"race: (read|write) of 4 bytes at dynamic shared memory .* is not ordered after the (read|write) by thread",
+            r"race: (read|write) of 4 bytes at dynamic shared memory .* is not ordered after the (read|write) by "
+            r"thread",
         ),
         (
             "average",

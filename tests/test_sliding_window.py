@@ -1,4 +1,5 @@
-"""A model with a sliding window: exact within it, refused beyond it by the window's name, wherever a context is checked."""
+"""A model with a sliding window: exact within it, refused beyond it by the window's name, wherever a context is
+checked."""
 
 from __future__ import annotations
 
@@ -44,8 +45,12 @@ def refusals(folder: Path):
         "message": lambda m: list(Conversation(m).say("the cat sat " * 100)),
         "info": lambda m: info.describe(name, WINDOW + 1, 1, "cpu"),
         "eval": lambda m: fidelity.evaluate(name, ["int2"], text=text, prefill=200, decode=101, device="cpu"),
-        "drift": lambda m: fidelity.evaluate(name, ["int2"], text=text, prefill=200, decode=9, continued=100, device="cpu"),
-        "needle": lambda m: fidelity.evaluate(name, ["int2"], text=text, prefill=9, decode=9, needles=[256], device="cpu"),
+        "drift": lambda m: fidelity.evaluate(
+            name, ["int2"], text=text, prefill=200, decode=9, continued=100, device="cpu"
+        ),
+        "needle": lambda m: fidelity.evaluate(
+            name, ["int2"], text=text, prefill=9, decode=9, needles=[256], device="cpu"
+        ),
         "inspect": lambda m: inspection.inspect(name, ["int2"], text=text, tokens=384, device="cpu"),
     }
 

@@ -56,7 +56,8 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def test_attention_errors_on_real_keys_and_values_come_in_the_order_of_the_paper(layers):
-    """||out - exact|| / ||exact||, mean over the layers. Rotation and scaling each beat KIVI, OScaR beats either alone."""
+    """||out - exact|| / ||exact||, mean over the layers. Rotation and scaling each beat KIVI, OScaR beats either
+    alone."""
     error = {}
     for name in ("quarot", "kivi", "rotation", "scaling", "oscar", "int2", "int2-compact", "int4"):
         scheme, errors = SCHEMES[name], []
@@ -68,7 +69,8 @@ def test_attention_errors_on_real_keys_and_values_come_in_the_order_of_the_paper
     print(error)
     assert error["oscar"] < error["rotation"] < error["kivi"] < error["quarot"]
     assert error["oscar"] < error["scaling"] < error["kivi"]
-    assert error["int4"] < error["int2"] < error["int2-compact"] < error["oscar"]  # ours: fewer bytes and a smaller error
+    # ours: fewer bytes and a smaller error
+    assert error["int4"] < error["int2"] < error["int2-compact"] < error["oscar"]
 
 
 def test_low_norm_tokens_pay_for_their_group_until_norms_are_divided_out(layers):
@@ -85,7 +87,8 @@ def test_low_norm_tokens_pay_for_their_group_until_norms_are_divided_out(layers)
 
 
 def test_quantized_cache_of_the_whole_model_is_oscar_bit_for_bit_after_prefill_and_decode(model):
-    """Prefill 200, then 120 steps over two flushes: what is packed is oscar.py of the BF16 keys that the window held."""
+    """Prefill 200, then 120 steps over two flushes: what is packed is oscar.py of the BF16 keys that the window
+    held."""
     quantized = engine.load(model, "oscar", "cpu")
     ids = np.array(quantized.tokenizer.encode(fidelity.default_text())[:320])
     scheme, seen = quantized.scheme, []
@@ -97,7 +100,9 @@ def test_quantized_cache_of_the_whole_model_is_oscar_bit_for_bit_after_prefill_a
     for index in (0, 11, layers - 1):
         keys, values, norms = (np.concatenate(parts)[:packed] for parts in zip(*seen[index::layers], strict=True))
         keys, values = (x.astype(cache.layers[0]["window_keys"].dtype).swapaxes(0, 1) for x in (keys, values))
-        for kind, want in (("key", oscar.quantize_keys(keys, norms, scheme)), ("value", oscar.quantize_values(values, scheme))):
+        for kind, want in (
+            ("key", oscar.quantize_keys(keys, norms, scheme)), ("value", oscar.quantize_values(values, scheme))
+        ):
             got = cache.layers[index]
             np.testing.assert_array_equal(oscar.unpack(got[f"{kind}_codes"][0], 2), want[0])
             np.testing.assert_array_equal(got[f"{kind}_step"][0], want[1])
@@ -111,7 +116,9 @@ GOLDEN_NLL, GOLDEN_KL = 2.3256, {  # one short window; another BLAS moves a KL b
 
 def test_fidelity_has_not_changed():
     """A regression in any part of the cache path shows here: golden numbers, 512 tokens prefilled and 256 decoded."""
-    baseline, *rows = fidelity.evaluate("smollm2-135m", list(GOLDEN_KL), prefill=512, decode=256, device="cpu")["results"]
+    baseline, *rows = fidelity.evaluate(
+        "smollm2-135m", list(GOLDEN_KL), prefill=512, decode=256, device="cpu"
+    )["results"]
     assert baseline["nll"] == pytest.approx(GOLDEN_NLL, abs=0.001) and baseline["kl"] == 0
     print({row["kv"]: row["kl"] for row in rows})
     for row in rows:
@@ -119,12 +126,15 @@ def test_fidelity_has_not_changed():
 
 
 def test_teacher_forced_chunks_measure_what_single_steps_do(model):
-    """The KL of `eval` (chunks up to the flush) and of true decoding, token by token, differ only by BF16 in the window."""
+    """The KL of `eval` (chunks up to the flush) and of true decoding, token by token, differ only by BF16 in the
+    window."""
     loaded = engine.load(model, "int2", "cpu")
     ids = np.array(loaded.tokenizer.encode(fidelity.default_text())[:171])
     chunks = np.concatenate(list(fidelity.teacher_forced(loaded, ids, 110)))
     cache = Cache(loaded.config, loaded.scheme, 1, 170, loaded.ops)
     loaded.model.forward(ids[:110], cache, cache.batch_for([0], [110]))
-    steps = np.concatenate([loaded.model.forward(ids[i : i + 1], cache, cache.batch_for([0], [1])) for i in range(110, 170)])
+    steps = np.concatenate(
+        [loaded.model.forward(ids[i : i + 1], cache, cache.batch_for([0], [1])) for i in range(110, 170)]
+    )
     a, b = fidelity.log_softmax(chunks), fidelity.log_softmax(steps)
     assert (np.exp(a) * (a - b)).sum(1).mean() < 1e-3  # int2 itself costs 50 times that

@@ -1,4 +1,5 @@
-"""Standard streams as shells leave them: no work is lost for a stream, no error is more than a line, no result is lost unsaid."""
+"""Standard streams as shells leave them: no work is lost for a stream, no error is more than a line, no result is lost
+unsaid."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def folder(tmp_path_factory) -> Path:
 def shell(line: str, **environment: str) -> subprocess.CompletedProcess:
     """A line of bash in which MO is the program, as a real process: 0.4 s each, so only what needs one."""
     command = ["bash", "-c", line.replace("MO", f"{sys.executable} -m minioscar")]
-    return subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=60)
+    return subprocess.run(
+        command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=60
+    )
 
 
 CLOSED = {
@@ -67,7 +70,9 @@ def test_a_file_that_is_opened_later_does_not_become_a_standard_stream():
     assert done.stdout == b"True\n"
 
 
-@pytest.mark.parametrize("line", ["generate {m} hi --max-tokens 2", "--help", "generate {m} --prompts-file {p} --max-tokens 2"])
+@pytest.mark.parametrize(
+    "line", ["generate {m} hi --max-tokens 2", "--help", "generate {m} --prompts-file {p} --max-tokens 2"]
+)
 def test_a_result_that_cannot_be_written_is_a_failure_in_one_line(folder, tmp_path, line):
     (tmp_path / "p").write_text('"a"\n"b"\n')
     done = shell(f"MO {line.format(m=folder, p=tmp_path / 'p')} > /dev/full")
@@ -77,7 +82,10 @@ def test_a_result_that_cannot_be_written_is_a_failure_in_one_line(folder, tmp_pa
 
 def test_a_reader_that_leaves_ends_the_work_quietly(folder, tmp_path):
     (tmp_path / "p").write_text('"the cat"\n' * 50)
-    done = shell(f"MO generate {folder} --prompts-file {tmp_path}/p --batch 1 --max-tokens 40 | head -c 1; echo ${{PIPESTATUS[0]}}")
+    done = shell(
+        f"MO generate {folder} --prompts-file {tmp_path}/p --batch 1 --max-tokens 40 | head -c 1; echo "
+        f"${{PIPESTATUS[0]}}"
+    )
     assert done.stdout == b"{0\n" and done.stderr == b""
     done = shell(f"MO cache {folder} --prompt-file {tmp_path}/p --out - | head -c 1 | wc -c; echo ${{PIPESTATUS[0]}}")
     assert done.stdout == b"1\n0\n" and b"Traceback" not in done.stderr
@@ -150,10 +158,14 @@ def test_streams_are_put_back(capsys):
 
 
 def test_ctrl_c_in_an_import_is_not_an_import_error(tmp_path):
-    swallows = "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt: raise ImportError"
+    swallows = (
+        "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt: raise ImportError"
+    )
     (tmp_path / "swallows.py").write_text(swallows)
     code = "import signal; from minioscar.app import cli; signal.signal(signal.SIGINT, cli.interrupt); import swallows"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
     assert (done.returncode, done.stderr) == (130, b"minioscar: interrupted\n")
     with pytest.raises(KeyboardInterrupt):
         cli.interrupt()

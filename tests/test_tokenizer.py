@@ -30,18 +30,24 @@ def byte_level() -> Library:
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
     library.train_from_iterator([TEXT] * 3, trainer)
-    library.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "é€", "ÿÿ")])  # outside and inside the byte alphabet
+    # outside and inside the byte alphabet
+    library.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "é€", "ÿÿ")])
     library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return library
 
 
 def sentencepiece() -> Library:
-    """Like Llama 2 and Mistral: a space is a ▁ before the word, one is added in front, unknown characters are byte tokens."""
+    """Like Llama 2 and Mistral: a space is a ▁ before the word, one is added in front, unknown characters are byte
+    tokens."""
     words = ["▁", "▁The", "▁caf", "é", "▁two", "▁spaces", "日", "本", "e", "s", "t", "a", ".", ","]
     tokens = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), *words]
-    library = Library(models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    library = Library(
+        models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     library.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -57,7 +63,9 @@ def metaspace() -> Library:
     library = sentencepiece()
     library.normalizer = None
     library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first", split=False)])
+    library.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first", split=False)]
+    )
     return library
 
 
@@ -98,12 +106,19 @@ def test_streamed_pieces_together_are_decode_of_any_ids(tiny, data):
 @given(data=st.data())
 def test_streamed_bytes_are_decode_whether_or_not_they_are_utf8(tiny, data):
     """Any bytes as byte tokens: random, or text cut anywhere; between them words, specials and added tokens."""
-    raw = data.draw(st.one_of(st.binary(max_size=12), st.text(max_size=8).map(lambda s: s.encode("utf-8", "replace")[1:])))
+    raw = data.draw(
+        st.one_of(st.binary(max_size=12), st.text(max_size=8).map(lambda s: s.encode("utf-8", "replace")[1:]))
+    )
     of_byte = {byte: c for c, byte in BYTES.items()}
-    names = [of_byte[b] if tiny.encode("a")[0] < 256 and tiny._tokenizer.token_to_id("<0x00>") is None else f"<0x{b:02X}>" for b in raw]
+    names = [
+        of_byte[b] if tiny.encode("a")[0] < 256 and tiny._tokenizer.token_to_id("<0x00>") is None else f"<0x{b:02X}>"
+        for b in raw
+    ]
     ids = [i for i in (tiny._tokenizer.token_to_id(name) for name in names) if i is not None]
     for _ in range(data.draw(st.integers(0, 3))):
-        ids.insert(data.draw(st.integers(0, len(ids))), data.draw(st.sampled_from([1, 2, *tiny.encode("The café <think> ")])))
+        ids.insert(
+            data.draw(st.integers(0, len(ids))), data.draw(st.sampled_from([1, 2, *tiny.encode("The café <think> ")]))
+        )
     assert "".join(streamed(tiny, ids)) == tiny.decode(ids)
 
 
@@ -154,7 +169,8 @@ def test_added_tokens_in_and_outside_the_byte_alphabet_stream_as_they_decode(tmp
 
 
 def test_a_token_costs_the_same_however_long_the_text_before_it_is(tiny):
-    """Neither the whole answer nor a whole prompt is decoded again: the steps hold a few bytes, a prompt is read from its end."""
+    """Neither the whole answer nor a whole prompt is decoded again: the steps hold a few bytes, a prompt is read from
+    its end."""
     asked = 0
 
     class Counting:
@@ -197,7 +213,9 @@ def test_truncation_and_padding_left_in_a_file_are_ignored(tmp_path):
     library = byte_level()
     library.enable_truncation(4)
     library.enable_padding(length=64)
-    assert Tokenizer(save(tmp_path, library)).encode("abcdefgh") == byte_level().encode("abcdefgh", add_special_tokens=False).ids
+    assert Tokenizer(save(tmp_path, library)).encode("abcdefgh") == byte_level().encode(
+        "abcdefgh", add_special_tokens=False
+    ).ids
 
 
 @pytest.mark.parametrize(
@@ -207,11 +225,20 @@ def test_truncation_and_padding_left_in_a_file_are_ignored(tmp_path):
         (dict(generation_config={"eos_token_id": 0}, config={"eos_token_id": [5, 6]}), {0, 5, 6}),
         (dict(config={"text_config": {"eos_token_id": [5]}}), {5}),
         (dict(config={"eos_token_id": 7}, tokenizer_config={"eos_token": "</s>"}), {2, 7}),
-        (dict(config={"eos_token_id": 7}, tokenizer_config={"eos_token": {"content": "</s>", "lstrip": False}}), {2, 7}),
+        (
+            dict(config={"eos_token_id": 7}, tokenizer_config={"eos_token": {"content": "</s>", "lstrip": False}}),
+            {2, 7}
+        ),
         (dict(config={"eos_token_id": 7}, special_tokens_map={"eos_token": {"content": "</s>"}}), {2, 7}),
         (dict(tokenizer_config={"eos_token": "<s>"}, special_tokens_map={"eos_token": "</s>"}), {1, 2}),
-        (dict(tokenizer_config={"eos_token": "<s>", "eot_token": "</s>"}, generation_config={"eos_token_id": None}), {1, 2}),
-        (dict(generation_config={"eos_token_id": [-1, 99999, 2]}, config={"eos_token_id": 350, "vocab_size": 350}), {2}),
+        (
+            dict(tokenizer_config={"eos_token": "<s>", "eot_token": "</s>"}, generation_config={"eos_token_id": None}),
+            {1, 2}
+        ),
+        (
+            dict(generation_config={"eos_token_id": [-1, 99999, 2]}, config={"eos_token_id": 350, "vocab_size": 350}),
+            {2}
+        ),
         (dict(generation_config={"eos_token_id": "x"}, config={"eos_token_id": True}), set()),
         ({}, set()),
     ],
@@ -242,7 +269,9 @@ def test_a_missing_tokenizer_is_one_line(tmp_path):
         Tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"model": {"type": "Nonsense"}}', b"\xff\xfe", b'{"version": "1.0"'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"model": {"type": "Nonsense"}}', b"\xff\xfe", b'{"version": "1.0"']
+)
 def test_a_corrupt_tokenizer_is_one_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match="tokenizer.json: not a readable tokenizer") as caught:
@@ -250,7 +279,9 @@ def test_a_corrupt_tokenizer_is_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config", "generation_config", "config", "chat_template", "special_tokens_map", "added_tokens"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config", "generation_config", "config", "chat_template", "special_tokens_map", "added_tokens"]
+)
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_a_corrupt_side_file_is_one_line_that_names_it(tmp_path, name, content):
     save(tmp_path, byte_level())
@@ -272,8 +303,12 @@ def plain(size: int = 280) -> Library:
     library = Library(models.BPE())
     library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
-    library.train_from_iterator(["the cat sat on the mat, and the dog saw that the cat sat there, hello world"] * 3, trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(
+        ["the cat sat on the mat, and the dog saw that the cat sat there, hello world"] * 3, trainer
+    )
     assert library.get_vocab_size() == size
     return library
 
@@ -284,9 +319,13 @@ def decoder_of(**tokens: Any) -> dict[str, Any]:
 
 HOMES = {
     "tokenizer_config": dict(tokenizer_config=decoder_of()),
-    "added_tokens": dict(added_tokens=TWO, special_tokens_map={"eos_token": "<|b|>", "additional_special_tokens": ["<|a|>"]}),
+    "added_tokens": dict(
+        added_tokens=TWO, special_tokens_map={"eos_token": "<|b|>", "additional_special_tokens": ["<|a|>"]}
+    ),
     "both": dict(
-        tokenizer_config={"added_tokens_decoder": {"280": {"content": "<|a|>", **FLAGS}}, "extra_special_tokens": ["<|b|>"]},
+        tokenizer_config={
+            "added_tokens_decoder": {"280": {"content": "<|a|>", **FLAGS}}, "extra_special_tokens": ["<|b|>"]
+        },
         added_tokens=TWO,
     ),
     "names": dict(special_tokens_map={"bos_token": "<|a|>", "eos_token": {"content": "<|b|>", "lstrip": False}}),
@@ -302,11 +341,16 @@ def test_added_tokens_are_known_by_their_ids_wherever_they_are_written(tmp_path,
     ids = one.encode("<|a|>hello<|b|>")
     assert (ids[0], ids[-1]) == (280, 281) and not {280, 281} & set(ids[1:-1])
     assert one.decode(ids) == "".join(streamed(one, ids)) == "hello"
-    assert [one.special_id(text) for text in ("<|a|>", "<|b|>", "<|c|>", "hello", "a", "", "\ud800")] == [280, 281, *[None] * 5]
+    assert [
+        one.special_id(text) for text in ("<|a|>", "<|b|>", "<|c|>", "hello", "a", "", "\ud800")
+    ] == [280, 281, *[None] * 5]
 
 
 def test_added_tokens_keep_their_flags(tmp_path):
-    entries = {"280": {"content": "<t>", **FLAGS, "special": False}, "281": {"content": "<l>", **FLAGS, "lstrip": True, "rstrip": True}}
+    entries = {
+        "280": {"content": "<t>", **FLAGS, "special": False},
+        "281": {"content": "<l>", **FLAGS, "lstrip": True, "rstrip": True}
+    }
     entries["282"] = {"content": "word", **FLAGS, "special": False, "single_word": True}
     one = Tokenizer(save(tmp_path, plain(), tokenizer_config={"added_tokens_decoder": entries}, added_tokens={"<t>": 280, "<m>": 283}))
     assert one.decode(one.encode("a<t>b<m>")) == "a<t>b<m>" and one.special_id("<t>") is None
@@ -355,8 +399,14 @@ def test_a_text_that_tokenizer_json_has_keeps_its_id_as_in_transformers(tmp_path
     ("files", "reason"),
     [
         (dict(added_tokens={"<|a|>": 285}), r"'<\|a\|>' has id 285, .* the next free id is 280"),
-        (dict(tokenizer_config=decoder_of(**{"283": {"content": "<c>"}})), "'<c>' has id 283, .* the next free id is 282"),
-        (dict(tokenizer_config={"added_tokens_decoder": {"0": {"content": "<c>"}}}), "'<c>' has id 0, .* that is '<s>'"),
+        (
+            dict(tokenizer_config=decoder_of(**{"283": {"content": "<c>"}})),
+            "'<c>' has id 283, .* the next free id is 282"
+        ),
+        (
+            dict(tokenizer_config={"added_tokens_decoder": {"0": {"content": "<c>"}}}),
+            "'<c>' has id 0, .* that is '<s>'"
+        ),
         (dict(tokenizer_config={"added_tokens_decoder": {"x": {"content": "<c>"}}}), "no token under 'x'"),
         (dict(tokenizer_config={"added_tokens_decoder": {"280": "<c>"}}), "no token under '280'"),
         (dict(tokenizer_config={"added_tokens_decoder": {"9" * 20: {"content": "<c>"}}}), "no token under '9{20}'"),
@@ -416,7 +466,9 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(tmp_path):
 
 def test_byte_order_marks_and_line_ends_of_files_are_no_content(tmp_path):
     one = Tokenizer(save(tmp_path, byte_level(), tokenizer_config={"eos_token": "</s>"}))
-    (tmp_path / "tokenizer_config.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "tokenizer_config.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes(
+        b"\xef\xbb\xbf" + (tmp_path / "tokenizer_config.json").read_bytes()
+    )
     (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbfa\r\n{% if true %}\r\nb\r\n{% endif %}\r\nc")
     one = Tokenizer(tmp_path)
     assert one.eos_ids == {2} and one.chat([]) == "a\nb\nc"
@@ -442,7 +494,10 @@ def with_template(folder: Path, template: Any, **config: Any) -> Tokenizer:
 
 
 def test_the_template_sees_messages_special_tokens_and_the_generation_prompt(tmp_path):
-    template = "{{ bos_token }}{% for m in messages %}\n    {% if true %}\n[{{ m['role'] }}] {{ m.content | trim }}\n    {% endif %}\n"
+    template = (
+        "{{ bos_token }}{% for m in messages %}\n    {% if true %}\n[{{ m['role'] }}] {{ m.content | trim }}\n    "
+        "{% endif %}\n"
+    )
     template += "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}{{ eos_token }}{{ pad_token }}"
     one = with_template(tmp_path, template, bos_token="<s>", eos_token={"content": "</s>"})
     assert one.has_chat_template
@@ -464,7 +519,9 @@ def test_what_templates_use_beyond_plain_jinja_is_there(tmp_path):
 
 def test_a_template_is_found_in_every_place_it_may_be(tmp_path):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default"}]
-    assert with_template(tmp_path, named).chat([]) == with_template(tmp_path, {"default": "default"}).chat([]) == "default"
+    assert with_template(tmp_path, named).chat([]) == with_template(
+        tmp_path, {"default": "default"}
+    ).chat([]) == "default"
     (tmp_path / "chat_template.json").write_text('{"chat_template": "from json"}')
     assert Tokenizer(tmp_path).chat([]) == "from json"
     (tmp_path / "chat_template.jinja").write_text("from jinja é", encoding="utf-8")
@@ -475,7 +532,9 @@ def test_a_template_is_found_in_every_place_it_may_be(tmp_path):
 def test_without_a_template_the_way_out_is_one_that_the_caller_has(tmp_path, template):
     one = with_template(tmp_path, template)
     assert not one.has_chat_template
-    with pytest.raises(ChatTemplateError, match=r"no chat template; use --raw \(in Python: generate\(..., chat=False\)\)") as caught:
+    with pytest.raises(
+        ChatTemplateError, match=r"no chat template; use --raw \(in Python: generate\(..., chat=False\)\)"
+    ) as caught:
         one.prompt_ids("x", chat=True)
     for command in ("generate", "cache"):
         assert said(caught.value, command).endswith("no chat template; use --raw")
@@ -505,8 +564,13 @@ HOSTILE = [
 ]
 
 
-SHUT = ["{{ ''.__class__ }}", "{{ raise_exception.__globals__ }}", "{{ messages.__init__ }}", "{{ ''|attr('__class__') }}"]
-SHUT += ["{{ '{0.__class__}'.format(1) }}", "{{ strftime_now.__code__ }}", "{{ (messages|map(attribute='__class__')|list)[0] }}"]
+SHUT = [
+    "{{ ''.__class__ }}", "{{ raise_exception.__globals__ }}", "{{ messages.__init__ }}", "{{ ''|attr('__class__') }}"
+]
+SHUT += [
+    "{{ '{0.__class__}'.format(1) }}", "{{ strftime_now.__code__ }}",
+    "{{ (messages|map(attribute='__class__')|list)[0] }}"
+]
 
 
 @pytest.mark.parametrize("template", BAD)
@@ -582,7 +646,9 @@ def test_one_of_several_templates_is_chosen_by_its_name(tmp_path):
 
 
 def test_arguments_reach_the_template_and_only_those_that_it_has(tmp_path):
-    one = with_template(tmp_path, "{{ messages[0].content }}{% if not (thinking is defined and thinking is false) %}<think>{% endif %}")
+    one = with_template(
+        tmp_path, "{{ messages[0].content }}{% if not (thinking is defined and thinking is false) %}<think>{% endif %}"
+    )
     assert one.chat([{"role": "user", "content": "a"}]) == "a<think>"
     assert one.chat([{"role": "user", "content": "a"}], template={"thinking": False}) == "a"
     with pytest.raises(UserError, match="no variable 'thinkin' to set; it has: thinking$"):
@@ -600,7 +666,10 @@ FORMS = {
     "text_by_its_methods": ("{{ m.content.split('z')[0] + '' }}", "s", " one\ntwo "),
     "text_or_nothing": ("{% if m.content is string %}{{ m.content }}{% endif %}", "s", " one\ntwo "),
     "parts": (LOOP, "[s]", "[one][two]"),
-    "parts_by_index": ("{% if m.content[0]['type'] == 'text' %}{{ m.content | map(attribute='text') | join }}{% endif %}", "s", " onetwo "),
+    "parts_by_index": (
+        "{% if m.content[0]['type'] == 'text' %}{{ m.content | map(attribute='text') | join }}{% endif %}", "s",
+        " onetwo "
+    ),
     "both": ("{% if m.content is string %}{{ m.content }}{% else %}" + LOOP + "{% endif %}", "s", "[one][two]"),
     "half": ("{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0] }}{% endif %}", "s", " one\ntwo "),
 }
@@ -621,15 +690,24 @@ def test_the_reason_of_a_template_is_not_that_of_the_other_form(tmp_path):
 
 
 def test_a_dropped_thought_is_no_reason_for_another_form(tmp_path):
-    template = "{% for m in messages %}{% if m.content is string %}<{{ m.content.split('</t>')[-1] }}>{% endif %}{% endfor %}"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "hm</t>b"}, {"role": "user", "content": "c"}]
+    template = (
+        "{% for m in messages %}{% if m.content is string %}<{{ m.content.split('</t>')[-1] }}>{% endif %}{% endfor %}"
+    )
+    messages = [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "hm</t>b"}, {"role": "user", "content": "c"}
+    ]
     assert with_template(tmp_path, template).chat(messages) == "<a><b><c>"
 
 
 def test_fields_of_a_message_beyond_role_and_content_reach_the_template(tmp_path):
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    messages = [{"role": "user", "content": "q", "name": "Ann"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    messages += [{"role": "tool", "content": "7", "tool_call_id": "c1"}, {"role": "assistant", "content": "ok", "reasoning_content": "hm"}]
+    messages = [
+        {"role": "user", "content": "q", "name": "Ann"}, {"role": "assistant", "content": None, "tool_calls": [call]}
+    ]
+    messages += [
+        {"role": "tool", "content": "7", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "ok", "reasoning_content": "hm"}
+    ]
     template = "{% for m in messages %}{{ m.name }}{{ m.tool_calls | tojson if m.tool_calls }}"
     template += "{{ m.tool_call_id }}{{ m.reasoning_content }};{% endfor %}"
     expected = f"Ann;{json.dumps([call])};c1;hm;"
@@ -646,7 +724,10 @@ def test_fields_of_a_message_beyond_role_and_content_reach_the_template(tmp_path
         ([{"content": "a"}], r"messages\[0\] has no role"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": 7}], r"messages\[1\] has no content"),
         ([{"role": "assistant", "content": None}], r"messages\[0\] has no content"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "part 'image_url'; only parts of the type 'text'"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "part 'image_url'; only parts of the type 'text'"
+        ),
         ([{"role": "user", "content": ["a"]}], "part 'a'; only parts of the type 'text'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "part without its text"),
     ],
@@ -685,12 +766,15 @@ def smollm2() -> Tokenizer:
 
 
 def test_smollm2_encodes_as_transformers_does(smollm2):
-    """Ids of AutoTokenizer.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct"), as published in several projects' tests."""
+    """Ids of AutoTokenizer.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct"), as published in several projects'
+    tests."""
     assert smollm2.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
     assert smollm2.encode("Once upon a time") == [6403, 1980, 253, 655]
     assert smollm2.encode("def add(a, b): return") == [1604, 803, 24, 81, 28, 278, 727, 1003]
     assert smollm2.encode("In 2026, the weather") == [788, 216, 34, 32, 34, 38, 28, 260, 3947]  # each digit by itself
-    chat = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2, 198]
+    chat = [
+        1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2, 198
+    ]
     assert smollm2.prompt_ids("Hi there", chat=True) == [*chat, 1, 4093, 198, 26843, 665, 2, 198, 1, 520, 9531, 198]
 
 

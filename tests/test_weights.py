@@ -122,14 +122,18 @@ def test_a_file_that_loses_a_shard_is_refused(folder):
 
 def test_one_whole_file_goes_before_an_index_as_in_transformers(model, folder):
     """An index that was left behind by shards which are gone, which are half there, or which are another model's."""
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(folder / FILE), "model-00001-of-00002.safetensors")}))
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys(load_file(folder / FILE), "model-00001-of-00002.safetensors")})
+    )
     same(read(model), read(folder))
     other = {name: 2 * tensor for name, tensor in load_file(folder / FILE).items()}
     save_file(other, folder / "model-00001-of-00002.safetensors")
     same(read(model), read(folder))
 
 
-@pytest.mark.parametrize("harm", [lambda p: p.write_bytes(p.read_bytes()[:-9]), lambda p: change(p.parent, lambda t: t.pop(NORM))])
+@pytest.mark.parametrize(
+    "harm", [lambda p: p.write_bytes(p.read_bytes()[:-9]), lambda p: change(p.parent, lambda t: t.pop(NORM))]
+)
 def test_where_the_one_file_is_damaged_the_index_beside_it_is_named(folder, harm):
     (folder / INDEX).write_text("{}")
     harm(folder / FILE)
@@ -166,9 +170,15 @@ def test_a_tensor_that_the_index_does_not_know_or_has_elsewhere_is_found_in_the_
     [
         (["adapter_config.json", "adapter_model.safetensors"], ["adapter_model.safetensors", "LoRA adapter", "merge"]),
         (["pytorch_model.bin"], ["pytorch_model.bin", "pickled", "AutoModelForCausalLM.from_pretrained"]),
-        (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], ["pytorch_model-00001-of-00002.bin", "pickled"]),
+        (
+            ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
+            ["pytorch_model-00001-of-00002.bin", "pickled"]
+        ),
         (["m.Q4_K_M.gguf"], ["m.Q4_K_M.gguf", "GGUF"]),
-        (["consolidated.safetensors", "params.json", "tekken.json"], ["consolidated.safetensors", "Mistral's own names"]),
+        (
+            ["consolidated.safetensors", "params.json", "tekken.json"],
+            ["consolidated.safetensors", "Mistral's own names"]
+        ),
         (["model-00002-of-00002.safetensors"], ["model-00002-of-00002.safetensors", INDEX]),
         (["weights.safetensors"], ["weights.safetensors"]),
         (["README.md"], ["minioscar reads safetensors weights only"]),
@@ -185,12 +195,15 @@ def test_weights_of_another_form_are_named_with_a_way_out(folder, names, parts):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "."])
 def test_what_may_not_be_read_is_no_damaged_file(tmp_path, monkeypatch, name):
-    """Tests may be run by root, who may read everything, so that the refusal is the file system's in no more than name."""
+    """Tests may be run by root, who may read everything, so that the refusal is the file system's in no more than
+    name."""
     folder, real = write_talker(tmp_path / "m", 1), {"open": io.open, "stat": os.stat}
 
     def denied(call: str):
         def denying(path, *args, **how):
-            if not isinstance(path, int) and call == ("stat" if name == "." else "open") and Path(path).parent == folder:
+            if not isinstance(path, int) and call == (
+                "stat" if name == "." else "open"
+            ) and Path(path).parent == folder:
                 if name in (".", Path(path).name):
                     raise PermissionError(errno.EACCES, "Permission denied", str(path))
             return real[call](path, *args, **how)
@@ -232,7 +245,9 @@ LFS = "Git LFS pointer, not the file itself; run in its folder: git lfs pull"
 
 
 @pytest.mark.parametrize(("content", "why"), [(POINTER, LFS), ("<!DOCTYPE html>\n<html>", "a web page"), ("", "empty")])
-@pytest.mark.parametrize("name", [FILE, "b.safetensors", INDEX, "config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", [FILE, "b.safetensors", INDEX, "config.json", "tokenizer.json", "tokenizer_config.json"]
+)
 def test_what_lies_in_the_place_of_a_file_is_called_what_it_is(tmp_path, name, content, why):
     folder = write_talker(tmp_path / "m", 1)
     if name in (INDEX, "b.safetensors"):
@@ -245,7 +260,8 @@ def test_what_lies_in_the_place_of_a_file_is_called_what_it_is(tmp_path, name, c
 
 
 def test_dtypes_may_be_mixed_within_one_matrix(folder, seed):
-    """q, k and v of three dtypes in one array, gate and up of two: each as if it were alone. (Onto a card: test_upload.py.)"""
+    """q, k and v of three dtypes in one array, gate and up of two: each as if it were alone. (Onto a card:
+    test_upload.py.)"""
     kinds = [np.float16, ml_dtypes.bfloat16, np.float32]
     given = load_file(folder / FILE)
     for turn in range(3):

@@ -1,4 +1,5 @@
-"""Text and chats through a whole model that says what it is told to: where answers end, which space they begin with, what templates get."""
+"""Text and chats through a whole model that says what it is told to: where answers end, which space they begin with,
+what templates get."""
 
 from __future__ import annotations
 
@@ -32,9 +33,13 @@ def sentencepiece() -> Library:
     letters = sorted(set("".join(words)) | set(".a"))
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys([*letters, *begun])]
     merges = dict.fromkeys((part[:-1], part[-1]) for part in begun if len(part) > 1)
-    library = Library(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges), unk_token="<unk>", byte_fallback=True))
+    library = Library(
+        models.BPE({token: i for i, token in enumerate(tokens)}, list(merges), unk_token="<unk>", byte_fallback=True)
+    )
     library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     library.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
     library.add_tokens([AddedToken("[/INST]", normalized=False)])
     library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -44,12 +49,15 @@ def sentencepiece() -> Library:
 def byte_level() -> Library:
     library = Library(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(f"<|{name}|>", normalized=False) for name in ("user", "assistant", "system", "end")])
+    library.add_special_tokens(
+        [AddedToken(f"<|{name}|>", normalized=False) for name in ("user", "assistant", "system", "end")]
+    )
     return library
 
 
 def told(folder: Path, library: Library, follows: dict[int, int], **files: Any) -> Engine:
-    """A model after whose token a comes follows[a]. Attention and MLP add nothing. files: name without .json -> content."""
+    """A model after whose token a comes follows[a]. Attention and MLP add nothing. files: name without .json ->
+    content."""
     vocab = hidden = library.get_vocab_size()
     folder.mkdir(parents=True)
     embed = np.linalg.qr(np.random.default_rng(0).standard_normal((vocab, hidden)))[0].astype(np.float32)
@@ -63,9 +71,17 @@ def told(folder: Path, library: Library, follows: dict[int, int], **files: Any) 
     tensors |= {f"{layer}mlp.{x}_proj.weight": np.zeros((32, hidden), np.float32) for x in ("gate", "up")}
     tensors |= {f"{layer}{x}.weight": np.zeros((hidden, 32), np.float32) for x in ("self_attn.o_proj", "mlp.down_proj")}
     save_file(tensors, folder / "model.safetensors")
-    config = {"model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 32, "num_hidden_layers": 1}
-    config |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512, "rms_norm_eps": 1e-6}
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}))
+    config = {
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 32,
+        "num_hidden_layers": 1
+    }
+    config |= {
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6
+    }
+    (folder / "config.json").write_text(
+        json.dumps(config | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False})
+    )
     library.save(str(folder / "tokenizer.json"))
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -83,7 +99,10 @@ def french(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """Says " Paris." after "is" and after [/INST]."""
     library = sentencepiece()
     follows = chain(library, "▁is", "▁Paris", ".", "</s>") | chain(library, "[/INST]", "▁Paris")
-    config = {"eos_token": "</s>", "chat_template": "{{ bos_token }}[INST] {{ messages[-1].content }} [/INST]", "bos_token": "<s>"}
+    config = {
+        "eos_token": "</s>", "chat_template": "{{ bos_token }}[INST] {{ messages[-1].content }} [/INST]",
+        "bos_token": "<s>"
+    }
     return told(tmp_path_factory.mktemp("french") / "m", library, follows, tokenizer_config=config)
 
 
@@ -91,7 +110,9 @@ def test_a_plain_text_goes_on_with_its_space(french):
     assert french.generate(PROMPT, chat=False).text == " Paris."
     assert "".join(french.stream(PROMPT, chat=False)) == " Paris."
     assert french.generate(french.encode(PROMPT, False)).text == " Paris."
-    assert french.generate("is", chat=False, cache=french.prefill("The capital of France ", chat=False)).text == " Paris."
+    assert french.generate(
+        "is", chat=False, cache=french.prefill("The capital of France ", chat=False)
+    ).text == " Paris."
     assert [one.text for one in french.generate([PROMPT, "is"], chat=False)] == [" Paris."] * 2
 
 
@@ -126,7 +147,8 @@ def test_half_a_character_never_enters_a_conversation(tmp_path, kind, tokens):
     said = "".join(conversation.say("hm", max_tokens=min(tokens, len(names))))
     whole = "a" + "€" * (tokens >= 4) + "日" * (tokens >= 7)
     assert said == conversation.messages[-1]["content"] == conversation.last.text == whole
-    assert model.generate("hm", max_tokens=min(tokens, len(names))).text.rstrip("\ufffd") in (whole, "a")  # as `decode` has it
+    # as `decode` has it
+    assert model.generate("hm", max_tokens=min(tokens, len(names))).text.rstrip("\ufffd") in (whole, "a")
     "".join(conversation.say("so", max_tokens=1))
     assert conversation.messages[1]["content"] == whole
 
@@ -136,7 +158,8 @@ def test_half_a_character_never_enters_a_conversation(tmp_path, kind, tokens):
     (["b<|user|>c<|user|>"], "abcd", 5), (["bc<|system|>", "bc"], "a", 4), (["ab<|user|>cd", "c<|user|>"], "", 5),
 ])  # fmt: skip
 def test_a_special_token_within_a_stop_string_is_that_token(tmp_path, stops, text, tokens):
-    """Its name is no text of the answer, so that "<|end|>\\n" would never match; what is no whole match comes out as it was."""
+    """Its name is no text of the answer, so that "<|end|>\\n" would never match; what is no whole match comes out as it
+    was."""
     library = byte_level()
     follows = chain(library, "<|assistant|>", "a", "b", "<|user|>", "c", "d", "<|end|>")
     config = {"eos_token": "<|end|>", "chat_template": CHATML}
@@ -173,13 +196,21 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[int, str
 def test_template_arguments_reach_the_template_from_every_command(folder, capsys, tmp_path, monkeypatch):
     assert run(capsys, "generate", folder, "a")[1] == "o\n"
     assert run(capsys, "generate", folder, "a", "--template-arg", "thinking=false")[1] == "k\n"
-    assert run(capsys, "generate", folder, "a", "--template-arg", "thinking=no", "--template-arg", "style=<x>")[1] == "o\n"
-    (tmp_path / "lines").write_text('"a"\n{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}\n')
-    code, out, _ = run(capsys, "generate", folder, "--prompts-file", tmp_path / "lines", "--template-arg", "thinking=false")
+    assert run(
+        capsys, "generate", folder, "a", "--template-arg", "thinking=no", "--template-arg", "style=<x>"
+    )[1] == "o\n"
+    (tmp_path / "lines").write_text(
+        '"a"\n{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}\n'
+    )
+    code, out, _ = run(
+        capsys, "generate", folder, "--prompts-file", tmp_path / "lines", "--template-arg", "thinking=false"
+    )
     assert code == 0 and [json.loads(line)["text"] for line in out.splitlines()] == ["k", "k"]
     (tmp_path / "text").write_text("a")
     saved = tmp_path / "c.kv.safetensors"
-    assert run(capsys, "cache", folder, "--prompt-file", tmp_path / "text", "--out", saved, "--template-arg", "style=<x>")[0] == 0
+    assert run(
+        capsys, "cache", folder, "--prompt-file", tmp_path / "text", "--out", saved, "--template-arg", "style=<x>"
+    )[0] == 0
     arguments = ("--template-arg", "style=<x>", "--template-arg", "thinking=false")
     code, out, err = run(capsys, "generate", folder, "b", "--cache", saved, *arguments)
     assert out == "k\n" and "more from the cache" in err
@@ -217,7 +248,9 @@ def test_advice_about_templates_exists_in_the_command_that_gives_it(folder, caps
     (tmp_path / "text").write_text("a")
     monkeypatch.setattr("sys.stdin", open(tmp_path / "text"))
     ways = {
-        "use --raw\n": [("generate", broken, "a"), ("cache", broken, "--prompt-file", tmp_path / "text", "--out", tmp_path / "c")],
+        "use --raw\n": [
+            ("generate", broken, "a"), ("cache", broken, "--prompt-file", tmp_path / "text", "--out", tmp_path / "c")
+        ],
         "use generate --raw\n": [("chat", broken)],
     }
     for way, commands in ways.items():
@@ -225,7 +258,9 @@ def test_advice_about_templates_exists_in_the_command_that_gives_it(folder, caps
             code, _, err = run(capsys, *command)
             assert code == 2 and err.endswith(f"the chat template failed (no); {way}")
     (tmp_path / "lines").write_text('"a"\n')
-    assert run(capsys, "generate", broken, "--prompts-file", tmp_path / "lines")[1].count("failed (no); use --raw\"}") == 1
+    assert run(
+        capsys, "generate", broken, "--prompts-file", tmp_path / "lines"
+    )[1].count("failed (no); use --raw\"}") == 1
     with pytest.raises(UserError, match=r"failed \(no\); .*chat=False"):
         engine.load(broken, "bf16", "cpu").generate("a")
 
@@ -234,7 +269,8 @@ def test_parts_that_are_no_text_are_refused_by_name(folder, capsys, tmp_path):
     picture = [{"type": "text", "text": "what is this?"}, {"type": "image_url", "image_url": {"url": "cat.png"}}]
     (tmp_path / "lines").write_text(json.dumps({"messages": [{"role": "user", "content": picture}]}))
     code, out, _ = run(capsys, "generate", folder, "--prompts-file", tmp_path / "lines")
-    assert code == 2 and "messages[0] has a part 'image_url'; only parts of the type 'text' can be read" in json.loads(out)["error"]
+    assert code == 2
+    assert "messages[0] has a part 'image_url'; only parts of the type 'text' can be read" in json.loads(out)["error"]
     with pytest.raises(UserError, match="part 'image_url'"):
         engine.load(folder, "bf16", "cpu").generate([{"role": "user", "content": picture}])
 

@@ -1,6 +1,8 @@
-"""Counts the code and draws its imports: what is above a limit, or points the wrong way, fails. `python -m tools.counts`.
+"""Counts the code and draws its imports: what is above a limit, or points the wrong way, fails. `python -m
+tools.counts`.
 
-Lines are lines of files, comments and blank ones included. A limit whose goal is smaller is a ratchet: it may only be lowered.
+Lines are lines of files, comments and blank ones included. A limit whose goal is smaller is a ratchet: it may only be
+lowered.
 """
 
 from __future__ import annotations

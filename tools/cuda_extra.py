@@ -1,7 +1,8 @@
 """Which of minioscar's CUDA extras goes with this machine's NVIDIA driver: `cuda12`, `cuda13`, or an empty line.
 
-The Makefile asks before anything is installed, so this needs Python alone. It asks the driver itself, the library that CuPy loads:
-where there is none, or no GPU, nothing is said; one that is too old or does not work has its reason on stderr.
+The Makefile asks before anything is installed, so this needs Python alone. It asks the driver itself, the library that
+CuPy loads: where there is none, or no GPU, nothing is said; one that is too old or does not work has its reason on
+stderr.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def extra() -> str:
     except OSError:
         return ""
     version, devices = ctypes.c_int(), ctypes.c_int()
-    code = driver.cuInit(0) or driver.cuDriverGetVersion(ctypes.byref(version)) or driver.cuDeviceGetCount(ctypes.byref(devices))
+    code = driver.cuInit(0) or driver.cuDriverGetVersion(
+        ctypes.byref(version)
+    ) or driver.cuDeviceGetCount(ctypes.byref(devices))
     if code == NO_DEVICE or not code and not devices.value:
         return ""
     if code:

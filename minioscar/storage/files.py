@@ -108,7 +108,8 @@ def stdin_as_text() -> None:
 
 
 def check_seekable(path: str | Path) -> Path:
-    """The path, expanded, of a file of which parts will be read. Raises UserError for -, for what is no file, or cannot be read."""
+    """The path, expanded, of a file of which parts will be read. Raises UserError for -, for what is no file, or cannot
+    be read."""
     found, kind = expand(path), "standard input"
     try:
         if str(path) != "-":

@@ -110,7 +110,9 @@ def _with_config(folder: Path, way_out: str) -> Path:
     try:
         found = (folder / "config.json").is_file()
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror or error}); give yourself the right to, or name another") from None
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror or error}); give yourself the right to, or name another"
+        ) from None
     if not found:
         raise UserError(f"{folder}: the folder has no config.json; {foreign.weights(folder) or way_out}")
     return folder

@@ -207,7 +207,8 @@ class Module:
         static = sum(size for _, size, guard in statics if not guard)
         if dynamic > MAX_DYNAMIC_SHARED or static > MAX_STATIC_SHARED:
             raise Fault(
-                f"{self.source.name}: {dynamic} bytes of dynamic, {static} of static shared memory: more than a block can have"
+                f"{self.source.name}: {dynamic} bytes of dynamic, {static} of static shared memory: more than a block "
+                "can have"
             )
         usable = np.array([*statics, (at, dynamic, 0)], np.uint64)
         end = max(offset + size for offset, size, _ in self.variables)

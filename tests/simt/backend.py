@@ -1,7 +1,8 @@
 """The CUDA back end on the simulator: ops/cuda.py as it is, its arrays in simulated global memory, its launches run by
 `simt`.
 
-`MINIOSCAR_BACKEND=tests.simt.backend:Simt python -m minioscar generate ...` runs a model through it, slowly, to show that the path works.
+`MINIOSCAR_BACKEND=tests.simt.backend:Simt python -m minioscar generate ...` runs a model through it, slowly, to show
+that the path works.
 """
 
 from __future__ import annotations
