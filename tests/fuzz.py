@@ -32,6 +32,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minioscar.app import cli
 
 from .mutants import Case, make_originals
@@ -49,8 +51,8 @@ class Opened:
 
     def __init__(self) -> None:
         self.roots, self.paths = tuple[str, ...](), list[str]()
-        package = str(Path(cli.__file__).parent)
-        self.always = (sys.prefix, sys.base_prefix, package, "/proc", "/sys", "/dev", "/usr", "/etc/localtime")
+        package, libraries = str(Path(cli.__file__).parents[1]), str(Path(np.__file__).parents[1])
+        self.always = (sys.prefix, sys.base_prefix, package, libraries, "/proc", "/sys", "/dev", "/usr", "/etc/localtime")
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
