@@ -83,7 +83,10 @@ class Options:
             raise UserError(f"stop id {wrong[0]} is not a token of this model; its tokens are 0 ... {vocab - 1}")
         special = (tokenizer.special_id(text) for text in self.stop) if tokenizer else ()
         eos = tokenizer.eos_ids if tokenizer and not self.ignore_eos else ()
-        return frozenset((*self.stop_ids, *eos, *(i for i in special if i is not None)))
+        ends = frozenset((*self.stop_ids, *eos, *(i for i in special if i is not None)))
+        if self.min_tokens and len([end for end in ends if end < vocab]) == vocab:
+            raise UserError(f"min_tokens {self.min_tokens} leaves no token to draw: all of this model's are stop ids; leave some out")
+        return ends
 
 
 def for_each(options: Options | Sequence[Options] | None, prompts: int) -> list[Options]:

@@ -402,3 +402,9 @@ def test_no_sampling_draws_from_logits_that_are_not_finite(bad):
     with pytest.raises(Failure, match="not finite"):
         sample(np.array([1, bad, 2], np.float32), Sampling(), 0, 0)
     assert sample(np.array([1, -np.inf, 2], np.float32), Sampling(temperature=1e-310), 0, 0) == 2
+
+
+def test_min_tokens_with_every_token_a_stop_id_is_refused(engine):
+    with pytest.raises(UserError, match="min_tokens 1 leaves no token to draw"):
+        engine.generate([1, 2], max_tokens=2, min_tokens=1, stop_ids=range(engine.config.vocab_size))
+    assert engine.generate([1, 2], max_tokens=2, stop_ids=range(engine.config.vocab_size)).finish_reason == "stop"
