@@ -35,9 +35,12 @@ MORE += [("int2", 256, 7), ("bf16", 256, 8)]
 
 def launches(arch: int) -> dict[str, Launch]:
     """Label -> what is launched for a shape on a card of this compute capability."""
-    found, everything, card = {}, arch == 90, Card(MULTIPROCESSORS, arch)
-    ints, out = np.empty(1, np.int32), np.empty(1, np.uint16)
-    scratch = linear_batch.Scratch(out, ints)
+    card = Card(MULTIPROCESSORS, arch)
+    return attention_launches(card, arch == 90) | linear_launches(card, arch == 90)
+
+
+def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
+    found, ints, out = {}, np.empty(1, np.int32), np.empty(1, np.uint16)
     cache = {
         name: np.empty((1, 1, 1, 1), np.uint8)
         for name in ("keys", "values", "pages", "norms", "window_keys", "window_values")
@@ -63,6 +66,20 @@ def launches(arch: int) -> dict[str, Launch]:
         found[f"prefill_attention d{dim} {q_per_kv}:1"] = prefill.prefill_attention(heads, out, new, past, out, card)
         if past:
             found[f"prefill_tiles d{dim}"] = prefill.fill_tiles(heads, new, None, 1, past)
+    for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
+        past = np.empty((1, 2, 1, dim), np.uint16)
+        to = prefill.Tiles(past, past, ints) if prefill.tiled(dim, card) else (past, past)
+        found[f"unpack {kv} d{dim}"] = prefill.unpack(attention.Heads(2, 2, dim), SCHEMES[kv], ints, ints, 1, cache, to)
+    for dim in (128, *((64, 256) if everything else ())):
+        rotation = attention.Rotation(attention.Heads(8, 2, dim), out, out, True)
+        found[f"rotate_scale d{dim}"] = attention.rotate_scale(rotation, out, ints, out, attention.KeyOutputs())
+        found[f"rotate_weights d{dim}"] = attention.rotate_weights(out, dim, 0)
+    return found
+
+
+def linear_launches(card: Card, everything: bool) -> dict[str, Launch]:
+    found, ints, out = {}, np.empty(1, np.int32), np.empty(1, np.uint16)
+    scratch = linear_batch.Scratch(out, ints)
     for to, silu, dtype in (
         ("bf16", False, np.uint16),
         ("silu, bf16", True, np.uint16),
@@ -92,14 +109,6 @@ def launches(arch: int) -> dict[str, Launch]:
         rows = [RowSampling(Sampling(1, top_p=0.5, repetition_penalty=2))] * batch
         for launch in sample.sample(np.empty((batch, 2)), sample.Drawing(np, rows, 2), ints, ints):
             found[f"{launch.name} of {batch}"] = launch
-    for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256)] * everything:
-        past = np.empty((1, 2, 1, dim), np.uint16)
-        to = prefill.Tiles(past, past, ints) if prefill.tiled(dim, card) else (past, past)
-        found[f"unpack {kv} d{dim}"] = prefill.unpack(attention.Heads(2, 2, dim), SCHEMES[kv], ints, ints, 1, cache, to)
-    for dim in (128, *((64, 256) if everything else ())):
-        rotation = attention.Rotation(attention.Heads(8, 2, dim), out, out, True)
-        found[f"rotate_scale d{dim}"] = attention.rotate_scale(rotation, out, ints, out, attention.KeyOutputs())
-        found[f"rotate_weights d{dim}"] = attention.rotate_weights(out, dim, 0)
     return found
 
 

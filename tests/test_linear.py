@@ -27,16 +27,8 @@ def scratch_for(device, plan: linear_batch.LinearPlan) -> Scratch:
 
 
 def check(
-    device,
-    seed: int,
-    tokens: int,
-    size: int,
-    rows: int,
-    *,
-    order: int = 0,
-    card: Card = SMALL,
-    plan: linear_batch.LinearPlan | None = None,
-    **parts: bool,
+    device, seed: int, tokens: int, size: int, rows: int, *, order: int = 0, card: Card = SMALL,
+    plan: linear_batch.LinearPlan | None = None, **parts: bool,
 ) -> np.ndarray:
     """parts: norm, bias, residual, silu, float32. plan: of a batch (None: the one that it gets). Returns what the
     kernel computed."""
