@@ -1,7 +1,7 @@
 """minioscar: Llama/Qwen-style models on NumPy or CuPy, with the 2-bit KV cache of OScaR (arXiv 2605.19660).
 
 >>> import minioscar
->>> m = minioscar.load("smollm2-135m", device="cpu")              # a folder, a name under weights/, or a Hugging Face id
+>>> m = minioscar.load("smollm2-135m", device="cpu")    # a folder, a name under weights/, or a Hugging Face id
 >>> m.generate("The capital of France is", chat=False, max_tokens=2).text
 ' Paris.'
 >>> [answer.text for answer in m.generate(["One, two, three,", "Monday, Tuesday,"], chat=False, max_tokens=2)]
@@ -66,7 +66,8 @@ if TYPE_CHECKING:
 
 _FROM = {
     "load": "engine", "Engine": "engine", "Conversation": "app.conversation", "PromptCache": "prompt_cache",
-    "Generation": "generation", "Logprob": "generation", "Options": "options", "Sampling": "sampling", "SCHEMES": "oscar",
+    "Generation": "generation", "Logprob": "generation", "Options": "options", "Sampling": "sampling",
+    "SCHEMES": "oscar",
     "UserError": "errors", "Failure": "errors",
 }  # fmt: skip
 __all__ = ["__version__", *_FROM]

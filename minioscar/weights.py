@@ -1,4 +1,4 @@
-"""A checkpoint -> the arrays of a model, on the back end and in its dtype, as its config and its KV scheme want them."""
+"""A checkpoint -> the arrays of a model on a back end, as its config and its KV scheme want them."""
 
 from __future__ import annotations
 

@@ -241,7 +241,8 @@ def undone(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     scaling = config["rope_parameters"]
     plain = {"rope_type": "default", "rope_theta": scaling["rope_theta"]}
-    models = {"theta": load(folder, config={**config, "rope_parameters": {**scaling, "rope_theta": 2 * scaling["rope_theta"]}})}
+    theta = {**scaling, "rope_theta": 2 * scaling["rope_theta"]}
+    models = {"theta": load(folder, config={**config, "rope_parameters": theta})}
     if scaling["rope_type"] != "default":
         models["rope scaling"] = load(folder, config={**config, "rope_parameters": plain})
     for key in set(scaling) & {"attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"}:
@@ -274,7 +275,8 @@ def make(name: str, case: Case) -> None:
     config = json.loads((folder / "config.json").read_text())
     for spelling, other in spellings(name, config).items():
         difference = np.abs(logits_of(load(folder, config=other), prompt) - logits).max()
-        assert difference == 0, f"{name}: transformers computes something else from the spelling {spelling!r}: {difference}"
+        why = f"transformers computes something else from the spelling {spelling!r}: {difference}"
+        assert difference == 0, f"{name}: {why}"
     moved = {
         what: np.abs(logits_of(other, prompt) - logits).max() / largest
         for what, other in undone(folder, config).items()

@@ -1,8 +1,8 @@
 """Hours of random requests to a loaded model: memory stays flat, and every answer is what a fresh process gives, bit
 for bit.
 
-    python -m tests.soak --json docs/results/soak.json      what `make soak` runs: the fuzz, then two processes for an hour each
-    python -m tests.soak --only 1234 --seed S                                       the digest of one request, in a fresh process
+    python -m tests.soak --json docs/results/soak.json      what `make soak` runs: the fuzz, then an hour of two processes
+    python -m tests.soak --only 1234 --seed S               the digest of one request, in a fresh process
 
 A request is made from (seed, number) alone: single prompts, batches, several answers, chats with answers broken off,
 prompt caches saved and loaded, logits, wrong requests, and passes in which memory runs out or Ctrl-C comes. Its digest

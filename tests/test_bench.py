@@ -69,7 +69,8 @@ def test_json_has_the_stable_keys(report):
         "throughput": "model budget_gb kv context batch tokens_per_s",
         "memory": "kv batch context cache_bytes predicted_bytes ratio_to_bf16",
         "load": "model layers bytes s spread first_s gb_s copy_gb_s fraction_of_copy",
-        "growth": "over kv points us_per_1000_tokens us_at_0_tokens worst_error bytes_us_per_1000_tokens times_the_bytes",
+        "growth": "over kv points us_per_1000_tokens us_at_0_tokens worst_error bytes_us_per_1000_tokens "
+        "times_the_bytes",
     }.items():  # fmt: skip
         assert report[section], section
         for row in report[section]:

@@ -66,7 +66,9 @@ def report() -> dict:
         "breakdown": [
             {"kv": "int2", "batch": 1, "context": 131072, "kernel": "pack", "launches": 36, "us": 1.5, **PART}
         ],
-        "prefill": [{"model": "m", "tokens": 512, "tokens_per_s": 900.0, "fraction_of_limit": 0.9, "peers": {"transformers": 800.0}}],
+        "prefill": [{
+            "model": "m", "tokens": 512, "tokens_per_s": 900.0, "fraction_of_limit": 0.9, "peers": {"transformers": 800.0},
+        }],
         "throughput": [rate("bf16", 16, 0, 0.0), rate("bf16", 40, 8, 100.0), rate("bf16", 80, 20, 250.0)]
         + [rate("int2", 80, 40, 500.0), rate("int2", 80, 90, 1000.0)],
         "memory": [{"model": "m", "kv": "int2", "batch": 2, "context": 512, **MEMORY}],

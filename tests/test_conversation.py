@@ -267,7 +267,10 @@ def test_a_document_begins_a_conversation_and_reset_goes_back_to_it(folder):
         (lambda e: {"system": "", "cache": e.prefill("b")}, "a system message cannot"),
         (lambda e: {"cache": e.prefill([5, 6])}, "it holds token ids"),
         (lambda e: {"cache": e.prefill("b", chat=False)}, "it was made with --raw"),
-        (lambda e: {"cache": e.prefill("the cat " * 200), "ctx": 256}, r"prompt cache has \d+ tokens, but the context holds 256"),
+        (
+            lambda e: {"cache": e.prefill("the cat " * 200), "ctx": 256},
+            r"prompt cache has \d+ tokens, but the context holds 256",
+        ),
         (lambda e: {"cache": talker(e.folder).prefill("b")}, "belongs to another loaded model"),
     ],
 )

@@ -245,7 +245,8 @@ def test_what_a_step_allocates_is_predicted(preset, kv, rows, penalty):
     shapes = {name: np.empty(shape, BF16) for name, shape in expected(config).items()}
     width, hidden = config.q_size + 2 * config.kv_size, config.hidden_size
     qkv, gate_up = (np.empty((n, hidden), BF16) for n in (width, 2 * config.intermediate_size))
-    names = "input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj"
+    names = "input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj"
+    names += "post_attention_layernorm", "mlp.down_proj"
     norm, q_norm, k_norm, o, post_norm, down = (shapes.get(f"model.layers.0.{name}.weight") for name in names)
     layer = Layer(
         norm, qkv, np.empty(width, BF16) if config.qkv_bias else None, q_norm, k_norm, o, None, post_norm, gate_up, down

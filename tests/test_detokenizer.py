@@ -18,7 +18,8 @@ WORDS += [
     "'s", "n't", "x</w>", "a</w>b", "</w>", "<pad>", "|", "é", "日", "Ġthe", "â", "Ĥ", "¬", "ÿ", " ", "  ", "\ufffd"
 ]
 SPECIAL = frozenset((0, 1))
-SPACE, BYTES, FUSE, STRIP = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+SPACE, BYTES = decoders.Replace("▁", " "), decoders.ByteFallback()
+FUSE, STRIP = decoders.Fuse(), decoders.Strip(" ", 1, 0)
 BYTE_LEVEL, METASPACE = decoders.ByteLevel(), decoders.Metaspace(prepend_scheme="first")
 CHAINS = {
     "byte_level": BYTE_LEVEL,

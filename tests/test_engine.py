@@ -109,7 +109,10 @@ def test_results_report_the_exact_cache_and_the_times(folder):
         (lambda e: e.generate([1, 160]), "token ids outside 0 ... 159"),
         (lambda e: e.generate([1, -1]), "token ids outside"),
         (lambda e: e.generate([1] * 2000), "prompt has 2000 tokens, but the context holds 1024"),
-        (lambda e: e.generate([1] * 20, ctx=19), "prompt has 20 tokens, but the context holds 19; shorten it or raise --ctx"),
+        (
+            lambda e: e.generate([1] * 20, ctx=19),
+            "prompt has 20 tokens, but the context holds 19; shorten it or raise --ctx",
+        ),
         (lambda e: e.generate([1], ctx=1025), "--ctx 1025 is out of range; this model has 1024"),
         (lambda e: e.generate([1], max_tokens=0), "max_tokens 0"),
         (lambda e: e.generate("text"), "without a tokenizer"),

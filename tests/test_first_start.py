@@ -197,7 +197,8 @@ def listed(preset: str, kv: str, lengths: list[int], arch: int) -> list[cubins.P
     of = {name.removeprefix("model.layers.0."): x for name, x in shapes.items()}
     widths = config.q_size + 2 * config.kv_size, 2 * config.intermediate_size
     wide = [np.broadcast_to(BF16.type(0), (width, config.hidden_size)) for width in widths]
-    names = "input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj"
+    names = "input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj"
+    names += "post_attention_layernorm", "mlp.down_proj"
     norm, q_norm, k_norm, o, post, down = (of.get(f"{name}.weight") for name in names)
     layer, embed = Layer(
         norm, wide[0], None, q_norm, k_norm, o, None, post, wide[1], down

@@ -34,7 +34,9 @@ for n in range(1, 1000):            # a child of the child for each n: everythin
         left = n
         def hook(event, args):
             global left
-            if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfileobj", "os.truncate", "os.chmod"):
+            if event in (
+                "open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfileobj", "os.truncate", "os.chmod",
+            ):
                 if event == "open" and not str(args[0]).startswith(place):
                     return
                 left -= 1

@@ -63,7 +63,8 @@ def test_the_message_counts_what_is_needed_and_names_what_fits(engine, monkeypat
         memory.check(config, engine.scheme, ops, 1, 8192, 100)
     need = memory.needed(config, engine.scheme, ops, 1, 8192, 100)
     message = str(error.value)
-    assert f"context 8192 needs {need.total / 1e6:.1f} MB (bf16 cache {need.cache / 1e6:.1f} MB, work {need.work / 1e6:.1f} MB)" in message
+    parts = f"bf16 cache {need.cache / 1e6:.1f} MB, work {need.work / 1e6:.1f} MB"
+    assert f"context 8192 needs {need.total / 1e6:.1f} MB ({parts})" in message
     assert "but 9.0 MB of cpu memory are free" in message and "\n" not in message
     fits = int(message.split("--ctx ")[1].split()[0])
     assert fits % 128 == 0

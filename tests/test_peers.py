@@ -207,7 +207,8 @@ tile = triton_decode.TUNINGS[0]
 sizes = {"GROUP": 4, "ROWS": 16, "DIM": 128, "BLOCK": tile.block}
 aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 5, 7, 8, 9)}
 source = ASTSource(triton_decode.attend, types | dict.fromkeys(sizes, "constexpr"), sizes, aligned)
-made = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": tile.warps, "num_stages": tile.stages})
+how = {"num_warps": tile.warps, "num_stages": tile.stages}
+made = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=how)
 assert made.asm["cubin"] and "mma.sync" in made.asm["ptx"] and "cp.async" in made.asm["ptx"]
 """
 

@@ -311,7 +311,10 @@ HARM = {
     "window": (put("scheme", window=64), "another scheme: window 64 there, 128 here"),
     "config": (put("config", num_layers=3), "another config: num_layers 3 there, 2 here"),
     "head layout": (put("config", head_dim=128), "another config: head_dim 128 there, 64 here"),
-    "rope": (lambda t, m: m.update(config=m["config"].replace("10000.0", "5e5")), "config: rope.theta 500000.0 there, 10000.0 here"),
+    "rope": (
+        lambda t, m: m.update(config=m["config"].replace("10000.0", "5e5")),
+        "config: rope.theta 500000.0 there, 10000.0 here",
+    ),
     "no config": (lambda t, m: m.pop("config"), "does not say which config"),
     "config no JSON": (lambda t, m: m.update(config="{"), "does not say which config"),
     "config too deep": (lambda t, m: m.update(config="[" * 100_000), "does not say which config"),

@@ -136,8 +136,11 @@ def test_any_safetensors_index_names_files_of_its_folder_or_is_refused(tmp_path,
         assert (tmp_path / name).resolve().parent == tmp_path.resolve() and name.endswith(".safetensors")
 
 
+NAMES = st.sampled_from(["bos_token", "eos_token", "chat_template", "x"])
+
+
 @examples
-@given(extra=st.dictionaries(st.sampled_from(["bos_token", "eos_token", "chat_template", "x"]), anything | st.text(), max_size=4))
+@given(extra=st.dictionaries(NAMES, anything | st.text(), max_size=4))
 def test_any_tokenizer_config_encodes_or_is_refused(folder, extra, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(extra))

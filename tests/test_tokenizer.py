@@ -122,8 +122,11 @@ def test_streamed_bytes_are_decode_whether_or_not_they_are_utf8(tiny, data):
     assert "".join(streamed(tiny, ids)) == tiny.decode(ids)
 
 
+SPECIAL = st.lists(st.sampled_from([*TEXT, "👩‍👩‍👧", "🇯🇵", " ", "  "]), max_size=30).map("".join)
+
+
 @settings(max_examples=300, deadline=None, print_blob=True)
-@given(text=st.one_of(st.text(max_size=30), st.lists(st.sampled_from([*TEXT, "👩‍👩‍👧", "🇯🇵", " ", "  "]), max_size=30).map("".join)))
+@given(text=st.one_of(st.text(max_size=30), SPECIAL))
 def test_no_piece_of_a_text_holds_half_a_character(tiny, text):
     ids = [i for i in tiny.encode(text.replace("▁", "_")) if i > 2]
     pieces = streamed(tiny, ids)
@@ -331,7 +334,11 @@ HOMES = {
     "names": dict(special_tokens_map={"bos_token": "<|a|>", "eos_token": {"content": "<|b|>", "lstrip": False}}),
     "names_of_the_model": dict(tokenizer_config={"extra_special_tokens": {"a_token": "<|a|>", "b_token": "<|b|>"}}),
     "more_names": dict(tokenizer_config={"additional_special_tokens": ["<|a|>", {"content": "<|b|>"}]}),
-    "order": dict(tokenizer_config={"added_tokens_decoder": {i: {"content": t, **FLAGS} for t, i in (("<|b|>", "281"), ("<|a|>", "280"))}}),
+    "order": dict(
+        tokenizer_config={
+            "added_tokens_decoder": {i: {"content": t, **FLAGS} for t, i in (("<|b|>", "281"), ("<|a|>", "280"))}
+        }
+    ),
 }
 
 
@@ -352,7 +359,8 @@ def test_added_tokens_keep_their_flags(tmp_path):
         "281": {"content": "<l>", **FLAGS, "lstrip": True, "rstrip": True}
     }
     entries["282"] = {"content": "word", **FLAGS, "special": False, "single_word": True}
-    one = Tokenizer(save(tmp_path, plain(), tokenizer_config={"added_tokens_decoder": entries}, added_tokens={"<t>": 280, "<m>": 283}))
+    config, more = {"added_tokens_decoder": entries}, {"<t>": 280, "<m>": 283}
+    one = Tokenizer(save(tmp_path, plain(), tokenizer_config=config, added_tokens=more))
     assert one.decode(one.encode("a<t>b<m>")) == "a<t>b<m>" and one.special_id("<t>") is None
     assert one.encode("a  <l>  b") == [*one.encode("a"), 281, *one.encode("b")]
     assert one.encode("a word") == [*one.encode("a "), 282] and 282 not in one.encode("swords")
@@ -511,7 +519,10 @@ def test_chat_prompts_get_no_second_bos(tmp_path):
 
 
 def test_what_templates_use_beyond_plain_jinja_is_there(tmp_path):
-    template = "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}{{ strftime_now('%Y') | length }}"
+    template = (
+        "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+        "{{ strftime_now('%Y') | length }}"
+    )
     template += "{{ messages[0] | tojson }}{{ ['é'] | tojson(indent=1) }}{{ tools is none }}"
     expected = '014{"role": "user", "content": "a <b> & \'c\'"}[\n "é"\n]True'
     assert with_template(tmp_path, template).chat(MESSAGES) == expected
@@ -602,7 +613,8 @@ def test_pythons_inner_attributes_look_empty_to_a_template(tmp_path, template):
 
 GENERATION = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<A>{%- generation -%}\n{{ m.content }}{% for i in range(9) %}"
-    "{% if i == 1 %}{% break %}{% endif %}!{% endfor %}{% endgeneration %}{% else %}<U>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if i == 1 %}{% break %}{% endif %}!{% endfor %}{% endgeneration %}{% else %}<U>{{ m.content }}"
+    "{% endif %}{% endfor %}"
 )
 
 
@@ -743,7 +755,8 @@ SLOW = [
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{% macro m(n) %}{% if n %}{% set _ = m(n - 1) %}{% set _ = m(n - 1) %}{% endif %}{% endmacro %}{{ m(60) }}",
     "{% for i in range(9999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
-    "{% for i in range(99999) %}{% generation %}{% for j in range(99999) %}{% continue %}{% endfor %}{% endgeneration %}{% endfor %}",
+    "{% for i in range(99999) %}{% generation %}{% for j in range(99999) %}{% continue %}{% endfor %}"
+    "{% endgeneration %}{% endfor %}",
 ]
 
 

@@ -92,13 +92,31 @@ NORM = "model.layers.1.post_attention_layernorm.weight"
         (lambda f: (f / FILE).write_bytes(b""), "truncated or not a safetensors file"),
         (lambda f: (f / FILE).write_bytes(b"\xff" * 4096), "truncated or not a safetensors file"),
         (lambda f: change(f, lambda t: t.pop(NORM)), f"tensor {NORM} is missing"),
-        (lambda f: change(f, lambda t: t.update({NORM: t[NORM][:-1]})), "has shape [63], but config.json asks for [64]"),
-        (lambda f: change(f, lambda t: t.update({NORM: t[NORM].astype(np.float64)})), "has dtype F64; only F32, F16, BF16"),
-        (lambda f: change(f, lambda t: t.update({NORM: t[NORM].astype(np.int32)})), "has dtype I32; only F32, F16, BF16"),
-        (lambda f: change(f, lambda t: t.update({"lm_head.bias": t[NORM]})), "lm_head.bias has no place in this architecture"),
-        (lambda f: change(f, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": t[NORM]})), "has no place in this architecture"),
+        (
+            lambda f: change(f, lambda t: t.update({NORM: t[NORM][:-1]})),
+            "has shape [63], but config.json asks for [64]",
+        ),
+        (
+            lambda f: change(f, lambda t: t.update({NORM: t[NORM].astype(np.float64)})),
+            "has dtype F64; only F32, F16, BF16",
+        ),
+        (
+            lambda f: change(f, lambda t: t.update({NORM: t[NORM].astype(np.int32)})),
+            "has dtype I32; only F32, F16, BF16",
+        ),
+        (
+            lambda f: change(f, lambda t: t.update({"lm_head.bias": t[NORM]})),
+            "lm_head.bias has no place in this architecture",
+        ),
+        (
+            lambda f: change(f, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": t[NORM]})),
+            "has no place in this architecture",
+        ),
         (lambda f: index_alone(f, '{"weight_map": {}}'), "has no weight_map"),
-        (lambda f: index_alone(f, '{"weight_map": {"a": "../evil.safetensors"}}'), "not a safetensors file of this folder"),
+        (
+            lambda f: index_alone(f, '{"weight_map": {"a": "../evil.safetensors"}}'),
+            "not a safetensors file of this folder",
+        ),
         (lambda f: index_alone(f, '{"weight_map": {"a": "/etc/passwd"}}'), "not a safetensors file of this folder"),
         (lambda f: index_alone(f, '{"weight_map": {"a": "weights.bin"}}'), "not a safetensors file of this folder"),
         (lambda f: index_alone(f, '{"weight_map": {"a": ".."}}'), "not a safetensors file of this folder"),
@@ -219,7 +237,8 @@ def test_what_may_not_be_read_is_no_damaged_file(tmp_path, monkeypatch, name):
     assert "truncated" not in str(error.value) and "\n" not in str(error.value)
 
 
-SIDE_FILES = "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"
+SIDE_FILES = "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"
+SIDE_FILES += ("chat_template.jinja",)
 
 
 @pytest.mark.parametrize("name", [FILE, INDEX, *SIDE_FILES])

@@ -21,8 +21,10 @@ from minioscar.errors import UserError
 
 PROMPT = "The capital of France is"
 CHATML = (
-    "{% if style is defined %}{{ style }}{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% if thinking is defined and thinking is false %}</t>{% endif %}{% endif %}"
+    "{% if style is defined %}{{ style }}{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if thinking is defined and thinking is false %}</t>{% endif %}{% endif %}"
 )
 
 
