@@ -83,7 +83,7 @@ def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0) 
             f"random weights of this shape take {size(need)}, but only {size(free)} of {ops.name} memory are free"
         )
     weights = for_scheme(random_weights(config, ops, seed), config, scheme, ops)
-    weights = shape_keys(weights, config, ops) if scheme.shaped else weights
+    weights = shape_keys(weights, config, ops) if scheme.shaped else scheme.prepare(weights, config, ops)
     ops.release()  # what was rotated in them
     return Engine(config, weights, None, scheme, ops)
 

@@ -351,6 +351,7 @@ def load(
     weights = for_scheme(load_weights(folder, config, ops, progress), config, scheme, ops)
     if scheme.shaped:
         weights = shape_keys(weights, config, ops)
+    weights = scheme.prepare(weights, config, ops)
     ops.release()  # what was rotated in them
     engine = Engine(config, weights, words, scheme, Watch(ops, weights) if debug else ops, progress, folder)
     if files is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -161,8 +161,10 @@ class Scheme:
     shrink: the range is narrowed to this fraction about its middle.  sinks: first tokens kept in BF16.
     shaped: rounding errors of keys are fed back, so that they avoid what queries look at (`shaped_codes`).
     A subclass may keep a block in another way: it says so in `packed_layout`, `pack` and `unpack`
-    (evaluation/baselines.py).
+    (evaluation/baselines.py). calibrated: its rotations come out of `prepare`.
     """
+
+    calibrated: ClassVar[bool] = False
 
     name: str
     bits: int = 2
@@ -174,6 +176,10 @@ class Scheme:
     shrink: float = 1.0
     sinks: int = 0
     shaped: bool = False
+
+    def prepare(self, weights: Any, config: Any, ops: Any) -> Any:
+        """Weights with what a calibrated scheme wants to know of the model, from those that hold H where it rotates."""
+        return weights
 
     @property
     def quantized(self) -> bool:

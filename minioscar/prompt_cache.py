@@ -115,6 +115,7 @@ class PromptCache:
         from safetensors.numpy import save_file
 
         path = as_path("the file of a prompt cache", path)
+        check_storable(self.engine.scheme)
         try:
             prompt = json.dumps({"messages": self.messages, "text": self.text}, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
@@ -139,6 +140,13 @@ class PromptCache:
         with File(path) as file:
             file.check(engine.config, engine.scheme, engine.weights_sha256)
             return cls(engine, *file.read(engine.config, engine.scheme))
+
+
+def check_storable(scheme: Scheme) -> None:
+    """Raises UserError where what a row holds means nothing to another run."""
+    if scheme.calibrated:
+        why = "its rotations follow samples drawn while the model is loaded, elsewhere a little otherwise"
+        raise UserError(f"a cache of --kv {scheme.name} cannot be written to a file: {why}; use another --kv")
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:

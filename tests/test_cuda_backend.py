@@ -18,7 +18,7 @@ from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
 
 from . import simt
-from .tiny import CONFIG, key_feedback, load, relative, write_model
+from .tiny import CONFIG, key_feedback, load, relative, rotations, write_model
 
 _no_simt = simt.missing()
 
@@ -77,6 +77,7 @@ class Side:
         self.layer = SimpleNamespace(**{name: ops.array(w) if w is not None else None for name, w in weights.items()})
         if scheme.shaped:
             self.layer.key_feedback = ops.xp.asarray(key_feedback(scheme, c.num_kv_heads, c.head_dim))
+        self.layer.rotations = ops.xp.asarray(rotations(c.num_kv_heads, c.head_dim))
 
     def step(self, qkv: np.ndarray, counts: list[int]) -> np.ndarray:
         """Attention outputs, float32 [tokens, q_heads, d], of new tokens of three rows, in another order than their slots."""
@@ -90,6 +91,11 @@ class Side:
         return self.cache.export_row(slot)[0]
 
 
+def code_bits(scheme, name: str) -> int:
+    """Of the codes that array `name` holds or is of."""
+    return getattr(scheme, "key_bits", scheme.bits) if name.startswith("key") else scheme.bits
+
+
 def codes_that_differ(got: dict[str, np.ndarray], want: dict[str, np.ndarray], scheme) -> int:
     """How many codes of two rows are not the same, once everything else of them is, but for a rounding.
 
@@ -101,7 +107,7 @@ def codes_that_differ(got: dict[str, np.ndarray], want: dict[str, np.ndarray], s
         mine = got[name]
         assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), name
         if name.endswith("codes"):
-            mine, theirs = (oscar.unpack(a, scheme.bits).astype(int) for a in (mine, theirs))
+            mine, theirs = (oscar.unpack(a, code_bits(scheme, name)).astype(int) for a in (mine, theirs))
             assert scheme.shaped or np.all(abs(mine - theirs) <= 1), name
             differ += int((mine != theirs).sum())
         elif name == "outlier_offsets":
@@ -122,7 +128,7 @@ def moving(want: dict[str, np.ndarray], name: str, scheme) -> np.ndarray:
     if part not in ("step", "min") or f"{kind}_min" not in want:
         return theirs
     step, narrowed = (want[f"{kind}_{part}"].astype(np.float32) for part in ("step", "min"))
-    top, shrink = 2**scheme.bits - 1, scheme.shrink
+    top, shrink = 2 ** code_bits(scheme, name) - 1, scheme.shrink
     width = step * top / shrink
     low = narrowed - (1 - shrink) / 2 * width
     low, high = abs(low), abs(low + width)

@@ -107,7 +107,8 @@ def test_unpack_undoes_pack(bits, seed):
     ("name", "dim", "bits"),
     [("bf16", 128, 16), ("kivi", 128, 3), ("quarot", 64, 3), ("oscar", 64, 3), ("int2", 128, 2.75), ("int4", 64, 5)]
     + [("int2-compact", 128, 2.375), ("int2-compact", 96, 2.5), ("int2-shaped", 64, 2.75), ("int2-compact-shaped", 64, 2.375)]
-    + [("turboquant", 64, 2.25), ("turboquant", 128, 2.125), ("ott", 64, 3 + 3 * 16.0625 / 128)],
+    + [("turboquant", 64, 2.25), ("turboquant", 128, 2.125), ("ott", 64, 3 + 3 * 16.0625 / 128)]
+    + [("kvarn-2", 128, 2.375), ("kvarn-k4v2", 128, 3.375), ("oscar-cov", 128, 2.25), ("oscar-cov", 64, 2.5), ("q4_0", 64, 4.5)],
 )
 def test_bits_per_element_are_those_of_the_paper_and_the_design(name, dim, bits):
     assert SCHEMES[name].bits_per_element(dim) == bits

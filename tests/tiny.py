@@ -95,3 +95,8 @@ def key_feedback(scheme: Scheme, heads: int, dim: int) -> np.ndarray | None:
         return None
     energies = np.exp(np.random.default_rng(1).uniform(0, np.log(10), (heads, dim // 2)))
     return np.stack([feedback_matrix(np.concatenate([energy, energy])) for energy in energies])
+
+
+def rotations(heads: int, dim: int) -> np.ndarray:
+    """What a calibrated scheme wants of a layer, orthogonal, float32 [2, heads, dim, dim]."""
+    return np.linalg.qr(np.random.default_rng(2).standard_normal((2, heads, dim, dim)))[0].astype(np.float32)

@@ -16,6 +16,9 @@ FAMILIES = {
     "QuaRot-style": ("#c9a227", "s", ("quarot",)),
     "OTT": ("#cc79a7", "D", ("ott",)),
     "TurboQuant-style": ("#56b4e9", "^", ("turboquant",)),
+    "KVarN": ("#1b7837", "^", ("kvarn-2", "kvarn-k4v2")),
+    "OSCAR (Together), calibrated": ("#6a51a3", "D", ("oscar-cov",)),
+    "llama.cpp, rotated": ("#b2182b", "s", ("q4_0",)),
     "OScaR, the paper": ("#0072b2", "o", ("oscar", "int4")),
     "minioscar": ("#d55e00", "o", ("int2", "int2-compact")),
     "minioscar, shaped": ("#009e73", "o", ("int2-shaped", "int2-compact-shaped")),
@@ -50,6 +53,9 @@ def drawn() -> Figure:
     for axes, (title, rows) in zip(found.subplots(1, 2), points().items(), strict=True):
         axes.step(*zip(*front(rows), strict=True), where="post", color="#bbbbbb", lw=1.2, zorder=1)
         for family, (color, marker, names) in FAMILIES.items():
+            names = [name for name in names if name in rows]  # what was measured on this model
+            if not names:
+                continue
             bits, kl, error = zip(*(rows[name] for name in names), strict=True)
             axes.errorbar(bits, kl, error, fmt=marker, color=color, ms=8, capsize=3, label=family)
             for name in names:
@@ -61,7 +67,7 @@ def drawn() -> Figure:
         axes.grid(color="#eeeeee", which="both")
         axes.yaxis.set_major_formatter("{x:g}")
     found.axes[0].set_ylabel("KL to the unquantized run (nats per token)")
-    found.axes[1].legend(loc="upper right", fontsize=11)
+    found.axes[1].legend(*found.axes[0].get_legend_handles_labels(), loc="upper right", fontsize=11)
     return found
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
-from minioscar.evaluation.baselines import Ott, TurboQuant
+from minioscar.evaluation.baselines import Kvarn, OscarCov, Ott, StepOnly, TurboQuant
 from minioscar.oscar import SCHEMES
 from minioscar.storage.files import replacing
 from minioscar.tables import markdown
@@ -54,15 +54,19 @@ def models() -> str:
         "of `oscar`'s",
     ]
     table = []
-    for rows in zip(*(report["results"] for report in reports), strict=True):
-        name, cells = rows[0]["kv"], []
-        for row, report in zip(rows, reports, strict=True):
-            anchor = next(other["kl"] for other in report["results"] if other["kv"] == "oscar")
-            cells += (
-                ["{kl:.4f} ± {kl_se:.4f}".format(**row), f"{row['kl'] / anchor:.2f}"] if name != "bf16" else ["0", "0"]
-            )
+    by_name = [{row["kv"]: row for row in report["results"]} for report in reports]
+    for name, first in by_name[0].items():
+        cells = []
+        for rows in by_name:
+            if name == "bf16":
+                cells += ["0", "0"]
+            elif name in rows:
+                row = rows[name]
+                cells += ["{kl:.4f} ± {kl_se:.4f}".format(**row), f"{row['kl'] / rows['oscar']['kl']:.2f}"]
+            else:  # not measured on this model
+                cells += ["", ""]
         whole = everything(name, reports[0]["prefill"] + reports[0]["decode"])
-        table.append([f"`{name}`", f"{rows[0]['bits_per_element']:.3f}", f"{whole:.2f}", *cells])
+        table.append([f"`{name}`", f"{first['bits_per_element']:.3f}", f"{whole:.2f}", *cells])
     first, second = (
         f"{r['prefill']:,} tokens prefilled and {r['decode']:,} decoded teacher-forced in {r['windows']} "
         "windows (NLL unquantized "
@@ -219,20 +223,27 @@ def schemes() -> str:
             rows.append([f"`{name}`", "as they are", "", "as they are", "everything", f"{s.bits_per_element(128):.3f}"])
             continue
         switches = {
-            "rotated": s.rotate,
+            "rotated": s.rotate and not s.calibrated,
+            "rotated after calibration on the model's own samples": s.calibrated,
             "rotated at random, Lloyd-Max levels": isinstance(s, TurboQuant),
             "divided by the token's norm": s.scale,
             f"range x {s.shrink}": s.shrink < 1,
             "errors steered": s.shaped,
+            "a scale a token and a channel": isinstance(s, Kvarn),
+            "4 % clipped at each end": isinstance(s, OscarCov),
         }
-        keys = "; ".join([f"{s.bits} bits", ", ".join(word for word, on in switches.items() if on)]).removesuffix("; ")
+        bits = s.key_bits if isinstance(s, Kvarn) else s.bits
+        keys = "; ".join([f"{bits} bits", ", ".join(word for word, on in switches.items() if on)]).removesuffix("; ")
         along = (
             f"{s.group} tokens of one channel"
             if s.key_axis == "token"
             else f"{s.value_group(128)} channels of one token"
         )
-        step = "step only" if s.symmetric_values or isinstance(s, TurboQuant) else "step and min"
+        step = "step only" if s.symmetric_values or isinstance(s, StepOnly) else "step and min"
+        step = f"a scale a token and a channel, {step}" if isinstance(s, Kvarn) else step
+        step = f"8 % clipped at each end, {step}" if isinstance(s, OscarCov) else step
         values = f"{'rotated, ' if s.rotate or isinstance(s, TurboQuant) else ''}{step}, groups of {s.value_group(128)}"
+        values = values if bits == s.bits else f"{s.bits} bits; {values}"
         kept = ["window"] + [f"first {s.sinks} tokens"] * bool(s.sinks)
         kept += [f"{s.outliers} tokens a block"] if isinstance(s, Ott) else []
         rows.append([f"`{name}`", keys, along, values, ", ".join(kept), f"{s.bits_per_element(128):.3f}"])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
     from ..generation import Generation
     from ..options import Options
+    from ..oscar import Scheme
     from ..prompt_cache import Message, PromptCache
 
 GENERATE_KEYS = (
@@ -159,8 +160,11 @@ def run_cache(args: argparse.Namespace) -> None:
 
     wake(args.device)
     from ..cache import cache_bytes
-    from ..oscar import SCHEMES
+    from ..prompt_cache import check_storable
 
+    schemes = known_schemes()
+    if args.kv in schemes:
+        check_storable(schemes[args.kv])
     stream = descriptor(args.out)
     if stream == 1 and args.json:
         raise UserError(f"--out {args.out} writes the cache to standard output; leave --json out")
@@ -180,7 +184,7 @@ def run_cache(args: argparse.Namespace) -> None:
     report = {
         "file": str(expand(args.out)), "tokens": len(cache), "kv": engine.scheme.name, "kv_bytes": cache.nbytes,
         "file_bytes": target.stat().st_size if stream is None else cache.nbytes,
-        "bf16_bytes": cache_bytes(engine.config, SCHEMES["bf16"], 1, len(cache)), "device": engine.ops.name,
+        "bf16_bytes": cache_bytes(engine.config, schemes["bf16"], 1, len(cache)), "device": engine.ops.name,
         "prefill_s": seconds,
     }
     if stream != 1:
@@ -257,11 +261,20 @@ def loaded(args: argparse.Namespace) -> tuple[Engine, PromptCache | None]:
     """The model, and the prompt cache if --cache names one, which is checked before the weights are read."""
     from ..engine import load
 
+    known_schemes()
     file, ctx = getattr(args, "cache", None), getattr(args, "ctx", None)
     if file is not None and getattr(args, "chat", None) is not None:
         raise UserError("--chat and --raw were decided when the prompt cache was made; leave them out")
     engine = load(args.model, args.kv, args.device, ctx=ctx, progress=sys.stderr.isatty(), cache=file, debug=args.debug)
     return engine, engine.load_cache(file) if file is not None else None
+
+
+def known_schemes() -> Mapping[str, Scheme]:
+    """What --kv can be: the schemes of oscar.py, and the published baselines, which register when they are imported."""
+    from ..evaluation import baselines  # noqa: F401
+    from ..oscar import SCHEMES
+
+    return SCHEMES
 
 
 def answer_object(result: Generation) -> dict:
@@ -282,6 +295,7 @@ def run_pull(args: argparse.Namespace) -> None:
 def run_info(args: argparse.Namespace) -> None:
     from . import info
 
+    known_schemes()
     report = info.describe(args.model, args.ctx, args.batch, args.device)
     print(json.dumps(report) if args.json else info.text(report))
 
@@ -291,6 +305,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
     text = None if args.text is None else read_text(args.text)
+    known_schemes()
     schemes = [name.strip() for name in args.kv.split(",")]
     report = fidelity.evaluate(
         args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows,
@@ -305,6 +320,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
     report.check(args.out, args.text)
     text = None if args.text is None else read_text(args.text)
+    known_schemes()
     schemes = [name.strip() for name in args.kv.split(",")]
     found = inspection.inspect(
         args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty()

@@ -4,6 +4,10 @@ as array code.
 OTT (arXiv 2505.10938): of each block and kv head the tokens with the smallest keys stay in BF16. TurboQuant (arXiv
 2504.19874, its MSE variant): a random rotation makes the coordinates of any vector nearly normal; so one codebook, the
 best for a normal variable, serves all of them, and the vector's norm in float16 is all that is stored beside the codes.
+KVarN (arXiv 2606.03458): after a Hadamard rotation the standard deviations of a block's tokens and channels are made
+equal, in turns. Together's OSCAR (arXiv 2605.17757; not the OScaR of oscar.py): calibrated rotations, own_samples.py.
+llama.cpp's q4_0 with its Hadamard rotation: blocks of 32 and a scale. All of them have this cache's window, which is
+not theirs: OSCAR keeps the newest 256 tokens in BF16, q4_0 none.
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ import numpy as np
 from .. import oscar
 from ..cache import BF16, widen
 from ..oscar import SCHEMES, WINDOW, Scheme
+from . import own_samples
 
 Array = Any
 Layout = dict[str, tuple[tuple[int, ...], Any]]
 # J. Max, Quantizing for minimum distortion (1960), table 1, N = 4
 LEVELS = np.array([-1.510, -0.4528, 0.4528, 1.510], np.float32)
+LIMITS = np.exp([-0.3, 10.0]).astype(np.float32)  # of KVarN's scales, those of its authors' code
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,8 @@ def _block_index(offsets: Array, xp: Any) -> tuple[Array, Array, Array]:
 
 
 @dataclass(frozen=True)
-class TurboQuant(Scheme):
-    """Keys and values alike; a vector is a group of channels, a whole head where `group` is as large."""
+class StepOnly(Scheme):
+    """Keys and values alike, in groups of channels of one token, with a step and no minimum."""
 
     def bits_per_element(self, head_dim: int) -> float:
         return self.bits + 16 / self.value_group(head_dim)
@@ -84,16 +90,53 @@ class TurboQuant(Scheme):
     ) -> dict[str, Array]:
         found = {}
         for kind, x in (("key", keys), ("value", values)):
-            codes, found[f"{kind}_step"] = quantize(x, self.value_group(x.shape[-1]), xp)
+            codes, found[f"{kind}_step"] = self.quantize(x, self.value_group(x.shape[-1]), xp)
             found[f"{kind}_codes"] = oscar.pack(codes, self.bits, xp)
         return found
 
     def unpack(self, row: dict[str, Array], norms: Array | None, xp: Any = np) -> tuple[Array, Array]:
         keys, values = (
-            dequantize(oscar.unpack(row[f"{kind}_codes"], self.bits, xp), row[f"{kind}_step"], xp)
+            self.dequantize(oscar.unpack(row[f"{kind}_codes"], self.bits, xp), row[f"{kind}_step"], xp)
             for kind in ("key", "value")
         )
         return keys, values
+
+    def quantize(self, x: Array, group: int, xp: Any) -> tuple[Array, Array]:
+        """x [..., channels] -> codes uint8 of the same shape, step float16 [..., channels / group]."""
+        raise NotImplementedError
+
+    def dequantize(self, codes: Array, step: Array, xp: Any) -> Array:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TurboQuant(StepOnly):
+    """A vector is a group of channels, a whole head where `group` is as large."""
+
+    def quantize(self, x: Array, group: int, xp: Any) -> tuple[Array, Array]:
+        return quantize(x, group, xp)
+
+    def dequantize(self, codes: Array, step: Array, xp: Any) -> Array:
+        return dequantize(codes, step, xp)
+
+
+@dataclass(frozen=True)
+class Q4(StepOnly):
+    """ggml's q4_0 (quantize_row_q4_0_ref): the number of largest size becomes the level -8 of 16, whatever its sign.
+
+    step = that number / -8, code = floor(x / step + 8.5), at most 15, from the step before it is rounded to float16.
+    """
+
+    def quantize(self, x: Array, group: int, xp: Any) -> tuple[Array, Array]:
+        blocks = x.astype(xp.float32).reshape(*x.shape[:-1], -1, group)
+        largest = xp.take_along_axis(blocks, abs(blocks).argmax(axis=-1)[..., None], axis=-1)
+        step = largest / xp.float32(-8)
+        codes = xp.minimum(xp.floor(blocks / xp.where(step == 0, xp.float32(1), step) + xp.float32(8.5)), 15)
+        return codes.astype(xp.uint8).reshape(x.shape), step[..., 0].astype(xp.float16)
+
+    def dequantize(self, codes: Array, step: Array, xp: Any) -> Array:
+        levels = codes.reshape(*step.shape, -1).astype(xp.float32) - xp.float32(8)
+        return (levels * step.astype(xp.float32)[..., None]).reshape(codes.shape)
 
 
 @cache
@@ -124,4 +167,130 @@ def dequantize(codes: Array, step: Array, xp: Any = np) -> Array:
     return (y @ xp.asarray(rotation(group)).T).reshape(codes.shape)
 
 
-SCHEMES |= {scheme.name: scheme for scheme in (Ott("ott"), TurboQuant("turboquant", key_axis="channel", group=256))}
+@dataclass(frozen=True)
+class Kvarn(Scheme):
+    """A block of one kv head is a tile [tokens, channels]; `bits` are those of values.
+
+    Keys are rounded per channel over the tile's tokens, values per token over the head's channels; the scale of that
+    axis goes into step and min, the other axis keeps its own in float16. All of them are billed. The first 128 tokens
+    stay in BF16. As in the authors' code (github.com/huawei-csl/KVarN) codes are chosen before scales are rounded.
+    """
+
+    key_bits: int = 2
+    rounds: int = 16
+
+    def bits_per_element(self, head_dim: int) -> float:
+        key = self.key_bits + 32 / WINDOW + 16 / head_dim
+        return (key + self.bits + 32 / head_dim + 16 / WINDOW) / 2
+
+    def packed_layout(self, tokens: int, head_dim: int) -> Layout:
+        of_tokens, of_channels = ((tokens, 1), np.float16), ((tokens // WINDOW, head_dim), np.float16)
+        return {
+            "key_codes": ((tokens, head_dim * self.key_bits // 8), np.uint8), "key_scale": of_tokens,
+            "value_codes": ((tokens, head_dim * self.bits // 8), np.uint8), "value_scale": of_channels,
+            "key_step": of_channels, "key_min": of_channels, "value_step": of_tokens, "value_min": of_tokens,
+        }  # fmt: skip
+
+    def pack(
+        self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None
+    ) -> dict[str, Array]:
+        found = {}
+        for kind, x, bits, axis in (("key", keys, self.key_bits, -2), ("value", values, self.bits, -1)):
+            tiles = x.astype(xp.float32).reshape(len(x), -1, WINDOW, x.shape[-1])
+            along, across = equal_deviations(tiles, axis, self.rounds, xp)
+            y, top = tiles / along / across, 2**bits - 1
+            low, high = y.min(axis=axis, keepdims=True), y.max(axis=axis, keepdims=True)
+            step = xp.maximum((high - low) / xp.float32(top), xp.float32(1e-10))
+            codes = xp.clip(xp.rint((y - low) / step), 0, top).astype(xp.uint8)
+            found[f"{kind}_codes"] = oscar.pack(codes.reshape(x.shape), bits, xp)
+            for name, scale in (("step", step * along), ("min", low * along), ("scale", across)):
+                last = 1 if scale.shape[-1] == 1 else x.shape[-1]
+                found[f"{kind}_{name}"] = scale.astype(xp.float16).reshape(len(x), -1, last)
+        return found
+
+    def unpack(self, row: dict[str, Array], norms: Array | None, xp: Any = np) -> tuple[Array, Array]:
+        keys, values = (self._unpacked(row, *of, xp) for of in (("key", self.key_bits), ("value", self.bits)))
+        return keys, values
+
+    def _unpacked(self, row: dict[str, Array], kind: str, bits: int, xp: Any) -> Array:
+        codes = oscar.unpack(row[f"{kind}_codes"], bits, xp)
+        heads, tokens, dim = codes.shape
+        tiles = codes.reshape(heads, -1, WINDOW, dim).astype(xp.float32)
+        step, low, scale = (
+            x.astype(xp.float32).reshape(heads, tokens // WINDOW, -1, x.shape[-1])
+            for x in (row[f"{kind}_{name}"] for name in ("step", "min", "scale"))
+        )
+        return ((tiles * step + low) * scale).reshape(codes.shape)
+
+
+def equal_deviations(tiles: Array, axis: int, rounds: int, xp: Any = np) -> tuple[Array, Array]:
+    """Scales (along, across) of tiles [..., tokens, channels]: in tiles / along / across all rows and all columns have
+    nearly one standard deviation.
+
+    axis: -1 or -2, over which numbers will be rounded together: `along` has length 1 there, `across` on the other one.
+    Each round divides by the deviations over the other axis, then over `axis`; scales are kept within LIMITS, and those
+    after the round are taken for which largest over smallest deviation, of rows and of columns, add up to the least.
+    """
+    other = -3 - axis
+    scales = {over: xp.ones_like(tiles.sum(axis=over, keepdims=True)) for over in (axis, other)}
+    best, least = dict(scales), _imbalance(tiles, xp)
+    for _ in range(rounds):
+        for over in (other, axis):
+            deviation = (tiles / scales[axis] / scales[other]).std(axis=over, ddof=1, keepdims=True)
+            scales[over] = xp.clip(scales[over] * xp.clip(deviation, 1e-3, 1e3), *LIMITS)
+        imbalance = _imbalance(tiles / scales[axis] / scales[other], xp)
+        best = {over: xp.where(imbalance <= least, scales[over], kept) for over, kept in best.items()}
+        least = xp.minimum(imbalance, least)
+    return best[axis], best[other]
+
+
+def _imbalance(tiles: Array, xp: Any) -> Array:
+    found = 0
+    for over in (-2, -1):
+        deviations = tiles.std(axis=over, ddof=1, keepdims=True)
+        found = found + deviations.max(axis=(-2, -1), keepdims=True) / xp.maximum(
+            deviations.min(axis=(-2, -1), keepdims=True), xp.float32(1e-8)
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class OscarCov(Scheme):
+    """Of each group of channels the smallest and largest numbers are clipped, as many as in the authors' code
+    (github.com/FutureMLS-Lab/OSCAR): 4 % of keys and 8 % of values at each end. rotate: H is part of the rotations.
+    """
+
+    calibrated = True
+    key_clip: float = 0.96
+    value_clip: float = 0.92
+
+    def prepare(self, weights: Any, config: Any, ops: Any) -> Any:
+        return own_samples.calibrate(weights, config, ops)
+
+    def pack(
+        self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None
+    ) -> dict[str, Array]:
+        clipped = (
+            clip_to_ranks(x, self.value_group(x.shape[-1]), share, xp)
+            for x, share in ((keys, self.key_clip), (values, self.value_clip))
+        )
+        return super().pack(*clipped, norms, xp, feedback)
+
+
+def clip_to_ranks(x: Array, group: int, share: float, xp: Any = np) -> Array:
+    """x [..., channels], each group of channels clipped to those of its numbers at 1 - share and share of its order."""
+    groups = x.astype(xp.float32).reshape(*x.shape[:-1], -1, group)
+    ordered = xp.sort(groups, axis=-1)
+    low, high = max(0, int((1 - share) * group) - 1), min(group - 1, int(share * group))
+    return xp.clip(groups, ordered[..., low : low + 1], ordered[..., high : high + 1]).reshape(x.shape)
+
+
+RIVALS = (
+    Ott("ott"),
+    TurboQuant("turboquant", key_axis="channel", group=256),
+    Kvarn("kvarn-2", rotate=True, group=WINDOW, sinks=128),
+    Kvarn("kvarn-k4v2", rotate=True, group=WINDOW, sinks=128, key_bits=4),
+    OscarCov("oscar-cov", rotate=True, key_axis="channel", group=128, sinks=64),
+    Q4("q4_0", bits=4, rotate=True, key_axis="channel"),
+)
+SCHEMES |= {scheme.name: scheme for scheme in RIVALS}

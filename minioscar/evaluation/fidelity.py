@@ -160,7 +160,10 @@ def engines_for(
     rotated = rotate_values(plain, config, ops) if any(scheme.rotate for scheme in wanted) else plain
     shaped = shape_keys(rotated, config, ops) if any(scheme.shaped for scheme in wanted) else rotated
     weights = [shaped if scheme.shaped else rotated if scheme.rotate else plain for scheme in wanted]
-    return [Engine(config, prepared, tokenizer, scheme, ops) for scheme, prepared in zip(wanted, weights, strict=True)]
+    return [
+        Engine(config, scheme.prepare(prepared, config, ops), tokenizer, scheme, ops)
+        for scheme, prepared in zip(wanted, weights, strict=True)
+    ]
 
 
 def fidelity(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefill: int, done: Done) -> list[dict]:

@@ -9,7 +9,7 @@ over all kv heads, without rotation); rotated; rotated and scaled, which is what
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from ..cache import BF16, Cache, NewTokens
 from ..config import Config
 from ..engine import scheme_named
 from ..errors import UserError
+from ..hadamard import hadamard
 from ..model import check_scheme
 from ..ops import backend
 from ..ops.reference import Reference
@@ -66,11 +67,14 @@ def inspect(
     weights = load_weights(folder, config, ops, progress)
     if any(scheme.shaped for scheme in wanted):
         weights = shape_keys(weights, config, ops)
+    calibrated = {kv.name: kv.prepare(weights, config, ops).layers for kv in wanted if kv.calibrated}
     layers: list[dict] = []
 
     def record(inputs: AttentionInputs) -> None:
-        feedback = weights.layers[len(layers)].key_feedback
-        layers.append(look(inputs, config, wanted, None if feedback is None else ops.numpy(feedback)))
+        i = len(layers)
+        feedback, rotations = weights.layers[i].key_feedback, {kv: of[i].rotations for kv, of in calibrated.items()}
+        rotations = {kv: ops.numpy(x) for kv, x in rotations.items()}
+        layers.append(look(inputs, config, wanted, None if feedback is None else ops.numpy(feedback), rotations))
         bar.update()
 
     with tqdm(
@@ -94,8 +98,14 @@ def inspect(
 # --- one layer
 
 
-def look(inputs: AttentionInputs, config: Config, schemes: Sequence[Scheme], feedback: np.ndarray | None) -> dict:
-    """Everything about one layer, rounded numbers only. Keys and values count as BF16 keeps them."""
+def look(
+    inputs: AttentionInputs, config: Config, schemes: Sequence[Scheme], feedback: np.ndarray | None,
+    rotations: Mapping[str, np.ndarray],
+) -> dict:
+    """Everything about one layer, rounded numbers only. Keys and values count as BF16 keeps them.
+
+    feedback: of shaped schemes. rotations: of calibrated ones, [2, kv_heads, d, d].
+    """
     k, v = (x.astype(BF16).astype(np.float32).swapaxes(0, 1) for x in (inputs.k, inputs.v))  # [kv_heads, tokens, d]
     # [kv_heads, q_per_kv, tokens, d]
     q = inputs.q.reshape(len(inputs.q), config.num_kv_heads, -1, config.head_dim).transpose(1, 2, 0, 3)
@@ -111,7 +121,7 @@ def look(inputs: AttentionInputs, config: Config, schemes: Sequence[Scheme], fee
     head = int(stretches["scaled"].max(axis=1).argmax())
     errors, of_keys, of_values = {}, {}, {}
     for scheme in schemes:
-        back_k, back_v = through_cache(k, v, norms, scheme, config, feedback)
+        back_k, back_v = through_cache(k, v, norms, scheme, config, feedback, rotations.get(scheme.name))
         of_keys[scheme.name], of_values[scheme.name] = (
             np.linalg.norm(back - x, axis=(0, 2)) / np.linalg.norm(x, axis=(0, 2))
             for back, x in ((back_k, k), (back_v, v))
@@ -147,18 +157,21 @@ def look(inputs: AttentionInputs, config: Config, schemes: Sequence[Scheme], fee
 
 
 def through_cache(
-    k: np.ndarray, v: np.ndarray, norms: np.ndarray, scheme: Scheme, config: Config, feedback: np.ndarray | None
+    k: np.ndarray, v: np.ndarray, norms: np.ndarray, scheme: Scheme, config: Config, feedback: np.ndarray | None,
+    rotations: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What attention reads back of one layer's keys and values, [kv_heads, tokens, d], after they went through a
     cache."""
     ops, one = Reference(), replace(config, num_layers=1)
-    rotate = oscar.rotate if scheme.rotate else np.asarray
+    if rotations is None:
+        d = config.head_dim
+        rotations = np.stack([hadamard(d) if scheme.rotate else np.eye(d, dtype=np.float32)] * 2)
     cache = Cache(one, scheme, 1, k.shape[1], ops)
-    rotated = (rotate(x).swapaxes(0, 1) for x in (k, v))
+    rotated = ((x @ rotation).swapaxes(0, 1) for x, rotation in zip((k, v), rotations, strict=True))
     new = NewTokens(*rotated, norms if scheme.scale else None, feedback if scheme.shaped else None)
     cache.layers[0].append(new, cache.batch_for([0], [k.shape[1]]))
     back_k, back_v = cache.layers[0].past(0, k.shape[1])
-    return rotate(back_k), rotate(back_v)
+    return back_k @ rotations[0].swapaxes(-1, -2), back_v @ rotations[1].swapaxes(-1, -2)
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 Array = Any
 
 
+def rotate_heads_by(x: Array, rotation: Array) -> Array:
+    """x [tokens, heads, d], each head times the matrix of its kv head; rotation [kv_heads, d, d]."""
+    return (x.reshape(len(x), len(rotation), -1, x.shape[-1]) @ rotation).reshape(x.shape)
+
+
 class Reference:
     name = "cpu"
     xp = np
@@ -163,7 +168,9 @@ class Reference:
             q, k = self.rms_norm(q, layer.q_norm, config.rms_norm_eps), self.rms_norm(k, layer.k_norm, config.rms_norm_eps)
         cos, sin = (table[xp.asarray(batch.positions)] for table in tables)
         q, k = self.rope(q, cos, sin), self.rope(k, cos, sin)
-        if scheme.rotate:
+        if scheme.calibrated:
+            q, k = rotate_heads_by(q, layer.rotations[0]), rotate_heads_by(k, layer.rotations[0])
+        elif scheme.rotate:
             q, k = oscar.rotate(q, xp), oscar.rotate(k, xp)
         q, k = q.astype(qkv.dtype), k.astype(qkv.dtype)
         norms = oscar.token_norms(k.astype(BF16), xp) if scheme.scale else None
