@@ -14,6 +14,7 @@ from minioscar import ops as back_ends
 from minioscar.config import Config
 from minioscar.engine import Engine, scheme_named
 from minioscar.errors import UserError
+from minioscar.evaluation import baselines  # noqa: F401  registers its schemes
 from minioscar.memory import size
 from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference

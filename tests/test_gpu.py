@@ -51,7 +51,7 @@ def test_two_runs_give_the_same_bits(tmp_path):
     assert [r.token_ids for r in runs[0]] == [r.token_ids for r in runs[1]]
 
 
-@pytest.mark.parametrize("kv", SCHEMES)
+@pytest.mark.parametrize("kv", [kv for kv in SCHEMES if not SCHEMES[kv].calibrated])  # each back end draws its samples
 def test_smollm2_greedy_tokens_agree_except_at_near_ties(kv):
     """128 tokens; NumPy is fed the GPU's tokens, and where it would choose another one, the two must nearly tie for it:
     their gap is at most six standard deviations (three for each) of the difference between the back ends' logits at
