@@ -1,7 +1,8 @@
-"""ops/upload.py without a card: chunks, reads, errors, end. tests/test_gpu.py shows that the bytes arrive on one."""
+"""ops/upload.py and aio.py without a card: chunks, reads, errors, end. test_gpu.py shows that the bytes arrive on one."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -18,9 +19,10 @@ from minioscar import weights
 from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.errors import UserError
-from minioscar.ops import upload
+from minioscar.ops import aio, upload
+from minioscar.ops.aio import Read
 from minioscar.ops.reference import Reference
-from minioscar.ops.upload import Buffer, Upload, read_exactly
+from minioscar.ops.upload import Buffer, Upload
 from minioscar.oscar import SCHEMES
 from minioscar.storage.checkpoint import Tensor, _tensors
 
@@ -36,6 +38,10 @@ class Event:
     def record(self, stream: Stream) -> None:
         self.queued, stream.queued = stream.queued, []
         stream.events.append(self)
+
+    @property
+    def done(self) -> bool:
+        return not self.queued
 
     def synchronize(self) -> None:
         with np.errstate(invalid="ignore"):  # the gaps between a chunk's segments can be anything
@@ -68,13 +74,20 @@ class OnHost(Upload):
         self.stream.queued.append((self.slab[offset : offset + numbers.size], numbers))
 
 
+try:
+    aio._library()
+except (OSError, AttributeError) as error:  # a C library that is not glibc
+    pytest.skip(f"POSIX.1's asynchronous reads as glibc has them: {error}", allow_module_level=True)
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Chunks that no tensor is a multiple of, as many buffers as there can be. No thread is left."""
+    """Chunks that no tensor is a multiple of, as many buffers as there can be. Nothing stays open."""
     monkeypatch.setattr(upload, "CHUNK", 1000)
     monkeypatch.setattr(upload, "CHUNKS_PER_BUFFER", 1)
+    before = os.listdir("/proc/self/fd")
     yield
-    assert "upload" not in {thread.name for thread in threading.enumerate()}
+    assert os.listdir("/proc/self/fd") == before
 
 
 def opened(stack: ExitStack, path: Path) -> dict[str, Tensor]:
@@ -219,12 +232,12 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
 @pytest.mark.parametrize("when", ["while tensors are asked for", "while chunks are read"])
 def test_after_whatever_ends_the_loading_nothing_is_read_or_written(error, when, tmp_path, monkeypatch):
     save_file({"a": np.arange(1_000_000, dtype=np.float32)}, tmp_path / "x")
-    read = []
+    begun = []
 
     def advance(_: int) -> None:
         raise error
 
-    monkeypatch.setattr(upload, "read_exactly", lambda *args: read.append(args) or read_exactly(*args))
+    monkeypatch.setattr(upload, "Read", lambda *args: begun.append(args) or Read(*args))
     with ExitStack() as stack:
         tensor = opened(stack, tmp_path / "x")["a"]
         with pytest.raises(error), OnHost(BF16, advance, [tensor]) as put:
@@ -234,43 +247,7 @@ def test_after_whatever_ends_the_loading_nothing_is_read_or_written(error, when,
         copies = [buffer.memory.copy() for buffer in put.buffers]
         time.sleep(0.02)
         assert all((buffer.memory == memory).all() for buffer, memory in zip(put.buffers, copies, strict=True))
-    assert len(read) <= put.chunks and (put.chunks == upload.BUFFERS or when == "while chunks are read")
-
-
-def test_ctrl_c_ends_the_wait_for_a_read_and_no_other_is_begun(tmp_path, monkeypatch):
-    save_file({"a": np.arange(1_000_000, dtype=np.float32)}, tmp_path / "x")
-    monkeypatch.setattr(upload, "THREADS", 2)
-    interrupted, read = threading.Event(), []
-
-    def slow(*args: object) -> None:
-        read.append(args)
-        assert interrupted.wait(10)
-
-    def interrupt() -> None:
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        time.sleep(0.05)
-        interrupted.set()
-
-    monkeypatch.setattr(upload, "read_exactly", slow)
-    timer = threading.Timer(0.05, interrupt)
-    with ExitStack() as stack:
-        tensor = opened(stack, tmp_path / "x")["a"]
-        with pytest.raises(KeyboardInterrupt), OnHost(BF16, lambda _: None, [tensor]) as put:
-            put([tensor])
-            timer.start()
-    timer.join()
-    assert len(read) <= 2
-
-
-@pytest.mark.parametrize("given", [1, 999])
-def test_what_the_system_did_not_give_at_once_is_read_next(given, tmp_path, monkeypatch, seed):
-    data, found = np.random.default_rng(seed).integers(0, 256, 5000, np.uint8), np.zeros(5000, np.uint8)
-    (tmp_path / "x").write_bytes(data)
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, begin: preadv(fd, [buffers[0][:given]], begin))
-    with open(tmp_path / "x", "rb", buffering=0) as file:
-        read_exactly(file, 100, found[:4900])
-    assert (found[:4900] == data[100:]).all() and not found[4900:].any()
+    assert 0 < len(begun) <= upload.BUFFERS + 1
 
 
 @pytest.mark.parametrize(("chunks_per_buffer", "buffers"), [(1, 20), (100, 11), (1000, 2), (5000, 1)])
@@ -285,4 +262,112 @@ def test_however_few_the_buffers_are_all_chunks_arrive_and_no_buffer_is_read_int
         with OnHost(np.dtype(np.float32), told.append, [tensor]) as put:
             found = put([tensor])
     assert found.tobytes() == numbers.tobytes() and sum(told) == numbers.nbytes
-    assert len(put.buffers) == buffers and len(put.threads) <= min(buffers, upload.THREADS)
+    assert len(put.buffers) <= buffers and put.num_buffers == buffers
+
+
+# --- aio.py
+
+
+def numbers(path: Path, count: int, seed: int) -> np.ndarray:
+    data = np.random.default_rng(seed).integers(0, 256, count, np.uint8)
+    path.write_bytes(data)
+    return data
+
+
+def test_reads_are_what_stands_in_the_file_however_many_there_are_at_once(tmp_path, seed):
+    data, found = numbers(tmp_path / "x", 100_000, seed), np.zeros(100_000, np.uint8)
+    with open(tmp_path / "x", "rb") as file:
+        reads = [Read(file, at, found.ctypes.data + at, min(999, 100_000 - at)) for at in range(0, 100_000, 999)]
+        for read in reads:
+            read.start()
+        for read in reads:
+            read.finish()
+            assert read.done()
+            read.abandon()  # too late, and nothing happens
+    assert (found == data).all()
+
+
+def test_many_reads_share_the_file_s_own_descriptor(tmp_path, monkeypatch, seed):
+    """As of a model with thousands of tensors of a few bytes, more than a process may have files open."""
+    monkeypatch.setattr(aio, "MAX_OPEN", 3)
+    data, found = numbers(tmp_path / "x", 5000, seed), np.zeros(5000, np.uint8)
+    before = len(os.listdir("/proc/self/fd"))
+    with open(tmp_path / "x", "rb") as file:
+        reads = [Read(file, at, found.ctypes.data + at, 1) for at in range(5000)]
+        for read in reads:
+            read.start()
+        assert len(os.listdir("/proc/self/fd")) == before + 4
+        for read in reads[:4000]:
+            read.finish()
+        for read in reads[4000:]:
+            read.abandon()
+        assert (found[:4000] == data[:4000]).all() and Read.opened == 0
+        assert file.read(10) == data[:10].tobytes()  # it is still open
+
+
+class Library:
+    """The C library's, but for what a test gives."""
+
+    def __init__(self, **functions):
+        self.__dict__ |= functions
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    real = aio._library()
+
+
+def test_what_the_system_did_not_give_at_once_is_read_next(tmp_path, monkeypatch, seed):
+    data, found, counts = numbers(tmp_path / "x", 1000, seed), np.zeros(1000, np.uint8), []
+
+    def a_third(block: ctypes.Structure) -> int:
+        """Of what was read, and it alone."""
+        count = Library.real.aio_return(block)
+        counts.append(-(-count // 3))
+        ctypes.memset(block.address + counts[-1], 0, count - counts[-1])
+        return counts[-1]
+
+    monkeypatch.setattr(aio, "_library", lambda: Library(aio_return=a_third))
+    with open(tmp_path / "x", "rb") as file:
+        read = Read(file, 100, found.ctypes.data, 900)
+        read.start()
+        read.finish()
+    assert (found[:900] == data[100:]).all() and not found[900:].any() and counts[:3] == [300, 200, 134]
+
+
+def test_a_read_that_was_not_started_can_be_abandoned(tmp_path, seed):
+    numbers(tmp_path / "x", 10, seed)
+    with open(tmp_path / "x", "rb") as file:
+        Read(file, 0, 0, 10).abandon()
+
+
+def test_a_read_that_cannot_even_begin_says_why(tmp_path, monkeypatch, seed):
+    numbers(tmp_path / "x", 10, seed)
+
+    def refused(_: ctypes.Structure) -> int:
+        ctypes.set_errno(11)
+        return -1
+
+    monkeypatch.setattr(aio, "_library", lambda: Library(aio_read=refused))
+    refusal = pytest.raises(UserError, match=r"x cannot be read \(Resource temporarily unavailable\)")
+    with open(tmp_path / "x", "rb") as file, refusal:
+        Read(file, 0, np.zeros(10, np.uint8).ctypes.data, 10).start()
+
+
+def test_ctrl_c_ends_a_wait(tmp_path, monkeypatch, seed):
+    data, found = numbers(tmp_path / "x", 10, seed), np.zeros(10, np.uint8)
+
+    def waiting(*_: object) -> None:
+        """As a read that takes for ever: only a signal ends it."""
+        threading.Timer(0.05, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
+        time.sleep(10)
+
+    with open(tmp_path / "x", "rb") as file:
+        read = Read(file, 0, found.ctypes.data, 10)
+        read.start()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            stuck = Library(aio_error=lambda _: aio.EINPROGRESS, aio_suspend=waiting)
+            patched.setattr(aio, "_library", lambda: stuck)
+            read.finish()
+        read.abandon()
+    assert (found == data).all()

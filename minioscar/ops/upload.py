@@ -1,28 +1,23 @@
-"""Weights to the card: threads read chunks of the files into pinned buffers, the loading thread copies them from there.
+"""Weights to the card: chunks of the files are read into pinned buffers, many at a time, and copied to the card from there.
 
 All arrays are slices of one allocation, the slab; a chunk is CHUNK bytes of it, whichever tensors lie there. A copy
 from pageable memory reaches a fifth of the bus's rate. One thread reads 5 to 7 GB/s from the page cache, so a dozen
-read, with one `os.preadv` a chunk, which holds no GIL. They call nothing else that blocks: whoever comes back from such
-a call may wait 0.1 ms for the GIL.
+read, which are the C library's (aio.py): threads of Python that called `os.preadv` took 35 to 39 ms for a Qwen3-0.6B,
+these take 28 (H200), since each read ended with a wait for the GIL.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import sys
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
-from threading import Thread
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..errors import UserError
+from .aio import Read
 
 if TYPE_CHECKING:
     from ..weights import Tensor
@@ -30,9 +25,8 @@ if TYPE_CHECKING:
 Array = Any
 ALIGN = 512  # bytes; every array begins at a multiple of it, as CuPy's own do
 CHUNK = 4 << 20  # bytes of a buffer: smaller reads end before Python queues the next, larger ones leave the CPU's cache
-THREADS, BUFFERS, COPYING = 12, 20, 4  # at most; of the buffers, COPYING wait for the card, the others for a thread
+BUFFERS = 20  # at most: in 16 a Qwen3-0.6B takes 30 ms, in 20 28, in 24 28 (H200)
 CHUNKS_PER_BUFFER = 12  # pinning a buffer takes 2 ms, longer than reading it: small models get fewer
-SWITCH_INTERVAL = 1e-4  # seconds after which a reader that waits for the GIL gets it; Python's own are 5e-3
 HOST_TO_DEVICE = 1  # cudaMemcpyKind
 
 
@@ -61,7 +55,8 @@ class Buffer:
     memory: np.ndarray  # uint8 [CHUNK], pinned
     copied: Any  # the event behind its copy
     begin: int = 0  # its chunk's first number in the slab
-    reads: list[tuple[Segment, np.ndarray]] = field(default_factory=list)  # and the bytes of `memory` that they fill
+    segments: list[tuple[Segment, np.ndarray]] = field(default_factory=list)  # and the bytes of `memory` that they fill
+    reads: list[Read] = field(default_factory=list)
 
 
 class Upload:
@@ -77,13 +72,9 @@ class Upload:
         self.segments = list[Segment]()  # by offset; what is adjacent in the slab and in the file is one
         self.chunks = 0  # that are queued, or were
         self.num_buffers = min(BUFFERS, -(-self.slab.size // (CHUNKS_PER_BUFFER * self.numbers)))
-        self.num_threads = min(THREADS, os.cpu_count() or 1, self.num_buffers)
-        self.threads, self.buffers, self.copying = list[Thread](), list[Buffer](), deque[Buffer]()
-        self.to_read, self.was_read = SimpleQueue[Buffer | None](), SimpleQueue[Buffer | Exception]()
+        self.buffers, self.reading, self.copying = list[Buffer](), deque[Buffer](), deque[Buffer]()
 
     def __enter__(self) -> Upload:
-        self.switch_interval = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_INTERVAL)
         return self
 
     def __call__(self, tensors: Sequence[Tensor]) -> Array:
@@ -98,8 +89,12 @@ class Upload:
             self.segments.append(segment)
             self.used += tensor.size
         self.end, self.used = self.used, self._aligned(self.used)
-        while len(self.buffers) < self.num_buffers and (self.chunks + 1) * self.numbers <= self.used:
-            self._read_next(self._free_buffer())  # a full chunk, while more is asked for
+        while True:  # full chunks, while more is asked for, as far as nothing has to be waited for
+            while self.reading and all(read.done() for read in self.reading[0].reads):
+                self._copy_next()
+            if (self.chunks + 1) * self.numbers > self.used or (buffer := self._idle_buffer()) is None:
+                break
+            self._read_next(buffer)
         return self._slice(first, (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:]))
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -107,17 +102,12 @@ class Upload:
             if kind is None:
                 while self.chunks * self.numbers < self.end:
                     self._read_next(self._free_buffer())
-                while len(self.copying) < len(self.buffers):
+                while self.reading:
                     self._copy_next()
         finally:  # after an error or Ctrl-C, too, nobody writes into memory that is free
-            with contextlib.suppress(Empty):
-                while True:
-                    self.to_read.get_nowait()
-            for _ in self.threads:
-                self.to_read.put(None)
-            for thread in self.threads:
-                thread.join()
-            sys.setswitchinterval(self.switch_interval)
+            for buffer in self.reading:
+                for read in buffer.reads:
+                    read.abandon()
             self.stream.synchronize()
 
     def _aligned(self, count: int) -> int:
@@ -135,50 +125,53 @@ class Upload:
                 found.append(segment._replace(count=min(segment.count, end - segment.offset)))
         return found
 
-    def _free_buffer(self) -> Buffer:
+    def _idle_buffer(self) -> Buffer | None:
+        """One whose copy is through, or a new one; None: all are in use."""
+        if self.copying and self.copying[0].copied.done:
+            return self.copying.popleft()
         if len(self.buffers) < self.num_buffers:
             self.buffers.append(self._buffer())
             return self.buffers[-1]
-        while len(self.copying) < min(COPYING, self.num_buffers):
-            self._copy_next()
-        self.copying[0].copied.synchronize()
-        return self.copying.popleft()
+        return None
+
+    def _free_buffer(self) -> Buffer:
+        """The same, waited for."""
+        while (buffer := self._idle_buffer()) is None:
+            if self.reading:
+                self._copy_next()
+            else:
+                self.copying[0].copied.synchronize()
+        return buffer
 
     def _read_next(self, buffer: Buffer) -> None:
-        """Queues a chunk: number n of the slab will stand at byte (n - begin) * width of the buffer."""
-        buffer.begin, buffer.reads = self.chunks * self.numbers, []
-        for segment in self._segments_of(self.chunks):
-            at = (segment.offset - buffer.begin) * self.width
-            buffer.reads.append((segment, buffer.memory[at : at + segment.nbytes]))
+        """Begins to read a chunk: number n of the slab will stand at byte (n - begin) * width of the buffer."""
+        buffer.begin, buffer.segments, buffer.reads = self.chunks * self.numbers, [], []
+        segments = self._segments_of(self.chunks)
         self.chunks += 1
-        self.to_read.put(buffer)
-        if len(self.threads) < self.num_threads:
-            self.threads.append(Thread(target=self._reader, name="upload"))
-            self.threads[-1].start()
-
-    def _reader(self) -> None:
-        while (buffer := self.to_read.get()) is not None:
-            try:
-                for segment, memory in buffer.reads:
-                    read_exactly(segment.file, segment.begin, memory)
-                self.was_read.put(buffer)
-            except Exception as error:  # raised by the loading thread
-                self.was_read.put(error)
+        self.reading.append(buffer)  # where Ctrl-C finds its reads
+        for segment in segments:
+            at = (segment.offset - buffer.begin) * self.width
+            memory = buffer.memory[at : at + segment.nbytes]
+            buffer.segments.append((segment, memory))
+            buffer.reads.append(Read(segment.file, segment.begin, memory.ctypes.data, segment.nbytes))
+            buffer.reads[-1].start()
 
     def _copy_next(self) -> None:
-        """Waits for a chunk that has been read, and copies it to the slab."""
-        if isinstance(buffer := self.was_read.get(), Exception):
-            raise buffer
-        if all(segment.dtype == self.dtype for segment, _ in buffer.reads) and self.width == self.dtype.itemsize:
-            last = buffer.reads[-1][0]
+        """Waits for the chunk that has been read for longest, and copies it to the slab."""
+        buffer = self.reading[0]
+        for read in buffer.reads:
+            read.finish()
+        self.reading.popleft()
+        if all(segment.dtype == self.dtype for segment, _ in buffer.segments) and self.width == self.dtype.itemsize:
+            last = buffer.segments[-1][0]
             size = (last.offset + last.count - buffer.begin) * self.width
             self._copy(buffer.memory[:size].view(self.dtype), buffer.begin)  # with the gaps between arrays
         else:
-            for segment, memory in buffer.reads:
+            for segment, memory in buffer.segments:
                 self._copy(memory.view(segment.dtype), segment.offset)
         buffer.copied.record(self.stream)
         self.copying.append(buffer)
-        self.advance(sum(segment.nbytes for segment, _ in buffer.reads))
+        self.advance(sum(segment.nbytes for segment, _ in buffer.segments))
 
     # --- what needs a card
 
@@ -212,18 +205,6 @@ class Upload:
             there = cupy.empty(numbers.size, numbers.dtype)
             there.set(numbers, stream=self.stream)
             self._slice(offset, there.shape)[...] = there.astype(np.float32, copy=False).astype(self.dtype)
-
-
-def read_exactly(file: BinaryIO, begin: int, memory: np.ndarray) -> None:
-    """Fills `memory` (uint8) from byte `begin` of the file on. Raises UserError where it is unreadable or ends."""
-    while memory.size:
-        try:
-            count = os.preadv(file.fileno(), [memory], begin)
-        except OSError as error:
-            raise UserError(f"{file.name} cannot be read ({error.strerror}); fetch the model again") from None
-        if not count:
-            raise UserError(f"{file.name} became shorter while it was read; fetch the model again")
-        begin, memory = begin + count, memory[count:]
 
 
 def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
