@@ -96,7 +96,7 @@ struct PageItems {
     const int page = at.item + sinks / PAGE_TOKENS;
     unsigned char* to = ring.slot_at(slot);
     const size_t head = at.row * kv_heads + at.head / Q_GROUPS;
-    ring.fill(slot, {{to, data + (head * page_capacity + page) * PAGE_BYTES, PAGE_BYTES},
+    ring.fill(slot, {{to, data + page_offset(head, page_capacity, page), PAGE_BYTES},
                      {to + PAGE_BYTES, norms + (size_t)at.row * norm_stride + page * PAGE_TOKENS, SCALED ? 256 : 0}});
   }
   DEVICE Tile tile(const Cursor& at) const {

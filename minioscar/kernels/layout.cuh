@@ -19,6 +19,11 @@ constexpr int KEY_STEP = CODE_BYTES, KEY_MIN = KEY_STEP + KEY_PARAM_BYTES, VALUE
 constexpr int VALUE_STEP = VALUE_CODES + CODE_BYTES, VALUE_MIN = VALUE_STEP + VALUE_PARAM_BYTES;
 constexpr int PAGE_BYTES = VALUE_STEP + VALUE_PARAM_BYTES * (SYMMETRIC ? 1 : 2);
 
+// Offset of a page of kv head `cell` (row * kv_heads + head). All kernels address pages here: a block table would too.
+template <class Index> DEVICE size_t page_offset(size_t cell, int page_capacity, Index page) {
+  return (cell * page_capacity + page) * PAGE_BYTES;
+}
+
 // The token of a page in row r (half 0) or r + 8 (half 1) of token tile j: a lane's norms are then neighbours.
 DEVICE constexpr int token_of(int j, int half, int r) { return j / 2 * 32 + 4 * r + j % 2 * 2 + half; }
 

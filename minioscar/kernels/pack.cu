@@ -255,7 +255,7 @@ struct Cache {
     const int num_sinks = sinks - first;  // tokens of this page that are sinks, if positive
     const Source from = {(keys ? window_keys : window_values) + (size_t)cell * (WINDOW * DIM), recent,
                          first / WINDOW * WINDOW, start, stride};
-    unsigned char* page = pages + ((size_t)cell * page_capacity + first / PAGE_TOKENS) * PAGE_BYTES;
+    unsigned char* page = pages + page_offset(cell, page_capacity, first / PAGE_TOKENS);
     bf16* sink = (keys ? sink_keys : sink_values) + ((long long)cell * sinks + first) * DIM;
     if (keys) pack_keys(from, first, warp, norms + (size_t)row * norm_stride + first, shrink, page, sink, num_sinks);
     else pack_values(from, first, warp, shrink, factor, page, sink, num_sinks);

@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(2 * HEAD_DIM, 512 / HEAD_DIM)
                            : (((size_t)sequence * kv_heads + head) * capacity + first) * DIM;
   const bool of_window = first >= packed;  // else a page, whose first tokens may be sinks
   if (!of_window) {
-    const unsigned char* page = pages + (row * page_count + blockIdx.x) * PAGE_BYTES;
+    const unsigned char* page = pages + page_offset(row, page_count, blockIdx.x);
     if (warp < CHUNKS) unpack_keys(page, warp, norms + (size_t)slot * norm_stride + first, keys + out);
     else unpack_values(page, warp - CHUNKS, values + out);
   }
