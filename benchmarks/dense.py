@@ -94,7 +94,8 @@ def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> lis
         made = [(linear.linear(x, weight, out, card, **options),) for weight in weights]
     else:
         plan = linear_batch.batch_plan(tokens, matrix.size, matrix.rows, matrix.silu, card)
-        scratch = linear_batch.Scratch(cupy.empty(plan.workspace_floats, np.float32), cupy.zeros(plan.counters, np.int32))
+        workspace, split_counter = cupy.empty(plan.workspace_floats, np.float32), cupy.zeros(plan.counters, np.int32)
+        scratch = linear_batch.Scratch(workspace, split_counter)
         normed = cupy.empty_like(x)
         before = (linear.rms_norm(x, norm, EPS, normed),) if matrix.norm else ()
         made = [

@@ -75,7 +75,7 @@ class Batch:
         return [(s, p, slice(e - n, e)) for s, p, n, e in zip(self.slots, self.starts, self.counts, ends, strict=True)]
 
 
-# --- what one layer keeps
+# --- one layer
 
 
 class LayerCache:
@@ -101,7 +101,7 @@ class LayerCache:
         raise NotImplementedError
 
     def append(self, new: NewTokens, batch: Batch) -> None:
-        """Writes new tokens behind those that the rows hold. Everything passes through BF16 first."""
+        """Writes new tokens after those of their rows. Everything passes through BF16 first."""
         raise NotImplementedError
 
     def past(self, slot: int, length: int, room: int = 0) -> tuple[Array, Array]:
@@ -131,7 +131,7 @@ class LayerCache:
         return out
 
     def export_row(self, slot: int, length: int, config: Config) -> dict[str, np.ndarray]:
-        """The first `length` tokens of a row as they are kept, on the host, in the form of `row_layout`; copies."""
+        """The first `length` tokens of a row as the cache has them, in the form of `row_layout`: copies on the host."""
         return {
             name: np.array(self.ops.numpy(self.arrays[name][(slot, *map(slice, shape))]), order="C")
             for name, (shape, _) in self.row_layout(config, self.scheme, length).items()
@@ -141,8 +141,8 @@ class LayerCache:
         """The inverse of `export_row`, bit for bit, into a row of any capacity that holds so many tokens."""
         for name, array in row.items():
             # norms lack room in a last partial block
-            cut = tuple(map(slice, map(min, array.shape, self.arrays[name].shape[1:])))
-            self.arrays[name][(slot, *cut)] = self.xp.asarray(array[cut])
+            fitting = tuple(map(slice, map(min, array.shape, self.arrays[name].shape[1:])))
+            self.arrays[name][(slot, *fitting)] = self.xp.asarray(array[fitting])
 
     def copy_row(self, source: int, target: int) -> None:
         for array in self.arrays.values():
@@ -166,12 +166,12 @@ class PlainCache(LayerCache):
                 self[name][slot, :, start : start + span.stop - span.start] = x[span].astype(BF16).swapaxes(0, 1)
 
     def past(self, slot: int, length: int, room: int = 0) -> tuple[Array, Array]:
-        found = []
+        past = []
         for name in ("keys", "values"):
             _, heads, _, dim = self[name].shape
-            found.append(self.xp.empty((heads, length + room, dim), self.xp.float32))
-            found[-1][:, :length] = widen(self[name][slot, :, :length])
-        return found[0], found[1]
+            past.append(self.xp.empty((heads, length + room, dim), self.xp.float32))
+            past[-1][:, :length] = widen(self[name][slot, :, :length])
+        return past[0], past[1]
 
 
 class PackedCache(LayerCache):
@@ -195,7 +195,7 @@ class PackedCache(LayerCache):
     @classmethod
     def row_layout(cls, config: Config, scheme: Scheme, length: int) -> Layout:
         packed = length - length % WINDOW
-        found = {}
+        layout = {}
         for name, (shape, dtype) in PackedCache.layout(config, scheme, 1, packed or WINDOW).items():
             shape = shape[1:]  # [kv_heads, tokens or groups, ...]; norms are [tokens]
             if name == "norms":
@@ -206,47 +206,48 @@ class PackedCache(LayerCache):
             elif not packed:
                 continue
             if math.prod(shape):
-                found[name] = shape, dtype
-        return found
+                layout[name] = shape, dtype
+        return layout
 
     def append(self, new: NewTokens, batch: Batch) -> None:
         """Into the window, and every full block of WINDOW tokens from there into packed form."""
         for slot, start, span in batch.spans():
             # [heads, n, d]
             rows = {"keys": new.k[span].astype(BF16).swapaxes(0, 1), "values": new.v[span].astype(BF16).swapaxes(0, 1)}
-            count, held = span.stop - span.start, start % WINDOW
+            count, in_window = span.stop - span.start, start % WINDOW
             if new.norms is not None:
                 # a last partial block has no room, nor needs it
-                kept = max(min(count, self["norms"].shape[1] - start), 0)
-                self["norms"][slot, start : start + kept] = new.norms[span][:kept]
-            full, left = divmod(held + count, WINDOW)
+                fitting = max(min(count, self["norms"].shape[1] - start), 0)
+                self["norms"][slot, start : start + fitting] = new.norms[span][:fitting]
+            full, left = divmod(in_window + count, WINDOW)
             if full:
                 blocks = {
-                    name: self.xp.concatenate([self[f"window_{name}"][slot, :, :held], x], axis=1)
+                    name: self.xp.concatenate([self[f"window_{name}"][slot, :, :in_window], x], axis=1)
                     for name, x in rows.items()
                 }
-                self.pack(slot, start - held, *(block[:, : full * WINDOW] for block in blocks.values()), new.feedback)
-                rows, held = {name: block[:, full * WINDOW :] for name, block in blocks.items()}, 0
+                packed = (block[:, : full * WINDOW] for block in blocks.values())
+                self.pack(slot, start - in_window, *packed, new.feedback)
+                rows, in_window = {name: block[:, full * WINDOW :] for name, block in blocks.items()}, 0
             for name, x in rows.items():
-                self[f"window_{name}"][slot, :, held:left] = x
+                self[f"window_{name}"][slot, :, in_window:left] = x
 
     def pack(self, slot: int, first: int, keys: Array, values: Array, feedback: Array | None = None) -> None:
-        """Quantizes whole blocks, BF16 [kv_heads, n, d], as tokens first ... first + n - 1; keeps a row's sinks."""
+        """Quantizes whole blocks, BF16 [kv_heads, n, d], as tokens first ... first + n - 1; copies a row's sinks."""
         scheme, tokens = self.scheme, slice(first, first + keys.shape[1])
-        self.keep_sinks(slot, first, keys, values)
+        self.copy_sinks(slot, first, keys, values)
         norms = self["norms"][slot, tokens] if scheme.scale else None
         for name, array in scheme.pack(keys, values, norms, self.xp, feedback).items():
             begin = first * array.shape[1] // keys.shape[1]  # of groups of tokens there are fewer
             self[name][slot, :, begin : begin + array.shape[1]] = array
 
-    def keep_sinks(self, slot: int, first: int, keys: Array, values: Array) -> None:
+    def copy_sinks(self, slot: int, first: int, keys: Array, values: Array) -> None:
         """The first tokens of a row stay in BF16 beside the cache; their packed slots are not read."""
         if self.scheme.sinks and first == 0:
             for name, x in (("sink_keys", keys), ("sink_values", values)):
                 self[name][slot] = x[:, : self.scheme.sinks]
 
     def past(self, slot: int, length: int, room: int = 0) -> tuple[Array, Array]:
-        packed, found = length - length % WINDOW, []
+        packed, past = length - length % WINDOW, []
         unpacked = self.packed(slot, packed) if packed else (None, None)
         for kind, old in zip(("keys", "values"), unpacked, strict=True):
             window = self[f"window_{kind}"][slot, :, : length - packed]
@@ -256,8 +257,8 @@ class PackedCache(LayerCache):
                 if self.scheme.sinks:
                     x[:, : self.scheme.sinks] = widen(self[f"sink_{kind}"][slot])
             x[:, packed:length] = widen(window)
-            found.append(x)
-        return found[0], found[1]
+            past.append(x)
+        return past[0], past[1]
 
     def packed(self, slot: int, tokens: int) -> tuple[Array, Array]:
         """The packed tokens of a row, dequantized: keys, values, float32 [kv_heads, tokens, d]; without the sinks."""
@@ -297,7 +298,7 @@ def widen(x: Array) -> Array:
 class Cache:
     """Keys and values of `batch` sequences of at most `context` tokens, in the given scheme.
 
-    layers[i] is what layer i keeps, its arrays parts of `arrays`, which have one more axis in front: what is done for
+    layers[i] is layer i's cache; its arrays are slices of `arrays`, which have one more axis in front: what is done for
     all layers at once takes those. lengths[b] counts the tokens of row b (host, int64).
     """
 
@@ -342,7 +343,7 @@ class Cache:
         return int(self.lengths[slot])
 
     def export_row(self, slot: int) -> list[dict[str, np.ndarray]]:
-        """What each layer keeps of a row, on the host (`LayerCache.export_row`)."""
+        """Each layer's part of a row, on the host (`LayerCache.export_row`)."""
         return [layer_cache.export_row(slot, int(self.lengths[slot]), self.config) for layer_cache in self.layers]
 
     def import_row(self, slot: int, rows: Iterable[dict[str, np.ndarray]], length: int) -> None:
@@ -385,13 +386,13 @@ def cache_bytes(config: Config, scheme: Scheme, batch: int, context: int) -> int
     return config.num_layers * sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
 
-def left_after_cut(scheme: Scheme, held: int, length: int) -> int:
-    """How many tokens of a row of `held` are left when it is cut to `length`.
+def left_after_cut(scheme: Scheme, tokens: int, length: int) -> int:
+    """How many tokens of a row of `tokens` are left when it is cut to `length`.
 
     The window can be cut anywhere. A packed block cannot be taken apart, so a cut within one keeps the blocks before
     it: up to WINDOW - 1 tokens fewer than asked for.
     """
-    if length >= held:
-        return held
-    inside = not scheme.quantized or length >= held - held % WINDOW
+    if length >= tokens:
+        return tokens
+    inside = not scheme.quantized or length >= tokens - tokens % WINDOW
     return length if inside else length - length % WINDOW

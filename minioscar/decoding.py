@@ -37,7 +37,7 @@ class Decoder:
     ahead = 0  # steps that may be launched before the one before them is read
 
     def __init__(self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], logits: bool = False):
-        self.model, self.cache, self.rows, self.wanted = model, cache, rows, logits
+        self.model, self.cache, self.rows, self.with_logits = model, cache, rows, logits
         self.drawn: list[list[int]] = [[] for _ in rows]  # by each row so far; the newest token is not in the cache yet
         self.step = 0
         self.newest: tuple[np.ndarray, np.ndarray | None] | None = None
@@ -50,7 +50,7 @@ class Decoder:
             self.drawn[slot] = [*self.drawn[slot][: step - 1], int(token)]
 
     def launch(self, slots: Sequence[int]) -> None:
-        """A step of these rows. Broken off, it leaves a cache that is whole again."""
+        """A step of these rows. Interrupted, it leaves a consistent cache."""
         slots = list(slots)
         batch, ids = self.cache.batch_for(slots, [1] * len(slots)), np.array([self.drawn[slot][-1] for slot in slots])
         try:
@@ -58,7 +58,7 @@ class Decoder:
         except BaseException:
             self.cache.rollback(batch)
             raise
-        self.newest = tokens, self.model.ops.numpy(logits) if self.wanted else None
+        self.newest = tokens, self.model.ops.numpy(logits) if self.with_logits else None
         self._add(slots, tokens)
         self.step += 1
 
@@ -71,11 +71,11 @@ class Decoder:
             self.drawn[slot].append(token)
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Tokens, int64 [rows of the step], and logits, float32 [rows, vocab], where they are wanted.
+        """Tokens, int64 [rows of the step], and logits, float32 [rows, vocab], if `logits`.
 
-        `cache.lengths` counts the tokens that these were drawn behind. Raises Failure where logits are not finite.
+        `cache.lengths` counts the tokens before these. Raises Failure where logits are not finite.
         """
         return self.newest
 
     def drain(self) -> None:
-        """Nothing is under way afterwards; a step that was not read is forgotten."""
+        """Waits for all steps; those that were not read are forgotten."""

@@ -63,10 +63,10 @@ class Generation:
 
 
 class StopText:
-    """Lets text through until a stop string comes, which it swallows; what may be the beginning of one is held back.
+    """Lets text through until a stop string comes, which it swallows; what may be the beginning of one waits.
 
-    The stop string that is complete first counts, the longest if several are, however the text was cut into pieces.
-    tokenizer: of the special tokens whose names stand within stop strings. They are no text: while it is looked at,
+    The stop string that is complete first counts, the longest if several are, however the text is split into chunks.
+    tokenizer: of the special tokens whose names are within stop strings. They are no text: while it is looked at,
     each is half of a surrogate pair, which no text has.
     """
 
@@ -76,20 +76,21 @@ class StopText:
         self.marks = dict(zip(special.values(), free, strict=False))
         for name, i in special.items():
             stops = [stop.replace(name, self.marks[i]) for stop in stops]
-        self.stops, self.held, self.hit = tuple(stops), "", False
+        self.stops, self.pending, self.hit = tuple(stops), "", False
 
-    def add(self, piece: str, token: int | None = None) -> str:
-        text = self.held + piece + self.marks.get(token, "")
-        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
-        self.hit = bool(found)
-        end = min(found)[1] if found else len(text) - max((self._begun(text, stop) for stop in self.stops), default=0)
-        self.held = "" if found else text[end:]
+    def add(self, chunk: str, token: int | None = None) -> str:
+        text = self.pending + chunk + self.marks.get(token, "")
+        matches = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        self.hit = bool(matches)
+        begun = max((self._begun(text, stop) for stop in self.stops), default=0)
+        end = min(matches)[1] if matches else len(text) - begun
+        self.pending = "" if matches else text[end:]
         return self._shown(text[:end])
 
     def flush(self) -> str:
-        """What was held back, once no text follows."""
-        held, self.held = self.held, ""
-        return self._shown(held)
+        """The text that waited, once no more follows."""
+        pending, self.pending = self.pending, ""
+        return self._shown(pending)
 
     def _shown(self, text: str) -> str:
         return text.translate(dict.fromkeys(map(ord, self.marks.values()))) if self.marks else text
@@ -116,7 +117,7 @@ class Prompts:
 
 
 class Run:
-    """One batch being generated: iterate for (index of the answer, piece of text), read `results` at any time.
+    """One batch being generated: iterate for (index of the answer, chunk of text), read `results` at any time.
 
     options: one for all prompts, or one for each. The n answers to a prompt stand together, in the cache and in
     `results`. sequences: the number under which each answer draws its random numbers. progress: show on stderr how far
@@ -161,17 +162,17 @@ class Run:
         streams = list(zip(streams, (StopText(one.stop, self.tokenizer) for one in self.options), strict=True))
         for index, token in self._tokens():
             result, (stream, stops) = self.results[index], streams[index]
-            piece = "" if stream is None or token is None else stream.add(token)
+            chunk = "" if stream is None or token is None else stream.add(token)
             if result.finish_reason and stream:
-                piece += stream.flush()
+                chunk += stream.flush()
             if token is None or result.new_tokens > self.options[index].min_tokens:
-                piece = stops.add(piece, token)
+                chunk = stops.add(chunk, token)
             if stops.hit:
                 result.finish_reason = "stop"
             elif result.finish_reason:
-                piece += stops.flush()
-            result.text += piece
-            yield index, piece
+                chunk += stops.flush()
+            result.text += chunk
+            yield index, chunk
 
     def _tokens(self) -> Iterator[tuple[int, int | None]]:
         """(answer, new token id) in order; None for the end token of an answer, whose finish_reason is set by then."""
@@ -209,17 +210,16 @@ class Run:
             yield slot, int(token)
 
     def _steps(self, tokens: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None, float]]:
-        """Decode steps behind the prefill's tokens: rows, their tokens, logits if they are wanted, and the seconds it
-        took.
+        """Decode steps after the prefill's tokens: rows, their tokens, logits where logprobs are asked for, seconds.
 
         As many steps as the back end takes ahead are launched before the first is read: an answer that ends by itself
-        has then cost a step too many, which is thrown away.
+        has then cost a step too many, which is discarded.
         """
         slots, graph = range(len(self.results)), all(one.graph for one in self.options)
-        wanted = {
+        options = {
             "logits": any(one.logprobs is not None for one in self.options), "replay": "graph" if graph else "launches"
         }
-        self.decoder = self._guarded(lambda: self.model.ops.decoder(self.model, self.cache, self.rows, **wanted))
+        self.decoder = self._guarded(lambda: self.model.ops.decoder(self.model, self.cache, self.rows, **options))
         try:
             before, launched = time.perf_counter(), deque()
             self.decoder.feed(slots, tokens)
@@ -232,25 +232,25 @@ class Run:
                     launched.append(going)
                 if not launched:
                     return
-                found = self._guarded(self.decoder.read)
+                tokens_and_logits = self._guarded(self.decoder.read)
                 spent, before = time.perf_counter() - before, time.perf_counter()
-                yield launched.popleft(), *found, spent
+                yield launched.popleft(), *tokens_and_logits, spent
         finally:
             if self.decoder is not None:
                 self.decoder.drain()
 
     def _should_continue(self, slot: int, ahead: int) -> bool:
-        """Whether an answer takes one more step behind `ahead` steps whose tokens are not known yet."""
+        """Whether an answer takes one more step after `ahead` steps whose tokens are not known yet."""
         result, cache = self.results[slot], self.cache
-        wanted = len(result.token_ids) + ahead < self.options[slot].max_tokens
-        return result.finish_reason is None and wanted and cache.lengths[slot] + ahead < cache.context
+        is_short = len(result.token_ids) + ahead < self.options[slot].max_tokens
+        return result.finish_reason is None and is_short and cache.lengths[slot] + ahead < cache.context
 
     def prefill(self) -> np.ndarray:
         """Puts every prompt into the cache, once for all of its answers; the logits after it for each, float32
         [answers, vocab]."""
         feeds = {slot: ids[self.cache.lengths[slot] :] for slot, ids in zip(self.first, self.ids, strict=True)}
         feeds = {slot: ids for slot, ids in feeds.items() if ids}
-        found = dict.fromkeys(self.first, self.logits)
+        logits_of = dict.fromkeys(self.first, self.logits)
         slots, inputs = list(feeds), list(feeds.values())
         batch = self.cache.batch_for(slots, map(len, inputs)) if feeds else None
         steps = any(one.max_tokens > 1 for one in self.options)
@@ -258,11 +258,11 @@ class Run:
         if feeds:
             with self._progress(sum(map(len, inputs))) as model:
                 logits = self._pass(slots, inputs, lambda ids, batch: model.forward(ids, self.cache, batch))
-            found |= zip(slots, logits, strict=True)
-        for slot in found:
+            logits_of |= zip(slots, logits, strict=True)
+        for slot in logits_of:
             for other in range(slot + 1, slot + self.options[slot].n):
                 self.cache.copy(slot, other)
-        return np.repeat(np.stack(list(found.values())), [self.options[slot].n for slot in found], axis=0)
+        return np.repeat(np.stack(list(logits_of.values())), [self.options[slot].n for slot in logits_of], axis=0)
 
     @contextmanager
     def _progress(self, tokens: int) -> Iterator[Model]:
@@ -293,12 +293,13 @@ class Run:
                 return work()
         except MemoryError as error:
             reason = str(error) or "no more memory"
-        held, size = int(self.cache.lengths.max()), self.cache.nbytes
+        tokens, size = int(self.cache.lengths.max()), self.cache.nbytes
         work = self.decoder = self.cache = None
-        what = f"{reason}, after {held} tokens; the cache of {memory.size(size)} was freed"
+        what = f"{reason}, after {tokens} tokens; the cache of {memory.size(size)} was freed"
         raise memory.out_of_memory(self.model.config, self.model.scheme, self.model.ops, what)
 
     def _logprob(self, logits: np.ndarray, token: int, k: int) -> Logprob:
         words = self.tokenizer
-        found = [Logprob(i, words.token_text(i) if words else "", value) for i, value in likeliest(logits, token, k)]
-        return Logprob(found[0].token_id, found[0].token, found[0].logprob, tuple(found[1:]))
+        top = likeliest(logits, token, k)
+        first, *others = (Logprob(i, words.token_text(i) if words else "", value) for i, value in top)
+        return Logprob(first.token_id, first.token, first.logprob, tuple(others))

@@ -115,8 +115,8 @@ def adjusted(logits: np.ndarray, row: RowSampling, step: int, seen: np.ndarray |
 def sample(logits: np.ndarray, sampling: Sampling, sequence: int, step: int) -> int:
     """The next token id of one sequence, without penalties: logits float32 [vocab].
 
-    Drawn by Gumbel-max: the kept token whose logit / temperature - log(e) is largest, e from `exponentials` for each
-    token by itself. That is a draw from the softmax of the kept tokens, and a rounding of the logits moves it only
+    Drawn by Gumbel-max: the remaining token of the largest logit / temperature - log(e), e from `exponentials` for each
+    token by itself. That is a draw from the softmax of the remaining tokens, and a rounding of the logits moves it only
     where two tokens are nearly equal in that sum: what a sequence draws depends on neither the others of its batch nor,
     but for such near-ties, on its back end. Raises Failure where the logits hold a NaN or an infinity.
     """
@@ -124,9 +124,9 @@ def sample(logits: np.ndarray, sampling: Sampling, sequence: int, step: int) -> 
         raise Failure(NOT_FINITE)
     if sampling.temperature == 0:
         return int(logits.argmax())
-    kept = np.flatnonzero(probabilities(logits, sampling))
-    noise = np.log(exponentials(sampling.seed, sequence, step, len(logits))[kept])
-    return int(kept[(_scaled(logits, sampling)[kept] - noise).argmax()])
+    remaining = np.flatnonzero(probabilities(logits, sampling))
+    noise = np.log(exponentials(sampling.seed, sequence, step, len(logits))[remaining])
+    return int(remaining[(_scaled(logits, sampling)[remaining] - noise).argmax()])
 
 
 def exponentials(seed: int, sequence: int, step: int, vocab: int) -> np.ndarray:

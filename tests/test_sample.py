@@ -202,7 +202,7 @@ def test_a_cut_among_more_tokens_than_the_list_holds(device, seed):
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="no place"):
+    with pytest.raises(ValueError, match="does not fit sample.cu"):
         launches.Drawing(np, [RowSampling()], 2**21 + 1)
 
 

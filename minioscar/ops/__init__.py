@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 DEVICES = ("auto", "cuda", "cpu")
-ENTRY = "MINIOSCAR_BACKEND"  # an environment variable: a back end of the tests in place of these
+ENTRY = "MINIOSCAR_BACKEND"  # an environment variable: a back end of the tests instead of these
 
 
 def backend(device: str | None) -> Reference:
-    """device: "cpu", "cuda", or "auto" (None: cuda where there is one). Raises UserError for others, and without a GPU."""
+    """device: "cpu", "cuda", or "auto" (None: cuda where there is one). UserError for others, and without a GPU."""
     from .reference import Reference
 
     device = "auto" if device is None else device
@@ -42,16 +42,16 @@ def backend(device: str | None) -> Reference:
 
 
 def wake(device: str) -> None:
-    """Has a context made on the GPU that `backend` will use, if it will, and returns at once: that takes 0.2 s, in which Python imports.
+    """Has a context made on the GPU that `backend` will use and returns at once: 0.2 s in which Python imports.
 
-    What goes wrong with it is for `backend` to say.
+    `backend` reports what fails.
     """
     if device != "cpu" and not os.environ.get(ENTRY) and find_spec("cupy"):
-        Thread(target=_make_context, name="wake").start()  # not a daemon: the driver does not like to be left in the middle of it
+        Thread(target=_make_context, name="wake").start()  # not a daemon: it must not be stopped within the driver
 
 
 def _make_context() -> None:
-    """The primary one of the first device, which CUDA's runtime, and so CuPy, takes too (CUDA driver API, Primary Context Management)."""
+    """The primary one of the first device, which CuPy takes too (CUDA driver API, Primary Context Management)."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -62,13 +62,13 @@ def _make_context() -> None:
 
 
 def _named(entry: str) -> Reference:
-    """module:Class of another back end, such as the simulator of the tests (tests/simt/README.md). Raises UserError without one."""
+    """module:Class of another back end, such as the tests' simulator (tests/simt/README.md). UserError without one."""
     module, _, name = entry.partition(":")
     try:
-        found = getattr(import_module(module), name)
+        kind = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"{ENTRY}={entry}: no back end of this name, module:Class ({error}); unset it") from None
-    return found()
+    return kind()
 
 
 def cuda_missing() -> str | None:

@@ -1,11 +1,8 @@
-"""Launches of the raw kernels: source file, macros, grid and arguments. No arithmetic here.
+"""Plans and launches of rotation, packing and decode attention; those of a prefill are in prefill.py.
 
-Every function returns a `Launch`; `launch.run` sends it to the card. Arrays are CuPy arrays (or what else the caller
-runs them on), contiguous, with shapes as the kernel's file says. A quantized cache is, per layer (all in device
-memory): pages uint8 [batch, kv_heads, pages, page_bytes] · norms float32 [batch, tokens] · sink_keys, sink_values bf16
-[batch, kv_heads, sinks, d] · window_keys, window_values bf16 [batch, kv_heads, WINDOW, d]. `lengths` int32 [batch]
-counts the tokens before this step; -1 marks a row that is not in use. Prefill attention has a file of its own,
-prefill.py.
+Every function returns a `Launch`, whose arrays are contiguous, on the device, with shapes as the kernel's file says. A
+quantized cache is, per layer: pages uint8 [batch, kv_heads, pages, page_bytes] · norms float32 [batch, tokens] ·
+sink_keys, sink_values bf16 [batch, kv_heads, sinks, d] · window_keys, window_values bf16 [batch, kv_heads, WINDOW, d].
 """
 
 from __future__ import annotations
@@ -25,6 +22,8 @@ if TYPE_CHECKING:
 
 Array = Any
 HEAD_DIMS = (64, 128, 256)
+
+
 @dataclass(frozen=True)
 class Heads:
     """Of one attention layer."""
@@ -42,13 +41,15 @@ class Heads:
 
 
 def unsupported(scheme: Scheme, head_dim: int) -> str | None:
-    """Why the packed kernels cannot hold this scheme, or None."""
+    """Why there are no kernels for this cache, or None."""
     if scheme.shaped or type(scheme) is not Scheme:
         return f"{scheme.name}: pack.cu does not know how to choose its codes"
-    if scheme.key_axis != "token":
+    if scheme.quantized and scheme.key_axis != "token":
         return f"{scheme.name}: key groups run along the channels of a token; the packed layout wants them along tokens"
     if head_dim not in HEAD_DIMS:
         return f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    if not scheme.quantized:
+        return None
     if scheme.bits not in (2, 4) or scheme.group not in (32, 64) or scheme.value_group(head_dim) not in (32, 64):
         return f"{scheme.name}: {scheme.bits} bits in groups of {scheme.group} have no packed layout"
     return None
@@ -68,39 +69,30 @@ def layout_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Rotation:
-    """What a layer does to its queries and keys: QK-norm, RoPE, and H where `rotate` says so.
-
-    cos, sin: float32 [positions, d/2]. q_weight, k_weight: of the QK-norm, bf16 [d], with its eps; None: there is none.
-    """
+    """What a layer does to its queries and keys: QK-norm, RoPE, and H where `rotate` says so."""
 
     heads: Heads
-    cos: Array
+    cos: Array  # float32 [positions, d/2]
     sin: Array
     rotate: bool
-    q_weight: Array | None = None
+    q_weight: Array | None = None  # of the QK-norm, bf16 [d]; None: there is none
     k_weight: Array | None = None
     eps: float = 0.0
 
 
 @dataclass(frozen=True)
 class KeyOutputs:
-    """Where `rotate_scale` writes keys, values and norms; what is None is not written.
+    """Where `rotate_scale` writes keys, values and norms; what is None is not written."""
 
-    k_out: bf16 [tokens, kv_heads, d]. keys, values: of a cache, bf16 [rows, kv_heads, capacity, d]; a token goes to
-    position % capacity of its row. norms: float32 [rows, positions]. slots: int32 [tokens], the row of each token
-    (None: row t of token t, which is how a decode step has it).
-    """
-
-    k_out: Array | None = None
-    keys: Array | None = None
+    k_out: Array | None = None  # bf16 [tokens, kv_heads, d]
+    keys: Array | None = None  # of a cache, bf16 [rows, kv_heads, capacity, d]: to slot position % capacity
     values: Array | None = None
-    norms: Array | None = None
-    slots: Array | None = None
+    norms: Array | None = None  # float32 [rows, positions]
+    slots: Array | None = None  # int32 [tokens], the row of each token; None: row t, as in a decode step
 
 
 def rotate_scale(rotation: Rotation, qkv: Array, positions: Array, q_out: Array, to: KeyOutputs) -> Launch:
-    """qkv [tokens, (q_heads + 2 kv_heads) * d] -> q_out [tokens, q_heads, d], and K', V and the norms of K' where `to`
-    says."""
+    """qkv [tokens, (q_heads + 2 kv_heads) * d] -> q_out [tokens, q_heads, d]; K', V and norms go where `to` says."""
     r, heads_per_block, lanes_per_head = rotation, 16, rotation.heads.head_dim // 16
     capacity, norm_stride = WINDOW if to.keys is None else to.keys.shape[2], _norm_stride(to.norms)
     sizes = map(np.int32, (r.heads.q_heads, r.heads.kv_heads, capacity, norm_stride, r.rotate))
@@ -117,27 +109,21 @@ def _norm_stride(norms: Array | None) -> int:
 
 def rotate_weights(x: Array, head_dim: int, axis: int) -> Launch:
     """x bf16 [rows, columns] or [rows], in place: every head_dim numbers along `axis`, a head, times H."""
-    inner = math.prod(x.shape[axis + 1 :])
-    columns = x.size // head_dim
+    inner, columns = math.prod(x.shape[axis + 1 :]), x.size // head_dim
     args = x, np.int32(columns), np.int32(inner)
     return Launch("rotate_weights.cu", "rotate_weights", (f"HEAD_DIM={head_dim}",), (-(-columns // 32),), 256, args)
 
 
 @dataclass(frozen=True)
 class PrefillTokens:
-    """Tokens of a prefill on their way into the cache. Row slots[s] held starts[s] tokens and gets counts[s].
+    """Tokens of a prefill on their way into the cache: row slots[s] has starts[s] tokens and gets counts[s]."""
 
-    They are rows first_rows[s] ... of keys and values, bf16 [rows, kv_heads, d] whose rows are key_stride,
-    value_stride numbers apart. first_rows, slots (None: row s), starts and counts are int32 [sequences] on the device;
-    max_count is the largest count.
-    """
-
-    keys: Array
+    keys: Array  # bf16 [tokens, kv_heads, d]
     values: Array
-    key_stride: int
+    key_stride: int  # numbers from one token to the next
     value_stride: int
-    first_rows: Array
-    slots: Array | None
+    first_rows: Array  # int32 [sequences]: index of each sequence's first token
+    slots: Array | None  # int32 [sequences]; None: row s
     starts: Array
     counts: Array
     max_count: int
@@ -145,10 +131,7 @@ class PrefillTokens:
 
 def pack_step(heads: Heads, scheme: Scheme, lengths: Array, cache: dict[str, Array], layers: int = 1) -> Launch:
     """After the attention of a decode step: packs the window of every row whose new token (number lengths[b]) filled
-    it.
-
-    With layers > 1 every array of the cache has one more axis in front and this one launch packs all layers.
-    """
+    it. With layers > 1 every array of the cache has one more axis in front and this one launch packs all layers."""
     args = lengths, *_packed(cache), np.int32(lengths.shape[0]), *_packing(heads, scheme, cache)
     grid = 2 * (WINDOW // PAGE_TOKENS), layers * heads.kv_heads
     return Launch("pack.cu", "pack_step", layout_defines(scheme, heads.head_dim), grid, heads.head_dim, args)
@@ -156,16 +139,15 @@ def pack_step(heads: Heads, scheme: Scheme, lengths: Array, cache: dict[str, Arr
 
 def pack_bulk(heads: Heads, scheme: Scheme, new: PrefillTokens, cache: dict[str, Array]) -> Launch:
     """After a prefill: packs every block that is full now, from the window and from the new tokens."""
-    where = new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts
-    args = *where, *_packed(cache), *map(np.int32, (new.key_stride, new.value_stride)), *_packing(heads, scheme, cache)
+    tokens = new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts
+    args = *tokens, *_packed(cache), *map(np.int32, (new.key_stride, new.value_stride)), *_packing(heads, scheme, cache)
     pages = max((WINDOW - 1 + new.max_count) // WINDOW, 1) * (WINDOW // PAGE_TOKENS)
     grid = 2 * pages, heads.kv_heads, new.starts.shape[0]
     return Launch("pack.cu", "pack", layout_defines(scheme, heads.head_dim), grid, heads.head_dim, args)
 
 
 def _packed(cache: dict[str, Array]) -> tuple[Array | None, ...]:
-    names = "window_keys", "window_values", "sink_keys", "sink_values", "norms", "pages"
-    return tuple(map(cache.get, names))
+    return tuple(map(cache.get, ("window_keys", "window_values", "sink_keys", "sink_values", "norms", "pages")))
 
 
 def _packing(heads: Heads, scheme: Scheme, cache: dict[str, Array]) -> tuple[np.generic, ...]:
@@ -192,8 +174,7 @@ BF16_WARP_CONFIGS = (8, 2), (4, 3), (4, 2), (2, 2), (1, 2)
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Shape of a decode kernel: fixed for a model, a scheme, a batch and a card, so that one graph serves every
-    step."""
+    """Shape of a decode kernel, for a model, a scheme, a batch and a card: the same for every step."""
 
     q_per_kv: int  # q heads of one work item, at most 8; more that share a kv head are several groups
     q_groups: int
@@ -202,8 +183,7 @@ class DecodePlan:
     blocks: int
 
     def workspace_floats(self, head_dim: int) -> int:
-        """Two halves of two slots a block; a slot has the sums of 32 channels and four numbers for all of them
-        (decode_merge.cuh)."""
+        """Per parity two slots a block, each with sums and four numbers for every 32 channels (decode_merge.cuh)."""
         return 2 * 2 * self.blocks * self.q_per_kv * head_dim * 9 // 8
 
     def counters(self, head_dim: int) -> int:
@@ -212,8 +192,7 @@ class DecodePlan:
 
     @property
     def task_shape(self) -> tuple[int, int, int]:
-        """Of the schedule, int32, rows of four: two for each warp of a block, one for each of the two heads it shares
-        (schedule.cuh)."""
+        """Rows of four: two for each warp of a block, one for each of the two heads that it shares (schedule.cuh)."""
         return self.blocks, 2 * self.warps + 2, 4
 
     def nbytes(self, head_dim: int) -> int:
@@ -223,31 +202,22 @@ class DecodePlan:
 
 @dataclass(frozen=True)
 class DecodeState:
-    """What decode attention goes by, the same for all layers and steps.
-
-    Row b of a step is row b of the cache: a table of slots would enter here. lengths: int32 [batch], the tokens of each
-    row before `added` new ones (-1: the row is not in use). tasks: int32 [plan.task_shape]. workspace: float32
-    [plan.workspace_floats(d)]. split_counter: int32 [plan.counters(d)], zero between launches.
-    """
+    """The same for all layers and steps. Row b of a step is row b of the cache: a table of slots would enter here."""
 
     heads: Heads
     scheme: Scheme
     plan: DecodePlan
-    lengths: Array
-    tasks: Array
-    workspace: Array
-    split_counter: Array
+    lengths: Array  # int32 [batch]: tokens of each row before `added` new ones; -1: the row is not in use
+    tasks: Array  # int32 [plan.task_shape]
+    workspace: Array  # float32 [plan.workspace_floats(d)]
+    split_counter: Array  # int32 [plan.counters(d)], zero between launches
     added: int = 1
 
     @classmethod
     def allocate(cls, xp: Any, heads: Heads, scheme: Scheme, plan: DecodePlan, lengths: Array) -> DecodeState:
-        tasks, workspace = xp.empty(plan.task_shape, np.int32), xp.empty(plan.workspace_floats(heads.head_dim), np.float32)
-        split_counter = xp.zeros(plan.counters(heads.head_dim), np.int32)
-        return cls(heads, scheme, plan, lengths, tasks, workspace, split_counter)
-
-    @property
-    def shared_bytes(self) -> int:
-        return shared_bytes(self.heads.head_dim, self.scheme, self.plan, self.lengths.shape[0])
+        floats, counters = plan.workspace_floats(heads.head_dim), plan.counters(heads.head_dim)
+        tasks, workspace = xp.empty(plan.task_shape, np.int32), xp.empty(floats, np.float32)
+        return cls(heads, scheme, plan, lengths, tasks, workspace, xp.zeros(counters, np.int32))
 
     def source(self, out_bf16: bool) -> tuple[str, tuple[str, ...]]:
         """File and macros of the kernels."""
@@ -260,18 +230,12 @@ class DecodeState:
 
 
 def decode_plan(heads: Heads, scheme: Scheme, batch: int, card: Card) -> DecodePlan:
-    """The most warps whose rings of copies fit, 8 where they were faster; a grid that splits as few heads as possible.
-
-    More warps hide more of a page's latency, fewer leave fewer splits to merge at the end. On an H200 8 beat 12 with
-    items of 6 KB or more (1 x 128K, version 13 of the notebook: oscar 29.4 against 29.9 µs, int2 28.6 against 28.1,
-    int2-compact 27.8 against 26.2).
-    """
+    """The most warps whose rings fit, 8 where items are large (notebook, version 13); a grid that splits few heads."""
     q_per_kv = heads.q_heads // heads.kv_heads
     q_groups = next(n for n in range(1, q_per_kv + 1) if q_per_kv % n == 0 and q_per_kv // n <= 8)
-    work = batch * heads.kv_heads * q_groups
-    few, all_of_them = card.multiprocessors * 15 // 16, card.multiprocessors
-    even = (n for n in range(few, all_of_them + 1) if n % work == 0 or work % n == 0)
-    blocks = max(even, default=all_of_them)
+    work, limit = batch * heads.kv_heads * q_groups, card.multiprocessors
+    even = (n for n in range(limit * 15 // 16, limit + 1) if n % work == 0 or work % n == 0)
+    blocks = max(even, default=limit)
     configs = WARP_CONFIGS if scheme.quantized else BF16_WARP_CONFIGS
     plans = [DecodePlan(q_per_kv // q_groups, q_groups, warps, stages, blocks) for warps, stages in configs]
     # The sums of 256 channels leave registers for 8 warps.
@@ -309,9 +273,9 @@ def decode_attention(
     `schedule` says.
 
     The launch directly before may write q and the newest token of each row; all else must come from launches before
-    that one. parity: 0 for the first launch with this workspace after `schedule`, then 1, 0, 1 ...; with another one the
-    results are wrong. lse: float32 [batch, q_heads] or None, not written for a row without tokens. scale: of the logits,
-    1 / sqrt(d) unless given.
+    that one. parity: 0 for the first launch with this workspace after `schedule`, then 1, 0, 1 ...; with another one
+    the results are wrong. lse: float32 [batch, q_heads] or None, not written for a row without tokens. scale: of the
+    logits, 1 / sqrt(d) unless given.
     """
     s, batch, norms = state, state.lengths.shape[0], cache.get("norms")
     results = s.lengths, s.tasks, out, lse, s.workspace, s.split_counter
@@ -323,7 +287,8 @@ def decode_attention(
         sizes = batch, s.heads.kv_heads, cache["keys"].shape[-2], s.added, parity
     args = q, *map(cache.get, names), *results, *map(np.int32, sizes), log2_scale(scale, s.heads.head_dim)
     file, defines = s.source(out.dtype.itemsize == 2)
-    return Launch(file, file.removesuffix(".cu"), defines, (s.plan.blocks,), s.plan.warps * 32, args, s.shared_bytes)
+    shared = shared_bytes(s.heads.head_dim, s.scheme, s.plan, batch)
+    return Launch(file, file.removesuffix(".cu"), defines, (s.plan.blocks,), s.plan.warps * 32, args, shared)
 
 
 def log2_scale(scale: float | None, head_dim: int) -> np.float32:

@@ -1,7 +1,7 @@
 """The same operations on CuPy: raw kernels (kernels/*.cu), and cuBLAS for the products of a prefill.
 
-Kernels fill and read the cache where there are some for the scheme and the head size (paged.py); elsewhere the reference's
-caches and array code serve on the GPU too. A decode step is the same code over a batch that lives on the card (decode.py).
+Kernels fill and read the cache where there are some for the scheme and the head size (paged.py), array code where there
+are none. A decode step is the same code over a batch that lives on the card (decode.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .attention import HEAD_DIMS, Heads
 from .cubins import Program, compile_all
 from .decode import Queue, StepBatch, StepDecoder, unsupported
 from .launch import Card, Launch, Recording, run
-from .linear import Products, scratch_bytes, step_plans
+from .linear import Products, add_product, scratch_bytes, step_plans
 from .linear_batch import BATCH_TOKENS
 from .paged import KernelCache, kernel_cache
 from .reference import Reference
@@ -59,8 +59,7 @@ class Cuda(Reference):
     def __init__(self) -> None:
         import cupy
 
-        self.xp = cupy
-        self.card = Card.current()
+        self.xp, self.card = cupy, Card.current()
         self.indices: Indices | None = None
         self.recorded: Recording | None = None  # a step that is being recorded
         self.products = Products(self.xp, self.card)
@@ -72,7 +71,7 @@ class Cuda(Reference):
 
     @contextmanager
     def recording(self, tokens: int, config: Config) -> Iterator[Recording]:
-        """The launches of this context, to be run again. Scratch for so many tokens, and what they allocate, is theirs alone."""
+        """The launches of this context, to be run again, with scratch for so many tokens that is theirs alone."""
         common = self.products
         with Recording().open() as self.recorded:
             self.products = Products(self.xp, self.card)
@@ -101,13 +100,13 @@ class Cuda(Reference):
         self.xp.get_default_memory_pool().free_all_blocks()
 
     def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool = False) -> int:
-        """The arrays of model.py that are alive at once in a prefill, or, of many rows, in a decode step, which finds the scratch
-        of the prefill still there; and in both the logits and the tables of RoPE."""
+        """The arrays of model.py that are alive at once in a prefill, or, of many rows, in a decode step, which finds
+        the scratch of the prefill still there; and in both the logits and the tables of RoPE."""
         tables = 4 * config.head_dim * max(1024, 1 << (context - 1).bit_length())
         if config.head_dim not in HEAD_DIMS:  # array code in float32
             return 4 // self.dtype.itemsize * super().work_bytes(config, tokens, context, rows) + tables
-        few = max(rows, tokens if tokens <= BATCH_TOKENS else 0)  # cuBLAS takes more
-        reading = self._prefill_bytes(config, tokens, context) + scratch_bytes(config, few, self.card)
+        batch = max(rows, tokens if tokens <= BATCH_TOKENS else 0)  # cuBLAS takes more
+        reading = self._prefill_bytes(config, tokens, context) + scratch_bytes(config, batch, self.card)
         stepping = StepBatch.nbytes(config, rows, self.card, penalties) + 2 * scratch_bytes(config, rows, self.card)
         return max(reading, stepping) + 4 * rows * config.vocab_size + tables
 
@@ -130,32 +129,33 @@ class Cuda(Reference):
     # --- the transformer
 
     def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None:
-        """A raw kernel, not for its speed alone: cuBLAS takes 0.1 s to load, and a short prompt needs nothing else of it."""
+        """A raw kernel, not for its speed alone: cuBLAS takes 0.1 s to load, and a short prompt does not need it."""
         if head_dim in HEAD_DIMS:
             self.run(attention.rotate_weights(x, head_dim, axis))
         else:
             super().rotate_heads(x, head_dim, axis)
 
     def linear(
-        self, x: Array, weight: Array, bias: Array | None = None, *, norm: tuple[Array, float] | None = None, silu: bool = False,
-        residual: Array | None = None, float32: bool = False,
+        self, x: Array, weight: Array, bias: Array | None = None, *, norm: tuple[Array, float] | None = None,
+        silu: bool = False, residual: Array | None = None, float32: bool = False,
     ) -> Array:
-        """Raw kernels for what is bound by the weights, and for logits, which want float32; cuBLAS for many tokens."""
-        (tokens, size), rows, batch = x.shape, weight.shape[0] // (2 if silu else 1), BATCH_TOKENS
-        is_large = tokens > batch and not float32
+        """Raw kernels for what is bound by the weights, and for logits, which are float32; cuBLAS for many tokens."""
+        (tokens, size), rows, limit = x.shape, weight.shape[0] // (2 if silu else 1), BATCH_TOKENS
+        is_large = tokens > limit and not float32
         if size % 8 or is_large and rows % 8:
             return super().linear(x, weight, bias, norm=norm, silu=silu, residual=residual, float32=float32)
         if is_large:
             return self._large_linear(x, weight, bias, norm, silu, residual)
         out = self.xp.empty((tokens, rows), np.float32 if float32 else self.dtype)
-        for i in range(0, tokens, batch):
-            options = {"norm": norm, "bias": bias, "silu": silu, "residual": None if residual is None else residual[i : i + batch]}
-            for launch in self.products.launches(x[i : i + batch], weight, out[i : i + batch], **options):
+        for chunk in (slice(i, i + limit) for i in range(0, tokens, limit)):
+            options = {"norm": norm, "bias": bias, "silu": silu}
+            options["residual"] = None if residual is None else residual[chunk]
+            for launch in self.products.launches(x[chunk], weight, out[chunk], **options):
                 self.run(launch)
         return out
 
     def _large_linear(
-        self, x: Array, weight: Array, bias: Array | None, norm: tuple[Array, float] | None, silu: bool, residual: Array | None
+        self, x: Array, weight: Array, bias: Array | None, norm: tuple | None, silu: bool, residual: Array | None
     ) -> Array:
         """By cuBLAS."""
         if norm is not None:
@@ -180,12 +180,10 @@ class Cuda(Reference):
         return y
 
     def product(self, x: Array, weight: Array, float32: bool) -> Array:
-        """Logits in float32: the difference between two tokens is often smaller than the bfloat16 rounding of a logit."""
+        """Logits in float32: two tokens often differ by less than the bfloat16 rounding of a logit."""
         return x.astype(np.float32) @ weight.astype(np.float32).T if float32 else x @ weight.T
 
-    def add_product(self, y: Array, x: Array, weight: Array) -> None:
-        """y += x @ weight.T"""
-        linear.add_product(y, x, weight)
+    add_product = staticmethod(add_product)
 
     def embed(self, table: Array, ids: Array) -> Array:
         if table.shape[1] % 8:
@@ -195,7 +193,8 @@ class Cuda(Reference):
         return x
 
     def rotate_scale(
-        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config, batch: Batch | StepBatch
+        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config,
+        batch: Batch | StepBatch,
     ) -> tuple[Array, NewTokens]:
         if isinstance(layer_cache, KernelCache):
             return layer_cache.rotate_scale(qkv, layer, tables, config, batch)
@@ -204,12 +203,14 @@ class Cuda(Reference):
     def decoder(
         self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
     ) -> Decoder:
-        """What has no kernels (`decode.unsupported`) goes step by step through array code."""
+        """Array code, step by step, where `decode.unsupported` has a reason."""
         if unsupported(model.config, cache.scheme, len(cache.lengths)):
             return super().decoder(model, cache, rows, logits=logits)
         return StepDecoder(model, cache, rows, logits=logits, replay=replay)
 
-    def prepare(self, model: Stepper, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling], progress: bool) -> None:
+    def prepare(
+        self, model: Stepper, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling], progress: bool
+    ) -> None:
         from cupy.cuda import nvrtc
 
         compile_all(programs(self, model, cache, batch, rows), self.card.capability, nvrtc, progress)
@@ -248,8 +249,7 @@ def programs(
 ) -> list[Program]:
     """What a pass over `batch` (None: there is none) and then decode steps of `rows` (none: no steps) launch.
 
-    One layer of the model is run on paper: over arrays that have shapes and no memory, since nothing writes to them. Empty for schemes
-    and shapes whose steps are array code.
+    One layer of the model is run over arrays that have shapes and no memory. Empty where steps are array code.
     """
     config, paper = model.config, OnPaper(ops.card)
     if unsupported(config, cache.scheme, len(cache.lengths)):
@@ -257,7 +257,8 @@ def programs(
     blank, config = copy(cache), replace(config, num_layers=1)
     blank.ops, blank.lengths = paper, cache.lengths.copy()
     blank.arrays = {name: paper.blank(array[:1]) for name, array in cache.arrays.items()}
-    blank.layers = [type(cache.layers[0])({name: array[0] for name, array in blank.arrays.items()}, cache.scheme, paper)]
+    layer_arrays = {name: array[0] for name, array in blank.arrays.items()}
+    blank.layers = [type(cache.layers[0])(layer_arrays, cache.scheme, paper)]
     model = copy(model)
     model.config, model.ops, model.weights = config, paper, paper.weights(model.weights)
     model.tables = (np.broadcast_to(np.float32(0), (cache.context, config.head_dim // 2)),) * 2

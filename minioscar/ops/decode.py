@@ -1,9 +1,9 @@
-"""Decode steps on a card: `model.step` over arrays that never move, run once, its launches recorded and replayed from then on.
+"""Decode steps on a card: `model.step` over arrays that never move, run once, its launches recorded and replayed.
 
-Tokens, lengths and step numbers live on the device: a step reads the tokens that the step before has drawn, and the host queues the
-next step while this one runs and reads tokens a step behind. A step that was launched and not read has put one token more into the
-cache than `cache.lengths` says. Nothing is lost by that: older slots of the window are untouched, and the next slot, or the block
-that the token completed, is written again when the row goes on.
+Tokens, lengths and step numbers live on the device: a step reads the tokens that the step before has drawn, and the
+host queues the next step while this one runs and reads tokens a step behind. A step that was launched and not read has
+put one token more into the cache than `cache.lengths` says. Nothing is lost by that: older slots of the window are
+untouched, and the next slot, or the block that the token completed, is written again when the row goes on.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Runner(Protocol):
 
 
 class StepBatch:
-    """The newest token of every row, as `Batch` is the new tokens of a pass: int32 [rows] arrays on the device, a row of the cache each.
+    """The newest token of every row of the cache, as `Batch` is the new tokens of a pass.
 
-    `tokens` stand at positions `lengths` (-1: the row is not in use); `steps` counts what their sequences have drawn. A step leaves in
-    all three what the next one takes. rows: how each draws. Raises ValueError for schemes and shapes that have no kernels.
+    int32 [rows] arrays on the device: `tokens` stand at positions `lengths` (-1: the row is not in use), `steps` counts
+    what the rows have drawn. A step leaves in all three what the next one takes. Raises ValueError without kernels.
     """
 
     last = None  # every token is the last of its sequence
@@ -63,9 +63,10 @@ class StepBatch:
     def nbytes(config: Config, rows: int, card: Card, penalties: bool) -> int:
         """Of these arrays and of the activations of a step."""
         c = config
-        plan = attention.decode_plan(Heads.of(c), SCHEMES["int2"], rows, card)  # no scheme has more warps, so more tasks
+        plan = attention.decode_plan(Heads.of(c), SCHEMES["int2"], rows, card)  # no scheme has more tasks
         activations = 2 * c.hidden_size + 3 * c.q_size + 2 * c.kv_size + c.intermediate_size  # x twice, qkv, q, y, h
-        return BF16.itemsize * rows * activations + plan.nbytes(c.head_dim) + drawing_bytes(c.vocab_size, rows, penalties)
+        drawing = drawing_bytes(c.vocab_size, rows, penalties)
+        return BF16.itemsize * rows * activations + plan.nbytes(c.head_dim) + drawing
 
     def schedule(self, ops: Runner) -> None:
         """Shares the step's attention out to the warps of the card, for every layer."""
@@ -92,9 +93,8 @@ class StepBatch:
 
 
 class StepDecoder(Decoder):
-    """A `Decoder` whose steps are queued. replay: "graph", a step is one CUDA graph; "launches", its launches one by one, which gives the
-    same bits; "eager", `model.step` itself each time, for a back end that looks at what every operation computes.
-    """
+    """A `Decoder` whose steps are queued. replay: "graph", a step is one CUDA graph; "launches", its launches one by
+    one (equal bits); "eager", `model.step` itself, for a back end that looks at what every operation computes."""
 
     def __init__(
         self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
@@ -148,7 +148,7 @@ class StepDecoder(Decoder):
         if (tokens < 0).any():
             raise Failure(NOT_FINITE)
         self._add(slots, tokens)
-        return tokens, self.queue.get(self.logits)[slots] if self.wanted else None
+        return tokens, self.queue.get(self.logits)[slots] if self.with_logits else None
 
     def drain(self) -> None:
         self.queue.drain()
@@ -156,7 +156,7 @@ class StepDecoder(Decoder):
 
 
 class Queue:
-    """Steps on a stream of their own, each with a copy of its tokens behind it. run: takes a step on the current stream."""
+    """Steps on a stream of their own, each followed by a copy of its tokens. run: a step on the current stream."""
 
     DEPTH = 2
 
@@ -165,12 +165,12 @@ class Queue:
 
         self.batch, self.run, self.stream = batch, run, cupy.cuda.Stream(non_blocking=True)
         cupy.cuda.Device().synchronize()  # what made the arrays ran on another stream
-        self.graph = self.captured() if graph else None
-        self.landing = pinned((self.DEPTH, len(batch.tokens)), np.int32)
+        self.graph = self.capture() if graph else None
+        self.pinned_tokens = pinned((self.DEPTH, len(batch.tokens)), np.int32)
         self.copied = [cupy.cuda.Event(disable_timing=True) for _ in range(self.DEPTH)]
-        self.begun = self.taken = 0
+        self.num_launched = self.num_read = 0
 
-    def captured(self) -> Any:
+    def capture(self) -> Any:
         """A step as one CUDA graph; it holds the addresses of its arrays."""
         with self.stream:
             self.stream.begin_capture()
@@ -189,31 +189,29 @@ class Queue:
         else:
             with self.stream:
                 self.run()
-        slot = self.begun % self.DEPTH
-        self.batch.tokens.get(stream=self.stream, out=self.landing[slot], blocking=False)
+        slot = self.num_launched % self.DEPTH
+        self.batch.tokens.get(stream=self.stream, out=self.pinned_tokens[slot], blocking=False)
         self.copied[slot].record(self.stream)
-        self.begun += 1
+        self.num_launched += 1
 
     def tokens(self) -> np.ndarray:
-        """Of the oldest step that was not asked for yet; int32 [rows of the cache]."""
-        slot = self.taken % self.DEPTH
+        """Of the oldest step that was not read yet; int32 [rows of the cache]."""
+        slot = self.num_read % self.DEPTH
         self.copied[slot].synchronize()
-        self.taken += 1
-        return self.landing[slot].copy()
+        self.num_read += 1
+        return self.pinned_tokens[slot].copy()
 
     def drain(self) -> None:
         import cupy
 
         cupy.cuda.Device().synchronize()  # a prefill on the other stream, too
-        self.taken = self.begun
+        self.num_read = self.num_launched
 
 
 def unsupported(config: Config, scheme: Scheme, rows: int) -> str | None:
     """Why a step of so many rows cannot be raw kernels alone, or None."""
-    if scheme.quantized and (reason := attention.unsupported(scheme, config.head_dim)):
+    if reason := attention.unsupported(scheme, config.head_dim):
         return reason
-    if config.head_dim not in attention.HEAD_DIMS:
-        return f"head_dim {config.head_dim} is not one of {', '.join(map(str, attention.HEAD_DIMS))}"
     if config.hidden_size % 8 or config.intermediate_size % 8:
         return f"hidden and intermediate size {config.hidden_size}, {config.intermediate_size} are not multiples of 8"
     if config.vocab_size > SAMPLE_VOCAB:

@@ -2,8 +2,7 @@
 
 From compute capability 9.0 on a launch may begin while the one before it still runs ("programmatic dependent launch",
 CUDA programming guide): a kernel waits by itself, in `wait_for_previous` of device.cuh, before it touches what another
-wrote. That takes the pause between two launches, a microsecond, out of every one of a decode step. CuPy cannot ask for
-it, so the driver is called directly.
+wrote. That saves a microsecond a launch. CuPy cannot ask for it, so the driver is called directly.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ class Card:
         return SHARED_KIB.get(self.capability, 99) * 1024 - 1024
 
     @classmethod
+    @cache
     def current(cls) -> Card:
         """CuPy's current device."""
         import cupy
@@ -60,8 +60,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """An argument: a matrix [rows, columns] of 16-bit numbers that the copy engine reads in boxes of 64 columns
-    (tma_load_2d)."""
+    """An argument: a matrix of 16-bit numbers that the copy engine reads in boxes of 64 columns (tma_load_2d)."""
 
     array: Array
     box_rows: int
@@ -73,10 +72,10 @@ def kernel(file: str, name: str, defines: tuple[str, ...]) -> Any:
     import cupy
     from cupy.cuda import nvrtc
 
-    path = compiled((file, defines), int(cupy.cuda.Device().compute_capability), nvrtc)
+    path = compiled((file, defines), Card.current().capability, nvrtc)
     function = cupy.RawModule(path=str(path)).get_function(name)
-    most = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-    function.max_dynamic_shared_size_bytes = most - function.shared_size_bytes
+    limit = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+    function.max_dynamic_shared_size_bytes = limit - function.shared_size_bytes
     return function
 
 
@@ -100,9 +99,8 @@ class Address:
 class Recording:
     """Launches that were run once and can be run again, in order, on the same arrays.
 
-    What is allocated while it is open comes from a pool of its own: an array that a step has no more use for is used
-    again later in the step, in every replay the same, and by nobody else. A launch knows such arrays by their
-    addresses only; others it keeps.
+    What is allocated while it is open comes from a pool of its own, which reuses memory within a step, in every replay
+    alike. A launch has addresses of such arrays only, and references to others.
     """
 
     def __init__(self) -> None:
@@ -138,18 +136,11 @@ class Recording:
 def run(launch: Launch) -> None:
     """On CuPy's current device and stream. Raises cupy's CUDADriverError where the card refuses it."""
     function = kernel(launch.source, launch.name, launch.defines)
-    if _overlaps():
+    if Card.current().capability >= 90:
         _launch_overlapping(function.kernel.ptr, launch)
         return
     args = (np.uintp(0) if a is None else np.uintp(a.ptr) if isinstance(a, Address) else a for a in launch.args)
     function(launch.grid, (launch.block,), tuple(args), shared_mem=launch.shared)
-
-
-@cache
-def _overlaps() -> bool:
-    import cupy
-
-    return int(cupy.cuda.Device().compute_capability) >= 90
 
 
 class _Attribute(ctypes.Structure):  # CUlaunchAttribute of cuda.h: the value is a union of 64 bytes
@@ -199,10 +190,10 @@ def _tensor_map(address: int, rows: int, columns: int, box_rows: int) -> np.ndar
     import cupy
 
     memory = np.zeros(192, np.uint8)
-    found = memory[-memory.ctypes.data % 64 :][:128]
+    tensor_map = memory[-memory.ctypes.data % 64 :][:128]
     sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns)
     box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
-    where = ctypes.c_void_p(found.ctypes.data), BFLOAT16, 2, ctypes.c_void_p(address), sizes, strides, box, steps
-    if code := _driver("cuTensorMapEncodeTiled")(*where, NOT_INTERLEAVED, SWIZZLE_128B, L2_256B, ZEROS):
+    matrix = ctypes.c_void_p(tensor_map.ctypes.data), BFLOAT16, 2, ctypes.c_void_p(address), sizes, strides, box, steps
+    if code := _driver("cuTensorMapEncodeTiled")(*matrix, NOT_INTERLEAVED, SWIZZLE_128B, L2_256B, ZEROS):
         raise cupy.cuda.driver.CUDADriverError(code)
-    return found
+    return tensor_map

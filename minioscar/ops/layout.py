@@ -21,8 +21,7 @@ NAMES = (*CODES, "key_step", "key_min", "value_step", "value_min")
 
 
 def from_pages(pages: Array, scheme: Scheme, dim: int, xp: Any = np) -> dict[str, Array]:
-    """pages uint8 [kv_heads, n, page_bytes] -> the arrays of `Scheme.packed_layout` of their n * 64 tokens, [kv_heads,
-    tokens or groups, ...]."""
+    """pages uint8 [kv_heads, n, page_bytes] -> the arrays of `Scheme.packed_layout`, each with kv heads in front."""
     pages, heads, arrays = xp.ascontiguousarray(pages), len(pages), {}
     codes, halves = oscar.unpack(pages, scheme.bits, xp), pages.view(np.float16)
     for name, table in positions(scheme, dim).items():
@@ -38,7 +37,8 @@ def to_pages(arrays: dict[str, Array], scheme: Scheme, xp: Any = np) -> Array:
     table = positions(scheme, dim)
     codes = xp.zeros((heads, n, page_bytes(scheme, dim) * 8 // scheme.bits), np.uint8)
     for name in CODES:
-        codes[..., xp.asarray(table[name])] = oscar.unpack(arrays[name], scheme.bits, xp).reshape(heads, n, PAGE_TOKENS, dim)
+        x = oscar.unpack(arrays[name], scheme.bits, xp)
+        codes[..., xp.asarray(table[name])] = x.reshape(heads, n, PAGE_TOKENS, dim)
     pages = oscar.pack(codes, scheme.bits, xp)
     for name in table.keys() - set(CODES):
         x = xp.ascontiguousarray(arrays[name])
@@ -61,8 +61,7 @@ def _section_bytes(scheme: Scheme, dim: int) -> dict[str, int]:
 
 @cache
 def positions(scheme: Scheme, dim: int) -> dict[str, np.ndarray]:
-    """Name -> where each number of the array of 64 tokens lies in a page, [tokens or groups, ...]: counted in codes of
-    `bits` bits, or in 16-bit numbers."""
+    """Name -> index in a page of each number of its array, [tokens or groups, ...], among codes or 16-bit numbers."""
     groups, value_groups = PAGE_TOKENS // scheme.group, dim // scheme.value_group(dim)
     keys, values = np.arange(groups * dim), np.arange(PAGE_TOKENS * value_groups)
     tables = dict(zip(CODES, _code_positions(scheme.bits, dim), strict=True))
@@ -77,11 +76,11 @@ def positions(scheme: Scheme, dim: int) -> dict[str, np.ndarray]:
     # [row / 16][row % 8 / 2][group][row / 8 % 2][row % 2]
     order = values.reshape(4, 4, value_groups, 2, 2)[:, :, even_first].transpose(0, 3, 1, 4, 2)
     tables["value_step"] = tables["value_min"] = order.reshape(PAGE_TOKENS, value_groups)[_rows()]
-    begin, found = 0, {}
+    begin, in_page = 0, {}
     for name, size in _section_bytes(scheme, dim).items():
-        found[name] = tables[name] + (begin * 8 // scheme.bits if name in CODES else begin // 2)
+        in_page[name] = tables[name] + (begin * 8 // scheme.bits if name in CODES else begin // 2)
         begin += size
-    return found
+    return in_page
 
 
 def _rows() -> np.ndarray:

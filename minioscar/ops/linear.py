@@ -1,8 +1,9 @@
-"""Launches of linear layers and of what stands around them: norms, activations, sums; and the scratch memory of products."""
+"""Launches of linear layers and what stands around them: norms, activations, sums; and the products' scratch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +22,7 @@ ONE = np.ones(1, np.float32)  # where cuBLAS reads alpha and beta
 
 
 def fits(tokens: int, size: int, norm: bool, silu: bool, card: Card) -> bool:
-    """Whether linear.cu takes this many tokens of `size` numbers; normed, they stay in shared memory. linear_batch.cu
-    takes any size."""
+    """Whether linear.cu takes this many tokens of `size` numbers; normed, they stay in shared memory."""
     shared = _linear_bytes(tokens, size, norm, silu)
     return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and shared <= card.max_shared_bytes
 
@@ -87,15 +87,13 @@ def _elementwise(name: str, out: Array, a: Array, b: Array, *more: np.int32) -> 
 
 
 def embed(table: Array, tokens: Array, x: Array) -> Launch:
-    """x[i] = table[tokens[i]]: table bf16 [vocab, hidden], tokens int32 [n], x bf16 [n, hidden], hidden a multiple of
-    8."""
+    """x[i] = table[tokens[i]]: table bf16 [vocab, hidden], tokens int32 [n], x bf16 [n, hidden]; hidden % 8 = 0."""
     return Launch("step.cu", "embed", (), (len(tokens),), 128, (table, tokens, x, np.int32(table.shape[1])))
 
 
 class Products:
-    """For one card and one stream: a launch may use the scratch memory as soon as the one before it has ended. Grown
-    buffers are reallocated; earlier launches keep a reference to the old ones.
-    """
+    """For one card and one stream, whose launches take the scratch memory in turn. Grown buffers are reallocated;
+    earlier launches keep a reference to the old ones."""
 
     def __init__(self, xp: Any, card: Card):
         self.xp, self.card, self.scratch = xp, card, Scratch(xp.empty(0, np.float32), xp.zeros(0, np.int32))
@@ -119,7 +117,11 @@ class Products:
 
     def reserve(self, plans: Sequence[LinearPlan]) -> None:
         """Scratch for all of these at once: recorded launches would keep each buffer that was too small."""
-        self.scratch = self.scratch.grown(self.xp, plans)
+        floats, counters = (max((getattr(p, n) for p in plans), default=0) for n in ("workspace_floats", "counters"))
+        if len(self.scratch.workspace) < floats:
+            self.scratch = replace(self.scratch, workspace=self.xp.empty(floats, np.float32))
+        if len(self.scratch.split_counter) < counters:
+            self.scratch = replace(self.scratch, split_counter=self.xp.zeros(counters, np.int32))
 
 
 def step_plans(config: Config, tokens: int, card: Card) -> list[LinearPlan]:
@@ -137,23 +139,21 @@ def scratch_bytes(config: Config, tokens: int, card: Card) -> int:
     """Of `Products` for the matrices of a model and so many tokens."""
     plans = step_plans(config, min(tokens, BATCH_TOKENS), card)
     normed = tokens * config.hidden_size * BF16.itemsize if plans else 0
-    return max((plan.nbytes for plan in plans), default=0) + normed
+    return max((4 * (plan.workspace_floats + plan.counters) for plan in plans), default=0) + normed
 
 
 def add_product(y: Array, x: Array, weight: Array) -> None:
-    """y += x @ weight.T: y [tokens, out], x [tokens, in], weight [out, in], all bf16 and contiguous.
+    """y += x @ weight.T by cuBLAS: y [tokens, out], x [tokens, in], weight [out, in], all bf16 and contiguous.
 
-    The product is rounded to bf16, then the sum, as by two operations one after the other: so cuBLAS's tensor-core kernels do it, whatever
-    its math mode (CUDA 13, H200). CUBLAS_COMPUTE_32F_PEDANTIC rounds once, without tensor cores, and takes 25 times as long.
-    On CuPy's current stream. Raises cupy's CUBLASError.
+    The product is rounded to bf16, then the sum, in every math mode (CUDA 13, H200). CUBLAS_COMPUTE_32F_PEDANTIC rounds
+    once, without tensor cores, and takes 25 times as long. On CuPy's current stream. Raises cupy's CUBLASError.
     """
     from cupy.cuda.device import get_cublas_handle
     from cupy.cuda.runtime import CUDA_R_16BF
     from cupy_backends.cuda.libs import cublas
 
     (tokens, size), rows, one = x.shape, len(weight), ONE.ctypes.data
-    # column by column, as cuBLAS counts, the arrays are their transposes: y.T += weight @ x.T
-    sizes = rows, tokens, size
+    sizes = rows, tokens, size  # cuBLAS counts column by column: y.T += weight @ x.T
     a, b, c = (weight.data.ptr, CUDA_R_16BF, size), (x.data.ptr, CUDA_R_16BF, size), (y.data.ptr, CUDA_R_16BF, rows)
     how, handle = (cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP), get_cublas_handle()
     cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, *sizes, one, *a, *b, one, *c, *how)

@@ -1,9 +1,7 @@
-"""Launches of the products of 9 to 256 tokens and their plans: linear_batch.cu, or sm90/linear_batch.cu where that is
-faster."""
+"""Plans and launches of products of 9 to 256 tokens: linear_batch.cu, or sm90/linear_batch.cu where that is faster."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -50,18 +48,13 @@ class BatchPlan:
         return self.column_blocks * self.tiles * 8 if self.partial_tiles else 0
 
     @property
-    def nbytes(self) -> int:
-        return 4 * (self.workspace_floats + self.counters)
-
-    @property
     def cost(self) -> int:
         """Bytes that a block waits for: its weights, and its partial sums, which are written and read."""
         return self.max_slabs * 128 * self.row_tiles * 128 + self.partial_tiles * 8 * self._tile_floats
 
 
 def mma_configs(tokens: int, size: int, rows: int, silu: bool, card: Card) -> list[BatchPlan]:
-    """Ways to share the slabs, one block a multiprocessor, with the fewest blocks of columns whose x fits; the first
-    one fits on every card."""
+    """Ways to share the slabs, one block a multiprocessor, the fewest blocks of columns; the first fits every card."""
     large, shared = rows >= 128 * card.multiprocessors, card.max_shared_bytes
     column_blocks = -(-tokens // (128 if 3 * _stage_bytes(128, 2, 1 if large else 2) <= shared else 64))
     block_tokens = -(-tokens // column_blocks)
@@ -133,15 +126,10 @@ class WgmmaPlan:
         return self.tiles * 4 * self.warpgroups if self.splits > 1 else 0
 
     @property
-    def nbytes(self) -> int:
-        return 4 * (self.workspace_floats + self.counters)
-
-    @property
     def cost(self) -> float:
         """About microseconds on an H200: the longest of memory (4.2 TB/s), a multiprocessor's path to L2 (125 GB/s)
         and products (64 clocks each at least, and a start for every slab), a seventh of the others, which get in its
-        way, and the partial sums, which the last block reads alone. How good that is: docs/kernels-notebook.md, The
-        copy engine."""
+        way, and the partial sums, which the last block reads alone. See the notebook, The copy engine."""
         memory = self.max_runs * self.blocks * self.rows * 128 / 4.2e6
         l2 = self.max_runs * (self.rows + self.tokens) * 128 / 125e3
         products = self.max_runs * (4 * max(self.warpgroups * self.rows / 1.7, 64) / 1750 + 0.07 / self.runs)
@@ -177,17 +165,10 @@ LinearPlan = BatchPlan | WgmmaPlan
 
 @dataclass(frozen=True)
 class Scratch:
-    """What the blocks of a product share: partial sums, and counters, which are zero before and after a launch."""
+    """What the blocks of a product share, for one plan or several."""
 
     workspace: Array  # float32 [at least plan.workspace_floats]
-    split_counter: Array  # int32 [at least plan.counters]
-
-    def grown(self, xp: Any, plans: Sequence[LinearPlan]) -> Scratch:
-        """Enough for each of these plans; what is large enough stays."""
-        floats, counters = (max((getattr(p, n) for p in plans), default=0) for n in ("workspace_floats", "counters"))
-        workspace = self.workspace if len(self.workspace) >= floats else xp.empty(floats, np.float32)
-        split_counter = self.split_counter if len(self.split_counter) >= counters else xp.zeros(counters, np.int32)
-        return Scratch(workspace, split_counter)
+    split_counter: Array  # int32 [at least plan.counters], zero before and after a launch
 
 
 def uses_wgmma(tokens: int, rows: int, card: Card) -> bool:

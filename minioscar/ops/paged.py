@@ -1,7 +1,7 @@
 """A layer's cache on a card: kernels fill and read it, packed blocks as pages (kernels/LAYOUT.md).
 
-A pass over new tokens (a `Batch`) is a prefill: rotate, attend to the packed past and to each other, pack. One token a row (a
-`StepBatch`) is a decode step: rotation puts it into its slot at once, and one launch after the last layer packs all of them.
+A pass over new tokens (a `Batch`) is a prefill: rotate, attend to the packed past and to each other, pack. One token a
+row (a `StepBatch`) is a decode step: rotation puts it into its slot, one launch after the last layer packs all layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..cache import Batch, LayerCache, Layout, NewTokens, PackedCache, PlainCach
 from ..config import Config
 from ..oscar import WINDOW, Scheme
 from . import attention, prefill
-from .attention import HEAD_DIMS, Heads, KeyOutputs, PrefillTokens, Rotation
+from .attention import Heads, KeyOutputs, PrefillTokens, Rotation
 from .decode import StepBatch
 from .layout import NAMES, PAGE_TOKENS, from_pages, page_bytes, to_pages
 
@@ -27,23 +27,20 @@ IN_CACHE = NewTokens()
 
 def kernel_cache(config: Config, scheme: Scheme) -> type[KernelCache] | None:
     """The kind of cache that has kernels for this scheme and head size; None: there are none."""
-    if scheme.quantized:
-        return PagedCache if attention.unsupported(scheme, config.head_dim) is None else None
-    return KernelPlainCache if config.head_dim in HEAD_DIMS else None
+    if attention.unsupported(scheme, config.head_dim):
+        return None
+    return PagedCache if scheme.quantized else KernelPlainCache
 
 
 class KernelCache(LayerCache):
-    """What plain and packed ones have in common. ring: where a decode step puts the newest token of each row."""
+    """What plain and packed ones have in common.
 
-    @property
-    def ring(self) -> tuple[Array, Array]:
-        """Keys and values, bf16 [batch, kv_heads, slots, d]; the token at position p goes to slot p % slots."""
-        raise NotImplementedError
+    ring: keys and values, bf16 [batch, kv_heads, slots, d], into which a decode step puts the newest token of each row:
+    position p is in slot p % slots. past_arrays: keys and values that a prefill reads in place; None: it unpacks them.
+    """
 
-    @property
-    def past_arrays(self) -> tuple[Array, Array] | None:
-        """Keys and values that a prefill reads where they are; None: they are unpacked for it."""
-        raise NotImplementedError
+    ring: tuple[Array, Array]
+    past_arrays: tuple[Array, Array] | None
 
     def unpack(self, to: prefill.Past, batch: Batch) -> None:
         """Packed tokens, back in BF16, for the time of a layer."""
@@ -51,13 +48,13 @@ class KernelCache(LayerCache):
     def rotate_scale(
         self, qkv: Array, layer: Layer, tables: tuple[Array, Array], config: Config, batch: Batch | StepBatch
     ) -> tuple[Array, NewTokens]:
-        """`Reference.rotate_scale`; the norms of the new tokens go into the cache at once, and so does all of a decode step's."""
+        """`Reference.rotate_scale`; norms go into the cache at once, and so do a decode step's keys and values."""
         ops, heads, norms = self.ops, Heads.of(config), self.arrays.get("norms")
         rotation = Rotation(heads, *tables, self.scheme.rotate, layer.q_norm, layer.k_norm, config.rms_norm_eps)
         q = ops.xp.empty((len(qkv), heads.q_heads, heads.head_dim), ops.dtype)
         if isinstance(batch, StepBatch):
             keys, values = self.ring
-            ops.run(attention.rotate_scale(rotation, qkv, batch.lengths, q, KeyOutputs(keys=keys, values=values, norms=norms)))
+            ops.run(attention.rotate_scale(rotation, qkv, batch.lengths, q, KeyOutputs(None, keys, values, norms)))
             return q, IN_CACHE
         at, k = ops.indices_of(batch), ops.xp.empty((len(qkv), heads.kv_heads, heads.head_dim), ops.dtype)
         ops.run(attention.rotate_scale(rotation, qkv, at.positions, q, KeyOutputs(k, norms=norms, slots=at.rows)))
@@ -118,13 +115,14 @@ class PagedCache(KernelCache, PackedCache):
 
     def unpack(self, to: prefill.Past, batch: Batch) -> None:
         at, (_, kv_heads, _, dim) = self.ops.indices_of(batch), self["window_keys"].shape
-        heads = Heads(kv_heads, kv_heads, dim)  # q heads play no part here
+        heads = Heads(kv_heads, kv_heads, dim)  # q heads do not matter here
         self.ops.run(prefill.unpack(heads, self.scheme, at.slots, at.starts, max(batch.starts), self.arrays, to))
 
     def append(self, new: NewTokens, batch: Batch | StepBatch) -> None:
         if new is IN_CACHE:
             return
-        heads, tokens = Heads(new.k.shape[1], *new.k.shape[1:]), self._tokens(new, batch, self.ops.indices_of(batch).slots)
+        heads = Heads(new.k.shape[1], *new.k.shape[1:])
+        tokens = self._tokens(new, batch, self.ops.indices_of(batch).slots)
         if new.norms is not None:  # else rotate_scale has put them there
             for slot, start, span in batch.spans():
                 room = self["norms"].shape[1] - start  # a last partial block has none, nor needs it

@@ -1,4 +1,4 @@
-"""Launches of the attention of a prefill, as in attention.py: a packed past back to BF16, tiles, and the attention itself."""
+"""Plans and launches of the attention of a prefill: a packed past back to BF16, tiles, and the attention itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .layout import PAGE_TOKENS
 
 Array = Any
 
-# Head_dim -> tiles of keys, and of values, that a block of sm90/prefill_attention.cu holds
+# Head_dim -> tiles of keys, and of values, in shared memory of a block of sm90/prefill_attention.cu
 WGMMA_STAGES = {64: 6, 128: 3}
 WGMMA_ROWS, TILE_TOKENS = 128, 128
 
@@ -27,15 +27,11 @@ def tiled(head_dim: int, card: Card) -> bool:
 
 @dataclass(frozen=True)
 class Tiles:
-    """All keys and values of a prefill, old and new, in tiles of TILE_TOKENS (sm90/tile.cuh).
+    """All keys and values of a prefill, old and new, in tiles of TILE_TOKENS (sm90/tile.cuh)."""
 
-    keys, values: bf16 [tiles, kv_heads, TILE_TOKENS, d], swizzled; first: int32 [sequences] on the device, where each
-    sequence's tiles begin, one for every TILE_TOKENS of its tokens.
-    """
-
-    keys: Array
+    keys: Array  # bf16 [tiles, kv_heads, TILE_TOKENS, d], swizzled
     values: Array
-    first: Array
+    first: Array  # int32 [sequences]: index of each sequence's first tile
 
     @classmethod
     def allocate(cls, xp: Any, heads: Heads, tiles: int, first: Array) -> Tiles:
@@ -47,22 +43,21 @@ Past = tuple[Array, Array] | Tiles
 
 
 def past_bytes(heads: Heads, tokens: int, context: int, card: Card) -> int:
-    """Of keys and values in BF16, beside the cache, while the last `tokens` tokens of a context are attended from: all
-    tokens in `Tiles`, or the older ones unpacked."""
-    return 2 * BF16.itemsize * (context if tiled(heads.head_dim, card) else context - tokens) * heads.kv_heads * heads.head_dim
+    """Of `Past` while the last `tokens` tokens of a context attend: all tokens in tiles, or the older ones unpacked."""
+    past = context if tiled(heads.head_dim, card) else context - tokens
+    return 2 * BF16.itemsize * past * heads.kv_heads * heads.head_dim
 
 
 def unpack(
     heads: Heads, scheme: Scheme, slots: Array | None, starts: Array, max_start: int, cache: dict[str, Array], to: Past
 ) -> Launch:
-    """The first starts[s] tokens, at most `max_start`, of row slots[s] (None: s) -> tiles, or row s of keys and
-    values."""
+    """The first starts[s] tokens, at most `max_start`, of row slots[s] (None: s) -> tiles, or row s of `to`."""
     norms, pages, tiles = cache.get("norms"), cache["pages"], isinstance(to, Tiles)
     keys, values, first = (to.keys, to.values, to.first) if tiles else (*to, None)
     norm_stride, capacity = 0 if norms is None else norms.shape[-1], 0 if tiles else keys.shape[2]
     sizes = heads.kv_heads, pages.shape[-2], norm_stride, scheme.sinks, capacity
-    named = (cache.get(n) for n in ("pages", "norms", "sink_keys", "sink_values", "window_keys", "window_values"))
-    args = (*named, slots, starts, first, keys, values, *map(np.int32, sizes))
+    arrays = (cache.get(n) for n in ("pages", "norms", "sink_keys", "sink_values", "window_keys", "window_values"))
+    args = (*arrays, slots, starts, first, keys, values, *map(np.int32, sizes))
     grid = -(-max_start // PAGE_TOKENS), heads.kv_heads, starts.shape[0]
     defines = (*layout_defines(scheme, heads.head_dim), f"TILED={tiles:d}")
     return Launch("unpack.cu", "unpack", defines, grid, 2 * heads.head_dim, args)
@@ -73,11 +68,11 @@ def fill_tiles(
 ) -> Launch:
     """New tokens, and older ones of a plain cache, into their tiles. max_length: of a sequence, old and new tokens."""
     keys, values = past if past else (None, None)
-    where = new.first_rows, new.slots, new.starts, new.counts, tiles.first
+    indices = new.first_rows, new.slots, new.starts, new.counts, tiles.first
     sizes = new.key_stride, new.value_stride, keys.shape[2] if past else 0
-    args = (new.keys, new.values, keys, values, *where, tiles.keys, tiles.values, *map(np.int32, sizes))
-    longest = -(-max_length // TILE_TOKENS) if past else -(-new.max_count // TILE_TOKENS) + 1
-    grid = longest, heads.kv_heads, new.starts.shape[0]
+    args = (new.keys, new.values, keys, values, *indices, tiles.keys, tiles.values, *map(np.int32, sizes))
+    max_tiles = -(-max_length // TILE_TOKENS) if past else -(-new.max_count // TILE_TOKENS) + 1
+    grid = max_tiles, heads.kv_heads, new.starts.shape[0]
     return Launch("sm90/prefill_tiles.cu", "prefill_tiles", (f"HEAD_DIM={heads.head_dim}",), grid, 256, args)
 
 
@@ -92,8 +87,7 @@ SPLIT_COST = 4  # tiles: what a split of the keys costs beyond its own tiles, it
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """How `prefill_attention` splits the keys of a block of queries: fixed by shapes, so that one graph serves every
-    length."""
+    """How `prefill_attention` splits the keys of a block of queries; shapes alone decide."""
 
     blocks: int  # of queries, over all kv heads and sequences
     splits: int
@@ -109,12 +103,11 @@ class SplitPlan:
 
 @dataclass(frozen=True)
 class KeySplits:
-    """A plan and what its blocks share: workspace float32 [plan.workspace_floats(d)], split_counter int32
-    [plan.blocks], zero before and after a launch."""
+    """A plan and what its blocks share."""
 
     plan: SplitPlan
-    workspace: Array | None = None
-    split_counter: Array | None = None
+    workspace: Array | None = None  # float32 [plan.workspace_floats(d)]
+    split_counter: Array | None = None  # int32 [plan.blocks], zero before and after a launch
 
     @classmethod
     def allocate(cls, xp: Any, plan: SplitPlan, head_dim: int) -> KeySplits:
@@ -125,8 +118,7 @@ WHOLE = KeySplits(SplitPlan(0, 1, 2**30))  # keys are not split
 
 
 def split_plan(heads: Heads, max_count: int, sequences: int, max_start: int, card: Card) -> SplitPlan | None:
-    """Splits where multiprocessors would be idle without, else None. max_count, max_start: of new and of older
-    tokens."""
+    """Splits where multiprocessors would be idle without, else None. max_count, max_start: of new and older tokens."""
     if not tiled(heads.head_dim, card):
         return None
     blocks = -(-max_count * (heads.q_heads // heads.kv_heads) // WGMMA_ROWS) * heads.kv_heads * sequences
@@ -155,15 +147,16 @@ def prefill_attention(
     def config_bytes(warps: int, row_tiles: int, tile: int, _blocks: int) -> int:
         return (warps * row_tiles * 16 + 4 * tile) * (2 * d + 16)
 
-    best = next(c for c in PREFILL_CONFIGS[d] if config_bytes(*c) <= card.max_shared_bytes)
+    config = next(c for c in PREFILL_CONFIGS[d] if config_bytes(*c) <= card.max_shared_bytes)
     names = "BLOCK_WARPS", "ROW_TILES", "TILE", "BLOCKS_PER_SM"
-    defines = f"HEAD_DIM={d}", f"Q_PER_KV={q_per_kv}", *(f"{name}={n}" for name, n in zip(names, best, strict=True))
-    grid = -(-new.max_count * q_per_kv // (best[0] * best[1] * 16)), heads.kv_heads, new.starts.shape[0]
+    defines = f"HEAD_DIM={d}", f"Q_PER_KV={q_per_kv}", *(f"{name}={n}" for name, n in zip(names, config, strict=True))
+    grid = -(-new.max_count * q_per_kv // (config[0] * config[1] * 16)), heads.kv_heads, new.starts.shape[0]
     keys, values = past if past else (None, None)
-    where = new.first_rows, new.slots, new.starts, new.counts
+    indices = new.first_rows, new.slots, new.starts, new.counts
     sizes = new.key_stride, new.value_stride, heads.kv_heads, keys.shape[2] if past else 0
-    args = (q, new.keys, new.values, keys, values, *where, out, *map(np.int32, sizes), scale_log2)
-    return Launch("prefill_attention.cu", "prefill_attention", defines, grid, 32 * best[0], args, config_bytes(*best))
+    args = (q, new.keys, new.values, keys, values, *indices, out, *map(np.int32, sizes), scale_log2)
+    threads, shared = 32 * config[0], config_bytes(*config)
+    return Launch("prefill_attention.cu", "prefill_attention", defines, grid, threads, args, shared)
 
 
 def _attend_to_tiles(
@@ -173,9 +166,8 @@ def _attend_to_tiles(
     """sm90/prefill_attention.cu: at most a block a multiprocessor."""
     d, q_per_kv, plan = heads.head_dim, heads.q_heads // heads.kv_heads, splits.plan
     blocks, sequences = -(-new.max_count * q_per_kv // WGMMA_ROWS), new.starts.shape[0]
-    fitting = L2_BYTES * heads.kv_heads // max(2 * tiles.keys.nbytes, 1)  # heads whose keys and values L2 holds
-    divisors = (n for n in range(heads.kv_heads, 1, -1) if heads.kv_heads % n == 0 and n <= fitting)
-    heads_per_pass = next(divisors, 1)
+    fitting = L2_BYTES * heads.kv_heads // max(2 * tiles.keys.nbytes, 1)  # heads whose keys and values fit into L2
+    heads_per_pass = next((n for n in range(heads.kv_heads, 1, -1) if heads.kv_heads % n == 0 and n <= fitting), 1)
     sizes = map(np.int32, (heads.kv_heads, heads_per_pass, sequences, blocks, plan.splits, plan.tiles))
     inputs = q, tiles.keys, tiles.values, tiles.first, new.first_rows, new.starts, new.counts
     args = *inputs, out, splits.workspace, splits.split_counter, *sizes, scale_log2

@@ -1,7 +1,7 @@
 """Every operation of the model in plain array code: the meaning of each, and what runs where there is no GPU.
 
-`xp` is NumPy here; the CUDA back end is a subclass that puts CuPy in its place and raw kernels where they pay. Tokens of all
-sequences of a batch lie one after another, `[tokens, ...]`, without padding. Activations are float32 (`dtype`).
+`xp` is NumPy here; the CUDA back end is a subclass that puts CuPy in its place and raw kernels where they pay. Tokens
+of all sequences of a batch lie one after another, `[tokens, ...]`, without padding. Activations are float32 (`dtype`).
 """
 
 from __future__ import annotations
@@ -39,24 +39,26 @@ class Reference:
     # --- between host and device
 
     def array(self, x: np.ndarray) -> Array:
-        """A weight or table on this back end, floats in its dtype; a copy, since x may be a file that is mapped into memory."""
+        """A weight or table on this back end, floats in its dtype; a copy, since x may be a mapped file."""
         return np.array(x, self.dtype)
 
     @contextmanager
-    def loading(self, advance: Callable[[int], object], tensors: Sequence[Tensor]) -> Iterator[Callable[[Sequence[Tensor]], Array]]:
-        """Gives what makes one array of tensors of files (`checkpoint.Tensor`), their rows one below the other, in this back end's dtype.
+    def loading(
+        self, advance: Callable[[int], object], tensors: Sequence[Tensor]
+    ) -> Iterator[Callable[[Sequence[Tensor]], Array]]:
+        """Gives what makes one array of tensors of files (`checkpoint.Tensor`), in rows, in this back end's dtype.
 
-        The arrays hold their numbers when the context has ended. advance: is told of the bytes of the files that were read. tensors:
-        all that will be asked for, once each: a card allocates them together.
+        The arrays hold their numbers when the context has ended. advance: is told of the bytes of the files that were
+        read. tensors: all that will be asked for, once each: a card allocates them together.
         """
 
         def put(tensors: Sequence[Tensor]) -> Array:
-            parts = [tensor.array for tensor in tensors]
-            if len({part.dtype for part in parts}) > 1:  # float32 holds F16 and BF16 exactly
-                parts = [part.astype(np.float32) for part in parts]
-            found = self.array(parts[0] if len(parts) == 1 else np.concatenate(parts))
-            advance(sum(part.nbytes for part in parts))
-            return found
+            arrays = [tensor.array for tensor in tensors]
+            if len({array.dtype for array in arrays}) > 1:  # float32 represents F16 and BF16 exactly
+                arrays = [array.astype(np.float32) for array in arrays]
+            joined = self.array(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+            advance(sum(array.nbytes for array in arrays))
+            return joined
 
         yield put
 
@@ -71,14 +73,14 @@ class Reference:
         """Gives memory that is in no use back, after a run that did not fit."""
 
     def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool = False) -> int:
-        """The arrays of one forward pass of `tokens` tokens that ends at `context`, or of a later step of so many rows; weights and cache
-        apart."""
+        """The arrays of one forward pass of `tokens` tokens that ends at `context`, or of a later step of so many rows;
+        weights and cache apart."""
         hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
 
         def attention(n: int) -> int:
-            piece = min(QUERIES, n)
-            scores = config.num_heads * piece * context
-            scores += piece * (2 * piece + 3 * q)  # the mask, q and y of a piece
+            chunk = min(QUERIES, n)
+            scores = config.num_heads * chunk * context
+            scores += chunk * (2 * chunk + 3 * q)  # the mask, q and y of a chunk
             unpacked = 2 * kv * (context - n)  # the past, twice for a moment
             return n * (hidden + 3 * q + 6 * kv) + 2 * kv * context + max(unpacked, scores)
 
@@ -86,7 +88,7 @@ class Reference:
         return self.dtype.itemsize * max(mlp, attention(tokens), attention(1), rows * config.vocab_size)
 
     def say_if_slow(self, config: Config, scheme: Scheme) -> bool:
-        """Whether array code takes the place of kernels that this back end has; that is said on stderr."""
+        """Whether array code runs instead of kernels that this back end has; if so, says it on stderr."""
         return False
 
     # --- the transformer
@@ -105,21 +107,21 @@ class Reference:
         return table[self.xp.asarray(ids)]
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467); float32 inside. Shape and dtype of x."""
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467); float32 inside, then x's dtype."""
         xp = self.xp
         y = x.astype(xp.float32)
         y = y / xp.sqrt((y * y).mean(axis=-1, keepdims=True) + xp.float32(eps))
         return (y * weight.astype(xp.float32)).astype(x.dtype)
 
     def linear(
-        self, x: Array, weight: Array, bias: Array | None = None, *, norm: tuple[Array, float] | None = None, silu: bool = False,
-        residual: Array | None = None, float32: bool = False,
+        self, x: Array, weight: Array, bias: Array | None = None, *, norm: tuple[Array, float] | None = None,
+        silu: bool = False, residual: Array | None = None, float32: bool = False,
     ) -> Array:
-        """residual + act(rms_norm(x) @ weight.T + bias), each part where it is given: [tokens, in] -> [tokens, out].
+        """residual + act(rms_norm(x) @ weight.T + bias), each term where it is given: [tokens, in] -> [tokens, out].
 
-        weight [out, in]. norm: the weight [in] and eps of an RMSNorm of x before. silu: weight holds gate rows, then up rows;
-        silu(gate) * up, [tokens, out / 2]. float32: the result is float32, whatever the dtype of the activations. residual: may be
-        overwritten by the result.
+        weight [out, in]. norm: the weight [in] and eps of an RMSNorm of x before. silu: weight holds gate rows, then up
+        rows; silu(gate) * up, [tokens, out / 2]. float32: the result is float32, whatever the dtype of the activations.
+        residual: may be overwritten by the result.
         """
         if norm is not None:
             x = self.rms_norm(x, *norm)
@@ -153,9 +155,10 @@ class Reference:
         return (gate / (1 + xp.exp(-gate)) * up).astype(gate_up.dtype)
 
     def rotate_scale(
-        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config, batch: Batch
+        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config,
+        batch: Batch,
     ) -> tuple[Array, NewTokens]:
-        """From the qkv projection to what attention takes: QK-norm, RoPE, and steps 1 and 2 of OScaR where the scheme has them.
+        """From the qkv projection to what attention takes: QK-norm, RoPE, and the scheme's steps 1 and 2 of OScaR.
 
         qkv [tokens, (q_heads + 2 * kv_heads) * d]; tables: cos and sin, float32 [positions, d/2]. Returns q' = q.H
         [tokens, q_heads, d] and the new tokens K' = K.H, V, n_t.
@@ -165,7 +168,8 @@ class Reference:
         q, k, v = xp.split(qkv, [heads, heads + config.num_kv_heads], axis=1)
         q, k = q.astype(xp.float32), k.astype(xp.float32)  # rounded once, at the end
         if config.qk_norm:
-            q, k = self.rms_norm(q, layer.q_norm, config.rms_norm_eps), self.rms_norm(k, layer.k_norm, config.rms_norm_eps)
+            q = self.rms_norm(q, layer.q_norm, config.rms_norm_eps)
+            k = self.rms_norm(k, layer.k_norm, config.rms_norm_eps)
         cos, sin = (table[xp.asarray(batch.positions)] for table in tables)
         q, k = self.rope(q, cos, sin), self.rope(k, cos, sin)
         if scheme.calibrated:
@@ -177,10 +181,10 @@ class Reference:
         return q, NewTokens(k, v, norms, layer.key_feedback if scheme.shaped else None)
 
     def attention(self, q: Array, new: NewTokens, layer_cache: LayerCache, batch: Batch) -> Array:
-        """Attention of new tokens over the cache and, unquantized, over each other; after it the cache holds them.
+        """Attention of new tokens over the cache and, unquantized, over each other; then appends them to the cache.
 
-        One new token is a decode step, many on an empty row are a prefill. A block of WINDOW tokens is quantized behind the
-        token that fills it, which still sees it as it was. q and the result are [tokens, q_heads, d].
+        One new token is a decode step, many on an empty row are a prefill. A block of WINDOW tokens is quantized behind
+        the token that fills it, which still sees it as it was. q and the result are [tokens, q_heads, d].
         """
         y = layer_cache.attend(q, new, batch)
         layer_cache.append(new, batch)
@@ -189,23 +193,23 @@ class Reference:
     def decoder(
         self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
     ) -> Decoder:
-        """Decode steps of the rows of a cache, as decoding.py says. replay: how recorded steps are taken (`decode.StepDecoder`)."""
+        """Decode steps of the rows of a cache (decoding.py). replay: as `decode.StepDecoder` has it."""
         return Decoder(model, cache, rows, logits)
 
     def prepare(
         self, model: Stepper, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling], progress: bool
     ) -> None:
-        """Before a run whose prompts are `batch` and whose answers draw as `rows` say: compiles what is not compiled yet."""
+        """Compiles what is not compiled yet for a run of the prompts `batch` whose answers draw as `rows` say."""
 
     # --- the cache
 
     def cache_type(self, config: Config, scheme: Scheme) -> type[LayerCache]:
-        """What a layer keeps on this back end; as many bytes on each."""
+        """Class of a layer's cache on this back end; all have equally many bytes."""
         return array_cache(scheme)
 
     def begin(self, cache: Cache, batch: Batch) -> None:
         """Before the first layer of a pass: what a back end prepares once for all of them."""
 
     def end(self, cache: Cache, batch: Batch) -> None:
-        """Behind the last layer: the new tokens are part of their rows."""
+        """After the last layer: the new tokens are part of their rows."""
         cache.advance(batch)

@@ -12,9 +12,7 @@ from ..sampling import RowSampling, Sampling
 from .launch import Launch
 
 Array = Any
-SAMPLE_VOCAB = 2**21  # the most that sample.cu has room for
-
-
+SAMPLE_VOCAB = 2**21  # of sample.cu's buffers
 SETTINGS = np.dtype(  # of a row: sample.cu, Settings
     [("seed", "u8"), ("top_p", "f8"), ("scale", "f4"), ("min_p", "f4"), ("top_k", "i4"), ("sequence", "u4")]
     + [("repetition", "f4"), ("presence", "f4"), ("frequency", "f4"), ("min_tokens", "i4")]
@@ -36,13 +34,13 @@ class Drawing:
 
     settings: SETTINGS as uint64 [rows, 6]. workspace: uint64 [rows, sample_words(vocab)], zero between launches.
     adjusted: float32 [rows, vocab], logits after penalties and without end tokens. history: int32 [rows, vocab],
-    `sampling.history`, which the launch that adjusts keeps up. ends: int32 [rows, most of a row], filled up with -1.
+    `sampling.history`, which the launch that adjusts updates. ends: int32 [rows, end tokens], padded with -1.
     Raises ValueError for a vocabulary above SAMPLE_VOCAB.
     """
 
     def __init__(self, xp: Any, rows: Sequence[RowSampling], vocab: int):
         if vocab > SAMPLE_VOCAB:
-            raise ValueError(f"a vocabulary of {vocab} has no place in sample.cu, which has room for {SAMPLE_VOCAB}")
+            raise ValueError(f"a vocabulary of {vocab} does not fit sample.cu, which has room for {SAMPLE_VOCAB}")
         self.rows, self.vocab = [row.sampling for row in rows], vocab
         self.settings = xp.asarray(
             np.array([_settings(row, vocab) for row in rows], SETTINGS).view(np.uint64).reshape(len(rows), -1)
@@ -51,8 +49,8 @@ class Drawing:
         penalizes, masks = any(row.sampling.penalizes for row in rows), any(row.masks for row in rows)
         self.adjusted = xp.empty((len(rows), vocab), np.float32) if penalizes or masks else None
         self.history = xp.zeros((len(rows), vocab), np.int32) if penalizes else None
-        most = max((len(row.ends) for row in rows if row.masks), default=0)
-        ends = [[*(row.ends if row.masks else ()), *[-1] * most][:most] for row in rows]
+        width = max((len(row.ends) for row in rows if row.masks), default=0)
+        ends = [[*(row.ends if row.masks else ()), *[-1] * width][:width] for row in rows]
         self.ends = xp.asarray(np.array(ends, np.int32)) if masks else None
 
 
