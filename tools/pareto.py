@@ -23,8 +23,10 @@ FAMILIES = {
     "minioscar": ("#d55e00", "o", ("int2", "int2-compact")),
     "minioscar, shaped": ("#009e73", "o", ("int2-shaped", "int2-compact-shaped")),
 }
-LABELLED_BELOW = ("oscar", "ott")
-LABELLED_LEFT = ("int2-compact", "int2-compact-shaped", "turboquant", "quarot", "kivi", "rotation")
+LABELLED_BELOW = ("oscar", "ott", "rotation", "kvarn-2")
+LABELLED_LEFT = (
+    "int2-compact", "int2-compact-shaped", "turboquant", "quarot", "kivi", "rotation", "kvarn-2", "oscar-cov",
+)  # fmt: skip
 
 
 def points() -> dict[str, dict[str, list[float]]]:
