@@ -69,7 +69,7 @@ def drawn() -> Figure:
         axes.grid(color="#eeeeee", which="both")
         axes.yaxis.set_major_formatter("{x:g}")
     found.axes[0].set_ylabel("KL to the unquantized run (nats per token)")
-    found.axes[1].legend(*found.axes[0].get_legend_handles_labels(), loc="upper right", fontsize=11)
+    found.axes[0].legend(loc="lower left", fontsize=11)
     return found
 
 
