@@ -27,10 +27,10 @@ def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterato
     decoder = StepDecoder(e.model, cache, [RowSampling()] * batch, replay="launches")
     lengths = decoder.batch.lengths
     lengths.fill(context)
-    decoder.replay()  # fills every kernel's inputs
+    decoder.work.replay()  # fills every kernel's inputs
     lengths.fill(context)
     kinds: dict[str, list[Launch]] = defaultdict(list)
-    for launch in decoder.recorded.launches:
+    for launch in decoder.work.recorded.launches:
         kinds[label(launch)].append(launch)
     for kind, launches in kinds.items():
         size = bytes_of(launches[0], cache)

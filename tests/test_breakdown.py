@@ -40,7 +40,7 @@ def test_products_are_named_by_their_shape_and_count_their_matrix_attention_its_
     _, engine, ops = of_backend(make, write_model(tmp_path / "m", 3, **SHAPE), kv)
     config, weights = engine.config, engine.model.weights
     cache = Cache(config, engine.scheme, rows, 256, ops)
-    recorded = StepDecoder(engine.model, cache, [RowSampling()] * rows, replay="launches").recorded.launches
+    recorded = StepDecoder(engine.model, cache, [RowSampling()] * rows, replay="launches").work.recorded.launches
     matrices = {
         f"{matrix.shape[1]} to {matrix.shape[0]}": matrix.nbytes
         for matrix in (weights.head, *(getattr(weights.layers[0], name) for name in ("qkv", "o", "gate_up", "down")))

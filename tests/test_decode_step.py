@@ -90,8 +90,8 @@ def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed):
         for slot in range(3):
             adopt(reference, cache, step, slot)
         want = reference.model.forward(ids, cache, cache.batch_for([0, 1, 2], [1, 1, 1]))
-        step.replay()
-        got = np.array(ops.numpy(step.logits))[:3]
+        step.work.replay()
+        got = np.array(ops.numpy(step.work.logits))[:3]
         print(f"{relative(got, want):.4f}")
         assert relative(got, want) < 0.03
         tokens = np.array(ops.numpy(step.batch.tokens))[:3]
@@ -126,8 +126,8 @@ def test_many_rows_give_what_each_gives_alone(make, rows, tmp_path, seed):
     _, engine, ops = of_backend(make, folder, "int2")
     together, alone = prepared(engine, ops, prompts), prepared(engine, ops, prompts[4:5])
     for step in (together, alone):
-        step.replay()
-    assert relative(np.array(ops.numpy(together.logits))[4], np.array(ops.numpy(alone.logits))[0]) < 0.02
+        step.work.replay()
+    assert relative(np.array(ops.numpy(together.work.logits))[4], np.array(ops.numpy(alone.work.logits))[0]) < 0.02
 
 
 @on_each_backend
@@ -136,8 +136,8 @@ def test_a_step_draws_what_the_host_draws_from_its_logits(make, tmp_path, seed):
     _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), "int2")
     step = prepared(engine, ops, [np.array([5, 7]), np.array([3])], sampling)
     for number in range(3):
-        step.replay()
-        logits, tokens = np.array(ops.numpy(step.logits)), np.array(ops.numpy(step.batch.tokens))
+        step.work.replay()
+        logits, tokens = np.array(ops.numpy(step.work.logits)), np.array(ops.numpy(step.batch.tokens))
         assert tokens[:2].tolist() == [sample(logits[row], sampling, row, number) for row in range(2)]
 
 
@@ -150,8 +150,8 @@ def test_a_step_penalizes_what_the_rows_have_drawn_and_its_logits_are_the_models
     step.batch.drawing.history[...] = 0  # what recording the step has counted
     past = [[7], [3]]
     for number in range(4):
-        step.replay()
-        logits, tokens = np.array(ops.numpy(step.logits)), np.array(ops.numpy(step.batch.tokens))[:2].tolist()
+        step.work.replay()
+        logits, tokens = np.array(ops.numpy(step.work.logits)), np.array(ops.numpy(step.batch.tokens))[:2].tolist()
         rows = [RowSampling(sampling, row, ends=ends, min_tokens=2) for row in range(2)]
         assert tokens == [next_token(logits[row], rows[row], number, past[row]) for row in range(2)]
         assert number > 1 or all(token % 2 for token in tokens)
@@ -168,12 +168,12 @@ def test_a_graph_gives_the_bits_of_its_launches(tmp_path, seed, rows):
     prompts = [np.random.default_rng(seed + n).integers(0, 160, 1 + 40 * n % 130) for n in range(rows)]
     engine, sampling = load(folder, "int2", "cuda"), Sampling(1.0, top_k=50, seed=1, presence_penalty=0.5)
     eager, captured = (prepared(engine, engine.ops, prompts, sampling, room=210) for _ in range(2))
-    queue = engine.ops.queue(captured.batch, captured.replay, True)
+    queue = engine.ops.queue(captured.batch, captured.work.replay, True)
     for _ in range(200):
-        eager.replay()
+        eager.work.replay()
         queue.go()
     cupy.cuda.Device().synchronize()
-    assert np.array_equal(eager.logits.get(), captured.logits.get())
+    assert np.array_equal(eager.work.logits.get(), captured.work.logits.get())
     for name in ("tokens", "lengths", "steps"):
         assert np.array_equal(getattr(eager.batch, name).get(), getattr(captured.batch, name).get()), name
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -112,3 +115,19 @@ def test_a_graph_and_its_launches_one_by_one_give_the_same_tokens(kv, tmp_path, 
             pass
         runs.append([result.token_ids for result in run.results])
     assert runs[0] == runs[1] == runs[2]
+
+
+@on_each_backend
+@pytest.mark.parametrize("replay", ["graph", "launches", "eager"])
+def test_a_decoder_and_its_cache_are_freed_without_the_garbage_collector(make, replay, tmp_path, seed):
+    """A card's memory does not wait for a circle of references to be found."""
+    _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), "int2")
+    decoder, cache = started(engine, ops, [np.array([1, 2, 3])], replay=replay)
+    steps(decoder, [[0]] * 2)
+    gone = weakref.ref(decoder), weakref.ref(decoder.work), weakref.ref(cache), weakref.ref(cache.layers[0])
+    gc.disable()
+    try:
+        del decoder, cache
+        assert [ref() for ref in gone] == [None] * 4
+    finally:
+        gc.enable()

@@ -92,6 +92,29 @@ class StepBatch:
         return self.tokens
 
 
+class Step:
+    """`model.step` over one batch, and its launches once it was recorded. It knows no decoder and no queue: without a
+    circle of references a cache is freed as soon as its decoder is.
+    """
+
+    def __init__(self, model: Stepper, cache: Cache, batch: StepBatch):
+        self.model, self.cache, self.batch = model, cache, batch
+        self.logits: Array = None  # float32 [rows, vocab] on the device, of the newest step
+
+    def run(self) -> None:
+        draw = partial(self.batch.draw, ops=self.model.ops)
+        self.logits = self.model.step(self.batch.tokens, self.cache, self.batch, draw)[1]
+
+    def record(self) -> None:
+        """Runs it while no row is in use: it computes, and changes nothing."""
+        with self.model.ops.recording(len(self.cache.lengths), self.model.config) as self.recorded:
+            self.run()
+
+    def replay(self) -> None:
+        for launch in self.recorded.launches:
+            self.model.ops.run(launch)
+
+
 class StepDecoder(Decoder):
     """A `Decoder` whose steps are queued. replay: "graph", a step is one CUDA graph; "launches", its launches one by
     one (equal bits); "eager", `model.step` itself, for a back end that looks at what every operation computes."""
@@ -104,20 +127,12 @@ class StepDecoder(Decoder):
         self.batch = StepBatch(ops, model.config, cache, rows)
         self.running: deque[list[int]] = deque()  # the rows of the steps that are not read yet
         self.active: list[int] = []  # the rows that the device has as in use
+        self.work = Step(model, cache, self.batch)
         if replay == "eager":
-            self.queue = ops.queue(self.batch, self.run_model, False)
-            return
-        with ops.recording(len(cache.lengths), model.config) as self.recorded:
-            self.run_model()  # no row is in use: it computes, and changes nothing
-        self.queue = ops.queue(self.batch, self.replay, replay == "graph")
-
-    def run_model(self) -> None:
-        draw = partial(self.batch.draw, ops=self.model.ops)
-        self.logits = self.model.step(self.batch.tokens, self.cache, self.batch, draw)[1]
-
-    def replay(self) -> None:
-        for launch in self.recorded.launches:
-            self.model.ops.run(launch)
+            self.queue = ops.queue(self.batch, self.work.run, False)
+        else:
+            self.work.record()
+            self.queue = ops.queue(self.batch, self.work.replay, replay == "graph")
 
     def feed(self, slots: Sequence[int], tokens: Sequence[int], step: int = 1) -> None:
         self.drain()
@@ -148,7 +163,7 @@ class StepDecoder(Decoder):
         if (tokens < 0).any():
             raise Failure(NOT_FINITE)
         self._add(slots, tokens)
-        return tokens, self.queue.get(self.logits)[slots] if self.with_logits else None
+        return tokens, self.queue.get(self.work.logits)[slots] if self.with_logits else None
 
     def drain(self) -> None:
         self.queue.drain()

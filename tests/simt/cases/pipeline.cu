@@ -1,5 +1,6 @@
 // pipeline.cu: a ring of buffers, correct with fault = 0, with one planted fault otherwise. Compute capability 9.0.
 #include "device.cuh"
+#include "sm90/bulk_copies.cuh"
 
 // Two warps share two buffers of 1 KB, filled by bulk copies; barriers for full and for read ones. out = x
 extern "C" __global__ void pipeline(const float4* x, float4* out, int n, int fault) {
