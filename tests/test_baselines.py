@@ -95,6 +95,16 @@ def test_equal_deviations_makes_rows_and_columns_alike(seed, monkeypatch):
         assert spreads(keys / along / across).max() < 1.05 < 3 < spreads(keys).min()
 
 
+def test_equal_deviations_gives_the_same_scales_whoever_sums_the_numbers(seed):
+    """Many rounds are equal but for a rounding, and each has another share of the tile's size in either scale."""
+    rng = np.random.default_rng(seed)
+    tiles = rng.standard_normal((40, WINDOW, 64)).astype(np.float32)
+    nearly = (tiles * (1 + 1e-7 * rng.standard_normal(tiles.shape))).astype(np.float32)
+    for axis in (-1, -2):
+        for a, b in zip(*(baselines.equal_deviations(x, axis, 16) for x in (tiles, nearly)), strict=True):
+            assert np.abs(a / b - 1).max() < 1e-5
+
+
 def test_equal_deviations_never_leaves_a_tile_less_even_than_it_was():
     """A tile of zeros, one with a dead channel, one of small numbers: the scales stay within limits, and finite."""
     tiles = np.random.default_rng(0).standard_normal((4, WINDOW, 64)).astype(np.float32)
@@ -102,9 +112,11 @@ def test_equal_deviations_never_leaves_a_tile_less_even_than_it_was():
     tiles[1, :, 3] = 0
     tiles[2] *= 1e-4
     tiles[3] *= 1e6
-    for scale in baselines.equal_deviations(tiles, -2, 16):
-        low, high = baselines.LIMITS
-        assert np.isfinite(scale).all() and (scale >= low).all() and (scale <= high).all()
+    low, high = baselines.LIMITS
+    for scale in (scales := baselines.equal_deviations(tiles, -2, 16)):  # a factor moves between them afterwards
+        assert np.isfinite(scale).all() and scale.min() >= low * low / high and scale.max() <= high * high / low
+    product = scales[0] * scales[1]
+    assert product.min() >= 0.999 * low * low and product.max() <= 1.001 * high * high
     scheme = SCHEMES["kvarn-2"]
     back, _ = scheme.unpack(scheme.pack(tiles[:3], tiles[:3], None), None)
     assert np.array_equal(back[0], tiles[0]) and np.isfinite(back).all()

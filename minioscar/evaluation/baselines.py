@@ -230,6 +230,8 @@ def equal_deviations(tiles: Array, axis: int, rounds: int, xp: Any = np) -> tupl
     axis: -1 or -2, over which numbers will be rounded together: `along` has length 1 there, `across` on the other one.
     Each round divides by the deviations over the other axis, then over `axis`; scales are kept within LIMITS, and those
     after the round are taken for which largest over smallest deviation, of rows and of columns, add up to the least.
+    Once these are equal a round only moves a factor from `across` to `along`, and a rounding decides which round is
+    taken: of `across` the mean is made 1, so that the same numbers have the same scales whoever sums them.
     """
     other = -3 - axis
     scales = {over: xp.ones_like(tiles.sum(axis=over, keepdims=True)) for over in (axis, other)}
@@ -241,7 +243,8 @@ def equal_deviations(tiles: Array, axis: int, rounds: int, xp: Any = np) -> tupl
         imbalance = _imbalance(tiles / scales[axis] / scales[other], xp)
         best = {over: xp.where(imbalance <= least, scales[over], kept) for over, kept in best.items()}
         least = xp.minimum(imbalance, least)
-    return best[axis], best[other]
+    factor = best[other].mean(axis=(-2, -1), keepdims=True)
+    return best[axis] * factor, best[other] / factor
 
 
 def _imbalance(tiles: Array, xp: Any) -> Array:
