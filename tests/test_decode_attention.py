@@ -23,11 +23,15 @@ LIMIT = 2e-3  # ||error|| / ||reference|| of float32 outputs
 RAGGED = (300, 1, 128, 513)
 
 
-def softmax_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def softmax_attention(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, off: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """One query token in float64: q [q_heads, d], keys, values [kv_heads, n, d] -> out [q_heads, d], log-sum-exp
-    [q_heads]."""
+    [q_heads]. off: added to the first logits, [kv_heads, q_per_kv, at most n]."""
     heads, _, d = keys.shape
     x = q.reshape(heads, -1, d).astype(np.float64) @ keys.astype(np.float64).swapaxes(1, 2) / math.sqrt(d)
+    if off is not None:
+        x[..., : off.shape[-1]] += off
     top = x.max(axis=-1, keepdims=True)
     p = np.exp(x - top)
     total = p.sum(axis=-1, keepdims=True)
@@ -69,6 +73,23 @@ def dequantized(x: np.ndarray, packed: int, scheme: Scheme) -> tuple[np.ndarray,
         ]
         values[:, old] = oscar.dequantize_values(*oscar.quantize_values(values[:, :packed], scheme), scheme)[:, old]
     return keys, values
+
+
+def key_roundings(q: np.ndarray, x: np.ndarray, packed: int, scheme: Scheme) -> np.ndarray:
+    """By how much the kernel's logits of packed tokens are off because `q * step` is rounded to float16: 2^-12 of each
+    product, multiplied by codes of up to 2^bits - 1, grows with the logit. [kv_heads, q_per_kv, packed], of
+    q [q_heads, d] and keys x[0] [kv_heads, n, d]."""
+    keys, d = x[0, :, :packed].astype(np.float32), x.shape[-1]
+    norms = oscar.token_norms(keys.transpose(1, 0, 2)) if scheme.scale else np.ones(packed, np.float32)
+    codes, step, _ = oscar.quantize_keys(keys, norms, scheme)
+    q, codes = q.reshape(len(keys), -1, 1, d), codes.reshape(*step.shape[:2], -1, d)
+    lift = 32 if scheme.scale else 0.125  # decode_attention.cu: LIFT
+    with_step = (q * np.float32(lift)).astype(np.float16) * step[:, None].astype(np.float16)
+    off = with_step.astype(np.float64) / lift - q.astype(np.float64) * step[:, None]
+    logits = np.einsum("hqgd,hgtd->hqgt", off, codes, optimize=True).reshape(*q.shape[:2], packed)
+    logits *= norms.astype(np.float64) / math.sqrt(d)
+    logits[..., : scheme.sinks] = 0
+    return logits
 
 
 def packed_tokens(n: int) -> int:
@@ -259,6 +280,23 @@ def test_decode_attention_over_difficult_caches(device, seed, kind, name):
 
 
 @on_each_device
+@pytest.mark.parametrize("kind", ["tail", "sink"])
+@pytest.mark.parametrize("name", ["int4", "oscar", "int2"])
+def test_steep_logits_are_off_by_the_rounding_of_q_times_step(device, seed, name, kind):
+    """With it in the reference the log-sum-exp agrees as closely as that of easy caches; without it is off by up to
+    2e-2."""
+    plan, n, scheme = attention.DecodePlan(4, 1, 4, 2, 5), 513, SCHEMES[name]
+    q, (x,) = drawn(128, plan, (n,), seed, kind)
+    out, lse = (y[0] for y in attended(device, scheme, plan, q, (x,)))
+    packed = cached_packed(scheme, x)
+    off = key_roundings(q[0], x, packed, scheme)
+    want = softmax_attention(q[0], *dequantized(x, packed, scheme), off)
+    error = np.linalg.norm(out - want[0]) / np.linalg.norm(want[0])
+    print(f"error {error:.1e}, log-sum-exp off by {np.abs(lse - want[1]).max():.1e}, of {np.abs(off).max():.1e}")
+    assert error <= LIMIT and np.abs(lse - want[1]).max() <= LIMIT / 2
+
+
+@on_each_device
 @pytest.mark.parametrize("sinks", [0, 32, 64, 100, 128])
 def test_decode_attention_with_any_number_of_sinks(device, seed, sinks):
     scheme = replace(SCHEMES["int2"], sinks=sinks)
@@ -360,10 +398,6 @@ def test_decode_attention_over_batches(device, seed, batch, name):
 # --- contexts that no short test reaches: an index, a sum or a round of merging that grows with the length
 
 
-# the same where logits of many tokens are steep: heavy tails, and a token of 20 times the norm that is packed
-STEEP = 5e-3
-
-
 @on_the_card
 @pytest.mark.parametrize("n", [131_073, 262_145])
 @pytest.mark.parametrize("kind", ["", "equal", "tail", "sink", "peak"])
@@ -372,10 +406,10 @@ def test_decode_attention_over_the_longest_contexts(device, seed, name, kind, n)
     scheme, plan = SCHEMES[name], planned(SCHEMES[name], 128, 4, 1)
     q, (x,) = drawn(128, plan, (n,), seed, kind)
     got = attended(device, scheme, plan, q, (x,))
-    keys, values = dequantized(x, cached_packed(scheme, x), scheme)
-    want = softmax_attention(q[0], keys, values)
-    steep = scheme.quantized and (kind == "tail" or kind == "sink" and not scheme.sinks)
-    bound = STEEP if steep else LIMIT
+    packed = cached_packed(scheme, x)
+    # Heavy tails, and a packed token of 20 times the norm: steep logits, of which q * step in float16 is not exact.
+    off = key_roundings(q[0], x, packed, scheme) if packed and kind in ("tail", "sink") else None
+    want = softmax_attention(q[0], *dequantized(x, packed, scheme), off)
     error = np.linalg.norm(got[0][0] - want[0]) / np.linalg.norm(want[0])
-    print(f"error {error:.1e}, bound {bound:.1e}, log-sum-exp off by {np.abs(got[1][0] - want[1]).max():.1e}")
-    assert error <= bound and np.abs(got[1][0] - want[1]).max() <= bound * max(1, np.abs(want[1]).max())
+    print(f"error {error:.1e}, log-sum-exp off by {np.abs(got[1][0] - want[1]).max():.1e}")
+    assert error <= LIMIT and np.abs(got[1][0] - want[1]).max() <= LIMIT * max(1, np.abs(want[1]).max())
