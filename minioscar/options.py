@@ -85,7 +85,8 @@ class Options:
         eos = tokenizer.eos_ids if tokenizer and not self.ignore_eos else ()
         ends = frozenset((*self.stop_ids, *eos, *(i for i in special if i is not None)))
         if self.min_tokens and len([end for end in ends if end < vocab]) == vocab:
-            raise UserError(f"min_tokens {self.min_tokens} leaves no token to draw: all of this model's are stop ids; leave some out")
+            none_left = "leaves no token to draw: all of this model's are stop ids; leave some out"
+            raise UserError(f"min_tokens {self.min_tokens} {none_left}")
         return ends
 
 

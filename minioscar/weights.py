@@ -51,7 +51,7 @@ class Layer:
     down_bias: Array | None = None
     # float32 [kv_heads, head_dim, head_dim], for a shaped scheme: error_feedback.feedback_matrix
     key_feedback: Array | None = None
-    # float32 [2, kv_heads, head_dim, head_dim]: of keys and of values, for a calibrated scheme: evaluation/own_samples.py
+    # float32 [2, kv_heads, head_dim, head_dim]: for a calibrated scheme: evaluation/own_samples.py
     rotations: Array | None = None
 
 

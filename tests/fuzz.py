@@ -52,7 +52,17 @@ class Opened:
     def __init__(self) -> None:
         self.roots, self.paths = tuple[str, ...](), list[str]()
         package, libraries = str(Path(cli.__file__).parents[1]), str(Path(np.__file__).parents[1])
-        self.always = (sys.prefix, sys.base_prefix, package, libraries, "/proc", "/sys", "/dev", "/usr", "/etc/localtime")
+        self.always = (
+            sys.prefix,
+            sys.base_prefix,
+            package,
+            libraries,
+            "/proc",
+            "/sys",
+            "/dev",
+            "/usr",
+            "/etc/localtime",
+        )
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
@@ -167,9 +177,10 @@ def fuzz(cases: int, seed: int, progress: bool = False) -> dict[str, Any]:
     codes: dict[str, collections.Counter] = {kind: collections.Counter() for kind in Case.KINDS}
     start = began = time.monotonic()
     failures, slowest, at = [], (0.0, 0), 0
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as place, tqdm(
-        total=cases, disable=not progress, leave=False
-    ) as bar:
+    with (
+        tempfile.TemporaryDirectory(prefix="fuzz-") as place,
+        tqdm(total=cases, disable=not progress, leave=False) as bar,
+    ):
         make_originals(Path(place) / "originals")
         while at < cases:
             shutil.rmtree(Path(place) / "decoy", ignore_errors=True)
@@ -195,8 +206,11 @@ def fuzz(cases: int, seed: int, progress: bool = False) -> dict[str, Any]:
                 bar.update()
             worker.wait()
     return {
-        "cases": cases, "seed": seed, "seconds": round(time.monotonic() - start, 1),
-        "slowest_s": round(slowest[0], 2), "slowest_case": slowest[1],
+        "cases": cases,
+        "seed": seed,
+        "seconds": round(time.monotonic() - start, 1),
+        "slowest_s": round(slowest[0], 2),
+        "slowest_case": slowest[1],
         "exit_codes": {kind: {str(code): n for code, n in sorted(found.items())} for kind, found in codes.items()},
         "failures": failures,
     }

@@ -1,8 +1,8 @@
 """Hours of random requests to a loaded model: memory stays flat, and every answer is what a fresh process gives, bit
 for bit.
 
-    python -m tests.soak --json docs/results/soak.json      what `make soak` runs: the fuzz, then an hour of two processes
-    python -m tests.soak --only 1234 --seed S               the digest of one request, in a fresh process
+    python -m tests.soak --json docs/results/soak.json      what `make soak` runs: the fuzz, then an hour of two
+    processes python -m tests.soak --only 1234 --seed S               the digest of one request, in a fresh process
 
 A request is made from (seed, number) alone: single prompts, batches, several answers, chats with answers broken off,
 prompt caches saved and loaded, logits, wrong requests, and passes in which memory runs out or Ctrl-C comes. Its digest
@@ -71,8 +71,15 @@ class Request:
         filters = rng.choice([0, 40]), rng.choice([1.0, 0.9]), rng.choice([0.0, 0.05])
         sampling = Sampling(temperature, *filters, rng.randrange(2**32), *penalties)
         return {
-            "max_tokens": rng.choice([1, 4, 16, 40]), "sampling": sampling,
-            "stop": rng.choice([(), ("\n\n",), ("the", "."),])
+            "max_tokens": rng.choice([1, 4, 16, 40]),
+            "sampling": sampling,
+            "stop": rng.choice(
+                [
+                    (),
+                    ("\n\n",),
+                    ("the", "."),
+                ]
+            ),
         } | more
 
     @staticmethod
@@ -196,19 +203,27 @@ def soak(hours: float, seed: int, again: int) -> dict[str, Any]:
         if at % 100 == 0:
             print(
                 f"{at} requests, {resident[-1][1]:.0f} MB, {(end - time.monotonic()) / 60:.0f} minutes left",
-                file=sys.stderr, flush=True
+                file=sys.stderr,
+                flush=True,
             )
     seconds, chosen = time.monotonic() - start, random.Random(seed).sample(range(at), min(again, at))
     same = sum(digests[number] == fresh(seed, number) for number in chosen)
-    quarters = [
-        float(np.median([mb for _, mb in part])) for part in np.array_split(resident, 4)
-    ] if len(resident) >= 4 else []
+    quarters = (
+        [float(np.median([mb for _, mb in part])) for part in np.array_split(resident, 4)] if len(resident) >= 4 else []
+    )
     late = np.array(resident[len(resident) // 2 :])
     slope = float(np.polyfit(late[:, 0] / 3600, late[:, 1], 1)[0]) if len(late) > 2 else 0.0
     return {
-        "model": "smollm2-135m", "kv": one.scheme.name, "seed": seed, "seconds": round(seconds), "requests": at,
-        "kinds": dict(sorted(kinds.items())), "resident_mb_by_quarter": [round(mb, 1) for mb in quarters],
-        "growth_mb_per_hour": round(slope, 2), "fresh_processes": len(chosen), "equal_in_fresh_processes": same,
+        "model": "smollm2-135m",
+        "kv": one.scheme.name,
+        "seed": seed,
+        "seconds": round(seconds),
+        "requests": at,
+        "kinds": dict(sorted(kinds.items())),
+        "resident_mb_by_quarter": [round(mb, 1) for mb in quarters],
+        "growth_mb_per_hour": round(slope, 2),
+        "fresh_processes": len(chosen),
+        "equal_in_fresh_processes": same,
     }
 
 
@@ -251,7 +266,9 @@ def main() -> int:
         print(Request(engine(), args.seed, args.only).digest())
         return 0
     machine = {
-        "cpu": platform.processor() or platform.machine(), "python": platform.python_version(), "numpy": np.__version__
+        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
     }
     report: dict[str, Any] = {"meta": machine | {"threads": 1, "date": time.strftime("%Y-%m-%d")}}
     if args.cases:
@@ -261,9 +278,11 @@ def main() -> int:
     if args.json:
         Path(args.json).write_text(text + "\n")
     print(text)
-    return 0 if all(
-        passed(run, args.hours) for run in report["soak"]
-    ) and not report.get("fuzz", {}).get("failures") else 1
+    return (
+        0
+        if all(passed(run, args.hours) for run in report["soak"]) and not report.get("fuzz", {}).get("failures")
+        else 1
+    )
 
 
 if __name__ == "__main__":

@@ -12,14 +12,22 @@ import pytest
 from tools import bench_figures, bench_tables, committed, plot
 
 GROWTH = {
-    "us_per_1000_tokens": 0.2, "us_at_0_tokens": 8.0, "worst_error": 0.03, "bytes_us_per_1000_tokens": 0.1,
-    "times_the_bytes": 2.0
+    "us_per_1000_tokens": 0.2,
+    "us_at_0_tokens": 8.0,
+    "worst_error": 0.03,
+    "bytes_us_per_1000_tokens": 0.1,
+    "times_the_bytes": 2.0,
 }
 PART = {"us_a_step": 54.0, "bytes": 2e6, "fraction_of_limit": 0.333}
 MEMORY = {"cache_bytes": 3e6, "predicted_bytes": 3e6, "ratio_to_bf16": 4.5}
 LOAD = {"gb_s": 45.0, "copy_gb_s": 50.0, "fraction_of_copy": 0.9}
 META = {
-    "card": "Card", "driver": "1.2", "cuda": 13020, "versions": {"numpy": "2"}, "commit": "abc", "date": "2026-01-01"
+    "card": "Card",
+    "driver": "1.2",
+    "cuda": 13020,
+    "versions": {"numpy": "2"},
+    "commit": "abc",
+    "date": "2026-01-01",
 }
 
 
@@ -27,15 +35,27 @@ def attention(kv: str, context: int, us: float, **more) -> dict:
     shape = {"batch": 1, "context": context, "q_heads": 32, "kv_heads": 8, "head_dim": 128}
     size = context * (4096 if kv == "bf16" else 704)
     return {
-        "op": "decode_attention", "kv": kv, **shape, "us": us, "us_spread": 0.01, "bytes": size,
-        "fraction_of_copy": 0.5, **more
+        "op": "decode_attention",
+        "kv": kv,
+        **shape,
+        "us": us,
+        "us_spread": 0.01,
+        "bytes": size,
+        "fraction_of_copy": 0.5,
+        **more,
     }
 
 
 def step(kv: str, context: int, ms: float, **more) -> dict:
     return {
-        "model": "m", "kv": kv, "batch": 1, "context": context, "ms": ms, "tokens_per_s": 1e3 / ms,
-        "fraction_of_limit": 0.8, **more
+        "model": "m",
+        "kv": kv,
+        "batch": 1,
+        "context": context,
+        "ms": ms,
+        "tokens_per_s": 1e3 / ms,
+        "fraction_of_limit": 0.8,
+        **more,
     }
 
 
@@ -53,7 +73,9 @@ def report() -> dict:
         "kernel": [attention("bf16", 131072, 120.0, peers=peers), attention("int2", 131072, 27.5)],
         "sustained": [attention("bf16", 131072, 160.0, peers={"triton": 155.0}), attention("int2", 131072, 31.0)],
         "sweep": [
-            attention("int2", 4096, 9.0, group=32), attention("int2", 32768, 14.0), attention("int2", 131072, 28.0)
+            attention("int2", 4096, 9.0, group=32),
+            attention("int2", 32768, 14.0),
+            attention("int2", 131072, 28.0),
         ]
         + [attention("int2", 131072, 26.0, group=64)],
         "dense": [
@@ -66,9 +88,15 @@ def report() -> dict:
         "breakdown": [
             {"kv": "int2", "batch": 1, "context": 131072, "kernel": "pack", "launches": 36, "us": 1.5, **PART}
         ],
-        "prefill": [{
-            "model": "m", "tokens": 512, "tokens_per_s": 900.0, "fraction_of_limit": 0.9, "peers": {"transformers": 800.0},
-        }],
+        "prefill": [
+            {
+                "model": "m",
+                "tokens": 512,
+                "tokens_per_s": 900.0,
+                "fraction_of_limit": 0.9,
+                "peers": {"transformers": 800.0},
+            }
+        ],
         "throughput": [rate("bf16", 16, 0, 0.0), rate("bf16", 40, 8, 100.0), rate("bf16", 80, 20, 250.0)]
         + [rate("int2", 80, 40, 500.0), rate("int2", 80, 90, 1000.0)],
         "memory": [{"model": "m", "kv": "int2", "batch": 2, "context": 512, **MEMORY}],
@@ -132,12 +160,13 @@ def test_every_part_with_something_to_show_has_a_figure(report, tmp_path: Path):
         root = ElementTree.fromstring((tmp_path / "figure.svg").read_text())
         assert words in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     without_a_card = {**report, "meta": {**META, "driver": None, "cuda": None}}
-    assert set(
-        bench_figures.drawn_from("made-up", without_a_card)
-    ) == {"made-up-step-m-b1", "made-up-throughput-m-4096"}
-    assert bench_figures.drawn_from(
-        "empty", {**report, "kernel": [], "sweep": [], "decode": [], "throughput": []}
-    ) == {}
+    assert set(bench_figures.drawn_from("made-up", without_a_card)) == {
+        "made-up-step-m-b1",
+        "made-up-throughput-m-4096",
+    }
+    assert (
+        bench_figures.drawn_from("empty", {**report, "kernel": [], "sweep": [], "decode": [], "throughput": []}) == {}
+    )
 
 
 def test_speed_is_compared_with_the_fastest_bf16_kernel_that_was_measured(report):

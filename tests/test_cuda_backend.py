@@ -1,7 +1,8 @@
-"""ops/cuda.py against ops/reference.py on one layer: QK-norm, RoPE, rotation, the cache and attention, over block boundaries.
+"""ops/cuda.py against ops/reference.py on one layer: QK-norm, RoPE, rotation, the cache and attention, over block
+boundaries.
 
-On the simulator without a GPU, on the card with one. Both back ends get the same BF16 numbers and the same cache, and everything
-between them and the BF16 output is float32 on both, so an error above a few BF16 roundings is a bug.
+On the simulator without a GPU, on the card with one. Both back ends get the same BF16 numbers and the same cache, and
+everything between them and the BF16 output is float32 on both, so an error above a few BF16 roundings is a bug.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ def _card():
 
 SIMULATED = pytest.mark.skipif(_no_simt is not None, reason=str(_no_simt))
 on_each_backend = pytest.mark.parametrize(
-    "make", [pytest.param(_simulated, id="simt", marks=SIMULATED), pytest.param(_card, id="cuda", marks=pytest.mark.gpu)]
+    "make",
+    [pytest.param(_simulated, id="simt", marks=SIMULATED), pytest.param(_card, id="cuda", marks=pytest.mark.gpu)],
 )
 LAYERS = [("llama", 64, (4, 2)), ("qwen3", 128, (6, 1)), ("llama", 96, (3, 3)), ("qwen3", 256, (2, 1))]
-FEW = {128: ("bf16", "int2", "int2-compact"), 96: ("int2",), 256: ("int4",)}  # on the simulator, where a case takes seconds
+# On the simulator, where a case takes seconds
+FEW = {128: ("bf16", "int2", "int2-compact"), 96: ("int2",), 256: ("int4",)}
 
 
 def cases() -> list:
@@ -55,8 +58,13 @@ def cases() -> list:
     simulated = [pytest.param(_simulated, *layer, kv, id=f"{layer[0]}-{layer[1]}-{kv}-simt", marks=SIMULATED)
                  for layer, kv in found if kv in FEW.get(layer[1], SCHEMES)]  # fmt: skip
     tiled = ("qwen3", 128, (6, 1))  # where a prefill's keys and values are put into tiles
-    simulated += [pytest.param(_simulated_hopper, *tiled, kv, id=f"{kv}-90-simt", marks=SIMULATED) for kv in ("bf16", "int2")]
-    real = [pytest.param(_card, *layer, kv, id=f"{layer[0]}-{layer[1]}-{kv}-cuda", marks=pytest.mark.gpu) for layer, kv in found]
+    simulated += [
+        pytest.param(_simulated_hopper, *tiled, kv, id=f"{kv}-90-simt", marks=SIMULATED) for kv in ("bf16", "int2")
+    ]
+    real = [
+        pytest.param(_card, *layer, kv, id=f"{layer[0]}-{layer[1]}-{kv}-cuda", marks=pytest.mark.gpu)
+        for layer, kv in found
+    ]
     return simulated + real
 
 
@@ -80,7 +88,8 @@ class Side:
         self.layer.rotations = ops.xp.asarray(rotations(c.num_kv_heads, c.head_dim))
 
     def step(self, qkv: np.ndarray, counts: list[int]) -> np.ndarray:
-        """Attention outputs, float32 [tokens, q_heads, d], of new tokens of three rows, in another order than their slots."""
+        """Attention outputs, float32 [tokens, q_heads, d], of new tokens of three rows, in another order than their
+        slots."""
         ops, layer_cache, batch = self.ops, self.cache.layers[0], self.cache.batch_for([2, 0, 1], counts)
         q, new = ops.rotate_scale(ops.array(qkv), self.layer, self.tables, layer_cache, self.config, batch)
         out = np.array(ops.numpy(ops.attention(q, new, layer_cache, batch))).astype(np.float32)
@@ -99,8 +108,9 @@ def code_bits(scheme, name: str) -> int:
 def codes_that_differ(got: dict[str, np.ndarray], want: dict[str, np.ndarray], scheme) -> int:
     """How many codes of two rows are not the same, once everything else of them is, but for a rounding.
 
-    Both sum in float32, in different orders, so a number near the middle between two BF16 values may become either of them. That
-    may move a code, by one, or the step or min of its group; with error feedback also the codes after it of the same token.
+    Both sum in float32, in different orders, so a number near the middle between two BF16 values may become either of
+    them. That may move a code, by one, or the step or min of its group; with error feedback also the codes after it of
+    the same token.
     """
     differ = 0
     for name, theirs in want.items():
@@ -119,10 +129,11 @@ def codes_that_differ(got: dict[str, np.ndarray], want: dict[str, np.ndarray], s
 
 
 def moving(want: dict[str, np.ndarray], name: str, scheme) -> np.ndarray:
-    """The numbers, each of which may be the next BF16 (2^-7 of itself at most), that one of `name` is made of: sum of their sizes.
+    """The numbers, each of which may be the next BF16 (2^-7 of itself at most), that one of `name` is made of: sum of
+    their sizes.
 
-    Of a step and a min these are the ends of the group, however small their difference is or what the narrowed range begins with; both
-    are then rounded to float16, 2^-11 of them, perhaps to the other side.
+    Of a step and a min these are the ends of the group, however small their difference is or what the narrowed range
+    begins with; both are then rounded to float16, 2^-11 of them, perhaps to the other side.
     """
     theirs, (kind, _, part) = abs(want[name].astype(np.float32)), name.partition("_")
     if part not in ("step", "min") or f"{kind}_min" not in want:
@@ -132,13 +143,16 @@ def moving(want: dict[str, np.ndarray], name: str, scheme) -> np.ndarray:
     width = step * top / shrink
     low = narrowed - (1 - shrink) / 2 * width
     low, high = abs(low), abs(low + width)
-    return (shrink / top * (low + high) if part == "step" else (1 + shrink) / 2 * low + (1 - shrink) / 2 * high) + 2**-3 * theirs
+    return (
+        shrink / top * (low + high) if part == "step" else (1 + shrink) / 2 * low + (1 - shrink) / 2 * high
+    ) + 2**-3 * theirs
 
 
 @pytest.mark.parametrize("kv", ["kivi", "oscar", "int2", "int2-compact", "int4"])
 @pytest.mark.parametrize("offset", [0, 1, 8])
 def test_how_far_a_step_and_a_min_may_move_is_not_more_than_they_do(kv, offset, seed):
-    """Every number to the BF16 above, below, or not at all. The bound holds, and half of it is reached: it would see twice as much."""
+    """Every number to the BF16 above, below, or not at all. The bound holds, and half of it is reached: it would see
+    twice as much."""
     scheme, rng = SCHEMES[kv], np.random.default_rng(seed)
     keys = (rng.standard_normal((2, 128, 2048)) + offset).astype(BF16)
     moved = (keys.view(np.int16) + rng.integers(-1, 2, keys.shape, np.int16)).view(BF16)
@@ -151,9 +165,11 @@ def test_how_far_a_step_and_a_min_may_move_is_not_more_than_they_do(kv, offset, 
 
 @pytest.mark.parametrize(("make", "family", "dim", "heads", "kv"), cases())
 def test_attention_over_the_cache_is_that_of_the_reference(make, family, dim, heads, kv, seed):
-    """Step by step: the reference goes on with the back end's rows once they are seen to be its own but for a few roundings.
+    """Step by step: the reference goes on with the back end's rows once they are seen to be its own but for a few
+    roundings.
 
-    (One code more or less, in a token that a query looks at, can be two hundredths of the output: more than attention may err.)
+    (One code more or less, in a token that a query looks at, can be two hundredths of the output: more than attention
+    may err.)
     """
     c = config(model_type=family, head_dim=dim, num_attention_heads=heads[0], num_key_value_heads=heads[1])
     rng, scheme = np.random.default_rng(seed), SCHEMES[kv]
@@ -163,7 +179,8 @@ def test_attention_over_the_cache_is_that_of_the_reference(make, family, dim, he
     differ = codes = 0
     for counts in STEPS:
         qkv = rng.standard_normal((sum(counts), c.q_size + 2 * c.kv_size)).astype(BF16).astype(np.float32)
-        qkv[:, c.q_size : c.q_size + 8] *= 4  # an outlier channel and a token of small norm: what rotation and scaling are for
+        # Outlier channels and a token of small norm: what rotation and scaling are for.
+        qkv[:, c.q_size : c.q_size + 8] *= 4
         qkv[0] *= 0.25
         assert relative(mine.step(qkv, counts), theirs.step(qkv, counts)) < 0.01
         for slot in range(3):
@@ -171,7 +188,8 @@ def test_attention_over_the_cache_is_that_of_the_reference(make, family, dim, he
             differ += codes_that_differ(row, expected, scheme)
             codes += sum(array.size * 8 // scheme.bits for name, array in row.items() if name.endswith("codes"))
             theirs.cache.layers[0].import_row(slot, row)
-    assert differ <= 1e-5 * codes * (dim if scheme.shaped else 1), f"{differ} of {codes}"  # one in some millions is usual
+    most = 1e-5 * codes * (dim if scheme.shaped else 1)  # one in some millions is usual
+    assert differ <= most, f"{differ} of {codes}"
     assert codes or not scheme.quantized
 
 
@@ -185,7 +203,8 @@ def test_a_product_of_many_tokens_is_added_to_the_residual(make, size, seed):
     product, size_of = x @ weight.T, 1e-5 * (abs(residual) + abs(x) @ abs(weight).T)
     want = residual + product
     once = abs(got - want) <= 2**-8 * abs(want) + size_of
-    # cuBLAS rounds the product first (linear.add_product); in float32 that may stand on the other side of the middle between two BF16.
+    # cuBLAS rounds the product first (linear.add_product); in float32 that may stand on the other side of the middle
+    # between two BF16.
     low, high = (residual + rounded(product + side) for side in (-size_of, size_of))
     twice = (low - 2**-8 * abs(low) <= got) & (got <= high + 2**-8 * abs(high))
     assert once.all() or (make is _card and twice.all())
@@ -212,5 +231,7 @@ def test_minioscar_backend_simt_runs_a_model_end_to_end(kv, tmp_path, monkeypatc
     monkeypatch.setenv("MINIOSCAR_BACKEND", "tests.simt.backend:Simt")
     got = load(folder, kv, "auto").generate([[5] * 120, [7, 8]], max_tokens=12)
     assert {r.device for r in got} == {"simt"}
-    agree = np.mean([a == b for g, w in zip(got, want, strict=True) for a, b in zip(g.token_ids, w.token_ids, strict=True)])
+    agree = np.mean(
+        [a == b for g, w in zip(got, want, strict=True) for a, b in zip(g.token_ids, w.token_ids, strict=True)]
+    )
     assert agree > 0.7  # random weights: one near-tie falls the other way in BF16 and the rest of that row follows it

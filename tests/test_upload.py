@@ -1,4 +1,5 @@
-"""ops/upload.py and aio.py without a card: chunks, reads, errors, end. test_gpu.py shows that the bytes arrive on one."""
+"""ops/upload.py and aio.py without a card: chunks, reads, errors, end. test_gpu.py shows that the bytes arrive on
+one."""
 
 from __future__ import annotations
 

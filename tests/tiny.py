@@ -1,4 +1,5 @@
-"""Tiny random models for tests: a config, its weights as a safetensors folder, with a tokenizer where text is needed."""
+"""Tiny random models for tests: a config, its weights as a safetensors folder, with a tokenizer where text is
+needed."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def write_model(folder: Path, seed: int, **changes) -> Path:
 
 
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
@@ -54,7 +56,9 @@ def write_talker(folder: Path, seed: int, template: str | None = TEMPLATE, **cha
     library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     specials = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
     library.train_from_iterator(["the cat sat on the mat, and the dog saw that the cat sat there"] * 3, trainer)
     library.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<|end|>"} | ({} if template is None else {"chat_template": template})
@@ -90,7 +94,8 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def key_feedback(scheme: Scheme, heads: int, dim: int) -> np.ndarray | None:
-    """What a shaped scheme wants of a layer, for queries that weigh each RoPE pair up to ten times as much as another; else None."""
+    """What a shaped scheme wants of a layer, for queries that weigh each RoPE pair up to ten times as much as another;
+    else None."""
     if not scheme.shaped:
         return None
     energies = np.exp(np.random.default_rng(1).uniform(0, np.log(10), (heads, dim // 2)))

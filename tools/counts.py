@@ -50,16 +50,16 @@ def counts() -> list[Count]:
     kernels = [path for path in (PACKAGE / "kernels").rglob("*") if path.suffix in (".cu", ".cuh")]
     general = [path for path in kernels if path.parent.name != "sm90"]
     return [
-        Count("lines of the reading path", total(reading), f"{len(reading)} files", 5490, 3800),
+        Count("lines of the reading path", total(reading), f"{len(reading)} files", 5440, 3800),
         Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 3300),
-        Count("lines of the package's Python", total(package), f"{len(package)} files", 11520),
+        Count("lines of the package's Python", total(package), f"{len(package)} files", 11470),
         Count("longest file of the package", *longest(package), 400),
         Count("longest function of the package", *worst(package, length), 60),
         Count("most parameters in the package", *worst(package, parameters), 8),
-        Count("longest line of the package", *widest(package), 140, 120),
+        Count("longest line of the package", *widest(package), 120),
         Count("longest line of the kernels", *widest(kernels), 120),
         Count("longest function of the rest", *worst(tests, length), 60),
-        Count("longest line of the rest", *widest(tests), 140, 120),
+        Count("longest line of the rest", *widest(tests), 120),
     ]
 
 

@@ -51,7 +51,7 @@ class Moments:
         self.pairs.append((k, v))
 
     def covariances(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of keys: the queries' moment C. Of values: the sum of w v^T v, w = k C k^T a token's weight. Up to a factor."""
+        """Of keys: the queries' moment C. Of values: the sum of w v^T v, w = k C k^T. Up to a factor."""
         k, v = (np.concatenate(x, axis=1).astype(np.float64) for x in zip(*self.pairs, strict=True))
         weight = ((k @ self.queries) * k).sum(axis=-1, keepdims=True)
         return self.queries, (v * weight).swapaxes(1, 2) @ v

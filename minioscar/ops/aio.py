@@ -13,16 +13,15 @@ from typing import Any, BinaryIO
 
 from ..errors import UserError
 
-THREADS = 12  # one reads 5 to 7 GB/s; with 12 a Qwen3-0.6B takes 28 ms to load, with 20, as glibc would have it, 29 (H200)
+THREADS = 12  # with 12 a Qwen3-0.6B takes 28 ms to load, with 20, as glibc would have it, 29 (H200)
 MAX_OPEN = 128  # descriptors that reads duplicate, at a time: a process may have some 1,024 (ulimit -n)
 SIGEV_NONE = 1  # signal.h: no notification
 EINPROGRESS = 115
 
 
 class Read:
-    """`size` bytes of a file from its byte `begin` on, to an address. That memory and this object must last from `start`
-    until `finish` or `abandon` returns. Raises UserError where the file cannot be read or ends before.
-    """
+    """`size` bytes of a file from its byte `begin` on, to an address. That memory and this object must last from
+    `start` until `finish` or `abandon` returns. Raises UserError where the file cannot be read or ends before."""
 
     opened = 0  # descriptors of all reads
 

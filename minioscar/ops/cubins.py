@@ -1,7 +1,7 @@
-"""From a kernel's file to machine code: the text that NVRTC compiles, and the cubins that are kept from one process to the next.
+"""From a kernel's file to machine code: the text that NVRTC compiles, and the cubins that later processes find.
 
-NVRTC compiles on as many threads as call it, and CuPy's binding lets other threads run meanwhile: what a model needs and the cache
-on disk does not have is compiled side by side.
+NVRTC compiles on as many threads as call it, and CuPy's binding lets other threads run meanwhile: what a model needs
+and the cache on disk does not have is compiled side by side.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def architecture(file: str, capability: int) -> str:
 def options(program: Program, capability: int) -> tuple[str, ...]:
     """Of NVRTC, without the folders of headers."""
     file, defines = program
-    return f"--gpu-architecture={architecture(file, capability)}", "-std=c++17", "-ftz=true", *(f"-D{d}" for d in defines)
+    target = f"--gpu-architecture={architecture(file, capability)}"
+    return target, "-std=c++17", "-ftz=true", *(f"-D{d}" for d in defines)
 
 
 def cubin(program: Program, capability: int, nvrtc: Any) -> Path:
@@ -89,14 +90,15 @@ def compiled(program: Program, capability: int, nvrtc: Any) -> Path:
 
 
 def compile_all(programs: Iterable[Program], capability: int, nvrtc: Any, progress: bool) -> int:
-    """Compiles those that are not on disk, side by side, and returns how many they were; progress: counts them on stderr."""
+    """Compiles those that are not on disk, side by side; returns how many. progress: counts them on stderr."""
     missing = [program for program in dict.fromkeys(programs) if not cubin(program, capability, nvrtc).exists()]
     if not missing:
         return 0
     from tqdm import tqdm
 
-    missing.sort(key=lambda program: len(source(program[0])), reverse=True)  # what takes longest begins first, by and large
-    bar = tqdm(total=len(missing), desc="compiling kernels, once for this GPU", unit="kernel", leave=False, disable=not progress)
+    missing.sort(key=lambda program: len(source(program[0])), reverse=True)  # by and large the slowest first
+    desc = "compiling kernels, once for this GPU"
+    bar = tqdm(total=len(missing), desc=desc, unit="kernel", leave=False, disable=not progress)
     with bar, ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as threads:
         running = [threads.submit(compiled, program, capability, nvrtc) for program in missing]
         try:
@@ -110,7 +112,7 @@ def compile_all(programs: Iterable[Program], capability: int, nvrtc: Any, progre
 
 @cache
 def headers(major: int) -> tuple[Path, ...]:
-    """The folders of CUDA's headers, cuda_fp16.h among them: of the CUDA that CuPy takes, or of NVIDIA's wheels for this major version.
+    """The folders of CUDA's headers, cuda_fp16.h too: of the CUDA that CuPy takes, or of NVIDIA's wheels.
 
     Raises Failure where there are none.
     """

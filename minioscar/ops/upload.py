@@ -1,4 +1,4 @@
-"""Weights to the card: chunks of the files are read into pinned buffers, many at a time, and copied to the card from there.
+"""Weights to the card: chunks of the files are read into pinned buffers, many at a time, and copied from there.
 
 All arrays are slices of one allocation, the slab; a chunk is CHUNK bytes of it, whichever tensors lie there. A copy
 from pageable memory reaches a fifth of the bus's rate. One thread reads 5 to 7 GB/s from the page cache, so a dozen

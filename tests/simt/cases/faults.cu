@@ -62,7 +62,7 @@ extern "C" __global__ void sum_of_blocks(const float* x, float* out, float* part
   }
 }
 
-extern "C" __global__ void words(const float* x, float* out, float* part, int* counter, int n, int fault) {  // the same without a fence: words are empty (NaN) or there
+extern "C" __global__ void words(const float* x, float* out, float* part, int* counter, int n, int fault) {  // no fence
   const int t = threadIdx.x, i = blockIdx.x * blockDim.x + t;
   const float2 mine = make_float2(x[i], 0.f);
   if (fault == 1) *(float2*)(part + 2 * i) = mine;        // 1: an ordinary write, while others may read
@@ -83,5 +83,5 @@ extern "C" __global__ void vectors(const float* x, float* out, int n, int fault)
   const float4 v = *reinterpret_cast<const float4*>(x + 4 * t + (fault == 1));  // 1: misaligned
   float four[4] = {v.x, v.y, v.z, v.w};
   const int last = fault == 2 ? 5 : 4;                    // 2: an index past a local array
-  for (int i = 0; i < last; i++) out[4 * t + (i & 3)] = four[i] * (float)(1u << (fault == 3 ? n + 32 : 0));  // 3: too far
+  for (int i = 0; i < last; i++) out[4 * t + (i & 3)] = four[i] * (float)(1u << (fault == 3 ? n + 32 : 0));  // 3: far
 }

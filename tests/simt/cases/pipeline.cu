@@ -19,9 +19,9 @@ extern "C" __global__ void pipeline(const float4* x, float4* out, int n, int fau
   for (int i = 0; i < n; i++) {
     const int s = i & 1, parity = i >> 1 & 1;
     if (fault == 1 ? false : fault == 2 ? t % 32 == 0 : true) mbarrier_wait(&full[s], parity);  // 1: none; 2: one lane
-    if (fault == 2) __shfl_sync(0xffffffffu, t, 0);         // and a shuffle, which makes the others come later but orders no memory
+    if (fault == 2) __shfl_sync(0xffffffffu, t, 0);  // and a shuffle: others come later, but it orders no memory
     out[64 * i + t] = ring[64 * s + t];
-    if (fault == 5) __shfl_sync(0xffffffffu, t, 0);       // 5: lane 0 says that its warp has read; a shuffle does not make that true
+    if (fault == 5) __shfl_sync(0xffffffffu, t, 0);  // 5: lane 0 says that its warp has read; that is no proof
     else __syncwarp();
     if (t % 32 == 0) mbarrier_arrive_expect_tx(&read[s], 0);
     if (t == 0 && i + 2 < n) {
