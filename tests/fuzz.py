@@ -68,6 +68,8 @@ class Opened:
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
         if event != "open" or not self.roots or not isinstance(args[0], str | bytes):
             return
+        if args[0] in sys.path:  # importlib.metadata opens what is no folder, as a zip file
+            return
         path = os.path.realpath(os.fsdecode(args[0]))
         if not path.startswith(self.roots + self.always):
             self.paths.append(path)
