@@ -20,6 +20,7 @@ from .kernel_device import on_each_device, on_the_card
 
 KV_HEADS = 2
 LIMIT = 2e-3  # ||error|| / ||reference|| of float32 outputs
+STEEP = 5e-3  # the same of heavy tails over the longest contexts
 RAGGED = (300, 1, 128, 513)
 
 
@@ -407,9 +408,13 @@ def test_decode_attention_over_the_longest_contexts(device, seed, name, kind, n)
     q, (x,) = drawn(128, plan, (n,), seed, kind)
     got = attended(device, scheme, plan, q, (x,))
     packed = cached_packed(scheme, x)
+    kv = dequantized(x, packed, scheme)
+    bounds = [(softmax_attention(q[0], *kv), LIMIT)]
     # Heavy tails, and a packed token of 20 times the norm: steep logits, of which q * step in float16 is not exact.
-    off = key_roundings(q[0], x, packed, scheme) if packed and kind in ("tail", "sink") else None
-    want = softmax_attention(q[0], *dequantized(x, packed, scheme), off)
-    error = np.linalg.norm(got[0][0] - want[0]) / np.linalg.norm(want[0])
-    print(f"error {error:.1e}, log-sum-exp off by {np.abs(got[1][0] - want[1]).max():.1e}")
-    assert error <= LIMIT and np.abs(got[1][0] - want[1]).max() <= LIMIT * max(1, np.abs(want[1]).max())
+    if packed and (kind == "tail" or kind == "sink" and not scheme.sinks):
+        rounded = softmax_attention(q[0], *kv, key_roundings(q[0], x, packed, scheme))
+        bounds = [(rounded, LIMIT), *((exact, STEEP) for exact, _ in bounds if kind == "tail")]
+    for want, bound in bounds:
+        error = np.linalg.norm(got[0][0] - want[0]) / np.linalg.norm(want[0])
+        print(f"error {error:.1e}, log-sum-exp off by {np.abs(got[1][0] - want[1]).max():.1e}, bound {bound:.1e}")
+        assert error <= bound and np.abs(got[1][0] - want[1]).max() <= bound * max(1, np.abs(want[1]).max())
