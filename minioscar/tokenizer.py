@@ -6,6 +6,7 @@ added tokens that are not special (<think>, <tool_call>) stay.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -243,19 +244,7 @@ def _load(folder: Path) -> Any:
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in the file, or {} if there is no such file."""
-    try:
-        value = json.loads(path.read_bytes())  # with a byte order mark, or in UTF-16, too
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise UserError(f"{path} {foreign.GONE}") from None
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        if found := foreign.content(path):
-            raise UserError(f"{path}: not readable as JSON: it is {found}") from None
-        raise UserError(f"{path}: not readable as JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a JSON {type(value).__name__} where an object is needed; fetch it again")
-    return value
+    return json.read_object(path, "the tokenizer needs it") if os.path.lexists(path) else {}
 
 
 def _content(token: Any) -> str | None:

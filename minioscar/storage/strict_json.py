@@ -57,7 +57,7 @@ def read_object(path: Path, why: str) -> dict[str, Any]:
     try:
         value = loads(path.read_bytes())  # with a byte order mark, or in UTF-16, too
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; {why}") from None
+        raise UserError(f"{path} {foreign.GONE if path.is_symlink() else f'does not exist; {why}'}") from None
     except (OSError, ValueError, RecursionError) as error:
         if found := foreign.content(path):
             raise UserError(f"{path} cannot be read as JSON: it is {found}") from None
