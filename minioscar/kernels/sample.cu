@@ -40,6 +40,8 @@ constexpr int GROUPS = THREADS / 8;  // of a block, for top-k: the tokens of 8 l
 constexpr float BINS_PER_OCTAVE = 24.f;
 constexpr int ALL = BINS + 1;  // `first` where neither top-k nor top-p cuts
 constexpr float NEVER_DRAWN = -60.f;  // octaves: e is at least 2^-54, and of the likeliest token below 2^5.2
+constexpr float LEAST_DRAWN = 0.026f;  // below 2^-5.2: weight / e of the likeliest token is more
+constexpr float SAFE = 1.001f;         // covers what float32 rounds: 2^-15 octaves of a score
 
 struct State {  // of a row, from launch to launch
   uint64_t wanted;      // of top-p without top-k: what the tokens of bin `first` are to add to those before them
@@ -289,20 +291,27 @@ sample_draw(const float* logits, const uint64_t* rows, uint64_t* workspace, int 
     return value(row.octaves(logit) - log2_exponential(word), id);
   };
   uint64_t best = 0;
+  float bound = LEAST_DRAWN;  // 2^score: a token of a smaller one is not drawn
   UNROLL for (int i = 0; i < TOKENS; i += 4) {
+    float weights[4];
     unsigned in = 0;
     UNROLL for (int j = 0; j < 4; j++) {
       const int bin = row.bin(x[i + j]);
+      weights[j] = row.weight(x[i + j]);
       if (bin < first) in |= (unsigned)draws(x[i + j]) << j;
       else if (bin <= last) {
         const int at = atomicAdd(&row.state->listed, 1);
         if (at < LIST) row.list[at] = value(x[i + j], row.id(i + j));
       }
     }
-    if (in) {
-      const Words four = philox(s.seed, row.id(i) / 4, s.sequence, step);
-      UNROLL for (int j = 0; j < 4; j++)
-        if (in >> j & 1) best = larger(best, score(x[i + j], row.id(i + j), four.at(j)));
+    if (!__any_sync(FULL_MASK, in)) continue;
+    const Words four = philox(s.seed, row.id(i) / 4, s.sequence, step);
+    UNROLL for (int j = 0; j < 4; j++) {
+      const bool may = in >> j & 1 && least_exponential(four.at(j)) * bound <= weights[j] * SAFE;
+      if (!__any_sync(FULL_MASK, may)) continue;
+      const float own = may ? row.octaves(x[i + j]) - log2_exponential(four.at(j)) : NEVER_DRAWN;
+      if (may) best = larger(best, value(own, row.id(i + j)));
+      bound = fmaxf(bound, exp2f(logit_of(__reduce_max_sync(FULL_MASK, key(own)))));
     }
   }
   best = block_max(best);

@@ -131,23 +131,35 @@ struct Words {
   DEVICE uint64_t at(int i) const { return i < 2 ? (i == 0 ? a : b) : i == 2 ? c : d; }
 };
 
+// The 128 bits of a product, in four multiplications of 32 bits.
+struct Product { uint64_t high, low; };
+DEVICE Product multiply(uint64_t a, uint64_t b) {
+  const uint64_t a0 = (uint32_t)a, a1 = a >> 32, b0 = (uint32_t)b, b1 = b >> 32;
+  const uint64_t low = a0 * b0, middle = a1 * b0 + (low >> 32), cross = a0 * b1 + (uint32_t)middle;
+  return {a1 * b1 + (middle >> 32) + (cross >> 32), cross << 32 | (uint32_t)low};
+}
+
 // Words 4 * block ... 4 * block + 3 of NumPy's Philox(key=seed, counter=[0, 0, sequence, step]), which counts up first.
 DEVICE Words philox(uint64_t seed, uint64_t block, uint64_t sequence, uint64_t step) {
   uint64_t c[4] = {block + 1, 0, sequence, step}, k[2] = {seed, 0};
 #pragma unroll 1
   for (int round = 0; round < 10; round++) {
-    const uint64_t m0 = 0xD2E7470EE14C6C93ull, m1 = 0xCA5A826395121157ull;
-    const uint64_t high0 = __umul64hi(m0, c[0]), high1 = __umul64hi(m1, c[2]), low0 = m0 * c[0], low1 = m1 * c[2];
-    c[0] = high1 ^ c[1] ^ k[0];
-    c[1] = low1;
-    c[2] = high0 ^ c[3] ^ k[1];
-    c[3] = low0;
+    const Product first = multiply(0xD2E7470EE14C6C93ull, c[0]), second = multiply(0xCA5A826395121157ull, c[2]);
+    c[0] = second.high ^ c[1] ^ k[0];
+    c[1] = second.low;
+    c[2] = first.high ^ c[3] ^ k[1];
+    c[3] = first.low;
     k[0] += 0x9E3779B97F4A7C15ull;
     k[1] += 0xBB67AE8584CAA73Bull;
   }
   return {c[0], c[1], c[2], c[3]};
 }
 
+// At most e, as sample.cu defines it, and cheap: -log(1 - v) >= v + v * v / 2, and v >= 2^-24 * (its upper 24 bits).
+DEVICE float least_exponential(uint64_t word) {
+  const float v = (float)(uint32_t)(word >> 40) * 5.9604645e-8f;
+  return fmaf(0.5f * v, v, v);
+}
 // log2(e), e as sample.cu defines it.
 DEVICE float log2_exponential(uint64_t word) {
   const uint64_t above = word >> 11, one = 1ull << 53;
