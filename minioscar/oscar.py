@@ -2,7 +2,7 @@
 
 Keys and values of one layer are `[kv_heads, tokens, head_dim]`, keys after RoPE (and QK-norm). A block of `WINDOW`
 tokens is quantized at once, in three steps: rotate keys by a Hadamard matrix (hadamard.py), divide each token by its
-norm, round groups of numbers to `bits` bits. Every function takes float32 (NumPy or CuPy arrays alike) and is the
+norm, round groups of numbers to a few bits. Every function takes float32 (NumPy or CuPy arrays alike) and is the
 textbook formula. Read down to `Scheme`, which says which steps are taken and puts a block together. Beside the page:
 error_feedback.py is another way to round keys, evaluation/baselines.py has other published quantizers.
 """
@@ -155,7 +155,8 @@ def _codes_of_byte(bits: int) -> np.ndarray:
 class Scheme:
     """How keys and values are kept. `name` is what `--kv` takes; the fields are the switches of the method.
 
-    bits: per code; 16 means BF16, nothing quantized.  rotate: Hadamard on keys (online) and values (in the weights).
+    key_bits, value_bits: per code; 16 in both means BF16, nothing quantized.
+    rotate: Hadamard on keys (online) and values (in the weights).
     scale: divide keys by the token's norm.  key_axis: "token" = a group is `group` tokens of one channel (per-channel
     quantization), "channel" = `group` channels of one token.  symmetric_values: step only, no minimum.
     shrink: the range is narrowed to this fraction about its middle.  sinks: first tokens kept in BF16.
@@ -167,7 +168,8 @@ class Scheme:
     calibrated: ClassVar[bool] = False
 
     name: str
-    bits: int = 2
+    key_bits: int = 2
+    value_bits: int = 2
     rotate: bool = False
     scale: bool = False
     group: int = 32
@@ -183,7 +185,7 @@ class Scheme:
 
     @property
     def quantized(self) -> bool:
-        return self.bits < 16
+        return self.key_bits < 16
 
     def value_group(self, head_dim: int) -> int:
         """Channels in a group: `group`, or the largest power of two below it that divides head_dim (32 for 96, 16 for
@@ -194,17 +196,18 @@ class Scheme:
         """Codes, steps and minima, averaged over keys and values; the norm of a token is not in it."""
         if not self.quantized:
             return 16.0
-        key = self.bits + 32 / (self.group if self.key_axis == "token" else self.value_group(head_dim))
-        value = self.bits + (16 if self.symmetric_values else 32) / self.value_group(head_dim)
+        key = self.key_bits + 32 / (self.group if self.key_axis == "token" else self.value_group(head_dim))
+        value = self.value_bits + (16 if self.symmetric_values else 32) / self.value_group(head_dim)
         return (key + value) / 2
 
     def packed_layout(self, tokens: int, head_dim: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Name -> (shape, dtype) of what one kv head keeps of whole blocks of so many tokens."""
-        codes, groups = (tokens, head_dim * self.bits // 8), (tokens, head_dim // self.value_group(head_dim))
+        groups = tokens, head_dim // self.value_group(head_dim)
         key_groups = (tokens // self.group, head_dim) if self.key_axis == "token" else groups
         found = dict.fromkeys(("key_step", "key_min"), (key_groups, np.float16))
-        found = {"key_codes": (codes, np.uint8), **found}
-        found |= {"value_codes": (codes, np.uint8), "value_step": (groups, np.float16)}
+        found = {"key_codes": ((tokens, head_dim * self.key_bits // 8), np.uint8), **found}
+        values = tokens, head_dim * self.value_bits // 8
+        found |= {"value_codes": (values, np.uint8), "value_step": (groups, np.float16)}
         return found if self.symmetric_values else found | {"value_min": (groups, np.float16)}
 
     def pack(
@@ -215,17 +218,21 @@ class Scheme:
 
         norms: [tokens], where the scheme scales. feedback: what `shaped_codes` takes, for a shaped scheme.
         """
-        parts = {"key": quantize_keys(keys, norms, self, xp, feedback), "value": quantize_values(values, self, xp)}
+        parts = {
+            "key": (self.key_bits, *quantize_keys(keys, norms, self, xp, feedback)),
+            "value": (self.value_bits, *quantize_values(values, self, xp)),
+        }
         found = {}
-        for kind, (codes, step, minimum) in parts.items():
-            found |= {f"{kind}_codes": pack(codes, self.bits, xp), f"{kind}_step": step}
+        for kind, (bits, codes, step, minimum) in parts.items():
+            found |= {f"{kind}_codes": pack(codes, bits, xp), f"{kind}_step": step}
             found |= {} if minimum is None else {f"{kind}_min": minimum}
         return found
 
     def unpack(self, row: dict[str, Array], norms: Array | None, xp: Any = np) -> tuple[Array, Array]:
         """What attention takes keys and values to be: the inverse of `pack`; float32 [kv_heads, tokens, head_dim]."""
-        keys, values = (unpack(row[f"{kind}_codes"], self.bits, xp) for kind in ("key", "value"))
+        keys = unpack(row["key_codes"], self.key_bits, xp)
         keys = dequantize_keys(keys, row["key_step"], row["key_min"], norms, self, xp)
+        values = unpack(row["value_codes"], self.value_bits, xp)
         return keys, dequantize_values(values, row["value_step"], row.get("value_min"), self, xp)
 
 
@@ -234,7 +241,7 @@ COMPACT = replace(INT2, name="int2-compact", group=64, shrink=0.85, sinks=64)
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        Scheme("bf16", bits=16),
+        Scheme("bf16", key_bits=16, value_bits=16),
         Scheme("kivi"),
         Scheme("quarot", rotate=True, key_axis="channel"),
         Scheme("rotation", rotate=True),
@@ -244,7 +251,7 @@ SCHEMES: dict[str, Scheme] = {
         COMPACT,
         replace(INT2, name="int2-shaped", shaped=True),
         replace(COMPACT, name="int2-compact-shaped", shaped=True),
-        Scheme("int4", bits=4, rotate=True, scale=True),
+        Scheme("int4", key_bits=4, value_bits=4, rotate=True, scale=True),
     )
 }
 DEFAULT_SCHEME = "int2"
@@ -263,12 +270,12 @@ def quantize_keys(
     keys = keys.astype(xp.float32)
     if scheme.scale:
         keys = keys / norms[:, None]
-    codes, step, minimum = quantize(keys, *_key_groups(scheme, keys.shape[-1]), scheme.bits, scheme.shrink, xp)
+    codes, step, minimum = quantize(keys, *_key_groups(scheme, keys.shape[-1]), scheme.key_bits, scheme.shrink, xp)
     if scheme.shaped:
         if feedback is None:
             where = "query_energy.shape_keys puts it into the weights"
             raise ValueError(f"{scheme.name} needs the feedback matrix of its layer; {where}")
-        codes = shaped_codes(keys, step, minimum, feedback, scheme.bits, xp)
+        codes = shaped_codes(keys, step, minimum, feedback, scheme.key_bits, xp)
     return codes, step, minimum
 
 
@@ -286,8 +293,8 @@ def quantize_values(values: Array, scheme: Scheme, xp: Any = np) -> tuple[Array,
     """values [kv_heads, tokens, head_dim] -> codes, step, min (None if symmetric): groups of channels of one token."""
     group = scheme.value_group(values.shape[-1])
     if scheme.symmetric_values:
-        return *quantize_symmetric(values, -1, group, scheme.bits, scheme.shrink, xp), None
-    return quantize(values, -1, group, scheme.bits, scheme.shrink, xp)
+        return *quantize_symmetric(values, -1, group, scheme.value_bits, scheme.shrink, xp), None
+    return quantize(values, -1, group, scheme.value_bits, scheme.shrink, xp)
 
 
 def dequantize_values(
@@ -296,7 +303,7 @@ def dequantize_values(
     """The inverse of `quantize_values`; float32."""
     group = scheme.value_group(codes.shape[-1])
     if scheme.symmetric_values:
-        return dequantize_symmetric(codes, step, -1, group, scheme.bits, xp)
+        return dequantize_symmetric(codes, step, -1, group, scheme.value_bits, xp)
     return dequantize(codes, step, minimum, -1, group, xp)
 
 

@@ -242,7 +242,7 @@ class File:
             config = replace(config, max_positions=config.max_context, window=None)
         for what, ours in binding(config, scheme).items():
             if what in ("config", "scheme"):
-                self._same(what, self._json(what), json.loads(ours))
+                self._same(what, self._fields(what), json.loads(ours))
         if self.metadata.get("weights") != weights:
             found = str(self.metadata.get("weights"))[:12]
             raise UserError(
@@ -258,6 +258,12 @@ class File:
             elif a != b and not ((name in theirs) != (name in ours) and _is_neutral(theirs.get(name, ours.get(name)))):
                 difference = f"{prefix}{name} {_short(a)} there, {_short(b)} here"
                 raise UserError(f"{self.path} was made with another {what}: {difference}; make it again")
+
+    def _fields(self, what: str) -> dict[str, Any]:
+        """The metadata of this name; a scheme of before key_bits and value_bits had one number for both."""
+        fields = self._json(what)
+        bits = fields.pop("bits", None)
+        return fields if bits is None else {"key_bits": bits, "value_bits": bits} | fields
 
     def _json(self, key: str) -> dict[str, Any]:
         try:

@@ -47,7 +47,8 @@ def test_packed_blocks_window_and_sinks_are_what_oscar_says(name, pieces, seed):
     layer, packed = cache.layers[0], n // WINDOW * WINDOW
     stored = {"keys": keys.astype(BF16).swapaxes(0, 1), "values": values.astype(BF16).swapaxes(0, 1)}
     assert cache.lengths.tolist() == [0, n]
-    for kind, by_token in (("key", scheme.key_axis == "token"), ("value", False)):
+    along_tokens = scheme.key_axis == "token"
+    for kind, bits, by_token in (("key", scheme.key_bits, along_tokens), ("value", scheme.value_bits, False)):
         whole = stored[f"{kind}s"][:, :packed]
         if packed == 0:
             continue
@@ -58,7 +59,7 @@ def test_packed_blocks_window_and_sinks_are_what_oscar_says(name, pieces, seed):
         else:
             codes, step, minimum = oscar.quantize_values(whole, scheme)
         groups = packed // scheme.group if by_token else packed
-        np.testing.assert_array_equal(oscar.unpack(layer[f"{kind}_codes"][1, :, :packed], scheme.bits), codes)
+        np.testing.assert_array_equal(oscar.unpack(layer[f"{kind}_codes"][1, :, :packed], bits), codes)
         np.testing.assert_array_equal(layer[f"{kind}_step"][1, :, :groups], step)
         if minimum is not None:
             np.testing.assert_array_equal(layer[f"{kind}_min"][1, :, :groups], minimum)

@@ -102,7 +102,7 @@ class Side:
 
 def code_bits(scheme, name: str) -> int:
     """Of the codes that array `name` holds or is of."""
-    return getattr(scheme, "key_bits", scheme.bits) if name.startswith("key") else scheme.bits
+    return scheme.key_bits if name.startswith("key") else scheme.value_bits
 
 
 def codes_that_differ(got: dict[str, np.ndarray], want: dict[str, np.ndarray], scheme) -> int:
@@ -186,7 +186,8 @@ def test_attention_over_the_cache_is_that_of_the_reference(make, family, dim, he
         for slot in range(3):
             row, expected = mine.row(slot), theirs.row(slot)
             differ += codes_that_differ(row, expected, scheme)
-            codes += sum(array.size * 8 // scheme.bits for name, array in row.items() if name.endswith("codes"))
+            stored = {name: array for name, array in row.items() if name.endswith("codes")}
+            codes += sum(array.size * 8 // code_bits(scheme, name) for name, array in stored.items())
             theirs.cache.layers[0].import_row(slot, row)
     most = 1e-5 * codes * (dim if scheme.shaped else 1)  # one in some millions is usual
     assert differ <= most, f"{differ} of {codes}"

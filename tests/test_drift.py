@@ -21,7 +21,7 @@ def engines(tmp_path_factory) -> dict[str, Engine]:
     ops, config = Reference(), Config.from_folder(folder)
     plain = load(folder, config, ops)
     schemes = [SCHEMES[name] for name in ("bf16", "kivi", "int4")] + [
-        Scheme("nothing lost", bits=8, rotate=True, scale=True)
+        Scheme("nothing lost", key_bits=8, value_bits=8, rotate=True, scale=True)
     ]
     return {
         s.name: Engine(config, rotate_values(plain, config, ops) if s.rotate else plain, None, s, ops) for s in schemes

@@ -28,7 +28,7 @@ def test_metrics_of_two_known_distributions():
 def test_a_scheme_that_loses_nothing_measures_nothing(monkeypatch):
     """Eight bits a code: the whole path of rotation, norms and packed blocks, and a KL of a millionth of what two bits
     cost."""
-    monkeypatch.setitem(SCHEMES, "8bit", Scheme("8bit", bits=8, rotate=True, scale=True))
+    monkeypatch.setitem(SCHEMES, "8bit", Scheme("8bit", key_bits=8, value_bits=8, rotate=True, scale=True))
     exact, ours, oscar = fidelity.evaluate(
         "smollm2-135m", ["8bit", "oscar"], prefill=260, decode=30, device="cpu"
     )["results"]

@@ -136,10 +136,9 @@ def test_every_scheme_comes_back_near_what_went_in(name, dim, seed):
     packed = scheme.pack(keys, values, norms, feedback=key_feedback(scheme, 3, dim))
     assert {name: (x.shape[1:], x.dtype) for name, x in packed.items()} == scheme.packed_layout(128, dim)
     got_keys, got_values = scheme.unpack(packed, norms)
-    bound = (
-        0.12 if scheme.bits == 4 else 0.55
-    )  # a normal in 4 levels over +-2 sigma of 32 samples: a third of it is error
-    for got, want in ((got_keys, keys), (got_values, values)):
+    # A normal in 4 levels over +-2 sigma of 32 samples: a third of it is error.
+    for got, want, bits in ((got_keys, keys, scheme.key_bits), (got_values, values, scheme.value_bits)):
+        bound = 0.12 if bits == 4 else 0.55
         assert got.shape == want.shape
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < bound
 

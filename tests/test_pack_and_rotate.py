@@ -158,7 +158,8 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
         k, v = h[:, :, begin:end].astype(np.float32)
         expected = [*oscar.quantize_keys(k, norms[s, begin:end], scheme), *oscar.quantize_values(v, scheme)]
         arrays = from_pages(got[s, :, begin // 64 : end // 64], scheme, d)
-        arrays |= {name: oscar.unpack(arrays[name], scheme.bits) for name in ("key_codes", "value_codes")}
+        for name, bits in (("key_codes", scheme.key_bits), ("value_codes", scheme.value_bits)):
+            arrays[name] = oscar.unpack(arrays[name], bits)
         names = [f"{kind}_{part}" for kind in ("key", "value") for part in ("codes", "step", "min")]
         for name, theirs in zip(names, expected, strict=True):
             mine = arrays.get(name)

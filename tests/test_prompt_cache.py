@@ -376,6 +376,16 @@ def test_a_sliding_window_of_version_0_1_was_the_positions(tmp_path):
         engine.load_cache(tmp_path / "c")
 
 
+def test_bits_of_both_are_those_of_keys_and_of_values(engine, file):
+    """As Scheme had them before each had a number of its own."""
+    bits = engine.scheme.key_bits
+    rewritten(file, without("scheme", "key_bits", "value_bits", bits=bits))
+    assert len(engine.load_cache(file))
+    rewritten(file, without("scheme", bits=bits + 1))
+    with pytest.raises(UserError, match=f"key_bits {bits + 1} there, {bits} here"):
+        engine.load_cache(file)
+
+
 @pytest.mark.parametrize("value", [None, False, 0, 0.0, 1.0])
 @pytest.mark.parametrize("key", ["config", "scheme"])
 def test_a_field_of_another_version_that_changes_nothing_is_no_difference(engine, file, key, value):
@@ -386,7 +396,7 @@ def test_a_field_of_another_version_that_changes_nothing_is_no_difference(engine
 @pytest.mark.parametrize("edit", [
     without("scheme", outliers=2), without("scheme", codebook=True), without("scheme", new=1),
     without("config", new="half"),
-    without("config", new=[0]), without("config", new=0.5), without("scheme", "bits"), without("scheme", "rotate"),
+    without("config", new=[0]), without("config", new=0.5), without("scheme", "key_bits"), without("scheme", "rotate"),
     without("scheme", "shrink"), without("config", "rope"), without("config", "num_layers"),
     without("scheme", rotate=None),
 ])

@@ -77,7 +77,7 @@ class Keys:
 
     def rounded(self, keys: Array, feedback: Array | None) -> Array:
         norms = oscar.token_norms(keys.swapaxes(0, 1))
-        x, top, group = keys / norms[:, None], 2**self.scheme.bits - 1, self.scheme.group
+        x, top, group = keys / norms[:, None], 2**self.scheme.key_bits - 1, self.scheme.group
         if self.offset:
             mean = np.repeat(f16(x.reshape(len(x), -1, self.offset, x.shape[-1]).mean(axis=2)), self.offset, axis=1)
             step = f16(
@@ -85,7 +85,7 @@ class Keys:
             )
             low = mean - np.repeat(step, group, axis=1) * top / 2
         else:
-            _, step, minimum = oscar.quantize(x, -2, group, self.scheme.bits, self.scheme.shrink)
+            _, step, minimum = oscar.quantize(x, -2, group, self.scheme.key_bits, self.scheme.shrink)
             step, minimum = (
                 self.params(step, minimum) if self.params else (step.astype(np.float32), minimum.astype(np.float32))
             )
@@ -245,8 +245,8 @@ K, V = Keys(3), Values(2.5)
 V64 = Values(2.25, int2(group=64, shrink=0.8))
 IDEAS: dict[str, tuple[Keys, Values, dict[str, Any]]] = {
     "int2": (K, V, {}),
-    "values in 8 bits": (K, Values(8.5, int2(bits=8, shrink=1.0)), {}),
-    "keys in 8 bits": (Keys(9, int2(bits=8, shrink=1.0)), V, {}),
+    "values in 8 bits": (K, Values(8.5, int2(value_bits=8, shrink=1.0)), {}),
+    "keys in 8 bits": (Keys(9, int2(key_bits=8, shrink=1.0)), V, {}),
     "softmax bias corrected": (K, V, {"correction": 1.0}),
     "keys' shrink 0.85": (Keys(3, int2(shrink=0.85)), V, {}),
     "keys' shrink 0.95": (Keys(3, int2(shrink=0.95)), V, {}),
@@ -272,7 +272,7 @@ IDEAS: dict[str, tuple[Keys, Values, dict[str, Any]]] = {
     "values: Lloyd-Max spacing": (K, Values(2.5, levels=(0.25, 0.85)), {}),
     "values: least-squares step": (K, Values(2.5, least_squares=True), {}),
     "values: half the error carried on": (K, Values(2.5, carried=0.5), {}),
-    "keys 3 bits in 128s, values 2 in 64s": (Keys(3.25, int2(bits=3, group=128, shrink=1.0)), V64, {}),
+    "keys 3 bits in 128s, values 2 in 64s": (Keys(3.25, int2(key_bits=3, group=128, shrink=1.0)), V64, {}),
     "RoPE pairs of k balanced against q": (K, V, {"balance": True}),
     "shaped": (Keys(3, shaped=True), V, {}),
     "shaped, softmax bias corrected": (Keys(3, shaped=True), V, {"correction": 1.0}),
@@ -280,7 +280,7 @@ IDEAS: dict[str, tuple[Keys, Values, dict[str, Any]]] = {
     "shaped, key groups of 64": (Keys(2.5, int2(group=64, shrink=0.85), shaped=True), V64, {"sinks": 64}),
     "shaped, key groups of 128": (Keys(2.25, int2(group=128, shrink=0.8), shaped=True), V64, {"sinks": 64}),
     "shaped, keys 3 bits in 128s, values 2 in 64s": (
-        Keys(3.25, int2(bits=3, group=128, shrink=1.0), shaped=True),
+        Keys(3.25, int2(key_bits=3, group=128, shrink=1.0), shaped=True),
         V64,
         {},
     ),
@@ -308,7 +308,8 @@ def balanced(weights, config: Config):
     return replace(weights, layers=tuple(layers))
 
 
-EXACT = replace(SCHEMES["int2-shaped"], name="exact", bits=16, scale=False)  # rotated as the ideas are, not quantized
+# Rotated as the ideas are, not quantized.
+EXACT = replace(SCHEMES["int2-shaped"], name="exact", key_bits=16, value_bits=16, scale=False)
 
 
 def prefilled(engine: Engine, ids: list[int]) -> list[tuple[Array, Array]]:

@@ -232,8 +232,8 @@ def schemes() -> str:
             "a scale a token and a channel": isinstance(s, Kvarn),
             "4 % clipped at each end": isinstance(s, OscarCov),
         }
-        bits = s.key_bits if isinstance(s, Kvarn) else s.bits
-        keys = "; ".join([f"{bits} bits", ", ".join(word for word, on in switches.items() if on)]).removesuffix("; ")
+        words = ", ".join(word for word, on in switches.items() if on)
+        keys = "; ".join([f"{s.key_bits} bits", words]).removesuffix("; ")
         along = (
             f"{s.group} tokens of one channel"
             if s.key_axis == "token"
@@ -243,7 +243,7 @@ def schemes() -> str:
         step = f"a scale a token and a channel, {step}" if isinstance(s, Kvarn) else step
         step = f"8 % clipped at each end, {step}" if isinstance(s, OscarCov) else step
         values = f"{'rotated, ' if s.rotate or isinstance(s, TurboQuant) else ''}{step}, groups of {s.value_group(128)}"
-        values = values if bits == s.bits else f"{s.bits} bits; {values}"
+        values = values if s.key_bits == s.value_bits else f"{s.value_bits} bits; {values}"
         kept = ["window"] + [f"first {s.sinks} tokens"] * bool(s.sinks)
         kept += [f"{s.outliers} tokens a block"] if isinstance(s, Ott) else []
         rows.append([f"`{name}`", keys, along, values, ", ".join(kept), f"{s.bits_per_element(128):.3f}"])

@@ -80,7 +80,7 @@ class StepOnly(Scheme):
     """Keys and values alike, in groups of channels of one token, with a step and no minimum."""
 
     def bits_per_element(self, head_dim: int) -> float:
-        return self.bits + 16 / self.value_group(head_dim)
+        return (self.key_bits + self.value_bits) / 2 + 16 / self.value_group(head_dim)
 
     def packed_layout(self, tokens: int, head_dim: int) -> Layout:
         return {name: of for name, of in super().packed_layout(tokens, head_dim).items() if not name.endswith("min")}
@@ -89,15 +89,15 @@ class StepOnly(Scheme):
         self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None
     ) -> dict[str, Array]:
         found = {}
-        for kind, x in (("key", keys), ("value", values)):
+        for kind, x, bits in (("key", keys, self.key_bits), ("value", values, self.value_bits)):
             codes, found[f"{kind}_step"] = self.quantize(x, self.value_group(x.shape[-1]), xp)
-            found[f"{kind}_codes"] = oscar.pack(codes, self.bits, xp)
+            found[f"{kind}_codes"] = oscar.pack(codes, bits, xp)
         return found
 
     def unpack(self, row: dict[str, Array], norms: Array | None, xp: Any = np) -> tuple[Array, Array]:
         keys, values = (
-            self.dequantize(oscar.unpack(row[f"{kind}_codes"], self.bits, xp), row[f"{kind}_step"], xp)
-            for kind in ("key", "value")
+            self.dequantize(oscar.unpack(row[f"{kind}_codes"], bits, xp), row[f"{kind}_step"], xp)
+            for kind, bits in (("key", self.key_bits), ("value", self.value_bits))
         )
         return keys, values
 
@@ -169,25 +169,24 @@ def dequantize(codes: Array, step: Array, xp: Any = np) -> Array:
 
 @dataclass(frozen=True)
 class Kvarn(Scheme):
-    """A block of one kv head is a tile [tokens, channels]; `bits` are those of values.
+    """A block of one kv head is a tile [tokens, channels].
 
     Keys are rounded per channel over the tile's tokens, values per token over the head's channels; the scale of that
     axis goes into step and min, the other axis keeps its own in float16. All of them are billed. The first 128 tokens
     stay in BF16. As in the authors' code (github.com/huawei-csl/KVarN) codes are chosen before scales are rounded.
     """
 
-    key_bits: int = 2
     rounds: int = 16
 
     def bits_per_element(self, head_dim: int) -> float:
         key = self.key_bits + 32 / WINDOW + 16 / head_dim
-        return (key + self.bits + 32 / head_dim + 16 / WINDOW) / 2
+        return (key + self.value_bits + 32 / head_dim + 16 / WINDOW) / 2
 
     def packed_layout(self, tokens: int, head_dim: int) -> Layout:
         of_tokens, of_channels = ((tokens, 1), np.float16), ((tokens // WINDOW, head_dim), np.float16)
         return {
             "key_codes": ((tokens, head_dim * self.key_bits // 8), np.uint8), "key_scale": of_tokens,
-            "value_codes": ((tokens, head_dim * self.bits // 8), np.uint8), "value_scale": of_channels,
+            "value_codes": ((tokens, head_dim * self.value_bits // 8), np.uint8), "value_scale": of_channels,
             "key_step": of_channels, "key_min": of_channels, "value_step": of_tokens, "value_min": of_tokens,
         }  # fmt: skip
 
@@ -195,7 +194,7 @@ class Kvarn(Scheme):
         self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None
     ) -> dict[str, Array]:
         found = {}
-        for kind, x, bits, axis in (("key", keys, self.key_bits, -2), ("value", values, self.bits, -1)):
+        for kind, x, bits, axis in (("key", keys, self.key_bits, -2), ("value", values, self.value_bits, -1)):
             tiles = x.astype(xp.float32).reshape(len(x), -1, WINDOW, x.shape[-1])
             along, across = equal_deviations(tiles, axis, self.rounds, xp)
             y, top = tiles / along / across, 2**bits - 1
@@ -209,7 +208,7 @@ class Kvarn(Scheme):
         return found
 
     def unpack(self, row: dict[str, Array], norms: Array | None, xp: Any = np) -> tuple[Array, Array]:
-        keys, values = (self._unpacked(row, *of, xp) for of in (("key", self.key_bits), ("value", self.bits)))
+        keys, values = (self._unpacked(row, *of, xp) for of in (("key", self.key_bits), ("value", self.value_bits)))
         return keys, values
 
     def _unpacked(self, row: dict[str, Array], kind: str, bits: int, xp: Any) -> Array:
@@ -294,6 +293,6 @@ RIVALS = (
     Kvarn("kvarn-2", rotate=True, group=WINDOW, sinks=128),
     Kvarn("kvarn-k4v2", rotate=True, group=WINDOW, sinks=128, key_bits=4),
     OscarCov("oscar-cov", rotate=True, key_axis="channel", group=128, sinks=64),
-    Q4("q4_0", bits=4, rotate=True, key_axis="channel"),
+    Q4("q4_0", key_bits=4, value_bits=4, rotate=True, key_axis="channel"),
 )
 SCHEMES |= {scheme.name: scheme for scheme in RIVALS}

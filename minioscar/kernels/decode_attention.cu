@@ -26,7 +26,7 @@
 
 constexpr int K_STEPS = D / 16;
 constexpr float LIFT = SCALED ? 32.f : 0.125f;  // keeps q * key_step in the normal range of fp16
-constexpr float ZERO_POINT = SYMMETRIC ? -((1 << BITS) - 1) / 2.f : 1.f;  // factor of sum p * parameter
+constexpr float ZERO_POINT = SYMMETRIC ? -((1 << VALUE_BITS) - 1) / 2.f : 1.f;  // factor of sum p * parameter
 constexpr bool SPLIT_KEYS = COLUMN_HALVES == 2 && KEY_GROUPS == 2,
                SPLIT_VALUES = COLUMN_HALVES == 2 && VALUE_GROUPS > 1;
 // Whether one small operand multiplies all codes of a byte: then they need not be separated (Codes).
@@ -35,14 +35,17 @@ constexpr int LANE_TILES = 4 / COLUMN_HALVES;                           // token
 constexpr int LANE_GROUPS = SPLIT_VALUES ? EVEN_GROUPS : VALUE_GROUPS;  // of values, whose steps multiply a lane's p
 static_assert(VALUE_GROUPS <= 8, "groups of values are rows of one MMA tile");
 
-// The slot of a tile's code within its byte: a masked code is too large by 2^(BITS * slot).
-DEVICE constexpr int bit_slot(int tile) { return tile % TILES % BYTE_SLOTS; }
+// Of the MMA tiles of a load, half are in the low bytes of the words' halves; the others need a shift by 8.
+DEVICE constexpr int byte_slots(int bits) { return tiles_of_load(bits) / 2; }
+// The lowest bit of a tile's codes within their byte: a masked code is too large by 2^low_bit.
+DEVICE constexpr int low_bit(int bits, int tile) { return tile % byte_slots(bits) * bits; }
 DEVICE constexpr float power_of_two(int n) { return (float)(1 << n); }
 DEVICE constexpr int group_of(int channel_tile) { return channel_tile * 16 / VALUE_GROUP; }
 
 // MMA operands of tiles 0, 1, 2 ... of one load after the other: the codes of a tile, masked; or, nested, together
 // with those of the lower slots of the byte, whose product is subtracted afterwards: one mask fewer a byte, no shift.
-template <bool NESTED> struct Codes {
+template <int BITS, bool NESTED> struct Codes {
+  static constexpr int TILES = tiles_of_load(BITS), BYTE_SLOTS = byte_slots(BITS);
   uint4 bits;
   DEVICE void advance(const unsigned char* codes, int tile) {
     if (tile % TILES == 0) word = ((const uint4*)codes)[tile / TILES * 32 + threadIdx.x % 32];
@@ -57,18 +60,19 @@ template <bool NESTED> struct Codes {
     return make_uint4(operand(bits.x, tile), operand(bits.y, tile), operand(bits.z, tile), operand(bits.w, tile));
   }
   DEVICE static uint32_t operand(uint32_t bits, int tile) {
-    if (!NESTED) return bits & (((1u << BITS) - 1) * 0x00010001u << (bit_slot(tile) * BITS));
-    return bit_slot(tile) == BYTE_SLOTS - 1 ? bits : bits & ((1u << (bit_slot(tile) + 1) * BITS) - 1) * 0x00010001u;
+    const int low = low_bit(BITS, tile);
+    if (!NESTED) return bits & (((1u << BITS) - 1) * 0x00010001u << low);
+    return low == 8 - BITS ? bits : bits & ((1u << (low + BITS)) - 1) * 0x00010001u;
   }
  private:
   uint4 word;
 };
 
 // Sums of nested codes to those of each tile: subtracts the sum of the tile before, which has the lower slots.
-template <int N> DEVICE void subtract_nested(float (&sum)[N][4]) {
+template <int BITS, int N> DEVICE void subtract_nested(float (&sum)[N][4]) {
   UNROLL for (int j = N - 1; j > 0; j--)
     UNROLL for (int i = 0; i < 4; i++)
-      if (j % BYTE_SLOTS) sum[j][i] -= sum[j - 1][i];
+      if (j % byte_slots(BITS)) sum[j][i] -= sum[j - 1][i];
 }
 
 struct PageItems {
@@ -125,13 +129,13 @@ struct PageItems {
     }
     return query;
   }
-  DEVICE static float output_scale(int j) { return power_of_two(24 - BITS * bit_slot(value_tile(0, j))); }
+  DEVICE static float output_scale(int j) { return power_of_two(24 - low_bit(VALUE_BITS, value_tile(0, j))); }
   DEVICE static uint32_t p_scale_bf16x2(int j) {  // 1 / output_scale
-    const uint32_t bits = (uint32_t)(127 - 24 + BITS * bit_slot(value_tile(0, j))) << 7;
+    const uint32_t bits = (uint32_t)(127 - 24 + low_bit(VALUE_BITS, value_tile(0, j))) << 7;
     return bits | bits << 16;
   }
   DEVICE static void finish_pages(State& state) {
-    if (NESTED_VALUES) subtract_nested(state.o);
+    if (NESTED_VALUES) subtract_nested<VALUE_BITS>(state.o);
   }
   static constexpr int HALF_TILES = VALUE_GROUPS > 1 ? VALUE_GROUP / 16 : 1;
   DEVICE static float2 offset_term(const State& state, int j) {
@@ -152,7 +156,7 @@ struct PageItems {
     const unsigned char* steps = data + KEY_STEP + c * 16 + (SPLIT_KEYS && r >= 4 ? 64 : 0);  // of its column's half
     float sum[4][4], minima[3 - KEY_GROUPS][4];
     uint4 minimum = {};
-    Codes<NESTED_KEYS> codes;
+    Codes<KEY_BITS, NESTED_KEYS> codes;
     UNROLL for (int s = 0; s < K_STEPS; s++) {
       const uint32_t q0 = query.b[s][0], q1 = query.b[s][1];
       uint32_t b[2][2];
@@ -174,11 +178,11 @@ struct PageItems {
         else mma_m16n8k16_f16_zero(sum[j], a.x, a.y, a.z, a.w, b[g][0], b[g][1]);
       }
     }
-    if (NESTED_KEYS) subtract_nested(sum);
+    if (NESTED_KEYS) subtract_nested<KEY_BITS>(sum);
     if (KEY_GROUPS == 1)
       UNROLL for (int i = 0; i < 2; i++) minima[0][i] = minima[0][2 + i] = minima[0][i] + minima[2 - KEY_GROUPS][2 + i];
     const float factor = scale_log2 / LIFT;
-    auto scale_of = [](int tile) { return power_of_two(24 - BITS * bit_slot(key_tile(tile, 0))); };
+    auto scale_of = [](int tile) { return power_of_two(24 - low_bit(KEY_BITS, key_tile(tile, 0))); };
     UNROLL for (int j = 0; j < LANE_TILES; j += 2) {
       const int above = j + LANE_TILES % 4;  // the same tile of the second half
       float norm[4] = {factor, factor, factor, factor};
@@ -245,7 +249,7 @@ struct PageItems {
     exp_scores(p, state, x, r);
     constexpr uint32_t ONES = 0x3c003c00u;
     const int first = SPLIT_VALUES && r >= 4 ? EVEN_GROUPS : 0;  // slot of the first group of this lane's column half
-    Codes<NESTED_VALUES> codes;
+    Codes<VALUE_BITS, NESTED_VALUES> codes;
     UNROLL for (int s = 0; s < 4; s++) {
       const unsigned char* params = data + (s * 4 + c) * VALUE_GROUPS * 8;
       const unsigned char* offsets = params + (SYMMETRIC ? VALUE_STEP : VALUE_MIN);

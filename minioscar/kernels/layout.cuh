@@ -1,7 +1,7 @@
 // layout.cuh: offsets of everything in a page of 64 packed tokens of one kv head. The drawing is in LAYOUT.md.
 //
-// Set by -D: HEAD_DIM (a multiple of 32), BITS (2 or 4), KEY_GROUP (32 or 64 tokens), VALUE_GROUP (32 or 64 channels),
-// SYMMETRIC (values have no minimum), SCALED (keys are divided by their token's norm).
+// Set by -D: HEAD_DIM (a multiple of 32), KEY_BITS and VALUE_BITS (2 or 4), KEY_GROUP (32 or 64 tokens), VALUE_GROUP
+// (32 or 64 channels), SYMMETRIC (values have no minimum), SCALED (keys are divided by their token's norm).
 #ifndef MINIOSCAR_LAYOUT_CUH
 #define MINIOSCAR_LAYOUT_CUH
 #include "common.cuh"
@@ -9,14 +9,14 @@
 constexpr int PAGE_TOKENS = 64, WINDOW = 128;
 constexpr int DIM = HEAD_DIM;
 constexpr int CHUNKS = DIM / 32;       // chunks of 32 channels: a lane owns 8 neighbouring ones in each
-constexpr int TILES = 16 / BITS;       // MMA tiles (16 x 16 codes) in one 16-byte load a lane
-constexpr int BYTE_SLOTS = TILES / 2;  // of them in the low bytes of the halves; the others need a shift by 8
+DEVICE constexpr int tiles_of_load(int bits) { return 16 / bits; }  // of 16 x 16 codes, in one 16-byte load a lane
+constexpr int KEY_TILES = tiles_of_load(KEY_BITS), VALUE_TILES = tiles_of_load(VALUE_BITS);
 constexpr int KEY_GROUPS = PAGE_TOKENS / KEY_GROUP, VALUE_GROUPS = DIM / VALUE_GROUP;
-constexpr int CODE_BYTES = PAGE_TOKENS * DIM * BITS / 8;  // of keys, and again of values
+constexpr int KEY_CODE_BYTES = PAGE_TOKENS * DIM * KEY_BITS / 8, VALUE_CODE_BYTES = PAGE_TOKENS * DIM * VALUE_BITS / 8;
 constexpr int KEY_PARAM_BYTES = KEY_GROUPS * DIM * 2;
 constexpr int VALUE_PARAM_BYTES = PAGE_TOKENS * VALUE_GROUPS * 2;
-constexpr int KEY_STEP = CODE_BYTES, KEY_MIN = KEY_STEP + KEY_PARAM_BYTES, VALUE_CODES = KEY_MIN + KEY_PARAM_BYTES;
-constexpr int VALUE_STEP = VALUE_CODES + CODE_BYTES, VALUE_MIN = VALUE_STEP + VALUE_PARAM_BYTES;
+constexpr int KEY_STEP = KEY_CODE_BYTES, KEY_MIN = KEY_STEP + KEY_PARAM_BYTES, VALUE_CODES = KEY_MIN + KEY_PARAM_BYTES;
+constexpr int VALUE_STEP = VALUE_CODES + VALUE_CODE_BYTES, VALUE_MIN = VALUE_STEP + VALUE_PARAM_BYTES;
 constexpr int PAGE_BYTES = VALUE_STEP + VALUE_PARAM_BYTES * (SYMMETRIC ? 1 : 2);
 
 // Offset of a page of kv head `cell` (row * kv_heads + head). All kernels address pages here: a block table would too.
@@ -32,7 +32,7 @@ constexpr int EVEN_GROUPS = (VALUE_GROUPS + 1) / 2;
 DEVICE constexpr int value_group_slot(int group) { return group % 2 * EVEN_GROUPS + group / 2; }
 
 // Key tile (token tile 0..3, k step = 16 channels) and value tile (token step 0..3, channel tile) -> its number.
-// number / TILES is the 16-byte load that has it, number % TILES its bit slot there.
+// number / KEY_TILES (VALUE_TILES) is the 16-byte load that has it, the remainder its bit slot there.
 DEVICE constexpr int key_tile(int token_tile, int k_step) { return k_step * 4 + token_tile; }
 DEVICE constexpr int value_tile(int token_step, int channel_tile) { return token_step * (DIM / 16) + channel_tile; }
 

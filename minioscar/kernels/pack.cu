@@ -11,12 +11,12 @@
 // fill_window: the new tokens after the last full block go to the window. grid (kv_heads, sequences). Blocks of pack
 // and pack_step take keys and values alternately; each of HEAD_DIM / 32 warps takes 64 tokens x 32 channels. A lane
 // holds 64 numbers in registers; nothing goes through shared memory.
-// reads 2 B and writes BITS / 8 B an element (and the steps); float32 in oscar.py's order, so codes, steps and minima
-// equal its own.
+// reads 2 B and writes the codes' bits of an element (and the steps); float32 in oscar.py's order, so codes, steps and
+// minima equal its own.
 #include <cuda_fp16.h>
 #include "layout.cuh"
 
-constexpr int TOP = (1 << BITS) - 1;
+DEVICE constexpr int top_code(int bits) { return (1 << bits) - 1; }
 
 // Division of many x by one y. Gives the IEEE quotient unless something under- or overflows: with r = RN(1/y) and
 // its error `low`, q = RN(x * (r + low)) is one of the two floats around x / y, and then RN(q + (x - y q) r) is the
@@ -36,12 +36,12 @@ struct Divisor {
 DEVICE float rounded_to_half(float x) { return __half2float(__float2half_rn(x)); }
 DEVICE uint16_t half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
 
-// Stored parameters of a group: x = step * code + minimum or, symmetric, step * (code - TOP / 2).
+// Stored parameters of a group: x = step * code + minimum or, symmetric, step * (code - top_code / 2).
 struct GroupParams { float step, minimum; };
 
-DEVICE GroupParams asymmetric(float low, float high, float shrink) {
+template <int BITS> DEVICE GroupParams asymmetric(float low, float high, float shrink) {
   const float width = __fsub_rn(high, low), span = __fmul_rn(width, shrink);
-  return {rounded_to_half(Divisor((float)TOP).divide(span)),
+  return {rounded_to_half(Divisor((float)top_code(BITS)).divide(span)),
           rounded_to_half(__fadd_rn(low, __fmul_rn(__fsub_rn(width, span), 0.5f)))};
 }
 DEVICE GroupParams symmetric(float largest, float factor) { return {rounded_to_half(__fmul_rn(largest, factor)), 0.f}; }
@@ -55,7 +55,8 @@ constexpr float CODE_BIAS = 8388608.f;  // 2^23: adding it rounds to a whole num
 // to even, hence >, >=, >. Symmetric, x has 8 bits and a step 11, so that x / step is +-1 or at least 2^-11 away from
 // it; and x / step + 3/2 rounds up to 3/2 from -2^-24 on. The upper two codes are compared after subtracting 2 step,
 // which is exact where it matters.
-template <bool CENTRED> struct Coder {
+template <int BITS, bool CENTRED> struct Coder {
+  static constexpr int TOP = top_code(BITS);
   float minimum, step, low, middle;
   Divisor divisor;
   DEVICE explicit Coder(const GroupParams& g)
@@ -151,8 +152,8 @@ DEVICE void pack_keys(const Source& from, int first, int chunk, const float* nor
       UNROLL for (int k = 0; k < 8; k++) rows[i].x[k] = divisor.divide(rows[i].x[k]);
     }
   }
-  Word words[8 / TILES][4];
-  UNROLL for (int i = 0; i < 8 / TILES; i++)
+  Word words[8 / KEY_TILES][4];
+  UNROLL for (int i = 0; i < 8 / KEY_TILES; i++)
     UNROLL for (int w = 0; w < 4; w++) words[i][w].clear();
   UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
     constexpr int N = 8 / KEY_GROUPS;  // of a lane's 8 tokens
@@ -163,7 +164,7 @@ DEVICE void pack_keys(const Source& from, int first, int chunk, const float* nor
         high.x[k] = fmaxf(high.x[k], rows[N * g + i].x[k]);
       }
     // Of channel r of the lane's 8.
-    const GroupParams own = asymmetric(-channel_max(low, true), channel_max(high, false), shrink);
+    const GroupParams own = asymmetric<KEY_BITS>(-channel_max(low, true), channel_max(high, false), shrink);
     // Two groups: a word of minima for each (k step, half of it, group); one group: for each (half, k step).
     const int two = ((chunk * 2 + r / 4) * 4 + c) * 8 + r % 4 / 2 * 4 + g * 2 + r % 2;
     const int one = (chunk * 4 + c) * 8 + r % 4 / 2 * 4 + r / 4 * 2 + r % 2;
@@ -171,16 +172,17 @@ DEVICE void pack_keys(const Source& from, int first, int chunk, const float* nor
     ((uint16_t*)(page + KEY_MIN))[KEY_GROUPS == 2 ? two : one] = half_bits(own.minimum);
     UNROLL for (int k = 0; k < 8; k++) {
       const float step = __shfl_sync(FULL_MASK, own.step, 4 * k + c);
-      const Coder<false> coder({step, __shfl_sync(FULL_MASK, own.minimum, 4 * k + c)});
+      const Coder<KEY_BITS, false> coder({step, __shfl_sync(FULL_MASK, own.minimum, 4 * k + c)});
       UNROLL for (int i = N * g; i < N * g + N; i++) {
         const int tile = key_tile(i / 2, k / 4), word = k / 2 % 2 * 2 + i % 2;
-        coder.put(rows[i].x[k], tile % TILES * BITS, words[tile / TILES % (8 / TILES)][word].halves[k % 2]);
+        Word& to = words[tile / KEY_TILES % (8 / KEY_TILES)][word];
+        coder.put(rows[i].x[k], tile % KEY_TILES * KEY_BITS, to.halves[k % 2]);
       }
     }
   }
-  UNROLL for (int i = 0; i < 8 / TILES; i++) {
+  UNROLL for (int i = 0; i < 8 / KEY_TILES; i++) {
     const Word(&w)[4] = words[i];
-    ((uint4*)page)[(chunk * (8 / TILES) + i) * 32 + lane] =
+    ((uint4*)page)[(chunk * (8 / KEY_TILES) + i) * 32 + lane] =
         make_uint4(w[0].bits(), w[1].bits(), w[2].bits(), w[3].bits());
   }
 }
@@ -198,8 +200,8 @@ DEVICE void pack_values(const Source& from, int first, int octet, float shrink, 
         if (token_of(step, i, r) < num_sinks) *(uint4*)(sink + token_of(step, i, r) * DIM + at) = raw[u][i];
     }
   }
-  UNROLL for (int load = 0; load < 8 / TILES; load++) {
-    constexpr int LOAD_CHUNKS = TILES / 2;
+  UNROLL for (int load = 0; load < 8 / VALUE_TILES; load++) {
+    constexpr int LOAD_CHUNKS = VALUE_TILES / 2;
     Word words[4];
     UNROLL for (int w = 0; w < 4; w++) words[w].clear();
     UNROLL for (int i = 0; i < 2; i++) {
@@ -221,8 +223,8 @@ DEVICE void pack_values(const Source& from, int first, int octet, float shrink, 
       UNROLL for (int u = 0; u < LOAD_CHUNKS; u++) {
         const int pair = VALUE_GROUP == 64 ? u ^ 1 : u;
         const float l = fminf(low[u], low[pair]), h = fmaxf(high[u], high[pair]);
-        const GroupParams group = SYMMETRIC ? symmetric(h, factor) : asymmetric(l, h, shrink);
-        const Coder<SYMMETRIC> coder(group);
+        const GroupParams group = SYMMETRIC ? symmetric(h, factor) : asymmetric<VALUE_BITS>(l, h, shrink);
+        const Coder<VALUE_BITS, SYMMETRIC> coder(group);
         const int index = 4 * octet + load * LOAD_CHUNKS + u, step = index / CHUNKS, chunk = index % CHUNKS;
         const int at =
             ((step * 4 + r / 2) * VALUE_GROUPS + value_group_slot(chunk * 32 / VALUE_GROUP)) * 4 + 2 * i + r % 2;
@@ -230,12 +232,12 @@ DEVICE void pack_values(const Source& from, int first, int octet, float shrink, 
         if (c == 1 && chunk * 32 % VALUE_GROUP == 0 && !SYMMETRIC)
           ((uint16_t*)(page + VALUE_MIN))[at] = half_bits(group.minimum);
         UNROLL for (int k = 0; k < 8; k++)  // channel 8c + k of the chunk: tile 2u + k/4, rows +8 if k/2 is odd
-          coder.put(rows[u].x[k], (2 * u + k / 4) * BITS, words[2 * i + k / 2 % 2].halves[k % 2]);
+          coder.put(rows[u].x[k], (2 * u + k / 4) * VALUE_BITS, words[2 * i + k / 2 % 2].halves[k % 2]);
       }
     }
     uint32_t transposed[4];  // from (token, channels) to (channel, tokens)
     UNROLL for (int w = 0; w < 4; w++) transposed[w] = movmatrix(words[w].bits());
-    ((uint4*)(page + VALUE_CODES))[(octet * (8 / TILES) + load) * 32 + lane] =
+    ((uint4*)(page + VALUE_CODES))[(octet * (8 / VALUE_TILES) + load) * 32 + lane] =
         make_uint4(transposed[0], transposed[1], transposed[2], transposed[3]);
   }
 }

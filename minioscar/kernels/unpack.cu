@@ -1,6 +1,6 @@
 // unpack.cu: the past of sequences back to BF16, for a prefill that continues it. The inverse of pack.cu.
 //
-//   keys[t] = (step * code + min) * norm[t]; values[t] = step * code + min, symmetric: step * (code - TOP / 2);
+//   keys[t] = (step * code + min) * norm[t]; values[t] = step * code + min, symmetric: step * (code - VALUE_CENTRE);
 //   sinks and window as they are
 //
 // Float32 in oscar.py's order, rounded to BF16 once: its numbers bit for bit, rounded. (step * code is exact, 11 bits
@@ -10,13 +10,13 @@
 // number first_tiles[s] on, for sm90/prefill_attention.cu.
 // grid (pages, kv_heads, sequences), 2 * HEAD_DIM threads: a warp has 64 tokens x 32 channels of keys, or 8 tiles of
 // values, as in pack.cu. A lane loads its words once (LAYOUT.md), has 8 neighbouring channels of 8 (token, chunk) pairs
-// in them, and stores 16 bytes of each: with its three neighbours a run of 64. reads BITS / 8 B and the steps, and
-// writes 2 B an element.
+// in them, and stores 16 bytes of each: with its three neighbours a run of 64. reads the codes' bits and the
+// steps, and writes 2 B an element.
 #include <cuda_fp16.h>
 #include "layout.cuh"
 #include "sm90/tile.cuh"
 
-constexpr int TOP = (1 << BITS) - 1;
+constexpr float VALUE_CENTRE = ((1 << VALUE_BITS) - 1) * 0.5f;
 
 // The upper or lower half of a word.
 DEVICE float half_of(uint32_t word, int upper) {
@@ -32,10 +32,10 @@ DEVICE Channels halves(uint4 raw) {
 }
 // The code in bit slot `slot` of the upper or lower half of a word, minus `from` (a multiple of 1/2). The code is not
 // shifted: it stays in place, in the mantissa of the power of two that makes it count as a whole number.
-DEVICE float code_at(uint32_t word, int slot, bool upper, float from) {
-  const int bit = slot * BITS + 1;  // one to the left, so that 1/2 has a bit too
+template <int BITS> DEVICE float code_at(uint32_t word, int slot, bool upper, float from) {
+  const int bit = slot * BITS + 1, mask = (1 << BITS) - 1;  // one to the left, so that 1/2 has a bit too
   const uint32_t power = (127 + 23 - bit) << 23;
-  return __fsub_rn(__uint_as_float(((upper ? word >> 15 : word << 1) & TOP << bit) | power),
+  return __fsub_rn(__uint_as_float(((upper ? word >> 15 : word << 1) & mask << bit) | power),
                    __uint_as_float(power) + from);
 }
 
@@ -51,7 +51,7 @@ DEVICE int vector_offset(int token, int vector) {
 
 // Unpacks 64 tokens x 32 channels (chunk). norms, out: of the page's first token.
 DEVICE void unpack_keys(const unsigned char* page, int chunk, const float* norms, bf16* out) {
-  constexpr int LOADS = 8 / TILES, N = 8 / KEY_GROUPS;  // N of a lane's 8 tokens are of one group
+  constexpr int LOADS = 8 / KEY_TILES, N = 8 / KEY_GROUPS;  // N of a lane's 8 tokens are of one group
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   uint32_t words[LOADS][4];
   UNROLL for (int i = 0; i < LOADS; i++) {
@@ -79,7 +79,7 @@ DEVICE void unpack_keys(const unsigned char* page, int chunk, const float* norms
         const int tile = key_tile(i / 2, k / 4), pair = k / 2 % 2;
         const float minimum = KEY_GROUPS == 2 ? minima_of[k / 4].x[pair * 4 + g * 2 + k % 2]
                                               : minima_of[0].x[pair * 4 + k / 4 * 2 + k % 2];
-        const float code = code_at(words[tile / TILES][2 * pair + i % 2], tile % TILES, k % 2, 0.f);
+        const float code = code_at<KEY_BITS>(words[tile / KEY_TILES][2 * pair + i % 2], tile % KEY_TILES, k % 2, 0.f);
         y.x[k] = __fmaf_rn(code, step.x[k], minimum);
         if (SCALED) y.x[k] = __fmul_rn(y.x[k], norm[i]);
       }
@@ -90,7 +90,7 @@ DEVICE void unpack_keys(const unsigned char* page, int chunk, const float* norms
 
 // Unpacks value tiles 8 * octet ... 8 * octet + 7: four times 16 tokens x 32 channels.
 DEVICE void unpack_values(const unsigned char* page, int octet, bf16* out) {
-  constexpr int LOADS = 8 / TILES, LOAD_CHUNKS = TILES / 2;
+  constexpr int LOADS = 8 / VALUE_TILES, LOAD_CHUNKS = VALUE_TILES / 2;
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   UNROLL for (int load = 0; load < LOADS; load++) {
     const uint4 raw = ((const uint4*)(page + VALUE_CODES))[(octet * LOADS + load) * 32 + lane];
@@ -106,7 +106,8 @@ DEVICE void unpack_values(const unsigned char* page, int octet, bf16* out) {
         const float width = half_of(i ? steps.y : steps.x, r % 2), minimum = half_of(i ? minima.y : minima.x, r % 2);
         Channels y;
         UNROLL for (int k = 0; k < 8; k++) {
-          const float code = code_at(words[2 * i + k / 2 % 2], 2 * u + k / 4, k % 2, SYMMETRIC ? TOP * 0.5f : 0.f);
+          const float centre = SYMMETRIC ? VALUE_CENTRE : 0.f;
+          const float code = code_at<VALUE_BITS>(words[2 * i + k / 2 % 2], 2 * u + k / 4, k % 2, centre);
           y.x[k] = SYMMETRIC ? __fmul_rn(code, width) : __fmaf_rn(code, width, minimum);
         }
         store(out + vector_offset(token_of(step, i, r), 4 * chunk + c), y);

@@ -50,8 +50,10 @@ def unsupported(scheme: Scheme, head_dim: int) -> str | None:
         return f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if not scheme.quantized:
         return None
-    if scheme.bits not in (2, 4) or scheme.group not in (32, 64) or scheme.value_group(head_dim) not in (32, 64):
-        return f"{scheme.name}: {scheme.bits} bits in groups of {scheme.group} have no packed layout"
+    bits, groups = {scheme.key_bits, scheme.value_bits}, {scheme.group, scheme.value_group(head_dim)}
+    if not (bits <= {2, 4} and groups <= {32, 64}):
+        what = f"keys in {scheme.key_bits} and values in {scheme.value_bits} bits, groups of {scheme.group}"
+        return f"{scheme.name}: {what}, have no packed layout"
     return None
 
 
@@ -60,8 +62,9 @@ def layout_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
     if reason := unsupported(scheme, head_dim):
         raise ValueError(reason)
     group = scheme.value_group(head_dim)
-    flags = f"SYMMETRIC={scheme.symmetric_values:d}", f"SCALED={scheme.scale:d}"
-    return f"HEAD_DIM={head_dim}", f"BITS={scheme.bits}", f"KEY_GROUP={scheme.group}", f"VALUE_GROUP={group}", *flags
+    keys = f"KEY_BITS={scheme.key_bits}", f"KEY_GROUP={scheme.group}", f"SCALED={scheme.scale:d}"
+    values = f"VALUE_BITS={scheme.value_bits}", f"VALUE_GROUP={group}", f"SYMMETRIC={scheme.symmetric_values:d}"
+    return f"HEAD_DIM={head_dim}", *keys, *values
 
 
 # --- rotate, scale, append; pack
@@ -152,7 +155,8 @@ def _packed(cache: dict[str, Array]) -> tuple[Array | None, ...]:
 
 def _packing(heads: Heads, scheme: Scheme, cache: dict[str, Array]) -> tuple[np.generic, ...]:
     sizes = heads.kv_heads, _norm_stride(cache.get("norms")), cache["pages"].shape[-2], scheme.sinks
-    return *map(np.int32, sizes), np.float32(scheme.shrink), np.float32(scheme.shrink / ((2**scheme.bits - 1) / 2))
+    centre = (2**scheme.value_bits - 1) / 2
+    return *map(np.int32, sizes), np.float32(scheme.shrink), np.float32(scheme.shrink / centre)
 
 
 def fill_window(heads: Heads, scheme: Scheme, new: PrefillTokens, cache: dict[str, Array]) -> Launch:

@@ -22,49 +22,72 @@ NAMES = (*CODES, "key_step", "key_min", "value_step", "value_min")
 
 def from_pages(pages: Array, scheme: Scheme, dim: int, xp: Any = np) -> dict[str, Array]:
     """pages uint8 [kv_heads, n, page_bytes] -> the arrays of `Scheme.packed_layout`, each with kv heads in front."""
-    pages, heads, arrays = xp.ascontiguousarray(pages), len(pages), {}
-    codes, halves = oscar.unpack(pages, scheme.bits, xp), pages.view(np.float16)
-    for name, table in positions(scheme, dim).items():
-        array = (codes if name in CODES else halves)[..., xp.asarray(table)].reshape(heads, -1, table.shape[1])
-        arrays[name] = oscar.pack(array, scheme.bits, xp) if name in CODES else array
+    heads, tables, found, begin = len(pages), positions(scheme, dim), {}, 0
+    blocks = pages.reshape(heads, -1, page_bytes(scheme, dim) * _pages_of_block(scheme))
+    for name, size in _sections(scheme, dim):
+        section, bits = xp.ascontiguousarray(blocks[..., begin : begin + size]), _code_bits(scheme, name)
+        numbers = oscar.unpack(section, bits, xp) if bits else section.view(np.float16)
+        found.setdefault(name, []).append(numbers[..., xp.asarray(tables[name])])
+        begin += size
+    arrays = {}
+    for name, parts in found.items():
+        array = xp.stack(parts, axis=2).reshape(heads, -1, tables[name].shape[1])
+        arrays[name] = oscar.pack(array, _code_bits(scheme, name), xp) if name in CODES else array
     return arrays
 
 
 def to_pages(arrays: dict[str, Array], scheme: Scheme, xp: Any = np) -> Array:
     """The inverse of `from_pages`."""
     heads, tokens, packed = arrays["key_codes"].shape
-    dim, n = packed * 8 // scheme.bits, tokens // PAGE_TOKENS
-    table = positions(scheme, dim)
-    codes = xp.zeros((heads, n, page_bytes(scheme, dim) * 8 // scheme.bits), np.uint8)
-    for name in CODES:
-        x = oscar.unpack(arrays[name], scheme.bits, xp)
-        codes[..., xp.asarray(table[name])] = x.reshape(heads, n, PAGE_TOKENS, dim)
-    pages = oscar.pack(codes, scheme.bits, xp)
-    for name in table.keys() - set(CODES):
-        x = xp.ascontiguousarray(arrays[name])
-        pages.view(np.float16)[..., xp.asarray(table[name])] = x.reshape(heads, n, *table[name].shape)
-    return pages
+    dim, blocks = packed * 8 // scheme.key_bits, tokens // (PAGE_TOKENS * _pages_of_block(scheme))
+    parts = {}
+    for name, table in positions(scheme, dim).items():
+        bits, x = _code_bits(scheme, name), xp.ascontiguousarray(arrays[name])
+        x = (oscar.unpack(x, bits, xp) if bits else x).reshape(heads, blocks, -1, *table.shape)
+        section = xp.empty((*x.shape[:3], table.size), x.dtype)
+        section[..., xp.asarray(table)] = x
+        section = oscar.pack(section, bits, xp) if bits else section.view(np.uint8)
+        parts[name] = iter(section.swapaxes(0, 2).swapaxes(1, 2))  # [heads, blocks, bytes] of each page that has one
+    sections = [next(parts[name]) for name, _ in _sections(scheme, dim)]
+    return xp.concatenate(sections, axis=-1).reshape(heads, tokens // PAGE_TOKENS, -1)
 
 
 def page_bytes(scheme: Scheme, head_dim: int) -> int:
-    """Bytes of 64 tokens of one kv head, keys and values."""
-    return sum(_section_bytes(scheme, head_dim).values())
+    """Bytes of 64 tokens of one kv head, keys and values; half of what two pages share is in it."""
+    return sum(size for _, size in _sections(scheme, head_dim)) // _pages_of_block(scheme)
 
 
-def _section_bytes(scheme: Scheme, dim: int) -> dict[str, int]:
-    """The sections of a page, in their order."""
-    codes, values = PAGE_TOKENS * dim * scheme.bits // 8, 2 * PAGE_TOKENS * dim // scheme.value_group(dim)
-    keys = 2 * PAGE_TOKENS // scheme.group * dim
-    sections = {"key_codes": codes, "key_step": keys, "key_min": keys, "value_codes": codes, "value_step": values}
-    return sections if scheme.symmetric_values else {**sections, "value_min": values}
+def copied_bytes(scheme: Scheme, head_dim: int) -> int:
+    """What decode attention copies to attend to a page: all of what it shares with another one."""
+    return page_bytes(scheme, head_dim) + 2 * head_dim * (_pages_of_block(scheme) - 1)
+
+
+def _pages_of_block(scheme: Scheme) -> int:
+    """Pages that share steps and minima of keys, those of one group of tokens."""
+    return max(scheme.group // PAGE_TOKENS, 1)
+
+
+def _code_bits(scheme: Scheme, name: str) -> int:
+    """Of a section's numbers if they are codes, else 0."""
+    return {"key_codes": scheme.key_bits, "value_codes": scheme.value_bits}.get(name, 0)
+
+
+def _sections(scheme: Scheme, dim: int) -> list[tuple[str, int]]:
+    """Name and bytes of the sections of a page, or of the two pages that share parameters of keys, in their order."""
+    tables = positions(scheme, dim)
+    params, values = ["key_step", "key_min"], [name for name in tables if name.startswith("value")]
+    names = ["key_codes", *params, *values]
+    if _pages_of_block(scheme) == 2:
+        names = ["key_codes", *values, *params, "key_codes", *values]
+    return [(name, tables[name].size * (_code_bits(scheme, name) or 16) // 8) for name in names]
 
 
 @cache
 def positions(scheme: Scheme, dim: int) -> dict[str, np.ndarray]:
-    """Name -> index in a page of each number of its array, [tokens or groups, ...], among codes or 16-bit numbers."""
-    groups, value_groups = PAGE_TOKENS // scheme.group, dim // scheme.value_group(dim)
+    """Name -> index in its section of each number of its array, [tokens or groups of a page, ...]."""
+    groups, value_groups = max(PAGE_TOKENS // scheme.group, 1), dim // scheme.value_group(dim)
     keys, values = np.arange(groups * dim), np.arange(PAGE_TOKENS * value_groups)
-    tables = dict(zip(CODES, _code_positions(scheme.bits, dim), strict=True))
+    tables = {"key_codes": _key_positions(scheme.key_bits, dim)}
     # [chunk of 32 channels][group][quarter][8 channels]
     tables["key_step"] = keys.reshape(dim // 32, groups, 4, 8).swapaxes(0, 1).reshape(groups, dim)
     if groups == 2:  # [chunk][half of 16 channels][quarter][pair][group][2 channels]
@@ -75,12 +98,10 @@ def positions(scheme: Scheme, dim: int) -> dict[str, np.ndarray]:
     even_first = np.argsort(np.r_[0:value_groups:2, 1:value_groups:2])  # even groups come first
     # [row / 16][row % 8 / 2][group][row / 8 % 2][row % 2]
     order = values.reshape(4, 4, value_groups, 2, 2)[:, :, even_first].transpose(0, 3, 1, 4, 2)
-    tables["value_step"] = tables["value_min"] = order.reshape(PAGE_TOKENS, value_groups)[_rows()]
-    begin, in_page = 0, {}
-    for name, size in _section_bytes(scheme, dim).items():
-        in_page[name] = tables[name] + (begin * 8 // scheme.bits if name in CODES else begin // 2)
-        begin += size
-    return in_page
+    tables["value_codes"] = _value_positions(scheme.value_bits, dim)
+    for name in ("value_step",) if scheme.symmetric_values else ("value_step", "value_min"):
+        tables[name] = order.reshape(PAGE_TOKENS, value_groups)[_rows()]
+    return tables
 
 
 def _rows() -> np.ndarray:
@@ -89,20 +110,26 @@ def _rows() -> np.ndarray:
     return 16 * (t // 32 * 2 + t % 4 // 2) + 8 * (t % 2) + t % 32 // 4
 
 
-def _code_positions(bits: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of the codes of keys and of values, each in its section: [64 tokens, dim]."""
+def _code_position(bits: int, tile: np.ndarray, lane: np.ndarray, word: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Of a code in its MMA tile, lane, word 0 ... 3 of the lane's 16 bytes, half of the word."""
+    tiles = 16 // bits  # in one 16-byte load a lane
+    return (((tile // tiles * 32 + lane) * 4 + word) * 2 + half) * tiles + tile % tiles
 
-    def position(tile: np.ndarray, lane: np.ndarray, word: np.ndarray, half: np.ndarray) -> np.ndarray:
-        """Of a code in its MMA tile, lane, word 0 ... 3 of the lane's 16 bytes, half of the word."""
-        tiles = 16 // bits  # in one 16-byte load a lane
-        return (((tile // tiles * 32 + lane) * 4 + word) * 2 + half) * tiles + tile % tiles
 
+def _key_positions(bits: int, dim: int) -> np.ndarray:
+    """Of the codes of keys, [64 tokens, dim]: tile (row / 16, 16 channels = half k / 4 of chunk), lane (row % 8, c),
+    word (k half k / 2 % 2, row half)."""
     t, channel = np.meshgrid(_rows(), np.arange(dim), indexing="ij")  # t is a row
     chunk, c, k = channel // 32, channel % 32 // 8, channel % 8
-    # Keys: tile (row / 16, 16 channels = half k / 4 of chunk), lane (row % 8, c), word (k half k / 2 % 2, row half)
-    keys = position((2 * chunk + k // 4) * 4 + t // 16, t % 8 * 4 + c, k // 2 % 2 * 2 + t // 8 % 2, k % 2)
-    # Values: tile (row / 16, channel tile), whose rows are channels 8 (row / 2 % 4) + 4 (tile % 2) + 2 (row / 8) +
-    # row % 2 of the chunk
+    lane, word = t % 8 * 4 + c, k // 2 % 2 * 2 + t // 8 % 2
+    return _code_position(bits, (2 * chunk + k // 4) * 4 + t // 16, lane, word, k % 2)
+
+
+def _value_positions(bits: int, dim: int) -> np.ndarray:
+    """Of the codes of values, [64 tokens, dim]: tile (row / 16, channel tile), whose rows are channels 8 (row / 2 % 4)
+    + 4 (tile % 2) + 2 (row / 8) + row % 2 of the chunk."""
+    t, channel = np.meshgrid(_rows(), np.arange(dim), indexing="ij")
+    chunk, c, k = channel // 32, channel % 32 // 8, channel % 8
     row = 8 * (k // 2 % 2) + 2 * c + k % 2
     tile, lane = t // 16 * (dim // 16) + 2 * chunk + k // 4, row % 8 * 4 + t % 8 // 2
-    return keys, position(tile, lane, t // 8 % 2 * 2 + row // 8, t % 2)
+    return _code_position(bits, tile, lane, t // 8 % 2 * 2 + row // 8, t % 2)
