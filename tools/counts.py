@@ -28,7 +28,7 @@ FLOORS = (
     ("ops",),
     ("cache", "weights", "decoding"),
     ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
-    ("oscar", "error_feedback", "hadamard", "rope"),
+    ("oscar", "causal_attention", "error_feedback", "hadamard", "rope"),
     ("storage",),
     ("errors", "checks", "tables", "machine", "version"),
 )
@@ -50,9 +50,9 @@ def counts() -> list[Count]:
     kernels = [path for path in (PACKAGE / "kernels").rglob("*") if path.suffix in (".cu", ".cuh")]
     general = [path for path in kernels if path.parent.name != "sm90"]
     return [
-        Count("lines of the reading path", total(reading), f"{len(reading)} files", 5440, 3800),
+        Count("lines of the reading path", total(reading), f"{len(reading)} files", 5480, 3800),
         Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 3300),
-        Count("lines of the package's Python", total(package), f"{len(package)} files", 11470),
+        Count("lines of the package's Python", total(package), f"{len(package)} files", 11550),
         Count("longest file of the package", *longest(package), 400),
         Count("longest function of the package", *worst(package, length), 60),
         Count("most parameters in the package", *worst(package, parameters), 8),
