@@ -1,6 +1,7 @@
 """The KV cache: what one layer keeps of a token, and the rows of a batch; allocated once, nothing grows.
 
-A sequence of length L keeps its first L - L % WINDOW tokens packed and the newest L % WINDOW in BF16. What the
+A row of L tokens keeps its first P(L) tokens packed (`Scheme.packed_tokens`) and the others in BF16, token t in slot
+t % ring of its window. Only between a cut and the pass that feeds the rest again may more be packed. What the
 arithmetic of a block is stands in oscar.py. These classes are array code and run on NumPy and CuPy; ops/paged.py has
 the ones that kernels fill.
 """
@@ -15,13 +16,14 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+from .causal_attention import QUERIES, causal_attention
 from .config import Config
-from .oscar import WINDOW, Scheme
+from .oscar import Scheme
 
 Array = Any
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> (shape, dtype)
 BF16 = np.dtype(ml_dtypes.bfloat16)
-QUERIES = 256  # queries of one sequence whose scores are in memory at once
+WINDOW_ARRAYS = "window_keys", "window_values"
 
 
 class Backend(Protocol):
@@ -47,11 +49,13 @@ class NewTokens(NamedTuple):
 class Batch:
     """The new tokens of one forward pass, sequence after sequence, without padding.
 
-    slots[i] is the cache row of sequence i, starts[i] its length before this pass, counts[i] its new tokens.
+    slots[i] is the cache row of sequence i, starts[i] its length before this pass and packed[i] its packed tokens,
+    counts[i] its new tokens.
     """
 
     slots: tuple[int, ...]
     starts: tuple[int, ...]
+    packed: tuple[int, ...]
     counts: tuple[int, ...]
 
     @property
@@ -79,8 +83,7 @@ class Batch:
 
 
 class LayerCache:
-    """One layer's keys and values of every row. arrays: those that `layout` names, on the back end of `ops`. index: of
-    the layer."""
+    """One layer's keys and values of every row. arrays: those that `layout` names, on the back end of `ops`."""
 
     def __init__(self, arrays: dict[str, Array], scheme: Scheme, ops: Backend, index: int = 0):
         self.arrays, self.scheme, self.ops, self.xp, self.index = arrays, scheme, ops, ops.xp, index
@@ -95,18 +98,18 @@ class LayerCache:
         raise NotImplementedError
 
     @classmethod
-    def row_layout(cls, config: Config, scheme: Scheme, length: int) -> Layout:
-        """What one layer of a row of `length` tokens holds: what a saved cache consists of, on every back end. Nothing
-        empty is in it."""
+    def row_layout(cls, config: Config, scheme: Scheme, length: int, packed: int) -> Layout:
+        """What one layer of a row of `length` tokens, `packed` of them packed, holds: what a saved cache consists of.
+        On every back end the same; nothing empty is in it."""
         raise NotImplementedError
 
     def append(self, new: NewTokens, batch: Batch) -> None:
         """Writes new tokens after those of their rows. Everything passes through BF16 first."""
         raise NotImplementedError
 
-    def past(self, slot: int, length: int, room: int = 0) -> tuple[Array, Array]:
-        """What attention takes the first `length` tokens of a row to be: keys, values, float32 [kv_heads, length +
-        room, d].
+    def past(self, slot: int, length: int, packed: int, room: int = 0) -> tuple[Array, Array]:
+        """What attention takes the first `length` tokens of a row, `packed` of them packed, to be: keys, values,
+        float32 [kv_heads, length + room, d].
 
         The last `room` tokens are left for the caller to fill.
         """
@@ -119,8 +122,8 @@ class LayerCache:
         """
         xp = self.xp
         out, scale = xp.empty(q.shape, q.dtype), xp.float32(1 / math.sqrt(q.shape[-1]))
-        for slot, start, span in batch.spans():
-            keys, values = self.past(slot, start, room=span.stop - span.start)
+        for (slot, start, span), packed in zip(batch.spans(), batch.packed, strict=True):
+            keys, values = self.past(slot, start, packed, room=span.stop - span.start)
             for past, x in ((keys, new.k), (values, new.v)):
                 past[:, start:] = x[span].astype(xp.float32).swapaxes(0, 1)
             for first in range(span.start, span.stop, QUERIES):
@@ -134,13 +137,12 @@ class LayerCache:
         """The first `length` tokens of a row as the cache has them, in the form of `row_layout`: copies on the host."""
         return {
             name: np.array(self.ops.numpy(self.arrays[name][(slot, *map(slice, shape))]), order="C")
-            for name, (shape, _) in self.row_layout(config, self.scheme, length).items()
+            for name, (shape, _) in row_layout(config, self.scheme, length).items()
         }
 
-    def import_row(self, slot: int, row: dict[str, np.ndarray]) -> None:
-        """The inverse of `export_row`, bit for bit, into a row of any capacity that holds so many tokens."""
-        for name, array in row.items():
-            # norms lack room in a last partial block
+    def import_row(self, slot: int, row: dict[str, np.ndarray], packed: int) -> None:
+        """The inverse of `export_row`, bit for bit, into a row that has room for it. packed: its packed tokens."""
+        for name, array in row.items():  # norms may lack room for the last ones
             fitting = tuple(map(slice, map(min, array.shape, self.arrays[name].shape[1:])))
             self.arrays[name][(slot, *fitting)] = self.xp.asarray(array[fitting])
 
@@ -157,7 +159,7 @@ class PlainCache(LayerCache):
         return dict.fromkeys(("keys", "values"), ((batch, config.num_kv_heads, context, config.head_dim), BF16))
 
     @classmethod
-    def row_layout(cls, config: Config, scheme: Scheme, length: int) -> Layout:
+    def row_layout(cls, config: Config, scheme: Scheme, length: int, packed: int) -> Layout:
         return {name: (shape[1:], dtype) for name, (shape, dtype) in cls.layout(config, scheme, 1, length).items()}
 
     def append(self, new: NewTokens, batch: Batch) -> None:
@@ -165,7 +167,7 @@ class PlainCache(LayerCache):
             for name, x in (("keys", new.k), ("values", new.v)):
                 self[name][slot, :, start : start + span.stop - span.start] = x[span].astype(BF16).swapaxes(0, 1)
 
-    def past(self, slot: int, length: int, room: int = 0) -> tuple[Array, Array]:
+    def past(self, slot: int, length: int, packed: int, room: int = 0) -> tuple[Array, Array]:
         past = []
         for name in ("keys", "values"):
             _, heads, _, dim = self[name].shape
@@ -180,56 +182,53 @@ class PackedCache(LayerCache):
 
     @classmethod
     def layout(cls, config: Config, scheme: Scheme, batch: int, context: int) -> Layout:
-        heads, dim = config.num_kv_heads, config.head_dim
-        tokens = context // WINDOW * WINDOW  # a partial block at the end of the context never leaves the window
+        heads, dim, tokens = config.num_kv_heads, config.head_dim, scheme.packed_tokens(context)
         arrays: dict[str, tuple[tuple[int, ...], Any]] = {
             name: ((batch, heads, *shape), dtype) for name, (shape, dtype) in scheme.packed_layout(tokens, dim).items()
         }
-        arrays |= dict.fromkeys(("window_keys", "window_values"), ((batch, heads, WINDOW, dim), BF16))
-        if scheme.scale:
-            arrays["norms"] = (batch, tokens), np.float32
+        arrays |= dict.fromkeys(WINDOW_ARRAYS, ((batch, heads, scheme.ring, dim), BF16))
+        if scheme.scale:  # of tokens that a longer context packs, too: the row can go on there
+            arrays["norms"] = (batch, context // scheme.flush * scheme.flush), np.float32
         if scheme.sinks:
             arrays |= dict.fromkeys(("sink_keys", "sink_values"), ((batch, heads, scheme.sinks, dim), BF16))
         return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
 
     @classmethod
-    def row_layout(cls, config: Config, scheme: Scheme, length: int) -> Layout:
-        packed = length - length % WINDOW
+    def row_layout(cls, config: Config, scheme: Scheme, length: int, packed: int) -> Layout:
         layout = {}
-        for name, (shape, dtype) in PackedCache.layout(config, scheme, 1, packed or WINDOW).items():
+        for name, (shape, dtype) in PackedCache.layout(config, scheme, 1, packed + scheme.keep).items():
             shape = shape[1:]  # [kv_heads, tokens or groups, ...]; norms are [tokens]
             if name == "norms":
-                capacity = min(-(-length // WINDOW) * WINDOW, config.max_context) // WINDOW * WINDOW
-                shape = (min(length, capacity),)
-            elif name in ("window_keys", "window_values"):
+                shape = (min(length, config.max_context // scheme.flush * scheme.flush),)
+            elif name in WINDOW_ARRAYS:
                 shape = shape[0], length - packed, *shape[2:]
-            elif not packed:
-                continue
+            elif name.startswith("sink"):
+                shape = shape[0], min(packed, scheme.sinks), *shape[2:]
             if math.prod(shape):
                 layout[name] = shape, dtype
         return layout
 
     def append(self, new: NewTokens, batch: Batch) -> None:
-        """Into the window, and every full block of WINDOW tokens from there into packed form."""
-        for slot, start, span in batch.spans():
-            # [heads, n, d]
-            rows = {"keys": new.k[span].astype(BF16).swapaxes(0, 1), "values": new.v[span].astype(BF16).swapaxes(0, 1)}
-            count, in_window = span.stop - span.start, start % WINDOW
-            if new.norms is not None:
-                # a last partial block has no room, nor needs it
-                fitting = max(min(count, self["norms"].shape[1] - start), 0)
+        """Packs what is to be packed of the window and the new tokens; the rest of these goes into the window."""
+        for (slot, start, span), packed in zip(batch.spans(), batch.packed, strict=True):
+            rows = [x[span].astype(BF16).swapaxes(0, 1) for x in (new.k, new.v)]  # [heads, n, d]
+            end = start + span.stop - span.start
+            if new.norms is not None:  # the context's last tokens have no room, nor need it
+                fitting = max(min(end, self["norms"].shape[1]) - start, 0)
                 self["norms"][slot, start : start + fitting] = new.norms[span][:fitting]
-            full, left = divmod(in_window + count, WINDOW)
-            if full:
-                blocks = {
-                    name: self.xp.concatenate([self[f"window_{name}"][slot, :, :in_window], x], axis=1)
-                    for name, x in rows.items()
-                }
-                packed = (block[:, : full * WINDOW] for block in blocks.values())
-                self.pack(slot, start - in_window, *packed, new.feedback)
-                rows, in_window = {name: block[:, full * WINDOW :] for name, block in blocks.items()}, 0
-            for name, x in rows.items():
-                self[f"window_{name}"][slot, :, in_window:left] = x
+            flushed = max(packed, self.scheme.packed_tokens(end))
+            if flushed > packed:
+                old = [self[name][slot][:, self.slots(packed, min(start, flushed))] for name in WINDOW_ARRAYS]
+                new_rows = [x[:, : max(flushed - start, 0)] for x in rows]
+                blocks = (self.xp.concatenate(both, axis=1) for both in zip(old, new_rows, strict=True))
+                self.pack(slot, packed, *blocks, new.feedback)
+            first = max(start, flushed)
+            for name, x in zip(WINDOW_ARRAYS, rows, strict=True):
+                self[name][slot][:, self.slots(first, end)] = x[:, first - start :]
+
+    def slots(self, first: int, end: int) -> Array:
+        """Where the window has tokens first ... end - 1."""
+        return self.xp.arange(first, end) % self.scheme.ring
 
     def pack(self, slot: int, first: int, keys: Array, values: Array, feedback: Array | None = None) -> None:
         """Quantizes whole blocks, BF16 [kv_heads, n, d], as tokens first ... first + n - 1; copies a row's sinks."""
@@ -242,20 +241,21 @@ class PackedCache(LayerCache):
 
     def copy_sinks(self, slot: int, first: int, keys: Array, values: Array) -> None:
         """The first tokens of a row stay in BF16 beside the cache; their packed slots are not read."""
-        if self.scheme.sinks and first == 0:
+        end = min(self.scheme.sinks, first + keys.shape[1])
+        if first < end:
             for name, x in (("sink_keys", keys), ("sink_values", values)):
-                self[name][slot] = x[:, : self.scheme.sinks]
+                self[name][slot, :, first:end] = x[:, : end - first]
 
-    def past(self, slot: int, length: int, room: int = 0) -> tuple[Array, Array]:
-        packed, past = length - length % WINDOW, []
+    def past(self, slot: int, length: int, packed: int, room: int = 0) -> tuple[Array, Array]:
+        past, sinks = [], min(self.scheme.sinks, packed)
         unpacked = self.packed(slot, packed) if packed else (None, None)
         for kind, old in zip(("keys", "values"), unpacked, strict=True):
-            window = self[f"window_{kind}"][slot, :, : length - packed]
+            window = self[f"window_{kind}"][slot][:, self.slots(packed, length)]
             x = self.xp.empty((window.shape[0], length + room, window.shape[2]), self.xp.float32)
             if packed:
                 x[:, :packed] = old
-                if self.scheme.sinks:
-                    x[:, : self.scheme.sinks] = widen(self[f"sink_{kind}"][slot])
+                if sinks:
+                    x[:, :sinks] = widen(self[f"sink_{kind}"][slot, :, :sinks])
             x[:, packed:length] = widen(window)
             past.append(x)
         return past[0], past[1]
@@ -267,23 +267,17 @@ class PackedCache(LayerCache):
         row = {name: self[name][slot, :, : shape[0]] for name, (shape, _) in scheme.packed_layout(tokens, dim).items()}
         return scheme.unpack(row, self["norms"][slot, :tokens] if scheme.scale else None, xp)
 
+    def export_row(self, slot: int, length: int, config: Config) -> dict[str, np.ndarray]:
+        """The window in the order of its tokens."""
+        row = {name: array[slot : slot + 1] for name, array in self.arrays.items()}
+        slots = self.slots(self.scheme.packed_tokens(length), length)
+        row |= {name: row[name][:, :, slots] for name in WINDOW_ARRAYS}
+        return super(PackedCache, PackedCache(row, self.scheme, self.ops)).export_row(0, length, config)
 
-def causal_attention(q: Array, keys: Array, values: Array, xp: Any) -> Array:
-    """The last queries of a sequence over all its tokens: q [n, q_heads, d], already times 1 / sqrt(d); keys, values
-    [kv_heads, seen, d].
-
-    float32 [n, q_heads, d]. Query i of n sees the first seen - n + i + 1 tokens.
-    """
-    (n, q_heads, dim), (kv_heads, seen, _) = q.shape, keys.shape
-    x = q.reshape(n, kv_heads, -1, dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dim)  # [kv_heads, group * n, d]
-    scores = (x @ keys.swapaxes(1, 2)).reshape(kv_heads, -1, n, seen)
-    if n > 1:
-        scores[..., seen - n :] += xp.triu(xp.full((n, n), -xp.inf, xp.float32), 1)
-    scores -= scores.max(axis=-1, keepdims=True)
-    xp.exp(scores, out=scores)
-    total = scores.sum(axis=-1, keepdims=True)
-    y = (scores.reshape(kv_heads, -1, seen) @ values).reshape(kv_heads, -1, n, dim) / total
-    return y.transpose(2, 0, 1, 3).reshape(n, q_heads, dim)
+    def import_row(self, slot: int, row: dict[str, np.ndarray], packed: int) -> None:
+        for name in row.keys() & set(WINDOW_ARRAYS):
+            self[name][slot][:, self.slots(packed, packed + row[name].shape[1])] = self.xp.asarray(row[name])
+        super().import_row(slot, {name: row[name] for name in row.keys() - set(WINDOW_ARRAYS)}, packed)
 
 
 def widen(x: Array) -> Array:
@@ -299,12 +293,13 @@ class Cache:
     """Keys and values of `batch` sequences of at most `context` tokens, in the given scheme.
 
     layers[i] is layer i's cache; its arrays are slices of `arrays`, which have one more axis in front: what is done for
-    all layers at once takes those. lengths[b] counts the tokens of row b (host, int64).
+    all layers at once takes those. lengths[b] counts the tokens of row b; cuts[b] of them are packed at least, which
+    are more than P(lengths[b]) until a row that was cut is fed again (host, int64).
     """
 
     def __init__(self, config: Config, scheme: Scheme, batch: int, context: int, ops: Backend):
         self.config, self.scheme, self.context, self.ops = config, scheme, context, ops
-        self.lengths = np.zeros(batch, np.int64)
+        self.lengths, self.cuts = np.zeros((2, batch), np.int64)
         kind = ops.cache_type(config, scheme)
         shapes = kind.layout(config, scheme, batch, context)
         self.arrays = {
@@ -320,11 +315,15 @@ class Cache:
     def batch_for(self, slots: Iterable[int], counts: Iterable[int]) -> Batch:
         """Room for counts[i] new tokens in row slots[i]. Raises ValueError if a row would grow past the context."""
         slots, counts = tuple(slots), tuple(counts)
-        starts = tuple(int(self.lengths[s]) for s in slots)
+        starts, packed = tuple(int(self.lengths[s]) for s in slots), tuple(map(self.packed_tokens, slots))
         for slot, start, count in zip(slots, starts, counts, strict=True):
             if count < 1 or start + count > self.context:
                 raise ValueError(f"row {slot} holds {start} of {self.context} tokens; {count} more do not fit")
-        return Batch(slots, starts, counts)
+        return Batch(slots, starts, packed, counts)
+
+    def packed_tokens(self, slot: int) -> int:
+        """How many tokens of a row are packed."""
+        return max(self.scheme.packed_tokens(int(self.lengths[slot])), int(self.cuts[slot]))
 
     def advance(self, batch: Batch) -> None:
         """The new tokens of `batch` are now part of their rows."""
@@ -332,39 +331,53 @@ class Cache:
             self.lengths[slot] = start + count
 
     def rollback(self, batch: Batch) -> None:
-        """After a pass that ended midway: some layers have its tokens, others not, and windows may be overwritten."""
-        for slot, start in zip(batch.slots, batch.starts, strict=True):
-            self.lengths[slot] = start - start % WINDOW if self.scheme.quantized else start
+        """After a pass that ended midway: some layers have its tokens, others not."""
+        for slot, start, count in zip(batch.slots, batch.starts, batch.counts, strict=True):
+            self.restore(slot, start, count)
+
+    def restore(self, slot: int, start: int, count: int) -> None:
+        """A row of `start` tokens after up to `count` more were written: without its window if these overwrote it."""
+        self.lengths[slot] = start
+        packed = self.packed_tokens(slot)
+        if self.scheme.quantized and start + count > packed + self.scheme.ring:
+            self.lengths[slot] = self.cuts[slot] = packed
 
     def truncate(self, slot: int, length: int) -> int:
-        """Forgets the tokens of a row from `length` on; returns how many are left (`left_after_cut`). The caller feeds
-        the rest again."""
-        self.lengths[slot] = left_after_cut(self.scheme, int(self.lengths[slot]), length)
+        """Forgets the tokens of a row from `length` on; returns how many are left (`Scheme.left_after_cut`). The caller
+        feeds the rest again, up to `length` at least, before the row is stepped or exported."""
+        length, packed = min(length, int(self.lengths[slot])), self.packed_tokens(slot)
+        self.lengths[slot] = self.scheme.left_after_cut(packed, length)
+        self.cuts[slot] = self.scheme.packed_tokens(length)
         return int(self.lengths[slot])
 
+    def check_whole(self, slot: int) -> None:
+        """Raises ValueError for a row whose tokens up to where it was cut were not fed again."""
+        if self.cuts[slot] > self.scheme.packed_tokens(int(self.lengths[slot])):
+            raise ValueError(f"row {slot} was cut to {self.lengths[slot]} tokens; feed those that followed first")
+
     def export_row(self, slot: int) -> list[dict[str, np.ndarray]]:
-        """Each layer's part of a row, on the host (`LayerCache.export_row`)."""
+        """Each layer's part of a row, on the host (`LayerCache.export_row`). Raises ValueError as `check_whole`."""
+        self.check_whole(slot)
         return [layer_cache.export_row(slot, int(self.lengths[slot]), self.config) for layer_cache in self.layers]
 
-    def import_row(self, slot: int, rows: Iterable[dict[str, np.ndarray]], length: int) -> None:
-        """The first `length` tokens of what `export_row` gave for a row that is as long or longer and can be cut
-        there."""
-        shapes = row_layout(self.config, self.scheme, length)
+    def import_row(self, slot: int, rows: Iterable[dict[str, np.ndarray]], tokens: int, length: int) -> None:
+        """What `export_row` gave for a row of `tokens`, cut to `length` as by `truncate`."""
+        self.lengths[slot], self.cuts[slot] = tokens, 0
+        self.truncate(slot, length)
+        shapes = row_layout(self.config, self.scheme, int(self.lengths[slot]), int(self.cuts[slot]))
         for layer_cache, row in zip(self.layers, rows, strict=True):
-            layer_cache.import_row(
-                slot, {name: row[name][tuple(map(slice, shape))] for name, (shape, _) in shapes.items()}
-            )
-        self.lengths[slot] = length
+            parts = {name: row[name][tuple(map(slice, shape))] for name, (shape, _) in shapes.items()}
+            layer_cache.import_row(slot, parts, int(self.cuts[slot]))
 
     def copy(self, source: int, target: int) -> None:
         """Row `target` becomes what row `source` is."""
         for layer_cache in self.layers:
             layer_cache.copy_row(source, target)
-        self.lengths[target] = self.lengths[source]
+        self.lengths[target], self.cuts[target] = self.lengths[source], self.cuts[source]
 
     def reset(self, slot: int) -> None:
         """Row `slot` is empty again. What its arrays hold is never read: every read is bounded by the length."""
-        self.lengths[slot] = 0
+        self.lengths[slot] = self.cuts[slot] = 0
 
     def __iter__(self) -> Iterator[LayerCache]:
         return iter(self.layers)
@@ -375,24 +388,13 @@ def array_cache(scheme: Scheme) -> type[LayerCache]:
     return PackedCache if scheme.quantized else PlainCache
 
 
-def row_layout(config: Config, scheme: Scheme, length: int) -> Layout:
-    """What one layer of a row of `length` tokens holds, whatever the back end."""
-    return array_cache(scheme).row_layout(config, scheme, length)
+def row_layout(config: Config, scheme: Scheme, length: int, packed: int | None = None) -> Layout:
+    """What one layer of a row of `length` tokens holds, whatever the back end. packed: None: P(length) of them are."""
+    packed = scheme.packed_tokens(length) if packed is None else packed
+    return array_cache(scheme).row_layout(config, scheme, length, packed)
 
 
 def cache_bytes(config: Config, scheme: Scheme, batch: int, context: int) -> int:
     """Bytes of a whole cache, before it is made; equal to the `nbytes` that it will have."""
     arrays = array_cache(scheme).layout(config, scheme, batch, context).values()
     return config.num_layers * sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
-
-
-def left_after_cut(scheme: Scheme, tokens: int, length: int) -> int:
-    """How many tokens of a row of `tokens` are left when it is cut to `length`.
-
-    The window can be cut anywhere. A packed block cannot be taken apart, so a cut within one keeps the blocks before
-    it: up to WINDOW - 1 tokens fewer than asked for.
-    """
-    if length >= tokens:
-        return tokens
-    inside = not scheme.quantized or length >= tokens - tokens % WINDOW
-    return length if inside else length - length % WINDOW

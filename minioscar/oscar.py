@@ -1,8 +1,8 @@
 """OScaR in a page of NumPy: the specification that every kernel is tested against (arXiv 2605.19660).
 
-Keys and values of one layer are `[kv_heads, tokens, head_dim]`, keys after RoPE (and QK-norm). A block of `WINDOW`
-tokens is quantized at once, in three steps: rotate keys by a Hadamard matrix (hadamard.py), divide each token by its
-norm, round groups of numbers to a few bits. Every function takes float32 (NumPy or CuPy arrays alike) and is the
+Keys and values of one layer are `[kv_heads, tokens, head_dim]`, keys after RoPE (and QK-norm). A block of tokens is
+quantized at once, in three steps: rotate keys by a Hadamard matrix (hadamard.py), divide each token by its norm, round
+groups of numbers to a few bits. Every function takes float32 (NumPy or CuPy arrays alike) and is the
 textbook formula. Read down to `Scheme`, which says which steps are taken and puts a block together. Beside the page:
 error_feedback.py is another way to round keys, evaluation/baselines.py has other published quantizers.
 """
@@ -21,7 +21,7 @@ from .hadamard import hadamard
 
 Array = Any  # numpy.ndarray or cupy.ndarray: the code below runs on either
 
-WINDOW = 128  # R: the newest tokens stay in BF16 until there are this many, then all of them are quantized at once
+WINDOW = 128  # R: the paper's newest tokens stay in BF16 until there are this many, then all are quantized at once
 
 
 # --- 1. canalized rotation
@@ -161,6 +161,8 @@ class Scheme:
     quantization), "channel" = `group` channels of one token.  symmetric_values: step only, no minimum.
     shrink: the range is narrowed to this fraction about its middle.  sinks: first tokens kept in BF16.
     shaped: rounding errors of keys are fed back, so that they avoid what queries look at (`shaped_codes`).
+    flush, keep: whenever the number of tokens is a multiple of `flush`, the oldest `flush` tokens of the BF16 window
+    are packed, if it has `keep` more than these. The paper's window is emptied: keep = 0.
     A subclass may keep a block in another way: it says so in `packed_layout`, `pack` and `unpack`
     (evaluation/baselines.py). calibrated: its rotations come out of `prepare`.
     """
@@ -178,6 +180,38 @@ class Scheme:
     shrink: float = 1.0
     sinks: int = 0
     shaped: bool = False
+    flush: int = WINDOW
+    keep: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a window whose packed tokens are no whole blocks."""
+        for of, parts in (WINDOW, self.flush), (self.flush, self.block), (self.keep, self.flush):
+            if parts < 1 or of < 0 or of % parts:
+                window = f"a window that packs {self.flush} tokens and keeps {self.keep}"
+                raise ValueError(f"{self.name}: {window}: {of} is not a multiple of {parts}")
+
+    @property
+    def block(self) -> int:
+        """Tokens that are quantized together: `pack` takes a multiple of them."""
+        return self.group if self.key_axis == "token" else 1
+
+    @property
+    def ring(self) -> int:
+        """Slots of the BF16 window: token t is in slot t % ring."""
+        return self.flush + self.keep
+
+    def packed_tokens(self, length: int) -> int:
+        """How many of a row's first `length` tokens are packed; the others are in the window."""
+        return max(length - length % self.flush - self.keep, 0) if self.quantized else 0
+
+    def left_after_cut(self, packed: int, length: int) -> int:
+        """How many tokens of a row with `packed` packed ones are left when it is cut to `length`, of as many or more.
+
+        All, if the window has those after the first P(length). Else the P(length) packed ones, so that the caller feeds
+        up to flush + keep - 1 tokens again: then the row is as if it had never been longer.
+        """
+        whole = self.packed_tokens(length)
+        return length if packed == whole else whole
 
     def prepare(self, weights: Any, config: Any, ops: Any) -> Any:
         """Weights with what a calibrated scheme wants to know of the model, from those that hold H where it rotates."""

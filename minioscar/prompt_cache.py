@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .cache import Cache, left_after_cut, row_layout
+from .cache import Cache, row_layout
 from .chat_template import Message, flat, malformed
 from .checks import as_path
 from .config import Config
 from .errors import Failure, UserError, one_line, shown
-from .oscar import SCHEMES, WINDOW, Scheme
+from .oscar import SCHEMES, Scheme
 from .storage import strict_json as json
 from .storage.files import check_seekable, reason, replacing
 
@@ -105,7 +105,7 @@ class PromptCache:
     def fill(self, cache: Cache, slot: int, tokens: int) -> None:
         """Puts the first `tokens` tokens, or what can be had of them, into an empty row of a cache of the same
         model."""
-        cache.import_row(slot, self.rows, left_after_cut(cache.scheme, len(self), tokens))
+        cache.import_row(slot, self.rows, len(self), min(tokens, len(self)))
 
     # --- files
 
@@ -169,7 +169,9 @@ def continued(messages: Sequence[Message], text: str) -> list[Message]:
 
 def binding(config: Config, scheme: Scheme) -> dict[str, str]:
     """What a file must agree with, but for the weights."""
-    made_with = {"config": asdict(config), "scheme": asdict(scheme) | {"window": WINDOW}}
+    fields = asdict(scheme)
+    fields["window"] = fields.pop("flush")  # its name in files
+    made_with = {"config": asdict(config), "scheme": fields}
     return {"format": FORMAT, "version": VERSION} | {what: json.dumps(fields) for what, fields in made_with.items()}
 
 

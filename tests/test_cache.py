@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,9 +13,10 @@ from minioscar.config import Config
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, WINDOW, Scheme
 
-from .tiny import CONFIG, key_feedback
+from .tiny import CONFIG, WINDOWS, key_feedback
 
-QUANTIZED = [name for name, scheme in SCHEMES.items() if type(scheme) is Scheme and scheme.quantized]
+ALL = SCHEMES | WINDOWS
+QUANTIZED = [name for name, scheme in ALL.items() if type(scheme) is Scheme and scheme.quantized]
 
 
 def config(**changes) -> Config:
@@ -35,16 +38,19 @@ def appended(scheme, keys, values, pieces, context=640):
     return cache, norms
 
 
-PIECES = [[640], [300, 340], [1] * 260, [127, 1, 1, 127, 384], [128, 128, 128], [500, 12, 12, 1], [5]]
+PIECES = [
+    [640], [300, 340], [1] * 260, [127, 1, 1, 127, 384], [128, 128, 128], [500, 12, 12, 1], [5], [31, 1, 1, 30, 1, 1],
+    [63, 64, 1, 63, 1, 1, 64, 1],
+]
 
 
 @pytest.mark.parametrize("pieces", PIECES, ids=lambda p: f"{len(p)}x{p[0]}")
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_packed_blocks_window_and_sinks_are_what_oscar_says(name, pieces, seed):
-    scheme, n = SCHEMES[name], sum(pieces)
+    scheme, n = ALL[name], sum(pieces)
     keys, values = np.random.default_rng(seed).standard_normal((2, n, 2, 64)).astype(np.float32)
     cache, norms = appended(scheme, keys, values, pieces)
-    layer, packed = cache.layers[0], n // WINDOW * WINDOW
+    layer, packed = cache.layers[0], max(n // scheme.flush * scheme.flush - scheme.keep, 0)
     stored = {"keys": keys.astype(BF16).swapaxes(0, 1), "values": values.astype(BF16).swapaxes(0, 1)}
     assert cache.lengths.tolist() == [0, n]
     along_tokens = scheme.key_axis == "token"
@@ -64,25 +70,29 @@ def test_packed_blocks_window_and_sinks_are_what_oscar_says(name, pieces, seed):
         if minimum is not None:
             np.testing.assert_array_equal(layer[f"{kind}_min"][1, :, :groups], minimum)
         if scheme.sinks:
-            np.testing.assert_array_equal(layer[f"sink_{kind}s"][1], whole[:, : scheme.sinks])
+            sinks = min(scheme.sinks, packed)
+            np.testing.assert_array_equal(layer[f"sink_{kind}s"][1, :, :sinks], whole[:, :sinks])
     if scheme.scale:
         np.testing.assert_array_equal(layer["norms"][1, :n], norms)
     for kind in ("keys", "values"):
-        np.testing.assert_array_equal(layer[f"window_{kind}"][1, :, : n - packed], stored[kind][:, packed:])
+        for token in range(packed, n):
+            slot = token % (scheme.flush + scheme.keep)
+            np.testing.assert_array_equal(layer[f"window_{kind}"][1, :, slot], stored[kind][:, token])
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_attention_reads_dequantized_blocks_sinks_and_window(name, seed):
-    scheme, n = SCHEMES[name], 300
+    scheme, n = ALL[name], 300
     keys, values = np.random.default_rng(seed).standard_normal((2, n, 2, 64)).astype(np.float32)
     cache, norms = appended(scheme, keys, values, [n])
-    got_keys, got_values = cache.layers[0].past(1, n)
+    end = scheme.packed_tokens(n)
+    got_keys, got_values = cache.layers[0].past(1, n, scheme.packed_tokens(n))
     want = {
         "keys": keys.astype(BF16).astype(np.float32).swapaxes(0, 1),
         "values": values.astype(BF16).astype(np.float32).swapaxes(0, 1)
     }
     exact = {**want}
-    packed = slice(0, 256)
+    packed = slice(0, end)
     want = {kind: x.copy() for kind, x in want.items()}
     codes = oscar.quantize_keys(want["keys"][:, packed], norms[packed], scheme, feedback=key_feedback(scheme, 2, 64))
     want["keys"][:, packed] = oscar.dequantize_keys(*codes, norms[packed], scheme)
@@ -91,8 +101,8 @@ def test_attention_reads_dequantized_blocks_sinks_and_window(name, seed):
     for kind, got in (("keys", got_keys), ("values", got_values)):
         want[kind][:, : scheme.sinks] = exact[kind][:, : scheme.sinks]
         np.testing.assert_array_equal(got, want[kind])
-        assert (got[:, 256:] == exact[kind][:, 256:]).all()
-        assert (got[:, scheme.sinks : 256] != exact[kind][:, scheme.sinks : 256]).any()
+        assert (got[:, end:] == exact[kind][:, end:]).all()
+        assert (got[:, scheme.sinks : end] != exact[kind][:, scheme.sinks : end]).any()
 
 
 @pytest.mark.parametrize("pieces", [[300], [100, 100, 100], [127, 1, 172]], ids=str)
@@ -106,7 +116,7 @@ def test_outlier_tokens_are_those_of_smallest_keys_and_come_back_exactly(pieces,
             keys[np.array(places) + WINDOW * block, head] *= 0.01
     keys = keys.astype(BF16).astype(np.float32)
     cache, _ = appended(scheme, keys, values, pieces)
-    got_keys, got_values = cache.layers[0].past(1, 300)
+    got_keys, got_values = cache.layers[0].past(1, 300, scheme.packed_tokens(300))
     for head, blocks in small.items():
         places = np.concatenate([np.array(places) + WINDOW * block for block, places in enumerate(blocks)])
         np.testing.assert_array_equal(got_keys[head, places], keys[places, head])
@@ -117,11 +127,12 @@ def test_outlier_tokens_are_those_of_smallest_keys_and_come_back_exactly(pieces,
         assert (got_values[head, others] != values[others, head]).any(axis=1).all()
 
 
-def test_window_of_128_is_flushed_after_the_step_that_fills_it(seed):
-    """The 128th token still attends to its whole block unquantized; the 129th sees the block quantized."""
-    scheme, ops, rng = SCHEMES["oscar"], Reference(), np.random.default_rng(seed)
-    keys, values = rng.standard_normal((2, 130, 2, 64)).astype(BF16).astype(np.float32)
-    for last in (127, 128):
+@pytest.mark.parametrize(("flush", "keep"), [(128, 0), (64, 64), (32, 96), (64, 128), (32, 0)])
+def test_tokens_are_packed_after_the_step_that_fills_the_window(flush, keep, seed):
+    """The token that fills it still attends to all of it unquantized; the next sees the oldest `flush` quantized."""
+    scheme, ops, rng = replace(SCHEMES["oscar"], flush=flush, keep=keep), Reference(), np.random.default_rng(seed)
+    keys, values = rng.standard_normal((2, 200, 2, 64)).astype(BF16).astype(np.float32)
+    for last in (flush + keep - 1, flush + keep):
         cache, _ = appended(scheme, keys[:last], values[:last], [last])
         q = rng.standard_normal((1, 4, 64)).astype(np.float32)
         new = NewTokens(keys[last : last + 1], values[last : last + 1], oscar.token_norms(keys[last : last + 1]))
@@ -130,15 +141,15 @@ def test_window_of_128_is_flushed_after_the_step_that_fills_it(seed):
         p = np.exp(scores - scores.max(-1, keepdims=True))
         exact = np.einsum("hgt,thd->hgd", p / p.sum(-1, keepdims=True), values[: last + 1]).reshape(4, 64)
         error = np.linalg.norm(got[0] - exact) / np.linalg.norm(exact)
-        assert error < 1e-5 if last == 127 else error > 1e-2
+        assert error < 1e-5 if last < flush + keep else error > 1e-2
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("batch", "context"), [(1, 64), (1, 128), (3, 1000), (2, 2048)])
 def test_nbytes_is_exact_and_known_before_allocation(name, batch, context):
-    cache = Cache(config(), SCHEMES[name], batch, context, Reference())
+    cache = Cache(config(), ALL[name], batch, context, Reference())
     allocated = sum(array.nbytes for layer in cache.layers for array in layer.arrays.values())
-    assert cache.nbytes == cache_bytes(config(), SCHEMES[name], batch, context) == allocated
+    assert cache.nbytes == cache_bytes(config(), ALL[name], batch, context) == allocated
 
 
 def test_oscar_takes_3_bits_an_element_and_a_norm():
@@ -148,14 +159,15 @@ def test_oscar_takes_3_bits_an_element_and_a_norm():
     assert slope == elements * 3 // 8 + 2048 * 4
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", ALL)
 def test_tokens_in_chunks_up_to_the_flush_are_tokens_one_by_one(name, seed):
     """What `eval` relies on. Keys and values are BF16 numbers here, so that only the order of float32 sums can
     differ."""
-    scheme, ops, rng = SCHEMES[name], Reference(), np.random.default_rng(seed)
+    scheme, ops, rng = ALL[name], Reference(), np.random.default_rng(seed)
     keys, values = rng.standard_normal((2, 330, 2, 64)).astype(BF16).astype(np.float32)
     q, norms, outputs = rng.standard_normal((330, 4, 64)).astype(np.float32), oscar.token_norms(keys), []
-    for pieces in ([150] + [1] * 180, [150, 106, 74]):
+    flushes = np.arange(150 // scheme.flush + 1, 330 // scheme.flush + 1) * scheme.flush
+    for pieces in ([150] + [1] * 180, np.diff([0, 150, *flushes, 330]).tolist()):
         cache, rows, at = Cache(config(num_hidden_layers=1), scheme, 1, 330, ops), [], 0
         for count in pieces:
             batch, span = cache.batch_for([0], [count]), slice(at, at + count)

@@ -102,11 +102,11 @@ def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed):
 
 def adopt(reference, cache: Cache, step: StepDecoder, slot: int) -> None:
     """Row `slot` of the step's cache, in place of the reference's."""
-    length = int(cache.lengths[slot])
+    length, packed = int(cache.lengths[slot]), cache.packed_tokens(slot)
     for theirs, mine in zip(step.cache.layers, cache.layers, strict=True):
-        before = mine.past(slot, length)
-        mine.import_row(slot, theirs.export_row(slot, length, reference.config))
-        for own, adopted in zip(before, mine.past(slot, length), strict=True):
+        before = mine.past(slot, length, packed)
+        mine.import_row(slot, theirs.export_row(slot, length, reference.config), packed)
+        for own, adopted in zip(before, mine.past(slot, length, packed), strict=True):
             assert length == 0 or relative(adopted, own) < 0.15
 
 

@@ -57,7 +57,7 @@ def test_a_row_goes_out_and_into_any_other_cache_bit_for_bit(folder, kv, length,
         shapes = row_layout(engine.config, engine.scheme, length)
         assert {name: (array.shape, array.dtype) for name, array in row.items()} == shapes
     other = Cache(engine.config, engine.scheme, 3, 700, engine.ops)
-    other.import_row(2, rows, length)
+    other.import_row(2, rows, length, length)
     for row, again in zip(rows, other.export_row(2), strict=True):
         assert all(np.array_equal(row[name], again[name]) for name in row)
     more = rng.integers(0, 320, 140)  # over the next block

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from minioscar.cache import cache_bytes, left_after_cut, row_layout
+from minioscar.cache import cache_bytes, row_layout
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.model import check_scheme
@@ -23,7 +23,7 @@ from minioscar.rope import Rope
 from minioscar.storage.checkpoint import INDEX, _files
 from minioscar.tokenizer import Tokenizer
 
-from .tiny import CONFIG, write_talker
+from .tiny import CONFIG, WINDOWS, write_talker
 
 examples = settings(
     max_examples=200, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -197,11 +197,13 @@ def test_a_row_of_any_length_is_counted_by_its_layout(kv, length, dim):
 
 
 @examples
-@given(kv=st.sampled_from(["bf16", "int2"]), held=st.integers(0, 1000), length=st.integers(0, 1000))
-def test_a_cut_keeps_all_that_it_can(kv, held, length):
-    left = left_after_cut(SCHEMES[kv], held, length)
-    assert 0 <= left <= min(held, length) and min(held, length) - left < WINDOW
-    assert left == min(held, length) or (kv == "int2" and left % WINDOW == 0 and length < held - held % WINDOW)
+@given(kv=st.sampled_from(["bf16", "oscar", *WINDOWS]), held=st.integers(0, 1000), part=st.floats(0, 1))
+def test_a_cut_keeps_all_that_it_can(kv, held, part):
+    """All, if the window begins where that of the shorter row would; else whole blocks, fewer than a window less."""
+    scheme, length = (SCHEMES | WINDOWS)[kv], round(held * part)
+    left = scheme.left_after_cut(scheme.packed_tokens(held), length)
+    assert 0 <= left <= length and length - left < (scheme.ring if scheme.quantized else 1)
+    assert left == length or (left % scheme.flush == 0 and length < held - held % scheme.flush)
 
 
 @examples

@@ -4,6 +4,7 @@ needed."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,21 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from minioscar import engine
 from minioscar.config import Config
 from minioscar.error_feedback import feedback_matrix
-from minioscar.oscar import Scheme
+from minioscar.oscar import SCHEMES, Scheme
 from minioscar.weights import expected
+
+# Schemes with other windows than the paper's.
+WINDOWS = {
+    scheme.name: scheme
+    for scheme in (
+        replace(SCHEMES["int2"], name="int2-64-64", flush=64, keep=64),
+        replace(SCHEMES["int2"], name="int2-128-128", flush=128, keep=128),
+        replace(SCHEMES["int2-compact"], name="compact-64-64", flush=64, keep=64),
+        replace(SCHEMES["oscar"], name="oscar-64-0", flush=64),
+        replace(SCHEMES["int2"], name="int2-32-96", flush=32, keep=96, sinks=64),  # sinks come with two flushes
+        replace(SCHEMES["int2-shaped"], name="shaped-64-128", flush=64, keep=128),
+    )
+}
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

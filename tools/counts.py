@@ -28,7 +28,7 @@ FLOORS = (
     ("ops",),
     ("cache", "weights", "decoding"),
     ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
-    ("oscar", "error_feedback", "hadamard", "rope"),
+    ("oscar", "causal_attention", "error_feedback", "hadamard", "rope"),
     ("storage",),
     ("errors", "checks", "tables", "machine", "version"),
 )

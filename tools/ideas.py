@@ -224,10 +224,10 @@ class LabCache(PackedCache):
         if not self.ops.correction or batch.starts[0] < oscar.WINDOW:
             return super().attend(q, new, batch)
         (slot, start, _), dim = batch.spans()[0], q.shape[-1]
-        keys, values = self.past(slot, start, room=len(q))
+        keys, values = self.past(slot, start, batch.packed[0], room=len(q))
         keys[:, start:], values[:, start:] = new.k.swapaxes(0, 1), new.v.swapaxes(0, 1)
         x = (q / np.float32(np.sqrt(dim))).reshape(len(q), len(keys), -1, dim).transpose(1, 2, 0, 3)
-        scores, packed = x @ keys[:, None].swapaxes(-1, -2), start - start % oscar.WINDOW
+        scores, packed = x @ keys[:, None].swapaxes(-1, -2), batch.packed[0]
         variance = self["variance"][slot, :, None, :packed].swapaxes(-1, -2)
         scores[..., :packed] -= self.ops.correction / 2 * ((x * x) @ variance)
         scores += np.triu(np.full(scores.shape[-2:], -np.inf, np.float32), 1 + start)

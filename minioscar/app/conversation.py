@@ -4,7 +4,7 @@ Every turn renders the whole history with the model's template and compares its 
 Usually the history goes on where the cache ends. Where it does not (a template that drops the thoughts of earlier
 answers, an answer whose text splits into other tokens than the model drew), the cache is cut where the two part:
 anywhere in the window of the newest tokens, else at the block before, whose tokens are then fed again
-(`cache.left_after_cut`).
+(`Scheme.left_after_cut`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .. import memory
 from ..arguments import context_of, options_of, variables_of
@@ -180,6 +182,9 @@ class Conversation:
         self._close()
         if self.cache is None or not self.held or not self.messages:
             raise UserError("there is no conversation yet to save")
+        rest = np.array(self.held[self.cache.truncate(0, len(self.held)) :])
+        if len(rest):  # after an answer that was broken off
+            self.engine.model.forward(rest, self.cache, self.cache.batch_for([0], [len(rest)]))
         PromptCache.of(self.engine, self.cache, self.held, messages=self.messages).save(path)
 
 

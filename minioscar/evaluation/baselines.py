@@ -35,6 +35,7 @@ class Ott(Scheme):
     """outliers: tokens of a block and kv head that are kept in BF16 beside it."""
 
     outliers: int = 3
+    block = WINDOW
 
     def bits_per_element(self, head_dim: int) -> float:
         return super().bits_per_element(head_dim) + self.outliers * (16 + 8 / (2 * head_dim)) / WINDOW
@@ -177,6 +178,7 @@ class Kvarn(Scheme):
     """
 
     rounds: int = 16
+    block = WINDOW
 
     def bits_per_element(self, head_dim: int) -> float:
         key = self.key_bits + 32 / WINDOW + 16 / head_dim

@@ -161,8 +161,8 @@ def through_cache(
     rotations: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What attention reads back of one layer's keys and values, [kv_heads, tokens, d], after they went through a
-    cache."""
-    ops, one = Reference(), replace(config, num_layers=1)
+    cache and all were packed."""
+    ops, one, scheme = Reference(), replace(config, num_layers=1), replace(scheme, keep=0)
     if rotations is None:
         d = config.head_dim
         rotations = np.stack([hadamard(d) if scheme.rotate else np.eye(d, dtype=np.float32)] * 2)
@@ -170,7 +170,7 @@ def through_cache(
     rotated = ((x @ rotation).swapaxes(0, 1) for x, rotation in zip((k, v), rotations, strict=True))
     new = NewTokens(*rotated, norms if scheme.scale else None, feedback if scheme.shaped else None)
     cache.layers[0].append(new, cache.batch_for([0], [k.shape[1]]))
-    back_k, back_v = cache.layers[0].past(0, k.shape[1])
+    back_k, back_v = cache.layers[0].past(0, *[k.shape[1]] * 2)
     return back_k @ rotations[0].swapaxes(-1, -2), back_v @ rotations[1].swapaxes(-1, -2)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from ..cache import Cache
 from ..engine import Engine
-from ..oscar import WINDOW
 
 Done = Callable[[int], object]  # told how many tokens went through the model since it was last called
 
@@ -18,9 +17,9 @@ def teacher_forced(
 ) -> Iterator[np.ndarray]:
     """Logits, in chunks, at positions prefill ... len(ids) - 2 of a decode that is fed the true tokens.
 
-    The window is flushed only when a block of WINDOW tokens is full, so all tokens up to the next flush can go through
-    the model at once and see exactly what they would see one by one: the packed blocks, the window, and each other
-    unquantized.
+    Tokens are packed only when their number is a multiple of the scheme's `flush`, so all tokens up to the next flush
+    can go through the model at once and see exactly what they would see one by one: the packed blocks, the window, and
+    each other unquantized.
     """
     cache = Cache(engine.config, engine.scheme, 1, len(ids) - 1, engine.ops)
     engine.model.forward(np.array(ids[:prefill]), cache, cache.batch_for([0], [prefill]))
@@ -40,8 +39,8 @@ def followed(
 
 
 def next_flush(cache: Cache) -> int:
-    """The length of row 0 at which its window is quantized next."""
-    return (int(cache.lengths[0]) // WINDOW + 1) * WINDOW
+    """The length of row 0 at which some of its window is quantized next."""
+    return (int(cache.lengths[0]) // cache.scheme.flush + 1) * cache.scheme.flush
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -44,6 +44,8 @@ def unsupported(scheme: Scheme, head_dim: int) -> str | None:
     """Why there are no kernels for this cache, or None."""
     if scheme.shaped or type(scheme) is not Scheme:
         return f"{scheme.name}: pack.cu does not know how to choose its codes"
+    if scheme.quantized and (scheme.flush, scheme.keep) != (WINDOW, 0):
+        return f"{scheme.name}: no kernel knows a window that packs {scheme.flush} tokens and keeps {scheme.keep}"
     if scheme.quantized and scheme.key_axis != "token":
         return f"{scheme.name}: key groups run along the channels of a token; the packed layout wants them along tokens"
     if head_dim not in HEAD_DIMS:

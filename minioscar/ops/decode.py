@@ -2,13 +2,15 @@
 
 Tokens, lengths and step numbers live on the device: a step reads the tokens that the step before has drawn, and the
 host queues the next step while this one runs and reads tokens a step behind. A step that was launched and not read has
-put one token more into the cache than `cache.lengths` says. Nothing is lost by that: older slots of the window are
-untouched, and the next slot, or the block that the token completed, is written again when the row goes on.
+put one token more into the cache than `cache.lengths` says. Nothing is lost by that: the window has a slot for it even
+when it is full, so the slots of older tokens are untouched; its own slot, and the block that was packed behind it, are
+written again when the row goes on. A second one (an interrupt while the host waits for the first) may overwrite the
+window's oldest token: then the row loses its window (`Cache.restore`).
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -149,6 +151,8 @@ class StepDecoder(Decoder):
     def launch(self, slots: Sequence[int]) -> None:
         slots = list(slots)
         if slots != self.active:
+            for slot in slots:
+                self.cache.check_whole(slot)
             lengths = np.full(len(self.cache.lengths), -1, np.int32)
             lengths[slots] = self.cache.lengths[slots] + len(self.running)
             self.queue.put(self.batch.lengths, lengths)
@@ -157,9 +161,10 @@ class StepDecoder(Decoder):
         self.running.append(slots)
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
-        slots = self.running.popleft()
+        slots = self.running[0]
         tokens = self.queue.tokens()[slots].astype(np.int64)
         self.cache.lengths[slots] += 1
+        self.running.popleft()
         if (tokens < 0).any():
             raise Failure(NOT_FINITE)
         self._add(slots, tokens)
@@ -167,6 +172,8 @@ class StepDecoder(Decoder):
 
     def drain(self) -> None:
         self.queue.drain()
+        for slot, unread in Counter(slot for slots in self.running for slot in slots).items():
+            self.cache.restore(slot, int(self.cache.lengths[slot]), unread)
         self.running.clear()
 
 

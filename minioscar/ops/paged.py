@@ -12,7 +12,7 @@ import numpy as np
 
 from ..cache import Batch, LayerCache, Layout, NewTokens, PackedCache, PlainCache
 from ..config import Config
-from ..oscar import WINDOW, Scheme
+from ..oscar import Scheme
 from . import attention, prefill
 from .attention import Heads, KeyOutputs, PrefillTokens, Rotation
 from .decode import StepBatch
@@ -103,7 +103,7 @@ class PagedCache(KernelCache, PackedCache):
 
     @classmethod
     def layout(cls, config: Config, scheme: Scheme, batch: int, context: int) -> Layout:
-        tokens = context // WINDOW * WINDOW
+        tokens = scheme.packed_tokens(context)
         packed = scheme.packed_layout(tokens, config.head_dim)
         others = {name: of for name, of in super().layout(config, scheme, batch, context).items() if name not in packed}
         pages = batch, config.num_kv_heads, tokens // PAGE_TOKENS, page_bytes(scheme, config.head_dim)
@@ -141,12 +141,12 @@ class PagedCache(KernelCache, PackedCache):
 
     def export_row(self, slot: int, length: int, config: Config) -> dict[str, np.ndarray]:
         row = {name: array[slot : slot + 1] for name, array in self.arrays.items()}
-        row |= {name: array[None] for name, array in self._packed_row(slot, length // WINDOW * WINDOW).items()}
+        row |= {name: array[None] for name, array in self._packed_row(slot, self.scheme.packed_tokens(length)).items()}
         return PackedCache(row, self.scheme, self.ops).export_row(0, length, config)
 
-    def import_row(self, slot: int, row: dict[str, np.ndarray]) -> None:
-        packed = {name: self.xp.asarray(array) for name, array in row.items() if name in NAMES}
-        if packed:
-            pages = to_pages(packed, self.scheme, self.xp)
+    def import_row(self, slot: int, row: dict[str, np.ndarray], packed: int) -> None:
+        arrays = {name: self.xp.asarray(array) for name, array in row.items() if name in NAMES}
+        if arrays:
+            pages = to_pages(arrays, self.scheme, self.xp)
             self["pages"][slot, :, : pages.shape[1]] = pages
-        super().import_row(slot, {name: array for name, array in row.items() if name not in NAMES})
+        super().import_row(slot, {name: array for name, array in row.items() if name not in NAMES}, packed)

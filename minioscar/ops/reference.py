@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import oscar
-from ..cache import BF16, QUERIES, Batch, Cache, LayerCache, NewTokens, array_cache
+from ..cache import BF16, Batch, Cache, LayerCache, NewTokens, array_cache
+from ..causal_attention import QUERIES
 from ..decoding import Decoder, Stepper
 from ..machine import host_bytes
 from ..oscar import Scheme
@@ -183,8 +184,8 @@ class Reference:
     def attention(self, q: Array, new: NewTokens, layer_cache: LayerCache, batch: Batch) -> Array:
         """Attention of new tokens over the cache and, unquantized, over each other; then appends them to the cache.
 
-        One new token is a decode step, many on an empty row are a prefill. A block of WINDOW tokens is quantized behind
-        the token that fills it, which still sees it as it was. q and the result are [tokens, q_heads, d].
+        One new token is a decode step, many on an empty row are a prefill. A block is quantized behind the token that
+        completes it, which still sees it as it was. q and the result are [tokens, q_heads, d].
         """
         y = layer_cache.attend(q, new, batch)
         layer_cache.append(new, batch)
