@@ -38,7 +38,7 @@ from pathlib import Path
 
 from benchmarks import cases, loading, memory, models, peers, presets, start
 from benchmarks.measure import ceilings
-from benchmarks.runs import Runs, parse_runs
+from benchmarks.runs import Runs, asked_schemes, parse_runs
 from benchmarks.table import line, table
 from minioscar.app import cli
 from minioscar.engine import Engine
@@ -68,7 +68,9 @@ def parser() -> cli.Parser:
     model.add_argument(
         "--random-weights", metavar="PRESET", help=f"instead of --model, a shape without files: {shapes}"
     )
-    found.add_argument("--kv", default="bf16,int2", help="schemes; prefill and start take the last (bf16,int2)")
+    found.add_argument(
+        "--kv", help="schemes; prefill and start take the last (bf16,int2). kernel: decode attention of these alone"
+    )
     found.add_argument(
         "--context",
         help="tokens in the cache, multiples of 128 (decode: 512,2048; else 4096; a CPU's throughput: 1024)",
@@ -122,12 +124,14 @@ def measured(
 
 def kernel_rows(args: argparse.Namespace, ops: Reference, limits: dict[str, float]) -> Rows:
     copy_rate = limits["copy_tb_s"] * 1e12
+    kvs = [scheme.name for scheme in asked_schemes(args.kv)] if args.kv else None
+    cases.check_kernels(kvs or ())
     if ops.name == "cuda":
         from benchmarks import dense, kernels
 
-        headlines, swept = cases.cases(args.quick), cases.sweep(args.quick)
+        headlines, swept = cases.cases(args.quick, kvs), cases.sweep(args.quick, kvs)
     else:
-        headlines, swept = cases.small_cases(args.quick), cases.small_sweep(args.quick)
+        headlines, swept = cases.small_cases(args.quick, kvs), cases.small_sweep(args.quick, kvs)
 
     def measure(wanted: list[cases.Case]) -> Iterator[dict]:
         if ops.name == "cuda":
@@ -138,8 +142,9 @@ def kernel_rows(args: argparse.Namespace, ops: Reference, limits: dict[str, floa
         yield "skipped" if "skipped" in row else "kernel", row
     if ops.name == "cuda":
         if not args.quick:  # what is too large has been skipped above
-            rows = kernels.measure(cases.sustained(), copy_rate, args.peers, rest=False)
+            rows = kernels.measure(cases.sustained(kvs), copy_rate, args.peers, rest=False)
             yield from (("sustained", row) for row in rows if "skipped" not in row)
+    if ops.name == "cuda" and not kvs:
         yield from (("kernel", row) for row in kernels.writing(copy_rate))
         yield from (("dense", row) for row in dense.measure(copy_rate, limits["matmul_tflop_s"] * 1e12, args.quick))
     if args.sweep:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from benchmarks.measure import copies_of, line
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
+from minioscar.errors import UserError
 from minioscar.memory import size
 from minioscar.ops import attention
 from minioscar.ops.layout import PAGE_TOKENS, page_bytes
@@ -38,40 +39,52 @@ class Case:
 
 HEADLINES = [(1, 131072), (48, 4096), (1, 32768)]
 SHAPES = [(40, 8, 128), (64, 8, 128), (28, 4, 128), (16, 8, 128), (12, 2, 128), (9, 3, 64)]
-SWEPT = ("bf16", "int2", "oscar", "int2-compact", "int4")
+SHOWN = ("bf16", "int2", "oscar", "int2-compact", "k4v2")
+SWEPT = ("bf16", "int2", "oscar", "int2-compact", "k4v2", "int4")
+OTHER_GROUP = {32: 64, 64: 32, 128: 64}
 
 
-def headlines(shapes: list[tuple[int, int]]) -> list[Case]:
-    return [
-        Case(kv, *shape, peers=kv == "bf16") for shape in shapes for kv in ("bf16", "int2", "oscar", "int2-compact")
-    ]
+def check_kernels(kvs: Sequence[str]) -> None:
+    """Raises UserError for a scheme without kernels."""
+    for kv in kvs:
+        if reason := attention.unsupported(SCHEMES[kv], 128):
+            raise UserError(f"{reason}: there is nothing to measure; leave it out of --kv")
 
 
-def cases(quick: bool) -> list[Case]:
-    found = headlines(HEADLINES)
+def headlines(shapes: list[tuple[int, int]], kvs: Sequence[str]) -> list[Case]:
+    return [Case(kv, *shape, peers=kv == "bf16") for shape in shapes for kv in kvs]
+
+
+def cases(quick: bool, kvs: Sequence[str] | None = None) -> list[Case]:
+    """kvs: the schemes; None: those that are shown, and more shapes."""
+    found = headlines(HEADLINES, kvs or SHOWN)
     if quick:
         return found[:2]
-    found += [Case("int4", 1, 131072), Case("kivi", 1, 131072), Case("int2", 256, 4096), Case("int2", 8, 32768)]
+    if kvs:
+        return found
+    found += [Case(kv, 1, 131072) for kv in ("k4v4", "int4", "kivi")]
+    found += [Case("int2", 256, 4096), Case("int2", 8, 32768)]
     return found + [
         Case("int2", 2 * (8 // heads[1]) if heads[2] == 128 else 12, 131072, attention.Heads(*heads))
         for heads in SHAPES
     ]
 
 
-def sustained() -> list[Case]:
+def sustained(kvs: Sequence[str] | None = None) -> list[Case]:
     """One long sequence and a batch, once more, without the rests between replays."""
-    return headlines(HEADLINES[:2])
+    return headlines(HEADLINES[:2], kvs or SHOWN)
 
 
-def sweep(quick: bool) -> list[Case]:
-    """Context 1K to 256K at batch 1; batch 1 to 256 at 4K; at 1 x 128K every scheme that has kernels, and both group
-    sizes."""
-    schemes, step = (SWEPT[:2], 4) if quick else (SWEPT, 1)
+def sweep(quick: bool, kvs: Sequence[str] | None = None) -> list[Case]:
+    """Context 1K to 256K at batch 1; batch 1 to 256 at 4K; at 1 x 128K every scheme that has kernels, and another group
+    size. kvs: the schemes; None: those that are swept."""
+    schemes, step = (kvs or SWEPT[:2], 4) if quick else (kvs or SWEPT, 1)
     contexts = [Case(kv, 1, 1024 << i) for kv in schemes for i in range(0, 9, step)]
     batches = [Case(kv, 1 << i, 4096) for kv in schemes for i in range(0, 9, step)]
-    packed = [] if quick else [kv for kv, s in SCHEMES.items() if s.quantized and attention.unsupported(s, 128) is None]
+    packed = [kv for kv, s in SCHEMES.items() if s.quantized and attention.unsupported(s, 128) is None and not quick]
+    packed = [kv for kv in packed if kv in (kvs or packed)]
     others = [Case(kv, 1, 131072) for kv in packed]
-    groups = [Case(kv, 1, 131072, group=96 - SCHEMES[kv].group) for kv in packed]  # 64 for 32 and 32 for 64
+    groups = [Case(kv, 1, 131072, group=OTHER_GROUP[SCHEMES[kv].group]) for kv in packed]
     return list(dict.fromkeys(contexts + batches + others + groups))
 
 
@@ -108,13 +121,13 @@ def pairs(past: int, new: int) -> int:
 SMALL = attention.Heads(8, 2, 64)
 
 
-def small_cases(quick: bool) -> list[Case]:
+def small_cases(quick: bool, kvs: Sequence[str] | None = None) -> list[Case]:
     shapes = [(1, 256)] if quick else [(1, 1024), (1, 4096), (8, 1024)]
-    return [Case(kv, *shape, SMALL) for shape in shapes for kv in ("bf16", "int2", "oscar", "int2-compact")]
+    return [Case(kv, *shape, SMALL) for shape in shapes for kv in kvs or SHOWN]
 
 
-def small_sweep(quick: bool) -> list[Case]:
-    schemes, most = (("bf16", "int2"), 3) if quick else (SWEPT, 5)
+def small_sweep(quick: bool, kvs: Sequence[str] | None = None) -> list[Case]:
+    schemes, most = (kvs or SWEPT[:2], 3) if quick else (kvs or SWEPT, 5)
     contexts = [Case(kv, 1, 128 << i, SMALL) for kv in schemes for i in range(most)]
     return list(dict.fromkeys(contexts + [Case(kv, 1 << i, 256, SMALL) for kv in schemes for i in range(most)]))
 

@@ -39,7 +39,7 @@ class Runs:
 
 def parse_runs(args: argparse.Namespace, commands: tuple[str, ...], ops: Reference) -> Runs:
     """Raises UserError for whatever cannot work."""
-    schemes = [engine.scheme_named(name.strip()) for name in args.kv.split(",")]
+    schemes = asked_schemes(args.kv or "bf16,int2")
     batches = numbers("--batch", args.batch)
     prompts = numbers("--tokens", args.tokens or ("64" if args.quick else "512,2048"))
     steps = args.steps if args.steps is not None else 3 if args.quick else 20
@@ -55,6 +55,11 @@ def parse_runs(args: argparse.Namespace, commands: tuple[str, ...], ops: Referen
     runs = Runs(args.random_weights or args.model, config, load, schemes, contexts, batches, prompts, limits, steps)
     check_sizes(runs, config, ops, weights)
     return runs
+
+
+def asked_schemes(names: str) -> list[Scheme]:
+    """Raises UserError for a name that is none."""
+    return [engine.scheme_named(name.strip()) for name in names.split(",")]
 
 
 def numbers(option: str, text: str | None, multiple_of: int = 1) -> list[int]:

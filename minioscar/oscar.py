@@ -159,7 +159,8 @@ class Scheme:
     rotate: Hadamard on keys (online) and values (in the weights).
     scale: divide keys by the token's norm.  key_axis: "token" = a group is `group` tokens of one channel (per-channel
     quantization), "channel" = `group` channels of one token.  symmetric_values: step only, no minimum.
-    shrink: the range is narrowed to this fraction about its middle.  sinks: first tokens kept in BF16.
+    shrink: the range is narrowed to this fraction about its middle.  max_value_group: channels in a group of values
+    (None: `group`).  sinks: first tokens kept in BF16.
     shaped: rounding errors of keys are fed back, so that they avoid what queries look at (`shaped_codes`).
     flush, keep: whenever the number of tokens is a multiple of `flush`, the oldest `flush` tokens of the BF16 window
     are packed, if it has `keep` more than these. The paper's window is emptied: keep = 0.
@@ -180,6 +181,7 @@ class Scheme:
     shrink: float = 1.0
     sinks: int = 0
     shaped: bool = False
+    max_value_group: int | None = None
     flush: int = WINDOW
     keep: int = 0
 
@@ -222,9 +224,9 @@ class Scheme:
         return self.key_bits < 16
 
     def value_group(self, head_dim: int) -> int:
-        """Channels in a group: `group`, or the largest power of two below it that divides head_dim (32 for 96, 16 for
-        80)."""
-        return math.gcd(self.group, head_dim)
+        """Channels in a group: what is asked for, or the largest power of two below it that divides head_dim (32 for
+        96, 16 for 80)."""
+        return math.gcd(self.max_value_group or self.group, head_dim)
 
     def bits_per_element(self, head_dim: int) -> float:
         """Codes, steps and minima, averaged over keys and values; the norm of a token is not in it."""
@@ -272,6 +274,7 @@ class Scheme:
 
 INT2 = Scheme("int2", rotate=True, scale=True, shrink=0.9, sinks=32, symmetric_values=True)
 COMPACT = replace(INT2, name="int2-compact", group=64, shrink=0.85, sinks=64)
+K4V2 = replace(INT2, name="k4v2", key_bits=4, group=128, max_value_group=64, sinks=64)
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -285,6 +288,8 @@ SCHEMES: dict[str, Scheme] = {
         COMPACT,
         replace(INT2, name="int2-shaped", shaped=True),
         replace(COMPACT, name="int2-compact-shaped", shaped=True),
+        K4V2,
+        replace(K4V2, name="k4v4", value_bits=4),
         Scheme("int4", key_bits=4, value_bits=4, rotate=True, scale=True),
     )
 }

@@ -250,6 +250,18 @@ def test_moved_bytes_are_the_cache_without_half_of_its_window():
         assert not scheme.quantized or attention.unsupported(scheme, h.head_dim) is None or h == bench_cases.SMALL
 
 
+def test_schemes_that_are_asked_for_are_the_only_ones(tmp_path, capsys):
+    kvs = ["k4v2", "oscar"]
+    for found in bench_cases.cases(False, kvs), bench_cases.sustained(kvs), bench_cases.sweep(False, kvs):
+        assert [case.kv for case in found if (case.batch, case.context, case.group) == (1, 131072, None)] == kvs
+        assert {case.kv for case in found} == set(kvs)
+    assert bench.main(["kernel", "--quick", "--kv", "k4v2", "--device", "cpu", "--json", str(tmp_path / "k.json")]) == 0
+    report = json.loads((tmp_path / "k.json").read_text())
+    assert {row["kv"] for row in report["kernel"]} == {"k4v2"}
+    assert bench.main(["kernel", "--quick", "--kv", "k4v2,quarot", "--device", "cpu"]) == 2
+    assert "quarot: key groups run along the channels" in capsys.readouterr().err
+
+
 def test_sweeps_cover_what_they_say_once():
     found = bench_cases.sweep(False)
     assert len(set(found)) == len(found)

@@ -115,7 +115,7 @@ def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: atten
     for b, (x, old) in enumerate(zip(sequences, packed, strict=True)):
         window[:, b, :, : x.shape[2] - old] = x[:, :, old:]
         norms[b, : x.shape[2]] = oscar.token_norms(x[0].transpose(1, 0, 2))
-    pages = device.empty((batch, KV_HEADS, -(-capacity // 64), page_bytes(scheme, d)), np.uint8)
+    pages = device.empty((batch, KV_HEADS, 2 * -(-capacity // WINDOW), page_bytes(scheme, d)), np.uint8)
     cache = {"pages": pages, "norms": device.array(norms)}
     cache |= {f"window_{n}": device.array(w) for n, w in zip(("keys", "values"), window, strict=True)}
     if scheme.sinks:
@@ -230,9 +230,27 @@ CASES = [  # scheme, head_dim, q heads of a work item, groups of them that share
     ("rotation", 128, 6, 1, 80),
     ("int4", 128, 4, 1, 80),
     ("int4", 64, 8, 1, 90),
+    ("k4v2", 128, 4, 1, 80),
+    ("k4v2", 128, 4, 1, 90),
+    ("k4v2", 64, 3, 1, 80),
+    ("k4v2", 64, 8, 2, 90),
+    ("k4v2", 256, 2, 1, 80),
+    ("k4v4", 128, 5, 1, 80),
+    ("k4v4", 64, 2, 1, 90),
     ("bf16", 128, 4, 1, 80),
     ("bf16", 64, 3, 1, 90),
     ("bf16", 256, 8, 1, 80),
+]
+BITS = [  # of keys and of values, groups of tokens and of channels, of scheme ..., head_dim, q heads of a work item
+    (4, 2, 32, 32, "oscar", 128, 4),
+    (4, 2, 64, 32, "int2", 64, 7),
+    (4, 2, 32, 64, "int2", 128, 6),
+    (4, 2, 128, 64, "oscar", 64, 4),
+    (2, 4, 32, 32, "int2", 128, 3),
+    (2, 4, 64, 64, "oscar", 128, 8),
+    (2, 4, 128, 32, "kivi", 64, 2),
+    (2, 2, 128, 64, "int2", 128, 4),
+    (4, 4, 128, 32, "oscar", 256, 1),
 ]
 
 
@@ -244,6 +262,18 @@ def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(
     for blocks, lengths in ((1, RAGGED), (5, RAGGED), (23, (129, 0, 257, 64)), (9, (2, 385, 0, 0))):
         plan = attention.DecodePlan(q_per_kv, q_groups, 4, 2, blocks)
         check(*run(device, SCHEMES[name], d, plan, lengths, seed, arch=arch), lengths)
+
+
+@on_each_device
+@pytest.mark.parametrize(("key_bits", "value_bits", "group", "value_group", "name", "d", "q_per_kv"), BITS)
+def test_keys_and_values_may_have_different_bits_and_groups(
+    device, seed, key_bits, value_bits, group, value_group, name, d, q_per_kv
+):
+    scheme = replace(
+        SCHEMES[name], key_bits=key_bits, value_bits=value_bits, group=group, max_value_group=value_group
+    )
+    plan = attention.DecodePlan(q_per_kv, 1, 4, 2, 5)
+    check(*run(device, scheme, d, plan, RAGGED, seed, arch=90), RAGGED)
 
 
 @on_each_device
@@ -268,13 +298,13 @@ def test_a_block_may_have_as_many_parts_as_a_warp_has_lanes(device, seed, name, 
 
 @on_each_device
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 127, 128, 129, 130, 191, 192, 193, 256, 257])
-@pytest.mark.parametrize("name", ["int2", "bf16"])
+@pytest.mark.parametrize("name", ["int2", "k4v2", "bf16"])
 def test_decode_attention_around_every_boundary(device, seed, name, n):
     check(*run(device, SCHEMES[name], 64, attention.DecodePlan(2, 1, 4, 2, 3), (n,), seed), (n,))
 
 
 @on_each_device
-@pytest.mark.parametrize("name", ["int2", "bf16"])
+@pytest.mark.parametrize("name", ["int2", "k4v2", "bf16"])
 @pytest.mark.parametrize("kind", ["zero", "equal", "ramp", "tail", "sink", "peak"])
 def test_decode_attention_over_difficult_caches(device, seed, kind, name):
     check(*run(device, SCHEMES[name], 128, attention.DecodePlan(4, 1, 4, 2, 5), RAGGED, seed, kind=kind), RAGGED)
@@ -282,7 +312,7 @@ def test_decode_attention_over_difficult_caches(device, seed, kind, name):
 
 @on_each_device
 @pytest.mark.parametrize("kind", ["tail", "sink"])
-@pytest.mark.parametrize("name", ["int4", "oscar", "int2"])
+@pytest.mark.parametrize("name", ["int4", "oscar", "int2", "k4v2"])
 def test_steep_logits_are_off_by_the_rounding_of_q_times_step(device, seed, name, kind):
     """With it in the reference the log-sum-exp agrees as closely as that of easy caches; without it is off by up to
     2e-2."""
@@ -299,8 +329,9 @@ def test_steep_logits_are_off_by_the_rounding_of_q_times_step(device, seed, name
 
 @on_each_device
 @pytest.mark.parametrize("sinks", [0, 32, 64, 100, 128])
-def test_decode_attention_with_any_number_of_sinks(device, seed, sinks):
-    scheme = replace(SCHEMES["int2"], sinks=sinks)
+@pytest.mark.parametrize("name", ["int2", "k4v2"])
+def test_decode_attention_with_any_number_of_sinks(device, seed, name, sinks):
+    scheme = replace(SCHEMES[name], sinks=sinks)
     check(*run(device, scheme, 64, attention.DecodePlan(3, 1, 4, 2, 5), RAGGED, seed), RAGGED)
 
 
@@ -402,7 +433,7 @@ def test_decode_attention_over_batches(device, seed, batch, name):
 @on_the_card
 @pytest.mark.parametrize("n", [131_073, 262_145])
 @pytest.mark.parametrize("kind", ["", "equal", "tail", "sink", "peak"])
-@pytest.mark.parametrize("name", ["int2", "oscar", "int4", "bf16"])
+@pytest.mark.parametrize("name", ["int2", "oscar", "int4", "k4v2", "bf16"])
 def test_decode_attention_over_the_longest_contexts(device, seed, name, kind, n):
     scheme, plan = SCHEMES[name], planned(SCHEMES[name], 128, 4, 1)
     q, (x,) = drawn(128, plan, (n,), seed, kind)

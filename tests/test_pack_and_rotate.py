@@ -107,7 +107,7 @@ def test_rotate_weights_of_models_shapes(device, seed, shape, d, axis):
 
 
 @on_each_device
-@pytest.mark.parametrize("name", ["oscar", "int2", "int2-compact", "int4", "kivi"])
+@pytest.mark.parametrize("name", ["oscar", "int2", "int2-compact", "int4", "kivi", "k4v2", "k4v4"])
 @pytest.mark.parametrize("d", attention.HEAD_DIMS)
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name):

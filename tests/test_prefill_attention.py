@@ -203,7 +203,7 @@ def test_prefill_attention_over_the_grid_of_shapes(device, seed, d, group):
 
 
 @on_each_device
-@pytest.mark.parametrize("name", ["int2", "int2-compact", "oscar", "int4", "kivi", "scaling"])
+@pytest.mark.parametrize("name", ["int2", "int2-compact", "oscar", "int4", "kivi", "scaling", "k4v2", "k4v4"])
 @pytest.mark.parametrize("d", attention.HEAD_DIMS)
 def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
     scheme, rng, lengths = SCHEMES[name], np.random.default_rng(seed), (300, 129, 40, 1)

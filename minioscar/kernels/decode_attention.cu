@@ -21,7 +21,7 @@
 // logits only. Of the values, columns 0..3 are for the even groups of channels and 4..7 for the odd ones. What a
 // column computes for the other half is not used.
 #include "layout.cuh"
-#define ITEM_BYTES (PAGE_BYTES + (SCALED ? 256 : 0))
+#define ITEM_BYTES (COPIED_BYTES + (SCALED ? 256 : 0))
 #include "attention.cuh"
 
 constexpr int K_STEPS = D / 16;
@@ -100,8 +100,8 @@ struct PageItems {
     const int page = at.item + sinks / PAGE_TOKENS;
     unsigned char* to = ring.slot_at(slot);
     const size_t head = at.row * kv_heads + at.head / Q_GROUPS;
-    ring.fill(slot, {{to, data + page_offset(head, page_capacity, page), PAGE_BYTES},
-                     {to + PAGE_BYTES, norms + (size_t)at.row * norm_stride + page * PAGE_TOKENS, SCALED ? 256 : 0}});
+    ring.fill(slot, {{to, data + page_offset(head, page_capacity, page) - copied_offset(page), COPIED_BYTES},
+                     {to + COPIED_BYTES, norms + (size_t)at.row * norm_stride + page * PAGE_TOKENS, SCALED ? 256 : 0}});
   }
   DEVICE Tile tile(const Cursor& at) const {
     const int packed = packed_tokens(at.tokens), before = sink_tiles(packed), t = at.item - at.num_pages;
@@ -148,12 +148,13 @@ struct PageItems {
   }
 
   // Logits minus the running max: x[j][i] of the lane's token tile j (of the page's: LANE_TILES * half + j), row r or
-  // r + 8, column 2c + i % 2.
-  DEVICE void logits(float (&x)[LANE_TILES][4], const State& state, const Query& query,
-                     const unsigned char* data) const {
+  // r + 8, column 2c + i % 2. copied: what copy_page brought of page `page`.
+  DEVICE void logits(float (&x)[LANE_TILES][4], const State& state, const Query& query, const unsigned char* copied,
+                     int page) const {
     const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     const bool second = COLUMN_HALVES == 2 && c >= 2;  // the half whose logits this lane takes
-    const unsigned char* steps = data + KEY_STEP + c * 16 + (SPLIT_KEYS && r >= 4 ? 64 : 0);  // of its column's half
+    const unsigned char* data = copied + copied_offset(page);
+    const unsigned char* steps = data + key_step(page) + c * 16 + (SPLIT_KEYS && r >= 4 ? 64 : 0);  // its column's half
     float sum[4][4], minima[3 - KEY_GROUPS][4];
     uint4 minimum = {};
     Codes<KEY_BITS, NESTED_KEYS> codes;
@@ -167,7 +168,7 @@ struct PageItems {
       }
       // Rows 0..7 and 8..15 of the minima: the first and the second group; of one group: the even and the odd k steps.
       const int load = KEY_GROUPS == 2 ? s : s / 2, m = KEY_GROUPS == 2 ? 0 : s % 2;
-      if (KEY_GROUPS == 2 || s % 2 == 0) minimum = *(const uint4*)(data + KEY_MIN + (load * 4 + c) * 16);
+      if (KEY_GROUPS == 2 || s % 2 == 0) minimum = *(const uint4*)(data + key_min(page) + (load * 4 + c) * 16);
       if (s > m) mma_m16n8k16_f16(minima[m], minimum.x, minimum.y, minimum.z, minimum.w, q0, q1);
       else mma_m16n8k16_f16_zero(minima[m], minimum.x, minimum.y, minimum.z, minimum.w, q0, q1);
       UNROLL for (int j = 0; j < 4; j++) {
@@ -187,7 +188,7 @@ struct PageItems {
       const int above = j + LANE_TILES % 4;  // the same tile of the second half
       float norm[4] = {factor, factor, factor, factor};
       if (SCALED) {
-        const float4 n = *(const float4*)(data + PAGE_BYTES + ((COLUMN_HALVES == 2 ? second : j / 2) * 32 + 4 * r) * 4);
+        const float4 n = *(const float4*)(copied + COPIED_BYTES + ((COLUMN_HALVES == 2 ? second : j / 2) * 32 + 4 * r) * 4);
         const float four[4] = {n.x, n.y, n.z, n.w};
         UNROLL for (int i = 0; i < 4; i++) norm[i] *= four[i];
       }
@@ -235,11 +236,13 @@ struct PageItems {
       }
   }
 
-  DEVICE void attend_page(State& state, const Query& query, const unsigned char* data, int item) const {
+  DEVICE void attend_page(State& state, const Query& query, const unsigned char* copied, int item) const {
+    const int page = item + sinks / PAGE_TOKENS;
+    const unsigned char* data = copied + copied_offset(page);
     const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     float x[LANE_TILES][4];
-    logits(x, state, query, data);
-    const int skipped = sinks - (item + sinks / PAGE_TOKENS) * PAGE_TOKENS;  // tokens that are read from the sinks
+    logits(x, state, query, copied, page);
+    const int skipped = sinks - page * PAGE_TOKENS;  // tokens that are read from the sinks
     if (skipped > 0) {
       UNROLL for (int j = 0; j < LANE_TILES; j++)
         UNROLL for (int i = 0; i < 4; i++)

@@ -1,7 +1,7 @@
 // layout.cuh: offsets of everything in a page of 64 packed tokens of one kv head. The drawing is in LAYOUT.md.
 //
-// Set by -D: HEAD_DIM (a multiple of 32), KEY_BITS and VALUE_BITS (2 or 4), KEY_GROUP (32 or 64 tokens), VALUE_GROUP
-// (32 or 64 channels), SYMMETRIC (values have no minimum), SCALED (keys are divided by their token's norm).
+// Set by -D: HEAD_DIM (a multiple of 32), KEY_BITS and VALUE_BITS (2 or 4), KEY_GROUP (32, 64 or 128 tokens),
+// VALUE_GROUP (32 or 64 channels), SYMMETRIC (values have no minimum), SCALED (keys are divided by their token's norm).
 #ifndef MINIOSCAR_LAYOUT_CUH
 #define MINIOSCAR_LAYOUT_CUH
 #include "common.cuh"
@@ -11,17 +11,29 @@ constexpr int DIM = HEAD_DIM;
 constexpr int CHUNKS = DIM / 32;       // chunks of 32 channels: a lane owns 8 neighbouring ones in each
 DEVICE constexpr int tiles_of_load(int bits) { return 16 / bits; }  // of 16 x 16 codes, in one 16-byte load a lane
 constexpr int KEY_TILES = tiles_of_load(KEY_BITS), VALUE_TILES = tiles_of_load(VALUE_BITS);
-constexpr int KEY_GROUPS = PAGE_TOKENS / KEY_GROUP, VALUE_GROUPS = DIM / VALUE_GROUP;
+constexpr bool PAIRED = KEY_GROUP > PAGE_TOKENS;  // a group of keys is two pages, which share its steps and minima
+constexpr int KEY_GROUPS = PAIRED ? 1 : PAGE_TOKENS / KEY_GROUP, VALUE_GROUPS = DIM / VALUE_GROUP;  // of a page
 constexpr int KEY_CODE_BYTES = PAGE_TOKENS * DIM * KEY_BITS / 8, VALUE_CODE_BYTES = PAGE_TOKENS * DIM * VALUE_BITS / 8;
-constexpr int KEY_PARAM_BYTES = KEY_GROUPS * DIM * 2;
+constexpr int KEY_PARAM_BYTES = KEY_GROUPS * DIM * 2, SHARED_BYTES = PAIRED ? 2 * KEY_PARAM_BYTES : 0;
 constexpr int VALUE_PARAM_BYTES = PAGE_TOKENS * VALUE_GROUPS * 2;
-constexpr int KEY_STEP = KEY_CODE_BYTES, KEY_MIN = KEY_STEP + KEY_PARAM_BYTES, VALUE_CODES = KEY_MIN + KEY_PARAM_BYTES;
+// From the page's first code on, as are all offsets.
+constexpr int VALUE_CODES = KEY_CODE_BYTES + (PAIRED ? 0 : 2 * KEY_PARAM_BYTES);
 constexpr int VALUE_STEP = VALUE_CODES + VALUE_CODE_BYTES, VALUE_MIN = VALUE_STEP + VALUE_PARAM_BYTES;
-constexpr int PAGE_BYTES = VALUE_STEP + VALUE_PARAM_BYTES * (SYMMETRIC ? 1 : 2);
+constexpr int OWN_BYTES = VALUE_STEP + VALUE_PARAM_BYTES * (SYMMETRIC ? 1 : 2);  // what is shared is not in it
+constexpr int PAGE_BYTES = OWN_BYTES + SHARED_BYTES / 2;
+// Of page `page`. Those that two pages share lie after the first one's values and before the second one's codes.
+DEVICE constexpr int key_step(int page) {
+  return !PAIRED ? KEY_CODE_BYTES : page % 2 ? -SHARED_BYTES : OWN_BYTES;
+}
+DEVICE constexpr int key_min(int page) { return key_step(page) + KEY_PARAM_BYTES; }
+
+// A page and what it shares is one copy of COPIED_BYTES, in which the page's codes are at copied_offset(page).
+constexpr int COPIED_BYTES = OWN_BYTES + SHARED_BYTES;
+DEVICE constexpr int copied_offset(int page) { return PAIRED && page % 2 ? SHARED_BYTES : 0; }
 
 // Offset of a page of kv head `cell` (row * kv_heads + head). All kernels address pages here: a block table would too.
 template <class Index> DEVICE size_t page_offset(size_t cell, int page_capacity, Index page) {
-  return (cell * page_capacity + page) * PAGE_BYTES;
+  return (cell * page_capacity + page) * PAGE_BYTES + copied_offset(page) / 2;
 }
 
 // The token of a page in row r (half 0) or r + 8 (half 1) of token tile j: a lane's norms are then neighbours.
@@ -36,5 +48,6 @@ DEVICE constexpr int value_group_slot(int group) { return group % 2 * EVEN_GROUP
 DEVICE constexpr int key_tile(int token_tile, int k_step) { return k_step * 4 + token_tile; }
 DEVICE constexpr int value_tile(int token_step, int channel_tile) { return token_step * (DIM / 16) + channel_tile; }
 
-static_assert(DIM % 64 == 0 && DIM % VALUE_GROUP == 0 && PAGE_TOKENS % KEY_GROUP == 0 && PAGE_BYTES % 16 == 0, "shape");
+static_assert(DIM % 64 == 0 && DIM % VALUE_GROUP == 0 && KEY_GROUP % 32 == 0 && 2 * PAGE_TOKENS % KEY_GROUP == 0, "shape");
+static_assert(PAGE_BYTES % 16 == 0 && SHARED_BYTES % 32 == 0, "alignment");
 #endif

@@ -133,6 +133,27 @@ struct Source {
   }
 };
 
+// Keys of a page's tokens, a lane's 8 numbers of each of 8, divided by the norms.
+DEVICE void scaled_keys(Row (&rows)[8], const uint4 (&raw)[8], const float* norms) {
+  const int r = threadIdx.x % 32 / 4;
+  UNROLL for (int i = 0; i < 8; i++) {
+    rows[i] = unpack(raw[i]);
+    if (SCALED) {
+      const Divisor divisor(norms[token_of(i / 2, i % 2, r)]);
+      UNROLL for (int k = 0; k < 8; k++) rows[i].x[k] = divisor.divide(rows[i].x[k]);
+    }
+  }
+}
+
+// Widens low and high, one number a channel, to N rows from `first` on.
+template <int N> DEVICE void widen(Row& low, Row& high, const Row (&rows)[8], int first) {
+  UNROLL for (int i = first; i < first + N; i++)
+    UNROLL for (int k = 0; k < 8; k++) {
+      low.x[k] = fminf(low.x[k], rows[i].x[k]);
+      high.x[k] = fmaxf(high.x[k], rows[i].x[k]);
+    }
+}
+
 // Packs 64 tokens x 32 channels (chunk) of keys. norms: of the page's tokens; sink: row of the page's first token, of
 // which the first `num_sinks` tokens are stored in BF16 too.
 DEVICE void pack_keys(const Source& from, int first, int chunk, const float* norms, float shrink, unsigned char* page,
@@ -144,32 +165,39 @@ DEVICE void pack_keys(const Source& from, int first, int chunk, const float* nor
     UNROLL for (int i = 0; i < 8; i++)
       if (token_of(i / 2, i % 2, r) < num_sinks) *(uint4*)(sink + token_of(i / 2, i % 2, r) * DIM + at) = raw[i];
   }
-  Row rows[8];
-  UNROLL for (int i = 0; i < 8; i++) {
-    rows[i] = unpack(raw[i]);
-    if (SCALED) {
-      const Divisor divisor(norms[token_of(i / 2, i % 2, r)]);
-      UNROLL for (int k = 0; k < 8; k++) rows[i].x[k] = divisor.divide(rows[i].x[k]);
-    }
+  Row rows[8], other_low, other_high;  // other: of the page that shares this one's groups
+  if (PAIRED) {
+    const int other = first ^ PAGE_TOKENS;
+    uint4 raw_other[8];
+    from.load(raw_other, other, at, [=](int i) { return token_of(i / 2, i % 2, r); });
+    scaled_keys(rows, raw_other, norms + (other - first));
+    other_low = other_high = rows[0];
+    widen<7>(other_low, other_high, rows, 1);
   }
+  scaled_keys(rows, raw, norms);
   Word words[8 / KEY_TILES][4];
   UNROLL for (int i = 0; i < 8 / KEY_TILES; i++)
     UNROLL for (int w = 0; w < 4; w++) words[i][w].clear();
   UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
     constexpr int N = 8 / KEY_GROUPS;  // of a lane's 8 tokens
     Row low = rows[N * g], high = rows[N * g];
-    UNROLL for (int i = 1; i < N; i++)
+    widen<N - 1>(low, high, rows, N * g + 1);
+    if (PAIRED) {
       UNROLL for (int k = 0; k < 8; k++) {
-        low.x[k] = fminf(low.x[k], rows[N * g + i].x[k]);
-        high.x[k] = fmaxf(high.x[k], rows[N * g + i].x[k]);
+        low.x[k] = fminf(low.x[k], other_low.x[k]);
+        high.x[k] = fmaxf(high.x[k], other_high.x[k]);
       }
+    }
     // Of channel r of the lane's 8.
     const GroupParams own = asymmetric<KEY_BITS>(-channel_max(low, true), channel_max(high, false), shrink);
     // Two groups: a word of minima for each (k step, half of it, group); one group: for each (half, k step).
     const int two = ((chunk * 2 + r / 4) * 4 + c) * 8 + r % 4 / 2 * 4 + g * 2 + r % 2;
     const int one = (chunk * 4 + c) * 8 + r % 4 / 2 * 4 + r / 4 * 2 + r % 2;
-    ((uint16_t*)(page + KEY_STEP))[((chunk * KEY_GROUPS + g) * 4 + c) * 8 + r] = half_bits(own.step);
-    ((uint16_t*)(page + KEY_MIN))[KEY_GROUPS == 2 ? two : one] = half_bits(own.minimum);
+    const int index = first / PAGE_TOKENS;
+    if (!PAIRED || index % 2 == 0) {  // what two pages share the first one writes
+      ((uint16_t*)(page + key_step(index)))[((chunk * KEY_GROUPS + g) * 4 + c) * 8 + r] = half_bits(own.step);
+      ((uint16_t*)(page + key_min(index)))[KEY_GROUPS == 2 ? two : one] = half_bits(own.minimum);
+    }
     UNROLL for (int k = 0; k < 8; k++) {
       const float step = __shfl_sync(FULL_MASK, own.step, 4 * k + c);
       const Coder<KEY_BITS, false> coder({step, __shfl_sync(FULL_MASK, own.minimum, 4 * k + c)});
@@ -296,7 +324,8 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
     unsigned full = __ballot_sync(FULL_MASK, length >= 0 && length % WINDOW == WINDOW - 1);
     for (; full; full &= full - 1) {
       const int row = first_row + __ffs(full) - 1, first = lengths[row] / WINDOW * WINDOW + n * PAGE_TOKENS;
-      cache.pack(layer * batch + row, head, blockIdx.x % 2 == 0, first, first + PAGE_TOKENS, nullptr, 0);
+      const int end = first + (PAIRED ? KEY_GROUP : PAGE_TOKENS);  // of all that is read, from the window
+      cache.pack(layer * batch + row, head, blockIdx.x % 2 == 0, first, end, nullptr, 0);
     }
   }
 }

@@ -49,8 +49,8 @@ DEVICE int vector_offset(int token, int vector) {
   return TILED ? swizzled_offset(token, vector) / 2 : token * DIM + vector * 8;
 }
 
-// Unpacks 64 tokens x 32 channels (chunk). norms, out: of the page's first token.
-DEVICE void unpack_keys(const unsigned char* page, int chunk, const float* norms, bf16* out) {
+// Unpacks 64 tokens x 32 channels (chunk) of page `index`. norms, out: of the page's first token.
+DEVICE void unpack_keys(const unsigned char* page, int index, int chunk, const float* norms, bf16* out) {
   constexpr int LOADS = 8 / KEY_TILES, N = 8 / KEY_GROUPS;  // N of a lane's 8 tokens are of one group
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   uint32_t words[LOADS][4];
@@ -59,7 +59,7 @@ DEVICE void unpack_keys(const unsigned char* page, int chunk, const float* norms
     const uint32_t four[4] = {raw.x, raw.y, raw.z, raw.w};
     UNROLL for (int w = 0; w < 4; w++) words[i][w] = four[w];
   }
-  const uint4 *steps = (const uint4*)(page + KEY_STEP), *minima = (const uint4*)(page + KEY_MIN);
+  const uint4 *steps = (const uint4*)(page + key_step(index)), *minima = (const uint4*)(page + key_min(index));
   float norm[8];
   if (SCALED) {
     UNROLL for (int i = 0; i < 2; i++) {
@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(2 * HEAD_DIM, 512 / HEAD_DIM)
   const bool of_window = first >= packed;  // else a page, whose first tokens may be sinks
   if (!of_window) {
     const unsigned char* page = pages + page_offset(row, page_count, blockIdx.x);
-    if (warp < CHUNKS) unpack_keys(page, warp, norms + (size_t)slot * norm_stride + first, keys + out);
+    if (warp < CHUNKS) unpack_keys(page, blockIdx.x, warp, norms + (size_t)slot * norm_stride + first, keys + out);
     else unpack_values(page, warp - CHUNKS, values + out);
   }
   const int copied = min((of_window ? start : sinks) - first, PAGE_TOKENS);

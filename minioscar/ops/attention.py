@@ -15,7 +15,7 @@ import numpy as np
 
 from ..oscar import WINDOW, Scheme
 from .launch import Card, Launch
-from .layout import PAGE_TOKENS, page_bytes
+from .layout import PAGE_TOKENS, copied_bytes
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -52,10 +52,11 @@ def unsupported(scheme: Scheme, head_dim: int) -> str | None:
         return f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if not scheme.quantized:
         return None
-    bits, groups = {scheme.key_bits, scheme.value_bits}, {scheme.group, scheme.value_group(head_dim)}
-    if not (bits <= {2, 4} and groups <= {32, 64}):
-        what = f"keys in {scheme.key_bits} and values in {scheme.value_bits} bits, groups of {scheme.group}"
-        return f"{scheme.name}: {what}, have no packed layout"
+    bits, value_group = {scheme.key_bits, scheme.value_bits}, scheme.value_group(head_dim)
+    if not bits <= {2, 4} or scheme.group not in (32, 64, 128) or value_group not in (32, 64):
+        keys = f"keys in {scheme.key_bits} bits and groups of {scheme.group}"
+        values = f"values in {scheme.value_bits} bits and groups of {value_group}"
+        return f"{scheme.name}: {keys}, {values}, have no packed layout"
     return None
 
 
@@ -252,7 +253,7 @@ def decode_plan(heads: Heads, scheme: Scheme, batch: int, card: Card) -> DecodeP
 
 
 def _item_bytes(head_dim: int, scheme: Scheme) -> int:
-    return page_bytes(scheme, head_dim) + (256 if scheme.scale else 0) if scheme.quantized else 16 * head_dim * 4
+    return copied_bytes(scheme, head_dim) + (256 if scheme.scale else 0) if scheme.quantized else 16 * head_dim * 4
 
 
 def shared_bytes(head_dim: int, scheme: Scheme, p: DecodePlan, batch: int) -> int:
