@@ -1,9 +1,14 @@
-"""A Qwen2-style model with large key biases, made from SmolLM2-135M: `python -m tools.key_biases OUT`.
+"""A Qwen2-style model with large key biases, made from SmolLM2-135M: `python -m tools.key_biases OUT --profile NAME`.
 
 Qwen2 models add biases to keys, some of them many times what the rest of a key varies by, and are the hardest for a
 quantized KV cache. They sit where RoPE turns slowest (arXiv 2502.01563 finds the large values of keys there). So this
-model gets, in every layer and kv head, a bias of TIMES the spread of the keys in each of the PAIRS slowest RoPE
-pairs.
+model gets, in every layer and kv head, a bias in the PAIRS slowest RoPE pairs, in proportion to the spread of the keys
+there. How large it is, is the profile:
+
+even     TIMES the spread, in every layer
+qwen2.5  the norms over a layer's kv heads that Qwen2.5-7B has, FIRST, LAST and MIDDLE in all other layers (measured in
+         github.com/ggml-org/llama.cpp/issues/21385, where MIDDLE is the median): smaller than `even` in the middle, and
+         much larger at both ends
 
 A constant added to a key before RoPE is not neutral: it adds q . R(s-t) . bias to the logit of a key at distance s-t.
 Where the pair turns slowly this is nearly the same for all keys, and softmax does not see it; what is left is a slope
@@ -34,6 +39,8 @@ from minioscar.tokenizer import Tokenizer
 from minioscar.weights import load
 
 TIMES, PAIRS, TOKENS = 30, 4, 2048
+PROFILES = ("even", "qwen2.5")
+FIRST, MIDDLE, LAST = 605, 22, 921
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -43,7 +50,7 @@ def unturned(x: np.ndarray, rope: Rope) -> np.ndarray:
     return Reference().rope(x, cos, -sin)
 
 
-def biases(folder: Path, config: Config) -> list[np.ndarray]:
+def biases(folder: Path, config: Config, profile: str) -> list[np.ndarray]:
     """Of the keys of every layer, float32 [kv_heads, d], measured on the end of the default text, which `eval` does
     not reach."""
     ops, rng, found = Reference(), np.random.default_rng(0), []
@@ -59,6 +66,9 @@ def biases(folder: Path, config: Config) -> list[np.ndarray]:
             * (TIMES * spread * rng.choice([-1, 1], spread.shape))[:, None]
         )
         bias[..., : half - PAIRS] = 0
+        if profile == "qwen2.5":
+            norm = {0: FIRST, config.num_layers - 1: LAST}.get(len(found), MIDDLE)
+            bias *= norm / np.linalg.norm(bias)
         found.append(bias.reshape(heads, -1))
 
     ids = Tokenizer(folder).encode(default_text())[-TOKENS:]
@@ -69,10 +79,12 @@ def biases(folder: Path, config: Config) -> list[np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    out, source = parser.parse_args().out, hub.resolve("smollm2-135m")
+    parser.add_argument("--profile", choices=PROFILES, default=PROFILES[0])
+    args, source = parser.parse_args(), hub.resolve("smollm2-135m")
+    out = args.out
     config = Config.from_folder(source)
     tensors = load_file(source / "model.safetensors")
-    for i, bias in enumerate(biases(source, config)):
+    for i, bias in enumerate(biases(source, config, args.profile)):
         attention = f"model.layers.{i}.self_attn."
         for name, values in (("q", np.zeros(config.q_size)), ("k", bias.ravel()), ("v", np.zeros(config.kv_size))):
             tensors[f"{attention}{name}_proj.bias"] = values.astype(BF16)

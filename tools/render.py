@@ -41,48 +41,47 @@ def fidelity() -> str:
     return "\n".join(lines)
 
 
+MODELS = {
+    "SmolLM2-135M": "eval-smollm2-135m",
+    "with key biases": "eval-smollm2-135m-key-biases",
+    "with those of Qwen2.5": "eval-smollm2-135m-qwen2.5-biases",
+}
+
+
 def models() -> str:
-    """The same for both models, and what an allocated cache takes, window and sinks included."""
-    reports = [load("eval-smollm2-135m"), load("eval-smollm2-135m-key-biases")]
-    head = [
-        "`--kv`",
-        "bits/element",
-        "all of it",
-        "SmolLM2-135M: KL",
-        "of `oscar`'s",
-        "with key biases: KL",
-        "of `oscar`'s",
-    ]
+    """The same for all models, and what an allocated cache takes, window and sinks included."""
+    reports = {model: load(name) for model, name in MODELS.items()}
+    first = reports["SmolLM2-135M"]
+    whole = first["prefill"] + first["decode"]
+    by_model = [{row["kv"]: row for row in report["results"]} for report in reports.values()]
     table = []
-    by_name = [{row["kv"]: row for row in report["results"]} for report in reports]
-    for name, first in by_name[0].items():
-        cells = []
-        for rows in by_name:
-            if name == "bf16":
-                cells += ["0", "0"]
-            elif name in rows:
-                row = rows[name]
-                cells += ["{kl:.4f} ± {kl_se:.4f}".format(**row), f"{row['kl'] / rows['oscar']['kl']:.2f}"]
-            else:  # not measured on this model
-                cells += ["", ""]
-        whole = everything(name, reports[0]["prefill"] + reports[0]["decode"])
-        table.append([f"`{name}`", f"{first['bits_per_element']:.3f}", f"{whole:.2f}", *cells])
-    first, second = (
-        f"{r['prefill']:,} tokens prefilled and {r['decode']:,} decoded teacher-forced in {r['windows']} "
-        "windows (NLL unquantized "
-        f"{r['results'][0]['nll']:.3f})"
-        for r in reports
+    for name, row in by_model[0].items():
+        cells = [f"`{name}`", f"{row['bits_per_element']:.3f}", f"{everything(name, whole):.2f}"]
+        for rows in by_model:
+            cells += compared(rows.get(name), rows["oscar"])
+        table.append(cells)
+    head = [cell for model in reports for cell in (f"{model}: KL", "of `oscar`'s")]
+    sizes = (
+        f"{model}: {r['prefill']:,} tokens prefilled and {r['decode']:,} decoded teacher-forced in {r['windows']} "
+        f"windows (NLL unquantized {r['results'][0]['nll']:.3f})"
+        for model, r in reports.items()
     )
-    lines = [
-        *markdown(head, table),
+    return "\n".join([
+        *markdown(["`--kv`", "bits/element", "all of it", *head], table),
         "",
-        f"SmolLM2: {first}; with key biases: {second}; mean and standard error. *All of it*: bits per element "
-        "of the whole allocated cache "
-        f"at {reports[0]['prefill'] + reports[0]['decode']:,} tokens, with norms, sinks and the window of 128 "
-        "tokens in BF16, which weigh "
-        "less the longer the context is.",
-    ]
-    return "\n".join(lines)
+        f"{'; '.join(sizes)}; mean and standard error. *All of it*: bits per element of the whole allocated cache "
+        f"at {whole:,} tokens, with norms, sinks and the window of 128 tokens in BF16, which weigh less the longer the "
+        "context is.",
+    ])  # fmt: skip
+
+
+def compared(row: dict | None, oscar: dict) -> list[str]:
+    """KL, and that over oscar's; nothing where it was not measured."""
+    if row is None:
+        return ["", ""]
+    if row["kv"] == "bf16":
+        return ["0", "0"]
+    return ["{kl:.4f} ± {kl_se:.4f}".format(**row), f"{row['kl'] / oscar['kl']:.2f}"]
 
 
 def everything(kv: str, context: int) -> float:
