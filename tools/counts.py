@@ -27,6 +27,8 @@ FLOORS = (
     ("model", "memory"),
     ("ops",),
     ("cache", "weights", "decoding"),
+    ("quantized",),
+    ("formats",),
     ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
     ("oscar", "error_feedback", "hadamard", "rope"),
     ("storage",),
