@@ -27,11 +27,10 @@ FLOORS = (
     ("model", "memory"),
     ("ops",),
     ("cache", "weights", "decoding"),
-    ("quantized",),
-    ("formats",),
+    ("quantized", "staging"),
     ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
     ("oscar", "error_feedback", "hadamard", "rope"),
-    ("storage",),
+    ("storage", "formats"),
     ("errors", "checks", "tables", "machine", "version"),
 )
 

@@ -1,7 +1,8 @@
-"""The plain form of a quantized matrix: a byte for each code. Every reader makes it, every internal form is made of it."""
+"""The plain form of a quantized matrix, a byte for each code: readers make it, internal forms are made of it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ class Plain:
 
     value: the code itself, or E4M3[code], which has no zero. Arrays are on the back end. `group` may be `columns`: one
     scale a row. The last group may be short. A scale may be negative or 0. A zero is a whole number (0 ... 16 for int4,
-    0 ... 256 for int8) or, where this project quantized, any number that float16 represents.
+    0 ... 255 for int8) or, where this project quantized, any number that float16 represents.
     """
 
     kind: str  # of BITS
@@ -36,27 +37,35 @@ class Plain:
 
     def dequantize(self, xp: Any) -> Array:
         """float32 [rows, columns]."""
-        rows, columns = self.shape
         values = xp.asarray(E4M3)[self.codes] if self.kind == "e4m3" else self.codes.astype(xp.float32)
-        scale, zero = (None if x is None else xp.repeat(x, self.group, 1)[:, :columns] for x in (self.scale, self.zero))
+        scale, zero = (self.in_groups(name, 1, xp) for name in ("scale", "zero"))
         return (values if zero is None else values - zero) * scale
 
+    def in_groups(self, name: str, group: int, xp: Any) -> Array | None:
+        """`scale` or `zero` of smaller groups, of a size that divides this one's: [rows, ceil(columns / group)]."""
+        array = getattr(self, name)
+        if array is None or group == self.group:
+            return array
+        return xp.repeat(array, self.group // group, axis=1)[:, : -(-self.shape[1] // group)]
 
-def joined(parts: Sequence[Plain], xp: Any) -> Plain:
-    """Their rows one below the other. Raises ValueError where kind, group or columns differ, or only some have zeros."""
-    first = parts[0]
-    if any(_key(part) != _key(first) for part in parts):
-        raise ValueError("only matrices of one kind, group and number of columns stand in one")
+
+def joined(parts: Sequence[Plain | Array], xp: Any) -> Plain | Array:
+    """Their rows one below the other, exactly: of unequal bits or groups in the larger form with the smaller groups.
+
+    float32 [rows, columns] where that does not exist: numbers beside codes, E4M3 beside integers.
+    """
     if len(parts) == 1:
-        return first
-    zero = None if first.zero is None else xp.concatenate([part.zero for part in parts])
-    codes, scale = (xp.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scale"))
-    return Plain(first.kind, codes, scale, zero, first.group, _common([part.scale_dtype for part in parts]))
-
-
-def _key(plain: Plain) -> tuple:
-    return plain.kind, plain.group, plain.shape[1], plain.zero is None
-
-
-def _common(dtypes: Sequence[np.dtype]) -> np.dtype:
-    return dtypes[0] if len(set(dtypes)) == 1 else np.dtype(np.float32)
+        return parts[0]
+    if not all(isinstance(part, Plain) for part in parts) or len({part.zero is None for part in parts}) > 1:
+        numbers = [part.dequantize(xp) if isinstance(part, Plain) else part.astype(xp.float32) for part in parts]
+        return xp.concatenate(numbers)
+    group = math.gcd(*(part.group for part in parts))
+    scales, zeros = ([part.in_groups(name, group, xp) for part in parts] for name in ("scale", "zero"))
+    return Plain(
+        max((part.kind for part in parts), key=lambda kind: BITS[kind]),
+        xp.concatenate([part.codes for part in parts]),
+        xp.concatenate(scales),
+        None if zeros[0] is None else xp.concatenate(zeros),
+        group,
+        parts[0].scale_dtype if len({part.scale_dtype for part in parts}) == 1 else np.dtype(np.float32),
+    )
