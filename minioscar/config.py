@@ -11,6 +11,7 @@ from typing import Any
 
 from . import formats
 from .errors import UserError
+from .formats import rounding
 from .rope import Rope
 from .storage import strict_json as json
 
@@ -137,6 +138,12 @@ class Config:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def stored_bits(self, is_head: bool) -> float | None:
+        """Bits of a number of a quantized matrix, scales included; None for one that is not."""
+        if self.quantization is not None and not is_head:
+            return self.quantization.stored_bits
+        return self.weights and rounding.stored_bits("int8" if is_head else self.weights)
 
     def parameters(self) -> int:
         """The number of weights, a tied embedding counted once."""

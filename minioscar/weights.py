@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -148,6 +149,16 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
             weights = _staged(weights, staging, bar.update, fold and not tensors.quantized)
         tensors.files.check()  # not half of them of one training step and half of another
     return weights
+
+
+def bytes_of(config: Config, itemsize: int) -> int:
+    """Of all weights, where quantized matrices are kept in 4 or 8 bits and numbers take `itemsize` bytes."""
+    total, shapes = config.parameters() * itemsize, expected(config)
+    for name in matrices(config):
+        bits = config.stored_bits(name == "lm_head.weight")
+        if bits is not None:
+            total += round(math.prod(shapes[name]) * (bits / 8 - itemsize))
+    return total
 
 
 def matrices(config: Config) -> list[str]:

@@ -28,6 +28,11 @@ class Scaled(Format):
     tiles: tuple[Tile, ...]  # that a matrix may have
     scale: str = "weight_scale"  # the name of its tensor
 
+    @property
+    def stored_bits(self) -> float:
+        """A scale of 32 bits is of at most 16 rows."""
+        return max(self.bits) + max(32 / min(rows, 16) / columns if columns else 0 for rows, columns in self.tiles)
+
     def layout(self, linear: Linear) -> dict[str, Tensor | tuple[Tensor, ...]]:
         choices = tuple(one for shape in self._shapes(linear) for one in kinds((*FLOATS, *E8M0), shape))
         layout = {"weight": kinds(("F8_E4M3", "I8"), linear[:2]), self.scale: choices}

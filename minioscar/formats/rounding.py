@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .plain import Plain
+from .plain import BITS, Plain
 
 Array = Any
 MODES = ("int8", "int4")
@@ -39,6 +39,11 @@ def quantize(w: Array, mode: str, xp: Any, group: int | None = None) -> Plain:
 
 def group_of(columns: int) -> int:
     return next((group for group in (GROUP, 32) if columns % group == 0), columns)
+
+
+def stored_bits(mode: str) -> float:
+    """Of a number, its share of a scale and a zero of 16 bits included."""
+    return BITS[mode] + 32 / GROUP
 
 
 def _rounded(x: Array) -> Array:
