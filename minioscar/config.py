@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import formats
 from .errors import UserError
+from .formats import rounding
 from .rope import Rope
 from .storage import strict_json as json
 
@@ -57,13 +59,16 @@ class Config:
     mlp_bias: bool
     qk_norm: bool
     tie_embeddings: bool
+    quantization: formats.Format | None = None  # of matrices that are quantized in the files
+    weights: str | None = None  # of formats.rounding.MODES: how matrices are kept that the files have in 16 or 32 bits
 
     @classmethod
     def from_folder(cls, folder: Path) -> Config:
         """Reads folder/config.json. Raises UserError where it is missing, malformed or asks for what is not
         implemented."""
         path = Path(folder) / "config.json"
-        return cls.from_dict(json.read_object(path, "a model folder needs it"), str(path))
+        raw = json.read_object(path, "a model folder needs it")
+        return cls.from_dict(formats.beside(raw, Path(folder)), str(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
@@ -78,11 +83,6 @@ class Config:
                 raise UserError(
                     f"{source}: architecture {name!r} is not supported; only ...ForCausalLM models generate text"
                 )
-        if raw.get("quantization_config"):
-            raise UserError(
-                f"{source}: quantization_config (quantized weights) is not supported; use the model's F32, F16 or "
-                "BF16 weights"
-            )
         heads, hidden = get.count("num_attention_heads"), get.count("hidden_size")
         kv_heads = heads if raw.get("num_key_value_heads", 0) is None else get.count("num_key_value_heads", heads)
         if heads % kv_heads:
@@ -113,6 +113,7 @@ class Config:
             mlp_bias=kind == "llama" and get.flag("mlp_bias", False),
             qk_norm=kind == "qwen3",
             tie_embeddings=get.flag("tie_word_embeddings", False),
+            quantization=formats.read_config(raw, source),
         )
 
     @property
@@ -137,6 +138,12 @@ class Config:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def stored_bits(self, is_head: bool) -> float | None:
+        """Bits of a number of a quantized matrix, scales included; None for one that is not."""
+        if self.quantization is not None and not is_head:
+            return self.quantization.stored_bits
+        return self.weights and rounding.stored_bits("int8" if is_head else self.weights)
 
     def parameters(self) -> int:
         """The number of weights, a tied embedding counted once."""

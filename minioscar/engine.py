@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -22,6 +23,7 @@ from .chat_template import Message
 from .checks import as_path, flag
 from .config import Config
 from .errors import UserError, shown
+from .formats.rounding import MODES
 from .generation import Generation, Prompts, Run
 from .model import Model, check_scheme
 from .nan_check import Watch
@@ -323,23 +325,27 @@ class Engine:
 
 def load(
     model: str | Path, kv: str | None = None, device: str | None = "auto", *, ctx: int | None = None,
-    progress: bool = False, tokenizer: bool = True, cache: str | Path | None = None, debug: bool = False,
+    tokenizer: bool = True, cache: str | Path | None = None, weights: str | None = None, **watched: bool,
 ) -> Engine:
     """Loads a model: a folder, a name under weights/, or a Hugging Face id.
 
     kv: a scheme of `oscar.SCHEMES` (None: that of `cache`, else int2). device: "auto" (None), "cuda" or "cpu". ctx:
     refuse early if the model or the memory cannot hold so many tokens. tokenizer=False: token ids only (the folder
-    needs no tokenizer). cache: a file that `load_cache` will read; one of another model is refused now. debug: check
-    what every operation computes for NaN and infinity. Raises UserError for anything that cannot work, before the
-    weights are read.
+    needs no tokenizer). cache: a file that `load_cache` will read; one of another model is refused now. weights: "int8"
+    or "int4", for matrices that the files have in 16 or 32 bits (None: as they are). watched: progress=True shows a
+    bar, debug=True checks what every operation computes for NaN and infinity. Raises UserError for anything that cannot
+    work, before the weights are read.
     """
     as_path("model", model)
-    tokenizer, progress, debug = map(flag, ("tokenizer", "progress", "debug"), (tokenizer, progress, debug))
+    if unknown := watched.keys() - {"progress", "debug"}:
+        raise TypeError(f"load() got an unexpected keyword argument {unknown.pop()!r}")
+    tokenizer = flag("tokenizer", tokenizer)
+    progress, debug = (flag(name, watched.get(name, False)) for name in ("progress", "debug"))
     with File(as_path("cache", cache)) if cache is not None else nullcontext() as saved:
         scheme = scheme_named((saved.scheme if saved else DEFAULT_SCHEME) if kv is None else kv)
         ops = back_ends.backend(device)
         folder = resolve(str(model))
-        config = Config.from_folder(folder)
+        config = with_weights(Config.from_folder(folder), weights)
         check_scheme(config, scheme)
         files = weight_files(folder) if saved else None
         if saved:
@@ -347,18 +353,25 @@ def load(
     ctx = arguments.context_of(ctx, config)
     words = Tokenizer(folder) if tokenizer else None
     if ctx is not None:
-        memory.check(config, scheme, ops, 1, ctx, 1, config.parameters() * ops.dtype.itemsize)
-    weights = for_scheme(load_weights(folder, config, ops, progress), config, scheme, ops)
+        memory.check(config, scheme, ops, 1, ctx, 1, ops.weight_bytes(config))
+    loaded = for_scheme(load_weights(folder, config, ops, progress, fold=scheme.rotate), config, scheme, ops)
     if scheme.shaped:
-        weights = shape_keys(weights, config, ops)
-    weights = scheme.prepare(weights, config, ops)
-    ops.release()  # what was rotated in them
-    engine = Engine(config, weights, words, scheme, Watch(ops, weights) if debug else ops, progress, folder)
+        loaded = shape_keys(loaded, config, ops)
+    loaded = scheme.prepare(loaded, config, ops)
+    ops.release()  # what was rotated or unpacked in them
+    engine = Engine(config, loaded, words, scheme, Watch(ops, loaded) if debug else ops, progress, folder)
     if files is not None:
         if files.stamps != engine.files.stamps:
             raise UserError(f"{folder}: the weight files have changed while the model was loaded; load it again")
         engine.files = files  # hashed already
     return engine
+
+
+def with_weights(config: Config, mode: str | None) -> Config:
+    """The config of a model whose matrices are quantized when it is loaded. Raises UserError for an unknown mode."""
+    if mode is not None and mode not in MODES:
+        raise UserError(f"--weights {shown(mode)} is not known; choose from {', '.join(MODES)}, or leave it out")
+    return replace(config, weights=mode)
 
 
 def scheme_named(name: str) -> Scheme:

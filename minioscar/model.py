@@ -27,13 +27,13 @@ Array = Any
 
 class Model:
     """Weights, bound to a scheme of the cache and to a back end; values are rotated in the weights where the scheme
-    rotates."""
+    rotates, or here where quantized weights cannot be."""
 
     def __init__(self, config: Config, weights: Weights, scheme: Scheme, ops: Reference):
         check_scheme(config, scheme)
         ops.say_if_slow(config, scheme)
         self.config, self.scheme, self.ops = config, scheme, ops
-        self.weights = weights
+        self.weights, self.rotates_values = weights, weights.rotation == "online"
         self.tables: tuple[Array, Array] | None = None  # cos and sin of RoPE for the positions seen so far
 
     def observed(self, seen: Callable[[Array, NewTokens], object]) -> Model:
@@ -80,9 +80,12 @@ class Model:
         ops = self.ops
         norm = layer.input_norm, self.config.rms_norm_eps
         qkv = ops.linear(x, layer.qkv, layer.qkv_bias, norm=norm)  # [tokens, (q_heads + 2 * kv_heads) * head_dim]
-        q, new = ops.rotate_scale(qkv, layer, tables, layer_cache, self.config, batch)  # QK-norm, RoPE, rotation, norms
-        y = ops.attention(q, new, layer_cache, batch)  # [tokens, q_heads, head_dim]
-        return ops.linear(y.reshape(len(x), -1), layer.o, layer.o_bias, residual=x)
+        # QK-norm, RoPE, rotation, norms
+        q, new = ops.rotate_scale(qkv, layer, tables, layer_cache, self.config, batch, self.rotates_values)
+        y = ops.attention(q, new, layer_cache, batch).reshape(len(x), -1)  # [tokens, q_heads * head_dim]
+        if self.rotates_values:
+            ops.rotate_heads(y, self.config.head_dim, 1)  # back: H.H = I
+        return ops.linear(y, layer.o, layer.o_bias, residual=x)
 
     def _mlp(self, x: Array, layer: Layer) -> Array:
         """x and the gated MLP (SwiGLU) of a layer; its widest array is freed before the next layer's attention."""

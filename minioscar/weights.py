@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from . import oscar
 from .config import Config
 from .errors import UserError
+from .formats import Plain
+from .quantized import Quantized
+from .staging import Group, Staging, quantized
 from .storage.checkpoint import Checkpoint, Tensor
 from .storage.identity import WeightFiles
 
 Array = Any
+Matrix = Any  # an array, or a quantized.Quantized
 Put = Callable[[Sequence[Tensor]], Array]
 
 
@@ -28,7 +35,15 @@ class Backend(Protocol):
 
     def free_bytes(self) -> int: ...
 
-    def loading(self, advance: Callable[[int], object], tensors: Sequence[Tensor]) -> AbstractContextManager[Put]: ...
+    xp: Any
+
+    def weight_bytes(self, config: Config) -> int: ...
+
+    def loading(
+        self, advance: Callable[[int], object], tensors: Sequence[Tensor], dtype: np.dtype | None = None
+    ) -> AbstractContextManager[Put]: ...
+
+    def quantized(self, plain: Plain) -> Matrix: ...
 
     def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None: ...
 
@@ -38,15 +53,15 @@ class Layer:
     """The weights of one layer; matrices are [out, in]. Projections that read the same input stand in one matrix."""
 
     input_norm: Array  # [hidden]
-    qkv: Array  # [(q_heads + 2 * kv_heads) * head_dim, hidden]: all q heads, then all k heads, then all v heads
+    qkv: Matrix  # [(q_heads + 2 * kv_heads) * head_dim, hidden]: all q heads, then all k heads, then all v heads
     qkv_bias: Array | None
     q_norm: Array | None  # [head_dim]
     k_norm: Array | None
-    o: Array  # [hidden, q_heads * head_dim]
+    o: Matrix  # [hidden, q_heads * head_dim]
     o_bias: Array | None
     post_norm: Array  # [hidden]
-    gate_up: Array  # [2 * intermediate, hidden]
-    down: Array  # [hidden, intermediate]
+    gate_up: Matrix  # [2 * intermediate, hidden]
+    down: Matrix  # [hidden, intermediate]
     gate_up_bias: Array | None = None
     down_bias: Array | None = None
     # float32 [kv_heads, head_dim, head_dim], for a shaped scheme: error_feedback.feedback_matrix
@@ -60,8 +75,11 @@ class Weights:
     embed: Array  # [vocab, hidden]
     layers: tuple[Layer, ...]
     norm: Array  # [hidden]
-    head: Array  # [vocab, hidden]; the same array as embed where they are tied
+    head: Matrix  # [vocab, hidden]; the same array as embed where they are tied
     files: WeightFiles | None = None  # what they were read from
+    # of the values, as a scheme wants them: by v_proj and o_proj (`rotate_values`), or by the model at every pass
+    rotation: Literal["none", "folded", "online"] = "none"
+    quantized: bool = False  # whether some matrices are not what a rotation can be folded into
 
 
 def expected(config: Config) -> dict[str, tuple[int, ...]]:
@@ -92,36 +110,82 @@ def expected(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load(folder: Path, config: Config, ops: Backend, progress: bool = False) -> Weights:
-    """Reads the weights onto the back end, in its dtype. Raises UserError for what `Checkpoint` refuses."""
+def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fold: bool = False) -> Weights:
+    """Reads the weights onto the back end, in its dtype, or quantized as the files or `config.weights` have them.
+
+    fold: fold V's rotation into matrices before config.weights quantizes them. Raises UserError for what `Checkpoint`
+    refuses.
+    """
     from tqdm import tqdm
 
     with ExitStack() as stack:
-        tensors = Checkpoint(folder, expected(config), config.tie_embeddings, stack)
-        need, free = config.parameters() * ops.dtype.itemsize, ops.free_bytes()
+        tensors = Checkpoint(folder, expected(config), config.tie_embeddings, stack, config.quantization)
+        if tensors.has_kv_scales:
+            print("[the scales of an FP8 cache in the files are not used]", file=sys.stderr, flush=True)
+        need, free = ops.weight_bytes(config), ops.free_bytes()
         if need > free:
             raise UserError(
                 f"{folder}: the weights take {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of {ops.name} memory "
                 "are free"
             )
-        wanted, shown = [tensors[name] for name in expected(config)], None if progress else True
-        total = sum(tensor.nbytes for tensor in wanted)
+        staging = Staging(tensors, config, ops, matrices(config))
+        kept = [tensors[name] for name in expected(config) if name not in staging.names]
+        total, shown = sum(tensor.nbytes for tensor in kept) + staging.nbytes, None if progress else True
         bar = stack.enter_context(tqdm(total=total, desc="load", unit="B", unit_scale=True, leave=False, disable=shown))
-        put = stack.enter_context(ops.loading(bar.update, wanted))
+        with ops.loading(bar.update, kept) as put:
 
-        def get(*names: str) -> Array:
-            return put([tensors[name] for name in names])
+            def get(*names: str) -> Array | Group:
+                return Group(names) if names[0] in staging.names else put([tensors[name] for name in names])
 
-        embed = get("model.embed_tokens.weight")
-        weights = Weights(
-            embed=embed,
-            layers=tuple(_layer(get, f"model.layers.{i}.", config) for i in range(config.num_layers)),
-            norm=get("model.norm.weight"),
-            head=embed if config.tie_embeddings else get("lm_head.weight"),
-            files=tensors.files,
-        )
+            embed = get("model.embed_tokens.weight")
+            weights = Weights(
+                embed=embed,
+                layers=tuple(_layer(get, f"model.layers.{i}.", config) for i in range(config.num_layers)),
+                norm=get("model.norm.weight"),
+                head=embed if config.tie_embeddings else get("lm_head.weight"),
+                files=tensors.files,
+            )
+        if staging.names:
+            weights = _staged(weights, staging, bar.update, fold and not tensors.quantized)
         tensors.files.check()  # not half of them of one training step and half of another
     return weights
+
+
+def bytes_of(config: Config, itemsize: int) -> int:
+    """Of all weights, where quantized matrices are kept in 4 or 8 bits and numbers take `itemsize` bytes."""
+    total, shapes = config.parameters() * itemsize, expected(config)
+    for name in matrices(config):
+        bits = config.stored_bits(name == "lm_head.weight")
+        if bits is not None:
+            total += round(math.prod(shapes[name]) * (bits / 8 - itemsize))
+    return total
+
+
+def matrices(config: Config) -> list[str]:
+    """The names of those that `Config.weights` is about: all but the embedding."""
+    return [name for name, shape in expected(config).items() if len(shape) == 2 and "embed" not in name]
+
+
+def _staged(weights: Weights, staging: Staging, advance: Callable[[int], object], fold: bool) -> Weights:
+    by_fold = partial(fold_values, config=staging.config, ops=staging.ops) if fold else None
+    layers = tuple(staging.fill(weights.layers, advance, by_fold))
+    rotation = "folded" if fold else "none"
+    weights = replace(weights, layers=layers, rotation=rotation, quantized=True)
+    return next(staging.fill([weights], advance)) if isinstance(weights.head, Group) else weights
+
+
+def quantize(weights: Weights, config: Config, ops: Backend) -> Weights:
+    """Arrays on the back end -> what `config.weights` makes of them; `weights` keeps its own."""
+
+    def of(x: Array, field: str) -> Matrix:
+        return ops.quantized(quantized(x, config.weights, field, ops.xp))
+
+    layers = tuple(
+        replace(layer, **{field: of(getattr(layer, field), field) for field in ("qkv", "o", "gate_up", "down")})
+        for layer in weights.layers
+    )
+    head = weights.head if weights.head is weights.embed else of(weights.head, "head")
+    return replace(weights, layers=layers, head=head, quantized=True)
 
 
 def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
@@ -151,22 +215,30 @@ def rotate_values(weights: Weights, config: Config, ops: Backend, in_place: bool
 
     v' = H.v for every kv head, and o_proj.H undoes it, since H.H = I: the model computes what it did, on rotated
     values. Arrays that do not change are shared with `weights`; those that do are copies, or in_place what they were.
+    Quantized matrices cannot take it: values are rotated at every pass then (`Weights.rotation`).
     Raises ValueError where head_dim has no Hadamard matrix.
     """
+    if weights.rotation != "none":
+        return weights
+    if weights.quantized:
+        return replace(weights, rotation="online")
+    layers = (layer if in_place else _with_own_values(layer) for layer in weights.layers)
+    return replace(weights, layers=tuple(fold_values(layer, config, ops) for layer in layers), rotation="folded")
 
-    def own(x: Array | None) -> Array | None:
-        return x if in_place or x is None else x.copy()
 
-    def fold(layer: Layer) -> Layer:
-        v = config.q_size + config.kv_size  # where the rows of v begin
-        qkv, o, bias = map(own, (layer.qkv, layer.o, layer.qkv_bias))
-        ops.rotate_heads(qkv[v:], config.head_dim, 0)
-        if bias is not None:
-            ops.rotate_heads(bias[v:], config.head_dim, 0)
-        ops.rotate_heads(o, config.head_dim, 1)
-        return replace(layer, qkv=qkv, qkv_bias=bias, o=o)
+def _with_own_values(layer: Layer) -> Layer:
+    own = {name: getattr(layer, name) for name in ("qkv", "qkv_bias", "o")}
+    return replace(layer, **{name: x if x is None else x.copy() for name, x in own.items()})
 
-    return replace(weights, layers=tuple(map(fold, weights.layers)))
+
+def fold_values(layer: Layer, config: Config, ops: Backend) -> Layer:
+    """`rotate_values` of one layer, in place."""
+    v = config.q_size + config.kv_size  # where the rows of v begin
+    ops.rotate_heads(layer.qkv[v:], config.head_dim, 0)
+    if layer.qkv_bias is not None:
+        ops.rotate_heads(layer.qkv_bias[v:], config.head_dim, 0)
+    ops.rotate_heads(layer.o, config.head_dim, 1)
+    return layer
 
 
 def for_scheme(weights: Weights, config: Config, scheme: oscar.Scheme, ops: Backend) -> Weights:
@@ -176,10 +248,8 @@ def for_scheme(weights: Weights, config: Config, scheme: oscar.Scheme, ops: Back
 
 
 def arrays(weights: Weights) -> Iterator[Array]:
-    """Every array once (a tied head is the embedding)."""
-    yield weights.embed
-    yield weights.norm
-    if weights.head is not weights.embed:
-        yield weights.head
-    for layer in weights.layers:
-        yield from (array for array in vars(layer).values() if array is not None)
+    """Every array once (a tied head is the embedding); of a quantized matrix those that it consists of."""
+    outer = [weights.embed, weights.norm, *([] if weights.head is weights.embed else [weights.head])]
+    of_layers = (array for layer in weights.layers for array in vars(layer).values() if array is not None)
+    for array in (*outer, *of_layers):
+        yield from array.arrays() if isinstance(array, Quantized) else (array,)

@@ -33,11 +33,11 @@ def near(got: np.ndarray, exact: np.ndarray) -> bool:
 
 @on_each_device
 @pytest.mark.parametrize("prefill", [False, True])
-@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize(("rotate", "rotate_values"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "normed"), [(9, 3, False), (4, 1, True), (20, 18, True)])
 @pytest.mark.parametrize("d", attention.HEAD_DIMS)
 def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
-    device, seed, d, q_heads, kv_heads, normed, rotate, prefill
+    device, seed, d, q_heads, kv_heads, normed, rotate, rotate_values, prefill
 ):
     rng = np.random.default_rng(seed)
     tokens, slots, capacity, norm_stride, eps = 4, 5, 128, 300, 1e-6
@@ -50,17 +50,18 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
     q_out = device.empty((tokens, q_heads, d), BF16)
     k_out = device.empty((tokens, kv_heads, d), BF16) if prefill else None
     keys, values = (None if prefill else device.empty((slots, kv_heads, capacity, d), BF16) for _ in "kv")
+    values = device.empty((tokens, kv_heads, d), BF16) if prefill and rotate_values else values
     norms = device.empty((slots, norm_stride), np.float32)
     q_weight, k_weight = (w if w is None else device.array(w) for w in weights)
     tables, heads = map(device.array, (cosines, sines)), attention.Heads(q_heads, kv_heads, d)
-    rotation = attention.Rotation(heads, *tables, rotate, q_weight, k_weight, eps)
+    rotation = attention.Rotation(heads, *tables, rotate, q_weight, k_weight, eps, rotate_values)
     to = attention.KeyOutputs(k_out, keys, values, norms, device.array(rows))
     launch = attention.rotate_scale(rotation, device.array(qkv), device.array(positions), q_out, to)
     device.run(launch, seed=seed % 7)
     q_got, n_got, k_got = (device.numpy(a, allow_unwritten=True) for a in (q_out, norms, k_out if prefill else keys))
 
     x = qkv.astype(np.float64)
-    q, k = x[:, :q_heads], x[:, q_heads : q_heads + kv_heads]
+    q, k, v = np.split(x, [q_heads, q_heads + kv_heads], axis=1)
     if normed:
         q, k = (qk_norm(y, w.astype(np.float64), eps) for y, w in zip((q, k), weights, strict=True))
     q, k = (rope(y, cosines[positions].astype(np.float64), sines[positions].astype(np.float64)) for y in (q, k))
@@ -74,10 +75,14 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
         assert near(q_got[t], q[t]) and near(key, k[t])
         expected = oscar.token_norms(key[None])[0]
         assert abs(n_got[row, position] - expected) <= 1e-6 * expected
+    own = positions >= 0
+    if values is not None:
+        v_got = device.numpy(values, allow_unwritten=True)
+        v_got = v_got[own] if prefill else v_got[rows[own], :, positions[own] % capacity]
+        assert near(v_got, v[own] @ oscar.hadamard(d)) if rotate_values else np.array_equal(v_got, v[own].astype(BF16))
     if prefill:
         return
-    live = rows[positions >= 0], slice(None), positions[positions >= 0] % capacity
-    assert np.array_equal(device.numpy(values, allow_unwritten=True)[live], qkv[positions >= 0, q_heads + kv_heads :])
+    live = rows[own], slice(None), positions[own] % capacity
     k_got[live] = np.frombuffer(b"\xff\xff", BF16)[0]
     assert np.all(k_got.view(np.uint16) == 0xFFFF)  # nothing else was written
 

@@ -17,7 +17,7 @@ from minioscar.config import MODEL_TYPES, Config
 from minioscar.engine import Engine, load
 from minioscar.oscar import SCHEMES
 from minioscar.rope import ROPE_TYPES
-from minioscar.storage.checkpoint import DTYPES
+from minioscar.storage.checkpoint import FLOATS
 
 from .make_fixtures import CASES, CLEAR, FIXTURES, STEPS, spellings
 
@@ -59,7 +59,7 @@ def test_every_supported_architecture_rope_type_and_dtype_has_a_reference() -> N
     for path in FIXTURES.glob("*/*.safetensors"):
         with safe_open(path, "np") as file:
             dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}
-    assert dtypes == set(DTYPES)
+    assert dtypes == set(FLOATS)
     assert len(list((FIXTURES / "llama3-untied-sharded").glob("model-*.safetensors"))) > 1
     for case, config in configs.items():  # else the prompt would not tell scaled positions from unscaled ones
         assert config.rope.type in ("default", "linear") or len(reference(case)["prompt"]) > config.rope.original

@@ -27,6 +27,7 @@ FLOORS = (
     ("model", "memory"),
     ("ops",),
     ("cache", "weights", "decoding"),
+    ("quantized", "staging"),
     ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
     ("oscar", "causal_attention", "error_feedback", "hadamard", "rope"),
     ("storage",),

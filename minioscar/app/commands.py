@@ -265,7 +265,8 @@ def loaded(args: argparse.Namespace) -> tuple[Engine, PromptCache | None]:
     file, ctx = getattr(args, "cache", None), getattr(args, "ctx", None)
     if file is not None and getattr(args, "chat", None) is not None:
         raise UserError("--chat and --raw were decided when the prompt cache was made; leave them out")
-    engine = load(args.model, args.kv, args.device, ctx=ctx, progress=sys.stderr.isatty(), cache=file, debug=args.debug)
+    how = {"progress": sys.stderr.isatty(), "debug": args.debug, "weights": args.weights}
+    engine = load(args.model, args.kv, args.device, ctx=ctx, cache=file, **how)
     return engine, engine.load_cache(file) if file is not None else None
 
 
@@ -296,7 +297,7 @@ def run_info(args: argparse.Namespace) -> None:
     from . import info
 
     known_schemes()
-    report = info.describe(args.model, args.ctx, args.batch, args.device)
+    report = info.describe(args.model, args.ctx, args.batch, args.device, args.weights)
     print(json.dumps(report) if args.json else info.text(report))
 
 
@@ -311,6 +312,7 @@ def run_eval(args: argparse.Namespace) -> None:
         args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows,
         needles=lengths(args.needle),
         continued=args.drift, device=args.device, progress=sys.stderr.isatty(),
+        weights=[mode.strip() for mode in args.weights.split(",")] if args.weights else [],
     )
     print(json.dumps(report) if args.json else fidelity.table(report))
 

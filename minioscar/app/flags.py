@@ -79,6 +79,10 @@ EVERY = [
 ]
 DEVICE = flag("--device", "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"), default="auto")
 SCHEME = flag("--kv", f"how the KV cache is kept: {SCHEMES} (int2, or that of --cache)", "SCHEME")
+WEIGHTS = flag(
+    "--weights", "quantize matrices of 16 bits while they are loaded (no; files of 4 or 8 bits stay what they are)",
+    choices=("int8", "int4"),
+)
 TEXT = flag("--text", "a text file, - for standard input (the topics of Python's help)", "F")
 RENDERING = [  # argparse lets one of them be given
     switch("--chat", "render the chat template (default for a model that has one)", default=None),
@@ -106,6 +110,7 @@ def answering(max_tokens: int, ctx: str) -> list[Flag]:
     return [
         flag("--cache", "go on from a prompt cache that the command cache, or /save in a chat, wrote", "F"),
         SCHEME,
+        WEIGHTS,
         number("--max-tokens", f"stop after so many new tokens ({max_tokens})", "N", max_tokens),
         *SAMPLING,
         several("--stop", "end before this text, or at the special token of this name", "S"),
@@ -139,12 +144,13 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
     "cache": ("read a text once, for generate and chat --cache", [
         flag("--prompt-file", "a text file; - is standard input", "F", required=True),
         flag("--out", "the file to write, such as book.kv.safetensors; - is standard output", "F", required=True),
-        SCHEME, DEVICE, *RENDERING, TEMPLATE,
+        SCHEME, WEIGHTS, DEVICE, *RENDERING, TEMPLATE,
     ]),
     "pull": ("fetch a model into weights/", []),
     "info": ("shapes, parameters, bytes per token and scheme, the longest context that fits", [
         number("--ctx", "context of the cache sizes (the model's)", "N"),
         number("--batch", "sequences in the cache (1)", "B", 1),
+        WEIGHTS,
         DEVICE,
     ]),
     "eval": ("fidelity of the schemes on a text: NLL, KL and top-1 agreement against the unquantized run", [
@@ -158,6 +164,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
             const="512,1024,2048"
         ),
         number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),
+        flag("--weights", "also with matrices quantized so, each with --kv bf16 and with the schemes", "int8,int4"),
         DEVICE,
     ]),
     "inspect": ("token norms, spread inside groups, sinks and errors per scheme: a report with figures", [

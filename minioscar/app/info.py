@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..cache import cache_bytes
 from ..config import Config
+from ..engine import with_weights
 from ..errors import UserError
 from ..memory import longest_context, size
 from ..model import check_scheme
@@ -13,16 +14,16 @@ from ..storage.hub import resolve
 from ..tables import aligned
 
 
-def describe(model: str, ctx: int | None, batch: int, device: str) -> dict:
+def describe(model: str, ctx: int | None, batch: int, device: str, weights: str | None = None) -> dict:
     """The object of `info --json`. Raises UserError for a context that the model does not have or a batch below 1."""
     folder = resolve(model, weights=False)
-    config, ops = Config.from_folder(folder), backend(device)
+    config, ops = with_weights(Config.from_folder(folder), weights), backend(device)
     context = config.max_context if ctx is None else ctx
     if not 1 <= context <= config.max_context:
         raise UserError(f"--ctx {ctx} is out of range; {config.limit}")
     if batch < 1:
         raise UserError(f"--batch {batch} is out of range; it must be at least 1")
-    weights, free = config.parameters() * ops.dtype.itemsize, ops.free_bytes()
+    weight_bytes, free = ops.weight_bytes(config), ops.free_bytes()
     schemes = []
     for name, scheme in SCHEMES.items():
         try:
@@ -40,7 +41,7 @@ def describe(model: str, ctx: int | None, batch: int, device: str) -> dict:
                 "ratio_to_bf16": cache_bytes(
                     config, SCHEMES["bf16"], batch, context
                 ) / cache_bytes(config, scheme, batch, context),
-                "longest_context": longest_context(config, scheme, ops, batch, free - weights),
+                "longest_context": longest_context(config, scheme, ops, batch, free - weight_bytes),
             }
         )
     return {
@@ -59,7 +60,8 @@ def describe(model: str, ctx: int | None, batch: int, device: str) -> dict:
         "max_positions": config.max_positions,
         "sliding_window": config.window,
         "device": ops.name,
-        "weight_bytes": weights,
+        "weights": kept_as(config),
+        "weight_bytes": weight_bytes,
         "work_bytes": ops.work_bytes(config, context, context),
         "free_bytes": free,
         "context": context,
@@ -68,6 +70,13 @@ def describe(model: str, ctx: int | None, batch: int, device: str) -> dict:
     }
 
 
+def kept_as(config: Config) -> str:
+    """What matrices are, in the files or by --weights."""
+    given = [] if config.quantization is None else [config.quantization.name]
+    return ", the others ".join([*given, *([] if config.weights is None else [config.weights])]) or "16 or 32 bits"
+
+
+SIZES = {"size": "weight", "work": "work", "free": "free"}
 WIDTHS = {"kv": -20, "bits/element": 12, "bytes/token": 12, "cache": 11, "vs bf16": 8, "longest context that fits": 26}
 
 
@@ -75,18 +84,18 @@ def text(report: dict) -> str:
     """The report for people."""
     window = report["sliding_window"]
     window = "" if window is None else f", sliding window {window}: no longer context runs"
-    weights, work, free = (size(report[key]) for key in ("weight_bytes", "work_bytes", "free_bytes"))
+    sizes = {name: size(report[f"{key}_bytes"]) for name, key in SIZES.items()}
     lines = [
         "{model}: {model_type}, {parameters:,} parameters, {layers} layers, hidden {hidden_size}, mlp "
         "{intermediate_size}",
         "attention: {q_heads} q heads, {kv_heads} kv heads, head_dim {head_dim}",
         "positions: {max_positions}{window}, rope {rope}; vocabulary {vocab_size}",
-        "on {device}: weights {weights}, reading a prompt of {context} tokens takes {work} more; {free} free",
+        "on {device}: weights {size} ({weights}), reading a prompt of {context} tokens takes {work} more; {free} free",
         "",
         "KV cache at context {context}, batch {batch}:",
     ]
     lines = [
-        line.format(**report | {"window": window, "weights": weights, "work": work, "free": free}) for line in lines
+        line.format(**report | {"window": window} | sizes) for line in lines
     ]
     rows = [list(WIDTHS)]
     for row in report["schemes"]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..config import Config
-from ..engine import Engine, scheme_named
+from ..engine import Engine, scheme_named, with_weights
 from ..errors import UserError
 from ..model import check_scheme
 from ..ops import backend
@@ -19,7 +20,7 @@ from ..query_energy import shape_keys
 from ..storage.hub import resolve
 from ..tables import markdown
 from ..tokenizer import Tokenizer
-from ..weights import Weights, rotate_values
+from ..weights import Weights, quantize, rotate_values
 from ..weights import load as load_weights
 from . import drift, needle
 from .teacher_forcing import Done, divergence, log_softmax, teacher_forced
@@ -40,6 +41,7 @@ class Row:
     top1: float  # share of positions whose likeliest token is the unquantized run's
     dnll_se: float | None  # standard errors of dnll and kl over the windows; None for a single one
     kl_se: float | None
+    weights: str | None = None  # the mode in which they are quantized; None: they are not
 
 
 def default_text() -> str:
@@ -104,12 +106,13 @@ class Lengths:
 
 def evaluate(
     model: str, schemes: Sequence[str], *, text: str | None = None, device: str = "auto", progress: bool = False,
-    **lengths: Any,
+    weights: Sequence[str] = (), **lengths: Any,
 ) -> dict:
     """Runs every scheme over stretches of a text; the object of `eval --json`. lengths: the fields of `Lengths`.
 
-    The first stretch begins with the text and each follows the one before. Raises UserError for an unknown scheme, a
-    text that is too short or a context that the model does not have.
+    weights: modes of rounding.MODES; every scheme also runs with the matrices quantized so, and so does bf16. The first
+    stretch begins with the text and each follows the one before. Raises UserError for an unknown scheme, a text that is
+    too short or a context that the model does not have.
     """
     from tqdm import tqdm
 
@@ -117,12 +120,16 @@ def evaluate(
     wanted, asked = [scheme_named(name) for name in names], Lengths(**lengths)
     ops, folder = backend(device), resolve(model)
     config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
+    if weights and config.quantization is not None:
+        why = f"the files are {config.quantization.name} already"
+        raise UserError(f"--weights {','.join(weights)}: {why}; use a model of 16 bits")
+    configs = [with_weights(config, mode) for mode in (None, *dict.fromkeys(weights))]
     for scheme in wanted:
         check_scheme(config, scheme)
     asked.check(config)
     ids = tokenizer.encode(default_text() if text is None else text)
     asked.check_text(len(ids))
-    engines = engines_for(wanted, load_weights(folder, config, ops, progress), config, tokenizer, ops)
+    engines = engines_for(wanted, load_weights(folder, config, ops, progress), configs, tokenizer, ops)
     report = {
         "model": str(model), "device": ops.name, "prefill": asked.prefill, "decode": asked.decode,
         "windows": asked.windows,
@@ -141,8 +148,9 @@ def parts(
     stretches = [ids[start : start + asked.window] for start in range(0, asked.windows * asked.window, asked.window)]
     tokens = len(engines) * asked.windows * (asked.window - 1)
     found: dict[str, tuple[int, Callable[[Done], Any]]] = {
-        "results": (tokens, lambda done: fidelity(engines, stretches, asked.prefill, done)),
+        "results": (tokens, partial(fidelity, engines, stretches, asked.prefill)),
     }
+    engines = [engine for engine in engines if engine.config.weights is None]
     if asked.continued:
         prompts = [stretch[: asked.prefill] for stretch in stretches]
         tokens = drift.cost(engines, asked.windows, asked.prefill, asked.continued)
@@ -154,16 +162,20 @@ def parts(
 
 
 def engines_for(
-    wanted: Sequence[Scheme], plain: Weights, config: Config, tokenizer: Tokenizer, ops: Reference
+    wanted: Sequence[Scheme], plain: Weights, configs: Sequence[Config], tokenizer: Tokenizer, ops: Reference
 ) -> list[Engine]:
-    """An engine for each scheme; those that want the same weights share them."""
-    rotated = rotate_values(plain, config, ops) if any(scheme.rotate for scheme in wanted) else plain
-    shaped = shape_keys(rotated, config, ops) if any(scheme.shaped for scheme in wanted) else rotated
-    weights = [shaped if scheme.shaped else rotated if scheme.rotate else plain for scheme in wanted]
-    return [
-        Engine(config, scheme.prepare(prepared, config, ops), tokenizer, scheme, ops)
-        for scheme, prepared in zip(wanted, weights, strict=True)
-    ]
+    """An engine for each scheme with the weights of each config; those that want the same weights share them."""
+    rotated = rotate_values(plain, configs[0], ops) if any(scheme.rotate for scheme in wanted) else plain
+    found = []
+    for config in configs:
+        bases = {True: rotated, False: plain}
+        if config.weights is not None:
+            bases = {rotates: quantize(weights, config, ops) for rotates, weights in bases.items()}
+        shaped = shape_keys(bases[True], config, ops) if any(scheme.shaped for scheme in wanted) else bases[True]
+        for scheme in wanted:
+            weights = shaped if scheme.shaped else bases[scheme.rotate]
+            found.append(Engine(config, scheme.prepare(weights, config, ops), tokenizer, scheme, ops))
+    return found
 
 
 def fidelity(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefill: int, done: Done) -> list[dict]:
@@ -180,6 +192,7 @@ def fidelity(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefil
     baseline = np.array(scores[0])
     return [
         asdict(summary(engine.scheme, engine.config.head_dim, np.array(found), baseline))
+        | {"weights": engine.config.weights}
         for engine, found in zip(engines, scores, strict=True)
     ]
 
@@ -212,12 +225,15 @@ def compare(
 
 def table(report: dict) -> str:
     """The report as a Markdown table."""
-    rows = []
+    rows, several = [], any(row["weights"] for row in report["results"])
     for row in report["results"]:
         numbers = "{bits_per_element:.3f}|{nll:.4f}|{ppl:.3f}|{dnll:+.4f}|{kl:.4f}".format(**row).split("|")
         numbers[-1] += "" if row["kl_se"] is None else f" ± {row['kl_se']:.4f}"
         rows.append([row["kv"], *numbers, f"{row['top1']:.3f}"])
-    lines = markdown(["kv", "bits/element", "NLL", "perplexity", "ΔNLL", "KL", "top-1"], rows)
+        if several:
+            rows[-1].insert(1, row["weights"] or "as they are")
+    columns = ["kv", *["weights"] * several, "bits/element", "NLL", "perplexity", "ΔNLL", "KL", "top-1"]
+    lines = markdown(columns, rows)
     for part in (drift, needle):
         if (name := part.__name__.rpartition(".")[2]) in report:
             lines += ["", part.table(report[name])]

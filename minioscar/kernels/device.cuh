@@ -32,12 +32,15 @@ DEVICE uint32_t smem_addr(const void* p) { return (uint32_t)__cvta_generic_to_sh
 MMA(mma_m16n8k16_f16, "f16")
 MMA(mma_m16n8k16_bf16, "bf16")
 // d = a . b: saves the moves that would clear d.
-DEVICE void mma_m16n8k16_f16_zero(float (&d)[4], MMA_OPERANDS) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.f));
-}
+#define MMA_ZERO(NAME, TYPE)                                                                                        \
+  DEVICE void NAME(float (&d)[4], MMA_OPERANDS) {                                                                   \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "                                     \
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"                                        \
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                   \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.f));                                 \
+  }
+MMA_ZERO(mma_m16n8k16_f16_zero, "f16")
+MMA_ZERO(mma_m16n8k16_bf16_zero, "bf16")
 // 8 x 8 matrix of 16-bit elements over a warp, lane 4r + c holds row r, columns 2c and 2c+1: its transpose.
 DEVICE uint32_t movmatrix(uint32_t a) {
   uint32_t d;
@@ -74,6 +77,18 @@ PTX(uint32_t, mul_f16x2, (uint32_t a, uint32_t b), "mul.rn.f16x2 %0, %1, %2;", "
 PTX(uint32_t, mul_bf16x2, (uint32_t a, uint32_t b), "fma.rn.bf16x2 %0, %1, %2, %3;", "=r", "r"(a), "r"(b),
     "r"(0x80008000u))
 
+// The float16 number in the low, or the high, half of a word.
+DEVICE float low_f16(uint32_t pair) {
+  float x;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;\n}" : "=f"(x) : "r"(pair));
+  return x;
+}
+DEVICE float high_f16(uint32_t pair) {
+  float x;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, high;\n}" : "=f"(x) : "r"(pair));
+  return x;
+}
+
 // x, whose value the compiler does not know before this point: it cannot compute anything from x ahead of a loop,
 // where the result would hold registers throughout.
 DEVICE int opaque(int x) {
@@ -91,6 +106,14 @@ DEVICE void compiler_barrier() { asm volatile("" ::: "memory"); }
 DEVICE void load_once(uint4& d, const void* global, bool predicate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p ld.global.cs.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
                : "+r"(d.x), "+r"(d.y), "+r"(d.z), "+r"(d.w) : "l"(global), "r"((int)predicate));
+}
+DEVICE void load_once(uint2& d, const void* global, bool predicate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n@p ld.global.cs.L2::128B.v2.u32 {%0,%1}, [%2];\n}"
+               : "+r"(d.x), "+r"(d.y) : "l"(global), "r"((int)predicate));
+}
+DEVICE void load_once(uint32_t& d, const void* global, bool predicate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p ld.global.cs.u32 %0, [%1];\n}"
+               : "+r"(d) : "l"(global), "r"((int)predicate));
 }
 #define ATOMIC_ADD(NAME, ORDER)                                                                                       \
   DEVICE int NAME(int* p, int x) {                                                                                  \

@@ -20,10 +20,9 @@
 //
 // Set by -D: BLOCK_WARPS, NORM, and the macros of linear.cuh.
 constexpr int WARPS = BLOCK_WARPS;
-#include "linear.cuh"
+#include "linear_vector.cuh"
 
-constexpr int COLUMNS = 8, PREFETCH = 8 / BRANCHES,
-              ROUND = PREFETCH * WARPS * 32;  // ROUND: the k of PREFETCH runs of all warps
+constexpr int PREFETCH = 8 / BRANCHES, ROUND = PREFETCH * WARPS * 32;  // ROUND: the k of PREFETCH runs of all warps
 constexpr int TILE_SUMS = WARPS * BRANCHES * 16 * COLUMNS;
 DEVICE constexpr int offset(int run) { return run / 2 * WARPS * 64 + run % 2 * 32; }
 
@@ -61,53 +60,6 @@ struct Prefetch {
   }
 };
 
-// Eight sums over a warp at once; lanes 4m ... 4m + 3 get that of token m. At every step a lane sends half of the
-// sums that it has.
-DEVICE float sums_of_warp(float (&sum)[COLUMNS]) {
-  UNROLL for (int half = COLUMNS / 2; half; half /= 2) {
-    const bool upper = threadIdx.x & 4 * half;
-    UNROLL for (int m = 0; m < half; m++) {
-      const float received = __shfl_xor_sync(FULL_MASK, upper ? sum[m] : sum[m + half], 4 * half);
-      sum[m] = (upper ? sum[m + half] : sum[m]) + received;
-    }
-  }
-  return warp_sum<4>(sum[0]);
-}
-
-// RMSNorm of x to shared memory, all tokens in one pass; a thread has the same columns of each. w: of the norm, this
-// thread's first eight. `sums`: (WARPS + 1) * COLUMNS numbers.
-DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, const bf16* norm, uint4 w, float eps,
-                   int tokens, int K) {
-  float* factors = sums + COLUMNS * WARPS;
-  float sum[COLUMNS];
-  clear(sum);
-  for (int i = threadIdx.x; i < K / 8; i += THREADS) {
-    UNROLL for (int first = 0; first < COLUMNS; first += 4) {  // four at a time: as many as registers allow
-      uint4 a[4];
-      UNROLL for (int m = 0; m < 4; m++)
-        if (first + m < tokens) a[m] = *(const uint4*)(x + (size_t)(first + m) * K + 8 * i);
-      UNROLL for (int m = 0; m < 4; m++)
-        if (first + m < tokens) {
-          sum[first + m] += sum_squares(a[m]);
-          *(uint4*)(to + (first + m) * stride + 16 * i) = a[m];
-        }
-    }
-  }
-  const float token_sum = sums_of_warp(sum);
-  if (threadIdx.x % 4 == 0) sums[threadIdx.x % 32 / 4 * WARPS + threadIdx.x / 32] = token_sum;
-  __syncthreads();
-  if (threadIdx.x < tokens) factors[threadIdx.x] = inverse_rms(sums + threadIdx.x * WARPS, K, eps);
-  __syncthreads();
-  for (int i = threadIdx.x; i < K / 8;) {
-    for (int m = 0; m < tokens; m++) {
-      uint4* vector = (uint4*)(to + m * stride + 16 * i);
-      *vector = normalized(*vector, factors[m], w);
-    }
-    if ((i += THREADS) < K / 8) w = *(const uint4*)(norm + 8 * i);
-  }
-  __syncthreads();
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
     linear(const bf16* x, const bf16* norm, const bf16* weight, const bf16* bias, const bf16* residual, Output* out,
            int tokens, int K, int N, float eps) {
@@ -127,17 +79,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
   wait_then_allow_next();
   if (NORM) norm_x(smem, stride, sum_buffers, x, norm, norm_first, eps, tokens, K);
   const unsigned char* own = NORM ? smem + r * stride : (const unsigned char*)(x + (size_t)r * K);  // this lane's token
-  const bf16 zero = 0;
   bool odd = false;
   for (int first = blockIdx.x * 16; first < rows; first += gridDim.x * 16, odd = !odd) {
     // Two buffers: a tile's sums are read while the next ones are written; a barrier comes before the ones after that.
     float* sums = sum_buffers + odd * TILE_SUMS;
-    const int m = threadIdx.x / 16, i = threadIdx.x % 16,
-              n = first + i;  // the output that this thread finishes, if m is a token
-    const bool finishes = m < tokens && n < rows;
-    const bf16 added = residual && finishes ? residual[(size_t)m * rows + n] : zero;
-    bf16 biases[BRANCHES];
-    UNROLL for (int t = 0; t < BRANCHES; t++) biases[t] = bias && finishes ? bias[t * rows + n] : zero;
+    const OwnOutput<16> own_output(first, tokens, rows, bias, residual);
     float y[BRANCHES][4];
     clear(y);
     for (int round = 0; round < K; round += ROUND) {
@@ -163,14 +109,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
         *(float2*)pair = make_float2(y[t][2 * j], y[t][2 * j + 1]);
       }
     __syncthreads();
-    if (finishes) {
+    if (own_output.exists) {
       float z[BRANCHES];
-      UNROLL for (int t = 0; t < BRANCHES; t++) {
-        z[t] = 0.f;
-        for (int v = 0; v < WARPS; v++) z[t] += sums[((v * BRANCHES + t) * 16 + i) * COLUMNS + m];
-        z[t] += to_float(biases[t]);
-      }
-      out[(size_t)m * rows + n] = to_output(activated(z) + to_float(added));
+      UNROLL for (int t = 0; t < BRANCHES; t++) z[t] = own_output.total(sums, t);
+      own_output.store(out, rows, z);
     }
   }
 }

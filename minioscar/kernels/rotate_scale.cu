@@ -2,11 +2,13 @@
 //
 //   x = QK-norm(x) (if the model has it), RoPE(x) (half-split pairs), x . H (if the scheme rotates)
 //   x: heads of q, then k
+//   V'[t,h,:] = V[t,h,:] . H for quantized weights, which cannot have it in v_proj
 //   norms[t] = || K'[t,:,:] || over all kv heads, 1 where that is 0
 //
 // qkv [tokens, (q_heads + 2 kv_heads) * d] bf16; q_out [tokens, q_heads, d]; cos, sin [positions, d/2] float32. Keys
-// go to k_out [tokens, kv_heads, d] if it is given (prefill), else with the values into the cache (decode): [slot,
-// kv_heads, capacity, d] at position % capacity (128 of a window, the context of a plain BF16 cache). norms [slot,
+// and, where `values` is given, values go to k_out and values [tokens, kv_heads, d] if k_out is given (prefill), else
+// into the cache (decode): keys and values [slot, kv_heads, capacity, d] at position % capacity (128 of a window, the
+// context of a plain BF16 cache). rotate: 1 for queries and keys, plus 2 for values. norms [slot,
 // norm_stride]. H is the normalized Walsh-Hadamard matrix. A lane has 16 numbers of a head, 8 neighbours and their
 // partners in RoPE: two reads and writes of 16 bytes; four stages of the transform in registers, the others are
 // shuffles among the d / 16 lanes of the head.
@@ -18,6 +20,7 @@
 
 constexpr int DIM = HEAD_DIM, PER_LANE = 16, HALF = PER_LANE / 2,
               LANES = DIM / PER_LANE;  // numbers of a lane; lanes of a head
+constexpr int KEYS = 1, VALUES = 2;  // bits of `rotate`
 constexpr int HEADS_PER_BLOCK = 16, THREADS = HEADS_PER_BLOCK * LANES, HEADS_PER_WARP = 32 / LANES,
               WORDS = PER_LANE / 2;
 static_assert(DIM == 64 || DIM == 128 || DIM == 256, "head_dim");
@@ -61,6 +64,15 @@ DEVICE void hadamard(float (&x)[PER_LANE], int lane) {
   }
 }
 
+// V' of a head.
+DEVICE void rotate_value(uint32_t (&words)[WORDS], int lane) {
+  float x[PER_LANE];
+  UNROLL for (int i = 0; i < PER_LANE; i++) x[i] = number(words, i);
+  hadamard(x, lane);
+  const float factor = rsqrtf((float)DIM);
+  UNROLL for (int i = 0; i < WORDS; i++) words[i] = pack_bf16x2(x[2 * i] * factor, x[2 * i + 1] * factor);
+}
+
 // At most 64 registers, so that a multiprocessor has 32 warps: with many tokens some compute while others read.
 extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     rotate_scale(const bf16* __restrict__ qkv, const bf16* q_weight, const bf16* k_weight, const float* cosines,
@@ -94,16 +106,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     const bool own = lane_head < end;  // lanes without a head repeat the last one, since all lanes must shuffle
     uint32_t words[WORDS];
     load(words, in + ((has_keys ? q_heads : 0) + head) * DIM, lane);
-    float x[PER_LANE],
-        factor = rotate ? rsqrtf((float)DIM) : 1.f;  // of a whole head, so applied last: QK-norm's and H's
-    UNROLL for (int i = 0; i < PER_LANE; i++) x[i] = number(words, i);
     bf16* out = has_keys ? k_out + (token * kv_heads + head) * DIM : q_out + (token * q_heads + head) * DIM;
-    if (has_keys && !k_out) {
-      const size_t offset = ((slot * kv_heads + head) * capacity + position % capacity) * DIM;
-      load(words, in + (q_heads + kv_heads + head) * DIM, lane);
-      if (own) store(values + offset, words, lane);
-      out = keys + offset;
+    if (has_keys && values) {
+      const size_t offset = k_out ? (token * kv_heads + head) * DIM
+                                  : ((slot * kv_heads + head) * capacity + position % capacity) * DIM;
+      uint32_t value[WORDS];
+      load(value, in + (q_heads + kv_heads + head) * DIM, lane);
+      if (rotate & VALUES) rotate_value(value, lane);
+      if (own) store(values + offset, value, lane);
+      if (!k_out) out = keys + offset;
     }
+    float x[PER_LANE], factor = rotate & KEYS ? rsqrtf((float)DIM) : 1.f;  // of a head, applied last: QK-norm's and H's
+    UNROLL for (int i = 0; i < PER_LANE; i++) x[i] = number(words, i);
     if (weight) {
       float square = 0.f;
       UNROLL for (int i = 0; i < WORDS; i++) weights[i] = opaque(weights[i]);
@@ -118,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
       x[i] = a * cosine[i] - b * sine[i];
       x[i + HALF] = b * cosine[i] + a * sine[i];
     }
-    if (rotate) hadamard(x, lane);
+    if (rotate & KEYS) hadamard(x, lane);
     UNROLL for (int i = 0; i < WORDS; i++) words[i] = pack_bf16x2(x[2 * i] * factor, x[2 * i + 1] * factor);
     if (!own) continue;
     store(out, words, lane);

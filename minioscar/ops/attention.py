@@ -75,7 +75,7 @@ def layout_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Rotation:
-    """What a layer does to its queries and keys: QK-norm, RoPE, and H where `rotate` says so."""
+    """What a layer does to its queries and keys: QK-norm, RoPE, and H where `rotate` says so; H to its values."""
 
     heads: Heads
     cos: Array  # float32 [positions, d/2]
@@ -84,6 +84,7 @@ class Rotation:
     q_weight: Array | None = None  # of the QK-norm, bf16 [d]; None: there is none
     k_weight: Array | None = None
     eps: float = 0.0
+    rotate_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class KeyOutputs:
 
     k_out: Array | None = None  # bf16 [tokens, kv_heads, d]
     keys: Array | None = None  # of a cache, bf16 [rows, kv_heads, capacity, d]: to slot position % capacity
-    values: Array | None = None
+    values: Array | None = None  # of the cache, or [tokens, kv_heads, d] beside k_out
     norms: Array | None = None  # float32 [rows, positions]
     slots: Array | None = None  # int32 [tokens], the row of each token; None: row t, as in a decode step
 
@@ -101,7 +102,7 @@ def rotate_scale(rotation: Rotation, qkv: Array, positions: Array, q_out: Array,
     """qkv [tokens, (q_heads + 2 kv_heads) * d] -> q_out [tokens, q_heads, d]; K', V and norms go where `to` says."""
     r, heads_per_block, lanes_per_head = rotation, 16, rotation.heads.head_dim // 16
     capacity, norm_stride = WINDOW if to.keys is None else to.keys.shape[2], _norm_stride(to.norms)
-    sizes = map(np.int32, (r.heads.q_heads, r.heads.kv_heads, capacity, norm_stride, r.rotate))
+    sizes = map(np.int32, (r.heads.q_heads, r.heads.kv_heads, capacity, norm_stride, r.rotate + 2 * r.rotate_values))
     outputs = q_out, to.k_out, to.keys, to.values, to.norms
     args = qkv, r.q_weight, r.k_weight, r.cos, r.sin, positions, to.slots, *outputs, *sizes, np.float32(r.eps)
     grid = positions.shape[0], 1 + -(-r.heads.q_heads // heads_per_block)

@@ -21,7 +21,7 @@ from ..config import Config
 from ..decoding import Decoder, Stepper
 from ..oscar import Scheme
 from ..sampling import RowSampling
-from ..weights import Layer, Tensor, Weights
+from ..weights import Layer, Tensor, Weights, bytes_of
 from . import attention, linear, prefill
 from .attention import HEAD_DIMS, Heads
 from .cubins import Program, compile_all
@@ -31,7 +31,7 @@ from .linear import Products, add_product, scratch_bytes, step_plans
 from .linear_batch import BATCH_TOKENS
 from .paged import KernelCache, kernel_cache
 from .reference import Reference
-from .upload import Upload
+from .upload import Buffers, Upload
 
 Array = Any
 MLP_TOKENS = 8192  # whose gate and up projections are in memory at once
@@ -63,6 +63,7 @@ class Cuda(Reference):
         self.indices: Indices | None = None
         self.recorded: Recording | None = None  # a step that is being recorded
         self.products = Products(self.xp, self.card)
+        self.buffers = Buffers()
 
     def run(self, launch: Launch) -> None:
         run(launch)
@@ -87,8 +88,13 @@ class Cuda(Reference):
     def array(self, x: np.ndarray) -> Array:
         return self.xp.asarray(np.asarray(x).astype(self.dtype, copy=False))
 
-    def loading(self, advance: Callable[[int], object], tensors: Sequence[Tensor]) -> Upload:
-        return Upload(self.dtype, advance, tensors)
+    def loading(
+        self, advance: Callable[[int], object], tensors: Sequence[Tensor], dtype: np.dtype | None = None
+    ) -> Upload:
+        return Upload(dtype or self.dtype, advance, tensors, self.buffers)
+
+    def weight_bytes(self, config: Config) -> int:
+        return bytes_of(config, self.dtype.itemsize)
 
     def numpy(self, x: Array) -> np.ndarray:
         return self.xp.asnumpy(x)
@@ -97,6 +103,7 @@ class Cuda(Reference):
         return self.xp.cuda.runtime.memGetInfo()[0] + self.xp.get_default_memory_pool().free_bytes()
 
     def release(self) -> None:
+        self.buffers = Buffers()
         self.xp.get_default_memory_pool().free_all_blocks()
 
     def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool = False) -> int:
@@ -194,11 +201,11 @@ class Cuda(Reference):
 
     def rotate_scale(
         self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config,
-        batch: Batch | StepBatch,
+        batch: Batch | StepBatch, rotate_values: bool = False,
     ) -> tuple[Array, NewTokens]:
         if isinstance(layer_cache, KernelCache):
-            return layer_cache.rotate_scale(qkv, layer, tables, config, batch)
-        return super().rotate_scale(qkv, layer, tables, layer_cache, config, batch)
+            return layer_cache.rotate_scale(qkv, layer, tables, config, batch, rotate_values)
+        return super().rotate_scale(qkv, layer, tables, layer_cache, config, batch, rotate_values)
 
     def decoder(
         self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"

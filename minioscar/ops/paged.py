@@ -46,19 +46,25 @@ class KernelCache(LayerCache):
         """Packed tokens, back in BF16, for the time of a layer."""
 
     def rotate_scale(
-        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], config: Config, batch: Batch | StepBatch
+        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], config: Config, batch: Batch | StepBatch,
+        rotate_values: bool = False,
     ) -> tuple[Array, NewTokens]:
         """`Reference.rotate_scale`; norms go into the cache at once, and so do a decode step's keys and values."""
         ops, heads, norms = self.ops, Heads.of(config), self.arrays.get("norms")
-        rotation = Rotation(heads, *tables, self.scheme.rotate, layer.q_norm, layer.k_norm, config.rms_norm_eps)
+        norm = layer.q_norm, layer.k_norm, config.rms_norm_eps
+        rotation = Rotation(heads, *tables, self.scheme.rotate, *norm, rotate_values)
         q = ops.xp.empty((len(qkv), heads.q_heads, heads.head_dim), ops.dtype)
         if isinstance(batch, StepBatch):
             keys, values = self.ring
             ops.run(attention.rotate_scale(rotation, qkv, batch.lengths, q, KeyOutputs(None, keys, values, norms)))
             return q, IN_CACHE
         at, k = ops.indices_of(batch), ops.xp.empty((len(qkv), heads.kv_heads, heads.head_dim), ops.dtype)
-        ops.run(attention.rotate_scale(rotation, qkv, at.positions, q, KeyOutputs(k, norms=norms, slots=at.rows)))
-        return q, NewTokens(k, qkv.reshape(len(qkv), -1, heads.head_dim)[:, heads.q_heads + heads.kv_heads :])
+        v = ops.xp.empty_like(k) if rotate_values else None  # else it is read where the projection has put it
+        to = KeyOutputs(k, values=v, norms=norms, slots=at.rows)
+        ops.run(attention.rotate_scale(rotation, qkv, at.positions, q, to))
+        if v is None:
+            v = qkv.reshape(len(qkv), -1, heads.head_dim)[:, heads.q_heads + heads.kv_heads :]
+        return q, NewTokens(k, v)
 
     def attend(self, q: Array, new: NewTokens, batch: Batch | StepBatch) -> Array:
         if isinstance(batch, StepBatch):

@@ -22,6 +22,7 @@ from ..sampling import RowSampling
 
 if TYPE_CHECKING:
     from ..config import Config
+    from ..formats import Plain
     from ..weights import Layer, Tensor
 
 Array = Any
@@ -45,10 +46,11 @@ class Reference:
 
     @contextmanager
     def loading(
-        self, advance: Callable[[int], object], tensors: Sequence[Tensor]
+        self, advance: Callable[[int], object], tensors: Sequence[Tensor], dtype: np.dtype | None = None
     ) -> Iterator[Callable[[Sequence[Tensor]], Array]]:
-        """Gives what makes one array of tensors of files (`checkpoint.Tensor`), in rows, in this back end's dtype.
+        """Gives what makes one array of tensors of files (`checkpoint.Tensor`), in rows.
 
+        dtype: of the array (None: this back end's).
         The arrays hold their numbers when the context has ended. advance: is told of the bytes of the files that were
         read. tensors: all that will be asked for, once each: a card allocates them together.
         """
@@ -57,11 +59,19 @@ class Reference:
             arrays = [tensor.array for tensor in tensors]
             if len({array.dtype for array in arrays}) > 1:  # float32 represents F16 and BF16 exactly
                 arrays = [array.astype(np.float32) for array in arrays]
-            joined = self.array(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+            joined = np.array(arrays[0] if len(arrays) == 1 else np.concatenate(arrays), dtype or self.dtype)
             advance(sum(array.nbytes for array in arrays))
             return joined
 
         yield put
+
+    def quantized(self, plain: Plain) -> Array:
+        """What stands in the place of a quantized matrix: here its numbers, since NumPy multiplies nothing else."""
+        return plain.dequantize(self.xp).astype(self.dtype, copy=False)
+
+    def weight_bytes(self, config: Config) -> int:
+        """Of all weights on this back end."""
+        return config.parameters() * self.dtype.itemsize
 
     def numpy(self, x: Array) -> np.ndarray:
         return np.asarray(x)
@@ -157,12 +167,12 @@ class Reference:
 
     def rotate_scale(
         self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config,
-        batch: Batch,
+        batch: Batch, rotate_values: bool = False,
     ) -> tuple[Array, NewTokens]:
         """From the qkv projection to what attention takes: QK-norm, RoPE, and the scheme's steps 1 and 2 of OScaR.
 
         qkv [tokens, (q_heads + 2 * kv_heads) * d]; tables: cos and sin, float32 [positions, d/2]. Returns q' = q.H
-        [tokens, q_heads, d] and the new tokens K' = K.H, V, n_t.
+        [tokens, q_heads, d] and the new tokens K' = K.H, V, n_t. rotate_values: V.H in the place of V.
         """
         xp, heads, scheme = self.xp, config.num_heads, layer_cache.scheme
         qkv = qkv.reshape(len(qkv), -1, config.head_dim)
@@ -178,6 +188,8 @@ class Reference:
         elif scheme.rotate:
             q, k = oscar.rotate(q, xp), oscar.rotate(k, xp)
         q, k = q.astype(qkv.dtype), k.astype(qkv.dtype)
+        if rotate_values:
+            v = oscar.rotate(v.astype(xp.float32), xp).astype(qkv.dtype)
         norms = oscar.token_norms(k.astype(BF16), xp) if scheme.scale else None
         return q, NewTokens(k, v, norms, layer.key_feedback if scheme.shaped else None)
 

@@ -59,10 +59,22 @@ class Buffer:
     reads: list[Read] = field(default_factory=list)
 
 
+@dataclass
+class Buffers:
+    """What one upload after the other reads into: as many as all bytes so far are worth pinning for."""
+
+    buffers: list[Buffer] = field(default_factory=list)
+    nbytes: int = 0  # of all uploads
+
+
 class Upload:
     """`Reference.loading` onto a card. Call it with tensors: what it returns is filled when the context has ended."""
 
-    def __init__(self, dtype: np.dtype, advance: Callable[[int], object], tensors: Sequence[Tensor]):
+    def __init__(
+        self, dtype: np.dtype, advance: Callable[[int], object], tensors: Sequence[Tensor],
+        shared: Buffers | None = None,
+    ):
+        """shared: with uploads before and after this one, none at the same time."""
         self.dtype, self.advance = dtype, advance
         # Bytes of a number in a buffer, numbers of a chunk; the slab has room for the tensors however they are joined.
         self.width = max((tensor.dtype.itemsize for tensor in tensors), default=dtype.itemsize)
@@ -71,8 +83,10 @@ class Upload:
         self.used = self.end = 0  # numbers of the slab, with the gap behind the last array and without
         self.segments = list[Segment]()  # by offset; what is adjacent in the slab and in the file is one
         self.chunks = 0  # that are queued, or were
-        self.num_buffers = min(BUFFERS, -(-self.slab.size // (CHUNKS_PER_BUFFER * self.numbers)))
-        self.buffers, self.reading, self.copying = list[Buffer](), deque[Buffer](), deque[Buffer]()
+        shared = shared or Buffers()
+        shared.nbytes += self.slab.size * self.width
+        self.num_buffers = min(BUFFERS, -(-shared.nbytes // (CHUNKS_PER_BUFFER * self.numbers * self.width)))
+        self.buffers, self.reading, self.copying = shared.buffers, deque[Buffer](), deque(shared.buffers)
 
     def __enter__(self) -> Upload:
         return self

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,11 +15,19 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import UserError
+from ..formats.base import Format, Linear, Unfit
 from . import foreign
 from .identity import Stamp, WeightFiles, stamp
 from .strict_json import read_object
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8}
+DTYPES = FLOATS | {name: np.dtype(kind) for name, kind in INTEGERS.items()}
+DTYPES |= dict.fromkeys(("F8_E4M3", "F8_E8M0"), np.dtype(np.uint8))  # the codes
+# of an FP8 cache, by compressed-tensors, AutoFP8 and modelopt
+KV_SCALES = re.compile(r"self_attn\.([kv]_scale|kv_scale|[kv]_proj\.(output_scale|[kv]_scale))$")
+# what is not used, besides: queries and activations stay in 16 bits, RoPE is computed
+IGNORED = re.compile(rf"{KV_SCALES.pattern}|\.(q_scale|input_scale|activation_scale|input_global_scale|inv_freq)$")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -41,6 +51,11 @@ class Tensor:
         return self.nbytes // self.dtype.itemsize
 
     @property
+    def raw(self) -> Tensor:
+        """Its bytes."""
+        return replace(self, kind="U8", shape=(self.nbytes,))
+
+    @property
     def array(self) -> np.ndarray:
         """A view of the file."""
         return self.data[self.begin : self.begin + self.nbytes].view(self.dtype).reshape(self.shape)
@@ -50,10 +65,15 @@ class Checkpoint:
     """The tensors of a model folder, one safetensors file or shards with an index; nothing but the headers is read
     yet."""
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], tied: bool, stack: ExitStack):
+    def __init__(
+        self, folder: Path, shapes: dict[str, tuple[int, ...]], tied: bool, stack: ExitStack,
+        quantization: Format | None = None,
+    ):
         from safetensors import SafetensorError, safe_open
 
-        self.folder, self.tensors = folder, {}
+        self.folder, self.tensors = folder, dict[str, Tensor]()
+        self.format = quantization
+        self.quantized = dict[str, Linear]()  # by the name that the matrix would have in 16 bits
         self.beside = f"; to read {INDEX} and its shards instead, remove {SINGLE}"
         self.beside *= (folder / SINGLE).exists() and (folder / INDEX).exists()
         stamps: dict[Path, Stamp] = {}
@@ -102,25 +122,62 @@ class Checkpoint:
             raise UserError(f"{self.folder}: {why}; set tie_word_embeddings to false in it")
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        of_modules = defaultdict[str, dict[str, Tensor]](dict)
+        for name, tensor in self.tensors.items():
+            module, _, last = name.rpartition(".")
+            if last != "bias" and not IGNORED.search(name):
+                of_modules[module][last] = tensor
+        known = shapes.keys() | {"lm_head.weight"}  # a tied one may be there
         for name, shape in shapes.items():
-            if name not in self.tensors:
-                why = f"the weights do not belong to this config.json or are incomplete{self.beside}"
-                raise UserError(f"{self.folder}: tensor {name} is missing; {why}")
-            tensor = self.tensors[name]
-            if tensor.shape != shape:
-                raise UserError(
-                    f"{self.folder}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for "
-                    f"{list(shape)}"
-                )
-            if tensor.kind not in DTYPES:
-                raise UserError(
-                    f"{self.folder}: tensor {name} has dtype {tensor.kind}; only {', '.join(DTYPES)} are supported"
-                )
-        for name in self.tensors.keys() - shapes.keys() - {"lm_head.weight"}:  # a tied one may be there
-            if name.startswith(("model.", "lm_head.")) and not name.endswith("rotary_emb.inv_freq"):
+            found = of_modules[name.removesuffix(".weight")]
+            if len(shape) == 2 and (found.keys() != {"weight"} or found["weight"].kind not in FLOATS) and found:
+                self._add_quantized(name, Linear(*shape, found))
+                known |= {f"{name.removesuffix('weight')}{last}" for last in found}
+            else:
+                self._check_plain(name, shape)
+        for name in self.tensors.keys() - known:
+            if name.startswith(("model.", "lm_head.")) and not IGNORED.search(name) and not self._is_zero_bias(name):
                 raise UserError(
                     f"{self.folder}: tensor {name} has no place in this architecture; it is not implemented"
                 )
+
+    def _check_plain(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self.tensors:
+            why = f"the weights do not belong to this config.json or are incomplete{self.beside}"
+            raise UserError(f"{self.folder}: tensor {name} is missing; {why}")
+        tensor = self.tensors[name]
+        if tensor.shape != shape:
+            raise UserError(
+                f"{self.folder}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
+            )
+        if tensor.kind not in FLOATS:
+            raise UserError(
+                f"{self.folder}: tensor {name} has dtype {tensor.kind}; only {', '.join(FLOATS)} are supported"
+            )
+
+    def _add_quantized(self, name: str, linear: Linear) -> None:
+        """A matrix that does not lie there as numbers. Raises UserError where it is not as the format has it."""
+        what = f"{self.folder}: the tensors of {name.removesuffix('.weight')}"
+        if self.format is None:
+            if not linear.tensors.keys() - {"weight"}:
+                return self._check_plain(name, linear[:2])
+            given = ", ".join(sorted(linear.tensors))
+            raise UserError(f"{what} are {given}, but config.json has no quantization_config; fetch config.json again")
+        try:
+            self.format.check(linear)
+        except Unfit as error:
+            why = f"{error}; the weights do not belong to this config.json or are damaged"
+            raise UserError(f"{what} are not {self.format.name}: {why}") from None
+        self.quantized[name] = linear
+
+    def _is_zero_bias(self, name: str) -> bool:
+        """AutoGPTQ writes a bias for every layer, zeros for those that have none."""
+        return bool(self.quantized) and name.endswith(".bias") and not self.tensors[name].array.any()
+
+    @property
+    def has_kv_scales(self) -> bool:
+        """Whether the files have scales for an FP8 cache, which is another one than ours."""
+        return any(KV_SCALES.search(name) for name in self.tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

@@ -24,6 +24,7 @@ SIMT_INLINE uint32_t smem_addr(const void* p) { return simt::shared_address(p); 
 SIMT_MMA(mma_m16n8k16_f16, false, d)
 SIMT_MMA(mma_m16n8k16_f16_zero, false, zero)
 SIMT_MMA(mma_m16n8k16_bf16, true, d)
+SIMT_MMA(mma_m16n8k16_bf16_zero, true, zero)
 SIMT_INLINE uint32_t movmatrix(uint32_t a, SIMT_LINE) { return simt::movmatrix(a, line); }
 SIMT_INLINE void ldmatrix_x4(uint32_t (&d)[4], const void* row, SIMT_LINE) { simt::ldmatrix(d, 4, false, row, line); }
 SIMT_INLINE void ldmatrix_x4_trans(uint32_t (&d)[4], const void* row, SIMT_LINE) {
@@ -52,13 +53,16 @@ SIMT_INLINE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
 SIMT_INLINE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
   return simt::bits_of<uint32_t>(__hmul2(simt::bits_of<__nv_bfloat162>(a), simt::bits_of<__nv_bfloat162>(b)));
 }
+SIMT_INLINE float low_f16(uint32_t pair) { return __half2float(__ushort_as_half((unsigned short)pair)); }
+SIMT_INLINE float high_f16(uint32_t pair) { return low_f16(pair >> 16); }
 SIMT_INLINE int opaque(int x) { return x; }
 SIMT_INLINE void compiler_barrier() {}
 
 // --- memory
 
-SIMT_INLINE void load_once(uint4& d, const void* global, bool predicate) {
-  if (predicate) d = *(const uint4*)global;
+template <class T>
+SIMT_INLINE void load_once(T& d, const void* global, bool predicate) {
+  if (predicate) d = *(const T*)global;
 }
 __attribute__((no_sanitize("thread"), noinline)) inline int atomic_add_acq_rel(int* p, int x) {
   simt::atomic(p, sizeof *p, true);

@@ -1,0 +1,85 @@
+// linear_vector.cuh: what the kernels of 1 to 8 tokens share (linear.cu, quantized/linear.cu): RMSNorm of x into shared
+// memory, and the outputs, which meet there from the warps that split k. Set by -D: those of linear.cuh.
+#ifndef MINIOSCAR_LINEAR_VECTOR_CUH
+#define MINIOSCAR_LINEAR_VECTOR_CUH
+#include "linear.cuh"
+
+constexpr int COLUMNS = 8;  // tokens
+
+// Eight sums over a warp at once; lanes 4m ... 4m + 3 get that of token m. At every step a lane sends half of the
+// sums that it has.
+DEVICE float sums_of_warp(float (&sum)[COLUMNS]) {
+  UNROLL for (int half = COLUMNS / 2; half; half /= 2) {
+    const bool upper = threadIdx.x & 4 * half;
+    UNROLL for (int m = 0; m < half; m++) {
+      const float received = __shfl_xor_sync(FULL_MASK, upper ? sum[m] : sum[m + half], 4 * half);
+      sum[m] = (upper ? sum[m + half] : sum[m]) + received;
+    }
+  }
+  return warp_sum<4>(sum[0]);
+}
+
+struct Unchanged {
+  DEVICE uint4 operator()(uint4 x) const { return x; }
+};
+
+// RMSNorm of x to shared memory, all tokens in one pass; a thread has the same columns of each. w: of the norm, this
+// thread's first eight. `sums`: (WARPS + 1) * COLUMNS numbers. then: what is stored of eight normed numbers.
+template <class Then = Unchanged>
+DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, const bf16* norm, uint4 w, float eps,
+                   int tokens, int K, Then then = Then()) {
+  float* factors = sums + COLUMNS * WARPS;
+  float sum[COLUMNS];
+  clear(sum);
+  for (int i = threadIdx.x; i < K / 8; i += THREADS) {
+    UNROLL for (int first = 0; first < COLUMNS; first += 4) {  // four at a time: as many as registers allow
+      uint4 a[4];
+      UNROLL for (int m = 0; m < 4; m++)
+        if (first + m < tokens) a[m] = *(const uint4*)(x + (size_t)(first + m) * K + 8 * i);
+      UNROLL for (int m = 0; m < 4; m++)
+        if (first + m < tokens) {
+          sum[first + m] += sum_squares(a[m]);
+          *(uint4*)(to + (first + m) * stride + 16 * i) = a[m];
+        }
+    }
+  }
+  const float token_sum = sums_of_warp(sum);
+  if (threadIdx.x % 4 == 0) sums[threadIdx.x % 32 / 4 * WARPS + threadIdx.x / 32] = token_sum;
+  __syncthreads();
+  if (threadIdx.x < tokens) factors[threadIdx.x] = inverse_rms(sums + threadIdx.x * WARPS, K, eps);
+  __syncthreads();
+  for (int i = threadIdx.x; i < K / 8;) {
+    for (int m = 0; m < tokens; m++) {
+      uint4* vector = (uint4*)(to + m * stride + 16 * i);
+      *vector = then(normalized(*vector, factors[m], w));
+    }
+    if ((i += THREADS) < K / 8) w = *(const uint4*)(norm + 8 * i);
+  }
+  __syncthreads();
+}
+
+// The output that a thread finishes of ROWS rows (of gate and of up): token m, row n. What is added to its sum is
+// loaded before the products.
+template <int ROWS> struct OwnOutput {
+  int m, i, n;
+  bool exists;
+  bf16 added, biases[BRANCHES];
+
+  DEVICE OwnOutput(int first, int tokens, int rows, const bf16* bias, const bf16* residual)
+      : m(threadIdx.x / ROWS), i(threadIdx.x % ROWS), n(first + i), exists(m < tokens && n < rows) {
+    static_assert(ROWS * COLUMNS <= THREADS, "a thread has one output");
+    const bf16 zero = 0;
+    added = residual && exists ? residual[(size_t)m * rows + n] : zero;
+    UNROLL for (int t = 0; t < BRANCHES; t++) biases[t] = bias && exists ? bias[t * rows + n] : zero;
+  }
+  // sums: [WARPS][BRANCHES][ROWS][COLUMNS]; scale: of their total.
+  DEVICE float total(const float* sums, int branch, float scale = 1.f) const {
+    float z = 0.f;
+    for (int v = 0; v < WARPS; v++) z += sums[((v * BRANCHES + branch) * ROWS + i) * COLUMNS + m];
+    return z * scale + to_float(biases[branch]);
+  }
+  DEVICE void store(Output* out, int rows, const float (&z)[BRANCHES]) const {
+    out[(size_t)m * rows + n] = to_output(activated(z) + to_float(added));
+  }
+};
+#endif

@@ -1,0 +1,99 @@
+// quantized/codes.cuh: codes of 4 and 8 bits as operand A of mma.m16n8k16, and scales and zeros of their groups.
+// Layout: minioscar/quantized.py.
+//
+// A code becomes a BF16 number by masks and shifts alone: as the low bits of a half, which is linear through BF16's
+// subnormals, a code q is q * 2^-133 (tensor cores multiply subnormals exactly); the exponent and mantissa of e4m3,
+// four bits further up, are its value * 2^-120. x is multiplied by 2^100, which is exact, so that products are normal
+// numbers. Nibbles of odd rows stay four bits up: 16 q * 2^-133, and 1/16 joins what finishes the row.
+//
+// Zeros and scales are applied to the sums of a group, in float32:
+//   y += scale * (sum_k code * x - zero * sum_k x)       sum_k x by an MMA whose operand A is the code 1 everywhere
+//
+// Set by -D: KIND (INT4, INT8, E4M3).
+#ifndef MINIOSCAR_CODES_CUH
+#define MINIOSCAR_CODES_CUH
+#include "../common.cuh"
+
+constexpr int INT4 = 4, INT8 = 8, E4M3 = 43;
+constexpr bool HAS_ZERO = KIND != E4M3;
+constexpr int LOADS = KIND == INT4 ? 1 : 2;  // 16-byte loads of a lane: its codes of 16 rows and 64 k
+constexpr int TILE_VECTORS = 32 * LOADS;     // 16-byte vectors of 16 rows and 64 k
+
+// Of operand A and x together; ODD: of rows 2r + 1, else of rows 2r.
+template <bool ODD> DEVICE constexpr float unit() {
+  return KIND == E4M3 ? 1.f / (1 << 20) : 1.f / (1 << 29) / (KIND == INT4 && ODD ? 1 : 16);
+}
+DEVICE float to_result(float sum, bool odd) { return sum * (odd ? 1.f / unit<true>() : 1.f / unit<false>()); }
+
+// x * 2^100, eight numbers.
+struct ScaledX {
+  DEVICE uint4 operator()(uint4 x) const {
+    constexpr uint32_t FACTOR = 0x71807180u;
+    return make_uint4(mul_bf16x2(x.x, FACTOR), mul_bf16x2(x.y, FACTOR), mul_bf16x2(x.z, FACTOR),
+                      mul_bf16x2(x.w, FACTOR));
+  }
+};
+
+DEVICE uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Registers 2p and 2p + 1 of operand A; w: of 4 bits both words are the same.
+DEVICE void decode(uint32_t& even, uint32_t& odd, uint32_t w, int p) {
+  if (KIND == INT4) {
+    const uint32_t shifted = p ? w >> 8 : w;
+    even = shifted & 0x000f000fu;
+    odd = shifted & 0x00f000f0u;
+  } else if (KIND == INT8) {
+    even = w & 0x00ff00ffu;
+    odd = w >> 8 & 0x00ff00ffu;
+  } else {
+    even = w & 0x87f087f0u;
+    odd = (w >> 4 & 0x07000700u | w << 4 & 0xf8fff8ffu) & 0x87f087f0u;
+  }
+}
+// Operand A of step s of the four of a run of 64 k. w: a lane's codes of 16 rows.
+DEVICE void operand(uint32_t (&a)[4], const uint4 (&w)[LOADS], int s) {
+  UNROLL for (int p = 0; p < 2; p++) {
+    const uint32_t codes = KIND == INT4 ? word(w[0], s) : word(w[s / 2 * (LOADS - 1)], s % 2 * 2 + p);
+    decode(a[2 * p], a[2 * p + 1], codes, p);
+  }
+}
+// sum += a . x of step s, or with `first` sum = a . x. b: a lane's x of a run, columns 8c ... of its first and of its
+// second half.
+DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint4 (&b)[2], int s, bool first) {
+  const uint32_t x[2] = {word(b[s / 2], s % 2 * 2), word(b[s / 2], s % 2 * 2 + 1)};
+  if (first)
+    mma_m16n8k16_bf16_zero(sum, a[0], a[1], a[2], a[3], x[0], x[1]);
+  else
+    mma_m16n8k16_bf16(sum, a[0], a[1], a[2], a[3], x[0], x[1]);
+}
+// Adds x of step s to its sums, in the layout and the units of a group's sums.
+DEVICE void add_x(float (&x_sum)[4], const uint4 (&b)[2], int s, bool first) {
+  constexpr uint32_t ONE = 0x00010001u, ODD_ONE = KIND == INT4 ? ONE << 4 : ONE;
+  const uint32_t ones[4] = {ONE, ODD_ONE, ONE, ODD_ONE};
+  multiply(x_sum, ones, b, s, first);
+}
+
+// Scales and zeros of several groups of 16 rows, a word in each lane: lane 4r + c has row 2r + c % 2 of group c / 2 of
+// two, of e4m3 (one scale for 16 rows) that of group c of four.
+struct Scales {
+  static constexpr int GROUPS = HAS_ZERO ? 2 : 4;
+  uint32_t word;
+
+  // Of this lane.
+  DEVICE static int own_group() { return threadIdx.x % 4 / (4 / GROUPS); }
+  DEVICE static int own_row() { return threadIdx.x % 32 / 4 * 2 + threadIdx.x % 2; }
+  // The number of a word in a matrix; group: counted over all tiles.
+  DEVICE static size_t index(uint32_t group, int row) { return HAS_ZERO ? (size_t)group * 16 + row : group; }
+  // y += scale * (sum - zero * x_sum) of one group.
+  DEVICE void add(float (&y)[4], const float (&sum)[4], const float (&x_sum)[4], int group) const {
+    UNROLL for (int i = 0; i < (HAS_ZERO ? 2 : 1); i++) {
+      const uint32_t of_row = __shfl_sync(FULL_MASK, word, group * (4 / GROUPS) + i, 4);
+      UNROLL for (int j = 0; j < (HAS_ZERO ? 2 : 4); j++) {
+        const int at = 2 * i + j;
+        y[at] = HAS_ZERO ? fmaf(low_f16(of_row), fmaf(-high_f16(of_row), x_sum[at], sum[at]), y[at])
+                         : fmaf(__uint_as_float(of_row), sum[at], y[at]);
+      }
+    }
+  }
+};
+#endif

@@ -1,0 +1,123 @@
+"""Matrices that are not kept as their files have them: read a layer at a time, unpacked or quantized, then let go of.
+
+What is in memory beside the model is two layers of the files and one layer in its plain form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from .config import Config
+from .formats import Linear, Plain, joined, rounding
+from .storage.checkpoint import Checkpoint, Tensor
+
+Array = Any
+Matrix = Any  # an array, or a quantized.Quantized
+SIBLINGS = ("q", "k", "v"), ("gate", "up")  # projections that stand in one matrix
+
+
+class Backend(Protocol):
+    """What staging asks of a back end (ops/reference.py says what each does)."""
+
+    xp: Any
+    dtype: np.dtype
+
+    def loading(
+        self, advance: Callable[[int], object], tensors: Sequence[Tensor], dtype: np.dtype | None = None
+    ) -> AbstractContextManager[Callable[[Sequence[Tensor]], Array]]: ...
+
+    def quantized(self, plain: Plain) -> Matrix: ...
+
+
+class Group(NamedTuple):
+    """The place of a matrix that is staged: the tensors whose rows it has."""
+
+    names: tuple[str, ...]
+
+
+class Staging:
+    """names: of the matrices that are staged, as they would be called in 16 bits."""
+
+    def __init__(self, tensors: Checkpoint, config: Config, ops: Backend, matrices: Sequence[str]):
+        self.tensors, self.config, self.ops = tensors, config, ops
+        names = matrices if config.weights else tensors.quantized
+        self.names = {sibling for name in names for sibling in _siblings(name)}
+
+    def of(self, name: str) -> list[Tensor]:
+        """The tensors of a matrix."""
+        quantized = self.tensors.quantized.get(name)
+        return list(quantized.tensors.values()) if quantized else [self.tensors[name]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for name in self.names for tensor in self.of(name))
+
+    def fill(
+        self, owners: Sequence[Any], advance: Callable[[int], object], fold: Callable[[Any], Any] | None = None
+    ) -> Iterator[Any]:
+        """Objects whose fields are arrays or Groups, such as layers, with matrices in the place of the Groups.
+
+        fold: changes such an object before its matrices are quantized; they are arrays then.
+        """
+        fields = [{field: x for field, x in vars(owner).items() if isinstance(x, Group)} for owner in owners]
+        read = self._read([[name for group in found.values() for name in group.names] for found in fields], advance)
+        for owner, found, parts in zip(owners, fields, read, strict=True):
+            matrices = {
+                field: joined([parts[name] for name in group.names], self.ops.xp) for field, group in found.items()
+            }
+            owner = replace(owner, **matrices)
+            if fold is not None:
+                owner = fold(owner)
+            yield replace(owner, **{field: self._kept(getattr(owner, field), field) for field in found})
+
+    def _kept(self, matrix: Plain | Array, field: str) -> Matrix:
+        if not isinstance(matrix, Plain):
+            if self.config.weights is None:  # some rows are quantized in the files, others are not
+                return matrix.astype(self.ops.dtype, copy=False)
+            matrix = quantized(matrix, self.config.weights, field, self.ops.xp)
+        return self.ops.quantized(matrix)
+
+    def _read(self, stages: list[list[str]], advance: Callable[[int], object]) -> Iterator[Mapping[str, Any]]:
+        """The matrices of each stage by name, plain or arrays; while one is used, the files of the next are read."""
+        with ExitStack() as opened:
+            before: Mapping[str, list[Array]] | None = None
+            for stage in stages:
+                tensors = {name: self.of(name) for name in stage}
+                raw = [tensor.raw for of_one in tensors.values() for tensor in of_one]
+                put = opened.enter_context(self.ops.loading(advance, raw, np.dtype(np.uint8)))
+                arrays = {name: [put([tensor.raw]) for tensor in of_one] for name, of_one in tensors.items()}
+                if before is not None:
+                    yield self._unpacked(before)
+                opened.pop_all().close()  # waits for the last bytes
+                before = arrays
+            if before is not None:
+                yield self._unpacked(before)
+
+    def _unpacked(self, raw: Mapping[str, list[Array]]) -> dict[str, Plain | Array]:
+        return {name: self._matrix(name, arrays) for name, arrays in raw.items()}
+
+    def _matrix(self, name: str, raw: list[Array]) -> Plain | Array:
+        given = zip(self.of(name), raw, strict=True)
+        arrays = [array.view(tensor.dtype).reshape(tensor.shape) for tensor, array in given]
+        if (linear := self.tensors.quantized.get(name)) is None:
+            return arrays[0].astype(np.float32).astype(self.ops.dtype)
+        found = Linear(linear.rows, linear.columns, dict(zip(linear.tensors, arrays, strict=True)))
+        return self.tensors.format.read(found, self.ops.xp)
+
+
+def quantized(matrix: Array, mode: str, field: str, xp: Any) -> Plain:
+    """mode: of rounding.MODES. The last projection, whose rounding every logit shows, is kept in 8 bits by each."""
+    return rounding.quantize(matrix, "int8" if field == "head" else mode, xp)
+
+
+def _siblings(name: str) -> list[str]:
+    for group in SIBLINGS:
+        for one in group:
+            if name.endswith(f".{one}_proj.weight"):
+                return [name.replace(f".{one}_proj.", f".{other}_proj.") for other in group]
+    return [name]

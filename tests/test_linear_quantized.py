@@ -1,0 +1,219 @@
+"""Products with weights in 4 and 8 bits against float64 of the dequantized weights, simulated and on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minioscar.cache import BF16
+from minioscar.formats.plain import BITS, E4M3, Plain
+from minioscar.ops import quantized
+from minioscar.ops.launch import Card
+from minioscar.quantized import Quantized, from_plain
+
+from .kernel_device import on_each_device, on_the_card
+from .test_quantized import random_plain
+
+CASES = Path(__file__).parent / "simt" / "cases"
+EPS = 1e-5
+SMALL = Card(2, 80)
+
+
+@on_each_device
+@pytest.mark.parametrize("kind", BITS)
+def test_every_half_word_becomes_the_operands_that_its_codes_are(device, kind):
+    out = device.empty((65536, 2, 2), np.uint32)
+    device.compile(CASES / "codes.cu", "decode_all", [f"KIND={kind.upper()}"])(256, 256, [out])
+    words = np.array(device.numpy(out))
+    assert np.array_equal(words & 0xFFFF, words >> 16)  # both halves alike: nothing of one gets into the other
+    got = (words & 0xFFFF).astype(np.uint16).view(BF16).astype(np.float64)
+    half = np.arange(65536, dtype=np.uint32)[:, None, None]
+    register, pair = np.arange(2), np.arange(2)[:, None]  # [p, i]
+    if kind == "int4":
+        assert np.array_equal(got * 2.0**133, (half >> 4 * (2 * pair + register) & 15) * 16.0**register)
+    elif kind == "int8":
+        assert np.array_equal(got * 2.0**133, np.broadcast_to(half >> 8 * register & 255, got.shape))
+    else:
+        first = half >> 8 & 0x80 | half >> 4 & 0x7F
+        second = half >> 4 & 0x80 | half >> 8 & 0x70 | half & 0xF
+        codes = np.broadcast_to(np.where(register, second, first), got.shape)
+        numbers = codes & 127 != 127
+        assert np.array_equal(got[numbers] * 2.0**120, E4M3[codes[numbers]].astype(np.float64))
+
+
+def matrix(rng: np.random.Generator, kind: str, rows: int, size: int, group: int) -> Quantized:
+    """Random codes and scales of a product's usual size; zeros from one end of the range to the other, scales of both
+    signs, some 0; a group of equal codes."""
+    plain = random_plain(rng, kind, rows, size, group)
+    plain.codes[:, : min(group, size)] = plain.codes[:, :1]
+    scale = plain.scale * np.float32(2.0 ** (-10 if kind == "e4m3" else 3 - BITS[kind]) / np.sqrt(size))
+    return from_plain(Plain(kind, plain.codes, scale.astype(np.float16).astype(np.float32), plain.zero, group, None))
+
+
+def inputs(rng: np.random.Generator, tokens: int, size: int) -> np.ndarray:
+    """One token ordinary, one with a number 300 times as large, one whose sums over groups nearly cancel, one with
+    all numbers positive; and so on."""
+    x = rng.normal(size=(tokens, size))
+    x[1::4, size // 2] = 300
+    x[2::4, 1::2] = -x[2::4, : size // 2 * 2 : 2] * (1 + 2.0**-7)
+    x[3::4] = abs(x[3::4])
+    return x.astype(BF16)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    return x.astype(BF16).astype(np.float64)
+
+
+class Product:
+    """Inputs of a product, on a device, and what float64 makes of them. parts: norm, bias, residual, silu, float32."""
+
+    def __init__(self, device, seed: int, tokens: int, weight: Quantized, **parts: bool):
+        rng, (rows, size), self.device, self.parts = np.random.default_rng(seed), weight.shape, device, parts
+        self.width, self.weight = rows // 2 if parts.get("silu") else rows, weight
+        self.x = inputs(rng, tokens, size)
+        self.norm = rng.uniform(0.5, 1.5, size).astype(BF16) if parts.get("norm") else None
+        self.bias = rng.normal(size=rows).astype(BF16) if parts.get("bias") else None
+        self.residual = rng.normal(size=(tokens, self.width)).astype(BF16) if parts.get("residual") else None
+
+    def run(self, card: Card = SMALL, order: int = 0, tokens: int | None = None) -> np.ndarray:
+        """tokens: the first ones alone."""
+        device, x = self.device, self.x[:tokens]
+        out = device.empty((len(x), self.width), np.float32 if self.parts.get("float32") else BF16)
+        given = {"silu": self.parts.get("silu", False)}
+        given |= {"bias": device.array(self.bias)} if self.bias is not None else {}
+        given |= {"residual": device.array(self.residual[:tokens])} if self.residual is not None else {}
+        given |= {"norm": (device.array(self.norm), EPS)} if self.norm is not None else {}
+        launch = quantized.linear(device.array(x), self.weight.map(device.array), out, card, **given)
+        device.run(launch, seed=order)
+        return np.array(device.numpy(out))
+
+    def exact(self) -> tuple[np.ndarray, np.ndarray]:
+        """The result in float64, and what may be missing from it."""
+        x, w = self.x.astype(np.float64), self.weight.dequantize().astype(np.float64)
+        if self.norm is not None:
+            x = rounded(x / np.sqrt((x * x).mean(axis=1, keepdims=True) + EPS) * self.norm.astype(np.float64))
+        y, size_of = x @ w.T, abs(x) @ self._code_sizes().T
+        # Float32 sums of codes times x, before zeros are taken off; and two numbers of the norm may be rounded to the
+        # other side than in float64, by 2^-8 of them at most.
+        error = 2.0**-20 * size_of
+        if self.norm is not None:
+            error = error + 2 * 2.0**-8 * (abs(x).max(axis=1)[:, None] * abs(w).max(axis=1))
+        if self.bias is not None:
+            y = y + self.bias.astype(np.float64)
+        if self.parts.get("silu"):
+            (gate, up), (gate_error, up_error) = np.split(y, 2, axis=1), np.split(error, 2, axis=1)
+            y = gate / (1 + np.exp(-gate)) * up
+            error = 1.1 * gate_error * abs(up) + abs(gate) * up_error + 2.0**-20 * abs(y)
+        if self.residual is not None:
+            y = y + self.residual.astype(np.float64)
+        return y, error + (0 if self.parts.get("float32") else 2.0**-8 * abs(y))
+
+    def _code_sizes(self) -> np.ndarray:
+        """(code + zero) * scale: the size of what is added up."""
+        weight = self.weight
+        if weight.kind == "e4m3":
+            return abs(weight.dequantize().astype(np.float64))
+        negated = weight.map(np.array)
+        negated.scales[...] = negated.scales & 0x7FFFFFFF | 0x80000000 * (negated.scales >> 16 != 0)
+        return abs(negated.dequantize().astype(np.float64))
+
+    def check(self, **how) -> np.ndarray:
+        got = self.run(**how)
+        y, error = self.exact()
+        assert np.all(abs(got.astype(np.float64) - y) <= error)
+        return got
+
+
+PARTS = [
+    {},
+    {"float32": True},
+    {"norm": True, "bias": True},
+    {"residual": True},
+    {"silu": True, "norm": True, "bias": True},
+    {"silu": True, "bias": True, "residual": True},
+    {"norm": True, "float32": True},
+]
+# kind, columns of a group, tokens, in, out
+SMALLS = [
+    ("int4", 128, 1, 640, 96), ("int4", 64, 3, 200, 64), ("int4", 32, 8, 1056, 32), ("int4", 320, 5, 320, 160),
+    ("int4", 256, 7, 2560, 32), ("int8", 128, 2, 640, 96), ("int8", 72, 8, 72, 64), ("int8", 32, 4, 576, 32),
+    ("e4m3", 128, 6, 640, 288), ("e4m3", 1056, 1, 1056, 64), ("e4m3", 128, 8, 2304, 32),
+]
+
+
+@on_each_device
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
+@pytest.mark.parametrize(("kind", "group", "tokens", "size", "rows"), SMALLS)
+def test_products_with_what_stands_before_and_behind_them(device, seed, kind, group, tokens, size, rows, parts):
+    weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
+    Product(device, seed, tokens, weight, **parts).check()
+
+
+@on_each_device
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize(("rows", "size"), [(34, 104), (7, 64), (130, 264)])
+def test_rows_and_columns_that_fill_no_tile(device, seed, kind, rows, size):
+    for group in (64, size):
+        weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
+        Product(device, seed, 3, weight, norm=True, bias=True).check()
+
+
+@on_each_device
+@pytest.mark.parametrize("zero", [0, 15])
+def test_zeros_at_the_ends_and_negative_and_no_scales(device, seed, zero):
+    rng = np.random.default_rng(seed)
+    plain = random_plain(rng, "int4", 32, 512, 128)
+    for scale in (-0.01, 0, 0.01):
+        scales = np.full_like(plain.scale, np.float16(scale))
+        weight = from_plain(Plain("int4", plain.codes, scales, np.full_like(plain.scale, zero), 128, None))
+        got = Product(device, seed, 4, weight, float32=True).check()
+        assert scale or not got.any()
+
+
+@on_each_device
+@pytest.mark.parametrize("kind", BITS)
+def test_equal_bits_on_every_grid_in_every_order_and_for_a_token_alone(device, seed, kind):
+    weight = matrix(np.random.default_rng(seed), kind, 208, 2560, 128)
+    product = Product(device, seed, 6, weight, norm=True, residual=True)
+    first = product.run(Card(1, 80))
+    for order, multiprocessors in ((1, 1), (2, 2), (3, 40)):
+        assert np.array_equal(first, product.run(Card(multiprocessors, 80), order))
+    assert np.array_equal(first[:1], product.run(Card(2, 80), tokens=1))
+
+
+@on_each_device
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize(("rows", "size", "group"), [(34, 104, 32), (48, 640, 128), (16, 576, 576), (13, 1096, 64)])
+def test_a_matrix_is_dequantized_as_numpy_does(device, seed, kind, rows, size, group):
+    weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
+    out = device.empty((rows, size), BF16)
+    device.run(quantized.dequantize(weight.map(device.array), out))
+    assert np.array_equal(np.array(device.numpy(out)), weight.dequantize().astype(BF16))
+
+
+def test_what_does_not_fit_is_refused(seed):
+    rng = np.random.default_rng(seed)
+    weight = matrix(rng, "int4", 48, 4096, 128)
+    out, norm = np.empty((8, 48), BF16), (np.empty(4096, BF16), EPS)
+    for tokens, capability, silu in ((9, 90, False), (8, 80, True), (0, 90, False)):
+        assert not quantized.fits(tokens, weight, True, silu, Card(132, capability))
+        with pytest.raises(ValueError, match="do not fit"):
+            quantized.linear(np.empty((tokens, 4096), BF16), weight, out, Card(132, capability), norm=norm, silu=silu)
+    assert quantized.fits(8, weight, True, False, Card(132, 80))
+
+
+@on_the_card
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
+@pytest.mark.parametrize(("kind", "group"), [("int4", 128), ("int4", 64), ("int4", 32), ("int8", 128), ("e4m3", 128)])
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize(("size", "rows"), [(4096, 6144), (576, 49152), (1536, 576), (9728, 2560)])
+def test_products_of_models_shapes(device, seed, tokens, size, rows, kind, group, parts):
+    if size % group:
+        pytest.skip("no whole groups")
+    weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
+    product = Product(device, seed, tokens, weight, **parts)
+    got = product.check(card=Card(132, 80)).astype(np.float64)
+    y, _ = product.exact()
+    assert np.linalg.norm(got - y) <= (3e-5 if parts.get("float32") and not parts.get("norm") else 2e-3) * np.linalg.norm(y)
