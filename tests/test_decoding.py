@@ -178,7 +178,6 @@ def test_rows_that_join_between_two_steps_draw_what_they_draw_from_the_beginning
         logits = forward(prompts[i], alone, alone.batch_for([0], [len(prompts[i])]))[0]
         want = [next_token(logits, row, 0)]
         while len(want) < 4:
-            batch = alone.batch_for([0], [1])
             step = ops.decoder(engine.model, alone, None, logits=True)
             step.join(0, RowSampling(), want[-1])
             step.launch([0])
