@@ -62,6 +62,11 @@ class Generation:
         return (self.new_tokens - 1) / self.decode_s if self.decode_s and self.new_tokens > 1 else 0.0
 
 
+def begun(text: str, stop: str) -> int:
+    """Characters at the end of the text that are the beginning of `stop`, and not all of it."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
 class StopText:
     """Lets text through until a stop string comes, which it swallows; what may be the beginning of one waits.
 
@@ -82,8 +87,8 @@ class StopText:
         text = self.pending + chunk + self.marks.get(token, "")
         matches = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         self.hit = bool(matches)
-        begun = max((self._begun(text, stop) for stop in self.stops), default=0)
-        end = min(matches)[1] if matches else len(text) - begun
+        waits = max((begun(text, stop) for stop in self.stops), default=0)
+        end = min(matches)[1] if matches else len(text) - waits
         self.pending = "" if matches else text[end:]
         return self._shown(text[:end])
 
@@ -94,11 +99,6 @@ class StopText:
 
     def _shown(self, text: str) -> str:
         return text.translate(dict.fromkeys(map(ord, self.marks.values()))) if self.marks else text
-
-    @staticmethod
-    def _begun(text: str, stop: str) -> int:
-        """Characters at the end of the text that are the beginning of `stop`."""
-        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Answer:

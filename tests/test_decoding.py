@@ -154,7 +154,7 @@ def test_rows_that_join_between_two_steps_draw_what_they_draw_from_the_beginning
     drawn: dict[int, list[int]] = {}
     waiting, at, launched = list(range(len(KINDS))), {}, []
     for _ in range(30):
-        going = [slot for slot, i in sorted(at.items()) if len(drawn[i]) + sum(slot in l for l, _ in launched) < 4]
+        going = [slot for slot, i in sorted(at.items()) if len(drawn[i]) + sum(slot in one for one, _ in launched) < 4]
         if going:
             decoder.launch(going)
             launched.append((going, {slot: at[slot] for slot in going}))

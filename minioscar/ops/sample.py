@@ -50,7 +50,7 @@ class Drawing:
         self.vocab, size = vocab, len(rows)
         self.settings = xp.asarray(np.stack([_settings(row, vocab) for row in rows]))
         self.workspace = xp.zeros((size, sample_words(vocab)), np.uint64)
-        penalizes, masks = (is_open or any(of) for of in ([r.sampling.penalizes for r in rows], [r.masks for r in rows]))
+        penalizes, masks = is_open or any(r.sampling.penalizes for r in rows), is_open or any(r.masks for r in rows)
         self.adjusted = xp.empty((size, vocab), np.float32) if penalizes or masks else None
         self.history = xp.zeros((size, vocab), np.int32) if penalizes else None
         width = MAX_ENDS if is_open else max((len(row.ends) for row in rows if row.masks), default=0)
@@ -61,7 +61,8 @@ class Drawing:
             self.biases = xp.zeros((size, MAX_BIASES), np.float32)
         drawn = [row.sampling for row in rows if row.sampling.temperature > 0]
         nucleus = [s.top_p for s in drawn if s.top_p < 1 and not _top_k(s, vocab)]
-        self.draws, self.bins = is_open or bool(drawn), BINS if is_open else _bins(max(nucleus), vocab) if nucleus else 0
+        self.draws = is_open or bool(drawn)
+        self.bins = BINS if is_open else _bins(max(nucleus), vocab) if nucleus else 0
 
     def of_row(self, slot: int, row: RowSampling) -> Iterator[tuple[Array, np.ndarray]]:
         """Parts of the arrays, and what is to be in them when this row joins, nothing drawn yet but the token that its
