@@ -110,6 +110,11 @@ def render(template: str, messages: Sequence[Message], variables: Mapping[str, A
     return text if _shows(text, messages) else shown([_with(m, _parts) for m in messages]) or text
 
 
+def names(template: str) -> set[str]:
+    """The variables that a template reads. Raises jinja2's exceptions where it is no template."""
+    return _compiled(template)[1]
+
+
 def _with(message: Message, form: Callable[[Any], Any]) -> Message:
     return {**message, "content": form(message["content"])} if "content" in message else message
 

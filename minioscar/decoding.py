@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,23 +32,42 @@ class Decoder:
     """A step at a time, through the operations that a prefill uses too.
 
     `feed` says where the rows stand, `launch` begins a step of some of them, `read` has what came of the oldest that
-    was not read yet. rows: how each row of the cache draws. logits: `read` returns them too.
+    was not read yet. rows: how each row of the cache draws; None: each row says so when it joins. logits: `read`
+    returns them too.
     """
 
     ahead = 0  # steps that may be launched before the one before them is read
 
-    def __init__(self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], logits: bool = False):
-        self.model, self.cache, self.rows, self.with_logits = model, cache, rows, logits
-        self.drawn: list[list[int]] = [[] for _ in rows]  # by each row so far; the newest token is not in the cache yet
-        self.step = 0
-        self.newest: tuple[np.ndarray, np.ndarray | None] | None = None
+    def __init__(self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, logits: bool = False):
+        self.model, self.cache, self.with_logits = model, cache, logits
+        self.rows = [RowSampling()] * len(cache.lengths) if rows is None else list(rows)
+        # By each row so far; the newest token is not in the cache yet
+        self.drawn: list[list[int]] = [[] for _ in self.rows]
+        self.allowed: dict[int, np.ndarray] = {}
+        self.newest: tuple[np.ndarray, dict[int, np.ndarray]] | None = None
 
     def feed(self, slots: Sequence[int], tokens: Sequence[int], step: int = 1) -> None:
         """The newest token of each row, which its cache does not hold yet; the next ones are drawn as those of
         `step`."""
-        self.step = step
         for slot, token in zip(slots, tokens, strict=True):
             self.drawn[slot] = [*self.drawn[slot][: step - 1], int(token)]
+
+    def join(self, slot: int, row: RowSampling, token: int) -> None:
+        """A row begins between two steps: `token` is the first that it has drawn, its cache holds what is before it.
+
+        Steps of other rows may be running, one of this row may not. It leaves by not being launched any more.
+        """
+        self.rows[slot], self.drawn[slot] = row, [int(token)]
+        self.allowed.pop(slot, None)
+
+    def allow(self, slot: int, allowed: np.ndarray) -> None:
+        """The tokens that a row may draw from its next step on, a mask as `sampling.adjusted` takes it."""
+        self.allowed[slot] = allowed
+
+    def ordered(self) -> AbstractContextManager:
+        """Passes and copies of rows of the cache within it come after the steps that were launched before it, and
+        before those launched after."""
+        return nullcontext()
 
     def launch(self, slots: Sequence[int]) -> None:
         """A step of these rows. Interrupted, it leaves a consistent cache."""
@@ -58,13 +78,16 @@ class Decoder:
         except BaseException:
             self.cache.rollback(batch)
             raise
-        self.newest = tokens, self.model.ops.numpy(logits) if self.with_logits else None
+        self.newest = tokens, dict(zip(slots, self.model.ops.numpy(logits), strict=True))
         self._add(slots, tokens)
-        self.step += 1
 
     def _draw(self, slots: Sequence[int], logits: Array) -> np.ndarray:
         rows = zip(self.model.ops.numpy(logits), slots, strict=True)
-        return np.array([next_token(row, self.rows[slot], self.step, self.drawn[slot]) for row, slot in rows])
+        drawn = self.drawn
+        return np.array([
+            next_token(row, self.rows[slot], len(drawn[slot]), drawn[slot], self.allowed.get(slot))
+            for row, slot in rows
+        ])  # fmt: skip
 
     def _add(self, slots: Sequence[int], tokens: np.ndarray) -> None:
         for slot, token in zip(slots, tokens.tolist(), strict=True):
@@ -75,7 +98,12 @@ class Decoder:
 
         `cache.lengths` counts the tokens before these. Raises Failure where logits are not finite.
         """
-        return self.newest
+        tokens, logits = self.newest
+        return tokens, np.stack(list(logits.values())) if self.with_logits else None
+
+    def logits_of(self, slot: int) -> np.ndarray:
+        """Logits of a row in the newest step, after `read` and before the next `launch`; float32 [vocab]."""
+        return self.newest[1][slot]
 
     def drain(self) -> None:
         """Waits for all steps; those that were not read are forgotten."""

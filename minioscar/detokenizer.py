@@ -20,6 +20,7 @@ from typing import Any
 
 from .storage import strict_json as json
 
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 TAIL = 64  # tokens of a prompt that can matter to the text behind it: a character's bytes, a run of byte tokens
 
 
@@ -47,6 +48,17 @@ class Detokenizer:
     def flush(self) -> str:
         """The rest, once no token follows: half a character becomes U+FFFD, as `decode` has it."""
         return self._unseen(self._text([], last=True))
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes of a token in the middle of a text, also where they are no whole characters."""
+        token = self._token(token_id)
+        if token is None:
+            return b""
+        if any(isinstance(step, _Bytes) for step in self._steps):
+            return _token_bytes(token)
+        if any(isinstance(step, _ByteTokens) for step in self._steps) and BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(token[3:5])
+        return (self.add(token_id) + self.flush()).encode()
 
     def _token(self, token_id: int) -> str | None:
         return None if token_id in self._special else self._library.id_to_token(int(token_id))
@@ -184,7 +196,7 @@ class _ByteTokens(_Step):
         self.run = b""
 
     def add(self, token: str) -> list[str]:
-        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+        if BYTE_TOKEN.fullmatch(token):
             self.run += bytes.fromhex(token[3:5])
             return []
         return [*self.end(), token]

@@ -62,6 +62,11 @@ class Generation:
         return (self.new_tokens - 1) / self.decode_s if self.decode_s and self.new_tokens > 1 else 0.0
 
 
+def begun(text: str, stop: str) -> int:
+    """Characters at the end of the text that are the beginning of `stop`, and not all of it."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
 class StopText:
     """Lets text through until a stop string comes, which it swallows; what may be the beginning of one waits.
 
@@ -82,8 +87,8 @@ class StopText:
         text = self.pending + chunk + self.marks.get(token, "")
         matches = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         self.hit = bool(matches)
-        begun = max((self._begun(text, stop) for stop in self.stops), default=0)
-        end = min(matches)[1] if matches else len(text) - begun
+        waits = max((begun(text, stop) for stop in self.stops), default=0)
+        end = min(matches)[1] if matches else len(text) - waits
         self.pending = "" if matches else text[end:]
         return self._shown(text[:end])
 
@@ -95,10 +100,68 @@ class StopText:
     def _shown(self, text: str) -> str:
         return text.translate(dict.fromkeys(map(ord, self.marks.values()))) if self.marks else text
 
-    @staticmethod
-    def _begun(text: str, stop: str) -> int:
-        """Characters at the end of the text that are the beginning of `stop`."""
-        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+class Answer:
+    """One answer as it comes: tokens go into `result`, text comes out as it becomes certain.
+
+    ends: the token ids that end it. before: tokens whose text goes on in the answer (`Prompts.continued`).
+    """
+
+    def __init__(
+        self, options: Options, ends: Collection[int], result: Generation, tokenizer: Tokenizer | None,
+        before: Sequence[int] = (),
+    ):
+        self.options, self.ends, self.result, self.tokenizer = options, ends, result, tokenizer
+        self.stream = tokenizer.stream(before) if tokenizer else None
+        self.stops = StopText(options.stop, tokenizer)
+
+    def add(self, token: int, logits: np.ndarray | None, is_full: bool) -> str:
+        """The text that has become certain with the next token; with the last one `result.finish_reason` is set.
+
+        logits: float32 [vocab], what it was drawn from, where log-probabilities are asked for. is_full: the row of the
+        cache has no room for it.
+        """
+        result, text, is_end = self.result, "", token in self.ends
+        if is_end:
+            result.finish_reason = "stop"
+        else:
+            result.token_ids.append(int(token))
+            if result.logprobs is not None:
+                result.logprobs.append(logprob(logits, int(token), self.options.logprobs, self.tokenizer))
+            if len(result.token_ids) == self.options.max_tokens:
+                result.finish_reason = "length"
+            elif is_full:
+                result.finish_reason = "context"
+            text = self.stream.add(token) if self.stream else ""
+        return self._ended(text, None if is_end else token) if result.finish_reason else self._shown(text, token)
+
+    def end(self, reason: str) -> str:
+        """Ends it here; the text that waited."""
+        self.result.finish_reason = reason
+        return self._ended("", None)
+
+    def _ended(self, text: str, token: int | None) -> str:
+        text = self._shown(text + (self.stream.flush() if self.stream else ""), token)
+        if not self.stops.hit:
+            rest = self.stops.flush()
+            self.result.text += rest
+            text += rest
+        return text
+
+    def _shown(self, text: str, token: int | None) -> str:
+        if token is None or self.result.new_tokens > self.options.min_tokens:
+            text = self.stops.add(text, token)
+        if self.stops.hit:
+            self.result.finish_reason = "stop"
+        self.result.text += text
+        return text
+
+
+def logprob(logits: np.ndarray, token: int, k: int, tokenizer: Tokenizer | None) -> Logprob:
+    """Of a token, and of the k likeliest beside it; logits float32 [vocab]."""
+    top = likeliest(logits, token, k)
+    first, *others = (Logprob(i, tokenizer.token_text(i) if tokenizer else "", value) for i, value in top)
+    return Logprob(first.token_id, first.token, first.logprob, tuple(others))
 
 
 @dataclass(frozen=True)
@@ -138,12 +201,12 @@ class Run:
         self.first = first_answers(options)
         asked = [i for i, one in enumerate(options) for _ in range(one.n)]  # the prompt of each answer
         self.options = [options[i] for i in asked]  # of each answer, as what follows
-        self.before = [ids[i] if continued is not None and continued[i] else () for i in asked]
+        before = [ids[i] if continued is not None and continued[i] else () for i in asked]
         sequences = range(len(asked)) if sequences is None else sequences
-        self.ends = [one.ends(self.tokenizer, vocab) for one in self.options]
+        ends = [one.ends(self.tokenizer, vocab) for one in self.options]
         self.rows = [
             RowSampling(one.sampling, sequence, ids[i], sorted(end for end in ends if end < vocab), one.min_tokens)
-            for i, one, ends, sequence in zip(asked, self.options, self.ends, sequences, strict=True)
+            for i, one, ends, sequence in zip(asked, self.options, ends, sequences, strict=True)
         ]
         self.results = [
             Generation(
@@ -153,29 +216,16 @@ class Run:
             )
             for i in asked
         ]
+        self.answers = [
+            Answer(*of, self.tokenizer, before) for *of, before in zip(
+                self.options, ends, self.results, before, strict=True
+            )
+        ]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         if self.begun:
             raise UserError("a run is iterated once; start another")
         self.begun = True
-        streams = [self.tokenizer.stream(before) if self.tokenizer else None for before in self.before]
-        streams = list(zip(streams, (StopText(one.stop, self.tokenizer) for one in self.options), strict=True))
-        for index, token in self._tokens():
-            result, (stream, stops) = self.results[index], streams[index]
-            chunk = "" if stream is None or token is None else stream.add(token)
-            if result.finish_reason and stream:
-                chunk += stream.flush()
-            if token is None or result.new_tokens > self.options[index].min_tokens:
-                chunk = stops.add(chunk, token)
-            if stops.hit:
-                result.finish_reason = "stop"
-            elif result.finish_reason:
-                chunk += stops.flush()
-            result.text += chunk
-            yield index, chunk
-
-    def _tokens(self) -> Iterator[tuple[int, int | None]]:
-        """(answer, new token id) in order; None for the end token of an answer, whose finish_reason is set by then."""
         results, before = self.results, time.perf_counter()
         logits = self.prefill()
         first = [next_token(*drawing, 0) for drawing in zip(logits, self.rows, strict=True)]
@@ -190,24 +240,12 @@ class Run:
 
     def _accept(
         self, slots: Sequence[int], tokens: Sequence[int], logits: np.ndarray | None
-    ) -> Iterator[tuple[int, int | None]]:
-        """What one step brought, put into the results; answers that have ended get nothing more."""
+    ) -> Iterator[tuple[int, str]]:
+        """What one step brought, (answer, chunk of text); answers that have ended get nothing more."""
         for at, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
-            result = self.results[slot]
-            if result.finish_reason:
-                continue
-            if token in self.ends[slot]:
-                result.finish_reason = "stop"
-                yield slot, None
-                continue
-            result.token_ids.append(int(token))
-            if result.logprobs is not None:
-                result.logprobs.append(self._logprob(logits[at], int(token), self.options[slot].logprobs))
-            if len(result.token_ids) == self.options[slot].max_tokens:
-                result.finish_reason = "length"
-            elif self.cache.lengths[slot] == self.cache.context:
-                result.finish_reason = "context"
-            yield slot, int(token)
+            if not self.results[slot].finish_reason:
+                is_full = self.cache.lengths[slot] == self.cache.context
+                yield slot, self.answers[slot].add(int(token), None if logits is None else logits[at], is_full)
 
     def _steps(self, tokens: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None, float]]:
         """Decode steps after the prefill's tokens: rows, their tokens, logits where logprobs are asked for, seconds.
@@ -297,9 +335,3 @@ class Run:
         work = self.decoder = self.cache = None
         what = f"{reason}, after {tokens} tokens; the cache of {memory.size(size)} was freed"
         raise memory.out_of_memory(self.model.config, self.model.scheme, self.model.ops, what)
-
-    def _logprob(self, logits: np.ndarray, token: int, k: int) -> Logprob:
-        words = self.tokenizer
-        top = likeliest(logits, token, k)
-        first, *others = (Logprob(i, words.token_text(i) if words else "", value) for i, value in top)
-        return Logprob(first.token_id, first.token, first.logprob, tuple(others))

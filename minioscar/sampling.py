@@ -67,7 +67,8 @@ class RowSampling:
     """How one sequence of a batch draws.
 
     sequence: the number under which it gets its random numbers. prompt: token ids that repetition_penalty counts beside
-    the drawn ones. ends: token ids that are not drawn before there are min_tokens drawn ones.
+    the drawn ones. ends: token ids that are not drawn before there are min_tokens drawn ones. bias: (token id, what is
+    added to its logit), each id once.
     """
 
     sampling: Sampling = Sampling()
@@ -75,17 +76,20 @@ class RowSampling:
     prompt: Sequence[int] = ()
     ends: Sequence[int] = ()
     min_tokens: int = 0
+    bias: Sequence[tuple[int, float]] = ()
 
     @property
     def masks(self) -> bool:
         return self.min_tokens > 0 and len(self.ends) > 0
 
 
-def next_token(logits: np.ndarray, row: RowSampling, step: int, drawn: Sequence[int] = ()) -> int:
-    """The token that a sequence draws at `step` after those that it has drawn: logits float32 [vocab]. Raises Failure
-    as `sample`."""
+def next_token(
+    logits: np.ndarray, row: RowSampling, step: int, drawn: Sequence[int] = (), allowed: np.ndarray | None = None
+) -> int:
+    """The token that a sequence draws at `step` after those that it has drawn: logits float32 [vocab]. allowed: as in
+    `adjusted`. Raises Failure as `sample`."""
     seen = history(row, drawn, len(logits)) if row.sampling.penalizes else None
-    return sample(adjusted(logits, row, step, seen), row.sampling, row.sequence, step)
+    return sample(adjusted(logits, row, step, seen, allowed), row.sampling, row.sequence, step)
 
 
 def history(row: RowSampling, drawn: Sequence[int], vocab: int) -> np.ndarray:
@@ -96,10 +100,20 @@ def history(row: RowSampling, drawn: Sequence[int], vocab: int) -> np.ndarray:
     return seen
 
 
-def adjusted(logits: np.ndarray, row: RowSampling, step: int, seen: np.ndarray | None) -> np.ndarray:
-    """Logits after the penalties of `seen` (`history`) and without end tokens where it is too early for them; float32
-    [vocab]."""
-    if seen is None and not row.masks:
+def mask_words(vocab: int) -> int:
+    """Of a mask of allowed tokens, in numbers of 32 bits."""
+    return -(-vocab // 32)
+
+
+def adjusted(
+    logits: np.ndarray, row: RowSampling, step: int, seen: np.ndarray | None, allowed: np.ndarray | None = None
+) -> np.ndarray:
+    """Logits after the penalties of `seen` (`history`), a mask, the row's bias, and without end tokens where it is too
+    early for them; float32 [vocab].
+
+    allowed: int32 [mask_words(vocab)], bit i % 32 of word i // 32 is token i; None: all are.
+    """
+    if seen is None and not row.masks and not row.bias and allowed is None:
         return logits
     x, s = logits.astype(np.float32), row.sampling
     if seen is not None:
@@ -107,6 +121,10 @@ def adjusted(logits: np.ndarray, row: RowSampling, step: int, seen: np.ndarray |
         times, factor = (seen[at] >> 1).astype(np.float32), np.float32(s.repetition_penalty)
         x[at] = np.where(x[at] > 0, x[at] / factor, x[at] * factor)
         x[at] -= np.float32(s.frequency_penalty) * times + np.float32(s.presence_penalty) * (times > 0)
+    if allowed is not None:
+        x[np.unpackbits(allowed.view(np.uint8), count=len(x), bitorder="little") == 0] = -np.inf
+    for token, bias in row.bias:
+        x[token] += np.float32(bias)
     if step < row.min_tokens:
         x[list(row.ends)] = -np.inf
     return x

@@ -157,6 +157,18 @@ class Tokenizer:
         """A detokenizer for one new sequence, behind the tokens `before`; first=False: behind any text."""
         return Detokenizer(self._tokenizer, self._special, before, first)
 
+    def to_json(self) -> str:
+        """As tokenizer.json has it, with all that was added to it."""
+        return self._tokenizer.to_str()
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token of exactly this text, special or added; None if there is none."""
+        return self._id(text)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token is of a text, half a character if it is one; of a special token none."""
+        return self.stream(first=False).bytes_of(token_id)
+
     def token_text(self, token_id: int) -> str:
         """What the token is in the middle of a text: " Paris", where `decode` of a text that begins with it has
         "Paris"."""
@@ -184,13 +196,20 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return "default" in self._templates
 
+    @property
+    def template(self) -> str:
+        """The usual chat template; empty where there is none."""
+        return self._templates.get("default", "")
+
     def chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, template: Mapping[str, Any] | None = None
+        self, messages: Sequence[Message], add_generation_prompt: bool = True,
+        template: Mapping[str, Any] | None = None, tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The messages as one prompt, by the model's own template. Raises ChatTemplateError, a UserError, if that
         fails.
 
-        template: more variables for it (enable_thinking=False); chat_template is the name of one of several.
+        template: more variables for it (enable_thinking=False); chat_template is the name of one of several. tools:
+        what the model may call, as OpenAI's API describes it.
         """
         if not (isinstance(messages, list | tuple) and not messages) and (why := chat_template.malformed(messages)):
             raise UserError(f"messages cannot be rendered: {why}")
@@ -202,6 +221,8 @@ class Tokenizer:
             names = ", ".join(sorted(self._templates)) or "none"
             raise UserError(f"{self.folder}: there is no chat template {shown(name)}; it has: {names}")
         variables = {**self._named, "add_generation_prompt": add_generation_prompt}
+        if tools:
+            variables["tools"] = tools
         try:
             return chat_template.render(self._templates[name], messages, variables, extra)
         except UserError as error:

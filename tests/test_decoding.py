@@ -131,3 +131,72 @@ def test_a_decoder_and_its_cache_are_freed_without_the_garbage_collector(make, r
         assert [ref() for ref in gone] == [None] * 4
     finally:
         gc.enable()
+
+
+KINDS = [
+    RowSampling(Sampling(1.0, top_p=0.9, seed=5), 3),
+    RowSampling(Sampling(0.8, top_k=20, repetition_penalty=1.3, presence_penalty=0.5, seed=6), 1, prompt=(1, 2, 3)),
+    RowSampling(Sampling(), bias=((7, 4.5), (9, -3.0))),
+    RowSampling(Sampling(1.2, min_p=0.05, seed=7), 2, ends=(5, 6), min_tokens=3, bias=((5, 50.0),)),
+]
+
+
+@on_each_backend
+@pytest.mark.parametrize("kv", ["int2", "bf16"])
+def test_rows_that_join_between_two_steps_draw_what_they_draw_from_the_beginning(make, kv, tmp_path, seed):
+    """Each row joins while a step of the others runs, in the slot of one that has left; nothing is recorded again."""
+    _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), kv)
+    prompts = [np.random.default_rng(seed + n).integers(0, 160, n) for n in (126, 3, 40, 9)]
+    forward = engine.model.forward
+    cache = Cache(engine.config, engine.scheme, 2, 140, ops)
+    decoder = ops.decoder(engine.model, cache, None)
+    recorded = getattr(decoder, "work", None) and decoder.work.recorded
+    drawn: dict[int, list[int]] = {}
+    waiting, at, launched = list(range(len(KINDS))), {}, []
+    for _ in range(30):
+        going = [slot for slot, i in sorted(at.items()) if len(drawn[i]) + sum(slot in one for one, _ in launched) < 4]
+        if going:
+            decoder.launch(going)
+            launched.append((going, {slot: at[slot] for slot in going}))
+        free = [slot for slot in (0, 1) if slot not in at and not any(slot in one for one, _ in launched)]
+        if free and waiting:
+            slot, i = free[0], waiting.pop(0)
+            cache.reset(slot)
+            with decoder.ordered():
+                logits = forward(prompts[i], cache, cache.batch_for([slot], [len(prompts[i])]))[0]
+            drawn[i], at[slot] = [next_token(logits, KINDS[i], 0)], i
+            decoder.join(slot, KINDS[i], drawn[i][0])
+        if len(launched) > decoder.ahead or launched and not going:
+            slots, owners = launched.pop(0)
+            for slot, token in zip(slots, decoder.read()[0].tolist(), strict=True):
+                drawn[owners[slot]].append(token)
+                if len(drawn[owners[slot]]) == 4:
+                    del at[slot]
+    assert (getattr(decoder, "work", None) and decoder.work.recorded) is recorded
+    for i, row in enumerate(KINDS):
+        alone = Cache(engine.config, engine.scheme, 1, 140, ops)
+        logits = forward(prompts[i], alone, alone.batch_for([0], [len(prompts[i])]))[0]
+        want = [next_token(logits, row, 0)]
+        while len(want) < 4:
+            step = ops.decoder(engine.model, alone, None, logits=True)
+            step.join(0, RowSampling(), want[-1])
+            step.launch([0])
+            want.append(next_token(step.read()[1][0], row, len(want), want))
+        assert drawn[i] == want, i
+
+
+@on_each_backend
+def test_a_row_draws_only_what_its_mask_allows(make, tmp_path, seed):
+    _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), "int2")
+    cache = Cache(engine.config, engine.scheme, 2, 40, ops)
+    engine.model.forward(np.arange(8), cache, cache.batch_for([0, 1], [4, 4]))
+    decoder = ops.decoder(engine.model, cache, None)
+    for slot, row in enumerate((RowSampling(Sampling(1.0, seed=seed)), RowSampling())):
+        decoder.join(slot, row, 3)
+    for token in (31, 32, 159):
+        allowed = np.zeros(5, np.uint32)
+        allowed[token // 32] = 1 << token % 32
+        decoder.allow(0, allowed.view(np.int32))
+        decoder.launch([0, 1])
+        got = decoder.read()[0]
+        assert got[0] == token and got[1] == decoder.logits_of(1).argmax()

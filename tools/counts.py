@@ -21,6 +21,7 @@ READING = "engine generation model cache oscar config rope weights tokenizer sam
 FLOORS = (
     ("", "__main__"),  # the package itself: what it exports
     ("app",),
+    ("serve",),
     ("evaluation",),
     ("engine",),
     ("generation", "prompt_cache", "arguments", "query_energy", "attention_inputs", "nan_check"),

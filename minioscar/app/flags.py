@@ -47,6 +47,14 @@ Ctrl-C stops an answer and keeps the conversation.""",
 
 The text is read once; what --cache goes on with is read behind it: in the same message of a chat, or (--raw) in the
 same text. The file is bound to the model, its weights and --kv, not to the device.""",
+    "serve": """examples:
+  python -m minioscar serve smollm2-135m
+  python -m minioscar serve Qwen/Qwen3-8B --slots 48 --ctx 4096 --host 0.0.0.0 --api-key secret
+  curl http://127.0.0.1:8080/v1/chat/completions -H 'content-type: application/json' \\
+       -d '{"messages": [{"role": "user", "content": "Hello"}]}'
+
+It needs the extra `serve`; structured output and forced tool calls need `structured`. It is ready when one line on
+stderr says so and /health answers 200. SIGTERM lets running answers end.""",
     "pull": "example:\n  python -m minioscar pull Qwen/Qwen3-0.6B",
     "info": "example:\n  python -m minioscar info Qwen/Qwen3-0.6B --ctx 32768 --batch 8",
     "eval": """examples:
@@ -140,6 +148,22 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
     "chat": ("a conversation in the terminal, its cache kept between turns", [
         flag("--system", "the system message", "TEXT"),
         *answering(1024, "the model's, or what fits into memory"),
+    ]),
+    "serve": ("answer many requests at a time, in the manner of OpenAI's API", [
+        flag("--host", "address to listen at; 0.0.0.0 is every network (127.0.0.1)", "ADDRESS", default="127.0.0.1"),
+        number("--port", "port to listen at; 0: any free one (8080)", "N", 8080),
+        number("--slots", "answers that run at a time, each with its own part of the cache (8)", "N", 8),
+        number("--ctx", "tokens of each slot (the model's, or what fits into memory)", "N"),
+        SCHEME,
+        number("--chunk", "tokens of prompts read between two steps, a multiple of 128 (1024)", "N", 1024),
+        number("--queue", "prompts that may wait for a slot; more are refused with 503 (4 for each slot)", "N"),
+        flag("--api-key", "what clients have to send ($MINIOSCAR_API_KEY, else none)", "KEY"),
+        several("--cors", "a page from this origin may ask, * is any (only those of this machine)", "ORIGIN"),
+        flag("--name", "the model's name in the API (the last part of MODEL)", "NAME"),
+        switch("--strict-model", "refuse requests for models of another name"),
+        number("--grace", "seconds for running answers when the server is told to end (30)", "N", 30),
+        *SAMPLING[:5],
+        DEVICE,
     ]),
     "cache": ("read a text once, for generate and chat --cache", [
         flag("--prompt-file", "a text file; - is standard input", "F", required=True),

@@ -1,6 +1,7 @@
 // sample.cu: the next token of every sequence from its logits: what sampling.py does, on the device.
 //
-//   1. Penalties; end tokens are excluded before step min_tokens.
+//   1. Penalties; tokens that a mask leaves out are excluded; biases are added; end tokens are excluded before step
+//      min_tokens.
 //   2. temperature 0: the largest logit, the first of equal ones.
 //   3. Else p = exp((logit - max) / temperature); top-k, top-p and min-p, in this order, decide which tokens are kept,
 //      and the kept token with the largest (logit - max) / temperature - log(e) is drawn (Gumbel-max; the first of
@@ -20,8 +21,8 @@
 // has mass 0. Tokens are counted in bins by how far p is below the largest: 24 bins an octave, 42 octaves; with top-k
 // or top-p a token beyond the last bin is not kept.
 // Launches:
-//   sample_adjust  only with penalties or min_tokens: adjusted logits to a buffer of their own. It counts the token
-//                  that the step was fed with.
+//   sample_adjust  only with penalties, min_tokens, masks or biases: adjusted logits to a buffer of their own. It
+//                  counts the token that the step was fed with.
 //   sample_max     the largest logit; for top-k also the last bin that can hold kept tokens: the k-th largest of the
 //                  maxima of groups of tokens is not above the k-th largest token. Greedy rows end here.
 //   sample_mass    only with top-p without top-k: the sum of p of every bin, and so the bin in which top-p cuts.
@@ -118,10 +119,13 @@ struct Row {
 };
 
 // ends int [batch][width], -1 where there are no more; history int [batch][vocab]: 2 * times drawn + (1 if the prompt
-// has it), null without penalties. Every operation is rounded by itself, as in NumPy.
+// has it), null without penalties. allowed [batch][words of 32 bits]: bit i % 32 of word i / 32 is token i; biased and
+// biases [batch][room]: token ids, -1 where there are no more, and what is added to their logits; all three null without
+// rows that join. Every operation is rounded by itself, as in NumPy.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 sample_adjust(const float* logits, const uint64_t* rows, const int* steps, const int* tokens, const int* ends,
-              int width, int* history, float* adjusted, int vocab) {
+              int width, const uint32_t* allowed, const int* biased, const float* biases, int room, int* history,
+              float* adjusted, int vocab) {
   const Settings& s = ((const Settings*)rows)[blockIdx.y];
   wait_then_allow_next();
   const size_t row = (size_t)blockIdx.y * vocab;
@@ -138,7 +142,15 @@ sample_adjust(const float* logits, const uint64_t* rows, const int* steps, const
       x = x > 0.f ? __fdiv_rn(x, s.repetition) : __fmul_rn(x, s.repetition);
       x = __fsub_rn(x, __fadd_rn(__fmul_rn(s.frequency, times), times > 0.f ? s.presence : 0.f));
     }
+    const size_t word = (size_t)blockIdx.y * ((vocab + 31) / 32) + id / 32;
+    if (allowed && !(allowed[word] >> id % 32 & 1)) x = -__uint_as_float(0x7f800000u);
     adjusted[row + id] = x;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; biased && i < room; i += THREADS) {
+    const int id = biased[blockIdx.y * room + i];
+    if (id < 0) break;
+    if (id / PART == (int)blockIdx.x) adjusted[row + id] = __fadd_rn(adjusted[row + id], biases[blockIdx.y * room + i]);
   }
   if (steps[blockIdx.y] >= s.min_tokens) return;
   __syncthreads();

@@ -208,7 +208,8 @@ class Cuda(Reference):
         return super().rotate_scale(qkv, layer, tables, layer_cache, config, batch, rotate_values)
 
     def decoder(
-        self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
+        self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,
+        replay: str = "graph",
     ) -> Decoder:
         """Array code, step by step, where `decode.unsupported` has a reason."""
         if unsupported(model.config, cache.scheme, len(cache.lengths)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -51,11 +52,12 @@ class StepBatch:
 
     last = None  # every token is the last of its sequence
 
-    def __init__(self, ops: Runner, config: Config, cache: Cache, rows: Sequence[RowSampling]):
+    def __init__(self, ops: Runner, config: Config, cache: Cache, rows: Sequence[RowSampling] | None):
         size, xp, scheme, heads = len(cache.lengths), ops.xp, cache.scheme, Heads.of(config)
         if reason := unsupported(config, scheme, size):
             raise ValueError(reason)
-        self.end, self.drawing = cache.context, Drawing(xp, rows, config.vocab_size)
+        rows, is_open = ([RowSampling()] * size, True) if rows is None else (rows, False)
+        self.end, self.drawing = cache.context, Drawing(xp, rows, config.vocab_size, is_open)
         self.tokens, self.steps = (xp.zeros(size, np.int32) for _ in range(2))
         self.lengths = xp.asarray(np.full(size, -1, np.int32))
         plan = attention.decode_plan(heads, scheme, size, ops.card)
@@ -122,7 +124,8 @@ class StepDecoder(Decoder):
     one (equal bits); "eager", `model.step` itself, for a back end that looks at what every operation computes."""
 
     def __init__(
-        self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
+        self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,
+        replay: str = "graph",
     ):
         super().__init__(model, cache, rows, logits)
         self.ahead, ops = 0 if logits else 1, model.ops
@@ -148,13 +151,27 @@ class StepDecoder(Decoder):
         self.queue.put(self.batch.steps, np.full(len(newest), step, np.int32))
         self.active = []
 
+    def join(self, slot: int, row: RowSampling, token: int) -> None:
+        super().join(slot, row, token)
+        for array, values in self.batch.drawing.of_row(slot, row):
+            self.queue.put(array, values)
+        for array, value in ((self.batch.tokens, token), (self.batch.steps, 1)):
+            self.queue.put(array[slot : slot + 1], np.array([value], np.int32))
+        self.active = []
+
+    def allow(self, slot: int, allowed: np.ndarray) -> None:
+        self.queue.put(self.batch.drawing.allowed[slot], allowed)
+
+    def ordered(self) -> AbstractContextManager:
+        return self.queue.current()
+
     def launch(self, slots: Sequence[int]) -> None:
         slots = list(slots)
         if slots != self.active:
             for slot in slots:
                 self.cache.check_whole(slot)
             lengths = np.full(len(self.cache.lengths), -1, np.int32)
-            lengths[slots] = self.cache.lengths[slots] + len(self.running)
+            lengths[slots] = [self.cache.lengths[slot] + sum(slot in step for step in self.running) for slot in slots]
             self.queue.put(self.batch.lengths, lengths)
             self.active = slots
         self.queue.go()
@@ -169,6 +186,9 @@ class StepDecoder(Decoder):
             raise Failure(NOT_FINITE)
         self._add(slots, tokens)
         return tokens, self.queue.get(self.work.logits)[slots] if self.with_logits else None
+
+    def logits_of(self, slot: int) -> np.ndarray:
+        return self.queue.get(self.work.logits[slot])
 
     def drain(self) -> None:
         self.queue.drain()
@@ -198,6 +218,10 @@ class Queue:
             self.stream.begin_capture()
             self.run()
             return self.stream.end_capture()
+
+    def current(self) -> AbstractContextManager:
+        """The steps' stream as CuPy's current one."""
+        return self.stream
 
     def put(self, array: Array, values: np.ndarray) -> None:
         array.set(values, stream=self.stream)

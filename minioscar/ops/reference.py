@@ -204,7 +204,8 @@ class Reference:
         return y
 
     def decoder(
-        self, model: Stepper, cache: Cache, rows: Sequence[RowSampling], *, logits: bool = False, replay: str = "graph"
+        self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,
+        replay: str = "graph",
     ) -> Decoder:
         """Decode steps of the rows of a cache (decoding.py). replay: as `decode.StepDecoder` has it."""
         return Decoder(model, cache, rows, logits)

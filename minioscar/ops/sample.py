@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..sampling import RowSampling, Sampling
+from ..sampling import RowSampling, Sampling, history, mask_words
 from .launch import Launch
 
 Array = Any
-SAMPLE_VOCAB = 2**21  # of sample.cu's buffers
+SAMPLE_VOCAB, BINS = 2**21, 1024  # of sample.cu's buffers
+MAX_ENDS, MAX_BIASES = 64, 1024  # of a row that joins
 SETTINGS = np.dtype(  # of a row: sample.cu, Settings
     [("seed", "u8"), ("top_p", "f8"), ("scale", "f4"), ("min_p", "f4"), ("top_k", "i4"), ("sequence", "u4")]
     + [("repetition", "f4"), ("presence", "f4"), ("frequency", "f4"), ("min_tokens", "i4")]
@@ -25,41 +26,81 @@ def sample_words(vocab: int) -> int:
 
 
 def drawing_bytes(vocab: int, rows: int, adjusted: bool) -> int:
-    """Of the arrays of a `Drawing`; adjusted: of rows with penalties."""
-    return rows * (8 * sample_words(vocab) + SETTINGS.itemsize + (8 * vocab if adjusted else 0))
+    """Of the arrays of a `Drawing`; adjusted: of rows with penalties, or of any rows that join."""
+    of_any = 8 * vocab + 4 * mask_words(vocab) + 4 * MAX_ENDS + 8 * MAX_BIASES
+    return rows * (8 * sample_words(vocab) + SETTINGS.itemsize + (of_any if adjusted else 0))
 
 
 class Drawing:
-    """How the rows of a batch draw, on the device; what no row asks for is not there.
+    """How the rows of a batch draw, on the device; what no row asks for is not there, unless rows of any kind may join.
 
     settings: SETTINGS as uint64 [rows, 6]. workspace: uint64 [rows, sample_words(vocab)], zero between launches.
     adjusted: float32 [rows, vocab], logits after penalties and without end tokens. history: int32 [rows, vocab],
-    `sampling.history`, which the launch that adjusts updates. ends: int32 [rows, end tokens], padded with -1.
-    Raises ValueError for a vocabulary above SAMPLE_VOCAB.
+    `sampling.history`, which the launch that adjusts updates. ends: int32 [rows, end tokens], padded with -1. Of rows
+    that join: allowed, int32 [rows, mask_words(vocab)]; biased, int32 [rows, MAX_BIASES] token ids padded with -1, and
+    biases, float32, what is added to their logits. bins: of the launch that sums for top-p (0: there is none); draws:
+    whether not all rows are greedy. Raises ValueError for a vocabulary above SAMPLE_VOCAB.
     """
 
-    def __init__(self, xp: Any, rows: Sequence[RowSampling], vocab: int):
+    allowed = biased = biases = None
+
+    def __init__(self, xp: Any, rows: Sequence[RowSampling], vocab: int, is_open: bool = False):
         if vocab > SAMPLE_VOCAB:
             raise ValueError(f"a vocabulary of {vocab} does not fit sample.cu, which has room for {SAMPLE_VOCAB}")
-        self.rows, self.vocab = [row.sampling for row in rows], vocab
-        self.settings = xp.asarray(
-            np.array([_settings(row, vocab) for row in rows], SETTINGS).view(np.uint64).reshape(len(rows), -1)
-        )
-        self.workspace = xp.zeros((len(rows), sample_words(vocab)), np.uint64)
-        penalizes, masks = any(row.sampling.penalizes for row in rows), any(row.masks for row in rows)
-        self.adjusted = xp.empty((len(rows), vocab), np.float32) if penalizes or masks else None
-        self.history = xp.zeros((len(rows), vocab), np.int32) if penalizes else None
-        width = max((len(row.ends) for row in rows if row.masks), default=0)
-        ends = [[*(row.ends if row.masks else ()), *[-1] * width][:width] for row in rows]
-        self.ends = xp.asarray(np.array(ends, np.int32)) if masks else None
+        self.vocab, size = vocab, len(rows)
+        self.settings = xp.asarray(np.stack([_settings(row, vocab) for row in rows]))
+        self.workspace = xp.zeros((size, sample_words(vocab)), np.uint64)
+        penalizes, masks = is_open or any(r.sampling.penalizes for r in rows), is_open or any(r.masks for r in rows)
+        self.adjusted = xp.empty((size, vocab), np.float32) if penalizes or masks else None
+        self.history = xp.zeros((size, vocab), np.int32) if penalizes else None
+        width = MAX_ENDS if is_open else max((len(row.ends) for row in rows if row.masks), default=0)
+        self.ends = xp.asarray(np.stack([_ends(row, width) for row in rows])) if masks else None
+        if is_open:
+            self.allowed = xp.asarray(np.full((size, mask_words(vocab)), -1, np.int32))
+            self.biased = xp.asarray(np.full((size, MAX_BIASES), -1, np.int32))
+            self.biases = xp.zeros((size, MAX_BIASES), np.float32)
+        drawn = [row.sampling for row in rows if row.sampling.temperature > 0]
+        nucleus = [s.top_p for s in drawn if s.top_p < 1 and not _top_k(s, vocab)]
+        self.draws = is_open or bool(drawn)
+        self.bins = BINS if is_open else _bins(max(nucleus), vocab) if nucleus else 0
+
+    def of_row(self, slot: int, row: RowSampling) -> Iterator[tuple[Array, np.ndarray]]:
+        """Parts of the arrays, and what is to be in them when this row joins, nothing drawn yet but the token that its
+        first step is fed with. Raises ValueError for more ends or biases than there is room for."""
+        if row.masks and len(row.ends) > MAX_ENDS or len(row.bias) > MAX_BIASES:
+            raise ValueError(f"a row that joins has room for {MAX_ENDS} ends and {MAX_BIASES} biases")
+        yield self.settings[slot], _settings(row, self.vocab)
+        if row.sampling.penalizes:
+            yield self.history[slot], history(row, [], self.vocab)
+        yield self.ends[slot], _ends(row, MAX_ENDS)
+        yield self.allowed[slot], np.full(mask_words(self.vocab), -1, np.int32)
+        ids = np.full(MAX_BIASES, -1, np.int32)
+        ids[: len(row.bias)] = [token for token, _ in row.bias]
+        biases = np.zeros(MAX_BIASES, np.float32)
+        biases[: len(row.bias)] = [bias for _, bias in row.bias]
+        yield self.biased[slot], ids
+        yield self.biases[slot], biases
 
 
-def _settings(row: RowSampling, vocab: int) -> tuple:
+def _bins(top_p: float, vocab: int) -> int:
+    """Of sample_mass: tokens below (1 - top_p) / vocab of the largest p are less than what top-p leaves out, all
+    together. Three octaves more make up for everything that is rounded, and for weights next to 2^-41, which are
+    rounded by up to a factor of 2."""
+    return min(math.ceil(24 * (3 + math.log2(vocab / (1 - top_p)))), BINS)
+
+
+def _ends(row: RowSampling, width: int) -> np.ndarray:
+    return np.array([*(row.ends if row.masks else ()), *[-1] * width][:width], np.int32)
+
+
+def _settings(row: RowSampling, vocab: int) -> np.ndarray:
+    """SETTINGS as uint64 [6]."""
     s = row.sampling
     # Next to 0, the likeliest alone is left
     scale = min(math.log2(math.e) / s.temperature, 1e30) if s.temperature else 0.0
     penalties = s.repetition_penalty, s.presence_penalty, s.frequency_penalty
-    return s.seed, s.top_p, scale, s.min_p, _top_k(s, vocab), row.sequence, *penalties, min(row.min_tokens, 2**31 - 1)
+    numbers = s.seed, s.top_p, scale, s.min_p, _top_k(s, vocab), row.sequence, *penalties
+    return np.array([(*numbers, min(row.min_tokens, 2**31 - 1))], SETTINGS).view(np.uint64)
 
 
 def _top_k(sampling: Sampling, vocab: int) -> int:
@@ -85,18 +126,14 @@ def sample(logits: Array, drawing: Drawing, steps: Array, tokens: Array) -> list
     if drawing.adjusted is not None:
         width = np.int32(0 if drawing.ends is None else drawing.ends.shape[1])
         inputs = logits, drawing.settings, steps, tokens, drawing.ends, width
-        launches.append(launch("sample_adjust", *inputs, drawing.history, drawing.adjusted))
+        biases = drawing.allowed, drawing.biased, drawing.biases, np.int32(MAX_BIASES)
+        launches.append(launch("sample_adjust", *inputs, *biases, drawing.history, drawing.adjusted))
         logits = drawing.adjusted
     row = logits, drawing.settings, drawing.workspace, np.int32(drawing.workspace.shape[1])
     launches.append(launch("sample_max", *row, tokens))
-    drawn = [s for s in drawing.rows if s.temperature > 0]
-    if nucleus := [s.top_p for s in drawn if s.top_p < 1 and not _top_k(s, vocab)]:
-        # Tokens below (1 - top_p) / vocab of the largest p are less than what top-p leaves out, all together. Three
-        # octaves more make up
-        # for everything that is rounded, and for weights next to 2^-41, which are rounded by up to a factor of 2.
-        octaves = 3 + math.log2(vocab / (1 - max(nucleus)))
-        launches.append(launch("sample_mass", *row, np.int32(min(math.ceil(24 * octaves), 1024))))
-    if drawn:
+    if drawing.bins:
+        launches.append(launch("sample_mass", *row, np.int32(drawing.bins)))
+    if drawing.draws:
         launches.append(launch("sample_draw", *row, steps, tokens))
     return launches
 

@@ -1,0 +1,145 @@
+"""The messages and tools of a chat request, as chat templates know them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import chat_template
+from ..errors import shown
+from ..tokenizer import Tokenizer
+from . import fields
+from .errors import ApiError, of_field, wrong
+
+MAX_TOOLS = 128
+TAUGHT = (
+    "You may call these functions to answer. Each line describes one, in JSON:\n{tools}\n"
+    'To call one, write {{"name": its name, "arguments": its arguments}} in JSON between <tool_call> and </tool_call>.'
+)
+
+
+@dataclass(frozen=True)
+class Tool:
+    name: str
+    parameters: dict[str, Any]
+
+
+def messages_of(body: fields.Body) -> list[dict[str, Any]]:
+    """Raises ApiError for what are no messages."""
+    given = body.get("messages")
+    if not isinstance(given, list) or not given:
+        raise wrong("messages", "messages must be a list of messages, and not empty")
+    messages = [_message(i, message) for i, message in enumerate(given)]
+    if why := chat_template.malformed(messages):
+        raise wrong("messages", f"messages cannot be read: {why}")
+    return messages
+
+
+def _message(i: int, given: Any) -> dict[str, Any]:
+    if not isinstance(given, dict) or not isinstance(given.get("role"), str):
+        raise wrong("messages", f"messages[{i}] must be an object with a role")
+    message = {name: value for name, value in given.items() if value is not None}
+    if message["role"] == "developer":
+        message["role"] = "system"
+    if "content" not in message and message["role"] in ("assistant", "tool"):
+        message["content"] = ""  # an answer of tool calls or thoughts alone
+    thoughts = message.pop("reasoning", message.get("reasoning_content"))
+    if isinstance(thoughts, str):
+        message["reasoning_content"] = thoughts
+    if message.pop("tool_calls", None):
+        message["tool_calls"] = [_call(i, call) for call in _list(given["tool_calls"], f"messages[{i}].tool_calls")]
+    return message
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise wrong("messages", f"{name} must be a list")
+    return value
+
+
+def _call(i: int, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise wrong("messages", f"messages[{i}].tool_calls has an entry without a function's name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:  # templates write them as JSON themselves
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            pass  # what a model wrote wrongly stays as it wrote it
+    function = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+    return {"id": call.get("id") or "", "type": "function", "function": function}
+
+
+def tools_of(body: fields.Body) -> list[dict[str, Any]]:
+    """In OpenAI's form, without what is null. Raises ApiError for what are no tools."""
+    tools = []
+    for i, tool in enumerate(fields.items(body, "tools", MAX_TOOLS)):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise wrong("tools", f'tools[{i}] must be {{"type": "function", "function": {{"name": ...}}}}')
+        if tool.get("type", "function") != "function":
+            raise wrong("tools", f"tools[{i}] has the type {shown(tool['type'])}; only functions can be called")
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise wrong("tools", f"tools[{i}] has parameters that are no JSON schema")
+        function = {name: value for name, value in function.items() if value is not None and name != "strict"}
+        tools.append({"type": "function", "function": {"description": "", "parameters": {}, **function}})
+    return tools
+
+
+def choice_of(body: fields.Body, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[Tool]]:
+    """tool_choice ("none", "auto" or "required") and the tools that it leaves. Raises ApiError."""
+    choice = body.get("tool_choice")
+    known = [Tool(tool["function"]["name"], tool["function"]["parameters"]) for tool in tools]
+    if isinstance(choice, dict):
+        name = (choice.get("function") or {}).get("name") if isinstance(choice.get("function") or {}, dict) else None
+        named = [tool for tool in known if tool.name == name]
+        if not named:
+            raise wrong("tool_choice", f"tool_choice names {shown(name)}, which is none of the tools")
+        return "required", named[:1]
+    if choice not in (None, "none", "auto", "required"):
+        raise wrong("tool_choice", f'tool_choice {shown(choice)} must be "none", "auto", "required" or a function')
+    if choice == "required" and not known:
+        raise wrong("tool_choice", "tool_choice is required, but there are no tools")
+    return choice if choice and known else "auto" if known else "none", known
+
+
+def form_of(template: str) -> str:
+    """How a model that has this template writes a call: "llama3", {"name", "parameters"} as the whole answer, or
+    "hermes", {"name", "arguments"} between <tool_call> and </tool_call>."""
+    is_llama = "<tool_call>" not in template and '"parameters"' in template and "ipython" in template
+    return "llama3" if is_llama else "hermes"
+
+
+def rendered(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+) -> str:
+    """The prompt. Raises ApiError, with the template's own words, where it refuses the messages."""
+    if not tokenizer.has_chat_template:
+        raise ApiError(400, "this model has no chat template; use /v1/completions")
+    if "chat_template" in variables:
+        raise wrong("chat_template_kwargs", "a request cannot bring a chat template of its own; leave it out")
+    if tools and "tools" not in chat_template.names(tokenizer.template):
+        messages, tools = taught(messages, tools), ()
+    with of_field("messages"):
+        return tokenizer.chat(messages, template=variables, tools=tools or None)
+
+
+def taught(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For a template that knows no tools: they, calls and results as text, in the manner of Hermes."""
+    lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    told, system = TAUGHT.format(tools=lines), messages[0] if messages[0]["role"] == "system" else None
+    before = f"{chat_template.flat(system['content'])}\n\n" if system else ""
+    found = [{"role": "system", "content": before + told}]
+    for message in messages[1 if system else 0 :]:
+        content = chat_template.flat(message.get("content")) or ""
+        if message["role"] == "tool":
+            found.append({"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"})
+            continue
+        for call in message.get("tool_calls", ()):
+            content += f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+        found.append({"role": message["role"], "content": content})
+    return found

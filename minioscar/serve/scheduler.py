@@ -1,0 +1,380 @@
+"""Who is read and stepped when: one thread that owns the model, over the rows of one cache.
+
+A round: (1) cancelled answers leave and waiting jobs enter free rows, first come first served; (2) a decode step of all
+rows that have an answer is launched; (3) one piece of at most `chunk` tokens of prompts is read; (4) the step before is
+read and its tokens go to their answers. So neither steps nor prompts wait for more than one of the other. Pieces end at
+multiples of `chunk`, so that what a row holds depends on its tokens, on `chunk` and on what was cached, not on who else
+is there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..cache import Cache, left_after_cut
+from ..engine import Engine
+from ..errors import Failure
+from ..generation import logprob
+from ..prompt_cache import common
+from ..sampling import next_token
+from .jobs import Busy, Event, Job, Row
+from .metrics import Metrics
+
+LEAST_SHARED = 32  # tokens: a shorter prefix is read again rather than copied
+SCORED_PIECE = 128  # tokens whose logits are on the host at once
+Post = Callable[[list[tuple[Job, Event]]], None]
+
+
+class Scheduler:
+    """post: is given what happened in a round, on the scheduler's thread, and hands it to `Job.tell`."""
+
+    def __init__(self, engine: Engine, cache: Cache, chunk: int, queue: int, post: Post):
+        self.engine, self.cache, self.chunk, self.queue, self.post = engine, cache, chunk, queue, post
+        self.model, self.vocab = engine.model, engine.config.vocab_size
+        self.tokenizer = engine.tokenizer if engine.has_tokenizer else None
+        self.rows = [Row(slot) for slot in range(len(cache.lengths))]
+        self.metrics = Metrics()
+        self.waiting: deque[Job] = deque()
+        self.reading: deque[Row] = deque()
+        self.steps: deque[list[Row]] = deque()  # launched and not read, oldest first
+        self.news: list[tuple[Job, Event]] = []
+        self.changed = threading.Condition()
+        self.is_closing = False
+        self.dead: str | None = None  # why nothing works any more
+        self.decoder = self.model.ops.decoder(self.model, cache, None)
+        self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+
+    # --- called from other threads
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """All of them or none. Raises Busy where the queue is full, ValueError for more answers than rows."""
+        if any(job.rows > len(self.rows) for job in jobs):
+            raise ValueError(f"more than {len(self.rows)} answers to a prompt")
+        with self.changed:
+            if self.dead or self.is_closing:
+                raise Busy(self.dead or "the server is shutting down")
+            free = sum(row.state == "free" for row in self.rows)
+            if len(self.waiting) and len(self.waiting) + len(jobs) > self.queue + free:
+                raise Busy(f"{len(self.waiting)} prompts wait already; try again later")
+            self.waiting.extend(jobs)
+            self.metrics.requests += len(jobs)
+            self.changed.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        with self.changed:
+            for job in jobs:
+                job.is_cancelled = True
+            self.changed.notify()
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Ends the thread; answers that still run are cancelled."""
+        with self.changed:
+            self.is_closing = True
+            self.changed.notify()
+        if self.thread.is_alive():
+            self.thread.join(seconds)
+
+    def slots(self) -> list[dict[str, Any]]:
+        """Of each row, what it does and how many tokens it holds."""
+        lengths = self.cache.lengths.tolist()
+        return [
+            {"id": row.slot, "state": row.state, "n_ctx": self.cache.context, "n_tokens": lengths[row.slot],
+             "is_processing": row.job is not None}
+            for row in self.rows
+        ]  # fmt: skip
+
+    def gauges(self) -> dict[str, tuple[float, str]]:
+        """For `Metrics.text`."""
+        return {
+            "slots": (len(self.rows), "rows of the cache"),
+            "slots_used": (sum(row.job is not None for row in self.rows), "rows whose answer runs or is being read"),
+            "waiting": (len(self.waiting), "prompts that wait for a row"),
+            "held_tokens": (int(self.cache.lengths.sum()), "tokens in the cache"),
+            "cache_bytes": (self.cache.nbytes, "bytes of the cache"),
+        }  # fmt: skip
+
+    # --- the thread
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._round()
+            self._fail([*self.waiting], Busy("the server is shutting down"))
+            self._fail([row.job for row in self.rows if row.job], Busy("the server is shutting down"))
+        except BaseException as error:  # nobody else would hear of it
+            self.dead = f"the engine has failed ({type(error).__name__}: {error}); restart the server"
+            jobs = [*self.waiting, *(row.job for row in self.rows if row.job)]
+            self._fail(jobs, Failure(self.dead))
+        self._post()
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False when it is closing."""
+        with self.changed:
+            while not (self.is_closing or self.waiting or self.steps or any(row.job for row in self.rows)):
+                self.changed.wait()
+            return not self.is_closing
+
+    def _round(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        try:
+            self._launch()
+            if self._ahead() == 0:
+                self._read_step()
+            self._read_prompts()
+            if len(self.steps) > self._ahead() or self.steps and not self._going():
+                self._read_step()
+        except (Failure, MemoryError) as error:
+            self._broken(error)
+        self._post()
+
+    def _post(self) -> None:
+        if self.news:
+            news, self.news = self.news, []
+            self.post(news)
+
+    def _tell(self, job: Job, event: Event) -> None:
+        if not job.is_cancelled:
+            self.news.append((job, event))
+
+    # --- rows come and go
+
+    def _drop_cancelled(self) -> None:
+        with self.changed:
+            gone = [job for job in self.waiting if job.is_cancelled]
+            for job in gone:
+                self.waiting.remove(job)
+        self.metrics.cancelled += len(gone)
+        for row in self.rows:
+            if row.job and row.job.is_cancelled:
+                self.metrics.cancelled += row.index == 0
+                self._leave(row)
+
+    def _leave(self, row: Row) -> None:
+        if row in self.reading:
+            self.reading.remove(row)
+        row.leave()
+
+    def _admit(self) -> None:
+        """Waiting jobs, in their order, as long as there are rows for the next one."""
+        while True:
+            with self.changed:
+                free = [row for row in self.rows if row.state == "free"]
+                if not self.waiting or self.waiting[0].rows > len(free):
+                    return
+                job = self.waiting.popleft()
+            first = max(free, key=lambda row: self._fit(job, row))
+            others = sorted((row for row in free if row is not first), key=lambda row: row.used)
+            for index, row in enumerate([first, *others[: job.rows - 1]]):
+                self.metrics.rounds += 1
+                row.used = self.metrics.rounds
+                row.begin(job, index)
+            self.reading.append(first)
+
+    def _fit(self, job: Job, row: Row) -> tuple[int, int]:
+        """How well a free row suits a job: it holds mostly the beginning of its prompt, or it was used long ago."""
+        shared = self._shared(job.usable, row)
+        goes_on = shared >= LEAST_SHARED and 2 * shared >= self.cache.lengths[row.slot]
+        return shared if goes_on else 0, -row.used
+
+    def _shared(self, ids: list[int], row: Row) -> int:
+        """Tokens at the beginning of a prompt that a row holds and that can be had of it."""
+        length = int(self.cache.lengths[row.slot])
+        if not length or row.held[: min(LEAST_SHARED, length)] != ids[: min(LEAST_SHARED, length)]:
+            return 0
+        return left_after_cut(self.cache.scheme, length, common(ids, row.held[:length]))
+
+    def _match(self, row: Row) -> None:
+        """The row takes over what any row holds of the beginning of its prompt."""
+        ids, cache = row.job.usable, self.cache
+        source = max(self.rows, key=lambda other: (self._shared(ids, other), other is row))
+        shared = self._shared(ids, source)
+        if shared < LEAST_SHARED:
+            cache.reset(row.slot)
+        else:
+            if source is not row:
+                cache.copy(source.slot, row.slot)
+            cache.truncate(row.slot, shared)
+        row.held, row.is_matched = list(row.job.ids), True
+        row.job.cached = int(cache.lengths[row.slot])
+        self.metrics.hit_tokens += row.job.cached
+
+    # --- prompts
+
+    def _read_prompts(self) -> None:
+        """One pass over the next pieces of prompts, in their order, of at most `chunk` tokens together."""
+        pieces: list[tuple[Row, list[int]]] = []
+        left, room = self.chunk, self.cache.context
+        with self.decoder.ordered():
+            for row in self.reading:
+                if not row.is_matched:
+                    if any(self._will_share(row, other) for other, _ in pieces):
+                        break
+                    self._match(row)
+                start = int(self.cache.lengths[row.slot])
+                size = SCORED_PIECE if row.job.prompt_logprobs is not None else self.chunk
+                piece = row.job.ids[start : start + size - start % size]
+                left, room = left - len(piece), room - start - len(piece)  # what a pass allocates is for one whole row
+                if min(left, room) < 0 or pieces and row.job.prompt_logprobs is not None:
+                    break
+                pieces.append((row, piece))
+                if row.job.prompt_logprobs is not None:
+                    break
+            if pieces:
+                self._pass(pieces)
+
+    def _will_share(self, row: Row, other: Row) -> bool:
+        """Whether another row is about to read what this one could take over from it."""
+        ids = row.job.usable
+        return len(ids) >= LEAST_SHARED and other.job.ids[:LEAST_SHARED] == ids[:LEAST_SHARED]
+
+    def _pass(self, pieces: list[tuple[Row, list[int]]]) -> None:
+        rows, inputs = [row for row, _ in pieces], [piece for _, piece in pieces]
+        batch = self.cache.batch_for([row.slot for row in rows], map(len, inputs))
+        scored = rows[0].job.prompt_logprobs is not None
+        try:
+            if scored:
+                logits = self.model.forward(np.array(inputs[0]), self.cache, batch, every=True)
+                self._score(rows[0].job, batch.starts[0], logits)
+                logits = logits[-1:]
+            else:
+                logits = self.model.step(np.concatenate(inputs), self.cache, batch, lambda logits: logits)[1]
+            whole = [i for i, row in enumerate(rows) if self.cache.lengths[row.slot] == len(row.job.ids)]
+            logits = self.model.ops.numpy(logits) if whole else None  # else nobody waits for it
+        except (Failure, MemoryError) as error:
+            self.cache.rollback(batch)
+            for row in rows:
+                self._end_job(row.job, error)
+            return
+        self.metrics.read_tokens += sum(batch.counts)
+        for i in whole:
+            self.reading.remove(rows[i])
+            self._begin(rows[i], logits[i])
+
+    def _score(self, job: Job, start: int, logits: np.ndarray) -> None:
+        """Log-probabilities of the prompt's tokens behind those that a piece from `start` holds."""
+        if not start:
+            job.scored.append(None)  # nothing says how likely the first one is
+        following = job.ids[start + 1 : start + 1 + len(logits)]
+        for of_token, token in zip(logits, following, strict=False):
+            job.scored.append(logprob(of_token, token, job.prompt_logprobs, self.tokenizer))
+
+    def _begin(self, first: Row, logits: np.ndarray) -> None:
+        """A prompt is read: its answers begin."""
+        job = first.job
+        job.begun = time.monotonic()
+        self.metrics.first_tokens.add(job.begun - job.created)
+        rows = sorted((row for row in self.rows if row.job is job), key=lambda row: row.index)
+        for row in rows[1:]:
+            self.cache.copy(first.slot, row.slot)
+            row.held = list(job.ids)
+        for row in rows:
+            if job.reads_only:
+                self._tell(job, Event(row.index, finish_reason="length"))
+                self._leave(row)
+                continue
+            drawing = row.start(self.tokenizer, self.vocab)
+            try:
+                token = next_token(logits, drawing, 0, (), row.matcher.mask() if row.matcher else None)
+                if self._take(row, token, logits):
+                    self.decoder.join(row.slot, drawing, token)
+            except Failure as error:
+                self._end_job(job, error)
+                break
+
+    # --- steps
+
+    def _ahead(self) -> int:
+        return 0 if any(row.is_synchronous for row in self.rows) else self.decoder.ahead
+
+    def _going(self) -> list[Row]:
+        """The rows that take one more step behind those in flight."""
+        return [row for row in self.rows if row.state == "step" and self._should_continue(row)]
+
+    def _should_continue(self, row: Row) -> bool:
+        new = row.answer.result.new_tokens + row.in_flight
+        return new < row.job.options.max_tokens and self.cache.lengths[row.slot] + row.in_flight < self.cache.context
+
+    def _launch(self) -> None:
+        while len(self.steps) <= self._ahead() and (rows := self._going()):
+            for row in rows:
+                if row.matcher and (mask := row.matcher.mask()) is not None:
+                    self.decoder.allow(row.slot, mask)
+            self.decoder.launch([row.slot for row in rows])
+            self.steps.append(rows)
+            for row in rows:
+                row.in_flight += 1
+
+    def _read_step(self) -> None:
+        if not self.steps:
+            return
+        tokens, _ = self.decoder.read()
+        rows = self.steps.popleft()
+        self.metrics.step(len(rows))
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            row.in_flight -= 1
+            if row.state == "leave":  # this step was launched before its answer had ended
+                row.held.append(token)
+                row.state = "leave" if row.in_flight else "free"
+                continue
+            try:
+                has_logprobs = row.job.options.logprobs is not None
+                self._take(row, token, self.decoder.logits_of(row.slot) if has_logprobs else None)
+            except Failure as error:
+                self._end_job(row.job, error)
+
+    def _take(self, row: Row, token: int, logits: np.ndarray | None) -> bool:
+        """A new token of an answer; whether it goes on. Raises Failure where the grammar has no such token."""
+        answer, job, result = row.answer, row.job, row.answer.result
+        row.held.append(token)
+        before = result.new_tokens
+        text = answer.add(token, logits, self.cache.lengths[row.slot] == self.cache.context)
+        if row.matcher and result.finish_reason is None:
+            row.matcher.take(token)
+            if row.matcher.is_done:
+                text += answer.end("stop")
+        is_new = result.new_tokens > before
+        self.metrics.new_tokens += is_new
+        said = result.logprobs[-1] if is_new and result.logprobs else None
+        self._tell(job, Event(row.index, text, token if is_new else None, said, result.finish_reason))
+        if result.finish_reason:
+            self.metrics.finished += 1
+            self._leave(row)
+        return result.finish_reason is None
+
+    # --- what goes wrong
+
+    def _end_job(self, job: Job, error: Exception) -> None:
+        self._fail([job], error)
+        for row in self.rows:
+            if row.job is job:
+                self._leave(row)
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        for job in jobs:
+            if not job.is_cancelled:
+                self.metrics.failed += 1
+                self._tell(job, Event(0, error=error))
+                job.is_cancelled = True
+
+    def _broken(self, error: Exception) -> None:
+        """A step failed: its answers end with an error, and the rows are empty."""
+        self.decoder.drain()
+        self.steps.clear()
+        for row in self.rows:
+            row.in_flight = 0
+            if row.state in ("step", "leave"):
+                if row.job:
+                    self._fail([row.job], error)
+                row.leave()
+                row.held = []
+                self.cache.reset(row.slot)

@@ -1,0 +1,129 @@
+"""From a loaded model to a server that listens: memory, the first pass, uvicorn, and a graceful end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import memory
+from ..arguments import context_of
+from ..cache import Batch, Cache
+from ..engine import Engine
+from ..errors import Failure, UserError
+from ..ops.linear_batch import BATCH_TOKENS
+from ..sampling import RowSampling, Sampling
+from .app import App
+from .bodies import Service
+from .scheduler import SCORED_PIECE, Scheduler
+
+SWITCH = 5e-4  # seconds after which Python lets another thread run; its own 5e-3 is a whole step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """slots: rows of the cache; ctx: tokens of each (None: what the model has, as far as memory has room); chunk:
+    tokens of prompts that are read between two steps; queue: prompts that may wait (None: four for each slot)."""
+
+    slots: int
+    ctx: int | None
+    chunk: int
+    queue: int | None
+    name: str
+    key: str | None = None
+    origins: Sequence[str] = ()
+    strict: bool = False
+
+    def check(self) -> None:
+        """Raises UserError, before the model is loaded."""
+        if not 1 <= self.slots <= BATCH_TOKENS:
+            raise UserError(f"--slots {self.slots} is out of range; it must be from 1 to {BATCH_TOKENS}")
+        if self.chunk < SCORED_PIECE or self.chunk % SCORED_PIECE:
+            raise UserError(f"--chunk {self.chunk} must be a multiple of {SCORED_PIECE}")
+        if self.queue is not None and self.queue < 0:
+            raise UserError(f"--queue {self.queue} is out of range; it must be 0 or more")
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that is bound, and that nobody can connect to yet. Raises UserError where it cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port} cannot be had: {reason}; choose another --port") from None
+    return bound
+
+
+def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Scheduler]:
+    """Everything allocated, nothing started. Raises UserError where memory has no room."""
+    config, scheme, ops = engine.config, engine.scheme, engine.ops
+    context = context_of(plan.ctx, config)
+    if context is None:
+        free = ops.free_bytes() * 9 // 10
+        context = memory.longest_context(config, scheme, ops, plan.slots, free, plan.chunk, True)
+    chunk = min(plan.chunk, max(context // SCORED_PIECE, 1) * SCORED_PIECE)
+    memory.check(config, scheme, ops, plan.slots, max(context, 1), min(chunk, context), penalties=True)
+    cache = engine.new_cache(plan.slots, context)
+    service = Service(plan.name, engine.tokenizer, config.vocab_size, context, plan.slots, defaults, plan.strict)
+    app = App(service, plan.key, plan.origins)
+    rows = [RowSampling()] * plan.slots
+    first = Batch((0,), (max(context - chunk, 0),), (min(chunk, context),))
+    ops.prepare(engine.model, cache, first, rows, engine.progress)
+    scheduler = Scheduler(engine, cache, chunk, 4 * plan.slots if plan.queue is None else plan.queue, app.post)
+    app.engine = scheduler
+    warm_up(scheduler, cache, first)
+    return app, scheduler
+
+
+def warm_up(scheduler: Scheduler, cache: Cache, batch: Batch) -> None:
+    """The longest piece at the end of the longest row, and a step: what they allocate stays at hand."""
+    model = scheduler.model
+    with scheduler.decoder.ordered(), np.errstate(all="ignore"):
+        model.ops.numpy(model.step(np.zeros(batch.counts[0], np.int64), cache, batch, lambda logits: logits)[1])
+    cache.reset(0)
+    model.forward(np.zeros(1, np.int64), cache, cache.batch_for([0], [1]))
+    if cache.context > 1:
+        scheduler.decoder.join(0, RowSampling(), 0)
+        scheduler.decoder.launch([0])
+        scheduler.decoder.read()
+    cache.reset(0)
+
+
+def serve(app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: str) -> None:
+    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if not self.should_exit:
+                print(ready, file=sys.stderr, flush=True)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.is_ending = True
+            await super().shutdown(sockets)
+
+    sys.setswitchinterval(SWITCH)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # what uvicorn ends by, and then raises again
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace, lifespan="on", server_header=False,
+        ws="none", loop="asyncio",
+    )  # fmt: skip
+    scheduler.start()
+    Server(config).run(sockets=[bound])
+    if scheduler.dead:
+        raise Failure(scheduler.dead)
+
+
+def check_installed() -> None:
+    try:
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise UserError("serve needs uvicorn: pip install 'minioscar[serve,structured]'") from None
