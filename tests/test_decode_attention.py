@@ -14,14 +14,16 @@ from minioscar.cache import BF16
 from minioscar.ops import attention
 from minioscar.ops.launch import Card
 from minioscar.ops.layout import page_bytes
-from minioscar.oscar import SCHEMES, WINDOW, Scheme
+from minioscar.oscar import SCHEMES, Scheme
 
 from .kernel_device import on_each_device, on_the_card
+from .tiny import WINDOWS
 
 KV_HEADS = 2
 LIMIT = 2e-3  # ||error|| / ||reference|| of float32 outputs
 STEEP = 5e-3  # the same of heavy tails over the longest contexts
 RAGGED = (300, 1, 128, 513)
+ALL = SCHEMES | WINDOWS
 
 
 def softmax_attention(
@@ -93,13 +95,14 @@ def key_roundings(q: np.ndarray, x: np.ndarray, packed: int, scheme: Scheme) -> 
     return logits
 
 
-def packed_tokens(n: int) -> int:
+def packed_tokens(scheme: Scheme, n: int) -> int:
     """Of a sequence whose last token, the n-th, is new."""
-    return max(n - 1, 0) // WINDOW * WINDOW
+    return max(max(n - 1, 0) // scheme.flush * scheme.flush - scheme.keep, 0)
 
 
 def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: attention.Heads) -> dict:
-    """The cache of one layer: full blocks before the last token packed, the rest in the window."""
+    """The cache of one layer as a step finds it that has put its token into the window: no token is packed yet that
+    this one completed."""
     d, rows, batch = heads.head_dim, [x.shape[2] for x in sequences], len(sequences)
     capacity = max(max(rows), 1) + 64
     if not scheme.quantized:
@@ -107,13 +110,13 @@ def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: atten
         for b, x in enumerate(sequences):
             plain[:, b, :, : x.shape[2]] = x
         return {n: device.array(x) for n, x in zip(("keys", "values"), plain, strict=True)}
-    packed = [packed_tokens(n) for n in rows]
+    packed = [packed_tokens(scheme, n) for n in rows]
     window, norms = (
-        np.full((2, batch, KV_HEADS, WINDOW, d), np.nan, BF16),
+        np.full((2, batch, KV_HEADS, scheme.ring, d), np.nan, BF16),
         np.ones((batch, -(-capacity // 64) * 64), np.float32),
     )
     for b, (x, old) in enumerate(zip(sequences, packed, strict=True)):
-        window[:, b, :, : x.shape[2] - old] = x[:, :, old:]
+        window[:, b][:, :, np.arange(old, x.shape[2]) % scheme.ring] = x[:, :, old:]
         norms[b, : x.shape[2]] = oscar.token_norms(x[0].transpose(1, 0, 2))
     pages = device.empty((batch, KV_HEADS, 2 * -(-capacity // WINDOW), page_bytes(scheme, d)), np.uint8)
     cache = {"pages": pages, "norms": device.array(norms)}
@@ -122,7 +125,8 @@ def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: atten
         cache |= {f"sink_{n}": device.empty((batch, KV_HEADS, scheme.sinks, d), BF16) for n in ("keys", "values")}
     keys, values = (device.array(x) for x in np.concatenate(sequences, axis=2).transpose(0, 2, 1, 3))
     first, starts, counts = (
-        device.array(np.array(x, np.int32)) for x in (np.cumsum([0, *rows[:-1]]), [0] * batch, packed)
+        device.array(np.array(x, np.int32))
+        for x in (np.cumsum([0, *rows[:-1]]), [0] * batch, [old + scheme.keep if old else 0 for old in packed])
     )
     new = attention.PrefillTokens(keys, values, KV_HEADS * d, KV_HEADS * d, first, None, starts, counts, max(rows))
     device.run(attention.pack_bulk(heads, scheme, new, cache))
@@ -199,7 +203,7 @@ def state_of(
 
 def cached_packed(scheme: Scheme, x: np.ndarray) -> int:
     """Tokens of a sequence that the cache holds packed."""
-    return packed_tokens(x.shape[2]) if scheme.quantized else 0
+    return packed_tokens(scheme, x.shape[2]) if scheme.quantized else 0
 
 
 def check(got, expected, lengths):
@@ -240,6 +244,11 @@ CASES = [  # scheme, head_dim, q heads of a work item, groups of them that share
     ("bf16", 128, 4, 1, 80),
     ("bf16", 64, 3, 1, 90),
     ("bf16", 256, 8, 1, 80),
+    ("int2-64-64", 128, 4, 1, 80),
+    ("int2-64-64", 64, 3, 1, 90),
+    ("int2-128-128", 128, 2, 1, 90),
+    ("compact-64-64", 128, 8, 2, 80),
+    ("oscar-64-0", 256, 1, 1, 80),
 ]
 BITS = [  # of keys and of values, groups of tokens and of channels, of scheme ..., head_dim, q heads of a work item
     (4, 2, 32, 32, "oscar", 128, 4),
@@ -261,7 +270,7 @@ def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(
 ):
     for blocks, lengths in ((1, RAGGED), (5, RAGGED), (23, (129, 0, 257, 64)), (9, (2, 385, 0, 0))):
         plan = attention.DecodePlan(q_per_kv, q_groups, 4, 2, blocks)
-        check(*run(device, SCHEMES[name], d, plan, lengths, seed, arch=arch), lengths)
+        check(*run(device, ALL[name], d, plan, lengths, seed, arch=arch), lengths)
 
 
 @on_each_device
@@ -301,6 +310,19 @@ def test_a_block_may_have_as_many_parts_as_a_warp_has_lanes(device, seed, name, 
 @pytest.mark.parametrize("name", ["int2", "k4v2", "bf16"])
 def test_decode_attention_around_every_boundary(device, seed, name, n):
     check(*run(device, SCHEMES[name], 64, attention.DecodePlan(2, 1, 4, 2, 3), (n,), seed), (n,))
+
+
+@on_each_device
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", ["int2-64-64", "int2-128-128", "oscar-64-0"])
+def test_decode_attention_around_every_boundary_of_a_window_that_is_not_emptied(device, seed, name, arch):
+    """A tile goes round the ring's end where the window begins in its middle; two sequences of one warp may differ."""
+    plan = attention.DecodePlan(2, 1, 4, 2, 5)
+    lengths = tuple(n + i for n in (64, 128, 192, 256, 320, 384) for i in (0, 1))
+    check(*run(device, ALL[name], 64, plan, lengths, seed, arch=arch), lengths)
+    for first in range(193, 321, 32):
+        lengths = tuple(range(first, first + 32, 3))
+        check(*run(device, ALL[name], 64, plan, lengths, seed, arch=arch), lengths)
 
 
 @on_each_device
@@ -362,7 +384,7 @@ def test_launches_that_alternate_halves_of_a_workspace_find_no_sums_of_each_othe
             expected = np.zeros(q.shape), np.zeros(q.shape[:2])
             for b, x in enumerate(sequences):
                 if x.shape[2]:
-                    old = packed_tokens(x.shape[2]) if scheme.quantized else 0
+                    old = cached_packed(scheme, x)
                     expected[0][b], expected[1][b] = softmax_attention(q[b], *dequantized(x, old, scheme))
             check((device.numpy(out), device.numpy(lse, allow_unwritten=True)), expected, lengths)
 

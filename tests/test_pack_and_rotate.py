@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,9 @@ from minioscar.ops import attention
 from minioscar.ops.layout import from_pages, page_bytes
 
 from .kernel_device import on_each_device, on_the_card
+from .tiny import WINDOWS
+
+KERNEL_WINDOWS = [name for name, scheme in WINDOWS.items() if attention.unsupported(scheme, 64) is None]
 
 
 def rope(x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
@@ -112,29 +117,33 @@ def test_rotate_weights_of_models_shapes(device, seed, shape, d, axis):
 
 
 @on_each_device
-@pytest.mark.parametrize("name", ["oscar", "int2", "int2-compact", "int4", "kivi", "k4v2", "k4v4"])
+@pytest.mark.parametrize("name", ["oscar", "int2", "int2-compact", "int4", "kivi", "k4v2", "k4v4", *KERNEL_WINDOWS])
 @pytest.mark.parametrize("d", attention.HEAD_DIMS)
-@pytest.mark.parametrize("step", ["prefill", "decode"])
+@pytest.mark.parametrize("step", ["prefill", "decode", "prefill after a cut"])
 def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name):
-    scheme, rng = oscar.SCHEMES[name], np.random.default_rng(seed)
+    scheme, rng = (oscar.SCHEMES | WINDOWS)[name], np.random.default_rng(seed)
     if d % scheme.value_group(d) or d % 32:
         pytest.skip(f"{name} has no groups for head_dim {d}")
     batch, kv_heads, capacity, norm_stride, sinks = 3, 2, 10, 640, scheme.sinks
-    starts = np.array([0, 70, 200] if step == "prefill" else [127, 128, 383], np.int32)
-    counts = np.array([300, 58, 55] if step == "prefill" else [1, 1, 1], np.int32)
-    total = starts + counts
+    starts = np.array([127, 128, 383] if step == "decode" else [0, 70, 200], np.int32)
+    counts = np.array([1, 1, 1] if step == "decode" else [300, 58, 375], np.int32)
+    if step == "prefill after a cut":
+        starts[1:] = 128, 256  # all of them packed
+    total, old = starts + counts, np.array([scheme.packed_tokens(n) for n in starts])
+    if step == "prefill after a cut":
+        old = starts
     history = [rng.normal(size=(2, kv_heads, n, d)).astype(BF16) for n in total]  # keys and values of each sequence
     for h in history:
         h[0] *= rng.uniform(0.01, 10, (h.shape[2], 1)).astype(BF16)  # norms of very different size
         h[:, :, :32, :8] = 0.5  # groups in which all are equal
     norms = np.full((batch, norm_stride), np.nan, np.float32)
-    window = np.full((2, batch, kv_heads, 128, d), np.nan, BF16)
+    window = np.full((2, batch, kv_heads, scheme.ring, d), np.nan, BF16)
     slots = np.array([2, 0, 1], np.int32)
     for s, h in zip(slots, history, strict=True):
         norms[s, : h.shape[2]] = oscar.token_norms(h[0].transpose(1, 0, 2)) if scheme.scale else 1
-    for s, start, n, h in zip(slots, starts, total, history, strict=True):
-        for t in range(start // 128 * 128, start if step == "prefill" else n):
-            window[:, s, :, t % 128] = h[:, :, t]
+    for s, packed, start, n, h in zip(slots, old, starts, total, history, strict=True):
+        for t in range(packed, n if step == "decode" else start):
+            window[:, s, :, t % scheme.ring] = h[:, :, t]
     new = np.concatenate([h[:, :, start:] for h, start in zip(history, starts, strict=True)], axis=2).transpose(
         0, 2, 1, 3
     )
@@ -144,19 +153,20 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
     cache = {"pages": pages, "norms": device.array(norms), "sink_keys": sink[0], "sink_values": sink[1]}
     cache |= {"window_keys": device.array(window[0]), "window_values": device.array(window[1])}
     heads = attention.Heads(kv_heads, kv_heads, d)
-    if step == "prefill":
+    if step == "decode":
+        launch = attention.pack_step(heads, scheme, device.array(starts[np.argsort(slots)]), cache)
+    else:
         rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
+        packed = device.array(old.astype(np.int32)) if step == "prefill after a cut" else None
         new_tokens = attention.PrefillTokens(
-            *map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max())
+            *map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()), packed
         )
         launch = attention.pack_bulk(heads, scheme, new_tokens, cache)
-    else:
-        launch = attention.pack_step(heads, scheme, device.array(starts[np.argsort(slots)]), cache)
     device.run(launch, seed=seed % 7)
     got = device.numpy(pages, allow_unwritten=True)
     sinks_got = [device.numpy(a, allow_unwritten=True) for a in sink]
-    for s, start, n, h in zip(slots, starts, total, history, strict=True):
-        begin, end = start // 128 * 128, n // 128 * 128
+    for s, begin, n, h in zip(slots, old, total, history, strict=True):
+        end = max(begin, scheme.packed_tokens(n))
         assert np.all(got[s, :, : begin // 64] == 255) and np.all(got[s, :, end // 64 :] == 255)
         if begin == end:
             continue
@@ -175,18 +185,20 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
 
 
 @on_each_device
-def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed):
+@pytest.mark.parametrize(("flush", "keep"), [(128, 0), (64, 64), (128, 128)])
+def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed, flush, keep):
     """A warp looks at 32 of them at a time; some are not in use. Pages are those of a sequence alone, and nothing else
     is written."""
-    scheme, heads, batch, rng = oscar.SCHEMES["int2"], attention.Heads(1, 1, 64), 70, np.random.default_rng(seed)
-    lengths = rng.choice(np.array([-1, 0, 126, 128, 200], np.int32), batch)
+    heads, batch, rng = attention.Heads(1, 1, 64), 70, np.random.default_rng(seed)
+    scheme = replace(oscar.SCHEMES["int2"], flush=flush, keep=keep)
+    lengths = rng.choice(np.array([-1, 0, flush - 1 if keep else 126, 128, 200, 254], np.int32), batch)
     full = np.array([0, 31, 32, 50, 69])
-    lengths[full] = [127, 255, 127, 127, 255]
-    window = rng.normal(size=(2, batch, 1, 128, 64)).astype(BF16)
-    norms = rng.uniform(1, 2, (batch, 256)).astype(np.float32)
+    lengths[full] = np.array([0, flush, 0, 0, 2 * flush]) + scheme.ring - 1
+    window = rng.normal(size=(2, batch, 1, scheme.ring, 64)).astype(BF16)
+    norms = rng.uniform(1, 2, (batch, 384)).astype(np.float32)
 
     def packed(rows: np.ndarray) -> np.ndarray:
-        pages = device.empty((len(rows), 1, 4, page_bytes(scheme, 64)), np.uint8)
+        pages = device.empty((len(rows), 1, 6, page_bytes(scheme, 64)), np.uint8)
         cache = {"pages": pages, "norms": device.array(norms[rows])}
         cache |= {
             name: device.array(np.zeros((len(rows), 1, scheme.sinks, 64), BF16))
@@ -199,14 +211,15 @@ def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed)
     together = packed(np.arange(batch))
     assert all(np.array_equal(together[row], packed(np.array([row]))[0]) for row in full)
     written = (together != 255).any(axis=(1, 3))
-    pages = [(row, lengths[row] // 128 * 2 + page) for row in full for page in range(2)]
+    pages = [(row, (lengths[row] + 1 - scheme.ring) // 64 + page) for row in full for page in range(flush // 64)]
     assert [tuple(at) for at in np.argwhere(written)] == pages
 
 
 @on_each_device
+@pytest.mark.parametrize("name", ["int2", *KERNEL_WINDOWS])
 @pytest.mark.parametrize("d", [64, 128])
-def test_tokens_after_the_last_full_block_go_to_the_window(device, seed, d):
-    scheme, rng, kv_heads = oscar.SCHEMES["int2"], np.random.default_rng(seed), 3
+def test_tokens_that_are_not_packed_go_to_the_window(device, seed, d, name):
+    scheme, rng, kv_heads = (oscar.SCHEMES | WINDOWS)[name], np.random.default_rng(seed), 3
     starts, counts, slots = (
         np.array([0, 70, 200, 127], np.int32),
         np.array([300, 58, 50, 1], np.int32),
@@ -215,7 +228,7 @@ def test_tokens_after_the_last_full_block_go_to_the_window(device, seed, d):
     new = rng.normal(size=(2, counts.sum(), kv_heads, d)).astype(BF16)
     first_rows = np.append(0, np.cumsum(counts)[:-1]).astype(np.int32)
     names = ("window_keys", "window_values")
-    before = np.zeros((4, kv_heads, oscar.WINDOW, d), BF16)
+    before = np.zeros((4, kv_heads, scheme.ring, d), BF16)
     cache = {n: device.array(before) for n in names}
     rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
     heads = attention.Heads(kv_heads, kv_heads, d)
@@ -224,6 +237,6 @@ def test_tokens_after_the_last_full_block_go_to_the_window(device, seed, d):
     for x, name in zip(new, names, strict=True):
         expected = before.copy()
         for first, slot, start, n in zip(first_rows, slots, starts, counts, strict=True):
-            for t in range(max(start, (start + n) // oscar.WINDOW * oscar.WINDOW), start + n):
-                expected[slot, :, t % oscar.WINDOW] = x[first + t - start]
+            for t in range(max(start, scheme.packed_tokens(int(start + n))), start + n):
+                expected[slot, :, t % scheme.ring] = x[first + t - start]
         assert np.array_equal(device.numpy(cache[name]), expected)

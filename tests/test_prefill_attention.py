@@ -11,10 +11,9 @@ import pytest
 from minioscar.cache import BF16
 from minioscar.ops import attention, prefill
 from minioscar.ops.launch import Card
-from minioscar.oscar import SCHEMES
 
 from .kernel_device import on_each_device, on_the_card
-from .test_decode_attention import KV_HEADS, dequantized, filled, history
+from .test_decode_attention import ALL, KV_HEADS, dequantized, filled, history
 
 BF16_ROUNDING = 2.0**-8  # at most, of a number
 
@@ -203,10 +202,14 @@ def test_prefill_attention_over_the_grid_of_shapes(device, seed, d, group):
 
 
 @on_each_device
-@pytest.mark.parametrize("name", ["int2", "int2-compact", "oscar", "int4", "kivi", "scaling", "k4v2", "k4v4"])
+@pytest.mark.parametrize(
+    "name",
+    ["int2", "int2-compact", "oscar", "int4", "kivi", "scaling", "k4v2", "k4v4"]
+    + ["int2-64-64", "int2-128-128", "compact-64-64"],
+)
 @pytest.mark.parametrize("d", attention.HEAD_DIMS)
 def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
-    scheme, rng, lengths = SCHEMES[name], np.random.default_rng(seed), (300, 129, 40, 1)
+    scheme, rng, lengths = ALL[name], np.random.default_rng(seed), (300, 129, 40, 1)
     if attention.unsupported(scheme, d):
         pytest.skip(attention.unsupported(scheme, d))
     heads = attention.Heads(KV_HEADS, KV_HEADS, d)
@@ -219,7 +222,8 @@ def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
     device.run(prefill.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, (keys, values)), seed=seed % 5)
     for row, slot in enumerate(slots):
         n = lengths[slot]
-        for got, expected in zip((keys, values), dequantized(sequences[slot], n // 128 * 128, scheme), strict=True):
+        packed = scheme.packed_tokens(n)
+        for got, expected in zip((keys, values), dequantized(sequences[slot], packed, scheme), strict=True):
             got = np.array(device.numpy(got, allow_unwritten=True))[row]
             assert np.array_equal(got[:, :n], expected.astype(BF16)) and np.all(got[:, n:].view(np.uint16) == 0xFFFF)
     if not prefill.tiled(d, Card(132, 90)):
@@ -230,6 +234,27 @@ def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
         for got, expected in zip((tiles.keys, tiles.values), (keys, values), strict=True):
             got = plain(np.array(device.numpy(got, allow_unwritten=True)), d)[:, 128 * tiles_before(starts)[row] :]
             assert np.array_equal(got[:, :n], np.array(device.numpy(expected, allow_unwritten=True))[row, :, :n])
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ["int2-64-64", "int2-128-128"])
+def test_unpack_of_rows_that_were_cut_takes_all_that_is_packed(device, seed, name):
+    """Nothing is in the window of a row that was cut to its packed tokens; others of the batch have theirs."""
+    scheme, rng, d, lengths = ALL[name], np.random.default_rng(seed), 64, (500, 129, 333)
+    heads = attention.Heads(KV_HEADS, KV_HEADS, d)
+    sequences = [history(rng, n, d, "", np.ones(d)) for n in lengths]
+    cache = filled(device, sequences, scheme, heads)
+    packed = [scheme.packed_tokens(n) for n in lengths]
+    starts = [packed[0], lengths[1], packed[2]]
+    keys, values = (device.empty((3, KV_HEADS, 512, d), BF16) for _ in "kv")
+    counts = (device.array(np.array(x, np.int32)) for x in (starts, packed))
+    launch = prefill.unpack(heads, scheme, None, next(counts), 512, cache, (keys, values), next(counts))
+    device.run(launch, seed=seed % 5)
+    for row, n in enumerate(starts):
+        for got, expected in zip((keys, values), dequantized(sequences[row], packed[row], scheme), strict=True):
+            got = np.array(device.numpy(got, allow_unwritten=True))[row]
+            assert np.array_equal(got[:, :n], expected[:, :n].astype(BF16))
+            assert np.all(got[:, n:].view(np.uint16) == 0xFFFF)
 
 
 def tiles_before(tokens: Sequence[int]) -> np.ndarray:

@@ -4,7 +4,7 @@
 //   a packed token: key = norm[b,t] * (key_step * code + key_min), value = value_step * code + value_min (or step *
 //   (code - centre))
 //
-// Of a sequence of n tokens the first (n - 1) / 128 * 128 are packed, the rest is in the window (BF16); the first
+// Of a sequence of n tokens the first packed_tokens(n - 1) are packed, the rest is in the window (BF16); the first
 // `sinks` of the packed ones are read from the BF16 sinks instead. Work items (attention.cuh): pages of 64 tokens,
 // then tiles of sinks and of the window.
 // grid (blocks of DecodePlan), BLOCK_WARPS * 32 threads; tasks: what each warp attends to, by `schedule`.
@@ -84,17 +84,16 @@ struct PageItems {
   struct Query { uint32_t b[K_STEPS][2]; };
   struct Tile { int first, valid; bool sink; };
 
-  DEVICE static int packed_tokens(int tokens) { return (tokens - 1) / WINDOW * WINDOW; }
+  DEVICE static int packed(int tokens) { return packed_tokens(tokens - 1); }  // the last one is new
   DEVICE int pages(int packed) const { return packed ? packed / PAGE_TOKENS - sinks / PAGE_TOKENS : 0; }
   DEVICE int sink_tiles(int packed) const { return packed ? (sinks + TILE_TOKENS - 1) / TILE_TOKENS : 0; }
   DEVICE int tiles(int tokens, int packed) const {
     return sink_tiles(packed) + (tokens - packed + TILE_TOKENS - 1) / TILE_TOKENS;
   }
-  DEVICE int count(int tokens) const { return pages(packed_tokens(tokens)) + tiles(tokens, packed_tokens(tokens)); }
+  DEVICE int count(int tokens) const { return pages(packed(tokens)) + tiles(tokens, packed(tokens)); }
   DEVICE void count_items(Cursor& at) const {
-    const int packed = packed_tokens(at.tokens);
-    at.num_pages = pages(packed);
-    at.num_items = at.num_pages + tiles(at.tokens, packed);
+    at.num_pages = pages(packed(at.tokens));
+    at.num_items = at.num_pages + tiles(at.tokens, packed(at.tokens));
   }
   DEVICE void copy_page(Ring& ring, int slot, const Cursor& at) const {
     const int page = at.item + sinks / PAGE_TOKENS;
@@ -104,18 +103,23 @@ struct PageItems {
                      {to + COPIED_BYTES, norms + (size_t)at.row * norm_stride + page * PAGE_TOKENS, SCALED ? 256 : 0}});
   }
   DEVICE Tile tile(const Cursor& at) const {
-    const int packed = packed_tokens(at.tokens), before = sink_tiles(packed), t = at.item - at.num_pages;
+    const int old = packed(at.tokens), before = sink_tiles(old), t = at.item - at.num_pages;
     const bool sink = t < before;
     const int from = (sink ? t : t - before) * TILE_TOKENS;
-    return {from, min(TILE_TOKENS, (sink ? sinks : at.tokens - packed) - from), sink};
+    return {from, min(TILE_TOKENS, (sink ? sinks : at.tokens - old) - from), sink};
   }
   DEVICE void copy_tile(Ring& ring, int slot, const Cursor& at) const {
     const Tile t = tile(at);
-    const size_t from = ((size_t)(at.row * kv_heads + at.head / Q_GROUPS) * (t.sink ? sinks : WINDOW) + t.first) * D;
-    const int n = t.valid * D * 2;
+    const bool wraps = KEEP && !t.sink;  // the window then begins anywhere, and a tile may go round the ring's end
+    const int first = wraps ? (packed(at.tokens) + t.first) % RING : t.first;
+    const size_t from = ((size_t)(at.row * kv_heads + at.head / Q_GROUPS) * (t.sink ? sinks : RING) + first) * D;
+    const size_t begin = from - first * D;
+    const int n = (wraps ? min(t.valid, RING - first) : t.valid) * D * 2, rest = wraps ? t.valid * D * 2 - n : 0;
     unsigned char* to = ring.slot_at(slot);
     ring.fill(slot, {{to, (t.sink ? sink_keys : window_keys) + from, n},
-                     {to + TILE_TOKENS * D * 2, (t.sink ? sink_values : window_values) + from, n}});
+                     {to + TILE_TOKENS * D * 2, (t.sink ? sink_values : window_values) + from, n},
+                     {to + n, window_keys + begin, rest},
+                     {to + TILE_TOKENS * D * 2 + n, window_values + begin, rest}});
   }
   DEVICE static Query make_query(const TileQuery& raw) {
     Query query;

@@ -1,12 +1,14 @@
 // layout.cuh: offsets of everything in a page of 64 packed tokens of one kv head. The drawing is in LAYOUT.md.
 //
 // Set by -D: HEAD_DIM (a multiple of 32), KEY_BITS and VALUE_BITS (2 or 4), KEY_GROUP (32, 64 or 128 tokens),
-// VALUE_GROUP (32 or 64 channels), SYMMETRIC (values have no minimum), SCALED (keys are divided by their token's norm).
+// VALUE_GROUP (32 or 64 channels), SYMMETRIC (values have no minimum), SCALED (keys are divided by their token's norm),
+// FLUSH and KEEP (multiples of 64: when the number of tokens is a multiple of FLUSH, the window's oldest FLUSH tokens
+// are packed if it has KEEP others).
 #ifndef MINIOSCAR_LAYOUT_CUH
 #define MINIOSCAR_LAYOUT_CUH
 #include "common.cuh"
 
-constexpr int PAGE_TOKENS = 64, WINDOW = 128;
+constexpr int PAGE_TOKENS = 64, RING = FLUSH + KEEP;  // slots of the window: token t is in slot t % RING
 constexpr int DIM = HEAD_DIM;
 constexpr int CHUNKS = DIM / 32;       // chunks of 32 channels: a lane owns 8 neighbouring ones in each
 DEVICE constexpr int tiles_of_load(int bits) { return 16 / bits; }  // of 16 x 16 codes, in one 16-byte load a lane
@@ -36,6 +38,12 @@ template <class Index> DEVICE size_t page_offset(size_t cell, int page_capacity,
   return (cell * page_capacity + page) * PAGE_BYTES + copied_offset(page) / 2;
 }
 
+// How many of a row's first `length` tokens are packed; the others are in the window.
+DEVICE constexpr int packed_tokens(int length) {
+  const int flushed = length / FLUSH * FLUSH;
+  return KEEP == 0 ? flushed : flushed > KEEP ? flushed - KEEP : 0;
+}
+
 // The token of a page in row r (half 0) or r + 8 (half 1) of token tile j: a lane's norms are then neighbours.
 DEVICE constexpr int token_of(int j, int half, int r) { return j / 2 * 32 + 4 * r + j % 2 * 2 + half; }
 
@@ -50,4 +58,6 @@ DEVICE constexpr int value_tile(int token_step, int channel_tile) { return token
 
 static_assert(DIM % 64 == 0 && DIM % VALUE_GROUP == 0 && KEY_GROUP % 32 == 0 && 2 * PAGE_TOKENS % KEY_GROUP == 0, "shape");
 static_assert(PAGE_BYTES % 16 == 0 && SHARED_BYTES % 32 == 0, "alignment");
+static_assert(FLUSH % PAGE_TOKENS == 0 && KEEP % FLUSH == 0, "whole pages are packed, none goes round the ring's end");
+static_assert(FLUSH % KEY_GROUP == 0, "whole groups are packed");
 #endif

@@ -1,14 +1,15 @@
-// pack.cu: quantizes full blocks of 128 tokens and packs them into pages (oscar.py, step 3; the page: LAYOUT.md).
+// pack.cu: quantizes tokens, FLUSH at a time, and packs them into pages (oscar.py, step 3; the page: LAYOUT.md).
 //
 //   codes, step, min of keys[t,:] / norm[t] in groups of KEY_GROUP tokens of a channel,
 //   and of values[t,:] in groups of VALUE_GROUP channels of a token
 //
-// pack: a sequence holds starts[s] tokens and gets counts[s] new ones; packs every block that is full then. A token
-// older than starts[s] comes from the window, a newer one from new_keys, new_values. grid (2 * pages, kv_heads,
-// sequences). pack_step: after the attention of a decode step, whose new token, number lengths[row] of each row, is
-// in the window already: packs the full windows, in all layers. A block looks at all rows: one for each would be
-// 55,296 blocks for 48 rows of a Qwen3-8B, 68 us to find nothing. grid (2 * pages of a window, layers * kv_heads).
-// fill_window: the new tokens after the last full block go to the window. grid (kv_heads, sequences). Blocks of pack
+// pack: a sequence holds starts[s] tokens, packed[s] of them packed (no array: packed_tokens(starts[s])), and gets
+// counts[s] new ones; packs what packed_tokens says of all. A token older than starts[s] comes from the window, a newer
+// one from new_keys, new_values. grid (2 * pages, kv_heads, sequences). pack_step: after the attention of a decode
+// step, whose new token, number lengths[row] of each row, is in the window already: packs the oldest tokens of full
+// windows, in all layers. A block looks at all rows: one for each would be
+// 55,296 blocks for 48 rows of a Qwen3-8B, 68 us to find nothing. grid (2 * pages of FLUSH, layers * kv_heads).
+// fill_window: the new tokens that are not packed go to the window. grid (kv_heads, sequences). Blocks of pack
 // and pack_step take keys and values alternately; each of HEAD_DIM / 32 warps takes 64 tokens x 32 channels. A lane
 // holds 64 numbers in registers; nothing goes through shared memory.
 // reads 2 B and writes the codes' bits of an element (and the steps); float32 in oscar.py's order, so codes, steps and
@@ -115,7 +116,8 @@ DEVICE float channel_max(Row row, bool negate) {
   return row.x[0];
 }
 
-// Keys or values of one kv head: the window holds the tokens of block `base` before `start`, `recent` the rest.
+// Keys or values of one kv head: the window holds the tokens before `start`, token t of a page in slot t - base,
+// `recent` the rest.
 struct Source {
   const bf16 *window, *recent;
   int base, start, stride;
@@ -283,8 +285,8 @@ struct Cache {
   DEVICE void pack(int row, int head, bool keys, int first, int start, const bf16* recent, int stride) const {
     const int cell = row * kv_heads + head, warp = threadIdx.x / 32;
     const int num_sinks = sinks - first;  // tokens of this page that are sinks, if positive
-    const Source from = {(keys ? window_keys : window_values) + (size_t)cell * (WINDOW * DIM), recent,
-                         first / WINDOW * WINDOW, start, stride};
+    const Source from = {(keys ? window_keys : window_values) + (size_t)cell * (RING * DIM), recent,
+                         first / RING * RING, start, stride};
     unsigned char* page = pages + page_offset(cell, page_capacity, first / PAGE_TOKENS);
     bf16* sink = (keys ? sink_keys : sink_values) + ((long long)cell * sinks + first) * DIM;
     if (keys) pack_keys(from, first, warp, norms + (size_t)row * norm_stride + first, shrink, page, sink, num_sinks);
@@ -295,18 +297,19 @@ struct Cache {
 extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
     pack(const bf16* __restrict__ new_keys, const bf16* __restrict__ new_values, const int* __restrict__ first_rows,
          const int* __restrict__ slots, const int* __restrict__ starts, const int* __restrict__ counts,
-         const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values, bf16* __restrict__ sink_keys,
-         bf16* __restrict__ sink_values, const float* __restrict__ norms, unsigned char* __restrict__ pages,
-         int key_stride, int value_stride, int kv_heads, int norm_stride, int page_capacity, int sinks, float shrink,
-         float factor) {
+         const int* __restrict__ packed, const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values,
+         bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values, const float* __restrict__ norms,
+         unsigned char* __restrict__ pages, int key_stride, int value_stride, int kv_heads, int norm_stride,
+         int page_capacity, int sinks, float shrink, float factor) {
   wait_then_allow_next();
-  const int s = blockIdx.z, head = blockIdx.y, n = blockIdx.x / 2, start = starts[s], base = start / WINDOW * WINDOW;
-  if (n >= (start - base + counts[s]) / WINDOW * (WINDOW / PAGE_TOKENS)) return;
+  const int s = blockIdx.z, head = blockIdx.y, n = blockIdx.x / 2, start = starts[s];
+  const int first = (packed ? packed[s] : packed_tokens(start)) + n * PAGE_TOKENS;
+  if (first >= packed_tokens(start + counts[s])) return;
   const bool keys = blockIdx.x % 2 == 0;
   const int stride = keys ? key_stride : value_stride;
   const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages,
                        kv_heads, norm_stride, page_capacity, sinks, shrink, factor};
-  cache.pack(slots ? slots[s] : s, head, keys, base + n * PAGE_TOKENS, start,
+  cache.pack(slots ? slots[s] : s, head, keys, first, start,
              (keys ? new_keys : new_values) + (size_t)first_rows[s] * stride + head * DIM, stride);
 }
 
@@ -321,9 +324,9 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
                        kv_heads, norm_stride, page_capacity, sinks, shrink, factor};
   for (int first_row = 0; first_row < batch; first_row += 32) {  // a lane a row
     const int lane_row = first_row + threadIdx.x % 32, length = lane_row < batch ? lengths[lane_row] : -1;
-    unsigned full = __ballot_sync(FULL_MASK, length >= 0 && length % WINDOW == WINDOW - 1);
+    unsigned full = __ballot_sync(FULL_MASK, length >= RING - 1 && length % FLUSH == FLUSH - 1);
     for (; full; full &= full - 1) {
-      const int row = first_row + __ffs(full) - 1, first = lengths[row] / WINDOW * WINDOW + n * PAGE_TOKENS;
+      const int row = first_row + __ffs(full) - 1, first = lengths[row] + 1 - RING + n * PAGE_TOKENS;
       const int end = first + (PAIRED ? KEY_GROUP : PAGE_TOKENS);  // of all that is read, from the window
       cache.pack(layer * batch + row, head, blockIdx.x % 2 == 0, first, end, nullptr, 0);
     }
@@ -337,11 +340,11 @@ extern "C" __global__ void fill_window(const bf16* __restrict__ new_keys, const 
                                        int value_stride, int kv_heads) {
   wait_then_allow_next();
   const int s = blockIdx.y, head = blockIdx.x, start = starts[s], end = start + counts[s];
-  const int first = max(start, end / WINDOW * WINDOW);
-  const size_t cell = ((size_t)(slots ? slots[s] : s) * kv_heads + head) * WINDOW;
+  const int first = max(start, packed_tokens(end));
+  const size_t cell = ((size_t)(slots ? slots[s] : s) * kv_heads + head) * RING;
   for (int i = threadIdx.x; i < (end - first) * (DIM / 8); i += blockDim.x) {
     const int t = first + i / (DIM / 8), at = i % (DIM / 8);
-    const size_t row = (size_t)first_rows[s] + t - start, to = (cell + t % WINDOW) * DIM;
+    const size_t row = (size_t)first_rows[s] + t - start, to = (cell + t % RING) * DIM;
     ((uint4*)(window_keys + to))[at] = ((const uint4*)(new_keys + row * key_stride + head * DIM))[at];
     ((uint4*)(window_values + to))[at] = ((const uint4*)(new_values + row * value_stride + head * DIM))[at];
   }

@@ -5,7 +5,8 @@
 //
 // Float32 in oscar.py's order, rounded to BF16 once: its numbers bit for bit, rounded. (step * code is exact, 11 bits
 // times at most 4, so that a fused multiply-add rounds as oscar.py's sum does.)
-// Sequence s: tokens 0 ... starts[s] - 1 of row slots[s] of the cache -> keys, values
+// Sequence s: tokens 0 ... starts[s] - 1 of row slots[s] of the cache, the first packed[s] of them packed (no array:
+// packed_tokens(starts[s])) -> keys, values
 // [s][kv_heads][capacity][HEAD_DIM], as prefill_attention.cu reads them, or, if TILED, the tiles of sm90/tile.cuh from
 // number first_tiles[s] on, for sm90/prefill_attention.cu.
 // grid (pages, kv_heads, sequences), 2 * HEAD_DIM threads: a warp has 64 tokens x 32 channels of keys, or 8 tiles of
@@ -120,18 +121,18 @@ extern "C" __global__ void __launch_bounds__(2 * HEAD_DIM, 512 / HEAD_DIM)
     unpack(const unsigned char* __restrict__ pages, const float* __restrict__ norms, const bf16* __restrict__ sink_keys,
            const bf16* __restrict__ sink_values, const bf16* __restrict__ window_keys,
            const bf16* __restrict__ window_values, const int* __restrict__ slots, const int* __restrict__ starts,
-           const int* __restrict__ first_tiles, bf16* __restrict__ keys, bf16* __restrict__ values, int kv_heads,
-           int page_count, int norm_stride, int sinks, int capacity) {
+           const int* __restrict__ packed, const int* __restrict__ first_tiles, bf16* __restrict__ keys,
+           bf16* __restrict__ values, int kv_heads, int page_count, int norm_stride, int sinks, int capacity) {
   wait_then_allow_next();
   const int sequence = blockIdx.z, head = blockIdx.y, first = blockIdx.x * PAGE_TOKENS;
-  const int start = starts[sequence], packed = start - start % WINDOW;
+  const int start = starts[sequence], end = packed ? packed[sequence] : packed_tokens(start);
   if (first >= start) return;
   const int slot = slots ? slots[sequence] : sequence, warp = threadIdx.x / 32;
   const size_t row = (size_t)slot * kv_heads + head;
   const size_t out = TILED ? ((size_t)(first_tiles[sequence] + first / TILE) * kv_heads + head) * (TILE_BYTES / 2) +
                                  vector_offset(first % TILE, 0)
                            : (((size_t)sequence * kv_heads + head) * capacity + first) * DIM;
-  const bool of_window = first >= packed;  // else a page, whose first tokens may be sinks
+  const bool of_window = first >= end;  // else a page, whose first tokens may be sinks
   if (!of_window) {
     const unsigned char* page = pages + page_offset(row, page_count, blockIdx.x);
     if (warp < CHUNKS) unpack_keys(page, blockIdx.x, warp, norms + (size_t)slot * norm_stride + first, keys + out);
@@ -140,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(2 * HEAD_DIM, 512 / HEAD_DIM)
   const int copied = min((of_window ? start : sinks) - first, PAGE_TOKENS);
   if (copied <= 0) return;
   __syncthreads();  // sinks have codes too, which have just been written
-  const size_t from = of_window ? (row * WINDOW + first - packed) * DIM : (row * sinks + first) * DIM;
+  const size_t from = of_window ? (row * RING + first % RING) * DIM : (row * sinks + first) * DIM;
   const uint4* plain_keys = (const uint4*)((of_window ? window_keys : sink_keys) + from);
   const uint4* plain_values = (const uint4*)((of_window ? window_values : sink_values) + from);
 #pragma unroll 1

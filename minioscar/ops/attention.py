@@ -2,7 +2,7 @@
 
 Every function returns a `Launch`, whose arrays are contiguous, on the device, with shapes as the kernel's file says. A
 quantized cache is, per layer: pages uint8 [batch, kv_heads, pages, page_bytes] · norms float32 [batch, tokens] ·
-sink_keys, sink_values bf16 [batch, kv_heads, sinks, d] · window_keys, window_values bf16 [batch, kv_heads, WINDOW, d].
+sink_keys, sink_values bf16 [batch, kv_heads, sinks, d] · window_keys, window_values bf16 [batch, kv_heads, ring, d].
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..oscar import WINDOW, Scheme
+from ..oscar import Scheme
 from .launch import Card, Launch
 from .layout import PAGE_TOKENS, copied_bytes
 
@@ -44,8 +44,6 @@ def unsupported(scheme: Scheme, head_dim: int) -> str | None:
     """Why there are no kernels for this cache, or None."""
     if scheme.shaped or type(scheme) is not Scheme:
         return f"{scheme.name}: pack.cu does not know how to choose its codes"
-    if scheme.quantized and (scheme.flush, scheme.keep) != (WINDOW, 0):
-        return f"{scheme.name}: no kernel knows a window that packs {scheme.flush} tokens and keeps {scheme.keep}"
     if scheme.quantized and scheme.key_axis != "token":
         return f"{scheme.name}: key groups run along the channels of a token; the packed layout wants them along tokens"
     if head_dim not in HEAD_DIMS:
@@ -57,6 +55,9 @@ def unsupported(scheme: Scheme, head_dim: int) -> str | None:
         keys = f"keys in {scheme.key_bits} bits and groups of {scheme.group}"
         values = f"values in {scheme.value_bits} bits and groups of {value_group}"
         return f"{scheme.name}: {keys}, {values}, have no packed layout"
+    if scheme.flush % PAGE_TOKENS or scheme.sinks > scheme.flush:
+        window = f"a window that packs {scheme.flush} tokens at a time"
+        return f"{scheme.name}: {window} needs pages of less than {PAGE_TOKENS} or first tokens (sinks) in two of them"
     return None
 
 
@@ -67,7 +68,7 @@ def layout_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
     group = scheme.value_group(head_dim)
     keys = f"KEY_BITS={scheme.key_bits}", f"KEY_GROUP={scheme.group}", f"SCALED={scheme.scale:d}"
     values = f"VALUE_BITS={scheme.value_bits}", f"VALUE_GROUP={group}", f"SYMMETRIC={scheme.symmetric_values:d}"
-    return f"HEAD_DIM={head_dim}", *keys, *values
+    return f"HEAD_DIM={head_dim}", *keys, *values, f"FLUSH={scheme.flush}", f"KEEP={scheme.keep}"
 
 
 # --- rotate, scale, append; pack
@@ -101,7 +102,7 @@ class KeyOutputs:
 def rotate_scale(rotation: Rotation, qkv: Array, positions: Array, q_out: Array, to: KeyOutputs) -> Launch:
     """qkv [tokens, (q_heads + 2 kv_heads) * d] -> q_out [tokens, q_heads, d]; K', V and norms go where `to` says."""
     r, heads_per_block, lanes_per_head = rotation, 16, rotation.heads.head_dim // 16
-    capacity, norm_stride = WINDOW if to.keys is None else to.keys.shape[2], _norm_stride(to.norms)
+    capacity, norm_stride = 1 if to.keys is None else to.keys.shape[2], _norm_stride(to.norms)
     sizes = map(np.int32, (r.heads.q_heads, r.heads.kv_heads, capacity, norm_stride, r.rotate + 2 * r.rotate_values))
     outputs = q_out, to.k_out, to.keys, to.values, to.norms
     args = qkv, r.q_weight, r.k_weight, r.cos, r.sin, positions, to.slots, *outputs, *sizes, np.float32(r.eps)
@@ -123,7 +124,8 @@ def rotate_weights(x: Array, head_dim: int, axis: int) -> Launch:
 
 @dataclass(frozen=True)
 class PrefillTokens:
-    """Tokens of a prefill on their way into the cache: row slots[s] has starts[s] tokens and gets counts[s]."""
+    """Tokens of a prefill on their way into the cache: row slots[s] has starts[s] tokens, packed[s] of them packed, and
+    gets counts[s]."""
 
     keys: Array  # bf16 [tokens, kv_heads, d]
     values: Array
@@ -134,21 +136,23 @@ class PrefillTokens:
     starts: Array
     counts: Array
     max_count: int
+    packed: Array | None = None  # int32 [sequences]; None: as many as in rows that were not cut
 
 
 def pack_step(heads: Heads, scheme: Scheme, lengths: Array, cache: dict[str, Array], layers: int = 1) -> Launch:
-    """After the attention of a decode step: packs the window of every row whose new token (number lengths[b]) filled
-    it. With layers > 1 every array of the cache has one more axis in front and this one launch packs all layers."""
+    """After the attention of a decode step: packs the oldest tokens of every window that the row's new token (number
+    lengths[b]) filled. With layers > 1 every array of the cache has one more axis in front and this one launch packs
+    all layers."""
     args = lengths, *_packed(cache), np.int32(lengths.shape[0]), *_packing(heads, scheme, cache)
-    grid = 2 * (WINDOW // PAGE_TOKENS), layers * heads.kv_heads
+    grid = 2 * (scheme.flush // PAGE_TOKENS), layers * heads.kv_heads
     return Launch("pack.cu", "pack_step", layout_defines(scheme, heads.head_dim), grid, heads.head_dim, args)
 
 
 def pack_bulk(heads: Heads, scheme: Scheme, new: PrefillTokens, cache: dict[str, Array]) -> Launch:
-    """After a prefill: packs every block that is full now, from the window and from the new tokens."""
-    tokens = new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts
+    """After a prefill: packs what is to be packed now, from the window and from the new tokens."""
+    tokens = new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts, new.packed
     args = *tokens, *_packed(cache), *map(np.int32, (new.key_stride, new.value_stride)), *_packing(heads, scheme, cache)
-    pages = max((WINDOW - 1 + new.max_count) // WINDOW, 1) * (WINDOW // PAGE_TOKENS)
+    pages = max((scheme.flush - 1 + new.max_count) // scheme.flush, 1) * (scheme.flush // PAGE_TOKENS)
     grid = 2 * pages, heads.kv_heads, new.starts.shape[0]
     return Launch("pack.cu", "pack", layout_defines(scheme, heads.head_dim), grid, heads.head_dim, args)
 
@@ -164,7 +168,7 @@ def _packing(heads: Heads, scheme: Scheme, cache: dict[str, Array]) -> tuple[np.
 
 
 def fill_window(heads: Heads, scheme: Scheme, new: PrefillTokens, cache: dict[str, Array]) -> Launch:
-    """After `pack_bulk`: the tokens after the last full block."""
+    """After `pack_bulk`: the tokens that are not packed."""
     sizes = map(np.int32, (new.key_stride, new.value_stride, heads.kv_heads))
     window = cache["window_keys"], cache["window_values"]
     args = (new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts, *window, *sizes)

@@ -47,6 +47,7 @@ class Indices:
     slots: Array  # [sequences]
     starts: Array
     counts: Array
+    packed: Array
     firsts: Array  # [sequences]: index of each sequence's first token
     first_tiles: Array  # [sequences]: of prefill.Tiles
     tiles: int  # of prefill.Tiles, of all sequences
@@ -246,7 +247,8 @@ class Cuda(Reference):
         if self.indices is None or self.indices.batch is not batch:
             rows, firsts = np.repeat(batch.slots, batch.counts), np.cumsum(batch.counts) - batch.counts
             tiles = -(-np.add(batch.starts, batch.counts) // prefill.TILE_TOKENS)
-            fields = batch.positions, rows, batch.slots, batch.starts, batch.counts, firsts, np.cumsum(tiles) - tiles
+            fields = batch.positions, rows, batch.slots, batch.starts, batch.counts, batch.packed, firsts
+            fields = *fields, np.cumsum(tiles) - tiles
             arrays = (self.xp.asarray(np.asarray(x, np.int32)) for x in fields)
             self.indices = Indices(batch, *arrays, int(tiles.sum()))
         return self.indices

@@ -89,7 +89,8 @@ class KernelCache(LayerCache):
 
     def _tokens(self, new: NewTokens, batch: Batch, slots: Array | None) -> PrefillTokens:
         at, strides = self.ops.indices_of(batch), (new.k.strides[0] // 2, new.v.strides[0] // 2)
-        return PrefillTokens(new.k, new.v, *strides, at.firsts, slots, at.starts, at.counts, max(batch.counts))
+        rows = at.firsts, slots, at.starts, at.counts
+        return PrefillTokens(new.k, new.v, *strides, *rows, max(batch.counts), at.packed)
 
 
 class KernelPlainCache(KernelCache, PlainCache):
@@ -122,7 +123,8 @@ class PagedCache(KernelCache, PackedCache):
     def unpack(self, to: prefill.Past, batch: Batch) -> None:
         at, (_, kv_heads, _, dim) = self.ops.indices_of(batch), self["window_keys"].shape
         heads = Heads(kv_heads, kv_heads, dim)  # q heads do not matter here
-        self.ops.run(prefill.unpack(heads, self.scheme, at.slots, at.starts, max(batch.starts), self.arrays, to))
+        rows = at.slots, at.starts, max(batch.starts)
+        self.ops.run(prefill.unpack(heads, self.scheme, *rows, self.arrays, to, at.packed))
 
     def append(self, new: NewTokens, batch: Batch | StepBatch) -> None:
         if new is IN_CACHE:

@@ -49,15 +49,17 @@ def past_bytes(heads: Heads, tokens: int, context: int, card: Card) -> int:
 
 
 def unpack(
-    heads: Heads, scheme: Scheme, slots: Array | None, starts: Array, max_start: int, cache: dict[str, Array], to: Past
+    heads: Heads, scheme: Scheme, slots: Array | None, starts: Array, max_start: int, cache: dict[str, Array], to: Past,
+    packed: Array | None = None,
 ) -> Launch:
-    """The first starts[s] tokens, at most `max_start`, of row slots[s] (None: s) -> tiles, or row s of `to`."""
+    """The first starts[s] tokens, at most `max_start`, of row slots[s] (None: s) -> tiles, or row s of `to`. packed: as
+    `PrefillTokens` has it."""
     norms, pages, tiles = cache.get("norms"), cache["pages"], isinstance(to, Tiles)
     keys, values, first = (to.keys, to.values, to.first) if tiles else (*to, None)
     norm_stride, capacity = 0 if norms is None else norms.shape[-1], 0 if tiles else keys.shape[2]
     sizes = heads.kv_heads, pages.shape[-2], norm_stride, scheme.sinks, capacity
     arrays = (cache.get(n) for n in ("pages", "norms", "sink_keys", "sink_values", "window_keys", "window_values"))
-    args = (*arrays, slots, starts, first, keys, values, *map(np.int32, sizes))
+    args = (*arrays, slots, starts, packed, first, keys, values, *map(np.int32, sizes))
     grid = -(-max_start // PAGE_TOKENS), heads.kv_heads, starts.shape[0]
     defines = (*layout_defines(scheme, heads.head_dim), f"TILED={tiles:d}")
     return Launch("unpack.cu", "unpack", defines, grid, 2 * heads.head_dim, args)
