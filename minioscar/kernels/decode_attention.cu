@@ -8,8 +8,8 @@
 // `sinks` of the packed ones are read from the BF16 sinks instead. Work items (attention.cuh): pages of 64 tokens,
 // then tiles of sinks and of the window.
 // grid (blocks of DecodePlan), BLOCK_WARPS * 32 threads; tasks: what each warp attends to, by `schedule`.
-// reads per packed token and kv head, D = 128: int2 88 B, oscar 96 B, int2-compact 76 B; and 4 B of norm a token,
-// shared by the heads.
+// reads per packed token and kv head, D = 128: int2 88 B, oscar 96 B, int2-compact 76 B, k4v2 104 B; and 4 B of norm
+// a token, shared by the heads.
 //
 // Codes are multiplied where they are: a 2-bit code at bit 2j of a 16-bit half, all else masked out, is exactly the
 // fp16 number code * 4^j * 2^-24. So a word of 16 codes feeds 8 MMAs with one AND each and one shift; the float32 sum
