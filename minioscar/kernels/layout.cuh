@@ -56,7 +56,8 @@ DEVICE constexpr int value_group_slot(int group) { return group % 2 * EVEN_GROUP
 DEVICE constexpr int key_tile(int token_tile, int k_step) { return k_step * 4 + token_tile; }
 DEVICE constexpr int value_tile(int token_step, int channel_tile) { return token_step * (DIM / 16) + channel_tile; }
 
-static_assert(DIM % 64 == 0 && DIM % VALUE_GROUP == 0 && KEY_GROUP % 32 == 0 && 2 * PAGE_TOKENS % KEY_GROUP == 0, "shape");
+static_assert(DIM % 64 == 0 && DIM % VALUE_GROUP == 0, "shape");
+static_assert(KEY_GROUP % 32 == 0 && 2 * PAGE_TOKENS % KEY_GROUP == 0, "shape");
 static_assert(PAGE_BYTES % 16 == 0 && SHARED_BYTES % 32 == 0, "alignment");
 static_assert(FLUSH % PAGE_TOKENS == 0 && KEEP % FLUSH == 0, "whole pages are packed, none goes round the ring's end");
 static_assert(FLUSH % KEY_GROUP == 0, "whole groups are packed");
