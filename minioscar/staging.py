@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .config import Config
+from .errors import UserError
 from .formats import Linear, Plain, joined, rounding
 from .storage.checkpoint import Checkpoint, Tensor
 
@@ -45,6 +46,7 @@ class Staging:
 
     def __init__(self, tensors: Checkpoint, config: Config, ops: Backend, matrices: Sequence[str]):
         self.tensors, self.config, self.ops = tensors, config, ops
+        self.finite = dict[str, Array]()  # whether the scales of a matrix are
         names = matrices if config.weights else tensors.quantized
         self.names = {sibling for name in names for sibling in _siblings(name)}
 
@@ -107,7 +109,15 @@ class Staging:
         if (linear := self.tensors.quantized.get(name)) is None:
             return arrays[0].astype(np.float32).astype(self.ops.dtype)
         found = Linear(linear.rows, linear.columns, dict(zip(linear.tensors, arrays, strict=True)))
-        return self.tensors.format.read(found, self.ops.xp)
+        plain = self.tensors.format.read(found, self.ops.xp)
+        self.finite[name] = self.ops.xp.isfinite(plain.scale).all()
+        return plain
+
+    def check(self) -> None:
+        """Raises UserError for scales that are no numbers. Later, so that no matrix waits for the one before it."""
+        if bad := next((name for name, finite in self.finite.items() if not finite), None):
+            what = f"a scale of {bad.removesuffix('.weight')} is not finite"
+            raise UserError(f"{self.tensors.folder}: {what}; the files are damaged: fetch the model again")
 
 
 def quantized(matrix: Array, mode: str, field: str, xp: Any) -> Plain:

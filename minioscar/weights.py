@@ -147,6 +147,7 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
             )
         if staging.names:
             weights = _staged(weights, staging, bar.update, fold and not tensors.quantized)
+            staging.check()
         tensors.files.check()  # not half of them of one training step and half of another
     return weights
 
