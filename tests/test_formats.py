@@ -16,12 +16,15 @@ from minioscar.errors import UserError
 from minioscar.evaluation.teacher_forcing import teacher_forced
 from minioscar.formats import OTHERS, Linear, Plain, joined, read_config
 from minioscar.ops.reference import Reference
+from minioscar.quantized import Quantized
 from minioscar.storage.checkpoint import FLOATS, Tensor, _tensors
 from minioscar.weights import load
 
 from .quantized_files import (
+    BF16,
     E4M3,
     KINDS,
+    HostOps,
     compressed_pack,
     gptq,
     of_bytes,
@@ -35,6 +38,7 @@ from .tiny import relative
 KINDS_OF = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 NATIVE = {"F8_E4M3": E4M3}
 F16 = np.dtype(np.float16)
+GATE = np.random.default_rng(0).standard_normal((320, 256)).astype(BF16)
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]
 
 
@@ -216,16 +220,35 @@ def test_files_of_one_format_are_not_read_as_another(files, config, tmp_path, se
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize(("kind", "name"), [("awq-gemm", "scales"), ("ct-fp8-rows", "weight_scale")])
-def test_a_scale_that_is_not_finite_is_refused(kind, name, value, tmp_path, seed):
+@pytest.mark.parametrize(("kind", "name"), [("awq-gemm", "scales"), ("ct-fp8-rows", "weight_scale"), ("fp8", "weight")])
+def test_what_is_no_number_is_refused(kind, name, value, tmp_path, seed):
     write_quantized(tmp_path, kind, seed)
 
     def harm(tensors: dict) -> None:
         tensors[DOWN + name].reshape(-1)[-1] = value
 
     change(tmp_path, harm)
-    with pytest.raises(UserError, match=f"a scale of {DOWN[:-1]} is not finite"):
+    with pytest.raises(UserError, match=f"{DOWN[:-1]} has a NaN or an infinity"):
         load(tmp_path, Config.from_folder(tmp_path), Reference())
+
+
+def test_what_a_card_has_no_form_for_is_kept_as_numbers_and_that_is_said(tmp_path, seed, capsys):
+    """Groups of 16, and rows of a matrix that are not quantized."""
+    exact = write_quantized(tmp_path / "groups", "ct-int4-16", seed)
+    weights, said = load(tmp_path / "groups", Config.from_folder(tmp_path / "groups"), HostOps()), capsys.readouterr()
+    for i, layer in enumerate(weights.layers):
+        for field, want in numbers(exact, i).items():
+            np.testing.assert_array_equal(getattr(layer, field), want.astype(BF16))
+    why = "groups of 16 columns are neither a power of two from 32 on nor whole rows"
+    assert said.err.splitlines() == [f"[8 matrices are kept as bfloat16 numbers: {why}]"]
+    exact, folder = write_quantized(tmp_path / "rows", "ct-int4", seed), tmp_path / "rows"
+    gate = "model.layers.0.mlp.gate_proj."
+    change(folder, lambda t: [t.pop(n) for n in list(t) if n.startswith(gate)] and t.update({gate + "weight": GATE}))
+    weights, said = load(folder, Config.from_folder(folder), HostOps()), capsys.readouterr()
+    want = np.concatenate([GATE.astype(np.float32), exact["model.layers.0.mlp.up_proj.weight"]])
+    np.testing.assert_array_equal(weights.layers[0].gate_up, want.astype(BF16))
+    assert said.err.startswith("[1 matrix is kept as bfloat16 numbers: some of their rows are quantized")
+    assert isinstance(weights.layers[1].gate_up, Quantized)
 
 
 def test_quantized_tensors_without_a_quantization_config_are_called_what_they_are(tmp_path, seed):

@@ -5,34 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minioscar import quantized
 from minioscar.app import cli
-from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.engine import load as load_engine
 from minioscar.engine import with_weights
 from minioscar.errors import UserError
 from minioscar.formats import rounding
 from minioscar.ops.reference import Reference
-from minioscar.weights import arrays, bytes_of, load, quantize, rotate_values
+from minioscar.weights import arrays, load, quantize, rotate_values
 
-from .quantized_files import SHAPE, write_quantized
+from .quantized_files import SHAPE, HostOps, write_quantized
 from .tiny import talker, write_model, write_talker
 
 FIELDS = "qkv", "o", "gate_up", "down"
 PROMPT = [3, 14, 15, 92, 65, 35]
-
-
-class HostOps(Reference):
-    """A card's way to keep quantized matrices, on the host."""
-
-    dtype = BF16
-
-    def quantized(self, plain):
-        return quantized.from_plain(plain)
-
-    def weight_bytes(self, config):
-        return bytes_of(config, 2)
 
 
 @pytest.mark.parametrize("columns", [128, 96, 40])
