@@ -9,6 +9,7 @@ import numpy as np
 from .cache import NewTokens
 from .decoding import Decoder
 from .errors import Failure
+from .quantized import Quantized
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ class Watch:
             self._report(bad, result, name, inputs)
         return result
 
-    def _bad(self, array: Array) -> np.ndarray:
+    def _bad(self, array: Array | Quantized) -> np.ndarray:
         """Which numbers are not finite; bool, on the host."""
+        array = array.dequantize(self._ops.xp) if isinstance(array, Quantized) else array
         return ~np.isfinite(self._ops.numpy(array).astype(np.float32))
 
     def _report(self, bad: np.ndarray, result: Array, name: str, inputs: dict[str, Array | None]) -> NoReturn:

@@ -5,6 +5,8 @@ What is in memory beside the model is two layers of the files and one layer in i
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .config import Config
+from .errors import UserError
 from .formats import Linear, Plain, joined, rounding
 from .storage.checkpoint import Checkpoint, Tensor
 
@@ -45,6 +48,8 @@ class Staging:
 
     def __init__(self, tensors: Checkpoint, config: Config, ops: Backend, matrices: Sequence[str]):
         self.tensors, self.config, self.ops = tensors, config, ops
+        self.finite = dict[str, Array]()  # whether the codes and scales of a matrix are numbers
+        self.widened = Counter[str]()  # why matrices are kept as numbers, and how many
         names = matrices if config.weights else tensors.quantized
         self.names = {sibling for name in names for sibling in _siblings(name)}
 
@@ -77,10 +82,15 @@ class Staging:
 
     def _kept(self, matrix: Plain | Array, field: str) -> Matrix:
         if not isinstance(matrix, Plain):
-            if self.config.weights is None:  # some rows are quantized in the files, others are not
+            if self.config.weights is None:
+                self.widened["some of their rows are quantized in the files, in another way than others or not"] += 1
                 return matrix.astype(self.ops.dtype, copy=False)
             matrix = quantized(matrix, self.config.weights, field, self.ops.xp)
-        return self.ops.quantized(matrix)
+        try:
+            return self.ops.quantized(matrix)
+        except ValueError as error:
+            self.widened[str(error)] += 1
+            return matrix.dequantize(self.ops.xp).astype(self.ops.dtype, copy=False)
 
     def _read(self, stages: list[list[str]], advance: Callable[[int], object]) -> Iterator[Mapping[str, Any]]:
         """The matrices of each stage by name, plain or arrays; while one is used, the files of the next are read."""
@@ -107,7 +117,21 @@ class Staging:
         if (linear := self.tensors.quantized.get(name)) is None:
             return arrays[0].astype(np.float32).astype(self.ops.dtype)
         found = Linear(linear.rows, linear.columns, dict(zip(linear.tensors, arrays, strict=True)))
-        return self.tensors.format.read(found, self.ops.xp)
+        plain = self.tensors.format.read(found, self.ops.xp)
+        self.finite[name] = self.ops.xp.isfinite(plain.scale).all()
+        if plain.kind == "e4m3":
+            self.finite[name] &= (plain.codes & 0x7F != 0x7F).all()
+        return plain
+
+    def check(self) -> None:
+        """Says what is kept as numbers. Raises UserError for scales and codes that are no numbers: at the end, so that
+        no matrix waits for the one before it."""
+        if bad := next((name for name, finite in self.finite.items() if not finite), None):
+            what = f"{bad.removesuffix('.weight')} has a NaN or an infinity"
+            raise UserError(f"{self.tensors.folder}: {what}; the files are damaged: fetch the model again")
+        for why, count in self.widened.items():
+            what = f"{count} {'matrix is' if count == 1 else 'matrices are'} kept as {self.ops.dtype} numbers"
+            print(f"[{what}: {why}]", file=sys.stderr, flush=True)
 
 
 def quantized(matrix: Array, mode: str, field: str, xp: Any) -> Plain:

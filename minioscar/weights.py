@@ -147,6 +147,7 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
             )
         if staging.names:
             weights = _staged(weights, staging, bar.update, fold and not tensors.quantized)
+            staging.check()
         tensors.files.check()  # not half of them of one training step and half of another
     return weights
 
@@ -156,8 +157,8 @@ def bytes_of(config: Config, itemsize: int) -> int:
     total, shapes = config.parameters() * itemsize, expected(config)
     for name in matrices(config):
         bits = config.stored_bits(name == "lm_head.weight")
-        if bits is not None:
-            total += round(math.prod(shapes[name]) * (bits / 8 - itemsize))
+        if bits is not None:  # and a number for each row
+            total += round(math.prod(shapes[name]) * (bits / 8 - itemsize)) + 4 * shapes[name][0]
     return total
 
 

@@ -15,8 +15,10 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from minioscar import quantized
 from minioscar.config import Config
-from minioscar.weights import expected, matrices
+from minioscar.ops.reference import Reference
+from minioscar.weights import bytes_of, expected, matrices
 
 from .tiny import CONFIG, random_weights
 
@@ -212,6 +214,7 @@ KINDS: dict[str, Kind] = {
         _integers(gptq, 4, 64, version=1),
     ),
     "ct-int4": _packed(4, 64, True, BF16),
+    "ct-int4-16": _packed(4, 16, True, BF16),
     "ct-int4-zeros": _packed(4, 32, False, np.float16),
     "ct-int4-rows": _packed(4, 0, True, np.float32),
     "ct-int8": _packed(8, 64, True, BF16),
@@ -263,3 +266,15 @@ def write_numbers(folder: Path, exact: Tensors, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save(folder, {**CONFIG, **SHAPE, **changes}, {"a": exact})
     return folder
+
+
+class HostOps(Reference):
+    """A card's way to keep quantized matrices, on the host."""
+
+    dtype = np.dtype(BF16)
+
+    def quantized(self, plain):
+        return quantized.from_plain(plain)
+
+    def weight_bytes(self, config):
+        return bytes_of(config, 2)

@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minioscar import engine, oscar
+from minioscar import engine, oscar, weights
 from minioscar.cache import Cache
+from minioscar.config import Config
 from minioscar.evaluation import fidelity
+from minioscar.formats import rounding
+from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, WINDOW, Scheme
 from minioscar.storage import hub
+from minioscar.tokenizer import Tokenizer
 
 FIXTURE = Path(__file__).parent / "fixtures" / "smollm2-135m" / "reference.npz"
 PACKED = 256  # tokens of the fixture's long prompt that are quantized; the 44 behind them ask
@@ -138,3 +142,18 @@ def test_teacher_forced_chunks_measure_what_single_steps_do(model):
     )
     a, b = fidelity.log_softmax(chunks), fidelity.log_softmax(steps)
     assert (np.exp(a) * (a - b)).sum(1).mean() < 1e-3  # int2 itself costs 50 times that
+
+
+def test_its_weights_of_4_bits_are_held_by_int4_in_groups_of_32_and_8_bits_cost_little(model, monkeypatch):
+    """They were a scale and a minimum for each 32 (hub.BUILT_IN: Q4_1), so that int4 in such groups has them again."""
+    ops, config = Reference(), Config.from_folder(model)
+    plain, ids = weights.load(model, config, ops), Tokenizer(model).encode(fidelity.default_text())[:385]
+    engines = [engine.Engine(config, plain, None, SCHEMES["bf16"], ops)]
+    for mode, group in (("int8", 64), ("int4", 32)):
+        monkeypatch.setattr(rounding, "GROUP", group)
+        own = engine.with_weights(config, mode)
+        engines.append(engine.Engine(own, weights.quantize(plain, own, ops), None, SCHEMES["bf16"], ops))
+    _, int8, int4 = fidelity.fidelity(engines, [ids], 256, lambda _: None)
+    print(int8["kl"], int4["kl"])
+    assert int8["kl"] <= 0.004 and int4["kl"] <= 2e-4
+    assert not np.array_equal(engines[1].model.weights.layers[0].down, plain.layers[0].down)

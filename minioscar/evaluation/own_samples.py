@@ -14,10 +14,12 @@ import numpy as np
 from ..attention_inputs import AttentionInputs, record_attention_inputs
 from ..cache import Cache
 from ..config import Config
+from ..errors import UserError
 from ..hadamard import hadamard
 from ..model import Model
 from ..ops.reference import Reference
 from ..oscar import SCHEMES
+from ..quantized import Quantized
 from ..weights import Layer, Weights
 
 Array = Any
@@ -26,6 +28,9 @@ ROWS, TOKENS = 16, 256  # samples and tokens of each
 
 def calibrate(weights: Weights, config: Config, ops: Reference) -> Weights:
     """The weights with `rotations` in every layer, that of values folded into v_proj and o_proj; the rest is shared."""
+    if any(isinstance(matrix, Quantized) for layer in weights.layers for matrix in (layer.qkv, layer.o)):
+        why = "its rotation of values is folded into v_proj and o_proj, which quantized weights cannot take"
+        raise UserError(f"--kv oscar-cov: {why}; use another scheme, or leave --weights out")
     seen = [Moments() for _ in weights.layers]
     for ids in samples(weights, config, ops):
         layers = iter(seen)

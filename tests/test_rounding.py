@@ -1,0 +1,139 @@
+"""--weights: matrices of 16 bits are quantized while they are loaded, and everything else stays what it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from minioscar.app import cli
+from minioscar.config import Config
+from minioscar.engine import load as load_engine
+from minioscar.engine import with_weights
+from minioscar.errors import UserError
+from minioscar.formats import rounding
+from minioscar.ops.reference import Reference
+from minioscar.weights import arrays, load, quantize, rotate_values
+
+from .quantized_files import SHAPE, HostOps, write_quantized
+from .tiny import talker, write_model, write_talker
+
+FIELDS = "qkv", "o", "gate_up", "down"
+PROMPT = [3, 14, 15, 92, 65, 35]
+
+
+@pytest.mark.parametrize("columns", [128, 96, 40])
+@pytest.mark.parametrize(("mode", "steps"), [("int8", 254), ("int4", 15)])
+def test_every_number_is_rounded_to_the_nearest_of_its_group(mode, steps, columns, seed):
+    w = np.random.default_rng(seed).standard_normal((24, columns)).astype(np.float32)
+    plain = rounding.quantize(w, mode, np)
+    groups = w.reshape(24, -1, plain.group)
+    assert plain.group == {128: 64, 96: 32, 40: 40}[columns] and plain.codes.max() <= {"int8": 255, "int4": 15}[mode]
+    spread = 2 * abs(groups).max(-1) if mode == "int8" else groups.max(-1) - groups.min(-1)
+    step = np.repeat(spread / steps, plain.group, 1)
+    # half a step, and what the rounding of scale and zero to float16 moves at the far end
+    assert (abs(plain.dequantize(np) - w) <= 0.52 * step).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3125, -2.0])
+@pytest.mark.parametrize("mode", rounding.MODES)
+def test_a_group_of_equal_numbers_is_exact(mode, value):
+    w = np.full((2, 64), value, np.float32)
+    np.testing.assert_allclose(rounding.quantize(w, mode, np).dequantize(np), w, rtol=5e-4)
+    if mode == "int4":
+        np.testing.assert_array_equal(rounding.quantize(w, mode, np).dequantize(np), w)
+
+
+def test_numbers_on_a_grid_of_16_levels_stay_what_they_are(seed):
+    """As those that were 4 bits before (GGUF's Q4_1): scale and minimum of 16 bits for each 32."""
+    rng = np.random.default_rng(seed)
+    scale = rng.uniform(0.01, 0.02, (8, 4, 1)).astype(np.float16).astype(np.float32)
+    low = -(scale * rng.uniform(5, 10, scale.shape)).astype(np.float16).astype(np.float32)
+    codes = rng.integers(0, 16, (8, 4, 32))
+    codes[..., :2] = 0, 15
+    w = (codes * scale + low).reshape(8, 128)
+    off = abs(rounding.quantize(w, "int4", np, group=32).dequantize(np) - w) / np.repeat(scale[..., 0], 32, 1)
+    assert off.max() < 0.02  # of a step
+
+
+@pytest.mark.parametrize("kv", ["int2", "bf16"])
+@pytest.mark.parametrize("mode", rounding.MODES)
+def test_matrices_are_rotated_and_then_quantized_and_the_head_is_kept_in_8_bits(mode, kv, tmp_path, seed):
+    folder = write_model(tmp_path / "m", seed, **SHAPE)
+    config = with_weights(Config.from_folder(folder), mode)
+    got = load_engine(folder, kv, "cpu", tokenizer=False, weights=mode).model.weights
+    want = load(folder, Config.from_folder(folder), Reference())
+    want = rotate_values(want, config, Reference()) if kv == "int2" else want
+    for ours, theirs in zip(got.layers, want.layers, strict=True):
+        for field in FIELDS:
+            exact = rounding.quantize(getattr(theirs, field), mode, np).dequantize(np)
+            np.testing.assert_array_equal(getattr(ours, field), exact)
+        np.testing.assert_array_equal(ours.qkv_bias, theirs.qkv_bias)
+    np.testing.assert_array_equal(got.head, rounding.quantize(want.head, "int8", np).dequantize(np))
+    np.testing.assert_array_equal(got.embed, want.embed)
+    assert got.rotation == ("folded" if kv == "int2" else "none")
+
+
+def test_a_tied_head_stays_the_embedding(tmp_path, seed):
+    folder = write_model(tmp_path / "m", seed, **SHAPE, tie_word_embeddings=True)
+    weights = load(folder, with_weights(Config.from_folder(folder), "int4"), Reference())
+    assert weights.head is weights.embed
+
+
+def test_what_files_have_quantized_stays_what_it_is_beside_a_head_of_8_bits(tmp_path, seed):
+    exact = write_quantized(tmp_path, "awq-gemm", seed)
+    weights = load(tmp_path, with_weights(Config.from_folder(tmp_path), "int4"), Reference())
+    np.testing.assert_array_equal(weights.layers[1].down, exact["model.layers.1.mlp.down_proj.weight"])
+    want = rounding.quantize(exact["lm_head.weight"], "int8", np).dequantize(np)
+    np.testing.assert_array_equal(weights.head, want)
+
+
+@pytest.mark.parametrize("mode", [None, *rounding.MODES])
+@pytest.mark.parametrize("name", ["awq-gemm", "gptq-8", "fp8", None])
+def test_the_bytes_that_are_announced_are_those_that_a_card_keeps(name, mode, tmp_path, seed):
+    if name is None:
+        write_model(tmp_path, seed, **SHAPE)
+    else:
+        write_quantized(tmp_path, name, seed)
+    config, ops = with_weights(Config.from_folder(tmp_path), mode), HostOps()
+    weights = load(tmp_path, config, ops)
+    kept = sum(array.nbytes for array in arrays(weights))
+    assert abs(kept / ops.weight_bytes(config) - 1) < 0.02  # an FP8 head of 160 rows is padded
+    assert weights.quantized == (name is not None or mode is not None)
+
+
+def test_quantizing_a_loaded_model_is_quantizing_it_while_it_is_loaded(tmp_path, seed):
+    folder = write_model(tmp_path / "m", seed, **SHAPE)
+    config, ops = with_weights(Config.from_folder(folder), "int4"), HostOps()
+    late = quantize(load(folder, Config.from_folder(folder), ops), config, ops)
+    for a, b in zip(arrays(load(folder, config, ops)), arrays(late), strict=True):
+        assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def test_a_prompt_cache_is_bound_to_how_the_weights_are_kept(tmp_path):
+    folder, file = write_talker(tmp_path / "m", 1), tmp_path / "p.kv.safetensors"
+    load_engine(folder, "int2", "cpu", weights="int8").prefill("the cat sat", chat=False).save(file)
+    assert len(load_engine(folder, "int2", "cpu", weights="int8").load_cache(file))
+    for weights, named in ((None, 'weights "int8" there, null here'), ("int4", 'weights "int8" there, "int4" here')):
+        with pytest.raises(UserError, match=f"made with another config: {named}"):
+            load_engine(folder, "int2", "cpu", weights=weights, cache=file)
+    talker(folder).prefill("the cat sat", chat=False).save(file)
+    with pytest.raises(UserError, match='weights null there, "int4" here'):
+        load_engine(folder, "int2", "cpu", weights="int4").load_cache(file)
+
+
+def test_an_unknown_mode_is_refused(tmp_path):
+    folder = write_model(tmp_path / "m", 1)
+    with pytest.raises(UserError, match="--weights 'int3' is not known; choose from int8, int4, or leave it out"):
+        load_engine(folder, weights="int3", tokenizer=False)
+
+
+def test_the_command_line_has_the_modes(tmp_path, capsys):
+    folder = str(write_talker(tmp_path / "m", 1))
+    for mode in ("int8", "int4"):
+        cli.main(["generate", folder, "the cat", "--raw", "--max-tokens", "4", "--weights", mode, "--device", "cpu"])
+    cli.main(["info", folder, "--weights", "int4", "--device", "cpu"])
+    assert "(int4), reading a prompt" in capsys.readouterr().out
+    cli.main(["eval", folder, "--weights", "int8,int4", "--prefill", "64", "--decode", "8", "--kv", "int2"])
+    lines = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:]]
+    modes = ("as they are", "int8", "int4")
+    assert lines == [[f"| {kv}", mode] for mode in modes for kv in ("bf16", "int2")]
