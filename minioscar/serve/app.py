@@ -133,7 +133,7 @@ class App:
             return
         scheme, _, shown = exchange.given.get("authorization", "").partition(" ")
         shown = shown.strip() if scheme.lower() == "bearer" else exchange.given.get("x-api-key", "")
-        if not hmac.compare_digest(shown.encode(), self.key.encode()):
+        if not hmac.compare_digest(shown.encode("latin-1"), self.key.encode()):
             way_out = "send Authorization: Bearer KEY"
             raise ApiError(401, f"the API key is missing or wrong; {way_out}", code="invalid_api_key")
 
