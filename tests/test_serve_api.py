@@ -359,7 +359,8 @@ def test_a_full_queue_says_when_to_come_back(client, engine):
     engine.busy = True
     for stream in (False, True):
         got = client.post("/v1/chat/completions", {**CHAT, "stream": stream})
-        assert got.status == 503 and int(got.headers["retry-after"]) > 0 and "wait already" in got.json()["error"]["message"]
+        assert got.status == 503 and int(got.headers["retry-after"]) > 0
+        assert "wait already" in got.json()["error"]["message"]
 
 
 def test_an_error_behind_the_first_byte_is_an_event_and_before_it_a_status(client, engine):
@@ -380,7 +381,8 @@ def test_a_client_that_leaves_cancels_its_answers(client, engine, stream):
 
 def test_a_silent_stream_gets_comments(app, engine):
     app.ping, engine.script, engine.reason = 0.02, [], None
-    got = Client(app).post("/v1/chat/completions", {**CHAT, "stream": True}, leaves=lambda r: r.pieces.count(b":\n\n") > 2)
+    body = {**CHAT, "stream": True}
+    got = Client(app).post("/v1/chat/completions", body, leaves=lambda r: r.pieces.count(b":\n\n") > 2)
     assert got.pieces.count(b":\n\n") == 3
 
 
@@ -447,7 +449,8 @@ def test_messages_of_every_year_become_what_templates_know(thinker):
     )
     broken = {"function": {"name": "look", "arguments": '{"at": '}}
     assert '"{\\"at\\": "' in prompt_of(client, {"messages": [{"role": "assistant", "tool_calls": [broken]}]})
-    assert prompt_of(client, {"messages": HELLO, "tools": TOOLS}).startswith('<tool_call>{"description": "", "parameters"')
+    told = prompt_of(client, {"messages": HELLO, "tools": TOOLS})
+    assert told.startswith('<tool_call>{"description": "", "parameters"')
 
 
 def test_a_template_that_knows_no_tools_is_told_of_them(client):
@@ -535,7 +538,8 @@ def test_llama_calls_are_the_whole_answer(tmp_path, size):
     app.service.context = 900
     engine, client = Fake(app), Client(app)
     for text, names, content in (
-        ('{"name": "look", "parameters": {}}', ["look"], None), ("{not a call", [], "{not a call"), ("so {", [], "so {"),
+        ('{"name": "look", "parameters": {}}', ["look"], None), ("{not a call", [], "{not a call"),
+        ("so {", [], "so {"),
         ('{"name": "look", "parameters": {}}; {"name": "go", "parameters": {"x": 1}}', ["look", "go"], None),
         ('{"a": 1}', [], '{"a": 1}'),
     ):  # fmt: skip

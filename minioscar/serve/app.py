@@ -17,7 +17,7 @@ from . import bodies, fields, messages
 from .bodies import Asked, Service
 from .errors import ApiError, of_field, wrong
 from .http import Exchange, Gone, Receive, Send, event
-from .jobs import Busy, Event, Job
+from .jobs import Busy, Event, GrammarError, Job
 from .metrics import Metrics
 from .replies import Reply
 
@@ -286,4 +286,6 @@ def overloaded(error: Busy) -> ApiError:
 
 
 def failed(error: Exception) -> ApiError:
-    return overloaded(error) if isinstance(error, Busy) else ApiError(500, one_line(error))
+    if isinstance(error, Busy):
+        return overloaded(error)
+    return ApiError(400 if isinstance(error, GrammarError) else 500, one_line(error))

@@ -314,7 +314,7 @@ class Scheduler:
                 row.in_flight += 1
 
     def _allow(self, row: Row) -> bool:
-        """Tells the decoder what a row's grammar allows next; False where that cannot be said, which ends the answer."""
+        """Tells the decoder what a row's grammar allows next; where that cannot be said, the answer ends: False."""
         try:
             if row.matcher and (mask := row.matcher.mask()) is not None:
                 self.decoder.allow(row.slot, mask)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import Failure, one_line
+from ..errors import one_line
 from ..sampling import mask_words
 from ..tokenizer import Tokenizer
 from .errors import ApiError, wrong
+from .jobs import GrammarError
 from .messages import Tool
 from .parsing import THOUGHT
 
@@ -50,11 +51,11 @@ class Grammars:
             probe = matcher.deep_copy()
             if not probe.is_error():
                 probe.compute_bitmask()  # finds out what is too complex to follow
-            why = probe.get_error() if probe.is_error() else ""
+            why = reason(probe) if probe.is_error() else ""
         except (ValueError, TypeError) as error:
             why = one_line(error)
         if why:
-            raise wrong(param, f"the schema cannot be followed: {' '.join(why.split())[:300]}")
+            raise wrong(param, f"the schema cannot be followed: {why}")
         after = self.tokenizer.token_id(THOUGHT) if thinking else None
         return lambda: Grammar(matcher.deep_copy(), self.vocab, after)
 
@@ -101,7 +102,12 @@ class Grammar:
 
     def _check(self) -> None:
         if self.matcher.is_error():
-            raise Failure(f"the answer cannot follow its grammar: {' '.join(self.matcher.get_error().split())[:200]}")
+            raise GrammarError(f"the schema is too complex to follow: {reason(self.matcher)}")
+
+
+def reason(matcher: Any) -> str:
+    """What is wrong, without the state of the parser."""
+    return " ".join(matcher.get_error().partition("<state>")[0].split())[:300]
 
 
 def written(schema: dict[str, Any]) -> dict[str, Any]:
