@@ -17,7 +17,7 @@ from . import bodies, fields, messages
 from .bodies import Asked, Service
 from .errors import ApiError, of_field, wrong
 from .http import Exchange, Gone, Receive, Send, event
-from .jobs import Busy, Event, Job
+from .jobs import Busy, Event, GrammarError, Job
 from .metrics import Metrics
 from .replies import Reply
 
@@ -133,7 +133,7 @@ class App:
             return
         scheme, _, shown = exchange.given.get("authorization", "").partition(" ")
         shown = shown.strip() if scheme.lower() == "bearer" else exchange.given.get("x-api-key", "")
-        if not hmac.compare_digest(shown.encode(), self.key.encode()):
+        if not hmac.compare_digest(shown.encode("latin-1"), self.key.encode()):
             way_out = "send Authorization: Bearer KEY"
             raise ApiError(401, f"the API key is missing or wrong; {way_out}", code="invalid_api_key")
 
@@ -286,4 +286,6 @@ def overloaded(error: Busy) -> ApiError:
 
 
 def failed(error: Exception) -> ApiError:
-    return overloaded(error) if isinstance(error, Busy) else ApiError(500, one_line(error))
+    if isinstance(error, Busy):
+        return overloaded(error)
+    return ApiError(400 if isinstance(error, GrammarError) else 500, one_line(error))

@@ -20,6 +20,10 @@ class Busy(Failure):
     """The queue is full, or the server ends: the same request may be answered later."""
 
 
+class GrammarError(Failure):
+    """The grammar of an answer turned out to be too complex to go on."""
+
+
 class Matcher(Protocol):
     """What an answer may go on with, by a grammar."""
 
@@ -30,7 +34,7 @@ class Matcher(Protocol):
         ...
 
     def take(self, token: int) -> None:
-        """The answer goes on with this token. Raises Failure for one that the grammar does not have."""
+        """The answer goes on with this token. Raises GrammarError, as `mask` does."""
         ...
 
 

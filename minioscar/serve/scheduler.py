@@ -306,13 +306,22 @@ class Scheduler:
 
     def _launch(self) -> None:
         while len(self.steps) <= self._ahead() and (rows := self._going()):
-            for row in rows:
-                if row.matcher and (mask := row.matcher.mask()) is not None:
-                    self.decoder.allow(row.slot, mask)
+            if not all([self._allow(row) for row in rows]):
+                continue
             self.decoder.launch([row.slot for row in rows])
             self.steps.append(rows)
             for row in rows:
                 row.in_flight += 1
+
+    def _allow(self, row: Row) -> bool:
+        """Tells the decoder what a row's grammar allows next; where that cannot be said, the answer ends: False."""
+        try:
+            if row.matcher and (mask := row.matcher.mask()) is not None:
+                self.decoder.allow(row.slot, mask)
+        except Failure as error:
+            self._end_job(row.job, error)
+            return False
+        return True
 
     def _read_step(self) -> None:
         if not self.steps:

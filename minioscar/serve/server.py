@@ -50,14 +50,16 @@ class Plan:
 
 def listening(host: str, port: int) -> socket.socket:
     """A socket that is bound, and that nobody can connect to yet. Raises UserError where it cannot be had."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port {port} is out of range; it must be from 0 to {2**16 - 1}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--host {host} --port {port} cannot be had: {reason}; choose another --port") from None
+        raise UserError(f"--host {host} --port {port} cannot be had: {reason}; choose others") from None
     return bound
 
 

@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import Failure, one_line
+from ..errors import one_line
 from ..sampling import mask_words
 from ..tokenizer import Tokenizer
 from .errors import ApiError, wrong
+from .jobs import GrammarError
 from .messages import Tool
 from .parsing import THOUGHT
 
 MAX_SCHEMA, MAX_DEPTH = 64 << 10, 32  # characters of a schema, and how deep it may be nested
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+# As json.dumps writes it: where white space is free, small models write it without end
+WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammars:
@@ -29,7 +33,7 @@ class Grammars:
         """Makes matchers of a schema. thinking: the answer begins within thoughts, which are free. Raises ApiError for
         what is no schema."""
         check_schema(schema, param)
-        text = json.dumps(schema)
+        text = json.dumps(written(schema))
         return self._compiled(lambda library: library.LLMatcher.grammar_from_json_schema(text), param, thinking)
 
     def calls(self, tools: Sequence[Tool], form: str, several: bool, thinking: bool) -> Callable[[], Grammar]:
@@ -44,11 +48,14 @@ class Grammars:
         try:
             grammar = grammar_of(library)
             matcher = library.LLMatcher(tokens, grammar, log_level=0)
-            why = matcher.get_error() if matcher.is_error() else ""
+            probe = matcher.deep_copy()
+            if not probe.is_error():
+                probe.compute_bitmask()  # finds out what is too complex to follow
+            why = reason(probe) if probe.is_error() else ""
         except (ValueError, TypeError) as error:
             why = one_line(error)
         if why:
-            raise wrong(param, f"the schema cannot be followed: {' '.join(why.split())[:300]}")
+            raise wrong(param, f"the schema cannot be followed: {why}")
         after = self.tokenizer.token_id(THOUGHT) if thinking else None
         return lambda: Grammar(matcher.deep_copy(), self.vocab, after)
 
@@ -81,15 +88,31 @@ class Grammar:
         if self.after is not None:
             return None
         fill_next_token_bitmask(self.matcher, self.bits)
+        self._check()
         return self.bits[0].copy()
 
     def take(self, token: int) -> None:
         if self.after is not None:
             self.after = None if token == self.after else self.after
             return
-        if not self.matcher.consume_token(token):
-            raise Failure(f"the answer left its grammar: {' '.join(self.matcher.get_error().split())[:200]}")
+        self.matcher.consume_token(token)
+        self._check()
         self.is_done = self.matcher.is_stopped()
+
+
+    def _check(self) -> None:
+        if self.matcher.is_error():
+            raise GrammarError(f"the schema is too complex to follow: {reason(self.matcher)}")
+
+
+def reason(matcher: Any) -> str:
+    """What is wrong, without the state of the parser."""
+    return " ".join(matcher.get_error().partition("<state>")[0].split())[:300]
+
+
+def written(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema, with how its JSON is to be written."""
+    return {**schema, "x-guidance": WRITTEN}
 
 
 def check_schema(schema: Any, param: str) -> None:
@@ -120,7 +143,7 @@ def calls_grammar(tools: Sequence[Tool], form: str, several: bool) -> str:
     rules = []
     for i, tool in enumerate(tools):
         begin = f'{before}{{"name": {json.dumps(tool.name)}, "{key}": '
-        schema = tool.parameters or {"type": "object"}
+        schema = written(tool.parameters or NO_PARAMETERS)
         rules.append(f"call_{i}: {json.dumps(begin)} arguments_{i} {json.dumps('}' + after)}")
         rules.append(f"arguments_{i}: %json {json.dumps(schema)}")
     one = "call: " + " | ".join(f"call_{i}" for i in range(len(tools)))

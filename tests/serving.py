@@ -1,0 +1,68 @@
+"""A server in a process of its own, as users start it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Server:
+    """url: with /v1. lines: what it has said on stderr so far."""
+
+    def __init__(self, *args: str, **environment: str):
+        command = [sys.executable, "-m", "minioscar", "serve", *args, "--port", "0", "--device", "cpu"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+        self.lines: list[str] = []
+        self.said = threading.Condition()
+        threading.Thread(target=self._listen, daemon=True).start()
+        self.url = self._ready()
+
+    def _listen(self) -> None:
+        for line in self.process.stderr:
+            with self.said:
+                self.lines.append(line)
+                self.said.notify()
+        with self.said:
+            self.lines.append("")
+            self.said.notify()
+
+    def _ready(self) -> str:
+        end = time.monotonic() + 120
+        with self.said:
+            while not (found := re.search(r"at (http://[^ ]*/v1):", "".join(self.lines))):
+                assert "" not in self.lines and time.monotonic() < end, self.lines
+                self.said.wait(1)
+        return found[1]
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + path, timeout=30) as answer:
+            return answer.read().decode()
+
+    def metric(self, name: str) -> float:
+        return float(re.search(rf"^minioscar_{name} (\S+)$", self.get("/metrics"), re.M)[1])
+
+    def end(self, how: signal.Signals = signal.SIGTERM, seconds: float = 60) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(seconds)
+
+
+@contextmanager
+def server(*args: str, **environment: str) -> Iterator[Server]:
+    one = Server(*args, **environment)
+    try:
+        yield one
+    finally:
+        one.process.kill()
+        one.process.wait()
