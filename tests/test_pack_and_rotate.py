@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from minioscar.ops import attention
 from minioscar.ops.layout import from_pages, page_bytes
 
 from .kernel_device import on_each_device, on_the_card
+from .tiny import CANDIDATES, key_feedback
 
 
 def rope(x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
@@ -106,14 +109,17 @@ def test_rotate_weights_of_models_shapes(device, seed, shape, d, axis):
     check_rotate_weights(device, seed, shape, d, axis)
 
 
+PACKED = [oscar.SCHEMES[kv] for kv in ("oscar", "int2", "int2-compact", "int4", "kivi")]
+SHAPED = [oscar.SCHEMES["int2-shaped"], oscar.SCHEMES["int2-compact-shaped"], *CANDIDATES]
+SHAPED += [replace(oscar.SCHEMES["int4"], name="int4-shaped", shaped=True)]
+
+
 @on_each_device
-@pytest.mark.parametrize("name", ["oscar", "int2", "int2-compact", "int4", "kivi"])
+@pytest.mark.parametrize("scheme", PACKED + SHAPED, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("d", attention.HEAD_DIMS)
 @pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name):
-    scheme, rng = oscar.SCHEMES[name], np.random.default_rng(seed)
-    if d % scheme.value_group(d) or d % 32:
-        pytest.skip(f"{name} has no groups for head_dim {d}")
+def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, scheme):
+    rng = np.random.default_rng(seed)
     batch, kv_heads, capacity, norm_stride, sinks = 3, 2, 10, 640, scheme.sinks
     starts = np.array([0, 70, 200] if step == "prefill" else [127, 128, 383], np.int32)
     counts = np.array([300, 58, 55] if step == "prefill" else [1, 1, 1], np.int32)
@@ -138,15 +144,17 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
     sink = [device.empty((batch, kv_heads, max(sinks, 1), d), BF16) for _ in "kv"]
     cache = {"pages": pages, "norms": device.array(norms), "sink_keys": sink[0], "sink_values": sink[1]}
     cache |= {"window_keys": device.array(window[0]), "window_values": device.array(window[1])}
-    heads = attention.Heads(kv_heads, kv_heads, d)
+    heads, feedback = attention.Heads(kv_heads, kv_heads, d), key_feedback(scheme, kv_heads, d)
+    on_device = None if feedback is None else device.array(feedback)
     if step == "prefill":
         rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
         new_tokens = attention.PrefillTokens(
             *map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max())
         )
-        launch = attention.pack_bulk(heads, scheme, new_tokens, cache)
+        launch = attention.pack_bulk(heads, scheme, new_tokens, cache, on_device)
     else:
-        launch = attention.pack_step(heads, scheme, device.array(starts[np.argsort(slots)]), cache)
+        lengths = device.array(starts[np.argsort(slots)])
+        launch = attention.pack_step(heads, scheme, lengths, cache, feedback=on_device)
     device.run(launch, seed=seed % 7)
     got = device.numpy(pages, allow_unwritten=True)
     sinks_got = [device.numpy(a, allow_unwritten=True) for a in sink]
@@ -156,7 +164,8 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
         if begin == end:
             continue
         k, v = h[:, :, begin:end].astype(np.float32)
-        expected = [*oscar.quantize_keys(k, norms[s, begin:end], scheme), *oscar.quantize_values(v, scheme)]
+        expected = [*oscar.quantize_keys(k, norms[s, begin:end], scheme, feedback=feedback)]
+        expected += oscar.quantize_values(v, scheme)
         arrays = from_pages(got[s, :, begin // 64 : end // 64], scheme, d)
         arrays |= {name: oscar.unpack(arrays[name], scheme.bits) for name in ("key_codes", "value_codes")}
         names = [f"{kind}_{part}" for kind in ("key", "value") for part in ("codes", "step", "min")]
