@@ -159,9 +159,10 @@ class Scheme:
     rotate: Hadamard on keys (online) and values (in the weights).
     scale: divide keys by the token's norm.  key_axis: "token" = a group is `group` tokens of one channel (per-channel
     quantization), "channel" = `group` channels of one token.  symmetric_values: step only, no minimum.
-    shrink: the range is narrowed to this fraction about its middle.  max_value_group: channels in a group of values
-    (None: `group`).  sinks: first tokens kept in BF16.
+    shrink: the range is narrowed to this fraction about its middle; that of values to value_shrink (None: shrink).
+    max_value_group: channels in a group of values (None: `group`).  sinks: first tokens kept in BF16.
     shaped: rounding errors of keys are fed back, so that they avoid what queries look at (`shaped_codes`).
+    pair_scaled: RoPE pairs of keys are scaled toward equal variance, in the weights (`key_shaping.pair_scales`).
     flush, keep: whenever the number of tokens is a multiple of `flush`, the oldest `flush` tokens of the BF16 window
     are packed, if it has `keep` more than these. The paper's window is emptied: keep = 0.
     A subclass may keep a block in another way: it says so in `packed_layout`, `pack` and `unpack`
@@ -181,7 +182,9 @@ class Scheme:
     shrink: float = 1.0
     sinks: int = 0
     shaped: bool = False
+    value_shrink: float | None = None
     max_value_group: int | None = None
+    pair_scaled: bool = False
     flush: int = WINDOW
     keep: int = 0
 
@@ -227,6 +230,10 @@ class Scheme:
         """Channels in a group: what is asked for, or the largest power of two below it that divides head_dim (32 for
         96, 16 for 80)."""
         return math.gcd(self.max_value_group or self.group, head_dim)
+
+    @property
+    def shrink_of_values(self) -> float:
+        return self.shrink if self.value_shrink is None else self.value_shrink
 
     def bits_per_element(self, head_dim: int) -> float:
         """Codes, steps and minima, averaged over keys and values; the norm of a token is not in it."""
@@ -330,10 +337,10 @@ def dequantize_keys(
 
 def quantize_values(values: Array, scheme: Scheme, xp: Any = np) -> tuple[Array, Array, Array | None]:
     """values [kv_heads, tokens, head_dim] -> codes, step, min (None if symmetric): groups of channels of one token."""
-    group = scheme.value_group(values.shape[-1])
+    group, shrink = scheme.value_group(values.shape[-1]), scheme.shrink_of_values
     if scheme.symmetric_values:
-        return *quantize_symmetric(values, -1, group, scheme.value_bits, scheme.shrink, xp), None
-    return quantize(values, -1, group, scheme.value_bits, scheme.shrink, xp)
+        return *quantize_symmetric(values, -1, group, scheme.value_bits, shrink, xp), None
+    return quantize(values, -1, group, scheme.value_bits, shrink, xp)
 
 
 def dequantize_values(

@@ -13,7 +13,7 @@ from minioscar.ops import attention
 from minioscar.ops.layout import from_pages, page_bytes
 
 from .kernel_device import on_each_device, on_the_card
-from .tiny import WINDOWS
+from .tiny import CANDIDATES, WINDOWS, key_feedback
 
 KERNEL_WINDOWS = [name for name, scheme in WINDOWS.items() if attention.unsupported(scheme, 64) is None]
 
@@ -116,14 +116,20 @@ def test_rotate_weights_of_models_shapes(device, seed, shape, d, axis):
     check_rotate_weights(device, seed, shape, d, axis)
 
 
+PACKED = [oscar.SCHEMES[kv] for kv in ("oscar", "int2", "int2-compact", "int4", "kivi", "k4v2", "k4v4")]
+PACKED += [WINDOWS[name] for name in KERNEL_WINDOWS]
+SHAPED = [oscar.SCHEMES["int2-shaped"], oscar.SCHEMES["int2-compact-shaped"], *CANDIDATES]
+SHAPED += [replace(oscar.SCHEMES["int4"], name="int4-shaped", shaped=True)]
+
+
 @on_each_device
-@pytest.mark.parametrize("name", ["oscar", "int2", "int2-compact", "int4", "kivi", "k4v2", "k4v4", *KERNEL_WINDOWS])
+@pytest.mark.parametrize("scheme", PACKED + SHAPED, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("d", attention.HEAD_DIMS)
 @pytest.mark.parametrize("step", ["prefill", "decode", "prefill after a cut"])
-def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name):
-    scheme, rng = (oscar.SCHEMES | WINDOWS)[name], np.random.default_rng(seed)
+def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, scheme):
+    rng = np.random.default_rng(seed)
     if d % scheme.value_group(d) or d % 32:
-        pytest.skip(f"{name} has no groups for head_dim {d}")
+        pytest.skip(f"{scheme.name} has no groups for head_dim {d}")
     batch, kv_heads, capacity, norm_stride, sinks = 3, 2, 10, 640, scheme.sinks
     starts = np.array([127, 128, 383] if step == "decode" else [0, 70, 200], np.int32)
     counts = np.array([1, 1, 1] if step == "decode" else [300, 58, 375], np.int32)
@@ -152,16 +158,18 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
     sink = [device.empty((batch, kv_heads, max(sinks, 1), d), BF16) for _ in "kv"]
     cache = {"pages": pages, "norms": device.array(norms), "sink_keys": sink[0], "sink_values": sink[1]}
     cache |= {"window_keys": device.array(window[0]), "window_values": device.array(window[1])}
-    heads = attention.Heads(kv_heads, kv_heads, d)
+    heads, feedback = attention.Heads(kv_heads, kv_heads, d), key_feedback(scheme, kv_heads, d)
+    on_device = None if feedback is None else device.array(feedback)
     if step == "decode":
-        launch = attention.pack_step(heads, scheme, device.array(starts[np.argsort(slots)]), cache)
+        lengths = device.array(starts[np.argsort(slots)])
+        launch = attention.pack_step(heads, scheme, lengths, cache, feedback=on_device)
     else:
         rows = [device.array(x) for x in (first_rows, slots, starts, counts)]
         packed = device.array(old.astype(np.int32)) if step == "prefill after a cut" else None
         new_tokens = attention.PrefillTokens(
             *map(device.array, new), kv_heads * d, kv_heads * d, *rows, int(counts.max()), packed
         )
-        launch = attention.pack_bulk(heads, scheme, new_tokens, cache)
+        launch = attention.pack_bulk(heads, scheme, new_tokens, cache, on_device)
     device.run(launch, seed=seed % 7)
     got = device.numpy(pages, allow_unwritten=True)
     sinks_got = [device.numpy(a, allow_unwritten=True) for a in sink]
@@ -171,7 +179,8 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, name
         if begin == end:
             continue
         k, v = h[:, :, begin:end].astype(np.float32)
-        expected = [*oscar.quantize_keys(k, norms[s, begin:end], scheme), *oscar.quantize_values(v, scheme)]
+        expected = [*oscar.quantize_keys(k, norms[s, begin:end], scheme, feedback=feedback)]
+        expected += oscar.quantize_values(v, scheme)
         arrays = from_pages(got[s, :, begin // 64 : end // 64], scheme, d)
         for name, bits in (("key_codes", scheme.key_bits), ("value_codes", scheme.value_bits)):
             arrays[name] = oscar.unpack(arrays[name], bits)

@@ -107,6 +107,15 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got.astype(np.float32) - want) / np.linalg.norm(want))
 
 
+# What is to become of int2 and of int2-compact.
+NEW_INT2 = Scheme(
+    "new-int2", rotate=True, scale=True, shaped=True, pair_scaled=True, shrink=0.9, symmetric_values=True,
+    max_value_group=64, value_shrink=0.7, sinks=32,
+)  # fmt: skip
+NEW_COMPACT = replace(NEW_INT2, name="new-compact", group=64, shrink=0.85, sinks=64)
+CANDIDATES = [NEW_INT2, NEW_COMPACT]
+
+
 def key_feedback(scheme: Scheme, heads: int, dim: int) -> np.ndarray | None:
     """What a shaped scheme wants of a layer, for queries that weigh each RoPE pair up to ten times as much as another;
     else None."""

@@ -79,6 +79,12 @@ template <int BITS, bool CENTRED> struct Coder {
       half = __fmaf_rn(step == 0.f ? 0.f : code, weight, half);
     }
   }
+  // x - (what its code reads back as).
+  DEVICE float error(float x) const {
+    float code = 0.f;
+    put(x, 0, code);
+    return __fsub_rn(x, __fmaf_rn(code, step, minimum));
+  }
 };
 
 // A word of codes, gathered as two float32 numbers of 16 bits above 2^23: sums of codes are exact, and their bits are
@@ -156,10 +162,12 @@ template <int N> DEVICE void widen(Row& low, Row& high, const Row (&rows)[8], in
     }
 }
 
+#include "error_feedback.cuh"
+
 // Packs 64 tokens x 32 channels (chunk) of keys. norms: of the page's tokens; sink: row of the page's first token, of
-// which the first `num_sinks` tokens are stored in BF16 too.
-DEVICE void pack_keys(const Source& from, int first, int chunk, const float* norms, float shrink, unsigned char* page,
-                      bf16* sink, int num_sinks) {
+// which the first `num_sinks` tokens are stored in BF16 too. feedback [DIM][DIM]: of the kv head, if SHAPED.
+DEVICE void pack_keys(const Source& from, int first, int chunk, const float* norms, float shrink, const float* feedback,
+                      unsigned char* page, bf16* sink, int num_sinks) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, at = 32 * chunk + 8 * c;
   uint4 raw[8];
   from.load(raw, first, at, [=](int i) { return token_of(i / 2, i % 2, r); });
@@ -180,8 +188,9 @@ DEVICE void pack_keys(const Source& from, int first, int chunk, const float* nor
   Word words[8 / KEY_TILES][4];
   UNROLL for (int i = 0; i < 8 / KEY_TILES; i++)
     UNROLL for (int w = 0; w < 4; w++) words[i][w].clear();
-  UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
-    constexpr int N = 8 / KEY_GROUPS;  // of a lane's 8 tokens
+  constexpr int N = 8 / KEY_GROUPS;  // of a lane's 8 tokens
+  GroupParams params[KEY_GROUPS];    // of channel r of the lane's 8
+  auto choose_params = [&](int g) {
     Row low = rows[N * g], high = rows[N * g];
     widen<N - 1>(low, high, rows, N * g + 1);
     if (PAIRED) {
@@ -190,25 +199,34 @@ DEVICE void pack_keys(const Source& from, int first, int chunk, const float* nor
         high.x[k] = fmaxf(high.x[k], other_high.x[k]);
       }
     }
-    // Of channel r of the lane's 8.
-    const GroupParams own = asymmetric<KEY_BITS>(-channel_max(low, true), channel_max(high, false), shrink);
+    params[g] = asymmetric<KEY_BITS>(-channel_max(low, true), channel_max(high, false), shrink);
     // Two groups: a word of minima for each (k step, half of it, group); one group: for each (half, k step).
     const int two = ((chunk * 2 + r / 4) * 4 + c) * 8 + r % 4 / 2 * 4 + g * 2 + r % 2;
     const int one = (chunk * 4 + c) * 8 + r % 4 / 2 * 4 + r / 4 * 2 + r % 2;
     const int index = first / PAGE_TOKENS;
     if (!PAIRED || index % 2 == 0) {  // what two pages share the first one writes
-      ((uint16_t*)(page + key_step(index)))[((chunk * KEY_GROUPS + g) * 4 + c) * 8 + r] = half_bits(own.step);
-      ((uint16_t*)(page + key_min(index)))[KEY_GROUPS == 2 ? two : one] = half_bits(own.minimum);
+      ((uint16_t*)(page + key_step(index)))[((chunk * KEY_GROUPS + g) * 4 + c) * 8 + r] = half_bits(params[g].step);
+      ((uint16_t*)(page + key_min(index)))[KEY_GROUPS == 2 ? two : one] = half_bits(params[g].minimum);
     }
+  };
+  auto put_codes = [&](int g) {
     UNROLL for (int k = 0; k < 8; k++) {
-      const float step = __shfl_sync(FULL_MASK, own.step, 4 * k + c);
-      const Coder<KEY_BITS, false> coder({step, __shfl_sync(FULL_MASK, own.minimum, 4 * k + c)});
+      const float step = __shfl_sync(FULL_MASK, params[g].step, 4 * k + c);
+      const Coder<KEY_BITS, false> coder({step, __shfl_sync(FULL_MASK, params[g].minimum, 4 * k + c)});
       UNROLL for (int i = N * g; i < N * g + N; i++) {
         const int tile = key_tile(i / 2, k / 4), word = k / 2 % 2 * 2 + i % 2;
         Word& to = words[tile / KEY_TILES % (8 / KEY_TILES)][word];
         coder.put(rows[i].x[k], tile % KEY_TILES * KEY_BITS, to.halves[k % 2]);
       }
     }
+  };
+  UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
+    choose_params(g);
+    if (!SHAPED) put_codes(g);
+  }
+  if (SHAPED) {
+    feed_back(rows, params, chunk, feedback);
+    UNROLL for (int g = 0; g < KEY_GROUPS; g++) put_codes(g);
   }
   UNROLL for (int i = 0; i < 8 / KEY_TILES; i++) {
     const Word(&w)[4] = words[i];
@@ -218,8 +236,8 @@ DEVICE void pack_keys(const Source& from, int first, int chunk, const float* nor
 }
 
 // Packs value tiles 8 * octet ... 8 * octet + 7: four times 16 tokens x 32 channels, 8 tokens at a time.
-DEVICE void pack_values(const Source& from, int first, int octet, float shrink, float factor, unsigned char* page,
-                        bf16* sink, int num_sinks) {
+DEVICE void pack_values(const Source& from, int first, int octet, float factor, unsigned char* page, bf16* sink,
+                        int num_sinks) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   uint4 raw[4][2];
   UNROLL for (int u = 0; u < 4; u++) {
@@ -253,7 +271,7 @@ DEVICE void pack_values(const Source& from, int first, int octet, float shrink, 
       UNROLL for (int u = 0; u < LOAD_CHUNKS; u++) {
         const int pair = VALUE_GROUP == 64 ? u ^ 1 : u;
         const float l = fminf(low[u], low[pair]), h = fmaxf(high[u], high[pair]);
-        const GroupParams group = SYMMETRIC ? symmetric(h, factor) : asymmetric<VALUE_BITS>(l, h, shrink);
+        const GroupParams group = SYMMETRIC ? symmetric(h, factor) : asymmetric<VALUE_BITS>(l, h, factor);
         const Coder<VALUE_BITS, SYMMETRIC> coder(group);
         const int index = 4 * octet + load * LOAD_CHUNKS + u, step = index / CHUNKS, chunk = index % CHUNKS;
         const int at =
@@ -279,18 +297,23 @@ struct Cache {
   unsigned char* pages;
   int kv_heads, norm_stride, page_capacity, sinks;
   float shrink, factor;
+  const float* feedback;  // of this kv head
 
   // Packs this warp's share of the page that begins with token `first` of a row. Tokens before `start` are in the
   // window, later ones in `recent`.
   DEVICE void pack(int row, int head, bool keys, int first, int start, const bf16* recent, int stride) const {
     const int cell = row * kv_heads + head, warp = threadIdx.x / 32;
+    // Error feedback goes from chunk to chunk: blocks of one multiprocessor begin with different warps (schedulers).
+    // (The shuffle tells the compiler that a warp's chunk is uniform.)
+    const int chunk = SHAPED ? __shfl_sync(FULL_MASK, (warp + first / PAGE_TOKENS + head) % CHUNKS, 0) : warp;
     const int num_sinks = sinks - first;  // tokens of this page that are sinks, if positive
     const Source from = {(keys ? window_keys : window_values) + (size_t)cell * (RING * DIM), recent,
                          first / RING * RING, start, stride};
     unsigned char* page = pages + page_offset(cell, page_capacity, first / PAGE_TOKENS);
     bf16* sink = (keys ? sink_keys : sink_values) + ((long long)cell * sinks + first) * DIM;
-    if (keys) pack_keys(from, first, warp, norms + (size_t)row * norm_stride + first, shrink, page, sink, num_sinks);
-    else pack_values(from, first, warp, shrink, factor, page, sink, num_sinks);
+    if (keys)
+      pack_keys(from, first, chunk, norms + (size_t)row * norm_stride + first, shrink, feedback, page, sink, num_sinks);
+    else pack_values(from, first, warp, factor, page, sink, num_sinks);
   }
 };
 
@@ -300,15 +323,15 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
          const int* __restrict__ packed, const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values,
          bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values, const float* __restrict__ norms,
          unsigned char* __restrict__ pages, int key_stride, int value_stride, int kv_heads, int norm_stride,
-         int page_capacity, int sinks, float shrink, float factor) {
+         int page_capacity, int sinks, float shrink, float factor, const float* __restrict__ feedback) {
   wait_then_allow_next();
   const int s = blockIdx.z, head = blockIdx.y, n = blockIdx.x / 2, start = starts[s];
   const int first = (packed ? packed[s] : packed_tokens(start)) + n * PAGE_TOKENS;
   if (first >= packed_tokens(start + counts[s])) return;
   const bool keys = blockIdx.x % 2 == 0;
   const int stride = keys ? key_stride : value_stride;
-  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages,
-                       kv_heads, norm_stride, page_capacity, sinks, shrink, factor};
+  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages, kv_heads, norm_stride,
+                       page_capacity, sinks, shrink, factor, feedback + head * (DIM * DIM)};
   cache.pack(slots ? slots[s] : s, head, keys, first, start,
              (keys ? new_keys : new_values) + (size_t)first_rows[s] * stride + head * DIM, stride);
 }
@@ -317,11 +340,12 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
     pack_step(const int* __restrict__ lengths, const bf16* __restrict__ window_keys,
               const bf16* __restrict__ window_values, bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values,
               const float* __restrict__ norms, unsigned char* __restrict__ pages, int batch, int kv_heads,
-              int norm_stride, int page_capacity, int sinks, float shrink, float factor) {
+              int norm_stride, int page_capacity, int sinks, float shrink, float factor,
+              const float* __restrict__ feedback) {
   wait_then_allow_next();
   const int layer = blockIdx.y / kv_heads, head = blockIdx.y % kv_heads, n = blockIdx.x / 2;
-  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages,
-                       kv_heads, norm_stride, page_capacity, sinks, shrink, factor};
+  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages, kv_heads, norm_stride,
+                       page_capacity, sinks, shrink, factor, feedback + (size_t)blockIdx.y * (DIM * DIM)};
   for (int first_row = 0; first_row < batch; first_row += 32) {  // a lane a row
     const int lane_row = first_row + threadIdx.x % 32, length = lane_row < batch ? lengths[lane_row] : -1;
     unsigned full = __ballot_sync(FULL_MASK, length >= RING - 1 && length % FLUSH == FLUSH - 1);

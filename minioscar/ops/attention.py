@@ -42,7 +42,7 @@ class Heads:
 
 def unsupported(scheme: Scheme, head_dim: int) -> str | None:
     """Why there are no kernels for this cache, or None."""
-    if scheme.shaped or type(scheme) is not Scheme:
+    if type(scheme) is not Scheme:
         return f"{scheme.name}: pack.cu does not know how to choose its codes"
     if scheme.quantized and scheme.key_axis != "token":
         return f"{scheme.name}: key groups run along the channels of a token; the packed layout wants them along tokens"
@@ -139,32 +139,56 @@ class PrefillTokens:
     packed: Array | None = None  # int32 [sequences]; None: as many as in rows that were not cut
 
 
-def pack_step(heads: Heads, scheme: Scheme, lengths: Array, cache: dict[str, Array], layers: int = 1) -> Launch:
+def pack_step(
+    heads: Heads, scheme: Scheme, lengths: Array, cache: dict[str, Array], layers: int = 1,
+    feedback: Array | None = None
+) -> Launch:
     """After the attention of a decode step: packs the oldest tokens of every window that the row's new token (number
     lengths[b]) filled. With layers > 1 every array of the cache has one more axis in front and this one launch packs
-    all layers."""
-    args = lengths, *_packed(cache), np.int32(lengths.shape[0]), *_packing(heads, scheme, cache)
+    all layers. feedback: float32 [layers, kv_heads, d, d] (`Weights.key_feedback`), for a shaped scheme."""
+    args = lengths, *_packed(cache), np.int32(lengths.shape[0]), *_packing(heads, scheme, cache, feedback)
     grid = 2 * (scheme.flush // PAGE_TOKENS), layers * heads.kv_heads
-    return Launch("pack.cu", "pack_step", layout_defines(scheme, heads.head_dim), grid, heads.head_dim, args)
+    return _pack_launch("pack_step", heads, scheme, grid, args)
 
 
-def pack_bulk(heads: Heads, scheme: Scheme, new: PrefillTokens, cache: dict[str, Array]) -> Launch:
-    """After a prefill: packs what is to be packed now, from the window and from the new tokens."""
+def pack_bulk(
+    heads: Heads, scheme: Scheme, new: PrefillTokens, cache: dict[str, Array], feedback: Array | None = None
+) -> Launch:
+    """After a prefill: packs what is to be packed now, from the window and from the new tokens. feedback: float32
+    [kv_heads, d, d], for a shaped scheme."""
     tokens = new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts, new.packed
-    args = *tokens, *_packed(cache), *map(np.int32, (new.key_stride, new.value_stride)), *_packing(heads, scheme, cache)
+    strides = map(np.int32, (new.key_stride, new.value_stride))
+    args = *tokens, *_packed(cache), *strides, *_packing(heads, scheme, cache, feedback)
     pages = max((scheme.flush - 1 + new.max_count) // scheme.flush, 1) * (scheme.flush // PAGE_TOKENS)
     grid = 2 * pages, heads.kv_heads, new.starts.shape[0]
-    return Launch("pack.cu", "pack", layout_defines(scheme, heads.head_dim), grid, heads.head_dim, args)
+    return _pack_launch("pack", heads, scheme, grid, args)
+
+
+def _pack_launch(name: str, heads: Heads, scheme: Scheme, grid: tuple[int, ...], args: tuple[Any, ...]) -> Launch:
+    shared = feedback_bytes(scheme, heads.head_dim) if scheme.shaped else 0
+    return Launch("pack.cu", name, _pack_defines(scheme, heads.head_dim), grid, heads.head_dim, args, shared)
+
+
+def _pack_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
+    return *layout_defines(scheme, head_dim), f"SHAPED={scheme.shaped:d}"
+
+
+def feedback_bytes(scheme: Scheme, head_dim: int) -> int:
+    """Shared memory of error_feedback.cuh, FeedbackShared: errors twice and fed keys, params, a table for each warp."""
+    tile, params, table = 32 * PAGE_TOKENS + 24, 2 * 32 * PAGE_TOKENS // scheme.group, 32 * head_dim
+    return 4 * (3 * tile + params + table)
 
 
 def _packed(cache: dict[str, Array]) -> tuple[Array | None, ...]:
     return tuple(map(cache.get, ("window_keys", "window_values", "sink_keys", "sink_values", "norms", "pages")))
 
 
-def _packing(heads: Heads, scheme: Scheme, cache: dict[str, Array]) -> tuple[np.generic, ...]:
+def _packing(heads: Heads, scheme: Scheme, cache: dict[str, Array], feedback: Array | None) -> tuple[Any, ...]:
+    if scheme.shaped and feedback is None:
+        raise ValueError(f"{scheme.name} needs the feedback matrices of its layers; key_shaping puts them there")
     sizes = heads.kv_heads, _norm_stride(cache.get("norms")), cache["pages"].shape[-2], scheme.sinks
-    centre = (2**scheme.value_bits - 1) / 2
-    return *map(np.int32, sizes), np.float32(scheme.shrink), np.float32(scheme.shrink / centre)
+    of_values = scheme.shrink_of_values / ((2**scheme.value_bits - 1) / 2 if scheme.symmetric_values else 1)
+    return *map(np.int32, sizes), np.float32(scheme.shrink), np.float32(of_values), feedback
 
 
 def fill_window(heads: Heads, scheme: Scheme, new: PrefillTokens, cache: dict[str, Array]) -> Launch:
@@ -173,7 +197,7 @@ def fill_window(heads: Heads, scheme: Scheme, new: PrefillTokens, cache: dict[st
     window = cache["window_keys"], cache["window_values"]
     args = (new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts, *window, *sizes)
     grid = heads.kv_heads, new.starts.shape[0]
-    return Launch("pack.cu", "fill_window", layout_defines(scheme, heads.head_dim), grid, 256, args)
+    return Launch("pack.cu", "fill_window", _pack_defines(scheme, heads.head_dim), grid, 256, args)
 
 
 # --- decode attention
