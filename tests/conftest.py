@@ -9,6 +9,9 @@ import pytest
 
 import minioscar.evaluation.baselines  # noqa: F401  registers its schemes
 from minioscar.ops import cuda_missing
+from minioscar.oscar import SCHEMES
+
+from .tiny import WINDOWS
 
 
 @pytest.fixture
@@ -17,6 +20,13 @@ def seed() -> int:
     value = int(os.environ.get("MINIOSCAR_TEST_SEED") or random.SystemRandom().randrange(2**31))
     print(f"MINIOSCAR_TEST_SEED={value}")
     return value
+
+
+@pytest.fixture
+def windows(monkeypatch) -> None:
+    """Schemes with other windows, as names for `--kv`."""
+    for name, scheme in WINDOWS.items():
+        monkeypatch.setitem(SCHEMES, name, scheme)
 
 
 @pytest.hookimpl(optionalhook=True)

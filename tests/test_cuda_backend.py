@@ -19,7 +19,7 @@ from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
 
 from . import simt
-from .tiny import CONFIG, key_feedback, load, relative, rotations, write_model
+from .tiny import CONFIG, WINDOWS, key_feedback, load, relative, rotations, write_model
 
 _no_simt = simt.missing()
 
@@ -48,18 +48,20 @@ on_each_backend = pytest.mark.parametrize(
     [pytest.param(_simulated, id="simt", marks=SIMULATED), pytest.param(_card, id="cuda", marks=pytest.mark.gpu)],
 )
 LAYERS = [("llama", 64, (4, 2)), ("qwen3", 128, (6, 1)), ("llama", 96, (3, 3)), ("qwen3", 256, (2, 1))]
+ALL = SCHEMES | WINDOWS
 # On the simulator, where a case takes seconds
-FEW = {128: ("bf16", "int2", "int2-compact"), 96: ("int2",), 256: ("int4",)}
+FEW = {128: ("bf16", "int2", "int2-compact", "int2-128-128"), 96: ("int2",), 256: ("int4",)}
 
 
 def cases() -> list:
     """Every scheme with every shape on the card; on the simulator with one shape, and some with each."""
-    found = [(layer, kv) for layer in LAYERS for kv in SCHEMES]
+    found = [(layer, kv) for layer in LAYERS for kv in ALL]
     simulated = [pytest.param(_simulated, *layer, kv, id=f"{layer[0]}-{layer[1]}-{kv}-simt", marks=SIMULATED)
-                 for layer, kv in found if kv in FEW.get(layer[1], SCHEMES)]  # fmt: skip
+                 for layer, kv in found if kv in FEW.get(layer[1], ALL)]  # fmt: skip
     tiled = ("qwen3", 128, (6, 1))  # where a prefill's keys and values are put into tiles
     simulated += [
-        pytest.param(_simulated_hopper, *tiled, kv, id=f"{kv}-90-simt", marks=SIMULATED) for kv in ("bf16", "int2")
+        pytest.param(_simulated_hopper, *tiled, kv, id=f"{kv}-90-simt", marks=SIMULATED)
+        for kv in ("bf16", "int2", "int2-64-64")
     ]
     real = [
         pytest.param(_card, *layer, kv, id=f"{layer[0]}-{layer[1]}-{kv}-cuda", marks=pytest.mark.gpu)
@@ -72,7 +74,8 @@ def config(**changes) -> Config:
     return Config.from_dict({**CONFIG, "num_hidden_layers": 1, **changes})
 
 
-STEPS = ([1, 127, 200], [1, 1, 1], [126, 1, 1], [1, 1, 1], [129, 40, 5], [1, 1, 1])
+STEPS = ([1, 127, 200], [1, 1, 1], [126, 1, 1], [1, 1, 1], [129, 40, 5], [1, 1, 1], [60, 1, 1])
+CUT_BEFORE = 5  # this step, the row of 258 tokens to 200; what is packed of these tokens is fed again, with the step
 
 
 class Side:
@@ -95,6 +98,10 @@ class Side:
         out = np.array(ops.numpy(ops.attention(q, new, layer_cache, batch))).astype(np.float32)
         self.cache.advance(batch)
         return out
+
+    def cut(self) -> int:
+        """Cuts one row; how many tokens are missing."""
+        return 200 - self.cache.truncate(2, 200)
 
     def row(self, slot: int) -> dict[str, np.ndarray]:
         return self.cache.export_row(slot)[0]
@@ -172,12 +179,17 @@ def test_attention_over_the_cache_is_that_of_the_reference(make, family, dim, he
     may err.)
     """
     c = config(model_type=family, head_dim=dim, num_attention_heads=heads[0], num_key_value_heads=heads[1])
-    rng, scheme = np.random.default_rng(seed), SCHEMES[kv]
+    rng, scheme = np.random.default_rng(seed), ALL[kv]
     norms = (1 + 0.2 * rng.standard_normal((2, dim))).astype(BF16).astype(np.float32)
     weights = dict(zip(("q_norm", "k_norm"), norms if c.qk_norm else (None, None), strict=True))
     mine, theirs = (Side(ops, c, scheme, weights) for ops in (make(), Reference()))
-    differ = codes = 0
-    for counts in STEPS:
+    differ = codes = cuts = 0
+    for number, counts in enumerate(STEPS):
+        if number == CUT_BEFORE:
+            missing = mine.cut()
+            assert theirs.cut() == missing
+            cuts += missing
+            counts = [1 + missing, 1, 1]
         qkv = rng.standard_normal((sum(counts), c.q_size + 2 * c.kv_size)).astype(BF16).astype(np.float32)
         # Outlier channels and a token of small norm: what rotation and scaling are for.
         qkv[:, c.q_size : c.q_size + 8] *= 4
@@ -191,7 +203,7 @@ def test_attention_over_the_cache_is_that_of_the_reference(make, family, dim, he
             theirs.cache.layers[0].import_row(slot, row, theirs.cache.packed_tokens(slot))
     most = 1e-5 * codes * (dim if scheme.shaped else 1)  # one in some millions is usual
     assert differ <= most, f"{differ} of {codes}"
-    assert codes or not scheme.quantized
+    assert codes and cuts or not scheme.quantized
 
 
 @on_each_backend

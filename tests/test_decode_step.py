@@ -66,9 +66,10 @@ def mapped(weights: Weights, change) -> Weights:
     ("family", "kv"),
     [("llama", kv) for kv in ("bf16", "int2", "int2-compact", "oscar", "kivi", "int4")]
     + [(family, kv) for family in ("qwen2", "qwen3") for kv in ("bf16", "int2")]
-    + [("llama with biases", "bf16")],
+    + [("llama with biases", "bf16")]
+    + [("llama", kv) for kv in ("int2-64-64", "int2-128-128", "compact-64-64")],
 )
-def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed):
+def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed, windows):
     """Over two steps, the window of one row filled and packed on the way.
 
     The reference goes on with the back end's cache, once that is seen to be nearly its own: activations in BF16 put a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -45,8 +46,8 @@ def steps(decoder, rows: list[list[int]]) -> list[list[int]]:
 
 
 @on_each_backend
-@pytest.mark.parametrize("kv", ["int2", "bf16"])
-def test_a_step_that_was_thrown_away_is_taken_again(make, kv, tmp_path, seed):
+@pytest.mark.parametrize("kv", ["int2", "bf16", "int2-64-64"])
+def test_a_step_that_was_thrown_away_is_taken_again(make, kv, tmp_path, seed, windows):
     """It had filled the window of row 0, and packed it; in row 1 it stood first in a window that was packed a step
     before."""
     _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), kv)
@@ -64,6 +65,34 @@ def test_a_step_that_was_thrown_away_is_taken_again(make, kv, tmp_path, seed):
     broken.feed([0, 1], first, step=2)
     assert [first.tolist(), *steps(broken, [[0, 1]] * 3)] == want
     assert cache.lengths.tolist() == [130, 131]
+
+
+@on_each_backend
+@pytest.mark.parametrize("kv", ["int2", "bf16", "int2-64-64", "int2-128-128"])
+def test_two_steps_that_were_thrown_away_leave_a_row_that_goes_on(make, kv, tmp_path, seed, windows):
+    """An interrupt while the host waits for the first of them. In row 0 they do not come round the ring; in row 1 the
+    first fills the window, the second then overwrites its oldest slot, and the row is left with what is packed."""
+    _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), kv)
+    rng, scheme = np.random.default_rng(seed), engine.scheme
+    prompts = [rng.integers(0, 160, n) for n in (270, 255 + (scheme.keep == 128) * 128)]
+    (straight, _), (broken, cache) = (started(engine, ops, prompts, room=200) for _ in range(2))
+    want = steps(straight, [[0, 1]] * 3)
+    first = [broken.drawn[slot][-1] for slot in (0, 1)]
+    broken.launch([0, 1])
+    broken.launch([0, 1])
+    broken.drain()
+    length = len(prompts[1])
+    left = length if kv == "bf16" else scheme.packed_tokens(length)
+    assert cache.lengths.tolist() == [270, left]
+    if left < length:
+        with pytest.raises(ValueError, match=f"row 1 was cut to {left}") if scheme.keep else nullcontext():
+            broken.launch([1])
+        broken.drain()
+        left = cache.truncate(1, left)
+        assert left == scheme.packed_tokens(128)
+        engine.model.forward(prompts[1][left:], cache, cache.batch_for([1], [length - left]))
+    broken.feed([0, 1], first, step=1)
+    assert steps(broken, [[0, 1]] * 3) == want
 
 
 @on_each_backend
