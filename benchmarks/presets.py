@@ -15,10 +15,10 @@ from minioscar.config import Config
 from minioscar.engine import Engine, scheme_named
 from minioscar.errors import UserError
 from minioscar.evaluation import baselines  # noqa: F401  registers its schemes
+from minioscar.key_shaping import shape_keys
 from minioscar.memory import size
 from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference
-from minioscar.query_energy import shape_keys
 from minioscar.storage.files import expand
 from minioscar.storage.strict_json import read_object
 from minioscar.weights import Layer, Weights, for_scheme
@@ -84,7 +84,8 @@ def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0) 
             f"random weights of this shape take {size(need)}, but only {size(free)} of {ops.name} memory are free"
         )
     weights = for_scheme(random_weights(config, ops, seed), config, scheme, ops)
-    weights = shape_keys(weights, config, ops) if scheme.shaped else scheme.prepare(weights, config, ops)
+    weights = shape_keys(weights, config, scheme, ops, in_place=True)
+    weights = scheme.prepare(weights, config, ops)
     ops.release()  # what was rotated in them
     return Engine(config, weights, None, scheme, ops)
 

@@ -25,6 +25,7 @@ from .config import Config
 from .errors import UserError, shown
 from .formats.rounding import MODES
 from .generation import Generation, Prompts, Run
+from .key_shaping import shape_keys
 from .model import Model, check_scheme
 from .nan_check import Watch
 from .ops.linear_batch import BATCH_TOKENS
@@ -32,7 +33,6 @@ from .ops.reference import Reference
 from .options import Options, first_answers, for_each
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
 from .prompt_cache import File, PromptCache, common, continued
-from .query_energy import shape_keys
 from .storage.checkpoint import weight_files
 from .storage.hub import resolve
 from .tokenizer import Tokenizer
@@ -353,10 +353,9 @@ def load(
     ctx = arguments.context_of(ctx, config)
     words = Tokenizer(folder) if tokenizer else None
     if ctx is not None:
-        memory.check(config, scheme, ops, 1, ctx, 1, ops.weight_bytes(config))
+        memory.check(config, scheme, ops, 1, ctx, 1, memory.weight_bytes(config, scheme, ops))
     loaded = for_scheme(load_weights(folder, config, ops, progress, fold=scheme.rotate), config, scheme, ops)
-    if scheme.shaped:
-        loaded = shape_keys(loaded, config, ops)
+    loaded = shape_keys(loaded, config, scheme, ops, in_place=True, progress=progress)
     loaded = scheme.prepare(loaded, config, ops)
     ops.release()  # what was rotated or unpacked in them
     engine = Engine(config, loaded, words, scheme, Watch(ops, loaded) if debug else ops, progress, folder)

@@ -35,12 +35,14 @@ def shaped_codes(keys: Array, step: Array, minimum: Array, feedback: Array, bits
 def feedback_matrix(energy: np.ndarray, floor: float = 0.03) -> np.ndarray:
     """How the error of one rotated channel is to be fed into the later ones, from what queries weigh channels with.
 
-    energy [d]: mean square of the queries in each channel before rotation, equal in both channels of a RoPE pair (so
-    that it holds at every position). The error e of a rotated key costs e.M.e in logits, M = H.diag(energy).H, to which
-    `floor` of its mean is added. With U the upper Cholesky factor of M's inverse (M^-1 = U^T.U), feedback[i, j] = U[i,
-    j] / U[i, i] for j > i, else 0. float32 [d, d]. GPTQ (arXiv 2210.17323), section 3.
+    energy [..., d]: mean square of the queries in each channel before rotation, equal in both channels of a RoPE pair
+    (so that it holds at every position). The error e of a rotated key costs e.M.e in logits, M = H.diag(energy).H, to
+    which `floor` of its mean is added. With U the upper Cholesky factor of M's inverse (M^-1 = U^T.U =
+    H.diag(1 / energy).H), feedback[i, j] = U[i, j] / U[i, i] for j > i, else 0. float32 [..., d, d]. GPTQ (arXiv
+    2210.17323), section 3.
     """
-    h = hadamard(len(energy)).astype(np.float64)
-    m = (h * (energy + floor * energy.mean())) @ h
-    upper = np.linalg.cholesky(np.linalg.inv(m)).T
-    return np.triu(upper / np.diag(upper)[:, None], 1).astype(np.float32)
+    h = hadamard(energy.shape[-1]).astype(np.float64)
+    mean = energy.mean(axis=-1, keepdims=True)
+    energy = np.where(mean > 0, energy + floor * mean, 1)  # without queries nothing is to be avoided
+    upper = np.linalg.cholesky((h / energy[..., None, :]) @ h).swapaxes(-1, -2)
+    return np.triu(upper / np.diagonal(upper, axis1=-2, axis2=-1)[..., None], 1).astype(np.float32)

@@ -29,6 +29,12 @@ class Need:
         return self.weights + self.cache + self.work
 
 
+def weight_bytes(config: Config, scheme: Scheme, ops: Reference) -> int:
+    """Of a loaded model: its weights, and the feedback tables of a shaped scheme (`Weights.key_feedback`)."""
+    tables = 4 * config.num_layers * config.num_kv_heads * config.head_dim**2 if scheme.shaped else 0
+    return ops.weight_bytes(config) + tables
+
+
 def needed(
     config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None,
     weights: int = 0,

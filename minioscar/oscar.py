@@ -319,7 +319,7 @@ def quantize_keys(
     codes, step, minimum = quantize(keys, *_key_groups(scheme, keys.shape[-1]), scheme.key_bits, scheme.shrink, xp)
     if scheme.shaped:
         if feedback is None:
-            where = "query_energy.shape_keys puts it into the weights"
+            where = "key_shaping.shape_keys puts it into the weights"
             raise ValueError(f"{scheme.name} needs the feedback matrix of its layer; {where}")
         codes = shaped_codes(keys, step, minimum, feedback, scheme.key_bits, xp)
     return codes, step, minimum

@@ -47,6 +47,8 @@ class Backend(Protocol):
 
     def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None: ...
 
+    def scale_rows(self, x: Array, factors: np.ndarray) -> None: ...
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -64,7 +66,7 @@ class Layer:
     down: Matrix  # [hidden, intermediate]
     gate_up_bias: Array | None = None
     down_bias: Array | None = None
-    # float32 [kv_heads, head_dim, head_dim], for a shaped scheme: error_feedback.feedback_matrix
+    # float32 [kv_heads, head_dim, head_dim], for a shaped scheme: key_shaping.py
     key_feedback: Array | None = None
     # float32 [2, kv_heads, head_dim, head_dim]: for a calibrated scheme: evaluation/own_samples.py
     rotations: Array | None = None
@@ -76,6 +78,8 @@ class Weights:
     layers: tuple[Layer, ...]
     norm: Array  # [hidden]
     head: Matrix  # [vocab, hidden]; the same array as embed where they are tied
+    # float32 [layers, kv_heads, head_dim, head_dim], for a shaped scheme: a layer has its slice
+    key_feedback: Array | None = None
     files: WeightFiles | None = None  # what they were read from
     # of the values, as a scheme wants them: by v_proj and o_proj (`rotate_values`), or by the model at every pass
     rotation: Literal["none", "folded", "online"] = "none"
@@ -240,6 +244,34 @@ def fold_values(layer: Layer, config: Config, ops: Backend) -> Layer:
         ops.rotate_heads(layer.qkv_bias[v:], config.head_dim, 0)
     ops.rotate_heads(layer.o, config.head_dim, 1)
     return layer
+
+
+def scale_keys(
+    weights: Weights, config: Config, scales: np.ndarray, ops: Backend, in_place: bool = False
+) -> Weights:
+    """Keys times scales and queries divided by them, folded into what makes them: logits are what they were.
+
+    scales float64 [layers, kv_heads, head_dim], equal in both channels of a RoPE pair, which makes them commute with
+    RoPE; behind a QK-norm equal in all heads, too, and folded into its weights, else into the rows of q_proj and
+    k_proj (those of quantized matrices have a float32 scale each). Arrays are shared and copied as in `rotate_values`.
+    """
+    groups = config.num_heads // config.num_kv_heads
+
+    def scaled(x: Matrix | None, factors: np.ndarray) -> Matrix | None:
+        if isinstance(x, Quantized):
+            return replace(x, row_scale=scaled(x.row_scale, factors))
+        if x is not None:
+            x = x if in_place else x.copy()
+            ops.scale_rows(x, factors)
+        return x
+
+    def fold(layer: Layer, of: np.ndarray) -> Layer:
+        if config.qk_norm:
+            return replace(layer, q_norm=scaled(layer.q_norm, 1 / of[0]), k_norm=scaled(layer.k_norm, of[0]))
+        rows = np.concatenate([1 / of.repeat(groups, axis=0), of]).ravel()  # of all q heads, then of all k heads
+        return replace(layer, qkv=scaled(layer.qkv, rows), qkv_bias=scaled(layer.qkv_bias, rows))
+
+    return replace(weights, layers=tuple(map(fold, weights.layers, scales)))
 
 
 def for_scheme(weights: Weights, config: Config, scheme: oscar.Scheme, ops: Backend) -> Weights:

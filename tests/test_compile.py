@@ -54,10 +54,13 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
         if kv == "int2" and dim == 128:
             found[f"schedule {kv} d{dim} {q_per_kv}:1"] = attention.schedule(state)
     new = attention.PrefillTokens(out, out, 0, 0, ints, ints, ints, ints, 1)
-    for kv, dim in [("int2", 128)] + [("int2-compact", 128), ("int4", 64), ("oscar", 256), ("k4v2", 128)] * everything:
-        heads = attention.Heads(2, 2, dim)
+    more = [("int2-compact", 128), ("int4", 64), ("oscar", 256), ("k4v2", 128)]
+    more += [("int2-compact-shaped", 128), ("int2-shaped", 64), ("int2-shaped", 256)]
+    for kv, dim in [("int2", 128), ("int2-shaped", 128)] + more * everything:
+        heads, feedback = attention.Heads(2, 2, dim), out if SCHEMES[kv].shaped else None
         for launch in (
-            attention.pack_bulk(heads, SCHEMES[kv], new, cache), attention.pack_step(heads, SCHEMES[kv], ints, cache)
+            attention.pack_bulk(heads, SCHEMES[kv], new, cache, feedback),
+            attention.pack_step(heads, SCHEMES[kv], ints, cache, feedback=feedback),
         ):
             found[f"{launch.name} {kv} d{dim}"] = launch
     for dim, q_per_kv in [(128, 4)] + [(64, 3), (96, 1), (256, 8)] * everything:

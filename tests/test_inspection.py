@@ -13,6 +13,7 @@ from minioscar import oscar
 from minioscar.app.cli import main
 from minioscar.config import Config
 from minioscar.evaluation import figures, inspection, report
+from minioscar.key_shaping import Shaping
 from minioscar.oscar import SCHEMES
 
 from .tiny import CONFIG
@@ -33,7 +34,7 @@ def test_no_token_of_rotated_keys_is_further_off_than_its_bound(seed):
     norms = oscar.token_norms(k.swapaxes(0, 1))
     turned = oscar.rotate(k).reshape(2, 4, 32, 32)
     bound = inspection.bound(norms, turned.max(axis=2) - turned.min(axis=2))
-    back, _ = inspection.through_cache(k, k, norms, SCHEMES["rotation"], Config.from_dict(CONFIG), None)
+    back, _ = inspection.through_cache(k, k, SCHEMES["rotation"], Config.from_dict(CONFIG), Shaping(None, None))
     errors = np.linalg.norm(back - k, axis=(0, 2)) / norms
     # 1 %: keys pass through BF16, steps through float16
     assert (errors <= bound * 1.01).all() and errors.max() > bound.max() / 4

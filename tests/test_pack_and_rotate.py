@@ -181,16 +181,50 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, sche
         k, v = h[:, :, begin:end].astype(np.float32)
         expected = [*oscar.quantize_keys(k, norms[s, begin:end], scheme, feedback=feedback)]
         expected += oscar.quantize_values(v, scheme)
-        arrays = from_pages(got[s, :, begin // 64 : end // 64], scheme, d)
-        for name, bits in (("key_codes", scheme.key_bits), ("value_codes", scheme.value_bits)):
-            arrays[name] = oscar.unpack(arrays[name], bits)
-        names = [f"{kind}_{part}" for kind in ("key", "value") for part in ("codes", "step", "min")]
-        for name, theirs in zip(names, expected, strict=True):
-            mine = arrays.get(name)
-            assert mine is None if theirs is None else np.array_equal(mine.reshape(theirs.shape), theirs), name
+        check_pages(got[s, :, begin // 64 : end // 64], scheme, d, expected)
         sink_tokens = list(range(begin, min(end, sinks)))
         for i in range(2):
             assert np.array_equal(sinks_got[i][s][:, sink_tokens], h[i][:, sink_tokens])
+
+
+def check_pages(pages: np.ndarray, scheme: oscar.Scheme, d: int, expected: list[np.ndarray | None]) -> None:
+    """pages [kv_heads, n, bytes] hold exactly these codes, steps and minima of keys, then of values."""
+    arrays = from_pages(pages, scheme, d)
+    for name, bits in (("key_codes", scheme.key_bits), ("value_codes", scheme.value_bits)):
+        arrays[name] = oscar.unpack(arrays[name], bits)
+    names = [f"{kind}_{part}" for kind in ("key", "value") for part in ("codes", "step", "min")]
+    for name, theirs in zip(names, expected, strict=True):
+        mine = arrays.get(name)
+        assert mine is None if theirs is None else np.array_equal(mine.reshape(theirs.shape), theirs), name
+
+
+@on_each_device
+@pytest.mark.parametrize("scheme", CANDIDATES, ids=lambda scheme: scheme.name)
+def test_a_step_packs_all_layers_each_with_its_own_feedback(device, seed, scheme):
+    rng, layers, kv_heads, d = np.random.default_rng(seed), 2, 3, 64
+    lengths = np.array([scheme.ring - 1, 5, scheme.ring + scheme.flush - 1], np.int32)
+    window = rng.normal(size=(2, layers, len(lengths), kv_heads, scheme.ring, d)).astype(BF16)
+    norms = rng.uniform(0.5, 2, (layers, len(lengths), 512)).astype(np.float32)
+    feedback = np.stack([key_feedback(scheme, kv_heads, d), rng.normal(size=(kv_heads, d, d)).astype(np.float32) / d])
+    feedback[1] = np.triu(feedback[1], 1)
+    pages = device.empty((layers, len(lengths), kv_heads, 10, page_bytes(scheme, d)), np.uint8)
+    sinks = [device.array(np.zeros((layers, len(lengths), kv_heads, scheme.sinks, d), BF16)) for _ in "kv"]
+    cache = {"pages": pages, "norms": device.array(norms), "sink_keys": sinks[0], "sink_values": sinks[1]}
+    cache |= {"window_keys": device.array(window[0]), "window_values": device.array(window[1])}
+    heads = attention.Heads(kv_heads, kv_heads, d)
+    launch = attention.pack_step(heads, scheme, device.array(lengths), cache, layers, device.array(feedback))
+    device.run(launch, seed=seed % 7)
+    got = device.numpy(pages, allow_unwritten=True)
+    for layer, row in np.ndindex(layers, len(lengths)):
+        first = lengths[row] + 1 - scheme.ring
+        if first < 0:
+            assert np.all(got[layer, row] == 255)
+            continue
+        tokens = np.arange(first, first + scheme.flush)
+        k, v = window[:, layer, row][:, :, tokens % scheme.ring].astype(np.float32)
+        expected = [*oscar.quantize_keys(k, norms[layer, row, tokens], scheme, feedback=feedback[layer])]
+        written = got[layer, row, :, first // 64 : (first + scheme.flush) // 64]
+        check_pages(written, scheme, d, [*expected, *oscar.quantize_values(v, scheme)])
 
 
 @on_each_device

@@ -110,10 +110,11 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
 # What is to become of int2 and of int2-compact.
 NEW_INT2 = Scheme(
     "new-int2", rotate=True, scale=True, shaped=True, pair_scaled=True, shrink=0.9, symmetric_values=True,
-    max_value_group=64, value_shrink=0.7, sinks=32,
+    max_value_group=64, value_shrink=0.7, sinks=32, flush=64, keep=64,
 )  # fmt: skip
 NEW_COMPACT = replace(NEW_INT2, name="new-compact", group=64, shrink=0.85, sinks=64)
-CANDIDATES = [NEW_INT2, NEW_COMPACT]
+NEW_LONG = replace(NEW_COMPACT, name="new-long", group=128, shrink=0.8, flush=128, keep=128)
+CANDIDATES = [NEW_INT2, NEW_COMPACT, NEW_LONG]
 
 
 def key_feedback(scheme: Scheme, heads: int, dim: int) -> np.ndarray | None:

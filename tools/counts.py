@@ -24,7 +24,7 @@ FLOORS = (
     ("serve",),
     ("evaluation",),
     ("engine",),
-    ("generation", "prompt_cache", "arguments", "query_energy", "attention_inputs", "nan_check"),
+    ("generation", "prompt_cache", "arguments", "key_shaping", "attention_inputs", "nan_check"),
     ("model", "memory"),
     ("ops",),
     ("cache", "weights", "decoding"),

@@ -23,10 +23,10 @@ from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.evaluation import fidelity
 from minioscar.evaluation.teacher_forcing import followed, log_softmax
+from minioscar.key_shaping import shape_keys
 from minioscar.model import Model
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, Scheme
-from minioscar.query_energy import shape_keys
 from minioscar.storage import hub
 from minioscar.tokenizer import Tokenizer
 from minioscar.weights import load, rotate_values
@@ -342,7 +342,9 @@ def main() -> None:
     folder, ops = hub.resolve(model), Reference()
     config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
     rotated = rotate_values(load(folder, config, ops), config, ops)
-    shaped, other = shape_keys(rotated, config, ops), shape_keys(balanced(rotated, config), config, ops)
+    shaped, other = (
+        shape_keys(weights, config, SCHEMES["int2-shaped"], ops) for weights in (rotated, balanced(rotated, config))
+    )
     runs = [Engine(config, shaped, tokenizer, EXACT, ops), Engine(config, shaped, tokenizer, SCHEMES["oscar"], ops)]
     for name in names:
         keys, values, options = IDEAS[name]

@@ -7,6 +7,7 @@ from ..config import Config
 from ..engine import with_weights
 from ..errors import UserError
 from ..memory import longest_context, size
+from ..memory import weight_bytes as bytes_with_tables
 from ..model import check_scheme
 from ..ops import backend
 from ..oscar import SCHEMES, WINDOW
@@ -41,7 +42,9 @@ def describe(model: str, ctx: int | None, batch: int, device: str, weights: str 
                 "ratio_to_bf16": cache_bytes(
                     config, SCHEMES["bf16"], batch, context
                 ) / cache_bytes(config, scheme, batch, context),
-                "longest_context": longest_context(config, scheme, ops, batch, free - weight_bytes),
+                "longest_context": longest_context(
+                    config, scheme, ops, batch, free - bytes_with_tables(config, scheme, ops)
+                ),
             }
         )
     return {

@@ -12,11 +12,11 @@ import numpy as np
 from ..config import Config
 from ..engine import Engine, scheme_named, with_weights
 from ..errors import UserError
+from ..key_shaping import shape_keys
 from ..model import check_scheme
 from ..ops import backend
 from ..ops.reference import Reference
 from ..oscar import Scheme
-from ..query_energy import shape_keys
 from ..storage.hub import resolve
 from ..tables import markdown
 from ..tokenizer import Tokenizer
@@ -171,10 +171,13 @@ def engines_for(
         bases = {True: rotated, False: plain}
         if config.weights is not None:
             bases = {rotates: quantize(weights, config, ops) for rotates, weights in bases.items()}
-        shaped = shape_keys(bases[True], config, ops) if any(scheme.shaped for scheme in wanted) else bases[True]
+        shaped: dict[tuple[bool, ...], Weights] = {}
         for scheme in wanted:
-            weights = shaped if scheme.shaped else bases[scheme.rotate]
-            found.append(Engine(config, scheme.prepare(weights, config, ops), tokenizer, scheme, ops))
+            switches = scheme.rotate, scheme.shaped, scheme.pair_scaled
+            if switches not in shaped:
+                shaped[switches] = shape_keys(bases[scheme.rotate], config, scheme, ops)
+            weights = scheme.prepare(shaped[switches], config, ops)
+            found.append(Engine(config, weights, tokenizer, scheme, ops))
     return found
 
 

@@ -21,11 +21,11 @@ from ..config import Config
 from ..engine import scheme_named
 from ..errors import UserError
 from ..hadamard import hadamard
+from ..key_shaping import Shaping, key_statistics, shaping
 from ..model import check_scheme
 from ..ops import backend
 from ..ops.reference import Reference
 from ..oscar import SCHEMES, WINDOW, Scheme
-from ..query_energy import shape_keys
 from ..storage.hub import resolve
 from ..tokenizer import Tokenizer
 from ..weights import load as load_weights
@@ -65,16 +65,17 @@ def inspect(
     if len(ids) < tokens:
         raise UserError(f"the text has {len(ids)} tokens, but {tokens} are needed; lower --tokens or use a longer text")
     weights = load_weights(folder, config, ops, progress)
-    if any(scheme.shaped for scheme in wanted):
-        weights = shape_keys(weights, config, ops)
+    shaped = [scheme for scheme in wanted if scheme.shaped or scheme.pair_scaled]
+    statistics = key_statistics(weights, config, ops) if shaped else None
+    shapings = {scheme.name: shaping(statistics, scheme, config) for scheme in shaped}
     calibrated = {kv.name: kv.prepare(weights, config, ops).layers for kv in wanted if kv.calibrated}
     layers: list[dict] = []
 
     def record(inputs: AttentionInputs) -> None:
         i = len(layers)
-        feedback, rotations = weights.layers[i].key_feedback, {kv: of[i].rotations for kv, of in calibrated.items()}
-        rotations = {kv: ops.numpy(x) for kv, x in rotations.items()}
-        layers.append(look(inputs, config, wanted, None if feedback is None else ops.numpy(feedback), rotations))
+        rotations = {kv: ops.numpy(of[i].rotations) for kv, of in calibrated.items()}
+        of_layer = {kv: Shaping(*(x if x is None else x[i] for x in found)) for kv, found in shapings.items()}
+        layers.append(look(inputs, config, wanted, of_layer, rotations))
         bar.update()
 
     with tqdm(
@@ -99,12 +100,12 @@ def inspect(
 
 
 def look(
-    inputs: AttentionInputs, config: Config, schemes: Sequence[Scheme], feedback: np.ndarray | None,
+    inputs: AttentionInputs, config: Config, schemes: Sequence[Scheme], shapings: Mapping[str, Shaping],
     rotations: Mapping[str, np.ndarray],
 ) -> dict:
     """Everything about one layer, rounded numbers only. Keys and values count as BF16 keeps them.
 
-    feedback: of shaped schemes. rotations: of calibrated ones, [2, kv_heads, d, d].
+    shapings: this layer's of shaped and pair-scaled schemes. rotations: of calibrated ones, [2, kv_heads, d, d].
     """
     k, v = (x.astype(BF16).astype(np.float32).swapaxes(0, 1) for x in (inputs.k, inputs.v))  # [kv_heads, tokens, d]
     # [kv_heads, q_per_kv, tokens, d]
@@ -121,7 +122,8 @@ def look(
     head = int(stretches["scaled"].max(axis=1).argmax())
     errors, of_keys, of_values = {}, {}, {}
     for scheme in schemes:
-        back_k, back_v = through_cache(k, v, norms, scheme, config, feedback, rotations.get(scheme.name))
+        shaped = shapings.get(scheme.name, Shaping(None, None))
+        back_k, back_v = through_cache(k, v, scheme, config, shaped, rotations.get(scheme.name))
         of_keys[scheme.name], of_values[scheme.name] = (
             np.linalg.norm(back - x, axis=(0, 2)) / np.linalg.norm(x, axis=(0, 2))
             for back, x in ((back_k, k), (back_v, v))
@@ -157,8 +159,7 @@ def look(
 
 
 def through_cache(
-    k: np.ndarray, v: np.ndarray, norms: np.ndarray, scheme: Scheme, config: Config, feedback: np.ndarray | None,
-    rotations: np.ndarray | None = None,
+    k: np.ndarray, v: np.ndarray, scheme: Scheme, config: Config, shaped: Shaping, rotations: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """What attention reads back of one layer's keys and values, [kv_heads, tokens, d], after they went through a
     cache and all were packed."""
@@ -167,11 +168,13 @@ def through_cache(
         d = config.head_dim
         rotations = np.stack([hadamard(d) if scheme.rotate else np.eye(d, dtype=np.float32)] * 2)
     cache = Cache(one, scheme, 1, k.shape[1], ops)
+    scales = np.float32(1) if shaped.scales is None else shaped.scales.astype(np.float32)[:, None]
+    k = k * scales
     rotated = ((x @ rotation).swapaxes(0, 1) for x, rotation in zip((k, v), rotations, strict=True))
-    new = NewTokens(*rotated, norms if scheme.scale else None, feedback if scheme.shaped else None)
+    new = NewTokens(*rotated, oscar.token_norms(k.swapaxes(0, 1)) if scheme.scale else None, shaped.feedback)
     cache.layers[0].append(new, cache.batch_for([0], [k.shape[1]]))
     back_k, back_v = cache.layers[0].past(0, *[k.shape[1]] * 2)
-    return back_k @ rotations[0].swapaxes(-1, -2), back_v @ rotations[1].swapaxes(-1, -2)
+    return back_k @ rotations[0].swapaxes(-1, -2) / scales, back_v @ rotations[1].swapaxes(-1, -2)
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:

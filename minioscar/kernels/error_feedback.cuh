@@ -6,8 +6,8 @@
 // 0 for j <= i. Blocked as GPTQ is (arXiv 2210.17323): the warp that has a chunk of 32 channels goes through them, two
 // tokens a lane, 8 channels in registers, and leaves its errors in shared memory; the warps of later chunks subtract
 // what 32 errors do to their channels, in the layout of pack_keys, while the warp of the next chunk goes on.
-// DIM^2 / 2 products a token, each rounded before it is subtracted: the order and the roundings of error_feedback.py, so
-// that codes equal its own bit for bit. reads 4 B of the table's upper half a page, from L2, while another warp computes.
+// DIM^2 / 2 products a token, each rounded before it is subtracted: the order and the roundings of error_feedback.py,
+// so that codes equal its own bit for bit. reads the table's upper half a page, from L2, while another warp computes.
 #ifndef MINIOSCAR_ERROR_FEEDBACK_CUH
 #define MINIOSCAR_ERROR_FEEDBACK_CUH
 

@@ -275,7 +275,7 @@ def programs(
     if batch is not None:
         model.forward(np.zeros(sum(batch.counts), np.int32), blank, batch)
     if rows:
-        step = StepBatch(paper, config, blank, rows)
+        step = StepBatch(paper, config, blank, rows, model.weights.key_feedback)
         model.step(step.tokens, blank, step, partial(step.draw, ops=paper))
     return list(paper.launched)
 

@@ -47,16 +47,21 @@ class StepBatch:
     """The newest token of every row of the cache, as `Batch` is the new tokens of a pass.
 
     int32 [rows] arrays on the device: `tokens` stand at positions `lengths` (-1: the row is not in use), `steps` counts
-    what the rows have drawn. A step leaves in all three what the next one takes. Raises ValueError without kernels.
+    what the rows have drawn. A step leaves in all three what the next one takes. feedback: `Weights.key_feedback`.
+    Raises ValueError without kernels.
     """
 
     last = None  # every token is the last of its sequence
 
-    def __init__(self, ops: Runner, config: Config, cache: Cache, rows: Sequence[RowSampling] | None):
+    def __init__(
+        self, ops: Runner, config: Config, cache: Cache, rows: Sequence[RowSampling] | None,
+        feedback: Array | None = None,
+    ):
         size, xp, scheme, heads = len(cache.lengths), ops.xp, cache.scheme, Heads.of(config)
         if reason := unsupported(config, scheme, size):
             raise ValueError(reason)
         rows, is_open = ([RowSampling()] * size, True) if rows is None else (rows, False)
+        self.feedback = feedback
         self.end, self.drawing = cache.context, Drawing(xp, rows, config.vocab_size, is_open)
         self.tokens, self.steps = (xp.zeros(size, np.int32) for _ in range(2))
         self.lengths = xp.asarray(np.full(size, -1, np.int32))
@@ -86,7 +91,7 @@ class StepBatch:
         """The windows that this step has filled, of all layers at once: mostly there are none."""
         heads, scheme = self.state.heads, self.state.scheme
         if scheme.quantized:
-            ops.run(attention.pack_step(heads, scheme, self.lengths, cache.arrays, len(cache.layers)))
+            ops.run(attention.pack_step(heads, scheme, self.lengths, cache.arrays, len(cache.layers), self.feedback))
 
     def draw(self, logits: Array, ops: Runner) -> Array:
         """The next tokens, and everything one step further."""
@@ -129,7 +134,7 @@ class StepDecoder(Decoder):
     ):
         super().__init__(model, cache, rows, logits)
         self.ahead, ops = 0 if logits else 1, model.ops
-        self.batch = StepBatch(ops, model.config, cache, rows)
+        self.batch = StepBatch(ops, model.config, cache, rows, model.weights.key_feedback)
         self.running: deque[list[int]] = deque()  # the rows of the steps that are not read yet
         self.active: list[int] = []  # the rows that the device has as in use
         self.work = Step(model, cache, self.batch)

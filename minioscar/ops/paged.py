@@ -64,7 +64,7 @@ class KernelCache(LayerCache):
         ops.run(attention.rotate_scale(rotation, qkv, at.positions, q, to))
         if v is None:
             v = qkv.reshape(len(qkv), -1, heads.head_dim)[:, heads.q_heads + heads.kv_heads :]
-        return q, NewTokens(k, v)
+        return q, NewTokens(k, v, feedback=layer.key_feedback if self.scheme.shaped else None)
 
     def attend(self, q: Array, new: NewTokens, batch: Batch | StepBatch) -> Array:
         if isinstance(batch, StepBatch):
@@ -135,7 +135,7 @@ class PagedCache(KernelCache, PackedCache):
             for slot, start, span in batch.spans():
                 room = self["norms"].shape[1] - start  # a last partial block has none, nor needs it
                 self["norms"][slot, start : start + span.stop - span.start] = new.norms[span][: max(room, 0)]
-        self.ops.run(attention.pack_bulk(heads, self.scheme, tokens, self.arrays))
+        self.ops.run(attention.pack_bulk(heads, self.scheme, tokens, self.arrays, new.feedback))
         self.ops.run(attention.fill_window(heads, self.scheme, tokens, self.arrays))
 
     def packed(self, slot: int, tokens: int) -> tuple[Array, Array]:

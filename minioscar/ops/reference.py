@@ -114,6 +114,12 @@ class Reference:
         rotated = oscar.rotate(rows.reshape(*rows.shape[:-1], -1, head_dim), self.xp).reshape(rows.shape)
         x[...] = self.xp.moveaxis(rotated, -1, axis).astype(x.dtype)
 
+    def scale_rows(self, x: Array, factors: np.ndarray) -> None:
+        """In place: row i of x, [rows, in] or [rows], times factors[i], in float32. x may have more rows."""
+        x = x[: len(factors)]
+        factors = self.xp.asarray(factors.astype(np.float32)).reshape(-1, *(1,) * (x.ndim - 1))
+        x[...] = (x.astype(self.xp.float32) * factors).astype(x.dtype)
+
     def embed(self, table: Array, ids: np.ndarray) -> Array:
         """table [vocab, hidden], ids int [tokens] on the host -> [tokens, hidden]."""
         return table[self.xp.asarray(ids)]
