@@ -39,8 +39,8 @@ class Case:
 
 HEADLINES = [(1, 131072), (48, 4096), (1, 32768)]
 SHAPES = [(40, 8, 128), (64, 8, 128), (28, 4, 128), (16, 8, 128), (12, 2, 128), (9, 3, 64)]
-SHOWN = ("bf16", "int2", "oscar", "int2-compact", "k4v2")
-SWEPT = ("bf16", "int2", "oscar", "int2-compact", "k4v2", "int4")
+SHOWN = ("bf16", "int2", "oscar", "int2-compact", "k3v2", "k3v3", "k4v2")
+SWEPT = ("bf16", "int2", "oscar", "int2-compact", "k3v3", "k4v2", "int4")
 OTHER_GROUP = {32: 64, 64: 32, 128: 64}
 
 
