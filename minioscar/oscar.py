@@ -290,7 +290,9 @@ class Scheme:
 
 INT2 = Scheme("int2", rotate=True, scale=True, shrink=0.9, sinks=32, symmetric_values=True)
 COMPACT = replace(INT2, name="int2-compact", group=64, shrink=0.85, sinks=64)
-K4V2 = replace(INT2, name="k4v2", key_bits=4, group=128, max_value_group=64, sinks=64)
+MORE_BITS = replace(INT2, group=128, max_value_group=64, sinks=64, shaped=True, keep=128)
+K4V2 = replace(MORE_BITS, name="k4v2", key_bits=4, shrink=1.0, value_shrink=0.75)
+K3V3 = replace(MORE_BITS, name="k3v3", key_bits=3, value_bits=3, shrink=0.95, value_shrink=0.85)
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -304,10 +306,10 @@ SCHEMES: dict[str, Scheme] = {
         COMPACT,
         replace(INT2, name="int2-shaped", shaped=True),
         replace(COMPACT, name="int2-compact-shaped", shaped=True),
-        replace(K4V2, name="k3v2", key_bits=3),
-        replace(K4V2, name="k3v3", key_bits=3, value_bits=3),
+        replace(K3V3, name="k3v2", value_bits=2, value_shrink=0.75),
+        K3V3,
         K4V2,
-        replace(K4V2, name="k4v4", value_bits=4),
+        replace(K4V2, name="k4v4", value_bits=4, value_shrink=0.9),
         Scheme("int4", key_bits=4, value_bits=4, rotate=True, scale=True),
     )
 }

@@ -175,7 +175,7 @@ def _pack_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
 
 def feedback_bytes(scheme: Scheme, head_dim: int) -> int:
     """Shared memory of error_feedback.cuh, FeedbackShared: errors twice and fed keys, params, a table for each warp."""
-    tile, params, table = 32 * PAGE_TOKENS + 24, 2 * 32 * PAGE_TOKENS // scheme.group, 32 * head_dim
+    tile, params, table = 32 * PAGE_TOKENS + 24, 2 * 32 * max(PAGE_TOKENS // scheme.group, 1), 32 * head_dim
     return 4 * (3 * tile + params + table)
 
 
