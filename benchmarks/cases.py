@@ -13,7 +13,7 @@ from minioscar.errors import UserError
 from minioscar.memory import size
 from minioscar.ops import attention
 from minioscar.ops.layout import PAGE_TOKENS, page_bytes
-from minioscar.oscar import SCHEMES, WINDOW, Scheme
+from minioscar.oscar import SCHEMES, Scheme
 
 CHUNK = 1 << 26  # random numbers that are drawn at once, in float32 first
 
@@ -34,13 +34,18 @@ class Case:
         scheme = SCHEMES[self.kv]
         return scheme if self.group is None else replace(scheme, group=self.group)
 
+    @property
+    def window(self) -> int:
+        """Tokens after the packed ones, the new one too: those that are kept, and half of what is flushed at a time."""
+        return self.scheme.keep + self.scheme.flush // 2
+
 
 # --- on a card
 
 HEADLINES = [(1, 131072), (48, 4096), (1, 32768)]
 SHAPES = [(40, 8, 128), (64, 8, 128), (28, 4, 128), (16, 8, 128), (12, 2, 128), (9, 3, 64)]
-SHOWN = ("bf16", "int2", "oscar", "int2-compact", "k4v2")
-SWEPT = ("bf16", "int2", "oscar", "int2-compact", "k4v2", "int4")
+SHOWN = ("bf16", "int2", "oscar", "int2-compact", "k3v2", "k3v3", "k4v2")
+SWEPT = ("bf16", "int2", "oscar", "int2-compact", "k3v3", "k4v2", "int4")
 OTHER_GROUP = {32: 64, 64: 32, 128: 64}
 
 
@@ -136,13 +141,13 @@ def small_sweep(quick: bool, kvs: Sequence[str] | None = None) -> list[Case]:
 
 
 def moved_bytes(case: Case) -> int:
-    """What a step must read of the cache: pages (or BF16), norms, sinks and the window's 64 tokens."""
+    """What a step must read of the cache: pages (or BF16), norms, sinks and the window."""
     scheme, h = case.scheme, case.heads
     token = h.kv_heads * h.head_dim * 2 * 2
     if not scheme.quantized:
-        return case.batch * (case.context + WINDOW // 2) * token
+        return case.batch * (case.context + case.window) * token
     pages = case.context // PAGE_TOKENS * h.kv_heads * page_bytes(scheme, h.head_dim)
-    return case.batch * (pages + 4 * case.context * scheme.scale + (scheme.sinks + WINDOW // 2) * token)
+    return case.batch * (pages + 4 * case.context * scheme.scale + (scheme.sinks + case.window) * token)
 
 
 def layer(heads: attention.Heads) -> Config:
@@ -160,7 +165,7 @@ def layer(heads: attention.Heads) -> Config:
 def allocated_bytes(case: Case) -> int:
     """The caches that a measurement rotates through, and what fills the first."""
     h = case.heads
-    one = cache_bytes(layer(h), case.scheme, case.batch, case.context + WINDOW)
+    one = cache_bytes(layer(h), case.scheme, case.batch, case.context + case.scheme.ring)
     drawn = 2 * case.context * h.kv_heads * h.head_dim * 2
     return copies_of(moved_bytes(case)) * one + drawn + 6 * CHUNK
 

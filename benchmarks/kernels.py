@@ -22,7 +22,7 @@ from minioscar.cache import BF16
 from minioscar.ops import attention
 from minioscar.ops.launch import Card, kernel, run
 from minioscar.ops.layout import PAGE_TOKENS, page_bytes
-from minioscar.oscar import WINDOW, Scheme
+from minioscar.oscar import Scheme
 
 Array = Any
 
@@ -40,9 +40,9 @@ def filled(case: Case, rng: Any) -> dict[str, Array]:
     """A layer's cache of random keys and values, packed by the bulk kernel; the window half full."""
     scheme, h, rows, context = case.scheme, case.heads, case.batch, case.context
     if not scheme.quantized:
-        shape = rows, h.kv_heads, context + WINDOW, h.head_dim
+        shape = rows, h.kv_heads, context + scheme.ring, h.head_dim
         return {"keys": random_bf16(shape, rng), "values": random_bf16(shape, rng)}
-    window = rows, h.kv_heads, WINDOW, h.head_dim
+    window = rows, h.kv_heads, scheme.ring, h.head_dim
     cache = {"window_keys": random_bf16(window, rng), "window_values": random_bf16(window, rng)}
     cache["pages"] = cupy.empty(
         (rows, h.kv_heads, context // PAGE_TOKENS, page_bytes(scheme, h.head_dim)), np.uint8
@@ -62,15 +62,18 @@ def filled(case: Case, rng: Any) -> dict[str, Array]:
 def packing(
     h: attention.Heads, scheme: Scheme, cache: dict[str, Array], rng: Any
 ) -> Iterator[tuple[int, Callable[[], None]]]:
-    """Launches of the bulk kernel that fill the pages of every row; the number is the tokens of one launch."""
+    """Launches of the bulk kernel that fill the pages of every row; the number is the tokens of one launch. Where the
+    scheme is shaped its tables hold zeros: their numbers do not change the time."""
     rows, _, page_count, _ = cache["pages"].shape
-    context = page_count * PAGE_TOKENS
-    k, v = (random_bf16((context, h.kv_heads, h.head_dim), rng) for _ in range(2))
+    tokens = page_count * PAGE_TOKENS + scheme.keep
+    k, v = (random_bf16((tokens, h.kv_heads, h.head_dim), rng) for _ in range(2))
     stride = h.kv_heads * h.head_dim
+    feedback = cupy.zeros((h.kv_heads, h.head_dim, h.head_dim), np.float32) if scheme.shaped else None
     for row in range(rows):
-        ints = [cupy.asarray([x], np.int32) for x in (0, row, 0, context)]
-        launch = attention.pack_bulk(h, scheme, attention.PrefillTokens(k, v, stride, stride, *ints, context), cache)
-        yield context, lambda launch=launch: run(launch)
+        ints = [cupy.asarray([x], np.int32) for x in (0, row, 0, tokens)]
+        new = attention.PrefillTokens(k, v, stride, stride, *ints, tokens)
+        launch = attention.pack_bulk(h, scheme, new, cache, feedback)
+        yield tokens, lambda launch=launch: run(launch)
 
 
 def attention_launches(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict[str, Array]]]:
@@ -88,7 +91,7 @@ def attention_launches(case: Case, rng: Any) -> tuple[list[Callable[[], None]], 
 
 def decode_state(case: Case) -> attention.DecodeState:
     plan = attention.decode_plan(case.heads, case.scheme, case.batch, Card.current())
-    lengths = cupy.full(case.batch, case.context + WINDOW // 2 - 1, np.int32)
+    lengths = cupy.full(case.batch, case.context + case.window - 1, np.int32)
     return attention.DecodeState.allocate(cupy, case.heads, case.scheme, plan, lengths)
 
 
@@ -146,14 +149,15 @@ def writing(copy_rate: float) -> Iterator[dict]:
     scheme, h = case.scheme, case.heads
     cache = filled(case, rng)
     qkv = random_bf16((1, (h.q_heads + 2 * h.kv_heads) * h.head_dim), rng)
-    lengths = cupy.full(1, case.context + WINDOW // 2 - 1, np.int32)
-    cos = cupy.ones((case.context + WINDOW, h.head_dim // 2), np.float32)
+    lengths = cupy.full(1, case.context + case.window - 1, np.int32)
+    cos = cupy.ones((case.context + scheme.ring, h.head_dim // 2), np.float32)
     q = cupy.empty((1, h.q_heads, h.head_dim), BF16)
     weight = cupy.ones(h.head_dim, BF16)
     to = attention.KeyOutputs(None, cache["window_keys"], cache["window_values"], cache["norms"])
     rotation = attention.Rotation(h, cos, cos, True, weight, weight, 1e-6)
     rotate = attention.rotate_scale(rotation, qkv, lengths, q, to)
-    pack = attention.pack_step(h, scheme, lengths, cache)
+    feedback = cupy.zeros((1, h.kv_heads, h.head_dim, h.head_dim), np.float32) if scheme.shaped else None
+    pack = attention.pack_step(h, scheme, lengths, cache, feedback=feedback)
     schedule = attention.schedule(decode_state(case))
     for op, made in (
         ("rotate_scale_append", (rotate,)),

@@ -15,7 +15,7 @@ from minioscar.cache import Cache, NewTokens, cache_bytes
 from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.ops.reference import Reference
-from minioscar.oscar import WINDOW, Scheme
+from minioscar.oscar import Scheme
 from minioscar.sampling import RowSampling
 from minioscar.weights import Weights, arrays
 
@@ -40,7 +40,10 @@ def filled(
     for layer_cache in cache.layers:
         k, v = (rng.standard_normal(shape, dtype=np.float32).astype(ops.dtype) for _ in range(2))
         norms = oscar.token_norms(k, ops.xp) if scheme.scale else None
-        feedback = weights.layers[layer_cache.index].key_feedback if weights else None
+        if weights:
+            feedback = weights.layers[layer_cache.index].key_feedback
+        else:  # numbers do not change the time
+            feedback = ops.xp.zeros((config.num_kv_heads, config.head_dim, config.head_dim), np.float32)
         layer_cache.append(NewTokens(k, v, norms, feedback), first)
     for row in range(1, batch):
         cache.copy(0, row)
@@ -118,7 +121,7 @@ def reference_kernel(wanted: Sequence[Case], ops: Reference, copy_rate: float, r
 
 def attending(case: Case, ops: Reference) -> Callable[[], None]:
     config, h = layer(case.heads), case.heads
-    cache = filled(config, case.scheme, ops, case.batch, case.context + WINDOW // 2 - 1, WINDOW)
+    cache = filled(config, case.scheme, ops, case.batch, case.context + case.window - 1, case.scheme.ring)
     (first,) = cache.layers
     copies = min(copies_of(cache.nbytes), MAX_COPIES) - 1
     arrays = ({name: array.copy() for name, array in first.arrays.items()} for _ in range(copies))

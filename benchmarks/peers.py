@@ -21,7 +21,6 @@ import numpy as np
 
 from benchmarks.measure import LAUNCHES, replayed, sustained
 from minioscar.config import Config
-from minioscar.oscar import WINDOW
 
 if TYPE_CHECKING:
     from benchmarks.cases import Case
@@ -63,7 +62,7 @@ def peer_times(case: Case, caches: list[dict[str, Array]], rest: bool = True) ->
     try:
         import torch
 
-        tokens = case.context + WINDOW // 2
+        tokens = case.context + case.window
         pairs = [
             tuple(
                 torch.from_dlpack(cache[name].view(np.uint16)).view(torch.bfloat16)[:, :, :tokens]

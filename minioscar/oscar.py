@@ -128,14 +128,23 @@ def _round(x: Array, step: Array, top: int, xp: Any) -> Array:
 
 def pack(codes: Array, bits: int, xp: Any = np) -> Array:
     """uint8 codes [..., n] -> bytes [..., n * bits / 8]; the first code stands in the lowest bits."""
-    per = 8 // bits
-    codes = codes.reshape(*codes.shape[:-1], -1, per)
-    shifts = xp.arange(per, dtype=xp.uint8) * xp.uint8(bits)
-    return (codes << shifts).sum(axis=-1, dtype=xp.uint8)
+    size = math.lcm(bits, 8)  # bits of so many codes that they fill bytes
+    word = xp.uint8 if size == 8 else xp.uint32
+    codes = codes.reshape(*codes.shape[:-1], -1, size // bits).astype(word)
+    words = (codes << xp.arange(0, size, bits, dtype=word)).sum(axis=-1, dtype=word)
+    if size == 8:
+        return words
+    return (words[..., None] >> xp.arange(0, size, 8, dtype=word)).astype(xp.uint8).reshape(*words.shape[:-1], -1)
 
 
 def unpack(packed: Array, bits: int, xp: Any = np) -> Array:
     """The inverse of `pack`: uint8 bytes [..., m] -> uint8 codes [..., m * 8 / bits]."""
+    if 8 % bits:
+        size = math.lcm(bits, 8)
+        words = packed.reshape(*packed.shape[:-1], -1, size // 8).astype(xp.uint32)
+        words = (words << xp.arange(0, size, 8, dtype=xp.uint32)).sum(axis=-1, dtype=xp.uint32)
+        codes = (words[..., None] >> xp.arange(0, size, bits, dtype=xp.uint32)) & xp.uint32(2**bits - 1)
+        return codes.astype(xp.uint8).reshape(*packed.shape[:-1], -1)
     table = xp.asarray(_codes_of_byte(bits))
     return xp.take(table, packed).view(xp.uint8).reshape(*packed.shape[:-1], -1)  # faster than table[packed]
 
@@ -281,7 +290,9 @@ class Scheme:
 
 INT2 = Scheme("int2", rotate=True, scale=True, shrink=0.9, sinks=32, symmetric_values=True)
 COMPACT = replace(INT2, name="int2-compact", group=64, shrink=0.85, sinks=64)
-K4V2 = replace(INT2, name="k4v2", key_bits=4, group=128, max_value_group=64, sinks=64)
+MORE_BITS = replace(INT2, group=128, max_value_group=64, sinks=64, shaped=True, keep=128)
+K4V2 = replace(MORE_BITS, name="k4v2", key_bits=4, shrink=1.0, value_shrink=0.75)
+K3V3 = replace(MORE_BITS, name="k3v3", key_bits=3, value_bits=3, shrink=0.95, value_shrink=0.85)
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -295,8 +306,10 @@ SCHEMES: dict[str, Scheme] = {
         COMPACT,
         replace(INT2, name="int2-shaped", shaped=True),
         replace(COMPACT, name="int2-compact-shaped", shaped=True),
+        replace(K3V3, name="k3v2", value_bits=2, value_shrink=0.75),
+        K3V3,
         K4V2,
-        replace(K4V2, name="k4v4", value_bits=4),
+        replace(K4V2, name="k4v4", value_bits=4, value_shrink=0.9),
         Scheme("int4", key_bits=4, value_bits=4, rotate=True, scale=True),
     )
 }

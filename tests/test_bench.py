@@ -28,7 +28,7 @@ from minioscar.cache import cache_bytes
 from minioscar.config import Config
 from minioscar.ops import attention
 from minioscar.ops.reference import Reference
-from minioscar.oscar import SCHEMES, WINDOW
+from minioscar.oscar import SCHEMES
 
 from . import simt
 from .tiny import CONFIG, write_model, write_talker
@@ -244,8 +244,10 @@ def test_largest_finds_the_border(answer):
 def test_moved_bytes_are_the_cache_without_half_of_its_window():
     for case in bench_cases.cases(False) + bench_cases.sweep(False) + bench_cases.small_sweep(False):
         scheme, h = case.scheme, case.heads
-        window = case.batch * WINDOW // 2 * h.kv_heads * h.head_dim * 4
-        whole = cache_bytes(bench_cases.layer(h), scheme, case.batch, case.context)
+        token = h.kv_heads * h.head_dim * 4
+        window = case.batch * (scheme.ring - case.window if scheme.quantized else case.window) * token
+        norms = case.batch * 4 * scheme.keep * scheme.scale  # of tokens in the window
+        whole = cache_bytes(bench_cases.layer(h), scheme, case.batch, case.context + scheme.keep) - norms
         assert bench_cases.moved_bytes(case) == (whole - window if scheme.quantized else whole + window)
         assert not scheme.quantized or attention.unsupported(scheme, h.head_dim) is None or h == bench_cases.SMALL
 

@@ -30,7 +30,10 @@ MULTIPROCESSORS = 132
 RECORD = Path(__file__).resolve().parent.parent / "docs" / "results" / "resources.json"
 SHAPES = [("int2", 128, 4), ("bf16", 128, 4)]  # scheme, head_dim, q heads a kv head: on every card
 MORE = [("oscar", 128, 4), ("int2-compact", 128, 8), ("int4", 128, 4), ("kivi", 128, 1), ("int2", 64, 3)]
-MORE += [("int2", 256, 7), ("bf16", 256, 8), ("k4v2", 128, 4), ("k4v2", 64, 3), ("k4v4", 128, 4)]
+MORE += [("int2", 256, 7), ("bf16", 256, 8), ("k4v2", 64, 3)]
+MORE += [(kv, 128, 4) for kv in ("k3v2", "k3v3", "k4v2", "k4v4")]
+PACKED = [("int2-compact", 128), ("int4", 64), ("oscar", 256), ("k4v2", 128), ("k3v3", 128)]
+PACKED += [("int2-compact-shaped", 128), ("int2-shaped", 64), ("int2-shaped", 256)]
 
 
 def launches(arch: int) -> dict[str, Launch]:
@@ -54,9 +57,7 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
         if kv == "int2" and dim == 128:
             found[f"schedule {kv} d{dim} {q_per_kv}:1"] = attention.schedule(state)
     new = attention.PrefillTokens(out, out, 0, 0, ints, ints, ints, ints, 1)
-    more = [("int2-compact", 128), ("int4", 64), ("oscar", 256), ("k4v2", 128)]
-    more += [("int2-compact-shaped", 128), ("int2-shaped", 64), ("int2-shaped", 256)]
-    for kv, dim in [("int2", 128), ("int2-shaped", 128)] + more * everything:
+    for kv, dim in [("int2", 128), ("int2-shaped", 128)] + PACKED * everything:
         heads, feedback = attention.Heads(2, 2, dim), out if SCHEMES[kv].shaped else None
         for launch in (
             attention.pack_bulk(heads, SCHEMES[kv], new, cache, feedback),
@@ -69,7 +70,7 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
         found[f"prefill_attention d{dim} {q_per_kv}:1"] = prefill.prefill_attention(heads, out, new, past, out, card)
         if past:
             found[f"prefill_tiles d{dim}"] = prefill.fill_tiles(heads, new, None, 1, past)
-    for kv, dim in [("int2", 128)] + [("int4", 64), ("oscar", 256), ("k4v2", 128)] * everything:
+    for kv, dim in [("int2", 128)] + PACKED[1:] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
         to = prefill.Tiles(past, past, ints) if prefill.tiled(dim, card) else (past, past)
         found[f"unpack {kv} d{dim}"] = prefill.unpack(attention.Heads(2, 2, dim), SCHEMES[kv], ints, ints, 1, cache, to)

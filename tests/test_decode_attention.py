@@ -17,7 +17,7 @@ from minioscar.ops.layout import page_bytes
 from minioscar.oscar import SCHEMES, Scheme
 
 from .kernel_device import on_each_device, on_the_card
-from .tiny import WINDOWS
+from .tiny import WINDOWS, key_feedback
 
 KV_HEADS = 2
 LIMIT = 2e-3  # ||error|| / ||reference|| of float32 outputs
@@ -71,9 +71,9 @@ def dequantized(x: np.ndarray, packed: int, scheme: Scheme) -> tuple[np.ndarray,
     if packed:
         norms = oscar.token_norms(x[0, :, :packed].transpose(1, 0, 2)) if scheme.scale else np.ones(packed, np.float32)
         old = slice(scheme.sinks, packed)
-        keys[:, old] = oscar.dequantize_keys(*oscar.quantize_keys(keys[:, :packed], norms, scheme), norms, scheme)[
-            :, old
-        ]
+        feedback = key_feedback(scheme, *x.shape[1::2])
+        codes = oscar.quantize_keys(keys[:, :packed], norms, scheme, feedback=feedback)
+        keys[:, old] = oscar.dequantize_keys(*codes, norms, scheme)[:, old]
         values[:, old] = oscar.dequantize_values(*oscar.quantize_values(values[:, :packed], scheme), scheme)[:, old]
     return keys, values
 
@@ -84,7 +84,7 @@ def key_roundings(q: np.ndarray, x: np.ndarray, packed: int, scheme: Scheme) -> 
     q [q_heads, d] and keys x[0] [kv_heads, n, d]."""
     keys, d = x[0, :, :packed].astype(np.float32), x.shape[-1]
     norms = oscar.token_norms(keys.transpose(1, 0, 2)) if scheme.scale else np.ones(packed, np.float32)
-    codes, step, _ = oscar.quantize_keys(keys, norms, scheme)
+    codes, step, _ = oscar.quantize_keys(keys, norms, scheme, feedback=key_feedback(scheme, len(keys), d))
     q, codes = q.reshape(len(keys), -1, 1, d), codes.reshape(*step.shape[:2], -1, d)
     lift = 32 if scheme.scale else 0.125  # decode_attention.cu: LIFT
     with_step = (q * np.float32(lift)).astype(np.float16) * step[:, None].astype(np.float16)
@@ -118,7 +118,7 @@ def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: atten
     for b, (x, old) in enumerate(zip(sequences, packed, strict=True)):
         window[:, b][:, :, np.arange(old, x.shape[2]) % scheme.ring] = x[:, :, old:]
         norms[b, : x.shape[2]] = oscar.token_norms(x[0].transpose(1, 0, 2))
-    pages = device.empty((batch, KV_HEADS, 2 * -(-capacity // WINDOW), page_bytes(scheme, d)), np.uint8)
+    pages = device.empty((batch, KV_HEADS, 2 * -(-capacity // 128), page_bytes(scheme, d)), np.uint8)
     cache = {"pages": pages, "norms": device.array(norms)}
     cache |= {f"window_{n}": device.array(w) for n, w in zip(("keys", "values"), window, strict=True)}
     if scheme.sinks:
@@ -129,7 +129,8 @@ def filled(device, sequences: Sequence[np.ndarray], scheme: Scheme, heads: atten
         for x in (np.cumsum([0, *rows[:-1]]), [0] * batch, [old + scheme.keep if old else 0 for old in packed])
     )
     new = attention.PrefillTokens(keys, values, KV_HEADS * d, KV_HEADS * d, first, None, starts, counts, max(rows))
-    device.run(attention.pack_bulk(heads, scheme, new, cache))
+    feedback = key_feedback(scheme, KV_HEADS, d)
+    device.run(attention.pack_bulk(heads, scheme, new, cache, None if feedback is None else device.array(feedback)))
     return cache
 
 
@@ -239,6 +240,9 @@ CASES = [  # scheme, head_dim, q heads of a work item, groups of them that share
     ("k4v2", 64, 3, 1, 80),
     ("k4v2", 64, 8, 2, 90),
     ("k4v2", 256, 2, 1, 80),
+    ("k3v2", 128, 4, 1, 80),
+    ("k3v3", 128, 4, 1, 90),
+    ("k3v3", 64, 3, 1, 80),
     ("k4v4", 128, 5, 1, 80),
     ("k4v4", 64, 2, 1, 90),
     ("bf16", 128, 4, 1, 80),
@@ -255,6 +259,10 @@ BITS = [  # of keys and of values, groups of tokens and of channels, of scheme .
     (4, 2, 64, 32, "int2", 64, 7),
     (4, 2, 32, 64, "int2", 128, 6),
     (4, 2, 128, 64, "oscar", 64, 4),
+    (3, 2, 32, 32, "oscar", 128, 3),
+    (3, 4, 64, 32, "int2", 64, 8),
+    (2, 3, 32, 32, "oscar", 64, 2),
+    (3, 3, 32, 64, "kivi", 256, 5),
     (2, 4, 32, 32, "int2", 128, 3),
     (2, 4, 64, 64, "oscar", 128, 8),
     (2, 4, 128, 32, "kivi", 64, 2),

@@ -116,7 +116,7 @@ def test_rotate_weights_of_models_shapes(device, seed, shape, d, axis):
     check_rotate_weights(device, seed, shape, d, axis)
 
 
-PACKED = [oscar.SCHEMES[kv] for kv in ("oscar", "int2", "int2-compact", "int4", "kivi", "k4v2", "k4v4")]
+PACKED = [oscar.SCHEMES[kv] for kv in ("oscar", "int2", "int2-compact", "int4", "kivi", "k3v2", "k3v3", "k4v2", "k4v4")]
 PACKED += [WINDOWS[name] for name in KERNEL_WINDOWS]
 SHAPED = [oscar.SCHEMES["int2-shaped"], oscar.SCHEMES["int2-compact-shaped"], *CANDIDATES]
 SHAPED += [replace(oscar.SCHEMES["int4"], name="int4-shaped", shaped=True)]

@@ -204,7 +204,7 @@ def test_prefill_attention_over_the_grid_of_shapes(device, seed, d, group):
 @on_each_device
 @pytest.mark.parametrize(
     "name",
-    ["int2", "int2-compact", "oscar", "int4", "kivi", "scaling", "k4v2", "k4v4"]
+    ["int2", "int2-compact", "oscar", "int4", "kivi", "scaling", "k3v2", "k3v3", "k4v2", "k4v4"]
     + ["int2-64-64", "int2-128-128", "compact-64-64"],
 )
 @pytest.mark.parametrize("d", attention.HEAD_DIMS)

@@ -8,8 +8,8 @@ from typing import Any
 Flag = tuple[str, dict[str, Any]]  # its name and what argparse is to know of it
 
 SCHEMES = (
-    "bf16, kivi, quarot, rotation, scaling, oscar, int2, int2-compact, int2-shaped, int2-compact-shaped, k4v2, k4v4, "
-    "int4, ott, turboquant, kvarn-2, kvarn-k4v2, oscar-cov, q4_0"
+    "bf16, kivi, quarot, rotation, scaling, oscar, int2, int2-compact, int2-shaped, int2-compact-shaped, k3v2, k3v3, "
+    "k4v2, k4v4, int4, ott, turboquant, kvarn-2, kvarn-k4v2, oscar-cov, q4_0"
 )
 EXAMPLES = """examples:
   python -m minioscar generate smollm2-135m "The capital of France is" --raw

@@ -8,8 +8,8 @@
 // `sinks` of the packed ones are read from the BF16 sinks instead. Work items (attention.cuh): pages of 64 tokens,
 // then tiles of sinks and of the window.
 // grid (blocks of DecodePlan), BLOCK_WARPS * 32 threads; tasks: what each warp attends to, by `schedule`.
-// reads per packed token and kv head, D = 128: int2 88 B, oscar 96 B, int2-compact 76 B, k4v2 104 B; and 4 B of norm
-// a token, shared by the heads.
+// reads per packed token and kv head, D = 128: int2 88 B, oscar 96 B, int2-compact 76 B, k3v3 and k4v2 104 B; and
+// 4 B of norm a token, shared by the heads.
 //
 // Codes are multiplied where they are: a 2-bit code at bit 2j of a 16-bit half, all else masked out, is exactly the
 // fp16 number code * 4^j * 2^-24. So a word of 16 codes feeds 8 MMAs with one AND each and one shift; the float32 sum
@@ -38,7 +38,7 @@ static_assert(VALUE_GROUPS <= 8, "groups of values are rows of one MMA tile");
 // Of the MMA tiles of a load, half are in the low bytes of the words' halves; the others need a shift by 8.
 DEVICE constexpr int byte_slots(int bits) { return tiles_of_load(bits) / 2; }
 // The lowest bit of a tile's codes within their byte: a masked code is too large by 2^low_bit.
-DEVICE constexpr int low_bit(int bits, int tile) { return tile % byte_slots(bits) * bits; }
+DEVICE constexpr int low_bit(int bits, int tile) { return slot_bit(bits, tile % byte_slots(bits)); }
 DEVICE constexpr float power_of_two(int n) { return (float)(1 << n); }
 DEVICE constexpr int group_of(int channel_tile) { return channel_tile * 16 / VALUE_GROUP; }
 
@@ -48,13 +48,17 @@ template <int BITS, bool NESTED> struct Codes {
   static constexpr int TILES = tiles_of_load(BITS), BYTE_SLOTS = byte_slots(BITS);
   uint4 bits;
   DEVICE void advance(const unsigned char* codes, int tile) {
-    if (tile % TILES == 0) word = ((const uint4*)codes)[tile / TILES * 32 + threadIdx.x % 32];
+    if (tile % 8 == 0) words = load_codes<BITS>(codes, tile / 8);
     if (tile % BYTE_SLOTS) return;
+    const uint32_t(&w)[4] = words.w[tile % 8 / TILES];
     const bool upper = tile % TILES;
-    auto byte = [=](uint32_t w) {
-      return !NESTED ? upper ? w >> 8 : w : upper ? __byte_perm(w, 0, 0x4341) : w & 0x00ff00ffu;
+    auto byte = [=](uint32_t w, bool pairs) {  // pairs: its lowest two bits are of other codes (3 bits)
+      if (!NESTED) return upper ? w >> 8 : w;
+      const uint32_t mask = pairs ? 0x00fc00fcu : 0x00ff00ffu;
+      return !upper ? w & mask : pairs ? __byte_perm(w, 0, 0x4341) & mask : __byte_perm(w, 0, 0x4341);
     };
-    bits = make_uint4(byte(word.x), byte(word.y), byte(word.z), byte(word.w));
+    const bool xy = BITS == 3, zw = BITS == 3 && tile % 8 < TILES;
+    bits = make_uint4(byte(w[0], xy), byte(w[1], xy), byte(w[2], zw), byte(w[3], zw));
   }
   DEVICE uint4 operands(int tile) const {
     return make_uint4(operand(bits.x, tile), operand(bits.y, tile), operand(bits.z, tile), operand(bits.w, tile));
@@ -65,7 +69,7 @@ template <int BITS, bool NESTED> struct Codes {
     return low == 8 - BITS ? bits : bits & ((1u << (low + BITS)) - 1) * 0x00010001u;
   }
  private:
-  uint4 word;
+  OctetWords<BITS> words;
 };
 
 // Sums of nested codes to those of each tile: subtracts the sum of the tile before, which has the lower slots.
@@ -192,7 +196,8 @@ struct PageItems {
       const int above = j + LANE_TILES % 4;  // the same tile of the second half
       float norm[4] = {factor, factor, factor, factor};
       if (SCALED) {
-        const float4 n = *(const float4*)(copied + COPIED_BYTES + ((COLUMN_HALVES == 2 ? second : j / 2) * 32 + 4 * r) * 4);
+        const float* norms_of_page = (const float*)(copied + COPIED_BYTES);
+        const float4 n = *(const float4*)(norms_of_page + (COLUMN_HALVES == 2 ? second : j / 2) * 32 + 4 * r);
         const float four[4] = {n.x, n.y, n.z, n.w};
         UNROLL for (int i = 0; i < 4; i++) norm[i] *= four[i];
       }

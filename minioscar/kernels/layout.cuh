@@ -1,6 +1,6 @@
 // layout.cuh: offsets of everything in a page of 64 packed tokens of one kv head. The drawing is in LAYOUT.md.
 //
-// Set by -D: HEAD_DIM (a multiple of 32), KEY_BITS and VALUE_BITS (2 or 4), KEY_GROUP (32, 64 or 128 tokens),
+// Set by -D: HEAD_DIM (a multiple of 32), KEY_BITS and VALUE_BITS (2, 3 or 4), KEY_GROUP (32, 64 or 128 tokens),
 // VALUE_GROUP (32 or 64 channels), SYMMETRIC (values have no minimum), SCALED (keys are divided by their token's norm),
 // FLUSH and KEEP (multiples of 64: when the number of tokens is a multiple of FLUSH, the window's oldest FLUSH tokens
 // are packed if it has KEEP others).
@@ -11,7 +11,8 @@
 constexpr int PAGE_TOKENS = 64, RING = FLUSH + KEEP;  // slots of the window: token t is in slot t % RING
 constexpr int DIM = HEAD_DIM;
 constexpr int CHUNKS = DIM / 32;       // chunks of 32 channels: a lane owns 8 neighbouring ones in each
-DEVICE constexpr int tiles_of_load(int bits) { return 16 / bits; }  // of 16 x 16 codes, in one 16-byte load a lane
+// Tiles of 16 x 16 codes in the four words of a lane: 2 bits: 8; 3 and 4 bits: 4.
+DEVICE constexpr int tiles_of_load(int bits) { return bits == 2 ? 8 : 4; }
 constexpr int KEY_TILES = tiles_of_load(KEY_BITS), VALUE_TILES = tiles_of_load(VALUE_BITS);
 constexpr bool PAIRED = KEY_GROUP > PAGE_TOKENS;  // a group of keys is two pages, which share its steps and minima
 constexpr int KEY_GROUPS = PAIRED ? 1 : PAGE_TOKENS / KEY_GROUP, VALUE_GROUPS = DIM / VALUE_GROUP;  // of a page
@@ -52,12 +53,55 @@ constexpr int EVEN_GROUPS = (VALUE_GROUPS + 1) / 2;
 DEVICE constexpr int value_group_slot(int group) { return group % 2 * EVEN_GROUPS + group / 2; }
 
 // Key tile (token tile 0..3, k step = 16 channels) and value tile (token step 0..3, channel tile) -> its number.
-// number / KEY_TILES (VALUE_TILES) is the 16-byte load that has it, the remainder its bit slot there.
+// number / KEY_TILES (VALUE_TILES) is the four words that have it, the remainder its bit slot there.
 DEVICE constexpr int key_tile(int token_tile, int k_step) { return k_step * 4 + token_tile; }
 DEVICE constexpr int value_tile(int token_step, int channel_tile) { return token_step * (DIM / 16) + channel_tile; }
 
-static_assert(DIM % 64 == 0 && DIM % VALUE_GROUP == 0, "shape");
-static_assert(KEY_GROUP % 32 == 0 && 2 * PAGE_TOKENS % KEY_GROUP == 0, "shape");
+// The lowest bit of slot `slot` in the halves of a word.
+DEVICE constexpr int slot_bit(int bits, int slot) { return bits == 3 ? slot / 2 * 8 + 2 + slot % 2 * 3 : slot * bits; }
+
+// The words of a lane that have tiles 8 * octet ... 8 * octet + 7. Of 3 bits, two of the eight are the lowest two bits
+// of every byte of three others each, which have codes in the upper six (LAYOUT.md).
+template <int BITS> struct OctetWords { uint32_t w[8 / tiles_of_load(BITS)][4]; };
+
+DEVICE uint32_t low_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  return ((a << 2) & 0x0c0c0c0cu) | ((b << 4) & 0x30303030u) | ((c << 6) & 0xc0c0c0c0u);
+}
+template <int BITS> DEVICE OctetWords<BITS> load_codes(const unsigned char* codes, int octet) {
+  constexpr int LOADS = 8 / tiles_of_load(BITS);
+  const int lane = threadIdx.x % 32;
+  OctetWords<BITS> words;
+  UNROLL for (int i = 0; i < LOADS; i++) {
+    uint4 raw;
+    if (BITS == 3 && i == 1) {
+      const uint32_t(&w)[4] = words.w[0];
+      const uint2 rest = ((const uint2*)codes)[octet * 96 + 64 + lane];
+      raw = make_uint4(rest.x, rest.y, low_pairs(w[0], w[1], w[2]), low_pairs(w[3], rest.x, rest.y));
+    } else {
+      raw = ((const uint4*)codes)[BITS == 3 ? octet * 48 + lane : (octet * LOADS + i) * 32 + lane];
+    }
+    const uint32_t four[4] = {raw.x, raw.y, raw.z, raw.w};
+    UNROLL for (int k = 0; k < 4; k++) words.w[i][k] = four[k];
+  }
+  return words;
+}
+// The inverse, word by word: to be called when words.w[i] is there, for i = 0, 1 ...
+template <int BITS> DEVICE void store_codes(unsigned char* codes, int octet, int i, const OctetWords<BITS>& words) {
+  constexpr int LOADS = 8 / tiles_of_load(BITS);
+  const int lane = threadIdx.x % 32;
+  const uint32_t(&w)[4] = words.w[i];
+  if (BITS != 3) ((uint4*)codes)[(octet * LOADS + i) * 32 + lane] = make_uint4(w[0], w[1], w[2], w[3]);
+  if (BITS == 3 && i == 1) {
+    const uint32_t(&v)[4] = words.w[0];
+    uint32_t pairs[6];  // lowest bits of the bytes of six words
+    UNROLL for (int k = 0; k < 6; k++) pairs[k] = w[2 + k / 3] >> (2 + k % 3 * 2) & 0x03030303u;
+    ((uint4*)codes)[octet * 48 + lane] = make_uint4(v[0] | pairs[0], v[1] | pairs[1], v[2] | pairs[2], v[3] | pairs[3]);
+    ((uint2*)codes)[octet * 96 + 64 + lane] = make_uint2(w[0] | pairs[4], w[1] | pairs[5]);
+  }
+}
+
+static_assert(DIM % 64 == 0 && DIM % VALUE_GROUP == 0, "shape of values");
+static_assert(KEY_GROUP % 32 == 0 && 2 * PAGE_TOKENS % KEY_GROUP == 0, "shape of keys");
 static_assert(PAGE_BYTES % 16 == 0 && SHARED_BYTES % 32 == 0, "alignment");
 static_assert(FLUSH % PAGE_TOKENS == 0 && KEEP % FLUSH == 0, "whole pages are packed, none goes round the ring's end");
 static_assert(FLUSH % KEY_GROUP == 0, "whole groups are packed");

@@ -216,7 +216,7 @@ DEVICE void pack_keys(const Source& from, int first, int chunk, const float* nor
       UNROLL for (int i = N * g; i < N * g + N; i++) {
         const int tile = key_tile(i / 2, k / 4), word = k / 2 % 2 * 2 + i % 2;
         Word& to = words[tile / KEY_TILES % (8 / KEY_TILES)][word];
-        coder.put(rows[i].x[k], tile % KEY_TILES * KEY_BITS, to.halves[k % 2]);
+        coder.put(rows[i].x[k], slot_bit(KEY_BITS, tile % KEY_TILES), to.halves[k % 2]);
       }
     }
   };
@@ -228,10 +228,10 @@ DEVICE void pack_keys(const Source& from, int first, int chunk, const float* nor
     feed_back(rows, params, chunk, feedback);
     UNROLL for (int g = 0; g < KEY_GROUPS; g++) put_codes(g);
   }
+  OctetWords<KEY_BITS> codes;
   UNROLL for (int i = 0; i < 8 / KEY_TILES; i++) {
-    const Word(&w)[4] = words[i];
-    ((uint4*)page)[(chunk * (8 / KEY_TILES) + i) * 32 + lane] =
-        make_uint4(w[0].bits(), w[1].bits(), w[2].bits(), w[3].bits());
+    UNROLL for (int w = 0; w < 4; w++) codes.w[i][w] = words[i][w].bits();
+    store_codes<KEY_BITS>(page, chunk, i, codes);
   }
 }
 
@@ -248,6 +248,7 @@ DEVICE void pack_values(const Source& from, int first, int octet, float factor, 
         if (token_of(step, i, r) < num_sinks) *(uint4*)(sink + token_of(step, i, r) * DIM + at) = raw[u][i];
     }
   }
+  OctetWords<VALUE_BITS> codes;  // (channel, tokens)
   UNROLL for (int load = 0; load < 8 / VALUE_TILES; load++) {
     constexpr int LOAD_CHUNKS = VALUE_TILES / 2;
     Word words[4];
@@ -280,13 +281,11 @@ DEVICE void pack_values(const Source& from, int first, int octet, float factor, 
         if (c == 1 && chunk * 32 % VALUE_GROUP == 0 && !SYMMETRIC)
           ((uint16_t*)(page + VALUE_MIN))[at] = half_bits(group.minimum);
         UNROLL for (int k = 0; k < 8; k++)  // channel 8c + k of the chunk: tile 2u + k/4, rows +8 if k/2 is odd
-          coder.put(rows[u].x[k], (2 * u + k / 4) * VALUE_BITS, words[2 * i + k / 2 % 2].halves[k % 2]);
+          coder.put(rows[u].x[k], slot_bit(VALUE_BITS, 2 * u + k / 4), words[2 * i + k / 2 % 2].halves[k % 2]);
       }
     }
-    uint32_t transposed[4];  // from (token, channels) to (channel, tokens)
-    UNROLL for (int w = 0; w < 4; w++) transposed[w] = movmatrix(words[w].bits());
-    ((uint4*)(page + VALUE_CODES))[(octet * (8 / VALUE_TILES) + load) * 32 + lane] =
-        make_uint4(transposed[0], transposed[1], transposed[2], transposed[3]);
+    UNROLL for (int w = 0; w < 4; w++) codes.w[load][w] = movmatrix(words[w].bits());
+    store_codes<VALUE_BITS>(page + VALUE_CODES, octet, load, codes);
   }
 }
 

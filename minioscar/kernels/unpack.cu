@@ -34,7 +34,7 @@ DEVICE Channels halves(uint4 raw) {
 // The code in bit slot `slot` of the upper or lower half of a word, minus `from` (a multiple of 1/2). The code is not
 // shifted: it stays in place, in the mantissa of the power of two that makes it count as a whole number.
 template <int BITS> DEVICE float code_at(uint32_t word, int slot, bool upper, float from) {
-  const int bit = slot * BITS + 1, mask = (1 << BITS) - 1;  // one to the left, so that 1/2 has a bit too
+  const int bit = slot_bit(BITS, slot) + 1, mask = (1 << BITS) - 1;  // one to the left, so that 1/2 has a bit too
   const uint32_t power = (127 + 23 - bit) << 23;
   return __fsub_rn(__uint_as_float(((upper ? word >> 15 : word << 1) & mask << bit) | power),
                    __uint_as_float(power) + from);
@@ -52,14 +52,9 @@ DEVICE int vector_offset(int token, int vector) {
 
 // Unpacks 64 tokens x 32 channels (chunk) of page `index`. norms, out: of the page's first token.
 DEVICE void unpack_keys(const unsigned char* page, int index, int chunk, const float* norms, bf16* out) {
-  constexpr int LOADS = 8 / KEY_TILES, N = 8 / KEY_GROUPS;  // N of a lane's 8 tokens are of one group
+  constexpr int N = 8 / KEY_GROUPS;  // N of a lane's 8 tokens are of one group
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  uint32_t words[LOADS][4];
-  UNROLL for (int i = 0; i < LOADS; i++) {
-    const uint4 raw = ((const uint4*)page)[(chunk * LOADS + i) * 32 + lane];
-    const uint32_t four[4] = {raw.x, raw.y, raw.z, raw.w};
-    UNROLL for (int w = 0; w < 4; w++) words[i][w] = four[w];
-  }
+  const OctetWords<KEY_BITS> words = load_codes<KEY_BITS>(page, chunk);
   const uint4 *steps = (const uint4*)(page + key_step(index)), *minima = (const uint4*)(page + key_min(index));
   float norm[8];
   if (SCALED) {
@@ -80,7 +75,8 @@ DEVICE void unpack_keys(const unsigned char* page, int index, int chunk, const f
         const int tile = key_tile(i / 2, k / 4), pair = k / 2 % 2;
         const float minimum = KEY_GROUPS == 2 ? minima_of[k / 4].x[pair * 4 + g * 2 + k % 2]
                                               : minima_of[0].x[pair * 4 + k / 4 * 2 + k % 2];
-        const float code = code_at<KEY_BITS>(words[tile / KEY_TILES][2 * pair + i % 2], tile % KEY_TILES, k % 2, 0.f);
+        const uint32_t word = words.w[tile / KEY_TILES][2 * pair + i % 2];
+        const float code = code_at<KEY_BITS>(word, tile % KEY_TILES, k % 2, 0.f);
         y.x[k] = __fmaf_rn(code, step.x[k], minimum);
         if (SCALED) y.x[k] = __fmul_rn(y.x[k], norm[i]);
       }
@@ -93,10 +89,10 @@ DEVICE void unpack_keys(const unsigned char* page, int index, int chunk, const f
 DEVICE void unpack_values(const unsigned char* page, int octet, bf16* out) {
   constexpr int LOADS = 8 / VALUE_TILES, LOAD_CHUNKS = VALUE_TILES / 2;
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const OctetWords<VALUE_BITS> raw = load_codes<VALUE_BITS>(page + VALUE_CODES, octet);
   UNROLL for (int load = 0; load < LOADS; load++) {
-    const uint4 raw = ((const uint4*)(page + VALUE_CODES))[(octet * LOADS + load) * 32 + lane];
-    // To (token, channels).
-    const uint32_t words[4] = {movmatrix(raw.x), movmatrix(raw.y), movmatrix(raw.z), movmatrix(raw.w)};
+    uint32_t words[4];  // to (token, channels)
+    UNROLL for (int w = 0; w < 4; w++) words[w] = movmatrix(raw.w[load][w]);
     UNROLL for (int u = 0; u < LOAD_CHUNKS; u++) {
       const int index = 4 * octet + load * LOAD_CHUNKS + u, step = index / CHUNKS, chunk = index % CHUNKS;
       // [half][2 tokens] each

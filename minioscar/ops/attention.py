@@ -51,7 +51,7 @@ def unsupported(scheme: Scheme, head_dim: int) -> str | None:
     if not scheme.quantized:
         return None
     bits, value_group = {scheme.key_bits, scheme.value_bits}, scheme.value_group(head_dim)
-    if not bits <= {2, 4} or scheme.group not in (32, 64, 128) or value_group not in (32, 64):
+    if not bits <= {2, 3, 4} or scheme.group not in (32, 64, 128) or value_group not in (32, 64):
         keys = f"keys in {scheme.key_bits} bits and groups of {scheme.group}"
         values = f"values in {scheme.value_bits} bits and groups of {value_group}"
         return f"{scheme.name}: {keys}, {values}, have no packed layout"

@@ -26,7 +26,7 @@ def from_pages(pages: Array, scheme: Scheme, dim: int, xp: Any = np) -> dict[str
     blocks = pages.reshape(heads, -1, page_bytes(scheme, dim) * _pages_of_block(scheme))
     for name, size in _sections(scheme, dim):
         section, bits = xp.ascontiguousarray(blocks[..., begin : begin + size]), _code_bits(scheme, name)
-        numbers = oscar.unpack(section, bits, xp) if bits else section.view(np.float16)
+        numbers = _codes(section, bits, xp) if bits else section.view(np.float16)
         found.setdefault(name, []).append(numbers[..., xp.asarray(tables[name])])
         begin += size
     arrays = {}
@@ -46,7 +46,7 @@ def to_pages(arrays: dict[str, Array], scheme: Scheme, xp: Any = np) -> Array:
         x = (oscar.unpack(x, bits, xp) if bits else x).reshape(heads, blocks, -1, *table.shape)
         section = xp.empty((*x.shape[:3], table.size), x.dtype)
         section[..., xp.asarray(table)] = x
-        section = oscar.pack(section, bits, xp) if bits else section.view(np.uint8)
+        section = _code_bytes(section, bits, xp) if bits else section.view(np.uint8)
         parts[name] = iter(section.swapaxes(0, 2).swapaxes(1, 2))  # [heads, blocks, bytes] of each page that has one
     sections = [next(parts[name]) for name, _ in _sections(scheme, dim)]
     return xp.concatenate(sections, axis=-1).reshape(heads, tokens // PAGE_TOKENS, -1)
@@ -82,6 +82,33 @@ def _sections(scheme: Scheme, dim: int) -> list[tuple[str, int]]:
     return [(name, tables[name].size * (_code_bits(scheme, name) or 16) // 8) for name in names]
 
 
+def _codes(section: Array, bits: int, xp: Any) -> Array:
+    """The codes of a section in the order of `_code_position`: uint8 [..., numbers]."""
+    if bits != 3:
+        return oscar.unpack(section, bits, xp)
+    octets = section.reshape(*section.shape[:-1], -1, 768)  # of tiles: 4 words a lane, then 2 words a lane
+    four, two = octets[..., :512].reshape(*octets.shape[:-1], 32, 4, 4), octets[..., 512:]
+    words = xp.concatenate([four, two.reshape(*octets.shape[:-1], 32, 2, 4)], axis=-2)  # [..., lanes, 6, 4 bytes]
+    pairs = (words & xp.uint8(3)).reshape(*words.shape[:-2], 2, 3, 4) << xp.asarray([[2], [4], [6]], xp.uint8)
+    words = xp.concatenate([words, pairs.sum(axis=-2, dtype=xp.uint8)], axis=-2)
+    words = words.reshape(*words.shape[:-2], 2, 4, 4).swapaxes(-3, -4)  # [..., 2 loads, lanes, 4 words, 4 bytes]
+    codes = words[..., None] >> xp.asarray([2, 5], xp.uint8) & xp.uint8(7)
+    return codes.reshape(*section.shape[:-1], -1)
+
+
+def _code_bytes(codes: Array, bits: int, xp: Any) -> Array:
+    """The inverse of `_codes`."""
+    if bits != 3:
+        return oscar.pack(codes, bits, xp)
+    words = codes.reshape(*codes.shape[:-1], -1, 2, 32, 4, 4, 2) << xp.asarray([2, 5], xp.uint8)
+    words = words.sum(axis=-1, dtype=xp.uint8).swapaxes(-3, -4)  # [..., octets, lanes, 2 loads, 4 words, 4 bytes]
+    words = words.reshape(*words.shape[:-3], 8, 4)
+    pairs = words[..., 6:, None, :] >> xp.asarray([[2], [4], [6]], xp.uint8) & xp.uint8(3)
+    words = words[..., :6, :] | pairs.reshape(*words.shape[:-2], 6, 4)
+    parts = (part.reshape(*part.shape[:-3], -1) for part in (words[..., :4, :], words[..., 4:, :]))
+    return xp.concatenate(list(parts), axis=-1).reshape(*codes.shape[:-1], -1)
+
+
 @cache
 def positions(scheme: Scheme, dim: int) -> dict[str, np.ndarray]:
     """Name -> index in its section of each number of its array, [tokens or groups of a page, ...]."""
@@ -112,7 +139,7 @@ def _rows() -> np.ndarray:
 
 def _code_position(bits: int, tile: np.ndarray, lane: np.ndarray, word: np.ndarray, half: np.ndarray) -> np.ndarray:
     """Of a code in its MMA tile, lane, word 0 ... 3 of the lane's 16 bytes, half of the word."""
-    tiles = 16 // bits  # in one 16-byte load a lane
+    tiles = 8 if bits == 2 else 4  # in the four words of a lane
     return (((tile // tiles * 32 + lane) * 4 + word) * 2 + half) * tiles + tile % tiles
 
 
