@@ -11,8 +11,8 @@ kernel      decode attention: bytes that must move, over the measured copy rate.
 decode      a step of a whole model: weights and cache read once, over the copy rate; --breakdown: its kernels
 prefill     one prompt: multiply-adds over the measured matrix rate
 throughput  decode steps of the largest batch that runs in a budget of memory, weights included
-memory      bytes allocated for a cache, and the peak of it and a step; how fast weights of these shapes are loaded,
-            beside one copy of the same bytes
+memory      bytes allocated for a cache, and the peak of it and a step, or a prompt; how fast weights of these shapes
+            are loaded, beside one copy of the same bytes
 start       from the start of `python -m minioscar generate` to the first text of its answer; needs a model with files
 
 The limits are measured first. Times are medians after a warm-up; spread is (max - min) / median. On a GPU, kernels are

@@ -22,11 +22,12 @@ import numpy as np
 
 from benchmarks.measure import timed
 from benchmarks.models import filled, stepping, weight_bytes
-from minioscar.cache import cache_bytes
+from minioscar.cache import Cache, cache_bytes
 from minioscar.engine import Engine
 from minioscar.errors import Failure, UserError
 from minioscar.memory import needed
-from minioscar.oscar import SCHEMES
+from minioscar.ops.reference import Reference
+from minioscar.oscar import SCHEMES, WINDOW
 
 UNITS = {"GB": 10**9, "MB": 10**6}
 STATUS = Path("/proc/self/status")
@@ -37,50 +38,65 @@ Work = Callable[[], dict]
 
 
 def memory(e: Engine, name: str, batch: int, context: int) -> dict:
-    """A cache of `batch` rows of `context` tokens, and the most that it and a decode step take together.
+    """A cache of `batch` rows of `context` tokens, and the most that it and a decode step, or a prompt of so many
+    tokens for one row, take together.
 
-    predicted_peak_bytes is what `minioscar.memory` would have said. ratio_to_bf16 counts everything; ratio_of_codes
-    counts codes, steps and minima alone, as papers do: 5.33 for `oscar`.
+    predicted_peak_bytes and predicted_prefill_peak_bytes are what `minioscar.memory` would have said. ratio_to_bf16
+    counts everything; ratio_of_codes counts codes, steps and minima alone, as papers do: 5.33 for `oscar`.
     """
     scheme, room = e.scheme, context + 1
-    stepping(e, filled(e.config, scheme, e.ops, batch, context, weights=e.model.weights))[
-        0
-    ]()  # makes what stays: tables, kernels
-    cache, peak = (pooled if e.ops.name == "cuda" else traced)(e, batch, context)
+
+    def full() -> Cache:
+        return filled(e.config, scheme, e.ops, batch, context, weights=e.model.weights)
+
+    def step(cache: Cache) -> None:
+        stepping(e, cache)[0]()
+
+    def read(cache: Cache, tokens: int = context) -> None:
+        ids = np.random.default_rng(1).integers(0, e.config.vocab_size, tokens)
+        e.model.forward(ids, cache, cache.batch_for([0], [tokens]))
+
+    step(full())  # makes what stays: tables, kernels
+    read(Cache(e.config, scheme, 1, WINDOW, e.ops), WINDOW)
+    measure = pooled if e.ops.name == "cuda" else traced
+    cache, peak = measure(e.ops, full, step)
+    _, prefill_peak = measure(e.ops, lambda: Cache(e.config, scheme, batch, room, e.ops), read)
     predicted, bf16 = (cache_bytes(e.config, s, batch, room) for s in (scheme, SCHEMES["bf16"]))
-    sizes = {"cache_bytes": cache, "predicted_bytes": predicted, "bf16_bytes": bf16, "peak_bytes": peak}
-    sizes["predicted_peak_bytes"] = needed(e.config, scheme, e.ops, batch, room, batch).total
+    sizes = {"cache_bytes": cache, "predicted_bytes": predicted, "bf16_bytes": bf16}
+    for kind, most, tokens in (("peak", peak, batch), ("prefill_peak", prefill_peak, context)):
+        sizes[f"{kind}_bytes"] = most
+        sizes[f"predicted_{kind}_bytes"] = needed(e.config, scheme, e.ops, batch, room, tokens).total
     ratios = {"ratio_to_bf16": bf16 / cache, "ratio_of_codes": 16 / scheme.bits_per_element(e.config.head_dim)}
     return {"model": name, "kv": scheme.name, "batch": batch, "context": context, **sizes, **ratios}
 
 
-def traced(e: Engine, batch: int, context: int) -> tuple[int, int]:
-    """Bytes of the arrays of a cache (its lengths, on the host on every back end, aside), and the most that it and a
-    step held."""
+def traced(ops: Reference, make: Callable[[], Cache], use: Callable[[Cache], None]) -> tuple[int, int]:
+    """Bytes of the arrays of a cache (what counts its tokens, on the host on every back end, aside), and the most that
+    it and its use held."""
     tracemalloc.start()
     try:
-        cache = filled(e.config, e.scheme, e.ops, batch, context, weights=e.model.weights)
+        cache = make()
         arrays = tracemalloc.take_snapshot().filter_traces([tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)])
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
-        stepping(e, cache)[0]()
-        size = sum(trace.size for trace in arrays.traces) - cache.lengths.nbytes
+        use(cache)
+        size = sum(trace.size for trace in arrays.traces) - cache.lengths.nbytes - cache.cuts.nbytes
         return size, size + tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
 
 
-def pooled(e: Engine, batch: int, context: int) -> tuple[int, int]:
-    """The same on a card. The pool rounds every array up to 512 bytes, and its growth in a step is that step's
+def pooled(ops: Reference, make: Callable[[], Cache], use: Callable[[Cache], None]) -> tuple[int, int]:
+    """The same on a card. The pool rounds every array up to 512 bytes, and its growth during a use is that use's
     high-water mark."""
-    pool = e.ops.xp.get_default_memory_pool()
-    e.ops.release()
+    pool = ops.xp.get_default_memory_pool()
+    ops.release()
     before = pool.used_bytes()
-    cache = filled(e.config, e.scheme, e.ops, batch, context, weights=e.model.weights)
+    cache = make()
     size = pool.used_bytes() - before
-    e.ops.release()
+    ops.release()
     held = pool.total_bytes()
-    stepping(e, cache)[0]()
+    use(cache)
     return size, size + pool.total_bytes() - held
 
 

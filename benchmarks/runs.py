@@ -125,6 +125,7 @@ def check_sizes(runs: Runs, config: Config, ops: Reference, weights: int) -> Non
         raise UserError(f"a context of {asked} is too long, give a shorter --context or --tokens: {config.limit}")
     most = max((n + 1 for name, contexts in runs.contexts.items() if name != "throughput" for n in contexts), default=0)
     sizes = [(max(runs.batches), most, max(runs.batches))] * bool(most) + [(1, n, n) for n in runs.prompts]
+    sizes += [(max(runs.batches), n + 1, n) for n in runs.contexts.get("memory", ())]
     try:
         for scheme in runs.schemes:
             for batch, context, tokens in sizes:

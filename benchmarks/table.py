@@ -96,6 +96,7 @@ COLUMNS: dict[str, list[Column]] = {
         KV, SHAPE, megabytes("MB cache", "cache_bytes"), megabytes("predicted", "predicted_bytes"),
         number("bf16 / this", 12, "ratio_to_bf16", ".2f"), number("codes alone", 12, "ratio_of_codes", ".2f"),
         megabytes("MB peak", "peak_bytes"), megabytes("predicted", "predicted_peak_bytes"),
+        megabytes("MB prefill", "prefill_peak_bytes"), megabytes("predicted", "predicted_prefill_peak_bytes"),
     ],
 }  # fmt: skip
 

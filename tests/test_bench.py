@@ -67,7 +67,7 @@ def test_json_has_the_stable_keys(report):
         "kernel": attention, "sweep": attention, "decode": "model kv batch context ms tokens_per_s fraction_of_limit",
         "prefill": "model tokens tokens_per_s fraction_of_limit",
         "throughput": "model budget_gb kv context batch tokens_per_s",
-        "memory": "kv batch context cache_bytes predicted_bytes ratio_to_bf16",
+        "memory": "kv batch context cache_bytes predicted_bytes ratio_to_bf16 prefill_peak_bytes",
         "load": "model layers bytes s spread first_s gb_s copy_gb_s fraction_of_copy",
         "growth": "over kv points us_per_1000_tokens us_at_0_tokens worst_error bytes_us_per_1000_tokens "
         "times_the_bytes",
@@ -160,6 +160,7 @@ def test_measured_cache_bytes_are_the_predicted_ones(report):
 def test_every_scheme_takes_in_memory_what_was_predicted(model, kv):
     row = bench_memory.memory(engine.load(model, kv, "cpu", tokenizer=False), "tiny", 3, 384)
     assert row["cache_bytes"] == row["predicted_bytes"]
+    assert row["cache_bytes"] < row["prefill_peak_bytes"] <= row["predicted_prefill_peak_bytes"]
     assert row["ratio_of_codes"] == pytest.approx({"oscar": 16 / 3, "bf16": 1}.get(kv, row["ratio_of_codes"]))
 
 

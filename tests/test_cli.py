@@ -194,19 +194,22 @@ def test_eval_prints_a_table(smollm2, capsys, tmp_path):
     assert code == 0 and "| int4 | 5.000 |" in out
 
 
-def test_eval_with_needle_and_drift_adds_their_objects_and_tables(smollm2, capsys, monkeypatch):
-    monkeypatch.setattr("minioscar.evaluation.needle.DEPTHS", (0.5,))
-    options = ["--prefill", 130, "--decode", 5, "--kv", "int4", "--needle", "100", "--drift", 10]
+def test_eval_with_needle_tools_and_drift_adds_their_objects_and_tables(smollm2, capsys, monkeypatch):
+    for part in ("needle", "tool_calls"):
+        monkeypatch.setattr(f"minioscar.evaluation.{part}.DEPTHS", (0.5,))
+        monkeypatch.setattr(f"minioscar.evaluation.{part}.REPEATS", 1)
+    options = ["--prefill", 130, "--decode", 5, "--kv", "int4", "--needle", "400", "--tools", "400", "--drift", 10]
     code, out, _ = run(capsys, "eval", smollm2, *options, "--json")
     report = json.loads(out)
     assert code == 0
-    assert set(report) == {"model", "device", "prefill", "decode", "windows", "results", "drift", "needle"}
+    assert set(report) == {"model", "device", "prefill", "decode", "windows", "results", "drift", "needle", "tools"}
     assert report["drift"]["tokens"] == 10 and len(report["drift"]["results"][1]["first_difference"]) == 1
     assert set(report["drift"]["results"][1]) == {"kv", "first_difference", "same_tokens", "kl"}
-    assert report["needle"]["lengths"] == [128]
+    assert report["needle"]["lengths"] == report["tools"]["lengths"] == [512]
     assert set(report["needle"]["results"][1]) == {"kv", "exact_match", "by_length_and_depth"}
     tables = fidelity.table(report)
-    assert "| int4 | 5.000 |" in tables and "Passkeys found" in tables and "Greedy continuation, 10 tokens" in tables
+    parts = "| int4 | 5.000 |", "Passkeys found", "Tool calls copied", "Greedy continuation, 10 tokens"
+    assert all(part in tables for part in parts)
 
 
 def test_info_needs_no_weights(smollm2, capsys, tmp_path):
@@ -313,6 +316,13 @@ def cases(tiny: Path) -> dict[str, tuple[list[str], str]]:
         "needle no number": (["eval", smollm2, "--needle", "512,long"], "'512,long'"),
         "needle below 1": (["eval", smollm2, "--needle", "0"], "--needle 0"),
         "needle too long": (["eval", smollm2, "--needle", "8192"], "8192"),
+        "needle too short": (["eval", smollm2, "--needle", "384"], "at least 385"),
+        "tools no number": (["eval", smollm2, "--tools", "long"], "--tools 'long'"),
+        "tools below 1": (["eval", smollm2, "--tools", "0"], "--tools 0"),
+        "tools too long": (["eval", smollm2, "--tools", "8192"], "8192"),
+        "tools short text": (
+            ["eval", smollm2, "--text", str(passage), *"--prefill 3 --decode 3 --tools 700".split()], "--tools 700"
+        ),
         "needle short text": (
             ["eval", smollm2, "--text", str(passage), *"--prefill 3 --decode 3 --needle 700".split()], "--needle 700"
         ),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from minioscar import oscar
 from minioscar.app.cli import main
+from minioscar.cache import BF16, Cache, NewTokens
 from minioscar.config import Config
-from minioscar.evaluation import figures, inspection, report
+from minioscar.evaluation import contrasts, figures, inspection, report
 from minioscar.key_shaping import Shaping
-from minioscar.oscar import SCHEMES
+from minioscar.ops.reference import Reference
+from minioscar.oscar import SCHEMES, WINDOW, Scheme
 
 from .tiny import CONFIG
 
@@ -167,3 +170,46 @@ def test_a_missing_matplotlib_and_a_bad_folder_are_named_with_the_way_out(capsys
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["inspect", "smollm2-135m"]) == 2
     assert "pip install 'minioscar[plot]'" in capsys.readouterr().err
+
+
+def test_a_window_of_its_own_scheme_is_what_decoding_reads(seed):
+    """Codes for the first P(p) tokens, the others as they are: the same as a cache that is fed token by token."""
+    rng = np.random.default_rng(seed)
+    config, tokens = replace(Config.from_dict(CONFIG), num_layers=1), 256
+    heads, d = config.num_kv_heads, config.head_dim
+    k, v = (rng.standard_normal((heads, tokens, d)).astype(BF16).astype(np.float32) for _ in range(2))
+    q = rng.standard_normal((WINDOW, config.num_heads, d)).astype(np.float32)
+    scheme = Scheme("kept", flush=64, keep=64)
+    back = inspection.through_cache(k, v, scheme, config, Shaping(None, None))
+    found = contrasts.by_window(q, (k, v), back, scheme)
+    cache, out = Cache(config, scheme, 1, tokens, Reference()), []
+    for start, end in ((0, 128), *((p, p + 1) for p in range(128, tokens))):
+        batch = cache.batch_for([0], [end - start])
+        new = NewTokens(k[:, start:end].swapaxes(0, 1), v[:, start:end].swapaxes(0, 1))
+        if start:
+            out.append(cache.layers[0].attend(q[start - 128 : end - 128], new, batch))
+        cache.layers[0].append(new, batch)
+        cache.advance(batch)
+    exact = inspection.attend(q.reshape(WINDOW, heads, -1, d).transpose(1, 2, 0, 3), k, v)
+    exact = exact.transpose(2, 0, 1, 3).reshape(q.shape)
+    error, size = (np.square(x).reshape(8, -1).sum(axis=1) for x in (np.concatenate(out) - exact, exact))
+    np.testing.assert_allclose(found["64/64"], np.sqrt(error / size), rtol=1e-3)
+    assert list(found) == ["64/64", "128/0", "32/96"] and np.mean(found["128/0"]) > np.mean(found["64/64"])
+
+
+def test_the_window_shows_on_a_real_model(found):
+    """Just after a flush of everything attention errs most; a window that is not emptied has no such peak."""
+    errors = found["windows"]["errors"]["int2"]
+    assert errors["128/0"][0] > 1.2 * errors["128/0"][-1] and errors["128/0"][0] > 1.2 * errors["64/64"][0]
+    assert np.mean(errors["32/96"]) < np.mean(errors["128/0"])
+
+
+def test_feedback_moves_errors_to_pairs_that_queries_weigh_least():
+    found = inspection.inspect("smollm2-135m", ["int2-shaped"], tokens=256, device="cpu")
+    effect = found["feedback"]["int2-shaped"]
+    plain, shaped, energy = (np.array(effect[name]["pairs"]) for name in ("plain", "shaped", "energy"))
+    assert np.all(np.diff(energy) <= 0) and plain.mean() == pytest.approx(1, rel=0.01)
+    assert shaped[:4].mean() < 0.8 * plain[:4].mean() and shaped[-8:].mean() > 1.2 * plain[-8:].mean()
+    assert effect["shaped"]["logits"] < 0.9 * effect["plain"]["logits"]
+    lines = figures.drawn(figures.feedback, found).axes[0].lines
+    np.testing.assert_array_equal(lines[1].get_ydata(), effect["shaped"]["pairs"])

@@ -49,7 +49,10 @@ def refusals(folder: Path):
             name, ["int2"], text=text, prefill=200, decode=9, continued=100, device="cpu"
         ),
         "needle": lambda m: fidelity.evaluate(
-            name, ["int2"], text=text, prefill=9, decode=9, needles=[256], device="cpu"
+            name, ["int2"], text=text, prefill=9, decode=9, needles=[400], device="cpu"
+        ),
+        "tools": lambda m: fidelity.evaluate(
+            name, ["int2"], text=text, prefill=9, decode=9, tools=[400], device="cpu"
         ),
         "inspect": lambda m: inspection.inspect(name, ["int2"], text=text, tokens=384, device="cpu"),
     }

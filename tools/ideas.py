@@ -8,8 +8,8 @@ docs/fidelity.md says what came of each.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -30,6 +30,7 @@ from minioscar.oscar import SCHEMES, Scheme
 from minioscar.storage import hub
 from minioscar.tokenizer import Tokenizer
 from minioscar.weights import load, rotate_values
+from tools import texts
 
 WINDOWS, PREFILL, DECODE = 4, 1024, 512
 Array = np.ndarray
@@ -124,6 +125,9 @@ class Values:
     levels: tuple[float, float] | None = None  # inner and outer, in the largest magnitude of the group
     least_squares: bool = False
     carried: float = 0.0  # share of a token's rounding error that is handed to the next token
+    # Groups with |v_t - v_(t-1)| <= dithered |v_t| get their whole range and, before rounding, an offset that runs
+    # through the eighths of a step from token to token; with inf all groups get the offset, and the shrunk range.
+    dithered: float = 0.0
 
     def __call__(self, values: Array) -> Array:
         group = self.scheme.value_group(values.shape[-1])
@@ -145,7 +149,18 @@ class Values:
                 back[:, t] = rounded(wanted, step[:, t]) * step[:, t]
                 error = wanted - back[:, t]
             return back.reshape(values.shape)
+        if self.dithered:
+            before = np.concatenate([x[:, 1:2], x[:, :-1]], axis=1)  # the first is compared with the second
+            distance, size = (((y * y).sum(axis=-1, keepdims=True)) for y in (x - before, x))
+            equal = distance <= self.dithered**2 * size
+            shrink = np.where(equal & np.isfinite(self.dithered), np.float32(1), np.float32(self.scheme.shrink))
+            step = f16(abs(x).max(axis=-1, keepdims=True) * shrink / 1.5)
+            offset = np.resize(OFFSETS, x.shape[1])[:, None, None]
+            return (rounded(x + step * equal * offset, step) * step).reshape(values.shape)
         return oscar.dequantize_values(*oscar.quantize_values(values, self.scheme), self.scheme)
+
+
+OFFSETS = np.array([-7, 1, -3, 5, -5, 3, -1, 7], np.float32) / 16  # of a step, token by token
 
 
 def rounded(x: Array, step: Array) -> Array:
@@ -187,7 +202,7 @@ class LabCache(PackedCache):
 
     def pack(self, slot, first, keys, values, feedback=None) -> None:
         lab, scheme, layer, tokens = self.ops, self.scheme, self.arrays, slice(first, first + keys.shape[1])
-        self.keep_sinks(slot, first, keys, values)
+        self.copy_sinks(slot, first, keys, values)
         keys, values = keys.astype(np.float32), values.astype(np.float32)
         if (
             lab.centered
@@ -272,9 +287,12 @@ IDEAS: dict[str, tuple[Keys, Values, dict[str, Any]]] = {
     "values: Lloyd-Max spacing": (K, Values(2.5, levels=(0.25, 0.85)), {}),
     "values: least-squares step": (K, Values(2.5, least_squares=True), {}),
     "values: half the error carried on": (K, Values(2.5, carried=0.5), {}),
+    "values: dithered": (K, Values(2.5, dithered=np.inf), {}),
+    "values: dithered where they repeat": (K, Values(2.5, dithered=0.25), {}),
     "keys 3 bits in 128s, values 2 in 64s": (Keys(3.25, int2(key_bits=3, group=128, shrink=1.0)), V64, {}),
     "RoPE pairs of k balanced against q": (K, V, {"balance": True}),
     "shaped": (Keys(3, shaped=True), V, {}),
+    "shaped, values dithered where they repeat": (Keys(3, shaped=True), Values(2.5, dithered=0.25), {}),
     "shaped, softmax bias corrected": (Keys(3, shaped=True), V, {"correction": 1.0}),
     "shaped, value groups of 64": (Keys(3, shaped=True), V64, {}),
     "shaped, key groups of 64": (Keys(2.5, int2(group=64, shrink=0.85), shaped=True), V64, {"sinks": 64}),
@@ -338,24 +356,28 @@ def decoded(engine: Engine, ids: list[int], prefill: list[tuple[Array, Array]]) 
 
 
 def main() -> None:
-    model, names = sys.argv[1], sys.argv[2:] or list(IDEAS)
-    folder, ops = hub.resolve(model), Reference()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("ideas", nargs="*", metavar="IDEA", default=list(IDEAS), help="all of them")
+    parser.add_argument("--text", choices=texts.TEXTS, help="instead of the default text")
+    args, ops = parser.parse_intermixed_args(), Reference()
+    folder = hub.resolve(args.model)
     config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
     rotated = rotate_values(load(folder, config, ops), config, ops)
     shaped, other = (
         shape_keys(weights, config, SCHEMES["int2-shaped"], ops) for weights in (rotated, balanced(rotated, config))
     )
     runs = [Engine(config, shaped, tokenizer, EXACT, ops), Engine(config, shaped, tokenizer, SCHEMES["oscar"], ops)]
-    for name in names:
+    for name in args.ideas:
         keys, values, options = IDEAS[name]
         scheme = replace(SCHEMES["int2-shaped"], name=name, sinks=options.get("sinks", 32))
         lab = Lab(
             keys, values, **{option: value for option, value in options.items() if option not in ("sinks", "balance")}
         )
         runs.append(Engine(config, other if options.get("balance") else shaped, tokenizer, scheme, lab))
-    ids, size = tokenizer.encode(fidelity.default_text()), PREFILL + DECODE + 1
+    windows = texts.stretches(args.text or texts.DEFAULT, tokenizer, PREFILL + DECODE + 1, WINDOWS)
     scores: list[list[tuple[float, float, float]]] = [[] for _ in runs]
-    for window in tqdm([ids[start : start + size] for start in range(0, WINDOWS * size, size)], disable=None):
+    for window in tqdm(windows, disable=None):
         prefills: dict[int, list[tuple[Array, Array]]] = {}  # by the weights that they belong to
         truth: list[Array] = []
         for engine, found in zip(runs, scores, strict=True):
@@ -371,11 +393,9 @@ def main() -> None:
     for row in rows[2:]:
         keys, values, _ = IDEAS[row["kv"]]
         row["bits_per_element"] = (keys.bits + values.bits) / 2
-    print(
-        json.dumps(
-            {"model": folder.name, "prefill": PREFILL, "decode": DECODE, "windows": WINDOWS, "results": rows[1:]}
-        )
-    )
+    about = {"model": folder.name, "prefill": PREFILL, "decode": DECODE, "windows": WINDOWS}
+    about |= {} if args.text is None else {"text": args.text}
+    print(json.dumps({**about, "results": rows[1:]}))
 
 
 if __name__ == "__main__":

@@ -344,8 +344,8 @@ def run_eval(args: argparse.Namespace) -> None:
     schemes = [name.strip() for name in args.kv.split(",")]
     report = fidelity.evaluate(
         args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows,
-        needles=lengths(args.needle),
-        continued=args.drift, device=args.device, progress=sys.stderr.isatty(),
+        needles=lengths("--needle", args.needle), tools=lengths("--tools", args.tools), continued=args.drift,
+        device=args.device, progress=sys.stderr.isatty(),
         weights=[mode.strip() for mode in args.weights.split(",")] if args.weights else [],
     )
     print(json.dumps(report) if args.json else fidelity.table(report))
@@ -365,12 +365,12 @@ def run_inspect(args: argparse.Namespace) -> None:
     print(json.dumps(found) if args.json else files[-1])
 
 
-def lengths(option: str | None) -> list[int]:
-    """The numbers of --needle. Raises UserError for anything else."""
+def lengths(option: str, given: str | None) -> list[int]:
+    """The numbers of an option such as --needle. Raises UserError for anything else."""
     try:
-        return [int(n) for n in option.split(",")] if option else []
+        return [int(n) for n in given.split(",")] if given else []
     except ValueError:
-        raise UserError(f"--needle {option!r} is not a list of lengths; write --needle 512,1024") from None
+        raise UserError(f"{option} {given!r} is not a list of lengths; write {option} 512,1024") from None
 
 
 COMMANDS = {

@@ -59,7 +59,7 @@ stderr says so and /health answers 200. SIGTERM lets running answers end.""",
     "info": "example:\n  python -m minioscar info Qwen/Qwen3-0.6B --ctx 32768 --batch 8",
     "eval": """examples:
   python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024 --windows 3 --json
-  python -m minioscar eval smollm2-135m --kv int2 --needle 512,1024 --drift 256""",
+  python -m minioscar eval smollm2-135m --kv int2 --needle 512,1024 --tools 1024 --drift 256""",
     "inspect": "example:\n  python -m minioscar inspect smollm2-135m --out report",
 }
 
@@ -186,6 +186,10 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         flag(
             "--needle", "also retrieve passkeys from so many tokens of the text (512,1024,2048)", "N,N", nargs="?",
             const="512,1024,2048"
+        ),
+        flag(
+            "--tools", "also copy tool calls from so many tokens of the text (1024,4096,8064)", "N,N", nargs="?",
+            const="1024,4096,8064"
         ),
         number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),
         flag("--weights", "also with matrices quantized so, each with --kv bf16 and with the schemes", "int8,int4"),

@@ -22,7 +22,7 @@ from ..tables import markdown
 from ..tokenizer import Tokenizer
 from ..weights import Weights, quantize, rotate_values
 from ..weights import load as load_weights
-from . import drift, needle
+from . import drift, needle, tool_calls
 from .teacher_forcing import Done, divergence, log_softmax, teacher_forced
 
 BASELINE = "bf16"
@@ -57,8 +57,8 @@ class Lengths:
     """How much of a text is evaluated, in tokens. Raises UserError for a number out of range.
 
     Each of `windows` stretches is prefilled by `prefill` tokens, then `decode` true tokens are fed; the prediction at
-    each of those positions counts. needles: also retrieve passkeys from haystacks of these lengths. continued: also
-    follow a greedy continuation of each prompt for so many tokens.
+    each of those positions counts. needles: also retrieve passkeys from haystacks of these lengths. tools: also copy
+    tool calls from contexts of these. continued: also follow a greedy continuation of each prompt for so many tokens.
     """
 
     prefill: int = 1024
@@ -66,14 +66,16 @@ class Lengths:
     windows: int = 1
     needles: Sequence[int] = ()
     continued: int = 0
+    tools: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        shortest = min(self.needles, default=1)
-        for name, value in {
-            "prefill": self.prefill, "decode": self.decode, "windows": self.windows, "needle": shortest
-        }.items():
-            if value < 1:
-                raise UserError(f"--{name} {value} is out of range; it must be at least 1")
+        least = {"prefill": 1, "decode": 1, "windows": 1, "needle": needle.SHORTEST, "tools": needle.SHORTEST}
+        asked = {"prefill": self.prefill, "decode": self.decode, "windows": self.windows}
+        for name, lengths in (("needle", self.needles), ("tools", self.tools)):
+            asked |= {name: min(lengths)} if lengths else {}
+        for name, value in asked.items():
+            if value < least[name]:
+                raise UserError(f"--{name} {value} is out of range; it must be at least {least[name]}")
         if self.continued < 0:
             raise UserError(f"--drift {self.continued} is out of range; it must be at least 0")
 
@@ -84,13 +86,19 @@ class Lengths:
 
     @property
     def haystack(self) -> int:
-        return max(needle.blocks(self.needles), default=0)
+        """Of passkeys or tool calls: the longest."""
+        return max(needle.blocks([*self.needles, *self.tools]), default=0)
 
     def check(self, config: Config) -> None:
         """Raises UserError where the model's context is too short."""
-        longest = max(self.window - 1, self.prefill + self.continued + 1, self.haystack + needle.MARGIN)
+        longest = max(
+            self.window - 1,
+            self.prefill + self.continued + 1,
+            *(n + needle.MARGIN for n in needle.blocks(self.needles)),
+            *(n + tool_calls.MARGIN for n in needle.blocks(self.tools)),
+        )
         if longest > config.max_context:
-            options = "--prefill, --decode, --drift or --needle"
+            options = "--prefill, --decode, --drift, --needle or --tools"
             raise UserError(f"this takes {longest} positions; lower {options}: {config.limit}")
 
     def check_text(self, tokens: int) -> None:
@@ -100,7 +108,8 @@ class Lengths:
             way_out = "lower --prefill, --decode or --windows"
             raise UserError(f"the text has {tokens} tokens, but {needed} are needed; {way_out}")
         if tokens < self.haystack:
-            asked = f"--needle {max(self.needles)} needs {self.haystack}"
+            option = "needle" if max(self.needles, default=0) >= max(self.tools, default=0) else "tools"
+            asked = f"--{option} {max([*self.needles, *self.tools])} needs {self.haystack}"
             raise UserError(f"the text has {tokens} tokens, but {asked}; use a longer text")
 
 
@@ -158,6 +167,9 @@ def parts(
     if asked.needles:
         tokens = needle.cost(engines, asked.needles)
         found["needle"] = tokens, lambda done: needle.needle(engines, ids, asked.needles, done)
+    if asked.tools:
+        tokens = tool_calls.cost(engines, asked.tools)
+        found["tools"] = tokens, lambda done: tool_calls.tool_calls(engines, ids, asked.tools, done)
     return found
 
 
@@ -237,7 +249,7 @@ def table(report: dict) -> str:
             rows[-1].insert(1, row["weights"] or "as they are")
     columns = ["kv", *["weights"] * several, "bits/element", "NLL", "perplexity", "ΔNLL", "KL", "top-1"]
     lines = markdown(columns, rows)
-    for part in (drift, needle):
-        if (name := part.__name__.rpartition(".")[2]) in report:
+    for name, part in {"drift": drift, "needle": needle, "tools": tool_calls}.items():
+        if name in report:
             lines += ["", part.table(report[name])]
     return "\n".join(lines)

@@ -188,6 +188,46 @@ def errors(fig: Figure, report: dict) -> None:
     fig.axes[2].legend(fontsize=10)
 
 
+def windows(fig: Figure, report: dict) -> None:
+    """Error of attention since the last flush, for one scheme, and its mean for all of them, with several windows."""
+    left, right = fig.subplots(1, 2)
+    found, width = report["windows"]["errors"], report["windows"]["bin"]
+    name = next((name for name in reversed(found) if len(found[name]) > 1), next(iter(found), None))
+    for window, values in found.get(name, {}).items():
+        left.plot((np.arange(len(values)) + 0.5) * width, values, "o-", ms=5, label=window)
+    left.set(title=f"{name}: output of attention", xlabel="tokens since a multiple of 128", ylabel="relative error")
+    left.legend(title="flush/keep", fontsize=10)
+    kinds = list(dict.fromkeys(window for by_window in found.values() for window in by_window))
+    for i, window in enumerate(kinds):
+        x = [j + (i - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for j, name in enumerate(found) if window in found[name]]
+        heights = [np.mean(by_window[window]) for by_window in found.values() if window in by_window]
+        right.bar(x, heights, 0.8 / len(kinds), label=window)
+    right.set_xticks(range(len(found)), found, rotation=30, ha="right")
+    right.set(title="Mean over a cycle")
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+
+
+def feedback(fig: Figure, report: dict) -> None:
+    """Error of keys by RoPE pair and of logits, with and without shaped rounding."""
+    left, right = fig.subplots(1, 2, width_ratios=(1.6, 1))
+    left.set(title="Error of keys by RoPE pair, of the mean", xlabel="pair, the one that queries weigh most first")
+    right.set(title="Error of logits, nats")
+    for i, (name, found) in enumerate(report["feedback"].items()):
+        for kind, style in (("plain", "--"), ("shaped", "-")):
+            label = f"{name}, {'with' if kind == 'shaped' else 'without'} feedback"
+            left.plot(found[kind]["pairs"], style, color=COLORS.get(name, "black"), label=label)
+            color = COLORS.get(name, "black") if kind == "shaped" else "#bbbbbb"
+            right.bar([i + (0.2 if kind == "shaped" else -0.2)], [found[kind]["logits"]], 0.4, color=color)
+    if not report["feedback"]:
+        left.text(0.5, 0.5, "no scheme with shaped rounding in --kv", transform=left.transAxes, ha="center")
+        return
+    left.plot(found["energy"]["pairs"], color="#999999", lw=1, label="queries' energy")
+    left.set_yscale("log")
+    left.legend(fontsize=10)
+    right.set_xticks(range(len(report["feedback"])), report["feedback"])
+
+
 FIGURES: list[tuple[str, str, Callable[[Any, dict], None]]] = [
     (
         "Attention sinks have small keys",
@@ -254,5 +294,22 @@ FIGURES: list[tuple[str, str, Callable[[Any, dict], None]]] = [
         "smaller error of keys is not always a smaller error of the output: a shaped scheme makes larger errors than "
         "its plain twin, in directions that queries do not look.",
         errors,
+    ),
+    (
+        "What the window is worth",
+        "Left: the error of what attention returns to the last 128 queries, by how long ago the number of tokens was "
+        "a multiple of 128. Where all 128 tokens of the window are packed at once (128/0), the next queries read even "
+        "their nearest neighbours from codes, and the error is largest just then; where the oldest 64 or 32 are "
+        "packed and the others stay (64/64, 32/96), it is nearly even. The codes are the same. Right: the mean of "
+        "that, for every scheme; its own window is one of them.",
+        windows,
+    ),
+    (
+        "What the feedback is worth",
+        "Left: the error of keys in each RoPE pair, mean over layers and heads, relative to that without feedback "
+        "over all pairs, beside how much queries weigh the pair. Plain rounding makes errors of about the same size in "
+        "all pairs; shaped rounding makes smaller ones where queries look and larger ones where they do not. Right: "
+        "what is left of it in the logits (gray: without feedback).",
+        feedback,
     ),
 ]

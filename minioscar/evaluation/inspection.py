@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from ..oscar import SCHEMES, WINDOW, Scheme
 from ..storage.hub import resolve
 from ..tokenizer import Tokenizer
 from ..weights import load as load_weights
+from .contrasts import BIN, by_window, feedback_effect
 from .fidelity import default_text
 
 STEPS = ("raw", "scaled", "rotated", "rotated and scaled")
@@ -36,6 +38,7 @@ QUANTILES = (0, 0.05, 0.5, 0.95, 1)
 ASKING = 128  # queries at the end, whose attention is computed with every scheme
 # of a layer's attention, by mean over heads and queries far behind: a token that gets more is a sink there
 SINK_SHARE = 0.05
+OVER_LAYERS = "of_tokens", "picture", "windows", "feedback"  # reported for all layers at once
 SPREADS = 12  # bins of the norm spread, from 1 to the largest, evenly in its logarithm
 
 
@@ -90,8 +93,10 @@ def inspect(
         "imbalance": imbalance(layers),
         "errors_by_token": by_token(layers),
         "example": example(layers),
+        "windows": {"bin": BIN, "errors": mean_of([layer["windows"] for layer in layers])},
+        "feedback": mean_of([layer["feedback"] for layer in layers]),
         "layers": [
-            {name: value for name, value in layer.items() if name not in ("of_tokens", "picture")} for layer in layers
+            {name: value for name, value in layer.items() if name not in OVER_LAYERS} for layer in layers
         ],
     }
 
@@ -120,20 +125,26 @@ def look(
     low = int(norms[:group].argmin())
     stretches = {step: stretch(x[:, :group], low) for step, x in keys.items()}
     head = int(stretches["scaled"].max(axis=1).argmax())
-    errors, of_keys, of_values = {}, {}, {}
-    for scheme in schemes:
+
+    def read_back(scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
         shaped = shapings.get(scheme.name, Shaping(None, None))
-        back_k, back_v = through_cache(k, v, scheme, config, shaped, rotations.get(scheme.name))
-        of_keys[scheme.name], of_values[scheme.name] = (
-            np.linalg.norm(back - x, axis=(0, 2)) / np.linalg.norm(x, axis=(0, 2))
-            for back, x in ((back_k, k), (back_v, v))
-        )
+        return through_cache(k, v, scheme, config, shaped, rotations.get(scheme.name))
+
+    back = {scheme.name: read_back(scheme) for scheme in schemes}
+    of_keys, of_values = ({name: relative(x[i], (k, v)[i], (0, 2)) for name, x in back.items()} for i in range(2))
+    errors = {}
+    for name, (back_k, back_v) in back.items():
         output = np.linalg.norm(attend(q[:, :, -ASKING:], back_k, back_v) - exact) / np.linalg.norm(exact)
-        heads = [
-            np.linalg.norm(back - x, axis=(1, 2)) / np.linalg.norm(x, axis=(1, 2))
-            for back, x in ((back_k, k), (back_v, v))
-        ]
-        errors[scheme.name] = {"keys": rounded(heads[0]), "values": rounded(heads[1]), "attention": rounded(output)}
+        heads = (rounded(relative(x, y, (1, 2))) for x, y in ((back_k, k), (back_v, v)))
+        errors[name] = {**dict(zip(("keys", "values"), heads, strict=True)), "attention": rounded(output)}
+    windows = {
+        scheme.name: by_window(inputs.q[-WINDOW:], (k, v), back[scheme.name], scheme)
+        for scheme in schemes
+        if scheme.quantized
+    }
+    effects = {
+        scheme.name: feedback_effect(q[:, :, -ASKING:], k, scheme, read_back) for scheme in schemes if scheme.shaped
+    }
     return {
         "norms": {
             "q": {"raw": quantiles(q), "rotated": quantiles(oscar.rotate(q))},
@@ -148,6 +159,7 @@ def look(
         "stretch": {step: rounded(np.sort(x, axis=None)[::-1]) for step, x in stretches.items()},
         "attention": rounded(attention),
         "errors": errors,  # keys and values: a number a kv head
+        "windows": windows, "feedback": effects,
         "of_tokens": {"spread": norms.reshape(-1, group).max(axis=1).repeat(group) / norms, "bound": bound(
             norms, ranges["rotated"]
         ),
@@ -156,6 +168,10 @@ def look(
             "head": head, "token": low, "keys": {step: abs(x[head, :group]) / rms[step] for step, x in keys.items()}
         },
     }
+
+
+def relative(back: np.ndarray, x: np.ndarray, axis: tuple[int, int]) -> np.ndarray:
+    return np.linalg.norm(back - x, axis=axis) / np.linalg.norm(x, axis=axis)
 
 
 def through_cache(
@@ -237,6 +253,13 @@ def imbalance(layers: Sequence[dict]) -> dict:
         "bound": means(limit),
         "errors": errors,
     }
+
+
+def mean_of(layers: Sequence) -> Any:
+    """Of numbers, or of lists and objects of them that are alike in all layers."""
+    if isinstance(layers[0], Mapping):
+        return {name: mean_of([layer[name] for layer in layers]) for name in layers[0]}
+    return rounded(np.mean(layers, axis=0))
 
 
 def by_token(layers: Sequence[dict]) -> dict:

@@ -15,18 +15,20 @@ from ..oscar import WINDOW
 from ..tables import markdown
 from .teacher_forcing import Done, next_flush
 
-LENGTHS = (512, 1024, 2048)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 HIDDEN, QUESTION = "\n\nNote: the secret passkey is {}.\n\n", "\n\nNote: the secret passkey is"
 ANSWER_TOKENS = 8
 REPEATS = 2  # passkeys at each length and depth
 MARGIN = 64  # positions beyond a haystack, for question and answer
+# More than any scheme keeps as sinks, and in its window.
+FIRST, LAST = WINDOW, 2 * WINDOW
+SHORTEST = FIRST + LAST + 1
 
 
 @dataclass(frozen=True)
 class Trial:
     length: int  # tokens of the haystack, the needle among them
-    depth: float  # 0: the needle begins the haystack; 1: it ends it
+    depth: float  # `plant`
     passkey: str
 
 
@@ -37,18 +39,16 @@ def trials(lengths: Sequence[int], depths: Sequence[float], repeats: int) -> lis
 
 
 def plant(haystack: Sequence[int], needle: Sequence[int], length: int, depth: float) -> list[int]:
-    """`length` tokens: the haystack's first, with the needle put in at `depth`. Raises UserError where one of them is
-    too short."""
-    room = length - len(needle)
+    """`length` tokens: the haystack's first, with the needle put in at `depth`. Raises UserError without room.
+
+    Depth 0 begins after FIRST tokens, which a scheme may keep in BF16 as sinks, and depth 1 ends before the LAST, which
+    it may still have in its window: at every depth the needle is read from the packed part.
+    """
+    room = length - FIRST - LAST - len(needle)
     if room < 0:
-        raise UserError(f"--needle {length} has no room for a passkey of {len(needle)} tokens; use at least {WINDOW}")
-    if len(haystack) < room:
-        raise UserError(
-            f"the text has {len(haystack)} tokens, but --needle {length} needs {room}; use a longer text or shorter "
-            "lengths"
-        )
-    at = round(depth * room)
-    return [*haystack[:at], *needle, *haystack[at:room]]
+        raise UserError(f"{length} tokens are too few to hide a text in their packed part; use {length - room}")
+    at = FIRST + round(depth * room)
+    return [*haystack[:at], *needle, *haystack[at : length - len(needle)]]
 
 
 def retrieved(answer: str, passkey: str) -> bool:
@@ -81,8 +81,7 @@ def needle(
     """The object `needle` of `eval --json`: the share of passkeys found, per scheme, overall and for each length and
     depth.
 
-    lengths are rounded up to whole blocks of WINDOW tokens, so that the whole haystack is packed when the question
-    comes.
+    lengths are rounded up to whole blocks of WINDOW tokens.
     """
     lengths = blocks(lengths)
     cases, encode = trials(lengths, DEPTHS, REPEATS), engines[0].tokenizer.encode
