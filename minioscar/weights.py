@@ -177,16 +177,21 @@ def _staged(weights: Weights, staging: Staging, advance: Callable[[int], object]
 
 def quantize(weights: Weights, config: Config, ops: Backend) -> Weights:
     """Arrays on the back end -> what `config.weights` makes of them; `weights` keeps its own."""
+    layers = tuple(quantize_layer(layer, config, ops) for layer in weights.layers)
+    return replace(weights, layers=layers, head=quantize_head(weights, config, ops), quantized=True)
 
-    def of(x: Array, field: str) -> Matrix:
-        return ops.quantized(quantized(x, config.weights, field, ops.xp))
 
-    layers = tuple(
-        replace(layer, **{field: of(getattr(layer, field), field) for field in ("qkv", "o", "gate_up", "down")})
-        for layer in weights.layers
-    )
-    head = weights.head if weights.head is weights.embed else of(weights.head, "head")
-    return replace(weights, layers=layers, head=head, quantized=True)
+def quantize_layer(layer: Layer, config: Config, ops: Backend) -> Layer:
+    fields = {field: getattr(layer, field) for field in ("qkv", "o", "gate_up", "down")}
+    kept = {field: ops.quantized(quantized(x, config.weights, field, ops.xp)) for field, x in fields.items()}
+    return replace(layer, **kept)
+
+
+def quantize_head(weights: Weights, config: Config, ops: Backend) -> Matrix:
+    """The last projection; one that is the embedding stays it."""
+    if config.weights is None or weights.head is weights.embed:
+        return weights.head
+    return ops.quantized(quantized(weights.head, config.weights, "head", ops.xp))
 
 
 def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
