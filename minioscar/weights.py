@@ -16,7 +16,7 @@ import numpy as np
 from . import oscar
 from .config import Config
 from .errors import UserError
-from .formats import Plain
+from .formats import Plain, rounding
 from .quantized import Quantized
 from .staging import Group, Staging, quantized
 from .storage.checkpoint import Checkpoint, Tensor
@@ -124,9 +124,10 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
             print("[the scales of an FP8 cache in the files are not used]", file=sys.stderr, flush=True)
         need, free = ops.weight_bytes(config), ops.free_bytes()
         if need > free:
+            fitting = [mode for mode in rounding.MODES if ops.weight_bytes(replace(config, weights=mode)) <= free]
             raise UserError(
                 f"{folder}: the weights take {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of {ops.name} memory "
-                "are free"
+                f"are free{f'; --weights {fitting[0]} fits' if fitting else ''}"
             )
         staging = Staging(tensors, config, ops, matrices(config))
         kept = [tensors[name] for name in expected(config) if name not in staging.names]

@@ -269,6 +269,17 @@ def test_scales_of_an_fp8_cache_are_not_used_and_that_is_said(tmp_path, seed, ca
     assert capsys.readouterr().err.splitlines() == ["[the scales of an FP8 cache in the files are not used]"]
 
 
+def test_a_prompt_cache_is_bound_to_the_format_of_the_files(tmp_path, seed):
+    """Numbers of the same model in another format have other norms and values: AWQ changes both."""
+    file = tmp_path / "p.kv.safetensors"
+    exact = write_quantized(tmp_path / "awq", "awq-gemm", seed)
+    write_numbers(tmp_path / "numbers", exact)
+    load_engine(tmp_path / "awq", "int2", "cpu", tokenizer=False).prefill(PROMPT).save(file)
+    assert len(load_engine(tmp_path / "awq", "int2", "cpu", tokenizer=False).load_cache(file)) == len(PROMPT)
+    with pytest.raises(UserError, match=r"made with another config: quantization .*AWQ \(gemm\).* there, null here"):
+        load_engine(tmp_path / "numbers", "int2", "cpu", tokenizer=False, cache=file)
+
+
 def test_a_bias_of_zeros_that_the_model_does_not_have_is_left_out_and_another_one_refused(tmp_path, seed):
     write_quantized(tmp_path, "gptq-v1", seed)
     change(tmp_path, put("bias", lambda tensors: np.zeros(256, np.float16)))

@@ -121,6 +121,17 @@ def test_a_prompt_cache_is_bound_to_how_the_weights_are_kept(tmp_path):
         load_engine(folder, "int2", "cpu", weights="int4").load_cache(file)
 
 
+def test_where_weights_do_not_fit_a_mode_that_does_is_named(tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "m", 1, **SHAPE)
+    config, sizes = Config.from_folder(folder), {}
+    for mode in (None, *rounding.MODES):
+        sizes[mode] = HostOps().weight_bytes(with_weights(config, mode))
+    for free, named in ((sizes["int8"], "; --weights int8 fits"), (sizes["int4"], "; --weights int4 fits"), (9, "free")):
+        monkeypatch.setattr(HostOps, "free_bytes", lambda self, free=free: free)
+        with pytest.raises(UserError, match=f"memory are free{named}$" if named[0] == ";" else "memory are free$"):
+            load(folder, config, HostOps())
+
+
 def test_an_unknown_mode_is_refused(tmp_path):
     folder = write_model(tmp_path / "m", 1)
     with pytest.raises(UserError, match="--weights 'int3' is not known; choose from int8, int4, or leave it out"):

@@ -215,7 +215,9 @@ def test_a_model_in_one_allocation_is_the_reference_s_and_is_rotated_in_place(tm
         assert x.shape == y.shape and x.tobytes() == y.tobytes()
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("awq-gemm", None), ("fp8", None), ("ct-int4-zeros", "int8"), (None, "int4")])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("awq-gemm", None), ("fp8", None), ("ct-int4-zeros", "int8"), (None, "int4")]
+)
 def test_quantized_matrices_come_layer_by_layer_through_buffers_that_all_layers_share(tmp_path, kind, mode):
     """What is unpacked are bytes that have arrived, though a copy is made when it is waited for."""
     if kind is None:
