@@ -251,6 +251,13 @@ def test_what_a_card_has_no_form_for_is_kept_as_numbers_and_that_is_said(tmp_pat
     assert isinstance(weights.layers[1].gate_up, Quantized)
 
 
+def test_an_embedding_that_is_quantized_is_refused(tmp_path, seed):
+    write_quantized(tmp_path, "ct-w8a8", seed)
+    change(tmp_path, lambda t: t.update({"model.embed_tokens.weight": np.zeros((160, 256), np.int8)}))
+    with pytest.raises(UserError, match="tensors of model.embed_tokens are quantized; an embedding must be in 16"):
+        load(tmp_path, Config.from_folder(tmp_path), Reference())
+
+
 def test_quantized_tensors_without_a_quantization_config_are_called_what_they_are(tmp_path, seed):
     write_quantized(tmp_path, "awq-gemm", seed)
     raw = json.loads((tmp_path / "config.json").read_text())

@@ -46,9 +46,9 @@ def weights_fit() -> str:
         "",
         "The longest conversation, in K = 1,024 tokens: weights of 4 bits with a `bf16` cache / with an `int2` cache / "
         "BF16 weights with an `int2` cache. A model's own positions end earlier than some of these. 4 bits: an AWQ "
-        "file in groups of 128 whose head `--weights int8` quantizes (a tied one stays in BF16). Of a card's memory 0.9 GiB "
-        f"are left for CUDA and a desktop, and {READ:,} tokens are read at a time: a long prompt in one piece takes "
-        "more (`info`).",
+        "file in groups of 128 whose head `--weights int8` quantizes (a tied one stays in BF16). Of a card's memory "
+        f"0.9 GiB are left for CUDA and a desktop, and {READ:,} tokens are read at a time: a long prompt in one piece "
+        "takes more (`info`).",
     ]
     return "\n".join(lines)
 
