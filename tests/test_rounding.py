@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minioscar.app import cli
+from minioscar.app.flags import FLAGS
 from minioscar.config import Config
 from minioscar.engine import load as load_engine
 from minioscar.engine import with_weights
@@ -161,3 +162,8 @@ def test_the_command_line_has_the_modes(tmp_path, capsys):
     lines = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:]]
     modes = ("as they are", "int8", "int4")
     assert lines == [[f"| {kv}", mode] for mode in modes for kv in ("bf16", "int2")]
+
+
+def test_every_command_that_loads_a_model_to_answer_has_the_option():
+    commands = {name for name, (_, flags) in FLAGS.items() if "--weights" in dict(flags)}
+    assert commands == {"generate", "chat", "serve", "cache", "info", "eval"}
