@@ -36,7 +36,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks import cases, loading, memory, models, peers, presets, start
+from benchmarks import cases, loading, memory, models, peers, presets, quantized, start
 from benchmarks.measure import ceilings
 from benchmarks.runs import Runs, asked_schemes, parse_runs
 from benchmarks.table import line, table
@@ -67,6 +67,10 @@ def parser() -> cli.Parser:
     shapes = f"{', '.join(presets.PRESETS)}, or the path of a config.json"
     model.add_argument(
         "--random-weights", metavar="PRESET", help=f"instead of --model, a shape without files: {shapes}"
+    )
+    found.add_argument(
+        "--weights", choices=quantized.NAMES, help="quantized: int8 and int4 as minioscar makes them, awq (groups of "
+        "128, head int8) and fp8 (blocks of 128 x 128) as files have them, random (no)",
     )
     found.add_argument(
         "--kv", help="schemes; prefill and start take the last (bf16,int2). kernel: decode attention of these alone"

@@ -4,7 +4,6 @@ computed."""
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from benchmarks import quantized
 from benchmarks.measure import host_copy_bandwidth, median_and_spread
 from minioscar import memory, weights
 from minioscar.cache import BF16
@@ -29,11 +29,11 @@ COPIED = 256 << 20  # at a time, by the copy that is the limit
 
 
 def loading(config: Config, name: str, ops: Reference, repeats: int) -> dict:
-    """Two shards of BF16, the model's own shapes, as many layers as MAX_BYTES holds. The limit is one copy of the
-    same bytes out of pinned memory, or on a CPU from memory to memory. The first load, which also pins its buffers,
-    is `first_s`."""
+    """Two shards of BF16 or of the config's format, the model's own shapes, as many layers as MAX_BYTES holds. The
+    limit is one copy of the same bytes out of pinned memory, or on a CPU from memory to memory. The first load, which
+    also pins its buffers, is `first_s`."""
     config = shortened(config, MAX_BYTES if ops.name == "cuda" else MAX_BYTES_CPU)
-    size, free = 2 * config.parameters(), shutil.disk_usage(tempfile.gettempdir()).free
+    size, free = file_bytes(config), shutil.disk_usage(tempfile.gettempdir()).free
     if size > free:
         raise UserError(
             f"memory writes a checkpoint of {memory.size(size)} to {tempfile.gettempdir()}, which has "
@@ -48,25 +48,34 @@ def loading(config: Config, name: str, ops: Reference, repeats: int) -> dict:
             "fraction_of_copy": written / median / copy}  # fmt: skip
 
 
+def file_bytes(config: Config) -> int:
+    """Of the numbers of a checkpoint, about: without the tensors of a format that are small."""
+    return weights.bytes_of(replace(config, weights=None), 2)
+
+
 def shortened(config: Config, most: int) -> Config:
-    """With as many layers as `most` bytes of BF16 hold, but at least one."""
-    one, two = (2 * replace(config, num_layers=n).parameters() for n in (1, 2))
+    """With as many layers as `most` bytes of files hold, but at least one."""
+    one, two = (file_bytes(replace(config, num_layers=n)) for n in (1, 2))
     return replace(config, num_layers=min(config.num_layers, 1 + max(most - one, 0) // (two - one)))
 
 
 def write(folder: Path, config: Config) -> int:
     """The bytes of the tensors in two shards, which are on the disk when it returns: what is still to be written
-    would slow a load."""
-    shapes, block = weights.expected(config), np.random.default_rng(0).standard_normal(1 << 20, np.float32).astype(BF16)
-    total, at, places = 2 * sum(map(math.prod, shapes.values())), 0, {}
-    for tensor, shape in shapes.items():
+    would slow a load. BF16, or the tensors of the config's format with random codes."""
+    rng, made = np.random.default_rng(0), dict[str, np.ndarray]()
+    block = rng.standard_normal(1 << 20, np.float32).astype(BF16)
+    for tensor, shape in weights.expected(config).items():
+        if config.quantization is not None and tensor in weights.matrices(config) and "head" not in tensor:
+            for last, array in quantized.tensors(config.quantization, *shape, rng).items():
+                made[tensor.removesuffix("weight") + last] = array
+        else:
+            made[tensor] = np.resize(block, shape)
+    total, at, places = sum(array.nbytes for array in made.values()), 0, {}
+    for tensor, array in made.items():
         places[tensor] = f"model-{1 + 2 * at // total}.safetensors"
-        at += 2 * math.prod(shape)
+        at += array.nbytes
     for file in sorted(set(places.values())):
-        save_file(
-            {tensor: np.resize(block, shapes[tensor]) for tensor, place in places.items() if place == file},
-            folder / file,
-        )
+        save_file({tensor: made[tensor] for tensor, place in places.items() if place == file}, folder / file)
         with open(folder / file, "rb+") as written:
             os.fsync(written)
     (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": places}))

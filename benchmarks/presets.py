@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import quantized
 from minioscar import ops as back_ends
 from minioscar.config import Config
 from minioscar.engine import Engine, scheme_named
@@ -39,7 +40,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# From the config.json of Qwen/Qwen3-8B, Qwen/Qwen3-0.6B, meta-llama/Llama-3.1-8B, Qwen/Qwen2.5-7B.
+# From the config.json of Qwen/Qwen3-{0.6B,4B,8B,14B,32B}, meta-llama/Llama-3.1-{8B,70B}, Qwen/Qwen2.5-7B.
 PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-8b": QWEN3 | {
         "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
@@ -50,10 +51,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": True,
     },
+    "qwen3-4b": QWEN3 | {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-14b": QWEN3 | {
+        "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+    },
+    "qwen3-32b": QWEN3 | {
+        "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
     "llama-3.1-8b": {
         "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
         "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "rope_scaling": LLAMA3,
+    },
+    "llama-3.1-70b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0, "rope_scaling": LLAMA3,
     },
     "qwen2.5-7b": {
@@ -78,20 +98,21 @@ def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0) 
     """`engine.load` without files. Raises UserError for a scheme or device that cannot work, or too little memory."""
     scheme, ops = scheme_named(kv), back_ends.backend(device)
     check_scheme(config, scheme)
-    need, free = config.parameters() * ops.dtype.itemsize, ops.free_bytes()
+    need, free = ops.weight_bytes(config), ops.free_bytes()
     if need > free:
         raise UserError(
             f"random weights of this shape take {size(need)}, but only {size(free)} of {ops.name} memory are free"
         )
-    weights = for_scheme(random_weights(config, ops, seed), config, scheme, ops)
+    weights = for_scheme(random_weights(config, ops, seed, scheme.rotate), config, scheme, ops)
     weights = shape_keys(weights, config, scheme, ops, in_place=True)
     weights = scheme.prepare(weights, config, ops)
     ops.release()  # what was rotated in them
     return Engine(config, weights, None, scheme, ops)
 
 
-def random_weights(config: Config, ops: Reference, seed: int = 0) -> Weights:
-    """Drawn on the back end, in its dtype; one seed gives the same weights on the same back end.
+def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool = False) -> Weights:
+    """Drawn on the back end, in its dtype or quantized as the config says; one seed gives the same on the same back
+    end. rotates: values, in what is quantized after that (benchmarks/quantized.py).
 
     Every projection keeps the size of what it reads, and a layer adds to the residual about 1 / layers of its
     variance, so that activations stay near 1 however deep the model is.
@@ -106,6 +127,8 @@ def random_weights(config: Config, ops: Reference, seed: int = 0) -> Weights:
         return out.reshape(shape)
 
     def matrix(out: int, inputs: int, scale: float = 1.0) -> Array:
+        if config.quantization is not None:
+            return quantized.random_matrix(config.quantization, out, inputs, scale * inputs**-0.5, ops, rng)
         return normal(out, inputs, scale=scale * inputs**-0.5)
 
     def layer() -> Layer:
@@ -127,9 +150,10 @@ def random_weights(config: Config, ops: Reference, seed: int = 0) -> Weights:
         )
 
     embed = normal(config.vocab_size, hidden, scale=1.0)
-    return Weights(
+    weights = Weights(
         embed=embed,
-        layers=tuple(layer() for _ in range(config.num_layers)),
+        layers=tuple(quantized.of_layer(layer(), config, rotates, ops) for _ in range(config.num_layers)),
         norm=xp.ones(hidden, ops.dtype),
-        head=embed if config.tie_embeddings else matrix(config.vocab_size, hidden),
+        head=embed if config.tie_embeddings else normal(config.vocab_size, hidden, scale=hidden**-0.5),
     )
+    return quantized.of_model(weights, config, rotates, ops)

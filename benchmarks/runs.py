@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from benchmarks import presets
+from benchmarks import presets, quantized
 from benchmarks.memory import budgets, enforceable
 from minioscar import engine, memory
 from minioscar.config import Config
@@ -49,10 +49,11 @@ def parse_runs(args: argparse.Namespace, commands: tuple[str, ...], ops: Referen
     for scheme in schemes:
         check_scheme(config, scheme)
     contexts = contexts_of(args, commands, config, ops)
-    weights = config.parameters() * ops.dtype.itemsize
+    weights = ops.weight_bytes(config)
     limits = budgets_of(args, ops, weights) if "throughput" in commands else []
     prompts = prompts if "prefill" in commands else []
-    runs = Runs(args.random_weights or args.model, config, load, schemes, contexts, batches, prompts, limits, steps)
+    name = f"{args.random_weights or args.model}{f', {args.weights}' if args.weights else ''}"
+    runs = Runs(name, config, load, schemes, contexts, batches, prompts, limits, steps)
     check_sizes(runs, config, ops, weights)
     return runs
 
@@ -75,11 +76,14 @@ def numbers(option: str, text: str | None, multiple_of: int = 1) -> list[int]:
 
 
 def model_of(args: argparse.Namespace) -> tuple[Config, Callable[[Scheme], Engine]]:
+    quantized.check(args.weights, args.random_weights is not None)
     if args.random_weights:
         config = replace(presets.config_of(args.random_weights), max_positions=POSITIONS, window=None)
+        config = quantized.config_with(config, args.weights)
         return config, lambda scheme: presets.load(config, scheme.name, args.device)
-    config = Config.from_folder(resolve(args.model))
-    return config, lambda scheme: engine.load(args.model, scheme.name, args.device, tokenizer=False)
+    config = quantized.config_with(Config.from_folder(resolve(args.model)), args.weights)
+    how = {"tokenizer": False, "weights": args.weights}
+    return config, lambda scheme: engine.load(args.model, scheme.name, args.device, **how)
 
 
 def contexts_of(

@@ -115,7 +115,8 @@ class Staging:
         given = zip(self.of(name), raw, strict=True)
         arrays = [array.view(tensor.dtype).reshape(tensor.shape) for tensor, array in given]
         if (linear := self.tensors.quantized.get(name)) is None:
-            return arrays[0].astype(np.float32).astype(self.ops.dtype)
+            same = arrays[0].dtype == self.ops.dtype
+            return arrays[0] if same else arrays[0].astype(np.float32).astype(self.ops.dtype)
         found = Linear(linear.rows, linear.columns, dict(zip(linear.tensors, arrays, strict=True)))
         plain = self.tensors.format.read(found, self.ops.xp)
         self.finite[name] = self.ops.xp.isfinite(plain.scale).all()

@@ -16,7 +16,7 @@ import numpy as np
 from . import oscar
 from .config import Config
 from .errors import UserError
-from .formats import Plain
+from .formats import Plain, rounding
 from .quantized import Quantized
 from .staging import Group, Staging, quantized
 from .storage.checkpoint import Checkpoint, Tensor
@@ -128,9 +128,10 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
             print("[the scales of an FP8 cache in the files are not used]", file=sys.stderr, flush=True)
         need, free = ops.weight_bytes(config), ops.free_bytes()
         if need > free:
+            fitting = [mode for mode in rounding.MODES if ops.weight_bytes(replace(config, weights=mode)) <= free]
             raise UserError(
                 f"{folder}: the weights take {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of {ops.name} memory "
-                "are free"
+                f"are free{f'; --weights {fitting[0]} fits' if fitting else ''}"
             )
         staging = Staging(tensors, config, ops, matrices(config))
         kept = [tensors[name] for name in expected(config) if name not in staging.names]
@@ -181,16 +182,21 @@ def _staged(weights: Weights, staging: Staging, advance: Callable[[int], object]
 
 def quantize(weights: Weights, config: Config, ops: Backend) -> Weights:
     """Arrays on the back end -> what `config.weights` makes of them; `weights` keeps its own."""
+    layers = tuple(quantize_layer(layer, config, ops) for layer in weights.layers)
+    return replace(weights, layers=layers, head=quantize_head(weights, config, ops), quantized=True)
 
-    def of(x: Array, field: str) -> Matrix:
-        return ops.quantized(quantized(x, config.weights, field, ops.xp))
 
-    layers = tuple(
-        replace(layer, **{field: of(getattr(layer, field), field) for field in ("qkv", "o", "gate_up", "down")})
-        for layer in weights.layers
-    )
-    head = weights.head if weights.head is weights.embed else of(weights.head, "head")
-    return replace(weights, layers=layers, head=head, quantized=True)
+def quantize_layer(layer: Layer, config: Config, ops: Backend) -> Layer:
+    fields = {field: getattr(layer, field) for field in ("qkv", "o", "gate_up", "down")}
+    kept = {field: ops.quantized(quantized(x, config.weights, field, ops.xp)) for field, x in fields.items()}
+    return replace(layer, **kept)
+
+
+def quantize_head(weights: Weights, config: Config, ops: Backend) -> Matrix:
+    """The last projection; one that is the embedding stays it."""
+    if config.weights is None or weights.head is weights.embed:
+        return weights.head
+    return ops.quantized(quantized(weights.head, config.weights, "head", ops.xp))
 
 
 def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:

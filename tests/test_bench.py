@@ -19,13 +19,14 @@ import pytest
 import bench
 from benchmarks import cases as bench_cases
 from benchmarks import loading as bench_loading
-from benchmarks import measure, presets
+from benchmarks import measure, presets, quantized
 from benchmarks import memory as bench_memory
 from benchmarks import models as bench_models
 from benchmarks.measure import copies_of, enough, line, replayed, sustained
 from minioscar import engine
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
+from minioscar.errors import UserError
 from minioscar.ops import attention
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
@@ -475,3 +476,16 @@ def test_the_card_rests_between_replays_or_never(monkeypatch):
     assert set(replayed(once, 20, 25)) == {100.0} and len(replayed(once, 20, 25)) == 25
     clock[:] = 1.0, 1.0
     assert set(sustained(once)) == {200.0} and 2.99 < clock[0] < 3.02
+
+
+@pytest.mark.parametrize("name", quantized.NAMES)
+def test_weights_in_4_and_8_bits_are_measured_and_named(name, tmp_path, model):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    file = tmp_path / "b.json"
+    argv = ["decode", "--random-weights", str(tmp_path / "config.json"), "--weights", name, "--context", "128"]
+    bench.run([*argv, "--quick", "--kv", "int2", "--device", "cpu", "--json", str(file)])
+    (row,) = json.loads(file.read_text())["decode"]
+    assert row["model"].endswith(f"config.json, {name}") and row["ms"] > 0
+    if name in quantized.FORMS:
+        with pytest.raises(UserError, match=f"--weights {name} is for --random-weights"):
+            bench.run(["decode", "--model", str(model), "--weights", name, "--device", "cpu", "--quick"])

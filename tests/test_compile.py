@@ -77,7 +77,9 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
     for dim in (128, *((64, 256) if everything else ())):
         rotation = attention.Rotation(attention.Heads(8, 2, dim), out, out, True)
         found[f"rotate_scale d{dim}"] = attention.rotate_scale(rotation, out, ints, out, attention.KeyOutputs())
-        found[f"rotate_weights d{dim}"] = attention.rotate_weights(out, dim, 0)
+        for axis in (0, 1):
+            launch = attention.rotate_heads(np.empty((dim, dim), np.uint16), dim, axis)
+            found[f"{launch.name} d{dim}"] = launch
     return found
 
 

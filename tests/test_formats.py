@@ -251,6 +251,13 @@ def test_what_a_card_has_no_form_for_is_kept_as_numbers_and_that_is_said(tmp_pat
     assert isinstance(weights.layers[1].gate_up, Quantized)
 
 
+def test_an_embedding_that_is_quantized_is_refused(tmp_path, seed):
+    write_quantized(tmp_path, "ct-w8a8", seed)
+    change(tmp_path, lambda t: t.update({"model.embed_tokens.weight": np.zeros((160, 256), np.int8)}))
+    with pytest.raises(UserError, match="tensors of model.embed_tokens are quantized; an embedding must be in 16"):
+        load(tmp_path, Config.from_folder(tmp_path), Reference())
+
+
 def test_quantized_tensors_without_a_quantization_config_are_called_what_they_are(tmp_path, seed):
     write_quantized(tmp_path, "awq-gemm", seed)
     raw = json.loads((tmp_path / "config.json").read_text())
@@ -267,6 +274,17 @@ def test_scales_of_an_fp8_cache_are_not_used_and_that_is_said(tmp_path, seed, ca
     weights = load(tmp_path, Config.from_folder(tmp_path), Reference())
     np.testing.assert_array_equal(weights.layers[0].qkv, numbers(exact, 0)["qkv"])
     assert capsys.readouterr().err.splitlines() == ["[the scales of an FP8 cache in the files are not used]"]
+
+
+def test_a_prompt_cache_is_bound_to_the_format_of_the_files(tmp_path, seed):
+    """Numbers of the same model in another format have other norms and values: AWQ changes both."""
+    file = tmp_path / "p.kv.safetensors"
+    exact = write_quantized(tmp_path / "awq", "awq-gemm", seed)
+    write_numbers(tmp_path / "numbers", exact)
+    load_engine(tmp_path / "awq", "int2", "cpu", tokenizer=False).prefill(PROMPT).save(file)
+    assert len(load_engine(tmp_path / "awq", "int2", "cpu", tokenizer=False).load_cache(file)) == len(PROMPT)
+    with pytest.raises(UserError, match=r"made with another config: quantization .*AWQ \(gemm\).* there, null here"):
+        load_engine(tmp_path / "numbers", "int2", "cpu", tokenizer=False, cache=file)
 
 
 def test_a_bias_of_zeros_that_the_model_does_not_have_is_left_out_and_another_one_refused(tmp_path, seed):

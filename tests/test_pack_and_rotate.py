@@ -92,10 +92,10 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
     assert np.all(k_got.view(np.uint16) == 0xFFFF)  # nothing else was written
 
 
-def check_rotate_weights(device, seed: int, shape: tuple[int, ...], d: int, axis: int) -> None:
+def check_rotate_heads(device, seed: int, shape: tuple[int, ...], d: int, axis: int) -> None:
     x = np.random.default_rng(seed).normal(size=shape).astype(BF16)
     there = device.array(x)
-    device.run(attention.rotate_weights(there, d, axis), seed=seed % 7)
+    device.run(attention.rotate_heads(there, d, axis), seed=seed % 7)
     heads = np.moveaxis(x, axis, -1).astype(np.float64)
     heads = heads.reshape(*heads.shape[:-1], -1, d)
     got = np.moveaxis(device.numpy(there), axis, -1).reshape(heads.shape)
@@ -103,17 +103,18 @@ def check_rotate_weights(device, seed: int, shape: tuple[int, ...], d: int, axis
 
 
 @on_each_device
-@pytest.mark.parametrize("what", ["rows", "columns", "bias"])
+@pytest.mark.parametrize("what", ["rows", "columns", "bias", "token"])
 @pytest.mark.parametrize("d", attention.HEAD_DIMS)
-def test_rotate_weights_rotates_every_head_of_a_matrix(device, seed, d, what):
-    shape, axis = {"rows": ((2 * d, 45), 0), "columns": ((15, 3 * d), 1), "bias": ((3 * d,), 0)}[what]
-    check_rotate_weights(device, seed, shape, d, axis)
+def test_rotate_heads_rotates_every_head_of_a_matrix(device, seed, d, what):
+    shapes = {"rows": ((2 * d, 45), 0), "columns": ((15, 3 * d), 1), "bias": ((3 * d,), 0), "token": ((1, 19 * d), 1)}
+    shape, axis = shapes[what]
+    check_rotate_heads(device, seed, shape, d, axis)
 
 
 @on_the_card
 @pytest.mark.parametrize(("shape", "d", "axis"), [((1024, 4096), 128, 0), ((4096, 4096), 128, 1), ((576, 576), 64, 1)])
-def test_rotate_weights_of_models_shapes(device, seed, shape, d, axis):
-    check_rotate_weights(device, seed, shape, d, axis)
+def test_rotate_heads_of_models_shapes(device, seed, shape, d, axis):
+    check_rotate_heads(device, seed, shape, d, axis)
 
 
 PACKED = [oscar.SCHEMES[kv] for kv in ("oscar", "int2", "int2-compact", "int4", "kivi", "k3v2", "k3v3", "k4v2", "k4v4")]

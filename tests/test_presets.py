@@ -8,17 +8,21 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import presets
+from benchmarks import loading, presets, quantized
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.ops.reference import Reference
-from minioscar.weights import arrays
+from minioscar.quantized import Quantized
+from minioscar.weights import arrays, load
 
+from .quantized_files import HostOps
 from .tiny import CONFIG
 
 PUBLISHED = {
-    "qwen3-8b": 8_190_735_360, "qwen3-0.6b": 596_049_920, "llama-3.1-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512
-}
+    "qwen3-8b": 8_190_735_360, "qwen3-0.6b": 596_049_920, "llama-3.1-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512,
+    "qwen3-4b": 4_022_468_096, "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264,
+    "llama-3.1-70b": 70_553_706_496,
+}  # fmt: skip
 SMALL = {**CONFIG, "num_hidden_layers": 12}
 
 
@@ -41,6 +45,28 @@ def test_random_weights_are_complete_repeatable_and_keep_activations_near_one(ch
     logits = presets.load(config, "int2", "cpu").logits(range(100))
     # a tied head meets its own token again
     assert np.isfinite(logits).all() and 0.5 < logits.std() < 2 * config.hidden_size**0.5
+
+
+@pytest.mark.parametrize("name", quantized.NAMES)
+def test_random_weights_in_4_and_8_bits_keep_activations_near_one_and_take_the_bytes_that_are_announced(name):
+    shape = {**SMALL, "hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_attention_heads": 4}
+    config, ops = quantized.config_with(Config.from_dict(shape), name), HostOps()
+    weights = presets.random_weights(config, ops, rotates=True)
+    assert abs(sum(array.nbytes for array in arrays(weights)) / ops.weight_bytes(config) - 1) < 0.02
+    assert isinstance(weights.layers[0].o, Quantized) and isinstance(weights.head, Quantized) == (name != "fp8")
+    engine = presets.load(config, "int2", "cpu")
+    assert engine.model.weights.rotation == ("folded" if name in ("int8", "int4") else "online")
+    assert 0.5 < engine.logits(range(100)).std() < 2
+
+
+@pytest.mark.parametrize("name", [None, *quantized.FORMS])
+def test_a_checkpoint_in_a_form_of_files_is_one(name, tmp_path):
+    config = Config.from_dict({**CONFIG, "hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4})
+    config = quantized.config_with(config, name)
+    written, files = loading.write(tmp_path, config), list(tmp_path.glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) >= written and len(files) == 2
+    assert abs(written / loading.file_bytes(config) - 1) < 0.05
+    assert load(tmp_path, config, HostOps()).quantized == (name is not None)
 
 
 def test_large_matrices_are_drawn_in_pieces(monkeypatch):

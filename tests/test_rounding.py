@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minioscar.app import cli
+from minioscar.app.flags import FLAGS
 from minioscar.config import Config
 from minioscar.engine import load as load_engine
 from minioscar.engine import with_weights
@@ -32,6 +33,16 @@ def test_every_number_is_rounded_to_the_nearest_of_its_group(mode, steps, column
     step = np.repeat(spread / steps, plain.group, 1)
     # half a step, and what the rounding of scale and zero to float16 moves at the far end
     assert (abs(plain.dequantize(np) - w) <= 0.52 * step).all()
+
+
+@pytest.mark.parametrize("mode", rounding.MODES)
+def test_a_matrix_is_quantized_some_rows_at_a_time_to_the_same_codes(mode, monkeypatch, seed):
+    w = np.random.default_rng(seed).standard_normal((37, 128)).astype(np.float32)
+    whole = rounding.quantize(w, mode, np)
+    for chunk in (1, 1000, 128 * 37):
+        monkeypatch.setattr(rounding, "CHUNK", chunk)
+        for name in ("codes", "scale", "zero"):
+            np.testing.assert_array_equal(getattr(rounding.quantize(w, mode, np), name), getattr(whole, name))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3125, -2.0])
@@ -101,11 +112,14 @@ def test_the_bytes_that_are_announced_are_those_that_a_card_keeps(name, mode, tm
     assert weights.quantized == (name is not None or mode is not None)
 
 
-def test_quantizing_a_loaded_model_is_quantizing_it_while_it_is_loaded(tmp_path, seed):
+@pytest.mark.parametrize("fold", [False, True])
+def test_quantizing_a_loaded_model_is_quantizing_it_while_it_is_loaded(fold, tmp_path, seed):
+    """Rotated in the back end's dtype, which a kernel needs."""
     folder = write_model(tmp_path / "m", seed, **SHAPE)
     config, ops = with_weights(Config.from_folder(folder), "int4"), HostOps()
-    late = quantize(load(folder, Config.from_folder(folder), ops), config, ops)
-    for a, b in zip(arrays(load(folder, config, ops)), arrays(late), strict=True):
+    plain = load(folder, Config.from_folder(folder), ops)
+    late = quantize(rotate_values(plain, config, ops) if fold else plain, config, ops)
+    for a, b in zip(arrays(load(folder, config, ops, fold=fold)), arrays(late), strict=True):
         assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
@@ -119,6 +133,17 @@ def test_a_prompt_cache_is_bound_to_how_the_weights_are_kept(tmp_path):
     talker(folder).prefill("the cat sat", chat=False).save(file)
     with pytest.raises(UserError, match='weights null there, "int4" here'):
         load_engine(folder, "int2", "cpu", weights="int4").load_cache(file)
+
+
+def test_where_weights_do_not_fit_a_mode_that_does_is_named(tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "m", 1, **SHAPE)
+    config, sizes = Config.from_folder(folder), {}
+    for mode in (None, *rounding.MODES):
+        sizes[mode] = HostOps().weight_bytes(with_weights(config, mode))
+    for free, named in ((sizes["int8"], "; --weights int8 fits"), (sizes["int4"], "; --weights int4 fits"), (9, "")):
+        monkeypatch.setattr(HostOps, "free_bytes", lambda self, free=free: free)
+        with pytest.raises(UserError, match=f"memory are free{named}$"):
+            load(folder, config, HostOps())
 
 
 def test_an_unknown_mode_is_refused(tmp_path):
@@ -137,3 +162,8 @@ def test_the_command_line_has_the_modes(tmp_path, capsys):
     lines = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:]]
     modes = ("as they are", "int8", "int4")
     assert lines == [[f"| {kv}", mode] for mode in modes for kv in ("bf16", "int2")]
+
+
+def test_every_command_that_loads_a_model_to_answer_has_the_option():
+    commands = {name for name, (_, flags) in FLAGS.items() if "--weights" in dict(flags)}
+    assert commands == {"generate", "chat", "serve", "cache", "info", "eval"}

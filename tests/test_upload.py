@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from minioscar import weights
 from minioscar.cache import BF16
 from minioscar.config import Config
+from minioscar.engine import with_weights
 from minioscar.errors import UserError
 from minioscar.ops import aio, upload
 from minioscar.ops.aio import Read
@@ -27,6 +28,7 @@ from minioscar.ops.upload import Buffer, Upload
 from minioscar.oscar import SCHEMES
 from minioscar.storage.checkpoint import Tensor, _tensors
 
+from .quantized_files import write_quantized
 from .tiny import write_model
 
 
@@ -191,8 +193,11 @@ def test_what_is_adjacent_in_the_file_and_in_the_slab_is_one_segment(tmp_path):
 class HostOps(Reference):
     dtype = BF16
 
-    def loading(self, advance, tensors):
-        return OnHost(self.dtype, advance, tensors)
+    def __init__(self):
+        self.buffers = upload.Buffers()
+
+    def loading(self, advance, tensors, dtype=None):
+        return OnHost(dtype or self.dtype, advance, tensors, self.buffers)
 
 
 @pytest.mark.parametrize("kv", ["int2", "bf16"])
@@ -208,6 +213,26 @@ def test_a_model_in_one_allocation_is_the_reference_s_and_is_rotated_in_place(tm
     assert [array.__array_interface__["data"] for array in weights.arrays(rotated[0])] == before
     for x, y in zip(*map(weights.arrays, rotated), strict=True):
         assert x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("awq-gemm", None), ("fp8", None), ("ct-int4-zeros", "int8"), (None, "int4")]
+)
+def test_quantized_matrices_come_layer_by_layer_through_buffers_that_all_layers_share(tmp_path, kind, mode):
+    """What is unpacked are bytes that have arrived, though a copy is made when it is waited for."""
+    if kind is None:
+        write_model(tmp_path, 3)
+    else:
+        write_quantized(tmp_path, kind, 3)
+    config, plain, ops = with_weights(Config.from_folder(tmp_path), mode), Reference(), HostOps()
+    plain.dtype = BF16
+    wanted, ours = (weights.load(tmp_path, config, which) for which in (plain, ops))
+    for x, y in zip(*map(weights.arrays, (ours, wanted)), strict=True):
+        assert x.shape == y.shape and x.tobytes() == y.tobytes()
+    assert 0 < len(ops.buffers.buffers) <= upload.BUFFERS and ops.buffers.nbytes > 1000 * upload.BUFFERS
+    with pytest.raises(KeyboardInterrupt):  # while a layer is unpacked, whose next one is being read
+        ops.quantized = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
+        weights.load(tmp_path, config, ops)
 
 
 def test_a_file_that_became_shorter_is_named(tmp_path):

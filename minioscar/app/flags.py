@@ -155,6 +155,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         number("--slots", "answers that run at a time, each with its own part of the cache (8)", "N", 8),
         number("--ctx", "tokens of each slot (the model's, or what fits into memory)", "N"),
         SCHEME,
+        WEIGHTS,
         number("--chunk", "tokens of prompts read between two steps, a multiple of 128 (1024)", "N", 1024),
         number("--queue", "prompts that may wait for a slot; more are refused with 503 (4 for each slot)", "N"),
         flag("--api-key", "what clients have to send ($MINIOSCAR_API_KEY, else none)", "KEY"),

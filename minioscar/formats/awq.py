@@ -19,7 +19,6 @@ from .base import FLOATS, Format, Linear, Tensor, Unfit, kinds, named, plain, sc
 from .plain import Plain
 
 Array = Any
-NIBBLE_OF = [0, 4, 1, 5, 2, 6, 3, 7]  # where each of eight rows stands in a word of gemm's
 SCALES = FLOATS[:2]
 VERSIONS = {"gemm": ("gemm",), "gemv": ("gemv",), "gemv_fast": ("gemv_fast",), "llm-awq": ("gemv", "gemv_fast")}
 
@@ -59,9 +58,8 @@ class Awq(Format):
         x, group, kind = linear.tensors, self.groups[0] or linear.columns, self._kind(linear)
         count = linear.columns // group
         if kind == "gemm":
-            codes = xp.ascontiguousarray(_reordered(x["qweight"], xp).T)
-            zero = _reordered(x["qzeros"], xp).T if "qzeros" in x else None
-            return plain(4, codes, x["scales"].T, zero, group, xp)
+            zero = _rows(x["qzeros"], xp) if "qzeros" in x else None
+            return plain(4, _rows(x["qweight"], xp), x["scales"].T, zero, group, xp)
         if kind == "gemv":
             zero = unpack(x["qzeros"], 4, xp)[:, :count] if "qzeros" in x else None
             return plain(4, unpack(x["qweight"], 4, xp), x["scales"][:, :count], zero, group, xp)
@@ -91,9 +89,10 @@ def round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
-def _reordered(words: Array, xp: Any) -> Array:
-    """int32 [n, rows / 8] of gemm -> codes uint8 [n, rows]."""
-    return unpack(words, 4, xp).reshape(len(words), -1, 8)[..., NIBBLE_OF].reshape(len(words), -1)
+def _rows(words: Array, xp: Any) -> Array:
+    """int32 [n, rows / 8] of gemm -> codes uint8 [rows, n]: nibble 4i + 2j + h of a word is its row 4j + 2h + i."""
+    codes = unpack(words, 4, xp).reshape(len(words), -1, 2, 2, 2).transpose(1, 3, 4, 2, 0)
+    return xp.ascontiguousarray(codes).reshape(-1, len(words))
 
 
 def _interleaved(words: Array, xp: Any) -> Array:

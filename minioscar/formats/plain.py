@@ -56,6 +56,8 @@ def joined(parts: Sequence[Plain | Array], xp: Any) -> Plain | Array:
     """
     if len(parts) == 1:
         return parts[0]
+    if not any(isinstance(part, Plain) for part in parts):
+        return xp.concatenate(parts)
     if not all(isinstance(part, Plain) for part in parts) or len({part.zero is None for part in parts}) > 1:
         numbers = [part.dequantize(xp) if isinstance(part, Plain) else part.astype(xp.float32) for part in parts]
         return xp.concatenate(numbers)

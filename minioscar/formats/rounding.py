@@ -11,30 +11,35 @@ from typing import Any
 
 import numpy as np
 
-from .plain import BITS, Plain
+from .plain import BITS, Plain, joined
 
 Array = Any
 MODES = ("int8", "int4")
 GROUP = 64
+CHUNK = 1 << 25  # numbers at a time: the float32 arrays of a chunk take four times its bytes in float32
 F16 = np.dtype(np.float16)
 
 
 def quantize(w: Array, mode: str, xp: Any, group: int | None = None) -> Plain:
     """w: [rows, columns], floats. mode: of MODES. group: columns of a group (None: `group_of`)."""
     rows, columns = w.shape
-    group = group or group_of(columns)
-    x = w.astype(xp.float32).reshape(rows, -1, group)
+    step, group = max(CHUNK // columns, 1), group or group_of(columns)
+    return joined([_rounded(w[i : i + step], mode, group, xp) for i in range(0, rows, step)], xp)
+
+
+def _rounded(w: Array, mode: str, group: int, xp: Any) -> Plain:
+    x = w.astype(xp.float32).reshape(len(w), -1, group)
     low, high = x.min(axis=-1), x.max(axis=-1)
     if mode == "int8":
-        top, scale = 255, _rounded(xp.maximum(high, -low) / 127)
+        top, scale = 255, _to_float16(xp.maximum(high, -low) / 127)
         zero = xp.full(scale.shape, 128, xp.float32)
     else:
         top, spread = 15, high - low
-        scale = _rounded(xp.where(spread == 0, xp.abs(low), spread / 15))  # all numbers are equal: code 0 is the number
-        zero = _rounded(-low / xp.where(scale == 0, 1, scale))
+        scale = _to_float16(xp.where(spread == 0, xp.abs(low), spread / 15))  # equal numbers: code 0 is the number
+        zero = _to_float16(-low / xp.where(scale == 0, 1, scale))
     inverse = (1 / xp.where(scale == 0, 1, scale))[..., None]
     codes = xp.clip(xp.rint(x * inverse + zero[..., None]), 0, top).astype(xp.uint8)
-    return Plain(mode, codes.reshape(rows, columns), scale, zero, group, F16)
+    return Plain(mode, codes.reshape(w.shape), scale, zero, group, F16)
 
 
 def group_of(columns: int) -> int:
@@ -46,6 +51,6 @@ def stored_bits(mode: str) -> float:
     return BITS[mode] + 32 / GROUP
 
 
-def _rounded(x: Array) -> Array:
-    """To float16, as float32."""
+def _to_float16(x: Array) -> Array:
+    """Rounded to float16, as float32."""
     return x.astype(F16).astype(np.float32)

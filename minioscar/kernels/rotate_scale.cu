@@ -64,8 +64,8 @@ DEVICE void hadamard(float (&x)[PER_LANE], int lane) {
   }
 }
 
-// V' of a head.
-DEVICE void rotate_value(uint32_t (&words)[WORDS], int lane) {
+// x . H of a head.
+DEVICE void rotate_head(uint32_t (&words)[WORDS], int lane) {
   float x[PER_LANE];
   UNROLL for (int i = 0; i < PER_LANE; i++) x[i] = number(words, i);
   hadamard(x, lane);
@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
                                   : ((slot * kv_heads + head) * capacity + position % capacity) * DIM;
       uint32_t value[WORDS];
       load(value, in + (q_heads + kv_heads + head) * DIM, lane);
-      if (rotate & VALUES) rotate_value(value, lane);
+      if (rotate & VALUES) rotate_head(value, lane);
       if (own) store(values + offset, value, lane);
       if (!k_out) out = keys + offset;
     }
@@ -148,4 +148,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     for (int w = 0; w < THREADS / 32; w++) total += squares[w];
     norms[slot * norm_stride + position] = total == 0.f ? 1.f : total * rsqrtf(total);
   }
+}
+
+// In place: heads [count, d] times H. Behind attention, where values were rotated here; a matrix's heads when it is
+// loaded. grid (ceil(count / 16)). reads and writes 2 B a number.
+extern "C" __global__ void __launch_bounds__(THREADS) rotate_heads(bf16* x, int count) {
+  wait_then_allow_next();
+  const int own = blockIdx.x * HEADS_PER_BLOCK + threadIdx.x / LANES, lane = threadIdx.x % LANES;
+  uint32_t words[WORDS] = {};  // lanes without a head shuffle zeros
+  if (own < count) load(words, x + (size_t)own * DIM, lane);
+  rotate_head(words, lane);
+  if (own < count) store(x + (size_t)own * DIM, words, lane);
 }

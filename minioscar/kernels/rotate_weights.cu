@@ -3,8 +3,8 @@
 //   x[o, :, i] = H . x[o, :, i]
 //   x [outer, d, inner] bf16, `columns` = outer * inner; H the normalized Walsh-Hadamard matrix
 //
-// The rows of v_proj [kv_heads, d, hidden], its bias [kv_heads, d, 1], the columns of o_proj [hidden * q_heads, d, 1]
-// (weights.rotate_values). grid (ceil(columns / 32)), 256 threads: a block keeps 32 columns in shared memory, channel
+// The rows of v_proj [kv_heads, d, hidden] (weights.rotate_values); where inner is 1, as for o_proj's columns, heads are
+// rows in memory and rotate_scale.cu has the kernel. grid (ceil(columns / 32)), 256 threads: a block keeps 32 columns in shared memory, channel
 // by channel, and all threads take each stage of the transform together. Float32, rounded to bf16 once. reads and
 // writes 2 B a number.
 #include <cuda_bf16.h>
@@ -16,8 +16,7 @@ static_assert(DIM == 64 || DIM == 128 || DIM == 256, "head_dim");
 // f(channel, column, number in memory) for all numbers of this block; neighbouring threads take neighbours in memory.
 template <class F> DEVICE void for_each(__nv_bfloat16* x, int num_columns, int inner, F f) {
   for (int n = threadIdx.x; n < DIM * COLUMNS; n += THREADS) {
-    const int channel = inner == 1 ? n % DIM : n / COLUMNS, column = inner == 1 ? n / DIM : n % COLUMNS;
-    const int at = blockIdx.x * COLUMNS + column;
+    const int channel = n / COLUMNS, column = n % COLUMNS, at = blockIdx.x * COLUMNS + column;
     if (column < num_columns) f(channel, column, x[((size_t)(at / inner) * DIM + channel) * inner + at % inner]);
   }
 }

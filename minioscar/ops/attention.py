@@ -24,6 +24,9 @@ Array = Any
 HEAD_DIMS = (64, 128, 256)
 
 
+HEADS_PER_BLOCK = 16  # of rotate_scale.cu
+
+
 @dataclass(frozen=True)
 class Heads:
     """Of one attention layer."""
@@ -101,25 +104,29 @@ class KeyOutputs:
 
 def rotate_scale(rotation: Rotation, qkv: Array, positions: Array, q_out: Array, to: KeyOutputs) -> Launch:
     """qkv [tokens, (q_heads + 2 kv_heads) * d] -> q_out [tokens, q_heads, d]; K', V and norms go where `to` says."""
-    r, heads_per_block, lanes_per_head = rotation, 16, rotation.heads.head_dim // 16
+    r, lanes_per_head = rotation, rotation.heads.head_dim // 16
     capacity, norm_stride = 1 if to.keys is None else to.keys.shape[2], _norm_stride(to.norms)
     sizes = map(np.int32, (r.heads.q_heads, r.heads.kv_heads, capacity, norm_stride, r.rotate + 2 * r.rotate_values))
     outputs = q_out, to.k_out, to.keys, to.values, to.norms
     args = qkv, r.q_weight, r.k_weight, r.cos, r.sin, positions, to.slots, *outputs, *sizes, np.float32(r.eps)
-    grid = positions.shape[0], 1 + -(-r.heads.q_heads // heads_per_block)
+    grid = positions.shape[0], 1 + -(-r.heads.q_heads // HEADS_PER_BLOCK)
     defines = (f"HEAD_DIM={r.heads.head_dim}",)
-    return Launch("rotate_scale.cu", "rotate_scale", defines, grid, heads_per_block * lanes_per_head, args)
+    return Launch("rotate_scale.cu", "rotate_scale", defines, grid, HEADS_PER_BLOCK * lanes_per_head, args)
 
 
 def _norm_stride(norms: Array | None) -> int:
     return 0 if norms is None else norms.shape[-1]
 
 
-def rotate_weights(x: Array, head_dim: int, axis: int) -> Launch:
+def rotate_heads(x: Array, head_dim: int, axis: int) -> Launch:
     """x bf16 [rows, columns] or [rows], in place: every head_dim numbers along `axis`, a head, times H."""
     inner, columns = math.prod(x.shape[axis + 1 :]), x.size // head_dim
+    defines = (f"HEAD_DIM={head_dim}",)
+    if inner == 1:  # a head's numbers are neighbours
+        grid, block = (-(-columns // HEADS_PER_BLOCK),), HEADS_PER_BLOCK * head_dim // 16
+        return Launch("rotate_scale.cu", "rotate_heads", defines, grid, block, (x, np.int32(columns)))
     args = x, np.int32(columns), np.int32(inner)
-    return Launch("rotate_weights.cu", "rotate_weights", (f"HEAD_DIM={head_dim}",), (-(-columns // 32),), 256, args)
+    return Launch("rotate_weights.cu", "rotate_weights", defines, (-(-columns // 32),), 256, args)
 
 
 @dataclass(frozen=True)

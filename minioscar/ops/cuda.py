@@ -139,7 +139,7 @@ class Cuda(Reference):
     def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None:
         """A raw kernel, not for its speed alone: cuBLAS takes 0.1 s to load, and a short prompt does not need it."""
         if head_dim in HEAD_DIMS:
-            self.run(attention.rotate_weights(x, head_dim, axis))
+            self.run(attention.rotate_heads(x, head_dim, axis))
         else:
             super().rotate_heads(x, head_dim, axis)
 

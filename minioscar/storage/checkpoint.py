@@ -158,6 +158,8 @@ class Checkpoint:
     def _add_quantized(self, name: str, linear: Linear) -> None:
         """A matrix that does not lie there as numbers. Raises UserError where it is not as the format has it."""
         what = f"{self.folder}: the tensors of {name.removesuffix('.weight')}"
+        if "embed_tokens" in name and self.format is not None:
+            raise UserError(f"{what} are quantized; an embedding must be in 16 or 32 bits: take another file")
         if self.format is None:
             if not linear.tensors.keys() - {"weight"}:
                 return self._check_plain(name, linear[:2])
