@@ -47,6 +47,8 @@ CONFIG = {
     "tie_word_embeddings": False,
 }
 
+MOE = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
 
 def write_model(folder: Path, seed: int, **changes) -> Path:
     """Writes config.json and model.safetensors with random float32 weights; `changes` go into the config."""
