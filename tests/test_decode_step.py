@@ -21,12 +21,13 @@ from minioscar.sampling import RowSampling, Sampling, next_token, sample
 from minioscar.weights import Layer, Weights, expected
 
 from .test_cuda_backend import SIMULATED, _card, _simulated, _simulated_hopper, on_each_backend
-from .tiny import load, relative, write_model
+from .tiny import MOE, load, relative, write_model
 
 GREEDY = Sampling()
 FAMILIES = {
     "llama": {}, "qwen2": {"num_attention_heads": 6, "num_key_value_heads": 1}, "qwen3": {"tie_word_embeddings": True}
 }
+FAMILIES["qwen3_moe"] = MOE | {"norm_topk_prob": True}
 FAMILIES["llama with biases"] = {"attention_bias": True, "mlp_bias": True}
 
 
@@ -66,7 +67,8 @@ def mapped(weights: Weights, change) -> Weights:
     ("family", "kv"),
     [("llama", kv) for kv in ("bf16", "int2", "int2-compact", "oscar", "kivi", "int4")]
     + [(family, kv) for family in ("qwen2", "qwen3") for kv in ("bf16", "int2")]
-    + [("llama with biases", "bf16")],
+    + [("llama with biases", "bf16")]
+    + [("qwen3_moe", kv) for kv in ("bf16", "int2", "int2-compact", "oscar", "kivi", "int4")],
 )
 def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed):
     """Over two steps, the window of one row filled and packed on the way.
@@ -75,7 +77,8 @@ def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed):
     hundredth of the keys at another of four levels, which is not what is tested here.
     """
     folder = write_model(
-        tmp_path / "m", seed, model_type=family.split()[0], head_dim=64, num_hidden_layers=1, **FAMILIES[family]
+        tmp_path / "m", seed,
+        **{"model_type": family.split()[0], "head_dim": 64, "num_hidden_layers": 1, **FAMILIES[family]}
     )
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 160, n) for n in (128, 1, 40)]
