@@ -108,6 +108,9 @@ class Config:
         head_dim = _head_dim(get, kind, hidden, heads)
         experts = _experts(get) if kind == "qwen3_moe" else None
         _refuse_other_families(get, head_dim, experts)
+        quantization = formats.read_config(raw, source)
+        if experts and quantization:
+            raise UserError(f"{source}: quantized experts are not supported; use the model's BF16 weights")
         rope = Rope.from_config(raw, head_dim, get.count("max_position_embeddings"), source)
         layers = get.count("num_hidden_layers", most=MOST["num_hidden_layers"])
         window = _sliding_window(get, kind, layers)
@@ -130,7 +133,7 @@ class Config:
             mlp_bias=kind == "llama" and get.flag("mlp_bias", False),
             qk_norm=kind in ("qwen3", "qwen3_moe"),
             tie_embeddings=get.flag("tie_word_embeddings", False),
-            quantization=formats.read_config(raw, source),
+            quantization=quantization,
             experts=experts,
         )
 

@@ -115,23 +115,30 @@ def run(device: Any, case: Case, card: Card = CARD, order: int = 0, few: bool | 
         down = Product(h, there["down"], there["x"], False, residual=there["x"])
         launches = [product.launch(logits, e, card) for product in (up, down)]
     else:
-        normed, routes = device.empty(case.x.shape, BF16), routes_of(device, tokens, e)
+        normed, routes = device.empty(case.x.shape, BF16), routes_of(device, tokens, e, card)
         parts = device.empty((tokens * e.per_token, case.hidden), np.float32)
         launches = [linear.rms_norm(there["x"], there["norm"], EPS, normed), *routes.launches(there["logits"], e)]
+        if routes.of_warpgroups:
+            normed, given = device.empty((len(parts), case.hidden), BF16), normed
+            launches += [experts.gather(given, routes, e, normed)]
         launches += [Product(normed, there["gate_up"], h, True).launch(routes, e, card)]
         launches += [Product(h, there["down"], parts, False).launch(routes, e, card)]
         launches += [experts.combine(parts, there["x"], e)]
     for launch in launches:
-        device.run(launch, seed=order)
+        device.run(launch, arch=90 if launch.source.startswith("sm90") else 80, seed=order)
     if len(launches) > 2:
         found = {name: np.array(device.numpy(getattr(routes, name))) for name in ("chosen", "weights", "sorted")}
         count = int(device.numpy(routes.entries[:1])[0, 0])
+        found["columns"] = np.array(routes.columns)
         found["entries"] = np.array(device.numpy(routes.entries[1 : 1 + count]))
-    return found | {"h": np.array(device.numpy(h)), "y": np.array(device.numpy(there["x"]))}
+        if routes.of_warpgroups:  # h is in the order of `sorted`
+            found["h"] = np.empty_like(device.numpy(h))
+            found["h"][found["sorted"]] = device.numpy(h)
+    return {"h": np.array(device.numpy(h))} | found | {"y": np.array(device.numpy(there["x"]))}
 
 
-def routes_of(device: Any, tokens: int, e: Experts) -> Routes:
-    return Routes.allocate(SimpleNamespace(empty=device.empty), tokens, e)
+def routes_of(device: Any, tokens: int, e: Experts, card: Card = CARD) -> Routes:
+    return Routes.allocate(SimpleNamespace(empty=device.empty), tokens, e, card)
 
 
 def check(case: Case, got: dict[str, np.ndarray]) -> None:
@@ -169,7 +176,7 @@ def check_routes(case: Case, got: dict[str, np.ndarray]) -> None:
     seen = []
     for expert, first, count, _ in got["entries"].tolist():
         own = got["sorted"][first : first + count].tolist()
-        assert 0 < count <= 16 and all(got["chosen"][pair] == expert for pair in own)
+        assert 0 < count <= got["columns"] and all(got["chosen"][pair] == expert for pair in own)
         seen += own
     assert sorted(seen) == list(range(len(got["chosen"])))
     assert np.all(np.diff(got["entries"][:, 0]) >= 0)
@@ -244,7 +251,8 @@ def test_logits_that_are_no_numbers_make_their_token_s_result_none_and_no_other_
 
 
 @pytest.mark.parametrize(
-    ("size", "silu", "warps", "runs"), [(2048, True, 16, 4), (4096, True, 16, 4), (768, False, 4, 6), (1536, False, 2, 8)]
+    ("size", "silu", "warps", "runs"),
+    [(2048, True, 16, 4), (4096, True, 16, 4), (768, False, 4, 6), (1536, False, 2, 8)],
 )
 def test_every_register_of_a_round_is_loaded_with_weights_of_published_models(size, silu, warps, runs):
     plan = experts.team_plan(size, silu)
@@ -265,11 +273,25 @@ def test_what_has_no_kernels_says_why():
     assert not experts.are_few(8, wide, Card(132, 89)) and experts.are_few(8, wide, Card(132, 90)) and e.count == 6
 
 
+HOPPER = Card(3, 90)
+
+
+@on_each_device
+@pytest.mark.parametrize("load", ["random", "one", "skewed"])
+@pytest.mark.parametrize(("e", "hidden", "inter"), [(Experts(6, 2, True), 136, 40), (Experts(5, 1, False), 72, 200)])
+def test_experts_of_a_prompt_on_warpgroups_are_those_of_float64(device, seed, e, hidden, inter, load):
+    """Entries of few pairs, of more than 64 and of 128; tiles that are full and not."""
+    case = Case(e, 260, hidden, inter, seed, load)
+    got = run(device, case, HOPPER)
+    assert got["columns"] == experts.WGMMA_PAIRS
+    check(case, got)
+
+
 QWEN3_30B = Experts(128, 8, True)
 
 
 @on_the_card
-@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 48, 150, 256, 600])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 48, 150, 256, 600, 3000])
 @pytest.mark.parametrize("load", ["random", "one", "skewed"])
 def test_experts_of_a_published_shape(device, seed, load, tokens):
     case = Case(QWEN3_30B, tokens, 2048, 768, seed, load)

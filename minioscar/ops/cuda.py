@@ -201,9 +201,12 @@ class Cuda(Reference):
     def _many_experts(self, x: Array, layer: Layer, config: Config) -> None:
         e, normed = config.experts, self.xp.empty_like(x)
         self.run(linear.rms_norm(x, layer.post_norm, config.rms_norm_eps, normed))
-        routes = experts.Routes.allocate(self.xp, len(x), e)
+        routes = experts.Routes.allocate(self.xp, len(x), e, self.card)
         for launch in routes.launches(self._router_logits(normed, layer.router), e):
             self.run(launch)
+        if routes.of_warpgroups:
+            normed, given = self.xp.empty((len(routes.chosen), x.shape[1]), self.dtype), normed
+            self.run(experts.gather(given, routes, e, normed))
         h = self.xp.empty((len(routes.chosen), config.intermediate_size), self.dtype)
         parts = self.xp.empty((len(h), config.hidden_size), np.float32)
         self.run(experts.Product(normed, layer.gate_up, h, True).launch(routes, e, self.card))

@@ -68,8 +68,9 @@ class StepBatch:
         """Of these arrays and of the activations of a step."""
         c = config
         plan = attention.decode_plan(Heads.of(c), SCHEMES["int2"], rows, card)  # no scheme has more tasks
-        activations = BF16.itemsize * rows * (2 * c.hidden_size + 3 * c.q_size + 2 * c.kv_size)  # x twice, qkv, q, y
-        activations += experts.work_bytes(c, rows, card) if c.experts else BF16.itemsize * rows * c.intermediate_size
+        widths = 2 * c.hidden_size, 3 * c.q_size + 2 * c.kv_size, c.intermediate_size  # x twice; qkv, q, y; h
+        x, attending, h = (BF16.itemsize * rows * width for width in widths)
+        activations = x + (max(attending, experts.work_bytes(c, rows, card)) if c.experts else attending + h)
         return activations + plan.nbytes(c.head_dim) + drawing_bytes(c.vocab_size, rows, penalties)
 
     def schedule(self, ops: Runner) -> None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache import BF16
-from .launch import Card, Launch
+from .launch import Card, Launch, TensorMap
+from .linear_batch import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from ..config import Config, Experts
-    from ..weights import Layer
 
 Array = Any
 FEW = 8  # tokens whose experts every block of experts.cu finds by itself
@@ -21,6 +21,7 @@ WARPS = 16  # of a block of experts.cu
 MOST_PER_TOKEN = 32  # a lane of route.cuh keeps one choice
 WIDE_PAIRS = 4  # on average an expert has more pairs: up to 16 of them share a reading of its weights then, else 8
 EXPERT_TOKENS = 8192  # whose pairs are in memory at once
+WGMMA_PAIRS, WGMMA_ROWS = 128, 256  # of an item of sm90/experts.cu
 
 
 def unsupported(config: Config) -> str | None:
@@ -59,10 +60,15 @@ class Routes:
     entries: Array  # int32 [1 + entries, 4]
     columns: int  # pairs of an entry at most
 
+    @property
+    def of_warpgroups(self) -> bool:
+        """Whether sm90/experts.cu takes them."""
+        return self.columns == WGMMA_PAIRS
+
     @classmethod
-    def allocate(cls, xp: Any, tokens: int, e: Experts) -> Routes:
+    def allocate(cls, xp: Any, tokens: int, e: Experts, card: Card) -> Routes:
         pairs = tokens * e.per_token
-        columns = 16 if pairs > WIDE_PAIRS * e.count else 8
+        columns = WGMMA_PAIRS if uses_wgmma(tokens, card) else 16 if pairs > WIDE_PAIRS * e.count else 8
         chosen, ordered, entries = (xp.empty(shape, np.int32) for shape in (pairs, pairs, _entries(pairs, columns, e)))
         return cls(chosen, xp.empty(pairs, np.float32), ordered, entries, columns)
 
@@ -75,6 +81,10 @@ class Routes:
             Launch("experts/route.cu", "choose", _defines(e), (-(-len(logits) // 8),), 256, choose),
             Launch("experts/route.cu", "sort", _defines(e), (1,), 512, sort),
         ]
+
+
+def uses_wgmma(tokens: int, card: Card) -> bool:
+    return card.capability == 90 and tokens > BATCH_TOKENS
 
 
 def _entries(pairs: int, columns: int, e: Experts) -> tuple[int, int]:
@@ -108,9 +118,10 @@ def _sums(column_tiles: int, silu: bool) -> int:
 class Product:
     """One of the two products of experts.cu.
 
-    silu: up, weight bf16 [experts, 2 * n, hidden], out bf16 [pairs, n]; x bf16 [tokens, hidden], of few tokens not
-    normed yet. Else down, weight bf16 [experts, hidden, n], x bf16 [pairs, n]; of few tokens out = residual + what their
-    experts make, bf16 [tokens, hidden], which may be the residual; of more what each pair adds, float32 [pairs, hidden].
+    silu: up, weight bf16 [experts, 2 * n, hidden], out bf16 [pairs, n], x bf16 [tokens, hidden], of few tokens not
+    normed yet; of warpgroups x [pairs, hidden] and out are in the order of the sorted pairs. Else down, weight bf16
+    [experts, hidden, n], x bf16 [pairs, n]; of few tokens out = residual + what their experts make, bf16 [tokens,
+    hidden], which may be the residual; of more what each pair adds, float32 [pairs, hidden].
     """
 
     x: Array
@@ -121,6 +132,8 @@ class Product:
     residual: Array | None = None  # of few tokens, down
 
     def launch(self, choices: Choices, e: Experts, card: Card) -> Launch:
+        if isinstance(choices, Routes) and choices.of_warpgroups:
+            return self._wgmma(choices, card)
         (_, rows, size), plan, of_routes = self.weight.shape, team_plan(self.weight.shape[2], self.silu), (None,) * 3
         few, tiles, teams = not isinstance(choices, Routes), -(-rows // (32 if self.silu else 16)), WARPS // plan.warps
         if few:
@@ -138,6 +151,25 @@ class Product:
         return Launch("experts/experts.cu", "experts", (*_defines(e), *kind, *shape), grid, 32 * WARPS, args, shared)
 
 
+    def _wgmma(self, routes: Routes, card: Card) -> Launch:
+        count, rows, size = self.weight.shape
+        tile_rows = WGMMA_ROWS // 2 if self.silu else WGMMA_ROWS
+        maps = TensorMap(self.x, 64), TensorMap(self.weight.reshape(count * rows, size), tile_rows)
+        args = (*maps, routes.sorted, routes.entries, routes.weights, self.out, np.int32(size), np.int32(rows))
+        stage_bytes = (WGMMA_PAIRS + WGMMA_ROWS) * 128
+        stages = card.max_shared_bytes // stage_bytes
+        kind = f"SILU={self.silu:d}", f"OUT_BF16={self.out.dtype.itemsize == 2:d}"
+        defines = f"WARPGROUPS={WGMMA_PAIRS // 64}", f"ROWS={WGMMA_ROWS}", f"STAGES={stages}", *kind
+        threads, shared = 2 * WGMMA_PAIRS + 128, stages * stage_bytes
+        return Launch("sm90/experts.cu", "experts", defines, (card.multiprocessors,), threads, args, shared)
+
+
+def gather(x: Array, routes: Routes, e: Experts, out: Array) -> Launch:
+    """The tokens of the pairs by expert: x bf16 [tokens, n], out bf16 [pairs, n], n a multiple of 8."""
+    args = x, routes.sorted, out, np.int32(x.shape[1])
+    return Launch("experts/route.cu", "gather", _defines(e), (len(out),), 128, args)
+
+
 def combine(parts: Array, x: Array, e: Experts) -> Launch:
     """x += what the pairs of each token add: x bf16 [tokens, n], parts float32 [pairs, n], n a multiple of 8."""
     grid = len(x), -(-x.shape[1] // 2048)
@@ -152,4 +184,5 @@ def work_bytes(config: Config, tokens: int, card: Card) -> int:
     if are_few(tokens, c, card):
         return logits + h
     routes = 12 * pairs + 16 * (e.count + pairs // 8)
-    return logits + h + routes + BF16.itemsize * tokens * c.hidden_size + 4 * pairs * c.hidden_size
+    rows = tokens + pairs * uses_wgmma(tokens, card)  # normed; and by expert
+    return logits + h + routes + BF16.itemsize * rows * c.hidden_size + 4 * pairs * c.hidden_size

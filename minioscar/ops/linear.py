@@ -146,9 +146,9 @@ def scratch_bytes(config: Config, tokens: int, card: Card) -> int:
 
 
 def add_product(y: Array, x: Array, weight: Array) -> None:
-    """y += x @ weight.T by cuBLAS: y [tokens, out] bf16 or float32, x [tokens, in], weight [out, in] bf16, contiguous.
+    """y += x @ weight.T by cuBLAS: y [tokens, out] bf16 or float32, x [tokens, in], weight [out, in] bf16; contiguous.
 
-    The product is rounded to y's dtype, then the sum, in every math mode (CUDA 13, H200). CUBLAS_COMPUTE_32F_PEDANTIC rounds
+    The product is rounded as y is, then the sum, in every math mode (CUDA 13, H200). CUBLAS_COMPUTE_32F_PEDANTIC rounds
     once, without tensor cores, and takes 25 times as long. On CuPy's current stream. Raises cupy's CUBLASError.
     """
     from cupy.cuda.device import get_cublas_handle

@@ -98,7 +98,7 @@ class Reference:
 
         mlp = tokens * (2 * hidden + 8 * config.intermediate_size)
         if config.experts:  # the router's arrays, and all tokens at one expert
-            mlp += tokens * (3 * hidden + 8 * config.experts.count)
+            mlp += tokens * (3 * hidden + 5 * config.experts.count)
         return self.dtype.itemsize * max(mlp, attention(tokens), attention(1), rows * config.vocab_size)
 
     def say_if_slow(self, config: Config, scheme: Scheme) -> bool:

@@ -6,6 +6,8 @@
 //   pairs, sorted[first] ..., at most `columns`, take one expert. sorted int [pairs]; entries int4: the number of
 //   entries in [0].x, then (expert, first, count, 0), at most EXPERTS + pairs / columns. Pairs of one expert stand in
 //   any order: every result is of one pair alone. grid (1), 512 threads.
+// gather: to[i] = x[sorted[i] / TOP_K], the tokens in the order of the pairs. x bf16 [tokens][K], to bf16 [pairs][K], K a
+//   multiple of 8. grid (pairs), 128 threads.
 // combine: y[t] = x[t] + sum_s parts[t * TOP_K + s], s ascending, float32, rounded once. x, y bf16 [tokens][N] (the
 //   same array or two), parts float32 [pairs][N], N a multiple of 8. grid (tokens, ceil(N / 2048)), 256 threads.
 //
@@ -60,6 +62,13 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   __syncthreads();
 #pragma unroll 4
   for (int p = e; p < pairs; p += 512) sorted[atomicAdd(&next[chosen[p]], 1)] = p;
+}
+
+extern "C" __global__ void __launch_bounds__(128) gather(const bf16* x, const int* sorted, bf16* to, int K) {
+  wait_then_allow_next();
+  const uint4* from = (const uint4*)(x + (size_t)(sorted[blockIdx.x] / TOP_K) * K);
+  uint4* row = (uint4*)(to + (size_t)blockIdx.x * K);
+  for (int i = threadIdx.x; i < K / 8; i += 128) row[i] = from[i];
 }
 
 extern "C" __global__ void __launch_bounds__(256) combine(const float* parts, const bf16* x, bf16* y, int N) {
