@@ -10,8 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from benchmarks.measure import copies_of, graph_time
-from benchmarks.models import filled
+from benchmarks.models import experts_taken, filled, step_tokens
 from minioscar.cache import Cache
 from minioscar.engine import Engine
 from minioscar.ops.decode import StepDecoder
@@ -25,15 +27,16 @@ SMALL = 1 << 20  # bytes; larger arguments are tables and workspaces, of which a
 def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterator[dict]:
     cache = filled(e.config, e.scheme, e.ops, batch, context, 2, e.model.weights)
     decoder = StepDecoder(e.model, cache, [RowSampling()] * batch, replay="launches")
-    lengths = decoder.batch.lengths
+    lengths, taken = decoder.batch.lengths, experts_taken(e, batch)
     lengths.fill(context)
+    decoder.batch.tokens[:] = e.ops.xp.asarray(step_tokens(e.config, batch), np.int32)
     decoder.work.replay()  # fills every kernel's inputs
     lengths.fill(context)
     kinds: dict[str, list[Launch]] = defaultdict(list)
     for launch in decoder.work.recorded.launches:
         kinds[label(launch)].append(launch)
     for kind, launches in kinds.items():
-        size = bytes_of(launches[0], cache)
+        size = bytes_of(launches[0], cache, taken)
         count = copies_of(size) if size > SMALL else 2
         timed = launches[: count + count % 2]  # attention alternates two workspaces and must find the next one empty
         us, spread = graph_time([lambda launch=launch: run(launch) for launch in timed])
@@ -46,7 +49,7 @@ def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterato
 def label(launch: Launch) -> str:
     """Its kernel; of a product also the numbers in and out of a token."""
     weight = weight_of(launch)
-    return launch.name if weight is None else f"{launch.name} {weight.shape[1]} to {weight.shape[0]}"
+    return launch.name if weight is None else f"{launch.name} {weight.shape[-1]} to {weight.shape[-2]}"
 
 
 def arrays_of(launch: Launch) -> list[Any]:
@@ -56,19 +59,22 @@ def arrays_of(launch: Launch) -> list[Any]:
 
 
 def weight_of(launch: Launch) -> Any | None:
-    """The matrix of a product, which is the second one among its arguments: x [tokens, in], weight [out, in]."""
+    """The matrix of a product, which is the second one among its arguments: x [tokens, in], weight [out, in]; of
+    experts their matrices [experts, out, in]."""
+    if launch.name == "experts":
+        return next(a for a in arrays_of(launch) if a.ndim == 3)
     if not launch.name.startswith("linear"):
         return None
     return [a for a in arrays_of(launch) if a.ndim == 2][1]
 
 
-def bytes_of(launch: Launch, cache: Cache) -> int:
-    """What a launch must move at least: a layer's cache, the matrix of a product, else its small arguments that are not
-    the cache's."""
+def bytes_of(launch: Launch, cache: Cache, taken: float = 0.0) -> int:
+    """What a launch must move at least: a layer's cache, the matrix of a product, of experts the matrices of those that
+    are taken, else its small arguments that are not the cache's."""
     if launch.name in CACHE:
         return cache.nbytes // len(cache.layers)
     if (weight := weight_of(launch)) is not None:
-        return weight.nbytes
+        return round(weight.nbytes * (taken / len(weight) if weight.ndim == 3 else 1))
     arrays = [cache.arrays, *(layer_cache.arrays for layer_cache in cache.layers)]  # of all layers (pack_step), of one
     own = {id(array) for of_layer in arrays for array in of_layer.values()}
     return sum(a.nbytes for a in arrays_of(launch) if a.nbytes < SMALL and id(a) not in own)

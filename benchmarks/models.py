@@ -4,7 +4,9 @@ attention alone."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +17,11 @@ from minioscar.cache import Cache, NewTokens, cache_bytes
 from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.ops.reference import Reference
-from minioscar.oscar import Scheme
+from minioscar.oscar import WINDOW, Scheme
 from minioscar.sampling import RowSampling
-from minioscar.weights import Weights, arrays
+from minioscar.weights import Layer, Weights, arrays
+
+Array = Any
 
 IN_A_ROW = 32  # decode steps that are timed together where they are queued
 MAX_COPIES = 8  # of a cache on a CPU, whose array code dequantizes it into new arrays anyway
@@ -55,11 +59,44 @@ def weight_bytes(weights: Weights) -> int:
     return sum(array.nbytes for array in arrays(weights))
 
 
-def step_bytes(e: Engine, batch: int, context: int) -> int:
-    """What a decode step must read: every matrix once, the caches once. Of an embedding that is not also the head it
-    reads no more than a row a sequence."""
+def step_bytes(e: Engine, batch: int, context: int, experts: float = 0.0) -> int:
+    """What a decode step must read: every matrix once, of a layer's experts so many (`experts_taken`), the caches once.
+    Of an embedding that is not also the head it reads no more than a row a sequence."""
     weights = weight_bytes(e.model.weights) - (0 if e.config.tie_embeddings else e.model.weights.embed.nbytes)
-    return weights + cache_bytes(e.config, e.scheme, batch, context)
+    for of_layer in e.model.weights.layers if e.config.experts else ():
+        weights -= (of_layer.gate_up.nbytes + of_layer.down.nbytes) * (1 - experts / e.config.experts.count)
+    return round(weights) + cache_bytes(e.config, e.scheme, batch, context)
+
+
+class Taken:
+    """A back end that counts how many of a layer's experts the tokens of a pass take."""
+
+    def __init__(self, ops: Reference):
+        self.ops, self.counts = ops, list[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ops, name)
+
+    def experts(self, x: Array, layer: Layer, config: Config) -> Array:
+        logits = self.ops.linear(x, layer.router, norm=(layer.post_norm, config.rms_norm_eps), float32=True)
+        self.counts.append(len(np.unique(Reference().route(self.ops.numpy(logits), config.experts)[0])))
+        return self.ops.experts(x, layer, config)
+
+
+def experts_taken(e: Engine, batch: int) -> float:
+    """Experts of a layer whose weights a step of so many rows reads, on average over the layers; 0 without experts.
+    What the cache holds hardly matters."""
+    if e.config.experts is None:
+        return 0.0
+    cache, model = filled(e.config, e.scheme, e.ops, batch, WINDOW, 1, e.model.weights), copy(e.model)
+    model.ops = Taken(e.ops)
+    model.forward(np.array(step_tokens(e.config, batch)), cache, cache.batch_for(range(batch), [1] * batch))
+    return float(np.mean(model.ops.counts))
+
+
+def step_tokens(config: Config, rows: int) -> list[int]:
+    """Random tokens: equal ones would take equal experts."""
+    return np.random.default_rng(2).integers(0, config.vocab_size, rows).tolist()
 
 
 def stepping(e: Engine, cache: Cache) -> tuple[Callable[[], None], int]:
@@ -68,13 +105,14 @@ def stepping(e: Engine, cache: Cache) -> tuple[Callable[[], None], int]:
     They leave the cache as long as it was, so that every call takes the same.
     """
     start, rows = cache.lengths.copy(), list(range(len(cache.lengths)))
+    tokens = step_tokens(e.config, len(rows))
     decoder = e.ops.decoder(e.model, cache, [RowSampling()] * len(cache.lengths))
     room = int(cache.context - start.max())
     count = min(IN_A_ROW, room) if decoder.ahead else 1  # what is queued ahead is timed in a row, as it runs
 
     def run() -> None:
         cache.lengths[:], launched = start, 0
-        decoder.feed(rows, [7] * len(rows))
+        decoder.feed(rows, tokens)
         for done in range(count):
             while launched < count and launched - done <= decoder.ahead:
                 decoder.launch(rows)
@@ -87,10 +125,12 @@ def stepping(e: Engine, cache: Cache) -> tuple[Callable[[], None], int]:
 
 def decode(e: Engine, name: str, batch: int, context: int, limits: dict[str, float], steps: int) -> dict:
     """Steps at a context of whole blocks: none of them fills a window, so no block is packed."""
+    experts = experts_taken(e, batch)
     run, count = stepping(e, filled(e.config, e.scheme, e.ops, batch, context, IN_A_ROW, e.model.weights))
     seconds, spread = timed(e.ops, run, steps)
-    size = step_bytes(e, batch, context)
+    size = step_bytes(e, batch, context, experts)
     of_limit = {"bytes": size, "fraction_of_limit": size / (limits["copy_tb_s"] * 1e12) / (seconds / count)}
+    of_limit |= {"experts": experts} if experts else {}
     times = {"ms": seconds / count * 1e3, "spread": spread, "tokens_per_s": batch / (seconds / count)}
     return {"model": name, "kv": e.scheme.name, "batch": batch, "context": context, **times, **of_limit}
 
@@ -106,7 +146,7 @@ def prefill(e: Engine, name: str, tokens: int, limits: dict[str, float], repeats
     seconds, spread = timed(e.ops, read, repeats, 1)
     embedding = c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
     causal = 2 * tokens**2 * c.q_size * c.num_layers  # half of 4 * n^2
-    flops = 2 * tokens * (c.parameters() - embedding) + causal
+    flops = 2 * tokens * (c.parameters(active=True) - embedding) + causal
     of_limit = {"flops": flops, "fraction_of_limit": flops / (limits["matmul_tflop_s"] * 1e12) / seconds}
     times = {"s": seconds, "spread": spread, "tokens_per_s": tokens / seconds}
     return {"model": name, "kv": e.scheme.name, "tokens": tokens, **times, **of_limit}

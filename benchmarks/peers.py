@@ -311,6 +311,9 @@ def random_model(config: Config, device: str) -> Any:
         "tie_word_embeddings": c.tie_embeddings,
         "attention_bias": c.qkv_bias,
     }
+    if c.experts:
+        shape |= {"num_experts": c.experts.count, "num_experts_per_tok": c.experts.per_token}
+        shape |= {"moe_intermediate_size": c.intermediate_size, "norm_topk_prob": c.experts.normalized}
     shape |= {"mlp_bias": c.mlp_bias}
     with torch.device(device):
         made = AutoConfig.for_model(c.model_type, **shape, sliding_window=None)

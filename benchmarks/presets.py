@@ -40,7 +40,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# From the config.json of Qwen/Qwen3-{0.6B,4B,8B,14B,32B}, meta-llama/Llama-3.1-{8B,70B}, Qwen/Qwen2.5-7B.
+# From the config.json of Qwen/Qwen3-{0.6B,4B,8B,14B,32B,30B-A3B}, meta-llama/Llama-3.1-{8B,70B}, Qwen/Qwen2.5-7B.
 PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-8b": QWEN3 | {
         "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
@@ -81,6 +81,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 28,
         "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072, "rope_theta": 1e6,
     },
+    "qwen3-30b-a3b": QWEN3 | {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    },
 }  # fmt: skip
 CHUNK = 1 << 26  # numbers drawn at once: in float32 first, so that a large matrix of BF16 needs little besides itself
 
@@ -118,6 +123,7 @@ def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool 
     variance, so that activations stay near 1 however deep the model is.
     """
     rng, xp, hidden = ops.xp.random.default_rng(seed), ops.xp, config.hidden_size
+    stack = (config.experts.count,) if config.experts else ()
 
     def normal(*shape: int, scale: float) -> Array:
         out = xp.empty(int(np.prod(shape)), ops.dtype)
@@ -126,10 +132,11 @@ def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool 
             chunk[...] = (rng.standard_normal(chunk.size, dtype=np.float32) * np.float32(scale)).astype(ops.dtype)
         return out.reshape(shape)
 
-    def matrix(out: int, inputs: int, scale: float = 1.0) -> Array:
-        if config.quantization is not None:
+    def matrix(*shape: int, scale: float = 1.0) -> Array:
+        *more, out, inputs = shape
+        if config.quantization is not None and not more:
             return quantized.random_matrix(config.quantization, out, inputs, scale * inputs**-0.5, ops, rng)
-        return normal(out, inputs, scale=scale * inputs**-0.5)
+        return normal(*shape, scale=scale * inputs**-0.5)
 
     def layer() -> Layer:
         rows, to_residual = config.q_size + 2 * config.kv_size, (2 * config.num_layers) ** -0.5
@@ -140,12 +147,13 @@ def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool 
             qkv_bias=normal(rows, scale=0.1) if config.qkv_bias else None,
             q_norm=head_norm,
             k_norm=head_norm,
-            o=matrix(hidden, config.q_size, to_residual),
+            o=matrix(hidden, config.q_size, scale=to_residual),
             o_bias=normal(hidden, scale=0.1 * to_residual) if config.output_bias else None,
             post_norm=xp.ones(hidden, ops.dtype),
-            gate_up=matrix(2 * config.intermediate_size, hidden),
+            gate_up=matrix(*stack, 2 * config.intermediate_size, hidden),
             gate_up_bias=normal(2 * config.intermediate_size, scale=0.1) if config.mlp_bias else None,
-            down=matrix(hidden, config.intermediate_size, to_residual),
+            down=matrix(*stack, hidden, config.intermediate_size, scale=to_residual),
+            router=matrix(*stack, hidden) if stack else None,
             down_bias=normal(hidden, scale=0.1 * to_residual) if config.mlp_bias else None,
         )
 

@@ -15,9 +15,10 @@ from .formats import rounding
 from .rope import Rope
 from .storage import strict_json as json
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 # what is made from these numbers before a weight is seen must stay small
-MOST = {"num_hidden_layers": 4096, "head_dim": 2048}
+MOST = {"num_hidden_layers": 4096, "head_dim": 2048, "num_experts": 512}
+EXPERTS = ("num_experts", "num_local_experts")  # spellings of one number
 SHARED_DEFAULTS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "sliding_window": 4096}
 SHARED_DEFAULTS |= {"max_window_layers": 28}
 QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
@@ -28,14 +29,28 @@ DEFAULTS: dict[str, dict[str, int]] = {  # what a missing key means: transformer
     },
     "qwen2": SHARED_DEFAULTS | QWEN,
     "qwen3": SHARED_DEFAULTS | QWEN | {"head_dim": 128},
+    "qwen3_moe": SHARED_DEFAULTS | QWEN | {
+        "hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4, "moe_intermediate_size": 768,
+        "num_experts": 128, "num_experts_per_tok": 8,
+    },
 }  # fmt: skip
 NEUTRAL = {  # options of other families that change the numbers, and the values at which they do not; null never does
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "scale_emb"), 1),
     **dict.fromkeys(("residual_multiplier", "lm_head_multiplier"), 1),
-    **dict.fromkeys(("num_local_experts", "num_experts"), 0),
+    **dict.fromkeys(EXPERTS, 0),
+    **dict.fromkeys(("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts"), 0),
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "clip_qkv")),
     **dict.fromkeys(("attention_chunk_size", "text_config")),
 }
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The MLPs of which each token takes a few in every layer, as a router of the layer says (mixture of experts)."""
+
+    count: int
+    per_token: int
+    normalized: bool  # the weights of a token's experts are divided by their sum
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Config:
     model_type: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of each expert where there are experts
     num_layers: int
     num_heads: int  # q heads
     num_kv_heads: int
@@ -61,6 +76,7 @@ class Config:
     tie_embeddings: bool
     quantization: formats.Format | None = None  # of matrices that are quantized in the files
     weights: str | None = None  # of formats.rounding.MODES: how matrices are kept that the files have in 16 or 32 bits
+    experts: Experts | None = None  # None: one MLP a layer, which every token takes
 
     @classmethod
     def from_folder(cls, folder: Path) -> Config:
@@ -90,16 +106,20 @@ class Config:
                 f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )
         head_dim = _head_dim(get, kind, hidden, heads)
-        _refuse_other_families(get, head_dim)
+        experts = _experts(get) if kind == "qwen3_moe" else None
+        _refuse_other_families(get, head_dim, experts)
+        quantization = formats.read_config(raw, source)
+        if experts and quantization:
+            raise UserError(f"{source}: quantized experts are not supported; use the model's BF16 weights")
         rope = Rope.from_config(raw, head_dim, get.count("max_position_embeddings"), source)
         layers = get.count("num_hidden_layers", most=MOST["num_hidden_layers"])
         window = _sliding_window(get, kind, layers)
-        biased = kind in ("llama", "qwen3") and get.flag("attention_bias", False)
+        biased = kind in ("llama", "qwen3", "qwen3_moe") and get.flag("attention_bias", False)
         return cls(
             model_type=kind,
             vocab_size=get.count("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=get.count("intermediate_size"),
+            intermediate_size=get.count("moe_intermediate_size" if experts else "intermediate_size"),
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
@@ -111,9 +131,10 @@ class Config:
             qkv_bias=kind == "qwen2" or biased,
             output_bias=biased,
             mlp_bias=kind == "llama" and get.flag("mlp_bias", False),
-            qk_norm=kind == "qwen3",
+            qk_norm=kind in ("qwen3", "qwen3_moe"),
             tie_embeddings=get.flag("tie_word_embeddings", False),
-            quantization=formats.read_config(raw, source),
+            quantization=quantization,
+            experts=experts,
         )
 
     @property
@@ -145,14 +166,17 @@ class Config:
             return self.quantization.stored_bits
         return self.weights and rounding.stored_bits("int8" if is_head else self.weights)
 
-    def parameters(self) -> int:
-        """The number of weights, a tied embedding counted once."""
+    def parameters(self, active: bool = False) -> int:
+        """The number of weights, a tied embedding counted once. active: of the experts those that one token takes."""
         hidden, inter = self.hidden_size, self.intermediate_size
         attention = hidden * (self.q_size + 2 * self.kv_size) + self.q_size * hidden
         attention += (
             self.q_size + 2 * self.kv_size
         ) * self.qkv_bias + hidden * self.output_bias + 2 * self.head_dim * self.qk_norm
-        layer = attention + 3 * hidden * inter + (2 * inter + hidden) * self.mlp_bias + 2 * hidden
+        mlp = 3 * hidden * inter + (2 * inter + hidden) * self.mlp_bias
+        if self.experts:  # and the router
+            mlp = (self.experts.per_token if active else self.experts.count) * mlp + self.experts.count * hidden
+        layer = attention + mlp + 2 * hidden
         return self.num_layers * layer + hidden + self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
 
 
@@ -167,12 +191,25 @@ def _head_dim(get: _Reader, kind: str, hidden: int, heads: int) -> int:
     return head_dim
 
 
-def _refuse_other_families(get: _Reader, head_dim: int) -> None:
+def _experts(get: _Reader) -> Experts:
+    """Raises UserError for layers without experts, and for more experts a token than there are."""
+    given = [key for key in EXPERTS if get.raw.get(key) is not None] or [EXPERTS[0]]
+    count, per_token = get.count(given[0], most=MOST["num_experts"]), get.count("num_experts_per_tok")
+    get.only(given[-1], count)
+    if per_token > count:
+        raise UserError(f"{get.source}: num_experts_per_tok {per_token} is more than the {count} experts; correct it")
+    get.only("decoder_sparse_step", 1)
+    get.only("mlp_only_layers", [])
+    return Experts(count, per_token, get.flag("norm_topk_prob", False))
+
+
+def _refuse_other_families(get: _Reader, head_dim: int, experts: Experts | None) -> None:
     """Raises UserError for an option that this architecture does not have, unless its value changes nothing."""
     for key in ("hidden_act", "hidden_activation"):
         get.only(key, "silu", "swish")
     for key, neutral in NEUTRAL.items():
-        get.only(key, neutral)
+        if experts is None or key not in EXPERTS:
+            get.only(key, neutral)
     get.only("query_pre_attn_scalar", head_dim)
     get.only("attention_multiplier", head_dim**-0.5)
 
@@ -198,6 +235,9 @@ def _sliding_window(get: _Reader, kind: str, layers: int) -> int | None:
             raise UserError(f"{get.source}: {why}; correct it")
     elif kind == "llama" or window is None:  # a LlamaModel has no sliding windows
         return None
+    elif kind == "qwen3_moe":  # a window is every layer's
+        if not get.flag("use_sliding_window", False):
+            return None
     elif kind != "mistral":
         full = get.raw.get("max_window_layers")
         full = get.defaults["max_window_layers"] if full is None else full

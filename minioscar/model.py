@@ -1,6 +1,7 @@
 """The transformer, top to bottom: a reader starts here.
 
-Llama, Mistral, Qwen2 and Qwen3 are one architecture with a few switches (biases; a norm on q and k; tied embeddings).
+Llama, Mistral, Qwen2 and Qwen3 are one architecture with a few switches (biases; a norm on q and k; tied embeddings;
+an MLP or a router's choice of many).
 The array code does not know which back end runs it, nor what a token costs in the cache.
 """
 
@@ -67,7 +68,7 @@ class Model:
         x = ops.embed(weights.embed, ids)  # [tokens, hidden]
         for layer, layer_cache in zip(weights.layers, cache.layers, strict=True):
             x = self._attention(x, layer, layer_cache, tables, batch)
-            x = self._mlp(x, layer)
+            x = self._mlp(x, layer) if layer.router is None else ops.experts(x, layer, self.config)
         ops.end(cache, batch)
         x = x if every or batch.last is None else ops.embed(x, batch.last)  # rows of x, by a kernel that is there
         return ops.linear(x, weights.head, norm=(weights.norm, self.config.rms_norm_eps), float32=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Array = Any
 PROJECTIONS = {
-    "qkv": "qkv projection", "o": "output projection", "gate_up": "gate and up projection", "down": "down projection"
+    "qkv": "qkv projection", "o": "output projection", "gate_up": "gate and up projection", "down": "down projection",
 }
 
 
@@ -46,6 +46,12 @@ class Watch:
         norm = options.get("norm")
         inputs = {"weight": weight, "bias": bias, "norm's weight": norm and norm[0]}
         return self._finite(self._ops.linear(x, weight, bias, **options), name, inputs)
+
+    def experts(self, x: Array, layer: Any, config: Any) -> Array:
+        self._where = self._layers[id(layer)]
+        inputs = {"norm's weight": layer.post_norm, "router": layer.router}
+        inputs |= {"gate and up weight": layer.gate_up, "down weight": layer.down}
+        return self._finite(self._ops.experts(x, layer, config), "experts", inputs)
 
     def rotate_scale(self, qkv: Array, layer: Any, *rest: Any) -> tuple[Array, NewTokens]:
         self._where = self._layers[id(layer)]

@@ -62,8 +62,9 @@ class Layer:
     o: Matrix  # [hidden, q_heads * head_dim]
     o_bias: Array | None
     post_norm: Array  # [hidden]
-    gate_up: Matrix  # [2 * intermediate, hidden]
-    down: Matrix  # [hidden, intermediate]
+    gate_up: Matrix  # [2 * intermediate, hidden]; of experts [experts, 2 * intermediate, hidden]
+    down: Matrix  # [hidden, intermediate]; of experts [experts, hidden, intermediate]
+    router: Array | None = None  # [experts, hidden]; None: a layer without experts
     gate_up_bias: Array | None = None
     down_bias: Array | None = None
     # float32 [kv_heads, head_dim, head_dim], for a shaped scheme: key_shaping.py
@@ -105,13 +106,21 @@ def expected(config: Config) -> dict[str, tuple[int, ...]]:
             shapes[f"{layer}self_attn.o_proj.bias"] = (hidden,)
         if config.qk_norm:
             shapes[f"{layer}self_attn.q_norm.weight"] = shapes[f"{layer}self_attn.k_norm.weight"] = (dim,)
-        shapes[f"{layer}mlp.gate_proj.weight"] = shapes[f"{layer}mlp.up_proj.weight"] = (inter, hidden)
-        shapes[f"{layer}mlp.down_proj.weight"] = (hidden, inter)
+        for mlp in (f"{layer}mlp.{expert}" for expert in _experts(config)):
+            shapes[f"{mlp}gate_proj.weight"] = shapes[f"{mlp}up_proj.weight"] = (inter, hidden)
+            shapes[f"{mlp}down_proj.weight"] = (hidden, inter)
+        if config.experts:
+            shapes[f"{layer}mlp.gate.weight"] = (config.experts.count, hidden)
         if config.mlp_bias:
             shapes[f"{layer}mlp.gate_proj.bias"] = shapes[f"{layer}mlp.up_proj.bias"] = (inter,)
             shapes[f"{layer}mlp.down_proj.bias"] = (hidden,)
         shapes[f"{layer}input_layernorm.weight"] = shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
     return shapes
+
+
+def _experts(config: Config) -> list[str]:
+    """What stands in the names of a layer's MLPs."""
+    return [f"experts.{e}." for e in range(config.experts.count)] if config.experts else [""]
 
 
 def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fold: bool = False) -> Weights:
@@ -203,13 +212,18 @@ def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
     def of(*names: str, present: bool = True) -> Array | None:
         return get(*(prefix + name for name in names)) if present else None
 
+    def mlps(*names: str) -> Array:
+        matrices = of(*(f"mlp.{expert}{name}.weight" for expert in _experts(config) for name in names))
+        return matrices.reshape(config.experts.count, -1, matrices.shape[1]) if config.experts else matrices
+
     # in the order of the alphabet, which is that of the files: what stands side by side there is read at once
     return Layer(
         input_norm=of("input_layernorm.weight"),
         down_bias=of("mlp.down_proj.bias", present=config.mlp_bias),
-        down=of("mlp.down_proj.weight"),
+        down=mlps("down_proj"),
         gate_up_bias=of("mlp.gate_proj.bias", "mlp.up_proj.bias", present=config.mlp_bias),
-        gate_up=of("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        gate_up=mlps("gate_proj", "up_proj"),
+        router=of("mlp.gate.weight", present=config.experts is not None),
         post_norm=of("post_attention_layernorm.weight"),
         k_norm=of("self_attn.k_norm.weight", present=config.qk_norm),
         o_bias=of("self_attn.o_proj.bias", present=config.output_bias),

@@ -32,6 +32,7 @@ SMOLLM2 = Path(__file__).parent.parent / "weights" / "smollm2-135m"
 PROMPT, STEPS, VOCAB = 70, 16, 96
 BITES = 1e-2  # of the largest logit: a hundred times the tolerance of test_parity.py
 CLEAR = 0.03  # of the largest logit: twice what keys and values in BF16 change
+ROUTER_GAP = 2e-4  # between probabilities of experts: a hundred times the noise of float32
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,21 @@ CASES: dict[str, Case] = {
         "float32"
     ),
     "llama-yarn": Case("llama", {**ONE_KV_HEAD, **rope("yarn", factor=4.0, original_max_position_embeddings=64)}),
+    "qwen3-moe": Case(
+        "qwen3_moe",
+        {
+            "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True,
+            "rms_norm_eps": 3e-3, **rope("default", 1000.0)
+        }
+    ),
+    "qwen3-moe-not-normalized": Case(
+        "qwen3_moe",
+        {
+            "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "tie_word_embeddings": True,
+            "rms_norm_eps": 3e-3, **ONE_KV_HEAD, **rope("default", 500.0)
+        },
+        "float32"
+    ),
     "qwen3-yarn-options": Case(
         "qwen3",
         {
@@ -159,6 +175,8 @@ def _old_spelling(config: dict[str, Any], type_key: str) -> dict[str, Any]:
     config["rope_scaling"] = None if rope_type == "default" else {type_key: rope_type, **scaling}
     config["torch_dtype"] = config.pop("dtype")
     config.pop("layer_types", None)
+    if "num_local_experts" in config:
+        config["num_experts"] = config.pop("num_local_experts")
     if config["model_type"] == "qwen2":  # Qwen2.5 publishes a window that use_sliding_window turns off
         config.update(sliding_window=8, use_sliding_window=False, max_window_layers=0)
     return config
@@ -198,7 +216,8 @@ def load(folder: Path, dtype: str = "float32", config: dict[str, Any] | None = N
             shutil.copytree(folder, scratch, dirs_exist_ok=True)
             (Path(scratch) / "config.json").write_text(json.dumps(config))
             folder = Path(scratch)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True).eval()
+        options = {"dtype": getattr(torch, dtype), "local_files_only": True, "experts_implementation": "eager"}
+        return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
@@ -222,6 +241,19 @@ def greedy(model: Any, ids: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndar
     return tokens[:, -steps:], np.stack(gaps, axis=1)
 
 
+def router_gap(model: Any, ids: np.ndarray) -> float:
+    """The least difference between the probabilities of the last expert that a token takes and the first that it does
+    not, in all layers; 1 without experts. Where it is small, a rounding chooses the expert."""
+    import torch
+
+    if not (count := getattr(model.config, "num_experts_per_tok", 0)):
+        return 1.0
+    with torch.no_grad():
+        routers = model(torch.from_numpy(ids[None].astype(np.int64)), output_router_logits=True).router_logits
+    p = torch.cat([logits.softmax(-1) for logits in routers]).sort(-1, descending=True).values
+    return float((p[:, count - 1] - p[:, count]).min())
+
+
 def clear_prompt(model: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The first random prompt whose greedy continuation is nowhere so close that rounding could change it, and not
     monotonous."""
@@ -230,7 +262,8 @@ def clear_prompt(model: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.n
         tokens, gaps = greedy(model, prompts, STEPS)
         for i in np.argsort(-gaps.min(axis=1)):
             varied = len(set(tokens[i].tolist())) >= STEPS // 2 and SHAPE["eos_token_id"] not in tokens[i]
-            if varied and gaps[i].min() > CLEAR * np.abs(logits_of(model, prompts[i])).max():
+            clear = gaps[i].min() > CLEAR * np.abs(logits_of(model, prompts[i])).max()
+            if varied and clear and router_gap(model, np.concatenate([prompts[i], tokens[i]])) > ROUTER_GAP:
                 return prompts[i], tokens[i], gaps[i]
     raise SystemExit("every continuation is ambiguous, repeats itself or ends early: use another seed")
 
@@ -250,6 +283,9 @@ def undone(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         models[key] = load(folder, config={**config, "rope_parameters": without})
     if config["rms_norm_eps"] > 1e-6:
         models["eps"] = load(folder, config={**config, "rms_norm_eps": 1e-6})
+    if "num_experts_per_tok" in config:
+        for key, other in (("norm_topk_prob", not config["norm_topk_prob"]), ("num_experts_per_tok", 1)):
+            models[key] = load(folder, config={**config, key: other})
     names = [name for name, _ in load(folder).named_parameters() if "norm" in name or "bias" in name]
     kinds = {name.split("layers.")[-1].lstrip("0123456789.") for name in names}
     for kind in kinds:

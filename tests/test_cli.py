@@ -18,12 +18,13 @@ import pytest
 from minioscar import ops, oscar
 from minioscar.app import cli, flags
 from minioscar.app.cli import main
+from minioscar.config import Config
 from minioscar.evaluation import fidelity
 from minioscar.generation import Options, Run
 from minioscar.sampling import Sampling
 from minioscar.storage import hub
 
-from .tiny import write_model, write_talker
+from .tiny import CONFIG, MOE, write_model, write_talker
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,18 @@ def test_info_needs_no_weights(smollm2, capsys, tmp_path):
     assert 5 < by["int2"]["ratio_to_bf16"] < 5.82
     code, out, _ = run(capsys, "info", "smollm2-135m", "--ctx", 8192, "--batch", 4)
     assert code == 0 and "134,515,008 parameters" in out and "int2-compact" in out
+
+
+def test_info_tells_the_weights_that_a_token_uses_from_all(capsys, tmp_path):
+    config = {**CONFIG, **MOE}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, _ = run(capsys, "info", tmp_path, "--json")
+    report, made = json.loads(out), Config.from_dict(config)
+    assert code == 0 and report["experts"] == {"count": 6, "per_token": 2, "normalized": False}
+    assert (report["parameters"], report["active_parameters"]) == (made.parameters(), made.parameters(active=True))
+    code, out, _ = run(capsys, "info", tmp_path)
+    assert f"{made.parameters():,} parameters ({made.parameters(active=True):,} for a token)" in out
+    assert "mlp 24, 2 of 6 experts a token" in out
 
 
 def test_pull_prints_the_folder(smollm2, capsys):

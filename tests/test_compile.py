@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minioscar.ops import attention, linear, linear_batch, prefill, sample
+from minioscar.config import Experts
+from minioscar.ops import attention, experts, linear, linear_batch, prefill, sample
 from minioscar.ops.cubins import KERNELS, architecture
 from minioscar.ops.cubins import source as text_of
 from minioscar.ops.launch import SHARED_KIB, Card, Launch
@@ -39,7 +40,7 @@ PACKED += [("int2-compact-shaped", 128), ("int2-shaped", 64), ("int2-shaped", 25
 def launches(arch: int) -> dict[str, Launch]:
     """Label -> what is launched for a shape on a card of this compute capability."""
     card = Card(MULTIPROCESSORS, arch)
-    return attention_launches(card, arch == 90) | linear_launches(card, arch == 90)
+    return attention_launches(card, arch == 90) | linear_launches(card, arch == 90) | expert_launches(card)
 
 
 def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
@@ -115,6 +116,28 @@ def linear_launches(card: Card, everything: bool) -> dict[str, Launch]:
         rows = [RowSampling(Sampling(1, top_p=0.5, repetition_penalty=2))] * batch
         for launch in sample.sample(np.empty((batch, 2)), sample.Drawing(np, rows, 2), ints, ints):
             found[f"{launch.name} of {batch}"] = launch
+    return found
+
+
+def expert_launches(card: Card) -> dict[str, Launch]:
+    """Of Qwen3-30B-A3B: few tokens, tiles of 8 and of 16 pairs, and where there are warpgroups a prompt."""
+    found, e = {}, Experts(128, 8, True)
+
+    def blank(dtype: type, *shape: int) -> np.ndarray:
+        return np.broadcast_to(dtype(0), shape)
+
+    gate_up, down = blank(np.uint16, 128, 1536, 2048), blank(np.uint16, 128, 2048, 768)
+    for tokens in (8, 48, 256, *((600,) if card.capability == 90 else ())):
+        x, h, logits = blank(np.uint16, tokens, 2048), blank(np.uint16, tokens * 8, 768), blank(np.float32, tokens, 128)
+        choices = logits
+        if tokens > experts.FEW:
+            choices = experts.Routes.allocate(np, tokens, e, card)
+            found |= {launch.name: launch for launch in choices.launches(logits, e)}
+        out = blank(np.float32, tokens * 8, 2048) if tokens > experts.FEW else x
+        up = experts.Product(x, gate_up, h, True, norm=(x, 0.0))
+        for what, product in (("up", up), ("down", experts.Product(h, down, out, False, residual=x))):
+            found[f"experts {what} of {tokens}"] = product.launch(choices, e, card)
+    found["gather"], found["combine"] = experts.gather(x, choices, e, h), experts.combine(out, x, e)
     return found
 
 

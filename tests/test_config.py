@@ -6,24 +6,28 @@ import json
 
 import pytest
 
-from minioscar.config import Config
+from minioscar.config import Config, Experts
 from minioscar.errors import UserError
 
-from .tiny import CONFIG
+from .tiny import CONFIG, MOE
 
 
 def made(**changes) -> Config:
     return Config.from_dict({**CONFIG, **changes})
 
 
-def test_switches_of_the_four_families():
+FAMILIES = "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"
+
+
+def test_switches_of_the_families():
     flags = {}
-    for kind in ("llama", "mistral", "qwen2", "qwen3"):
+    for kind in FAMILIES:
         c = made(model_type=kind)
         flags[kind] = (c.qkv_bias, c.output_bias, c.qk_norm)
     assert flags == {
-        "llama": (False,) * 3, "mistral": (False,) * 3, "qwen2": (True, False, False), "qwen3": (False, False, True)
-    }
+        "llama": (False,) * 3, "mistral": (False,) * 3, "qwen2": (True, False, False), "qwen3": (False, False, True),
+        "qwen3_moe": (False, False, True),
+    }  # fmt: skip
     assert made(attention_bias=True).output_bias and made(attention_bias=True).qkv_bias
     assert made(model_type="qwen3", attention_bias=True).output_bias
 
@@ -32,6 +36,7 @@ def test_head_dim_and_kv_heads_have_their_usual_defaults():
     c = made(head_dim=None, num_key_value_heads=None)
     assert (c.head_dim, c.num_kv_heads) == (16, 4)
     assert made(model_type="qwen3", head_dim=None).head_dim == 128
+    assert made(model_type="qwen3_moe", head_dim=None).head_dim == 16  # its class has no head_dim of its own
 
 
 def test_keys_left_out_mean_what_the_family_s_class_says():
@@ -50,15 +55,28 @@ def test_keys_left_out_mean_what_the_family_s_class_says():
     }  # fmt: skip
 
 
+def test_keys_of_experts_that_are_left_out_mean_what_the_class_says():
+    c = Config.from_dict({"model_type": "qwen3_moe"})
+    assert (c.hidden_size, c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim) == (2048, 24, 32, 4, 64)
+    assert (c.vocab_size, c.max_positions, c.rms_norm_eps, c.window) == (151936, 32768, 1e-6, None)
+    assert c.intermediate_size == 768 and c.experts == Experts(128, 8, False)
+    assert made(**MOE).experts == Experts(6, 2, False) and made(**MOE).intermediate_size == 24
+    assert made(**MOE, norm_topk_prob=True).experts.normalized
+    assert made(**{**MOE, "num_experts": None}, num_local_experts=6, mlp_only_layers=None).experts.count == 6
+    assert made(**MOE, num_local_experts=6, decoder_sparse_step=1, mlp_only_layers=[]) == made(**MOE)
+    assert all(made(model_type=kind, num_experts=0).experts is None for kind in FAMILIES[:-1])
+
+
 def test_biases_are_those_that_the_family_s_class_has():
     """What a class does not read means nothing; a checkpoint that does have such tensors is refused by their names."""
     found = {}
-    for kind in ("llama", "mistral", "qwen2", "qwen3"):
+    for kind in FAMILIES:
         c = made(model_type=kind, attention_bias=True, mlp_bias=True)
         found[kind] = c.qkv_bias, c.output_bias, c.mlp_bias
     assert found == {
-        "llama": (True,) * 3, "mistral": (False,) * 3, "qwen2": (True, False, False), "qwen3": (True, True, False)
-    }
+        "llama": (True,) * 3, "mistral": (False,) * 3, "qwen2": (True, False, False), "qwen3": (True, True, False),
+        "qwen3_moe": (True, True, False),
+    }  # fmt: skip
 
 
 SLIDES = {"model_type": "qwen2", "sliding_window": 300, "use_sliding_window": True}
@@ -89,6 +107,8 @@ LLAMA3 = {
         ({**SLIDES, "max_window_layers": 1}, 300),
         ({**SLIDES, "model_type": "qwen3", "max_window_layers": 0}, 300),
         ({**SLIDES, "max_window_layers": 0, "sliding_window": None}, None),
+        ({**SLIDES, **MOE}, 300),  # in every layer
+        ({**SLIDES, **MOE, "use_sliding_window": False}, None),
         ({**SLIDES, "max_window_layers": 0, "layer_types": FULL}, None),
         ({**SLIDES, "max_window_layers": 9, "layer_types": MIXED}, 300),
     ],
@@ -191,6 +211,19 @@ def test_options_that_change_no_number_are_no_obstacle():
     ("changes", "message"),
     [
         ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported; minioscar runs llama, mistral, qwen2, qwen3"),
+        ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe' is not supported"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported"),
+        ({**MOE, "num_experts": 0}, "num_experts must be a positive whole number, not 0"),
+        ({**MOE, "num_experts": 513}, "num_experts 513 is not supported; it must be at most 512"),
+        ({**MOE, "num_local_experts": 7}, "num_local_experts 7 is not supported; only 6 is"),
+        ({**MOE, "num_experts_per_tok": 7}, "num_experts_per_tok 7 is more than the 6 experts"),
+        ({**MOE, "num_experts_per_tok": 0}, "num_experts_per_tok must be a positive whole number, not 0"),
+        ({**MOE, "moe_intermediate_size": "24"}, "moe_intermediate_size must be a positive whole number"),
+        ({**MOE, "norm_topk_prob": 1}, "norm_topk_prob must be true or false, not 1"),
+        ({**MOE, "decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported; only 1 is"),
+        ({**MOE, "mlp_only_layers": [0]}, "mlp_only_layers [0] is not supported; only [] is"),
+        ({**MOE, "shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size 64 is not supported"),
+        ({**MOE, "n_shared_experts": 1}, "n_shared_experts 1 is not supported; only 0 is"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architecture 'LlamaForSequenceClassification'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
@@ -289,10 +322,18 @@ def test_parameters_are_counted_as_the_checkpoint_has_them(tmp_path):
 
     from minioscar.weights import expected
 
-    families = {"model_type": "qwen2"}, {"model_type": "qwen3"}
+    families = {"model_type": "qwen2"}, {"model_type": "qwen3"}, MOE
     for changes in ({}, *families, {"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}):
         c = made(**changes)
         assert c.parameters() == sum(math.prod(shape) for shape in expected(c).values())
+
+
+def test_a_token_uses_the_weights_of_its_own_experts():
+    c, dense = made(**MOE), made(model_type="qwen3", intermediate_size=24)
+    one = 3 * 64 * 24
+    assert c.parameters() - c.parameters(active=True) == 2 * 4 * one
+    assert c.parameters(active=True) - dense.parameters() == 2 * (one + 6 * 64)
+    assert dense.parameters(active=True) == dense.parameters()
 
 
 def test_both_spellings_of_rope_are_one():

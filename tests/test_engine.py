@@ -12,7 +12,7 @@ from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import Sampling
 
-from .tiny import load, write_model
+from .tiny import MOE, load, write_model
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +20,17 @@ def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("tiny") / "model", 7, head_dim=64)
 
 
+@pytest.fixture(scope="module")
+def folder_of_experts(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("tiny") / "experts", 8, head_dim=64, **MOE)
+
+
+@pytest.mark.parametrize("model", ["folder", "folder_of_experts"])
 @pytest.mark.parametrize("kv", SCHEMES)
-def test_a_batch_of_unequal_prompts_is_each_prompt_alone(folder, kv, seed):
+def test_a_batch_of_unequal_prompts_is_each_prompt_alone(model, kv, seed, request):
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 160, n).tolist() for n in (1, 5, 127, 128, 200)]
-    engine = load(folder, kv)
+    engine = load(request.getfixturevalue(model), kv)
     together = engine.generate(prompts, max_tokens=12)
     for prompt, result in zip(prompts, together, strict=True):
         alone = engine.generate(prompt, max_tokens=12)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import presets
-from minioscar.cache import BF16, Cache
+from minioscar.cache import Cache
 from minioscar.errors import Failure
 from minioscar.generation import Options
 from minioscar.model import Model
@@ -21,11 +21,10 @@ from minioscar.ops.cuda import OnPaper, programs
 from minioscar.ops.launch import Card
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling, Sampling
-from minioscar.weights import Layer, Weights, expected
 
 from .test_cuda_backend import SIMULATED
 from .test_decode_step import of_backend
-from .tiny import load, write_model
+from .tiny import MOE, blank_weights, load, write_model
 
 
 class Compiler:
@@ -132,16 +131,18 @@ def test_missing_headers_of_cuda_say_what_brings_them(monkeypatch, tmp_path):
 
 
 CASES = [  # scheme, lengths of the prompts, sampling, compute capability
-    ("int2", [1], Sampling(), 80),
-    ("int2", [300], Sampling(0.8, top_p=0.9), 90),
-    ("int2", [140, 3, 9], Sampling(0.7, presence_penalty=0.5), 80),
-    ("bf16", [20], Sampling(1.0, top_k=5), 90),
+    ("int2", [1], Sampling(), 80, {}),
+    ("int2", [300], Sampling(0.8, top_p=0.9), 90, {}),
+    ("int2", [140, 3, 9], Sampling(0.7, presence_penalty=0.5), 80, {}),
+    ("bf16", [20], Sampling(1.0, top_k=5), 90, {}),
+    ("bf16", [280], Sampling(), 90, MOE),
+    ("int2", [20], Sampling(), 80, MOE),
 ]
 
 
-@pytest.mark.parametrize(("kv", "lengths", "sampling", "arch"), CASES)
+@pytest.mark.parametrize(("kv", "lengths", "sampling", "arch", "changes"), CASES)
 @SIMULATED
-def test_what_a_run_launches_is_known_before(kv, lengths, sampling, arch, tmp_path):
+def test_what_a_run_launches_is_known_before(kv, lengths, sampling, arch, changes, tmp_path):
     """Exactly that: a first turn and, over what its cache holds, a second one."""
     from .simt.backend import Simt
 
@@ -157,7 +158,7 @@ def test_what_a_run_launches_is_known_before(kv, lengths, sampling, arch, tmp_pa
         def prepare(self, model, cache, batch, rows, progress):
             self.listed |= set(programs(self, model, cache, batch, rows))
 
-    folder = write_model(tmp_path / "m", 1, head_dim=64, num_hidden_layers=1)
+    folder = write_model(tmp_path / "m", 1, head_dim=64, num_hidden_layers=1, **changes)
     _, engine, ops = of_backend(Noting, folder, kv)
     engine.ops = engine.model.ops = ops
     ops.launched.clear()
@@ -193,17 +194,7 @@ def test_nothing_is_compiled_after_the_first_launch_on_a_card(tokens, tmp_path, 
 def listed(preset: str, kv: str, lengths: list[int], arch: int) -> list[cubins.Program]:
     """What a run of a published shape launches."""
     config, ops = replace(presets.config_of(preset), num_layers=1), OnPaper(Card(132, arch))
-    shapes = {name: np.broadcast_to(BF16.type(0), shape) for name, shape in expected(config).items()}
-    of = {name.removeprefix("model.layers.0."): x for name, x in shapes.items()}
-    widths = config.q_size + 2 * config.kv_size, 2 * config.intermediate_size
-    wide = [np.broadcast_to(BF16.type(0), (width, config.hidden_size)) for width in widths]
-    names = "input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj"
-    names += "post_attention_layernorm", "mlp.down_proj"
-    norm, q_norm, k_norm, o, post, down = (of.get(f"{name}.weight") for name in names)
-    layer, embed = Layer(
-        norm, wide[0], None, q_norm, k_norm, o, None, post, wide[1], down
-    ), of["model.embed_tokens.weight"]
-    model = Model(config, Weights(embed, (layer,), of["model.norm.weight"], embed), SCHEMES[kv], ops)
+    model = Model(config, blank_weights(config), SCHEMES[kv], ops)
     cache = Cache(config, SCHEMES[kv], len(lengths), 4096, ops)
     rows = [RowSampling(Sampling())] * len(lengths)
     return programs(ops, model, cache, cache.batch_for(range(len(lengths)), lengths), rows)
@@ -218,3 +209,10 @@ def test_a_long_prompt_of_a_large_model_is_listed_in_no_time_and_no_memory(arch)
     assert time.perf_counter() - before < 0.2
     assert 8 <= len(found) <= 20
     assert {"pack.cu", "decode_attention.cu", "step.cu", "sample.cu"} <= {file for file, _ in found}
+
+
+@pytest.mark.parametrize(("arch", "files"), [(80, 1), (90, 2)])
+def test_the_kernels_of_experts_are_listed_too(arch, files):
+    """Those of a prompt and those of a step, which has few tokens."""
+    found = [file for file, _ in listed("qwen3-30b-a3b", "int2", [4000], arch) if "experts" in file]
+    assert len(set(found)) == 1 + files and found.count("experts/experts.cu") == (4 if arch == 80 else 2)

@@ -16,6 +16,7 @@ from minioscar import engine as engine_module
 from minioscar import memory, oscar
 from minioscar import ops as back_ends
 from minioscar.cache import BF16, Cache
+from minioscar.config import MODEL_TYPES
 from minioscar.evaluation.fidelity import default_text
 from minioscar.evaluation.teacher_forcing import divergence, log_softmax
 from minioscar.ops import upload
@@ -25,17 +26,18 @@ from minioscar.storage import hub
 from minioscar.storage.checkpoint import _tensors
 from minioscar.weights import arrays
 
-from .tiny import load, relative, write_model
+from .tiny import MOE, load, relative, write_model
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("kv", SCHEMES)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_tiny_models_of_every_family(family, kv, tmp_path, seed):
     """Float32 weights rounded to BF16 and BF16 activations through two layers: a few parts in a hundred of a random
     model's logits."""
-    folder = write_model(tmp_path / "m", seed, model_type=family, head_dim=64)
+    shape = MOE if family == "qwen3_moe" else {"model_type": family}
+    folder = write_model(tmp_path / "m", seed, head_dim=64, **shape)
     ids = np.random.default_rng(seed).integers(0, 160, 140)
     want, got = (load(folder, kv, device).logits(ids) for device in ("cpu", "cuda"))
     assert relative(got, want) < 0.05

@@ -19,7 +19,7 @@ from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
 from minioscar.weights import arrays
 
-from .tiny import load, write_model
+from .tiny import MOE, load, write_model
 
 SHAPES = {
     "attention": {},
@@ -28,6 +28,8 @@ SHAPES = {
     "grouped": {"num_attention_heads": 16, "num_key_value_heads": 2},
     "ungrouped": {"num_attention_heads": 8, "num_key_value_heads": 8},
     "vocabulary": {"vocab_size": 60_000},
+    "experts": MOE | {"moe_intermediate_size": 256, "num_experts": 2},  # every token at each
+    "many experts": MOE | {"num_experts": 300, "num_experts_per_tok": 8},
 }
 
 

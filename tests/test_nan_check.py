@@ -9,7 +9,7 @@ from minioscar import engine as module
 from minioscar.app.cli import main
 from minioscar.errors import Failure
 
-from .tiny import talker, write_talker
+from .tiny import MOE, talker, write_talker
 
 
 @pytest.fixture
@@ -46,6 +46,14 @@ def test_a_damaged_weight_is_found_where_it_is_used(folder, field, layer, where)
     with pytest.raises(
         Failure, match=f"^{where}: .* NaN, first at token 0 of the pass; its .* is not finite: the model's files are"
     ):
+        engine.generate("the cat")
+
+
+@pytest.mark.parametrize("field", ["post_norm", "router", "gate_up", "down"])
+def test_a_damaged_weight_of_experts_is_found(tmp_path, field):
+    engine = watched(write_talker(tmp_path / "m", 5, **MOE))
+    getattr(engine.model.weights.layers[1], field)[:] = np.nan
+    with pytest.raises(Failure, match="^layer 1: experts: .* NaN, first at token 0 of the pass; its .* is not finite"):
         engine.generate("the cat")
 
 

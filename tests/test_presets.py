@@ -16,12 +16,12 @@ from minioscar.quantized import Quantized
 from minioscar.weights import arrays, load
 
 from .quantized_files import HostOps
-from .tiny import CONFIG
+from .tiny import CONFIG, MOE
 
 PUBLISHED = {
     "qwen3-8b": 8_190_735_360, "qwen3-0.6b": 596_049_920, "llama-3.1-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512,
     "qwen3-4b": 4_022_468_096, "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264,
-    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-70b": 70_553_706_496, "qwen3-30b-a3b": 30_532_122_624,
 }  # fmt: skip
 SMALL = {**CONFIG, "num_hidden_layers": 12}
 
@@ -33,7 +33,7 @@ def test_presets_have_the_published_number_of_parameters(preset):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"model_type": "qwen2"}, {"model_type": "qwen3", "tie_word_embeddings": True, "attention_bias": True}]
+    [{}, {"model_type": "qwen2"}, {"model_type": "qwen3", "tie_word_embeddings": True, "attention_bias": True}, MOE]
 )
 def test_random_weights_are_complete_repeatable_and_keep_activations_near_one(changes):
     config, ops = Config.from_dict(SMALL | changes), Reference()

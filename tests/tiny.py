@@ -13,10 +13,11 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minioscar import engine
+from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.error_feedback import feedback_matrix
 from minioscar.oscar import SCHEMES, Scheme
-from minioscar.weights import expected
+from minioscar.weights import Layer, Weights, expected
 
 # Schemes with other windows than the paper's.
 WINDOWS = {
@@ -46,6 +47,8 @@ CONFIG = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
+
+MOE = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 def write_model(folder: Path, seed: int, **changes) -> Path:
@@ -96,6 +99,25 @@ def random_weights(config: Config, seed: int) -> dict[str, np.ndarray]:
             x *= 1.5 / np.sqrt(shape[-1])
         tensors[name] = x
     return tensors
+
+
+def blank_weights(config: Config) -> Weights:
+    """Weights in BF16 that have shapes and no memory."""
+
+    def blank(*shape: int) -> np.ndarray:
+        return np.broadcast_to(BF16.type(0), shape)
+
+    hidden, inter, e = config.hidden_size, config.intermediate_size, config.experts
+    stack, width = (e.count,) if e else (), config.q_size + 2 * config.kv_size
+    head_norm = blank(config.head_dim) if config.qk_norm else None
+    layer = Layer(
+        input_norm=blank(hidden), qkv=blank(width, hidden), qkv_bias=blank(width) if config.qkv_bias else None,
+        q_norm=head_norm, k_norm=head_norm, o=blank(hidden, config.q_size), o_bias=None, post_norm=blank(hidden),
+        gate_up=blank(*stack, 2 * inter, hidden), down=blank(*stack, hidden, inter),
+        router=blank(e.count, hidden) if e else None,
+    )  # fmt: skip
+    embed = blank(config.vocab_size, hidden)
+    return Weights(embed, (layer,) * config.num_layers, blank(hidden), embed)
 
 
 def load(folder: Path, kv: str = "int2", device: str = "cpu") -> engine.Engine:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from ..cache import cache_bytes
 from ..config import Config
 from ..engine import with_weights
@@ -52,6 +54,8 @@ def describe(model: str, ctx: int | None, batch: int, device: str, weights: str 
         "folder": str(folder),
         "model_type": config.model_type,
         "parameters": config.parameters(),
+        "active_parameters": config.parameters(active=True),
+        "experts": None if config.experts is None else asdict(config.experts),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -87,19 +91,22 @@ def text(report: dict) -> str:
     """The report for people."""
     window = report["sliding_window"]
     window = "" if window is None else f", sliding window {window}: no longer context runs"
-    sizes = {name: size(report[f"{key}_bytes"]) for name, key in SIZES.items()}
+    experts, active = "", ""
+    if report["experts"]:
+        active = f" ({report['active_parameters']:,} for a token)"
+        experts = ", {per_token} of {count} experts a token".format(**report["experts"])
+    words = {"window": window, "experts": experts, "active": active}
+    words |= {name: size(report[f"{key}_bytes"]) for name, key in SIZES.items()}
     lines = [
-        "{model}: {model_type}, {parameters:,} parameters, {layers} layers, hidden {hidden_size}, mlp "
-        "{intermediate_size}",
+        "{model}: {model_type}, {parameters:,} parameters{active}, {layers} layers, hidden {hidden_size}, mlp "
+        "{intermediate_size}{experts}",
         "attention: {q_heads} q heads, {kv_heads} kv heads, head_dim {head_dim}",
         "positions: {max_positions}{window}, rope {rope}; vocabulary {vocab_size}",
         "on {device}: weights {size} ({weights}), reading a prompt of {context} tokens takes {work} more; {free} free",
         "",
         "KV cache at context {context}, batch {batch}:",
     ]
-    lines = [
-        line.format(**report | {"window": window} | sizes) for line in lines
-    ]
+    lines = [line.format(**report | words) for line in lines]
     rows = [list(WIDTHS)]
     for row in report["schemes"]:
         numbers = f"{row['bits_per_element']:.3f}", f"{row['bytes_per_token']:.0f}"

@@ -26,20 +26,6 @@ constexpr int PREFETCH = 8 / BRANCHES, ROUND = PREFETCH * WARPS * 32;  // ROUND:
 constexpr int TILE_SUMS = WARPS * BRANCHES * 16 * COLUMNS;
 DEVICE constexpr int offset(int run) { return run / 2 * WARPS * 64 + run % 2 * 32; }
 
-// Operand A of two MMAs, from the 16 bytes that a lane has of rows r and r + 8; zeros where there is no such k.
-struct Operands {
-  uint32_t a[2][4];
-
-  DEVICE Operands(const uint4& row, const uint4& row8, bool valid)
-      : a{{valid ? row.x : 0, valid ? row8.x : 0, valid ? row.y : 0, valid ? row8.y : 0},
-          {valid ? row.z : 0, valid ? row8.z : 0, valid ? row.w : 0, valid ? row8.w : 0}} {}
-  // b: the same k of the other operand, in the same order.
-  DEVICE void multiply(float (&y)[4], const uint4& b) const {
-    mma_m16n8k16_bf16(y, a[0][0], a[0][1], a[0][2], a[0][3], b.x, b.y);
-    mma_m16n8k16_bf16(y, a[1][0], a[1][1], a[1][2], a[1][3], b.z, b.w);
-  }
-};
-
 // The next weights that a lane loads: rows r and r + 8 of 16 of each branch. Rows past the end repeat the last row;
 // their results are discarded.
 struct Prefetch {

@@ -1,5 +1,6 @@
-// linear_vector.cuh: what the kernels of 1 to 8 tokens share (linear.cu, quantized/linear.cu): RMSNorm of x into shared
-// memory, and the outputs, which meet there from the warps that split k. Set by -D: those of linear.cuh.
+// linear_vector.cuh: what the kernels of 1 to 8 tokens share (linear.cu, quantized/linear.cu, experts/experts.cu):
+// RMSNorm of x into shared memory, rows of weights as operands, and the outputs, which meet in shared memory from the
+// warps that split k. Set by -D: those of linear.cuh.
 #ifndef MINIOSCAR_LINEAR_VECTOR_CUH
 #define MINIOSCAR_LINEAR_VECTOR_CUH
 #include "linear.cuh"
@@ -57,6 +58,20 @@ DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, co
   }
   __syncthreads();
 }
+
+// Operand A of two MMAs, from the 16 bytes that a lane has of rows r and r + 8; zeros where there is no such k.
+struct Operands {
+  uint32_t a[2][4];
+
+  DEVICE Operands(const uint4& row, const uint4& row8, bool valid)
+      : a{{valid ? row.x : 0, valid ? row8.x : 0, valid ? row.y : 0, valid ? row8.y : 0},
+          {valid ? row.z : 0, valid ? row8.z : 0, valid ? row.w : 0, valid ? row8.w : 0}} {}
+  // b: the same k of the other operand, in the same order.
+  DEVICE void multiply(float (&y)[4], const uint4& b) const {
+    mma_m16n8k16_bf16(y, a[0][0], a[0][1], a[0][2], a[0][3], b.x, b.y);
+    mma_m16n8k16_bf16(y, a[1][0], a[1][1], a[1][2], a[1][3], b.z, b.w);
+  }
+};
 
 // The output that a thread finishes of ROWS rows (of gate and of up): token m, row n. What is added to its sum is
 // loaded before the products.

@@ -22,7 +22,7 @@ from ..decoding import Decoder, Stepper
 from ..oscar import Scheme
 from ..sampling import RowSampling
 from ..weights import Layer, Tensor, Weights, bytes_of
-from . import attention, linear, prefill
+from . import attention, experts, linear, prefill
 from .attention import HEAD_DIMS, Heads
 from .cubins import Program, compile_all
 from .decode import Queue, StepBatch, StepDecoder, unsupported
@@ -124,6 +124,8 @@ class Cuda(Reference):
         split = prefill.split_plan(heads, tokens, 1, context - tokens, self.card)
         attending = width * tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
         attending += prefill.past_bytes(heads, tokens, context, self.card) + (split.nbytes(c.head_dim) if split else 0)
+        if c.experts:
+            return max(attending, width * tokens * c.hidden_size + experts.work_bytes(c, tokens, self.card))
         gate_up = min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
         return max(attending, width * (tokens * (2 * c.hidden_size + c.intermediate_size) + gate_up))
 
@@ -180,6 +182,43 @@ class Cuda(Reference):
             self.run(linear.silu_mul(gate_up, out[i : i + MLP_TOKENS]))
             del gate_up  # before there is another
         return self._add(out, residual)
+
+    def experts(self, x: Array, layer: Layer, config: Config) -> Array:
+        """x itself, to which the experts have added. Nothing here depends on which experts they are."""
+        e, norm = config.experts, (layer.post_norm, config.rms_norm_eps)
+        if experts.unsupported(config):
+            return super().experts(x, layer, config)
+        if experts.are_few(len(x), config, self.card):
+            logits = self.linear(x, layer.router, norm=norm, float32=True)
+            h = self.xp.empty((len(x) * e.per_token, config.intermediate_size), self.dtype)
+            self.run(experts.Product(x, layer.gate_up, h, True, norm=norm).launch(logits, e, self.card))
+            self.run(experts.Product(h, layer.down, x, False, residual=x).launch(logits, e, self.card))
+            return x
+        for i in range(0, len(x), experts.EXPERT_TOKENS):
+            self._many_experts(x[i : i + experts.EXPERT_TOKENS], layer, config)
+        return x
+
+    def _many_experts(self, x: Array, layer: Layer, config: Config) -> None:
+        e, normed = config.experts, self.xp.empty_like(x)
+        self.run(linear.rms_norm(x, layer.post_norm, config.rms_norm_eps, normed))
+        routes = experts.Routes.allocate(self.xp, len(x), e, self.card)
+        for launch in routes.launches(self._router_logits(normed, layer.router), e):
+            self.run(launch)
+        if routes.of_warpgroups:
+            normed, given = self.xp.empty((len(routes.chosen), x.shape[1]), self.dtype), normed
+            self.run(experts.gather(given, routes, e, normed))
+        h = self.xp.empty((len(routes.chosen), config.intermediate_size), self.dtype)
+        parts = self.xp.empty((len(h), config.hidden_size), np.float32)
+        self.run(experts.Product(normed, layer.gate_up, h, True).launch(routes, e, self.card))
+        self.run(experts.Product(h, layer.down, parts, False).launch(routes, e, self.card))
+        self.run(experts.combine(parts, x, e))
+
+    def _router_logits(self, normed: Array, router: Array) -> Array:
+        if len(normed) <= BATCH_TOKENS:
+            return self.linear(normed, router, float32=True)
+        logits = self.xp.zeros((len(normed), len(router)), np.float32)
+        self.add_product(logits, normed, router)
+        return logits
 
     def _add(self, y: Array, x: Array | None) -> Array:
         """y, x added in place where there is one."""

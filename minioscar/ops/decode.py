@@ -24,7 +24,7 @@ from ..decoding import Decoder, Stepper
 from ..errors import Failure
 from ..oscar import SCHEMES, Scheme
 from ..sampling import NOT_FINITE, RowSampling, history
-from . import attention
+from . import attention, experts
 from .attention import DecodeState, Heads
 from .launch import Card, Launch
 from .linear_batch import BATCH_TOKENS
@@ -73,9 +73,10 @@ class StepBatch:
         """Of these arrays and of the activations of a step."""
         c = config
         plan = attention.decode_plan(Heads.of(c), SCHEMES["int2"], rows, card)  # no scheme has more tasks
-        activations = 2 * c.hidden_size + 3 * c.q_size + 2 * c.kv_size + c.intermediate_size  # x twice, qkv, q, y, h
-        drawing = drawing_bytes(c.vocab_size, rows, penalties)
-        return BF16.itemsize * rows * activations + plan.nbytes(c.head_dim) + drawing
+        widths = 2 * c.hidden_size, 3 * c.q_size + 2 * c.kv_size, c.intermediate_size  # x twice; qkv, q, y; h
+        x, attending, h = (BF16.itemsize * rows * width for width in widths)
+        activations = x + (max(attending, experts.work_bytes(c, rows, card)) if c.experts else attending + h)
+        return activations + plan.nbytes(c.head_dim) + drawing_bytes(c.vocab_size, rows, penalties)
 
     def schedule(self, ops: Runner) -> None:
         """Shares the step's attention out to the warps of the card, for every layer."""
@@ -267,6 +268,8 @@ def unsupported(config: Config, scheme: Scheme, rows: int) -> str | None:
         return f"hidden and intermediate size {config.hidden_size}, {config.intermediate_size} are not multiples of 8"
     if config.vocab_size > SAMPLE_VOCAB:
         return f"a vocabulary of {config.vocab_size} is more than {SAMPLE_VOCAB}"
+    if reason := experts.unsupported(config):
+        return reason
     if rows > BATCH_TOKENS:
         return f"{rows} rows are more than {BATCH_TOKENS}"
     return None

@@ -131,7 +131,10 @@ def step_plans(config: Config, tokens: int, card: Card) -> list[LinearPlan]:
     c = config
     shapes = (c.hidden_size, c.q_size + 2 * c.kv_size, False), (c.q_size, c.hidden_size, False)
     shapes += ((c.hidden_size, c.vocab_size, False),)
-    shapes += (c.hidden_size, 2 * c.intermediate_size, True), (c.intermediate_size, c.hidden_size, False)
+    if c.experts:
+        shapes += ((c.hidden_size, c.experts.count, False),)  # the router
+    else:
+        shapes += (c.hidden_size, 2 * c.intermediate_size, True), (c.intermediate_size, c.hidden_size, False)
     return [batch_plan(tokens, *shape, card) for shape in shapes if shape[0] % 8 == 0]
 
 
@@ -143,17 +146,18 @@ def scratch_bytes(config: Config, tokens: int, card: Card) -> int:
 
 
 def add_product(y: Array, x: Array, weight: Array) -> None:
-    """y += x @ weight.T by cuBLAS: y [tokens, out], x [tokens, in], weight [out, in], all bf16 and contiguous.
+    """y += x @ weight.T by cuBLAS: y [tokens, out] bf16 or float32, x [tokens, in], weight [out, in] bf16; contiguous.
 
-    The product is rounded to bf16, then the sum, in every math mode (CUDA 13, H200). CUBLAS_COMPUTE_32F_PEDANTIC rounds
+    The product is rounded as y is, then the sum, in every math mode (CUDA 13, H200). CUBLAS_COMPUTE_32F_PEDANTIC rounds
     once, without tensor cores, and takes 25 times as long. On CuPy's current stream. Raises cupy's CUBLASError.
     """
     from cupy.cuda.device import get_cublas_handle
-    from cupy.cuda.runtime import CUDA_R_16BF
+    from cupy.cuda.runtime import CUDA_R_16BF, CUDA_R_32F
     from cupy_backends.cuda.libs import cublas
 
     (tokens, size), rows, one = x.shape, len(weight), ONE.ctypes.data
     sizes = rows, tokens, size  # cuBLAS counts column by column: y.T += weight @ x.T
-    a, b, c = (weight.data.ptr, CUDA_R_16BF, size), (x.data.ptr, CUDA_R_16BF, size), (y.data.ptr, CUDA_R_16BF, rows)
+    a, b = (weight.data.ptr, CUDA_R_16BF, size), (x.data.ptr, CUDA_R_16BF, size)
+    c = y.data.ptr, CUDA_R_32F if y.dtype == np.float32 else CUDA_R_16BF, rows
     how, handle = (cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP), get_cublas_handle()
     cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, *sizes, one, *a, *b, one, *c, *how)

@@ -21,7 +21,7 @@ from ..oscar import Scheme
 from ..sampling import RowSampling
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from ..config import Config, Experts
     from ..formats import Plain
     from ..weights import Layer, Tensor
 
@@ -97,6 +97,8 @@ class Reference:
             return n * (hidden + 3 * q + 6 * kv) + 2 * kv * context + max(unpacked, scores)
 
         mlp = tokens * (2 * hidden + 8 * config.intermediate_size)
+        if config.experts:  # the router's arrays, and all tokens at one expert
+            mlp += tokens * (3 * hidden + 5 * config.experts.count)
         return self.dtype.itemsize * max(mlp, attention(tokens), attention(1), rows * config.vocab_size)
 
     def say_if_slow(self, config: Config, scheme: Scheme) -> bool:
@@ -171,6 +173,35 @@ class Reference:
         xp = self.xp
         gate, up = xp.split(gate_up.astype(xp.float32), 2, axis=-1)
         return (gate / (1 + xp.exp(-gate)) * up).astype(gate_up.dtype)
+
+    def experts(self, x: Array, layer: Layer, config: Config) -> Array:
+        """x + sum over a token's experts e of weight_e * down_e(silu(gate_e(h)) * up_e(h)), h = rms_norm(x).
+
+        x [tokens, hidden], which may be overwritten. As Qwen3MoeSparseMoeBlock of transformers 5.24, with the router's
+        logits in float32.
+        """
+        xp, h = self.xp, self.rms_norm(x, layer.post_norm, config.rms_norm_eps)
+        chosen, weights = self.route(self.product(h, layer.router, True), config.experts)
+        y = x.astype(xp.float32)
+        for expert in xp.unique(chosen):
+            token, place = xp.nonzero(chosen == expert)  # a token takes an expert once
+            gate_up = self.product(h[token], layer.gate_up[expert], False)
+            part = self.product(self.silu_mul(gate_up), layer.down[expert], True)
+            y[token] += weights[token, place, None] * part
+        return y.astype(x.dtype)
+
+    def route(self, logits: Array, experts: Experts) -> tuple[Array, Array]:
+        """The experts of each token, the likeliest first, and their weights: int64 and float32 [tokens, per_token].
+
+        logits float32 [tokens, experts]. A weight is the softmax over all experts, or over the chosen ones where they
+        are `normalized`. Of equal logits the first counts as the larger.
+        """
+        xp = self.xp
+        chosen = xp.argsort(-logits, axis=-1, kind="stable")[:, : experts.per_token]
+        p = xp.exp(logits - logits.max(axis=-1, keepdims=True))
+        weights = xp.take_along_axis(p, chosen, axis=-1)
+        total = (weights if experts.normalized else p).sum(axis=-1, keepdims=True)
+        return chosen, weights / total
 
     def rotate_scale(
         self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config,

@@ -85,7 +85,7 @@ class Simt(Cuda):
         return array(np.asarray(x).astype(self.dtype))
 
     def add_product(self, y: np.ndarray, x: np.ndarray, weight: np.ndarray) -> None:
-        y[...] = (x.astype(np.float32) @ weight.astype(np.float32).T + y.astype(np.float32)).astype(self.dtype)
+        y[...] = (x.astype(np.float32) @ weight.astype(np.float32).T + y.astype(np.float32)).astype(y.dtype)
 
     def attention(self, q: np.ndarray, new: NewTokens, layer_cache: LayerCache, batch: Any) -> np.ndarray:
         """Array code writes its result unseen by the simulator, so it is copied in."""

@@ -1,0 +1,188 @@
+"""Plans and launches of a layer of experts: experts/route.cu and experts/experts.cu."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..cache import BF16
+from .launch import Card, Launch, TensorMap
+from .linear_batch import BATCH_TOKENS
+
+if TYPE_CHECKING:
+    from ..config import Config, Experts
+
+Array = Any
+FEW = 8  # tokens whose experts every block of experts.cu finds by itself
+WARPS = 16  # of a block of experts.cu
+MOST_PER_TOKEN = 32  # a lane of route.cuh keeps one choice
+WIDE_PAIRS = 4  # on average an expert has more pairs: up to 16 of them share a reading of its weights then, else 8
+EXPERT_TOKENS = 8192  # whose pairs are in memory at once
+WGMMA_PAIRS, WGMMA_ROWS = 128, 256  # of an item of sm90/experts.cu
+
+
+def unsupported(config: Config) -> str | None:
+    """Why the experts of a model have no kernels, or None."""
+    if config.experts and (config.hidden_size % 8 or config.intermediate_size % 8):
+        return f"sizes {config.hidden_size}, {config.intermediate_size} of experts are not multiples of 8"
+    if config.experts and config.experts.per_token > MOST_PER_TOKEN:
+        return f"{config.experts.per_token} experts a token are more than {MOST_PER_TOKEN}"
+    return None
+
+
+@dataclass(frozen=True)
+class TeamPlan:
+    """How the warps of a block of experts.cu share their items."""
+
+    warps: int  # of a team, that split k
+    runs: int  # of 32 k, in registers
+
+
+@lru_cache
+def team_plan(size: int, silu: bool) -> TeamPlan:
+    """The one whose rounds have the most weights to load, for rows of `size` numbers. Independent of the tokens, since
+    it decides the order of sums."""
+    plans = [TeamPlan(warps, runs) for runs in ((4,) if silu else (8, 6)) for warps in (16, 8, 4, 2)]
+    round_k = {plan: 32 * plan.runs * plan.warps for plan in plans}
+    return max(plans, key=lambda plan: size / (-(-size // round_k[plan]) * round_k[plan]))
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What route.cu makes of the logits of many tokens; pair t * per_token + s is the s-th choice of token t."""
+
+    chosen: Array  # int32 [pairs]: the expert of each
+    weights: Array  # float32 [pairs]
+    sorted: Array  # int32 [pairs]: pairs by expert
+    entries: Array  # int32 [1 + entries, 4]
+    columns: int  # pairs of an entry at most
+
+    @property
+    def of_warpgroups(self) -> bool:
+        """Whether sm90/experts.cu takes them."""
+        return self.columns == WGMMA_PAIRS
+
+    @classmethod
+    def allocate(cls, xp: Any, tokens: int, e: Experts, card: Card) -> Routes:
+        pairs = tokens * e.per_token
+        columns = WGMMA_PAIRS if uses_wgmma(tokens, card) else 16 if pairs > WIDE_PAIRS * e.count else 8
+        chosen, ordered, entries = (xp.empty(shape, np.int32) for shape in (pairs, pairs, _entries(pairs, columns, e)))
+        return cls(chosen, xp.empty(pairs, np.float32), ordered, entries, columns)
+
+    def launches(self, logits: Array, e: Experts) -> list[Launch]:
+        """logits float32 [tokens, experts]."""
+        tokens, pairs, columns = (np.int32(n) for n in (len(logits), len(self.chosen), self.columns))
+        choose = logits, self.chosen, self.weights, tokens
+        sort = self.chosen, self.sorted, self.entries, pairs, columns
+        return [
+            Launch("experts/route.cu", "choose", _defines(e), (-(-len(logits) // 8),), 256, choose),
+            Launch("experts/route.cu", "sort", _defines(e), (1,), 512, sort),
+        ]
+
+
+def uses_wgmma(tokens: int, card: Card) -> bool:
+    return card.capability == 90 and tokens > BATCH_TOKENS
+
+
+def _entries(pairs: int, columns: int, e: Experts) -> tuple[int, int]:
+    """The number of entries, then the entries: every expert may have one that is not full."""
+    return 1 + min(pairs, e.count + pairs // columns), 4
+
+
+def _defines(e: Experts) -> tuple[str, ...]:
+    return f"EXPERTS={e.count}", f"TOP_K={e.per_token}", f"NORMALIZED={e.normalized:d}"
+
+
+Choices = Array | Routes  # of up to FEW tokens the router's logits, float32 [tokens, experts]
+
+
+def are_few(tokens: int, config: Config, card: Card) -> bool:
+    return tokens <= FEW and _shared(tokens, config.hidden_size, True, config.experts) <= card.max_shared_bytes
+
+
+def _shared(tokens: int, size: int, silu: bool, e: Experts) -> int:
+    """Bytes of dynamic shared memory of experts.cu for few tokens."""
+    rows = tokens * (-(-size // 64) * 128 + 64) if silu else 0
+    return rows + _sums(1, silu) + 12 * e.count + 4 * FEW * e.per_token + 4 * (WARPS + 1)
+
+
+def _sums(column_tiles: int, silu: bool) -> int:
+    """Bytes of the sums of two rounds."""
+    return 2 * (2 if silu else 1) * WARPS * 16 * 8 * column_tiles * 4
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of the two products of experts.cu.
+
+    silu: up, weight bf16 [experts, 2 * n, hidden], out bf16 [pairs, n], x bf16 [tokens, hidden], of few tokens not
+    normed yet; of warpgroups x [pairs, hidden] and out are in the order of the sorted pairs. Else down, weight bf16
+    [experts, hidden, n], x bf16 [pairs, n]; of few tokens out = residual + what their experts make, bf16 [tokens,
+    hidden], which may be the residual; of more what each pair adds, float32 [pairs, hidden].
+    """
+
+    x: Array
+    weight: Array
+    out: Array
+    silu: bool
+    norm: tuple[Array | None, float] = (None, 0.0)  # of few tokens, up
+    residual: Array | None = None  # of few tokens, down
+
+    def launch(self, choices: Choices, e: Experts, card: Card) -> Launch:
+        if isinstance(choices, Routes) and choices.of_warpgroups:
+            return self._wgmma(choices, card)
+        (_, rows, size), plan, of_routes = self.weight.shape, team_plan(self.weight.shape[2], self.silu), (None,) * 3
+        few, tiles, teams = not isinstance(choices, Routes), -(-rows // (32 if self.silu else 16)), WARPS // plan.warps
+        if few:
+            tokens, column_tiles, shared = len(choices), 1, _shared(len(choices), size, self.silu, e)
+            items = -(-tokens * e.per_token * tiles // teams) if self.silu else tiles
+        else:
+            of_routes = choices.sorted, choices.entries, choices.weights
+            tokens, column_tiles = len(choices.chosen) // e.per_token, choices.columns // 8
+            shared, items = _sums(column_tiles, self.silu), -(-len(choices.entries) * tiles // teams)
+        kind = f"SILU={self.silu:d}", f"OUT_BF16={self.out.dtype.itemsize == 2:d}", f"FEW={few:d}"
+        shape = f"TEAM_WARPS={plan.warps}", f"RUNS={plan.runs}", f"COLUMN_TILES={column_tiles}"
+        given = self.x, self.norm[0], self.weight, self.residual, choices if few else None, *of_routes, self.out
+        args = (*given, *map(np.int32, (tokens, size, rows)), np.float32(self.norm[1]))
+        grid = (min(items, card.multiprocessors),)
+        return Launch("experts/experts.cu", "experts", (*_defines(e), *kind, *shape), grid, 32 * WARPS, args, shared)
+
+
+    def _wgmma(self, routes: Routes, card: Card) -> Launch:
+        count, rows, size = self.weight.shape
+        tile_rows = WGMMA_ROWS // 2 if self.silu else WGMMA_ROWS
+        maps = TensorMap(self.x, 64), TensorMap(self.weight.reshape(count * rows, size), tile_rows)
+        args = (*maps, routes.sorted, routes.entries, routes.weights, self.out, np.int32(size), np.int32(rows))
+        stage_bytes = (WGMMA_PAIRS + WGMMA_ROWS) * 128
+        stages = card.max_shared_bytes // stage_bytes
+        kind = f"SILU={self.silu:d}", f"OUT_BF16={self.out.dtype.itemsize == 2:d}"
+        defines = f"WARPGROUPS={WGMMA_PAIRS // 64}", f"ROWS={WGMMA_ROWS}", f"STAGES={stages}", *kind
+        threads, shared = 2 * WGMMA_PAIRS + 128, stages * stage_bytes
+        return Launch("sm90/experts.cu", "experts", defines, (card.multiprocessors,), threads, args, shared)
+
+
+def gather(x: Array, routes: Routes, e: Experts, out: Array) -> Launch:
+    """The tokens of the pairs by expert: x bf16 [tokens, n], out bf16 [pairs, n], n a multiple of 8."""
+    args = x, routes.sorted, out, np.int32(x.shape[1])
+    return Launch("experts/route.cu", "gather", _defines(e), (len(out),), 128, args)
+
+
+def combine(parts: Array, x: Array, e: Experts) -> Launch:
+    """x += what the pairs of each token add: x bf16 [tokens, n], parts float32 [pairs, n], n a multiple of 8."""
+    grid = len(x), -(-x.shape[1] // 2048)
+    return Launch("experts/route.cu", "combine", _defines(e), grid, 256, (parts, x, x, np.int32(x.shape[1])))
+
+
+def work_bytes(config: Config, tokens: int, card: Card) -> int:
+    """Of the arrays of `Cuda.experts` for so many tokens, at most EXPERT_TOKENS of which are there at once."""
+    c, e, tokens = config, config.experts, min(tokens, EXPERT_TOKENS)
+    pairs = tokens * e.per_token
+    logits, h = 4 * tokens * e.count, BF16.itemsize * pairs * c.intermediate_size
+    if are_few(tokens, c, card):
+        return logits + h
+    routes = 12 * pairs + 16 * (e.count + pairs // 8)
+    rows = tokens + pairs * uses_wgmma(tokens, card)  # normed; and by expert
+    return logits + h + routes + BF16.itemsize * rows * c.hidden_size + 4 * pairs * c.hidden_size
