@@ -150,6 +150,7 @@ def kernel_rows(args: argparse.Namespace, ops: Reference, limits: dict[str, floa
             yield from (("sustained", row) for row in rows if "skipped" not in row)
     if ops.name == "cuda" and not kvs:
         yield from (("kernel", row) for row in kernels.writing(copy_rate))
+        yield from (("kernel", row) for row in kernels.flushing(copy_rate))
         yield from (("dense", row) for row in dense.measure(copy_rate, limits["matmul_tflop_s"] * 1e12, args.quick))
     if args.sweep:
         found = []

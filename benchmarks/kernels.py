@@ -22,7 +22,7 @@ from minioscar.cache import BF16
 from minioscar.ops import attention
 from minioscar.ops.launch import Card, kernel, run
 from minioscar.ops.layout import PAGE_TOKENS, page_bytes
-from minioscar.oscar import Scheme
+from minioscar.oscar import SCHEMES, Scheme
 
 Array = Any
 
@@ -171,7 +171,8 @@ def writing(copy_rate: float) -> Iterator[dict]:
 
         us, spread = graph_time([launch])
         yield entry(op, case, us, spread, 2 * qkv.nbytes, copy_rate)
-    for kv, context in (("int2", 131072), ("oscar", 131072), ("int2", 4096)):
+    shapes = [("int2", 131072), ("oscar", 131072), ("int2-shaped", 131072), ("int2", 4096), ("int2-shaped", 4096)]
+    for kv, context in shapes:
         case = Case(kv, 1, context)
         launches = []
         for _ in range(3):
@@ -183,3 +184,26 @@ def writing(copy_rate: float) -> Iterator[dict]:
             cache[name].nbytes for name in ("sink_keys", "sink_values") if name in cache
         )
         yield entry("pack_bulk", case, us, spread, read + written, copy_rate)
+
+
+def flushing(copy_rate: float) -> Iterator[dict]:
+    """pack_step where the windows of all rows are full, in all layers of a Qwen3-8B: what one step in `flush` of them
+    takes longer than `rotate_scale_append_pack` says. Shaped rounding beside plain."""
+    rng, layers = cupy.random.default_rng(0), 36
+    for kv, batch in (("int2", 1), ("int2-shaped", 1), ("int2", 48), ("int2-shaped", 48)):
+        case = Case(kv, batch, SCHEMES[kv].flush)
+        scheme, h, rows = case.scheme, case.heads, (layers, batch)
+        tokens = *rows, h.kv_heads, scheme.ring, h.head_dim
+        cache = {"window_keys": random_bf16(tokens, rng), "window_values": random_bf16(tokens, rng)}
+        shape = *rows, h.kv_heads, scheme.ring // PAGE_TOKENS, page_bytes(scheme, h.head_dim)
+        cache["pages"] = cupy.empty(shape, np.uint8)
+        cache["norms"] = cupy.ones((*rows, scheme.ring), np.float32)
+        sinks = *rows, h.kv_heads, scheme.sinks, h.head_dim
+        cache["sink_keys"], cache["sink_values"] = cupy.empty(sinks, BF16), cupy.empty(sinks, BF16)
+        feedback = cupy.zeros((layers, h.kv_heads, h.head_dim, h.head_dim), np.float32) if scheme.shaped else None
+        lengths = cupy.full(batch, scheme.ring - 1, np.int32)
+        launch = attention.pack_step(h, scheme, lengths, cache, layers, feedback)
+        us, spread = graph_time([lambda launch=launch: run(launch)])
+        read = sum(cache[f"window_{name}"].nbytes for name in ("keys", "values")) * scheme.flush // scheme.ring
+        written = page_bytes(scheme, h.head_dim) * layers * batch * h.kv_heads * scheme.flush // PAGE_TOKENS
+        yield entry("pack_step_full", case, us, spread, read + written, copy_rate)

@@ -33,6 +33,7 @@ OPS = {
     "rotate_scale_append_pack": "the same, and pack finding nothing full",
     "schedule": "schedule (once a step)",
     "pack_bulk": "pack of a prompt",
+    "pack_step_full": "pack of full windows, in 36 layers",
 }
 
 
@@ -120,13 +121,14 @@ def other_kernels() -> str:
     rows = []
     for row in load(KERNELS)["kernel"]:
         if row["op"] in OPS and row["op"] != "decode_attention":
-            whole = row["op"] == "pack_bulk"
+            whole, tokens = row["op"].startswith("pack_"), f"{row['batch']} x {row['context']:,}"
             moved = (f"{row['bytes'] / 1e6:.1f}", f"{row['fraction_of_copy']:.0%}") if whole else ("-", "latency")
             rows.append(
-                (OPS[row["op"]], f"`{row['kv']}`", f"{row['context']:,}" if whole else "1", f"{row['us']:.2f}", *moved)
+                (OPS[row["op"]], f"`{row['kv']}`", tokens if whole else "1", f"{row['us']:.2f}", *moved)
             )
     lines = markdown(["", "`--kv`", "tokens", "µs", "MB in and out", "of the copy rate"], rows)
-    return "\n".join([*lines, "", "32 q heads, 8 kv heads, head_dim 128, one sequence; a layer."])
+    note = "32 q heads, 8 kv heads, head_dim 128; one sequence and a layer where nothing else is said."
+    return "\n".join([*lines, "", note])
 
 
 def resources() -> str:
