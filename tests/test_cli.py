@@ -181,7 +181,7 @@ def test_eval_json_has_the_baseline_first_and_the_stable_keys(smollm2, capsys):
     assert code == 0 and set(report) == {"model", "device", "prefill", "decode", "windows", "results"}
     assert [row["kv"] for row in report["results"]] == ["bf16", "oscar", "int2"]
     assert set(report["results"][0]) == {
-        "kv", "bits_per_element", "nll", "ppl", "dnll", "kl", "top1", "dnll_se", "kl_se"
+        "kv", "bits_per_element", "nll", "ppl", "dnll", "kl", "top1", "dnll_se", "kl_se", "weights"
     }
     assert (report["results"][0]["kl"], report["results"][0]["top1"], report["results"][0]["dnll"]) == (0, 1, 0)
     assert all(row["kl"] > 0 for row in report["results"][1:])
