@@ -131,7 +131,7 @@ def kernel_rows(args: argparse.Namespace, ops: Reference, limits: dict[str, floa
     kvs = [scheme.name for scheme in asked_schemes(args.kv)] if args.kv else None
     cases.check_kernels(kvs or ())
     if ops.name == "cuda":
-        from benchmarks import dense, kernels
+        from benchmarks import dense, experts, kernels
 
         headlines, swept = cases.cases(args.quick, kvs), cases.sweep(args.quick, kvs)
     else:
@@ -151,7 +151,8 @@ def kernel_rows(args: argparse.Namespace, ops: Reference, limits: dict[str, floa
     if ops.name == "cuda" and not kvs:
         yield from (("kernel", row) for row in kernels.writing(copy_rate))
         yield from (("kernel", row) for row in kernels.flushing(copy_rate))
-        yield from (("dense", row) for row in dense.measure(copy_rate, limits["matmul_tflop_s"] * 1e12, args.quick))
+        for of in (dense, experts):
+            yield from (("dense", row) for row in of.measure(copy_rate, limits["matmul_tflop_s"] * 1e12, args.quick))
     if args.sweep:
         found = []
         for row in measure(swept):

@@ -32,7 +32,7 @@ from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
 
 from . import simt
-from .tiny import CONFIG, write_model, write_talker
+from .tiny import CONFIG, MOE, load, write_model, write_talker
 
 MB = 10**6
 
@@ -442,6 +442,18 @@ def test_ctrl_c_shows_what_there_is_and_leaves_no_file(model, tmp_path):
     assert out.count("decode_attention") == 4 and not list(tmp_path.iterdir())
 
 
+def test_a_step_reads_the_experts_that_its_tokens_take(tmp_path):
+    e = load(write_model(tmp_path / "m", 3, **MOE, num_hidden_layers=3), "bf16")
+    one, many = (bench_models.experts_taken(e, batch) for batch in (1, 200))
+    assert one == 2 and many == 6 and bench_models.experts_taken(load(write_model(tmp_path / "d", 3), "bf16"), 2) == 0
+    expert, cache = 3 * 3 * 64 * 24 * 4, cache_bytes(e.config, e.scheme, 5, 128)
+    whole = bench_models.weight_bytes(e.model.weights) - e.model.weights.embed.nbytes
+    assert bench_models.step_bytes(e, 5, 128, 6) == whole + cache
+    assert bench_models.step_bytes(e, 5, 128, 2.5) == whole - round(3.5 * expert) + cache
+    row = bench_models.decode(e, "tiny", 1, 128, {"copy_tb_s": 1.0}, 1)
+    assert row["experts"] == 2 and row["bytes"] == bench_models.step_bytes(e, 1, 128, 2)
+
+
 def test_short_launches_are_replayed_more_often():
     assert not enough([], 20, 25) and not enough([3000.0] * 24, 20, 25) and enough([3000.0] * 25, 20, 25)
     assert not enough([2.0] * 399, 20, 25) and enough([2.0] * 400, 20, 25)  # 16 ms, but 16 times as many
@@ -452,7 +464,8 @@ def test_a_card_is_also_measured_without_rests_unless_quick(monkeypatch):
     kernels = SimpleNamespace(
         measure=lambda wanted, *_, rest=True: [{"us": len(wanted), "rest": rest}], writing=lambda *_: []
     )
-    for name, module in (("kernels", kernels), ("dense", SimpleNamespace(measure=lambda *_: []))):
+    nothing = SimpleNamespace(measure=lambda *_: [])
+    for name, module in (("kernels", kernels), ("dense", nothing), ("experts", nothing)):
         monkeypatch.setitem(sys.modules, f"benchmarks.{name}", module)
         monkeypatch.setattr(f"benchmarks.{name}", module, raising=False)
     for quick, wanted in ((True, []), (False, [("sustained", {"us": 8, "rest": False})])):

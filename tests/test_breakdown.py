@@ -16,7 +16,7 @@ from minioscar.sampling import RowSampling
 
 from .test_cuda_backend import SIMULATED, _simulated, _simulated_hopper
 from .test_decode_step import of_backend
-from .tiny import write_model
+from .tiny import MOE, write_model
 
 SHAPE = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 192}  # no two matrices of the same
 
@@ -60,3 +60,16 @@ def test_products_are_named_by_their_shape_and_count_their_matrix_attention_its_
             assert 0 < bytes_of(launch, cache) < 1 << 20, name
     assert sum(found[shape] for shape in matrices) == 4 * config.num_layers + 1
     assert sum(count for name, count in found.items() if name.startswith("decode_attention")) == config.num_layers
+
+
+@SIMULATED
+@pytest.mark.parametrize("rows", [1, 20])
+def test_experts_are_named_by_their_shape_and_count_the_matrices_that_are_taken(rows, tmp_path):
+    _, engine, ops = of_backend(_simulated, write_model(tmp_path / "m", 3, **SHAPE | MOE), "bf16")
+    cache = Cache(engine.config, engine.scheme, rows, 256, ops)
+    recorded = StepDecoder(engine.model, cache, [RowSampling()] * rows, replay="launches").work.recorded.launches
+    found = {label(launch): bytes_of(launch, cache, 2.5) for launch in recorded}
+    expert = 256 * 24 * 2
+    assert found["experts 256 to 48"] == 2.5 * 2 * expert and found["experts 24 to 256"] == 2.5 * expert
+    assert {"choose", "sort", "combine"} & found.keys() == (set() if rows == 1 else {"choose", "sort", "combine"})
+    assert any(name.endswith("256 to 6") for name in found)  # the router

@@ -16,7 +16,7 @@ from minioscar.ops.reference import Reference
 from minioscar.weights import arrays, load, quantize, rotate_values
 
 from .quantized_files import SHAPE, HostOps, write_quantized
-from .tiny import talker, write_model, write_talker
+from .tiny import CONFIG, MOE, talker, write_model, write_talker
 
 FIELDS = "qkv", "o", "gate_up", "down"
 PROMPT = [3, 14, 15, 92, 65, 35]
@@ -167,3 +167,10 @@ def test_the_command_line_has_the_modes(tmp_path, capsys):
 def test_every_command_that_loads_a_model_to_answer_has_the_option():
     commands = {name for name, (_, flags) in FLAGS.items() if "--weights" in dict(flags)}
     assert commands == {"generate", "chat", "serve", "cache", "info", "eval"}
+
+
+def test_weights_of_a_model_with_experts_stay_in_16_bits():
+    config = Config.from_dict({**CONFIG, **MOE})
+    assert with_weights(config, None).weights is None
+    with pytest.raises(UserError, match="--weights int8 of a model with experts is not supported; leave it out"):
+        with_weights(config, "int8")

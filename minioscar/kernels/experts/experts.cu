@@ -8,8 +8,8 @@
 // weight bf16 [EXPERTS][N][K] (up: gate rows, then up rows), h bf16 [pairs][N / 2]. Float32 inside, rounded once; K
 // and TEAM_WARPS alone decide the order of a pair's sums, so a token's neighbours do not change its bits.
 //
-// The time is that of the weights of the experts that are taken, 2 B each, read once for up to ENTRY_PAIRS of its pairs. As in
-// linear.cu they are operand A of mma.m16n8k16 as they are in memory, loaded RUNS runs of 32 k ahead into
+// The time is that of the weights of the experts that are taken, 2 B each, read once for up to ENTRY_PAIRS pairs of
+// one. As in linear.cu they are operand A of mma.m16n8k16 as they are in memory, loaded RUNS runs of 32 k ahead into
 // registers across the ends of items; an item is 16 outputs of the pairs of one expert. A block computes TEAMS items
 // at a time, TEAM_WARPS warps each, which split k, two runs (a line of 128 B a row) each in rotation; the warps' sums
 // meet in shared memory.
@@ -25,7 +25,8 @@ constexpr int WARPS = 16;
 #include "../linear_vector.cuh"
 #include "route.cuh"
 
-constexpr int ENTRY_PAIRS = COLUMNS * COLUMN_TILES, TEAMS = WARPS / TEAM_WARPS, ROUND_SUMS = WARPS * BRANCHES * 16 * ENTRY_PAIRS;
+constexpr int ENTRY_PAIRS = COLUMNS * COLUMN_TILES, TEAMS = WARPS / TEAM_WARPS;
+constexpr int ROUND_SUMS = WARPS * BRANCHES * 16 * ENTRY_PAIRS;
 constexpr int ROUND_K = RUNS * TEAM_WARPS * 32;  // the k of RUNS runs of a team
 // Runs whose x is loaded together: as many as registers allow.
 constexpr int AT_ONCE = COLUMN_TILES > 1 ? 2 / BRANCHES : RUNS % 4 == 0 ? 4 : 2;

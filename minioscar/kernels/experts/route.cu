@@ -6,8 +6,8 @@
 //   pairs, sorted[first] ..., at most `columns`, take one expert. sorted int [pairs]; entries int4: the number of
 //   entries in [0].x, then (expert, first, count, 0), at most EXPERTS + pairs / columns. Pairs of one expert stand in
 //   any order: every result is of one pair alone. grid (1), 512 threads.
-// gather: to[i] = x[sorted[i] / TOP_K], the tokens in the order of the pairs. x bf16 [tokens][K], to bf16 [pairs][K], K a
-//   multiple of 8. grid (pairs), 128 threads.
+// gather: to[i] = x[sorted[i] / TOP_K], the tokens in the order of the pairs. x bf16 [tokens][K], to bf16 [pairs][K],
+//   K a multiple of 8. grid (pairs), 128 threads.
 // combine: y[t] = x[t] + sum_s parts[t * TOP_K + s], s ascending, float32, rounded once. x, y bf16 [tokens][N] (the
 //   same array or two), parts float32 [pairs][N], N a multiple of 8. grid (tokens, ceil(N / 2048)), 256 threads.
 //

@@ -5,8 +5,8 @@
 //   SILU=0, down:  out[p, n] = sum_k h[i, k] down[e, n, k]
 //
 // i counts the pairs sorted by expert, p = sorted[i] is the pair, e its expert (experts/route.cu). x' bf16 [pairs][K]
-// and h bf16 [pairs][N / 2] in that order, weight bf16 [EXPERTS * N][K], out float32 [pairs][N]. Float32 inside, rounded
-// once; the sums of a pair are in the order of k.
+// and h bf16 [pairs][N / 2] in that order, weight bf16 [EXPERTS * N][K], out float32 [pairs][N]. Float32 inside,
+// rounded once; the sums of a pair are in the order of k.
 //
 // As in sm90/linear_batch.cu one thread issues TMA copies, STAGES slabs of 64 k ahead, and a warpgroup has 64 pairs:
 // operand a, and the tile's ROWS rows of weights (SILU: half gate, half up) operand b. An item is an entry of up to
