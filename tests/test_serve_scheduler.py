@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from minioscar.cache import Cache, left_after_cut
+from minioscar.cache import Cache
 from minioscar.engine import Engine
 from minioscar.errors import Failure
 from minioscar.options import Options
@@ -191,7 +191,7 @@ def test_a_prefix_comes_from_the_cache_of_a_row_that_is_idle_or_busy(engine, see
     with running(engine) as scheduler:
         first = submit(scheduler, Asked(start, how))[0].wait()
         held = len(start) + how.max_tokens - 1
-        shared = left_after_cut(engine.scheme, held, len(start) - 1)
+        shared = engine.scheme.left_after_cut(engine.scheme.packed_tokens(held), len(start) - 1)
         assert first.job.cached == 0
         again = submit(scheduler, Asked(start, how))[0].wait()
         assert again.job.cached == shared > 0

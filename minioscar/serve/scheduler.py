@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import Cache, left_after_cut
+from ..cache import Cache
 from ..engine import Engine
 from ..errors import Failure
 from ..generation import logprob
@@ -187,11 +187,18 @@ class Scheduler:
         return shared if goes_on else 0, -row.used
 
     def _shared(self, ids: list[int], row: Row) -> int:
-        """Tokens at the beginning of a prompt that a row holds and that can be had of it."""
-        length = int(self.cache.lengths[row.slot])
+        """Tokens at the beginning of a prompt that a row holds and that need not be fed again if they are taken from
+        it."""
+        length, packed, scheme = self._length(row), self.cache.packed_tokens(row.slot), self.cache.scheme
         if not length or row.held[: min(LEAST_SHARED, length)] != ids[: min(LEAST_SHARED, length)]:
             return 0
-        return left_after_cut(self.cache.scheme, length, common(ids, row.held[:length]))
+        return scheme.left_after_cut(packed, common(ids, row.held[:length]))
+
+    def _length(self, row: Row) -> int:
+        """Tokens of a row that its copy has: without the window, where steps in flight may overwrite its oldest."""
+        length, packed, scheme = int(self.cache.lengths[row.slot]), self.cache.packed_tokens(row.slot), self.cache.scheme
+        is_overwritten = scheme.quantized and length + row.in_flight > packed + scheme.ring
+        return packed if is_overwritten else length
 
     def _match(self, row: Row) -> None:
         """The row takes over what any row holds of the beginning of its prompt."""
@@ -201,9 +208,11 @@ class Scheduler:
         if shared < LEAST_SHARED:
             cache.reset(row.slot)
         else:
+            length = self._length(source)
             if source is not row:
                 cache.copy(source.slot, row.slot)
-            cache.truncate(row.slot, shared)
+                cache.restore(row.slot, int(cache.lengths[row.slot]), source.in_flight)
+            cache.truncate(row.slot, common(ids, source.held[:length]))
         row.held, row.is_matched = list(row.job.ids), True
         row.job.cached = int(cache.lengths[row.slot])
         self.metrics.hit_tokens += row.job.cached

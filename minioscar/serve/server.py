@@ -76,7 +76,8 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
     service = Service(plan.name, engine.tokenizer, config.vocab_size, context, plan.slots, defaults, plan.strict)
     app = App(service, plan.key, plan.origins)
     rows = [RowSampling()] * plan.slots
-    first = Batch((0,), (max(context - chunk, 0),), (min(chunk, context),))
+    start = max(context - chunk, 0)
+    first = Batch((0,), (start,), (scheme.packed_tokens(start),), (min(chunk, context),))
     ops.prepare(engine.model, cache, first, rows, engine.progress)
     scheduler = Scheduler(engine, cache, chunk, 4 * plan.slots if plan.queue is None else plan.queue, app.post)
     app.engine = scheduler
