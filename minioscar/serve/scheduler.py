@@ -17,18 +17,25 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import Cache
+from ..cache import Batch, Cache
 from ..engine import Engine
 from ..errors import Failure
 from ..generation import logprob
 from ..prompt_cache import common
-from ..sampling import next_token
+from ..sampling import RowSampling, Sampling
 from .jobs import Busy, Event, Job, Row
 from .metrics import Metrics
 
 LEAST_SHARED = 32  # tokens: a shorter prefix is read again rather than copied
 SCORED_PIECE = 128  # tokens whose logits are on the host at once
+Array = Any
 Post = Callable[[list[tuple[Job, Event]]], None]
+
+
+def longest_pass(cache: Cache, chunk: int) -> Batch:
+    """The longest piece, at the end of the longest row."""
+    start = max(cache.context - chunk, 0)
+    return Batch((0,), (start,), (cache.scheme.packed_tokens(start),), (cache.context - start,))
 
 
 class Scheduler:
@@ -49,11 +56,16 @@ class Scheduler:
         self.dead: str | None = None  # why nothing works any more
         self.decoder = self.model.ops.decoder(self.model, cache, None)
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self.is_ready = threading.Event()
 
     # --- called from other threads
 
     def start(self) -> None:
+        """Returns when nothing is left to allocate. Raises Failure where that cannot be had."""
         self.thread.start()
+        self.is_ready.wait()
+        if self.dead:
+            raise Failure(self.dead)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """All of them or none. Raises Busy where the queue is full, ValueError for more answers than rows."""
@@ -106,6 +118,8 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
+            self._warm_up()
+            self.is_ready.set()
             while self._wait():
                 self._round()
             self._fail([*self.waiting], Busy("the server is shutting down"))
@@ -114,7 +128,24 @@ class Scheduler:
             self.dead = f"the engine has failed ({type(error).__name__}: {error}); restart the server"
             jobs = [*self.waiting, *(row.job for row in self.rows if row.job)]
             self._fail(jobs, Failure(self.dead))
+        self.is_ready.set()
         self._post()
+
+    def _warm_up(self) -> None:
+        """What the largest pass, a small one and a step allocate stays at hand: on the thread, since libraries keep
+        state for each."""
+        ops, cache, batch = self.model.ops, self.cache, longest_pass(self.cache, self.chunk)
+        with self.decoder.ordered(), np.errstate(all="ignore"):
+            for at in (batch, Batch((0,), (0,), (0,), (1,))):
+                logits = self.model.step(np.zeros(at.counts[0], np.int64), cache, at, lambda logits: logits)[1]
+                ops.numpy(logits)
+                cache.reset(0)
+            cache.advance(at)
+            self.decoder.join(0, RowSampling(Sampling(1.0)), logits[0])
+        if cache.context > 1:
+            self.decoder.launch([0])
+            self.decoder.read()
+        cache.reset(0)
 
     def _wait(self) -> bool:
         """Until there is something to do; False when it is closing."""
@@ -195,8 +226,9 @@ class Scheduler:
         return scheme.left_after_cut(packed, common(ids, row.held[:length]))
 
     def _length(self, row: Row) -> int:
-        """Tokens of a row that its copy has: without the window, where steps in flight may overwrite its oldest."""
-        length, packed, scheme = int(self.cache.lengths[row.slot]), self.cache.packed_tokens(row.slot), self.cache.scheme
+        """Tokens of a row that its copy has: not the window, where steps in flight may overwrite its oldest."""
+        length, packed = int(self.cache.lengths[row.slot]), self.cache.packed_tokens(row.slot)
+        scheme = self.cache.scheme
         is_overwritten = scheme.quantized and length + row.in_flight > packed + scheme.ring
         return packed if is_overwritten else length
 
@@ -254,20 +286,19 @@ class Scheduler:
             if scored:
                 logits = self.model.forward(np.array(inputs[0]), self.cache, batch, every=True)
                 self._score(rows[0].job, batch.starts[0], logits)
-                logits = logits[-1:]
+                logits = self.model.ops.xp.asarray(logits[-1:])
             else:
                 logits = self.model.step(np.concatenate(inputs), self.cache, batch, lambda logits: logits)[1]
-            whole = [i for i, row in enumerate(rows) if self.cache.lengths[row.slot] == len(row.job.ids)]
-            logits = self.model.ops.numpy(logits) if whole else None  # else nobody waits for it
         except (Failure, MemoryError) as error:
             self.cache.rollback(batch)
             for row in rows:
                 self._end_job(row.job, error)
             return
         self.metrics.read_tokens += sum(batch.counts)
-        for i in whole:
-            self.reading.remove(rows[i])
-            self._begin(rows[i], logits[i])
+        for row, of_row in zip(rows, logits, strict=True):
+            if self.cache.lengths[row.slot] == len(row.job.ids):  # else nobody waits for the pass
+                self.reading.remove(row)
+                self._begin(row, of_row)
 
     def _score(self, job: Job, start: int, logits: np.ndarray) -> None:
         """Log-probabilities of the prompt's tokens behind those that a piece from `start` holds."""
@@ -277,11 +308,9 @@ class Scheduler:
         for of_token, token in zip(logits, following, strict=False):
             job.scored.append(logprob(of_token, token, job.prompt_logprobs, self.tokenizer))
 
-    def _begin(self, first: Row, logits: np.ndarray) -> None:
-        """A prompt is read: its answers begin."""
+    def _begin(self, first: Row, logits: Array) -> None:
+        """A prompt is read: its answers begin. logits: float32 [vocab] on the back end."""
         job = first.job
-        job.begun = time.monotonic()
-        self.metrics.first_tokens.add(job.begun - job.created)
         rows = sorted((row for row in self.rows if row.job is job), key=lambda row: row.index)
         for row in rows[1:]:
             self.cache.copy(first.slot, row.slot)
@@ -293,12 +322,14 @@ class Scheduler:
                 continue
             drawing = row.start(self.tokenizer, self.vocab)
             try:
-                token = next_token(logits, drawing, 0, (), row.matcher.mask() if row.matcher else None)
-                if self._take(row, token, logits):
-                    self.decoder.join(row.slot, drawing, token)
+                allowed = row.matcher.mask() if row.matcher else None
+                token = self.decoder.join(row.slot, drawing, logits, allowed)
+                self._take(row, token, None if job.options.logprobs is None else self.model.ops.numpy(logits))
             except Failure as error:
                 self._end_job(job, error)
                 break
+        job.begun = time.monotonic()
+        self.metrics.first_tokens.add(job.begun - job.created)
 
     # --- steps
 
@@ -350,8 +381,8 @@ class Scheduler:
             except Failure as error:
                 self._end_job(row.job, error)
 
-    def _take(self, row: Row, token: int, logits: np.ndarray | None) -> bool:
-        """A new token of an answer; whether it goes on. Raises Failure where the grammar has no such token."""
+    def _take(self, row: Row, token: int, logits: np.ndarray | None) -> None:
+        """A new token of an answer. Raises GrammarError, as its matcher does."""
         answer, job, result = row.answer, row.job, row.answer.result
         row.held.append(token)
         before = result.new_tokens
@@ -367,7 +398,6 @@ class Scheduler:
         if result.finish_reason:
             self.metrics.finished += 1
             self._leave(row)
-        return result.finish_reason is None
 
     # --- what goes wrong
 
