@@ -21,12 +21,11 @@ from ..cache import Batch, Cache
 from ..engine import Engine
 from ..errors import Failure
 from ..generation import logprob
-from ..prompt_cache import common
 from ..sampling import RowSampling, Sampling
+from . import prefixes
 from .jobs import Busy, Event, Job, Row
 from .metrics import Metrics
 
-LEAST_SHARED = 32  # tokens: a shorter prefix is read again rather than copied
 SCORED_PIECE = 128  # tokens whose logits are on the host at once
 Array = Any
 Post = Callable[[list[tuple[Job, Event]]], None]
@@ -203,7 +202,7 @@ class Scheduler:
                 if not self.waiting or self.waiting[0].rows > len(free):
                     return
                 job = self.waiting.popleft()
-            first = max(free, key=lambda row: self._fit(job, row))
+            first = max(free, key=lambda row: prefixes.fit(self.cache, job.usable, row))
             others = sorted((row for row in free if row is not first), key=lambda row: row.used)
             for index, row in enumerate([first, *others[: job.rows - 1]]):
                 self.metrics.rounds += 1
@@ -211,42 +210,11 @@ class Scheduler:
                 row.begin(job, index)
             self.reading.append(first)
 
-    def _fit(self, job: Job, row: Row) -> tuple[int, int]:
-        """How well a free row suits a job: it holds mostly the beginning of its prompt, or it was used long ago."""
-        shared = self._shared(job.usable, row)
-        goes_on = shared >= LEAST_SHARED and 2 * shared >= self.cache.lengths[row.slot]
-        return shared if goes_on else 0, -row.used
-
-    def _shared(self, ids: list[int], row: Row) -> int:
-        """Tokens at the beginning of a prompt that a row holds and that need not be fed again if they are taken from
-        it."""
-        length, packed, scheme = self._length(row), self.cache.packed_tokens(row.slot), self.cache.scheme
-        if not length or row.held[: min(LEAST_SHARED, length)] != ids[: min(LEAST_SHARED, length)]:
-            return 0
-        return scheme.left_after_cut(packed, common(ids, row.held[:length]))
-
-    def _length(self, row: Row) -> int:
-        """Tokens of a row that its copy has: not the window, where steps in flight may overwrite its oldest."""
-        length, packed = int(self.cache.lengths[row.slot]), self.cache.packed_tokens(row.slot)
-        scheme = self.cache.scheme
-        is_overwritten = scheme.quantized and length + row.in_flight > packed + scheme.ring
-        return packed if is_overwritten else length
-
     def _match(self, row: Row) -> None:
         """The row takes over what any row holds of the beginning of its prompt."""
-        ids, cache = row.job.usable, self.cache
-        source = max(self.rows, key=lambda other: (self._shared(ids, other), other is row))
-        shared = self._shared(ids, source)
-        if shared < LEAST_SHARED:
-            cache.reset(row.slot)
-        else:
-            length = self._length(source)
-            if source is not row:
-                cache.copy(source.slot, row.slot)
-                cache.restore(row.slot, int(cache.lengths[row.slot]), source.in_flight)
-            cache.truncate(row.slot, common(ids, source.held[:length]))
+        source = max(self.rows, key=lambda other: (prefixes.shared(self.cache, row.job.usable, other), other is row))
+        row.job.cached = prefixes.take_over(self.cache, row.job.usable, source, row)
         row.held, row.is_matched = list(row.job.ids), True
-        row.job.cached = int(cache.lengths[row.slot])
         self.metrics.hit_tokens += row.job.cached
 
     # --- prompts
@@ -275,8 +243,7 @@ class Scheduler:
 
     def _will_share(self, row: Row, other: Row) -> bool:
         """Whether another row is about to read what this one could take over from it."""
-        ids = row.job.usable
-        return len(ids) >= LEAST_SHARED and other.job.ids[:LEAST_SHARED] == ids[:LEAST_SHARED]
+        return prefixes.begins(other.job.ids, row.job.usable)
 
     def _pass(self, pieces: list[tuple[Row, list[int]]]) -> None:
         rows, inputs = [row for row, _ in pieces], [piece for _, piece in pieces]
