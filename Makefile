@@ -23,7 +23,7 @@ results: $(VENV)/test.done  # the tables and figures of README.md and docs/, fro
 	$(BIN)/python -m tools.render
 	$(BIN)/python -m tools.figures
 
-soak: $(VENV)/test.done  # 20,000 mutated inputs, then an hour of random requests in each of two processes
+soak: $(VENV)/test.done  # 20,000 mutated inputs, an hour of random requests in each of two processes, an hour of a server
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --json docs/results/soak.json
 
 # gguf-cuda13.done: an environment with the extras gguf and cuda13. It is current while it is newer than pyproject.toml.

@@ -52,13 +52,20 @@ class Decoder:
         for slot, token in zip(slots, tokens, strict=True):
             self.drawn[slot] = [*self.drawn[slot][: step - 1], int(token)]
 
-    def join(self, slot: int, row: RowSampling, token: int) -> None:
-        """A row begins between two steps: `token` is the first that it has drawn, its cache holds what is before it.
+    def join(self, slot: int, row: RowSampling, logits: Array, allowed: np.ndarray | None = None) -> int:
+        """A row begins between two steps; the first token that it draws, from the logits behind what its cache holds,
+        float32 [vocab] on the back end. allowed: as `allow` has it.
 
-        Steps of other rows may be running, one of this row may not. It leaves by not being launched any more.
+        Steps of other rows may be running, one of this row may not. It leaves by not being launched any more. Raises
+        Failure where the logits are not finite.
         """
-        self.rows[slot], self.drawn[slot] = row, [int(token)]
+        token = self._first(slot, row, logits, allowed)
+        self.rows[slot], self.drawn[slot] = row, [token]
         self.allowed.pop(slot, None)
+        return token
+
+    def _first(self, slot: int, row: RowSampling, logits: Array, allowed: np.ndarray | None) -> int:
+        return next_token(self.model.ops.numpy(logits), row, 0, (), allowed)
 
     def allow(self, slot: int, allowed: np.ndarray) -> None:
         """The tokens that a row may draw from its next step on, a mask as `sampling.adjusted` takes it."""

@@ -23,7 +23,8 @@ class Server:
     def __init__(self, *args: str, **environment: str):
         command = [sys.executable, "-m", "minioscar", "serve", *args, "--port", "0", "--device", "cpu"]
         env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, text=True, env=env, cwd=ROOT, **pipes)
         self.lines: list[str] = []
         self.said = threading.Condition()
         threading.Thread(target=self._listen, daemon=True).start()

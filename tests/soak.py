@@ -1,13 +1,15 @@
 """Hours of random requests to a loaded model: memory stays flat, and every answer is what a fresh process gives, bit
 for bit.
 
-    python -m tests.soak --json docs/results/soak.json      what `make soak` runs: the fuzz, then an hour of two
-    processes python -m tests.soak --only 1234 --seed S               the digest of one request, in a fresh process
+    python -m tests.soak --json docs/results/soak.json      what `make soak` runs: the fuzz, an hour of two processes,
+                                                            an hour of a server
+    python -m tests.soak --only 1234 --seed S               the digest of one request, in a fresh process
 
 A request is made from (seed, number) alone: single prompts, batches, several answers, chats with answers broken off,
 prompt caches saved and loaded, logits, wrong requests, and passes in which memory runs out or Ctrl-C comes. Its digest
 covers token ids, texts, finish reasons, log-probabilities and logits. Requests drawn at random are run again, each in a
-process of its own.
+process of its own. The server gets requests that end, that are broken off, and that are no requests at all, 2,000 or
+more: memory stays flat, every slot is free afterwards, and every answer is the one that its prompt gets alone.
 """
 
 from __future__ import annotations
@@ -184,8 +186,27 @@ def engine() -> Engine:
     return load("smollm2-135m", device="cpu")
 
 
-def resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+def resident_mb(process: int | str = "self") -> float:
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def served(hours: float, least: int, seed: int) -> dict[str, Any]:
+    """So many connections to a server, and more for so many hours. Raises AssertionError for a wrong answer."""
+    from .serving import server
+    from .test_serve_smollm2 import connect
+    from .tiny import write_talker
+
+    end, resident, answered, asked = time.monotonic() + hours * 3600, [], 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_talker(Path(folder) / "tiny", seed, num_hidden_layers=1, max_position_embeddings=8192)
+        with server(str(model), "--slots", "4", "--ctx", "1024", "--chunk", "128", "--queue", "1000") as one:
+            while asked < least or time.monotonic() < end:
+                answered += connect(one, 200, seed + asked)
+                asked += 200
+                resident.append(resident_mb(one.process.pid))
+            code = one.end()
+    quarters = [round(float(np.median(part)), 1) for part in np.array_split(resident, 4)]
+    return {"connections": asked, "answered": answered, "resident_mb_by_quarter": quarters, "exit_code": code}
 
 
 def soak(hours: float, seed: int, again: int) -> dict[str, Any]:
@@ -234,7 +255,8 @@ def fresh(seed: int, number: int) -> str:
 
 def side_by_side(args: argparse.Namespace) -> list[dict[str, Any]]:
     """`soak` in so many processes at a time, each with a seed of its own."""
-    options = ["--hours", str(args.hours), "--again", str(args.again), "--cases", "0", "--processes", "1"]
+    options = ["--hours", str(args.hours), "--again", str(args.again), "--cases", "0", "--connections", "0"]
+    options += ["--processes", "1"]
     commands = [
         [sys.executable, "-m", "tests.soak", *options, "--seed", str(args.seed + i)] for i in range(args.processes)
     ]
@@ -248,12 +270,19 @@ def passed(run: dict[str, Any], hours: float) -> bool:
     return flat and run["equal_in_fresh_processes"] == run["fresh_processes"]
 
 
+def is_flat(run: dict[str, Any]) -> bool:
+    """The memory of a server: from the second quarter on, the first one warms up."""
+    _, second, _, last = run["resident_mb_by_quarter"]
+    return last - second < 0.02 * second
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="soak and fuzz")
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--processes", type=int, default=2, help="of so many hours each, at the same time")
     parser.add_argument("--cases", type=int, default=20_000, help="of the fuzz; 0: none")
     parser.add_argument("--again", type=int, default=40, help="requests of each that fresh processes run again")
+    parser.add_argument("--connections", type=int, default=2000, help="to a server, for as many hours; 0: none")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, metavar="N")
     parser.add_argument("--json", metavar="F")
@@ -274,15 +303,15 @@ def main() -> int:
     if args.cases:
         report["fuzz"] = fuzz(args.cases, args.seed, progress=sys.stderr.isatty())
     report["soak"] = side_by_side(args) if args.processes > 1 else [soak(args.hours, args.seed, args.again)]
+    if args.connections:
+        report["serve"] = served(args.hours, args.connections, args.seed)
     text = json.dumps(report, indent=1)
     if args.json:
         Path(args.json).write_text(text + "\n")
     print(text)
-    return (
-        0
-        if all(passed(run, args.hours) for run in report["soak"]) and not report.get("fuzz", {}).get("failures")
-        else 1
-    )
+    is_served = "serve" not in report or not report["serve"]["exit_code"] and is_flat(report["serve"])
+    is_right = is_served and not report.get("fuzz", {}).get("failures")
+    return 0 if is_right and all(passed(run, args.hours) for run in report["soak"]) else 1
 
 
 if __name__ == "__main__":

@@ -176,8 +176,12 @@ def test_rows_that_join_between_two_steps_draw_what_they_draw_from_the_beginning
     """Each row joins while a step of the others runs, in the slot of one that has left; nothing is recorded again."""
     _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), kv)
     prompts = [np.random.default_rng(seed + n).integers(0, 160, n) for n in (126, 3, 40, 9)]
-    forward = engine.model.forward
     cache = Cache(engine.config, engine.scheme, 2, 140, ops)
+
+    def forward(cache: Cache, slot: int, ids: np.ndarray):
+        batch = cache.batch_for([slot], [len(ids)])
+        return engine.model.step(ids, cache, batch, lambda logits: logits)[1][0]
+
     decoder = ops.decoder(engine.model, cache, None)
     recorded = getattr(decoder, "work", None) and decoder.work.recorded
     drawn: dict[int, list[int]] = {}
@@ -192,9 +196,7 @@ def test_rows_that_join_between_two_steps_draw_what_they_draw_from_the_beginning
             slot, i = free[0], waiting.pop(0)
             cache.reset(slot)
             with decoder.ordered():
-                logits = forward(prompts[i], cache, cache.batch_for([slot], [len(prompts[i])]))[0]
-            drawn[i], at[slot] = [next_token(logits, KINDS[i], 0)], i
-            decoder.join(slot, KINDS[i], drawn[i][0])
+                drawn[i], at[slot] = [decoder.join(slot, KINDS[i], forward(cache, slot, prompts[i]))], i
         if len(launched) > decoder.ahead or launched and not going:
             slots, owners = launched.pop(0)
             for slot, token in zip(slots, decoder.read()[0].tolist(), strict=True):
@@ -204,11 +206,10 @@ def test_rows_that_join_between_two_steps_draw_what_they_draw_from_the_beginning
     assert (getattr(decoder, "work", None) and decoder.work.recorded) is recorded
     for i, row in enumerate(KINDS):
         alone = Cache(engine.config, engine.scheme, 1, 140, ops)
-        logits = forward(prompts[i], alone, alone.batch_for([0], [len(prompts[i])]))[0]
-        want = [next_token(logits, row, 0)]
+        want = [next_token(np.array(ops.numpy(forward(alone, 0, prompts[i]))), row, 0)]
+        step = ops.decoder(engine.model, alone, [RowSampling()], logits=True)
         while len(want) < 4:
-            step = ops.decoder(engine.model, alone, None, logits=True)
-            step.join(0, RowSampling(), want[-1])
+            step.feed([0], want[-1:])
             step.launch([0])
             want.append(next_token(step.read()[1][0], row, len(want), want))
         assert drawn[i] == want, i
@@ -218,14 +219,19 @@ def test_rows_that_join_between_two_steps_draw_what_they_draw_from_the_beginning
 def test_a_row_draws_only_what_its_mask_allows(make, tmp_path, seed):
     _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), "int2")
     cache = Cache(engine.config, engine.scheme, 2, 40, ops)
-    engine.model.forward(np.arange(8), cache, cache.batch_for([0, 1], [4, 4]))
+    batch = cache.batch_for([0, 1], [4, 4])
+    logits = engine.model.step(np.arange(8), cache, batch, lambda logits: logits)[1]
     decoder = ops.decoder(engine.model, cache, None)
-    for slot, row in enumerate((RowSampling(Sampling(1.0, seed=seed)), RowSampling())):
-        decoder.join(slot, row, 3)
-    for token in (31, 32, 159):
+
+    def only(token: int) -> np.ndarray:
         allowed = np.zeros(5, np.uint32)
         allowed[token // 32] = 1 << token % 32
-        decoder.allow(0, allowed.view(np.int32))
+        return allowed.view(np.int32)
+
+    assert decoder.join(0, RowSampling(Sampling(1.0, seed=seed)), logits[0], only(77)) == 77
+    assert decoder.join(1, RowSampling(), logits[1]) == ops.numpy(logits)[1].argmax()
+    for token in (31, 32, 159):
+        decoder.allow(0, only(token))
         decoder.launch([0, 1])
         got = decoder.read()[0]
         assert got[0] == token and got[1] == decoder.logits_of(1).argmax()

@@ -390,6 +390,13 @@ def test_a_request_keeps_its_number(client):
     assert client.get("/health", x_request_id="abc").headers["x-request-id"] == "abc"
 
 
+def test_tokens_without_text_are_told_of_in_a_stream(client, engine):
+    engine.script = ["the", "", "", " cat"]
+    body = {"prompt": "x", "stream": True, "return_token_ids": True}
+    choices = [chunk["choices"][0] for chunk in client.post("/v1/completions", body).events()]
+    assert [i for choice in choices for i in choice["token_ids"]] == [100, 101, 102, 103]
+
+
 def test_text_becomes_tokens_and_back(client):
     words = client.app.service.tokenizer
     ids = client.post("/tokenize", {"content": "the cat"}).json()["tokens"]

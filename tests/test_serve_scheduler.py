@@ -6,14 +6,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from minioscar.cache import Cache, left_after_cut
+from minioscar.cache import Cache
 from minioscar.engine import Engine
 from minioscar.errors import Failure
 from minioscar.options import Options
+from minioscar.oscar import SCHEMES
 from minioscar.sampling import Sampling
 from minioscar.serve.jobs import Busy, Event, Job
 from minioscar.serve.scheduler import Scheduler
@@ -92,10 +94,16 @@ def alone(engine: Engine, one: Asked, ctx: int = 512) -> list[tuple]:
     return [(r.token_ids, r.text, r.finish_reason, r.logprobs or []) for r in run.results]
 
 
-@pytest.fixture(scope="module", params=["int2", "bf16"])
+KEEPS = replace(SCHEMES["int2"], name="keeps", flush=32, keep=64)
+
+
+@pytest.fixture(scope="module", params=["int2", "keeps", "bf16"])
 def engine(request, tmp_path_factory) -> Engine:
     folder = write_talker(tmp_path_factory.mktemp("m") / "m", 3, num_hidden_layers=1, max_position_embeddings=2048)
-    return talker(folder, request.param)
+    if request.param != "keeps":
+        return talker(folder, request.param)
+    made = talker(folder, "int2")
+    return Engine(made.config, made.model.weights, made.tokenizer, KEEPS, made.ops)
 
 
 def prompt(rng: np.random.Generator, size: int) -> list[int]:
@@ -191,7 +199,7 @@ def test_a_prefix_comes_from_the_cache_of_a_row_that_is_idle_or_busy(engine, see
     with running(engine) as scheduler:
         first = submit(scheduler, Asked(start, how))[0].wait()
         held = len(start) + how.max_tokens - 1
-        shared = left_after_cut(engine.scheme, held, len(start) - 1)
+        shared = engine.scheme.left_after_cut(engine.scheme.packed_tokens(held), len(start) - 1)
         assert first.job.cached == 0
         again = submit(scheduler, Asked(start, how))[0].wait()
         assert again.job.cached == shared > 0
@@ -199,7 +207,7 @@ def test_a_prefix_comes_from_the_cache_of_a_row_that_is_idle_or_busy(engine, see
         while not busy.events:
             time.sleep(0.001)
         fork = submit(scheduler, Asked([*busy.job.ids[:160], *prompt(rng, 30)], how))[0].wait()
-        assert fork.job.cached >= (160 if engine.scheme.name == "bf16" else 128)
+        assert fork.job.cached >= (engine.scheme.packed_tokens(160) if engine.scheme.quantized else 160)
         if engine.scheme.name == "bf16":  # nothing is rounded twice, so what is cached cannot be told from what is read
             assert [a[:3] for a in again.answers()] == [a[:3] for a in alone(engine, again)]
             assert [a[:3] for a in fork.answers()] == [a[:3] for a in alone(engine, fork)]
@@ -259,16 +267,17 @@ def test_a_cancelled_answer_frees_its_row_within_two_steps(engine, seed):
             assert len(one.events) == seen and not waiting.events
 
 
-def test_neither_steps_nor_prompts_wait_for_more_than_one_of_the_other(engine, seed):
-    """Ten pieces of a long prompt are read beside an answer: it gets a token for every piece."""
-    rng = np.random.default_rng(seed)
+def test_neither_steps_nor_prompts_wait_for_more_than_one_of_the_other(engine, seed, monkeypatch):
+    """Ten pieces of a long prompt are read beside an answer: one step comes between any two of them."""
+    rng, steps = np.random.default_rng(seed), []
     with running(engine, context=1408, chunk=128) as scheduler:
         talking = submit(scheduler, Asked(prompt(rng, 4), Options(1000, ignore_eos=True)))[0]
         while len(talking.events) < 3:
             time.sleep(0.001)
-        at, long = scheduler.metrics.steps, submit(scheduler, Asked(prompt(rng, 1280), Options(1, ignore_eos=True)))[0]
-        long.wait()
-        assert 9 <= scheduler.metrics.steps - at <= 14
+        read = scheduler._pass
+        monkeypatch.setattr(scheduler, "_pass", lambda pieces: (steps.append(scheduler.metrics.steps), read(pieces)))
+        submit(scheduler, Asked(prompt(rng, 1280), Options(1, ignore_eos=True)))[0].wait()
+        assert len(steps) == 10 and set(np.diff(steps)) == {1}
         scheduler.cancel([talking.job])
 
 

@@ -108,7 +108,8 @@ def test_a_second_turn_finds_the_first_in_the_cache(client):
     how = {"model": "x", "temperature": 0, "max_tokens": 8}
     one = client.chat.completions.create(messages=messages, **how)
     assert one.usage.prompt_tokens > 130
-    messages += [{"role": "assistant", "content": one.choices[0].message.content}, {"role": "user", "content": "Go on."}]
+    said = one.choices[0].message.content
+    messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "Go on."}]
     two = client.chat.completions.create(messages=messages, **how)
     assert two.usage.prompt_tokens_details.cached_tokens >= 128
 
@@ -222,7 +223,8 @@ def connect(one: Server, times: int, seed: int, workers: int = 12) -> int:
         i, kind = rng.randrange(len(prompts)), rng.choice(["whole", "stream", "left", "cut", "garbage"])
         if kind in ("cut", "garbage"):
             body = json.dumps({"prompt": prompts[i], "max_tokens": 500, "ignore_eos": True}).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json"
+            head += f"\r\ncontent-length: {len(body)}"
             with socket.create_connection((raw[0], int(raw[1])), 30) as wire:
                 sent = head.encode() + b"\r\n\r\n" + body if kind == "cut" else rng.randbytes(300)
                 wire.sendall(sent[: rng.randrange(1, len(sent) + 1)] if rng.random() < 0.5 else sent)

@@ -120,8 +120,8 @@ struct Row {
 
 // ends int [batch][width], -1 where there are no more; history int [batch][vocab]: 2 * times drawn + (1 if the prompt
 // has it), null without penalties. allowed [batch][words of 32 bits]: bit i % 32 of word i / 32 is token i; biased and
-// biases [batch][room]: token ids, -1 where there are no more, and what is added to their logits; all three null without
-// rows that join. Every operation is rounded by itself, as in NumPy.
+// biases [batch][room]: token ids, -1 where there are no more, and what is added to their logits; these three are null
+// without rows that join. Every operation is rounded by itself, as in NumPy.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 sample_adjust(const float* logits, const uint64_t* rows, const int* steps, const int* tokens, const int* ends,
               int width, const uint32_t* allowed, const int* biased, const float* biases, int room, int* history,

@@ -157,13 +157,24 @@ class StepDecoder(Decoder):
         self.queue.put(self.batch.steps, np.full(len(newest), step, np.int32))
         self.active = []
 
-    def join(self, slot: int, row: RowSampling, token: int) -> None:
-        super().join(slot, row, token)
-        for array, values in self.batch.drawing.of_row(slot, row):
+    def _first(self, slot: int, row: RowSampling, logits: Array, allowed: np.ndarray | None) -> int:
+        """By the launches of a step, of this row alone."""
+        drawing, here = self.batch.drawing, slice(slot, slot + 1)
+        tokens, steps = self.batch.tokens[here], self.batch.steps[here]
+        nothing, zero, one = (np.array([value], np.int32) for value in (-1, 0, 1))
+        for array, values in (*drawing.of_row(slot, row), (tokens, nothing), (steps, zero)):
             self.queue.put(array, values)
-        for array, value in ((self.batch.tokens, token), (self.batch.steps, 1)):
-            self.queue.put(array[slot : slot + 1], np.array([value], np.int32))
+        if allowed is not None:
+            self.allow(slot, allowed)
+        with self.queue.current():
+            for launch in sample(logits[None], drawing.rows(here), steps, tokens):
+                self.model.ops.run(launch)
+        self.queue.put(steps, one)
         self.active = []
+        token = int(self.queue.get(tokens)[0])
+        if token < 0:
+            raise Failure(NOT_FINITE)
+        return token
 
     def allow(self, slot: int, allowed: np.ndarray) -> None:
         self.queue.put(self.batch.drawing.allowed[slot], allowed)

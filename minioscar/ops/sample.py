@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,14 @@ class Drawing:
         nucleus = [s.top_p for s in drawn if s.top_p < 1 and not _top_k(s, vocab)]
         self.draws = is_open or bool(drawn)
         self.bins = BINS if is_open else _bins(max(nucleus), vocab) if nucleus else 0
+
+    def rows(self, some: slice) -> Drawing:
+        """The same arrays of some rows."""
+        part = copy(self)
+        for name, array in vars(self).items():
+            if getattr(array, "shape", None):
+                setattr(part, name, array[some])
+        return part
 
     def of_row(self, slot: int, row: RowSampling) -> Iterator[tuple[Array, np.ndarray]]:
         """Parts of the arrays, and what is to be in them when this row joins, nothing drawn yet but the token that its

@@ -104,9 +104,9 @@ class TextChoice:
         self.text += text
         if event.finish_reason:
             self.finish_reason = REASONS.get(event.finish_reason, event.finish_reason)
-        if not (text or found or event.finish_reason):
+        ids = [event.token] if event.token is not None and self.reply.asked.token_ids else []
+        if not (text or found or ids or event.finish_reason):
             return []
-        ids = [event.token] if event.token is not None else []
         return [self._choice(text, logprobs, ids)]
 
     def begin(self) -> list[Json]:

@@ -17,18 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import Cache, left_after_cut
+from ..cache import Batch, Cache
 from ..engine import Engine
 from ..errors import Failure
 from ..generation import logprob
-from ..prompt_cache import common
-from ..sampling import next_token
+from ..sampling import RowSampling, Sampling
+from . import prefixes
 from .jobs import Busy, Event, Job, Row
 from .metrics import Metrics
 
-LEAST_SHARED = 32  # tokens: a shorter prefix is read again rather than copied
 SCORED_PIECE = 128  # tokens whose logits are on the host at once
+Array = Any
 Post = Callable[[list[tuple[Job, Event]]], None]
+
+
+def longest_pass(cache: Cache, chunk: int) -> Batch:
+    """The longest piece, at the end of the longest row."""
+    start = max(cache.context - chunk, 0)
+    return Batch((0,), (start,), (cache.scheme.packed_tokens(start),), (cache.context - start,))
 
 
 class Scheduler:
@@ -49,11 +55,16 @@ class Scheduler:
         self.dead: str | None = None  # why nothing works any more
         self.decoder = self.model.ops.decoder(self.model, cache, None)
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self.is_ready = threading.Event()
 
     # --- called from other threads
 
     def start(self) -> None:
+        """Returns when nothing is left to allocate. Raises Failure where that cannot be had."""
         self.thread.start()
+        self.is_ready.wait()
+        if self.dead:
+            raise Failure(self.dead)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """All of them or none. Raises Busy where the queue is full, ValueError for more answers than rows."""
@@ -106,6 +117,8 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
+            self._warm_up()
+            self.is_ready.set()
             while self._wait():
                 self._round()
             self._fail([*self.waiting], Busy("the server is shutting down"))
@@ -114,7 +127,24 @@ class Scheduler:
             self.dead = f"the engine has failed ({type(error).__name__}: {error}); restart the server"
             jobs = [*self.waiting, *(row.job for row in self.rows if row.job)]
             self._fail(jobs, Failure(self.dead))
+        self.is_ready.set()
         self._post()
+
+    def _warm_up(self) -> None:
+        """What the largest pass, a small one and a step allocate stays at hand: on the thread, since libraries keep
+        state for each."""
+        ops, cache, batch = self.model.ops, self.cache, longest_pass(self.cache, self.chunk)
+        with self.decoder.ordered(), np.errstate(all="ignore"):
+            for at in (batch, Batch((0,), (0,), (0,), (1,))):
+                logits = self.model.step(np.zeros(at.counts[0], np.int64), cache, at, lambda logits: logits)[1]
+                ops.numpy(logits)
+                cache.reset(0)
+            cache.advance(at)
+            self.decoder.join(0, RowSampling(Sampling(1.0)), logits[0])
+        if cache.context > 1:
+            self.decoder.launch([0])
+            self.decoder.read()
+        cache.reset(0)
 
     def _wait(self) -> bool:
         """Until there is something to do; False when it is closing."""
@@ -172,7 +202,7 @@ class Scheduler:
                 if not self.waiting or self.waiting[0].rows > len(free):
                     return
                 job = self.waiting.popleft()
-            first = max(free, key=lambda row: self._fit(job, row))
+            first = max(free, key=lambda row: prefixes.fit(self.cache, job.usable, row))
             others = sorted((row for row in free if row is not first), key=lambda row: row.used)
             for index, row in enumerate([first, *others[: job.rows - 1]]):
                 self.metrics.rounds += 1
@@ -180,32 +210,11 @@ class Scheduler:
                 row.begin(job, index)
             self.reading.append(first)
 
-    def _fit(self, job: Job, row: Row) -> tuple[int, int]:
-        """How well a free row suits a job: it holds mostly the beginning of its prompt, or it was used long ago."""
-        shared = self._shared(job.usable, row)
-        goes_on = shared >= LEAST_SHARED and 2 * shared >= self.cache.lengths[row.slot]
-        return shared if goes_on else 0, -row.used
-
-    def _shared(self, ids: list[int], row: Row) -> int:
-        """Tokens at the beginning of a prompt that a row holds and that can be had of it."""
-        length = int(self.cache.lengths[row.slot])
-        if not length or row.held[: min(LEAST_SHARED, length)] != ids[: min(LEAST_SHARED, length)]:
-            return 0
-        return left_after_cut(self.cache.scheme, length, common(ids, row.held[:length]))
-
     def _match(self, row: Row) -> None:
         """The row takes over what any row holds of the beginning of its prompt."""
-        ids, cache = row.job.usable, self.cache
-        source = max(self.rows, key=lambda other: (self._shared(ids, other), other is row))
-        shared = self._shared(ids, source)
-        if shared < LEAST_SHARED:
-            cache.reset(row.slot)
-        else:
-            if source is not row:
-                cache.copy(source.slot, row.slot)
-            cache.truncate(row.slot, shared)
+        source = max(self.rows, key=lambda other: (prefixes.shared(self.cache, row.job.usable, other), other is row))
+        row.job.cached = prefixes.take_over(self.cache, row.job.usable, source, row)
         row.held, row.is_matched = list(row.job.ids), True
-        row.job.cached = int(cache.lengths[row.slot])
         self.metrics.hit_tokens += row.job.cached
 
     # --- prompts
@@ -234,8 +243,7 @@ class Scheduler:
 
     def _will_share(self, row: Row, other: Row) -> bool:
         """Whether another row is about to read what this one could take over from it."""
-        ids = row.job.usable
-        return len(ids) >= LEAST_SHARED and other.job.ids[:LEAST_SHARED] == ids[:LEAST_SHARED]
+        return prefixes.begins(other.job.ids, row.job.usable)
 
     def _pass(self, pieces: list[tuple[Row, list[int]]]) -> None:
         rows, inputs = [row for row, _ in pieces], [piece for _, piece in pieces]
@@ -245,20 +253,19 @@ class Scheduler:
             if scored:
                 logits = self.model.forward(np.array(inputs[0]), self.cache, batch, every=True)
                 self._score(rows[0].job, batch.starts[0], logits)
-                logits = logits[-1:]
+                logits = self.model.ops.xp.asarray(logits[-1:])
             else:
                 logits = self.model.step(np.concatenate(inputs), self.cache, batch, lambda logits: logits)[1]
-            whole = [i for i, row in enumerate(rows) if self.cache.lengths[row.slot] == len(row.job.ids)]
-            logits = self.model.ops.numpy(logits) if whole else None  # else nobody waits for it
         except (Failure, MemoryError) as error:
             self.cache.rollback(batch)
             for row in rows:
                 self._end_job(row.job, error)
             return
         self.metrics.read_tokens += sum(batch.counts)
-        for i in whole:
-            self.reading.remove(rows[i])
-            self._begin(rows[i], logits[i])
+        for row, of_row in zip(rows, logits, strict=True):
+            if self.cache.lengths[row.slot] == len(row.job.ids):  # else nobody waits for the pass
+                self.reading.remove(row)
+                self._begin(row, of_row)
 
     def _score(self, job: Job, start: int, logits: np.ndarray) -> None:
         """Log-probabilities of the prompt's tokens behind those that a piece from `start` holds."""
@@ -268,11 +275,9 @@ class Scheduler:
         for of_token, token in zip(logits, following, strict=False):
             job.scored.append(logprob(of_token, token, job.prompt_logprobs, self.tokenizer))
 
-    def _begin(self, first: Row, logits: np.ndarray) -> None:
-        """A prompt is read: its answers begin."""
+    def _begin(self, first: Row, logits: Array) -> None:
+        """A prompt is read: its answers begin. logits: float32 [vocab] on the back end."""
         job = first.job
-        job.begun = time.monotonic()
-        self.metrics.first_tokens.add(job.begun - job.created)
         rows = sorted((row for row in self.rows if row.job is job), key=lambda row: row.index)
         for row in rows[1:]:
             self.cache.copy(first.slot, row.slot)
@@ -284,12 +289,14 @@ class Scheduler:
                 continue
             drawing = row.start(self.tokenizer, self.vocab)
             try:
-                token = next_token(logits, drawing, 0, (), row.matcher.mask() if row.matcher else None)
-                if self._take(row, token, logits):
-                    self.decoder.join(row.slot, drawing, token)
+                allowed = row.matcher.mask() if row.matcher else None
+                token = self.decoder.join(row.slot, drawing, logits, allowed)
+                self._take(row, token, None if job.options.logprobs is None else self.model.ops.numpy(logits))
             except Failure as error:
                 self._end_job(job, error)
                 break
+        job.begun = time.monotonic()
+        self.metrics.first_tokens.add(job.begun - job.created)
 
     # --- steps
 
@@ -341,8 +348,8 @@ class Scheduler:
             except Failure as error:
                 self._end_job(row.job, error)
 
-    def _take(self, row: Row, token: int, logits: np.ndarray | None) -> bool:
-        """A new token of an answer; whether it goes on. Raises Failure where the grammar has no such token."""
+    def _take(self, row: Row, token: int, logits: np.ndarray | None) -> None:
+        """A new token of an answer. Raises GrammarError, as its matcher does."""
         answer, job, result = row.answer, row.job, row.answer.result
         row.held.append(token)
         before = result.new_tokens
@@ -358,7 +365,6 @@ class Scheduler:
         if result.finish_reason:
             self.metrics.finished += 1
             self._leave(row)
-        return result.finish_reason is None
 
     # --- what goes wrong
 

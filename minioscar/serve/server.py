@@ -8,18 +8,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from .. import memory
 from ..arguments import context_of
-from ..cache import Batch, Cache
 from ..engine import Engine
 from ..errors import Failure, UserError
 from ..ops.linear_batch import BATCH_TOKENS
 from ..sampling import RowSampling, Sampling
 from .app import App
 from .bodies import Service
-from .scheduler import SCORED_PIECE, Scheduler
+from .scheduler import SCORED_PIECE, Scheduler, longest_pass
 
 SWITCH = 5e-4  # seconds after which Python lets another thread run; its own 5e-3 is a whole step
 
@@ -75,27 +72,10 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
     cache = engine.new_cache(plan.slots, context)
     service = Service(plan.name, engine.tokenizer, config.vocab_size, context, plan.slots, defaults, plan.strict)
     app = App(service, plan.key, plan.origins)
-    rows = [RowSampling()] * plan.slots
-    first = Batch((0,), (max(context - chunk, 0),), (min(chunk, context),))
-    ops.prepare(engine.model, cache, first, rows, engine.progress)
+    ops.prepare(engine.model, cache, longest_pass(cache, chunk), [RowSampling()] * plan.slots, engine.progress)
     scheduler = Scheduler(engine, cache, chunk, 4 * plan.slots if plan.queue is None else plan.queue, app.post)
     app.engine = scheduler
-    warm_up(scheduler, cache, first)
     return app, scheduler
-
-
-def warm_up(scheduler: Scheduler, cache: Cache, batch: Batch) -> None:
-    """The longest piece at the end of the longest row, and a step: what they allocate stays at hand."""
-    model = scheduler.model
-    with scheduler.decoder.ordered(), np.errstate(all="ignore"):
-        model.ops.numpy(model.step(np.zeros(batch.counts[0], np.int64), cache, batch, lambda logits: logits)[1])
-    cache.reset(0)
-    model.forward(np.zeros(1, np.int64), cache, cache.batch_for([0], [1]))
-    if cache.context > 1:
-        scheduler.decoder.join(0, RowSampling(), 0)
-        scheduler.decoder.launch([0])
-        scheduler.decoder.read()
-    cache.reset(0)
 
 
 def serve(app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: str) -> None:
