@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minioscar.ops import attention, linear, linear_batch, prefill, sample
+from minioscar.ops import attention, linear, linear_batch, prefill, quantized, sample
 from minioscar.ops.cubins import KERNELS, architecture
 from minioscar.ops.cubins import source as text_of
 from minioscar.ops.launch import SHARED_KIB, Card, Launch
 from minioscar.oscar import SCHEMES
+from minioscar.quantized import Q4, Q8
 from minioscar.sampling import RowSampling, Sampling
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install 'minioscar[nvrtc]'")
@@ -36,7 +37,8 @@ MORE += [("int2", 256, 7), ("bf16", 256, 8)]
 def launches(arch: int) -> dict[str, Launch]:
     """Label -> what is launched for a shape on a card of this compute capability."""
     card = Card(MULTIPROCESSORS, arch)
-    return attention_launches(card, arch == 90) | linear_launches(card, arch == 90)
+    others = linear_launches(card, arch == 90) | quantized_launches(card, arch == 90)
+    return attention_launches(card, arch == 90) | others
 
 
 def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
@@ -109,6 +111,23 @@ def linear_launches(card: Card, everything: bool) -> dict[str, Launch]:
         rows = [RowSampling(Sampling(1, top_p=0.5, repetition_penalty=2))] * batch
         for launch in sample.sample(np.empty((batch, 2)), sample.Drawing(np, rows, 2), ints, ints):
             found[f"{launch.name} of {batch}"] = launch
+    return found
+
+
+def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
+    found, out = {}, np.empty(1, np.uint16)
+    norm = out, 0.0
+    kinds = [("int4", 128), ("e4m3", 128)] + [("int4", 64), ("int4", 32), ("int8", 128), ("int8", 32)] * everything
+    for kind, group in kinds:
+        for label, rows, options in (
+            ("normed", 6144, {"norm": norm}), ("silu", 24576, {"norm": norm, "silu": True}), ("plain", 4096, {}),
+            ("float32", 151936, {"norm": norm}),
+        ):
+            weight = (Q4 if kind == "int4" else Q8)(kind, (rows, 4096), group, out, out, out)
+            y = np.empty((1, 1), np.float32 if label == "float32" else np.uint16)
+            launch = quantized.linear(np.empty((1, 4096)), weight, y, card, **options)
+            found[f"quantized linear {kind} g{group} {label}"] = launch
+        found[f"dequantize {kind}"] = quantized.dequantize(weight, out)
     return found
 
 
