@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-FILES = ("decode_attention", "decode_step", "elementwise", "experts", "linear", "pack_and_rotate", "prefill_attention")
-FILES += ("sample",)
+FILES = ("decode_attention", "decode_step", "elementwise", "experts", "linear", "linear_quantized", "pack_and_rotate")
+FILES += ("prefill_attention", "sample")
 
 
 def main(argv: list[str]) -> int:

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from minioscar.config import Experts
-from minioscar.ops import attention, experts, linear, linear_batch, prefill, sample
+from minioscar.ops import attention, experts, linear, linear_batch, prefill, quantized, sample
 from minioscar.ops.cubins import KERNELS, architecture
 from minioscar.ops.cubins import source as text_of
 from minioscar.ops.launch import SHARED_KIB, Card, Launch
 from minioscar.oscar import SCHEMES
+from minioscar.quantized import Q4, Q8
 from minioscar.sampling import RowSampling, Sampling
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install 'minioscar[nvrtc]'")
@@ -40,7 +41,8 @@ PACKED += [("int2-compact-shaped", 128), ("int2-shaped", 64), ("int2-shaped", 25
 def launches(arch: int) -> dict[str, Launch]:
     """Label -> what is launched for a shape on a card of this compute capability."""
     card = Card(MULTIPROCESSORS, arch)
-    return attention_launches(card, arch == 90) | linear_launches(card, arch == 90) | expert_launches(card)
+    others = linear_launches(card, arch == 90) | quantized_launches(card, arch == 90) | expert_launches(card)
+    return attention_launches(card, arch == 90) | others
 
 
 def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
@@ -138,6 +140,23 @@ def expert_launches(card: Card) -> dict[str, Launch]:
         for what, product in (("up", up), ("down", experts.Product(h, down, out, False, residual=x))):
             found[f"experts {what} of {tokens}"] = product.launch(choices, e, card)
     found["gather"], found["combine"] = experts.gather(x, choices, e, h), experts.combine(out, x, e)
+    return found
+
+
+def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
+    found, out = {}, np.empty(1, np.uint16)
+    norm = out, 0.0
+    kinds = [("int4", 128), ("e4m3", 128)] + [("int4", 64), ("int4", 32), ("int8", 128), ("int8", 32)] * everything
+    for kind, group in kinds:
+        for label, rows, options in (
+            ("normed", 6144, {"norm": norm}), ("silu", 24576, {"norm": norm, "silu": True}), ("plain", 4096, {}),
+            ("float32", 151936, {"norm": norm}),
+        ):
+            weight = (Q4 if kind == "int4" else Q8)(kind, (rows, 4096), group, out, out, out)
+            y = np.empty((1, 1), np.float32 if label == "float32" else np.uint16)
+            launch = quantized.linear(np.empty((1, 4096)), weight, y, card, **options)
+            found[f"quantized linear {kind} g{group} {label}"] = launch
+        found[f"dequantize {kind}"] = quantized.dequantize(weight, out)
     return found
 
 

@@ -6,11 +6,14 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from benchmarks import presets
 from minioscar.cache import BF16, Cache
+from minioscar.formats import rounding
+from minioscar.formats.plain import BITS, Plain
 from minioscar.model import Model
 from minioscar.ops import experts
 from minioscar.ops.cuda import Cuda
@@ -18,6 +21,7 @@ from minioscar.ops.decode import StepBatch, StepDecoder, unsupported
 from minioscar.ops.launch import Card
 from minioscar.ops.linear import Products, scratch_bytes, step_plans
 from minioscar.oscar import SCHEMES
+from minioscar.quantized import mapped as of_array
 from minioscar.sampling import RowSampling, Sampling, next_token, sample
 from minioscar.weights import Layer, Weights
 
@@ -61,12 +65,12 @@ def mapped(weights: Weights, change, xp=np) -> Weights:
     """All arrays changed but the feedback tables, which are float32 everywhere."""
     tables = None if weights.key_feedback is None else xp.asarray(weights.key_feedback)
     layers = [
-        Layer(**{name: x if x is None or name == "key_feedback" else change(x) for name, x in vars(layer).items()})
+        Layer(**{name: x if name == "key_feedback" else of_array(x, change) for name, x in vars(layer).items()})
         for layer in weights.layers
     ]
     if tables is not None:
         layers = [replace(layer, key_feedback=table) for layer, table in zip(layers, tables, strict=True)]
-    outer = {name: change(getattr(weights, name)) for name in ("embed", "norm", "head")}
+    outer = {name: of_array(getattr(weights, name), change) for name in ("embed", "norm", "head")}
     return replace(weights, layers=tuple(layers), key_feedback=tables, **outer)
 
 
@@ -113,6 +117,60 @@ def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed, 
         assert np.array_equal(tokens, got.argmax(axis=1))
         ids = tokens.astype(np.int64)
     assert np.array_equal(np.array(ops.numpy(step.batch.lengths)), [129, 2, 41, -1])
+
+
+@on_each_backend
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize("rows", [2, 11])
+def test_a_step_with_quantized_weights_is_that_of_the_dequantized(make, kind, rows, tmp_path, seed):
+    folder = write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1)
+    reference, engine, ops = of_backend(make, folder, "bf16")
+    plain = {}
+
+    def codes(x):
+        return plain.setdefault(id(x), nearest(x, kind))
+
+    reference.model.weights = of_matrices(before := reference.model.weights, lambda x: codes(x).dequantize(np))
+    engine.model.weights = of_matrices(before, lambda x: ops.quantized(on(codes(x), ops.xp)), ops.array)
+    prompts = [np.random.default_rng(seed + n).integers(0, 160, 1 + 20 * n % 9) for n in range(rows)]
+    step = prepared(engine, ops, prompts)
+    cache = Cache(reference.config, reference.scheme, rows, 16, reference.ops)
+    slots = [i for i, ids in enumerate(prompts) if len(ids) > 1]
+    counts = [len(prompts[i]) - 1 for i in slots]
+    reference.model.forward(np.concatenate([prompts[i][:-1] for i in slots]), cache, cache.batch_for(slots, counts))
+    ids = np.array([p[-1] for p in prompts])
+    want = reference.model.forward(ids, cache, cache.batch_for(list(range(rows)), [1] * rows))
+    step.work.replay()
+    got = np.array(ops.numpy(step.work.logits))[:rows]
+    print(f"{relative(got, want):.4f}")
+    assert relative(got, want) < 0.03
+
+
+def nearest(x: np.ndarray, kind: str) -> Plain:
+    """The nearest codes; of e4m3 with scales of blocks of 16 rows and 32 columns."""
+    if kind != "e4m3":
+        return rounding.quantize(x, kind, np)
+    rows, columns = x.shape
+    scale = np.repeat(abs(x).reshape(-1, 16, columns // 32, 32).max(axis=(1, 3)), 16, axis=0) / np.float32(448)
+    codes = (x / scale.repeat(32, axis=1)).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    return Plain(kind, codes, scale, None, 32, np.dtype(np.float32))
+
+
+def on(plain: Plain, xp) -> Plain:
+    """The same with its arrays on a back end."""
+    return replace(plain, **{n: x if x is None else xp.asarray(x) for n in ("codes", "scale", "zero")
+                             for x in [getattr(plain, n)]})
+
+
+def of_matrices(weights: Weights, change, others=lambda x: x) -> Weights:
+    """change: of every matrix but the embedding; others: of other arrays."""
+    names = "qkv", "o", "gate_up", "down"
+    layers = [
+        Layer(**{n: x if x is None else (change if n in names else others)(x) for n, x in vars(layer).items()})
+        for layer in weights.layers
+    ]
+    outer = {"embed": others(weights.embed), "norm": others(weights.norm), "head": change(weights.head)}
+    return replace(weights, layers=tuple(layers), **outer)
 
 
 def adopt(reference, cache: Cache, step: StepDecoder, slot: int) -> None:

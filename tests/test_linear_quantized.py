@@ -14,7 +14,9 @@ from minioscar.ops.launch import Card
 from minioscar.quantized import Quantized, from_plain
 
 from .kernel_device import on_each_device, on_the_card
+from .test_cuda_backend import on_each_backend
 from .test_quantized import random_plain
+from .tiny import relative
 
 CASES = Path(__file__).parent / "simt" / "cases"
 EPS = 1e-5
@@ -193,6 +195,22 @@ def test_a_matrix_is_dequantized_as_numpy_does(device, seed, kind, rows, size, g
     assert np.array_equal(np.array(device.numpy(out)), weight.dequantize().astype(BF16))
 
 
+@on_each_backend
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize("tokens", [1, 13, 300])
+@pytest.mark.parametrize("parts", [{}, {"norm": True, "silu": True}, {"residual": True}, {"bias": True}])
+def test_a_back_end_multiplies_any_number_of_tokens(make, kind, tokens, parts, seed):
+    """300 tokens by cuBLAS, which takes weights rounded to BF16."""
+    ops, weight = make(), matrix(np.random.default_rng(seed), kind, 96, 128, 64)
+    product = Product(None, seed, tokens, weight, **parts)
+    on = ops.xp.asarray
+    given = {"norm": (on(product.norm), EPS)} if parts.get("norm") else {}
+    given |= {name: on(getattr(product, name)) for name in ("bias", "residual") if parts.get(name)}
+    got = ops.numpy(ops.linear(on(product.x), weight.map(on), silu=parts.get("silu", False), **given))
+    y, _ = product.exact()
+    assert relative(np.array(got).astype(np.float64), y) < (0.01 if tokens > 256 else 0.006)
+
+
 def test_what_does_not_fit_is_refused(seed):
     rng = np.random.default_rng(seed)
     weight = matrix(rng, "int4", 48, 4096, 128)
@@ -216,4 +234,5 @@ def test_products_of_models_shapes(device, seed, tokens, size, rows, kind, group
     product = Product(device, seed, tokens, weight, **parts)
     got = product.check(card=Card(132, 80)).astype(np.float64)
     y, _ = product.exact()
-    assert np.linalg.norm(got - y) <= (3e-5 if parts.get("float32") and not parts.get("norm") else 2e-3) * np.linalg.norm(y)
+    bound = 3e-5 if parts.get("float32") and not parts.get("norm") else 2e-3
+    assert np.linalg.norm(got - y) <= bound * np.linalg.norm(y)

@@ -69,7 +69,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
   for (int first = blockIdx.x * 16; first < rows; first += gridDim.x * 16, odd = !odd) {
     // Two buffers: a tile's sums are read while the next ones are written; a barrier comes before the ones after that.
     float* sums = sum_buffers + odd * TILE_SUMS;
-    const OwnOutput<16> own_output(first, tokens, rows, bias, residual);
+    OwnOutput<16> own_output;
+    own_output.begin(threadIdx.x, first, tokens, rows, bias, residual);
     float y[BRANCHES][4];
     clear(y);
     for (int round = 0; round < K; round += ROUND) {

@@ -73,17 +73,20 @@ struct Operands {
   }
 };
 
-// The output that a thread finishes of ROWS rows (of gate and of up): token m, row n. What is added to its sum is
+// An output that a thread finishes of ROWS rows (of gate and of up): token m, row n. What is added to its sum is
 // loaded before the products.
 template <int ROWS> struct OwnOutput {
   int m, i, n;
   bool exists;
   bf16 added, biases[BRANCHES];
 
-  DEVICE OwnOutput(int first, int tokens, int rows, const bf16* bias, const bf16* residual)
-      : m(threadIdx.x / ROWS), i(threadIdx.x % ROWS), n(first + i), exists(m < tokens && n < rows) {
-    static_assert(ROWS * COLUMNS <= THREADS, "a thread has one output");
+  // number: of ROWS * COLUMNS outputs.
+  DEVICE void begin(int number, int first, int tokens, int rows, const bf16* bias, const bf16* residual) {
     const bf16 zero = 0;
+    m = number / ROWS;
+    i = number % ROWS;
+    n = first + i;
+    exists = m < tokens && n < rows;
     added = residual && exists ? residual[(size_t)m * rows + n] : zero;
     UNROLL for (int t = 0; t < BRANCHES; t++) biases[t] = bias && exists ? bias[t * rows + n] : zero;
   }

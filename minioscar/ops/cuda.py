@@ -19,10 +19,12 @@ import numpy as np
 from ..cache import BF16, Batch, Cache, LayerCache, NewTokens
 from ..config import Config
 from ..decoding import Decoder, Stepper
+from ..formats import Plain
 from ..oscar import Scheme
+from ..quantized import Quantized, from_plain, mapped
 from ..sampling import RowSampling
 from ..weights import Layer, Tensor, Weights, bytes_of
-from . import attention, experts, linear, prefill
+from . import attention, experts, linear, prefill, quantized
 from .attention import HEAD_DIMS, Heads
 from .cubins import Program, compile_all
 from .decode import Queue, StepBatch, StepDecoder, unsupported
@@ -94,6 +96,9 @@ class Cuda(Reference):
     ) -> Upload:
         return Upload(dtype or self.dtype, advance, tensors, self.buffers)
 
+    def quantized(self, plain: Plain) -> Quantized:
+        return from_plain(plain, self.xp)
+
     def weight_bytes(self, config: Config) -> int:
         return bytes_of(config, self.dtype.itemsize)
 
@@ -127,6 +132,10 @@ class Cuda(Reference):
         if c.experts:
             return max(attending, width * tokens * c.hidden_size + experts.work_bytes(c, tokens, self.card))
         gate_up = min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
+        if c.stored_bits(False) and tokens > BATCH_TOKENS:  # the matrix itself, dequantized
+            gate_up += 2 * c.intermediate_size * c.hidden_size
+            qkv = c.q_size + 2 * c.kv_size
+            attending = max(attending, width * (tokens * (2 * c.hidden_size + qkv) + qkv * c.hidden_size))
         return max(attending, width * (tokens * (2 * c.hidden_size + c.intermediate_size) + gate_up))
 
     def say_if_slow(self, config: Config, scheme: Scheme) -> bool:
@@ -152,7 +161,7 @@ class Cuda(Reference):
         """Raw kernels for what is bound by the weights, and for logits, which are float32; cuBLAS for many tokens."""
         (tokens, size), rows, limit = x.shape, weight.shape[0] // (2 if silu else 1), BATCH_TOKENS
         is_large = tokens > limit and not float32
-        if size % 8 or is_large and rows % 8:
+        if size % 8 or is_large and rows % 8:  # array code
             return super().linear(x, weight, bias, norm=norm, silu=silu, residual=residual, float32=float32)
         if is_large:
             return self._large_linear(x, weight, bias, norm, silu, residual)
@@ -168,6 +177,7 @@ class Cuda(Reference):
         self, x: Array, weight: Array, bias: Array | None, norm: tuple | None, silu: bool, residual: Array | None
     ) -> Array:
         """By cuBLAS."""
+        weight = self.dense(weight)
         if norm is not None:
             x, given = self.xp.empty_like(x), x
             self.run(linear.rms_norm(given, *norm, x))
@@ -231,6 +241,13 @@ class Cuda(Reference):
         return x.astype(np.float32) @ weight.astype(np.float32).T if float32 else x @ weight.T
 
     add_product = staticmethod(add_product)
+
+    def dense(self, weight: Array | Quantized) -> Array:
+        if not isinstance(weight, Quantized) or weight.shape[1] % 8:
+            return super().dense(weight)
+        out = self.xp.empty(weight.shape, self.dtype)
+        self.run(quantized.dequantize(weight, out))
+        return out
 
     def embed(self, table: Array, ids: Array) -> Array:
         if table.shape[1] % 8:
@@ -333,8 +350,8 @@ class OnPaper(Cuda):
         return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
     def weights(self, weights: Weights) -> Weights:
-        layer = {name: x if x is None else self.blank(x) for name, x in vars(weights.layers[0]).items()}
-        outer = {name: self.blank(getattr(weights, name)) for name in ("embed", "norm", "head")}
+        layer = {name: mapped(x, self.blank) for name, x in vars(weights.layers[0]).items()}
+        outer = {name: mapped(getattr(weights, name), self.blank) for name in ("embed", "norm", "head")}
         return replace(weights, layers=(replace(weights.layers[0], **layer),), **outer)
 
     def run(self, launch: Launch) -> None:

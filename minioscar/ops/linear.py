@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache import BF16
+from ..quantized import Quantized
+from . import quantized
 from .launch import Card, Launch
 from .linear_batch import BATCH_TOKENS, LinearPlan, Scratch, batch_plan, linear_batch
 
@@ -91,6 +93,13 @@ def embed(table: Array, tokens: Array, x: Array) -> Launch:
     return Launch("step.cu", "embed", (), (len(tokens),), 128, (table, tokens, x, np.int32(table.shape[1])))
 
 
+def fits_linear(tokens: int, weight: Array | Quantized, norm: bool, silu: bool, card: Card) -> bool:
+    """Whether linear.cu, or quantized/linear.cu, takes this many tokens."""
+    if isinstance(weight, Quantized):
+        return quantized.fits(tokens, weight, norm, silu, card)
+    return fits(tokens, weight.shape[1], norm, silu, card)
+
+
 class Products:
     """For one card and one stream, whose launches take the scratch memory in turn. Grown buffers are reallocated;
     earlier launches keep a reference to the old ones."""
@@ -104,13 +113,20 @@ class Products:
     ) -> list[Launch]:
         """`Reference.linear` of at most BATCH_TOKENS tokens, a multiple of 8 wide; parameters as `linear` has them."""
         (tokens, size), silu = x.shape, rest.get("silu", False)
-        if fits(tokens, size, norm is not None, silu, self.card):
-            return [linear(x, weight, out, self.card, norm=norm, **rest)]
+        few = quantized.linear if isinstance(weight, Quantized) else linear
+        if fits_linear(tokens, weight, norm is not None, silu, self.card):
+            return [few(x, weight, out, self.card, norm=norm, **rest)]
         before = []
         if norm is not None:
             if self.normed.shape != x.shape:
                 self.normed = self.xp.empty(x.shape, BF16)
             before, x = [rms_norm(x, *norm, self.normed)], self.normed
+        if few is quantized.linear:
+            residual, chunks = rest.pop("residual", None), (slice(i, i + 8) for i in range(0, tokens, 8))
+            return before + [
+                few(x[i], weight, out[i], self.card, residual=None if residual is None else residual[i], **rest)
+                for i in chunks
+            ]
         plan = batch_plan(tokens, size, weight.shape[0], silu, self.card)
         self.reserve([plan])
         return [*before, linear_batch(x, weight, out, plan, self.scratch, **rest)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,36 +13,37 @@ from .launch import Card, Launch
 Array = Any
 
 LINEAR_TOKENS = 8  # of quantized/linear.cu: the columns of an MMA
-RUNS = 4  # of 64 columns, neighbouring ones, of a warp
+WARPS = 8  # of a multiprocessor, of one block or two
 MOST_COLUMNS = 128  # whose sum is scaled at once
 ONE_GROUP = 31  # the shift of a column to its group where a row has one
 
 
-def linear_warps(size: int) -> int:
-    """Warps that split k: as many as have codes to load in at least three fifths of their rounds. The size alone
-    decides, since it is the order of sums."""
-    runs = -(-size // RUN)
-    return next((w for w in (16, 8) if runs / (-(-runs // (RUNS * w)) * RUNS * w) >= 0.6), 4)
+def split(weight: Quantized) -> tuple[int, int]:
+    """Warps of a block, which split k, and runs of 64 columns that each has in a round: as many as have codes to load
+    in at least three fifths of a row. Kind and columns alone decide, since it is the order of sums."""
+    runs, most = -(-weight.shape[1] // RUN), 4 if weight.kind == "int8" else 8
+    choices = (WARPS, most), (WARPS // 2, most)
+    return next((c for c in choices if runs / (-(-runs // math.prod(c)) * math.prod(c)) >= 0.6), (WARPS // 2, 4))
 
 
 def row_tiles(weight: Quantized, norm: bool, silu: bool, card: Card) -> int:
     """Tiles of 16 rows of a pass: of those whose codes and sums fit into registers the number that leaves the fewest
     multiprocessors idle; where several do, the largest, which loads x least often."""
-    warps, columns = linear_warps(weight.shape[1]), min(weight.group, MOST_COLUMNS)
-    most = 1 if silu else 3 if norm and weight.kind == "int4" and columns >= 64 else 2
-    tiles, slots = -(-weight.shape[0] // (ROWS * (2 if silu else 1))), card.multiprocessors * (16 // warps)
+    warps, columns = split(weight)[0], min(weight.group, MOST_COLUMNS)
+    most = 1 if silu else 3 if norm and weight.kind == "int4" and columns == MOST_COLUMNS else 2
+    tiles, slots = -(-weight.shape[0] // (ROWS * (2 if silu else 1))), card.multiprocessors * (WARPS // warps)
 
     def used(n: int) -> float:
         passes = -(-tiles // n)
         return tiles / (-(-passes // slots) * slots * n)
 
-    return max((n for n in range(1, min(most, warps // 4) + 1)), key=lambda n: (round(used(n), 2), n))
+    return max(range(1, most + 1), key=lambda n: (round(used(n), 2), n))
 
 
 def _shared_bytes(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> int:
     tiles = row_tiles(weight, norm, silu, card) * (2 if silu else 1)
     size = weight.shape[1]
-    sums = 2 * tiles * linear_warps(size) * ROWS * LINEAR_TOKENS * 4
+    sums = 2 * tiles * split(weight)[0] * ROWS * LINEAR_TOKENS * 4
     return sums + (tokens * (-(-size // 64) * 128 + 64) if norm else 0)
 
 
@@ -69,14 +71,14 @@ def linear(
     if not fits(tokens, weight, normed, silu, card):
         where = f"a card of capability {card.capability / 10}"
         raise ValueError(f"{tokens} tokens of {size} numbers do not fit quantized/linear.cu on {where}")
-    warps, tiles = linear_warps(size), row_tiles(weight, normed, silu, card)
+    (warps, runs), tiles = split(weight), row_tiles(weight, normed, silu, card)
     shared = _shared_bytes(tokens, weight, normed, silu, card)
-    resident = min(16 // warps, card.max_shared_bytes // (shared + 1024) or 1)  # blocks a multiprocessor
+    resident = min(WARPS // warps, card.max_shared_bytes // (shared + 1024) or 1)  # blocks a multiprocessor
     blocks = min(-(-rows // (ROWS * tiles * (2 if silu else 1))), card.multiprocessors * resident)
     weights, eps = norm or (None, 0.0)
     numbers = *map(np.int32, (tokens, size, rows, shift(weight))), np.float32(eps)
     args = (x, weights, *weight.arrays(), bias, residual, out, *numbers)
-    shape = f"BLOCK_WARPS={warps}", f"NORM={normed:d}", f"ROW_TILES={tiles}", f"RUNS={RUNS}", *_defines(weight)
+    shape = f"BLOCK_WARPS={warps}", f"NORM={normed:d}", f"ROW_TILES={tiles}", f"RUNS={runs}", *_defines(weight)
     defines = *shape, f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
     return Launch("quantized/linear.cu", "linear", defines, (blocks,), 32 * warps, args, shared)
 

@@ -18,6 +18,7 @@ from ..causal_attention import QUERIES
 from ..decoding import Decoder, Stepper
 from ..machine import host_bytes
 from ..oscar import Scheme
+from ..quantized import Quantized
 from ..sampling import RowSampling
 
 if TYPE_CHECKING:
@@ -145,12 +146,16 @@ class Reference:
         """
         if norm is not None:
             x = self.rms_norm(x, *norm)
-        y = self.product(x, weight, float32)
+        y = self.product(x, self.dense(weight), float32)
         if bias is not None:
             y = self.sum(y, bias)
         if silu:
             y = self.silu_mul(y)
         return y if residual is None else self.sum(residual, y)
+
+    def dense(self, weight: Array | Quantized) -> Array:
+        """A matrix as an array of this back end's dtype; one that was quantized for the time of a product."""
+        return weight.dequantize(self.xp).astype(self.dtype) if isinstance(weight, Quantized) else weight
 
     def sum(self, x: Array, y: Array) -> Array:
         """x + y in x's dtype; float32 inside."""

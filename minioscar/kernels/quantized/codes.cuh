@@ -50,12 +50,12 @@ DEVICE void decode(uint32_t& even, uint32_t& odd, uint32_t w, int p) {
     odd = (w >> 4 & 0x07000700u | w << 4 & 0xf8fff8ffu) & 0x87f087f0u;
   }
 }
-// Operand A of step s of the four of a run of 64 k. w: a lane's codes of 16 rows.
+// Operand A of step s of the four of a run of 64 k. w: a lane's codes of 16 rows. Opaque: decoded ahead of their
+// products, operands would hold registers.
 DEVICE void operand(uint32_t (&a)[4], const uint4 (&w)[LOADS], int s) {
-  UNROLL for (int p = 0; p < 2; p++) {
-    const uint32_t codes = KIND == INT4 ? word(w[0], s) : word(w[s / 2 * (LOADS - 1)], s % 2 * 2 + p);
-    decode(a[2 * p], a[2 * p + 1], codes, p);
-  }
+  const uint32_t first = opaque(word(w[s / 2 * (LOADS - 1)], KIND == INT4 ? s : s % 2 * 2));
+  decode(a[0], a[1], first, 0);
+  decode(a[2], a[3], KIND == INT4 ? first : opaque(word(w[s / 2 * (LOADS - 1)], s % 2 * 2 + 1)), 1);
 }
 // sum += a . x of step s, or with `first` sum = a . x. b: a lane's x of a run, columns 8c ... of its first and of its
 // second half.

@@ -29,42 +29,38 @@ constexpr int TILES = ROW_TILES * BRANCHES, ROWS = ROW_TILES * 16;  // tiles of 
 constexpr int ROUND = WARPS * RUNS;                                 // runs of 64 k of all warps
 constexpr int STEPS = GROUP / 16, FOLDS = RUNS * 64 / GROUP, SCALE_LOADS = (FOLDS + Scales::GROUPS - 1) / Scales::GROUPS;
 constexpr int PASS_SUMS = WARPS * TILES * 16 * COLUMNS;
+constexpr int OUTPUTS = (ROWS * COLUMNS + THREADS - 1) / THREADS;  // of a thread
 static_assert(RUNS * 64 % GROUP == 0, "a warp has whole groups");
 
-// The next codes and scales that a lane loads. Tiles past the end repeat the last one; their results are discarded.
+// The codes and scales that a lane loads: those of a round of a pass. Tiles past the end repeat the last one; their
+// results are discarded.
 struct Prefetch {
   const uint4* codes;
   const uint32_t* scales;
-  int rows, K, shift;  // shift: a group has 2^shift columns
-  int pass, run, end;  // run: the first of this warp; end: of the runs, 0 where there is no such pass
-  const uint4* from[TILES];
+  int rows, K, shift;    // shift: a group has 2^shift columns
+  int left;              // runs from this warp's first one on
+  uint32_t from[TILES];  // of this lane, in 16-byte vectors
 
   DEVICE int runs() const { return (K + 63) / 64; }
-  DEVICE int groups() const { return ((K - 1) >> shift) + 1; }
-  DEVICE uint32_t tile(int t) const {
-    const int tiles = (rows + 15) / 16;
-    return t / ROW_TILES * tiles + min(pass * ROW_TILES + t % ROW_TILES, tiles - 1);
-  }
-  DEVICE void seek(int new_pass, int round) {
-    pass = new_pass;
-    run = round + threadIdx.x / 32 * RUNS;
-    end = pass * ROWS < rows ? runs() : 0;
-    UNROLL for (int t = 0; t < TILES; t++)
-      from[t] = codes + (size_t)(tile(t) * runs() + run) * TILE_VECTORS + threadIdx.x % 32;
+  DEVICE void seek(int pass, int round, Scales (&next)[TILES][SCALE_LOADS]) {
+    const int tiles = (rows + 15) / 16, groups = ((K - 1) >> shift) + 1, run = round + threadIdx.x / 32 * RUNS;
+    left = pass * ROWS < rows ? runs() - run : 0;
+    UNROLL for (int t = 0; t < TILES; t++) {
+      const uint32_t tile = t / ROW_TILES * tiles + min(pass * ROW_TILES + t % ROW_TILES, tiles - 1);
+      from[t] = (tile * runs() + run) * TILE_VECTORS + threadIdx.x % 32;
+      UNROLL for (int i = 0; i < SCALE_LOADS; i++) {
+        const int fold = Scales::GROUPS * i + Scales::own_group(), k = run * 64 + fold * GROUP;
+        const uint32_t* word = scales + Scales::index(tile * groups + (k >> shift), Scales::own_row());
+        load_once(next[t][i].word, word, fold < FOLDS && pass * ROWS < rows && k < K);
+      }
+    }
   }
   DEVICE void load(uint4 (&w)[LOADS], int t, int j) const {
-    UNROLL for (int i = 0; i < LOADS; i++) load_once(w[i], from[t] + j * TILE_VECTORS + 32 * i, run + j < end);
-  }
-  DEVICE void load(Scales (&s)[SCALE_LOADS], int t) const {
-    UNROLL for (int i = 0; i < SCALE_LOADS; i++) {
-      const int fold = Scales::GROUPS * i + Scales::own_group(), k = run * 64 + fold * GROUP;
-      const uint32_t group = tile(t) * groups() + (k >> shift);
-      load_once(s[i].word, scales + Scales::index(group, Scales::own_row()), fold < FOLDS && k < min(end * 64, K));
-    }
+    UNROLL for (int i = 0; i < LOADS; i++) load_once(w[i], codes + from[t] + (j * TILE_VECTORS + 32 * i), j < left);
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
+extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS)
     linear(const bf16* x, const bf16* norm, const uint4* codes, const uint32_t* scales, const float* row_scale,
            const bf16* bias, const bf16* residual, Output* out, int tokens, int K, int N, int shift, float eps) {
   extern __shared__ __align__(128) unsigned char smem[];
@@ -75,11 +71,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
   const int runs = prefetch.runs();
   uint4 w[RUNS][TILES][LOADS];
   Scales next_scales[TILES][SCALE_LOADS];
-  prefetch.seek(blockIdx.x, 0);
-  UNROLL for (int t = 0; t < TILES; t++) {
+  UNROLL for (int t = 0; t < TILES; t++)
     UNROLL for (int i = 0; i < SCALE_LOADS; i++) next_scales[t][i].word = 0;
-    prefetch.load(next_scales[t], t);
-  }
+  prefetch.seek(blockIdx.x, 0, next_scales);
   UNROLL for (int j = 0; j < RUNS; j++)
     UNROLL for (int t = 0; t < TILES; t++) {
       UNROLL for (int i = 0; i < LOADS; i++) w[j][t][i] = make_uint4(0, 0, 0, 0);
@@ -89,44 +83,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
   if (NORM) load_once(norm_first, norm + 8 * threadIdx.x, threadIdx.x < K / 8);
   wait_then_allow_next();
   if (NORM) norm_x(smem, stride, sum_buffers, x, norm, norm_first, eps, tokens, K, ScaledX());
-  const unsigned char* own = NORM ? smem + r * stride : (const unsigned char*)(x + (size_t)r * K);  // this lane's token
+  const bf16* own_x = NORM ? (const bf16*)(smem + r * stride) : x + (size_t)r * K;  // this lane's token
+  const int own_end = r < tokens ? K : 0;
   auto load_x = [&](uint4 (&b)[2], int run) {
-    UNROLL for (int h = 0; h < 2; h++) {
-      const int k = run * 64 + 32 * h + 8 * c;
-      b[h] = r < tokens && k < K ? *(const uint4*)(own + 2 * k) : make_uint4(0, 0, 0, 0);
-    }
+    const int k = run * 64 + 8 * c;
+    UNROLL for (int h = 0; h < 2; h++)
+      b[h] = k + 32 * h < own_end ? *(const uint4*)(own_x + k + 32 * h) : make_uint4(0, 0, 0, 0);
   };
-  uint4 next_x[2];  // of the next run, where it comes from L2
-  if (!NORM) load_x(next_x, warp * RUNS);
   bool odd = false;
-  for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS, odd = !odd) {
+  for (int pass = blockIdx.x; pass * ROWS < rows; pass += gridDim.x, odd = !odd) {
     // Two buffers: a pass's sums are read while the next ones are written; a barrier comes before the ones after that.
     float* sums = sum_buffers + odd * PASS_SUMS;
-    const OwnOutput<ROWS> own_output(first, tokens, rows, bias, residual);
-    float row_scales[BRANCHES];
-    UNROLL for (int t = 0; t < BRANCHES; t++) row_scales[t] = own_output.exists ? row_scale[t * rows + own_output.n] : 0;
+    OwnOutput<ROWS> own[OUTPUTS];
+    float row_scales[OUTPUTS][BRANCHES];
+    UNROLL for (int o = 0; o < OUTPUTS; o++) {
+      own[o].begin(o * THREADS + threadIdx.x, pass * ROWS, tokens, rows, bias, residual);
+      UNROLL for (int t = 0; t < BRANCHES; t++)
+        row_scales[o][t] = own[o].exists ? to_result(row_scale[t * rows + own[o].n], own[o].n % 2) : 0.f;
+    }
     float y[TILES][4];
     clear(y);
     for (int round = 0; round < runs; round += ROUND) {
       Scales now[TILES][SCALE_LOADS];
-      if (round + ROUND < runs)
-        prefetch.seek(prefetch.pass, round + ROUND);
-      else
-        prefetch.seek(prefetch.pass + gridDim.x, 0);
-      UNROLL for (int t = 0; t < TILES; t++) {
+      UNROLL for (int t = 0; t < TILES; t++)
         UNROLL for (int i = 0; i < SCALE_LOADS; i++) now[t][i] = next_scales[t][i];
-        prefetch.load(next_scales[t], t);
-      }
+      const bool last = round + ROUND >= runs;
+      prefetch.seek(last ? pass + gridDim.x : pass, last ? 0 : round + ROUND, next_scales);
       float sum[TILES][4], x_sum[4];  // of a group
       UNROLL for (int j = 0; j < RUNS; j++) {
+        compiler_barrier();  // x of later runs would take registers
         uint4 b[2];
-        if (NORM) {
-          load_x(b, round + warp * RUNS + j);
-        } else {
-          UNROLL for (int h = 0; h < 2; h++) b[h] = ScaledX()(next_x[h]);
-          const bool last = round + ROUND >= runs;
-          load_x(next_x, j + 1 < RUNS ? round + warp * RUNS + j + 1 : (last ? 0 : round + ROUND) + warp * RUNS);
-        }
+        load_x(b, round + warp * RUNS + j);
+        UNROLL for (int h = 0; !NORM && h < 2; h++) b[h] = ScaledX()(b[h]);
         UNROLL for (int s = 0; s < 4; s++) {
           const int step = 4 * j + s, fold = step / STEPS;
           const bool begins = step % STEPS == 0, ends = step % STEPS == STEPS - 1;
@@ -148,11 +136,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
         *(float2*)pair = make_float2(y[t][2 * i], y[t][2 * i + 1]);
       }
     __syncthreads();
-    if (own_output.exists) {
-      float z[BRANCHES];
-      UNROLL for (int t = 0; t < BRANCHES; t++)
-        z[t] = own_output.total(sums, t, to_result(row_scales[t], own_output.n % 2));
-      own_output.store(out, rows, z);
-    }
+    UNROLL for (int o = 0; o < OUTPUTS; o++)
+      if (own[o].exists) {
+        float z[BRANCHES];
+        UNROLL for (int t = 0; t < BRANCHES; t++) z[t] = own[o].total(sums, t, row_scales[o][t]);
+        own[o].store(out, rows, z);
+      }
   }
 }
