@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from .batch import Batch
 from .causal_attention import QUERIES, causal_attention
 from .config import Config
 from .oscar import Scheme
@@ -43,40 +43,6 @@ class NewTokens(NamedTuple):
     v: Array | None = None
     norms: Array | None = None  # float32 [tokens], of k as BF16 keeps it, over all kv heads and channels
     feedback: Array | None = None  # Layer.key_feedback, for a shaped scheme
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The new tokens of one forward pass, sequence after sequence, without padding.
-
-    slots[i] is the cache row of sequence i, starts[i] its length before this pass and packed[i] its packed tokens,
-    counts[i] its new tokens.
-    """
-
-    slots: tuple[int, ...]
-    starts: tuple[int, ...]
-    packed: tuple[int, ...]
-    counts: tuple[int, ...]
-
-    @property
-    def positions(self) -> np.ndarray:
-        """The position of every new token; int64 [tokens]."""
-        return np.concatenate([np.arange(s, s + n) for s, n in zip(self.starts, self.counts, strict=True)])
-
-    @property
-    def last(self) -> np.ndarray | None:
-        """Where each sequence's last new token stands among the tokens, int64 [sequences]; None: every token is one."""
-        return None if set(self.counts) == {1} else np.cumsum(self.counts) - 1
-
-    @property
-    def end(self) -> int:
-        """The longest a row becomes: so many positions are needed."""
-        return int(np.add(self.starts, self.counts).max())
-
-    def spans(self) -> list[tuple[int, int, slice]]:
-        """(slot, start, where its tokens stand) of each sequence."""
-        ends = np.cumsum(self.counts).tolist()
-        return [(s, p, slice(e - n, e)) for s, p, n, e in zip(self.slots, self.starts, self.counts, ends, strict=True)]
 
 
 # --- one layer
@@ -338,17 +304,29 @@ class Cache:
     def restore(self, slot: int, start: int, count: int) -> None:
         """A row of `start` tokens after up to `count` more were written: without its window if these overwrote it."""
         self.lengths[slot] = start
-        packed = self.packed_tokens(slot)
-        if self.scheme.quantized and start + count > packed + self.scheme.ring:
-            self.lengths[slot] = self.cuts[slot] = packed
+        self.cuts[slot], self.lengths[slot] = self.packed_tokens(slot), self._intact(slot, count)
 
-    def truncate(self, slot: int, length: int) -> int:
-        """Forgets the tokens of a row from `length` on; returns how many are left (`Scheme.left_after_cut`). The caller
-        feeds the rest again, up to `length` at least, before the row is stepped or exported."""
-        length, packed = min(length, int(self.lengths[slot])), self.packed_tokens(slot)
-        self.lengths[slot] = self.scheme.left_after_cut(packed, length)
-        self.cuts[slot] = self.scheme.packed_tokens(length)
-        return int(self.lengths[slot])
+    def _intact(self, slot: int, unread: int) -> int:
+        """How many tokens of a row are left where up to `unread` more were written: those of a window whose oldest slot
+        was overwritten are not."""
+        packed, length = self.packed_tokens(slot), int(self.lengths[slot])
+        return packed if self.scheme.quantized and length + unread > packed + self.scheme.ring else length
+
+    def left_after_cut(self, slot: int, length: int, unread: int = 0) -> int:
+        """How many tokens of a row are left when it is cut to `length`; unread: more may be written behind them.
+
+        All, if the window has those after the first P(length). Else P(length) packed ones, so that the caller feeds up
+        to flush + keep - 1 tokens again: then the row is as if it had never been longer.
+        """
+        whole = self.scheme.packed_tokens(length)
+        return whole if whole < self.packed_tokens(slot) else min(length, self._intact(slot, unread))
+
+    def truncate(self, slot: int, length: int, unread: int = 0) -> int:
+        """Forgets the tokens of a row from `length` on; returns how many are left (`left_after_cut`). The caller feeds
+        the rest again, up to `length` at least, before the row is stepped or exported."""
+        left, packed = self.left_after_cut(slot, length, unread), self.packed_tokens(slot)
+        self.lengths[slot], self.cuts[slot] = left, min(self.scheme.packed_tokens(length), packed)
+        return left
 
     def check_whole(self, slot: int) -> None:
         """Raises ValueError for a row whose tokens up to where it was cut were not fed again."""

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .cache import Backend, Batch, Cache
+from .batch import Batch
+from .cache import Backend, Cache
 from .config import Config
 from .sampling import RowSampling, next_token
 

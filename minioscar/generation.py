@@ -13,7 +13,8 @@ from typing import TypeVar
 import numpy as np
 
 from . import memory
-from .cache import Batch, Cache
+from .batch import Batch
+from .cache import Cache
 from .decoding import Decoder
 from .errors import UserError
 from .model import Model

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cache import Batch, Cache, LayerCache, NewTokens
+from .batch import Batch
+from .cache import Cache, LayerCache, NewTokens
 from .config import Config
 from .errors import UserError
 from .hadamard import hadamard

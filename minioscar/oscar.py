@@ -218,15 +218,6 @@ class Scheme:
         """How many of a row's first `length` tokens are packed; the others are in the window."""
         return max(length - length % self.flush - self.keep, 0) if self.quantized else 0
 
-    def left_after_cut(self, packed: int, length: int) -> int:
-        """How many tokens of a row with `packed` packed ones are left when it is cut to `length`, of as many or more.
-
-        All, if the window has those after the first P(length). Else the P(length) packed ones, so that the caller feeds
-        up to flush + keep - 1 tokens again: then the row is as if it had never been longer.
-        """
-        whole = self.packed_tokens(length)
-        return length if packed == whole else whole
-
     def prepare(self, weights: Any, config: Any, ops: Any) -> Any:
         """Weights with what a calibrated scheme wants to know of the model, from those that hold H where it rotates."""
         return weights

@@ -123,6 +123,13 @@ SHAPED = [oscar.SCHEMES["int2-shaped"], oscar.SCHEMES["int2-compact-shaped"], *C
 SHAPED += [replace(oscar.SCHEMES["int4"], name="int4-shaped", shaped=True)]
 
 
+STEPS = {  # tokens of each sequence before it, and new ones
+    "prefill": (np.array([0, 70, 200], np.int32), np.array([300, 58, 375], np.int32)),
+    "decode": (np.array([127, 128, 383], np.int32), np.array([1, 1, 1], np.int32)),
+    "prefill after a cut": (np.array([0, 128, 256], np.int32), np.array([300, 58, 375], np.int32)),  # all are packed
+}
+
+
 @on_each_device
 @pytest.mark.parametrize("scheme", PACKED + SHAPED, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("d", attention.HEAD_DIMS)
@@ -132,13 +139,9 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, sche
     if d % scheme.value_group(d) or d % 32:
         pytest.skip(f"{scheme.name} has no groups for head_dim {d}")
     batch, kv_heads, capacity, norm_stride, sinks = 3, 2, 10, 640, scheme.sinks
-    starts = np.array([127, 128, 383] if step == "decode" else [0, 70, 200], np.int32)
-    counts = np.array([1, 1, 1] if step == "decode" else [300, 58, 375], np.int32)
-    if step == "prefill after a cut":
-        starts[1:] = 128, 256  # all of them packed
-    total, old = starts + counts, np.array([scheme.packed_tokens(n) for n in starts])
-    if step == "prefill after a cut":
-        old = starts
+    starts, counts = STEPS[step]
+    total = starts + counts
+    old = starts if step == "prefill after a cut" else np.array([scheme.packed_tokens(n) for n in starts])
     history = [rng.normal(size=(2, kv_heads, n, d)).astype(BF16) for n in total]  # keys and values of each sequence
     for h in history:
         h[0] *= rng.uniform(0.01, 10, (h.shape[2], 1)).astype(BF16)  # norms of very different size
@@ -151,9 +154,8 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, sche
     for s, packed, start, n, h in zip(slots, old, starts, total, history, strict=True):
         for t in range(packed, n if step == "decode" else start):
             window[:, s, :, t % scheme.ring] = h[:, :, t]
-    new = np.concatenate([h[:, :, start:] for h, start in zip(history, starts, strict=True)], axis=2).transpose(
-        0, 2, 1, 3
-    )
+    new = np.concatenate([h[:, :, start:] for h, start in zip(history, starts, strict=True)], axis=2)
+    new = new.transpose(0, 2, 1, 3)
     first_rows = np.append(0, np.cumsum(counts)[:-1]).astype(np.int32)
     pages = device.empty((batch, kv_heads, capacity, page_bytes(scheme, d)), np.uint8)
     sink = [device.empty((batch, kv_heads, max(sinks, 1), d), BF16) for _ in "kv"]

@@ -199,7 +199,9 @@ def test_a_prefix_comes_from_the_cache_of_a_row_that_is_idle_or_busy(engine, see
     with running(engine) as scheduler:
         first = submit(scheduler, Asked(start, how))[0].wait()
         held = len(start) + how.max_tokens - 1
-        shared = engine.scheme.left_after_cut(engine.scheme.packed_tokens(held), len(start) - 1)
+        cache = Cache(engine.config, engine.scheme, 1, held, engine.ops)
+        cache.lengths[0] = held
+        shared = cache.left_after_cut(0, len(start) - 1)
         assert first.job.cached == 0
         again = submit(scheduler, Asked(start, how))[0].wait()
         assert again.job.cached == shared > 0

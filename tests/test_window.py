@@ -198,3 +198,27 @@ def test_a_copied_row_is_the_row_cut_or_not(kv, seed):
     cache.reset(0)
     text.feed(cache, {0: 20})
     assert cache.packed_tokens(0) == 0
+
+
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("unread", [1, 2])
+def test_a_copy_of_a_row_whose_newest_steps_are_not_read_yet_is_cut_where_it_is_whole(kv, unread, seed):
+    """A prefix taken over from a row that is being stepped: the host does not count the newest tokens, which may have
+    overwritten the window's oldest slot."""
+    scheme = scheme_of(kv)
+    text = Text(scheme, seed)
+    for length in (scheme.ring - 2, scheme.ring - 1, scheme.ring, 255, 256, 383):
+        for cut in {length - 1, length, length - 40}:
+            cache, fresh = text.cache(), text.cache()
+            text.feed(cache, {0: length})
+            for end in range(length + 1, length + unread + 1):
+                text.feed(cache, {0: end}, text=1)
+            cache.lengths[0] = length
+            want = cache.left_after_cut(0, cut, unread)
+            cache.copy(0, 1)
+            assert cache.truncate(1, cut, unread) == want
+            if want < cut:
+                text.feed(cache, {1: cut}, text=0)
+            text.feed(fresh, {1: cut}, text=0)
+            np.testing.assert_array_equal(*(text.feed(row, {1: cut + 1}, text=0) for row in (cache, fresh)))
+            assert same_row(cache, fresh, 1)

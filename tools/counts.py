@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "minioscar"
-READING = "engine generation model cache oscar config rope weights tokenizer sampling memory ops".split()
+READING = "engine generation model cache batch oscar config rope weights tokenizer sampling memory ops".split()
 
 # A module imports modules of its own floor or of lower ones, never a higher one, not even for its types. From the top:
 FLOORS = (
@@ -30,7 +30,7 @@ FLOORS = (
     ("cache", "weights", "decoding"),
     ("quantized", "staging"),
     ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
-    ("oscar", "causal_attention", "error_feedback", "hadamard", "rope"),
+    ("oscar", "batch", "causal_attention", "error_feedback", "hadamard", "rope"),
     ("storage",),
     ("errors", "checks", "tables", "machine", "version"),
 )

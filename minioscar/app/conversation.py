@@ -4,7 +4,7 @@ Every turn renders the whole history with the model's template and compares its 
 Usually the history goes on where the cache ends. Where it does not (a template that drops the thoughts of earlier
 answers, an answer whose text splits into other tokens than the model drew), the cache is cut where the two part:
 anywhere in the window of the newest tokens, else at the block before, whose tokens are then fed again
-(`Scheme.left_after_cut`).
+(`Cache.left_after_cut`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import BF16, Batch, Cache, LayerCache, NewTokens
+from ..batch import Batch
+from ..cache import BF16, Cache, LayerCache, NewTokens
 from ..config import Config
 from ..decoding import Decoder, Stepper
 from ..formats import Plain

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..cache import Batch, LayerCache, Layout, NewTokens, PackedCache, PlainCache
+from ..batch import Batch
+from ..cache import LayerCache, Layout, NewTokens, PackedCache, PlainCache
 from ..config import Config
 from ..oscar import Scheme
 from . import attention, prefill

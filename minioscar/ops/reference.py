@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import oscar
-from ..cache import BF16, Batch, Cache, LayerCache, NewTokens, array_cache
+from ..batch import Batch
+from ..cache import BF16, Cache, LayerCache, NewTokens, array_cache
 from ..causal_attention import QUERIES
 from ..decoding import Decoder, Stepper
 from ..machine import host_bytes

@@ -18,16 +18,10 @@ def begins(held: Sequence[int], ids: Sequence[int]) -> bool:
 
 def shared(cache: Cache, ids: Sequence[int], row: Row) -> int:
     """Tokens at the beginning of a prompt that need not be fed again if they are taken from a row."""
-    length = copied(cache, row)
-    if length < LEAST or not begins(row.held, ids):
+    held = row.held[: int(cache.lengths[row.slot])]
+    if len(held) < LEAST or not begins(held, ids):
         return 0
-    return cache.scheme.left_after_cut(cache.packed_tokens(row.slot), common(ids, row.held[:length]))
-
-
-def copied(cache: Cache, row: Row) -> int:
-    """Tokens that a copy of a row has: not the window, where steps in flight may overwrite its oldest."""
-    length, packed, scheme = int(cache.lengths[row.slot]), cache.packed_tokens(row.slot), cache.scheme
-    return packed if scheme.quantized and length + row.in_flight > packed + scheme.ring else length
+    return cache.left_after_cut(row.slot, common(ids, held), row.in_flight)
 
 
 def take_over(cache: Cache, ids: Sequence[int], source: Row, target: Row) -> int:
@@ -35,11 +29,10 @@ def take_over(cache: Cache, ids: Sequence[int], source: Row, target: Row) -> int
     if shared(cache, ids, source) < LEAST:
         cache.reset(target.slot)
         return 0
-    length = common(ids, source.held[: copied(cache, source)])
+    length = common(ids, source.held[: int(cache.lengths[source.slot])])
     if source is not target:
         cache.copy(source.slot, target.slot)
-        cache.restore(target.slot, int(cache.lengths[target.slot]), source.in_flight)
-    return cache.truncate(target.slot, length)
+    return cache.truncate(target.slot, length, source.in_flight)
 
 
 def fit(cache: Cache, ids: Sequence[int], row: Row) -> tuple[int, int]:

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import Batch, Cache
+from ..batch import Batch
+from ..cache import Cache
 from ..engine import Engine
 from ..errors import Failure
 from ..generation import logprob
