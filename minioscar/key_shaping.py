@@ -60,7 +60,7 @@ def key_statistics(weights: Weights, config: Config, ops: Reference, progress: b
     ids = np.random.default_rng(0).integers(0, config.vocab_size, min(TOKENS, config.max_context))
     hidden = None if progress else True
     with tqdm(total=config.num_layers, desc="shape keys", unit="layer", leave=False, disable=hidden) as bar:
-        record_attention_inputs(weights, config, ops, ids, record)
+        record_attention_inputs(weights, config, ops, ids, record, progress)
     return KeyStatistics(np.stack(energies), np.stack(variances))
 
 
