@@ -36,6 +36,10 @@ class Shaping(NamedTuple):
     scales: np.ndarray | None  # float64 [layers, kv_heads, head_dim]: keys are multiplied by them, queries divided
     feedback: np.ndarray | None  # float32 [layers, kv_heads, head_dim, head_dim]: `feedback_matrix`
 
+    def of_layer(self, index: int) -> Shaping:
+        """Without the axis of layers."""
+        return Shaping(*(x if x is None else x[index] for x in self))
+
 
 def key_statistics(weights: Weights, config: Config, ops: Reference, progress: bool = False) -> KeyStatistics:
     """The model reads TOKENS token ids drawn from its whole vocabulary with a fixed seed: no calibration text, and the
