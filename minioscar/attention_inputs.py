@@ -25,12 +25,16 @@ class AttentionInputs(NamedTuple):
 
 
 def record_attention_inputs(
-    weights: Weights, config: Config, ops: Reference, ids: np.ndarray, record: Callable[[AttentionInputs], None]
+    weights: Weights, config: Config, ops: Reference, ids: np.ndarray, record: Callable[[AttentionInputs], None],
+    progress: bool = False,
 ) -> None:
-    """Runs the model over ids, int [at least 2 tokens], and calls `record` once a layer, first layer first."""
+    """Runs the model over ids, int [at least 2 tokens], and calls `record` once a layer, first layer first. progress:
+    shown where kernels are compiled before."""
 
     def on_host(q: np.ndarray, new: NewTokens) -> None:
         record(AttentionInputs(*(np.array(ops.numpy(x)).astype(np.float32) for x in (q, new.k, new.v))))
 
     model, cache = Model(config, weights, SCHEMES["bf16"], ops), Cache(config, SCHEMES["bf16"], 1, len(ids), ops)
-    model.observed(on_host).forward(np.asarray(ids), cache, cache.batch_for([0], [len(ids)]))
+    batch = cache.batch_for([0], [len(ids)])
+    ops.prepare(model, cache, batch, (), progress)
+    model.observed(on_host).forward(np.asarray(ids), cache, batch)

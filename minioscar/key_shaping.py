@@ -36,6 +36,10 @@ class Shaping(NamedTuple):
     scales: np.ndarray | None  # float64 [layers, kv_heads, head_dim]: keys are multiplied by them, queries divided
     feedback: np.ndarray | None  # float32 [layers, kv_heads, head_dim, head_dim]: `feedback_matrix`
 
+    def of_layer(self, index: int) -> Shaping:
+        """Without the axis of layers."""
+        return Shaping(*(x if x is None else x[index] for x in self))
+
 
 def key_statistics(weights: Weights, config: Config, ops: Reference, progress: bool = False) -> KeyStatistics:
     """The model reads TOKENS token ids drawn from its whole vocabulary with a fixed seed: no calibration text, and the
@@ -60,7 +64,7 @@ def key_statistics(weights: Weights, config: Config, ops: Reference, progress: b
     ids = np.random.default_rng(0).integers(0, config.vocab_size, min(TOKENS, config.max_context))
     hidden = None if progress else True
     with tqdm(total=config.num_layers, desc="shape keys", unit="layer", leave=False, disable=hidden) as bar:
-        record_attention_inputs(weights, config, ops, ids, record)
+        record_attention_inputs(weights, config, ops, ids, record, progress)
     return KeyStatistics(np.stack(energies), np.stack(variances))
 
 

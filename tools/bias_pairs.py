@@ -21,9 +21,9 @@ from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.evaluation.fidelity import default_text
 from minioscar.evaluation.inspection import through_cache
+from minioscar.key_shaping import Shaping, key_statistics, shaping
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, Scheme
-from minioscar.query_energy import shape_keys
 from tools.key_biases import FIRST, LAST
 
 KV, TOKENS, ASKING, EVERY = ("oscar", "int2", "int2-shaped", "int4"), 512, 64, 4
@@ -37,11 +37,10 @@ def biased(k: np.ndarray, config: Config, pair: int, norm: float) -> np.ndarray:
     return k + Reference().rope(bias, *config.rope.tables(len(k)))
 
 
-def logit_error(q: np.ndarray, k: np.ndarray, scheme: Scheme, config: Config, feedback: np.ndarray) -> float:
+def logit_error(q: np.ndarray, k: np.ndarray, scheme: Scheme, config: Config, shaped: Shaping) -> float:
     """q [tokens, q_heads, d], k [tokens, kv_heads, d] -> nats, over packed keys that are no sinks of any scheme."""
     keys = k.swapaxes(0, 1).astype(BF16).astype(np.float32)
-    norms = oscar.token_norms(keys.swapaxes(0, 1))
-    back, _ = through_cache(keys, keys, norms, scheme, config, feedback)
+    back, _ = through_cache(keys, keys, scheme, config, shaped)
     queries = q[-ASKING:].reshape(ASKING, len(keys), -1, config.head_dim).transpose(1, 2, 0, 3)
     error = queries @ (back - keys)[:, None, oscar.WINDOW :].swapaxes(-1, -2) / np.sqrt(config.head_dim)
     return float(error.std(axis=-1).mean())
@@ -49,7 +48,9 @@ def logit_error(q: np.ndarray, k: np.ndarray, scheme: Scheme, config: Config, fe
 
 def main() -> None:
     e = engine.load("smollm2-135m", "bf16", "cpu")
-    weights, layers = shape_keys(e.model.weights, e.config, e.ops), []
+    weights, layers = e.model.weights, []
+    statistics = key_statistics(weights, e.config, e.ops)
+    shapings = {kv: shaping(statistics, SCHEMES[kv], e.config) for kv in KV}
     ids = e.tokenizer.encode(default_text())[:TOKENS]
     record_attention_inputs(weights, e.config, e.ops, np.array(ids), layers.append)
     rows, half = [], e.config.head_dim // 2
@@ -59,7 +60,7 @@ def main() -> None:
         for pair in (None, *range(half - 1, -1, -EVERY)):
             k = layer.k if pair is None else biased(layer.k, e.config, pair, norm)
             errors = {
-                kv: logit_error(layer.q, k, SCHEMES[kv], e.config, weights.layers[index].key_feedback) for kv in KV
+                kv: logit_error(layer.q, k, SCHEMES[kv], e.config, shapings[kv].of_layer(index)) for kv in KV
             }
             turn = None if pair is None else float(f"{frequencies[pair]:.4g}")  # radians a token
             errors = {kv: float(f"{error:.4g}") for kv, error in errors.items()}

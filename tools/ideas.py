@@ -379,12 +379,12 @@ def main() -> None:
     scores: list[list[tuple[float, float, float]]] = [[] for _ in runs]
     for window in tqdm(windows, disable=None):
         prefills: dict[int, list[tuple[Array, Array]]] = {}  # by the weights that they belong to
-        truth: list[Array] = []
+        truth = None
         for engine, found in zip(runs, scores, strict=True):
             weights = engine.model.weights
             prefills[id(weights)] = prefills.get(id(weights)) or prefilled(engine, window[:PREFILL])
             chunks = list(decoded(engine, window, prefills[id(weights)]))
-            truth = truth or chunks
+            truth = np.concatenate(chunks) if truth is None else truth
             found.append(fidelity.compare(chunks, truth, np.array(window[PREFILL + 1 :])))
     rows = [
         asdict(fidelity.summary(run.scheme, config.head_dim, np.array(found), np.array(scores[0])))

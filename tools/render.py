@@ -227,6 +227,7 @@ def schemes() -> str:
             "rotated at random, Lloyd-Max levels": isinstance(s, TurboQuant),
             "divided by the token's norm": s.scale,
             f"range x {s.shrink}": s.shrink < 1,
+            "pairs scaled": s.pair_scaled,
             "errors steered": s.shaped,
             "a scale a token and a channel": isinstance(s, Kvarn),
             "4 % clipped at each end": isinstance(s, OscarCov),
@@ -239,6 +240,7 @@ def schemes() -> str:
             else f"{s.value_group(128)} channels of one token"
         )
         step = "step only" if s.symmetric_values or isinstance(s, StepOnly) else "step and min"
+        step += f", range x {s.value_shrink}" if s.value_shrink not in (None, s.shrink) else ""
         step = f"a scale a token and a channel, {step}" if isinstance(s, Kvarn) else step
         step = f"8 % clipped at each end, {step}" if isinstance(s, OscarCov) else step
         values = f"{'rotated, ' if s.rotate or isinstance(s, TurboQuant) else ''}{step}, groups of {s.value_group(128)}"

@@ -197,13 +197,13 @@ def fidelity(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefil
     """The rows of the table, one an engine, over all windows; engines[0] is the baseline."""
     scores: list[list[tuple[float, float, float]]] = [[] for _ in engines]
     for window in windows:
-        truth: list[np.ndarray] = []  # log-probabilities of the unquantized run, chunk by chunk
+        truth = None  # log-probabilities of the unquantized run
         for engine, found in zip(engines, scores, strict=True):
             chunks = map(log_softmax, teacher_forced(engine, window, prefill, done))
-            truth = truth or list(chunks)  # the first engine is the baseline
-            found.append(
-                compare(iter(truth) if engine is engines[0] else chunks, truth, np.array(window[prefill + 1 :]))
-            )
+            if truth is None:  # the first engine is the baseline
+                truth = np.concatenate(list(chunks))
+                chunks = iter([truth])
+            found.append(compare(chunks, truth, np.array(window[prefill + 1 :])))
     baseline = np.array(scores[0])
     return [
         asdict(summary(engine.scheme, engine.config.head_dim, np.array(found), baseline))
@@ -224,13 +224,14 @@ def summary(scheme: Scheme, head_dim: int, scores: np.ndarray, baseline: np.ndar
 
 
 def compare(
-    chunks: Iterable[np.ndarray], truth: Iterable[np.ndarray], targets: np.ndarray
+    chunks: Iterable[np.ndarray], truth: np.ndarray, targets: np.ndarray
 ) -> tuple[float, float, float]:
-    """NLL, KL and top-1 agreement of one run; both are log-probabilities float32 [n, vocab] in equal chunks."""
+    """NLL, KL and top-1 agreement of one run; both are log-probabilities float32 [n, vocab], the first in chunks of any
+    length: those of a scheme end where it packs."""
     nll = kl = top1 = 0.0
     at = 0
-    for ours, theirs in zip(chunks, truth, strict=True):
-        rows = np.arange(len(ours))
+    for ours in chunks:
+        theirs, rows = truth[at : at + len(ours)], np.arange(len(ours))
         nll -= float(ours[rows, targets[at + rows]].sum(dtype=np.float64))
         kl += float(divergence(theirs, ours).sum())
         top1 += float((ours.argmax(1) == theirs.argmax(1)).sum())

@@ -40,6 +40,7 @@ ASKING = 128  # queries at the end, whose attention is computed with every schem
 SINK_SHARE = 0.05
 OVER_LAYERS = "of_tokens", "picture", "windows", "feedback"  # reported for all layers at once
 SPREADS = 12  # bins of the norm spread, from 1 to the largest, evenly in its logarithm
+PLAIN = Shaping(None, None)  # of a scheme that is neither shaped nor pair-scaled
 
 
 def inspect(
@@ -77,7 +78,7 @@ def inspect(
     def record(inputs: AttentionInputs) -> None:
         i = len(layers)
         rotations = {kv: ops.numpy(of[i].rotations) for kv, of in calibrated.items()}
-        of_layer = {kv: Shaping(*(x if x is None else x[i] for x in found)) for kv, found in shapings.items()}
+        of_layer = {kv: found.of_layer(i) for kv, found in shapings.items()}
         layers.append(look(inputs, config, wanted, of_layer, rotations))
         bar.update()
 
@@ -127,8 +128,7 @@ def look(
     head = int(stretches["scaled"].max(axis=1).argmax())
 
     def read_back(scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
-        shaped = shapings.get(scheme.name, Shaping(None, None))
-        return through_cache(k, v, scheme, config, shaped, rotations.get(scheme.name))
+        return through_cache(k, v, scheme, config, shapings.get(scheme.name, PLAIN), rotations.get(scheme.name))
 
     back = {scheme.name: read_back(scheme) for scheme in schemes}
     of_keys, of_values = ({name: relative(x[i], (k, v)[i], (0, 2)) for name, x in back.items()} for i in range(2))
@@ -137,14 +137,9 @@ def look(
         output = np.linalg.norm(attend(q[:, :, -ASKING:], back_k, back_v) - exact) / np.linalg.norm(exact)
         heads = (rounded(relative(x, y, (1, 2))) for x, y in ((back_k, k), (back_v, v)))
         errors[name] = {**dict(zip(("keys", "values"), heads, strict=True)), "attention": rounded(output)}
-    windows = {
-        scheme.name: by_window(inputs.q[-WINDOW:], (k, v), back[scheme.name], scheme)
-        for scheme in schemes
-        if scheme.quantized
-    }
-    effects = {
-        scheme.name: feedback_effect(q[:, :, -ASKING:], k, scheme, read_back) for scheme in schemes if scheme.shaped
-    }
+    packed, shaped = ([kv for kv in schemes if kv.quantized], [kv for kv in schemes if kv.shaped])
+    windows = {kv.name: by_window(inputs.q[-WINDOW:], (k, v), back[kv.name], kv) for kv in packed}
+    effects = {kv.name: feedback_effect(q[:, :, -ASKING:], k, kv, read_back) for kv in shaped}
     return {
         "norms": {
             "q": {"raw": quantiles(q), "rotated": quantiles(oscar.rotate(q))},
