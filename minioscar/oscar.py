@@ -127,7 +127,8 @@ def _round(x: Array, step: Array, top: int, xp: Any) -> Array:
 
 
 def pack(codes: Array, bits: int, xp: Any = np) -> Array:
-    """uint8 codes [..., n] -> bytes [..., n * bits / 8]; the first code stands in the lowest bits."""
+    """uint8 codes [..., n] -> bytes [..., n * bits / 8]; the first code stands in the lowest bits. bits: 1, 2, 3, 4, 6
+    or 8."""
     size = math.lcm(bits, 8)  # bits of so many codes that they fill bytes
     word = xp.uint8 if size == 8 else xp.uint32
     codes = codes.reshape(*codes.shape[:-1], -1, size // bits).astype(word)
@@ -198,7 +199,10 @@ class Scheme:
     keep: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a window whose packed tokens are no whole blocks."""
+        """Raises ValueError for one of keys and values in BF16, and for a window whose packed tokens are no whole
+        blocks."""
+        if (self.key_bits < 16) != (self.value_bits < 16):
+            raise ValueError(f"{self.name}: keys have {self.key_bits} bits, values {self.value_bits}; 16 is for both")
         for of, parts in (WINDOW, self.flush), (self.flush, self.block), (self.keep, self.flush):
             if parts < 1 or of < 0 or of % parts:
                 window = f"a window that packs {self.flush} tokens and keeps {self.keep}"

@@ -94,7 +94,7 @@ def test_a_constant_group_gets_codes_0_and_comes_back(value):
     np.testing.assert_array_equal(oscar.dequantize(codes, step, minimum, -2, 32), x)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 def test_unpack_undoes_pack(bits, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, (3, 5, 64)).astype(np.uint8)
     packed = oscar.pack(codes, bits)
