@@ -111,7 +111,7 @@ def _whole(x: dict[str, Array], count: int, xp: Any) -> Array:
     """The zeros of gemv_fast, [groups, rows], of which it keeps -scale * zero. Raises Unfit where they are no whole
     numbers."""
     scale, shift = (scales(x[name][:count], xp)[0] for name in ("scales", "qzeros"))
-    zero = xp.rint(-shift / xp.where(scale == 0, 1, scale))
+    zero = xp.rint(-shift / xp.where(scale == 0, np.float32(1), scale))
     again = (-(zero * scale)).astype(x["qzeros"].dtype).astype(xp.float32)
     if not bool((xp.abs(again - shift) <= 2e-3 * xp.abs(shift) + 1e-7).all()) or not bool((abs(zero - 8) <= 8).all()):
         raise Unfit("qzeros are not -scales times whole numbers")

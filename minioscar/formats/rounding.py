@@ -36,8 +36,8 @@ def _rounded(w: Array, mode: str, group: int, xp: Any) -> Plain:
     else:
         top, spread = 15, high - low
         scale = _to_float16(xp.where(spread == 0, xp.abs(low), spread / 15))  # equal numbers: code 0 is the number
-        zero = _to_float16(-low / xp.where(scale == 0, 1, scale))
-    inverse = (1 / xp.where(scale == 0, 1, scale))[..., None]
+        zero = _to_float16(-low / xp.where(scale == 0, np.float32(1), scale))
+    inverse = (1 / xp.where(scale == 0, np.float32(1), scale))[..., None]
     codes = xp.clip(xp.rint(x * inverse + zero[..., None]), 0, top).astype(xp.uint8)
     return Plain(mode, codes.reshape(w.shape), scale, zero, group, F16)
 
