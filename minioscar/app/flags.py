@@ -164,7 +164,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         switch("--strict-model", "refuse requests for models of another name"),
         number("--grace", "seconds for running answers when the server is told to end (30)", "N", 30),
         *SAMPLING[:5],
-        WEIGHTS, DEVICE,
+        DEVICE,
     ]),
     "cache": ("read a text once, for generate and chat --cache", [
         flag("--prompt-file", "a text file; - is standard input", "F", required=True),
