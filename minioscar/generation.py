@@ -293,7 +293,8 @@ class Run:
         slots, inputs = list(feeds), list(feeds.values())
         batch = self.cache.batch_for(slots, map(len, inputs)) if feeds else None
         steps = any(one.max_tokens > 1 for one in self.options)
-        self.model.ops.prepare(self.model, self.cache, batch, self.rows if steps else (), self.progress)
+        passes = [] if batch is None else [batch]
+        self.model.ops.prepare(self.model, self.cache, passes, self.rows if steps else (), self.progress)
         if feeds:
             with self._progress(sum(map(len, inputs))) as model:
                 logits = self._pass(slots, inputs, lambda ids, batch: model.forward(ids, self.cache, batch))

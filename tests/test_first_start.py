@@ -156,8 +156,8 @@ def test_what_a_run_launches_is_known_before(kv, lengths, sampling, arch, change
             self.launched.add((launch.source, launch.defines))
             super().run(launch)
 
-        def prepare(self, model, cache, batch, rows, progress):
-            self.listed |= set(programs(self, model, cache, batch, rows))
+        def prepare(self, model, cache, passes, rows, progress):
+            self.listed |= set(programs(self, model, cache, passes, rows))
 
     folder = write_model(tmp_path / "m", 1, head_dim=64, num_hidden_layers=1, **changes)
     _, engine, ops = of_backend(Noting, folder, kv)
@@ -198,7 +198,7 @@ def listed(preset: str, kv: str, lengths: list[int], arch: int) -> list[cubins.P
     model = Model(config, blank_weights(config), SCHEMES[kv], ops)
     cache = Cache(config, SCHEMES[kv], len(lengths), 4096, ops)
     rows = [RowSampling(Sampling())] * len(lengths)
-    return programs(ops, model, cache, cache.batch_for(range(len(lengths)), lengths), rows)
+    return programs(ops, model, cache, [cache.batch_for(range(len(lengths)), lengths)], rows)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -352,7 +352,7 @@ def test_pages_of_this_machine_may_ask_and_others_only_where_that_is_allowed(app
     assert allowed("https://evil.example")
     asked = {"origin": "http://localhost", "access-control-request-headers": "x-stainless-os"}
     got = asyncio.run(request(app, "OPTIONS", "/v1/chat/completions", headers=asked))
-    assert got.status == 204 and got.headers["access-control-allow-headers"] == "x-stainless-os"
+    assert got.status == 200 and got.headers["access-control-allow-headers"] == "x-stainless-os"
 
 
 def test_a_full_queue_says_when_to_come_back(client, engine):

@@ -275,11 +275,11 @@ class Cuda(Reference):
         return StepDecoder(model, cache, rows, logits=logits, replay=replay)
 
     def prepare(
-        self, model: Stepper, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling], progress: bool
+        self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling], progress: bool
     ) -> None:
         from cupy.cuda import nvrtc
 
-        compile_all(programs(self, model, cache, batch, rows), self.card.capability, nvrtc, progress)
+        compile_all(programs(self, model, cache, passes, rows), self.card.capability, nvrtc, progress)
 
     def queue(self, batch: StepBatch, run: Callable[[], None], graph: bool) -> Queue:
         return Queue(batch, run, graph)
@@ -312,9 +312,9 @@ class Cuda(Reference):
 
 
 def programs(
-    ops: Cuda, model: Stepper, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling]
+    ops: Cuda, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling]
 ) -> list[Program]:
-    """What a pass over `batch` (None: there is none) and then decode steps of `rows` (none: no steps) launch.
+    """What these passes and then decode steps of `rows` (none: no steps) launch.
 
     One layer of the model is run over arrays that have shapes and no memory. Empty where steps are array code.
     """
@@ -329,7 +329,7 @@ def programs(
     model = copy(model)
     model.config, model.ops, model.weights = config, paper, paper.weights(model.weights)
     model.tables = (np.broadcast_to(np.float32(0), (cache.context, config.head_dim // 2)),) * 2
-    if batch is not None:
+    for batch in passes:
         model.forward(np.zeros(sum(batch.counts), np.int32), blank, batch)
     if rows:
         step = StepBatch(paper, config, blank, rows, model.weights.key_feedback)

@@ -255,9 +255,9 @@ class Reference:
         return Decoder(model, cache, rows, logits)
 
     def prepare(
-        self, model: Stepper, cache: Cache, batch: Batch | None, rows: Sequence[RowSampling], progress: bool
+        self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling], progress: bool
     ) -> None:
-        """Compiles what is not compiled yet for a run of the prompts `batch` whose answers draw as `rows` say."""
+        """Compiles what is not compiled yet for these passes over prompts and for answers that draw as `rows` say."""
 
     # --- the cache
 

@@ -104,7 +104,7 @@ class App:
             exchange.headers += (("x-request-id", number[:200]),)
         self._allow_origin(exchange)
         if exchange.method == "OPTIONS":
-            return await exchange.send(204, b"", "text/plain")
+            return await exchange.send(200, b"", "text/plain")
         path = exchange.path.rstrip("/") or "/"
         if path not in PUBLIC:
             self._check_key(exchange)

@@ -23,7 +23,7 @@ SAMPLING = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_pen
 REFUSED = {  # what changes an answer and is not there: name -> the values that ask for nothing
     "best_of": (1,), "suffix": ("",), "audio": (), "functions": ([],), "function_call": ("none", "auto"),
     "chat_template": (), "web_search_options": (), "prediction": (), "guided_json": (), "guided_regex": (),
-    "guided_grammar": (), "structured_outputs": (),
+    "guided_grammar": (), "structured_outputs": (), "grammar": ("",),
 }  # fmt: skip
 
 

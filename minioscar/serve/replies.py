@@ -44,8 +44,7 @@ class Choice:
             found = [self.reply.logprob(event.logprob, self.job.options.logprobs)]
             self.logprobs += found
             deltas = deltas or [{"content": ""}]
-        first = {"content": found, "refusal": None} if found else None
-        chunks = [self._chunk(delta, None if i else first) for i, delta in enumerate(deltas)]
+        chunks = [self._chunk(delta, self._content([] if i else found)) for i, delta in enumerate(deltas)]
         is_cut = bool(self.calls) and self.reply.asked.one_call
         if event.finish_reason or is_cut:
             reason = REASONS.get(event.finish_reason or "stop", event.finish_reason or "stop")
@@ -76,11 +75,13 @@ class Choice:
             self.message["tool_calls"] = self.calls
         elif self.message["content"] is None:
             self.message["content"] = ""
-        logprobs = None if self.logprobs is None else {"content": self.logprobs, "refusal": None}
         return {
-            "index": self.index, "message": {**self.message, "refusal": None}, "logprobs": logprobs,
-            "finish_reason": self.finish_reason,
+            "index": self.index, "message": {**self.message, "refusal": None},
+            "logprobs": self._content(self.logprobs), "finish_reason": self.finish_reason,
         }  # fmt: skip
+
+    def _content(self, logprobs: list[Json] | None) -> Json | None:
+        return None if self.logprobs is None else {"content": logprobs, "refusal": None}
 
 
 class TextChoice:

@@ -17,25 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from ..batch import Batch
 from ..cache import Cache
 from ..engine import Engine
 from ..errors import Failure
 from ..generation import logprob
-from ..sampling import RowSampling, Sampling
 from . import prefixes
 from .jobs import Busy, Event, Job, Row
 from .metrics import Metrics
+from .warm_up import warm_up
 
 SCORED_PIECE = 128  # tokens whose logits are on the host at once
 Array = Any
 Post = Callable[[list[tuple[Job, Event]]], None]
-
-
-def longest_pass(cache: Cache, chunk: int) -> Batch:
-    """The longest piece, at the end of the longest row."""
-    start = max(cache.context - chunk, 0)
-    return Batch((0,), (start,), (cache.scheme.packed_tokens(start),), (cache.context - start,))
 
 
 class Scheduler:
@@ -118,7 +111,7 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            self._warm_up()
+            warm_up(self.model, self.cache, self.decoder, self.chunk)
             self.is_ready.set()
             while self._wait():
                 self._round()
@@ -130,22 +123,6 @@ class Scheduler:
             self._fail(jobs, Failure(self.dead))
         self.is_ready.set()
         self._post()
-
-    def _warm_up(self) -> None:
-        """What the largest pass, a small one and a step allocate stays at hand: on the thread, since libraries keep
-        state for each."""
-        ops, cache, batch = self.model.ops, self.cache, longest_pass(self.cache, self.chunk)
-        with self.decoder.ordered(), np.errstate(all="ignore"):
-            for at in (batch, Batch((0,), (0,), (0,), (1,))):
-                logits = self.model.step(np.zeros(at.counts[0], np.int64), cache, at, lambda logits: logits)[1]
-                ops.numpy(logits)
-                cache.reset(0)
-            cache.advance(at)
-            self.decoder.join(0, RowSampling(Sampling(1.0)), logits[0])
-        if cache.context > 1:
-            self.decoder.launch([0])
-            self.decoder.read()
-        cache.reset(0)
 
     def _wait(self) -> bool:
         """Until there is something to do; False when it is closing."""

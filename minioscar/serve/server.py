@@ -16,7 +16,8 @@ from ..ops.linear_batch import BATCH_TOKENS
 from ..sampling import RowSampling, Sampling
 from .app import App
 from .bodies import Service
-from .scheduler import SCORED_PIECE, Scheduler, longest_pass
+from .scheduler import SCORED_PIECE, Scheduler
+from .warm_up import passes
 
 SWITCH = 5e-4  # seconds after which Python lets another thread run; its own 5e-3 is a whole step
 
@@ -72,7 +73,7 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
     cache = engine.new_cache(plan.slots, context)
     service = Service(plan.name, engine.tokenizer, config.vocab_size, context, plan.slots, defaults, plan.strict)
     app = App(service, plan.key, plan.origins)
-    ops.prepare(engine.model, cache, longest_pass(cache, chunk), [RowSampling()] * plan.slots, engine.progress)
+    ops.prepare(engine.model, cache, passes(cache, chunk), [RowSampling()] * plan.slots, engine.progress)
     scheduler = Scheduler(engine, cache, chunk, 4 * plan.slots if plan.queue is None else plan.queue, app.post)
     app.engine = scheduler
     return app, scheduler

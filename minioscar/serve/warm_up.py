@@ -1,0 +1,40 @@
+"""What a server does once before it is ready, so that nothing is compiled or allocated when it is asked."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..cache import Batch, Cache
+from ..decoding import Decoder
+from ..model import Model
+from ..ops.linear_batch import BATCH_TOKENS
+from ..sampling import RowSampling, Sampling
+
+
+def longest_pass(cache: Cache, chunk: int) -> Batch:
+    """The longest piece, at the end of the longest row."""
+    start = max(cache.context - chunk, 0)
+    return Batch((0,), (start,), (cache.scheme.packed_tokens(start),), (cache.context - start,))
+
+
+def passes(cache: Cache, chunk: int) -> list[Batch]:
+    """One of each size by which kernels are chosen: of tokens, and of rows, which is that of logits."""
+    sizes, rows = range(1, min(BATCH_TOKENS + 1, chunk, cache.context) + 1), range(2, len(cache.lengths) + 1)
+    alone = [Batch((0,), (0,), (0,), (size,)) for size in sizes]
+    return [longest_pass(cache, chunk), *alone, *(Batch(tuple(range(n)), *[(0,) * n] * 2, (1,) * n) for n in rows)]
+
+
+def warm_up(model: Model, cache: Cache, decoder: Decoder, chunk: int) -> None:
+    """What the longest pass, a small one, a row's beginning and a step allocate stays at hand; on the thread that runs
+    them later, since libraries keep state for each."""
+    with decoder.ordered(), np.errstate(all="ignore"):
+        for batch in (longest_pass(cache, chunk), Batch((0,), (0,), (0,), (1,))):
+            logits = model.step(np.zeros(batch.counts[0], np.int64), cache, batch, lambda logits: logits)[1]
+            model.ops.numpy(logits)
+            cache.reset(0)
+        cache.advance(batch)
+        decoder.join(0, RowSampling(Sampling(1.0)), logits[0])
+    if cache.context > 1:
+        decoder.launch([0])
+        decoder.read()
+    cache.reset(0)
