@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.cases import Case, entry, layer, moved_bytes
 from benchmarks.measure import copies_of, timed
 from minioscar import oscar
-from minioscar.cache import Cache, NewTokens, cache_bytes
+from minioscar.cache import Batch, Cache, NewTokens, cache_bytes
 from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.ops.reference import Reference
@@ -77,10 +77,10 @@ class Taken:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.ops, name)
 
-    def experts(self, x: Array, layer: Layer, config: Config) -> Array:
+    def experts(self, x: Array, layer: Layer, config: Config, batch: Batch) -> Array:
         logits = self.ops.linear(x, layer.router, norm=(layer.post_norm, config.rms_norm_eps), float32=True)
         self.counts.append(len(np.unique(Reference().route(self.ops.numpy(logits), config.experts)[0])))
-        return self.ops.experts(x, layer, config)
+        return self.ops.experts(x, layer, config, batch)
 
 
 def experts_taken(e: Engine, batch: int) -> float:

@@ -69,7 +69,7 @@ class Model:
         x = ops.embed(weights.embed, ids)  # [tokens, hidden]
         for layer, layer_cache in zip(weights.layers, cache.layers, strict=True):
             x = self._attention(x, layer, layer_cache, tables, batch)
-            x = self._mlp(x, layer) if layer.router is None else ops.experts(x, layer, self.config)
+            x = self._mlp(x, layer) if layer.router is None else ops.experts(x, layer, self.config, batch)
         ops.end(cache, batch)
         x = x if every or batch.last is None else ops.embed(x, batch.last)  # rows of x, by a kernel that is there
         return ops.linear(x, weights.head, norm=(weights.norm, self.config.rms_norm_eps), float32=True)

@@ -47,11 +47,11 @@ class Watch:
         inputs = {"weight": weight, "bias": bias, "norm's weight": norm and norm[0]}
         return self._finite(self._ops.linear(x, weight, bias, **options), name, inputs)
 
-    def experts(self, x: Array, layer: Any, config: Any) -> Array:
+    def experts(self, x: Array, layer: Any, *rest: Any) -> Array:
         self._where = self._layers[id(layer)]
         inputs = {"norm's weight": layer.post_norm, "router": layer.router}
         inputs |= {"gate and up weight": layer.gate_up, "down weight": layer.down}
-        return self._finite(self._ops.experts(x, layer, config), "experts", inputs)
+        return self._finite(self._ops.experts(x, layer, *rest), "experts", inputs)
 
     def rotate_scale(self, qkv: Array, layer: Any, *rest: Any) -> tuple[Array, NewTokens]:
         self._where = self._layers[id(layer)]

@@ -468,8 +468,8 @@ def test_a_card_is_also_measured_without_rests_unless_quick(monkeypatch):
     for name, module in (("kernels", kernels), ("dense", nothing), ("experts", nothing)):
         monkeypatch.setitem(sys.modules, f"benchmarks.{name}", module)
         monkeypatch.setattr(f"benchmarks.{name}", module, raising=False)
-    for quick, wanted in ((True, []), (False, [("sustained", {"us": 8, "rest": False})])):
-        args = SimpleNamespace(quick=quick, peers=False, sweep=False)
+    for quick, wanted in ((True, []), (False, [("sustained", {"us": 14, "rest": False})])):
+        args = SimpleNamespace(quick=quick, peers=False, sweep=False, kv=None)
         rows = list(bench.kernel_rows(args, SimpleNamespace(name="cuda"), {"copy_tb_s": 4.0, "matmul_tflop_s": 800.0}))
         assert [row for row in rows if row[0] != "kernel"] == wanted and rows[0][1]["rest"]
 

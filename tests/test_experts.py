@@ -45,7 +45,7 @@ def test_the_reference_adds_what_each_expert_makes_of_a_token_by_its_weight(norm
             gate, up = np.split(layer.gate_up[expert] @ h, 2)
             weight = p[expert] / (np.sort(p)[-2:].sum() if normalized else 1)
             want[token] += weight * (layer.down[expert] @ (gate / (1 + np.exp(-gate)) * up))
-    got = Reference().experts(x, layer, config)
+    got = Reference().experts(x, layer, config, None)
     assert got.dtype == np.float32 and np.abs(got - want).max() < 1e-5 * np.abs(want).max()
 
 
@@ -104,7 +104,9 @@ class Case:
         return chosen, own / (own if self.e.normalized else p).sum(axis=1, keepdims=True)
 
 
-def run(device: Any, case: Case, card: Card = CARD, order: int = 0, few: bool | None = None) -> dict[str, np.ndarray]:
+def run(
+    device: Any, case: Case, card: Card = CARD, order: int = 0, few: bool | None = None, lengths: Any = None
+) -> dict[str, np.ndarray]:
     """What the kernels compute: h, y, and of many tokens the routes. few: None: as many tokens as there are decide."""
     e, tokens = case.e, case.tokens
     there = {name: device.array(getattr(case, name)) for name in ("x", "norm", "gate_up", "down", "logits")}
@@ -113,28 +115,33 @@ def run(device: Any, case: Case, card: Card = CARD, order: int = 0, few: bool | 
         norm, logits = (there["norm"], EPS), there["logits"]
         up = Product(there["x"], there["gate_up"], h, True, norm=norm)
         down = Product(h, there["down"], there["x"], False, residual=there["x"])
-        launches = [product.launch(logits, e, card) for product in (up, down)]
+        launches = [product.launch(logits, e, card, lengths) for product in (up, down)]
     else:
         normed, routes = device.empty(case.x.shape, BF16), routes_of(device, tokens, e, card)
         parts = device.empty((tokens * e.per_token, case.hidden), np.float32)
-        launches = [linear.rms_norm(there["x"], there["norm"], EPS, normed), *routes.launches(there["logits"], e)]
+        launches = [linear.rms_norm(there["x"], there["norm"], EPS, normed)]
+        launches += routes.launches(there["logits"], e, lengths)
         if routes.of_warpgroups:
             normed, given = device.empty((len(parts), case.hidden), BF16), normed
             launches += [experts.gather(given, routes, e, normed)]
         launches += [Product(normed, there["gate_up"], h, True).launch(routes, e, card)]
         launches += [Product(h, there["down"], parts, False).launch(routes, e, card)]
-        launches += [experts.combine(parts, there["x"], e)]
+        launches += [experts.combine(parts, there["x"], e, lengths)]
+
+    def values(x: Any) -> np.ndarray:
+        return np.array(device.numpy(x, allow_unwritten=lengths is not None))  # of rows that are not in use
+
     for launch in launches:
         device.run(launch, arch=90 if launch.source.startswith("sm90") else 80, seed=order)
     if len(launches) > 2:
-        found = {name: np.array(device.numpy(getattr(routes, name))) for name in ("chosen", "weights", "sorted")}
+        found = {name: values(getattr(routes, name)) for name in ("chosen", "weights", "sorted")}
         count = int(device.numpy(routes.entries[:1])[0, 0])
         found["columns"] = np.array(routes.columns)
         found["entries"] = np.array(device.numpy(routes.entries[1 : 1 + count]))
         if routes.of_warpgroups:  # h is in the order of `sorted`
-            found["h"] = np.empty_like(device.numpy(h))
-            found["h"][found["sorted"]] = device.numpy(h)
-    return {"h": np.array(device.numpy(h))} | found | {"y": np.array(device.numpy(there["x"]))}
+            found["h"] = np.empty_like(values(h))
+            found["h"][found["sorted"]] = values(h)
+    return {"h": values(h)} | found | {"y": np.array(device.numpy(there["x"]))}
 
 
 def routes_of(device: Any, tokens: int, e: Experts, card: Card = CARD) -> Routes:
@@ -236,6 +243,23 @@ def test_experts_with_more_pairs_than_a_tile_has_columns(device, seed, tokens, c
     case = Case(Experts(8, 2, True), tokens, 64, 24, seed, "one")
     assert routes_of(device, tokens, case.e).columns == columns
     check(case, run(device, case))
+
+
+@on_each_device
+@pytest.mark.parametrize("tokens", [5, 20])
+def test_rows_that_are_not_in_use_take_no_experts(device, seed, tokens):
+    case, used = Case(Experts(10, 3, True), tokens, 64, 40, seed), np.array([1, 4])
+    lengths = np.full(tokens, -1, np.int32)
+    lengths[used] = 0, 7
+    got, all_used = run(device, case, lengths=device.array(lengths)), run(device, case)
+    assert np.array_equal(got["y"][used], all_used["y"][used])
+    others = np.setdiff1d(np.arange(tokens), used)
+    assert np.array_equal(got["y"][others], case.x[others]) and not np.array_equal(got["y"], all_used["y"])
+    if tokens > experts.FEW:
+        taken = case.routes()[0][used]
+        assert got["entries"][:, 2].sum() == 6 and set(got["entries"][:, 0]) == set(taken.reshape(-1))
+    lengths[:] = -1
+    assert np.array_equal(run(device, case, lengths=device.array(lengths))["y"], case.x)
 
 
 @on_each_device

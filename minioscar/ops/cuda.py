@@ -29,6 +29,7 @@ from . import attention, experts, linear, prefill, quantized
 from .attention import HEAD_DIMS, Heads
 from .cubins import Program, compile_all
 from .decode import Queue, StepBatch, StepDecoder, unsupported
+from .experts import Product
 from .launch import Card, Launch, Recording, run
 from .linear import Products, add_product, scratch_bytes, step_plans
 from .linear_batch import BATCH_TOKENS
@@ -194,35 +195,36 @@ class Cuda(Reference):
             del gate_up  # before there is another
         return self._add(out, residual)
 
-    def experts(self, x: Array, layer: Layer, config: Config) -> Array:
+    def experts(self, x: Array, layer: Layer, config: Config, batch: Batch | StepBatch) -> Array:
         """x itself, to which the experts have added. Nothing here depends on which experts they are."""
         e, norm = config.experts, (layer.post_norm, config.rms_norm_eps)
+        lengths = batch.lengths if isinstance(batch, StepBatch) else None
         if experts.unsupported(config):
-            return super().experts(x, layer, config)
+            return super().experts(x, layer, config, batch)
         if experts.are_few(len(x), config, self.card):
             logits = self.linear(x, layer.router, norm=norm, float32=True)
             h = self.xp.empty((len(x) * e.per_token, config.intermediate_size), self.dtype)
-            self.run(experts.Product(x, layer.gate_up, h, True, norm=norm).launch(logits, e, self.card))
-            self.run(experts.Product(h, layer.down, x, False, residual=x).launch(logits, e, self.card))
+            self.run(Product(x, layer.gate_up, h, True, norm=norm).launch(logits, e, self.card, lengths))
+            self.run(Product(h, layer.down, x, False, residual=x).launch(logits, e, self.card, lengths))
             return x
         for i in range(0, len(x), experts.EXPERT_TOKENS):
-            self._many_experts(x[i : i + experts.EXPERT_TOKENS], layer, config)
+            self._many_experts(x[i : i + experts.EXPERT_TOKENS], layer, config, lengths)
         return x
 
-    def _many_experts(self, x: Array, layer: Layer, config: Config) -> None:
+    def _many_experts(self, x: Array, layer: Layer, config: Config, lengths: Array | None) -> None:
         e, normed = config.experts, self.xp.empty_like(x)
         self.run(linear.rms_norm(x, layer.post_norm, config.rms_norm_eps, normed))
         routes = experts.Routes.allocate(self.xp, len(x), e, self.card)
-        for launch in routes.launches(self._router_logits(normed, layer.router), e):
+        for launch in routes.launches(self._router_logits(normed, layer.router), e, lengths):
             self.run(launch)
         if routes.of_warpgroups:
             normed, given = self.xp.empty((len(routes.chosen), x.shape[1]), self.dtype), normed
             self.run(experts.gather(given, routes, e, normed))
         h = self.xp.empty((len(routes.chosen), config.intermediate_size), self.dtype)
         parts = self.xp.empty((len(h), config.hidden_size), np.float32)
-        self.run(experts.Product(normed, layer.gate_up, h, True).launch(routes, e, self.card))
-        self.run(experts.Product(h, layer.down, parts, False).launch(routes, e, self.card))
-        self.run(experts.combine(parts, x, e))
+        self.run(Product(normed, layer.gate_up, h, True).launch(routes, e, self.card))
+        self.run(Product(h, layer.down, parts, False).launch(routes, e, self.card))
+        self.run(experts.combine(parts, x, e, lengths))
 
     def _router_logits(self, normed: Array, router: Array) -> Array:
         if len(normed) <= BATCH_TOKENS:

@@ -72,10 +72,10 @@ class Routes:
         chosen, ordered, entries = (xp.empty(shape, np.int32) for shape in (pairs, pairs, _entries(pairs, columns, e)))
         return cls(chosen, xp.empty(pairs, np.float32), ordered, entries, columns)
 
-    def launches(self, logits: Array, e: Experts) -> list[Launch]:
-        """logits float32 [tokens, experts]."""
+    def launches(self, logits: Array, e: Experts, lengths: Array | None = None) -> list[Launch]:
+        """logits float32 [tokens, experts]. lengths: int32 [tokens], below 0 where a row is not in use."""
         tokens, pairs, columns = (np.int32(n) for n in (len(logits), len(self.chosen), self.columns))
-        choose = logits, self.chosen, self.weights, tokens
+        choose = logits, lengths, self.chosen, self.weights, tokens
         sort = self.chosen, self.sorted, self.entries, pairs, columns
         return [
             Launch("experts/route.cu", "choose", _defines(e), (-(-len(logits) // 8),), 256, choose),
@@ -131,7 +131,8 @@ class Product:
     norm: tuple[Array | None, float] = (None, 0.0)  # of few tokens, up
     residual: Array | None = None  # of few tokens, down
 
-    def launch(self, choices: Choices, e: Experts, card: Card) -> Launch:
+    def launch(self, choices: Choices, e: Experts, card: Card, lengths: Array | None = None) -> Launch:
+        """lengths: of few tokens, as `Routes.launches` has them."""
         if isinstance(choices, Routes) and choices.of_warpgroups:
             return self._wgmma(choices, card)
         (_, rows, size), plan, of_routes = self.weight.shape, team_plan(self.weight.shape[2], self.silu), (None,) * 3
@@ -145,8 +146,9 @@ class Product:
             shared, items = _sums(column_tiles, self.silu), -(-len(choices.entries) * tiles // teams)
         kind = f"SILU={self.silu:d}", f"OUT_BF16={self.out.dtype.itemsize == 2:d}", f"FEW={few:d}"
         shape = f"TEAM_WARPS={plan.warps}", f"RUNS={plan.runs}", f"COLUMN_TILES={column_tiles}"
-        given = self.x, self.norm[0], self.weight, self.residual, choices if few else None, *of_routes, self.out
-        args = (*given, *map(np.int32, (tokens, size, rows)), np.float32(self.norm[1]))
+        logits = choices if few else None
+        arrays = self.x, self.norm[0], self.weight, self.residual, logits, lengths, *of_routes, self.out
+        args = (*arrays, *map(np.int32, (tokens, size, rows)), np.float32(self.norm[1]))
         grid = (min(items, card.multiprocessors),)
         return Launch("experts/experts.cu", "experts", (*_defines(e), *kind, *shape), grid, 32 * WARPS, args, shared)
 
@@ -170,10 +172,11 @@ def gather(x: Array, routes: Routes, e: Experts, out: Array) -> Launch:
     return Launch("experts/route.cu", "gather", _defines(e), (len(out),), 128, args)
 
 
-def combine(parts: Array, x: Array, e: Experts) -> Launch:
-    """x += what the pairs of each token add: x bf16 [tokens, n], parts float32 [pairs, n], n a multiple of 8."""
+def combine(parts: Array, x: Array, e: Experts, lengths: Array | None = None) -> Launch:
+    """x += what the pairs of each token add: x bf16 [tokens, n], parts float32 [pairs, n], n a multiple of 8. lengths:
+    as `Routes.launches` has them."""
     grid = len(x), -(-x.shape[1] // 2048)
-    return Launch("experts/route.cu", "combine", _defines(e), grid, 256, (parts, x, x, np.int32(x.shape[1])))
+    return Launch("experts/route.cu", "combine", _defines(e), grid, 256, (parts, lengths, x, x, np.int32(x.shape[1])))
 
 
 def work_bytes(config: Config, tokens: int, card: Card) -> int:

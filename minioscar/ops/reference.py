@@ -180,7 +180,7 @@ class Reference:
         gate, up = xp.split(gate_up.astype(xp.float32), 2, axis=-1)
         return (gate / (1 + xp.exp(-gate)) * up).astype(gate_up.dtype)
 
-    def experts(self, x: Array, layer: Layer, config: Config) -> Array:
+    def experts(self, x: Array, layer: Layer, config: Config, batch: Batch) -> Array:
         """x + sum over a token's experts e of weight_e * down_e(silu(gate_e(h)) * up_e(h)), h = rms_norm(x).
 
         x [tokens, hidden], which may be overwritten. As Qwen3MoeSparseMoeBlock of transformers 5.24, with the router's

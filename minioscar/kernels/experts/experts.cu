@@ -14,7 +14,8 @@
 // at a time, TEAM_WARPS warps each, which split k, two runs (a line of 128 B a row) each in rotation; the warps' sums
 // meet in shared memory.
 // FEW (up to 8 tokens, the columns of an MMA): each block finds the tokens' experts itself from the router's logits
-// (route.cuh); a column is a token. Else route.cu has made a list of entries; a column is a pair.
+// (route.cuh), none for a row that is not in use (lengths[m] < 0; lengths may be null); a column is a token. Else
+// route.cu has made a list of entries; a column is a pair.
 // up waits for what chooses the experts and only then asks for weights; down asks before its wait.
 //
 // grid (blocks), 512 threads, one block a multiprocessor; dynamic shared memory: FEW, up: the tokens' rows of x', 64 B
@@ -45,9 +46,9 @@ struct Few {
     for (int i = threadIdx.x; i < EXPERTS * 2; i += THREADS) ((int*)slots)[i] = -1;
     __syncthreads();
   }
-  DEVICE void fill(const float* logits, int tokens) {
+  DEVICE void fill(const float* logits, const int* lengths, int tokens) {
     const int e = threadIdx.x, warp = e / 32, lane = e % 32;
-    if (warp < tokens) {
+    if (warp < tokens && !(lengths && lengths[warp] < 0)) {
       const Choice own = choose(logits + warp * EXPERTS);
       if (lane < TOP_K) {
         slots[own.expert][warp] = lane;
@@ -95,7 +96,7 @@ struct Item { int entry, tile; bool exists; };
 struct Rounds {
   int entries, tiles;
 
-  DEVICE int of_tile() const { return (entries + TEAMS - 1) / TEAMS; }
+  DEVICE int of_tile() const { return max((entries + TEAMS - 1) / TEAMS, 1); }
   DEVICE int count() const {
     if (SUMMED) return (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x * of_tile();
     const int all = (entries * tiles + TEAMS - 1) / TEAMS;
@@ -131,10 +132,10 @@ struct Prefetch {
   }
 };
 
-// up: x, h; down: h, out, and the x that is added. FEW: logits; else what is in Many.
+// up: x, h; down: h, out, and the x that is added. FEW: logits and lengths; else what is in Many.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     experts(const bf16* x, const bf16* norm, const bf16* weight, const bf16* residual, const float* logits,
-            const int* sorted, const int4* entries, const float* weights, Output* out, int tokens, int K, int N,
+            const int* lengths, const int* sorted, const int4* entries, const float* weights, Output* out, int tokens, int K, int N,
             float eps) {
   extern __shared__ __align__(128) unsigned char smem[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, team = warp / TEAM_WARPS;
@@ -149,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     norm_x(smem, stride, sum_buffers, x, norm, first, eps, tokens, K);
     wait_then_allow_next();
   }
-  work.fill(logits, tokens);
+  work.fill(logits, lengths, tokens);
 #else
   if (SILU) wait_then_allow_next();
   const Many work = {sorted, entries, weights};

@@ -1,7 +1,8 @@
 // experts/route.cu: what stands around the experts' products of more than 8 tokens.
 //
 // choose: experts and weights of every token (route.cuh). logits float32 [tokens][EXPERTS]; chosen int, weights float32
-//   [pairs]; pair t * TOP_K + s is the s-th choice of token t. grid (ceil(tokens / 8)), 256 threads.
+//   [pairs]; pair t * TOP_K + s is the s-th choice of token t, -1 where the row is not in use (lengths[t] < 0;
+//   lengths may be null). grid (ceil(tokens / 8)), 256 threads.
 // sort: the pairs by expert (a counting sort), and the list of what the products have to do: entry i says that `count`
 //   pairs, sorted[first] ..., at most `columns`, take one expert. sorted int [pairs]; entries int4: the number of
 //   entries in [0].x, then (expert, first, count, 0), at most EXPERTS + pairs / columns. Pairs of one expert stand in
@@ -9,18 +10,20 @@
 // gather: to[i] = x[sorted[i] / TOP_K], the tokens in the order of the pairs. x bf16 [tokens][K], to bf16 [pairs][K],
 //   K a multiple of 8. grid (pairs), 128 threads.
 // combine: y[t] = x[t] + sum_s parts[t * TOP_K + s], s ascending, float32, rounded once. x, y bf16 [tokens][N] (the
-//   same array or two), parts float32 [pairs][N], N a multiple of 8. grid (tokens, ceil(N / 2048)), 256 threads.
+//   same array or two), parts float32 [pairs][N], N a multiple of 8. Rows that are not in use are left as they are.
+//   grid (tokens, ceil(N / 2048)), 256 threads.
 //
 // reads and writes a few bytes a pair, combine 4 B a number of parts: at 48 tokens all three are latency.
 #include "route.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) choose(const float* logits, int* chosen, float* weights, int tokens) {
+extern "C" __global__ void __launch_bounds__(256)
+    choose(const float* logits, const int* lengths, int* chosen, float* weights, int tokens) {
   wait_then_allow_next();
   const int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (token >= tokens) return;
   const Choice own = choose(logits + (size_t)token * EXPERTS);
   if (lane >= TOP_K) return;
-  chosen[token * TOP_K + lane] = own.expert;
+  chosen[token * TOP_K + lane] = lengths && lengths[token] < 0 ? -1 : own.expert;
   weights[token * TOP_K + lane] = own.weight;
 }
 
@@ -32,7 +35,8 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   wait_then_allow_next();
   __syncthreads();
 #pragma unroll 4
-  for (int p = e; p < pairs; p += 512) atomicAdd(&next[chosen[p]], 1);
+  for (int p = e; p < pairs; p += 512)
+    if (const int taken = chosen[p]; taken >= 0) atomicAdd(&next[taken], 1);
   __syncthreads();
   // Sums over the experts before this thread's.
   const int count = e < EXPERTS ? next[e] : 0, own_entries = (count + columns - 1) / columns;
@@ -61,7 +65,8 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   if (e == 511) entries[0] = make_int4(entry + own_entries, 0, 0, 0);
   __syncthreads();
 #pragma unroll 4
-  for (int p = e; p < pairs; p += 512) sorted[atomicAdd(&next[chosen[p]], 1)] = p;
+  for (int p = e; p < pairs; p += 512)
+    if (const int taken = chosen[p]; taken >= 0) sorted[atomicAdd(&next[taken], 1)] = p;
 }
 
 extern "C" __global__ void __launch_bounds__(128) gather(const bf16* x, const int* sorted, bf16* to, int K) {
@@ -71,10 +76,11 @@ extern "C" __global__ void __launch_bounds__(128) gather(const bf16* x, const in
   for (int i = threadIdx.x; i < K / 8; i += 128) row[i] = from[i];
 }
 
-extern "C" __global__ void __launch_bounds__(256) combine(const float* parts, const bf16* x, bf16* y, int N) {
+extern "C" __global__ void __launch_bounds__(256)
+    combine(const float* parts, const int* lengths, const bf16* x, bf16* y, int N) {
   const int token = blockIdx.x, n = (blockIdx.y * 256 + threadIdx.x) * 8;
   wait_then_allow_next();
-  if (n >= N) return;
+  if (n >= N || (lengths && lengths[token] < 0)) return;
   const uint4 old = *(const uint4*)(x + (size_t)token * N + n);
   float sums[2][4] = {{low(old.x), high(old.x), low(old.y), high(old.y)},
                       {low(old.z), high(old.z), low(old.w), high(old.w)}};
