@@ -104,7 +104,7 @@ def compile_all(cases: list[Case]) -> None:
         launch = attention.decode_attention(decode_state(case), q, cache, q, parity=0)
         seen[launch.source, launch.name, launch.defines] = None
         if case.scheme.quantized:
-            seen["pack.cu", "pack", attention.layout_defines(case.scheme, case.heads.head_dim)] = None
+            seen["pack.cu", "pack", attention.pack_defines(case.scheme, case.heads.head_dim)] = None
     if not seen:
         return
     # Each fills the cache on disk
@@ -171,7 +171,7 @@ def writing(copy_rate: float) -> Iterator[dict]:
 
         us, spread = graph_time([launch])
         yield entry(op, case, us, spread, 2 * qkv.nbytes, copy_rate)
-    shapes = [("int2", 131072), ("oscar", 131072), ("int2-shaped", 131072), ("int2", 4096), ("int2-shaped", 4096)]
+    shapes = [("int2", 131072), ("oscar", 131072), ("int2", 4096), ("oscar", 4096)]
     for kv, context in shapes:
         case = Case(kv, 1, context)
         launches = []
@@ -188,9 +188,9 @@ def writing(copy_rate: float) -> Iterator[dict]:
 
 def flushing(copy_rate: float) -> Iterator[dict]:
     """pack_step where the windows of all rows are full, in all layers of a Qwen3-8B: what one step in `flush` of them
-    takes longer than `rotate_scale_append_pack` says. Shaped rounding beside plain."""
+    takes longer than `rotate_scale_append_pack` says. Shaped rounding (int2) beside plain."""
     rng, layers = cupy.random.default_rng(0), 36
-    for kv, batch in (("int2", 1), ("int2-shaped", 1), ("int2", 48), ("int2-shaped", 48)):
+    for kv, batch in (("oscar", 1), ("int2", 1), ("oscar", 48), ("int2", 48)):
         case = Case(kv, batch, SCHEMES[kv].flush)
         scheme, h, rows = case.scheme, case.heads, (layers, batch)
         tokens = *rows, h.kv_heads, scheme.ring, h.head_dim

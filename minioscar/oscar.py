@@ -283,9 +283,13 @@ class Scheme:
         return keys, dequantize_values(values, row["value_step"], row.get("value_min"), self, xp)
 
 
-INT2 = Scheme("int2", rotate=True, scale=True, shrink=0.9, sinks=32, symmetric_values=True)
+INT2 = Scheme(
+    "int2", rotate=True, scale=True, shaped=True, pair_scaled=True, shrink=0.9, symmetric_values=True,
+    max_value_group=64, value_shrink=0.7, sinks=32, flush=64, keep=64,
+)  # fmt: skip
 COMPACT = replace(INT2, name="int2-compact", group=64, shrink=0.85, sinks=64)
-MORE_BITS = replace(INT2, group=128, max_value_group=64, sinks=64, shaped=True, keep=128)
+LONG = replace(COMPACT, group=128, flush=128, keep=128)  # groups of keys are two pages, and so is what a flush packs
+MORE_BITS = replace(LONG, pair_scaled=False)
 K4V2 = replace(MORE_BITS, name="k4v2", key_bits=4, shrink=1.0, value_shrink=0.75)
 K3V3 = replace(MORE_BITS, name="k3v3", key_bits=3, value_bits=3, shrink=0.95, value_shrink=0.85)
 SCHEMES: dict[str, Scheme] = {
@@ -299,8 +303,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("oscar", rotate=True, scale=True),
         INT2,
         COMPACT,
-        replace(INT2, name="int2-shaped", shaped=True),
-        replace(COMPACT, name="int2-compact-shaped", shaped=True),
+        replace(LONG, name="int2-long", shrink=0.8),
         replace(K3V3, name="k3v2", value_bits=2, value_shrink=0.75),
         K3V3,
         K4V2,

@@ -35,7 +35,7 @@ MORE = [("oscar", 128, 4), ("int2-compact", 128, 8), ("int4", 128, 4), ("kivi", 
 MORE += [("int2", 256, 7), ("bf16", 256, 8), ("k4v2", 64, 3)]
 MORE += [(kv, 128, 4) for kv in ("k3v2", "k3v3", "k4v2", "k4v4")]
 PACKED = [("int2-compact", 128), ("int4", 64), ("oscar", 256), ("k4v2", 128), ("k3v3", 128)]
-PACKED += [("int2-compact-shaped", 128), ("int2-shaped", 64), ("int2-shaped", 256)]
+PACKED += [("int2", 64), ("int2", 256)]
 
 
 def launches(arch: int) -> dict[str, Launch]:
@@ -60,7 +60,7 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
         if kv == "int2" and dim == 128:
             found[f"schedule {kv} d{dim} {q_per_kv}:1"] = attention.schedule(state)
     new = attention.PrefillTokens(out, out, 0, 0, ints, ints, ints, ints, 1)
-    for kv, dim in [("int2", 128), ("int2-shaped", 128)] + PACKED * everything:
+    for kv, dim in [("int2", 128), ("oscar", 128)] + PACKED * everything:
         heads, feedback = attention.Heads(2, 2, dim), out if SCHEMES[kv].shaped else None
         for launch in (
             attention.pack_bulk(heads, SCHEMES[kv], new, cache, feedback),

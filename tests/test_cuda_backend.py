@@ -50,7 +50,7 @@ on_each_backend = pytest.mark.parametrize(
 LAYERS = [("llama", 64, (4, 2)), ("qwen3", 128, (6, 1)), ("llama", 96, (3, 3)), ("qwen3", 256, (2, 1))]
 ALL = SCHEMES | WINDOWS
 # On the simulator, where a case takes seconds
-FEW = {128: ("bf16", "int2", "int2-compact", "int2-128-128", "k4v2"), 96: ("int2",), 256: ("int4",)}
+FEW = {128: ("bf16", "int2", "int2-compact", "plain-128-128", "k4v2"), 96: ("int2",), 256: ("int4",)}
 
 
 def cases() -> list:
@@ -61,7 +61,7 @@ def cases() -> list:
     tiled = ("qwen3", 128, (6, 1))  # where a prefill's keys and values are put into tiles
     simulated += [
         pytest.param(_simulated_hopper, *tiled, kv, id=f"{kv}-90-simt", marks=SIMULATED)
-        for kv in ("bf16", "int2", "int2-64-64", "k3v3")
+        for kv in ("bf16", "int2", "plain-64-64", "k3v3")
     ]
     real = [
         pytest.param(_card, *layer, kv, id=f"{layer[0]}-{layer[1]}-{kv}-cuda", marks=pytest.mark.gpu)

@@ -248,10 +248,10 @@ CASES = [  # scheme, head_dim, q heads of a work item, groups of them that share
     ("bf16", 128, 4, 1, 80),
     ("bf16", 64, 3, 1, 90),
     ("bf16", 256, 8, 1, 80),
-    ("int2-64-64", 128, 4, 1, 80),
-    ("int2-64-64", 64, 3, 1, 90),
-    ("int2-128-128", 128, 2, 1, 90),
-    ("compact-64-64", 128, 8, 2, 80),
+    ("plain-64-64", 128, 4, 1, 80),
+    ("plain-64-64", 64, 3, 1, 90),
+    ("plain-128-128", 128, 2, 1, 90),
+    ("plain-g64-64-64", 128, 8, 2, 80),
     ("oscar-64-0", 256, 1, 1, 80),
 ]
 BITS = [  # of keys and of values, groups of tokens and of channels, of scheme ..., head_dim, q heads of a work item
@@ -334,7 +334,7 @@ def test_decode_attention_around_every_boundary(device, seed, name, n):
 
 @on_each_device
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", ["int2-64-64", "int2-128-128", "oscar-64-0"])
+@pytest.mark.parametrize("name", ["plain-64-64", "plain-128-128", "oscar-64-0"])
 def test_decode_attention_around_every_boundary_of_a_window_that_is_not_emptied(device, seed, name, arch):
     """A tile goes round the ring's end where the window begins in its middle; two sequences of one warp may differ."""
     plan = attention.DecodePlan(2, 1, 4, 2, 5)

@@ -46,7 +46,7 @@ def steps(decoder, rows: list[list[int]]) -> list[list[int]]:
 
 
 @on_each_backend
-@pytest.mark.parametrize("kv", ["int2", "bf16", "int2-64-64"])
+@pytest.mark.parametrize("kv", ["int2", "bf16", "plain-64-64"])
 def test_a_step_that_was_thrown_away_is_taken_again(make, kv, tmp_path, seed, windows):
     """It had filled the window of row 0, and packed it; in row 1 it stood first in a window that was packed a step
     before."""
@@ -68,7 +68,7 @@ def test_a_step_that_was_thrown_away_is_taken_again(make, kv, tmp_path, seed, wi
 
 
 @on_each_backend
-@pytest.mark.parametrize("kv", ["int2", "bf16", "int2-64-64", "int2-128-128"])
+@pytest.mark.parametrize("kv", ["int2", "bf16", "plain-64-64", "plain-128-128"])
 def test_two_steps_that_were_thrown_away_leave_a_row_that_goes_on(make, kv, tmp_path, seed, windows):
     """An interrupt while the host waits for the first of them. In row 0 they do not come round the ring; in row 1 the
     first fills the window, the second then overwrites its oldest slot, and the row is left with what is packed."""

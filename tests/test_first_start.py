@@ -134,7 +134,7 @@ CASES = [  # scheme, lengths of the prompts, sampling, compute capability
     ("int2", [1], Sampling(), 80, {}),
     ("int2", [300], Sampling(0.8, top_p=0.9), 90, {}),
     ("int2", [140, 3, 9], Sampling(0.7, presence_penalty=0.5), 80, {}),
-    ("int2-shaped", [140], Sampling(), 80, {}),
+    ("k4v2", [140], Sampling(), 80, {}),
     ("bf16", [20], Sampling(1.0, top_k=5), 90, {}),
     ("bf16", [280], Sampling(), 90, MOE),
     ("int2", [20], Sampling(), 80, MOE),

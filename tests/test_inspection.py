@@ -205,8 +205,8 @@ def test_the_window_shows_on_a_real_model(found):
 
 
 def test_feedback_moves_errors_to_pairs_that_queries_weigh_least():
-    found = inspection.inspect("smollm2-135m", ["int2-shaped"], tokens=256, device="cpu")
-    effect = found["feedback"]["int2-shaped"]
+    found = inspection.inspect("smollm2-135m", ["int2"], tokens=256, device="cpu")
+    effect = found["feedback"]["int2"]
     plain, shaped, energy = (np.array(effect[name]["pairs"]) for name in ("plain", "shaped", "energy"))
     assert np.all(np.diff(energy) <= 0) and plain.mean() == pytest.approx(1, rel=0.01)
     assert shaped[:4].mean() < 0.8 * plain[:4].mean() and shaped[-8:].mean() > 1.2 * plain[-8:].mean()

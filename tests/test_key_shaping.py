@@ -22,7 +22,7 @@ from minioscar.quantized import from_plain
 from minioscar.weights import arrays, load, scale_keys
 
 from . import simt
-from .tiny import NEW_INT2, relative, write_model
+from .tiny import relative, write_model
 
 
 def model(tmp_path, **changes):
@@ -83,15 +83,15 @@ def test_pair_scales_go_half_way_to_equal_variance(seed):
 
 def test_a_shaped_engine_has_the_feedback_of_every_layer_and_others_have_none(tmp_path):
     folder, config, ops, weights = model(tmp_path)
-    prepared = load_engine(folder, "int2-shaped", "cpu", tokenizer=False).model.weights
+    prepared = load_engine(folder, "k4v2", "cpu", tokenizer=False).model.weights
     energy = key_statistics(weights, config, ops).energy
     for layer, table, heads in zip(prepared.layers, prepared.key_feedback, energy, strict=True):
         want = np.stack([feedback_matrix(head) for head in heads])
         # V is rotated in the engine's weights
         np.testing.assert_allclose(layer.key_feedback, want, atol=1e-4 * abs(want).max())
         assert np.shares_memory(layer.key_feedback, table)
-    assert load_engine(folder, "int2", "cpu", tokenizer=False).model.weights.layers[0].key_feedback is None
-    shaped = shape_keys(weights, config, SCHEMES["int2-shaped"], ops)
+    assert load_engine(folder, "oscar", "cpu", tokenizer=False).model.weights.layers[0].key_feedback is None
+    shaped = shape_keys(weights, config, SCHEMES["k4v2"], ops)
     assert shaped.layers[0].qkv is weights.layers[0].qkv and weights.layers[0].key_feedback is None
 
 
@@ -99,8 +99,8 @@ def test_feedback_of_scaled_keys_weighs_what_the_scaled_queries_are(tmp_path):
     """energy / s^2: measured again on the scaled weights it is the same."""
     _, config, ops, weights = model(tmp_path)
     statistics = key_statistics(weights, config, ops)
-    scales, feedback = shaping(statistics, NEW_INT2, config)
-    again = key_statistics(shape_keys(weights, config, NEW_INT2, ops), config, ops)
+    scales, feedback = shaping(statistics, SCHEMES["int2"], config)
+    again = key_statistics(shape_keys(weights, config, SCHEMES["int2"], ops), config, ops)
     np.testing.assert_allclose(again.energy, statistics.energy / scales**2, rtol=1e-3)
     np.testing.assert_allclose(again.variance, statistics.variance * scales**2, rtol=1e-3)
     np.testing.assert_allclose(feedback, feedback_matrix(again.energy), atol=1e-3 * abs(feedback).max())
@@ -118,7 +118,7 @@ def test_scaled_keys_leave_logits_as_they_were(tmp_path, family, in_place):
         return Model(config, of, SCHEMES["bf16"], ops).forward(ids, cache, cache.batch_for([0], [50]), every=True)
 
     want, untouched = logits(weights), [x.copy() for x in arrays(weights)]
-    scaled = shape_keys(weights, config, NEW_INT2, ops, in_place=in_place)
+    scaled = shape_keys(weights, config, SCHEMES["int2"], ops, in_place=in_place)
     assert relative(logits(scaled), want) < 1e-4
     old, new = weights.layers[0], scaled.layers[0]
     what = "k_norm" if config.qk_norm else "qkv"
@@ -153,7 +153,7 @@ def test_scales_of_a_back_end_in_bf16_are_nearly_those_of_float32(tmp_path):
     folder, config, ops, weights = model(tmp_path)
     other = Simt()
     scales = [
-        shaping(key_statistics(of, config, on), NEW_INT2, config).scales
+        shaping(key_statistics(of, config, on), SCHEMES["int2"], config).scales
         for of, on in ((weights, ops), (load(folder, config, other), other))
     ]
     np.testing.assert_allclose(scales[1], scales[0], rtol=0.01)
@@ -162,7 +162,7 @@ def test_scales_of_a_back_end_in_bf16_are_nearly_those_of_float32(tmp_path):
 def test_a_model_without_queries_or_keys_has_no_feedback_and_no_scales(tmp_path):
     _, config, ops, weights = model(tmp_path)
     weights.layers[0].qkv[:] = 0
-    scales, feedback = shaping(key_statistics(weights, config, ops), NEW_INT2, config)
+    scales, feedback = shaping(key_statistics(weights, config, ops), SCHEMES["int2"], config)
     assert (scales[0] == 1).all() and abs(feedback[0]).max() < 1e-12
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from minioscar.error_feedback import feedback_matrix
 from minioscar.evaluation import baselines as codebook
 from minioscar.oscar import SCHEMES
 
-from .tiny import key_feedback
+from .tiny import PLAIN_64, WINDOWS, key_feedback
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 12, 16, 20, 32, 64, 80, 96, 128, 160, 192, 256])
@@ -106,12 +108,11 @@ def test_unpack_undoes_pack(bits, seed):
 
 @pytest.mark.parametrize(
     ("name", "dim", "bits"),
-    [("bf16", 128, 16), ("kivi", 128, 3), ("quarot", 64, 3), ("oscar", 64, 3), ("int2", 128, 2.75), ("int4", 64, 5)]
+    [("bf16", 128, 16), ("kivi", 128, 3), ("quarot", 64, 3), ("oscar", 64, 3), ("int2", 128, 2.625), ("int4", 64, 5)]
     + [
         ("int2-compact", 128, 2.375),
         ("int2-compact", 96, 2.5),
-        ("int2-shaped", 64, 2.75),
-        ("int2-compact-shaped", 64, 2.375),
+        ("int2-long", 64, 2.25),
     ]
     + [("turboquant", 64, 2.25), ("turboquant", 128, 2.125), ("ott", 64, 3 + 3 * 16.0625 / 128)]
     + [
@@ -178,16 +179,16 @@ def shaped_error(energy: np.ndarray, seed: int, scheme) -> tuple[float, float]:
 def test_shaped_rounding_avoids_the_channels_that_queries_look_at(seed):
     """Half of the RoPE pairs weigh 3 or 30 times as much: 0.88 and 0.60 of the error, stable to 0.02 over seeds."""
     for ratio, bound in ((3.0, 0.92), (30.0, 0.65)):
-        shaped, plain = shaped_error(np.repeat([ratio, 1.0, ratio, 1.0], 16), seed, SCHEMES["int2-shaped"])
+        shaped, plain = shaped_error(np.repeat([ratio, 1.0, ratio, 1.0], 16), seed, WINDOWS["shaped"])
         assert shaped < bound * plain
 
 
 def test_shaped_rounding_with_equal_weights_or_no_feedback_is_plain_rounding(seed):
-    rng, scheme = np.random.default_rng(seed), SCHEMES["int2-compact-shaped"]
+    rng, scheme = np.random.default_rng(seed), replace(PLAIN_64, shaped=True)
     assert abs(feedback_matrix(np.ones(64))).max() < 1e-12
     keys = rng.standard_normal((2, 128, 64)).astype(np.float32)
     norms = oscar.token_norms(keys.swapaxes(0, 1))
-    plain = oscar.quantize_keys(keys, norms, SCHEMES["int2-compact"])
+    plain = oscar.quantize_keys(keys, norms, PLAIN_64)
     for a, b in zip(
         oscar.quantize_keys(keys, norms, scheme, feedback=np.zeros((2, 64, 64), np.float32)), plain, strict=True
     ):

@@ -205,7 +205,7 @@ def test_prefill_attention_over_the_grid_of_shapes(device, seed, d, group):
 @pytest.mark.parametrize(
     "name",
     ["int2", "int2-compact", "oscar", "int4", "kivi", "scaling", "k3v2", "k3v3", "k4v2", "k4v4"]
-    + ["int2-64-64", "int2-128-128", "compact-64-64"],
+    + ["plain-64-64", "plain-128-128", "plain-g64-64-64"],
 )
 @pytest.mark.parametrize("d", attention.HEAD_DIMS)
 def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
@@ -237,7 +237,7 @@ def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
 
 
 @on_each_device
-@pytest.mark.parametrize("name", ["int2-64-64", "int2-128-128"])
+@pytest.mark.parametrize("name", ["plain-64-64", "plain-128-128"])
 def test_unpack_of_rows_that_were_cut_takes_all_that_is_packed(device, seed, name):
     """Nothing is in the window of a row that was cut to its packed tokens; others of the batch have theirs."""
     scheme, rng, d, lengths = ALL[name], np.random.default_rng(seed), 64, (500, 129, 333)

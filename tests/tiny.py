@@ -19,16 +19,22 @@ from minioscar.error_feedback import feedback_matrix
 from minioscar.oscar import SCHEMES, Scheme
 from minioscar.weights import Layer, Weights, expected
 
-# Schemes with other windows than the paper's.
+# Schemes that nobody is offered: plain rounding with sinks and symmetric values, error feedback, and other windows.
+PLAIN = Scheme("plain", rotate=True, scale=True, shrink=0.9, symmetric_values=True, sinks=32)
+PLAIN_64 = replace(PLAIN, name="plain-g64", group=64, shrink=0.85, sinks=64)
 WINDOWS = {
     scheme.name: scheme
     for scheme in (
-        replace(SCHEMES["int2"], name="int2-64-64", flush=64, keep=64),
-        replace(SCHEMES["int2"], name="int2-128-128", flush=128, keep=128),
-        replace(SCHEMES["int2-compact"], name="compact-64-64", flush=64, keep=64),
+        PLAIN,
+        PLAIN_64,
+        replace(PLAIN, name="plain-64-64", flush=64, keep=64),
+        replace(PLAIN, name="plain-128-128", flush=128, keep=128),
+        replace(PLAIN_64, name="plain-g64-64-64", flush=64, keep=64),
         replace(SCHEMES["oscar"], name="oscar-64-0", flush=64),
-        replace(SCHEMES["int2"], name="int2-32-96", flush=32, keep=96, sinks=64),  # sinks come with two flushes
-        replace(SCHEMES["int2-shaped"], name="shaped-64-128", flush=64, keep=128),
+        replace(PLAIN, name="plain-32-96", flush=32, keep=96, sinks=64),  # sinks come with two flushes
+        replace(PLAIN, name="shaped", shaped=True),
+        replace(PLAIN, name="shaped-64-128", shaped=True, flush=64, keep=128),
+        replace(SCHEMES["int4"], name="shaped-int4", shaped=True),
     )
 }
 
@@ -127,16 +133,6 @@ def load(folder: Path, kv: str = "int2", device: str = "cpu") -> engine.Engine:
 def relative(got: np.ndarray, want: np.ndarray) -> float:
     """||got - want|| / ||want||."""
     return float(np.linalg.norm(got.astype(np.float32) - want) / np.linalg.norm(want))
-
-
-# What is to become of int2 and of int2-compact.
-NEW_INT2 = Scheme(
-    "new-int2", rotate=True, scale=True, shaped=True, pair_scaled=True, shrink=0.9, symmetric_values=True,
-    max_value_group=64, value_shrink=0.7, sinks=32, flush=64, keep=64,
-)  # fmt: skip
-NEW_COMPACT = replace(NEW_INT2, name="new-compact", group=64, shrink=0.85, sinks=64)
-NEW_LONG = replace(NEW_COMPACT, name="new-long", group=128, shrink=0.8, flush=128, keep=128)
-CANDIDATES = [NEW_INT2, NEW_COMPACT, NEW_LONG]
 
 
 def key_feedback(scheme: Scheme, heads: int, dim: int) -> np.ndarray | None:

@@ -34,6 +34,9 @@ from tools import texts
 
 WINDOWS, PREFILL, DECODE = 4, 1024, 512
 Array = np.ndarray
+# What ideas are measured beside: a window that is emptied, neither pairs of keys nor values scaled.
+PLAIN = Scheme("int2", rotate=True, scale=True, shrink=0.9, symmetric_values=True, sinks=32)
+SHAPED = replace(PLAIN, name="int2-shaped", shaped=True)
 
 
 # --- keys, rotated: float32 [kv_heads, tokens, d] -> the same, as read back
@@ -44,7 +47,7 @@ class Keys:
     """One way to keep keys. `bits` per element counts everything but the norms."""
 
     bits: float
-    scheme: Scheme = SCHEMES["int2"]
+    scheme: Scheme = PLAIN
     shaped: bool = False
     levels: tuple[float, ...] | None = None  # instead of 0, 1, 2, 3
     offset: int = 0  # tokens that share a mean, about which the groups are symmetric, instead of a minimum each
@@ -121,7 +124,7 @@ def eight_bits(step: Array, minimum: Array) -> tuple[Array, Array]:
 @dataclass
 class Values:
     bits: float
-    scheme: Scheme = SCHEMES["int2"]
+    scheme: Scheme = PLAIN
     levels: tuple[float, float] | None = None  # inner and outer, in the largest magnitude of the group
     least_squares: bool = False
     carried: float = 0.0  # share of a token's rounding error that is handed to the next token
@@ -253,7 +256,7 @@ class LabCache(PackedCache):
 
 
 def int2(**changes: Any) -> Scheme:
-    return replace(SCHEMES["int2"], **changes)
+    return replace(PLAIN, **changes)
 
 
 K, V = Keys(3), Values(2.5)
@@ -327,7 +330,7 @@ def balanced(weights, config: Config):
 
 
 # Rotated as the ideas are, not quantized.
-EXACT = replace(SCHEMES["int2-shaped"], name="exact", key_bits=16, value_bits=16, scale=False)
+EXACT = replace(SHAPED, name="exact", key_bits=16, value_bits=16, scale=False)
 
 
 def prefilled(engine: Engine, ids: list[int]) -> list[tuple[Array, Array]]:
@@ -365,12 +368,12 @@ def main() -> None:
     config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
     rotated = rotate_values(load(folder, config, ops), config, ops)
     shaped, other = (
-        shape_keys(weights, config, SCHEMES["int2-shaped"], ops) for weights in (rotated, balanced(rotated, config))
+        shape_keys(weights, config, SHAPED, ops) for weights in (rotated, balanced(rotated, config))
     )
     runs = [Engine(config, shaped, tokenizer, EXACT, ops), Engine(config, shaped, tokenizer, SCHEMES["oscar"], ops)]
     for name in args.ideas:
         keys, values, options = IDEAS[name]
-        scheme = replace(SCHEMES["int2-shaped"], name=name, sinks=options.get("sinks", 32))
+        scheme = replace(SHAPED, name=name, sinks=options.get("sinks", 32))
         lab = Lab(
             keys, values, **{option: value for option, value in options.items() if option not in ("sinks", "balance")}
         )

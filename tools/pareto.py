@@ -20,13 +20,10 @@ FAMILIES = {
     "OSCAR (Together), calibrated": ("#6a51a3", "D", ("oscar-cov",)),
     "llama.cpp, rotated": ("#b2182b", "s", ("q4_0",)),
     "OScaR, the paper": ("#0072b2", "o", ("oscar", "int4")),
-    "minioscar": ("#d55e00", "o", ("int2", "int2-compact", "k3v2", "k3v3", "k4v2", "k4v4")),
-    "minioscar, shaped": ("#009e73", "o", ("int2-shaped", "int2-compact-shaped")),
+    "minioscar": ("#d55e00", "o", ("int2", "int2-compact", "int2-long", "k3v2", "k3v3", "k4v2", "k4v4")),
 }
 LABELLED_BELOW = ("oscar", "ott", "rotation", "kvarn-2")
-LABELLED_LEFT = (
-    "int2-compact", "int2-compact-shaped", "turboquant", "quarot", "kivi", "rotation", "kvarn-2", "oscar-cov",
-)  # fmt: skip
+LABELLED_LEFT = "int2-compact", "turboquant", "quarot", "kivi", "rotation", "kvarn-2", "oscar-cov"
 
 
 def points() -> dict[str, dict[str, list[float]]]:

@@ -8,8 +8,8 @@ from typing import Any
 Flag = tuple[str, dict[str, Any]]  # its name and what argparse is to know of it
 
 SCHEMES = (
-    "bf16, kivi, quarot, rotation, scaling, oscar, int2, int2-compact, int2-shaped, int2-compact-shaped, k3v2, k3v3, "
-    "k4v2, k4v4, int4, ott, turboquant, kvarn-2, kvarn-k4v2, oscar-cov, q4_0"
+    "bf16, kivi, quarot, rotation, scaling, oscar, int2, int2-compact, int2-long, k3v2, k3v3, k4v2, k4v4, int4, ott, "
+    "turboquant, kvarn-2, kvarn-k4v2, oscar-cov, q4_0"
 )
 EXAMPLES = """examples:
   python -m minioscar generate smollm2-135m "The capital of France is" --raw
@@ -199,7 +199,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
     "inspect": ("token norms, spread inside groups, sinks and errors per scheme: a report with figures", [
         TEXT,
         number("--tokens", "of the text's beginning, a multiple of 128 (1024)", "N", 1024),
-        flag("--kv", f"schemes: {SCHEMES}", "A,B,C", default="kivi,rotation,scaling,oscar,int2,int2-shaped"),
+        flag("--kv", f"schemes: {SCHEMES}", "A,B,C", default="kivi,rotation,scaling,oscar,int2"),
         flag("--out", "folder for report.html and report.json (report)", "DIR", default="report"),
         DEVICE,
     ]),

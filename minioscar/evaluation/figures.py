@@ -16,7 +16,7 @@ COLORS = {
     "kivi": "#8c8c8c", "quarot": "#c9a227", "rotation": "#56b4e9", "scaling": "#e69f00", "oscar": "#0072b2",
     "int2": "#d55e00", "ott": "#a6761d", "turboquant": "#7570b3", "kvarn-2": "#1b7837", "kvarn-k4v2": "#7fbf7b",
     "oscar-cov": "#6a51a3", "q4_0": "#b2182b",
-    "int2-compact": "#cc79a7", "int2-shaped": "#009e73", "int2-compact-shaped": "#66c2a5", "int4": "#333333",
+    "int2-compact": "#cc79a7", "int2-long": "#66c2a5", "int4": "#333333",
     "k3v2": "#67000d", "k3v3": "#cb181d", "k4v2": "#a50f15", "k4v4": "#fb6a4a",
 }
 STEP_COLORS = dict(zip(STEPS, ("#8c8c8c", "#e69f00", "#56b4e9", "#0072b2"), strict=True))

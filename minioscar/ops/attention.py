@@ -173,10 +173,11 @@ def pack_bulk(
 
 def _pack_launch(name: str, heads: Heads, scheme: Scheme, grid: tuple[int, ...], args: tuple[Any, ...]) -> Launch:
     shared = feedback_bytes(scheme, heads.head_dim) if scheme.shaped else 0
-    return Launch("pack.cu", name, _pack_defines(scheme, heads.head_dim), grid, heads.head_dim, args, shared)
+    return Launch("pack.cu", name, pack_defines(scheme, heads.head_dim), grid, heads.head_dim, args, shared)
 
 
-def _pack_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
+def pack_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
+    """Of pack.cu."""
     return *layout_defines(scheme, head_dim), f"SHAPED={scheme.shaped:d}"
 
 
@@ -204,7 +205,7 @@ def fill_window(heads: Heads, scheme: Scheme, new: PrefillTokens, cache: dict[st
     window = cache["window_keys"], cache["window_values"]
     args = (new.keys, new.values, new.first_rows, new.slots, new.starts, new.counts, *window, *sizes)
     grid = heads.kv_heads, new.starts.shape[0]
-    return Launch("pack.cu", "fill_window", _pack_defines(scheme, heads.head_dim), grid, 256, args)
+    return Launch("pack.cu", "fill_window", pack_defines(scheme, heads.head_dim), grid, 256, args)
 
 
 # --- decode attention

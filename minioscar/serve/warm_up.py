@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..cache import Batch, Cache
+from ..batch import Batch
+from ..cache import Cache
 from ..decoding import Decoder
 from ..model import Model
 from ..ops.linear_batch import BATCH_TOKENS

@@ -135,7 +135,8 @@ struct Prefetch {
 // up: x, h; down: h, out, and the x that is added. FEW: logits and lengths; else what is in Many.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     experts(const bf16* x, const bf16* norm, const bf16* weight, const bf16* residual, const float* logits,
-            const int* lengths, const int* sorted, const int4* entries, const float* weights, Output* out, int tokens, int K, int N,
+            const int* lengths, const int* sorted, const int4* entries, const float* weights, Output* out,
+            int tokens, int K, int N,
             float eps) {
   extern __shared__ __align__(128) unsigned char smem[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, team = warp / TEAM_WARPS;

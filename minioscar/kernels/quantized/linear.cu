@@ -27,7 +27,8 @@ constexpr int WARPS = BLOCK_WARPS;
 
 constexpr int TILES = ROW_TILES * BRANCHES, ROWS = ROW_TILES * 16;  // tiles of 16 rows of a pass; its outputs
 constexpr int ROUND = WARPS * RUNS;                                 // runs of 64 k of all warps
-constexpr int STEPS = GROUP / 16, FOLDS = RUNS * 64 / GROUP, SCALE_LOADS = (FOLDS + Scales::GROUPS - 1) / Scales::GROUPS;
+constexpr int STEPS = GROUP / 16, FOLDS = RUNS * 64 / GROUP;
+constexpr int SCALE_LOADS = (FOLDS + Scales::GROUPS - 1) / Scales::GROUPS;
 constexpr int PASS_SUMS = WARPS * TILES * 16 * COLUMNS;
 constexpr int OUTPUTS = (ROWS * COLUMNS + THREADS - 1) / THREADS;  // of a thread
 static_assert(RUNS * 64 % GROUP == 0, "a warp has whole groups");
