@@ -244,14 +244,15 @@ def schemes() -> str:
         step = f"a scale a token and a channel, {step}" if isinstance(s, Kvarn) else step
         step = f"8 % clipped at each end, {step}" if isinstance(s, OscarCov) else step
         values = f"{'rotated, ' if s.rotate or isinstance(s, TurboQuant) else ''}{step}, groups of {s.value_group(128)}"
+        values += f", range x {s.value_shrink}" if s.value_shrink else ""
         values = values if s.key_bits == s.value_bits else f"{s.value_bits} bits; {values}"
-        kept = ["window"] + [f"first {s.sinks} tokens"] * bool(s.sinks)
+        kept = [f"newest {s.keep} … {s.ring - 1}"] + [f"first {s.sinks} tokens"] * bool(s.sinks)
         kept += [f"{s.outliers} tokens a block"] if isinstance(s, Ott) else []
         rows.append([f"`{name}`", keys, along, values, ", ".join(kept), f"{s.bits_per_element(128):.3f}"])
     lines = markdown(["`--kv`", "keys", "groups of keys", "values", "kept in BF16", "bits/element"], rows)
     lines += [
         "",
-        "At head_dim 128. The window is the newest 0 … 127 tokens. Norms, 4 bytes a token and layer, come on top.",
+        "At head_dim 128. Norms, 4 bytes a token and layer, come on top.",
     ]
     return "\n".join(lines)
 
