@@ -1,5 +1,5 @@
 """How fast a RoPE pair may turn a large key bias before two bits lose it: `python -m tools.bias_pairs >
-docs/results/bias-pairs.json`.
+docs/results/bias-pairs-smollm2-135m.json`.
 
 A bias of constant size in a pair that turns by f a token is no constant for a group of keys: it sweeps a range of about
 |bias| * f * group, and the levels of the group must cover that too. Here the keys of the first and of the last layer of
@@ -11,6 +11,7 @@ exactly.
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import numpy as np
@@ -26,7 +27,7 @@ from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, Scheme
 from tools.key_biases import FIRST, LAST
 
-KV, TOKENS, ASKING, EVERY = ("oscar", "int2", "int2-shaped", "int4"), 512, 64, 4
+TOKENS, ASKING, EVERY = 512, 64, 4
 
 
 def biased(k: np.ndarray, config: Config, pair: int, norm: float) -> np.ndarray:
@@ -47,20 +48,22 @@ def logit_error(q: np.ndarray, k: np.ndarray, scheme: Scheme, config: Config, sh
 
 
 def main() -> None:
-    e = engine.load("smollm2-135m", "bf16", "cpu")
-    weights, layers = e.model.weights, []
-    statistics = key_statistics(weights, e.config, e.ops)
-    shapings = {kv: shaping(statistics, SCHEMES[kv], e.config) for kv in KV}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kv", default="oscar,int2,int4")
+    schemes = [SCHEMES[name] for name in parser.parse_args().kv.split(",")]
+    e, layers, rows = engine.load("smollm2-135m", "bf16", "cpu"), [], []
+    statistics = key_statistics(e.model.weights, e.config, e.ops)
+    shapings = {scheme.name: shaping(statistics, scheme, e.config) for scheme in schemes}
     ids = e.tokenizer.encode(default_text())[:TOKENS]
-    record_attention_inputs(weights, e.config, e.ops, np.array(ids), layers.append)
-    rows, half = [], e.config.head_dim // 2
-    frequencies = e.config.rope.frequencies()
+    record_attention_inputs(e.model.weights, e.config, e.ops, np.array(ids), layers.append)
+    half, frequencies = e.config.head_dim // 2, e.config.rope.frequencies()
     for index, norm in ((0, FIRST), (e.config.num_layers - 1, LAST)):
         layer: AttentionInputs = layers[index]
         for pair in (None, *range(half - 1, -1, -EVERY)):
             k = layer.k if pair is None else biased(layer.k, e.config, pair, norm)
             errors = {
-                kv: logit_error(layer.q, k, SCHEMES[kv], e.config, shapings[kv].of_layer(index)) for kv in KV
+                scheme.name: logit_error(layer.q, k, scheme, e.config, shapings[scheme.name].of_layer(index))
+                for scheme in schemes
             }
             turn = None if pair is None else float(f"{frequencies[pair]:.4g}")  # radians a token
             errors = {kv: float(f"{error:.4g}") for kv, error in errors.items()}

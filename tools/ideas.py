@@ -367,9 +367,9 @@ def main() -> None:
     folder = hub.resolve(args.model)
     config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
     rotated = rotate_values(load(folder, config, ops), config, ops)
-    shaped, other = (
-        shape_keys(weights, config, SHAPED, ops) for weights in (rotated, balanced(rotated, config))
-    )
+    shaped = other = shape_keys(rotated, config, SHAPED, ops)
+    if any(IDEAS[name][2].get("balance") for name in args.ideas):
+        other = shape_keys(balanced(rotated, config), config, SHAPED, ops)
     runs = [Engine(config, shaped, tokenizer, EXACT, ops), Engine(config, shaped, tokenizer, SCHEMES["oscar"], ops)]
     for name in args.ideas:
         keys, values, options = IDEAS[name]

@@ -125,6 +125,64 @@ def needle() -> str:
     return part.table(load("needle-smollm2-135m")["needle"]) + "\n\nSmolLM2-135M; the haystack is the default text."
 
 
+def tool_calls() -> str:
+    """eval --tools --json."""
+    from minioscar.evaluation import tool_calls as part
+
+    return part.table(load("tools-smollm2-135m")["tools"]) + "\n\nSmolLM2-135M; the context is the default text."
+
+
+def bias_pairs() -> str:
+    """tools/bias_pairs.py."""
+    report = load("bias-pairs-smollm2-135m")
+    by_layer = {row["layer"]: row["norm"] for row in report["results"]}
+    names = list(report["results"][0]["errors"])
+    rows = []
+    for pair in dict.fromkeys(row["pair"] for row in report["results"]):
+        found = [row for row in report["results"] if row["pair"] == pair]
+        turn = "no bias" if pair is None else f"{found[0]['turn']:.1g}"
+        rows.append([turn, *(f"{row['errors'][name]:.2f}" for row in found for name in names)])
+    head = [f"layer {layer}, {norm}: `{name}`" for layer, norm in by_layer.items() for name in names]
+    note = (
+        f"Error of a logit in nats. SmolLM2-135M, {report['tokens']} tokens, a bias of the norm that Qwen2.5-7B has "
+        "there, in one RoPE pair of each kv head."
+    )
+    return "\n".join([*markdown(["radians a token", *head], rows), "", note])
+
+
+def texts() -> str:
+    """tools/texts.py: KL on texts that repeat themselves."""
+    report = load("texts-smollm2-135m")
+    names = [row["kv"] for rows in report["texts"].values() for row in rows[1:]]
+    by_text = {text: {row["kv"]: row for row in rows} for text, rows in report["texts"].items()}
+    rows = []
+    for text, found in by_text.items():
+        kls = ("{kl:.4f} ± {kl_se:.4f}".format(**found[name]) for name in dict.fromkeys(names))
+        rows.append([text, f"{found['bf16']['nll']:.2f}", *kls])
+    head = ["text", "NLL unquantized", *(f"`{name}`: KL" for name in dict.fromkeys(names))]
+    size = f"{report['prefill']:,} tokens prefilled, {report['decode']} decoded, {report['windows']} windows"
+    note = f"SmolLM2-135M ({report['device']}); {size}; where one token is repeated, each window has another one."
+    return "\n".join([*markdown(head, rows), "", note])
+
+
+def dither() -> str:
+    """tools/ideas.py on one token and on the default text: values that are dithered."""
+    reports = {text: load(f"ideas-{name}-smollm2-135m") for text, name in DITHER.items()}
+    by_text = [{row["kv"]: row for row in report["results"]} for report in reports.values()]
+    rows = []
+    for name in dict.fromkeys(name for found in by_text for name in found):
+        cells = ("{kl:.4f} ± {kl_se:.4f}".format(**found[name]) if name in found else "" for found in by_text)
+        rows.append([f"`{name}`" if name in SCHEMES else name, *cells])
+    sizes = "; ".join(
+        f"{text}: {r['prefill']:,} tokens prefilled, {r['decode']} decoded, {r['windows']} windows"
+        for text, r in reports.items()
+    )
+    return "\n".join([*markdown(["idea", *(f"{text}: KL" for text in reports)], rows), "", f"SmolLM2-135M. {sizes}."])
+
+
+DITHER = {"one token": "one-token", "default text": "dither"}
+
+
 def size() -> str:
     """du -sm of site-packages after pip install into an empty environment."""
     report = load("installed-size")
@@ -343,6 +401,10 @@ TABLES = {
     "ideas": ideas,
     "drift": drift,
     "needle": needle,
+    "tool_calls": tool_calls,
+    "bias_pairs": bias_pairs,
+    "texts": texts,
+    "dither": dither,
 }
 TABLES |= {"reading_weights": reading_weights, "reading_cache": reading_cache, "reading_step": reading_step}
 TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache, "soak": soak} | bench_tables.TABLES | weight_tables.TABLES
