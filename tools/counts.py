@@ -31,7 +31,7 @@ FLOORS = (
     ("quantized", "staging"),
     ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
     ("oscar", "causal_attention", "error_feedback", "hadamard", "rope"),
-    ("storage",),
+    ("storage", "formats"),
     ("errors", "checks", "tables", "machine", "version"),
 )
 
