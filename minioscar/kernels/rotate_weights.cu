@@ -3,10 +3,10 @@
 //   x[o, :, i] = H . x[o, :, i]
 //   x [outer, d, inner] bf16, `columns` = outer * inner; H the normalized Walsh-Hadamard matrix
 //
-// The rows of v_proj [kv_heads, d, hidden] (weights.rotate_values); where inner is 1, as for o_proj's columns, heads are
-// rows in memory and rotate_scale.cu has the kernel. grid (ceil(columns / 32)), 256 threads: a block keeps 32 columns in shared memory, channel
-// by channel, and all threads take each stage of the transform together. Float32, rounded to bf16 once. reads and
-// writes 2 B a number.
+// The rows of v_proj [kv_heads, d, hidden] (weights.rotate_values); where inner is 1, as for o_proj's columns, heads
+// are rows in memory and rotate_scale.cu has the kernel. grid (ceil(columns / 32)), 256 threads: a block keeps 32
+// columns in shared memory, channel by channel, and all threads take each stage of the transform together. Float32,
+// rounded to bf16 once. reads and writes 2 B a number.
 #include <cuda_bf16.h>
 #include "common.cuh"
 
