@@ -354,7 +354,7 @@ def load(
     words = Tokenizer(folder) if tokenizer else None
     if ctx is not None:
         memory.check(config, scheme, ops, 1, ctx, 1, memory.weight_bytes(config, scheme, ops))
-    loaded = for_scheme(load_weights(folder, config, ops, progress, fold=scheme.rotate), config, scheme, ops)
+    loaded = for_scheme(load_weights(folder, config, ops, progress, scheme.rotate), config, scheme, ops)
     loaded = shape_keys(loaded, config, scheme, ops, in_place=True, progress=progress)
     loaded = scheme.prepare(loaded, config, ops)
     ops.release()  # what was rotated or unpacked in them

@@ -61,7 +61,8 @@ class Reference:
             arrays = [tensor.array for tensor in tensors]
             if len({array.dtype for array in arrays}) > 1:  # float32 represents F16 and BF16 exactly
                 arrays = [array.astype(np.float32) for array in arrays]
-            joined = np.array(arrays[0] if len(arrays) == 1 else np.concatenate(arrays), dtype or self.dtype)
+            joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            joined = self.array(joined) if dtype is None else np.array(joined, dtype)
             advance(sum(array.nbytes for array in arrays))
             return joined
 
