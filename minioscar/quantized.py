@@ -3,8 +3,8 @@
     W[n, k] = (value(code[n, k]) - zero[n, g]) * scale[n, g] * row_scale[n]        g: the group of k
 
 A matrix is padded with codes 0 to tiles of 16 rows and runs of 64 columns. Lane 4r + c of a warp multiplies rows 2r
-and 2r + 1 of a tile and, of every 32 columns, 8c ... 8c + 7: two steps s of mma.m16n8k16, whose registers a0 ... a3 hold
-row 2r + i, columns 8c + 4s + 2p + {0, 1}, as a(2p + i). The same order of columns makes a lane's share of x 16
+and 2r + 1 of a tile and, of every 32 columns, 8c ... 8c + 7: two steps s of mma.m16n8k16, whose registers a0 ... a3
+hold row 2r + i, columns 8c + 4s + 2p + {0, 1}, as a(2p + i). The same order of columns makes a lane's share of x 16
 neighbouring bytes.
 
 Q4  codes uint32 [tiles][runs][32 lanes][4]: the word of step s of half h of a run is number 2h + s; nibble a of its low
