@@ -47,7 +47,11 @@ def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterato
 
 
 def label(launch: Launch) -> str:
-    """Its kernel; of a product also the numbers in and out of a token."""
+    """Its kernel; of a product also the numbers in and out of a token, and the kind of quantized weights."""
+    if launch.source.startswith("quantized/linear"):
+        _, size, rows = [int(a) for a in launch.args if isinstance(a, np.int32)][:3]
+        kind = next(define for define in launch.defines if define.startswith("KIND="))
+        return f"{launch.name} {size} to {rows} {kind[5:].lower()}"
     weight = weight_of(launch)
     return launch.name if weight is None else f"{launch.name} {weight.shape[-1]} to {weight.shape[-2]}"
 
@@ -73,6 +77,10 @@ def bytes_of(launch: Launch, cache: Cache, taken: float = 0.0) -> int:
     are taken, else its small arguments that are not the cache's."""
     if launch.name in CACHE:
         return cache.nbytes // len(cache.layers)
+    if launch.source.startswith("quantized/linear"):
+        arrays = arrays_of(launch)
+        codes = next(i for i, a in enumerate(arrays) if a.ndim > 3)
+        return sum(a.nbytes for a in arrays[codes : codes + 3])  # and scales, and those of rows
     if (weight := weight_of(launch)) is not None:
         return round(weight.nbytes * (taken / len(weight) if weight.ndim == 3 else 1))
     arrays = [cache.arrays, *(layer_cache.arrays for layer_cache in cache.layers)]  # of all layers (pack_step), of one

@@ -17,8 +17,9 @@ import numpy as np
 from benchmarks.cases import DENSE, PREFILLS, Case, Matrix, pairs
 from benchmarks.kernels import filled, random_bf16
 from benchmarks.measure import copies_of, graph_time
+from benchmarks.quantized import random_form
 from minioscar.cache import BF16
-from minioscar.ops import attention, linear, linear_batch, prefill, sample
+from minioscar.ops import attention, linear, prefill, sample
 from minioscar.ops.launch import Card, Launch, run
 from minioscar.sampling import RowSampling, Sampling
 
@@ -26,6 +27,7 @@ Array = Any
 HEADS = attention.Heads(32, 8, 128)
 VOCABULARY, EPS = 151936, 1e-6
 TOKENS = (1, 8, 48, 128, 256)
+FORMS = [("int4", 128), ("int4", 64), ("int8", 64), ("e4m3", 128)]
 SAMPLINGS = [
     ("greedy", Sampling()),
     ("top-k 40, top-p 0.9", Sampling(0.8, top_k=40, top_p=0.9)),
@@ -53,6 +55,7 @@ def measure(copy_rate: float, matmul_rate: float, quick: bool) -> Iterator[dict]
             )
         del weights
         cupy.get_default_memory_pool().free_all_blocks()
+    yield from quantized(copy_rate, quick)
     for name, sampling in SAMPLINGS[:1] if quick else SAMPLINGS:
         for batch in (1,) if quick else (1, 48, 256):
             us, spread = graph_time([drawing(sampling, batch, rng)])
@@ -81,29 +84,30 @@ def row(op: str, shape: str, tokens: int, us: float, spread: float, work: int, r
     }
 
 
-def products(matrix: Matrix, weights: list[Array], tokens: int, rng: Any) -> list[Callable[[], None]]:
-    """A launch for each copy of the weights; where linear.cu has no room the norm is a launch of its own, and
-    counted."""
-    card = Card.current()
+def products(matrix: Matrix, weights: list[Any], tokens: int, rng: Any) -> list[Callable[[], None]]:
+    """The launches for each copy of the weights; where the norm is a launch of its own, it is counted."""
+    made = linear.Products(cupy, Card.current())
     x, norm = random_bf16((tokens, matrix.size), rng), cupy.ones(matrix.size, BF16)
     width = matrix.rows // 2 if matrix.silu else matrix.rows
     out = cupy.empty((tokens, width), np.float32 if matrix.float32 else BF16)
     options = {"silu": matrix.silu, "residual": random_bf16((tokens, width), rng) if matrix.residual else None}
-    if linear.fits(tokens, matrix.size, matrix.norm, matrix.silu, card):
-        options |= {"norm": (norm, EPS)} if matrix.norm else {}
-        made = [(linear.linear(x, weight, out, card, **options),) for weight in weights]
-    else:
-        plan = linear_batch.batch_plan(tokens, matrix.size, matrix.rows, matrix.silu, card)
-        workspace, split_counter = cupy.empty(plan.workspace_floats, np.float32), cupy.zeros(plan.counters, np.int32)
-        scratch = linear_batch.Scratch(workspace, split_counter)
-        normed = cupy.empty_like(x)
-        before = (linear.rms_norm(x, norm, EPS, normed),) if matrix.norm else ()
-        made = [
-            (*before, linear_batch.linear_batch(normed if before else x, weight, out, plan, scratch, **options))
-            for weight in weights
-        ]
+    options["norm"] = (norm, EPS) if matrix.norm else None
+    return [together(made.launches(x, weight, out, **options)) for weight in weights]
 
-    return [together(launches) for launches in made]
+
+def quantized(copy_rate: float, quick: bool) -> Iterator[dict]:
+    """The products of DENSE with weights in 4 and 8 bits; their bytes are codes and scales."""
+    rng = cupy.random.default_rng(0)
+    for matrix in DENSE[:1] if quick else DENSE:
+        for kind, group in FORMS[:1] if quick else FORMS:
+            first = random_form(kind, matrix.rows, matrix.size, group, cupy, rng)
+            weights = [first, *(first.map(cupy.copy) for _ in range(copies_of(first.nbytes) - 1))]
+            for tokens in TOKENS[:1] if quick else TOKENS:
+                us, spread = graph_time(products(matrix, weights, tokens, rng))
+                op, shape = f"linear {kind} g{group}", f"{matrix.size} to {matrix.rows}: {matrix.name}"
+                yield row(op, shape, tokens, us, spread, first.nbytes, copy_rate)
+            del weights
+            cupy.get_default_memory_pool().free_all_blocks()
 
 
 def drawing(sampling: Sampling, batch: int, rng: Any) -> Callable[[], None]:

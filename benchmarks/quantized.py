@@ -21,6 +21,7 @@ from minioscar.formats import Format, Linear, Plain, read_config
 from minioscar.formats.plain import E4M3
 from minioscar.formats.rounding import MODES
 from minioscar.ops.reference import Reference
+from minioscar.quantized import Q4, Q8, Quantized
 from minioscar.storage.checkpoint import DTYPES
 from minioscar.weights import Layer, Weights, fold_values, quantize_head, quantize_layer
 
@@ -59,6 +60,19 @@ def random_matrix(of: Format, rows: int, columns: int, scale: float, ops: Refere
     deviation = float(np.sqrt((E4M3[0x20:0x40] ** 2).mean()))
     spread = xp.full((rows, groups), scale / deviation, xp.float32)
     return ops.quantized(Plain("e4m3", codes, spread, None, group, np.dtype(BF16)))
+
+
+def random_form(kind: str, rows: int, columns: int, group: int, xp: Any, rng: Any) -> Quantized:
+    """Random bits in the form that kernels read, without a plain form before; rows a multiple of 16."""
+    form, tiles, runs, groups = Q4 if kind == "int4" else Q8, rows // 16, columns // 64, columns // group
+    shape = (tiles, runs, 32, 4) if kind == "int4" else (tiles, runs, 2, 32, 4)
+    codes = rng.integers(0, 1 << 32, shape, dtype=np.uint32)
+    row_scale = xp.full(rows, 0.2 * columns**-0.5, np.float32)
+    if kind == "e4m3":
+        codes &= np.uint32(0xBBFFBBFF)  # numbers below 2, none that is no number
+        return form(kind, (rows, columns), group, codes, xp.ones((tiles, groups), np.float32), row_scale)
+    words = np.uint32(0x3C00 | (0x4800 if kind == "int4" else 0x5800) << 16)  # scale 1, zero 8 or 128
+    return form(kind, (rows, columns), group, codes, xp.full((tiles, groups, 16), words), row_scale)
 
 
 def of_layer(layer: Layer, config: Config, rotates: bool, ops: Reference) -> Layer:

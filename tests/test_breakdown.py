@@ -15,7 +15,7 @@ from minioscar.ops.launch import Address, Launch, TensorMap
 from minioscar.sampling import RowSampling
 
 from .test_cuda_backend import SIMULATED, _simulated, _simulated_hopper
-from .test_decode_step import of_backend
+from .test_decode_step import nearest, of_backend, of_matrices
 from .tiny import MOE, write_model
 
 SHAPE = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 192}  # no two matrices of the same
@@ -60,6 +60,25 @@ def test_products_are_named_by_their_shape_and_count_their_matrix_attention_its_
             assert 0 < bytes_of(launch, cache) < 1 << 20, name
     assert sum(found[shape] for shape in matrices) == 4 * config.num_layers + 1
     assert sum(count for name, count in found.items() if name.startswith("decode_attention")) == config.num_layers
+
+
+@SIMULATED
+@pytest.mark.parametrize("rows", [1, 20])
+def test_products_of_quantized_weights_are_named_by_kind_and_count_codes_and_scales(rows, tmp_path):
+    _, engine, ops = of_backend(_simulated, write_model(tmp_path / "m", 3, **SHAPE), "bf16")
+
+    def codes(x):
+        return ops.quantized(nearest(np.asarray(x, np.float32), "int4")).map(ops.xp.asarray)
+
+    weights = engine.model.weights = of_matrices(engine.model.weights, codes)
+    cache = Cache(engine.config, engine.scheme, rows, 256, ops)
+    recorded = StepDecoder(engine.model, cache, [RowSampling()] * rows, replay="launches").work.recorded.launches
+    found = {label(launch): bytes_of(launch, cache) for launch in recorded if launch.name.startswith("linear")}
+    matrices = (weights.head, *(getattr(weights.layers[0], name) for name in ("qkv", "o", "gate_up", "down")))
+    for matrix in matrices:
+        rows_and_columns = f"{matrix.shape[1]} to {matrix.shape[0]} int4"
+        assert [size for name, size in found.items() if name.endswith(rows_and_columns)] == [matrix.nbytes]
+    assert len(found) == len(matrices)
 
 
 @SIMULATED

@@ -152,9 +152,10 @@ def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
             ("normed", 6144, {"norm": norm}), ("silu", 24576, {"norm": norm, "silu": True}), ("plain", 4096, {}),
             ("float32", 151936, {"norm": norm}),
         ):
-            weight = (Q4 if kind == "int4" else Q8)(kind, (rows, 4096), group, out, out, out)
+            size = 12288 if label == "plain" else 4096
+            weight = (Q4 if kind == "int4" else Q8)(kind, (rows, size), group, out, out, out)
             y = np.empty((1, 1), np.float32 if label == "float32" else np.uint16)
-            launch = quantized.linear(np.empty((1, 4096)), weight, y, card, **options)
+            launch = quantized.linear(np.empty((1, size)), weight, y, card, **options)
             found[f"quantized linear {kind} g{group} {label}"] = launch
         found[f"dequantize {kind}"] = quantized.dequantize(weight, out)
     return found

@@ -141,7 +141,7 @@ PARTS = [
 SMALLS = [
     ("int4", 128, 1, 640, 96), ("int4", 64, 3, 200, 64), ("int4", 32, 8, 1056, 32), ("int4", 320, 5, 320, 160),
     ("int4", 256, 7, 2560, 32), ("int8", 128, 2, 640, 96), ("int8", 72, 8, 72, 64), ("int8", 32, 4, 576, 32),
-    ("e4m3", 128, 6, 640, 288), ("e4m3", 1056, 1, 1056, 64), ("e4m3", 128, 8, 2304, 32),
+    ("e4m3", 128, 6, 640, 288), ("e4m3", 1056, 1, 1056, 64), ("e4m3", 128, 8, 2304, 32), ("int4", 128, 2, 6144, 64),
 ]
 
 
@@ -213,13 +213,13 @@ def test_a_back_end_multiplies_any_number_of_tokens(make, kind, tokens, parts, s
 
 def test_what_does_not_fit_is_refused(seed):
     rng = np.random.default_rng(seed)
-    weight = matrix(rng, "int4", 48, 4096, 128)
-    out, norm = np.empty((8, 48), BF16), (np.empty(4096, BF16), EPS)
-    for tokens, capability, silu in ((9, 90, False), (8, 80, True), (0, 90, False)):
-        assert not quantized.fits(tokens, weight, True, silu, Card(132, capability))
+    weight, out = matrix(rng, "int4", 48, 12288, 128), np.empty((8, 48), BF16)
+    for tokens, capability, silu in ((9, 90, False), (8, 80, False), (4, 89, False), (0, 90, False), (1, 90, True)):
+        assert not quantized.fits(tokens, weight, False, silu, Card(132, capability))
         with pytest.raises(ValueError, match="do not fit"):
-            quantized.linear(np.empty((tokens, 4096), BF16), weight, out, Card(132, capability), norm=norm, silu=silu)
-    assert quantized.fits(8, weight, True, False, Card(132, 80))
+            quantized.linear(np.empty((tokens, 12288), BF16), weight, out, Card(132, capability), silu=silu)
+    for tokens, capability in ((8, 90), (6, 80), (3, 89)):
+        assert quantized.fits(tokens, weight, False, False, Card(132, capability))
 
 
 @on_the_card

@@ -19,18 +19,26 @@ ONE_GROUP = 31  # the shift of a column to its group where a row has one
 
 
 def split(weight: Quantized) -> tuple[int, int]:
-    """Warps of a block, which split k, and runs of 64 columns that each has in a round: as many as have codes to load
-    in at least three fifths of a row. Kind and columns alone decide, since it is the order of sums."""
+    """Warps of a block, which split k, and runs of 64 columns that each has in a round: as many as fit into registers
+    and have codes to load in most rounds. Kind, group and columns alone decide, since it is the order of sums."""
     runs, most = -(-weight.shape[1] // RUN), 4 if weight.kind == "int8" else 8
-    choices = (WARPS, most), (WARPS // 2, most)
-    return next((c for c in choices if runs / (-(-runs // math.prod(c)) * math.prod(c)) >= 0.6), (WARPS // 2, 4))
+
+    def used(choice: tuple[int, int]) -> float:
+        return runs / (-(-runs // math.prod(choice)) * math.prod(choice))
+
+    if weight.kind == "int4" and weight.group >= MOST_COLUMNS and used((WARPS, 12)) > 0.9:
+        return WARPS, 12
+    return next((c for c in ((WARPS, most), (WARPS // 2, most)) if used(c) >= 0.6), (WARPS // 2, 4))
 
 
 def row_tiles(weight: Quantized, norm: bool, silu: bool, card: Card) -> int:
     """Tiles of 16 rows of a pass: of those whose codes and sums fit into registers the number that leaves the fewest
     multiprocessors idle; where several do, the largest, which loads x least often."""
-    warps, columns = split(weight)[0], min(weight.group, MOST_COLUMNS)
-    most = 1 if silu else 3 if norm and weight.kind == "int4" and columns == MOST_COLUMNS else 2
+    (warps, runs), columns = split(weight), min(weight.group, MOST_COLUMNS)
+    older, is_int4 = card.capability < 100, weight.kind == "int4"  # the compiler takes more registers for newer ones
+    most = 1 if silu or is_int4 and (columns == 32 or runs == 12 and not older) else 2
+    if not silu and is_int4 and columns == MOST_COLUMNS and runs < 12 and older:
+        most = 3
     tiles, slots = -(-weight.shape[0] // (ROWS * (2 if silu else 1))), card.multiprocessors * (WARPS // warps)
 
     def used(n: int) -> float:
@@ -44,7 +52,7 @@ def _shared_bytes(tokens: int, weight: Quantized, norm: bool, silu: bool, card: 
     tiles = row_tiles(weight, norm, silu, card) * (2 if silu else 1)
     size = weight.shape[1]
     sums = 2 * tiles * split(weight)[0] * ROWS * LINEAR_TOKENS * 4
-    return sums + (tokens * (-(-size // 64) * 128 + 64) if norm else 0)
+    return sums + tokens * (-(-size // 64) * 128 + 64)
 
 
 def fits(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> bool:

@@ -11,13 +11,13 @@
 // The time is that of the weights, 4.25 or 8.25 bits each (groups of 128), read once for all tokens. A block has
 // ROW_TILES * 16 rows (of gate and of up) at a time; its warps split k, RUNS neighbouring runs of 64 each in a round;
 // their sums meet in shared memory. A lane keeps the codes of a whole round in registers and loads those of the next
-// as soon as they are used, across the ends of passes, from before the previous launch has ended: 64 to 96 KB a
-// multiprocessor are in flight. Scales are loaded a round ahead, those of four groups at once, one by each lane of
-// four. x comes from L2, normed it is in shared memory, as in linear.cu.
-// Instructions of a warp for 16 rows and 64 k (a multiprocessor has 122 issue slots in the time of their bytes): 4 bits
-// 20 conversions, 4 MMA, fold 10, and a ROW_TILES-th of x: 2 loads, 4 MMA, without NORM 8 multiplications.
-// grid: any number of blocks, WARPS * 32 threads, 16 warps a multiprocessor; dynamic shared memory: NORM: M rows of
-// x'; two passes' sums.
+// as soon as they are used, across the ends of passes, from before the previous launch has ended: 8 warps, which have
+// 255 registers each, have 64 to 128 KB in flight. Scales are loaded a round ahead, those of two (four) groups at once,
+// by the lanes that share a row. x' is in shared memory, rows 64 B past a line apart (linear.cu).
+// Instructions of a warp for 16 rows and 64 k in 4 bits, groups of 128: 20 conversions, 4 MMA, 10 for load and fold,
+// and a ROW_TILES-th of 2 loads and 4 MMA for x. An H200 has 122 issue slots in the time of their 544 bytes.
+// grid: any number of blocks, WARPS * 32 threads, 8 warps a multiprocessor; dynamic shared memory: M rows of x', two
+// passes' sums.
 //
 // Set by -D: BLOCK_WARPS, NORM, ROW_TILES, RUNS, GROUP (k whose sum is scaled at once: 32, 64, 128), KIND, and the
 // macros of linear.cuh.
@@ -61,13 +61,21 @@ struct Prefetch {
   }
 };
 
+// x to shared memory, as norm_x leaves it.
+DEVICE void copy_x(unsigned char* to, int stride, const bf16* x, int tokens, int K) {
+  for (int i = threadIdx.x; i < K / 8; i += THREADS)
+    for (int m = 0; m < tokens; m++)
+      *(uint4*)(to + m * stride + 16 * i) = ScaledX()(*(const uint4*)(x + (size_t)m * K + 8 * i));
+  __syncthreads();
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS)
     linear(const bf16* x, const bf16* norm, const uint4* codes, const uint32_t* scales, const float* row_scale,
            const bf16* bias, const bf16* residual, Output* out, int tokens, int K, int N, int shift, float eps) {
   extern __shared__ __align__(128) unsigned char smem[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const int rows = N / BRANCHES, stride = (K * 2 + 127) / 128 * 128 + 64;
-  float* sum_buffers = (float*)(smem + (NORM ? tokens * stride : 0));  // [2][WARPS][BRANCHES][ROWS][COLUMNS]
+  float* sum_buffers = (float*)(smem + tokens * stride);  // [2][WARPS][BRANCHES][ROWS][COLUMNS]
   Prefetch prefetch = {codes, scales, rows, K, shift};
   const int runs = prefetch.runs();
   uint4 w[RUNS][TILES][LOADS];
@@ -83,14 +91,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS)
   uint4 norm_first = make_uint4(0, 0, 0, 0);
   if (NORM) load_once(norm_first, norm + 8 * threadIdx.x, threadIdx.x < K / 8);
   wait_then_allow_next();
-  if (NORM) norm_x(smem, stride, sum_buffers, x, norm, norm_first, eps, tokens, K, ScaledX());
-  const bf16* own_x = NORM ? (const bf16*)(smem + r * stride) : x + (size_t)r * K;  // this lane's token
-  const int own_end = r < tokens ? K : 0;
-  auto load_x = [&](uint4 (&b)[2], int run) {
-    const int k = run * 64 + 8 * c;
-    UNROLL for (int h = 0; h < 2; h++)
-      b[h] = k + 32 * h < own_end ? *(const uint4*)(own_x + k + 32 * h) : make_uint4(0, 0, 0, 0);
-  };
+  if (NORM)
+    norm_x(smem, stride, sum_buffers, x, norm, norm_first, eps, tokens, K, ScaledX());
+  else
+    copy_x(smem, stride, x, tokens, K);
   bool odd = false;
   for (int pass = blockIdx.x; pass * ROWS < rows; pass += gridDim.x, odd = !odd) {
     // Two buffers: a pass's sums are read while the next ones are written; a barrier comes before the ones after that.
@@ -112,10 +116,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS)
       prefetch.seek(last ? pass + gridDim.x : pass, last ? 0 : round + ROUND, next_scales);
       float sum[TILES][4], x_sum[4];  // of a group
       UNROLL for (int j = 0; j < RUNS; j++) {
-        compiler_barrier();  // x of later runs would take registers
         uint4 b[2];
-        load_x(b, round + warp * RUNS + j);
-        UNROLL for (int h = 0; !NORM && h < 2; h++) b[h] = ScaledX()(b[h]);
+        UNROLL for (int h = 0; h < 2; h++) {
+          const int k = (round + warp * RUNS + j) * 64 + 32 * h + 8 * c;
+          b[h] = r < tokens && k < K ? *(const uint4*)(smem + r * stride + 2 * k) : make_uint4(0, 0, 0, 0);
+        }
         UNROLL for (int s = 0; s < 4; s++) {
           const int step = 4 * j + s, fold = step / STEPS;
           const bool begins = step % STEPS == 0, ends = step % STEPS == STEPS - 1;
