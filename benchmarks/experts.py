@@ -66,7 +66,7 @@ def launches(layer: SimpleNamespace, tokens: int, rng: Any) -> dict[str, list]:
             of_pairs = x
             if choices.of_warpgroups:
                 of_pairs = cupy.empty((len(h), HIDDEN), BF16)
-                made["gather"] = [experts.gather(x, choices, e, of_pairs)]
+                made["gather"] = [experts.gather(x, choices, e, of_pairs, h)]
             up, down = Product(of_pairs, layer.gate_up, h, True), Product(h, layer.down, parts, False)
         made |= {"experts up": [up.launch(choices, e, card)], "experts down": [down.launch(choices, e, card)]}
         made |= {} if parts is None else {"combine": [experts.combine(parts, x, e)]}

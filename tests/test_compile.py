@@ -122,14 +122,14 @@ def linear_launches(card: Card, everything: bool) -> dict[str, Launch]:
 
 
 def expert_launches(card: Card) -> dict[str, Launch]:
-    """Of Qwen3-30B-A3B: few tokens, tiles of 8 and of 16 pairs, and where there are warpgroups a prompt."""
+    """Of Qwen3-30B-A3B: few tokens, tiles of 8 and of 16 pairs, and where there are warpgroups of 128."""
     found, e = {}, Experts(128, 8, True)
 
     def blank(dtype: type, *shape: int) -> np.ndarray:
         return np.broadcast_to(dtype(0), shape)
 
     gate_up, down = blank(np.uint16, 128, 1536, 2048), blank(np.uint16, 128, 2048, 768)
-    for tokens in (8, 48, 256, *((600,) if card.capability == 90 else ())):
+    for tokens in (8, 48, 128, 256):  # 256: on compute capability 9.0 by warpgroups
         x, h, logits = blank(np.uint16, tokens, 2048), blank(np.uint16, tokens * 8, 768), blank(np.float32, tokens, 128)
         choices = logits
         if tokens > experts.FEW:
@@ -139,7 +139,7 @@ def expert_launches(card: Card) -> dict[str, Launch]:
         up = experts.Product(x, gate_up, h, True, norm=(x, 0.0))
         for what, product in (("up", up), ("down", experts.Product(h, down, out, False, residual=x))):
             found[f"experts {what} of {tokens}"] = product.launch(choices, e, card)
-    found["gather"], found["combine"] = experts.gather(x, choices, e, h), experts.combine(out, x, e)
+    found["gather"], found["combine"] = experts.gather(x, choices, e, h, h), experts.combine(out, x, e)
     return found
 
 

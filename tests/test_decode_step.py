@@ -185,6 +185,7 @@ MANY_ROWS = [
     pytest.param(_simulated, 10, {}, id="10-simt", marks=SIMULATED),
     pytest.param(_simulated, 10, MOE, id="10-experts-simt", marks=SIMULATED),
     pytest.param(_simulated_hopper, 40, {}, id="40-90-simt", marks=SIMULATED),
+    pytest.param(_simulated_hopper, 40, MOE, id="40-experts-90-simt", marks=SIMULATED),
     *(pytest.param(_card, rows, {}, id=f"{rows}-cuda", marks=pytest.mark.gpu) for rows in (10, 40, 150)),
     *(pytest.param(_card, rows, MOE, id=f"{rows}-experts-cuda", marks=pytest.mark.gpu) for rows in (10, 40, 256)),
 ]

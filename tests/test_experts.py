@@ -123,7 +123,7 @@ def run(
         launches += routes.launches(there["logits"], e, lengths)
         if routes.of_warpgroups:
             normed, given = device.empty((len(parts), case.hidden), BF16), normed
-            launches += [experts.gather(given, routes, e, normed)]
+            launches += [experts.gather(given, routes, e, normed, h)]
         launches += [Product(normed, there["gate_up"], h, True).launch(routes, e, card)]
         launches += [Product(h, there["down"], parts, False).launch(routes, e, card)]
         launches += [experts.combine(parts, there["x"], e, lengths)]
@@ -246,12 +246,12 @@ def test_experts_with_more_pairs_than_a_tile_has_columns(device, seed, tokens, c
 
 
 @on_each_device
-@pytest.mark.parametrize("tokens", [5, 20])
-def test_rows_that_are_not_in_use_take_no_experts(device, seed, tokens):
-    case, used = Case(Experts(10, 3, True), tokens, 64, 40, seed), np.array([1, 4])
+@pytest.mark.parametrize(("tokens", "arch"), [(5, 80), (20, 80), (30, 90)])
+def test_rows_that_are_not_in_use_take_no_experts(device, seed, tokens, arch):
+    case, used, card = Case(Experts(10, 3, True), tokens, 64, 40, seed), np.array([1, 4]), Card(3, arch)
     lengths = np.full(tokens, -1, np.int32)
     lengths[used] = 0, 7
-    got, all_used = run(device, case, lengths=device.array(lengths)), run(device, case)
+    got, all_used = run(device, case, card, lengths=device.array(lengths)), run(device, case, card)
     assert np.array_equal(got["y"][used], all_used["y"][used])
     others = np.setdiff1d(np.arange(tokens), used)
     assert np.array_equal(got["y"][others], case.x[others]) and not np.array_equal(got["y"], all_used["y"])
@@ -259,7 +259,7 @@ def test_rows_that_are_not_in_use_take_no_experts(device, seed, tokens):
         taken = case.routes()[0][used]
         assert got["entries"][:, 2].sum() == 6 and set(got["entries"][:, 0]) == set(taken.reshape(-1))
     lengths[:] = -1
-    assert np.array_equal(run(device, case, lengths=device.array(lengths))["y"], case.x)
+    assert np.array_equal(run(device, case, card, lengths=device.array(lengths))["y"], case.x)
 
 
 @on_each_device
@@ -309,6 +309,9 @@ def test_experts_of_a_prompt_on_warpgroups_are_those_of_float64(device, seed, e,
     got = run(device, case, HOPPER)
     assert got["columns"] == experts.WGMMA_PAIRS
     check(case, got)
+    alone = run(device, case.rows(slice(100, 150)), HOPPER)  # with other neighbours
+    assert alone["columns"] == experts.WGMMA_PAIRS
+    assert np.array_equal(got["y"][100:150], alone["y"])
 
 
 QWEN3_30B = Experts(128, 8, True)

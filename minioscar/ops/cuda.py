@@ -217,10 +217,10 @@ class Cuda(Reference):
         routes = experts.Routes.allocate(self.xp, len(x), e, self.card)
         for launch in routes.launches(self._router_logits(normed, layer.router), e, lengths):
             self.run(launch)
-        if routes.of_warpgroups:
-            normed, given = self.xp.empty((len(routes.chosen), x.shape[1]), self.dtype), normed
-            self.run(experts.gather(given, routes, e, normed))
         h = self.xp.empty((len(routes.chosen), config.intermediate_size), self.dtype)
+        if routes.of_warpgroups:
+            normed, given = self.xp.empty((len(h), x.shape[1]), self.dtype), normed
+            self.run(experts.gather(given, routes, e, normed, h))
         parts = self.xp.empty((len(h), config.hidden_size), np.float32)
         self.run(Product(normed, layer.gate_up, h, True).launch(routes, e, self.card))
         self.run(Product(h, layer.down, parts, False).launch(routes, e, self.card))

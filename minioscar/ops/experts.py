@@ -10,7 +10,6 @@ import numpy as np
 
 from ..cache import BF16
 from .launch import Card, Launch, TensorMap
-from .linear_batch import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from ..config import Config, Experts
@@ -22,6 +21,7 @@ MOST_PER_TOKEN = 32  # a lane of route.cuh keeps one choice
 WIDE_PAIRS = 4  # on average an expert has more pairs: up to 16 of them share a reading of its weights then, else 8
 EXPERT_TOKENS = 8192  # whose pairs are in memory at once
 WGMMA_PAIRS, WGMMA_ROWS = 128, 256  # of an item of sm90/experts.cu
+MANY_PAIRS = 8  # on average an expert has more pairs: on compute capability 9.0 warpgroups take them
 
 
 def unsupported(config: Config) -> str | None:
@@ -68,7 +68,7 @@ class Routes:
     @classmethod
     def allocate(cls, xp: Any, tokens: int, e: Experts, card: Card) -> Routes:
         pairs = tokens * e.per_token
-        columns = WGMMA_PAIRS if uses_wgmma(tokens, card) else 16 if pairs > WIDE_PAIRS * e.count else 8
+        columns = WGMMA_PAIRS if uses_wgmma(pairs, e, card) else 16 if pairs > WIDE_PAIRS * e.count else 8
         chosen, ordered, entries = (xp.empty(shape, np.int32) for shape in (pairs, pairs, _entries(pairs, columns, e)))
         return cls(chosen, xp.empty(pairs, np.float32), ordered, entries, columns)
 
@@ -83,8 +83,8 @@ class Routes:
         ]
 
 
-def uses_wgmma(tokens: int, card: Card) -> bool:
-    return card.capability == 90 and tokens > BATCH_TOKENS
+def uses_wgmma(pairs: int, e: Experts, card: Card) -> bool:
+    return card.capability == 90 and pairs > MANY_PAIRS * e.count
 
 
 def _entries(pairs: int, columns: int, e: Experts) -> tuple[int, int]:
@@ -166,9 +166,10 @@ class Product:
         return Launch("sm90/experts.cu", "experts", defines, (card.multiprocessors,), threads, args, shared)
 
 
-def gather(x: Array, routes: Routes, e: Experts, out: Array) -> Launch:
-    """The tokens of the pairs by expert: x bf16 [tokens, n], out bf16 [pairs, n], n a multiple of 8."""
-    args = x, routes.sorted, out, np.int32(x.shape[1])
+def gather(x: Array, routes: Routes, e: Experts, out: Array, h: Array) -> Launch:
+    """The tokens of the pairs by expert: x bf16 [tokens, n], out bf16 [pairs, n], n a multiple of 8; 0 in out and in h
+    where a pair's row is not in use."""
+    args = x, routes.sorted, out, h, np.int32(x.shape[1]), np.int32(h.shape[1])
     return Launch("experts/route.cu", "gather", _defines(e), (len(out),), 128, args)
 
 
@@ -187,5 +188,5 @@ def work_bytes(config: Config, tokens: int, card: Card) -> int:
     if are_few(tokens, c, card):
         return logits + h
     routes = 12 * pairs + 16 * (e.count + pairs // 8)
-    rows = tokens + pairs * uses_wgmma(tokens, card)  # normed; and by expert
+    rows = tokens + pairs * uses_wgmma(pairs, e, card)  # normed; and by expert
     return logits + h + routes + BF16.itemsize * rows * c.hidden_size + 4 * pairs * c.hidden_size

@@ -6,9 +6,10 @@
 // sort: the pairs by expert (a counting sort), and the list of what the products have to do: entry i says that `count`
 //   pairs, sorted[first] ..., at most `columns`, take one expert. sorted int [pairs]; entries int4: the number of
 //   entries in [0].x, then (expert, first, count, 0), at most EXPERTS + pairs / columns. Pairs of one expert stand in
-//   any order: every result is of one pair alone. grid (1), 512 threads.
-// gather: to[i] = x[sorted[i] / TOP_K], the tokens in the order of the pairs. x bf16 [tokens][K], to bf16 [pairs][K],
-//   K a multiple of 8. grid (pairs), 128 threads.
+//   any order: every result is of one pair alone; -1 behind the last. grid (1), 512 threads.
+// gather: to[i] = x[sorted[i] / TOP_K], the tokens in the order of the pairs. x bf16 [tokens][K], to bf16 [pairs][K];
+//   where there is no pair, 0, and in h [pairs][N], too: sm90/experts.cu reads past the last. K, N multiples of 8.
+//   grid (pairs), 128 threads.
 // combine: y[t] = x[t] + sum_s parts[t * TOP_K + s], s ascending, float32, rounded once. x, y bf16 [tokens][N] (the
 //   same array or two), parts float32 [pairs][N], N a multiple of 8. Rows that are not in use are left as they are.
 //   grid (tokens, ceil(N / 2048)), 256 threads.
@@ -62,18 +63,24 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   if (e < EXPERTS) next[e] = first;
   for (int i = 0; i < own_entries; i++)
     entries[1 + entry + i] = make_int4(e, first + i * columns, min(columns, count - i * columns), 0);
-  if (e == 511) entries[0] = make_int4(entry + own_entries, 0, 0, 0);
+  if (e == 511) {
+    entries[0] = make_int4(entry + own_entries, 0, 0, 0);
+    for (int p = first + count; p < pairs; p++) sorted[p] = -1;
+  }
   __syncthreads();
 #pragma unroll 4
   for (int p = e; p < pairs; p += 512)
     if (const int taken = chosen[p]; taken >= 0) sorted[atomicAdd(&next[taken], 1)] = p;
 }
 
-extern "C" __global__ void __launch_bounds__(128) gather(const bf16* x, const int* sorted, bf16* to, int K) {
+extern "C" __global__ void __launch_bounds__(128)
+    gather(const bf16* x, const int* sorted, bf16* to, bf16* h, int K, int N) {
   wait_then_allow_next();
-  const uint4* from = (const uint4*)(x + (size_t)(sorted[blockIdx.x] / TOP_K) * K);
-  uint4* row = (uint4*)(to + (size_t)blockIdx.x * K);
-  for (int i = threadIdx.x; i < K / 8; i += 128) row[i] = from[i];
+  const int pair = sorted[blockIdx.x];
+  uint4 *row = (uint4*)(to + (size_t)blockIdx.x * K), *h_row = (uint4*)(h + (size_t)blockIdx.x * N);
+  const uint4 *from = (const uint4*)(x + (size_t)(max(pair, 0) / TOP_K) * K), zeros = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < K / 8; i += 128) row[i] = pair < 0 ? zeros : from[i];
+  for (int i = threadIdx.x; i < N / 8 && pair < 0; i += 128) h_row[i] = zeros;
 }
 
 extern "C" __global__ void __launch_bounds__(256)

@@ -1,5 +1,5 @@
-// sm90/experts.cu: the two products of a layer of experts for the pairs of a prompt, on compute capability 9.0. What
-// they compute is said in experts/experts.cu, which has them for fewer tokens and on other cards.
+// sm90/experts.cu: the two products of a layer of experts for many tokens, on compute capability 9.0. What they compute
+// is said in experts/experts.cu, which has them for fewer tokens and on other cards.
 //
 //   SILU=1, up:    h[i, n] = weight_p * silu(sum_k x'[i, k] gate[e, n, k]) * sum_k x'[i, k] up[e, n, k]
 //   SILU=0, down:  out[p, n] = sum_k h[i, k] down[e, n, k]
