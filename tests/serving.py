@@ -23,7 +23,7 @@ class Server:
     def __init__(self, *args: str, **environment: str):
         command = [sys.executable, "-m", "minioscar", "serve", *args, "--port", "0", "--device", "cpu"]
         env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, env=env, cwd=ROOT, **pipes)
         self.lines: list[str] = []
         self.said = threading.Condition()

@@ -170,7 +170,10 @@ def test_sigterm_lets_running_answers_end_and_exits_with_0(folder):
 
 
 def test_sigterm_does_not_wait_longer_than_the_grace_time(folder):
-    with server(folder, "--slots", "1", "--grace", "1") as one:
+    with server(folder, "--slots", "1", "--grace", "1", "--json") as one:
+        assert json.loads(one.process.stdout.readline()) == {
+            "url": one.url.removesuffix("/v1"), "model": "tiny", "slots": 1, "context": 8192,
+        }  # fmt: skip
         client = openai.OpenAI(base_url=one.url, api_key="none", max_retries=0, timeout=60)
         how = {"model": "x", "prompt": "the cat", "max_tokens": 8000, "extra_body": {"ignore_eos": True}}
         stream = client.completions.create(**how, stream=True)
