@@ -372,6 +372,12 @@ def row_layout(config: Config, scheme: Scheme, length: int, packed: int | None =
     return array_cache(scheme).row_layout(config, scheme, length, packed)
 
 
+def row_bytes(config: Config, scheme: Scheme, length: int) -> int:
+    """Bytes of what all layers hold of a row of `length` tokens."""
+    arrays = row_layout(config, scheme, length).values()
+    return config.num_layers * sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
+
+
 def cache_bytes(config: Config, scheme: Scheme, batch: int, context: int) -> int:
     """Bytes of a whole cache, before it is made; equal to the `nbytes` that it will have."""
     arrays = array_cache(scheme).layout(config, scheme, batch, context).values()

@@ -55,7 +55,8 @@ class Page:
         """Until it is true."""
         end = time.monotonic() + seconds
         while not self.run(f"!!({script})"):
-            assert time.monotonic() < end, f"{script} is not true after {seconds} s: {self.run('document.body?.innerText')}"
+            shown = self.run("document.body?.innerText")
+            assert time.monotonic() < end, f"{script} is not true after {seconds} s: {shown}"
             time.sleep(0.05)
 
     def open(self, url: str) -> None:

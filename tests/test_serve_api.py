@@ -104,7 +104,7 @@ def test_a_chat_is_answered_whole(client, engine):
     ids = engine.jobs[0].ids
     assert client.app.service.tokenizer.decode(ids) == "the cat" and answer["usage"] == {
         "prompt_tokens": len(ids), "completion_tokens": 2, "total_tokens": len(ids) + 2,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": 0}, "cache": {"bytes": 0, "bf16_bytes": 0},
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from .. import chat_template
@@ -24,7 +25,8 @@ from .replies import Reply
 PING = 10.0  # seconds of silence after which a stream gets a comment
 READING = 30.0  # seconds in which a request is rendered, split into tokens, and its schema compiled
 LOCAL = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
-PUBLIC = ("/health",)
+PUBLIC = ("/health", "/")
+PAGE = Path(__file__).parent / "page.html"
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
@@ -56,6 +58,7 @@ class App:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.is_ending, self.count = False, 0
         self.routes: dict[str, tuple[str, Handler]] = {
+            "/": ("GET", self.page), "/status": ("GET", self.status),
             "/health": ("GET", self.health), "/metrics": ("GET", self.metrics), "/slots": ("GET", self.slots),
             "/models": ("GET", self.models), f"/models/{service.name}": ("GET", self.model),
             "/chat/completions": ("POST", self.chat), "/completions": ("POST", self.completion),
@@ -154,7 +157,7 @@ class App:
         except asyncio.TimeoutError:
             raise ApiError(400, f"reading the request took more than {READING:g} seconds; make it smaller") from None
         self.count += 1
-        reply = Reply(asked, self.service.name, self.service.tokenizer, f"{self.count:016x}")
+        reply = Reply(asked, self.service, f"{self.count:016x}")
         events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         for number, job in enumerate(asked.jobs):
             job.tell = partial(_put, events, number)
@@ -214,6 +217,15 @@ class App:
         if why := self.engine.dead or ("the server is shutting down" if self.is_ending else None):
             raise ApiError(503, why)
         await exchange.reply(200, {"status": "ok"})
+
+    async def page(self, exchange: Exchange) -> None:
+        """Its requests bring the key; what it may load, run and connect to, it says itself."""
+        await exchange.send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+
+    async def status(self, exchange: Exchange) -> None:
+        """What the page shows beside a conversation."""
+        found = {name: int(value) for name, (value, _) in self.engine.gauges().items()}
+        await exchange.reply(200, {"model": self.service.name, "kv": self.service.kv, **found})
 
     async def metrics(self, exchange: Exchange) -> None:
         text = self.engine.metrics.text(self.engine.gauges())

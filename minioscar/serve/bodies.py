@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,8 @@ REFUSED = {  # what changes an answer and is not there: name -> the values that 
 @dataclass
 class Service:
     """What requests are checked against. defaults: how tokens are drawn where a request does not say. context, slots:
-    tokens and rows of the cache. strict: refuse other names of models."""
+    tokens and rows of the cache. strict: refuse other names of models. kv: the cache's scheme; bytes_of: of a row of so
+    many tokens, in this scheme and in BF16."""
 
     name: str
     tokenizer: Tokenizer
@@ -39,6 +40,8 @@ class Service:
     slots: int
     defaults: Sampling
     strict: bool = False
+    kv: str = "bf16"
+    bytes_of: Callable[[int], tuple[int, int]] = lambda tokens: (0, 0)
 
     def __post_init__(self) -> None:
         self.grammars = Grammars(self.tokenizer, self.vocab)

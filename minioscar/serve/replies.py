@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..generation import Logprob
-from ..tokenizer import Tokenizer
 from ..version import __version__
-from .bodies import Asked
+from .bodies import Asked, Service
 from .jobs import Event, Job
 
 Json = dict[str, Any]
@@ -144,12 +143,12 @@ def _no_logprobs() -> Json:
 class Reply:
     """All answers to one request."""
 
-    def __init__(self, asked: Asked, name: str, tokenizer: Tokenizer, number: str):
-        self.asked, self.tokenizer = asked, tokenizer
+    def __init__(self, asked: Asked, service: Service, number: str):
+        self.asked, self.service, self.tokenizer = asked, service, service.tokenizer
         self.id = f"{'chatcmpl' if asked.chat else 'cmpl'}-{number}"
         self.head = {
             "id": self.id, "object": "chat.completion" if asked.chat else "text_completion",
-            "created": int(time.time()), "model": name, "system_fingerprint": f"minioscar-{__version__}",
+            "created": int(time.time()), "model": service.name, "system_fingerprint": f"minioscar-{__version__}",
         }  # fmt: skip
         answers = [(at, job) for at, job in enumerate(asked.jobs) for _ in range(job.options.n)]
         echoes = [asked.prompts[at] if asked.echo else None for at, _ in answers]
@@ -184,9 +183,10 @@ class Reply:
     def usage(self) -> Json:
         read, new = sum(len(job.ids) for job in self.asked.jobs), sum(choice.tokens for choice in self.choices)
         cached = sum(job.cached for job in self.asked.jobs)
+        ours, bf16 = self.service.bytes_of(read + new)
         return {
             "prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": cached}, "cache": {"bytes": ours, "bf16_bytes": bf16},
         }  # fmt: skip
 
     def logprob(self, one: Logprob, k: int) -> Json:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from .. import memory
 from ..arguments import context_of
+from ..cache import row_bytes
 from ..engine import Engine
 from ..errors import Failure, UserError
 from ..ops.linear_batch import BATCH_TOKENS
+from ..oscar import SCHEMES
 from ..sampling import RowSampling, Sampling
 from .app import App
 from .bodies import Service
@@ -71,7 +73,10 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
     chunk = min(plan.chunk, max(context // SCORED_PIECE, 1) * SCORED_PIECE)
     memory.check(config, scheme, ops, plan.slots, max(context, 1), min(chunk, context), penalties=True)
     cache = engine.new_cache(plan.slots, context)
-    service = Service(plan.name, engine.tokenizer, config.vocab_size, context, plan.slots, defaults, plan.strict)
+    service = Service(
+        plan.name, engine.tokenizer, config.vocab_size, context, plan.slots, defaults, plan.strict, scheme.name,
+        lambda tokens: (row_bytes(config, scheme, tokens), row_bytes(config, SCHEMES["bf16"], tokens)),
+    )  # fmt: skip
     app = App(service, plan.key, plan.origins)
     ops.prepare(engine.model, cache, passes(cache, chunk), [RowSampling()] * plan.slots, engine.progress)
     scheduler = Scheduler(engine, cache, chunk, 4 * plan.slots if plan.queue is None else plan.queue, app.post)
