@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from minioscar.errors import UserError
 from minioscar.evaluation import fidelity
 from minioscar.oscar import SCHEMES, Scheme
 
@@ -63,3 +64,37 @@ def test_windows_follow_each_other_and_their_mean_is_reported():
     alone = fidelity.evaluate("smollm2-135m", ["int2"], text=second, prefill=140, decode=10, device="cpu")
     means = [report["results"][1]["kl"] for report in (run[1], alone, run[2])]
     assert means[2] == pytest.approx((means[0] + means[1]) / 2, rel=1e-3)
+
+
+def test_schemes_of_several_windows_are_compared_position_by_position(windows):
+    """In one table with others and alone, a scheme has the same KL, whose baseline is read in other chunks
+    than it; a window as an option is one in the scheme."""
+    how = {"prefill": 150, "decode": 120, "device": "cpu"}
+    names = ["oscar", "int2-64-64", "int2-32-96"]
+    rows = {row["kv"]: row["kl"] for row in fidelity.evaluate("smollm2-135m", names, **how)["results"]}
+    alone = fidelity.evaluate("smollm2-135m", ["int2-64-64"], **how)["results"][1]
+    asked = fidelity.evaluate("smollm2-135m", ["int2", "int2-64-64"], window=(64, 64), **how)
+    assert rows["int2-64-64"] == pytest.approx(alone["kl"], rel=0.02)
+    assert asked["window"] == [64, 64]
+    assert [row["kl"] for row in asked["results"]] == pytest.approx([0, alone["kl"], alone["kl"]], rel=0.02)
+
+
+def test_kl_with_an_emptied_window_is_that_of_the_same_scheme_without_kept_tokens(windows):
+    how = {"prefill": 150, "decode": 120, "device": "cpu"}
+    rows = fidelity.evaluate("smollm2-135m", ["int2-64-64", "kvarn-2"], emptied=True, **how)
+    _, ours, theirs = rows["results"]
+    (_, *small), (_, *large) = (
+        fidelity.evaluate("smollm2-135m", names, window=window, **how)["results"]
+        for names, window in ((["int2"], (64, 0)), (["kvarn-2"], (128, 0)))
+    )
+    assert ours["kl_emptied"] == pytest.approx(small[0]["kl"], rel=0.02) and ours["kl_emptied"] > ours["kl"]
+    assert theirs["kl_emptied"] == pytest.approx(large[0]["kl"], rel=0.02) == pytest.approx(theirs["kl"], rel=0.02)
+    assert "KL, window emptied" in fidelity.table(rows) and f"{ours['kl_emptied']:.4f}" in fidelity.table(rows)
+
+
+@pytest.mark.parametrize(
+    ("names", "window"), [(["ott", "int2"], (64, 64)), (["int2"], (48, 0)), (["int2-compact"], (32, 32))]
+)
+def test_a_window_that_a_scheme_cannot_have_is_refused_before_anything_is_loaded(names, window):
+    with pytest.raises(UserError, match=rf"{names[0]}: a window that packs {window[0]} .*; --window 128/0 and 128/128"):
+        fidelity.evaluate("no/such/model", names, window=window)

@@ -347,6 +347,7 @@ def run_eval(args: argparse.Namespace) -> None:
         needles=lengths("--needle", args.needle), tools=lengths("--tools", args.tools), continued=args.drift,
         device=args.device, progress=sys.stderr.isatty(),
         weights=[mode.strip() for mode in args.weights.split(",")] if args.weights else [],
+        window=window(args.window), emptied=args.emptied,
     )
     print(json.dumps(report) if args.json else fidelity.table(report))
 
@@ -371,6 +372,16 @@ def lengths(option: str, given: str | None) -> list[int]:
         return [int(n) for n in given.split(",")] if given else []
     except ValueError:
         raise UserError(f"{option} {given!r} is not a list of lengths; write {option} 512,1024") from None
+
+
+def window(given: str | None) -> tuple[int, int] | None:
+    """Flush and keep. Raises UserError for anything but two numbers."""
+    if given is None:
+        return None
+    flush, _, keep = given.partition("/")
+    if not (flush.isdecimal() and keep.isdecimal()):
+        raise UserError(f"--window {given!r} is not FLUSH/KEEP; write --window 64/64")
+    return int(flush), int(keep)
 
 
 COMMANDS = {

@@ -192,6 +192,8 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
             "--tools", "also copy tool calls from so many tokens of the text (1024,4096,8064)", "N,N", nargs="?",
             const="1024,4096,8064"
         ),
+        flag("--window", "the same BF16 window for all schemes: tokens packed at a time / kept (their own)", "F/W"),
+        switch("--emptied", "also KL without kept tokens: 64 are packed as soon as they are there"),
         number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),
         flag("--weights", "also with matrices quantized so, each with --kv bf16 and with the schemes", "int8,int4"),
         DEVICE,

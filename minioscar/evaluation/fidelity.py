@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..key_shaping import shape_keys
 from ..model import check_scheme
 from ..ops import backend
+from ..ops.layout import PAGE_TOKENS
 from ..ops.reference import Reference
 from ..oscar import Scheme
 from ..storage.hub import resolve
@@ -42,6 +43,8 @@ class Row:
     dnll_se: float | None  # standard errors of dnll and kl over the windows; None for a single one
     kl_se: float | None
     weights: str | None = None  # the mode in which they are quantized; None: they are not
+    kl_emptied: float | None = None  # kl where the window is emptied (`emptied`); None: was not asked for
+    kl_emptied_se: float | None = None
 
 
 def default_text() -> str:
@@ -59,6 +62,7 @@ class Lengths:
     Each of `windows` stretches is prefilled by `prefill` tokens, then `decode` true tokens are fed; the prediction at
     each of those positions counts. needles: also retrieve passkeys from haystacks of these lengths. tools: also copy
     tool calls from contexts of these. continued: also follow a greedy continuation of each prompt for so many tokens.
+    emptied: also run every scheme as `emptied` has it.
     """
 
     prefill: int = 1024
@@ -67,6 +71,7 @@ class Lengths:
     needles: Sequence[int] = ()
     continued: int = 0
     tools: Sequence[int] = ()
+    emptied: bool = False
 
     def __post_init__(self) -> None:
         least = {"prefill": 1, "decode": 1, "windows": 1, "needle": needle.SHORTEST, "tools": needle.SHORTEST}
@@ -115,18 +120,19 @@ class Lengths:
 
 def evaluate(
     model: str, schemes: Sequence[str], *, text: str | None = None, device: str = "auto", progress: bool = False,
-    weights: Sequence[str] = (), **lengths: Any,
+    weights: Sequence[str] = (), window: tuple[int, int] | None = None, **lengths: Any,
 ) -> dict:
     """Runs every scheme over stretches of a text; the object of `eval --json`. lengths: the fields of `Lengths`.
 
-    weights: modes of rounding.MODES; every scheme also runs with the matrices quantized so, and so does bf16. The first
-    stretch begins with the text and each follows the one before. Raises UserError for an unknown scheme, a text that is
-    too short or a context that the model does not have.
+    weights: modes of rounding.MODES; every scheme also runs with the matrices quantized so, and so does bf16. window:
+    flush and keep of all schemes, in place of their own. The first stretch begins with the text and each follows the
+    one before. Raises UserError for an unknown scheme, a window that one cannot have, a text that is too short or a
+    context that the model does not have.
     """
     from tqdm import tqdm
 
     names = [BASELINE, *(name for name in dict.fromkeys(schemes) if name != BASELINE)]
-    wanted, asked = [scheme_named(name) for name in names], Lengths(**lengths)
+    wanted, asked = [with_window(scheme_named(name), window) for name in names], Lengths(**lengths)
     ops, folder = backend(device), resolve(model)
     config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
     if weights and config.quantization is not None:
@@ -141,7 +147,7 @@ def evaluate(
     engines = engines_for(wanted, load_weights(folder, config, ops, progress), configs, tokenizer, ops)
     report = {
         "model": str(model), "device": ops.name, "prefill": asked.prefill, "decode": asked.decode,
-        "windows": asked.windows,
+        "windows": asked.windows, **({"window": list(window)} if window else {}),
     }
     for name, (tokens, run) in parts(engines, ids, asked).items():
         hidden = None if progress else True
@@ -155,9 +161,9 @@ def parts(
 ) -> dict[str, tuple[int, Callable[[Done], Any]]]:
     """What there is to measure: its name in the report -> tokens that go through models, and what does it."""
     stretches = [ids[start : start + asked.window] for start in range(0, asked.windows * asked.window, asked.window)]
-    tokens = len(engines) * asked.windows * (asked.window - 1)
+    tokens = len(engines) * asked.windows * (asked.window - 1) * (1 + asked.emptied)
     found: dict[str, tuple[int, Callable[[Done], Any]]] = {
-        "results": (tokens, partial(fidelity, engines, stretches, asked.prefill)),
+        "results": (tokens, partial(with_emptied if asked.emptied else fidelity, engines, stretches, asked.prefill)),
     }
     engines = [engine for engine in engines if engine.config.weights is None]
     if asked.continued:
@@ -212,6 +218,33 @@ def fidelity(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefil
     ]
 
 
+def with_emptied(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefill: int, done: Done) -> list[dict]:
+    """The rows of `fidelity` with `kl_emptied`: what the KL is without what exact neighbours give."""
+    rows, others = (fidelity(some, windows, prefill, done) for some in (engines, [*map(emptied, engines)]))
+    named = [{f"kl_emptied{end}": row[f"kl{end}"] for end in ("", "_se")} for row in others]
+    return [row | other for row, other in zip(rows, named, strict=True)]
+
+
+def emptied(engine: Engine) -> Engine:
+    """The same with the smallest window that all schemes of oscar.py have kernels for: 64 tokens (128 where so many are
+    quantized together) are packed as soon as they are there, and none is kept. A token then sees 32 (64) exact ones on
+    average, itself not counted, whatever the scheme's own window gives it."""
+    if not engine.scheme.quantized:
+        return engine
+    scheme = with_window(engine.scheme, (max(engine.scheme.block, PAGE_TOKENS), 0))
+    return Engine(engine.config, engine.model.weights, engine.tokenizer, scheme, engine.ops)
+
+
+def with_window(scheme: Scheme, window: tuple[int, int] | None) -> Scheme:
+    """A quantized scheme with another flush and keep. Raises UserError where it cannot have these."""
+    if window is None or not scheme.quantized:
+        return scheme
+    try:
+        return replace(scheme, flush=window[0], keep=window[1])
+    except ValueError as error:
+        raise UserError(f"{error}; --window 128/0 and 128/128 are right for all schemes") from None
+
+
 def summary(scheme: Scheme, head_dim: int, scores: np.ndarray, baseline: np.ndarray) -> Row:
     """Means, and standard errors where there are several windows. scores, baseline: float64 [windows, (nll, kl,
     top1)]."""
@@ -239,17 +272,23 @@ def compare(
     return nll / at, kl / at, top1 / at
 
 
+def with_error(row: dict, name: str) -> str:
+    error = row[f"{name}_se"]
+    return f"{row[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
 def table(report: dict) -> str:
     """The report as a Markdown table."""
     rows, several = [], any(row["weights"] for row in report["results"])
     for row in report["results"]:
-        numbers = "{bits_per_element:.3f}|{nll:.4f}|{ppl:.3f}|{dnll:+.4f}|{kl:.4f}".format(**row).split("|")
-        numbers[-1] += "" if row["kl_se"] is None else f" ± {row['kl_se']:.4f}"
-        rows.append([row["kv"], *numbers, f"{row['top1']:.3f}"])
+        numbers = "{bits_per_element:.3f}|{nll:.4f}|{ppl:.3f}|{dnll:+.4f}".format(**row).split("|")
+        rows.append([row["kv"], *numbers, with_error(row, "kl"), f"{row['top1']:.3f}"])
         if several:
             rows[-1].insert(1, row["weights"] or "as they are")
+        if row["kl_emptied"] is not None:
+            rows[-1].append(with_error(row, "kl_emptied"))
     columns = ["kv", *["weights"] * several, "bits/element", "NLL", "perplexity", "ΔNLL", "KL", "top-1"]
-    lines = markdown(columns, rows)
+    lines = markdown(columns + ["KL, window emptied"] * (len(rows[0]) > len(columns)), rows)
     for name, part in {"drift": drift, "needle": needle, "tools": tool_calls}.items():
         if name in report:
             lines += ["", part.table(report[name])]
