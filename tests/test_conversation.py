@@ -63,8 +63,10 @@ def say(conversation: Conversation, text: str, pieces: int | None = None, **opti
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, FORGETFUL], ids=["remembers", "forgets"])
-@pytest.mark.parametrize("kv", ["bf16", "oscar", "int2"])
-def test_every_answer_is_to_the_rendered_history_and_only_what_is_new_is_read(tmp_path, kv, template, monkeypatch):
+@pytest.mark.parametrize("kv", ["bf16", "oscar", "int2", "plain-64-64"])
+def test_every_answer_is_to_the_rendered_history_and_only_what_is_new_is_read(
+    tmp_path, kv, template, monkeypatch, windows
+):
     """Random answers split into other tokens than were drawn, and the second template drops them: both cut the
     cache."""
     engine = talker(write_talker(tmp_path / "m", 5, template=template), kv)
@@ -105,9 +107,9 @@ def test_a_turn_costs_what_is_new_on_a_real_model():
     assert last.prefilled_tokens < 20 < last.prompt_tokens
 
 
-@pytest.mark.parametrize("kv", ["bf16", "int2"])
+@pytest.mark.parametrize("kv", ["bf16", "int2", "plain-64-64"])
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 9])
-def test_ctrl_c_at_any_point_keeps_the_conversation(folder, kv, after, monkeypatch):
+def test_ctrl_c_at_any_point_keeps_the_conversation(folder, kv, after, monkeypatch, windows):
     """KeyboardInterrupt out of an operation: in the prefill of a first turn, of a later one, or in a step."""
     engine = talker(folder, kv)
     engine.tokenizer.eos_ids = frozenset()
@@ -229,9 +231,43 @@ def test_another_turn_draws_other_numbers_from_the_same_seed(folder):
 # --- saving
 
 
+@pytest.mark.parametrize("kv", ["bf16", "oscar", "plain-64-64", "plain-128-128"])
+@pytest.mark.parametrize("how", ["interrupted", "undone"])
+def test_a_conversation_that_lost_its_window_is_saved_whole(folder, tmp_path, kv, how, monkeypatch, windows):
+    """Interrupted in the second layer of a long message, whose tokens come round the ring in the first one; or cut by
+    an undo: what is missing of the window is read again before it is written."""
+    engine = talker(folder, kv)
+    conversation, saved = Conversation(engine, system="the dog", ctx=1024), tmp_path / "c.kv.safetensors"
+    for question in QUESTIONS[:4]:
+        say(conversation, question)
+    with monkeypatch.context() as patch:
+        if how == "interrupted":
+            calls, attention = iter(range(10**6)), engine.ops.attention
+
+            def interrupted(*args):
+                if next(calls) == 1:
+                    raise KeyboardInterrupt
+                return attention(*args)
+
+            patch.setattr(engine.ops, "attention", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                say(conversation, "the mat " * 90)
+        else:
+            conversation.undo()
+    kept = len(conversation.held)
+    conversation.save(saved)
+    assert kept < len(conversation.held) == conversation.cache.lengths[0] or kv == "bf16"
+    after = Conversation(engine, cache=engine.load_cache(saved), ctx=1024)
+    assert after.held == conversation.held
+    after.turns = conversation.turns
+    for one, two in zip(conversation.cache.export_row(0), after.cache.export_row(0), strict=True):
+        assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert say(conversation, "so?") == say(after, "so?")
+
+
 @pytest.mark.parametrize("turns", [1, 3])
-@pytest.mark.parametrize("kv", ["bf16", "int2"])
-def test_a_saved_conversation_goes_on_bit_for_bit(folder, tmp_path, kv, turns):
+@pytest.mark.parametrize("kv", ["bf16", "int2", "plain-64-64"])
+def test_a_saved_conversation_goes_on_bit_for_bit(folder, tmp_path, kv, turns, windows):
     straight, before = (Conversation(talker(folder, kv), system="the dog", ctx=1024) for _ in range(2))
     for conversation in (straight, before):
         for question in QUESTIONS[:turns]:
@@ -364,8 +400,8 @@ def test_undo_takes_one_turn_after_another_back_as_if_they_had_not_been(folder, 
     assert say(conversation, "so", **greedy) == say(fresh, "so", **greedy)
 
 
-@pytest.mark.parametrize("kv", ["bf16", "int2"])
-def test_retry_replaces_the_answer_by_others_and_reads_little(folder, kv):
+@pytest.mark.parametrize("kv", ["bf16", "int2", "plain-64-64"])
+def test_retry_replaces_the_answer_by_others_and_reads_little(folder, kv, windows):
     conversation = Conversation(talker(folder, kv), ctx=1024)
     say(conversation, QUESTIONS[2])
     first = [say(conversation, "so")]

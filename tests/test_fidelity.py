@@ -70,18 +70,18 @@ def test_schemes_of_several_windows_are_compared_position_by_position(windows):
     """In one table with others and alone, a scheme has the same KL, whose baseline is read in other chunks
     than it; a window as an option is one in the scheme."""
     how = {"prefill": 150, "decode": 120, "device": "cpu"}
-    names = ["oscar", "int2-64-64", "int2-32-96"]
+    names = ["oscar", "plain-64-64", "plain-32-96"]
     rows = {row["kv"]: row["kl"] for row in fidelity.evaluate("smollm2-135m", names, **how)["results"]}
-    alone = fidelity.evaluate("smollm2-135m", ["int2-64-64"], **how)["results"][1]
-    asked = fidelity.evaluate("smollm2-135m", ["int2", "int2-64-64"], window=(64, 64), **how)
-    assert rows["int2-64-64"] == pytest.approx(alone["kl"], rel=0.02)
+    alone = fidelity.evaluate("smollm2-135m", ["plain-64-64"], **how)["results"][1]
+    asked = fidelity.evaluate("smollm2-135m", ["int2", "plain-64-64"], window=(64, 64), **how)
+    assert rows["plain-64-64"] == pytest.approx(alone["kl"], rel=0.02)
     assert asked["window"] == [64, 64]
     assert [row["kl"] for row in asked["results"]] == pytest.approx([0, alone["kl"], alone["kl"]], rel=0.02)
 
 
 def test_kl_with_an_emptied_window_is_that_of_the_same_scheme_without_kept_tokens(windows):
     how = {"prefill": 150, "decode": 120, "device": "cpu"}
-    rows = fidelity.evaluate("smollm2-135m", ["int2-64-64", "kvarn-2"], emptied=True, **how)
+    rows = fidelity.evaluate("smollm2-135m", ["plain-64-64", "kvarn-2"], emptied=True, **how)
     _, ours, theirs = rows["results"]
     (_, *small), (_, *large) = (
         fidelity.evaluate("smollm2-135m", names, window=window, **how)["results"]

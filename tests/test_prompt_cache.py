@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from minioscar.sampling import Sampling
 from minioscar.storage.identity import WeightFiles
 
 from . import simt
-from .tiny import CONFIG, load, relative, talker, write_model, write_talker
+from .tiny import CONFIG, WINDOWS, load, relative, talker, write_model, write_talker
 
 TEXT = "the cat sat on the mat, and the dog saw that the cat sat there. "
 LENGTHS = (1, 40, 127, 128, 129, 300)
@@ -46,8 +47,8 @@ def engine(folder):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("kv", SCHEMES)
-def test_a_row_goes_out_and_into_any_other_cache_bit_for_bit(folder, kv, length, seed):
+@pytest.mark.parametrize("kv", [*SCHEMES, *WINDOWS])
+def test_a_row_goes_out_and_into_any_other_cache_bit_for_bit(folder, kv, length, seed, windows):
     engine, rng = talker(folder, kv), np.random.default_rng(seed)
     ids = rng.integers(0, 320, length)
     cache = Cache(engine.config, engine.scheme, 2, 384, engine.ops)
@@ -93,8 +94,8 @@ def test_pages_to_plain_arrays_and_back_are_the_same_bytes(kv, dim, seed):
 
 
 @pytest.mark.skipif(simt.missing() is not None, reason=str(simt.missing()))
-@pytest.mark.parametrize("kv", ["int2", "bf16"])
-def test_what_one_back_end_saved_the_other_goes_on_with(tmp_path, kv, monkeypatch, seed):
+@pytest.mark.parametrize("kv", ["int2", "bf16", "plain-64-64", "plain-128-128"])
+def test_what_one_back_end_saved_the_other_goes_on_with(tmp_path, kv, monkeypatch, seed, windows):
     """The CUDA back end on the simulator: its pages become a file that the CPU reads, and the other way round, bit for
     bit."""
     folder = write_model(tmp_path / "m", 4, head_dim=64, num_hidden_layers=1)
@@ -169,7 +170,7 @@ def test_a_batch_goes_on_from_one_document(engine):
     assert [r.token_ids for r in run.results] == [together[i].token_ids for i in (0, 0, 1, 1)]
 
 
-@pytest.mark.parametrize("kv", ["bf16", "int2"])
+@pytest.mark.parametrize("kv", ["bf16", "int2", "oscar"])
 @pytest.mark.parametrize("shared", [0, 1, 100, 128, 200, 255, 256, 270, 299, 300])
 def test_a_prompt_that_parts_from_the_document_uses_what_they_share(folder, kv, shared, seed):
     """Whatever the place: blocks and window before the cut serve, the rest is fed, and that is all that can be told of
@@ -180,11 +181,15 @@ def test_a_prompt_that_parts_from_the_document_uses_what_they_share(folder, kv, 
     kept, cut, straight = (Cache(engine.config, engine.scheme, 1, 384, engine.ops) for _ in range(3))
     engine.prefill(ids).fill(kept, 0, common(other, ids))
     held = int(kept.lengths[0])
-    assert held == (shared if kv == "bf16" or shared >= 256 else shared // 128 * 128)
+    packed = {"bf16": 0, "oscar": shared // 128 * 128, "int2": max(shared // 64 * 64 - 64, 0)}[kv]
+    assert held == (shared if kv == "bf16" or shared >= 256 else packed)
     engine.model.forward(np.array(ids), cut, cut.batch_for([0], [300]))
     assert cut.truncate(0, shared) == held
     if held:
-        engine.model.forward(np.array(ids[:held]), straight, straight.batch_for([0], [held]))
+        read = held if held == shared else held + engine.scheme.keep
+        engine.model.forward(np.array(ids[:read]), straight, straight.batch_for([0], [read]))
+        if held < shared:
+            straight.restore(0, read, engine.scheme.ring + 1)  # nothing but what is packed
     rest = np.array(other[held:])
     got, again, want = (engine.model.forward(rest, c, c.batch_for([0], [len(rest)])) for c in (kept, cut, straight))
     np.testing.assert_array_equal(got, again)
@@ -308,7 +313,8 @@ HARM = {
     "scheme no name": (put("scheme", name={}), "was made with --kv {}, which"),
     "scheme field": (put("scheme", shrink=0.8), "another scheme: shrink 0.8 there, 0.9 here"),
     "newer scheme": (put("scheme", extra=1), "another scheme: extra 1 there, \"nothing\" here"),
-    "window": (put("scheme", window=64), "another scheme: window 64 there, 128 here"),
+    "window": (put("scheme", window=128), "another scheme: window 128 there, 64 here"),
+    "kept": (put("scheme", keep=0), "another scheme: keep 0 there, 64 here"),
     "config": (put("config", num_layers=3), "another config: num_layers 3 there, 2 here"),
     "head layout": (put("config", head_dim=128), "another config: head_dim 128 there, 64 here"),
     "rope": (
@@ -356,11 +362,13 @@ def without(key: str, *names: str, **changes):
     return edit
 
 
-def test_a_file_of_version_0_1_is_read(engine, file):
-    """Its Config had no window and no mlp_bias, its Scheme codebook and outliers."""
+def test_a_file_of_version_0_1_is_read(folder, tmp_path):
+    """Its Config had no window and no mlp_bias, its Scheme codebook and outliers, and nothing was kept in a window."""
+    engine, file = talker(folder, "oscar"), tmp_path / "c.kv.safetensors"
+    engine.prefill(TEXT * 8).save(file)
     new = engine.load_cache(file)
     rewritten(file, without("config", "window", "mlp_bias"))
-    rewritten(file, without("scheme", codebook=False, outliers=0))
+    rewritten(file, without("scheme", "keep", codebook=False, outliers=0))
     old = engine.load_cache(file)
     assert old.ids == new.ids
     assert engine.generate("a", cache=old, max_tokens=3).text == engine.generate("a", cache=new, max_tokens=3).text
@@ -374,6 +382,17 @@ def test_a_sliding_window_of_version_0_1_was_the_positions(tmp_path):
     rewritten(tmp_path / "c", without("config", max_positions=1024))
     with pytest.raises(UserError, match="max_positions 1024 there, 512 here"):
         engine.load_cache(tmp_path / "c")
+
+
+@pytest.mark.parametrize(("flush", "keep"), [(128, 0), (128, 128), (64, 0)])
+def test_a_file_made_under_another_definition_of_its_scheme_is_refused(folder, file, flush, keep, monkeypatch):
+    """Its window would be read as other tokens."""
+    monkeypatch.setitem(SCHEMES, "int2", replace(SCHEMES["int2"], flush=flush, keep=keep))
+    engine = talker(folder)
+    with pytest.raises(UserError, match=f"made with another scheme: keep 64 there, {keep} here; make it again"):
+        engine.load_cache(file)
+    engine.prefill("the cat sat").save(file)
+    assert len(engine.load_cache(file)) == len(engine.prefill("the cat sat"))
 
 
 def test_bits_of_both_are_those_of_keys_and_of_values(engine, file):

@@ -63,6 +63,7 @@ class Conversation:
         self.last: Generation | None = None
         self.cache: Cache | None = None
         self.held: list[int] = []  # the tokens in row 0 of the cache
+        self._lost: list[int] = []  # those after them that went with its window: fed again when it goes on or is saved
         self._answer: Generator[str, None, None] | None = None
         if cache is not None:
             if len(cache) > self.context:
@@ -156,7 +157,9 @@ class Conversation:
                 yield piece
         finally:
             self.cache, self.last = run.cache, run.results[0]
-            self.held = (ids + self.last.token_ids)[: run.cache.lengths[0]] if run.cache else []
+            tokens, known = ids + self.last.token_ids, len(self.held + self._lost)
+            length = int(run.cache.lengths[0]) if run.cache else 0
+            self.held, self._lost = tokens[:length], tokens[length:known] if run.cache else []
             if self.last.token_ids or self.last.finish_reason:
                 self.messages, self._past = [*messages, {"role": "assistant", "content": self.last.text}], past
                 self.turns += 1
@@ -164,8 +167,11 @@ class Conversation:
     def _cut(self, ids: list[int]) -> Cache:
         """The cache, cut to what it shares with `ids`; at least the last of them is left to feed."""
         if self.cache is None:
-            self.cache, self.held = self.engine.new_cache(1, self.context), []
-        self.held = self.held[: self.cache.truncate(0, min(common(ids, self.held), len(ids) - 1))]
+            self.cache, self.held, self._lost = self.engine.new_cache(1, self.context), [], []
+        known = self.held + self._lost
+        length = min(common(ids, known), len(ids) - 1)
+        left = self.cache.truncate(0, length)
+        self.held, self._lost = known[:left], known[left:length]
         return self.cache
 
     def reset(self) -> None:
@@ -180,11 +186,12 @@ class Conversation:
         """Writes a prompt cache with which a conversation goes on later. Raises UserError where there is nothing to
         save."""
         self._close()
-        if self.cache is None or not self.held or not self.messages:
+        if self.cache is None or not self.held + self._lost or not self.messages:
             raise UserError("there is no conversation yet to save")
-        rest = np.array(self.held[self.cache.truncate(0, len(self.held)) :])
-        if len(rest):  # after an answer that was broken off
-            self.engine.model.forward(rest, self.cache, self.cache.batch_for([0], [len(rest)]))
+        if self._lost:
+            batch = self.cache.batch_for([0], [len(self._lost)])
+            self.engine.model.forward(np.array(self._lost), self.cache, batch)
+            self.held, self._lost = self.held + self._lost, []
         PromptCache.of(self.engine, self.cache, self.held, messages=self.messages).save(path)
 
 
