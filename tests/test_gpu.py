@@ -13,12 +13,12 @@ from safetensors.numpy import save_file
 
 from benchmarks import presets
 from minioscar import engine as engine_module
-from minioscar import memory, oscar
+from minioscar import memory
 from minioscar import ops as back_ends
 from minioscar.cache import BF16, Cache
 from minioscar.config import MODEL_TYPES
 from minioscar.evaluation.fidelity import default_text
-from minioscar.evaluation.teacher_forcing import divergence, log_softmax
+from minioscar.evaluation.teacher_forcing import divergence, log_softmax, next_flush
 from minioscar.ops import upload
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling
@@ -55,8 +55,8 @@ def test_two_runs_give_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("kv", [kv for kv in SCHEMES if not SCHEMES[kv].calibrated])  # each back end draws its samples
 def test_smollm2_greedy_tokens_agree_except_at_near_ties(kv):
-    """128 tokens; NumPy is fed the GPU's tokens, and where it would choose another one, the two must nearly tie for it:
-    their gap is at most six standard deviations (three for each) of the difference between the back ends' logits at
+    """As many tokens as the window has slots. NumPy is fed the GPU's tokens, and where it would choose another one, the
+    two must nearly tie for it: their gap is at most six standard deviations (three for each) of the difference between the back ends' logits at
     that step.
 
     That difference is held to what BF16 explains. Before the first flush: an activation is rounded (2^-9) about seven
@@ -67,11 +67,11 @@ def test_smollm2_greedy_tokens_agree_except_at_near_ties(kv):
     engines = [engine_module.load(folder, *name) for name in ((kv, "cuda"), (kv, "cpu"), ("bf16", "cpu"))]
     ours = engines[0]
     prompt = ours.encode("Write a short story about a lighthouse keeper and the sea.")
-    tokens = ours.generate(prompt, max_tokens=128).token_ids
+    tokens = ours.generate(prompt, max_tokens=ours.scheme.ring, ignore_eos=True).token_ids
     gpu, cpu, exact = (forced(engine, prompt, tokens) for engine in engines)
     noise, rows = (gpu - cpu).std(axis=1), np.arange(len(tokens))
     gap = cpu.max(axis=1) - cpu[rows, tokens]  # 0 where NumPy chooses the same token
-    flush = oscar.WINDOW - len(prompt)  # the first prediction that sees a packed block
+    flush = ours.scheme.ring - len(prompt)  # the first prediction that sees a packed block
     assert 0 < flush < len(tokens) - 20
     before, behind, own = relative(gpu[:flush], cpu[:flush]), relative(gpu[flush:], cpu[flush:]), relative(
         cpu[flush:], exact[flush:]
@@ -97,7 +97,7 @@ def forced(engine, prompt: list[int], tokens: list[int]) -> np.ndarray:
     cache = Cache(engine.config, engine.scheme, 1, len(ids), engine.ops)
     rows = [engine.model.forward(ids[: len(prompt)], cache, cache.batch_for([0], [len(prompt)]))]
     while (start := int(cache.lengths[0])) < len(ids):
-        chunk = ids[start : (start // oscar.WINDOW + 1) * oscar.WINDOW]
+        chunk = ids[start : next_flush(cache)]
         rows.append(engine.model.forward(chunk, cache, cache.batch_for([0], [len(chunk)]), every=True))
     return np.concatenate(rows)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minioscar import oscar
 from minioscar.cache import BF16
 from minioscar.ops import attention
 from minioscar.oscar import SCHEMES
@@ -84,5 +83,5 @@ def test_the_schedule_is_equal_bit_for_bit(seed):
 
 def units(tokens: int) -> int:
     """Of one kv head of int2 with 128 channels: pages of 64 tokens, tiles of 11 (sinks and window)."""
-    packed = max(tokens - 1, 0) // oscar.WINDOW * oscar.WINDOW
+    packed = SCHEMES["int2"].packed_tokens(max(tokens - 1, 0))
     return 0 if tokens <= 0 else packed // 64 + (3 if packed else 0) + -(-(tokens - packed) // 11)
