@@ -366,6 +366,21 @@ def soak() -> str:
     return "\n".join([*lines, "", f"SmolLM2-135M, `{runs[0]['kv']}`; {where}. Requests: {asked}."])
 
 
+def scaled_pairs() -> str:
+    """tools/pair_scales.py."""
+    report, found = load("pair-scales"), {}
+    for row in report["results"]:
+        found.setdefault(row["kv"], {})[row["scales"]] = row
+    rows = []
+    for kv, by_scales in found.items():
+        for name, row in by_scales.items():
+            saved = 1 - row["attention"] / by_scales["none"]["attention"]
+            rows.append([f"`{kv}`", name, f"{row['logits']:.3f}", f"{row['attention']:.4f}", f"{saved:.1%}"])
+    head = ["keys as `--kv`", "a factor for", "error of logits", "divergence of attention", "less than without"]
+    note = f"SmolLM2-135M, {report['tokens']:,} tokens of the default text, mean over the layers; nats."
+    return "\n".join([*markdown(head, rows), "", note])
+
+
 def on_a_card() -> str:
     """One eval on both back ends."""
     report = load("eval-card-smollm2-135m")
@@ -403,6 +418,7 @@ TABLES = {
     "needle": needle,
     "tool_calls": tool_calls,
     "bias_pairs": bias_pairs,
+    "scaled_pairs": scaled_pairs,
     "texts": texts,
     "dither": dither,
 }
