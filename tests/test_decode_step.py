@@ -79,7 +79,7 @@ def mapped(weights: Weights, change, xp=np) -> Weights:
     ("family", "kv"),
     [("llama", kv) for kv in ("bf16", "int2", "int2-compact", "oscar", "kivi", "int4")]
     + [(family, kv) for family in ("qwen2", "qwen3") for kv in ("bf16", "int2")]
-    + [("llama with biases", "bf16")]
+    + [("llama with biases", "bf16"), ("qwen2 rotating values", "int2"), ("qwen2 rotating values", "bf16")]
     + [("llama", kv) for kv in ("plain-64-64", "plain-128-128", "plain-g64-64-64")]
     + [("qwen2", "shaped"), ("qwen2", "int2-compact"), ("qwen2", "k4v2"), ("llama", "int2-long")]
     + [("qwen3_moe", kv) for kv in ("bf16", "int2", "int2-compact", "oscar", "kivi", "int4")],
@@ -92,11 +92,13 @@ def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed, 
     """
     folder = write_model(
         tmp_path / "m", seed,
-        **{"model_type": family.split()[0], "head_dim": 64, "num_hidden_layers": 1, **FAMILIES[family]}
+        **{"model_type": family.split()[0], "head_dim": 64, "num_hidden_layers": 1, **FAMILIES.get(family, {})}
     )
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 160, n) for n in (128, 1, 40)]
     reference, engine, ops = of_backend(make, folder, kv)
+    for of in (reference, engine):  # as quantized weights want it
+        of.model.rotates_values = "rotating values" in family
     step = prepared(engine, ops, prompts)
     cache = Cache(reference.config, reference.scheme, len(prompts), 140, reference.ops)
     reference.model.forward(
