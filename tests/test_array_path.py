@@ -13,7 +13,7 @@ from minioscar.oscar import SCHEMES
 
 from .test_cuda_backend import on_each_backend
 from .test_decode_step import of_backend
-from .tiny import load, relative, write_model
+from .tiny import MOE, load, relative, write_model
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 SHAPES = {
@@ -26,17 +26,16 @@ SHAPES = {
     "hidden and intermediate size 60, 50": {
         "hidden_size": 60, "head_dim": 64, "vocab_size": 101, "intermediate_size": 50, **BIASES,
     },
-    "": {"head_dim": 64, **BIASES},  # all of it by kernels: nothing is said
+    "hidden and intermediate size 64, 20": {**MOE, "moe_intermediate_size": 20, "head_dim": 64},
 }
+BY_KERNELS = {"head_dim": 64, **BIASES}, {**MOE, "head_dim": 64}  # nothing is said
 
 
 @on_each_backend
-@pytest.mark.parametrize("reason", SHAPES)
-def test_a_shape_without_kernels_runs_in_bf16_and_says_why_it_is_slow(make, reason, tmp_path, capsys):
+@pytest.mark.parametrize(("reason", "shape"), [*SHAPES.items(), *(("", shape) for shape in BY_KERNELS)])
+def test_a_shape_without_kernels_runs_in_bf16_and_says_why_it_is_slow(make, reason, shape, tmp_path, capsys):
     """Prompts of few tokens, of a batch of kernels and of cuBLAS, and a decode of two rows."""
-    reference, other, ops = of_backend(
-        make, write_model(tmp_path / "m", 1, num_hidden_layers=1, **SHAPES[reason]), "bf16"
-    )
+    reference, other, ops = of_backend(make, write_model(tmp_path / "m", 1, num_hidden_layers=1, **shape), "bf16")
     capsys.readouterr()
     engine = Engine(other.config, other.model.weights, None, other.scheme, ops)
     said = capsys.readouterr().err
