@@ -66,14 +66,14 @@ def test_numbers_on_a_grid_of_16_levels_stay_what_they_are(seed):
     assert off.max() < 0.02  # of a step
 
 
-@pytest.mark.parametrize("kv", ["int2", "bf16"])
+@pytest.mark.parametrize("kv", ["oscar", "bf16"])
 @pytest.mark.parametrize("mode", rounding.MODES)
 def test_matrices_are_rotated_and_then_quantized_and_the_head_is_kept_in_8_bits(mode, kv, tmp_path, seed):
     folder = write_model(tmp_path / "m", seed, **SHAPE)
     config = with_weights(Config.from_folder(folder), mode)
     got = load_engine(folder, kv, "cpu", tokenizer=False, weights=mode).model.weights
     want = load(folder, Config.from_folder(folder), Reference())
-    want = rotate_values(want, config, Reference()) if kv == "int2" else want
+    want = rotate_values(want, config, Reference()) if kv == "oscar" else want
     for ours, theirs in zip(got.layers, want.layers, strict=True):
         for field in FIELDS:
             exact = rounding.quantize(getattr(theirs, field), mode, np).dequantize(np)
@@ -81,7 +81,7 @@ def test_matrices_are_rotated_and_then_quantized_and_the_head_is_kept_in_8_bits(
         np.testing.assert_array_equal(ours.qkv_bias, theirs.qkv_bias)
     np.testing.assert_array_equal(got.head, rounding.quantize(want.head, "int8", np).dequantize(np))
     np.testing.assert_array_equal(got.embed, want.embed)
-    assert got.rotation == ("folded" if kv == "int2" else "none")
+    assert got.rotation == ("folded" if kv == "oscar" else "none")
 
 
 def test_a_tied_head_stays_the_embedding(tmp_path, seed):
