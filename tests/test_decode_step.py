@@ -321,7 +321,7 @@ def test_what_a_step_allocates_is_predicted(preset, kv, rows, penalty):
     config, ops = replace(presets.config_of(preset), num_layers=2), Unlaunched()
     cache = Cache(config, SCHEMES[kv], rows, 256, ops)
     before = ops.xp.alive
-    model = Model(config, blank_weights(config), SCHEMES[kv], ops)
+    model = Model(config, blank_weights(config, SCHEMES[kv]), SCHEMES[kv], ops)
     StepDecoder(model, cache, [RowSampling(Sampling(0.8, top_p=0.9, presence_penalty=penalty))] * rows)
     # the arrays that are alive together are fewer than all of them; the other scratch is the prompts'
     predicted = ops.work_bytes(config, rows, rows, rows, penalty > 0) - scratch_bytes(config, rows, ops.card)

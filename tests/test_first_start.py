@@ -195,7 +195,7 @@ def test_nothing_is_compiled_after_the_first_launch_on_a_card(tokens, tmp_path, 
 def listed(preset: str, kv: str, lengths: list[int], arch: int) -> list[cubins.Program]:
     """What a run of a published shape launches."""
     config, ops = replace(presets.config_of(preset), num_layers=1), OnPaper(Card(132, arch))
-    model = Model(config, blank_weights(config), SCHEMES[kv], ops)
+    model = Model(config, blank_weights(config, SCHEMES[kv]), SCHEMES[kv], ops)
     cache = Cache(config, SCHEMES[kv], len(lengths), 4096, ops)
     rows = [RowSampling(Sampling())] * len(lengths)
     return programs(ops, model, cache, [cache.batch_for(range(len(lengths)), lengths)], rows)

@@ -107,11 +107,11 @@ def random_weights(config: Config, seed: int) -> dict[str, np.ndarray]:
     return tensors
 
 
-def blank_weights(config: Config) -> Weights:
-    """Weights in BF16 that have shapes and no memory."""
+def blank_weights(config: Config, scheme: Scheme) -> Weights:
+    """Weights in BF16, with what the scheme wants of a layer, that have shapes and no memory."""
 
-    def blank(*shape: int) -> np.ndarray:
-        return np.broadcast_to(BF16.type(0), shape)
+    def blank(*shape: int, dtype: type = BF16.type) -> np.ndarray:
+        return np.broadcast_to(dtype(0), shape)
 
     hidden, inter, e = config.hidden_size, config.intermediate_size, config.experts
     stack, width = (e.count,) if e else (), config.q_size + 2 * config.kv_size
@@ -122,8 +122,12 @@ def blank_weights(config: Config) -> Weights:
         gate_up=blank(*stack, 2 * inter, hidden), down=blank(*stack, hidden, inter),
         router=blank(e.count, hidden) if e else None,
     )  # fmt: skip
-    embed = blank(config.vocab_size, hidden)
-    return Weights(embed, (layer,) * config.num_layers, blank(hidden), embed)
+    embed, layers = blank(config.vocab_size, hidden), (layer,) * config.num_layers
+    if not scheme.shaped:
+        return Weights(embed, layers, blank(hidden), embed)
+    feedback = blank(len(layers), config.num_kv_heads, config.head_dim, config.head_dim, dtype=np.float32)
+    layers = tuple(replace(layer, key_feedback=of) for of in feedback)
+    return Weights(embed, layers, blank(hidden), embed, key_feedback=feedback)
 
 
 def load(folder: Path, kv: str = "int2", device: str = "cpu") -> engine.Engine:
