@@ -475,6 +475,10 @@ def test_a_template_that_refuses_says_why(tmp_path):
     Fake(app)
     got = Client(app).post("/v1/chat/completions", {"messages": [{"role": "system", "content": "x"}]})
     assert got.status == 400 and "roles must alternate" in got.json()["error"]["message"]
+    Fake(broken := App(service(tmp_path / "b", "{% if %}")))
+    for more in ({}, {"tools": TOOLS}, {"reasoning_effort": "none"}):
+        got = Client(broken).post("/v1/chat/completions", {**CHAT, **more})
+        assert got.status == 400 and "the chat template failed" in got.json()["error"]["message"]
     Fake(bare := App(service(tmp_path / "n", None)))
     got = Client(bare).post("/v1/chat/completions", CHAT)
     assert got.status == 400 and "/v1/completions" in got.json()["error"]["message"]
@@ -548,11 +552,13 @@ def test_llama_calls_are_the_whole_answer(tmp_path, size):
         ('{"name": "look", "parameters": {}}', ["look"], None), ("{not a call", [], "{not a call"),
         ("so {", [], "so {"),
         ('{"name": "look", "parameters": {}}; {"name": "go", "parameters": {"x": 1}}', ["look", "go"], None),
-        ('{"a": 1}', [], '{"a": 1}'),
+        ('{"a": 1}', [], '{"a": 1}'), ('{"name": "look"}', ["look"], None),
     ):  # fmt: skip
         engine.script = pieces_of(text, size)
         choice = client.post("/v1/chat/completions", {"messages": HELLO, "tools": TOOLS}).json()["choices"][0]
-        assert [call["function"]["name"] for call in choice["message"].get("tool_calls", ())] == names
+        calls = [call["function"] for call in choice["message"].get("tool_calls", ())]
+        assert [call["name"] for call in calls] == names
+        assert all(call["arguments"] == ("{}" if call["name"] == "look" else '{"x": 1}') for call in calls)
         assert choice["message"]["content"] == content
         assert choice["finish_reason"] == ("tool_calls" if names else "stop")
 

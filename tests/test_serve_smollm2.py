@@ -182,6 +182,15 @@ def test_sigterm_does_not_wait_longer_than_the_grace_time(folder):
         assert one.end() == 0 and time.monotonic() - begun < 10
 
 
+def test_the_key_may_come_from_the_environment_which_ps_does_not_show(folder):
+    with server(folder, "--slots", "1", "--ctx", "256", MINIOSCAR_API_KEY="sesame") as one:
+        assert json.loads(one.get("/health")) == {"status": "ok"}
+        client = openai.OpenAI(base_url=one.url, api_key="sesame", max_retries=0)
+        assert client.models.list().data[0].id == "tiny"
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="x").models.list()
+
+
 def test_a_port_that_is_taken_is_refused_before_the_model_is_loaded(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from .. import chat_template
 from ..errors import one_line
 from . import bodies, fields, messages
 from .bodies import Asked, Service
@@ -268,7 +267,7 @@ class App:
         said, tools = messages.messages_of(body), messages.tools_of(body)
         given = bodies.variables(body, self.service)
         text = await asyncio.to_thread(messages.rendered, words, said, tools, given)
-        await exchange.reply(200, {"prompt": text, "variables": sorted(chat_template.names(words.template))})
+        await exchange.reply(200, {"prompt": text})
 
 
 def _put(events: asyncio.Queue, number: int, one: Event) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import chat_template
 from ..errors import shown
 from ..ops.sample import MAX_BIASES, MAX_ENDS
 from ..options import Options
@@ -138,10 +137,9 @@ def variables(body: fields.Body, service: Service) -> dict[str, Any]:
     """What the chat template is given beside the messages."""
     found = fields.mapping(body, "chat_template_kwargs")
     effort = fields.text(body, "reasoning_effort")
-    known = chat_template.names(service.tokenizer.template) if effort and service.tokenizer.has_chat_template else ()
-    if "reasoning_effort" in known:
+    if effort and messages.reads(service.tokenizer, "reasoning_effort"):
         found.setdefault("reasoning_effort", effort)
-    elif "enable_thinking" in known and effort == "none":
+    elif effort == "none" and messages.reads(service.tokenizer, "enable_thinking"):
         found.setdefault("enable_thinking", False)
     return found
 

@@ -122,10 +122,18 @@ def rendered(
         raise ApiError(400, "this model has no chat template; use /v1/completions")
     if "chat_template" in variables:
         raise wrong("chat_template_kwargs", "a request cannot bring a chat template of its own; leave it out")
-    if tools and "tools" not in chat_template.names(tokenizer.template):
+    if tools and not reads(tokenizer, "tools"):
         messages, tools = taught(messages, tools), ()
     with of_field("messages"):
         return tokenizer.chat(messages, template=variables, tools=tools or None)
+
+
+def reads(tokenizer: Tokenizer, name: str) -> bool:
+    """Whether the chat template has a variable of this name."""
+    try:
+        return name in chat_template.names(tokenizer.template)
+    except Exception:  # a template is a program; what is wrong with it is said where it is rendered
+        return False
 
 
 def taught(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
