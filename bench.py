@@ -5,6 +5,7 @@
     python bench.py kernel --sweep --peers --json f.json  on a GPU: all shapes, how time grows, other kernels
     python bench.py throughput --random-weights qwen3-8b --budget 24GB,48GB
     python bench.py memory --random-weights qwen3-0.6b --kv bf16,oscar,int2
+    python bench.py serve --random-weights qwen3-8b --kv int2 --slots 48 --clients 1,8,48
 
 kernel      decode attention: bytes that must move, over the measured copy rate. On a GPU also the kernels that write
             the cache, linear layers, sampling and prefill attention, against bytes or operations
@@ -14,6 +15,7 @@ throughput  decode steps of the largest batch that runs in a budget of memory, w
 memory      bytes allocated for a cache, and the peak of it and a step, or a prompt; how fast weights of these shapes
             are loaded, beside one copy of the same bytes
 start       from the start of `python -m minioscar generate` to the first text of its answer; needs a model with files
+serve       `minioscar serve` under load, over HTTP: time to the first token, between tokens, tokens/s; not among `all`
 
 The limits are measured first. Times are medians after a warm-up; spread is (max - min) / median. On a GPU, kernels are
 replayed from one graph over caches larger than L2, peers alike, with pauses that keep the card below its power limit;
@@ -36,7 +38,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks import cases, loading, memory, models, peers, presets, quantized, start
+from benchmarks import cases, loading, memory, models, peers, presets, quantized, serve, start
 from benchmarks.measure import ceilings
 from benchmarks.runs import Runs, asked_schemes, parse_runs
 from benchmarks.table import line, table
@@ -49,9 +51,9 @@ from minioscar.ops.reference import Reference
 from minioscar.storage import strict_json as json
 from minioscar.storage.files import check_writable, descriptor, replacing
 
-COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory", "start")
+COMMANDS = ("kernel", "decode", "prefill", "throughput", "memory", "start")  # of `all`: a server wants the memory
 SECTIONS = ("kernel", "sustained", "dense", "sweep", "growth", "skipped", "decode", "breakdown", "prefill")
-SECTIONS += ("throughput", "memory", "load", "start")
+SECTIONS += ("throughput", "memory", "load", "start", "serve")
 PACKAGES = ("numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes")
 PACKAGES += ("torch", "triton", "transformers", "flashinfer-python", "hqq", "optimum-quanto")  # the peers'
 Rows = Iterator[tuple[str, dict]]  # section and row, as they are measured
@@ -59,7 +61,7 @@ Rows = Iterator[tuple[str, dict]]  # section and row, as they are measured
 
 def parser() -> cli.Parser:
     found = cli.Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("what", choices=(*COMMANDS, "all"), help="what to measure (above)")
+    found.add_argument("what", choices=(*COMMANDS, "serve", "all"), help="what to measure (above)")
     model = found.add_mutually_exclusive_group()
     model.add_argument(
         "--model", default="smollm2-135m", help="folder, name under weights/, or Hugging Face id (smollm2-135m)"
@@ -93,6 +95,7 @@ def parser() -> cli.Parser:
     found.add_argument(
         "--breakdown", action="store_true", help="decode, on a GPU: also every kernel of a step by itself"
     )
+    serve.add_options(found)
     found.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
     found.add_argument(
         "--peers", action="store_true", help="other libraries in the same run: kernels, whole models; needs a GPU"
@@ -268,14 +271,16 @@ def run(argv: list[str]) -> None:
             raise UserError(reason)
         commands = tuple(command for command in commands if command != "start")
         print(f"bench: {reason}", file=sys.stderr)
-    runs = parse_runs(args, commands, ops) if commands != ("kernel",) else None
+    served = serve.parse(args, ops) if args.what == "serve" else None
+    runs = parse_runs(args, commands, ops) if set(commands) - {"kernel", "serve"} else None
     progress("measuring copy bandwidth and matrix rate")
     about, limits = meta(ops, args, argv), ceilings(ops, args.quick)
     ops.release()
     report: dict = {"meta": about, "ceilings": limits, **{section: [] for section in SECTIONS}}
     tables = sys.stderr if args.json is not None and descriptor(args.json) == 1 else sys.stdout
+    rows = (("serve", row) for row in serve.measure(*served)) if served else measured(args, commands, runs, ops, limits)
     try:
-        for section, row in measured(args, commands, runs, ops, limits):
+        for section, row in rows:
             report[section].append(row)
             progress(f"{section}: {line(section, row)}")
         if args.json is not None:

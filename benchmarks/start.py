@@ -65,11 +65,15 @@ def first_text_of_a_fresh_card(command: Sequence[str]) -> float:
         return first_text(command, CUPY_CACHE_DIR=folder, CUDA_CACHE_DISABLE="1")
 
 
-def first_text(command: Sequence[str], **changes: str) -> float:
+def environment(**changes: str) -> dict[str, str]:
+    """Of a process that is to find this minioscar, wherever it starts."""
     places = [str(Path(minioscar.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), **changes}
-    before = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), **changes}
+
+
+def first_text(command: Sequence[str], **changes: str) -> float:
+    before, pipe = time.perf_counter(), subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment(**changes)) as process:
         process.stdout.read(1)
         seconds = time.perf_counter() - before
         _, said = process.communicate()

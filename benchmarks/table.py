@@ -35,6 +35,18 @@ def peers(row: dict) -> str:
     )
 
 
+def beside(row: dict) -> str:
+    """What only one kind of load has."""
+    said = {
+        "one_slot_tokens_per_s": "without HTTP and other slots {:.1f} tokens/s",
+        "requests_per_s": "{:.2f} requests/s",
+        "shared_tokens": "{:,} tokens in common",
+        "first_share": "first token in {:.1%} of the first turn's time",
+        "times_a_piece": "longest wait of a token {:.2f} pieces",
+    }
+    return ", ".join(text.format(row[key]) for key, text in said.items() if key in row)
+
+
 KV, SHAPE = text("kv", -20, "kv"), ("batch x tokens", 15, shape)
 SPREAD = number("spread", 7, "spread", ".0%")
 KERNEL: list[Column] = [
@@ -91,6 +103,14 @@ COLUMNS: dict[str, list[Column]] = {
     "start": [
         text("model", -24, "model"), KV, number("starts", 8, "starts", "d"), number("s", 8, "s", ".2f"), SPREAD,
         number("first, s", 9, "first_s", ".2f"),
+    ],
+    "serve": [
+        text("load", -12, "load"), KV, number("clients", 8, "clients", "d"), number("requests", 9, "requests", "d"),
+        number("first token, ms", 16, "first_p50_ms", ".1f"), number("p99", 9, "first_p99_ms", ".1f"),
+        number("between, ms", 12, "between_p50_ms", ".2f"), number("p99", 9, "between_p99_ms", ".2f"),
+        number("tokens/s", 10, "tokens_per_s", ".1f"), number("of one", 7, "times_one", ".2f"),
+        number("of chain", 9, "of_chain", ".1%"), number("hit tokens", 11, "hit_tokens", ",d"),
+        ("  beside", -1, lambda row: f"  {beside(row)}"),
     ],
     "memory": [
         KV, SHAPE, megabytes("MB cache", "cache_bytes"), megabytes("predicted", "predicted_bytes"),
