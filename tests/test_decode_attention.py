@@ -284,13 +284,13 @@ def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(
 def test_kernels_are_for_pairs_of_2_3_and_4_bits():
     for key_bits in range(1, 9):
         for value_bits in range(1, 9):
-            scheme = replace(SCHEMES["int2"], key_bits=key_bits, value_bits=value_bits)
+            scheme = replace(SCHEMES["oscar"], key_bits=key_bits, value_bits=value_bits)
             reason = attention.unsupported(scheme, 128)
             assert (reason is None) == (2 <= key_bits <= 4 and 2 <= value_bits <= 4)
             what = f"keys in {key_bits} bits and groups of 32, values in {value_bits} bits and groups of 32"
             assert reason is None or what in reason
     with pytest.raises(ValueError, match="16 is for both"):
-        replace(SCHEMES["int2"], key_bits=16)
+        replace(SCHEMES["oscar"], key_bits=16)
 
 
 @on_each_device
