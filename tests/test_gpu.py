@@ -56,8 +56,8 @@ def test_two_runs_give_the_same_bits(tmp_path):
 @pytest.mark.parametrize("kv", [kv for kv in SCHEMES if not SCHEMES[kv].calibrated])  # each back end draws its samples
 def test_smollm2_greedy_tokens_agree_except_at_near_ties(kv):
     """As many tokens as the window has slots. NumPy is fed the GPU's tokens, and where it would choose another one, the
-    two must nearly tie for it: their gap is at most six standard deviations (three for each) of the difference between the back ends' logits at
-    that step.
+    two must nearly tie for it: their gap is at most six standard deviations (three for each) of the difference between
+    the back ends' logits at that step.
 
     That difference is held to what BF16 explains. Before the first flush: an activation is rounded (2^-9) about seven
     times in each of 30 layers, 2^-9 * sqrt(210) = 0.028. Behind it, a key that moves by that may fall to the next of
