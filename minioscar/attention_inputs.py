@@ -36,5 +36,5 @@ def record_attention_inputs(
 
     model, cache = Model(config, weights, SCHEMES["bf16"], ops), Cache(config, SCHEMES["bf16"], 1, len(ids), ops)
     batch = cache.batch_for([0], [len(ids)])
-    ops.prepare(model, cache, batch, (), progress)
+    ops.prepare(model, cache, [batch], (), progress)
     model.observed(on_host).forward(np.asarray(ids), cache, batch)

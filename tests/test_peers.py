@@ -31,7 +31,8 @@ QWEN |= {"head_dim": 64, "num_hidden_layers": 2, "vocab_size": 96, "max_position
 
 
 def case(batch: int, context: int, q_heads: int = 4, head_dim: int = 64) -> SimpleNamespace:
-    return SimpleNamespace(batch=batch, context=context, heads=SimpleNamespace(q_heads=q_heads, head_dim=head_dim))
+    heads = SimpleNamespace(q_heads=q_heads, head_dim=head_dim)
+    return SimpleNamespace(batch=batch, context=context, window=64, heads=heads)
 
 
 def caches(
