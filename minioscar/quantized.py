@@ -35,9 +35,9 @@ class Quantized:
     kind: str  # of plain.BITS
     shape: tuple[int, int]
     group: int  # columns: a power of two, at least 32, or all of them
-    codes: Array
-    scales: Array
-    row_scale: Array
+    codes: Array = None  # None: a form alone, for plans
+    scales: Array = None
+    row_scale: Array = None
 
     word_axes: ClassVar[tuple[int, ...]]  # of (tile, r, i, run, h, c, s, p, e): their order in memory
 

@@ -157,6 +157,11 @@ def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
             y = np.empty((1, 1), np.float32 if label == "float32" else np.uint16)
             launch = quantized.linear(np.empty((1, size)), weight, y, card, **options)
             found[f"quantized linear {kind} g{group} {label}"] = launch
+            for tokens in (48, 128) if label in ("plain", "silu") else ():
+                plan = quantized.batch_plan(tokens, weight, label == "silu", card)
+                x, scratch = np.empty((tokens, size)), linear_batch.Scratch(out, out)
+                launch = quantized.linear_batch(x, weight, y, plan, scratch, silu=label == "silu")
+                found[f"quantized linear_batch {kind} g{group} {label} of {tokens}"] = launch
         found[f"dequantize {kind}"] = quantized.dequantize(weight, out)
     return found
 

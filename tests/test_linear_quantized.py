@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from minioscar.cache import BF16
 from minioscar.formats.plain import BITS, E4M3, Plain
 from minioscar.ops import quantized
 from minioscar.ops.launch import Card
+from minioscar.ops.linear import rms_norm
+from minioscar.ops.linear_batch import Scratch
 from minioscar.quantized import Quantized, from_plain
 
 from .kernel_device import on_each_device, on_the_card
@@ -79,16 +82,28 @@ class Product:
         self.bias = rng.normal(size=rows).astype(BF16) if parts.get("bias") else None
         self.residual = rng.normal(size=(tokens, self.width)).astype(BF16) if parts.get("residual") else None
 
-    def run(self, card: Card = SMALL, order: int = 0, tokens: int | None = None) -> np.ndarray:
-        """tokens: the first ones alone."""
+    def run(
+        self, card: Card = SMALL, order: int = 0, tokens: int | None = None, plan: quantized.CodesPlan | None = None
+    ) -> np.ndarray:
+        """tokens: the first ones alone. plan: of a batch (None: the one that it gets)."""
         device, x = self.device, self.x[:tokens]
         out = device.empty((len(x), self.width), np.float32 if self.parts.get("float32") else BF16)
         given = {"silu": self.parts.get("silu", False)}
         given |= {"bias": device.array(self.bias)} if self.bias is not None else {}
         given |= {"residual": device.array(self.residual[:tokens])} if self.residual is not None else {}
-        given |= {"norm": (device.array(self.norm), EPS)} if self.norm is not None else {}
-        launch = quantized.linear(device.array(x), self.weight.map(device.array), out, card, **given)
-        device.run(launch, seed=order)
+        norm = None if self.norm is None else (device.array(self.norm), EPS)
+        x_there, weight = device.array(x), self.weight.map(device.array)
+        if len(x) <= quantized.LINEAR_TOKENS and plan is None:
+            device.run(quantized.linear(x_there, weight, out, card, norm=norm, **given), seed=order)
+            return np.array(device.numpy(out))
+        if norm is not None:
+            x_there, before = device.empty(x.shape, BF16), x_there
+            device.run(rms_norm(before, *norm, x_there), seed=order)
+        plan = plan or quantized.batch_plan(len(x), self.weight, given["silu"], card)
+        counters = device.array(np.zeros(plan.counters, np.int32))
+        scratch = Scratch(device.empty(plan.workspace_floats, np.float32), counters)
+        device.run(quantized.linear_batch(x_there, weight, out, plan, scratch, **given), seed=order)
+        assert not device.numpy(counters).any()
         return np.array(device.numpy(out))
 
     def exact(self) -> tuple[np.ndarray, np.ndarray]:
@@ -104,12 +119,14 @@ class Product:
             error = error + 2 * 2.0**-8 * (abs(x).max(axis=1)[:, None] * abs(w).max(axis=1))
         if self.bias is not None:
             y = y + self.bias.astype(np.float64)
+            error = error + 2.0**-23 * abs(y)
         if self.parts.get("silu"):
             (gate, up), (gate_error, up_error) = np.split(y, 2, axis=1), np.split(error, 2, axis=1)
             y = gate / (1 + np.exp(-gate)) * up
             error = 1.1 * gate_error * abs(up) + abs(gate) * up_error + 2.0**-20 * abs(y)
         if self.residual is not None:
             y = y + self.residual.astype(np.float64)
+            error = error + 2.0**-23 * abs(y)
         return y, error + (0 if self.parts.get("float32") else 2.0**-8 * abs(y))
 
     def _code_sizes(self) -> np.ndarray:
@@ -153,13 +170,64 @@ def test_products_with_what_stands_before_and_behind_them(device, seed, kind, gr
     Product(device, seed, tokens, weight, **parts).check()
 
 
+BATCHES = [
+    ("int4", 128, 9, 640, 96), ("int4", 64, 33, 200, 64), ("int4", 32, 16, 1056, 544), ("int4", 320, 65, 320, 160),
+    ("int4", 128, 128, 384, 288), ("int8", 128, 17, 640, 96), ("int8", 32, 70, 576, 32), ("int8", 72, 40, 72, 64),
+    ("e4m3", 128, 48, 640, 288), ("e4m3", 64, 131, 264, 64), ("e4m3", 264, 20, 264, 320),
+]
+
+
+@on_each_device
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
+@pytest.mark.parametrize(("kind", "group", "tokens", "size", "rows"), BATCHES)
+def test_products_of_batches(device, seed, kind, group, tokens, size, rows, parts):
+    weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
+    Product(device, seed, tokens, weight, **parts).check()
+
+
+@on_each_device
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize("parts", [{}, {"silu": True, "bias": True}, {"residual": True, "bias": True, "float32": True}])
+def test_every_way_to_share_the_slabs_of_a_batch(device, seed, kind, parts):
+    weight = matrix(np.random.default_rng(seed), kind, 416, 1096, 64)
+    for multiprocessors, capability in ((2, 90), (7, 80), (3, 89)):
+        product = Product(device, seed, 20, weight, **parts)
+        plans = quantized.batch_configs(20, weight, parts.get("silu", False), Card(multiprocessors, capability))
+        for plan in dict.fromkeys(plans):
+            product.check(plan=plan)
+
+
+def test_a_batch_has_plans_on_every_card():
+    """Of 99 KiB of shared memory too, where slabs are shorter."""
+    found = set()
+    for kind, capability, tokens in itertools.product(BITS, (80, 89, 90), (9, 16, 48, 65, 128, 256)):
+        for size, rows, silu in ((4096, 6144, False), (12288, 4096, False), (4096, 24576, True)):
+            plan = quantized.batch_plan(tokens, Quantized(kind, (rows, size), 128), silu, Card(108, capability))
+            assert plan.shared <= Card(108, capability).max_shared_bytes and plan.columns * plan.column_blocks >= tokens
+            found.add((plan.row_tiles, plan.k_groups, plan.slab_runs))
+    assert {plan[0] for plan in found} == {plan[2] for plan in found} == {1, 2}
+
+
+@on_each_device
+@pytest.mark.parametrize("kind", BITS)
+def test_a_token_of_a_batch_gets_the_bits_that_it_gets_in_another_that_shares_slabs_alike(device, seed, kind):
+    weight = matrix(np.random.default_rng(seed), kind, 208, 1280, 128)
+    product = Product(device, seed, 60, weight)
+    pairs = zip(*(quantized.batch_configs(n, weight, False, Card(5, 90)) for n in (9, 60)), strict=True)
+    for small, large in pairs:
+        if all(getattr(small, n) == getattr(large, n) for n in ("row_tiles", "k_groups", "blocks", "slab_runs")):
+            first = product.run(plan=large)
+            assert np.array_equal(first[:9], product.run(tokens=9, plan=small))
+            assert np.array_equal(first, product.run(plan=large, order=1))
+
+
 @on_each_device
 @pytest.mark.parametrize("kind", BITS)
 @pytest.mark.parametrize(("rows", "size"), [(34, 104), (7, 64), (130, 264)])
 def test_rows_and_columns_that_fill_no_tile(device, seed, kind, rows, size):
-    for group in (64, size):
+    for group, tokens in ((64, 3), (size, 3), (64, 10), (size, 10)):
         weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
-        Product(device, seed, 3, weight, norm=True, bias=True).check()
+        Product(device, seed, tokens, weight, norm=True, bias=True).check()
 
 
 @on_each_device
@@ -225,7 +293,7 @@ def test_what_does_not_fit_is_refused(seed):
 @on_the_card
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
 @pytest.mark.parametrize(("kind", "group"), [("int4", 128), ("int4", 64), ("int4", 32), ("int8", 128), ("e4m3", 128)])
-@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 48, 128, 256])
 @pytest.mark.parametrize(("size", "rows"), [(4096, 6144), (576, 49152), (1536, 576), (9728, 2560)])
 def test_products_of_models_shapes(device, seed, tokens, size, rows, kind, group, parts):
     if size % group:

@@ -154,7 +154,12 @@ DEVICE void store_relaxed(float4* p, float4 x) {
 DEVICE void cp_async_16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_addr(shared)), "l"(global) : "memory");
 }
-// The same if `valid`, else zeros without a read. PREFETCH: L2 fetches the 256 bytes around, which are copied next.
+// 4 bytes if `valid`, else zeros without a read.
+DEVICE void cp_async_4_or_zero(void* shared, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_addr(shared)), "l"(from), "r"(valid ? 4 : 0)
+               : "memory");
+}
+// 16 bytes if `valid`, else zeros without a read. PREFETCH: L2 fetches the 256 bytes around, which are copied next.
 template <bool PREFETCH> DEVICE void cp_async_16_or_zero(void* shared, const void* from, bool valid) {
   const uint32_t to = smem_addr(shared), bytes = valid ? 16 : 0;
   if (PREFETCH)

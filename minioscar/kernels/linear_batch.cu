@@ -23,15 +23,12 @@
 // Set by -D: COLUMNS (tokens of a block, a multiple of 16), ROW_TILES (16 rows each, of a warp), K_GROUPS, STAGES,
 // and the macros of linear.cuh.
 constexpr int WARPS = 8;
-#include "linear.cuh"
-#include "split_merge.cuh"
+#include "linear_batch.cuh"
 
 // A warp has ROW_TILES MMA tiles: lane 4r + c holds rows r and r + 8 of each, columns 2c and 2c + 1 of every 8. Rows
 // 2q and 2q + 1 of all of them are neighbours in the output, so that a lane stores LANE_OUT of them.
-constexpr int WARP_ROWS = ROW_TILES * 16, ROW_WARPS = WARPS / K_GROUPS, ROWS = ROW_WARPS * WARP_ROWS;
-constexpr int WARP_OUT = WARP_ROWS / BRANCHES, OUT_ROWS = ROWS / BRANCHES, LANE_OUT = WARP_OUT / 4;
-constexpr int GROUP_K = 64, SLAB = K_GROUPS * GROUP_K;            // k of a warp and of all
-constexpr int TILES = COLUMNS / 8, OWN_TILES = TILES / K_GROUPS;  // column tiles; those that a warp finishes
+constexpr int WARP_OUT = WARP_ROWS / BRANCHES, LANE_OUT = WARP_OUT / 4;
+constexpr int GROUP_K = 64, SLAB = K_GROUPS * GROUP_K;  // k of a warp and of all
 constexpr int LINE_BYTES = GROUP_K * 2, X_OFFSET = WARPS * WARP_ROWS * LINE_BYTES;
 constexpr int STAGE_BYTES = X_OFFSET + K_GROUPS * COLUMNS * LINE_BYTES;
 static_assert(COLUMNS % 16 == 0 && K_GROUPS * COLUMNS <= 256,
@@ -101,8 +98,6 @@ DEVICE void multiply(float (&y)[ROW_TILES][TILES][4], const unsigned char* stage
   }
 }
 
-typedef float Sums[ROW_TILES][OWN_TILES][4];  // of a warp
-
 // A warp's sums of a tile: bias, activation, residual, and out. first: its first output. z: columns first_column ...
 DEVICE void finish(const Sums& z, const Product& p, int first, int first_column) {
   // Column tiles whose residuals are loaded together.
@@ -160,52 +155,6 @@ DEVICE void finish(const Sums& z, const Product& p, int first, int first_column)
       }
     }
   }
-}
-
-// The list of slabs, and which block has which.
-struct SlabList {
-  int slabs, total, granularity;  // slabs of a tile, of all, that stay in one block
-
-  DEVICE int begin(int block) const { return total / granularity * block / (int)gridDim.x * granularity; }
-  // With a granularity of 1.
-  DEVICE int block_of(int at) const { return ((at + 1) * (int)gridDim.x - 1) / total; }
-};
-
-// Sums of a tile that several blocks share. partials float32 [blocks][2][ROWS * COLUMNS]: of a tile that a block
-// takes over from another, and of one that it begins. Returns whether z is the sum of all blocks now. split_counter:
-// of this tile and warp.
-DEVICE bool merge_tile(Sums& z, const SlabList& list, int tile, float* partials, int* split_counter) {
-  const int from = list.block_of(tile * list.slabs), to = list.block_of((tile + 1) * list.slabs - 1),
-            thread = threadIdx.x;
-  auto partial = [&](int block) {
-    return (float4*)partials + (size_t)(2 * block + (block == from)) * (ROWS * COLUMNS / 4) + thread;
-  };
-  return merge_splits<THREADS, (OWN_TILES > 4 ? 1 : 2), OWN_TILES>(z, partial, blockIdx.x, from, to, split_counter);
-}
-
-// Reduces the k groups' sums of a tile: each warp gets those of its half of the columns, through the stage whose slab
-// is used up.
-DEVICE void reduce_k_groups(const float (&y)[ROW_TILES][TILES][4], Sums& z, unsigned char* stage) {
-  const int thread = threadIdx.x, warp = thread / 32, group = warp / ROW_WARPS;
-  float4* slots = (float4*)stage + thread % 32;
-  if (K_GROUPS > 1) __syncthreads();
-  UNROLL for (int t = 0; t < ROW_TILES; t++)
-    UNROLL for (int n = 0; n < OWN_TILES; n++) {
-      const float(&lower)[4] = y[t][n], (&upper)[4] = y[t][TILES - OWN_TILES + n];
-      float sent[4];
-      UNROLL for (int i = 0; i < 4; i++) {
-        sent[i] = group ? lower[i] : upper[i];
-        z[t][n][i] = group ? upper[i] : lower[i];
-      }
-      if (K_GROUPS > 1)
-        slots[((warp * ROW_TILES + t) * OWN_TILES + n) * 32] = make_float4(sent[0], sent[1], sent[2], sent[3]);
-    }
-  if (K_GROUPS == 1) return;
-  __syncthreads();
-  UNROLL for (int t = 0; t < ROW_TILES; t++)
-    UNROLL for (int n = 0; n < OWN_TILES; n++) {
-      accumulate(z[t][n], slots[(((warp ^ ROW_WARPS) * ROW_TILES + t) * OWN_TILES + n) * 32]);
-    }
 }
 
 // workspace float32 [blocks of columns][blocks][2][ROWS * COLUMNS]; split_counter int [blocks of

@@ -100,6 +100,14 @@ def fits_linear(tokens: int, weight: Array | Quantized, norm: bool, silu: bool, 
     return fits(tokens, weight.shape[1], norm, silu, card)
 
 
+def plan_of(tokens: int, weight: Array | Quantized, silu: bool, card: Card) -> LinearPlan:
+    """Of more tokens."""
+    if isinstance(weight, Quantized):
+        return quantized.batch_plan(tokens, weight, silu, card)
+    rows, size = weight.shape
+    return batch_plan(tokens, size, rows, silu, card)
+
+
 class Products:
     """For one card and one stream, whose launches take the scratch memory in turn. Grown buffers are reallocated;
     earlier launches keep a reference to the old ones."""
@@ -112,8 +120,8 @@ class Products:
         self, x: Array, weight: Array, out: Array, *, norm: tuple[Array, float] | None = None, **rest: Any
     ) -> list[Launch]:
         """`Reference.linear` of at most BATCH_TOKENS tokens, a multiple of 8 wide; parameters as `linear` has them."""
-        (tokens, size), silu = x.shape, rest.get("silu", False)
-        few = quantized.linear if isinstance(weight, Quantized) else linear
+        tokens, silu, is_quantized = len(x), rest.get("silu", False), isinstance(weight, Quantized)
+        few, many = (quantized.linear, quantized.linear_batch) if is_quantized else (linear, linear_batch)
         if fits_linear(tokens, weight, norm is not None, silu, self.card):
             return [few(x, weight, out, self.card, norm=norm, **rest)]
         before = []
@@ -121,15 +129,9 @@ class Products:
             if self.normed.shape != x.shape:
                 self.normed = self.xp.empty(x.shape, BF16)
             before, x = [rms_norm(x, *norm, self.normed)], self.normed
-        if few is quantized.linear:
-            residual, chunks = rest.pop("residual", None), (slice(i, i + 8) for i in range(0, tokens, 8))
-            return before + [
-                few(x[i], weight, out[i], self.card, residual=None if residual is None else residual[i], **rest)
-                for i in chunks
-            ]
-        plan = batch_plan(tokens, size, weight.shape[0], silu, self.card)
+        plan = plan_of(tokens, weight, silu, self.card)
         self.reserve([plan])
-        return [*before, linear_batch(x, weight, out, plan, self.scratch, **rest)]
+        return [*before, many(x, weight, out, plan, self.scratch, **rest)]
 
     def reserve(self, plans: Sequence[LinearPlan]) -> None:
         """Scratch for all of these at once: recorded launches would keep each buffer that was too small."""
@@ -151,7 +153,9 @@ def step_plans(config: Config, tokens: int, card: Card) -> list[LinearPlan]:
         shapes += ((c.hidden_size, c.experts.count, False),)  # the router
     else:
         shapes += (c.hidden_size, 2 * c.intermediate_size, True), (c.intermediate_size, c.hidden_size, False)
-    return [batch_plan(tokens, *shape, card) for shape in shapes if shape[0] % 8 == 0]
+    shapes = [shape for shape in shapes if shape[0] % 8 == 0]
+    quantized_plans = quantized.possible_plans(tokens, shapes, card) if c.stored_bits(False) else []
+    return [*(batch_plan(tokens, *shape, card) for shape in shapes), *quantized_plans]
 
 
 def scratch_bytes(config: Config, tokens: int, card: Card) -> int:

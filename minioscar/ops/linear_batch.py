@@ -36,12 +36,12 @@ class BatchPlan:
         return self.stages * _stage_bytes(self.columns, self.row_tiles, self.k_groups)
 
     @property
-    def _tile_floats(self) -> int:
+    def tile_floats(self) -> int:
         return 128 * self.row_tiles // self.k_groups * self.columns
 
     @property
     def workspace_floats(self) -> int:
-        return self.column_blocks * self.blocks * 2 * self._tile_floats if self.partial_tiles else 0
+        return self.column_blocks * self.blocks * 2 * self.tile_floats if self.partial_tiles else 0
 
     @property
     def counters(self) -> int:
@@ -50,7 +50,7 @@ class BatchPlan:
     @property
     def cost(self) -> int:
         """Bytes that a block waits for: its weights, and its partial sums, which are written and read."""
-        return self.max_slabs * 128 * self.row_tiles * 128 + self.partial_tiles * 8 * self._tile_floats
+        return self.max_slabs * 128 * self.row_tiles * 128 + self.partial_tiles * 8 * self.tile_floats
 
 
 def mma_configs(tokens: int, size: int, rows: int, silu: bool, card: Card) -> list[BatchPlan]:
@@ -65,14 +65,7 @@ def mma_configs(tokens: int, size: int, rows: int, silu: bool, card: Card) -> li
         """whole: no block ends within a tile, or all of a tile's blocks have the same share of it."""
         stages = min(shared // _stage_bytes(columns, row_tiles, k_groups), MAX_STAGES)
         tiles, slabs = -(-outputs // (128 * row_tiles // k_groups // (2 if silu else 1))), -(-size // (64 * k_groups))
-        blocks, granularity, partial_tiles = min(max(card.multiprocessors // column_blocks, 1), tiles * slabs), 1, 2
-        if whole and tiles >= blocks:
-            granularity, partial_tiles = slabs, 0
-        elif whole:
-            blocks_per_tile = min(blocks // tiles, slabs)
-            blocks, partial_tiles = tiles * blocks_per_tile, int(blocks_per_tile > 1)
-        max_slabs = -(-tiles * slabs // granularity // blocks) * granularity
-        sharing = blocks, tiles, granularity, max_slabs, partial_tiles
+        sharing = share_slabs(tiles, slabs, max(card.multiprocessors // column_blocks, 1), whole)
         return BatchPlan(columns, column_blocks, row_tiles, k_groups, stages, *sharing)
 
     configs = [config(2, 1 if large else 2, False)]
@@ -81,6 +74,18 @@ def mma_configs(tokens: int, size: int, rows: int, silu: bool, card: Card) -> li
         # Unaligned outputs are stored one by one
         configs += [config(3, 2, True)] if outputs % (6 if silu else 12) == 0 else []
     return [c for c in configs if c.stages >= 3 or c is configs[0]]
+
+
+def share_slabs(tiles: int, slabs: int, blocks: int, whole: bool) -> tuple[int, int, int, int, int]:
+    """BatchPlan's blocks, tiles, granularity, max_slabs and partial_tiles, for tiles of so many slabs each. whole: as
+    in `mma_configs`."""
+    blocks, granularity, partial_tiles = min(blocks, tiles * slabs), 1, 2
+    if whole and tiles >= blocks:
+        granularity, partial_tiles = slabs, 0
+    elif whole:
+        blocks_per_tile = min(blocks // tiles, slabs)
+        blocks, partial_tiles = tiles * blocks_per_tile, int(blocks_per_tile > 1)
+    return blocks, tiles, granularity, -(-tiles * slabs // granularity // blocks) * granularity, partial_tiles
 
 
 def _stage_bytes(columns: int, row_tiles: int, k_groups: int) -> int:

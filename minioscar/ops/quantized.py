@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from ..quantized import ROWS, RUN, Quantized
 from .launch import Card, Launch
+from .linear_batch import BATCH_TOKENS, MAX_STAGES, BatchPlan, Scratch, share_slabs
 
 Array = Any
 
@@ -91,6 +96,105 @@ def linear(
     return Launch("quantized/linear.cu", "linear", defines, (blocks,), 32 * warps, args, shared)
 
 
+@dataclass(frozen=True)
+class CodesPlan(BatchPlan):
+    """Tile config and split plan of quantized/linear_batch.cu."""
+
+    slab_runs: int  # of 64 columns, of a slab and k group
+    stage_bytes: int
+    slab_clocks: float
+
+    @property
+    def shared(self) -> int:
+        return self.stages * self.stage_bytes
+
+    @property
+    def cost(self) -> float:
+        """Clocks of a block, about: of its slabs, and of its partial sums on the way through L2 and back."""
+        return self.max_slabs * self.slab_clocks + self.partial_tiles * (2000 + self.tile_floats / 8)
+
+
+def batch_configs(tokens: int, weight: Quantized, silu: bool, card: Card) -> list[CodesPlan]:
+    """Ways to share the slabs, one block a multiprocessor. Sums of a group and of all groups are in registers: of 32
+    rows a warp and 64 tokens, or of 16 and 128; fewer where groups are small."""
+    rows, size = weight.shape
+    outputs, found = rows // 2 if silu else rows, []
+    for row_tiles, k_groups, whole in itertools.product((2,) if silu else (2, 1), (1, 2), (False, True)):
+        most = (128 if _columns_at_once(weight, 2) == MOST_COLUMNS else 96) // row_tiles
+        for slab_runs, limit in itertools.product((2, 1), range(most, 15, -16)):
+            column_blocks = -(-tokens // limit)
+            columns = -(-tokens // column_blocks // 16) * 16
+            stage_bytes = _stage_bytes(weight, row_tiles, k_groups, slab_runs, columns)
+            if (stages := min(card.max_shared_bytes // stage_bytes, MAX_STAGES)) >= 3:
+                break
+        else:
+            continue
+        tiles = -(-outputs // (128 * row_tiles // k_groups // (2 if silu else 1)))
+        slabs = -(-size // (RUN * slab_runs * k_groups))
+        sharing = share_slabs(tiles, slabs, max(card.multiprocessors // column_blocks, 1), whole)
+        clocks = _slab_clocks(weight, row_tiles, k_groups, slab_runs, columns)
+        shape = columns, column_blocks, row_tiles, k_groups, stages
+        found.append(CodesPlan(*shape, *sharing, slab_runs, stage_bytes, clocks))
+    return found
+
+
+def _stage_bytes(weight: Quantized, row_tiles: int, k_groups: int, slab_runs: int, columns: int) -> int:
+    """Codes and scales of 8 warps, x, and its sums; as quantized/linear_batch.cu has them."""
+    folds, is_e4m3 = RUN * slab_runs // _columns_at_once(weight, slab_runs), weight.kind == "e4m3"
+    codes = 8 * row_tiles * slab_runs * (512 if weight.kind == "int4" else 1024)
+    x = _up(codes + 8 * row_tiles * folds * (4 if is_e4m3 else 64)) + k_groups * slab_runs * columns * 128
+    return _up(x + (0 if is_e4m3 else k_groups * folds * columns * 4))
+
+
+def _up(size: int) -> int:
+    return -(-size // 128) * 128
+
+
+def _slab_clocks(weight: Quantized, row_tiles: int, k_groups: int, slab_runs: int, columns: int) -> float:
+    """Of a slab on an H200: the longest of its bytes, its x out of L2 and its MMA, 6.5 clocks each on a quarter of a
+    multiprocessor, and a fourth of the others, which get in its way."""
+    memory = 8 * row_tiles * slab_runs * (544 if weight.kind == "int4" else 1056) / 17.8
+    x, products = k_groups * slab_runs * columns * 128 / 64, 2 * row_tiles * columns / 8 * 4 * slab_runs * 6.5
+    longest = max(memory, x, products)
+    return longest + (memory + x + products - longest) / 4
+
+
+@lru_cache(4096)
+def _batch_plan(tokens: int, kind: str, shape: tuple[int, int], group: int, silu: bool, card: Card) -> CodesPlan:
+    weight = Quantized(kind, shape, group)
+    return min(batch_configs(tokens, weight, silu, card), key=lambda plan: plan.cost)
+
+
+def batch_plan(tokens: int, weight: Quantized, silu: bool, card: Card) -> CodesPlan:
+    """The cheapest. Raises ValueError for more than BATCH_TOKENS, and for matrices that `has_kernels` refuses."""
+    if not 1 <= tokens <= BATCH_TOKENS or not has_kernels(weight, silu):
+        shape = f"{tokens} tokens and a {'gate and up' if silu else 'matrix'} of {weight.shape}"
+        raise ValueError(f"{shape} do not fit quantized/linear_batch.cu")
+    return _batch_plan(tokens, weight.kind, weight.shape, weight.group, silu, card)
+
+
+def possible_plans(tokens: int, shapes: Sequence[tuple[int, int, bool]], card: Card) -> list[CodesPlan]:
+    """Of matrices of these shapes (in, out, silu) whose form is not known."""
+    forms = ("int4", 128), ("int4", 32), ("int8", 64), ("e4m3", 128)
+    weights = [(Quantized(kind, (n, k), group), silu) for kind, group in forms for k, n, silu in shapes]
+    return [batch_plan(tokens, weight, silu, card) for weight, silu in weights if has_kernels(weight, silu)]
+
+
+def linear_batch(
+    x: Array, weight: Quantized, out: Array, p: CodesPlan, scratch: Scratch, *, bias: Array | None = None,
+    residual: Array | None = None, silu: bool = False,
+) -> Launch:
+    """As `linear`, for up to BATCH_TOKENS, already normed."""
+    (tokens, size), rows = x.shape, weight.shape[0]
+    shape = f"COLUMNS={p.columns}", f"ROW_TILES={p.row_tiles}", f"K_GROUPS={p.k_groups}", f"SLAB_RUNS={p.slab_runs}"
+    kind = f"KIND={weight.kind.upper()}", f"GROUP={_columns_at_once(weight, p.slab_runs)}"
+    defines = *shape, f"STAGES={p.stages}", *kind, f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    numbers = map(np.int32, (tokens, size, rows, shift(weight), p.granularity))
+    args = (x, *weight.arrays(), bias, residual, out, scratch.workspace, scratch.split_counter, *numbers)
+    grid = p.blocks, p.column_blocks
+    return Launch("quantized/linear_batch.cu", "linear_batch", defines, grid, 256, args, p.shared)
+
+
 def dequantize(weight: Quantized, out: Array) -> Launch:
     """`weight.dequantize()` in out [rows, columns], bf16, columns a multiple of 8."""
     rows, columns = weight.shape
@@ -104,5 +208,10 @@ def shift(weight: Quantized) -> int:
     return ONE_GROUP if weight.group >= weight.shape[1] else weight.group.bit_length() - 1
 
 
+def _columns_at_once(weight: Quantized, runs: int) -> int:
+    """Whose sum is scaled: those of a group, as far as `runs` go."""
+    return min(1 << shift(weight), MOST_COLUMNS, RUN * runs)
+
+
 def _defines(weight: Quantized) -> tuple[str, str]:
-    return f"KIND={weight.kind.upper()}", f"GROUP={min(1 << shift(weight), MOST_COLUMNS)}"
+    return f"KIND={weight.kind.upper()}", f"GROUP={_columns_at_once(weight, 2)}"

@@ -73,6 +73,28 @@ DEVICE void add_x(float (&x_sum)[4], const uint4 (&b)[2], int s, bool first) {
   multiply(x_sum, ones, b, s, first);
 }
 
+// Scales and zeros of rows 2r and 2r + 1 of a group.
+struct RowScales {
+  float scale[2], zero[2];  // zero: of sums of x in the unit of even rows
+
+  // words: [group][16 rows], of e4m3 [group].
+  DEVICE void load(const unsigned char* words, int group, int r) {
+    const uint2 rows = HAS_ZERO ? *(const uint2*)(words + group * 64 + r * 8) : make_uint2(0, 0);
+    UNROLL for (int i = 0; i < 2; i++) {
+      const uint32_t of_row = i ? rows.y : rows.x;
+      scale[i] = HAS_ZERO ? low_f16(of_row) : *(const float*)(words + group * 4);
+      zero[i] = HAS_ZERO ? high_f16(of_row) * (i ? unit<true>() / unit<false>() : 1.f) : 0.f;
+    }
+  }
+  // y += scale * (sum - zero * x_sum), x_sum: of two columns.
+  DEVICE void add(float (&y)[4], const float (&sum)[4], float2 x_sum) const {
+    UNROLL for (int i = 0; i < 4; i++) {
+      const float centered = HAS_ZERO ? fmaf(-zero[i / 2], i % 2 ? x_sum.y : x_sum.x, sum[i]) : sum[i];
+      y[i] = fmaf(scale[i / 2], centered, y[i]);
+    }
+  }
+};
+
 // Scales and zeros of several groups of 16 rows, a word in each lane: lane 4r + c has row 2r + c % 2 of group c / 2 of
 // two, of e4m3 (one scale for 16 rows) that of group c of four.
 struct Scales {

@@ -83,6 +83,9 @@ __attribute__((no_sanitize("thread"), noinline)) void store_relaxed(T* p, T x) {
   *p = x;
 }
 SIMT_INLINE void cp_async_16(void* shared, const void* global) { simt::copy_async(shared, global, 16, 16); }
+SIMT_INLINE void cp_async_4_or_zero(void* shared, const void* global, bool valid) {
+  simt::copy_async(shared, global, 4, valid ? 4 : 0);
+}
 template <bool>
 SIMT_INLINE void cp_async_16_or_zero(void* shared, const void* global, bool valid) {
   simt::copy_async(shared, global, 16, valid ? 16 : 0);
