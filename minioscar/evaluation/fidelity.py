@@ -43,8 +43,6 @@ class Row:
     dnll_se: float | None  # standard errors of dnll and kl over the windows; None for a single one
     kl_se: float | None
     weights: str | None = None  # the mode in which they are quantized; None: they are not
-    kl_emptied: float | None = None  # kl where the window is emptied (`emptied`); None: was not asked for
-    kl_emptied_se: float | None = None
 
 
 def default_text() -> str:
@@ -219,7 +217,7 @@ def fidelity(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefil
 
 
 def with_emptied(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefill: int, done: Done) -> list[dict]:
-    """The rows of `fidelity` with `kl_emptied`: what the KL is without what exact neighbours give."""
+    """The rows of `fidelity` with `kl_emptied` and its standard error: the KL without what exact neighbours give."""
     rows, others = (fidelity(some, windows, prefill, done) for some in (engines, [*map(emptied, engines)]))
     named = [{f"kl_emptied{end}": row[f"kl{end}"] for end in ("", "_se")} for row in others]
     return [row | other for row, other in zip(rows, named, strict=True)]
@@ -285,7 +283,7 @@ def table(report: dict) -> str:
         rows.append([row["kv"], *numbers, with_error(row, "kl"), f"{row['top1']:.3f}"])
         if several:
             rows[-1].insert(1, row["weights"] or "as they are")
-        if row["kl_emptied"] is not None:
+        if "kl_emptied" in row:
             rows[-1].append(with_error(row, "kl_emptied"))
     columns = ["kv", *["weights"] * several, "bits/element", "NLL", "perplexity", "ΔNLL", "KL", "top-1"]
     lines = markdown(columns + ["KL, window emptied"] * (len(rows[0]) > len(columns)), rows)
