@@ -42,7 +42,7 @@ from minioscar.serve import server
 T = TypeVar("T")
 STARTING, PATIENCE = 600.0, 600.0  # seconds until a server is ready, and for one row
 ARRIVALS = 0.7  # of what the server can answer
-STREAMS, LASTING = 8, 64  # answers beside a long prompt, and their tokens at least
+STREAMS = 8  # beside a long prompt
 AGENTS = 3
 
 
@@ -201,7 +201,8 @@ class Server:
         asked = {"target": asdict(target)}
         asked |= {name: getattr(load, name) for name in ("clients", "prompt", "new", "long")}
         command = [sys.executable, "-m", "benchmarks.serve_target", json.dumps(asked)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+        pipes = dict.fromkeys(("stdin", "stderr"), subprocess.PIPE)  # stdin: it ends when we do
+        self.process = subprocess.Popen(command, text=True, env=environment(), **pipes)
         self.lines: list[str] = []
         self.ready: dict[str, Any] = {}
         self.has_news = threading.Event()
@@ -359,8 +360,8 @@ class Bench:
 
     def long(self) -> dict:
         load, streams = self.load, min(STREAMS, self.slots - 1)
-        least = max(load.new, LASTING) + 2 * -(-load.long // load.chunk)  # they are not to end before it is read
-        new = min(least, load.long + load.new - load.prompt)
+        lasting = load.new + 4 * (2 + -(-load.long // load.chunk))  # they are not to end before it is read
+        new = min(lasting, load.long + load.new - load.prompt)
         prompts, longer = [self.ids(load.prompt) for _ in range(streams)], self.ids(load.long)
         waits: list[float] = []
 

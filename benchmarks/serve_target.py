@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -142,7 +144,14 @@ def without_http(e: Engine, target: Target, clients: Sequence[int], prompt: int,
     return found
 
 
+def end_with_parent() -> None:
+    """It holds stdin open as long as it lives."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 def run(argv: list[str]) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
     asked = json.loads(argv[0])
     target = Target(**asked.pop("target"))
     plan = server.Plan(target.slots, target.context, target.chunk, QUEUE, "bench")

@@ -146,6 +146,15 @@ def test_a_server_that_does_not_start_says_why(talker):
         list(serve.measure(target, serve.QUICK))
 
 
+def test_a_server_ends_with_the_bench_that_started_it(talker):
+    """Or the memory of a card would be held by nobody's server."""
+    target = serve_target.Target(str(talker), None, None, "bf16", "cpu", 4, 512, 128)
+    server = serve.Server(target, serve.QUICK)
+    server.wait()
+    server.process.stdin.close()  # as when the bench is killed
+    assert server.process.wait(60) == 1
+
+
 def test_long_prompts_are_as_long_as_the_context_lets_them_be():
     load = serve.USUAL
     assert load.context % 128 == 0 and load.within(load.context) == load
