@@ -114,7 +114,8 @@ def parse(args: argparse.Namespace, ops: Reference) -> tuple[Target, Load]:
     server.Plan(slots, context, load.chunk, None, "bench").check()
     load = load.within(context)
     try:
-        memory.check(config, scheme, ops, slots, context, min(load.chunk, context), ops.weight_bytes(config))
+        weights, piece = ops.weight_bytes(config), min(load.chunk, context)
+        memory.check(config, scheme, ops, slots, context, piece, weights, penalties=True)
     except UserError as error:
         raise UserError(str(error).replace("--ctx", "--context")) from None
     which = args.model, args.random_weights, args.weights, scheme.name, ops.name
@@ -384,7 +385,7 @@ class Bench:
             waits.extend(wait for answer in answers for wait in waits_within(answer, last.sent, last.times[0]))
             return [last, *answers]
 
-        row = self.row("long", streams, work(), long_tokens=load.long)
+        row = self.row("long", streams, work(), long_tokens=load.long, stream_tokens=new)
         piece = self.server.ready["piece_s"]
         row |= {"piece_ms": piece * 1e3, "waits": len(waits)}
         return row | ({"longest_wait_ms": max(waits) * 1e3, "times_a_piece": max(waits) / piece} if waits else {})
