@@ -132,7 +132,8 @@ def without_http(e: Engine, target: Target, clients: Sequence[int], prompt: int,
     alone; seconds of a piece of a long prompt."""
     rows = {n: min(n, target.slots) for n in clients}
     chain = Chain(e, target.slots, prompt + new, target.chunk)
-    chain.seconds(1, prompt, 2)
+    for count in rows.values():
+        chain.seconds(count, prompt, 2)  # what a pass of this size does once
     rates = {n: count * new / chain.seconds(count, prompt, new) for n, count in rows.items()}
     del chain
     e.ops.release()

@@ -148,7 +148,7 @@ def test_a_server_is_measured_on_a_card(tmp_path):
     assert bench.main([*argv, str(tmp_path / "s.json")]) == 0
     report = json.loads((tmp_path / "s.json").read_text())
     assert report["meta"]["device"] == "cuda" and len(report["serve"]) == 7
-    assert all(0 < row["of_chain"] < 1.2 for row in report["serve"] if row["load"] == "closed")
+    assert all(0 < row["of_chain"] < 1.5 for row in report["serve"] if row["load"] == "closed")
 
 
 # --- what cannot work
