@@ -42,7 +42,7 @@ from minioscar.serve import server
 T = TypeVar("T")
 STARTING, PATIENCE = 600.0, 600.0  # seconds until a server is ready, and for one row
 ARRIVALS = 0.7  # of what the server can answer
-STREAMS, LASTING = 8, 64  # answers beside a long prompt, and their tokens at least
+STREAMS = 8  # beside a long prompt
 AGENTS = 3
 
 
@@ -114,7 +114,8 @@ def parse(args: argparse.Namespace, ops: Reference) -> tuple[Target, Load]:
     server.Plan(slots, context, load.chunk, None, "bench").check()
     load = load.within(context)
     try:
-        memory.check(config, scheme, ops, slots, context, min(load.chunk, context), ops.weight_bytes(config))
+        weights, piece = ops.weight_bytes(config), min(load.chunk, context)
+        memory.check(config, scheme, ops, slots, context, piece, weights, penalties=True)
     except UserError as error:
         raise UserError(str(error).replace("--ctx", "--context")) from None
     which = args.model, args.random_weights, args.weights, scheme.name, ops.name
@@ -201,7 +202,8 @@ class Server:
         asked = {"target": asdict(target)}
         asked |= {name: getattr(load, name) for name in ("clients", "prompt", "new", "long")}
         command = [sys.executable, "-m", "benchmarks.serve_target", json.dumps(asked)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+        pipes = dict.fromkeys(("stdin", "stderr"), subprocess.PIPE)  # stdin: it ends when we do
+        self.process = subprocess.Popen(command, text=True, env=environment(), **pipes)
         self.lines: list[str] = []
         self.ready: dict[str, Any] = {}
         self.has_news = threading.Event()
@@ -359,8 +361,8 @@ class Bench:
 
     def long(self) -> dict:
         load, streams = self.load, min(STREAMS, self.slots - 1)
-        least = max(load.new, LASTING) + 2 * -(-load.long // load.chunk)  # they are not to end before it is read
-        new = min(least, load.long + load.new - load.prompt)
+        lasting = load.new + 4 * (2 + -(-load.long // load.chunk))  # they are not to end before it is read
+        new = min(lasting, load.long + load.new - load.prompt)
         prompts, longer = [self.ids(load.prompt) for _ in range(streams)], self.ids(load.long)
         waits: list[float] = []
 
@@ -383,7 +385,7 @@ class Bench:
             waits.extend(wait for answer in answers for wait in waits_within(answer, last.sent, last.times[0]))
             return [last, *answers]
 
-        row = self.row("long", streams, work(), long_tokens=load.long)
+        row = self.row("long", streams, work(), long_tokens=load.long, stream_tokens=new)
         piece = self.server.ready["piece_s"]
         row |= {"piece_ms": piece * 1e3, "waits": len(waits)}
         return row | ({"longest_wait_ms": max(waits) * 1e3, "times_a_piece": max(waits) / piece} if waits else {})

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
 
+import numpy as np
 import pytest
 
 import bench
@@ -14,6 +15,8 @@ from benchmarks import serve, serve_target
 from benchmarks.serve import Answer, Client, take, waits_within
 from minioscar.errors import Failure, UserError
 
+from .test_cuda_backend import on_each_backend
+from .test_decode_step import of_backend
 from .tiny import CONFIG, write_talker
 
 pytest.importorskip("uvicorn")
@@ -115,6 +118,39 @@ def test_a_chain_reads_short_prompts_together_and_makes_the_tokens_that_were_ask
     assert chain.piece_seconds(150) > 0 and chain.cache.lengths[0] == 150
 
 
+def test_the_tokens_of_a_chain_are_those_of_the_engine(talker):
+    target = serve_target.Target(str(talker), None, None, "int2", "cpu", 2, 512, 128)
+    e = serve_target.load(target)
+    chain = serve_target.Chain(e, 2, 100, 128)
+    chain.seconds(2, 30, 6)
+    prompts = np.random.default_rng(2).integers(0, e.config.vocab_size, (2, 30)).tolist()
+    wanted = [one.token_ids for one in e.generate(prompts, max_tokens=6, temperature=0, ignore_eos=True)]
+    assert chain.decoder.drawn == wanted
+
+
+@on_each_backend
+def test_a_chain_runs_on_kernels_with_steps_launched_ahead(make, tmp_path, seed):
+    folder = write_talker(tmp_path / "m", seed, num_hidden_layers=1)
+    _, e, ops = of_backend(make, folder, "int2")
+    e.ops = ops
+    chain = serve_target.Chain(e, 2, 40, 64)
+    assert chain.decoder.ahead == 1
+    for rows in (1, 2):
+        chain.seconds(rows, 20, 4)
+        assert chain.cache.lengths[:rows].tolist() == [23] * rows
+        assert [len(drawn) for drawn in chain.decoder.drawn[:rows]] == [4] * rows
+    assert chain.piece_seconds(30) > 0
+
+
+@pytest.mark.gpu
+def test_a_server_is_measured_on_a_card(tmp_path):
+    argv = "serve --quick --random-weights qwen3-0.6b --kv int2 --json".split()
+    assert bench.main([*argv, str(tmp_path / "s.json")]) == 0
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert report["meta"]["device"] == "cuda" and len(report["serve"]) == 7
+    assert all(0 < row["of_chain"] < 1.5 for row in report["serve"] if row["load"] == "closed")
+
+
 # --- what cannot work
 
 
@@ -144,6 +180,15 @@ def test_a_server_that_does_not_start_says_why(talker):
     target = serve_target.Target(str(talker), None, None, "int9", "cpu", 1, 512, 128)
     with pytest.raises(Failure, match="the server has ended: server: --kv 'int9' is not a scheme"):
         list(serve.measure(target, serve.QUICK))
+
+
+def test_a_server_ends_with_the_bench_that_started_it(talker):
+    """Or the memory of a card would be held by nobody's server."""
+    target = serve_target.Target(str(talker), None, None, "bf16", "cpu", 4, 512, 128)
+    server = serve.Server(target, serve.QUICK)
+    server.wait()
+    server.process.stdin.close()  # as when the bench is killed
+    assert server.process.wait(60) == 1
 
 
 def test_long_prompts_are_as_long_as_the_context_lets_them_be():
