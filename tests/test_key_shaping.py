@@ -175,3 +175,14 @@ def test_feedback_matrices_of_several_heads_are_those_of_each(seed):
     h, e = hadamard(64).astype(np.float64), energy[0, 0] + 0.03 * energy[0, 0].mean()
     upper = np.linalg.cholesky(np.linalg.inv((h * e) @ h)).T
     np.testing.assert_allclose(together[0, 0], np.triu(upper / np.diag(upper)[:, None], 1), atol=1e-6)
+
+
+def test_the_pass_over_random_tokens_is_one_that_a_back_end_prepares(tmp_path):
+    class Listing(Reference):
+        def prepare(self, model, cache, passes, rows, progress):
+            prepared.extend(batch.counts for batch in passes)
+
+    folder, config, _, _ = model(tmp_path)
+    prepared, ops = [], Listing()
+    key_statistics(load(folder, config, ops), config, ops)
+    assert prepared == [(256,)]

@@ -112,9 +112,11 @@ class Product:
         if self.norm is not None:
             x = rounded(x / np.sqrt((x * x).mean(axis=1, keepdims=True) + EPS) * self.norm.astype(np.float64))
         y, size_of = x @ w.T, abs(x) @ self._code_sizes().T
-        # Float32 sums of codes times x, before zeros are taken off; and two numbers of the norm may be rounded to the
-        # other side than in float64, by 2^-8 of them at most.
-        error = 2.0**-20 * size_of
+        # Sums of codes times x, before zeros are taken off: a tensor core cuts 16 products and the sum before them off
+        # at 2^-24 of the largest (Fasi, Higham, Mikaitis, Pranesh, PeerJ Computer Science 7:e330, 2021), eight times in
+        # a group. And two numbers of the norm may be rounded to the other side than in float64, by 2^-8 of them at
+        # most.
+        error = 8 * 17 * 2.0**-24 * size_of
         if self.norm is not None:
             error = error + 2 * 2.0**-8 * (abs(x).max(axis=1)[:, None] * abs(w).max(axis=1))
         if self.bias is not None:
@@ -276,7 +278,8 @@ def test_a_back_end_multiplies_any_number_of_tokens(make, kind, tokens, parts, s
     given |= {name: on(getattr(product, name)) for name in ("bias", "residual") if parts.get(name)}
     got = ops.numpy(ops.linear(on(product.x), weight.map(on), silu=parts.get("silu", False), **given))
     y, _ = product.exact()
-    assert relative(np.array(got).astype(np.float64), y) < (0.01 if tokens > 256 else 0.006)
+    bound = 0.01 if tokens > 256 else 0.006
+    assert np.linalg.norm(np.array(got).astype(np.float64) - y) <= bound * np.linalg.norm(y)  # all scales may be 0
 
 
 def test_what_does_not_fit_is_refused(seed):
@@ -300,7 +303,9 @@ def test_products_of_models_shapes(device, seed, tokens, size, rows, kind, group
         pytest.skip("no whole groups")
     weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
     product = Product(device, seed, tokens, weight, **parts)
-    got = product.check(card=Card(132, 80)).astype(np.float64)
+    got = product.check(card=Card(132, 90)).astype(np.float64)
     y, _ = product.exact()
-    bound = 3e-5 if parts.get("float32") and not parts.get("norm") else 2e-3
-    assert np.linalg.norm(got - y) <= bound * np.linalg.norm(y)
+    bound = (3e-5 if parts.get("float32") and not parts.get("norm") else 2e-3) * np.linalg.norm(y)
+    rounding = 0 if parts.get("float32") else 1.1 * np.linalg.norm(rounded(y) - y)  # more where one number is all of y
+    print(f"{np.linalg.norm(got - y) / np.linalg.norm(y):.2g}")
+    assert np.linalg.norm(got - y) <= max(bound, rounding)
