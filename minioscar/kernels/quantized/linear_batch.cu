@@ -6,10 +6,10 @@
 // inside, zeros and scales applied to the sums of groups; rounded once at the end.
 //
 // As linear_batch.cu a block has ROWS rows and COLUMNS tokens and goes over k in slabs, here of SLAB_RUNS * 64 k for
-// each of K_GROUPS, STAGES - 2 of them in flight. Codes lie in a stage as lanes take them: a lane copies and reads its own.
-// Rows of x are lines of 64 k in a stage; all threads multiply them by 2^100 in place and add up their groups, a slab
-// ahead, so that no warp does it again (codes.cuh). A warp has ROW_TILES * 16 rows and all columns: its products of a
-// group, and what scales have made of those before, are 8 * ROW_TILES * TILES floats a lane.
+// each of K_GROUPS, STAGES - 2 of them in flight. Codes lie in a stage as lanes take them: a lane copies and reads its
+// own. Rows of x are lines of 64 k in a stage; all threads multiply them by 2^100 in place and add up their groups, a
+// slab ahead, so that no warp does it again (codes.cuh). A warp has ROW_TILES * 16 rows and all columns: its products
+// of a group, and what scales have made of those before, are 8 * ROW_TILES * TILES floats a lane.
 //
 // Blocks share slabs, split k and merge as those of linear_batch.cu do (linear_batch.cuh).
 // Instructions of a warp for 128 k of 32 rows and 48 tokens in 4 bits, groups of 128: 80 conversions, 96 MMA, 96 FMA
@@ -29,7 +29,8 @@ constexpr int LINE_BYTES = 128, SCALE_OFFSET = WARPS * ROW_TILES * CODE_BYTES;
 constexpr int X_OFFSET = (SCALE_OFFSET + WARPS * ROW_TILES * SCALE_BYTES + 127) / 128 * 128;
 constexpr int SUM_OFFSET = X_OFFSET + K_GROUPS * SLAB_RUNS * COLUMNS * LINE_BYTES;
 constexpr int STAGE_BYTES = (SUM_OFFSET + (HAS_ZERO ? K_GROUPS * FOLDS * COLUMNS * 4 : 0) + 127) / 128 * 128;
-static_assert(STAGES >= 3 && SLAB_RUNS * 64 % GROUP == 0 && ROW_TILES % BRANCHES == 0 && COLUMNS % (8 * K_GROUPS) == 0, "");
+static_assert(STAGES >= 3 && SLAB_RUNS * 64 % GROUP == 0, "a slab has whole groups, and the next one is prepared");
+static_assert(ROW_TILES % BRANCHES == 0 && COLUMNS % (8 * K_GROUPS) == 0, "gate and up are tiles of one warp");
 static_assert(K_GROUPS == 1 || WARPS * ROW_TILES * OWN_TILES * 512 <= STAGE_BYTES, "the groups' sums fit into a stage");
 
 struct Product {
