@@ -19,7 +19,6 @@ from minioscar.quantized import Quantized, from_plain
 from .kernel_device import on_each_device, on_the_card
 from .test_cuda_backend import on_each_backend
 from .test_quantized import random_plain
-from .tiny import relative
 
 CASES = Path(__file__).parent / "simt" / "cases"
 EPS = 1e-5
