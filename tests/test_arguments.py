@@ -22,6 +22,8 @@ TONE = "{% if tone is defined %}<|system|>{{ tone }}<|end|>{% endif %}" + TEMPLA
 HI, SYSTEM = {"role": "user", "content": "the cat"}, {"role": "system", "content": "the dog"}
 ANSWER = {"role": "assistant", "content": "sat"}
 
+HALF = "\ufffd"  # half a character, at which an answer is cut, does not enter a conversation
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -173,7 +175,8 @@ def test_none_is_the_default_of_every_option(engine):
     run = engine.start(["the cat"], ctx=None, chat=None, cache=None, sequences=None, options=None, template=None)
     assert [list(run), run.results[0].token_ids][1] == want.token_ids
     conversation = Conversation(engine, system=None, cache=None, ctx=None, template=None)
-    assert "".join(conversation.say("the cat", **dict.fromkeys([*SAMPLING, *OPTIONS, "sampling"]))) == want.text
+    said = "".join(conversation.say("the cat", **dict.fromkeys([*SAMPLING, *OPTIONS, "sampling"])))
+    assert said.rstrip(HALF) == want.text.rstrip(HALF)
 
 
 def test_every_number_of_sampling_is_an_option_by_itself(engine):
@@ -186,7 +189,8 @@ def test_every_number_of_sampling_is_an_option_by_itself(engine):
     want = engine.generate("the cat", max_tokens=20, sampling=Sampling(**numbers))
     assert engine.generate("the cat", max_tokens=20, **numbers).token_ids == want.token_ids
     assert "".join(engine.stream("the cat", max_tokens=20, **numbers)) == want.text
-    assert "".join(Conversation(engine, ctx=256).say("the cat", max_tokens=20, **numbers)) == want.text
+    said = "".join(Conversation(engine, ctx=256).say("the cat", max_tokens=20, **numbers))
+    assert said.rstrip(HALF) == want.text.rstrip(HALF)
     for name in numbers:
         both = {"sampling": Sampling(), name: numbers[name]}
         refused(lambda both=both: engine.generate("the cat", **both), "sampling=", f"{name}=")

@@ -70,7 +70,7 @@ def models() -> str:
         *markdown(["`--kv`", "bits/element", "all of it", *head], table),
         "",
         f"{'; '.join(sizes)}; mean and standard error. *All of it*: bits per element of the whole allocated cache "
-        f"at {whole:,} tokens, with norms, sinks and the window of 128 tokens in BF16, which weigh less the longer the "
+        f"at {whole:,} tokens, with norms, sinks and the window in BF16, which weigh less the longer the "
         "context is.",
     ])  # fmt: skip
 
