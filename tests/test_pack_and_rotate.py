@@ -237,7 +237,7 @@ def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed,
     """A warp looks at 32 of them at a time; some are not in use. Pages are those of a sequence alone, and nothing else
     is written."""
     heads, batch, rng = attention.Heads(1, 1, 64), 70, np.random.default_rng(seed)
-    scheme = replace(oscar.SCHEMES["int2"], flush=flush, keep=keep)
+    scheme = replace(WINDOWS["plain"], flush=flush, keep=keep)
     lengths = rng.choice(np.array([-1, 0, flush - 1 if keep else 126, 128, 200, 254], np.int32), batch)
     full = np.array([0, 31, 32, 50, 69])
     lengths[full] = np.array([0, flush, 0, 0, 2 * flush]) + scheme.ring - 1
