@@ -219,7 +219,7 @@ def test_info_needs_no_weights(smollm2, capsys, tmp_path):
     report = json.loads(out)
     assert code == 0 and report["parameters"] == 134_515_008
     by = {row["kv"]: row for row in report["schemes"]}
-    assert by["bf16"]["bytes_per_token"] == 30 * 2 * 3 * 64 * 2 and by["int2"]["bits_per_element"] == 2.75
+    assert by["bf16"]["bytes_per_token"] == 30 * 2 * 3 * 64 * 2 and by["int2"]["bits_per_element"] == 2.625
     assert by["bf16"]["cache_bytes"] == 4 * 8192 * 23040
     assert 5 < by["int2"]["ratio_to_bf16"] < 5.82
     code, out, _ = run(capsys, "info", "smollm2-135m", "--ctx", 8192, "--batch", 4)
@@ -291,8 +291,6 @@ def cases(tiny: Path) -> dict[str, tuple[list[str], str]]:
     smollm2 = "smollm2-135m"
     latin = tiny.parent / "latin.txt"
     latin.write_bytes(b"caf\xe9")
-    passage = tiny.parent / "passage.txt"
-    passage.write_text("one two three four five six seven eight nine ten")
     return {
         "no command": ([], "COMMAND"),
         "unknown command": (["fly"], "'fly'"),
@@ -320,6 +318,17 @@ def cases(tiny: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "temperature": (["generate", smollm2, "x", "--temperature", "-1"], "temperature -1"),
         "top-p": (["generate", smollm2, "x", "--top-p", "2"], "top_p 2"),
+        **eval_cases(smollm2, tiny),
+        "info context": (["info", smollm2, "--ctx", "10000"], "8192"),
+        "info batch": (["info", smollm2, "--batch", "0"], "--batch 0"),
+        "pull unknown": (["pull", "no-such-model"], "no-such-model"),
+    }
+
+
+def eval_cases(smollm2: str, tiny: Path) -> dict[str, tuple[list[str], str]]:
+    passage = tiny.parent / "passage.txt"
+    passage.write_text("one two three four five six seven eight nine ten")
+    return {
         "eval scheme": (["eval", smollm2, "--kv", "oscar,foo"], "'foo'"),
         "eval too long": (["eval", smollm2, "--prefill", "8000", "--decode", "1000"], "8192"),
         "eval short text": (
@@ -341,9 +350,6 @@ def cases(tiny: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "drift below 0": (["eval", smollm2, "--drift", "-1"], "--drift -1"),
         "drift too long": (["eval", smollm2, "--drift", "8000"], "8192"),
-        "info context": (["info", smollm2, "--ctx", "10000"], "8192"),
-        "info batch": (["info", smollm2, "--batch", "0"], "--batch 0"),
-        "pull unknown": (["pull", "no-such-model"], "no-such-model"),
     }
 
 
