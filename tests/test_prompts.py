@@ -190,13 +190,13 @@ def test_pieces_come_before_their_answer_and_never_twice(engine, monkeypatch):
         """Runs of more than two prompts end midway."""
         run = start(prompts, **options)
         if len(prompts) > 2:
-            read = run._tokens
-            monkeypatch.setattr(run, "_tokens", lambda: broken(read()), raising=False)
+            read = run._steps
+            monkeypatch.setattr(run, "_steps", lambda first: broken(read(first)))
         return run
 
-    def broken(tokens):
-        for _ in range(12):
-            yield next(tokens)
+    def broken(steps):
+        for _ in range(3):
+            yield next(steps)
         raise Failure("a card that is gone")
 
     options = Options(8, Sampling(0.5, seed=2))
@@ -376,7 +376,7 @@ def test_n_answers_stop_and_logprobs_of_one_prompt(folder, engine, capsys):
 
 
 def test_an_answer_that_ends_where_the_context_is_full_says_so(folder, capsys):
-    base = ["generate", str(folder), "the cat", "--raw", "--device", "cpu"]
+    base = ["generate", str(folder), "the cat", "--raw", "--device", "cpu", "--ignore-eos"]
     for more, full in (["--max-tokens", "1000000"], True), (["--ctx", "64"], True), (["--max-tokens", "9"], False):
         assert main([*base, *more]) == 0
         err = capsys.readouterr().err
