@@ -38,6 +38,7 @@ def fidelity() -> str:
     lines = [*markdown(["`--kv`", "bits/element", "KL to BF16", "ΔNLL", "same top token"], rows), ""]
     where = f"({report['device']}); mean and standard error of {report['windows']} windows of the default text"
     lines.append(f"{report['prefill']} tokens prefilled, then {report['decode']} decoded teacher-forced {where}.")
+    lines[-1] += on_card(report)
     return "\n".join(lines)
 
 
@@ -71,8 +72,14 @@ def models() -> str:
         "",
         f"{'; '.join(sizes)}; mean and standard error. *All of it*: bits per element of the whole allocated cache "
         f"at {whole:,} tokens, with norms, sinks and the window in BF16, which weigh less the longer the "
-        "context is.",
+        f"context is.{on_card(first)}",
     ])  # fmt: skip
+
+
+def on_card(report: dict) -> str:
+    """Which rows were measured on a GPU, others on a CPU."""
+    names = [f"`{row['kv']}`" for row in report["results"] if row.get("device") == "cuda"]
+    return f" On an H200, and `oscar` there within 7 % of the CPU's: {', '.join(names)}." if names else ""
 
 
 def compared(row: dict | None, oscar: dict) -> list[str]:
