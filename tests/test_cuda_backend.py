@@ -155,12 +155,12 @@ def moving(want: dict[str, np.ndarray], name: str, scheme) -> np.ndarray:
     ) + 2**-3 * theirs
 
 
-@pytest.mark.parametrize("kv", ["kivi", "oscar", "int2", "int2-compact", "int4"])
+@pytest.mark.parametrize("kv", ["kivi", "oscar", "plain", "plain-g64", "int4"])
 @pytest.mark.parametrize("offset", [0, 1, 8])
 def test_how_far_a_step_and_a_min_may_move_is_not_more_than_they_do(kv, offset, seed):
     """Every number to the BF16 above, below, or not at all. The bound holds, and half of it is reached: it would see
     twice as much."""
-    scheme, rng = SCHEMES[kv], np.random.default_rng(seed)
+    scheme, rng = ALL[kv], np.random.default_rng(seed)
     keys = (rng.standard_normal((2, 128, 2048)) + offset).astype(BF16)
     moved = (keys.view(np.int16) + rng.integers(-1, 2, keys.shape, np.int16)).view(BF16)
     want, got = (oscar.quantize_keys(x.astype(np.float32), np.ones(128, np.float32), scheme)[1:] for x in (keys, moved))

@@ -7,7 +7,6 @@ the true ones before it. So nothing has to be generated.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..engine import Engine
+from ..storage import strict_json as json
 from ..tables import markdown
 from .needle import DEPTHS, blocks, plant
 from .teacher_forcing import Done, teacher_forced

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from ..storage import strict_json
+from ..storage import strict_json as json
 from .errors import ApiError
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .. import chat_template
 from ..errors import shown
+from ..storage import strict_json as json
 from ..tokenizer import Tokenizer
 from . import fields
 from .errors import ApiError, of_field, wrong

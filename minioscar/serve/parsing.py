@@ -6,12 +6,13 @@ lost: what looks like a call and is none is content.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from json import JSONDecoder
 from typing import Any
 
 from ..generation import begun
+from ..storage import strict_json as json
 
 Part = tuple[str, Any]
 THINK, THOUGHT = "<think>", "</think>"
@@ -101,7 +102,7 @@ class LlamaCalls:
         return [("content", held)]
 
     def flush(self) -> list[Part]:
-        held, self.held, parts, decoder = self.held, "", [], json.JSONDecoder()
+        held, self.held, parts, decoder = self.held, "", [], JSONDecoder()
         rest = held.strip()
         while rest:
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from ..errors import one_line
 from ..sampling import mask_words
+from ..storage import strict_json as json
 from ..tokenizer import Tokenizer
 from .errors import ApiError, wrong
 from .jobs import GrammarError
