@@ -59,7 +59,7 @@ def test_equal_values_average_out_where_they_are_dithered_and_others_are_as_they
     assert error["dithered"].max() < 1 / 16 + 0.001 and error["plain"].max() > 0.4
 
 
-def test_the_idea_called_int2_is_the_scheme_as_eval_measures_it(monkeypatch, capsys):
+def test_the_idea_called_int2_is_plain_rounding_as_eval_measures_it(monkeypatch, capsys, windows):
     for name, value in (("PREFILL", 256), ("DECODE", 40), ("WINDOWS", 1)):
         monkeypatch.setattr(ideas, name, value)
     monkeypatch.setattr(sys, "argv", ["ideas", "smollm2-135m", "int2", "--text", "log"])
@@ -68,7 +68,7 @@ def test_the_idea_called_int2_is_the_scheme_as_eval_measures_it(monkeypatch, cap
     tokenizer = Tokenizer(hub.resolve("smollm2-135m"))
     (window,) = texts.stretches("log", tokenizer, 297, 1)
     expected = fidelity.evaluate(
-        "smollm2-135m", ["oscar", "int2"], text=tokenizer.decode(window), prefill=256, decode=40, device="cpu"
+        "smollm2-135m", ["oscar", "plain"], text=tokenizer.decode(window), prefill=256, decode=40, device="cpu"
     )["results"]
     assert found["text"] == "log" and [row["kv"] for row in found["results"]] == ["oscar", "int2"]
     for row, want in zip(found["results"], expected[1:], strict=True):
