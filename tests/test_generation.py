@@ -341,7 +341,7 @@ def test_a_pass_that_broke_off_leaves_a_cache_that_goes_on_from_its_last_whole_b
     ids, more = rng.integers(0, 320, held).tolist(), rng.integers(0, 320, 150).tolist()
     cache = Cache(engine.config, engine.scheme, 1, 512, engine.ops)
     engine.model.forward(np.array(ids), cache, cache.batch_for([0], [held]))
-    kept = held - held % 128 if engine.scheme.quantized else held
+    kept = engine.scheme.packed_tokens(held) if engine.scheme.quantized else held
     want = Cache(engine.config, engine.scheme, 1, 512, engine.ops)
     for name, array in cache.arrays.items():
         want.arrays[name][:] = array
