@@ -266,7 +266,7 @@ BITS = [  # of keys and of values, groups of tokens and of channels, of scheme .
     (2, 4, 32, 32, "int2", 128, 3),
     (2, 4, 64, 64, "oscar", 128, 8),
     (2, 4, 128, 32, "kivi", 64, 2),
-    (2, 2, 128, 64, "int2", 128, 4),
+    (2, 2, 128, 64, "int2-long", 128, 4),
     (4, 4, 128, 32, "oscar", 256, 1),
 ]
 
