@@ -35,15 +35,14 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_tiny_models_of_every_family(family, kv, tmp_path, seed):
     """Float32 weights rounded to BF16 and BF16 activations through two layers: a few parts in a hundred of a random
-    model's logits. Of experts only most tokens' logits: where a router's choice nearly ties, BF16 may take another one,
-    and the token's output is another."""
+    model's logits."""
     shape = MOE if family == "qwen3_moe" else {"model_type": family}
     folder = write_model(tmp_path / "m", seed, head_dim=64, **shape)
     ids = np.random.default_rng(seed).integers(0, 160, 140)
     want, got = (load(folder, kv, device).logits(ids) for device in ("cpu", "cuda"))
     errors = [relative(*pair) for pair in zip(got, want, strict=True)]
-    print(f"{relative(got, want):.4f} {np.quantile(errors, [0.5, 0.75, 1])}")
-    assert (np.quantile(errors, 0.75) if family == "qwen3_moe" else relative(got, want)) < 0.05
+    print(f"by token: {np.quantile(errors, [0.5, 0.75, 1])}")
+    assert relative(got, want) < 0.05
 
 
 def test_two_runs_give_the_same_bits(tmp_path):

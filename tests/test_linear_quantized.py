@@ -111,11 +111,9 @@ class Product:
         if self.norm is not None:
             x = rounded(x / np.sqrt((x * x).mean(axis=1, keepdims=True) + EPS) * self.norm.astype(np.float64))
         y, size_of = x @ w.T, abs(x) @ self._code_sizes().T
-        # Sums of codes times x, before zeros are taken off: a tensor core cuts 16 products and the sum before them off
-        # at 2^-24 of the largest (Fasi, Higham, Mikaitis, Pranesh, PeerJ Computer Science 7:e330, 2021), eight times in
-        # a group. And two numbers of the norm may be rounded to the other side than in float64, by 2^-8 of them at
-        # most.
-        error = 8 * 17 * 2.0**-24 * size_of
+        # Float32 sums of codes times x, before zeros are taken off; and two numbers of the norm may be rounded to the
+        # other side than in float64, by 2^-8 of them at most.
+        error = 2.0**-20 * size_of
         if self.norm is not None:
             error = error + 2 * 2.0**-8 * (abs(x).max(axis=1)[:, None] * abs(w).max(axis=1))
         if self.bias is not None:

@@ -58,8 +58,8 @@ def models() -> str:
     table = []
     for name, row in by_model[0].items():
         cells = [f"`{name}`", f"{row['bits_per_element']:.3f}", f"{everything(name, whole):.2f}"]
-        for rows in by_model:
-            cells += compared(rows.get(name), rows["oscar"])
+        for rows, report in zip(by_model, reports.values(), strict=True):
+            cells += compared(rows.get(name), report)
         table.append(cells)
     head = [cell for model in reports for cell in (f"{model}: KL", "of `oscar`'s")]
     sizes = (
@@ -79,16 +79,21 @@ def models() -> str:
 def on_card(report: dict) -> str:
     """Which rows were measured on a GPU, others on a CPU."""
     names = [f"`{row['kv']}`" for row in report["results"] if row.get("device") == "cuda"]
-    return f" On an H200, and `oscar` there within 7 % of the CPU's: {', '.join(names)}." if names else ""
+    if not names:
+        return ""
+    return f" On an H200, where `oscar` has {report['oscar_on_a_card']:.4f}: {', '.join(names)}."
 
 
-def compared(row: dict | None, oscar: dict) -> list[str]:
-    """KL, and that over oscar's; nothing where it was not measured."""
+def compared(row: dict | None, report: dict) -> list[str]:
+    """KL, and that over oscar's on the same device; nothing where it was not measured."""
     if row is None:
         return ["", ""]
     if row["kv"] == "bf16":
         return ["0", "0"]
-    return ["{kl:.4f} ± {kl_se:.4f}".format(**row), f"{row['kl'] / oscar['kl']:.2f}"]
+    (oscar,) = (other["kl"] for other in report["results"] if other["kv"] == "oscar")
+    if row.get("device") == "cuda":
+        oscar = report["oscar_on_a_card"]
+    return ["{kl:.4f} ± {kl_se:.4f}".format(**row), f"{row['kl'] / oscar:.2f}"]
 
 
 def everything(kv: str, context: int) -> float:
