@@ -49,9 +49,9 @@ def filled(
         else:  # numbers do not change the time
             feedback = ops.xp.zeros((config.num_kv_heads, config.head_dim, config.head_dim), np.float32)
         layer_cache.append(NewTokens(k, v, norms, feedback), first)
+    cache.advance(first)
     for row in range(1, batch):
         cache.copy(0, row)
-    cache.lengths[:] = context
     return cache
 
 

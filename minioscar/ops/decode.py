@@ -66,7 +66,7 @@ class StepBatch:
         self.tokens, self.steps = (xp.zeros(size, np.int32) for _ in range(2))
         self.lengths = xp.asarray(np.full(size, -1, np.int32))
         plan = attention.decode_plan(heads, scheme, size, ops.card)
-        self.state = DecodeState.allocate(xp, heads, scheme, plan, self.lengths)
+        self.state = DecodeState.allocate(xp, heads, scheme, plan, self.lengths, cache.arrays["table"])
 
     @staticmethod
     def nbytes(config: Config, rows: int, card: Card, penalties: bool) -> int:
@@ -138,6 +138,7 @@ class StepDecoder(Decoder):
         self.batch = StepBatch(ops, model.config, cache, rows, model.weights.key_feedback)
         self.running: deque[list[int]] = deque()  # the rows of the steps that are not read yet
         self.active: list[int] = []  # the rows that the device has as in use
+        self.current: set[int] = set()  # the rows whose newest token and history the device has
         self.work = Step(model, cache, self.batch)
         if replay == "eager":
             self.queue = ops.queue(self.batch, self.work.run, False)
@@ -155,7 +156,7 @@ class StepDecoder(Decoder):
         newest[list(slots)] = tokens
         self.queue.put(self.batch.tokens, newest)
         self.queue.put(self.batch.steps, np.full(len(newest), step, np.int32))
-        self.active = []
+        self.active, self.current = [], set(slots)
 
     def _first(self, slot: int, row: RowSampling, logits: Array, allowed: np.ndarray | None) -> int:
         """By the launches of a step, of this row alone."""
@@ -171,6 +172,7 @@ class StepDecoder(Decoder):
                 self.model.ops.run(launch)
         self.queue.put(steps, one)
         self.active = []
+        self.current.add(slot)
         token = int(self.queue.get(tokens)[0])
         if token < 0:
             raise Failure(NOT_FINITE)
@@ -187,12 +189,21 @@ class StepDecoder(Decoder):
         if slots != self.active:
             for slot in slots:
                 self.cache.check_whole(slot)
+                if slot not in self.current:
+                    self._resume(slot)
+            self.current = set(slots)
             lengths = np.full(len(self.cache.lengths), -1, np.int32)
             lengths[slots] = [self.cache.lengths[slot] + sum(slot in step for step in self.running) for slot in slots]
             self.queue.put(self.batch.lengths, lengths)
             self.active = slots
         self.queue.go()
         self.running.append(slots)
+
+    def _resume(self, slot: int) -> None:
+        """A row that was left out of steps, all of its own read: these have drawn something for it all the same."""
+        self.queue.put(self.batch.tokens[slot : slot + 1], np.array(self.drawn[slot][-1:], np.int32))
+        if (seen := self.batch.drawing.history) is not None:
+            self.queue.put(seen[slot], history(self.rows[slot], self.drawn[slot][:-1], seen.shape[1]))
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
         slots = self.running[0]
