@@ -123,11 +123,12 @@ def test_rows_on_a_card_wait_on_the_host_and_go_on_as_if_nothing_was(make, tmp_p
     folder = write_talker(tmp_path / "m", seed, num_hidden_layers=1)
     _, engine, ops = of_backend(make, folder, "int2")
     engine.ops, rng = ops, np.random.default_rng(seed)
+    sampled = Sampling(1.0, seed=4, repetition_penalty=1.3)
     asked = [
-        Asked(prompt(rng, 126), Options(5, GREEDY, ignore_eos=True)),
-        Asked(prompt(rng, 122), Options(9, Sampling(1.0, seed=4, repetition_penalty=1.3), ignore_eos=True), sequence=1),
+        Asked(prompt(rng, 122), Options(9, GREEDY, ignore_eos=True)),
+        Asked(prompt(rng, 126), Options(11, sampled, ignore_eos=True), sequence=1),
     ]
-    with running(engine, slots=2, context=256, blocks=2) as scheduler:
+    with running(engine, slots=2, context=256, blocks=3) as scheduler:
         submit(scheduler, *asked)
         got = [one.answers() for one in asked]
         assert scheduler.metrics.swapped_in > 0
