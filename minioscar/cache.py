@@ -42,22 +42,22 @@ class Cache:
     """
 
     def __init__(self, config: Config, scheme: Scheme, batch: int, context: int, ops: Backend):
-        self._allocate(config, scheme, (batch, context), ops, batch * blocks_of_row(scheme, context))
-        self.table[...] = np.arange(self.table.size).reshape(self.table.shape)
-        self.arrays["table"][...] = ops.xp.asarray(self.table)
+        of_row = blocks_of_row(scheme, context)
+        table = np.arange(batch * of_row, dtype=np.int32).reshape(batch, of_row)
+        self._allocate(config, scheme, (batch, context), ops, table, batch * of_row)
 
     def _allocate(
-        self, config: Config, scheme: Scheme, size: tuple[int, int], ops: Backend, blocks: int, sinks: int = 0
+        self, config: Config, scheme: Scheme, size: tuple[int, int], ops: Backend, table: np.ndarray, blocks: int,
+        sinks: int = 0,
     ) -> None:
         self.config, self.scheme, self.ops = config, scheme, ops
         (batch, self.context), kind = size, ops.cache_type(config, scheme)
         self.lengths, self.cuts = np.zeros((2, batch), np.int64)
-        self.table = np.zeros((batch, blocks_of_row(scheme, self.context)), np.int32)
         shapes = shapes_of(kind, config, scheme, size, blocks, sinks)
         self.arrays = {
             name: ops.xp.zeros((config.num_layers, *shape), dtype) for name, (shape, dtype) in shapes.items()
         }
-        self.arrays["table"] = ops.xp.zeros(self.table.shape, np.int32)
+        self.table, self.arrays["table"] = table, ops.xp.asarray(table)
         self.layers = [
             kind(of_layer(self.arrays, i), scheme, ops, self.table, i) for i in range(config.num_layers)
         ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import Cache, blocks_of
+from ..cache import Cache, blocks_of, blocks_of_row
 from ..config import Config
 from ..layer_cache import BLOCK_TOKENS, SINK_ARRAYS, Backend
 from ..oscar import Scheme
@@ -48,7 +48,8 @@ class PooledCache(Cache):
 
     def __init__(self, config: Config, scheme: Scheme, batch: int, context: int, ops: Backend, blocks: int):
         blocks = blocks if scheme.quantized else 0
-        self._allocate(config, scheme, (batch, context), ops, blocks, kept_sinks(batch))
+        table = np.zeros((batch, blocks_of_row(scheme, context)), np.int32)
+        self._allocate(config, scheme, (batch, context), ops, table, blocks, kept_sinks(batch))
         self.pool, self.blocks = BlockPool(blocks), [[] for _ in range(batch)]
         self.swapped: dict[int, Swapped] = {}
         # Key of a row's first block -> where its sinks are, behind those of the rows; the one unused for longest first
