@@ -25,10 +25,11 @@ def shared(cache: PooledCache, ids: Sequence[int], row: Row) -> int:
     return cache.left_to_share(row.slot, common(ids, held), row.in_flight)
 
 
-def take_over(cache: PooledCache, ids: Sequence[int], source: Row, target: Row) -> int:
-    """Row `target`, in which nothing runs, holds what `source`, or the pool, has of the beginning of a prompt; so many
-    tokens."""
-    of_row, blocks = shared(cache, ids, source), cache.match(ids)
+def take_over(cache: PooledCache, source: Row, target: Row) -> int:
+    """Row `target`, in which nothing runs yet, holds what `source`, or the pool, has of the beginning of its prompt; so
+    many tokens."""
+    ids = target.job.usable
+    of_row, blocks = shared(cache, ids, source), cache.match(target.job.keys, len(ids))
     if len(blocks) * cache.BLOCK_TOKENS > max(of_row, LEAST - 1):
         return cache.begin_with(target.slot, blocks)
     if of_row < LEAST:

@@ -204,7 +204,7 @@ class Scheduler:
     def _match(self, row: Row) -> None:
         """The row takes over what any row holds of the beginning of its prompt."""
         source = max(self.rows, key=lambda other: (prefixes.shared(self.cache, row.job.usable, other), other is row))
-        row.job.cached = prefixes.take_over(self.cache, row.job.usable, source, row)
+        row.job.cached = prefixes.take_over(self.cache, source, row)
         row.held, row.is_matched = list(row.job.ids), True
         self.metrics.hit_tokens += row.job.cached
 
