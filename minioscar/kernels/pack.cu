@@ -300,7 +300,7 @@ struct Cache {
 
   // Packs this warp's share of the page that begins with token `first` of a row, into a block. Tokens before `start`
   // are in the window, later ones in `recent`.
-  DEVICE void pack(int row, size_t block, int head, bool keys, int first, int start, const bf16* recent,
+  DEVICE void pack(int row, unsigned block, int head, bool keys, int first, int start, const bf16* recent,
                    int stride) const {
     const int cell = row * kv_heads + head, warp = threadIdx.x / 32;
     // Error feedback goes from chunk to chunk: blocks of one multiprocessor begin with different warps (schedulers).
@@ -353,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
     for (; full; full &= full - 1) {
       const int row = first_row + __ffs(full) - 1, first = lengths[row] + 1 - RING + n * PAGE_TOKENS;
       const int end = first + (PAIRED ? KEY_GROUP : PAGE_TOKENS);  // of all that is read, from the window
-      const size_t block = (size_t)layer * num_blocks + Table{table, table_stride}.block_of(row, first / PAGE_TOKENS);
+      const unsigned block = layer * num_blocks + Table{table, table_stride}.block_of(row, first / PAGE_TOKENS);
       cache.pack(layer * batch + row, block, head, blockIdx.x % 2 == 0, first, end, nullptr, 0);
     }
   }
