@@ -49,7 +49,7 @@ def test_tiny_models_of_every_family(family, kv, tmp_path, seed):
 @pytest.mark.parametrize("kv", SCHEMES)
 def test_tiny_models_of_experts(kv, tmp_path, seed, monkeypatch):
     """As of every family, when NumPy takes the experts that the card took. Where it would have taken others, the two
-    nearly tie: logits of a router that are off by 0.05 of their spread, as the model's are, change places."""
+    nearly tie: logits of a router that are off by 0.05 of their size, as the model's are, change places."""
     folder = write_model(tmp_path / "m", seed, head_dim=64, **MOE)
     ids = np.random.default_rng(seed).integers(0, 160, 140)
     engines, taken, allocate = [load(folder, kv, device) for device in ("cuda", "cpu")], [], Routes.allocate
@@ -60,7 +60,7 @@ def test_tiny_models_of_experts(kv, tmp_path, seed, monkeypatch):
     def route(self, logits, experts):
         chosen = choices.pop(0).reshape(-1, experts.per_token)
         given, own = np.take_along_axis(logits, chosen, axis=1), -np.sort(-logits, axis=1)[:, : experts.per_token]
-        gaps.append((own.min(axis=1) - given.min(axis=1)) / logits.std(axis=1))
+        gaps.append((own.min(axis=1) - given.min(axis=1)) / logits.std())
         summed = np.exp(given if experts.normalized else logits).sum(axis=1, keepdims=True)
         return chosen, np.exp(given) / summed
 
