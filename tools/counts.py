@@ -30,9 +30,9 @@ FLOORS = (
     ("cache", "weights", "decoding"),
     ("quantized", "staging"),
     ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
-    ("oscar", "batch", "causal_attention", "error_feedback", "hadamard", "rope"),
+    ("oscar", "batch", "causal_attention", "error_feedback", "hadamard", "rope", "towers"),
     ("storage", "formats"),
-    ("errors", "checks", "tables", "machine", "version"),
+    ("errors", "checks", "fields", "tables", "machine", "version"),
 )
 
 

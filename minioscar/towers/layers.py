@@ -1,12 +1,11 @@
-"""What the towers' layers are made of, beside the products of `ops`: array code, float32 inside, in x's dtype outside."""
+"""What the layers of towers are made of, beside the products of `ops`: array code, float32 inside, x's dtype outside."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..ops.reference import Reference
+from .media import Backend
 
 Array = Any
 Weights = Mapping[str, Array]
@@ -41,7 +40,7 @@ def quick_gelu(x: Array, xp: Any) -> Array:
     return (y / (1 + xp.exp(xp.float32(-1.702) * y))).astype(x.dtype)
 
 
-def linear(x: Array, weights: Weights, name: str, ops: Reference, residual: Array | None = None) -> Array:
+def linear(x: Array, weights: Weights, name: str, ops: Backend, residual: Array | None = None) -> Array:
     """x [..., in] by the matrix of this name, and its bias where it has one."""
     y = x.reshape(-1, x.shape[-1])
     y = ops.linear(y, weights[f"{name}.weight"], weights.get(f"{name}.bias"), residual=residual)

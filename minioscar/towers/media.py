@@ -105,6 +105,20 @@ class Features:
         return sum(array.nbytes for array in (self.embeddings, *self.deep))
 
 
+class Backend(Protocol):
+    """What a tower asks of a back end (ops/reference.py says what each does)."""
+
+    xp: Any
+
+    def array(self, x: np.ndarray) -> Array: ...
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None, *, residual: Array | None = None) -> Array: ...
+
+    def sum(self, x: Array, y: Array) -> Array: ...
+
+    def rope(self, x: Array, cos: Array, sin: Array) -> Array: ...
+
+
 class Tower(Protocol):
     """A kind of encoder, made of its config alone (a frozen dataclass)."""
 
@@ -119,7 +133,7 @@ class Tower(Protocol):
         """Its tensors' names and shapes, as checkpoints have them."""
         ...
 
-    def encode(self, medium: Medium, weights: Mapping[str, Array], ops: Any) -> Features: ...
+    def encode(self, medium: Medium, weights: Mapping[str, Array], ops: Backend) -> Features: ...
 
     def work_bytes(self, tokens: int, itemsize: int) -> int:
         """Of the arrays of `encode` of a medium of so many tokens, and of its features."""
@@ -266,7 +280,7 @@ class Encoder:
     weights: of each kind, by the names of `Tower.expected`.
     """
 
-    def __init__(self, towers: Mapping[str, Tower], weights: Mapping[str, Mapping[str, Array]], ops: Any):
+    def __init__(self, towers: Mapping[str, Tower], weights: Mapping[str, Mapping[str, Array]], ops: Backend):
         self.towers, self.weights, self.ops = towers, weights, ops
         self.kept: OrderedDict[Medium, Features] = OrderedDict()
 

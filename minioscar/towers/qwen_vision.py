@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, shown
+from ..fields import Fields
 from . import pictures
 from .layers import QUERIES, attention, gelu, layer_norm, linear
-from .media import Features, Medium
-
-if TYPE_CHECKING:
-    from ..ops.reference import Reference
+from .media import Backend, Features, Medium
 
 Array = Any
 PREFIX = "model.visual."
 EPS = 1e-6  # of every LayerNorm
 THETA = 10000.0
 MAX_ASPECT = 200
+DEFAULTS = {  # what a missing key means: transformers 5.24, configuration_qwen3_vl.py
+    "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "num_position_embeddings": 2304,
+    "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "image_token_id": 151655,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,31 @@ class QwenVision:
     max_pixels: int = 1 << 24
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green, blue from 0 to 1
     deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def of(
+        cls, raw: Mapping[str, Any], pictures: Mapping[str, Any], source: str, hidden: int, layers: int
+    ) -> QwenVision:
+        """By config.json and preprocessor_config.json. hidden, layers: of the language model. Raises UserError for what
+        is missing or not implemented."""
+        if not isinstance(raw.get("vision_config"), Mapping):
+            raise UserError(f"{source}: vision_config must be an object, not {shown(raw.get('vision_config'))}")
+        get, top = Fields(raw["vision_config"], f"{source}: vision_config", DEFAULTS), Fields(raw, source, DEFAULTS)
+        get.only("hidden_act", "gelu_pytorch_tanh")
+        get.only("in_channels", 3)
+        get.only("out_hidden_size", hidden)
+        size, heads, places = (get.count(name) for name in ("hidden_size", "num_heads", "num_position_embeddings"))
+        if size % (4 * heads) or math.isqrt(places) ** 2 != places:
+            why = f"hidden_size {size} with num_heads {heads}, or num_position_embeddings {places}, is not supported"
+            raise UserError(f"{get.source}: {why}; heads must be multiples of 4 wide, positions a square")
+        depth, deep = get.count("depth", most=1024), get.items("deepstack_visual_indexes")
+        if len(deep) > layers or len(set(deep)) < len(deep) or not all(type(i) is int and 0 <= i < depth for i in deep):
+            raise UserError(f"{get.source}: deepstack_visual_indexes {deep} must be blocks of {depth}, each once")
+        patch, frames, merge = map(get.count, ("patch_size", "temporal_patch_size", "spatial_merge_size"))
+        inner = get.count("intermediate_size")
+        shape = cls(top.count("image_token_id"), depth, size, inner, heads, hidden, math.isqrt(places), tuple(deep),
+                    patch, frames, merge)  # fmt: skip
+        return replace(shape, **_preprocessing(pictures, shape))
 
     @property
     def kind(self) -> str:
@@ -122,7 +149,7 @@ class QwenVision:
 
     # --- the tower
 
-    def encode(self, medium: Medium, weights: Mapping[str, Array], ops: Reference) -> Features:
+    def encode(self, medium: Medium, weights: Mapping[str, Array], ops: Backend) -> Features:
         """embeddings [tokens, output_size] and as many features for DeepStack as `deepstack` has blocks."""
         xp, w = ops.xp, {name.removeprefix(PREFIX): array for name, array in weights.items()}
         w["patch_embed.proj.weight"] = w["patch_embed.proj.weight"].reshape(self.hidden_size, -1)
@@ -158,7 +185,7 @@ class QwenVision:
         return xp.asarray(np.cos(angles).astype(np.float32)), xp.asarray(np.sin(angles).astype(np.float32))
 
     def _block(
-        self, x: Array, w: Mapping[str, Array], name: str, tables: tuple[Array, Array], ops: Reference
+        self, x: Array, w: Mapping[str, Array], name: str, tables: tuple[Array, Array], ops: Backend
     ) -> Array:
         xp = ops.xp
         qkv = linear(layer_norm(x, w, f"{name}norm1", EPS, xp), w, f"{name}attn.qkv", ops)
@@ -168,7 +195,7 @@ class QwenVision:
         h = linear(layer_norm(x, w, f"{name}norm2", EPS, xp), w, f"{name}mlp.linear_fc1", ops)
         return linear(gelu_tanh(h, xp), w, f"{name}mlp.linear_fc2", ops, residual=x)
 
-    def _merged(self, x: Array, w: Mapping[str, Array], name: str, ops: Reference) -> Array:
+    def _merged(self, x: Array, w: Mapping[str, Array], name: str, ops: Backend) -> Array:
         """Four patches -> a token: the norm is over each patch (the last merger), or over the four (DeepStack's)."""
         wide = len(w[f"{name}.linear_fc1.weight"])
         x = x.reshape(-1, len(w[f"{name}.norm.weight"]))
@@ -182,6 +209,32 @@ class QwenVision:
         mlp = itemsize * n * (2 * hidden + 2 * self.intermediate_size) + 4 * n * 4 * self.intermediate_size
         features = itemsize * tokens * self.output_size * (1 + len(self.deepstack))
         return max(attending, mlp) + features
+
+
+def _preprocessing(raw: Mapping[str, Any], shape: QwenVision) -> dict[str, Any]:
+    """What preprocessor_config.json says of sizes and colours. Raises UserError where it contradicts the tower."""
+    get = Fields(raw, "preprocessor_config.json", {})
+    for name, only in (("patch_size", shape.patch), ("temporal_patch_size", shape.frames), ("merge_size", shape.merge)):
+        get.only(name, only)
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        get.only(name, True)
+    get.only("resample", 3)  # bicubic
+    get.only("rescale_factor", 1 / 255)
+    size = raw.get("size") if isinstance(raw.get("size"), Mapping) else {}
+    limits = [
+        Fields({"pixels": size.get(new, raw.get(old))}, f"{get.source}: size.{new}", {}).count("pixels", usual)
+        for new, old, usual in (
+            ("shortest_edge", "min_pixels", shape.min_pixels), ("longest_edge", "max_pixels", shape.max_pixels)
+        )
+    ]
+    if limits[0] > limits[1]:
+        raise UserError(f"{get.source}: size.shortest_edge {limits[0]} is more than size.longest_edge {limits[1]}")
+    colours = {"mean": get.items("image_mean"), "deviation": get.items("image_std")}
+    for name, values in colours.items():
+        if values and (len(values) != 3 or not all(type(x) in (int, float) and 0 < x < 1e3 for x in values)):
+            raise UserError(f"{get.source}: image_{name[:4]} {values} must be three numbers above 0")
+    given = {name: tuple(map(float, values)) for name, values in colours.items() if values}
+    return {"min_pixels": limits[0], "max_pixels": limits[1], **given}
 
 
 def gelu_tanh(x: Array, xp: Any) -> Array:
