@@ -284,7 +284,8 @@ class Engine:
             messages = self.opened(full)
             media = media_of(messages)
             ids = self.render(continued(messages, "a"), template)
-            ids = self._checked(ids[: common(ids, self.render(continued(messages, "1"), template))])
+            ids = ids[: common(ids, self.render(continued(messages, "1"), template))]
+            self._checked(words(ids))
         context = self.round_up(self.capacity([ids], Options(max_tokens=1), None, media=media))
         run = self.run(Prompts([ids], media=media), self.new_cache(1, context), Options(max_tokens=1))
         logits = run.prefill()[0]
