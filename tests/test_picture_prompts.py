@@ -113,7 +113,7 @@ def test_the_command_line_python_and_jsonl_answer_alike(folder, model, files, ca
     assert want.prompt_tokens == 64 + 60 + 2 * 2 + 4 + len(model.tokenizer.encode(WORDS)) - 1
     common = "--max-tokens", "6", "--ignore-eos", "--kv", "int2"
     code, out, _ = run(
-        capsys, "generate", folder, WORDS, "--image", files["a"], "--image", files["b"], "--json", *common
+        capsys, "generate", folder, WORDS, "--image", files["a"], "--image", files["b"], "--json", "--debug", *common
     )
     assert code == 0 and json.loads(out)["token_ids"] == want.token_ids
     parts = asked(data_url(files["a"]), files["b"], WORDS)
