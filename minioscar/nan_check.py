@@ -42,7 +42,7 @@ class Watch:
         return self._finite(self._ops.embed(table, ids), "embedding", {"embedding": table})
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None, **options: Any) -> Array:
-        self._where, name = self._names[id(weight)]
+        self._where, name = self._names.get(id(weight), ("", "projection of a tower"))
         norm = options.get("norm")
         inputs = {"weight": weight, "bias": bias, "norm's weight": norm and norm[0]}
         return self._finite(self._ops.linear(x, weight, bias, **options), name, inputs)

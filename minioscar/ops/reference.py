@@ -21,6 +21,7 @@ from ..machine import host_bytes
 from ..oscar import Scheme
 from ..quantized import Quantized
 from ..sampling import RowSampling
+from ..towers import layers
 
 if TYPE_CHECKING:
     from ..config import Config, Experts
@@ -226,7 +227,7 @@ class Reference:
         if config.qk_norm:
             q = self.rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = self.rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        cos, sin = (table[xp.asarray(batch.positions)] for table in tables)
+        cos, sin = (table[xp.asarray(batch.table_rows)] for table in tables)
         q, k = self.rope(q, cos, sin), self.rope(k, cos, sin)
         if scheme.calibrated:
             q, k = rotate_heads_by(q, layer.rotations[0]), rotate_heads_by(k, layer.rotations[0])
@@ -247,6 +248,14 @@ class Reference:
         y = layer_cache.attend(q, new, batch)
         layer_cache.append(new, batch)
         return y
+
+    def full_attention(self, q: Array, keys: Array, values: Array) -> Array:
+        """softmax(q . k / sqrt(d)) . v of every head, each query over all keys: [tokens, heads, d], in q's dtype."""
+        return layers.attention(q, keys, values, self.xp).astype(q.dtype)
+
+    def full_attention_bytes(self, tokens: int, heads: int, dim: int) -> int:
+        """Of its arrays."""
+        return 4 * tokens * heads * (4 * dim + 3 * min(tokens, layers.QUERIES))
 
     def decoder(
         self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,

@@ -28,6 +28,7 @@ DTYPES |= dict.fromkeys(("F8_E4M3", "F8_E8M0"), np.dtype(np.uint8))  # the codes
 KV_SCALES = re.compile(r"self_attn\.([kv]_scale|kv_scale|[kv]_proj\.(output_scale|[kv]_scale))$")
 # what is not used, besides: queries and activations stay in 16 bits, RoPE is computed
 IGNORED = re.compile(rf"{KV_SCALES.pattern}|\.(q_scale|input_scale|activation_scale|input_global_scale|inv_freq)$")
+OF_TEXT = "model.language_model."  # of a model with towers: what the names of its text model's tensors begin with
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -106,10 +107,11 @@ class Checkpoint:
 
     def _add(self, file: str, tensors: dict[str, Tensor], index: dict[str, str]) -> None:
         """Where two shards have a tensor, the index says which is meant."""
-        for name, tensor in tensors.items():
-            if name not in self.tensors or index.get(name) == file:
+        for given, tensor in tensors.items():
+            name = f"model.{given.removeprefix(OF_TEXT)}" if given.startswith(OF_TEXT) else given
+            if name not in self.tensors or index.get(given) == file:
                 self.tensors[name] = tensor
-            elif name not in index:
+            elif given not in index:
                 why = f"tensor {name} stands in two shards, and {INDEX} does not say which counts"
                 raise UserError(f"{self.folder}: {why}; fetch the model again")
 
