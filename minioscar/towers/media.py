@@ -26,7 +26,7 @@ from ..errors import UserError
 
 Array = Any
 Message = Mapping[str, Any]
-KINDS = ("image",)  # of parts of a message that are no text; the part's source stands under the same name
+KINDS = ("image", "audio")  # of parts of a message that are no text; the part's source stands under the same name
 AXES = 3  # of M-RoPE: time, row, column
 KEPT_BYTES = 256 << 20  # of features that are kept for another pass; those of the newest medium always are
 
