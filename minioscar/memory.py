@@ -5,6 +5,7 @@ need = weights + cache (exact, cache.py) + work, the arrays of one forward pass 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .cache import cache_bytes
@@ -12,6 +13,7 @@ from .config import Config
 from .errors import Failure, UserError
 from .ops.reference import Reference
 from .oscar import SCHEMES, WINDOW, Scheme
+from .towers.media import Medium
 
 NONE_FIT = f"not even {WINDOW} tokens fit"
 
@@ -62,6 +64,16 @@ def check(
         if batch > 1:
             ways.append("fewer sequences at once need less")
         raise UserError(f"{what} {_exceeds(need, free, scheme, ops)}; {', '.join(ways)}")
+
+
+def check_media(config: Config, ops: Reference, media: Sequence[Medium], cache: int) -> None:
+    """Raises UserError where the tower has no room for the largest of these beside so many bytes of cache."""
+    sizes = [(config.towers[medium.kind].work_bytes(medium.tokens, ops.dtype.itemsize), medium) for medium in media]
+    need, medium = max(sizes, key=lambda of: of[0], default=(0, None))
+    if need and need + cache > (free := ops.free_bytes()):
+        what = f"{medium.name or medium.kind} becomes {medium.tokens} tokens and needs {size(need)}"
+        beside = f"beside a cache of {size(cache)}, but {size(free)} of {ops.name} memory are free"
+        raise UserError(f"{what} {beside}; make it smaller")
 
 
 def as_far_as_it_fits(

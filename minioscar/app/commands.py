@@ -41,6 +41,9 @@ def run_generate(args: argparse.Namespace) -> None:
     if args.system is not None and (args.chat is False or args.cache):
         why = "a prompt cache has its own beginning" if args.cache else "--raw continues a plain text"
         raise UserError(f"--system has no place here: {why}; leave one of them out")
+    if args.image and (args.chat is False or args.prompts_file):
+        why = "--raw continues a plain text" if args.chat is False else "lines of --prompts-file name their own"
+        raise UserError(f"--image has no place here: {why}; leave one of them out")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
     template = template_of(args)
@@ -52,8 +55,11 @@ def run_generate(args: argparse.Namespace) -> None:
     prompt = args.prompt or "" if file is None else read_text(file)
     if not (prompt or args.cache):
         raise UserError("the prompt is empty; give it some text")
+    from .prompts import with_images
+
     engine, cache = loaded(args)
-    options, prompt = sampled(options, args, engine), with_system(args.system, prompt, engine)
+    options = sampled(options, args, engine)
+    prompt = with_system(args.system, with_images(args.image, prompt, cache) if args.image else prompt, engine)
     run = engine.start([prompt], ctx=args.ctx, chat=args.chat, options=options, cache=cache, template=template)
     for index, piece in run:
         if args.stream and piece:
@@ -302,6 +308,7 @@ def run_serve(args: argparse.Namespace) -> None:
     plan = server.Plan(
         args.slots, args.ctx, args.chunk, args.queue, args.name or os.path.basename(os.path.normpath(args.model)),
         args.api_key or os.environ.get("MINIOSCAR_API_KEY"), args.cors, args.strict_model,
+        args.images,
     )  # fmt: skip
     plan.check()
     if args.grace < 0:

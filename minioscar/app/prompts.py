@@ -15,13 +15,16 @@ from difflib import get_close_matches
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import is_chat
 from ..chat_template import Message, malformed
 from ..errors import Failure, UserError, one_line, said, shown
 from ..generation import Generation
 from ..ops.linear_batch import BATCH_TOKENS
 from ..options import Options
+from ..prompt_cache import PromptCache, continued
 from ..sampling import Sampling
 from ..storage import strict_json
+from ..towers.media import media_of
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -98,6 +101,15 @@ def _prompt(value: Any) -> str | list[Message]:
     return [{"role": "system", "content": system}, *(messages or [{"role": "user", "content": value["prompt"]}])]
 
 
+def with_images(images: Sequence[str], prompt: str, cache: PromptCache | None) -> list[Message]:
+    """A text behind pictures, as a user's message: the first one, or what follows those of a prompt cache."""
+    if cache is not None and cache.messages is None:
+        raise UserError("--image needs a chat, but this prompt cache holds plain text; make it again without --raw")
+    parts = [{"type": "image", "image": image} for image in images]
+    text = [{"type": "text", "text": prompt}] if prompt else []
+    return continued([] if cache is None else cache.messages, parts + text)
+
+
 def configured(options: Options, settings: Mapping[str, Any]) -> Options:
     """The options for all, and what a line says itself. Raises UserError as `Options` does."""
     sampling = {name: value for name, value in settings.items() if name in SAMPLING}
@@ -129,8 +141,10 @@ def _checked(engine: Engine, line: Line, options: Options, how: Mapping[str, Any
         return line
     try:
         line = replace(line, options=configured(options, line.settings))
+        line = replace(line, prompt=engine.opened(line.prompt))
         ids = engine.encode(line.prompt, *(how.get(name) for name in ("chat", "cache", "template")))
-        engine.capacity([ids], line.options, how.get("ctx"), how.get("cache"))
+        media = media_of(line.prompt) if is_chat(line.prompt) else ()
+        engine.capacity([ids], line.options, how.get("ctx"), how.get("cache"), media)
         return line
     except UserError as error:
         return replace(line, error=said(error, "generate"))

@@ -51,7 +51,7 @@ class StepBatch:
     Raises ValueError without kernels.
     """
 
-    last = None  # every token is the last of its sequence
+    last = inputs = None  # every token is the last of its sequence, and none is of a picture
 
     def __init__(
         self, ops: Runner, config: Config, cache: Cache, rows: Sequence[RowSampling] | None,

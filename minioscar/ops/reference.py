@@ -226,7 +226,7 @@ class Reference:
         if config.qk_norm:
             q = self.rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = self.rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        cos, sin = (table[xp.asarray(batch.positions)] for table in tables)
+        cos, sin = (table[xp.asarray(batch.table_rows)] for table in tables)
         q, k = self.rope(q, cos, sin), self.rope(k, cos, sin)
         if scheme.calibrated:
             q, k = rotate_heads_by(q, layer.rotations[0]), rotate_heads_by(k, layer.rotations[0])

@@ -264,7 +264,7 @@ class App:
 
     async def apply_template(self, exchange: Exchange) -> None:
         body, words = await exchange.body(), self.service.tokenizer
-        said, tools = messages.messages_of(body), messages.tools_of(body)
+        said, tools = messages.messages_of(body, self.service.images), messages.tools_of(body)
         given = bodies.variables(body, self.service)
         text = await asyncio.to_thread(messages.rendered, words, said, tools, given)
         await exchange.reply(200, {"prompt": text})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import shown
@@ -12,6 +13,7 @@ from ..ops.sample import MAX_BIASES, MAX_ENDS
 from ..options import Options
 from ..sampling import Sampling
 from ..tokenizer import Tokenizer
+from ..towers.media import Tower, expanded, media_of, opened
 from . import fields, messages, parsing
 from .errors import ApiError, of_field, wrong
 from .jobs import Job
@@ -41,6 +43,8 @@ class Service:
     strict: bool = False
     kv: str = "bf16"
     bytes_of: Callable[[int], tuple[int, int]] = lambda tokens: (0, 0)
+    towers: Mapping[str, Tower] = field(default_factory=dict)  # what reads pictures
+    images: Path | None = None  # the folder whose pictures requests may name
 
     def __post_init__(self) -> None:
         self.grammars = Grammars(self.tokenizer, self.vocab)
@@ -73,11 +77,14 @@ class Asked:
 def chat(body: fields.Body, service: Service) -> Asked:
     """Of /v1/chat/completions. Raises ApiError."""
     _check(body, service)
-    said, tools = messages.messages_of(body), messages.tools_of(body)
+    said, tools = messages.messages_of(body, service.images), messages.tools_of(body)
+    with of_field("messages"):
+        said = opened(said, service.towers)
+    media = media_of(said)
     choice, callable = messages.choice_of(body, tools)
     text = messages.rendered(service.tokenizer, said, tools if choice != "none" else (), variables(body, service))
     with of_field("messages"):
-        ids = service.tokenizer.encode(text)
+        ids = expanded(service.tokenizer.encode(text), media, service.towers)
     knows = service.tokenizer.token_id(parsing.THINK) is not None
     thinking = parsing.is_thinking(text) if knows else None
     form = messages.form_of(service.tokenizer.template) if choice != "none" else None
@@ -94,7 +101,7 @@ def chat(body: fields.Body, service: Service) -> Asked:
     most = most_tokens(body, None, 1)
     options = options_of(body, service, ids, most, (k or 0) if has_logprobs else None)
     cached = fields.switch(body, "cache_prompt", True)
-    job = Job(ids, options, bias=bias_of(body, service), matcher=grammar, cache_prompt=cached)
+    job = Job(ids, options, bias=bias_of(body, service), matcher=grammar, cache_prompt=cached, media=media)
     checked([job], service)
     return Asked([job], True, *streaming(body), thinking=thinking, calls=form, one_call=not several)
 

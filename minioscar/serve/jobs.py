@@ -14,6 +14,7 @@ from ..generation import Answer, Generation, Logprob
 from ..options import Options
 from ..sampling import RowSampling
 from ..tokenizer import Tokenizer
+from ..towers.media import Medium, words
 
 
 class Busy(Failure):
@@ -58,7 +59,7 @@ class Job:
     bias: as in `RowSampling`. matcher: makes the grammar of one answer. continued: the text goes on in the answer
     (`Prompts`). cache_prompt=False: nothing that is cached is used. prompt_logprobs: log-probabilities of the
     prompt's tokens, and so many likeliest ones beside them, go into `scored`. reads_only: there are no answers, only
-    those. tell: takes events, on a thread of the caller's.
+    those. tell: takes events, on a thread of the caller's. media: of the prompt.
     """
 
     ids: list[int]
@@ -71,6 +72,7 @@ class Job:
     cache_prompt: bool = True
     prompt_logprobs: int | None = None
     reads_only: bool = False
+    media: Sequence[Medium] = ()
 
     cached: int = 0  # tokens of the prompt that were in the cache
     scored: list[Logprob | None] = field(default_factory=list)
@@ -121,7 +123,8 @@ class Row:
         self.matcher = job.matcher() if job.matcher else None
         self.held, self.state = list(job.ids), "step"
         known = sorted(end for end in ends if end < vocab)
-        return RowSampling(options.sampling, job.sequence + self.index, job.ids, known, options.min_tokens, job.bias)
+        sequence, said = job.sequence + self.index, words(job.ids)
+        return RowSampling(options.sampling, sequence, said, known, options.min_tokens, job.bias)
 
     @property
     def is_synchronous(self) -> bool:

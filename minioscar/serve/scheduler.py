@@ -226,6 +226,8 @@ class Scheduler:
     def _pass(self, pieces: list[tuple[Row, list[int]]]) -> None:
         rows, inputs = [row for row, _ in pieces], [piece for _, piece in pieces]
         batch = self.cache.batch_for([row.slot for row in rows], map(len, inputs))
+        if media := [medium for row in rows for medium in row.job.media]:
+            batch = batch.reading([row.job.ids for row in rows], media)
         scored = rows[0].job.prompt_logprobs is not None
         try:
             if scored:

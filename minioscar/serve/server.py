@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .. import memory
 from ..arguments import context_of
@@ -37,6 +38,7 @@ class Plan:
     key: str | None = None
     origins: Sequence[str] = ()
     strict: bool = False
+    images: str | None = None  # the folder whose pictures requests may name
 
     def check(self) -> None:
         """Raises UserError, before the model is loaded."""
@@ -44,6 +46,8 @@ class Plan:
             raise UserError(f"--slots {self.slots} is out of range; it must be from 1 to {BATCH_TOKENS}")
         if self.chunk < SCORED_PIECE or self.chunk % SCORED_PIECE:
             raise UserError(f"--chunk {self.chunk} must be a multiple of {SCORED_PIECE}")
+        if self.images is not None and not Path(self.images).is_dir():
+            raise UserError(f"--images {self.images} is no folder; name one")
         if self.queue is not None and self.queue < 0:
             raise UserError(f"--queue {self.queue} is out of range; it must be 0 or more")
 
@@ -76,6 +80,7 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
     service = Service(
         plan.name, engine.tokenizer, config.vocab_size, context, plan.slots, defaults, plan.strict, scheme.name,
         lambda tokens: (row_bytes(config, scheme, tokens), row_bytes(config, SCHEMES["bf16"], tokens)),
+        config.towers, None if plan.images is None else Path(plan.images),
     )  # fmt: skip
     app = App(service, plan.key, plan.origins)
     ops.prepare(engine.model, cache, passes(cache, chunk), [RowSampling()] * plan.slots, engine.progress)

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..formats.base import Format, Linear, Unfit
 from . import foreign
 from .identity import Stamp, WeightFiles, stamp
+from .names import plain
 from .strict_json import read_object
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -106,10 +107,11 @@ class Checkpoint:
 
     def _add(self, file: str, tensors: dict[str, Tensor], index: dict[str, str]) -> None:
         """Where two shards have a tensor, the index says which is meant."""
-        for name, tensor in tensors.items():
-            if name not in self.tensors or index.get(name) == file:
+        for given, tensor in tensors.items():
+            name = plain(given)
+            if name not in self.tensors or index.get(given) == file:
                 self.tensors[name] = tensor
-            elif name not in index:
+            elif given not in index:
                 why = f"tensor {name} stands in two shards, and {INDEX} does not say which counts"
                 raise UserError(f"{self.folder}: {why}; fetch the model again")
 

@@ -1,4 +1,4 @@
-"""What the layers of towers are made of, beside the products of `ops`: array code, float32 inside, x's dtype outside."""
+"""What the layers of towers are made of, beside products of `ops`: array code, float32 inside, x's dtype outside."""
 
 from __future__ import annotations
 

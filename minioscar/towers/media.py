@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +27,9 @@ from ..errors import UserError
 
 Array = Any
 Message = Mapping[str, Any]
-KINDS = ("image", "audio")  # of parts of a message that are no text; the part's source stands under the same name
+# types of parts of a message that are no text, and the kind of their medium; its source stands under the type's name
+PARTS = {"image": "image", "image_url": "image", "audio": "audio", "input_audio": "audio"}
+KINDS = tuple(dict.fromkeys(PARTS.values()))
 AXES = 3  # of M-RoPE: time, row, column
 KEPT_BYTES = 256 << 20  # of features that are kept for another pass; those of the newest medium always are
 
@@ -150,23 +153,43 @@ def opened(messages: Sequence[Message], towers: Mapping[str, Tower]) -> list[Mes
     """
 
     def part(given: Mapping[str, Any]) -> Mapping[str, Any]:
-        kind = given.get("type")
-        if kind not in KINDS:
+        kind = PARTS.get(given.get("type"))
+        if kind is None:
             return given
         if kind not in towers:
             raise UserError(f"this model reads no {kind}s; send it text alone")
-        source = given[kind]
-        medium = source if isinstance(source, Medium) else towers[kind].prepare(source, f"{kind} {_named(source)}")
+        source = given[given["type"]]
+        medium = source if isinstance(source, Medium) else towers[kind].prepare(source, _named(kind, source))
         return {"type": kind, kind: medium}
 
+    return _each_part(messages, part)
+
+
+def hidden(messages: Sequence[Message], form: Callable[[Any], Any] = lambda medium: True) -> list[Message]:
+    """Messages with something plain in the place of media: for a template, which is a program, or for a file."""
+
+    def part(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        kind = given["type"]
+        return {"type": kind, kind: form(given[kind])} if kind in KINDS else given
+
+    return _each_part(messages, part)
+
+
+def restored(messages: Sequence[Message]) -> list[Message]:
+    """The inverse of `hidden` with `Medium.to_json`. Raises ValueError."""
+    return hidden(messages, Medium.from_json)
+
+
+def _each_part(messages: Sequence[Message], part: Callable[[Mapping[str, Any]], Any]) -> list[Message]:
     return [
         {**message, "content": [part(one) for one in message["content"]]}
         if isinstance(message.get("content"), list | tuple) else message for message in messages
     ]
 
 
-def _named(source: Any) -> str:
-    return source if isinstance(source, str) else type(source).__name__
+def _named(kind: str, source: Any) -> str:
+    is_file = isinstance(source, str | PathLike) and not str(source).startswith("data:")
+    return str(source) if is_file else f"the {kind}"
 
 
 def media_of(messages: Sequence[Message]) -> tuple[Medium, ...]:
@@ -191,6 +214,11 @@ def expanded(ids: Sequence[int], media: Sequence[Medium], towers: Mapping[str, T
             raise UserError(f"the prompt has {places} places for {given} {kind}s; {way_out}")
     each = {kind: iter(queue) for kind, queue in waiting.items()}
     return [i for token in ids for i in (next(each[kind_of[token]]).ids if token in kind_of else (token,))]
+
+
+def words(ids: Sequence[int]) -> Sequence[int]:
+    """The ids that are of the vocabulary."""
+    return ids if not ids or min(ids) >= 0 else [i for i in ids if i >= 0]
 
 
 # --- rows of a pass
@@ -303,16 +331,3 @@ class Encoder:
         while len(self.kept) > 1 and sum(features.nbytes for features in self.kept.values()) > KEPT_BYTES:
             self.kept.popitem(last=False)
         return self.kept[medium]
-
-
-def hidden(messages: Sequence[Message], form: Callable[[Medium], Any] = lambda medium: True) -> list[Message]:
-    """Messages with something plain in the place of media: for a template, which is a program, or for a file."""
-
-    def part(given: Mapping[str, Any]) -> Mapping[str, Any]:
-        kind = given.get("type")
-        return {"type": kind, kind: form(given[kind])} if kind in KINDS else given
-
-    return [
-        {**message, "content": [part(one) for one in message["content"]]}
-        if isinstance(message.get("content"), list | tuple) else message for message in messages
-    ]
