@@ -41,8 +41,8 @@ DEFAULTS: dict[str, dict[str, int]] = {  # what a missing key means: transformer
     },
 }  # fmt: skip
 PREPROCESSOR = "preprocessor_config.json"
-LLAVA = "llava", "llava_next"
-WITH_TOWERS = "qwen3_vl", "qwen3_omni_moe", *LLAVA
+LLAVA, M_ROPE = ("llava", "llava_next"), ("qwen3_vl", "qwen3_omni_moe")
+WITH_TOWERS = *M_ROPE, *LLAVA
 THETAS = {"qwen3_vl": 500000.0, "qwen3_moe": 1000000.0}  # of a config.json with towers that does not say it
 NEUTRAL = {  # options of other families that change the numbers, and the values at which they do not; null never does
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "scale_emb"), 1),
@@ -134,14 +134,8 @@ class Config:
             raise UserError(f"{source}: quantized experts are not supported; use the model's BF16 weights")
         rope = Rope.from_config(raw, head_dim, get.count("max_position_embeddings"), source)
         layers = get.count("num_hidden_layers", most=MOST["num_hidden_layers"])
-        towers = {}
-        if model_type in LLAVA:
-            towers["vision"] = Clip.of(whole, pictures or {}, source, hidden)
-        elif model_type in WITH_TOWERS:
+        if model_type in M_ROPE:
             rope = rope.with_axes(raw, source)
-            towers["vision"] = QwenVision.of(whole, pictures or {}, source, hidden, layers)
-        if model_type == "qwen3_omni_moe":
-            towers["audio"] = AudioTower.of(whole, pictures or {}, source, hidden, rope.max_positions)
         window = _sliding_window(get, kind, layers)
         biased = kind in ("llama", "qwen3", "qwen3_moe", "qwen3_vl") and get.flag("attention_bias", False)
         return cls(
@@ -164,7 +158,7 @@ class Config:
             tie_embeddings=get.flag("tie_word_embeddings", False),
             quantization=quantization,
             experts=experts,
-            **towers,
+            **_towers(whole, pictures or {}, source, (hidden, layers, rope.max_positions)),
         )
 
     @property
@@ -221,7 +215,9 @@ def _parts(raw: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], dict
     """Of a config.json with towers: what the towers stand in, and the language model's part, as the config.json of the
     family that it is of. What stands for both counts for both."""
     model_type, found = raw["model_type"], {}
-    whole = _object(raw, "thinker_config", source) if model_type == "qwen3_omni_moe" else raw
+    whole = raw
+    if model_type == "qwen3_omni_moe":
+        whole = {**_object(raw, "thinker_config", source), "model_type": model_type}
     text = _object(whole, "text_config", source)
     kind = {"qwen3_vl": "qwen3_vl", "qwen3_omni_moe": "qwen3_moe"}.get(model_type) or text.get("model_type", "llama")
     if model_type in LLAVA and kind not in ("llama", "mistral"):
@@ -229,11 +225,25 @@ def _parts(raw: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], dict
     if model_type == "qwen3_omni_moe":
         found["norm_topk_prob"] = True  # what its class has where nothing is said, unlike Qwen3-MoE
     shared = ("architectures", "tie_word_embeddings", "quantization_config", "compression_config", "quantization")
-    found |= {**text, "model_type": kind, **{name: raw[name] for name in shared if name in raw}}
+    found |= {**text, "architectures": None, "model_type": kind, **{name: raw[name] for name in shared if name in raw}}
     ropes = [text, *(of for name in ("rope_parameters", "rope_scaling") if isinstance(of := text.get(name), Mapping))]
     if kind in THETAS and all(of.get("rope_theta") is None for of in ropes):
         found["rope_theta"] = THETAS[kind]
     return whole, found
+
+
+def _towers(
+    raw: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str, text: tuple[int, int, int]
+) -> dict[str, Tower]:
+    """By the names of Config's fields; raw: what they stand in (`_parts`). text: hidden size, layers and positions of
+    the language model."""
+    kind, (hidden, layers, positions) = raw["model_type"], text
+    if kind in LLAVA:
+        return {"vision": Clip.of(raw, preprocessor, source, hidden)}
+    found = {"vision": QwenVision.of(raw, preprocessor, source, hidden, layers)} if kind in M_ROPE else {}
+    if kind == "qwen3_omni_moe":
+        found["audio"] = AudioTower.of(raw, preprocessor, source, hidden, positions)
+    return found
 
 
 def _object(raw: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
