@@ -68,7 +68,7 @@ def check(
 
 def check_media(config: Config, ops: Reference, media: Sequence[Medium], cache: int) -> None:
     """Raises UserError where the tower has no room for the largest of these beside so many bytes of cache."""
-    sizes = [(config.towers[medium.kind].work_bytes(medium.tokens, ops.dtype.itemsize), medium) for medium in media]
+    sizes = [(config.towers[medium.kind].work_bytes(medium.tokens, ops), medium) for medium in media]
     need, medium = max(sizes, key=lambda of: of[0], default=(0, None))
     if need and need + cache > (free := ops.free_bytes()):
         what = f"{medium.name or medium.kind} becomes {medium.tokens} tokens and needs {size(need)}"

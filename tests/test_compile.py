@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -73,6 +74,9 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
         found[f"prefill_attention d{dim} {q_per_kv}:1"] = prefill.prefill_attention(heads, out, new, past, out, card)
         if past:
             found[f"prefill_tiles d{dim}"] = prefill.fill_tiles(heads, new, None, 1, past)
+    for dim in (96, *((64, 128) if everything else ())):
+        x = np.empty((4, 1, 2, dim), np.uint16)
+        found[f"full_attention d{dim}"] = prefill.full_attention(x, ints, ints, card, 1.0)
     for kv, dim in [("int2", 128)] + PACKED[1:] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
         to = prefill.Tiles(past, past, ints) if prefill.tiled(dim, card) else (past, past)
@@ -80,6 +84,9 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
     for dim in (128, *((64, 256) if everything else ())):
         rotation = attention.Rotation(attention.Heads(8, 2, dim), out, out, True)
         found[f"rotate_scale d{dim}"] = attention.rotate_scale(rotation, out, ints, out, attention.KeyOutputs())
+        shifted = replace(rotation, shifts=ints)
+        launch = attention.rotate_scale(shifted, out, ints, out, attention.KeyOutputs())
+        found[f"rotate_scale shifted d{dim}"] = launch
         for axis in (0, 1):
             launch = attention.rotate_heads(np.empty((dim, dim), np.uint16), dim, axis)
             found[f"{launch.name} d{dim}"] = launch

@@ -92,6 +92,29 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
     assert np.all(k_got.view(np.uint16) == 0xFFFF)  # nothing else was written
 
 
+@on_each_device
+@pytest.mark.parametrize("d", attention.HEAD_DIMS)
+def test_a_shift_takes_another_row_of_the_tables_and_changes_no_place(device, seed, d):
+    """Equal bits to tables whose rows are moved, in every output; a row that is not in use reads none."""
+    rng, tokens, heads = np.random.default_rng(seed), 4, attention.Heads(3, 1, d)
+    qkv = rng.normal(size=(tokens, 5, d)).astype(BF16)
+    positions, shifts = np.array([9, 130, -1, 250], np.int32), np.array([-9, -7, -40, 3], np.int32)
+    tables = rng.uniform(-1, 1, (2, 300, d // 2)).astype(np.float32)
+    moved = np.full_like(tables, np.nan)
+    moved[:, positions] = tables[:, np.maximum(positions + shifts, 0)]
+    found = []
+    for given, by in ((tables, device.array(shifts)), (moved, None)):
+        q, keys, values = (device.empty(shape, BF16) for shape in ((tokens, 3, d), *[(tokens, 1, 128, d)] * 2))
+        norms = device.empty((tokens, 300), np.float32)
+        rotation = attention.Rotation(heads, *map(device.array, given), True, shifts=by)
+        to = attention.KeyOutputs(None, keys, values, norms)
+        device.run(attention.rotate_scale(rotation, device.array(qkv), device.array(positions), q, to))
+        found.append([device.numpy(x, allow_unwritten=True) for x in (q, keys, values, norms)])
+    for ours, theirs in zip(*found, strict=True):
+        assert np.array_equal(ours.view(np.uint16), theirs.view(np.uint16))
+    assert np.isfinite(found[0][0][positions >= 0].astype(np.float32)).all()
+
+
 def check_rotate_heads(device, seed: int, shape: tuple[int, ...], d: int, axis: int) -> None:
     x = np.random.default_rng(seed).normal(size=shape).astype(BF16)
     there = device.array(x)

@@ -24,6 +24,7 @@ from ..formats import Plain
 from ..oscar import Scheme
 from ..quantized import Quantized, from_plain, mapped
 from ..sampling import RowSampling
+from ..towers.media import Inputs
 from ..weights import Layer, Tensor, Weights, bytes_of
 from . import attention, experts, linear, prefill, quantized
 from .attention import HEAD_DIMS, Heads
@@ -55,6 +56,7 @@ class Indices:
     firsts: Array  # [sequences]: index of each sequence's first token
     first_tiles: Array  # [sequences]: of prefill.Tiles
     tiles: int  # of prefill.Tiles, of all sequences
+    shifts: Array | None  # [tokens]: what a token's row of the tables of RoPE is more than its position; None: all 0
 
 
 class Cuda(Reference):
@@ -267,6 +269,22 @@ class Cuda(Reference):
             return layer_cache.rotate_scale(qkv, layer, tables, config, batch, rotate_values)
         return super().rotate_scale(qkv, layer, tables, layer_cache, config, batch, rotate_values)
 
+    def full_attention(self, q: Array, keys: Array, values: Array) -> Array:
+        """Heads are padded with zeros to a size that has a kernel: that changes no sum."""
+        tokens, heads, dim = q.shape
+        if (size := prefill.padded(dim)) is None:
+            return super().full_attention(q, keys, values)
+        padded = self.xp.zeros((4, tokens, heads, size), self.dtype)
+        for to, x in zip(padded, (q, keys, values), strict=False):
+            to[..., :dim] = x
+        zero, count = (self.xp.asarray(np.array([n], np.int32)) for n in (0, tokens))
+        self.run(prefill.full_attention(padded, zero, count, self.card, dim**-0.5))
+        return padded[3][..., :dim]
+
+    def full_attention_bytes(self, tokens: int, heads: int, dim: int) -> int:
+        size = prefill.padded(dim)
+        return super().full_attention_bytes(tokens, heads, dim) if size is None else 8 * tokens * heads * size
+
     def decoder(
         self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,
         replay: str = "graph",
@@ -309,7 +327,9 @@ class Cuda(Reference):
             fields = batch.positions, rows, batch.slots, batch.starts, batch.counts, batch.packed, firsts
             fields = *fields, np.cumsum(tiles) - tiles
             arrays = (self.xp.asarray(np.asarray(x, np.int32)) for x in fields)
-            self.indices = Indices(batch, *arrays, int(tiles.sum()))
+            shifts = batch.table_rows - batch.positions
+            shifts = self.xp.asarray(shifts.astype(np.int32)) if batch.inputs is not None or shifts.any() else None
+            self.indices = Indices(batch, *arrays, int(tiles.sum()), shifts)
         return self.indices
 
 
@@ -331,7 +351,8 @@ def programs(
     model = copy(model)
     model.config, model.ops, model.weights = config, paper, paper.weights(model.weights)
     model.tables = (np.broadcast_to(np.float32(0), (cache.context, config.head_dim // 2)),) * 2
-    for batch in passes:
+    with_media = [replace(batch, inputs=Inputs.blank(batch.counts)) for batch in passes if config.towers]
+    for batch in (*passes, *with_media):
         model.forward(np.zeros(sum(batch.counts), np.int32), blank, batch)
     if rows:
         step = StepBatch(paper, config, blank, rows, model.weights.key_feedback)

@@ -47,7 +47,8 @@ class StepBatch:
     """The newest token of every row of the cache, as `Batch` is the new tokens of a pass.
 
     int32 [rows] arrays on the device: `tokens` stand at positions `lengths` (-1: the row is not in use), `steps` counts
-    what the rows have drawn. A step leaves in all three what the next one takes. feedback: `Weights.key_feedback`.
+    what the rows have drawn. A step leaves in all three what the next one takes. shifts: `Cache.shifts`, of a model
+    that reads pictures. feedback: `Weights.key_feedback`.
     Raises ValueError without kernels.
     """
 
@@ -65,6 +66,7 @@ class StepBatch:
         self.end, self.drawing = cache.context, Drawing(xp, rows, config.vocab_size, is_open)
         self.tokens, self.steps = (xp.zeros(size, np.int32) for _ in range(2))
         self.lengths = xp.asarray(np.full(size, -1, np.int32))
+        self.shifts = xp.zeros(size, np.int32) if config.towers else None
         plan = attention.decode_plan(heads, scheme, size, ops.card)
         self.state = DecodeState.allocate(xp, heads, scheme, plan, self.lengths)
 
@@ -190,6 +192,8 @@ class StepDecoder(Decoder):
             lengths = np.full(len(self.cache.lengths), -1, np.int32)
             lengths[slots] = [self.cache.lengths[slot] + sum(slot in step for step in self.running) for slot in slots]
             self.queue.put(self.batch.lengths, lengths)
+            if self.batch.shifts is not None:
+                self.queue.put(self.batch.shifts, self.cache.shifts.astype(np.int32))
             self.active = slots
         self.queue.go()
         self.running.append(slots)

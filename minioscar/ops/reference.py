@@ -21,6 +21,7 @@ from ..machine import host_bytes
 from ..oscar import Scheme
 from ..quantized import Quantized
 from ..sampling import RowSampling
+from ..towers import layers
 
 if TYPE_CHECKING:
     from ..config import Config, Experts
@@ -247,6 +248,14 @@ class Reference:
         y = layer_cache.attend(q, new, batch)
         layer_cache.append(new, batch)
         return y
+
+    def full_attention(self, q: Array, keys: Array, values: Array) -> Array:
+        """softmax(q . k / sqrt(d)) . v of every head, each query over all keys: [tokens, heads, d], in q's dtype."""
+        return layers.attention(q, keys, values, self.xp).astype(q.dtype)
+
+    def full_attention_bytes(self, tokens: int, heads: int, dim: int) -> int:
+        """Of its arrays."""
+        return 4 * tokens * heads * (4 * dim + 3 * min(tokens, layers.QUERIES))
 
     def decoder(
         self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,

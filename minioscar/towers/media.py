@@ -112,6 +112,7 @@ class Backend(Protocol):
     """What a tower asks of a back end (ops/reference.py says what each does)."""
 
     xp: Any
+    dtype: np.dtype
 
     def array(self, x: np.ndarray) -> Array: ...
 
@@ -120,6 +121,10 @@ class Backend(Protocol):
     def sum(self, x: Array, y: Array) -> Array: ...
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array: ...
+
+    def full_attention(self, q: Array, keys: Array, values: Array) -> Array: ...
+
+    def full_attention_bytes(self, tokens: int, heads: int, dim: int) -> int: ...
 
 
 class Tower(Protocol):
@@ -138,7 +143,7 @@ class Tower(Protocol):
 
     def encode(self, medium: Medium, weights: Mapping[str, Array], ops: Backend) -> Features: ...
 
-    def work_bytes(self, tokens: int, itemsize: int) -> int:
+    def work_bytes(self, tokens: int, ops: Backend) -> int:
         """Of the arrays of `encode` of a medium of so many tokens, and of its features."""
         ...
 
@@ -241,6 +246,11 @@ class Inputs:
     coordinates: np.ndarray
     shifts: tuple[int, ...]
     segments: tuple[Segment, ...]
+
+    @classmethod
+    def blank(cls, counts: Sequence[int]) -> Inputs:
+        """Of a pass of the same shape over text."""
+        return cls(np.zeros((AXES, sum(counts)), np.int64), (0,) * len(counts), ())
 
 
 def placed(

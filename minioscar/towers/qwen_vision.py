@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import UserError, shown
 from ..fields import Fields
 from . import pictures
-from .layers import QUERIES, attention, gelu, layer_norm, linear
+from .layers import gelu, layer_norm, linear
 from .media import Backend, Features, Medium
 
 Array = Any
@@ -190,7 +190,7 @@ class QwenVision:
         xp = ops.xp
         qkv = linear(layer_norm(x, w, f"{name}norm1", EPS, xp), w, f"{name}attn.qkv", ops)
         q, k, v = qkv.reshape(len(x), 3, self.num_heads, -1).swapaxes(0, 1)  # [patches, heads, d]
-        y = attention(ops.rope(q, *tables), ops.rope(k, *tables), v, xp).astype(x.dtype).reshape(len(x), -1)
+        y = ops.full_attention(ops.rope(q, *tables), ops.rope(k, *tables), v).reshape(len(x), -1)
         x = linear(y, w, f"{name}attn.proj", ops, residual=x)
         h = linear(layer_norm(x, w, f"{name}norm2", EPS, xp), w, f"{name}mlp.linear_fc1", ops)
         return linear(gelu_tanh(h, xp), w, f"{name}mlp.linear_fc2", ops, residual=x)
@@ -202,10 +202,10 @@ class QwenVision:
         x = layer_norm(x, w, f"{name}.norm", EPS, ops.xp).reshape(-1, wide)
         return linear(gelu(linear(x, w, f"{name}.linear_fc1", ops), ops.xp), w, f"{name}.linear_fc2", ops)
 
-    def work_bytes(self, tokens: int, itemsize: int) -> int:
+    def work_bytes(self, tokens: int, ops: Backend) -> int:
         """Of the widest moment of `encode`, in attention or in an MLP, and of the features of so many tokens."""
-        n, hidden = tokens * self.merge**2, self.hidden_size
-        attending = itemsize * 5 * n * hidden + 4 * n * (4 * hidden + 3 * self.num_heads * min(n, QUERIES))
+        n, hidden, itemsize = tokens * self.merge**2, self.hidden_size, ops.dtype.itemsize
+        attending = itemsize * 6 * n * hidden + ops.full_attention_bytes(n, self.num_heads, hidden // self.num_heads)
         mlp = itemsize * n * (2 * hidden + 2 * self.intermediate_size) + 4 * n * 4 * self.intermediate_size
         features = itemsize * tokens * self.output_size * (1 + len(self.deepstack))
         return max(attending, mlp) + features
