@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import UserError, shown
 from ..fields import Fields
 from . import sound
-from .layers import QUERIES, attention, gelu, layer_norm, linear
+from .layers import gelu, layer_norm, linear
 from .media import Backend, Features, Medium
 
 Array = Any
@@ -134,8 +134,8 @@ class AudioTower:
         y = layer_norm(x, w, f"{name}self_attn_layer_norm", EPS, xp)
         q, k, v = (linear(y, w, f"{name}self_attn.{of}_proj", ops).reshape(len(x), self.num_heads, -1) for of in "qkv")
         parts = [slice(at, at + window) for at in range(0, len(x), window)]
-        y = xp.concatenate([attention(q[part], k[part], v[part], xp) for part in parts])
-        x = linear(y.reshape(x.shape).astype(x.dtype), w, f"{name}self_attn.out_proj", ops, residual=x)
+        y = xp.concatenate([ops.full_attention(q[part], k[part], v[part]) for part in parts])
+        x = linear(y.reshape(x.shape), w, f"{name}self_attn.out_proj", ops, residual=x)
         y = layer_norm(x, w, f"{name}final_layer_norm", EPS, xp)
         return linear(gelu(linear(y, w, f"{name}fc1", ops), xp), w, f"{name}fc2", ops, residual=x)
 
@@ -155,14 +155,14 @@ class AudioTower:
             parts.append(ops.sum(linear(xp.ascontiguousarray(x), w, "conv_out", ops), places))
         return xp.concatenate(parts).reshape(-1, self.hidden_size)[: self.tokens(len(mel))]
 
-    def work_bytes(self, tokens: int, itemsize: int) -> int:
+    def work_bytes(self, tokens: int, ops: Backend) -> int:
         """Of the widest moment of `encode`, a chunk's convolution or a layer, and of the features."""
-        hidden, window = self.hidden_size, rows(self.chunk) * self.chunks_per_window
+        hidden, heads, itemsize = self.hidden_size, self.num_heads, ops.dtype.itemsize
+        window = min(rows(self.chunk) * self.chunks_per_window, tokens)
         frames = tokens * self.chunk // rows(self.chunk) + self.chunk
         patch = 9 * self.channels * (self.mel_bins // 4 + 1) * (self.chunk // 4 + 1)
         convolving = min(CHUNKS, -(-frames // self.chunk)) * (2 * itemsize * patch + 4 * patch // 2)
-        scores = self.num_heads * min(window, QUERIES) * window
-        attending = itemsize * 6 * tokens * hidden + 4 * (tokens * hidden + 3 * scores)
+        attending = itemsize * 7 * tokens * hidden + ops.full_attention_bytes(window, heads, hidden // heads)
         mlp = itemsize * tokens * (2 * hidden + 2 * self.intermediate_size) + 4 * tokens * 4 * self.intermediate_size
         return 4 * frames * self.mel_bins * 3 + max(convolving, attending, mlp) + itemsize * tokens * self.output_size
 

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import UserError, shown
 from ..fields import Fields
 from . import pictures, tiles
-from .layers import QUERIES, attention, gelu, layer_norm, linear, quick_gelu
+from .layers import gelu, layer_norm, linear, quick_gelu
 from .media import Backend, Features, Medium
 from .tiles import Size, best_grid, shown_rows
 
@@ -164,16 +164,16 @@ class Clip:
         y = layer_norm(x, w, f"{name}layer_norm1", self.eps, xp)
         parts = (linear(y, w, f"{name}self_attn.{of}_proj", ops) for of in "qkv")
         q, k, v = (part.reshape(n, len(x) // n, self.num_heads, -1) for part in parts)
-        y = xp.stack([attention(*of_tile, xp) for of_tile in zip(q, k, v, strict=True)]).astype(x.dtype)
+        y = xp.stack([ops.full_attention(*of_tile) for of_tile in zip(q, k, v, strict=True)])
         x = linear(y.reshape(x.shape), w, f"{name}self_attn.out_proj", ops, residual=x)
         h = linear(layer_norm(x, w, f"{name}layer_norm2", self.eps, xp), w, f"{name}mlp.fc1", ops)
         return linear(quick_gelu(h, xp), w, f"{name}mlp.fc2", ops, residual=x)
 
-    def work_bytes(self, tokens: int, itemsize: int) -> int:
+    def work_bytes(self, tokens: int, ops: Backend) -> int:
         """Of the widest moment of `encode`, in attention, in an MLP or in the projector, and of the features."""
-        n, hidden, patches = TILES * (self.side**2 + 1), self.hidden_size, self.side**2 + 1
-        scores = self.num_heads * min(patches, QUERIES) * patches
-        attending = itemsize * 5 * n * hidden + 4 * (5 * n * hidden + 3 * scores)
+        hidden, heads, itemsize, patches = self.hidden_size, self.num_heads, ops.dtype.itemsize, self.side**2 + 1
+        n = TILES * patches
+        attending = itemsize * 6 * n * hidden + ops.full_attention_bytes(patches, heads, hidden // heads)
         mlp = itemsize * n * (2 * hidden + 2 * self.intermediate_size) + 4 * n * 4 * self.intermediate_size
         largest = max((height * width for height, width in self.grids or ()), default=0) // self.tile**2 + 1
         pixels = 2 * 4 * 3 * self.tile**2 * largest  # on the host, too, where that is another memory
