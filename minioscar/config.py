@@ -17,6 +17,7 @@ from .rope import Rope
 from .storage import strict_json as json
 from .towers.audio import AudioTower
 from .towers.clip import Clip
+from .towers.files import M_ROPE, WITH_TOWERS, parts_of, towers_of
 from .towers.media import Tower
 from .towers.qwen_vision import QwenVision
 
@@ -41,9 +42,6 @@ DEFAULTS: dict[str, dict[str, int]] = {  # what a missing key means: transformer
     },
 }  # fmt: skip
 PREPROCESSOR = "preprocessor_config.json"
-LLAVA, M_ROPE = ("llava", "llava_next"), ("qwen3_vl", "qwen3_omni_moe")
-WITH_TOWERS = *M_ROPE, *LLAVA
-THETAS = {"qwen3_vl": 500000.0, "qwen3_moe": 1000000.0}  # of a config.json with towers that does not say it
 NEUTRAL = {  # options of other families that change the numbers, and the values at which they do not; null never does
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "scale_emb"), 1),
     **dict.fromkeys(("residual_multiplier", "lm_head_multiplier"), 1),
@@ -111,7 +109,7 @@ class Config:
             raise UserError(f"{source}: model_type {kind!r} is not supported; minioscar runs {', '.join(MODEL_TYPES)}")
         model_type, whole = kind, raw
         if kind in WITH_TOWERS:
-            whole, raw = _parts(raw, source)
+            whole, raw = parts_of(raw, source)
             kind = raw["model_type"]
         get = Fields(raw, source, DEFAULTS[kind])
         ending = "ForConditionalGeneration" if model_type in WITH_TOWERS else "ForCausalLM"
@@ -158,7 +156,7 @@ class Config:
             tie_embeddings=get.flag("tie_word_embeddings", False),
             quantization=quantization,
             experts=experts,
-            **_towers(whole, pictures or {}, source, (hidden, layers, rope.max_positions)),
+            **towers_of(whole, pictures or {}, source, (hidden, layers, rope.max_positions)),
         )
 
     @property
@@ -209,47 +207,6 @@ class Config:
         towers = sum(math.prod(shape) for tower in self.towers.values() for shape in tower.expected().values())
         text = self.num_layers * layer + hidden + self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
         return text + towers
-
-
-def _parts(raw: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """Of a config.json with towers: what the towers stand in, and the language model's part, as the config.json of the
-    family that it is of. What stands for both counts for both."""
-    model_type, found = raw["model_type"], {}
-    whole = raw
-    if model_type == "qwen3_omni_moe":
-        whole = {**_object(raw, "thinker_config", source), "model_type": model_type}
-    text = _object(whole, "text_config", source)
-    kind = {"qwen3_vl": "qwen3_vl", "qwen3_omni_moe": "qwen3_moe"}.get(model_type) or text.get("model_type", "llama")
-    if model_type in LLAVA and kind not in ("llama", "mistral"):
-        raise UserError(f"{source}: {model_type} around a {kind!r} is not supported; only llama and mistral are")
-    if model_type == "qwen3_omni_moe":
-        found["norm_topk_prob"] = True  # what its class has where nothing is said, unlike Qwen3-MoE
-    shared = ("architectures", "tie_word_embeddings", "quantization_config", "compression_config", "quantization")
-    found |= {**text, "architectures": None, "model_type": kind, **{name: raw[name] for name in shared if name in raw}}
-    ropes = [text, *(of for name in ("rope_parameters", "rope_scaling") if isinstance(of := text.get(name), Mapping))]
-    if kind in THETAS and all(of.get("rope_theta") is None for of in ropes):
-        found["rope_theta"] = THETAS[kind]
-    return whole, found
-
-
-def _towers(
-    raw: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str, text: tuple[int, int, int]
-) -> dict[str, Tower]:
-    """By the names of Config's fields; raw: what they stand in (`_parts`). text: hidden size, layers and positions of
-    the language model."""
-    kind, (hidden, layers, positions) = raw["model_type"], text
-    if kind in LLAVA:
-        return {"vision": Clip.of(raw, preprocessor, source, hidden)}
-    found = {"vision": QwenVision.of(raw, preprocessor, source, hidden, layers)} if kind in M_ROPE else {}
-    if kind == "qwen3_omni_moe":
-        found["audio"] = AudioTower.of(raw, preprocessor, source, hidden, positions)
-    return found
-
-
-def _object(raw: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
-    if not isinstance(raw.get(key), Mapping):
-        raise UserError(f"{source}: {key} must be an object, not {raw.get(key)!r}")
-    return raw[key]
 
 
 def _head_dim(get: Fields, kind: str, hidden: int, heads: int) -> int:

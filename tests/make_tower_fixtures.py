@@ -93,17 +93,19 @@ def logits_of(model: Any, ids: np.ndarray, inputs: dict[str, Any]) -> np.ndarray
 
 
 def clear_prompt(
-    model: Any, rng: np.random.Generator, runs: list[np.ndarray], inputs: dict[str, Any], special: Sequence[int]
+    model: Any, rng: np.random.Generator, runs: list[np.ndarray], inputs: dict[str, Any], special: Sequence[int],
+    varied: int = STEPS // 2,
 ) -> dict[str, np.ndarray]:
-    """Random text around these runs of placeholders, whose greedy continuation is clear, not monotonous and without
-    `special` tokens."""
+    """Random text around these runs of placeholders, whose greedy continuation, of 2 * varied tokens, is clear, has so
+    many different ones and none of the `special`."""
+    steps = 2 * varied
     for _ in range(5000):
         parts = [rng.integers(3, TEXT, rng.integers(4, 12))]
         for run in runs:
             parts += [run, rng.integers(3, TEXT, rng.integers(4, 12))]
         prompt = ids = np.concatenate(parts)
         gaps = []
-        for _ in range(STEPS):
+        for _ in range(steps):
             logits = logits_of(model, ids, inputs)
             low, high = np.sort(logits[-1])[-2:]
             gaps.append(high - low)
@@ -111,8 +113,8 @@ def clear_prompt(
             if gaps[-1] < CLEAR * np.abs(logits).max() or ids[-1] in (2, *special):
                 break
         tokens = ids[len(prompt) :]
-        varied = len(tokens) == STEPS and len(set(tokens.tolist())) >= STEPS // 2
-        if varied and gaps[-1] >= CLEAR * np.abs(logits).max() and router_gap(model, ids, inputs) > ROUTER_GAP:
+        good = len(tokens) == steps and len(set(tokens.tolist())) >= varied
+        if good and gaps[-1] >= CLEAR * np.abs(logits).max() and router_gap(model, ids, inputs) > ROUTER_GAP:
             first = logits_of(model, prompt, inputs)
             return {
                 "prompt": prompt.astype(np.int32), "logits": first, "greedy": tokens.astype(np.int32),
@@ -265,8 +267,9 @@ def make_omni(name: str) -> None:
     rng = np.random.default_rng(seed)
     for number, shown in enumerate(OMNI_PROMPTS):
         runs, inputs = omni_inputs(model, shown)
-        found = clear_prompt(model, rng, runs, inputs, range(VISION_END, VOCAB))
+        found = clear_prompt(model, rng, runs, inputs, range(VISION_END, VOCAB), 4)
         arrays |= {f"{key}_{number}": value for key, value in found.items()}
+        print(f"{name} {number}: {len(found['prompt'])} tokens", flush=True)
         check_bites(f"{name} {number}", model, found["prompt"], inputs)
     save_reference(folder, **arrays)
     as_published(folder)

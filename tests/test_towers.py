@@ -4,6 +4,7 @@ read. make_tower_fixtures.py made the references and says what is in them."""
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -150,3 +151,115 @@ def test_one_sample_that_changed_is_another_sound() -> None:
     both = tower.prepare(samples, "sound"), tower.prepare(other, "sound")
     assert not set(both[0].ids) & set(both[1].ids)
     assert Medium.from_json(json.loads(json.dumps(both[0].to_json()))) == both[0]
+
+
+# --- config.json
+
+CLIP = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+    "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
+}  # fmt: skip
+LLAVA = {  # as published: the language model's part says only what is not Llama's default
+    "architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next", "image_token_index": 32000,
+    "projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+    "text_config": {
+        "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096, "model_type": "llama",
+        "rms_norm_eps": 1e-05, "vocab_size": 32064,
+    },
+    "vision_config": CLIP,
+}  # fmt: skip
+OMNI_TEXT = {
+    "hidden_size": 2048, "intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 152064, "num_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768, "max_position_embeddings": 65536, "rope_theta": 1000000.0, "mlp_only_layers": [],
+    "shared_expert_intermediate_size": 0, "rope_scaling": {
+        "interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default", "type": "default"
+    },
+}  # fmt: skip
+OMNI = {
+    "architectures": ["Qwen3OmniMoeForConditionalGeneration"], "model_type": "qwen3_omni_moe", "talker_config": {},
+    "thinker_config": {
+        "audio_token_id": 151675, "image_token_id": 151655, "text_config": OMNI_TEXT,
+        "audio_config": {"output_dim": 2048}, "vision_config": {
+            "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 2048,
+            "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
+        },
+    },
+}  # fmt: skip
+
+
+def changed(raw: dict, change: dict) -> dict:
+    """raw with `change` in it, objects within objects."""
+    return {
+        **raw, **{key: changed(raw[key], new) if isinstance(new, dict) and key in raw else new
+                  for key, new in change.items()}
+    }  # fmt: skip
+
+
+def weights_of(tower: Clip | AudioTower) -> int:
+    return sum(int(np.prod(shape)) for shape in tower.expected().values())
+
+
+def test_llava_s_published_config_is_read() -> None:
+    c = Config.from_dict(LLAVA)
+    shape = c.hidden_size, c.intermediate_size, c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim, c.vocab_size
+    assert shape == (4096, 11008, 32, 32, 32, 128, 32064) and c.max_positions == 4096 and c.audio is None
+    assert (c.vision.depth, c.vision.side, c.vision.token, len(c.vision.grids)) == (23, 24, 32000, 5)
+    assert 300e6 < weights_of(c.vision) < 320e6
+    assert Config.from_dict(changed(LLAVA, {"text_config": {"model_type": "mistral"}})).num_kv_heads == 8
+    assert Config.from_dict(changed(LLAVA, {"model_type": "llava"})).vision.grids is None
+
+
+def test_qwen3_omni_s_published_config_is_read() -> None:
+    c = Config.from_dict(OMNI)
+    assert c.experts.count == 128 and c.experts.normalized and c.qk_norm and not c.tie_embeddings
+    assert c.rope.axes[:4] == (0, 1, 2, 0) and c.rope.theta == 1e6 and c.max_positions == 65536
+    assert (c.audio.mel_bins, c.audio.chunk, c.audio.chunks_per_window, c.audio.token) == (128, 100, 8, 151675)
+    assert 640e6 < weights_of(c.audio) < 650e6 and 530e6 < weights_of(c.vision) < 545e6
+    assert not Config.from_dict(changed(OMNI, {"thinker_config": {"text_config": {"norm_topk_prob": False}}})
+                                ).experts.normalized  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "change", "why"), [
+    (LLAVA, {"text_config": {"model_type": "qwen2"}}, "llava_next around a 'qwen2' is not supported"),
+    (LLAVA, {"text_config": None}, "text_config must be an object"),
+    (LLAVA, {"vision_config": {"model_type": "siglip_vision_model"}}, "model_type 'siglip_vision_model'"),
+    (LLAVA, {"vision_config": {"hidden_act": "gelu"}}, "hidden_act 'gelu' is not supported"),
+    (LLAVA, {"vision_feature_layer": [-2, -5]}, r"vision_feature_layer \[-2, -5\] is not supported"),
+    (LLAVA, {"vision_feature_layer": -30}, "must be one of 24 layers"),
+    (LLAVA, {"vision_feature_select_strategy": "full"}, "only 'default' is"),
+    (LLAVA, {"image_grid_pinpoints": [[336, 500]]}, "whole tiles of 336"),
+    (LLAVA, {"model_type": "llava_onevision"}, "model_type 'llava_onevision' is not supported"),
+    (OMNI, {"thinker_config": None}, "thinker_config must be an object"),
+    (OMNI, {"thinker_config": {"audio_config": {"output_dim": 3584}}}, "output_dim 3584 is not supported"),
+    (OMNI, {"thinker_config": {"audio_config": {"activation_function": "relu"}}}, "activation_function 'relu'"),
+    (OMNI, {"thinker_config": {"audio_config": {"encoder_attention_heads": 7}}}, "encoder_attention_heads 7"),
+])  # fmt: skip
+def test_what_is_not_implemented_is_refused_by_name(raw: dict, change: dict, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        Config.from_dict(changed(raw, change))
+
+
+@pytest.mark.parametrize(("raw", "said", "why"), [
+    (LLAVA, {"image_mean": [0.5, 0.5, 0.5]}, "image_mean"), (LLAVA, {"do_center_crop": False}, "do_center_crop"),
+    (LLAVA, {"size": {"shortest_edge": 224}}, "size"), (LLAVA, {"image_grid_pinpoints": [[336, 672]]}, "pinpoints"),
+    (OMNI, {"feature_size": 80}, "feature_size 80"), (OMNI, {"sampling_rate": 8000}, "sampling_rate 8000"),
+])  # fmt: skip
+def test_other_preprocessing_is_refused_by_name(raw: dict, said: dict, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        Config.from_dict(raw, pictures=said)
+
+
+@pytest.mark.parametrize(("case", "kind"), [("llava-next", "image"), ("llava", "image"), ("qwen3-omni", "audio")])
+def test_a_tower_takes_no_more_memory_than_it_says(case: str, kind: str) -> None:
+    tower, weights = loaded(case, kind)
+    if kind == "image":
+        medium = tower.prepare(np.zeros((60, 60, 3), np.uint8), "picture")
+    else:
+        medium = tower.prepare(tones(20.3), "sound")
+    tracemalloc.start()
+    tower.encode(medium, weights, Reference())
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    said = tower.work_bytes(medium.tokens, Reference())
+    assert taken < said < 8 * taken, (taken, said)

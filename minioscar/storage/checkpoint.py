@@ -183,6 +183,11 @@ class Checkpoint:
         """Whether the files have scales for an FP8 cache, which is another one than ours."""
         return any(KV_SCALES.search(name) for name in self.tensors)
 
+    @property
+    def has_talker(self) -> bool:
+        """Whether the files have what Qwen3-Omni speaks with."""
+        return any(name.startswith("talker.") for name in self.tensors)
+
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
