@@ -91,10 +91,7 @@ class PromptCache:
         *before, last = ours
         if theirs[: len(before)] != before or len(theirs) < len(ours) or theirs[len(before)]["role"] != last["role"]:
             return False
-        content, held = theirs[len(before)]["content"], last["content"]
-        if isinstance(content, list) and isinstance(held, list):
-            return content[: len(held)] == held
-        return content == held or isinstance(content, str) and isinstance(held, str) and content.startswith(held)
+        return _goes_on(theirs[len(before)]["content"], last["content"])
 
     def followed_by(self, prompt: str) -> str | list[Message]:
         """The whole prompt that `prompt` makes of this one: what a cached text goes on with, or the next message of a
@@ -151,6 +148,17 @@ class PromptCache:
         with File(path) as file:
             file.check(engine.config, engine.scheme, engine.weights_sha256)
             return cls(engine, **file.read(engine.config, engine.scheme))
+
+
+def _goes_on(content: Any, held: Any) -> bool:
+    """Whether a message's content begins with `held`, which may end within a text."""
+    if isinstance(content, list) and isinstance(held, list) and len(content) >= len(held) > 0:
+        *before, last = held
+        one = content[len(before)]
+        are_texts = one["type"] == last["type"] == "text"
+        goes_on = one["text"].startswith(last["text"]) if are_texts else one == last
+        return content[: len(before)] == before and goes_on
+    return content == held or isinstance(content, str) and isinstance(held, str) and content.startswith(held)
 
 
 def check_storable(scheme: Scheme) -> None:
