@@ -241,7 +241,7 @@ def make_omni(name: str) -> None:
     rope = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
     config = Qwen3OmniMoeThinkerConfig(
         text_config=text_config(
-            rope_parameters=rope, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True
+            rope_parameters=rope, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True
         ),
         audio_config={
             "num_mel_bins": BINS, "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2,

@@ -242,7 +242,7 @@ def command(conversation: Conversation, line: str, options: dict[str, Any]) -> b
 def show(conversation: Conversation, kind: str, path: str) -> None:
     if not path:
         raise UserError(f"/{kind}: name a file")
-    medium = conversation.show(kind, path)
+    medium = conversation.show(path, kind)
     _say(f"[{medium.name}: {medium.tokens} tokens, with the next message]")
 
 

@@ -90,9 +90,9 @@ class Conversation:
         memory.check(config, scheme, ops, 1, ctx, 1)
         return self.engine.round_up(ctx)  # whole blocks, so that the row can be saved
 
-    def show(self, kind: str, source: Any) -> Medium:
-        """An "image" or "audio" in front of the next message: a file's name, or what else a message's part may hold.
-        Raises UserError."""
+    def show(self, source: Any, kind: str = "image") -> Medium:
+        """A picture, or an "audio", in front of the next message: a file's name, or what else a message's part may
+        hold. Raises UserError."""
         [message] = opened([{"content": [{"type": kind, kind: source}]}], self.engine.config.towers)
         self.shown.append(message["content"][0][kind])
         return self.shown[-1]
