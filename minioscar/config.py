@@ -15,10 +15,13 @@ from .fields import Fields
 from .formats import rounding
 from .rope import Rope
 from .storage import strict_json as json
+from .towers.audio import AudioTower
+from .towers.clip import Clip
+from .towers.files import M_ROPE, WITH_TOWERS, parts_of, towers_of
 from .towers.media import Tower
 from .towers.qwen_vision import QwenVision
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_vl")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_vl", "llava", "llava_next", "qwen3_omni_moe")
 # what is made from these numbers before a weight is seen must stay small
 MOST = {"num_hidden_layers": 4096, "head_dim": 2048, "num_experts": 512}
 EXPERTS = ("num_experts", "num_local_experts")  # spellings of one number
@@ -39,8 +42,6 @@ DEFAULTS: dict[str, dict[str, int]] = {  # what a missing key means: transformer
     },
 }  # fmt: skip
 PREPROCESSOR = "preprocessor_config.json"
-WITH_TOWERS = {"qwen3_vl": "ForConditionalGeneration"}  # and how their architectures' names end
-QWEN3_VL_THETA = 500000.0  # of a config.json that does not say it
 NEUTRAL = {  # options of other families that change the numbers, and the values at which they do not; null never does
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "scale_emb"), 1),
     **dict.fromkeys(("residual_multiplier", "lm_head_multiplier"), 1),
@@ -84,7 +85,8 @@ class Config:
     quantization: formats.Format | None = None  # of matrices that are quantized in the files
     weights: str | None = None  # of formats.rounding.MODES: how matrices are kept that the files have in 16 or 32 bits
     experts: Experts | None = None  # None: one MLP a layer, which every token takes
-    vision: QwenVision | None = None  # None: pictures are not read
+    vision: QwenVision | Clip | None = None  # None: pictures are not read
+    audio: AudioTower | None = None  # None: sound is not read
 
     @classmethod
     def from_folder(cls, folder: Path) -> Config:
@@ -105,9 +107,12 @@ class Config:
         kind = raw.get("model_type")
         if kind not in MODEL_TYPES:
             raise UserError(f"{source}: model_type {kind!r} is not supported; minioscar runs {', '.join(MODEL_TYPES)}")
-        whole, raw = raw, _text_model(raw, source) if kind in WITH_TOWERS else raw
+        model_type, whole = kind, raw
+        if kind in WITH_TOWERS:
+            whole, raw = parts_of(raw, source)
+            kind = raw["model_type"]
         get = Fields(raw, source, DEFAULTS[kind])
-        ending = WITH_TOWERS.get(kind, "ForCausalLM")
+        ending = "ForConditionalGeneration" if model_type in WITH_TOWERS else "ForCausalLM"
         for name in get.items("architectures"):
             if not str(name).endswith(ending):
                 raise UserError(
@@ -127,14 +132,12 @@ class Config:
             raise UserError(f"{source}: quantized experts are not supported; use the model's BF16 weights")
         rope = Rope.from_config(raw, head_dim, get.count("max_position_embeddings"), source)
         layers = get.count("num_hidden_layers", most=MOST["num_hidden_layers"])
-        vision = None
-        if kind == "qwen3_vl":
+        if model_type in M_ROPE:
             rope = rope.with_axes(raw, source)
-            vision = QwenVision.of(whole, pictures or {}, source, hidden, layers)
         window = _sliding_window(get, kind, layers)
         biased = kind in ("llama", "qwen3", "qwen3_moe", "qwen3_vl") and get.flag("attention_bias", False)
         return cls(
-            model_type=kind,
+            model_type=model_type,
             vocab_size=get.count("vocab_size"),
             hidden_size=hidden,
             intermediate_size=get.count("moe_intermediate_size" if experts else "intermediate_size"),
@@ -153,7 +156,7 @@ class Config:
             tie_embeddings=get.flag("tie_word_embeddings", False),
             quantization=quantization,
             experts=experts,
-            vision=vision,
+            **towers_of(whole, pictures or {}, source, (hidden, layers, rope.max_positions)),
         )
 
     @property
@@ -174,7 +177,7 @@ class Config:
     @property
     def towers(self) -> dict[str, Tower]:
         """What turns other parts of a message than text into embeddings, by the kind of the part."""
-        return {} if self.vision is None else {self.vision.kind: self.vision}
+        return {tower.kind: tower for tower in (self.vision, self.audio) if tower is not None}
 
     @property
     def q_size(self) -> int:
@@ -204,19 +207,6 @@ class Config:
         towers = sum(math.prod(shape) for tower in self.towers.values() for shape in tower.expected().values())
         text = self.num_layers * layer + hidden + self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
         return text + towers
-
-
-def _text_model(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The language model's part of a config.json with towers, what stands for both beside it."""
-    text = raw.get("text_config")
-    if not isinstance(text, Mapping):
-        raise UserError(f"{source}: text_config must be an object, not {text!r}")
-    shared = ("architectures", "tie_word_embeddings", "quantization_config", "compression_config", "quantization")
-    found = {**text, "model_type": raw["model_type"], **{name: raw[name] for name in shared if name in raw}}
-    ropes = [text, *(of for name in ("rope_parameters", "rope_scaling") if isinstance(of := text.get(name), Mapping))]
-    if all(of.get("rope_theta") is None for of in ropes):
-        found["rope_theta"] = QWEN3_VL_THETA
-    return found
 
 
 def _head_dim(get: Fields, kind: str, hidden: int, heads: int) -> int:

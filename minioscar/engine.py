@@ -94,14 +94,14 @@ class Engine:
         """Continues one prompt, or several of unequal lengths as one batch (a list then, in their order).
 
         A prompt is text, token ids, or the messages of a chat, [{"role", "content"}, ...], whose content is text or
-        parts, {"type": "text", "text"} and {"type": "image", "image": a file's name, ...}. chat: render text with the
-        model's chat template (None: if it has one). ctx: capacity of the cache in tokens (None: what prompts and
-        max_tokens need, see `capacity`). cache: what `prefill` or `load_cache` returned; prompts go on from there
-        (messages repeat its own, see `PromptCache.followed_by`), and only what it does not hold is computed. system: a
-        system message in front of text. template: more variables of the chat template. options: the fields of `Options`
-        (max_tokens, stop, logprobs, ...) and of `Sampling` (temperature, top_p, seed, ...), or sampling=; None is the
-        default. Raises UserError for an empty prompt, one that does not fit, or a value of a wrong type or out of
-        range; Failure if memory runs out.
+        parts, {"type": "text", "text"}, {"type": "image", "image": a file's name, ...} and the same of "audio".
+        chat: render text with the model's chat template (None: if it has one). ctx: capacity of the cache in tokens
+        (None: what prompts and max_tokens need, see `capacity`). cache: what `prefill` or `load_cache` returned;
+        prompts go on from there (messages repeat its own, see `PromptCache.followed_by`), and only what it does not
+        hold is computed. system: a system message in front of text. template: more variables of the chat template.
+        options: the fields of `Options` (max_tokens, stop, logprobs, ...) and of `Sampling` (temperature, top_p, seed,
+        ...), or sampling=; None is the default. Raises UserError for an empty prompt, one that does not fit, or a value
+        of a wrong type or out of range; Failure if memory runs out.
         """
         given, alone = arguments.all_prompts(prompts)
         run = self._start(given, options, ctx=ctx, chat=chat, cache=cache, system=system, template=template)
@@ -232,7 +232,8 @@ class Engine:
             raise UserError('messages must be objects {"role": text, "content": text}')
         messages = self.opened(messages)
         text = self.tokenizer.chat(hidden(messages), template=arguments.variables_of(template))
-        return expanded(self._checked(self.tokenizer.encode(text)), media_of(messages), self.config.towers)
+        ids = self.tokenizer.rendered_ids(text, adds_bos=bool(self.config.towers))
+        return expanded(self._checked(ids), media_of(messages), self.config.towers)
 
     def capacity(
         self, ids: list[list[int]], options: Options | Sequence[Options], ctx: int | None,

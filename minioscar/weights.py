@@ -143,6 +143,8 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
         tensors = Checkpoint(folder, expected(config), config.tie_embeddings, stack, config.quantization)
         if tensors.has_kv_scales:
             print("[the scales of an FP8 cache in the files are not used]", file=sys.stderr, flush=True)
+        if tensors.has_talker:
+            print("[the talker in the files is not used: this model answers in text]", file=sys.stderr, flush=True)
         need, free = ops.weight_bytes(config), ops.free_bytes()
         if need > free:
             fitting = [mode for mode in rounding.MODES if ops.weight_bytes(replace(config, weights=mode)) <= free]

@@ -738,7 +738,7 @@ def test_fields_of_a_message_beyond_role_and_content_reach_the_template(tmp_path
         ([{"role": "assistant", "content": None}], r"messages\[0\] has no content"),
         (
             [{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}],
-            "part 'video_url'; only parts of the types 'text' and 'image'"
+            "part 'video_url'; only parts of the types 'text', 'image' and 'audio'"
         ),
         ([{"role": "user", "content": ["a"]}], "part 'a'; only parts of the types 'text'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "part without its text"),

@@ -27,6 +27,7 @@ PROMPT, MORE = ">>> ", "... "
 QUOTES = '"""'
 HELP = f"""\
 /image FILE   a picture in front of the next message
+/audio FILE   a sound in front of it
 /retry        another answer to the last message
 /undo         take the last message and its answer back
 /reset        begin anew (the system message or the document of --cache stays)
@@ -219,7 +220,8 @@ def command(conversation: Conversation, line: str, options: dict[str, Any]) -> b
     """Runs a /command; False if it is the one that leaves. Raises UserError for one that is not there."""
     name, _, argument = line.strip().partition(" ")
     commands: dict[str, Callable[[], None]] = {
-        "/image": lambda: show(conversation, argument.strip()),
+        "/image": lambda: show(conversation, "image", argument.strip()),
+        "/audio": lambda: show(conversation, "audio", argument.strip()),
         "/retry": lambda: retry(conversation, options),
         "/undo": lambda: undo(conversation),
         "/reset": conversation.reset,
@@ -231,16 +233,16 @@ def command(conversation: Conversation, line: str, options: dict[str, Any]) -> b
         return False
     if name not in commands:
         raise UserError(f"there is no {name}; /help lists the commands, a space in front makes it a message")
-    if argument and name not in ("/save", "/image"):
+    if argument and name not in ("/save", "/image", "/audio"):
         raise UserError(f"{name} takes nothing behind it; a space in front makes the line a message")
     commands[name]()
     return True
 
 
-def show(conversation: Conversation, path: str) -> None:
+def show(conversation: Conversation, kind: str, path: str) -> None:
     if not path:
-        raise UserError("/image: name a picture's file")
-    medium = conversation.show(path)
+        raise UserError(f"/{kind}: name a file")
+    medium = conversation.show(path, kind)
     _say(f"[{medium.name}: {medium.tokens} tokens, with the next message]")
 
 

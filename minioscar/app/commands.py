@@ -41,9 +41,10 @@ def run_generate(args: argparse.Namespace) -> None:
     if args.system is not None and (args.chat is False or args.cache):
         why = "a prompt cache has its own beginning" if args.cache else "--raw continues a plain text"
         raise UserError(f"--system has no place here: {why}; leave one of them out")
-    if args.image and (args.chat is False or args.prompts_file):
+    media = [{"type": kind, kind: file} for kind in ("image", "audio") for file in getattr(args, kind)]
+    if media and (args.chat is False or args.prompts_file):
         why = "--raw continues a plain text" if args.chat is False else "lines of --prompts-file name their own"
-        raise UserError(f"--image has no place here: {why}; leave one of them out")
+        raise UserError(f"--{media[0]['type']} has no place here: {why}; leave one of them out")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
     template = template_of(args)
@@ -55,11 +56,11 @@ def run_generate(args: argparse.Namespace) -> None:
     prompt = args.prompt or "" if file is None else read_text(file)
     if not (prompt or args.cache):
         raise UserError("the prompt is empty; give it some text")
-    from .prompts import with_images
+    from .prompts import with_media
 
     engine, cache = loaded(args)
     options = sampled(options, args, engine)
-    prompt = with_system(args.system, with_images(args.image, prompt, cache) if args.image else prompt, engine)
+    prompt = with_system(args.system, with_media(media, prompt, cache) if media else prompt, engine)
     run = engine.start([prompt], ctx=args.ctx, chat=args.chat, options=options, cache=cache, template=template)
     for index, piece in run:
         if args.stream and piece:

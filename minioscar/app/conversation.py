@@ -66,7 +66,7 @@ class Conversation:
         self.held: list[int] = []  # the tokens in row 0 of the cache
         self._lost: list[int] = []  # those after them that went with its window: fed again when it goes on or is saved
         self._answer: Generator[str, None, None] | None = None
-        self.shown: list[Medium] = []  # pictures that the next message brings
+        self.shown: list[Medium] = []  # what the next message brings
         if cache is not None:
             if len(cache) > self.context:
                 held = f"the prompt cache has {len(cache)} tokens, but the context holds {self.context}"
@@ -90,11 +90,11 @@ class Conversation:
         memory.check(config, scheme, ops, 1, ctx, 1)
         return self.engine.round_up(ctx)  # whole blocks, so that the row can be saved
 
-    def show(self, picture: Any) -> Medium:
-        """A picture in front of the next message: a file's name, or what else a message's part may hold. Raises
-        UserError."""
-        [message] = opened([{"content": [{"type": "image", "image": picture}]}], self.engine.config.towers)
-        self.shown.append(message["content"][0]["image"])
+    def show(self, source: Any, kind: str = "image") -> Medium:
+        """A picture, or an "audio", in front of the next message: a file's name, or what else a message's part may
+        hold. Raises UserError."""
+        [message] = opened([{"content": [{"type": kind, kind: source}]}], self.engine.config.towers)
+        self.shown.append(message["content"][0][kind])
         return self.shown[-1]
 
     def say(self, text: str, **options: Any) -> Generator[str, None, None]:

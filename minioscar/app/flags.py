@@ -33,14 +33,15 @@ MORE_EXAMPLES = {
 
 A line of prompts.jsonl is a JSON string or {"prompt": "...", "id": ...} or {"messages": [{"role": "user", "content":
 "..."}]}, with "system" and settings of its own: "max_tokens", "temperature", "seed", "stop", "n" and so on, as the
-options are called. Content may be parts, {"type": "text", "text": "..."} and {"type": "image", "image": "a.png"}. A
-line that fails becomes {"line": N, "error": "..."} and the others go on.""",
+options are called. Content may be parts, {"type": "text", "text": "..."}, {"type": "image", "image": "a.png"} and
+{"type": "audio", "audio": "a.wav"}. A line that fails becomes {"line": N, "error": "..."} and the others go on.""",
     "chat": """examples:
   python -m minioscar chat smollm2-135m --system "Answer in one sentence."
   python -m minioscar chat smollm2-135m --cache book.kv.safetensors
   printf 'Hello\\nWhat did I say?\\n' | python -m minioscar chat smollm2-135m
 
-In the conversation, /help lists the commands: /image FILE, /retry, /undo, /reset, /save FILE, /stats, /exit.
+In the conversation, /help lists the commands: /image FILE, /audio FILE, /retry, /undo, /reset, /save FILE, /stats,
+/exit.
 Ctrl-C stops an answer and keeps the conversation.""",
     "cache": """examples:
   python -m minioscar cache Qwen/Qwen3-0.6B --prompt-file book.txt --out book.kv.safetensors
@@ -139,6 +140,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         flag("--prompt-file", "read the prompt from a text file; - is standard input", "F"),
         flag("--prompts-file", "many prompts, one a line of JSON; one line of JSON for each on stdout", "F"),
         several("--image", "a picture in front of the prompt, for a model that reads some", "FILE"),
+        several("--audio", "a sound in front of the prompt, for a model that hears", "FILE"),
         flag("--system", "the system message in front of the prompt, or of every prompt", "TEXT"),
         number("--batch", "prompts of --prompts-file that run at a time (8)", "B", 8),
         number("--n", "answers to each prompt, drawn independently (1)", "N", 1),

@@ -101,13 +101,14 @@ def _prompt(value: Any) -> str | list[Message]:
     return [{"role": "system", "content": system}, *(messages or [{"role": "user", "content": value["prompt"]}])]
 
 
-def with_images(images: Sequence[str], prompt: str, cache: PromptCache | None) -> list[Message]:
-    """A text behind pictures, as a user's message: the first one, or what follows those of a prompt cache."""
+def with_media(media: Sequence[Mapping[str, str]], prompt: str, cache: PromptCache | None) -> list[Message]:
+    """A text behind pictures and sounds, parts of a user's message: the first one, or what follows those of a prompt
+    cache."""
     if cache is not None and cache.messages is None:
-        raise UserError("--image needs a chat, but this prompt cache holds plain text; make it again without --raw")
-    parts = [{"type": "image", "image": image} for image in images]
+        why = "needs a chat, but this prompt cache holds plain text; make it again without --raw"
+        raise UserError(f"--{media[0]['type']} {why}")
     text = [{"type": "text", "text": prompt}] if prompt else []
-    return continued([] if cache is None else cache.messages, parts + text)
+    return continued([] if cache is None else cache.messages, [*media, *text])
 
 
 def configured(options: Options, settings: Mapping[str, Any]) -> Options:

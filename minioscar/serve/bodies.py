@@ -84,7 +84,7 @@ def chat(body: fields.Body, service: Service) -> Asked:
     choice, callable = messages.choice_of(body, tools)
     text = messages.rendered(service.tokenizer, said, tools if choice != "none" else (), variables(body, service))
     with of_field("messages"):
-        ids = expanded(service.tokenizer.encode(text), media, service.towers)
+        ids = expanded(service.tokenizer.rendered_ids(text, bool(service.towers)), media, service.towers)
     knows = service.tokenizer.token_id(parsing.THINK) is not None
     thinking = parsing.is_thinking(text) if knows else None
     form = messages.form_of(service.tokenizer.template) if choice != "none" else None

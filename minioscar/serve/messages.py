@@ -60,10 +60,16 @@ def _message(i: int, given: Any) -> dict[str, Any]:
 
 
 def _part(part: Any, images: Path | None) -> Any:
-    """A picture comes as a data: URL, or as the URL of a file in the folder `images`; nothing else is opened."""
+    """A picture comes as a data: URL, or as the URL of a file in the folder `images`, a sound in base64; nothing else
+    is opened."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in PARTS:
         return part
+    if PARTS[kind] == "audio":
+        data = part.get("input_audio")
+        if not isinstance(data, dict) or not isinstance(data.get("data"), str):
+            raise wrong("messages", 'a sound must be {"type": "input_audio", "input_audio": {"data": base64}}')
+        return {"type": "audio", "audio": data}
     given = part.get("image_url") if kind == "image_url" else None
     url = given.get("url") if isinstance(given, dict) else given
     if not isinstance(url, str):

@@ -28,7 +28,7 @@ from ..errors import UserError
 Array = Any
 Message = Mapping[str, Any]
 # types of parts of a message that are no text, and the kind of their medium; its source stands under the type's name
-PARTS = {"image": "image", "image_url": "image"}
+PARTS = {"image": "image", "image_url": "image", "audio": "audio", "input_audio": "audio"}
 KINDS = tuple(dict.fromkeys(PARTS.values()))
 AXES = 3  # of M-RoPE: time, row, column
 KEPT_BYTES = 256 << 20  # of features that are kept for another pass; those of the newest medium always are
