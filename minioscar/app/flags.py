@@ -162,6 +162,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         several("--cors", "a page from this origin may ask, * is any (only those of this machine)", "ORIGIN"),
         flag("--name", "the model's name in the API (the last part of MODEL)", "NAME"),
         switch("--strict-model", "refuse requests for models of another name"),
+        flag("--replicas", "so many copies over a Ray cluster, or N:M as the load needs (extra `ray`)", "N[:M]"),
         number("--grace", "seconds for running answers when the server is told to end (30)", "N", 30),
         *SAMPLING[:5],
         DEVICE,
