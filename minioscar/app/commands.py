@@ -300,41 +300,6 @@ def run_pull(args: argparse.Namespace) -> None:
     print(json.dumps({"model": args.model, "folder": str(folder)}) if args.json else folder)
 
 
-def run_serve(args: argparse.Namespace) -> None:
-    wake(args.device)
-    from ..sampling import Sampling
-    from ..serve import server
-    from .recommended import recommended
-
-    plan = server.Plan(
-        args.slots, args.ctx, args.chunk, args.queue, args.name or os.path.basename(os.path.normpath(args.model)),
-        args.api_key or os.environ.get("MINIOSCAR_API_KEY"), args.cors, args.strict_model,
-        args.images,
-    )  # fmt: skip
-    plan.check()
-    if args.grace < 0:
-        raise UserError(f"--grace {args.grace} is out of range; it must be 0 or more seconds")
-    own = given(args, Sampling)
-    Sampling(**own)
-    server.check_installed()
-    bound = server.listening(args.host, args.port)
-    engine, _ = loaded(args)
-    sampling, lines = recommended(engine.folder, own)
-    if sampling.temperature == 0 and "temperature" not in own:  # OpenAI's default; requests say 0 for greedy
-        sampling, lines = recommended(engine.folder, {"temperature": 1.0} | own)
-    for line in lines:
-        print(f"[{line}]", file=sys.stderr)
-    app, scheduler = server.assemble(engine, plan, sampling)
-    host, port = bound.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    cache = scheduler.cache
-    held = f"{plan.slots} slots of {cache.context} tokens, {engine.scheme.name} cache {cache.nbytes / 1e6:.1f} MB"
-    url = f"http://{host}:{port}"
-    if args.json:
-        print(json.dumps({"url": url, "model": plan.name, "slots": plan.slots, "context": cache.context}), flush=True)
-    server.serve(app, scheduler, bound, args.grace, f"[{plan.name} at {url}/v1: {held}, {engine.ops.name}]")
-
-
 def run_info(args: argparse.Namespace) -> None:
     from . import info
 
@@ -395,5 +360,5 @@ def window(given: str | None) -> tuple[int, int] | None:
 COMMANDS = {
     "generate": run_generate, "chat": run_chat, "cache": run_cache, "pull": run_pull, "info": run_info,
     "eval": run_eval,
-    "inspect": run_inspect, "serve": run_serve,
+    "inspect": run_inspect,
 }

@@ -131,11 +131,7 @@ class App:
             )  # fmt: skip
 
     def _check_key(self, exchange: Exchange) -> None:
-        if self.key is None:
-            return
-        scheme, _, shown = exchange.given.get("authorization", "").partition(" ")
-        shown = shown.strip() if scheme.lower() == "bearer" else exchange.given.get("x-api-key", "")
-        if not hmac.compare_digest(shown.encode("latin-1"), self.key.encode()):
+        if not shows_key(exchange.given, self.key):
             way_out = "send Authorization: Bearer KEY"
             raise ApiError(401, f"the API key is missing or wrong; {way_out}", code="invalid_api_key")
 
@@ -268,6 +264,15 @@ class App:
         given = bodies.variables(body, self.service)
         text = await asyncio.to_thread(messages.rendered, words, said, tools, given)
         await exchange.reply(200, {"prompt": text})
+
+
+def shows_key(given: Mapping[str, str], key: str | None) -> bool:
+    """Whether the headers of a request have the key, where there is one."""
+    if key is None:
+        return True
+    scheme, _, shown = given.get("authorization", "").partition(" ")
+    shown = shown.strip() if scheme.lower() == "bearer" else given.get("x-api-key", "")
+    return hmac.compare_digest(shown.encode("latin-1"), key.encode())
 
 
 def _put(events: asyncio.Queue, number: int, one: Event) -> None:

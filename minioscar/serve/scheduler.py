@@ -97,6 +97,10 @@ class Scheduler:
             for row in self.rows
         ]  # fmt: skip
 
+    def held(self) -> list[list[int]]:
+        """Of each row, the tokens that another prompt could take over."""
+        return [row.held[:length] for row, length in zip(self.rows, self.cache.lengths.tolist(), strict=True)]
+
     def gauges(self) -> dict[str, tuple[float, str]]:
         """For `Metrics.text`."""
         return {
