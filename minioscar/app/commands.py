@@ -324,7 +324,8 @@ def run_serve(args: argparse.Namespace) -> None:
     url = f"http://{host}:{port}"
     if args.json:
         print(json.dumps({"url": url, "model": plan.name, "slots": plan.slots, "context": cache.context}), flush=True)
-    server.serve(app, scheduler, bound, args.grace, f"[{plan.name} at {url}/v1: {held}, {engine.ops.name}]")
+    said = f"[{plan.name} at {url}/v1: {held}, {engine.ops.name}; warmed up in "
+    server.serve(app, scheduler, bound, args.grace, lambda seconds: f"{said}{seconds:.1f} s]")
 
 
 def run_info(args: argparse.Namespace) -> None:
