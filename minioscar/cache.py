@@ -116,6 +116,12 @@ class LayerCache:
         for array in self.arrays.values():
             array[target] = array[source]
 
+    def swap_rows(self, one: int, other: int) -> None:
+        for array in self.arrays.values():
+            kept = array[one].copy()
+            array[one] = array[other]
+            array[other] = kept
+
 
 class PlainCache(LayerCache):
     """Keys and values in BF16: nothing is quantized."""
@@ -358,6 +364,15 @@ class Cache:
             layer_cache.copy_row(source, target)
         for of_rows in (self.lengths, self.cuts, self.shifts):
             of_rows[target] = of_rows[source]
+
+    def swap(self, one: int, other: int) -> None:
+        """Two rows change places."""
+        if one == other:
+            return
+        for layer_cache in self.layers:
+            layer_cache.swap_rows(one, other)
+        for counts in (self.lengths, self.cuts):
+            counts[[one, other]] = counts[[other, one]]
 
     def reset(self, slot: int) -> None:
         """Row `slot` is empty again. What its arrays hold is never read: every read is bounded by the length."""

@@ -40,10 +40,11 @@ def weight_bytes(config: Config, scheme: Scheme, ops: Reference) -> int:
 def needed(
     config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None,
     weights: int = 0,
-    penalties: bool = False,
+    penalties: bool | None = False,
 ) -> Need:
     """For `batch` sequences of `context` tokens; tokens: the most that one forward pass takes in (None: the whole
-    context of one). penalties: whether a token is drawn from other logits than the model's (`Options.adjusts`)."""
+    context of one). penalties: whether a token is drawn from other logits than the model's (`Options.adjusts`); None:
+    rows join and leave (`Decoder`)."""
     work = ops.work_bytes(config, context if tokens is None else tokens, context, batch, penalties)
     return Need(weights, cache_bytes(config, scheme, batch, context), work)
 
@@ -51,7 +52,7 @@ def needed(
 def check(
     config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None,
     weights: int = 0,
-    penalties: bool = False,
+    penalties: bool | None = False,
 ) -> None:
     """Raises UserError, with the longest context that does fit, where `needed` exceeds what is free."""
     need, free = needed(config, scheme, ops, batch, context, tokens, weights, penalties), ops.free_bytes()
@@ -113,7 +114,7 @@ def _int2_fits(
 
 def longest_context(
     config: Config, scheme: Scheme, ops: Reference, batch: int, free: int, tokens: int | None = None,
-    penalties: bool = False
+    penalties: bool | None = False
 ) -> int:
     """The most tokens (a multiple of 128, at most the model's context) that fit `free` bytes with their work; 0 if none
     do."""

@@ -182,6 +182,28 @@ def test_steps_ahead_leave_and_join_without_mixing_answers_up(make, tmp_path, se
         assert close(answers, alone(engine, one, 256))
 
 
+@on_each_backend
+def test_who_is_alone_pays_for_one_row_and_finds_older_conversations_again(make, tmp_path, seed, monkeypatch):
+    """What is cached makes room in front, and moves there when its conversation goes on."""
+    folder = write_talker(tmp_path / "m", seed, num_hidden_layers=1)
+    _, engine, ops = of_backend(make, folder, "int2")
+    engine.ops, rng, launched = ops, np.random.default_rng(seed), []
+    prompts, how = [prompt(rng, 33) for _ in range(2)], Options(2, ignore_eos=True)
+    with running(engine, slots=2, context=128, chunk=128) as scheduler:
+        go = scheduler.decoder.queue.go
+        monkeypatch.setattr(scheduler.decoder.queue, "go", lambda rows: (launched.append(rows), go(rows)))
+        answers = [submit(scheduler, Asked(ids, how))[0].answers() for ids in prompts]
+        held = [row.held[:33] for row in scheduler.rows]
+        again = [submit(scheduler, Asked(ids, how))[0].wait() for ids in prompts]
+        assert sorted(held) == sorted(prompts) and [one.job.cached for one in again] == [32] * 2
+        assert set(launched) == {1}
+        submit(scheduler, *(both := [Asked(ids, how) for ids in prompts]))
+        answers += [one.answers() for one in [*again, *both]]
+    assert launched[-1] == 2
+    for ids, got in zip(prompts * 3, answers, strict=True):
+        assert close(got, alone(engine, Asked(ids, how), 128))
+
+
 def test_a_prompt_longer_than_a_chunk_gives_one_answer_whoever_is_there(engine, seed):
     rng = np.random.default_rng(seed)
     long, short = prompt(rng, 700), [prompt(rng, int(rng.integers(3, 90))) for _ in range(6)]

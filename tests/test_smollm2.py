@@ -147,6 +147,19 @@ def test_teacher_forced_chunks_measure_what_single_steps_do(model):
     assert (np.exp(a) * (a - b)).sum(1).mean() < 1e-3  # int2 itself costs 50 times that
 
 
+def test_a_prompt_read_in_pieces_of_a_flush_is_what_decoding_makes_of_it(model):
+    """Each of its tokens sees the packed blocks, the window and its own piece, as if it were fed one by one."""
+    loaded = engine.load(model, "int2", "cpu")
+    ids, flush = loaded.tokenizer.encode(fidelity.default_text())[:201], loaded.scheme.flush
+
+    def read(prefill: int, piece: int = 0) -> np.ndarray:
+        chunks = fidelity.teacher_forced(loaded, ids, prefill, piece=piece)
+        return np.concatenate(list(chunks))[3 * flush - prefill :]
+
+    assert np.array_equal(read(flush), read(3 * flush, flush))
+    assert not np.array_equal(read(flush), read(3 * flush))
+
+
 def test_its_weights_of_4_bits_are_held_by_int4_in_groups_of_32_and_8_bits_cost_little(model, monkeypatch):
     """They were a scale and a minimum for each 32 (hub.BUILT_IN: Q4_1), so that int4 in such groups has them again."""
     ops, config = Reference(), Config.from_folder(model)

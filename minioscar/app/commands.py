@@ -320,7 +320,7 @@ def run_eval(args: argparse.Namespace) -> None:
         needles=lengths("--needle", args.needle), tools=lengths("--tools", args.tools), continued=args.drift,
         device=args.device, progress=sys.stderr.isatty(),
         weights=[mode.strip() for mode in args.weights.split(",")] if args.weights else [],
-        window=window(args.window), emptied=args.emptied,
+        window=window(args.window), emptied=args.emptied, pieces=lengths("--pieces", args.pieces),
     )
     print(json.dumps(report) if args.json else fidelity.table(report))
 

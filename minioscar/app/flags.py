@@ -201,6 +201,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         ),
         flag("--window", "the same BF16 window for all schemes: tokens packed at a time / kept (their own)", "F/W"),
         switch("--emptied", "also KL without kept tokens: 64 are packed as soon as they are there"),
+        flag("--pieces", "also read prompts in pieces of N tokens, each over a past in the scheme (whole)", "N,N"),
         number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),
         flag("--weights", "also with matrices quantized so, each with --kv bf16 and with the schemes", "int8,int4"),
         DEVICE,

@@ -71,7 +71,8 @@ def serve(args: argparse.Namespace) -> None:
     url = url_of(*bound.getsockname()[:2])
     if args.json:
         print(json.dumps({"url": url, "model": plan.name, "slots": plan.slots, "context": cache.context}), flush=True)
-    server.serve(app, scheduler, bound, args.grace, f"[{plan.name} at {url}/v1: {held}, {engine.ops.name}]")
+    said = f"[{plan.name} at {url}/v1: {held}, {engine.ops.name}; warmed up in "
+    server.serve(app, scheduler, bound, args.grace, lambda seconds: f"{said}{seconds:.1f} s]")
 
 
 def url_of(host: str, port: int) -> str:

@@ -7,7 +7,7 @@ are none. A decode step is the same code over a batch that lives on the card (de
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -29,13 +29,14 @@ from ..weights import Layer, Tensor, Weights, bytes_of
 from . import attention, experts, linear, prefill, quantized
 from .attention import HEAD_DIMS, Heads
 from .cubins import Program, compile_all
-from .decode import Queue, StepBatch, StepDecoder, unsupported
+from .decode import Queue, StepBatch, StepDecoder, step_sizes, unsupported
 from .experts import Product
 from .launch import Card, Launch, Recording, run
 from .linear import Products, add_product, scratch_bytes, step_plans
 from .linear_batch import BATCH_TOKENS
 from .paged import KernelCache, kernel_cache
 from .reference import Reference
+from .sample import drawing_bytes
 from .upload import Buffers, Upload
 
 Array = Any
@@ -116,16 +117,23 @@ class Cuda(Reference):
         self.buffers = Buffers()
         self.xp.get_default_memory_pool().free_all_blocks()
 
-    def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool = False) -> int:
+    def work_bytes(
+        self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool | None = False
+    ) -> int:
         """The arrays of model.py that are alive at once in a prefill, or, of many rows, in a decode step, which finds
-        the scratch of the prefill still there; and in both the logits and the tables of RoPE."""
+        the scratch of the prefill still there; and in both the logits and the tables of RoPE. Where rows join, both are
+        alive, and steps of several numbers of rows."""
         tables = 4 * config.head_dim * max(1024, 1 << (context - 1).bit_length())
         if config.head_dim not in HEAD_DIMS:  # array code in float32
             return 4 // self.dtype.itemsize * super().work_bytes(config, tokens, context, rows) + tables
         batch = max(rows, tokens if tokens <= BATCH_TOKENS else 0)  # cuBLAS takes more
         reading = self._prefill_bytes(config, tokens, context) + scratch_bytes(config, batch, self.card)
-        stepping = StepBatch.nbytes(config, rows, self.card, penalties) + 2 * scratch_bytes(config, rows, self.card)
-        return max(reading, stepping) + 4 * rows * config.vocab_size + tables
+        sizes, joins = (step_sizes(rows), True) if penalties is None else ([rows], False)
+        steps = sum(StepBatch.nbytes(config, n, self.card) + scratch_bytes(config, n, self.card) for n in sizes)
+        steps += drawing_bytes(config.vocab_size, rows, penalties is not False)
+        logits = 4 * config.vocab_size * (sum(sizes) + joins * rows)
+        together = reading + steps if joins else max(reading, steps + scratch_bytes(config, rows, self.card))
+        return together + logits + tables
 
     def _prefill_bytes(self, c: Config, tokens: int, context: int) -> int:
         """While attention reads keys and values in BF16, or while the MLP runs."""
@@ -295,14 +303,14 @@ class Cuda(Reference):
         return StepDecoder(model, cache, rows, logits=logits, replay=replay)
 
     def prepare(
-        self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling], progress: bool
+        self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling] | None, progress: bool
     ) -> None:
         from cupy.cuda import nvrtc
 
         compile_all(programs(self, model, cache, passes, rows), self.card.capability, nvrtc, progress)
 
-    def queue(self, batch: StepBatch, run: Callable[[], None], graph: bool) -> Queue:
-        return Queue(batch, run, graph)
+    def queue(self, batch: StepBatch, runs: Mapping[int, Callable[[], None]], graph: bool) -> Queue:
+        return Queue(batch, runs, graph)
 
     # --- the cache
 
@@ -334,9 +342,9 @@ class Cuda(Reference):
 
 
 def programs(
-    ops: Cuda, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling]
+    ops: Cuda, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling] | None
 ) -> list[Program]:
-    """What these passes and then decode steps of `rows` (none: no steps) launch.
+    """What these passes and then decode steps of `rows` (none: no steps; None: of rows that join) launch.
 
     One layer of the model is run over arrays that have shapes and no memory. Empty where steps are array code.
     """
@@ -354,9 +362,10 @@ def programs(
     with_media = [replace(batch, inputs=Inputs.blank(batch.counts)) for batch in passes if config.towers]
     for batch in (*passes, *with_media):
         model.forward(np.zeros(sum(batch.counts), np.int32), blank, batch)
-    if rows:
-        step = StepBatch(paper, config, blank, rows, model.weights.key_feedback)
-        model.step(step.tokens, blank, step, partial(step.draw, ops=paper))
+    if rows is None or rows:
+        whole = StepBatch(paper, config, blank, rows, model.weights.key_feedback)
+        for step in (*whole.few.values(), whole):
+            model.step(step.tokens, blank, step, partial(step.draw, ops=paper))
     return list(paper.launched)
 
 

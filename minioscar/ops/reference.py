@@ -88,7 +88,9 @@ class Reference:
     def release(self) -> None:
         """Gives memory that is in no use back, after a run that did not fit."""
 
-    def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool = False) -> int:
+    def work_bytes(
+        self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool | None = False
+    ) -> int:
         """The arrays of one forward pass of `tokens` tokens that ends at `context`, or of a later step of so many rows;
         weights and cache apart."""
         hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
@@ -265,9 +267,10 @@ class Reference:
         return Decoder(model, cache, rows, logits)
 
     def prepare(
-        self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling], progress: bool
+        self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling] | None, progress: bool
     ) -> None:
-        """Compiles what is not compiled yet for these passes over prompts and for answers that draw as `rows` say."""
+        """Compiles what is not compiled yet for these passes over prompts and for answers that draw as `rows` say;
+        None: for any that join and leave."""
 
     # --- the cache
 

@@ -21,6 +21,7 @@ from .jobs import Busy, Event, GrammarError, Job
 from .metrics import Metrics
 from .replies import Reply
 
+PATIENCE = 60.0  # seconds in which the body of a request has to come
 PING = 10.0  # seconds of silence after which a stream gets a comment
 READING = 30.0  # seconds in which a request is rendered, split into tokens, and its schema compiled
 LOCAL = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
@@ -54,6 +55,7 @@ class App:
 
     def __init__(self, service: Service, key: str | None = None, origins: Sequence[str] = (), ping: float = PING):
         self.service, self.key, self.origins, self.ping = service, key, tuple(origins), ping
+        self.patience = PATIENCE
         self.loop: asyncio.AbstractEventLoop | None = None
         self.is_ending, self.count = False, 0
         self.routes: dict[str, tuple[str, Handler]] = {
@@ -76,7 +78,7 @@ class App:
             return await self._lifespan(receive, send)
         if scope["type"] != "http":
             raise ValueError(f"{scope['type']} is not served")
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self.patience)
         try:
             await self._answer(exchange)
         except Gone:
@@ -262,7 +264,7 @@ class App:
         body, words = await exchange.body(), self.service.tokenizer
         said, tools = messages.messages_of(body, self.service.images), messages.tools_of(body)
         given = bodies.variables(body, self.service)
-        text = await asyncio.to_thread(messages.rendered, words, said, tools, given)
+        text = await asyncio.to_thread(messages.rendered, words, said, tools, given, messages.end_of(body))
         await exchange.reply(200, {"prompt": text})
 
 

@@ -108,6 +108,10 @@ class Row:
         self.matcher: Matcher | None = None
         self.index = 0
 
+    def swap(self, other: Row) -> None:
+        """Two free rows, of which what they hold has changed places."""
+        self.held, self.used, other.held, other.used = other.held, other.used, self.held, self.used
+
     def begin(self, job: Job, index: int) -> None:
         self.job, self.index, self.answer, self.matcher = job, index, None, None
         self.state, self.is_matched = "wait" if index else "read", False

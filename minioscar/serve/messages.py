@@ -149,11 +149,23 @@ def form_of(template: str) -> str:
     return "llama3" if is_llama else "hermes"
 
 
+def end_of(body: fields.Body) -> str:
+    """How the prompt ends, as vLLM's API has it: "answer", with the beginning of an answer; "message", with the end of
+    the last message; "continue", within it, so that the answer goes on with it. Raises ApiError."""
+    goes_on = fields.switch(body, "continue_final_message")
+    begins = fields.switch(body, "add_generation_prompt", not goes_on)
+    if goes_on and begins:
+        reason = "cannot be, with add_generation_prompt: an answer either begins or goes on; leave one of them out"
+        raise wrong("continue_final_message", f"continue_final_message {reason}")
+    return "continue" if goes_on else "answer" if begins else "message"
+
+
 def rendered(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]],
-    variables: Mapping[str, Any],
+    variables: Mapping[str, Any], end: str = "answer",
 ) -> str:
-    """The prompt. Raises ApiError, with the template's own words, where it refuses the messages."""
+    """The prompt. end: as `end_of` has it. Raises ApiError, with the template's own words, where it refuses the
+    messages."""
     if not tokenizer.has_chat_template:
         raise ApiError(400, "this model has no chat template; use /v1/completions")
     if "chat_template" in variables:
@@ -161,7 +173,18 @@ def rendered(
     if tools and not reads(tokenizer, "tools"):
         messages, tools = taught(messages, tools), ()
     with of_field("messages"):
-        return tokenizer.chat(hidden(messages), template=variables, tools=tools or None)
+        messages = hidden(messages)
+        text = tokenizer.chat(messages, end == "answer", template=variables, tools=tools or None)
+    return up_to_last(text, messages) if end == "continue" else text
+
+
+def up_to_last(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """A prompt as far as the content of its last message goes. Raises ApiError where that is not shown."""
+    content = chat_template.flat(messages[-1].get("content"))
+    for said in (content, content.strip()) if isinstance(content, str) and content.strip() else ():
+        if (at := text.rfind(said)) >= 0:
+            return text[: at + len(said)]
+    raise wrong("continue_final_message", "the last message has no text that the chat template shows; give it some")
 
 
 def reads(tokenizer: Tokenizer, name: str) -> bool:

@@ -186,11 +186,24 @@ class Scheduler:
                 job = self.waiting.popleft()
             first = max(free, key=lambda row: prefixes.fit(self.cache, job.usable, row))
             others = sorted((row for row in free if row is not first), key=lambda row: row.used)
-            for index, row in enumerate([first, *others[: job.rows - 1]]):
+            chosen = self._lowered([first, *others[: job.rows - 1]], free)
+            for index, row in enumerate(chosen):
                 self.metrics.rounds += 1
                 row.used = self.metrics.rounds
                 row.begin(job, index)
-            self.reading.append(first)
+            self.reading.append(chosen[0])
+
+    def _lowered(self, chosen: list[Row], free: list[Row]) -> list[Row]:
+        """Free rows further in front, where a step pays for fewer then; what they hold changes places with what the
+        chosen ones do."""
+        for i, row in enumerate(chosen):
+            front = min((other for other in free if other not in chosen), key=lambda other: other.slot, default=row)
+            if self.decoder.rows_with(front.slot) < self.decoder.rows_with(row.slot):
+                with self.decoder.ordered():
+                    self.cache.swap(front.slot, row.slot)
+                row.swap(front)
+                chosen[i] = front
+        return chosen
 
     def _match(self, row: Row) -> None:
         """The row takes over what any row holds of the beginning of its prompt."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ..engine import Engine
 from ..errors import Failure, UserError
 from ..ops.linear_batch import BATCH_TOKENS
 from ..oscar import SCHEMES
-from ..sampling import RowSampling, Sampling
+from ..sampling import Sampling
 from .app import App
 from .bodies import Service
 from .scheduler import SCORED_PIECE, Scheduler
@@ -73,9 +74,9 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
     context = context_of(plan.ctx, config)
     if context is None:
         free = ops.free_bytes() * 9 // 10
-        context = memory.longest_context(config, scheme, ops, plan.slots, free, plan.chunk, True)
+        context = memory.longest_context(config, scheme, ops, plan.slots, free, plan.chunk, None)
     chunk = min(plan.chunk, max(context // SCORED_PIECE, 1) * SCORED_PIECE)
-    memory.check(config, scheme, ops, plan.slots, max(context, 1), min(chunk, context), penalties=True)
+    memory.check(config, scheme, ops, plan.slots, max(context, 1), min(chunk, context), penalties=None)
     cache = engine.new_cache(plan.slots, context)
     service = Service(
         plan.name, engine.tokenizer, config.vocab_size, context, plan.slots, defaults, plan.strict, scheme.name,
@@ -83,21 +84,24 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
         config.towers, None if plan.images is None else Path(plan.images),
     )  # fmt: skip
     app = App(service, plan.key, plan.origins)
-    ops.prepare(engine.model, cache, passes(cache, chunk), [RowSampling()] * plan.slots, engine.progress)
+    ops.prepare(engine.model, cache, passes(cache, chunk), None, engine.progress)
     scheduler = Scheduler(engine, cache, chunk, 4 * plan.slots if plan.queue is None else plan.queue, app.post)
     app.engine = scheduler
     return app, scheduler
 
 
-def serve(app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: str) -> None:
-    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end."""
+def serve(
+    app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: Callable[[float], str]
+) -> None:
+    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end. ready: what is said then, from the
+    seconds that warming up took."""
     import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if not self.should_exit:
-                print(ready, file=sys.stderr, flush=True)
+                print(ready(warmed_up - begun), file=sys.stderr, flush=True)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.is_ending = True
@@ -109,7 +113,9 @@ def serve(app: App, scheduler: Scheduler, bound: socket.socket, grace: int, read
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace, lifespan="on", server_header=False,
         ws="none", loop="asyncio",
     )  # fmt: skip
+    begun = time.monotonic()
     scheduler.start()
+    warmed_up = time.monotonic()
     Server(config).run(sockets=[bound])
     if scheduler.dead:
         raise Failure(scheduler.dead)

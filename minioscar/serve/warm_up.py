@@ -26,16 +26,22 @@ def passes(cache: Cache, chunk: int) -> list[Batch]:
 
 
 def warm_up(model: Model, cache: Cache, decoder: Decoder, chunk: int) -> None:
-    """What the longest pass, a small one, a row's beginning and a step allocate stays at hand; on the thread that runs
-    them later, since libraries keep state for each."""
+    """What the longest pass, a small one, a row's beginning and a step of each size allocate stays at hand; on the
+    thread that runs them later, since libraries keep state for each."""
+    last = {decoder.rows_with(slot): slot for slot in range(len(cache.lengths))}  # of the rows that each step has
     with decoder.ordered(), np.errstate(all="ignore"):
         for batch in (longest_pass(cache, chunk), Batch((0,), (0,), (0,), (1,))):
             logits = model.step(np.zeros(batch.counts[0], np.int64), cache, batch, lambda logits: logits)[1]
             model.ops.numpy(logits)
             cache.reset(0)
         cache.advance(batch)
-        decoder.join(0, RowSampling(Sampling(1.0)), logits[0])
-    if cache.context > 1:
-        decoder.launch([0])
-        decoder.read()
-    cache.reset(0)
+        for slots in ({0, slot} for slot in last.values()):
+            for slot in sorted(slots):
+                cache.copy(0, slot)
+                decoder.join(slot, RowSampling(Sampling(1.0)), logits[0])
+            if cache.context > 1:
+                decoder.launch(sorted(slots))
+                decoder.read()
+            cache.lengths[0] = 1
+    for slot in range(len(cache.lengths)):
+        cache.reset(slot)

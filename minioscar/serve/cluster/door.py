@@ -93,7 +93,7 @@ class Door:
             if asked.path.endswith("/chat/completions"):
                 said, tools = messages.messages_of(body), messages.tools_of(body)
                 given = variables(body, self.service)
-                text = messages.rendered(self.service.tokenizer, said, tools, given)
+                text = messages.rendered(self.service.tokenizer, said, tools, given, messages.end_of(body))
                 return names(self.service.tokenizer.encode(text))
             return names(prompts_of(body, self.service)[0]) if asked.path.endswith("/completions") else []
         except Exception:
