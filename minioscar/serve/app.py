@@ -16,12 +16,11 @@ from ..errors import one_line
 from . import bodies, fields, messages
 from .bodies import Asked, Service
 from .errors import ApiError, of_field, wrong
-from .http import Exchange, Gone, Receive, Send, event
+from .http import PATIENCE, Exchange, Gone, Receive, Send, event
 from .jobs import Busy, Event, GrammarError, Job
 from .metrics import Metrics
 from .replies import Reply
 
-PATIENCE = 60.0  # seconds in which the body of a request has to come
 PING = 10.0  # seconds of silence after which a stream gets a comment
 READING = 30.0  # seconds in which a request is rendered, split into tokens, and its schema compiled
 LOCAL = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")

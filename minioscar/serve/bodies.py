@@ -115,7 +115,8 @@ def chat(body: fields.Body, service: Service) -> Asked:
     options = options_of(body, service, ids, most, (k or 0) if has_logprobs else None)
     cached = fields.switch(body, "cache_prompt", True)
     goes_on = end == "continue"
-    job = Job(ids, options, bias_of(body, service), grammar, cache_prompt=cached, continued=goes_on, media=media)
+    job = Job(ids, options, bias=bias_of(body, service), matcher=grammar, cache_prompt=cached)
+    job.continued, job.media = goes_on, media
     checked([job], service)
     return Asked([job], True, *streaming(body), thinking=thinking, calls=form, one_call=not several)
 

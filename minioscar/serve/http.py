@@ -14,6 +14,7 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 Headers = tuple[tuple[str, str], ...]
 MAX_BODY = 16 << 20
+PATIENCE = 60.0  # seconds in which the body of a request has to come
 
 
 class Gone(Exception):
@@ -23,7 +24,7 @@ class Gone(Exception):
 class Exchange:
     """headers: of the response, beside its own. patience: seconds in which the body of the request has to come."""
 
-    def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send, patience: float):
+    def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send, patience: float = PATIENCE):
         self.patience = patience
         self.method, self.path = scope["method"], scope["path"]
         self.given = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -39,10 +40,7 @@ class Exchange:
             raise ApiError(415, f"the content type is {kind[:80]}; send application/json")
         if int(length) > MAX_BODY if (length := self.given.get("content-length", "")).isdigit() else False:
             raise too_large()
-        try:
-            sent = await asyncio.wait_for(self._received(), self.patience)
-        except asyncio.TimeoutError:
-            raise ApiError(408, f"the body was not there after {self.patience:g} seconds; send it again") from None
+        sent = await self.received()
         try:
             found = strict_json.loads(sent)
         except (ValueError, RecursionError) as error:
@@ -50,6 +48,13 @@ class Exchange:
         if not isinstance(found, dict):
             raise ApiError(400, "the body must be a JSON object")
         return found
+
+    async def received(self) -> bytes:
+        """The body. Raises ApiError where it takes too long or is too large, Gone where the client leaves before."""
+        try:
+            return await asyncio.wait_for(self._received(), self.patience)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the body was not there after {self.patience:g} seconds; send it again") from None
 
     async def _received(self) -> bytes:
         pieces, size = [], 0

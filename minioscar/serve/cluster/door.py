@@ -16,7 +16,7 @@ from .. import messages
 from ..app import shows_key
 from ..bodies import Service, prompts_of, variables
 from ..errors import ApiError
-from ..http import MAX_BODY, Exchange, Gone, Receive, Send, event, too_large
+from ..http import Exchange, Gone, Receive, Send, event
 from . import merged
 from .names import names
 from .replica import Asked, Message
@@ -71,16 +71,7 @@ class Door:
         return found
 
     async def _read(self, exchange: Exchange, headers: tuple[tuple[bytes, bytes], ...]) -> Asked:
-        pieces, size, more = [], 0, True
-        while more:
-            message = await exchange.receive()
-            if message["type"] == "http.disconnect":
-                raise Gone
-            pieces.append(message.get("body", b""))
-            size, more = size + len(pieces[-1]), message.get("more_body", False)
-            if size > MAX_BODY:
-                raise too_large()
-        asked = Asked(exchange.method, exchange.path, headers, b"".join(pieces))
+        asked = Asked(exchange.method, exchange.path, headers, await exchange.received())
         if exchange.method == "POST" and shows_key(exchange.given, self.key):
             found = await asyncio.to_thread(self._names, asked)
             asked = Asked(asked.method, asked.path, headers, asked.body, tuple(found))
