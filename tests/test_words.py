@@ -274,7 +274,7 @@ def test_parts_that_are_no_text_are_refused_by_name(folder, capsys, tmp_path):
     assert code == 2
     assert json.loads(out)["error"] == "this model reads no images; send it text alone"
     picture[1]["type"] = "video_url"
-    with pytest.raises(UserError, match="part 'video_url'; only parts of the types 'text', 'image' and 'audio' can be read"):
+    with pytest.raises(UserError, match="part 'video_url'; only parts of the types 'text', 'image' and 'audio' can be"):
         engine.load(folder, "bf16", "cpu").generate([{"role": "user", "content": picture}])
 
 
