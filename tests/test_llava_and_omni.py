@@ -153,7 +153,7 @@ def test_generate_sees_a_picture_and_hears_a_sound(tmp_path: Path, capsys: pytes
     content = [*media, {"type": "text", "text": "t05 t06"}]
     loaded = load(model, kv="bf16", device="cpu")
     answer = loaded.generate([{"role": "user", "content": content}], max_tokens=4)
-    assert found["token_ids"] == answer.token_ids and found["prompt_tokens"] == answer.prompt_tokens == 2 + 7 + 12
+    assert found["token_ids"] == answer.token_ids and found["prompt_tokens"] == answer.prompt_tokens == 2 + 7 + 15
     assert main(["generate", str(model), "t05", "--audio", str(tmp_path / "gone.wav"), *flags]) == 2
     captured = capsys.readouterr()
     assert "gone.wav is no file" in captured.err and not captured.out

@@ -66,7 +66,7 @@ class AudioTower:
         bins = get.count("num_mel_bins", most=1024)
         for key, only in (
             ("feature_size", bins), ("sampling_rate", sound.RATE), ("hop_length", sound.HOP), ("n_fft", sound.WINDOW),
-            ("dither", 0.0), ("do_normalize", False),
+            ("dither", 0.0),
         ):
             said.only(key, only)
         depth = get.count("encoder_layers", most=1024)
