@@ -257,6 +257,19 @@ def test_a_tower_takes_no_more_memory_than_it_says(case: str, kind: str) -> None
         medium = tower.prepare(np.zeros((60, 60, 3), np.uint8), "picture")
     else:
         medium = tower.prepare(tones(20.3), "sound")
+    assert_memory(tower, medium, weights)
+
+
+@pytest.mark.parametrize(("widths", "seconds"), [((96, 32, 32), 3), ((8, 32, 512), 9), ((8, 256, 64), 9)])
+def test_a_wide_tower_takes_no_more_memory_than_it_says(widths: tuple[int, int, int], seconds: int) -> None:
+    """Wide in its convolutions, in its MLP and in attention."""
+    channels, hidden, inner = widths
+    tower, rng = AudioTower(1, 32, hidden, 1, 4, inner, channels, 32, 100, 8, 1000), np.random.default_rng(0)
+    weights = {name: rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in tower.expected().items()}
+    assert_memory(tower, tower.prepare(tones(seconds), "sound"), weights)
+
+
+def assert_memory(tower: Clip | AudioTower, medium: Medium, weights: dict[str, np.ndarray]) -> None:
     tracemalloc.start()
     tower.encode(medium, weights, Reference())
     taken = tracemalloc.get_traced_memory()[1]
