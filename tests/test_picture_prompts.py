@@ -253,10 +253,11 @@ def bomb() -> bytes:
 
 
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
-    "text": (lambda: b"this is no picture", "is not a picture that Pillow reads"),
-    "empty": (lambda: b"", "is not a picture that Pillow reads"),
+    "text": (lambda: b"this is no picture", "is none of PNG, JPEG"),
+    "empty": (lambda: b"", "is none of PNG, JPEG"),
     "10^9 pixels": (bomb, "has .*pixels.*make it smaller"),
     "truncated JPEG": (lambda: saved(png((64, 48)), "JPEG")[:900], "is damaged .*truncated"),
+    "another program's": (lambda: saved(png((64, 48)), "EPS"), "is none of PNG, JPEG"),
     "a line": (lambda: saved(png((900, 2)), "PNG"), "more than 200 times as long as wide"),
 }
 
