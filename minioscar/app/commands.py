@@ -46,17 +46,18 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError(f"--image has no place here: {why}; leave one of them out")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
+    from .prompts import check_images, with_images
+
     template = template_of(args)
     wake(args.device)
     options = wanted(args)
+    check_images(args.image)
     if args.prompts_file is not None:
         return run_prompts(args, options)
     file = args.prompt_file if args.prompt_file is not None else "-" if args.prompt == "-" else None
     prompt = args.prompt or "" if file is None else read_text(file)
     if not (prompt or args.cache):
         raise UserError("the prompt is empty; give it some text")
-    from .prompts import with_images
-
     engine, cache = loaded(args)
     options = sampled(options, args, engine)
     prompt = with_system(args.system, with_images(args.image, prompt, cache) if args.image else prompt, engine)

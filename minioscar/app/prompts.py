@@ -24,6 +24,7 @@ from ..options import Options
 from ..prompt_cache import PromptCache, continued
 from ..sampling import Sampling
 from ..storage import strict_json
+from ..towers import pictures
 from ..towers.media import media_of
 
 if TYPE_CHECKING:
@@ -99,6 +100,12 @@ def _prompt(value: Any) -> str | list[Message]:
     if messages and messages[0]["role"] == "system":
         raise UserError('"system" and a system message in "messages" say the same; leave one of them out')
     return [{"role": "system", "content": system}, *(messages or [{"role": "user", "content": value["prompt"]}])]
+
+
+def check_images(images: Sequence[str]) -> None:
+    """Raises UserError for what cannot be read as a picture, before a model is loaded."""
+    for image in images:
+        pictures.opened(image, image)
 
 
 def with_images(images: Sequence[str], prompt: str, cache: PromptCache | None) -> list[Message]:
