@@ -1,7 +1,8 @@
-"""A picture through a tower, and its tokens through the model: `python -m benchmarks.pictures [PRESET] [HxW ...]`.
+"""A picture or a sound through a tower, and its tokens through the model: `python -m benchmarks.pictures [PRESET]
+[HxW or SECONDSs ...]`, such as 1024x1024 and 30s.
 
 One line of JSON a size: its tokens, milliseconds of the tower (median of five, after one that compiles), seconds of the
-first picture, bytes that the tower took beside the weights and what `work_bytes` said, milliseconds of the prefill.
+first one, bytes that the tower took beside the weights and what `work_bytes` said, milliseconds of the prefill.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import numpy as np
 
 from benchmarks import presets
 from minioscar.cache import Cache
+from minioscar.config import Config
 from minioscar.engine import Engine
+from minioscar.towers.media import Medium
+from minioscar.towers.sound import RATE
 
 SIZES = ("256x256", "1024x1024", "2464x1568")  # the last: an A4 page at 190 dots an inch, 3,773 tokens
 
@@ -31,11 +35,19 @@ def timed(work: Callable[[], Any], xp: Any) -> float:
     return (time.perf_counter() - before) * 1e3
 
 
-def measure(engine: Engine, height: int, width: int) -> dict[str, Any]:
+def medium_of(config: Config, asked: str) -> Medium:
+    """Noise of a size "HxW", or of so many seconds, "Ns"."""
+    rng = np.random.default_rng(0)
+    if asked.endswith("s"):
+        samples = rng.uniform(-0.1, 0.1, round(float(asked[:-1]) * RATE)).astype(np.float32)
+        return config.towers["audio"].prepare(samples, asked)
+    return config.towers["image"].prepare(rng.integers(0, 256, (*map(int, asked.split("x")), 3), np.uint8), asked)
+
+
+def measure(engine: Engine, asked: str) -> dict[str, Any]:
     config, ops, xp = engine.config, engine.ops, engine.ops.xp
-    tower, weights = config.vision, engine.model.weights.towers["image"]
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    medium = tower.prepare(pixels, "picture")
+    medium = medium_of(config, asked)
+    tower, weights = config.towers[medium.kind], engine.model.weights.towers[medium.kind]
     first = timed(lambda: tower.encode(medium, weights, ops), xp)
     took = None
     if xp is not np:
@@ -55,7 +67,7 @@ def measure(engine: Engine, height: int, width: int) -> dict[str, Any]:
     prefill()  # and the features are kept
     read = [timed(prefill, xp) for _ in range(3)]
     return {
-        "size": f"{height}x{width}", "tokens": medium.tokens, "tower_ms": statistics.median(times), "first_ms": first,
+        "size": asked, "tokens": medium.tokens, "tower_ms": statistics.median(times), "first_ms": first,
         "tower_bytes": took, "predicted_bytes": tower.work_bytes(medium.tokens, ops), "prefill_ms": min(read),
         "device": ops.name,
     }  # fmt: skip
@@ -65,7 +77,7 @@ def main(arguments: list[str]) -> None:
     preset, *sizes = arguments or ["qwen3-vl-8b"]
     engine = presets.load(presets.config_of(preset), "int2", "auto")
     for size in sizes or SIZES:
-        print(json.dumps(measure(engine, *map(int, size.split("x")))), flush=True)
+        print(json.dumps(measure(engine, size)), flush=True)
 
 
 if __name__ == "__main__":

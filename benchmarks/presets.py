@@ -98,6 +98,23 @@ PRESETS["qwen3-vl-8b"] = {
         "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
     },
 }  # fmt: skip
+PRESETS["llava-next-7b"] = {  # llava-hf/llava-v1.6-vicuna-7b-hf
+    "model_type": "llava_next", "image_token_index": 32000,
+    "text_config": {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "vision_config": {
+        "model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+        "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14,
+    },
+}  # fmt: skip
+PRESETS["qwen3-omni-30b-a3b"] = {  # the thinker of Qwen/Qwen3-Omni-30B-A3B-Instruct
+    "model_type": "qwen3_omni_moe", "thinker_config": {
+        "audio_config": {"output_dim": 2048}, "vision_config": VISION | {"out_hidden_size": 2048},
+        "text_config": PRESETS["qwen3-30b-a3b"] | {
+            "vocab_size": 152064, "max_position_embeddings": 65536, "rope_theta": 1e6,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "interleaved": True},
+        },
+    },
+}  # fmt: skip
 CHUNK = 1 << 26  # numbers drawn at once: in float32 first, so that a large matrix of BF16 needs little besides itself
 
 

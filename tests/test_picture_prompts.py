@@ -21,6 +21,7 @@ from minioscar import engine as engines
 from minioscar.app import cli
 from minioscar.app.chat import command, summary
 from minioscar.app.conversation import Conversation
+from minioscar.app.prompts import with_media
 from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.errors import UserError
@@ -215,6 +216,12 @@ def test_a_file_goes_on_without_the_pixels_unless_they_are_read_again(model, fil
     want = answer(model, asked(files["a"], files["b"], WORDS + " and the dog"))
     got = answer(model, asked(files["a"], files["b"], WORDS + " and the dog"), cache=held)
     assert got.token_ids == want.token_ids and got.prefilled_tokens < 20
+    more = answer(model, "and the dog", cache=held)  # text goes on in the same message
+    parts = [*asked(files["a"], files["b"], WORDS)[0]["content"], {"type": "text", "text": "and the dog"}]
+    assert more.token_ids == answer(model, [{"role": "user", "content": parts}]).token_ids
+    assert more.prefilled_tokens < 20
+    third = answer(model, with_media([{"type": "image", "image": files["changed"]}], "dog", held), cache=held)
+    assert 64 < third.prefilled_tokens < 64 + 20 and third.prompt_tokens > 64 + 60 + 64
     short = [{"role": "user", "content": [*held.messages[0]["content"][:1], {"type": "text", "text": "dog"}]}]
     model.model.encoder.kept.clear()
     with pytest.raises(UserError, match="the image of 64 tokens is not there: .*give it again"):
@@ -253,12 +260,18 @@ def bomb() -> bytes:
 
 
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
-    "text": (lambda: b"this is no picture", "is not a picture that Pillow reads"),
-    "empty": (lambda: b"", "is not a picture that Pillow reads"),
+    "text": (lambda: b"this is no picture", "is none of PNG, JPEG"),
+    "empty": (lambda: b"", "is none of PNG, JPEG"),
     "10^9 pixels": (bomb, "has .*pixels.*make it smaller"),
     "truncated JPEG": (lambda: saved(png((64, 48)), "JPEG")[:900], "is damaged .*truncated"),
+    "another program's": (lambda: saved(png((64, 48)), "EPS"), "is none of PNG, JPEG"),
     "a line": (lambda: saved(png((900, 2)), "PNG"), "more than 200 times as long as wide"),
 }
+
+
+def test_a_picture_that_is_not_there_is_missed_before_the_model_is(capsys) -> None:
+    code, _, err = run(capsys, "generate", "no-such-model", WORDS, "--image", "none.png")
+    assert code == 2 and "none.png cannot be read" in err and "no-such-model" not in err
 
 
 @pytest.mark.parametrize("what", BAD)

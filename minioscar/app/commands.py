@@ -31,6 +31,8 @@ GENERATE_KEYS = (
 
 
 def run_generate(args: argparse.Namespace) -> None:
+    from .prompts import check_media, with_media
+
     sources = [source for source in (args.prompt, args.prompt_file, args.prompts_file) if source is not None]
     if len(sources) > 1 or not (sources or args.cache):
         raise UserError("give one of PROMPT, --prompt-file and --prompts-file")
@@ -50,14 +52,13 @@ def run_generate(args: argparse.Namespace) -> None:
     template = template_of(args)
     wake(args.device)
     options = wanted(args)
+    check_media(media)
     if args.prompts_file is not None:
         return run_prompts(args, options)
     file = args.prompt_file if args.prompt_file is not None else "-" if args.prompt == "-" else None
     prompt = args.prompt or "" if file is None else read_text(file)
     if not (prompt or args.cache):
         raise UserError("the prompt is empty; give it some text")
-    from .prompts import with_media
-
     engine, cache = loaded(args)
     options = sampled(options, args, engine)
     prompt = with_system(args.system, with_media(media, prompt, cache) if media else prompt, engine)
@@ -311,7 +312,6 @@ def run_info(args: argparse.Namespace) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     from ..evaluation import fidelity
 
-
     text = None if args.text is None else read_text(args.text)
     known_schemes()
     schemes = [name.strip() for name in args.kv.split(",")]
@@ -359,6 +359,5 @@ def window(given: str | None) -> tuple[int, int] | None:
 
 COMMANDS = {
     "generate": run_generate, "chat": run_chat, "cache": run_cache, "pull": run_pull, "info": run_info,
-    "eval": run_eval,
-    "inspect": run_inspect,
+    "eval": run_eval, "inspect": run_inspect,
 }

@@ -9,6 +9,7 @@ before it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ from ..options import Options
 from ..prompt_cache import PromptCache, continued
 from ..sampling import Sampling
 from ..storage import strict_json
+from ..towers import pictures, sound
 from ..towers.media import media_of
 
 if TYPE_CHECKING:
@@ -99,6 +101,13 @@ def _prompt(value: Any) -> str | list[Message]:
     if messages and messages[0]["role"] == "system":
         raise UserError('"system" and a system message in "messages" say the same; leave one of them out')
     return [{"role": "system", "content": system}, *(messages or [{"role": "user", "content": value["prompt"]}])]
+
+
+def check_media(media: Sequence[Mapping[str, str]]) -> None:
+    """Raises UserError for what cannot be read as a picture or as a sound, before a model is loaded."""
+    for part in media:
+        file = part[part["type"]]
+        pictures.opened(file, file) if part["type"] == "image" else sound.opened(file, file, math.inf)
 
 
 def with_media(media: Sequence[Mapping[str, str]], prompt: str, cache: PromptCache | None) -> list[Message]:

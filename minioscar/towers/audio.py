@@ -23,7 +23,7 @@ Array = Any
 PREFIX = "audio_tower."
 EPS = 1e-5
 CONVOLUTIONS = ("conv2d1", "conv2d2", "conv2d3")  # 3 x 3, stride 2, padding 1
-CHUNKS = 16  # whose convolutions are in memory at once
+CHUNKS = 8  # whose convolutions are in memory at once
 DEFAULTS = {  # what a missing key means: transformers 5.24, configuration_qwen3_omni_moe.py
     "num_mel_bins": 128, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "d_model": 1280,
     "n_window": 50, "n_window_infer": 800, "downsample_hidden_size": 480, "audio_token_id": 151646,
@@ -66,7 +66,7 @@ class AudioTower:
         bins = get.count("num_mel_bins", most=1024)
         for key, only in (
             ("feature_size", bins), ("sampling_rate", sound.RATE), ("hop_length", sound.HOP), ("n_fft", sound.WINDOW),
-            ("dither", 0.0), ("do_normalize", False),
+            ("dither", 0.0),
         ):
             said.only(key, only)
         depth = get.count("encoder_layers", most=1024)
@@ -160,11 +160,13 @@ class AudioTower:
         hidden, heads, itemsize = self.hidden_size, self.num_heads, ops.dtype.itemsize
         window = min(rows(self.chunk) * self.chunks_per_window, tokens)
         frames = tokens * self.chunk // rows(self.chunk) + self.chunk
-        patch = 9 * self.channels * (self.mel_bins // 4 + 1) * (self.chunk // 4 + 1)
-        convolving = min(CHUNKS, -(-frames // self.chunk)) * (2 * itemsize * patch + 4 * patch // 2)
+        half = self.channels * (self.mel_bins // 2 + 1) * (self.chunk // 2 + 1)  # of the first convolution
+        patches = 9 * self.channels * (self.mel_bins // 4 + 1) * (self.chunk // 4 + 1)  # of the second
+        convolving = min(CHUNKS, -(-frames // self.chunk)) * (half * (2 * itemsize + 4 * 6) + 2 * itemsize * patches)
         attending = itemsize * 7 * tokens * hidden + ops.full_attention_bytes(window, heads, hidden // heads)
         mlp = itemsize * tokens * (2 * hidden + 2 * self.intermediate_size) + 4 * tokens * 4 * self.intermediate_size
-        return 4 * frames * self.mel_bins * 3 + max(convolving, attending, mlp) + itemsize * tokens * self.output_size
+        in_tower = 8 * frames * self.mel_bins + max(convolving, attending, mlp) + itemsize * tokens * self.output_size
+        return max(sound.work_bytes(frames, self.mel_bins), in_tower)
 
 
 def rows(frames: int) -> int:

@@ -20,6 +20,7 @@ from ..errors import UserError, one_line, shown
 from ..storage.files import read_bytes
 
 MAX_PIXELS = 178_956_970  # at which Pillow itself refuses: twice its MAX_IMAGE_PIXELS
+FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"  # none of which runs another program, as EPS does
 SOURCES = "a file's name, its bytes, a data: URL, a PIL image, or an array uint8 [height, width, 3]"
 
 
@@ -38,11 +39,12 @@ def opened(source: Any, name: str) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a size that is checked below, and of odd metadata
-                source = Image.open(io.BytesIO(data))
+                source = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError:
             raise UserError(f"{name} has more than {MAX_PIXELS} pixels; make it smaller") from None
         except Exception as error:  # Pillow's readers raise whatever comes to them
-            raise UserError(f"{name} is not a picture that Pillow reads ({_reason(error)}); convert it") from None
+            why = f"is none of {', '.join(FORMATS)} ({_reason(error)}); convert it"
+            raise UserError(f"{name} {why}") from None
     return _rgb(source, name)
 
 

@@ -19,7 +19,7 @@ from ..errors import UserError, one_line, shown
 
 RATE = 16000  # samples a second
 WINDOW, HOP = 400, 160  # samples of a frame of the spectrum, and from one to the next
-BLOCK = 4096  # frames whose spectrum is in memory at once
+BLOCK = 512  # frames whose spectrum is in memory at once
 SOURCES = "a file's name, its bytes, or an array float32 [samples] at 16 kHz"
 
 
@@ -104,6 +104,12 @@ def log_mel(samples: np.ndarray, bins: int) -> np.ndarray:
         mel[i : i + BLOCK] = (spectrum.real**2 + spectrum.imag**2) @ filters
     mel = np.log10(np.maximum(mel, 1e-10))
     return ((np.maximum(mel, mel.max() - 8) + 4) / 4).astype(np.float32)
+
+
+def work_bytes(frames: int, bins: int) -> int:
+    """Of the arrays of `log_mel`, on the host: samples mirrored, a block's frames and spectra, and mel bands."""
+    block = 8 * (2 * WINDOW + 5 * (WINDOW // 2 + 1))
+    return 16 * (HOP * frames + WINDOW) + block * min(frames, BLOCK) + 32 * bins * frames
 
 
 def mel_filters(bins: int) -> np.ndarray:
