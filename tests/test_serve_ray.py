@@ -9,7 +9,7 @@ from .tiny import write_talker
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed (pip install 'minioscar[ray]')")
 from .cluster import Replay, measured, passed  # noqa: E402
 
-LOAD = Replay(agents=4, turns=4, system=384, task=128, new=16, result=64)
+LOAD = Replay(agents=4, turns=4, system=384, task=128, new=16, result=64, lasting=700)
 
 
 def test_two_replicas_hit_stream_free_their_rows_and_come_back(tmp_path):
