@@ -59,7 +59,7 @@ def client(one: Server, retries: int = 0) -> openai.OpenAI:
 @dataclass(frozen=True)
 class Replay:
     """Tokens, but for agents and turns. system: what all prompts begin with; task: what an agent's begin with, then;
-    result: what a tool answers to a call."""
+    result: what a tool answers to a call. lasting: of an answer in the middle of which a replica is killed."""
 
     agents: int
     turns: int
@@ -67,6 +67,7 @@ class Replay:
     task: int
     new: int
     result: int
+    lasting: int
 
     @property
     def context(self) -> int:
@@ -105,6 +106,7 @@ class Stream(threading.Thread):
     def __init__(self, asks: openai.OpenAI, number: int, new: int):
         super().__init__()
         self.asks, self.number, self.new, self.ended, self.has_begun = asks, number, new, "", threading.Event()
+        self.chunks = 0
         self.start()
 
     def run(self) -> None:
@@ -114,6 +116,7 @@ class Stream(threading.Thread):
             reason = None
             for chunk in self.asks.completions.create(model="x", **how):
                 self.has_begun.set()
+                self.chunks += 1
                 reason = chunk.choices[0].finish_reason or reason
             self.ended = "whole" if reason == "length" else f"ended as {reason}"
         except openai.APIStatusError as error:
@@ -125,7 +128,7 @@ class Stream(threading.Thread):
         self.has_begun.set()
 
 
-def killed(one: Cluster, streams: int, new: int, seconds: float = 120) -> dict[str, Any]:
+def killed(one: Cluster, streams: int, new: int, seconds: float = 300) -> dict[str, Any]:
     """Streams run in all replicas; one is killed; others are asked until there are as many again."""
     running = [Stream(client(one), number, new) for number in range(streams)]
     for stream in running:
@@ -173,9 +176,54 @@ def left(one: Cluster, new: int, seconds: float = 60) -> float:
     return time.monotonic() - begun
 
 
+def passing(one: Cluster, streams: int, new: int) -> dict[str, Any]:
+    """CPU time that Ray's proxy and the doors take for each chunk that they pass on."""
+    before = {name: _cpu_seconds(name) for name in PASSING}
+    running = [Stream(client(one), number, new) for number in range(streams)]
+    for stream in running:
+        stream.join()
+        assert stream.ended == "whole", stream.ended
+    chunks = sum(stream.chunks for stream in running)
+    took = {PASSING[name]: round((_cpu_seconds(name) - seconds) / chunks * 1e6) for name, seconds in before.items()}
+    return {"streams": streams, "chunks": chunks, "cpu_us_per_chunk": took}
+
+
+def _cpu_seconds(title: str) -> float:
+    """Of the processes whose title begins like this (proc(5): utime and stime of stat)."""
+    ticks = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cmdline").read_bytes().startswith(title.encode()):
+                ticks += sum(map(int, (folder / "stat").read_text().rpartition(")")[2].split()[11:13]))
+        except OSError:  # it has ended
+            continue
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def grown(one: Cluster, clients: int, seconds: float = 300) -> float:
+    """Seconds of a load for two until a second replica answers."""
+    ended, begun = threading.Event(), time.monotonic()
+
+    def work(number: int) -> None:
+        while not ended.is_set():
+            Stream(client(one), number, 64).join(seconds)
+
+    with ThreadPoolExecutor(clients) as threads:
+        for number in range(clients):
+            threads.submit(work, number)
+        try:
+            while len(one.replicas()) < 2:
+                assert time.monotonic() - begun < seconds
+                time.sleep(0.5)
+        finally:
+            ended.set()
+    return time.monotonic() - begun
+
+
 # --- figures
 
-SMOLLM2 = Replay(agents=4, turns=6, system=384, task=128, new=16, result=64)
+PASSING = {"ray::ProxyActor": "proxy", "ray::ServeReplica:minioscar:door": "door"}
+SMOLLM2 = Replay(agents=4, turns=6, system=384, task=128, new=16, result=64, lasting=150)
 
 
 def measured(model: str, load: Replay, vocab: int, seed: int) -> dict[str, Any]:
@@ -188,8 +236,9 @@ def measured(model: str, load: Replay, vocab: int, seed: int) -> dict[str, Any]:
     begun = time.monotonic()
     with cluster(model, "--slots", str(load.agents // 2), *common, "--replicas", "2") as many:
         report["cluster"] = {"replicas": 2, "slots": load.agents // 2, "ready_s": round(time.monotonic() - begun, 1)}
-        report["cluster"] |= timed(many, load, seed, vocab) | {"left_s": round(left(many, load.context - 64), 2)}
-        report["killed"] = killed(many, load.agents, load.context - 64)
+        report["cluster"] |= timed(many, load, seed, vocab) | {"left_s": round(left(many, load.lasting), 2)}
+        report["passing"] = passing(many, load.agents, load.lasting)
+        report["killed"] = killed(many, load.agents, load.lasting)
     report["hits_of_single"] = report["cluster"]["hit_rate"] / report["single"]["hit_rate"]
     return report
 
@@ -201,12 +250,17 @@ def timed(one: Server, load: Replay, seed: int, vocab: int) -> dict[str, Any]:
     return found | {"hit_rate": found["cached_tokens"] / found["prompt_tokens"], "seconds": round(seconds, 1)}
 
 
-def figures(seed: int) -> dict[str, Any]:
+def figures(seed: int, model: str = "smollm2-135m") -> dict[str, Any]:
     import ray
 
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "ray": ray.__version__}
     meta = machine | {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
-    return {"meta": meta, **measured("smollm2-135m", SMOLLM2, 49152, seed)}
+    return {"meta": meta, **measured(model, SMOLLM2, 49152, seed), "grown": measured_growth(model, 2)}
+
+
+def measured_growth(model: str, slots: int) -> dict[str, Any]:
+    with cluster(model, "--slots", str(slots), "--ctx", "256", "--chunk", "128", "--replicas", "1:2") as one:
+        return {"slots": slots, "clients": 3 * slots, "second_after_s": round(grown(one, 3 * slots), 1)}
 
 
 def passed(report: dict[str, Any]) -> bool:

@@ -337,6 +337,13 @@ def test_a_replica_whose_engine_has_failed_says_so_to_ray(replicas, monkeypatch)
         replicas[0].check_health()
 
 
+def test_a_fleet_is_well_while_one_of_it_is(client, replicas, monkeypatch):
+    monkeypatch.setattr(replicas[0].scheduler, "dead", "the engine has failed")
+    assert client.get("/health").status == 200
+    monkeypatch.setattr(replicas[1].scheduler, "dead", "the engine has failed")
+    assert client.get("/health").status == 503 and client.get("/v1/models").status == 401
+
+
 def test_what_comes_while_a_call_is_paced_goes_together(replicas):
     body = json.dumps(asked(stream=True, max_tokens=400)).encode()
     headers = ((b"content-type", b"application/json"), (b"authorization", b"Bearer sesame"))

@@ -208,13 +208,14 @@ class Fleet:
         self.next_report = self.now + PERIOD
 
     def run(self, requests: int, rate: float | None = None, clients: int = 0) -> list[Request]:
-        """So many answers, in the order of their ends. rate: requests a second that come at random times; or clients,
-        each of which asks again as soon as it has its answer."""
+        """So many answers, in the order of their ends; a second call goes on. rate: requests a second that come at
+        random times; or clients (more of them), each of which asks again as soon as it has its answer."""
 
         def wait() -> float:
             return float(self.rng.exponential(1 / rate)) if rate else 0.0
 
-        for _ in range(1 if rate else clients):
+        come_already = any(event[2] < 0 for event in self.events)
+        for _ in range(int(not come_already) if rate else clients):
             self._push(self.now + wait(), -1)
         until = len(self.done) + requests
         while len(self.done) < until:

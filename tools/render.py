@@ -15,7 +15,7 @@ from minioscar.evaluation.baselines import Kvarn, OscarCov, Ott, StepOnly, Turbo
 from minioscar.oscar import SCHEMES
 from minioscar.storage.files import replacing
 from minioscar.tables import markdown
-from tools import bench_tables, weight_tables
+from tools import bench_tables, scale_tables, weight_tables
 from tools.committed import ROOT, load
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -23,6 +23,7 @@ BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", r
 PAGES = (
     "README.md",
     *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels", "weights", "results/README")),
+    *(f"docs/{name}.md" for name in ("serving", "scale")),
 )
 
 
@@ -436,6 +437,7 @@ TABLES = {
 }
 TABLES |= {"reading_weights": reading_weights, "reading_cache": reading_cache, "reading_step": reading_step}
 TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache, "soak": soak} | bench_tables.TABLES | weight_tables.TABLES
+TABLES |= scale_tables.TABLES
 
 
 def rendered(text: str) -> str:

@@ -101,6 +101,9 @@ def serve_cluster(args: argparse.Namespace) -> None:
             raise Failure(f"the replicas cannot be started: {one_line(error)}") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
+        if args.json:
+            told = {"url": url_of(host, port), "model": plan.name, "slots": plan.slots, "replicas": args.replicas}
+            print(json.dumps(told), flush=True)
         ready = f"[{plan.name} at {url_of(host, port)}/v1: {args.replicas} replicas of {plan.slots} slots]"
         print(ready, file=sys.stderr, flush=True)
         ended.wait()

@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Callable, Sequence
 
+from ..errors import ApiError
+
 Bodies = Sequence[tuple[str, bytes]]  # names of replicas, and what they say
 Merge = Callable[[Bodies], tuple[bytes, str]]
 
@@ -38,4 +40,11 @@ def status(bodies: Bodies) -> tuple[bytes, str]:
     return json.dumps(found[0] | added | {"replicas": len(found)}).encode(), "application/json"
 
 
-PATHS: dict[str, Merge] = {"/metrics": metrics, "/slots": slots, "/status": status}
+def health(bodies: Bodies) -> tuple[bytes, str]:
+    """Raises ApiError where no replica is well."""
+    if not any("status" in json.loads(body) for _, body in bodies):
+        raise ApiError(503, "no replica is well; try again later", headers=(("retry-after", "1"),))
+    return json.dumps({"status": "ok"}).encode(), "application/json"
+
+
+PATHS: dict[str, Merge] = {"/metrics": metrics, "/slots": slots, "/status": status, "/health": health}
