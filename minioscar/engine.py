@@ -326,8 +326,8 @@ class Engine:
 
     # --- memory
 
-    def new_cache(self, batch: int, context: int) -> Cache:
-        return self._or_out_of_memory(lambda: Cache(self.config, self.scheme, batch, context, self.ops))
+    def new_cache(self, batch: int, context: int, make: Callable[..., Cache] = Cache) -> Cache:
+        return self._or_out_of_memory(lambda: make(self.config, self.scheme, batch, context, self.ops))
 
     def _or_out_of_memory(self, work: Callable[[], Any]) -> Any:
         try:

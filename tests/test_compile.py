@@ -52,10 +52,11 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
         name: np.empty((1, 1, 1, 1), np.uint8)
         for name in ("keys", "values", "pages", "norms", "window_keys", "window_values")
     }
+    cache["table"] = np.empty((1, 1), np.int32)
     for kv, dim, q_per_kv in SHAPES + MORE * everything:
         heads, scheme = attention.Heads(2 * q_per_kv, 2, dim), SCHEMES[kv]
         plan = attention.decode_plan(heads, scheme, 1, card)
-        state = attention.DecodeState(heads, scheme, plan, ints, ints, out, ints)
+        state = attention.DecodeState(heads, scheme, plan, ints, ints, out, ints, cache["table"])
         launch = attention.decode_attention(state, out, cache, out, parity=0)
         found[f"{launch.name} {kv} d{dim} {q_per_kv}:1"] = launch
         if kv == "int2" and dim == 128:

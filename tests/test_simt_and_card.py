@@ -15,7 +15,7 @@ from minioscar.ops import attention
 from minioscar.oscar import SCHEMES
 
 from . import simt
-from .kernel_device import CudaDevice, SimtDevice
+from .kernel_device import CudaDevice, SimtDevice, of_row
 from .test_decode_attention import filled, history, run, state_of
 
 _no_simt = simt.missing()
@@ -30,8 +30,9 @@ def test_packed_pages_are_equal_bit_for_bit(seed, name):
     pages = []
     for device in DEVICES:
         cache = filled(device, sequences, SCHEMES[name], attention.Heads(2, 2, 128))
-        pages.append(np.array(device.numpy(cache["pages"], allow_unwritten=True)))
-    packed = [page[b, :, : n // 128 * 2] for page in pages for b, n in enumerate((300, 129))]
+        got, table = device.numpy(cache["pages"], allow_unwritten=True), device.numpy(cache["table"])
+        pages.append([of_row(got, table, row) for row in range(2)])
+    packed = [page[b][:, : n // 128 * 2] for page in pages for b, n in enumerate((300, 129))]
     assert all(np.array_equal(a, b) for a, b in zip(packed[:2], packed[2:], strict=True))
 
 
@@ -43,12 +44,13 @@ def test_rotated_heads_differ_by_one_rounding_at_most(seed):
     found = []
     for device in DEVICES:
         q, k = device.empty((tokens, 8, d), BF16), device.empty((tokens, 2, d), BF16)
-        norms = device.empty((tokens, tokens), np.float32)
+        norms = device.empty((tokens, 128), np.float32)
         tables = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
         weights = device.array(weight), device.array(weight)
         rotation = attention.Rotation(heads, *map(device.array, tables), True, *weights, 1e-6)
-        inputs = map(device.array, (qkv, positions))
-        device.run(attention.rotate_scale(rotation, *inputs, q, attention.KeyOutputs(k, norms=norms)))
+        blocks = device.array(np.arange(tokens, dtype=np.int32)[:, None])
+        inputs, to = map(device.array, (qkv, positions)), attention.KeyOutputs(k, norms=norms, table=blocks)
+        device.run(attention.rotate_scale(rotation, *inputs, q, to))
         found.append([np.array(device.numpy(x, allow_unwritten=True)) for x in (q, k, norms)])
     for a, b in zip(*(f[:2] for f in found), strict=True):
         bits = np.abs(a.view(np.int16).astype(int) - b.view(np.int16).astype(int))

@@ -109,10 +109,10 @@ def test_quantized_cache_of_the_whole_model_is_oscar_bit_for_bit_after_prefill_a
         for kind, want in (
             ("key", oscar.quantize_keys(keys, norms, scheme)), ("value", oscar.quantize_values(values, scheme))
         ):
-            got = cache.layers[index]
-            np.testing.assert_array_equal(oscar.unpack(got[f"{kind}_codes"][0], 2), want[0])
-            np.testing.assert_array_equal(got[f"{kind}_step"][0], want[1])
-            np.testing.assert_array_equal(got[f"{kind}_min"][0], want[2])
+            got = cache.layers[index].packed_row(0, packed)
+            np.testing.assert_array_equal(oscar.unpack(got[f"{kind}_codes"], 2), want[0])
+            np.testing.assert_array_equal(got[f"{kind}_step"], want[1])
+            np.testing.assert_array_equal(got[f"{kind}_min"], want[2])
 
 
 GOLDEN_NLL, GOLDEN_KL = 2.3256, {  # one short window; another BLAS moves a KL by 1 %

@@ -294,13 +294,14 @@ struct Cache {
   bf16 *sink_keys, *sink_values;
   const float* norms;
   unsigned char* pages;
-  int kv_heads, norm_stride, page_capacity, sinks;
+  int kv_heads, sinks;
   float shrink, factor;
   const float* feedback;  // of this kv head
 
-  // Packs this warp's share of the page that begins with token `first` of a row. Tokens before `start` are in the
-  // window, later ones in `recent`.
-  DEVICE void pack(int row, int head, bool keys, int first, int start, const bf16* recent, int stride) const {
+  // Packs this warp's share of the page that begins with token `first` of a row, into a block. Tokens before `start`
+  // are in the window, later ones in `recent`.
+  DEVICE void pack(int row, size_t block, int head, bool keys, int first, int start, const bf16* recent,
+                   int stride) const {
     const int cell = row * kv_heads + head, warp = threadIdx.x / 32;
     // Error feedback goes from chunk to chunk: blocks of one multiprocessor begin with different warps (schedulers).
     // (The shuffle tells the compiler that a warp's chunk is uniform.)
@@ -308,10 +309,10 @@ struct Cache {
     const int num_sinks = sinks - first;  // tokens of this page that are sinks, if positive
     const Source from = {(keys ? window_keys : window_values) + (size_t)cell * (RING * DIM), recent,
                          first / RING * RING, start, stride};
-    unsigned char* page = pages + page_offset(cell, page_capacity, first / PAGE_TOKENS);
+    unsigned char* page = pages + page_offset(block, kv_heads, head, first / PAGE_TOKENS);
+    const float* norms_of_page = norms + norm_offset(block, first / PAGE_TOKENS);
     bf16* sink = (keys ? sink_keys : sink_values) + ((long long)cell * sinks + first) * DIM;
-    if (keys)
-      pack_keys(from, first, chunk, norms + (size_t)row * norm_stride + first, shrink, feedback, page, sink, num_sinks);
+    if (keys) pack_keys(from, first, chunk, norms_of_page, shrink, feedback, page, sink, num_sinks);
     else pack_values(from, first, warp, factor, page, sink, num_sinks);
   }
 };
@@ -321,37 +322,39 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
          const int* __restrict__ slots, const int* __restrict__ starts, const int* __restrict__ counts,
          const int* __restrict__ packed, const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values,
          bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values, const float* __restrict__ norms,
-         unsigned char* __restrict__ pages, int key_stride, int value_stride, int kv_heads, int norm_stride,
-         int page_capacity, int sinks, float shrink, float factor, const float* __restrict__ feedback) {
+         unsigned char* __restrict__ pages, const int* __restrict__ table, int key_stride, int value_stride,
+         int kv_heads, int table_stride, int sinks, float shrink, float factor, const float* __restrict__ feedback) {
   wait_then_allow_next();
   const int s = blockIdx.z, head = blockIdx.y, n = blockIdx.x / 2, start = starts[s];
   const int first = (packed ? packed[s] : packed_tokens(start)) + n * PAGE_TOKENS;
   if (first >= packed_tokens(start + counts[s])) return;
   const bool keys = blockIdx.x % 2 == 0;
   const int stride = keys ? key_stride : value_stride;
-  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages, kv_heads, norm_stride,
-                       page_capacity, sinks, shrink, factor, feedback + head * (DIM * DIM)};
-  cache.pack(slots ? slots[s] : s, head, keys, first, start,
+  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages,
+                       kv_heads,    sinks,         shrink,    factor,      feedback + head * (DIM * DIM)};
+  const int row = slots ? slots[s] : s, block = Table{table, table_stride}.block_of(row, first / PAGE_TOKENS);
+  cache.pack(row, block, head, keys, first, start,
              (keys ? new_keys : new_values) + (size_t)first_rows[s] * stride + head * DIM, stride);
 }
 
 extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
     pack_step(const int* __restrict__ lengths, const bf16* __restrict__ window_keys,
               const bf16* __restrict__ window_values, bf16* __restrict__ sink_keys, bf16* __restrict__ sink_values,
-              const float* __restrict__ norms, unsigned char* __restrict__ pages, int batch, int kv_heads,
-              int norm_stride, int page_capacity, int sinks, float shrink, float factor,
+              const float* __restrict__ norms, unsigned char* __restrict__ pages, const int* __restrict__ table,
+              int batch, int num_blocks, int kv_heads, int table_stride, int sinks, float shrink, float factor,
               const float* __restrict__ feedback) {
   wait_then_allow_next();
   const int layer = blockIdx.y / kv_heads, head = blockIdx.y % kv_heads, n = blockIdx.x / 2;
-  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages, kv_heads, norm_stride,
-                       page_capacity, sinks, shrink, factor, feedback + (size_t)blockIdx.y * (DIM * DIM)};
+  const Cache cache = {window_keys, window_values, sink_keys, sink_values, norms, pages,
+                       kv_heads,    sinks,         shrink,    factor,      feedback + (size_t)blockIdx.y * (DIM * DIM)};
   for (int first_row = 0; first_row < batch; first_row += 32) {  // a lane a row
     const int lane_row = first_row + threadIdx.x % 32, length = lane_row < batch ? lengths[lane_row] : -1;
     unsigned full = __ballot_sync(FULL_MASK, length >= RING - 1 && length % FLUSH == FLUSH - 1);
     for (; full; full &= full - 1) {
       const int row = first_row + __ffs(full) - 1, first = lengths[row] + 1 - RING + n * PAGE_TOKENS;
       const int end = first + (PAIRED ? KEY_GROUP : PAGE_TOKENS);  // of all that is read, from the window
-      cache.pack(layer * batch + row, head, blockIdx.x % 2 == 0, first, end, nullptr, 0);
+      const size_t block = (size_t)layer * num_blocks + Table{table, table_stride}.block_of(row, first / PAGE_TOKENS);
+      cache.pack(layer * batch + row, block, head, blockIdx.x % 2 == 0, first, end, nullptr, 0);
     }
   }
 }

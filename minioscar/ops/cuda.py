@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..batch import Batch
-from ..cache import BF16, Cache, LayerCache, NewTokens
+from ..cache import BF16, Cache, LayerCache, NewTokens, blocks_of, of_layer
 from ..config import Config
 from ..decoding import Decoder, Stepper
 from ..formats import Plain
@@ -37,7 +37,7 @@ from .linear_batch import BATCH_TOKENS
 from .paged import KernelCache, kernel_cache
 from .reference import Reference
 from .sample import drawing_bytes
-from .upload import Buffers, Upload
+from .upload import Buffers, Upload, pinned
 
 Array = Any
 MLP_TOKENS = 8192  # whose gate and up projections are in memory at once
@@ -110,6 +110,10 @@ class Cuda(Reference):
     def numpy(self, x: Array) -> np.ndarray:
         return self.xp.asnumpy(x)
 
+    def on_host(self, x: Array) -> np.ndarray:
+        """In pinned memory: from pageable memory it would come back at a fifth of the bus's rate."""
+        return self.xp.ascontiguousarray(x).get(out=pinned(x.shape, x.dtype))
+
     def free_bytes(self) -> int:
         return self.xp.cuda.runtime.memGetInfo()[0] + self.xp.get_default_memory_pool().free_bytes()
 
@@ -121,9 +125,9 @@ class Cuda(Reference):
         self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool | None = False
     ) -> int:
         """The arrays of model.py that are alive at once in a prefill, or, of many rows, in a decode step, which finds
-        the scratch of the prefill still there; and in both the logits and the tables of RoPE. Where rows join, both are
-        alive, and steps of several numbers of rows."""
-        tables = 4 * config.head_dim * max(1024, 1 << (context - 1).bit_length())
+        the scratch of the prefill still there; and in both the logits, the tables of RoPE and that of blocks. Where
+        rows join, both are alive, and steps of several numbers of rows."""
+        tables = 4 * config.head_dim * max(1024, 1 << (context - 1).bit_length()) + 4 * rows * blocks_of(context)
         if config.head_dim not in HEAD_DIMS:  # array code in float32
             return 4 // self.dtype.itemsize * super().work_bytes(config, tokens, context, rows) + tables
         batch = max(rows, tokens if tokens <= BATCH_TOKENS else 0)  # cuBLAS takes more
@@ -353,9 +357,8 @@ def programs(
         return []
     blank, config = copy(cache), replace(config, num_layers=1)
     blank.ops, blank.lengths = paper, cache.lengths.copy()
-    blank.arrays = {name: paper.blank(array[:1]) for name, array in cache.arrays.items()}
-    layer_arrays = {name: array[0] for name, array in blank.arrays.items()}
-    blank.layers = [type(cache.layers[0])(layer_arrays, cache.scheme, paper)]
+    blank.arrays = {name: paper.blank(array if name == "table" else array[:1]) for name, array in cache.arrays.items()}
+    blank.layers = [type(cache.layers[0])(of_layer(blank.arrays, 0), cache.scheme, paper, cache.table)]
     model = copy(model)
     model.config, model.ops, model.weights = config, paper, paper.weights(model.weights)
     model.tables = (np.broadcast_to(np.float32(0), (cache.context, config.head_dim // 2)),) * 2

@@ -75,7 +75,7 @@ class StepBatch:
         self.lengths = xp.asarray(np.full(size, -1, np.int32))
         self.shifts = xp.zeros(size, np.int32) if config.towers else None
         plan = attention.decode_plan(heads, scheme, size, ops.card)
-        self.state = DecodeState.allocate(xp, heads, scheme, plan, self.lengths)
+        self.state = DecodeState.allocate(xp, heads, scheme, plan, self.lengths, cache.arrays["table"])
         self.all_lengths = self.lengths
         self.few = {n: self._first(n, ops) for n in step_sizes(size)[:-1]} if is_open else {}
 
@@ -86,7 +86,7 @@ class StepBatch:
         part.shifts = None if self.shifts is None else self.shifts[here]
         part.drawing = self.drawing.rows(here)
         plan = attention.decode_plan(heads, scheme, rows, ops.card)
-        part.state = DecodeState.allocate(ops.xp, heads, scheme, plan, part.lengths)
+        part.state = DecodeState.allocate(ops.xp, heads, scheme, plan, part.lengths, self.state.table)
         return part
 
     @staticmethod
@@ -161,6 +161,7 @@ class StepDecoder(Decoder):
         self.batch = StepBatch(ops, model.config, cache, rows, model.weights.key_feedback)
         self.running: deque[list[int]] = deque()  # the rows of the steps that are not read yet
         self.active: list[int] = []  # the rows that the device has as in use
+        self.current: set[int] = set()  # the rows whose newest token and history the device has
         batches = {**self.batch.few, len(cache.lengths): self.batch}
         self.works = {rows: Step(model, cache, batch) for rows, batch in batches.items()}
         self.work = self.works[len(cache.lengths)]  # of the newest step
@@ -180,7 +181,7 @@ class StepDecoder(Decoder):
         newest[list(slots)] = tokens
         self.queue.put(self.batch.tokens, newest)
         self.queue.put(self.batch.steps, np.full(len(newest), step, np.int32))
-        self.active = []
+        self.active, self.current = [], set(slots)
 
     def _first(self, slot: int, row: RowSampling, logits: Array, allowed: np.ndarray | None) -> int:
         """By the launches of a step, of this row alone."""
@@ -196,6 +197,7 @@ class StepDecoder(Decoder):
                 self.model.ops.run(launch)
         self.queue.put(steps, one)
         self.active = []
+        self.current.add(slot)
         token = int(self.queue.get(tokens)[0])
         if token < 0:
             raise Failure(NOT_FINITE)
@@ -215,6 +217,9 @@ class StepDecoder(Decoder):
         if slots != self.active:
             for slot in slots:
                 self.cache.check_whole(slot)
+                if slot not in self.current:
+                    self._resume(slot)
+            self.current = set(slots)
             lengths = np.full(len(self.cache.lengths), -1, np.int32)
             lengths[slots] = [self.cache.lengths[slot] + sum(slot in step for step in self.running) for slot in slots]
             self.queue.put(self.batch.lengths, lengths)
@@ -224,6 +229,12 @@ class StepDecoder(Decoder):
         self.work = self.works[rows]
         self.queue.go(rows)
         self.running.append(slots)
+
+    def _resume(self, slot: int) -> None:
+        """A row that was left out of steps, all of its own read: these have drawn something for it all the same."""
+        self.queue.put(self.batch.tokens[slot : slot + 1], np.array(self.drawn[slot][-1:], np.int32))
+        if (seen := self.batch.drawing.history) is not None:
+            self.queue.put(seen[slot], history(self.rows[slot], self.drawn[slot][:-1], seen.shape[1]))
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
         slots = self.running[0]

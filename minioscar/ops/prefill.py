@@ -54,11 +54,11 @@ def unpack(
 ) -> Launch:
     """The first starts[s] tokens, at most `max_start`, of row slots[s] (None: s) -> tiles, or row s of `to`. packed: as
     `PrefillTokens` has it."""
-    norms, pages, tiles = cache.get("norms"), cache["pages"], isinstance(to, Tiles)
+    tiles = isinstance(to, Tiles)
     keys, values, first = (to.keys, to.values, to.first) if tiles else (*to, None)
-    norm_stride, capacity = 0 if norms is None else norms.shape[-1], 0 if tiles else keys.shape[2]
-    sizes = heads.kv_heads, pages.shape[-2], norm_stride, scheme.sinks, capacity
-    arrays = (cache.get(n) for n in ("pages", "norms", "sink_keys", "sink_values", "window_keys", "window_values"))
+    sizes = heads.kv_heads, cache["table"].shape[1], scheme.sinks, 0 if tiles else keys.shape[2]
+    names = "pages", "norms", "table", "sink_keys", "sink_values", "window_keys", "window_values"
+    arrays = map(cache.get, names)
     args = (*arrays, slots, starts, packed, first, keys, values, *map(np.int32, sizes))
     grid = -(-max_start // PAGE_TOKENS), heads.kv_heads, starts.shape[0]
     defines = (*layout_defines(scheme, heads.head_dim), f"TILED={tiles:d}")

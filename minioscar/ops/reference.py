@@ -81,6 +81,10 @@ class Reference:
     def numpy(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
+    def on_host(self, x: Array) -> np.ndarray:
+        """A copy that stays there for a while."""
+        return np.array(x)
+
     def free_bytes(self) -> int:
         """Memory that a model and its cache may take, in bytes."""
         return host_bytes()

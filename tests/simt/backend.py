@@ -54,7 +54,8 @@ class _Memory:
 
 class Simt(Cuda):
     name = "simt"
-    numpy, free_bytes, release = Reference.numpy, Reference.free_bytes, Reference.release
+    numpy, on_host = Reference.numpy, Reference.on_host
+    free_bytes, release = Reference.free_bytes, Reference.release
     loading = Reference.loading
     prepare = Reference.prepare  # the simulator compiles by itself
 
