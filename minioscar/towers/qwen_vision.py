@@ -131,15 +131,15 @@ class QwenVision:
             found = [math.ceil(side * scale / step) * step for side in (height, width)]
         return found[0], found[1]
 
-    def patches(self, pixels: np.ndarray) -> np.ndarray:
+    def patches(self, pixels: Array, xp: Any = np) -> Array:
         """uint8 [height, width, 3] -> float32 [patches, 3 * frames * patch * patch], normalized, those of a token
         together: rows and columns of tokens, then rows and columns in a token."""
-        mean, deviation = (np.array(of, np.float32) for of in (self.mean, self.deviation))
+        mean, deviation = (xp.asarray(np.array(of, np.float32)) for of in (self.mean, self.deviation))
         x = (pixels.astype(np.float32) / np.float32(255) - mean) / deviation
         rows, columns = (size // (self.patch * self.merge) for size in pixels.shape[:2])
         x = x.reshape(rows, self.merge, self.patch, columns, self.merge, self.patch, 3)
         x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # [rows, columns, merge, merge, 3, patch, patch]
-        x = np.broadcast_to(x[..., None, :, :], (*x.shape[:5], self.frames, *x.shape[5:]))
+        x = xp.broadcast_to(x[..., None, :, :], (*x.shape[:5], self.frames, *x.shape[5:]))
         return x.reshape(rows * columns * self.merge**2, -1)
 
     def places(self, rows: int, columns: int) -> np.ndarray:
@@ -154,7 +154,8 @@ class QwenVision:
         xp, w = ops.xp, {name.removeprefix(PREFIX): array for name, array in weights.items()}
         w["patch_embed.proj.weight"] = w["patch_embed.proj.weight"].reshape(self.hidden_size, -1)
         places = self.places(*medium.grid[1:])
-        x = linear(ops.array(self.patches(medium.data)), w, "patch_embed.proj", ops)  # [patches, hidden]
+        x = self.patches(xp.asarray(medium.data), xp).astype(ops.dtype)
+        x = linear(x, w, "patch_embed.proj", ops)  # [patches, hidden]
         x = ops.sum(x, self._positions(places, w["pos_embed.weight"], xp))
         tables, deep = self._angles(places, xp), {}
         for i in range(self.depth):
