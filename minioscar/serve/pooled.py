@@ -144,6 +144,7 @@ class PooledCache(Cache):
         pool has not so many, at most `most_own`."""
         left = self.left_to_share(source, length, unread)
         whole, packed = self._whole(source, left), self.packed_tokens(source)
+        shift = int(self.shifts[source]) if left == self.lengths[source] else 0  # as in `truncate`
         if source != target:
             shared = self.blocks[source][:whole]
             self.pool.hold(shared)
@@ -155,8 +156,7 @@ class PooledCache(Cache):
             self.copy_row(source, target)
         elif left <= packed:
             self._drop(target, whole)
-        self.lengths[target], self.cuts[target] = left, min(packed, left)
-        self.shifts[target] = 0  # as in `truncate`
+        self.lengths[target], self.cuts[target], self.shifts[target] = left, min(packed, left), shift
         return left
 
     def publish(self, slot: int, ids: Sequence[int]) -> None:

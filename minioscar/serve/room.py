@@ -52,6 +52,14 @@ class Room:
                 chosen[i] = front
         return chosen
 
+    def for_step(self, rows: Sequence[Row], decoder: Decoder) -> list[Row]:
+        """Those whose next token has a block; the others wait. Older ones are asked first, and may take newer ones'."""
+        ends = {row: int(self.cache.lengths[row.slot]) + row.in_flight + 1 for row in rows}
+        with decoder.ordered():
+            for row in sorted(rows, key=lambda row: row.used):
+                self.give(row, ends[row])
+        return [row for row in rows if not self.cache.missing(row.slot, ends[row])]
+
     def give(self, row: Row, tokens: int, more: int = 0) -> bool:
         """The row has blocks for so many tokens, and `more` are free besides. False: it waits."""
         while self.cache.missing(row.slot, tokens) + more > len(self.cache.pool.free):
