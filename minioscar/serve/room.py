@@ -24,13 +24,13 @@ class Room:
         pool, idle = self.cache.pool, sum(len(self.cache.blocks[row.slot]) for row in self.rows if not row.job)
         unread = sum(self.cache.missing(row.slot, len(row.job.ids)) for row in running if row.state == "read")
         swapped = sum(self.cache.missing(row.slot, 0) for row in running)
-        shared = sum(pool.holders[block] > 0 for block in self.cache.match(job.usable))
+        shared = sum(pool.holders[block] > 0 for block in self.cache.match(job.keys, len(job.usable)))
         needed = self.cache.blocks_of(len(job.ids)) - shared + job.rows
         return not running or needed <= len(pool.free) + idle - unread - swapped
 
     def fits(self, job: Job) -> bool:
         """Whether a prompt and the beginning of its answers fit at all."""
-        return self.cache.blocks_of(len(job.ids) + 1) + self.for_answers(job) <= self.cache.pool.size
+        return self.cache.blocks_of(len(job.ids)) + self.for_answers(job) <= self.cache.pool.size
 
     def for_answers(self, job: Job) -> int:
         """Blocks that the answers but the first take for themselves when they begin."""

@@ -206,7 +206,7 @@ class Scheduler:
 
     def _match(self, row: Row) -> None:
         """The row takes over what any row holds of the beginning of its prompt."""
-        row.job.cached = prefixes.take_over(self.cache, row.job.usable, self.rows, row)
+        row.job.cached = prefixes.take_over(self.cache, self.rows, row)
         row.held, row.is_matched = list(row.job.ids), True
         self.metrics.hit_tokens += row.job.cached
 
