@@ -30,7 +30,7 @@ FLOORS = (
     ("cache", "weights", "decoding"),
     ("quantized", "staging"),
     ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
-    ("oscar", "batch", "causal_attention", "error_feedback", "hadamard", "rope"),
+    ("oscar", "batch", "causal_attention", "dither", "error_feedback", "hadamard", "rope"),
     ("storage", "formats"),
     ("errors", "checks", "tables", "machine", "version"),
 )
@@ -52,9 +52,9 @@ def counts() -> list[Count]:
     kernels = [path for path in (PACKAGE / "kernels").rglob("*") if path.suffix in (".cu", ".cuh")]
     general = [path for path in kernels if path.parent.name != "sm90"]
     return [
-        Count("lines of the reading path", total(reading), f"{len(reading)} files", 6570, 3800),
-        Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 4690),
-        Count("lines of the package's Python", total(package), f"{len(package)} files", 16600),
+        Count("lines of the reading path", total(reading), f"{len(reading)} files", 6580, 3800),
+        Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 4700),
+        Count("lines of the package's Python", total(package), f"{len(package)} files", 16630),
         Count("longest file of the package", *longest(package), 400),
         Count("longest function of the package", *worst(package, length), 60),
         Count("most parameters in the package", *worst(package, parameters), 8),
