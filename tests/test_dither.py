@@ -41,13 +41,23 @@ def test_values_that_do_not_repeat_are_rounded_as_they_were(seed, scheme):
         assert same.tolist() == [[True, True], [True, False]]
 
 
-def test_a_pair_repeats_up_to_a_quarter_of_each_token_s_own_largest_value():
-    values = np.zeros((1, 8, 64), np.float32)
-    values[0, ::2, 0] = 1
-    values[0, 1::2, 0] = 1, 0.75, np.nextafter(np.float32(0.75), np.float32(0)), 1.25
-    expected = np.where([True, True, True, False, False, False, True, True], dither.OFFSETS, 0)
-    assert dither.offsets(values, 64).ravel().tolist() == expected.tolist()
+def test_a_pair_is_near_up_to_a_quarter_of_each_token_s_own_largest_value():
+    values = np.ones((2, 8, 64), np.float32) * (np.arange(64) == 0)
+    values[0, [1, 3], 0] = 0.75, np.nextafter(np.float32(0.75), np.float32(0))
+    values[1, 1, 0] = 1.25
+    near = np.ones((2, 8), bool)
+    near[0, [1, 2, 3]] = False
+    expected = np.where(near & near[:, [4, 5, 6, 7, 0, 1, 2, 3]], dither.OFFSETS, 0)
+    assert dither.offsets(values, 64)[..., 0, 0].tolist() == expected.tolist()
     assert dither.offsets(np.zeros((1, 8, 64), np.float32), 64).all()  # harmless: their step is 0, and so are all codes
+
+
+def test_one_equal_pair_is_no_repetition_and_two_four_tokens_apart_are_one(seed):
+    values = np.random.default_rng(seed).standard_normal((1, 32, 64)).astype(np.float32)
+    for pair in (2, 8, 10, 12, 22):
+        values[0, pair + 1] = values[0, pair]
+    repeats = dither.offsets(values, 64)[0, :, 0, 0] != 0
+    assert np.flatnonzero(repeats).tolist() == [8, 9, 12, 13]
 
 
 def test_offsets_are_the_eighths_of_a_step_in_the_order_of_reversed_bits():
@@ -55,10 +65,11 @@ def test_offsets_are_the_eighths_of_a_step_in_the_order_of_reversed_bits():
     assert dither.OFFSETS.tolist() == [bits / 8 - 7 / 16 for bits in reversed_bits]
 
 
-@pytest.mark.parametrize("flush", [8, 64])
+@pytest.mark.parametrize("flush", [32, 64])
 def test_codes_do_not_depend_on_what_is_packed_at_once(seed, flush):
     rng, scheme = np.random.default_rng(seed), SCHEMES["int2"]
-    values = np.repeat(rng.standard_normal((2, 64, 64)).astype(np.float32), 3, axis=1)  # two of three pairs are equal
+    values = np.repeat(rng.standard_normal((2, 64, 64)).astype(np.float32), 3, axis=1)
+    assert 0 < (dither.offsets(values, 64) != 0).mean() < 1
     codes, step, _ = oscar.quantize_values(values, scheme)
     for first in range(0, values.shape[1], flush):
         some = slice(first, first + flush)

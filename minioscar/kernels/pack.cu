@@ -2,7 +2,7 @@
 //
 //   codes, step, min of keys[t,:] / norm[t] in groups of KEY_GROUP tokens of a channel,
 //   and of values[t,:] in groups of VALUE_GROUP channels of a token; DITHERED: after an offset where they repeat
-//   (dither.py; a lane has both tokens of a pair)
+//   (dither.py; a lane has both tokens of a pair, and another lane the pair four tokens away)
 //
 // pack: a sequence holds starts[s] tokens, packed[s] of them packed (no array: packed_tokens(starts[s])), and gets
 // counts[s] new ones; packs what packed_tokens says of all. A token older than starts[s] comes from the window, a newer
@@ -293,7 +293,8 @@ DEVICE void pack_values(const Source& from, int first, int octet, float factor, 
         const int pair = VALUE_GROUP == 64 ? u ^ 1 : u;
         const float l = fminf(low[u], low[pair]), h = fmaxf(high[u], high[pair]);
         const int index = 4 * octet + load * LOAD_CHUNKS + u, step = index / CHUNKS, chunk = index % CHUNKS;
-        const bool repeats = DITHERED && fmaxf(distance[u], distance[pair]) <= 0.25f * h;
+        const bool near = DITHERED && fmaxf(distance[u], distance[pair]) <= 0.25f * h;
+        const bool repeats = DITHERED && near & __shfl_xor_sync(FULL_MASK, near, 4);  // token t ^ 4
         const float width = repeats ? 2.f / top_code(VALUE_BITS) : factor;
         const GroupParams group = SYMMETRIC ? symmetric(h, width) : asymmetric<VALUE_BITS>(l, h, factor);
         const Coder<VALUE_BITS, SYMMETRIC> coder(group, repeats ? dither_offset(step, i, r) : 0.f);
