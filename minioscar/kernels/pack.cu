@@ -1,8 +1,7 @@
 // pack.cu: quantizes tokens, FLUSH at a time, and packs them into pages (oscar.py, step 3; the page: LAYOUT.md).
 //
 //   codes, step, min of keys[t,:] / norm[t] in groups of KEY_GROUP tokens of a channel,
-//   and of values[t,:] in groups of VALUE_GROUP channels of a token; DITHERED: after an offset where they repeat
-//   (dither.py; a lane has both tokens of a pair, and another lane the pair four tokens away)
+//   and of values[t,:] in groups of VALUE_GROUP channels of a token; DITHERED: plus an offset where they repeat
 //
 // pack: a sequence holds starts[s] tokens, packed[s] of them packed (no array: packed_tokens(starts[s])), and gets
 // counts[s] new ones; packs what packed_tokens says of all. A token older than starts[s] comes from the window, a newer
