@@ -32,7 +32,7 @@ FLOORS = (
     ("cache", "layer_cache", "weights", "decoding"),
     ("quantized", "staging"),
     ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
-    ("oscar", "batch", "causal_attention", "error_feedback", "hadamard", "rope", "towers"),
+    ("oscar", "batch", "causal_attention", "dither", "error_feedback", "hadamard", "rope", "towers"),
     ("storage", "formats"),
     ("errors", "checks", "fields", "tables", "machine", "version"),
 )
