@@ -16,7 +16,8 @@ from minioscar.ops.linear import rms_norm
 from minioscar.ops.linear_batch import Scratch
 from minioscar.quantized import Quantized, from_plain
 
-from .kernel_device import on_each_device, on_the_card
+from .kernel_device import on_each_device, on_each_device_over, on_the_card
+from .pairwise import switches
 from .test_cuda_backend import on_each_backend
 from .test_quantized import random_plain
 
@@ -161,10 +162,9 @@ SMALLS = [
 ]
 
 
-@on_each_device
-@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
-@pytest.mark.parametrize(("kind", "group", "tokens", "size", "rows"), SMALLS)
-def test_products_with_what_stands_before_and_behind_them(device, seed, kind, group, tokens, size, rows, parts):
+@on_each_device_over(case=SMALLS, parts=PARTS, traits={"parts": switches})
+def test_products_with_what_stands_before_and_behind_them(device, seed, case, parts):
+    kind, group, tokens, size, rows = case
     weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
     Product(device, seed, tokens, weight, **parts).check()
 
@@ -176,10 +176,9 @@ BATCHES = [
 ]
 
 
-@on_each_device
-@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
-@pytest.mark.parametrize(("kind", "group", "tokens", "size", "rows"), BATCHES)
-def test_products_of_batches(device, seed, kind, group, tokens, size, rows, parts):
+@on_each_device_over(case=BATCHES, parts=PARTS, traits={"parts": switches})
+def test_products_of_batches(device, seed, case, parts):
+    kind, group, tokens, size, rows = case
     weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
     Product(device, seed, tokens, weight, **parts).check()
 
