@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .patience import PATIENCE
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -40,7 +42,7 @@ class Server:
             self.said.notify()
 
     def _ready(self) -> str:
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE
         with self.said:
             while not (found := re.search(r"at (http://[^ ]*/v1):", "".join(self.lines))):
                 assert "" not in self.lines and time.monotonic() < end, self.lines
@@ -48,13 +50,13 @@ class Server:
         return found[1]
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url.removesuffix("/v1") + path, timeout=30) as answer:
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + path, timeout=PATIENCE) as answer:
             return answer.read().decode()
 
     def metric(self, name: str) -> float:
         return float(re.search(rf"^minioscar_{name} (\S+)$", self.get("/metrics"), re.M)[1])
 
-    def end(self, how: signal.Signals = signal.SIGTERM, seconds: float = 60) -> int:
+    def end(self, how: signal.Signals = signal.SIGTERM, seconds: float = PATIENCE) -> int:
         self.process.send_signal(how)
         return self.process.wait(seconds)
 
