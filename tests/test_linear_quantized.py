@@ -183,16 +183,16 @@ def test_products_of_batches(device, seed, case, parts):
     Product(device, seed, tokens, weight, **parts).check()
 
 
-@on_each_device
-@pytest.mark.parametrize("kind", BITS)
-@pytest.mark.parametrize("parts", [{}, {"silu": True, "bias": True}, {"residual": True, "bias": True, "float32": True}])
-def test_every_way_to_share_the_slabs_of_a_batch(device, seed, kind, parts):
+EPILOGUES = [{}, {"silu": True, "bias": True}, {"residual": True, "bias": True, "float32": True}]
+
+
+@on_each_device_over(kind=list(BITS), parts=EPILOGUES, multiprocessors_and_capability=[(2, 90), (7, 80), (3, 89)])
+def test_every_way_to_share_the_slabs_of_a_batch(device, seed, kind, parts, multiprocessors_and_capability):
     weight = matrix(np.random.default_rng(seed), kind, 416, 1096, 64)
-    for multiprocessors, capability in ((2, 90), (7, 80), (3, 89)):
-        product = Product(device, seed, 20, weight, **parts)
-        plans = quantized.batch_configs(20, weight, parts.get("silu", False), Card(multiprocessors, capability))
-        for plan in dict.fromkeys(plans):
-            product.check(plan=plan)
+    product = Product(device, seed, 20, weight, **parts)
+    plans = quantized.batch_configs(20, weight, parts.get("silu", False), Card(*multiprocessors_and_capability))
+    for plan in dict.fromkeys(plans):
+        product.check(plan=plan)
 
 
 def test_a_batch_has_plans_on_every_card():
