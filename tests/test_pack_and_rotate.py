@@ -12,7 +12,8 @@ from minioscar.cache import BF16
 from minioscar.ops import attention
 from minioscar.ops.layout import from_pages, page_bytes
 
-from .kernel_device import in_blocks, of_row, on_each_device, on_the_card, some_table
+from .kernel_device import in_blocks, of_row, on_each_device, on_each_device_over, on_the_card, some_table
+from .pairwise import scheme_traits
 from .tiny import WINDOWS, key_feedback
 
 KERNEL_WINDOWS = [name for name, scheme in WINDOWS.items() if attention.unsupported(scheme, 64) is None]
@@ -157,14 +158,16 @@ STEPS = {  # tokens of each sequence before it, and new ones
 }
 
 
-@on_each_device
-@pytest.mark.parametrize("scheme", PACKED + SHAPED, ids=lambda scheme: scheme.name)
-@pytest.mark.parametrize("d", attention.HEAD_DIMS)
-@pytest.mark.parametrize("step", ["prefill", "decode", "prefill after a cut"])
+def has_groups(step: str, d: int, scheme: oscar.Scheme) -> bool:
+    return d % scheme.value_group(d) == 0 and d % 32 == 0
+
+
+SCHEMES = list(dict.fromkeys(PACKED + SHAPED))
+
+
+@on_each_device_over(has_groups, {"scheme": scheme_traits}, step=list(STEPS), d=attention.HEAD_DIMS, scheme=SCHEMES)
 def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, scheme):
     rng = np.random.default_rng(seed)
-    if d % scheme.value_group(d) or d % 32:
-        pytest.skip(f"{scheme.name} has no groups for head_dim {d}")
     batch, kv_heads, norm_stride, sinks = 3, 2, 640, scheme.sinks
     starts, counts = STEPS[step]
     total = starts + counts
