@@ -281,13 +281,29 @@ def test_a_back_end_multiplies_any_number_of_tokens(make, kind, tokens, parts, s
 
 def test_what_does_not_fit_is_refused(seed):
     rng = np.random.default_rng(seed)
-    weight, out = matrix(rng, "int4", 48, 12288, 128), np.empty((8, 48), BF16)
-    for tokens, capability, silu in ((9, 90, False), (8, 80, False), (4, 89, False), (0, 90, False), (1, 90, True)):
-        assert not quantized.fits(tokens, weight, False, silu, Card(132, capability))
+    weight, out, norm = matrix(rng, "int4", 48, 12288, 128), np.empty((8, 48), BF16), (np.empty(12288, BF16), EPS)
+    for tokens, capability, silu in ((8, 90, False), (5, 80, False), (3, 89, False), (0, 90, False), (1, 90, True)):
+        assert not quantized.fits(tokens, weight, True, silu, Card(132, capability))
         with pytest.raises(ValueError, match="do not fit"):
-            quantized.linear(np.empty((tokens, 12288), BF16), weight, out, Card(132, capability), silu=silu)
-    for tokens, capability in ((8, 90), (6, 80), (3, 89)):
-        assert quantized.fits(tokens, weight, False, False, Card(132, capability))
+            x = np.empty((tokens, 12288), BF16)
+            quantized.linear(x, weight, out, Card(132, capability), silu=silu, norm=norm)
+    for tokens, capability in ((7, 90), (4, 80), (2, 89)):
+        assert quantized.fits(tokens, weight, True, False, Card(132, capability))
+    for capability in (80, 90):  # not normed, x is copied beside the codes, a chunk at a time
+        assert quantized.fits(8, weight, False, False, Card(132, capability))
+
+
+def test_two_launches_share_a_multiprocessor_of_compute_capability_9(seed):
+    """1 KiB of each block is the system's; two blocks of a launch that may follow attention do not fit."""
+    card, room = Card(132, 90), 228 * 1024
+    for kind, group in (("int4", 128), ("int4", 32), ("int8", 64), ("e4m3", 128)):
+        after_attention = quantized.vector_plan(1, Quantized(kind, (4096, 12288), group), False, False, card)
+        normed = [
+            quantized.vector_plan(1, Quantized(kind, (rows, 4096), group), True, silu, card)
+            for rows, silu in ((6144, False), (24576, True), (151936, False))
+        ]
+        for plan in normed:
+            assert plan.halves and plan.shared + after_attention.shared + 2048 <= room < 2 * after_attention.shared + 2048
 
 
 @on_the_card

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,53 +17,61 @@ from .linear_batch import BATCH_TOKENS, MAX_STAGES, BatchPlan, Scratch, share_sl
 Array = Any
 
 LINEAR_TOKENS = 8  # of quantized/linear.cu: the columns of an MMA
-WARPS = 8  # of a multiprocessor, of one block or two
+WARPS = 8  # of a block of quantized/linear.cu
+FEW, MAX_SLOTS = 2, 12
+HALVES = 114 * 1024, 112 * 1024  # bytes of a block that takes half of a multiprocessor, without and with a norm
 MOST_COLUMNS = 128  # whose sum is scaled at once
 ONE_GROUP = 31  # the shift of a column to its group where a row has one
 
 
-def split(weight: Quantized) -> tuple[int, int]:
-    """Warps of a block, which split k, and runs of 64 columns that each has in a round: as many as fit into registers
-    and have codes to load in most rounds. Kind, group and columns alone decide, since it is the order of sums."""
-    runs, most = -(-weight.shape[1] // RUN), 4 if weight.kind == "int8" else 8
+@dataclass(frozen=True)
+class VectorPlan:
+    """Chunks and rings of quantized/linear.cu."""
 
-    def used(choice: tuple[int, int]) -> float:
-        return runs / (-(-runs // math.prod(choice)) * math.prod(choice))
-
-    if weight.kind == "int4" and weight.group >= MOST_COLUMNS and used((WARPS, 12)) > 0.9:
-        return WARPS, 12
-    return next((c for c in ((WARPS, most), (WARPS // 2, most)) if used(c) >= 0.6), (WARPS // 2, 4))
+    runs: int  # of 64 columns, of a chunk
+    slots: int  # chunks that a warp has in flight
+    shared: int
+    halves: bool = False  # of a multiprocessor, for a block
 
 
-def row_tiles(weight: Quantized, norm: bool, silu: bool, card: Card) -> int:
-    """Tiles of 16 rows of a pass: of those whose codes and sums fit into registers the number that leaves the fewest
-    multiprocessors idle; where several do, the largest, which loads x least often."""
-    (warps, runs), columns = split(weight), min(weight.group, MOST_COLUMNS)
-    older, is_int4 = card.capability < 100, weight.kind == "int4"  # the compiler takes more registers for newer ones
-    most = 1 if silu or is_int4 and (columns == 32 or runs == 12 and not older) else 2
-    if not silu and is_int4 and columns == MOST_COLUMNS and runs < 12 and older:
-        most = 3
-    tiles, slots = -(-weight.shape[0] // (ROWS * (2 if silu else 1))), card.multiprocessors * (WARPS // warps)
+def vector_plan(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> VectorPlan | None:
+    """None where they do not fit. The weight alone decides `runs`, and with them the order of sums.
 
-    def used(n: int) -> float:
-        passes = -(-tiles // n)
-        return tiles / (-(-passes // slots) * slots * n)
+    Up to FEW tokens a block takes half of a multiprocessor, where launches overlap and one has room for two. Normed
+    launches follow one that adds a residual and the other way round: their halves are unequal, so that both fit, but
+    not two blocks of the larger one. After attention, whose blocks take a multiprocessor each and end one by one, two
+    blocks would begin where one has ended, and elsewhere none.
+    """
+    branches, size, codes = 2 if silu else 1, weight.shape[1], 512 if weight.kind == "int4" else 1024
+    runs = _chunk_runs(weight, silu)
+    of_tile = runs * codes + RUN * runs // _columns_at_once(weight, 2) * (16 if weight.kind == "e4m3" else 64)
+    sums = 2 * branches * WARPS * ROWS * LINEAR_TOKENS * 4
 
-    return max(range(1, most + 1), key=lambda n: (round(used(n), 2), n))
+    def shared(slots: int, tokens: int) -> int:
+        x = tokens * (_up(2 * size) + 64) if norm else WARPS * slots * tokens * runs * RUN * 2
+        return sums + WARPS * slots * branches * of_tile + x
+
+    def slots(budget: int, tokens: int) -> int:
+        return max((n for n in range(MAX_SLOTS + 1) if shared(n, tokens) <= budget), default=0)
+
+    halves = card.capability >= 90 and card.max_shared_bytes >= sum(HALVES)
+    if tokens <= FEW and halves and (found := slots(HALVES[norm], FEW)) >= 2:
+        return VectorPlan(runs, found, HALVES[norm], True)
+    most = slots(card.max_shared_bytes, LINEAR_TOKENS)
+    most = most if most >= 4 else slots(card.max_shared_bytes, tokens)  # else the same for any number of tokens
+    return VectorPlan(runs, most, shared(most, tokens)) if most >= 2 else None
 
 
-def _shared_bytes(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> int:
-    tiles = row_tiles(weight, norm, silu, card) * (2 if silu else 1)
-    size = weight.shape[1]
-    sums = 2 * tiles * split(weight)[0] * ROWS * LINEAR_TOKENS * 4
-    return sums + tokens * (-(-size // 64) * 128 + 64)
+def _chunk_runs(weight: Quantized, silu: bool) -> int:
+    """Four, whose products are two chains; two where gate and up are, codes are long, or warps would have none."""
+    runs = -(-weight.shape[1] // RUN)
+    return 4 if weight.kind == "int4" and not silu and runs >= 0.6 * 4 * WARPS * -(-runs // (4 * WARPS)) else 2
 
 
 def fits(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> bool:
     """Whether quantized/linear.cu takes this many tokens; normed, they stay in shared memory."""
-    rows, size = weight.shape
-    shared = _shared_bytes(tokens, weight, norm, silu, card)
-    return 1 <= tokens <= LINEAR_TOKENS and has_kernels(weight, silu) and shared <= card.max_shared_bytes
+    possible = 1 <= tokens <= LINEAR_TOKENS and has_kernels(weight, silu)
+    return possible and vector_plan(tokens, weight, norm, silu, card) is not None
 
 
 def has_kernels(weight: Quantized, silu: bool) -> bool:
@@ -81,19 +88,17 @@ def linear(
     Raises ValueError where `fits` says no.
     """
     (tokens, size), rows, normed = x.shape, weight.shape[0], norm is not None
-    if not fits(tokens, weight, normed, silu, card):
+    plan = vector_plan(tokens, weight, normed, silu, card)
+    if plan is None or not fits(tokens, weight, normed, silu, card):
         where = f"a card of capability {card.capability / 10}"
         raise ValueError(f"{tokens} tokens of {size} numbers do not fit quantized/linear.cu on {where}")
-    (warps, runs), tiles = split(weight), row_tiles(weight, normed, silu, card)
-    shared = _shared_bytes(tokens, weight, normed, silu, card)
-    resident = min(WARPS // warps, card.max_shared_bytes // (shared + 1024) or 1)  # blocks a multiprocessor
-    blocks = min(-(-rows // (ROWS * tiles * (2 if silu else 1))), card.multiprocessors * resident)
+    blocks = min(-(-rows // (ROWS * (2 if silu else 1))), card.multiprocessors)
     weights, eps = norm or (None, 0.0)
     numbers = *map(np.int32, (tokens, size, rows, shift(weight))), np.float32(eps)
     args = (x, weights, *weight.arrays(), bias, residual, out, *numbers)
-    shape = f"BLOCK_WARPS={warps}", f"NORM={normed:d}", f"ROW_TILES={tiles}", f"RUNS={runs}", *_defines(weight)
+    shape = f"NORM={normed:d}", f"RUNS={plan.runs}", f"SLOTS={plan.slots}", *_defines(weight)
     defines = *shape, f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
-    return Launch("quantized/linear.cu", "linear", defines, (blocks,), 32 * warps, args, shared)
+    return Launch("quantized/linear.cu", "linear", defines, (blocks,), 32 * WARPS, args, plan.shared, plan.halves)
 
 
 @dataclass(frozen=True)

@@ -94,28 +94,4 @@ struct RowScales {
     }
   }
 };
-
-// Scales and zeros of several groups of 16 rows, a word in each lane: lane 4r + c has row 2r + c % 2 of group c / 2 of
-// two, of e4m3 (one scale for 16 rows) that of group c of four.
-struct Scales {
-  static constexpr int GROUPS = HAS_ZERO ? 2 : 4;
-  uint32_t word;
-
-  // Of this lane.
-  DEVICE static int own_group() { return threadIdx.x % 4 / (4 / GROUPS); }
-  DEVICE static int own_row() { return threadIdx.x % 32 / 4 * 2 + threadIdx.x % 2; }
-  // The number of a word in a matrix; group: counted over all tiles.
-  DEVICE static size_t index(uint32_t group, int row) { return HAS_ZERO ? (size_t)group * 16 + row : group; }
-  // y += scale * (sum - zero * x_sum) of one group.
-  DEVICE void add(float (&y)[4], const float (&sum)[4], const float (&x_sum)[4], int group) const {
-    UNROLL for (int i = 0; i < (HAS_ZERO ? 2 : 1); i++) {
-      const uint32_t of_row = __shfl_sync(FULL_MASK, word, group * (4 / GROUPS) + i, 4);
-      UNROLL for (int j = 0; j < (HAS_ZERO ? 2 : 4); j++) {
-        const int at = 2 * i + j;
-        y[at] = HAS_ZERO ? fmaf(low_f16(of_row), fmaf(-high_f16(of_row), x_sum[at], sum[at]), y[at])
-                         : fmaf(__uint_as_float(of_row), sum[at], y[at]);
-      }
-    }
-  }
-};
 #endif

@@ -8,145 +8,192 @@
 // [M][N / 2] = silu(gate) * up. Float32 inside, zeros and scales applied to the sums of groups; rounded once at the
 // end. K alone decides the order of sums.
 //
-// The time is that of the weights, 4.25 or 8.25 bits each (groups of 128), read once for all tokens. A block has
-// ROW_TILES * 16 rows (of gate and of up) at a time; its warps split k, RUNS neighbouring runs of 64 each in a round;
-// their sums meet in shared memory. A lane keeps the codes of a whole round in registers and loads those of the next
-// as soon as they are used, across the ends of passes, from before the previous launch has ended: 8 warps, which have
-// 255 registers each, have 64 to 128 KB in flight. Scales are loaded a round ahead, those of two (four) groups at once,
-// by the lanes that share a row. x' is in shared memory, rows 64 B past a line apart (linear.cu).
-// Instructions of a warp for 16 rows and 64 k in 4 bits, groups of 128: 20 conversions, 4 MMA, 10 for load and fold,
-// and a ROW_TILES-th of 2 loads and 4 MMA for x. An H200 has 122 issue slots in the time of their 544 bytes.
-// grid: any number of blocks, WARPS * 32 threads, 8 warps a multiprocessor; dynamic shared memory: M rows of x', two
-// passes' sums.
+// The time is that of the weights, 4.25 or 8.25 bits each (groups of 128), read once for all tokens. A block has a
+// tile of 16 rows (of gate and of up) at a time; its warps split k, a chunk of RUNS * 64 each in rotation, and their
+// sums meet in shared memory. Each warp copies its chunks, codes and scales and without NORM x too, into a ring of its
+// own in shared memory, SLOTS of them ahead, across the ends of tiles: no block waits for its copies together. Normed,
+// x' is in shared memory once, rows 64 B past a line apart (linear.cu).
 //
-// Set by -D: BLOCK_WARPS, NORM, ROW_TILES, RUNS, GROUP (k whose sum is scaled at once: 32, 64, 128), KIND, and the
-// macros of linear.cuh.
-constexpr int WARPS = BLOCK_WARPS;
+// What a launch cannot do at the memory's rate is its start and its end: x of the one before, the norm, the last
+// sums. So a block takes half of a multiprocessor (quantized.shared_bytes), and lets the next launch begin when its
+// own last copies are under way: that one's first SLOTS chunks are copied meanwhile.
+//
+// Two chains of products run side by side in a warp, of two halves of a chunk or of gate and up, since each product
+// waits for the one before it in its chain. Instructions of a warp for 16 rows and 128 k in 4 bits, groups of 128:
+// 40 conversions, 16 MMA (8 sum x), 30 for copies, loads and the fold; an H200 has 244 issue slots in the time of
+// their 1,088 bytes.
+// grid: any number of blocks, WARPS * 32 threads; dynamic shared memory: two tiles' sums, with NORM M rows of x', rings.
+//
+// Set by -D: NORM, RUNS (2; without SILU also 4), SLOTS, GROUP (k whose sum is scaled at once: 32, 64, 128), KIND, and
+// the macros of linear.cuh.
+constexpr int WARPS = 8;
 #include "../linear_vector.cuh"
 #include "codes.cuh"
 
-constexpr int TILES = ROW_TILES * BRANCHES, ROWS = ROW_TILES * 16;  // tiles of 16 rows of a pass; its outputs
-constexpr int ROUND = WARPS * RUNS;                                 // runs of 64 k of all warps
-constexpr int STEPS = GROUP / 16, FOLDS = RUNS * 64 / GROUP;
-constexpr int SCALE_LOADS = (FOLDS + Scales::GROUPS - 1) / Scales::GROUPS;
-constexpr int PASS_SUMS = WARPS * TILES * 16 * COLUMNS;
-constexpr int OUTPUTS = (ROWS * COLUMNS + THREADS - 1) / THREADS;  // of a thread
-static_assert(RUNS * 64 % GROUP == 0, "a warp has whole groups");
+constexpr int CHAINS = RUNS / 2, FOLDS = 128 / GROUP;        // of products of a tile, side by side; of a chain
+constexpr int CODE_BYTES = RUNS * TILE_VECTORS * 16;         // of 16 rows of a chunk
+constexpr int SCALE_VECTORS = CHAINS * FOLDS * (HAS_ZERO ? 4 : 1);  // of 16 rows; of e4m3 a group has 4 bytes of one
+constexpr int X_OFFSET = BRANCHES * (CODE_BYTES + SCALE_VECTORS * 16);  // of a slot
+constexpr int TILE_SUMS = WARPS * BRANCHES * 16 * COLUMNS;
+static_assert(RUNS % 2 == 0 && 128 % GROUP == 0, "a chain has whole groups");
 
-// The codes and scales that a lane loads: those of a round of a pass. Tiles past the end repeat the last one; their
-// results are discarded.
-struct Prefetch {
+// The next chunk that a warp copies. Whatever is past the end is not read.
+struct Copies {
   const uint4* codes;
   const uint32_t* scales;
-  int rows, K, shift;    // shift: a group has 2^shift columns
-  int left;              // runs from this warp's first one on
-  uint32_t from[TILES];  // of this lane, in 16-byte vectors
+  const bf16* x;
+  int rows, K, shift, tokens, tile, chunk;  // shift: a group has 2^shift columns
 
-  DEVICE int runs() const { return (K + 63) / 64; }
-  DEVICE void seek(int pass, int round, Scales (&next)[TILES][SCALE_LOADS]) {
-    const int tiles = (rows + 15) / 16, groups = ((K - 1) >> shift) + 1, run = round + threadIdx.x / 32 * RUNS;
-    left = pass * ROWS < rows ? runs() - run : 0;
-    UNROLL for (int t = 0; t < TILES; t++) {
-      const uint32_t tile = t / ROW_TILES * tiles + min(pass * ROW_TILES + t % ROW_TILES, tiles - 1);
-      from[t] = (tile * runs() + run) * TILE_VECTORS + threadIdx.x % 32;
-      UNROLL for (int i = 0; i < SCALE_LOADS; i++) {
-        const int fold = Scales::GROUPS * i + Scales::own_group(), k = run * 64 + fold * GROUP;
-        const uint32_t* word = scales + Scales::index(tile * groups + (k >> shift), Scales::own_row());
-        load_once(next[t][i].word, word, fold < FOLDS && pass * ROWS < rows && k < K);
-      }
+  DEVICE int chunks() const { return (K + RUNS * 64 - 1) / (RUNS * 64); }
+  DEVICE bool exist() const { return tile * 16 < rows && chunk < chunks(); }
+  DEVICE void advance() {
+    if ((chunk += WARPS) < chunks()) return;
+    chunk = threadIdx.x / 32;
+    tile += gridDim.x;
+  }
+  DEVICE void copy_codes(unsigned char* slot) const {
+    const int lane = threadIdx.x % 32, tiles = (rows + 15) / 16, runs = (K + 63) / 64, run = chunk * RUNS;
+    UNROLL for (int t = 0; t < BRANCHES; t++) {
+      const uint4* from = codes + ((uint32_t)(t * tiles + tile) * runs + run) * TILE_VECTORS + lane;
+      UNROLL for (int j = 0; j < RUNS; j++)
+        UNROLL for (int i = 0; i < LOADS; i++)
+          cp_async_16_or_zero<false>(slot + t * CODE_BYTES + (j * TILE_VECTORS + 32 * i + lane) * 16,
+                                     from + j * TILE_VECTORS + 32 * i, run + j < runs);
+    }
+    if (lane >= SCALE_VECTORS) return;
+    const int fold = HAS_ZERO ? lane / 4 : lane, k = chunk * RUNS * 64 + fold * GROUP, groups = ((K - 1) >> shift) + 1;
+    UNROLL for (int t = 0; t < BRANCHES; t++) {
+      unsigned char* to = slot + BRANCHES * CODE_BYTES + (t * SCALE_VECTORS + lane) * 16;
+      const uint32_t group = (t * tiles + tile) * groups + (k >> shift);
+      if (HAS_ZERO)
+        cp_async_16_or_zero<false>(to, scales + group * (size_t)16 + lane % 4 * 4, k < K);
+      else
+        cp_async_4_or_zero(to, scales + group, k < K);
     }
   }
-  DEVICE void load(uint4 (&w)[LOADS], int t, int j) const {
-    UNROLL for (int i = 0; i < LOADS; i++) load_once(w[i], codes + from[t] + (j * TILE_VECTORS + 32 * i), j < left);
+  // Rows of RUNS * 64 numbers; 16-byte vector v of row m is at v ^ 4 (m % 2): the 8 lanes of a phase that load operand
+  // B, of two rows, are in different banks.
+  DEVICE void copy_x(unsigned char* slot) const {
+    constexpr int VECTORS = RUNS * 8;
+    for (int i = threadIdx.x % 32; i < tokens * VECTORS; i += 32) {
+      const int m = i / VECTORS, v = i % VECTORS, k = chunk * RUNS * 64 + 8 * v;
+      cp_async_16_or_zero<false>(slot + X_OFFSET + m * VECTORS * 16 + (v ^ m % 2 * 4) * 16, x + (size_t)m * K + k, k < K);
+    }
   }
 };
 
-// x to shared memory, as norm_x leaves it.
-DEVICE void copy_x(unsigned char* to, int stride, const bf16* x, int tokens, int K) {
-  for (int i = threadIdx.x; i < K / 8; i += THREADS)
-    for (int m = 0; m < tokens; m++)
-      *(uint4*)(to + m * stride + 16 * i) = ScaledX()(*(const uint4*)(x + (size_t)m * K + 8 * i));
-  __syncthreads();
+// y += a chunk: its codes, of each group a sum, times x. own_x: of this lane's token, 8c ... of the chunk's first
+// columns, null where there is no such token; columns: of K, from there on.
+DEVICE void multiply(float (&y)[BRANCHES][4], const unsigned char* slot, const unsigned char* own_x, int swizzle,
+                     int columns) {
+  const int lane = threadIdx.x % 32, r = lane / 4;
+  const unsigned char* scales = slot + BRANCHES * CODE_BYTES;
+  float sum[CHAINS][BRANCHES][4], x_sum[CHAINS][4];  // of a group
+  UNROLL for (int half = 0; half < 4; half++) {      // 32 k of a chain: two steps
+    uint4 b[CHAINS];
+    UNROLL for (int u = 0; u < CHAINS; u++) {
+      const int k = u * 128 + half * 32;
+      const bool exists = own_x && k < columns;
+      const uint4 v = exists ? *(const uint4*)(own_x + ((2 * k) ^ swizzle)) : make_uint4(0, 0, 0, 0);
+      b[u] = NORM ? v : ScaledX()(v);
+    }
+    uint4 w[CHAINS][BRANCHES][LOADS];
+    UNROLL for (int u = 0; u < CHAINS; u++)
+      UNROLL for (int t = 0; t < BRANCHES; t++)
+        UNROLL for (int i = 0; i < LOADS; i++) {
+          const int run = 2 * u + half / 2, at = run * TILE_VECTORS + (LOADS == 1 ? 0 : half % 2 * 32) + lane;
+          w[u][t][i] = *(const uint4*)(slot + t * CODE_BYTES + at * 16);
+        }
+    UNROLL for (int s = 0; s < 2; s++) {
+      const int step = half % 2 * 2 + s;
+      const bool begins = (half * 32 + s * 16) % GROUP == 0;
+      UNROLL for (int u = 0; u < CHAINS; u++) {
+        const uint4 both[2] = {b[u], b[u]};
+        if (HAS_ZERO) add_x(x_sum[u], both, step, begins);
+        UNROLL for (int t = 0; t < BRANCHES; t++) {
+          uint32_t a[4];
+          operand(a, w[u][t], step);
+          multiply(sum[u][t], a, both, step, begins);
+        }
+      }
+    }
+    if ((half + 1) * 32 % GROUP != 0) continue;
+    UNROLL for (int u = 0; u < CHAINS; u++)
+      UNROLL for (int t = 0; t < BRANCHES; t++) {
+        RowScales of_rows;
+        const int fold = u * FOLDS + half * 32 / GROUP;
+        of_rows.load(scales + t * SCALE_VECTORS * 16 + fold * (HAS_ZERO ? 64 : 16), 0, r);
+        of_rows.add(y[t], sum[u][t], HAS_ZERO ? make_float2(x_sum[u][0], x_sum[u][1]) : make_float2(0.f, 0.f));
+      }
+  }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     linear(const bf16* x, const bf16* norm, const uint4* codes, const uint32_t* scales, const float* row_scale,
            const bf16* bias, const bf16* residual, Output* out, int tokens, int K, int N, int shift, float eps) {
   extern __shared__ __align__(128) unsigned char smem[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const int rows = N / BRANCHES, stride = (K * 2 + 127) / 128 * 128 + 64;
-  float* sum_buffers = (float*)(smem + tokens * stride);  // [2][WARPS][BRANCHES][ROWS][COLUMNS]
-  Prefetch prefetch = {codes, scales, rows, K, shift};
-  const int runs = prefetch.runs();
-  uint4 w[RUNS][TILES][LOADS];
-  Scales next_scales[TILES][SCALE_LOADS];
-  UNROLL for (int t = 0; t < TILES; t++)
-    UNROLL for (int i = 0; i < SCALE_LOADS; i++) next_scales[t][i].word = 0;
-  prefetch.seek(blockIdx.x, 0, next_scales);
-  UNROLL for (int j = 0; j < RUNS; j++)
-    UNROLL for (int t = 0; t < TILES; t++) {
-      UNROLL for (int i = 0; i < LOADS; i++) w[j][t][i] = make_uint4(0, 0, 0, 0);
-      prefetch.load(w[j][t], t, j);
-    }
+  const int slot_bytes = X_OFFSET + (NORM ? 0 : tokens * RUNS * 128);
+  float* sum_buffers = (float*)smem;  // [2][WARPS][BRANCHES][16][COLUMNS]
+  unsigned char* normed = smem + 2 * TILE_SUMS * 4;
+  unsigned char* ring = normed + (NORM ? tokens * stride : 0) + warp * SLOTS * slot_bytes;
+  Copies next = {codes, scales, x, rows, K, shift, tokens, (int)blockIdx.x, warp}, first = next;
+  for (int i = 0; i < SLOTS; i++, next.advance()) {
+    if (next.exist()) next.copy_codes(ring + i * slot_bytes);
+    if (NORM) cp_async_commit();
+  }
   uint4 norm_first = make_uint4(0, 0, 0, 0);
   if (NORM) load_once(norm_first, norm + 8 * threadIdx.x, threadIdx.x < K / 8);
-  wait_then_allow_next();
-  if (NORM)
-    norm_x(smem, stride, sum_buffers, x, norm, norm_first, eps, tokens, K, ScaledX());
-  else
-    copy_x(smem, stride, x, tokens, K);
+  wait_for_previous();
+  if (NORM) {
+    norm_x(normed, stride, sum_buffers, x, norm, norm_first, eps, tokens, K, ScaledX());
+  } else {
+    for (int i = 0; i < SLOTS; i++, first.advance()) {
+      if (first.exist()) first.copy_x(ring + i * slot_bytes);
+      cp_async_commit();
+    }
+  }
+  const unsigned char* token = normed + r * stride + 16 * c;  // this lane's
+  const int swizzle = NORM ? 0 : r % 2 * 64;
+  int slot = 0;
   bool odd = false;
-  for (int pass = blockIdx.x; pass * ROWS < rows; pass += gridDim.x, odd = !odd) {
-    // Two buffers: a pass's sums are read while the next ones are written; a barrier comes before the ones after that.
-    float* sums = sum_buffers + odd * PASS_SUMS;
-    OwnOutput<ROWS> own[OUTPUTS];
-    float row_scales[OUTPUTS][BRANCHES];
-    UNROLL for (int o = 0; o < OUTPUTS; o++) {
-      own[o].begin(o * THREADS + threadIdx.x, pass * ROWS, tokens, rows, bias, residual);
-      UNROLL for (int t = 0; t < BRANCHES; t++)
-        row_scales[o][t] = own[o].exists ? to_result(row_scale[t * rows + own[o].n], own[o].n % 2) : 0.f;
-    }
-    float y[TILES][4];
+  for (int tile = blockIdx.x; tile * 16 < rows; tile += gridDim.x, odd = !odd) {
+    // Two buffers: a tile's sums are read while the next ones are written; a barrier comes before the ones after that.
+    float* sums = sum_buffers + odd * TILE_SUMS;
+    OwnOutput<16> own;
+    own.begin(threadIdx.x, tile * 16, tokens, rows, bias, residual);
+    float row_scales[BRANCHES], y[BRANCHES][4];
+    UNROLL for (int t = 0; t < BRANCHES; t++)
+      row_scales[t] = own.exists ? to_result(row_scale[t * rows + own.n], own.n % 2) : 0.f;
     clear(y);
-    for (int round = 0; round < runs; round += ROUND) {
-      Scales now[TILES][SCALE_LOADS];
-      UNROLL for (int t = 0; t < TILES; t++)
-        UNROLL for (int i = 0; i < SCALE_LOADS; i++) now[t][i] = next_scales[t][i];
-      const bool last = round + ROUND >= runs;
-      prefetch.seek(last ? pass + gridDim.x : pass, last ? 0 : round + ROUND, next_scales);
-      float sum[TILES][4], x_sum[4];  // of a group
-      UNROLL for (int j = 0; j < RUNS; j++) {
-        uint4 b[2];
-        UNROLL for (int h = 0; h < 2; h++) {
-          const int k = (round + warp * RUNS + j) * 64 + 32 * h + 8 * c;
-          b[h] = r < tokens && k < K ? *(const uint4*)(smem + r * stride + 2 * k) : make_uint4(0, 0, 0, 0);
-        }
-        UNROLL for (int s = 0; s < 4; s++) {
-          const int step = 4 * j + s, fold = step / STEPS;
-          const bool begins = step % STEPS == 0, ends = step % STEPS == STEPS - 1;
-          if (HAS_ZERO) add_x(x_sum, b, s, begins);
-          UNROLL for (int t = 0; t < TILES; t++) {
-            uint32_t a[4];
-            operand(a, w[j][t], s);
-            multiply(sum[t], a, b, s, begins);
-          }
-          UNROLL for (int t = 0; t < TILES; t++)
-            if (ends) now[t][fold / Scales::GROUPS].add(y[t], sum[t], x_sum, fold % Scales::GROUPS);
-        }
-        UNROLL for (int t = 0; t < TILES; t++) prefetch.load(w[j][t], t, j);
+    for (int chunk = warp; chunk < next.chunks(); chunk += WARPS) {
+      if (!next.exist()) allow_next();
+      cp_async_wait<SLOTS - 1>();
+      __syncwarp();  // scales and x, which other lanes have copied
+      unsigned char* from = ring + slot * slot_bytes;
+      const int k = chunk * RUNS * 64;
+      const unsigned char* own_x = NORM ? token + 2 * k : from + X_OFFSET + r * RUNS * 128 + 16 * c;
+      multiply(y, from, r < tokens ? own_x : nullptr, swizzle, K - k - 8 * c);
+      __syncwarp();  // all lanes are done with the slot
+      if (next.exist()) {
+        next.copy_codes(from);
+        if (!NORM) next.copy_x(from);
       }
+      cp_async_commit();
+      next.advance();
+      slot = slot + 1 == SLOTS ? 0 : slot + 1;
     }
-    UNROLL for (int t = 0; t < TILES; t++)
+    UNROLL for (int t = 0; t < BRANCHES; t++)
       UNROLL for (int i = 0; i < 2; i++) {
-        float* pair = sums + ((warp * TILES + t) * 16 + 2 * r + i) * COLUMNS + 2 * c;
+        float* pair = sums + ((warp * BRANCHES + t) * 16 + 2 * r + i) * COLUMNS + 2 * c;
         *(float2*)pair = make_float2(y[t][2 * i], y[t][2 * i + 1]);
       }
     __syncthreads();
-    UNROLL for (int o = 0; o < OUTPUTS; o++)
-      if (own[o].exists) {
-        float z[BRANCHES];
-        UNROLL for (int t = 0; t < BRANCHES; t++) z[t] = own[o].total(sums, t, row_scales[o][t]);
-        own[o].store(out, rows, z);
-      }
+    if (own.exists) {
+      float z[BRANCHES];
+      UNROLL for (int t = 0; t < BRANCHES; t++) z[t] = own.total(sums, t, row_scales[t]);
+      own.store(out, rows, z);
+    }
   }
 }
