@@ -82,7 +82,7 @@ class Product:
         self.residual = rng.normal(size=(tokens, self.width)).astype(BF16) if parts.get("residual") else None
 
     def run(
-        self, card: Card = SMALL, order: int = 0, tokens: int | None = None, plan: quantized.CodesPlan | None = None
+        self, card: Card = SMALL, order: int = 0, tokens: int | None = None, plan: quantized.CodesBatchPlan | None = None
     ) -> np.ndarray:
         """tokens: the first ones alone. plan: of a batch (None: the one that it gets)."""
         device, x = self.device, self.x[:tokens]
@@ -101,7 +101,8 @@ class Product:
         plan = plan or quantized.batch_plan(len(x), self.weight, given["silu"], card)
         counters = device.array(np.zeros(plan.counters, np.int32))
         scratch = Scratch(device.empty(plan.workspace_floats, np.float32), counters)
-        device.run(quantized.linear_batch(x_there, weight, out, plan, scratch, **given), seed=order)
+        launch = quantized.linear_batch(x_there, weight, out, plan, scratch, **given)
+        device.run(launch, arch=90 if launch.source.startswith("sm90/") else 80, seed=order)
         assert not device.numpy(counters).any()
         return np.array(device.numpy(out))
 
@@ -194,6 +195,26 @@ def test_every_way_to_share_the_slabs_of_a_batch(device, seed, kind, parts):
         plans = quantized.batch_configs(20, weight, parts.get("silu", False), Card(multiprocessors, capability))
         for plan in dict.fromkeys(plans):
             product.check(plan=plan)
+
+
+# kind, columns of a group, tokens, in, out
+WARPGROUPS = [
+    ("int4", 128, 9, 648, 224), ("int4", 32, 33, 392, 96), ("int4", 320, 81, 320, 96), ("int8", 64, 17, 264, 64),
+    ("e4m3", 128, 40, 392, 288),
+]
+
+
+@on_each_device
+@pytest.mark.parametrize("parts", [{"float32": True}, {"silu": True, "bias": True}, {"residual": True, "bias": True}])
+@pytest.mark.parametrize(("kind", "group", "tokens", "size", "rows"), WARPGROUPS)
+def test_warpgroups_multiply_with_every_plan(device, seed, kind, group, tokens, size, rows, parts):
+    """Sums of k groups and of splits, tiles and slabs that the matrix does not fill, several items of a block."""
+    product = Product(device, seed, tokens, matrix(np.random.default_rng(seed), kind, rows, size, group), **parts)
+    plans = quantized.wgmma_configs(tokens, product.weight, parts.get("silu", False), Card(10, 90))
+    plans += quantized.wgmma_configs(tokens, product.weight, parts.get("silu", False), Card(1, 90))
+    assert {plan.k_groups for plan in plans} >= ({1} if parts.get("silu") else {1, 3})
+    for plan in {(p.k_groups, min(p.splits, 2), p.blocks > p.tiles): p for p in plans}.values():
+        product.check(plan=plan)
 
 
 def test_a_batch_has_plans_on_every_card():

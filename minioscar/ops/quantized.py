@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..quantized import ROWS, RUN, Quantized
-from .launch import Card, Launch
-from .linear_batch import BATCH_TOKENS, MAX_STAGES, BatchPlan, Scratch, share_slabs
+from .launch import Card, Launch, TensorMap
+from .linear_batch import BATCH_TOKENS, MAX_STAGES, MAX_WGMMA_STAGES, BatchPlan, Scratch, share_slabs
 
 Array = Any
 
@@ -21,6 +21,7 @@ WARPS = 8  # of a block of quantized/linear.cu
 FEW, MAX_SLOTS = 2, 12
 HALVES = 114 * 1024, 112 * 1024  # bytes of a block that takes half of a multiprocessor, without and with a norm
 MOST_COLUMNS = 128  # whose sum is scaled at once
+WGMMA_ROWS = 192  # of a block of sm90/quantized_batch.cu, where its warpgroups do not split k
 ONE_GROUP = 31  # the shift of a column to its group where a row has one
 
 
@@ -151,8 +152,8 @@ def _stage_bytes(weight: Quantized, row_tiles: int, k_groups: int, slab_runs: in
     return _up(x + (0 if is_e4m3 else k_groups * folds * columns * 4))
 
 
-def _up(size: int) -> int:
-    return -(-size // 128) * 128
+def _up(size: int, unit: int = 128) -> int:
+    return -(-size // unit) * unit
 
 
 def _slab_clocks(weight: Quantized, row_tiles: int, k_groups: int, slab_runs: int, columns: int) -> float:
@@ -164,13 +165,90 @@ def _slab_clocks(weight: Quantized, row_tiles: int, k_groups: int, slab_runs: in
     return longest + (memory + x + products - longest) / 4
 
 
+@dataclass(frozen=True)
+class WgmmaCodesPlan:
+    """Tile config and split plan of sm90/quantized_batch.cu."""
+
+    columns: int  # of a block
+    column_blocks: int
+    k_groups: int
+    stages: int
+    shared: int
+    blocks: int
+    tiles: int
+    splits: int  # of k, each in another block; 1 where there are tiles enough
+    max_slabs: int  # of a block
+    slab_clocks: float
+
+    @property
+    def _tile_floats(self) -> int:
+        return WGMMA_ROWS // self.k_groups * self.columns
+
+    @property
+    def workspace_floats(self) -> int:
+        return self.column_blocks * self.blocks * self._tile_floats if self.splits > 1 else 0
+
+    @property
+    def counters(self) -> int:
+        return self.column_blocks * self.tiles * 12 // self.k_groups if self.splits > 1 else 0
+
+    @property
+    def cost(self) -> float:
+        """About clocks on an H200: of a block's slabs, and of partial sums, which the last block reads alone
+        (linear_batch.WgmmaPlan)."""
+        merging = 6000 + self.splits * self._tile_floats * 4 / 17 if self.splits > 1 else 0
+        return self.max_slabs * self.slab_clocks + merging
+
+
+def wgmma_configs(tokens: int, weight: Quantized, silu: bool, card: Card) -> list[WgmmaCodesPlan]:
+    """The fewest blocks of columns, and splits of k, at most a block a multiprocessor; with SILU one split."""
+    column_blocks = -(-tokens // (80 if _columns_at_once(weight, 2) > 32 else 64))  # as registers allow
+    columns, room = _up(-(-tokens // column_blocks), 16), max(card.multiprocessors // column_blocks, 1)
+    (rows, size), found = weight.shape, []
+    codes, folds = 12 * (1024 if weight.kind == "int4" else 2048), 2 * RUN // _columns_at_once(weight, 2)
+    for k_groups in (1,) if silu else (1, 3):
+        tiles, slabs = -(-rows // (WGMMA_ROWS // k_groups)), -(-size // (2 * RUN * k_groups))
+        stage_bytes = _up(codes + k_groups * (2 * RUN * 2 + folds * 4) * columns, 1024)
+        exchange = (6 if silu else 8 if k_groups > 1 else 0) * 32 * columns * 2  # sums on their way to other warps
+        stages = min((card.max_shared_bytes - exchange) // stage_bytes, MAX_WGMMA_STAGES)
+        for splits in range(1, 2 if silu else min(slabs, 8) + 1):
+            blocks = tiles * splits if splits > 1 else min(tiles, room)
+            if blocks <= room and stages >= 3:
+                most = -(-tiles * splits // blocks) * -(-slabs // splits)
+                shape = columns, column_blocks, k_groups, stages, stages * stage_bytes + exchange
+                clocks = _wgmma_clocks(codes * 1.06, k_groups, columns, blocks * column_blocks)
+                found.append(WgmmaCodesPlan(*shape, blocks, tiles, splits, most, clocks))
+    return found
+
+
+def _wgmma_clocks(codes: float, k_groups: int, columns: int, blocks: int) -> float:
+    """Of a slab on an H200: the longest of its bytes, at a share of the memory or of what L2 gives a multiprocessor,
+    its x out of L2 and its products, 32 clocks each at least; and a fourth of the others."""
+    l2 = (codes + k_groups * 2 * RUN * 2 * columns) / 64
+    memory, products = codes * blocks / (132 * 17.8), 24 * max(columns / 2, 32)
+    longest = max(memory, l2, products)
+    return longest + (memory + l2 + products - longest) / 4
+
+
+def uses_wgmma(plan: WgmmaCodesPlan, card: Card) -> bool:
+    """Whether sm90/quantized_batch.cu is faster: where its tiles, which are larger, keep a third of the card busy."""
+    return plan.blocks * plan.column_blocks * 3 >= card.multiprocessors
+
+
+CodesBatchPlan = CodesPlan | WgmmaCodesPlan
+
+
 @lru_cache(4096)
-def _batch_plan(tokens: int, kind: str, shape: tuple[int, int], group: int, silu: bool, card: Card) -> CodesPlan:
+def _batch_plan(tokens: int, kind: str, shape: tuple[int, int], group: int, silu: bool, card: Card) -> CodesBatchPlan:
     weight = Quantized(kind, shape, group)
+    if card.capability == 90:
+        plan = min(wgmma_configs(tokens, weight, silu, card), key=lambda plan: plan.cost)
+        if uses_wgmma(plan, card):
+            return plan
     return min(batch_configs(tokens, weight, silu, card), key=lambda plan: plan.cost)
 
 
-def batch_plan(tokens: int, weight: Quantized, silu: bool, card: Card) -> CodesPlan:
+def batch_plan(tokens: int, weight: Quantized, silu: bool, card: Card) -> CodesBatchPlan:
     """The cheapest. Raises ValueError for more than BATCH_TOKENS, and for matrices that `has_kernels` refuses."""
     if not 1 <= tokens <= BATCH_TOKENS or not has_kernels(weight, silu):
         shape = f"{tokens} tokens and a {'gate and up' if silu else 'matrix'} of {weight.shape}"
@@ -178,7 +256,7 @@ def batch_plan(tokens: int, weight: Quantized, silu: bool, card: Card) -> CodesP
     return _batch_plan(tokens, weight.kind, weight.shape, weight.group, silu, card)
 
 
-def possible_plans(tokens: int, shapes: Sequence[tuple[int, int, bool]], card: Card) -> list[CodesPlan]:
+def possible_plans(tokens: int, shapes: Sequence[tuple[int, int, bool]], card: Card) -> list[CodesBatchPlan]:
     """Of matrices of these shapes (in, out, silu) whose form is not known."""
     forms = ("int4", 128), ("int4", 32), ("int8", 64), ("e4m3", 128)
     weights = [(Quantized(kind, (n, k), group), silu) for kind, group in forms for k, n, silu in shapes]
@@ -186,17 +264,23 @@ def possible_plans(tokens: int, shapes: Sequence[tuple[int, int, bool]], card: C
 
 
 def linear_batch(
-    x: Array, weight: Quantized, out: Array, p: CodesPlan, scratch: Scratch, *, bias: Array | None = None,
+    x: Array, weight: Quantized, out: Array, p: CodesBatchPlan, scratch: Scratch, *, bias: Array | None = None,
     residual: Array | None = None, silu: bool = False,
 ) -> Launch:
     """As `linear`, for up to BATCH_TOKENS, already normed."""
     (tokens, size), rows = x.shape, weight.shape[0]
+    rest = *weight.arrays(), bias, residual, out, scratch.workspace, scratch.split_counter
+    numbers, grid = tuple(map(np.int32, (tokens, size, rows, shift(weight)))), (p.blocks, p.column_blocks)
+    to = f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    if isinstance(p, WgmmaCodesPlan):
+        shape = f"COLUMNS={p.columns}", f"K_GROUPS={p.k_groups}", f"STAGES={p.stages}"
+        defines = *shape, *_defines(weight), *to
+        args = (TensorMap(x, p.columns), *rest, *numbers, np.int32(p.splits))
+        return Launch("sm90/quantized_batch.cu", "linear_batch", defines, grid, 512, args, p.shared)
     shape = f"COLUMNS={p.columns}", f"ROW_TILES={p.row_tiles}", f"K_GROUPS={p.k_groups}", f"SLAB_RUNS={p.slab_runs}"
     kind = f"KIND={weight.kind.upper()}", f"GROUP={_columns_at_once(weight, p.slab_runs)}"
-    defines = *shape, f"STAGES={p.stages}", *kind, f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
-    numbers = map(np.int32, (tokens, size, rows, shift(weight), p.granularity))
-    args = (x, *weight.arrays(), bias, residual, out, scratch.workspace, scratch.split_counter, *numbers)
-    grid = p.blocks, p.column_blocks
+    args = (x, *rest, *numbers, np.int32(p.granularity))
+    defines = *shape, f"STAGES={p.stages}", *kind, *to
     return Launch("quantized/linear_batch.cu", "linear_batch", defines, grid, 256, args, p.shared)
 
 

@@ -77,14 +77,17 @@ DEVICE void add_x(float (&x_sum)[4], const uint4 (&b)[2], int s, bool first) {
 struct RowScales {
   float scale[2], zero[2];  // zero: of sums of x in the unit of even rows
 
-  // words: [group][16 rows], of e4m3 [group].
-  DEVICE void load(const unsigned char* words, int group, int r) {
-    const uint2 rows = HAS_ZERO ? *(const uint2*)(words + group * 64 + r * 8) : make_uint2(0, 0);
+  // rows: a word of each row; of e4m3 one of both.
+  DEVICE void set(uint2 rows) {
     UNROLL for (int i = 0; i < 2; i++) {
       const uint32_t of_row = i ? rows.y : rows.x;
-      scale[i] = HAS_ZERO ? low_f16(of_row) : *(const float*)(words + group * 4);
+      scale[i] = HAS_ZERO ? low_f16(of_row) : __uint_as_float(rows.x);
       zero[i] = HAS_ZERO ? high_f16(of_row) * (i ? unit<true>() / unit<false>() : 1.f) : 0.f;
     }
+  }
+  // words: [group][16 rows], of e4m3 [group].
+  DEVICE void load(const unsigned char* words, int group, int r) {
+    set(HAS_ZERO ? *(const uint2*)(words + group * 64 + r * 8) : make_uint2(*(const uint32_t*)(words + group * 4), 0));
   }
   // y += scale * (sum - zero * x_sum), x_sum: of two columns.
   DEVICE void add(float (&y)[4], const float (&sum)[4], float2 x_sum) const {
