@@ -82,7 +82,8 @@ class Product:
         self.residual = rng.normal(size=(tokens, self.width)).astype(BF16) if parts.get("residual") else None
 
     def run(
-        self, card: Card = SMALL, order: int = 0, tokens: int | None = None, plan: quantized.CodesBatchPlan | None = None
+        self, card: Card = SMALL, order: int = 0, tokens: int | None = None,
+        plan: quantized.CodesBatchPlan | None = None,
     ) -> np.ndarray:
         """tokens: the first ones alone. plan: of a batch (None: the one that it gets)."""
         device, x = self.device, self.x[:tokens]
@@ -221,11 +222,13 @@ def test_a_batch_has_plans_on_every_card():
     """Of 99 KiB of shared memory too, where slabs are shorter."""
     found = set()
     for kind, capability, tokens in itertools.product(BITS, (80, 89, 90), (9, 16, 48, 65, 128, 256)):
-        for size, rows, silu in ((4096, 6144, False), (12288, 4096, False), (4096, 24576, True)):
+        for size, rows, silu in ((4096, 6144, False), (12288, 4096, False), (4096, 24576, True), (1024, 512, False)):
             plan = quantized.batch_plan(tokens, Quantized(kind, (rows, size), 128), silu, Card(108, capability))
             assert plan.shared <= Card(108, capability).max_shared_bytes and plan.columns * plan.column_blocks >= tokens
-            found.add((plan.row_tiles, plan.k_groups, plan.slab_runs))
-    assert {plan[0] for plan in found} == {plan[2] for plan in found} == {1, 2}
+            wgmma = isinstance(plan, quantized.WgmmaCodesPlan)
+            assert wgmma <= (capability == 90) and (rows == 512 or wgmma == (capability == 90))
+            found.add((plan.k_groups,) if wgmma else (plan.row_tiles, plan.slab_runs))
+    assert found >= {(1,), (3,)} and {1, 2} == {n for p in found if len(p) > 1 for n in p}
 
 
 @on_each_device
