@@ -14,7 +14,7 @@ from minioscar.ops import quantized
 from minioscar.ops.launch import Card
 from minioscar.ops.linear import rms_norm
 from minioscar.ops.linear_batch import Scratch
-from minioscar.quantized import Quantized, from_plain
+from minioscar.quantized import Quantized, _halves, from_plain
 
 from .kernel_device import on_each_device, on_the_card
 from .test_cuda_backend import on_each_backend
@@ -113,9 +113,9 @@ class Product:
         if self.norm is not None:
             x = rounded(x / np.sqrt((x * x).mean(axis=1, keepdims=True) + EPS) * self.norm.astype(np.float64))
         y, size_of = x @ w.T, abs(x) @ self._code_sizes().T
-        # Float32 sums of codes times x, before zeros are taken off; and two numbers of the norm may be rounded to the
-        # other side than in float64, by 2^-8 of them at most.
-        error = 2.0**-20 * size_of
+        # Float32 sums of codes times x, before zeros are taken off; what tensor cores truncate; and two numbers of the
+        # norm may be rounded to the other side than in float64, by 2^-8 of them at most.
+        error = 2.0**-20 * size_of + self._truncated(abs(x))
         if self.norm is not None:
             error = error + 2 * 2.0**-8 * (abs(x).max(axis=1)[:, None] * abs(w).max(axis=1))
         if self.bias is not None:
@@ -129,6 +129,36 @@ class Product:
             y = y + self.residual.astype(np.float64)
             error = error + 2.0**-23 * abs(y)
         return y, error + (0 if self.parts.get("float32") else 2.0**-8 * abs(y))
+
+    def _truncated(self, x: np.ndarray) -> np.ndarray:
+        """What tensor cores may cut off, [tokens, rows]. x: sizes.
+
+        mma.m16n8k16 of compute capability 9.0 aligns its 16 products and the sum so far to the largest exponent, drops
+        what is beyond 25 bits of each of these 17, and cuts their sum to 24 bits; an operand that is subnormal counts
+        with the exponent of 2^-126 (Khattak and Mikaitis, Accurate Models of NVIDIA Tensor Cores, arXiv 2512.07004, and
+        the models beside it). So one takes at most 17 * 2^-25 of the largest addend and 2^-23 of the sum, and there is
+        one for each 16 columns. A code q is q * 2^-133, 16 times that in odd rows of int4, a number of e4m3 2^-120
+        times itself (codes.cuh); x is summed by the same instruction, with an operand that is normal.
+        """
+        weight, is_e4m3 = self.weight, self.weight.kind == "e4m3"
+        row_scale, group = weight.row_scale[: weight.shape[0], None].astype(np.float64), weight.group
+        if is_e4m3:
+            scale, zero = weight._spread(weight.scales[:, :, None]) * row_scale, np.zeros(weight.shape)
+        else:
+            halves = (half.view(np.float16).astype(np.float64) for half in _halves(weight.scales))
+            scale, zero = map(weight._spread, halves)
+            scale = scale * row_scale
+        codes, zeros = abs(weight.dequantize() + zero * scale), abs(zero * scale)
+        scale = abs(scale)
+        least = np.full(weight.shape[0], 2.0**-6 if is_e4m3 else 128.0)
+        least[1::2] /= 16 if weight.kind == "int4" else 1
+        found = np.zeros((len(x), weight.shape[0]))
+        for k in range(0, weight.shape[1], min(group, 128)):
+            of_x, of_codes = x[:, k : k + min(group, 128)], codes[:, k : k + min(group, 128)]
+            sums, x_sums = of_x @ of_codes.T, of_x.sum(axis=1)[:, None] * zeros[:, k]
+            largest = np.maximum(of_x.max(axis=1)[:, None] * (least * scale[:, k]), sums) + x_sums
+            found += -(-of_x.shape[1] // 16) * (17 * 2.0**-25 * largest + 2.0**-23 * (sums + x_sums))
+        return found
 
     def _code_sizes(self) -> np.ndarray:
         """(code + zero) * scale: the size of what is added up."""
@@ -144,6 +174,27 @@ class Product:
         y, error = self.exact()
         assert np.all(abs(got.astype(np.float64) - y) <= error)
         return got
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int4", 128), ("int4", 32), ("int8", 128), ("e4m3", 128)])
+def test_the_bound_of_a_product_shows_what_is_wrong(kind, group, seed):
+    """By little: weights rounded to BF16, eight columns left out, a code of int4 off by one."""
+    rng = np.random.default_rng(seed)
+    weight = matrix(rng, kind, 64, 640, group)
+    product = Product(None, seed, 4, weight, float32=True)
+    (y, error), w, x = product.exact(), weight.dequantize().astype(np.float64), product.x.astype(np.float64)
+    assert np.median(error / (abs(x) @ product._code_sizes().T)) < 2.0**-17
+    wrong = np.float64(x @ rounded(w).T), x[:, :-8] @ w[:, :-8].T
+    for found in wrong:
+        assert np.mean(abs(found - y) > error) > 0.5
+    shown = []
+    for at in rng.integers(0, weight.codes.size, 40) if kind == "int4" else ():
+        moved = weight.map(np.array)
+        moved.codes.flat[at] ^= 1
+        change = abs(x @ (moved.dequantize().astype(np.float64) - w).T)
+        row = change.max(axis=0).argmax()
+        shown += [change[0, row] > error[0, row]] if change.any() else []  # scales may be 0
+    assert kind != "int4" or (len(shown) > 10 and np.mean(shown) > 0.5)
 
 
 PARTS = [

@@ -66,12 +66,15 @@ DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint4 (&b)[2
   else
     mma_m16n8k16_bf16(sum, a[0], a[1], a[2], a[3], x[0], x[1]);
 }
-// Adds x of step s to its sums, in the layout and the units of a group's sums.
+// Adds x of step s to its sums, 128 times those that code 1 would give. Operand A is the least normal number: a tensor
+// core aligns a subnormal as if it were that, and would truncate products of code 1 seven bits higher.
 DEVICE void add_x(float (&x_sum)[4], const uint4 (&b)[2], int s, bool first) {
-  constexpr uint32_t ONE = 0x00010001u, ODD_ONE = KIND == INT4 ? ONE << 4 : ONE;
-  const uint32_t ones[4] = {ONE, ODD_ONE, ONE, ODD_ONE};
+  constexpr uint32_t ONE = 0x00800080u;
+  const uint32_t ones[4] = {ONE, ONE, ONE, ONE};
   multiply(x_sum, ones, b, s, first);
 }
+// Of two columns, as the sums of code 1 would be in even rows.
+DEVICE float2 sums_of_x(const float (&x_sum)[4]) { return make_float2(x_sum[0] / 128.f, x_sum[1] / 128.f); }
 
 // Scales and zeros of rows 2r and 2r + 1 of a group.
 struct RowScales {

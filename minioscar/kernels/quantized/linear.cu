@@ -123,7 +123,7 @@ DEVICE void multiply(float (&y)[BRANCHES][4], const unsigned char* slot, const u
         RowScales of_rows;
         const int fold = u * FOLDS + half * 32 / GROUP;
         of_rows.load(scales + t * SCALE_VECTORS * 16 + fold * (HAS_ZERO ? 64 : 16), 0, r);
-        of_rows.add(y[t], sum[u][t], HAS_ZERO ? make_float2(x_sum[u][0], x_sum[u][1]) : make_float2(0.f, 0.f));
+        of_rows.add(y[t], sum[u][t], HAS_ZERO ? sums_of_x(x_sum[u]) : make_float2(0.f, 0.f));
       }
   }
 }
