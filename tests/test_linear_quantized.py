@@ -183,17 +183,17 @@ def test_the_bound_of_a_product_shows_what_is_wrong(kind, group, seed):
     weight = matrix(rng, kind, 64, 640, group)
     product = Product(None, seed, 4, weight, float32=True)
     (y, error), w, x = product.exact(), weight.dequantize().astype(np.float64), product.x.astype(np.float64)
-    assert np.median(error / (abs(x) @ product._code_sizes().T)) < 2.0**-17
-    wrong = np.float64(x @ rounded(w).T), x[:, :-8] @ w[:, :-8].T
-    for found in wrong:
-        assert np.mean(abs(found - y) > error) > 0.5
+    exist = error > 0  # scales may be 0
+    assert np.all(error[exist] < 2.0**-15 * (abs(x) @ product._code_sizes().T)[exist])
+    for found in (x @ rounded(w).T, x[:, :-8] @ w[:, :-8].T) if exist.any() else ():
+        assert np.mean(abs(found - y)[exist] > error[exist]) > 0.5
     shown = []
     for at in rng.integers(0, weight.codes.size, 40) if kind == "int4" else ():
         moved = weight.map(np.array)
         moved.codes.flat[at] ^= 1
         change = abs(x @ (moved.dequantize().astype(np.float64) - w).T)
         row = change.max(axis=0).argmax()
-        shown += [change[0, row] > error[0, row]] if change.any() else []  # scales may be 0
+        shown += [change[0, row] > error[0, row]] if change.any() else []
     assert kind != "int4" or (len(shown) > 10 and np.mean(shown) > 0.5)
 
 
