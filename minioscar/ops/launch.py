@@ -56,7 +56,6 @@ class Launch:
     block: int
     args: tuple[Any, ...]
     shared: int = 0
-    halves: bool = False  # its blocks and those of the next launch share a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,8 @@ class TensorMap:
 
 
 @cache
-def kernel(file: str, name: str, defines: tuple[str, ...], halves: bool = False) -> Any:
-    """The compiled kernel, allowed all the dynamic shared memory that a block may have. halves: the driver would give a
-    kernel as much of the L1 cache as its own blocks need, which leaves no room for the next launch's."""
+def kernel(file: str, name: str, defines: tuple[str, ...]) -> Any:
+    """The compiled kernel, allowed all the dynamic shared memory that a block may have."""
     import cupy
     from cupy.cuda import nvrtc
 
@@ -78,8 +76,6 @@ def kernel(file: str, name: str, defines: tuple[str, ...], halves: bool = False)
     function = cupy.RawModule(path=str(path)).get_function(name)
     limit = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
     function.max_dynamic_shared_size_bytes = limit - function.shared_size_bytes
-    if halves:
-        function.preferred_shared_memory_carveout = 100  # per cent
     return function
 
 
@@ -139,7 +135,7 @@ class Recording:
 
 def run(launch: Launch) -> None:
     """On CuPy's current device and stream. Raises cupy's CUDADriverError where the card refuses it."""
-    function = kernel(launch.source, launch.name, launch.defines, launch.halves)
+    function = kernel(launch.source, launch.name, launch.defines)
     if Card.current().capability >= 90:
         _launch_overlapping(function.kernel.ptr, launch)
         return

@@ -17,56 +17,47 @@ from .linear_batch import BATCH_TOKENS, MAX_STAGES, MAX_WGMMA_STAGES, BatchPlan,
 Array = Any
 
 LINEAR_TOKENS = 8  # of quantized/linear.cu: the columns of an MMA
-WARPS = 8  # of a block of quantized/linear.cu
-FEW, MAX_SLOTS = 2, 12
-HALVES = 114 * 1024, 112 * 1024  # bytes of a block that takes half of a multiprocessor, without and with a norm
+WARPS, CHUNK = 16, 128  # of a block of quantized/linear.cu; columns that a warp has at a time
+FEW, MAX_SLOTS = 2, 6  # tokens; slots of a ring
 MOST_COLUMNS = 128  # whose sum is scaled at once
-WGMMA_ROWS = 192  # of a block of sm90/quantized_batch.cu, where its warpgroups do not split k
+WGMMA_ROWS = 192  # of a block of sm90/quantized_batch.cu
 ONE_GROUP = 31  # the shift of a column to its group where a row has one
 
 
 @dataclass(frozen=True)
 class VectorPlan:
-    """Chunks and rings of quantized/linear.cu."""
+    """Tiles and rings of quantized/linear.cu."""
 
-    runs: int  # of 64 columns, of a chunk
+    row_tiles: int  # of 16 rows (of gate and of up), of a pass
     slots: int  # chunks that a warp has in flight
     shared: int
-    halves: bool = False  # of a multiprocessor, for a block
 
 
 def vector_plan(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> VectorPlan | None:
-    """None where they do not fit. The weight alone decides `runs`, and with them the order of sums.
+    """None where they do not fit. Of 1 to FEW tokens, and of more, all have one number of slots if that is possible."""
+    branches, (rows, size) = 2 if silu else 1, weight.shape
+    tiles = -(-rows // (ROWS * branches))
 
-    Up to FEW tokens a block takes half of a multiprocessor, where launches overlap and one has room for two. Normed
-    launches follow one that adds a residual and the other way round: their halves are unequal, so that both fit, but
-    not two blocks of the larger one. After attention, whose blocks take a multiprocessor each and end one by one, two
-    blocks would begin where one has ended, and elsewhere none.
-    """
-    branches, size, codes = 2 if silu else 1, weight.shape[1], 512 if weight.kind == "int4" else 1024
-    runs = _chunk_runs(weight, silu)
-    of_tile = runs * codes + RUN * runs // _columns_at_once(weight, 2) * (16 if weight.kind == "e4m3" else 64)
-    sums = 2 * branches * WARPS * ROWS * LINEAR_TOKENS * 4
+    def used(n: int) -> float:  # of the card, by n tiles a pass
+        passes = -(-tiles // n)
+        return tiles / (-(-passes // card.multiprocessors) * card.multiprocessors * n)
+
+    most = 3 if weight.kind == "int4" and not silu else 1  # of 8 bits fewer slots would fit
+    row_tiles = max(range(1, most + 1), key=lambda n: (round(used(n), 2), n))
+    codes, folds = 1024 if weight.kind == "int4" else 2048, CHUNK // _columns_at_once(weight, 2)
+    of_pass = row_tiles * branches * (codes + folds * (16 if weight.kind == "e4m3" else 64))
+    sums = 2 * row_tiles * branches * WARPS * ROWS * LINEAR_TOKENS * 4
 
     def shared(slots: int, tokens: int) -> int:
-        x = tokens * (_up(2 * size) + 64) if norm else WARPS * slots * tokens * runs * RUN * 2
-        return sums + WARPS * slots * branches * of_tile + x
+        x = tokens * (2 * _up(size, CHUNK) + 64) if norm else WARPS * slots * tokens * CHUNK * 2
+        return sums + WARPS * slots * of_pass + x
 
-    def slots(budget: int, tokens: int) -> int:
-        return max((n for n in range(MAX_SLOTS + 1) if shared(n, tokens) <= budget), default=0)
+    def slots(tokens: int) -> int:
+        return max((n for n in range(MAX_SLOTS + 1) if shared(n, tokens) <= card.max_shared_bytes), default=0)
 
-    halves = card.capability >= 90 and card.max_shared_bytes >= sum(HALVES)
-    if tokens <= FEW and halves and (found := slots(HALVES[norm], FEW)) >= 2:
-        return VectorPlan(runs, found, HALVES[norm], True)
-    most = slots(card.max_shared_bytes, LINEAR_TOKENS)
-    most = most if most >= 4 else slots(card.max_shared_bytes, tokens)  # else the same for any number of tokens
-    return VectorPlan(runs, most, shared(most, tokens)) if most >= 2 else None
-
-
-def _chunk_runs(weight: Quantized, silu: bool) -> int:
-    """Four, whose products are two chains; two where gate and up are, codes are long, or warps would have none."""
-    runs = -(-weight.shape[1] // RUN)
-    return 4 if weight.kind == "int4" and not silu and runs >= 0.6 * 4 * WARPS * -(-runs // (4 * WARPS)) else 2
+    found = slots(FEW if tokens <= FEW else LINEAR_TOKENS)
+    found = found if found >= 2 else slots(tokens)
+    return VectorPlan(row_tiles, found, shared(found, tokens)) if found else None
 
 
 def fits(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> bool:
@@ -93,13 +84,13 @@ def linear(
     if plan is None or not fits(tokens, weight, normed, silu, card):
         where = f"a card of capability {card.capability / 10}"
         raise ValueError(f"{tokens} tokens of {size} numbers do not fit quantized/linear.cu on {where}")
-    blocks = min(-(-rows // (ROWS * (2 if silu else 1))), card.multiprocessors)
+    blocks = min(-(-rows // (ROWS * plan.row_tiles * (2 if silu else 1))), card.multiprocessors)
     weights, eps = norm or (None, 0.0)
     numbers = *map(np.int32, (tokens, size, rows, shift(weight))), np.float32(eps)
     args = (x, weights, *weight.arrays(), bias, residual, out, *numbers)
-    shape = f"NORM={normed:d}", f"RUNS={plan.runs}", f"SLOTS={plan.slots}", *_defines(weight)
+    shape = f"NORM={normed:d}", f"ROW_TILES={plan.row_tiles}", f"SLOTS={plan.slots}", *_defines(weight)
     defines = *shape, f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
-    return Launch("quantized/linear.cu", "linear", defines, (blocks,), 32 * WARPS, args, plan.shared, plan.halves)
+    return Launch("quantized/linear.cu", "linear", defines, (blocks,), 32 * WARPS, args, plan.shared)
 
 
 @dataclass(frozen=True)
@@ -171,7 +162,6 @@ class WgmmaCodesPlan:
 
     columns: int  # of a block
     column_blocks: int
-    k_groups: int
     stages: int
     shared: int
     blocks: int
@@ -181,58 +171,44 @@ class WgmmaCodesPlan:
     slab_clocks: float
 
     @property
-    def _tile_floats(self) -> int:
-        return WGMMA_ROWS // self.k_groups * self.columns
-
-    @property
     def workspace_floats(self) -> int:
-        return self.column_blocks * self.blocks * self._tile_floats if self.splits > 1 else 0
+        return self.column_blocks * self.blocks * WGMMA_ROWS * self.columns if self.splits > 1 else 0
 
     @property
     def counters(self) -> int:
-        return self.column_blocks * self.tiles * 12 // self.k_groups if self.splits > 1 else 0
+        return self.column_blocks * self.tiles * 12 if self.splits > 1 else 0
 
     @property
     def cost(self) -> float:
-        """About clocks on an H200: of a block's slabs, and of partial sums, which the last block reads alone
-        (linear_batch.WgmmaPlan)."""
-        merging = 6000 + self.splits * self._tile_floats * 4 / 17 if self.splits > 1 else 0
+        """About clocks on an H200: of a block's slabs, and of partial sums, which the last block reads alone: 1.1 us
+        and, of 48 tokens, 1.2 us for each split."""
+        merging = 2000 + self.splits * WGMMA_ROWS * self.columns * 4 / 18 if self.splits > 1 else 0
         return self.max_slabs * self.slab_clocks + merging
 
 
 def wgmma_configs(tokens: int, weight: Quantized, silu: bool, card: Card) -> list[WgmmaCodesPlan]:
     """The fewest blocks of columns, and splits of k, at most a block a multiprocessor; with SILU one split."""
-    column_blocks = -(-tokens // (80 if _columns_at_once(weight, 2) > 32 else 64))  # as registers allow
+    column_blocks = -(-tokens // 80)  # as registers allow
     columns, room = _up(-(-tokens // column_blocks), 16), max(card.multiprocessors // column_blocks, 1)
-    (rows, size), found = weight.shape, []
-    codes, folds = 12 * (1024 if weight.kind == "int4" else 2048), 2 * RUN // _columns_at_once(weight, 2)
-    for k_groups in (1,) if silu else (1, 3):
-        tiles, slabs = -(-rows // (WGMMA_ROWS // k_groups)), -(-size // (2 * RUN * k_groups))
-        stage_bytes = _up(codes + k_groups * (2 * RUN * 2 + folds * 4) * columns, 1024)
-        exchange = (6 if silu else 8 if k_groups > 1 else 0) * 32 * columns * 2  # sums on their way to other warps
-        stages = min((card.max_shared_bytes - exchange) // stage_bytes, MAX_WGMMA_STAGES)
-        for splits in range(1, 2 if silu else min(slabs, 8) + 1):
-            blocks = tiles * splits if splits > 1 else min(tiles, room)
-            if blocks <= room and stages >= 3:
-                most = -(-tiles * splits // blocks) * -(-slabs // splits)
-                shape = columns, column_blocks, k_groups, stages, stages * stage_bytes + exchange
-                clocks = _wgmma_clocks(codes * 1.06, k_groups, columns, blocks * column_blocks)
-                found.append(WgmmaCodesPlan(*shape, blocks, tiles, splits, most, clocks))
+    rows, size = weight.shape
+    tiles, slabs, found = -(-rows // WGMMA_ROWS), -(-size // CHUNK), []
+    codes, x = 12 * (1024 if weight.kind == "int4" else 2048), 2 * CHUNK * columns
+    stage_bytes = _up(codes + x + CHUNK // _columns_at_once(weight, 2) * columns * 4, 1024)
+    exchange = 6 * 64 * columns if silu else 0  # sums of up, on their way to gate
+    stages = min((card.max_shared_bytes - exchange) // stage_bytes, MAX_WGMMA_STAGES)
+    for splits in range(1, 2 if silu else min(slabs, 8) + 1):
+        blocks = tiles * splits if splits > 1 else min(tiles, room)
+        if blocks <= room:
+            most = -(-tiles * splits // blocks) * -(-slabs // splits)
+            shape = columns, column_blocks, stages, stages * stage_bytes + exchange
+            clocks = max(codes * 1.06 * blocks * column_blocks / (132 * 17.8), (codes + x) / 64, 12 * columns + 500)
+            found.append(WgmmaCodesPlan(*shape, blocks, tiles, splits, most, clocks))
     return found
 
 
-def _wgmma_clocks(codes: float, k_groups: int, columns: int, blocks: int) -> float:
-    """Of a slab on an H200: the longest of its bytes, at a share of the memory or of what L2 gives a multiprocessor,
-    its x out of L2 and its products, 32 clocks each at least; and a fourth of the others."""
-    l2 = (codes + k_groups * 2 * RUN * 2 * columns) / 64
-    memory, products = codes * blocks / (132 * 17.8), 24 * max(columns / 2, 32)
-    longest = max(memory, l2, products)
-    return longest + (memory + l2 + products - longest) / 4
-
-
 def uses_wgmma(plan: WgmmaCodesPlan, card: Card) -> bool:
-    """Whether sm90/quantized_batch.cu is faster: where its tiles, which are larger, keep a third of the card busy."""
-    return plan.blocks * plan.column_blocks * 3 >= card.multiprocessors
+    """Whether sm90/quantized_batch.cu is faster: where its tiles, which are larger, keep half of the card busy."""
+    return plan.blocks * plan.column_blocks * 2 >= card.multiprocessors
 
 
 CodesBatchPlan = CodesPlan | WgmmaCodesPlan
@@ -241,7 +217,7 @@ CodesBatchPlan = CodesPlan | WgmmaCodesPlan
 @lru_cache(4096)
 def _batch_plan(tokens: int, kind: str, shape: tuple[int, int], group: int, silu: bool, card: Card) -> CodesBatchPlan:
     weight = Quantized(kind, shape, group)
-    if card.capability == 90:
+    if card.capability == 90 and _columns_at_once(weight, 2) > 32:  # scales of smaller groups need more registers
         plan = min(wgmma_configs(tokens, weight, silu, card), key=lambda plan: plan.cost)
         if uses_wgmma(plan, card):
             return plan
@@ -273,8 +249,7 @@ def linear_batch(
     numbers, grid = tuple(map(np.int32, (tokens, size, rows, shift(weight)))), (p.blocks, p.column_blocks)
     to = f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
     if isinstance(p, WgmmaCodesPlan):
-        shape = f"COLUMNS={p.columns}", f"K_GROUPS={p.k_groups}", f"STAGES={p.stages}"
-        defines = *shape, *_defines(weight), *to
+        defines = f"COLUMNS={p.columns}", f"STAGES={p.stages}", *_defines(weight), *to
         args = (TensorMap(x, p.columns), *rest, *numbers, np.int32(p.splits))
         return Launch("sm90/quantized_batch.cu", "linear_batch", defines, grid, 512, args, p.shared)
     shape = f"COLUMNS={p.columns}", f"ROW_TILES={p.row_tiles}", f"K_GROUPS={p.k_groups}", f"SLAB_RUNS={p.slab_runs}"

@@ -8,144 +8,142 @@
 // [M][N / 2] = silu(gate) * up. Float32 inside, zeros and scales applied to the sums of groups; rounded once at the
 // end. K alone decides the order of sums.
 //
-// The time is that of the weights, 4.25 or 8.25 bits each (groups of 128), read once for all tokens. A block has a
-// tile of 16 rows (of gate and of up) at a time; its warps split k, a chunk of RUNS * 64 each in rotation, and their
-// sums meet in shared memory. Each warp copies its chunks, codes and scales and without NORM x too, into a ring of its
-// own in shared memory, SLOTS of them ahead, across the ends of tiles: no block waits for its copies together. Normed,
-// x' is in shared memory once, rows 64 B past a line apart (linear.cu).
+// The time is that of the weights, 4.25 or 8.25 bits each (groups of 128), read once for all tokens. A block has
+// ROW_TILES * 16 rows (of gate and of up) at a time; its warps split k, a chunk of 128 each in rotation, and their sums
+// meet in shared memory. Each warp copies its chunks, codes and scales and without NORM x too, into a ring of its own in
+// shared memory, SLOTS of them ahead, from before the previous launch has ended and across the ends of passes: no block
+// waits for its copies together. Normed, x' is in shared memory once, rows 64 B past a line apart (linear.cu).
 //
-// What a launch cannot do at the memory's rate is its start and its end: x of the one before, the norm, the last
-// sums. So a block takes half of a multiprocessor (quantized.shared_bytes), and lets the next launch begin when its
-// own last copies are under way: that one's first SLOTS chunks are copied meanwhile.
+// A product waits for the one before it in its sum, so that a warp alone takes as long for a chunk as the memory for
+// those of two: there are 16 warps, and the tiles of a chunk are products side by side. Instructions of a warp for 16
+// rows and 128 k in 4 bits, groups of 128: 40 conversions (two clocks of a pipe each), 8 MMA, 20 for copies, loads and
+// the fold, and a TILES-th of 30 for x and its sums; an H200 has 244 issue slots in the time of their 1,088 bytes.
+// grid: any number of blocks, WARPS * 32 threads, one block a multiprocessor; dynamic shared memory: two passes' sums,
+// with NORM M rows of x', rings.
 //
-// Two chains of products run side by side in a warp, of two halves of a chunk or of gate and up, since each product
-// waits for the one before it in its chain. Instructions of a warp for 16 rows and 128 k in 4 bits, groups of 128:
-// 40 conversions, 16 MMA (8 sum x), 30 for copies, loads and the fold; an H200 has 244 issue slots in the time of
-// their 1,088 bytes.
-// grid: any number of blocks, WARPS * 32 threads; dynamic shared memory: two tiles' sums, with NORM M rows of x', rings.
-//
-// Set by -D: NORM, RUNS (2; without SILU also 4), SLOTS, GROUP (k whose sum is scaled at once: 32, 64, 128), KIND, and
-// the macros of linear.cuh.
-constexpr int WARPS = 8;
+// Set by -D: NORM, ROW_TILES, SLOTS, GROUP (k whose sum is scaled at once: 32, 64, 128), KIND, and the macros of
+// linear.cuh.
+constexpr int WARPS = 16;
 #include "../linear_vector.cuh"
 #include "codes.cuh"
 
-constexpr int CHAINS = RUNS / 2, FOLDS = 128 / GROUP;        // of products of a tile, side by side; of a chain
-constexpr int CODE_BYTES = RUNS * TILE_VECTORS * 16;         // of 16 rows of a chunk
-constexpr int SCALE_VECTORS = CHAINS * FOLDS * (HAS_ZERO ? 4 : 1);  // of 16 rows; of e4m3 a group has 4 bytes of one
-constexpr int X_OFFSET = BRANCHES * (CODE_BYTES + SCALE_VECTORS * 16);  // of a slot
-constexpr int TILE_SUMS = WARPS * BRANCHES * 16 * COLUMNS;
-static_assert(RUNS % 2 == 0 && 128 % GROUP == 0, "a chain has whole groups");
+constexpr int CHUNK = 128, RUNS = CHUNK / 64, FOLDS = CHUNK / GROUP;        // k; runs of 64 and groups of a chunk
+constexpr int TILES = ROW_TILES * BRANCHES, ROWS = ROW_TILES * 16;          // tiles of 16 rows of a pass; its outputs
+constexpr int CODE_BYTES = RUNS * TILE_VECTORS * 16;                        // of 16 rows of a chunk
+constexpr int SCALE_VECTORS = FOLDS * (HAS_ZERO ? 4 : 1), SCALE_BYTES = SCALE_VECTORS * 16;  // e4m3: 4 bytes of one
+constexpr int SCALE_OFFSET = TILES * CODE_BYTES, X_OFFSET = SCALE_OFFSET + TILES * SCALE_BYTES;  // of a slot
+constexpr int PASS_SUMS = WARPS * TILES * 16 * COLUMNS;
 
-// The next chunk that a warp copies. Whatever is past the end is not read.
+// The next chunk that a warp copies. Tiles past the end repeat the last one; their results are discarded.
 struct Copies {
   const uint4* codes;
   const uint32_t* scales;
   const bf16* x;
-  int rows, K, shift, tokens, tile, chunk;  // shift: a group has 2^shift columns
+  int rows, K, shift, tokens, pass, chunk;  // shift: a group has 2^shift columns
+  uint32_t tile[TILES];
 
-  DEVICE int chunks() const { return (K + RUNS * 64 - 1) / (RUNS * 64); }
-  DEVICE bool exist() const { return tile * 16 < rows && chunk < chunks(); }
-  DEVICE void advance() {
-    if ((chunk += WARPS) < chunks()) return;
+  DEVICE int chunks() const { return (K + CHUNK - 1) / CHUNK; }
+  DEVICE bool exist() const { return pass * ROWS < rows && chunk < chunks(); }
+  DEVICE void seek(int new_pass) {
+    const int tiles = (rows + 15) / 16;
+    pass = new_pass;
     chunk = threadIdx.x / 32;
-    tile += gridDim.x;
+    UNROLL for (int t = 0; t < TILES; t++)
+      tile[t] = t / ROW_TILES * tiles + min(pass * ROW_TILES + t % ROW_TILES, tiles - 1);
+  }
+  DEVICE void advance() {
+    chunk += WARPS;
+    if (chunk >= chunks()) seek(pass + gridDim.x);
   }
   DEVICE void copy_codes(unsigned char* slot) const {
-    const int lane = threadIdx.x % 32, tiles = (rows + 15) / 16, runs = (K + 63) / 64, run = chunk * RUNS;
-    UNROLL for (int t = 0; t < BRANCHES; t++) {
-      const uint4* from = codes + ((uint32_t)(t * tiles + tile) * runs + run) * TILE_VECTORS + lane;
+    const int lane = threadIdx.x % 32, runs = (K + 63) / 64, run = chunk * RUNS;
+    UNROLL for (int t = 0; t < TILES; t++) {
+      const uint4* from = codes + (tile[t] * runs + run) * TILE_VECTORS + lane;
       UNROLL for (int j = 0; j < RUNS; j++)
         UNROLL for (int i = 0; i < LOADS; i++)
-          cp_async_16_or_zero<false>(slot + t * CODE_BYTES + (j * TILE_VECTORS + 32 * i + lane) * 16,
-                                     from + j * TILE_VECTORS + 32 * i, run + j < runs);
+          cp_async_16_or_zero<true>(slot + t * CODE_BYTES + (j * TILE_VECTORS + 32 * i + lane) * 16,
+                                    from + j * TILE_VECTORS + 32 * i, run + j < runs);
     }
+    const int fold = HAS_ZERO ? lane / 4 : lane, k = chunk * CHUNK + fold * GROUP, groups = ((K - 1) >> shift) + 1;
     if (lane >= SCALE_VECTORS) return;
-    const int fold = HAS_ZERO ? lane / 4 : lane, k = chunk * RUNS * 64 + fold * GROUP, groups = ((K - 1) >> shift) + 1;
-    UNROLL for (int t = 0; t < BRANCHES; t++) {
-      unsigned char* to = slot + BRANCHES * CODE_BYTES + (t * SCALE_VECTORS + lane) * 16;
-      const uint32_t group = (t * tiles + tile) * groups + (k >> shift);
+    UNROLL for (int t = 0; t < TILES; t++) {
+      unsigned char* to = slot + SCALE_OFFSET + t * SCALE_BYTES + lane * 16;
+      const uint32_t group = tile[t] * groups + (k >> shift);
       if (HAS_ZERO)
         cp_async_16_or_zero<false>(to, scales + group * (size_t)16 + lane % 4 * 4, k < K);
       else
         cp_async_4_or_zero(to, scales + group, k < K);
     }
   }
-  // Rows of RUNS * 64 numbers; 16-byte vector v of row m is at v ^ 4 (m % 2): the 8 lanes of a phase that load operand
-  // B, of two rows, are in different banks.
+  // Rows of CHUNK numbers; 16-byte vector v of row m is at v ^ 4 (m % 2): the 8 lanes of a phase that load operand B,
+  // of two rows, are in different banks.
   DEVICE void copy_x(unsigned char* slot) const {
-    constexpr int VECTORS = RUNS * 8;
+    constexpr int VECTORS = CHUNK / 8;
     for (int i = threadIdx.x % 32; i < tokens * VECTORS; i += 32) {
-      const int m = i / VECTORS, v = i % VECTORS, k = chunk * RUNS * 64 + 8 * v;
+      const int m = i / VECTORS, v = i % VECTORS, k = chunk * CHUNK + 8 * v;
       cp_async_16_or_zero<false>(slot + X_OFFSET + m * VECTORS * 16 + (v ^ m % 2 * 4) * 16, x + (size_t)m * K + k, k < K);
     }
   }
 };
 
-// y += a chunk: its codes, of each group a sum, times x. own_x: of this lane's token, 8c ... of the chunk's first
-// columns, null where there is no such token; columns: of K, from there on.
-DEVICE void multiply(float (&y)[BRANCHES][4], const unsigned char* slot, const unsigned char* own_x, int swizzle,
-                     int columns) {
+// y += a chunk: its codes, of each group a sum, times x. own_x: 8c ... of the chunk's first columns, of this lane's
+// token; lanes of tokens that do not exist have another one's, and their results are discarded.
+DEVICE void multiply(float (&y)[TILES][4], const unsigned char* slot, const unsigned char* own_x, int swizzle) {
   const int lane = threadIdx.x % 32, r = lane / 4;
-  const unsigned char* scales = slot + BRANCHES * CODE_BYTES;
-  float sum[CHAINS][BRANCHES][4], x_sum[CHAINS][4];  // of a group
-  UNROLL for (int half = 0; half < 4; half++) {      // 32 k of a chain: two steps
-    uint4 b[CHAINS];
-    UNROLL for (int u = 0; u < CHAINS; u++) {
-      const int k = u * 128 + half * 32;
-      const bool exists = own_x && k < columns;
-      const uint4 v = exists ? *(const uint4*)(own_x + ((2 * k) ^ swizzle)) : make_uint4(0, 0, 0, 0);
-      b[u] = NORM ? v : ScaledX()(v);
-    }
-    uint4 w[CHAINS][BRANCHES][LOADS];
-    UNROLL for (int u = 0; u < CHAINS; u++)
-      UNROLL for (int t = 0; t < BRANCHES; t++)
-        UNROLL for (int i = 0; i < LOADS; i++) {
-          const int run = 2 * u + half / 2, at = run * TILE_VECTORS + (LOADS == 1 ? 0 : half % 2 * 32) + lane;
-          w[u][t][i] = *(const uint4*)(slot + t * CODE_BYTES + at * 16);
-        }
+  float sum[TILES][4], x_sum[4];                     // of a group
+  UNROLL for (int half = 0; half < 2 * RUNS; half++) {  // 32 k: two steps
+    const uint4 loaded = *(const uint4*)(own_x + ((64 * half) ^ swizzle)), b = NORM ? loaded : ScaledX()(loaded);
+    const uint4 both[2] = {b, b};
+    uint4 w[TILES][LOADS];
+    UNROLL for (int t = 0; t < TILES; t++)
+      UNROLL for (int i = 0; i < LOADS; i++) {
+        const int at = half / 2 * TILE_VECTORS + (LOADS == 1 ? 0 : half % 2 * 32) + lane;
+        w[t][i] = *(const uint4*)(slot + t * CODE_BYTES + at * 16);
+      }
     UNROLL for (int s = 0; s < 2; s++) {
       const int step = half % 2 * 2 + s;
       const bool begins = (half * 32 + s * 16) % GROUP == 0;
-      UNROLL for (int u = 0; u < CHAINS; u++) {
-        const uint4 both[2] = {b[u], b[u]};
-        if (HAS_ZERO) add_x(x_sum[u], both, step, begins);
-        UNROLL for (int t = 0; t < BRANCHES; t++) {
-          uint32_t a[4];
-          operand(a, w[u][t], step);
-          multiply(sum[u][t], a, both, step, begins);
-        }
+      if (HAS_ZERO) add_x(x_sum, both, step, begins);
+      UNROLL for (int t = 0; t < TILES; t++) {
+        uint32_t a[4];
+        operand(a, w[t], step);
+        multiply(sum[t], a, both, step, begins);
       }
     }
     if ((half + 1) * 32 % GROUP != 0) continue;
-    UNROLL for (int u = 0; u < CHAINS; u++)
-      UNROLL for (int t = 0; t < BRANCHES; t++) {
-        RowScales of_rows;
-        const int fold = u * FOLDS + half * 32 / GROUP;
-        of_rows.load(scales + t * SCALE_VECTORS * 16 + fold * (HAS_ZERO ? 64 : 16), 0, r);
-        of_rows.add(y[t], sum[u][t], HAS_ZERO ? sums_of_x(x_sum[u]) : make_float2(0.f, 0.f));
-      }
+    UNROLL for (int t = 0; t < TILES; t++) {
+      RowScales of_rows;
+      of_rows.load(slot + SCALE_OFFSET + t * SCALE_BYTES + half * 32 / GROUP * (HAS_ZERO ? 64 : 16), 0, r);
+      of_rows.add(y[t], sum[t], HAS_ZERO ? sums_of_x(x_sum) : make_float2(0.f, 0.f));
+    }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     linear(const bf16* x, const bf16* norm, const uint4* codes, const uint32_t* scales, const float* row_scale,
            const bf16* bias, const bf16* residual, Output* out, int tokens, int K, int N, int shift, float eps) {
   extern __shared__ __align__(128) unsigned char smem[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  const int rows = N / BRANCHES, stride = (K * 2 + 127) / 128 * 128 + 64;
-  const int slot_bytes = X_OFFSET + (NORM ? 0 : tokens * RUNS * 128);
-  float* sum_buffers = (float*)smem;  // [2][WARPS][BRANCHES][16][COLUMNS]
-  unsigned char* normed = smem + 2 * TILE_SUMS * 4;
+  const int rows = N / BRANCHES, stride = (K + CHUNK - 1) / CHUNK * CHUNK * 2 + 64;
+  const int slot_bytes = X_OFFSET + (NORM ? 0 : tokens * CHUNK * 2);
+  float* sum_buffers = (float*)smem;  // [2][WARPS][BRANCHES][ROWS][COLUMNS]
+  unsigned char* normed = smem + 2 * PASS_SUMS * 4;
   unsigned char* ring = normed + (NORM ? tokens * stride : 0) + warp * SLOTS * slot_bytes;
-  Copies next = {codes, scales, x, rows, K, shift, tokens, (int)blockIdx.x, warp}, first = next;
+  Copies next = {codes, scales, x, rows, K, shift, tokens, 0, 0, {}};
+  next.seek(blockIdx.x);
+  Copies first = next;
   for (int i = 0; i < SLOTS; i++, next.advance()) {
     if (next.exist()) next.copy_codes(ring + i * slot_bytes);
     if (NORM) cp_async_commit();
   }
   uint4 norm_first = make_uint4(0, 0, 0, 0);
-  if (NORM) load_once(norm_first, norm + 8 * threadIdx.x, threadIdx.x < K / 8);
-  wait_for_previous();
+  if (NORM) {
+    load_once(norm_first, norm + 8 * threadIdx.x, threadIdx.x < K / 8);
+    const int row_end = K / 8, missing = (stride - 64) / 16 - row_end;  // 16-byte vectors that no k fills
+    for (int i = threadIdx.x; i < tokens * missing; i += THREADS)
+      *(uint4*)(normed + i / missing * stride + (row_end + i % missing) * 16) = make_uint4(0, 0, 0, 0);
+  }
+  wait_then_allow_next();
   if (NORM) {
     norm_x(normed, stride, sum_buffers, x, norm, norm_first, eps, tokens, K, ScaledX());
   } else {
@@ -154,27 +152,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       cp_async_commit();
     }
   }
-  const unsigned char* token = normed + r * stride + 16 * c;  // this lane's
-  const int swizzle = NORM ? 0 : r % 2 * 64;
+  const int m = min(r, tokens - 1), swizzle = NORM ? 0 : m % 2 * 64;
   int slot = 0;
   bool odd = false;
-  for (int tile = blockIdx.x; tile * 16 < rows; tile += gridDim.x, odd = !odd) {
-    // Two buffers: a tile's sums are read while the next ones are written; a barrier comes before the ones after that.
-    float* sums = sum_buffers + odd * TILE_SUMS;
-    OwnOutput<16> own;
-    own.begin(threadIdx.x, tile * 16, tokens, rows, bias, residual);
-    float row_scales[BRANCHES], y[BRANCHES][4];
+  for (int pass = blockIdx.x; pass * ROWS < rows; pass += gridDim.x, odd = !odd) {
+    // Two buffers: a pass's sums are read while the next ones are written; a barrier comes before the ones after that.
+    float* sums = sum_buffers + odd * PASS_SUMS;
+    OwnOutput<ROWS> own;
+    own.begin(threadIdx.x, pass * ROWS, tokens, rows, bias, residual);
+    float row_scales[BRANCHES], y[TILES][4];
     UNROLL for (int t = 0; t < BRANCHES; t++)
       row_scales[t] = own.exists ? to_result(row_scale[t * rows + own.n], own.n % 2) : 0.f;
     clear(y);
     for (int chunk = warp; chunk < next.chunks(); chunk += WARPS) {
-      if (!next.exist()) allow_next();
       cp_async_wait<SLOTS - 1>();
       __syncwarp();  // scales and x, which other lanes have copied
       unsigned char* from = ring + slot * slot_bytes;
-      const int k = chunk * RUNS * 64;
-      const unsigned char* own_x = NORM ? token + 2 * k : from + X_OFFSET + r * RUNS * 128 + 16 * c;
-      multiply(y, from, r < tokens ? own_x : nullptr, swizzle, K - k - 8 * c);
+      multiply(y, from, (NORM ? normed + m * stride + chunk * CHUNK * 2 : from + X_OFFSET + m * CHUNK * 2) + 16 * c,
+               swizzle);
       __syncwarp();  // all lanes are done with the slot
       if (next.exist()) {
         next.copy_codes(from);
@@ -184,9 +179,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       next.advance();
       slot = slot + 1 == SLOTS ? 0 : slot + 1;
     }
-    UNROLL for (int t = 0; t < BRANCHES; t++)
+    UNROLL for (int t = 0; t < TILES; t++)
       UNROLL for (int i = 0; i < 2; i++) {
-        float* pair = sums + ((warp * BRANCHES + t) * 16 + 2 * r + i) * COLUMNS + 2 * c;
+        float* pair = sums + ((warp * TILES + t) * 16 + 2 * r + i) * COLUMNS + 2 * c;
         *(float2*)pair = make_float2(y[t][2 * i], y[t][2 * i + 1]);
       }
     __syncthreads();

@@ -6,11 +6,10 @@
 // inside, zeros and scales applied to the sums of groups; rounded once at the end.
 //
 // A block has COLUMNS tokens and ROWS rows: a tile of 16 for each warp of three warpgroups (SILU: two warps of a
-// warpgroup have gate, two have up), which is operand a of wgmma, in registers. With K_GROUPS 3 the warpgroups have the
-// same 64 rows and split k, which leaves fewer sums of other blocks to add. x is operand b, in shared memory. The warps
-// of a fourth warpgroup feed them, slabs of 128 k (of each of K_GROUPS) in STAGES stages:
-//   full      one thread's copies have landed: codes, a kilobyte a tile in 4 bits, and two boxes of x, 64 k each. Codes
-//             of the first slabs are copied from before the previous launch has ended.
+// warpgroup have gate, two have up), which is operand a of wgmma, in registers. Each warp copies its own codes, lane by
+// lane, STAGES slabs of 128 k ahead, from before the previous launch has ended. x is operand b, in shared memory. The
+// warps of a fourth warpgroup feed it, in as many stages:
+//   full      one thread's copies of a slab of x have landed, two boxes of 64 k
 //   prepared  three warps have multiplied x by 2^100 (codes.cuh), put it into the order of k that codes have, and
 //             added up its groups
 //   empty     all products of the stage are done
@@ -18,11 +17,11 @@
 // 16s + 8p + 2c + {0, 1}: the four words of four vectors of x are transposed.
 //
 // Work items, splits of k and their sums as in sm90/linear_batch.cu; with SILU k is not split. grid (blocks, blocks of
-// columns), 512 threads; dynamic shared memory: STAGES stages, then sums on their way to other warps (up, k groups).
-// Reads the weights once for each block of columns.
+// columns), 512 threads; dynamic shared memory: STAGES stages, with SILU the sums of up. Reads the weights once for each
+// block of columns.
 //
-// Set by -D: COLUMNS (a multiple of 16 up to 80, as registers allow), K_GROUPS (1 or 3; 1 with SILU), STAGES, GROUP (k
-// whose sum is scaled at once: 32, 64, 128), KIND, and the macros of linear.cuh.
+// Set by -D: COLUMNS (a multiple of 16 up to 80, as registers allow), STAGES, GROUP (k whose sum is scaled at once: 64 or
+// 128), KIND, and the macros of linear.cuh.
 constexpr int WARPS = 12;
 #include "../linear.cuh"
 #include "../split_merge.cuh"
@@ -31,14 +30,13 @@ constexpr int WARPS = 12;
 #include "wgmma.cuh"
 
 constexpr int RUNS = 2, FOLDS = RUNS * 64 / GROUP, TILES = COLUMNS / 8, LINE_BYTES = 128, PATTERN = 8 * LINE_BYTES;
-constexpr int ROW_WARPS = WARPS / K_GROUPS, ROWS = ROW_WARPS * 16, OUT_TILES = ROW_WARPS / BRANCHES;  // of a block
+constexpr int ROWS = WARPS * 16, OUT_TILES = WARPS / BRANCHES;                          // OUT_TILES: of a block
 constexpr int RUN_BYTES = COLUMNS * LINE_BYTES, CODE_BYTES = RUNS * TILE_VECTORS * 16;  // of x; of a tile
-constexpr int CODE_OFFSET = K_GROUPS * RUNS * RUN_BYTES, SUM_OFFSET = CODE_OFFSET + WARPS * CODE_BYTES;
-constexpr int STAGE_BYTES = (SUM_OFFSET + K_GROUPS * FOLDS * COLUMNS * 4 + PATTERN - 1) / PATTERN * PATTERN;
+constexpr int CODE_OFFSET = RUNS * RUN_BYTES, SUM_OFFSET = CODE_OFFSET + WARPS * CODE_BYTES;
+constexpr int STAGE_BYTES = (SUM_OFFSET + FOLDS * COLUMNS * 4 + PATTERN - 1) / PATTERN * PATTERN;
 constexpr int UNROLLED = COLUMNS <= 48 ? 2 : 1;  // splits whose sums are loaded together, as registers allow
-constexpr int PREPARING = 3;  // warps; the fourth one of their warpgroup copies
-static_assert(COLUMNS % 16 == 0 && COLUMNS <= 80, "sums fit into registers");
-static_assert(K_GROUPS == 1 || K_GROUPS == 3 && !SILU, "a k group is that of a warpgroup, and of a warp that prepares x");
+constexpr int PREPARING = 3;                     // warps; the fourth one of their warpgroup copies
+static_assert(COLUMNS % 16 == 0 && COLUMNS <= 80 && GROUP >= 64, "sums and scales fit into registers");
 
 struct Product {
   const uint4* codes;
@@ -53,9 +51,8 @@ struct Product {
   DEVICE static int branch(int warp) { return SILU ? warp % 4 / 2 : 0; }
   // The 16 outputs that a warp has a part in; those past the end are not stored.
   DEVICE static int out_tile(int tile, int warp) {
-    return tile * OUT_TILES + (SILU ? warp / 4 * 2 + warp % 2 : warp % ROW_WARPS);
+    return tile * OUT_TILES + (SILU ? warp / 4 * 2 + warp % 2 : warp);
   }
-  DEVICE static int first_run(int slab, int k_group) { return (slab * K_GROUPS + k_group) * RUNS; }
   // Its tile of the matrix; past the end the last one is repeated.
   DEVICE int matrix_tile(int tile, int warp) const {
     const int tiles = (rows + 15) / 16;
@@ -63,47 +60,41 @@ struct Product {
   }
 };
 
-struct Copies {
-  const Product& p;
-  const TensorMap* x;
-  unsigned char* smem;
-  uint64_t *full, *empty;
-  uint64_t once;  // L2 policy: the weights are read once
+// The slabs of this block in the order in which it takes them.
+struct Slabs {
+  const Items& items;
+  int item, tile, slab, end;
 
-  DEVICE void copy_codes(int stage, int tile, int slab) const {
-    const int existing = min(K_GROUPS * RUNS, p.runs() - Product::first_run(slab, 0));
-    mbarrier_arrive_expect_tx(&full[stage], ROW_WARPS * existing * TILE_VECTORS * 16 + K_GROUPS * RUNS * RUN_BYTES);
-    for (int w = 0; w < WARPS; w++) {
-      const int run = Product::first_run(slab, w / ROW_WARPS), bytes = min(RUNS, p.runs() - run) * TILE_VECTORS * 16;
-      if (bytes > 0)
-        bulk_copy(smem + stage * STAGE_BYTES + CODE_OFFSET + w * CODE_BYTES,
-                  p.codes + ((size_t)p.matrix_tile(tile, w) * p.runs() + run) * TILE_VECTORS, bytes, &full[stage], once);
-    }
+  DEVICE Slabs(const Items& items) : items(items), item(blockIdx.x) { begin(); }
+  DEVICE void begin() {
+    tile = items.tile(item);
+    slab = items.begin(item);
+    end = items.end(item);
   }
-  DEVICE void copy_x(int stage, int slab) const {
-    UNROLL for (int run = 0; run < K_GROUPS * RUNS; run++)
-      tma_load_2d(smem + stage * STAGE_BYTES + run * RUN_BYTES, x, (Product::first_run(slab, 0) + run) * 64,
-                  blockIdx.y * COLUMNS, &full[stage]);
-  }
-  // Before x exists: the codes of the first slabs.
-  DEVICE void begin(const Items& items) const {
-    int n = 0;
-    for (int item = blockIdx.x; item < items.count() && n < STAGES; item += gridDim.x)
-      for (int slab = items.begin(item); slab < items.end(item) && n < STAGES; slab++)
-        copy_codes(n++, items.tile(item), slab);
-  }
-  DEVICE void copy_rest(const Items& items) const {
-    unsigned n = 0;  // slabs so far: slab n uses stage n % STAGES
-    for (int item = blockIdx.x; item < items.count(); item += gridDim.x)
-      for (int slab = items.begin(item); slab < items.end(item); slab++, n++) {
-        if (n >= STAGES) {
-          mbarrier_wait(&empty[n % STAGES], n / STAGES & 1 ^ 1);
-          copy_codes(n % STAGES, items.tile(item), slab);
-        }
-        copy_x(n % STAGES, slab);
-      }
+  DEVICE bool exist() const { return item < items.count(); }
+  DEVICE void advance() {
+    if (++slab < end) return;
+    item += gridDim.x;
+    begin();
   }
 };
+
+// This warp's codes of a slab: a lane copies what it reads itself.
+DEVICE void copy_codes(unsigned char* stage, const Product& p, const Slabs& next, int warp) {
+  const int run = next.slab * RUNS, lane = threadIdx.x % 32;
+  const uint32_t first = (uint32_t)p.matrix_tile(next.tile, warp) * p.runs() + run;
+  unsigned char* to = stage + CODE_OFFSET + warp * CODE_BYTES + lane * 16;
+  UNROLL for (int j = 0; j < RUNS; j++)
+    UNROLL for (int i = 0; i < LOADS; i++) {
+      const int at = j * TILE_VECTORS + 32 * i;
+      cp_async_16_or_zero<true>(to + at * 16, p.codes + (size_t)first * TILE_VECTORS + lane + at, run + j < p.runs());
+    }
+}
+DEVICE void copy_x(unsigned char* stage, const TensorMap& x, int slab, uint64_t* full) {
+  mbarrier_arrive_expect_tx(full, RUNS * RUN_BYTES);
+  UNROLL for (int run = 0; run < RUNS; run++)
+    tma_load_2d(stage + run * RUN_BYTES, &x, (slab * RUNS + run) * 64, blockIdx.y * COLUMNS, full);
+}
 
 DEVICE float sum_of(uint32_t pair) { return low(pair) + high(pair); }
 DEVICE float sum_of(uint4 v) { return (sum_of(v.x) + sum_of(v.y)) + (sum_of(v.z) + sum_of(v.w)); }
@@ -111,11 +102,10 @@ DEVICE float sum_of(uint4 v) { return (sum_of(v.x) + sum_of(v.y)) + (sum_of(v.z)
 // x of a stage in place: times 2^100, transposed, and the sums of its groups as the sums of code 1 would be. A lane has
 // 32 k of a column at a time; 8 columns a warp, whose lines have their vectors in different banks.
 DEVICE void prepare_x(unsigned char* stage, int warp) {
-  const int lane = threadIdx.x % 32, block = lane / 8, group = K_GROUPS > 1 ? warp : 0;  // block: of 32 k
-  const int first = K_GROUPS > 1 ? 0 : warp * 8, step = K_GROUPS > 1 ? 8 : PREPARING * 8;
-  float* x_sums = (float*)(stage + SUM_OFFSET) + group * FOLDS * COLUMNS;  // [fold][column]
-  for (int column = first + lane % 8; column < COLUMNS; column += step) {
-    unsigned char* line = stage + (group * RUNS + block / 2) * RUN_BYTES + column * LINE_BYTES;
+  const int lane = threadIdx.x % 32, block = lane / 8;  // block: of 32 k
+  float* x_sums = (float*)(stage + SUM_OFFSET);         // [fold][column]
+  for (int column = warp * 8 + lane % 8; column < COLUMNS; column += PREPARING * 8) {
+    unsigned char* line = stage + block / 2 * RUN_BYTES + column * LINE_BYTES;
     uint4 v[4];
     UNROLL for (int c = 0; c < 4; c++) v[c] = *(const uint4*)(line + ((block % 2 * 4 + c) ^ column % 8) * 16);
     float sum = (sum_of(v[0]) + sum_of(v[1])) + (sum_of(v[2]) + sum_of(v[3]));
@@ -123,7 +113,7 @@ DEVICE void prepare_x(unsigned char* stage, int warp) {
     UNROLL for (int j = 0; j < 4; j++)
       *(uint4*)(line + ((block % 2 * 4 + j) ^ column % 8) * 16) =
           make_uint4(word(v[0], j), word(v[1], j), word(v[2], j), word(v[3], j));
-    if (GROUP > 32) sum += __shfl_xor_sync(FULL_MASK, sum, 8);
+    sum += __shfl_xor_sync(FULL_MASK, sum, 8);
     if (GROUP > 64) sum += __shfl_xor_sync(FULL_MASK, sum, 16);
     if (HAS_ZERO && block % (GROUP / 32) == 0) x_sums[block * 32 / GROUP * COLUMNS + column] = sum * unit<false>();
   }
@@ -133,9 +123,9 @@ DEVICE void prepare_x(unsigned char* stage, int warp) {
 struct SlabScales {
   uint2 of_group[FOLDS];
 
-  DEVICE void load(const Product& p, int matrix_tile, int first_k) {
+  DEVICE void load(const Product& p, int matrix_tile, int slab) {
     UNROLL for (int i = 0; i < FOLDS; i++) {
-      const int k = first_k + i * GROUP;
+      const int k = slab * RUNS * 64 + i * GROUP;
       const size_t group = (size_t)matrix_tile * p.groups() + (k >> p.shift);
       of_group[i] = make_uint2(0, 0);
       if (HAS_ZERO)
@@ -147,9 +137,9 @@ struct SlabScales {
 };
 
 // y += this warp's rows of a slab times all columns.
-DEVICE void multiply(float (&y)[TILES][4], const unsigned char* stage, int warp, const SlabScales& scales, int runs) {
-  const int lane = threadIdx.x % 32, c = lane % 4, group = warp / ROW_WARPS;
-  const float* x_sums = (const float*)(stage + SUM_OFFSET) + group * FOLDS * COLUMNS + 2 * c;
+DEVICE void multiply(float (&y)[TILES][4], const unsigned char* stage, int warp, const SlabScales& scales) {
+  const int lane = threadIdx.x % 32, c = lane % 4;
+  const float* x_sums = (const float*)(stage + SUM_OFFSET) + 2 * c;
   float sum[TILES][4];  // of a group
   uint32_t a[RUNS][4][4];
   auto fold = [&](int i) {
@@ -163,12 +153,11 @@ DEVICE void multiply(float (&y)[TILES][4], const unsigned char* stage, int warp,
   UNROLL for (int run = 0; run < RUNS; run++) {
     uint4 w[LOADS];
     UNROLL for (int i = 0; i < LOADS; i++) {
-      w[i] = make_uint4(0, 0, 0, 0);
       const int at = run * TILE_VECTORS + 32 * i + lane;
-      if (run < runs) w[i] = *(const uint4*)(stage + CODE_OFFSET + warp * CODE_BYTES + at * 16);
+      w[i] = *(const uint4*)(stage + CODE_OFFSET + warp * CODE_BYTES + at * 16);
     }
     UNROLL for (int s = 0; s < 4; s++) operand(a[run][s], w, s);
-    const uint64_t b = wgmma_operand(stage + (group * RUNS + run) * RUN_BYTES, PATTERN, 0);
+    const uint64_t b = wgmma_operand(stage + run * RUN_BYTES, PATTERN, 0);
     UNROLL for (int s = 0; s < 4; s++) {
       const int k = run * 64 + s * 16;
       if (s == 0 || k % GROUP == 0) {
@@ -246,22 +235,7 @@ DEVICE bool activate(float (&y)[TILES][4], float4* exchange, int warp) {
   return true;
 }
 
-// The sums of all k groups, in order, in the first warpgroup. exchange: [K_GROUPS - 1][TILES][128] float4. Returns
-// whether this warp is one of it.
-DEVICE bool reduce_k_groups(float (&y)[TILES][4], float4* exchange, int warp) {
-  const int group = warp / ROW_WARPS;
-  float4* own = exchange + (group - 1) * TILES * 128 + threadIdx.x % 128;
-  named_barrier_wait(1, THREADS);  // the item before has been read
-  UNROLL for (int j = 0; j < TILES; j++)
-    if (group) own[j * 128] = make_float4(y[j][0], y[j][1], y[j][2], y[j][3]);
-  named_barrier_wait(1, THREADS);
-  if (group) return false;
-  UNROLL for (int g = 1; g < K_GROUPS; g++)
-    UNROLL for (int j = 0; j < TILES; j++) accumulate(y[j], exchange[((g - 1) * TILES + j) * 128 + threadIdx.x]);
-  return true;
-}
-
-// workspace float32 [blocks of columns][items][ROWS * COLUMNS]; split_counter int [blocks of columns][tiles][ROW_WARPS],
+// workspace float32 [blocks of columns][items][ROWS * COLUMNS]; split_counter int [blocks of columns][tiles][WARPS],
 // zero before and after; both only if splits > 1, and then blocks = items.
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     linear_batch(const __grid_constant__ TensorMap x, const uint4* codes, const uint32_t* scales,
@@ -272,8 +246,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
   const int warp = __shfl_sync(FULL_MASK, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const Product p = {codes, scales, row_scale, bias, residual, out, tokens, K, N / BRANCHES, shift};
   const int tiles = (p.rows + OUT_TILES * 16 - 1) / (OUT_TILES * 16);
-  const Items items = {(p.runs() + K_GROUPS * RUNS - 1) / (K_GROUPS * RUNS), splits, tiles};
-  const Copies copies = {p, &x, smem, full, empty, l2_evict_first()};
+  const Items items = {(p.runs() + RUNS - 1) / RUNS, splits, tiles};
   if (warp == WARPS && lane == 0) {
     for (int s = 0; s < STAGES; s++) {
       mbarrier_init(&full[s], 1);
@@ -281,63 +254,70 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
       mbarrier_init(&empty[s], WARPS);
     }
     mbarrier_init_fence();
-    copies.begin(items);
+  }
+  Slabs next(items);
+  for (int s = 0; s < STAGES && warp < WARPS; s++, next.advance()) {
+    if (next.exist()) copy_codes(smem + s * STAGE_BYTES, p, next, warp);
+    cp_async_commit();
   }
   __syncthreads();
-  unsigned n = 0;  // slabs so far
   if (warp >= WARPS) {
     decrease_registers<56>();
     wait_then_allow_next();
-    if (warp == WARPS) {
-      if (lane == 0) copies.copy_rest(items);
-      return;
-    }
-    for (int item = blockIdx.x; item < items.count(); item += gridDim.x)
-      for (int slab = items.begin(item); slab < items.end(item); slab++, n++) {
-        mbarrier_wait(&full[n % STAGES], n / STAGES & 1);
-        prepare_x(smem + n % STAGES * STAGE_BYTES, warp - WARPS - 1);
-        fence_async();
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&prepared[n % STAGES]);
+    if (warp == WARPS && lane > 0) return;
+    unsigned n = 0;  // slabs so far: slab n uses stage n % STAGES
+    for (Slabs slabs(items); slabs.exist(); slabs.advance(), n++) {
+      unsigned char* stage = smem + n % STAGES * STAGE_BYTES;
+      if (warp == WARPS) {
+        if (n >= STAGES) mbarrier_wait(&empty[n % STAGES], n / STAGES & 1 ^ 1);
+        copy_x(stage, x, slabs.slab, &full[n % STAGES]);
+        continue;
       }
+      mbarrier_wait(&full[n % STAGES], n / STAGES & 1);
+      prepare_x(stage, warp - WARPS - 1);
+      fence_async();
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(&prepared[n % STAGES]);
+    }
     return;
   }
   increase_registers<152>();
   wait_then_allow_next();
+  unsigned n = 0;
   SlabScales next_scales;
-  auto load_scales = [&](int item, int slab) {
-    if (item < items.count())
-      next_scales.load(p, p.matrix_tile(items.tile(item), warp), Product::first_run(slab, warp / ROW_WARPS) * 64);
+  auto load_scales = [&](const Slabs& at) {
+    if (at.exist()) next_scales.load(p, p.matrix_tile(at.tile, warp), at.slab);
   };
-  load_scales(blockIdx.x, items.begin(blockIdx.x));
+  Slabs ahead(items);  // by a slab
+  load_scales(ahead);
   for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
     float sums[1][TILES][4], (&y)[TILES][4] = sums[0];
     clear(y);
-    for (int slab = items.begin(item); slab < items.end(item); slab++, n++) {
+    for (const unsigned end = n + items.end(item) - items.begin(item); n < end; n++) {
+      unsigned char* stage = smem + n % STAGES * STAGE_BYTES;
       const SlabScales now = next_scales;
-      const bool last = slab + 1 == items.end(item);
-      load_scales(last ? item + gridDim.x : item, last ? items.begin(item + gridDim.x) : slab + 1);
-      mbarrier_wait(&full[n % STAGES], n / STAGES & 1);
+      ahead.advance();
+      load_scales(ahead);
+      cp_async_wait<STAGES - 1>();
       mbarrier_wait(&prepared[n % STAGES], n / STAGES & 1);
-      multiply(y, smem + n % STAGES * STAGE_BYTES, warp, now,
-               p.runs() - Product::first_run(slab, warp / ROW_WARPS));
+      multiply(y, stage, warp, now);
       __syncwarp();
       if (lane == 0) mbarrier_arrive(&empty[n % STAGES]);
+      if (next.exist()) copy_codes(stage, p, next, warp);
+      cp_async_commit();
+      next.advance();
     }
-    float4* exchange = (float4*)(smem + STAGES * STAGE_BYTES);
-    if (K_GROUPS > 1 && !reduce_k_groups(y, exchange, warp)) continue;
     const int own = opaque(item), tile = items.tile(own), split = items.split(own);
     const size_t floats = (size_t)ROWS * COLUMNS, column_block = blockIdx.y;
     auto partial = [&](int s) {
       return (float4*)(workspace + (column_block * items.count() + tile + s * items.tiles) * floats) + threadIdx.x;
     };
-    int* counter = split_counter + (column_block * items.tiles + tile) * ROW_WARPS + warp;
-    if (!SILU && splits > 1 &&
-        !merge_splits<ROW_WARPS * 32, UNROLLED, TILES>(sums, partial, split, 0, splits - 1, counter))
+    int* counter = split_counter + (column_block * items.tiles + tile) * WARPS + warp;
+    if (!SILU && splits > 1 && !merge_splits<THREADS, UNROLLED, TILES>(sums, partial, split, 0, splits - 1, counter))
       continue;
     const Result result(p, tile, warp);
     result.scale_sums(y);
-    if (SILU && !activate(y, exchange, warp)) continue;
+    if (SILU && !activate(y, (float4*)(smem + STAGES * STAGE_BYTES), warp)) continue;
     result.store(y);
   }
 }
