@@ -69,8 +69,7 @@ DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint4 (&b)[2
 // Adds x of step s to its sums, 128 times those that code 1 would give. Operand A is the least normal number: a tensor
 // core aligns a subnormal as if it were that, and would truncate products of code 1 seven bits higher.
 DEVICE void add_x(float (&x_sum)[4], const uint4 (&b)[2], int s, bool first) {
-  constexpr uint32_t ONE = 0x00800080u;
-  const uint32_t ones[4] = {ONE, ONE, ONE, ONE};
+  const uint32_t ones[4] = {0x00800080u, 0x00800080u, 0x00800080u, 0x00800080u};
   multiply(x_sum, ones, b, s, first);
 }
 // Of two columns, as the sums of code 1 would be in even rows.

@@ -10,10 +10,9 @@
 //
 // The time is that of the weights, 4.25 or 8.25 bits each (groups of 128), read once for all tokens. A block has
 // ROW_TILES * 16 rows (of gate and of up) at a time; its warps split k, a chunk of 128 each in rotation, and their sums
-// meet in shared memory. Each warp copies its chunks, codes and scales and without NORM x too, into a ring of its own in
-// shared memory, SLOTS of them ahead, from before the previous launch has ended and across the ends of passes: no block
-// waits for its copies together. Normed, x' is in shared memory once, rows 64 B past a line apart (linear.cu).
-//
+// meet in shared memory. Each warp copies its chunks, codes and scales and without NORM x too, into a ring of its own
+// in shared memory, SLOTS ahead, from before the previous launch has ended and across the ends of passes. Normed, x' is
+// in shared memory once, rows 64 B past a line apart (linear.cu).
 // A product waits for the one before it in its sum, so that a warp alone takes as long for a chunk as the memory for
 // those of two: there are 16 warps, and the tiles of a chunk are products side by side. Instructions of a warp for 16
 // rows and 128 k in 4 bits, groups of 128: 40 conversions (two clocks of a pipe each), 8 MMA, 20 for copies, loads and
@@ -21,8 +20,7 @@
 // grid: any number of blocks, WARPS * 32 threads, one block a multiprocessor; dynamic shared memory: two passes' sums,
 // with NORM M rows of x', rings.
 //
-// Set by -D: NORM, ROW_TILES, SLOTS, GROUP (k whose sum is scaled at once: 32, 64, 128), KIND, and the macros of
-// linear.cuh.
+// Set by -D: NORM, ROW_TILES, SLOTS, GROUP (k whose sum is scaled at once: 32, 64, 128), KIND, and linear.cuh's macros.
 constexpr int WARPS = 16;
 #include "../linear_vector.cuh"
 #include "codes.cuh"
@@ -81,7 +79,8 @@ struct Copies {
     constexpr int VECTORS = CHUNK / 8;
     for (int i = threadIdx.x % 32; i < tokens * VECTORS; i += 32) {
       const int m = i / VECTORS, v = i % VECTORS, k = chunk * CHUNK + 8 * v;
-      cp_async_16_or_zero<false>(slot + X_OFFSET + m * VECTORS * 16 + (v ^ m % 2 * 4) * 16, x + (size_t)m * K + k, k < K);
+      unsigned char* to = slot + X_OFFSET + m * VECTORS * 16 + (v ^ m % 2 * 4) * 16;
+      cp_async_16_or_zero<false>(to, x + (size_t)m * K + k, k < K);
     }
   }
 };

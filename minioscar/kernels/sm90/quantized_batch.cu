@@ -17,11 +17,11 @@
 // 16s + 8p + 2c + {0, 1}: the four words of four vectors of x are transposed.
 //
 // Work items, splits of k and their sums as in sm90/linear_batch.cu; with SILU k is not split. grid (blocks, blocks of
-// columns), 512 threads; dynamic shared memory: STAGES stages, with SILU the sums of up. Reads the weights once for each
-// block of columns.
+// columns), 512 threads; dynamic shared memory: STAGES stages, with SILU the sums of up. Reads the weights once for
+// each block of columns.
 //
-// Set by -D: COLUMNS (a multiple of 16 up to 80, as registers allow), STAGES, GROUP (k whose sum is scaled at once: 64 or
-// 128), KIND, and the macros of linear.cuh.
+// Set by -D: COLUMNS (a multiple of 16 up to 80, as registers allow), STAGES, GROUP (k whose sum is scaled at once: 64
+// or 128), KIND, and the macros of linear.cuh.
 constexpr int WARPS = 12;
 #include "../linear.cuh"
 #include "../split_merge.cuh"
