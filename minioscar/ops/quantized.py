@@ -17,7 +17,7 @@ from .linear_batch import BATCH_TOKENS, MAX_STAGES, MAX_WGMMA_STAGES, BatchPlan,
 Array = Any
 
 LINEAR_TOKENS = 8  # of quantized/linear.cu: the columns of an MMA
-WARPS, CHUNK = 16, 128  # of a block of quantized/linear.cu; columns that a warp has at a time
+CHUNK = 128  # columns that a warp of quantized/linear.cu has at a time
 FEW, MAX_SLOTS = 2, 6  # tokens; slots of a ring
 MOST_COLUMNS = 128  # whose sum is scaled at once
 WGMMA_ROWS = 192  # of a block of sm90/quantized_batch.cu
@@ -28,36 +28,38 @@ ONE_GROUP = 31  # the shift of a column to its group where a row has one
 class VectorPlan:
     """Tiles and rings of quantized/linear.cu."""
 
+    warps: int  # of a block; they split k
     row_tiles: int  # of 16 rows (of gate and of up), of a pass
     slots: int  # chunks that a warp has in flight
     shared: int
 
 
 def vector_plan(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> VectorPlan | None:
-    """None where they do not fit. Of 1 to FEW tokens, and of more, all have one number of slots if that is possible."""
-    branches, (rows, size) = 2 if silu else 1, weight.shape
-    tiles = -(-rows // (ROWS * branches))
+    """None where no two chunks fit into a ring. `warps`, which decide the order of sums, do not depend on the tokens; 1
+    to FEW of them, and more, have each one number of slots if that is possible."""
+    branches, (rows, size), few = 2 if silu else 1, weight.shape, FEW if tokens <= FEW else LINEAR_TOKENS
+    tiles, folds = -(-rows // (ROWS * branches)), CHUNK // _columns_at_once(weight, 2)
+    codes = ROWS * CHUNK // (2 if weight.kind == "int4" else 1)
+    of_tile = branches * (codes + folds * (16 if weight.kind == "e4m3" else 64))
 
-    def used(n: int) -> float:  # of the card, by n tiles a pass
-        passes = -(-tiles // n)
-        return tiles / (-(-passes // card.multiprocessors) * card.multiprocessors * n)
+    def shared(warps: int, row_tiles: int, slots: int, tokens: int) -> int:
+        x = tokens * (2 * _up(size, CHUNK) + 64) if norm else warps * slots * tokens * CHUNK * 2
+        return warps * row_tiles * (2 * branches * ROWS * LINEAR_TOKENS * 4 + slots * of_tile) + x
 
+    def slots(warps: int, row_tiles: int, tokens: int) -> int:
+        return sum(shared(warps, row_tiles, n, tokens) <= card.max_shared_bytes for n in range(1, MAX_SLOTS + 1))
+
+    def used(row_tiles: int) -> float:  # of the card
+        passes = -(-tiles // row_tiles)
+        return tiles / (-(-passes // card.multiprocessors) * card.multiprocessors * row_tiles)
+
+    warps = 16 if slots(16, 1, FEW) >= 2 else 8
     most = 3 if weight.kind == "int4" and not silu else 1  # of 8 bits fewer slots would fit
-    row_tiles = max(range(1, most + 1), key=lambda n: (round(used(n), 2), n))
-    codes, folds = 1024 if weight.kind == "int4" else 2048, CHUNK // _columns_at_once(weight, 2)
-    of_pass = row_tiles * branches * (codes + folds * (16 if weight.kind == "e4m3" else 64))
-    sums = 2 * row_tiles * branches * WARPS * ROWS * LINEAR_TOKENS * 4
-
-    def shared(slots: int, tokens: int) -> int:
-        x = tokens * (2 * _up(size, CHUNK) + 64) if norm else WARPS * slots * tokens * CHUNK * 2
-        return sums + WARPS * slots * of_pass + x
-
-    def slots(tokens: int) -> int:
-        return max((n for n in range(MAX_SLOTS + 1) if shared(n, tokens) <= card.max_shared_bytes), default=0)
-
-    found = slots(FEW if tokens <= FEW else LINEAR_TOKENS)
-    found = found if found >= 2 else slots(tokens)
-    return VectorPlan(row_tiles, found, shared(found, tokens)) if found else None
+    fitting = [n for n in range(1, most + 1) if n == 1 or slots(warps, n, few) >= 2]
+    row_tiles = max(fitting, key=lambda n: (round(used(n), 2), n))
+    found = slots(warps, row_tiles, few)
+    found = found if found >= 2 else slots(warps, row_tiles, tokens)
+    return VectorPlan(warps, row_tiles, found, shared(warps, row_tiles, found, tokens)) if found >= 2 else None
 
 
 def fits(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> bool:
@@ -88,9 +90,9 @@ def linear(
     weights, eps = norm or (None, 0.0)
     numbers = *map(np.int32, (tokens, size, rows, shift(weight))), np.float32(eps)
     args = (x, weights, *weight.arrays(), bias, residual, out, *numbers)
-    shape = f"NORM={normed:d}", f"ROW_TILES={plan.row_tiles}", f"SLOTS={plan.slots}", *_defines(weight)
-    defines = *shape, f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
-    return Launch("quantized/linear.cu", "linear", defines, (blocks,), 32 * WARPS, args, plan.shared)
+    shape = f"BLOCK_WARPS={plan.warps}", f"NORM={normed:d}", f"ROW_TILES={plan.row_tiles}", f"SLOTS={plan.slots}"
+    defines = *shape, *_defines(weight), f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    return Launch("quantized/linear.cu", "linear", defines, (blocks,), 32 * plan.warps, args, plan.shared)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 // x [M][K], bias [N], residual [M][out], norm [K]: BF16, K a multiple of 8. codes, scales, row_scale: minioscar/
 // quantized.py. out [M][N], BF16 or float32. SILU: weight holds gate rows, then up rows, N / 2 a multiple of 16; out
 // [M][N / 2] = silu(gate) * up. Float32 inside, zeros and scales applied to the sums of groups; rounded once at the
-// end. K alone decides the order of sums.
+// end. K and BLOCK_WARPS decide the order of sums.
 //
 // The time is that of the weights, 4.25 or 8.25 bits each (groups of 128), read once for all tokens. A block has
 // ROW_TILES * 16 rows (of gate and of up) at a time; its warps split k, a chunk of 128 each in rotation, and their sums
@@ -20,8 +20,9 @@
 // grid: any number of blocks, WARPS * 32 threads, one block a multiprocessor; dynamic shared memory: two passes' sums,
 // with NORM M rows of x', rings.
 //
-// Set by -D: NORM, ROW_TILES, SLOTS, GROUP (k whose sum is scaled at once: 32, 64, 128), KIND, and linear.cuh's macros.
-constexpr int WARPS = 16;
+// Set by -D: BLOCK_WARPS (16; 8 where shared memory is small), NORM, ROW_TILES, SLOTS, GROUP (k whose sum is scaled at
+// once: 32, 64, 128), KIND, and the macros of linear.cuh.
+constexpr int WARPS = BLOCK_WARPS;
 #include "../linear_vector.cuh"
 #include "codes.cuh"
 
