@@ -336,6 +336,16 @@ def test_a_matrix_is_dequantized_as_numpy_does(device, seed, kind, rows, size, g
     assert np.array_equal(np.array(device.numpy(out)), weight.dequantize().astype(BF16))
 
 
+@on_each_device
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize(("rows", "size"), [(34, 104), (48, 640), (13, 1096)])
+def test_codes_are_repacked_as_numpy_does(device, seed, kind, rows, size):
+    plain = random_plain(np.random.default_rng(seed), kind, rows, size, size)
+    out = device.empty(quantized.words_shape(kind, rows, size), np.uint32)
+    device.run(quantized.repack(kind, device.array(plain.codes), out))
+    assert np.array_equal(np.array(device.numpy(out)), from_plain(plain).codes)
+
+
 @on_each_backend
 @pytest.mark.parametrize("kind", BITS)
 @pytest.mark.parametrize("tokens", [1, 13, 300])

@@ -269,6 +269,19 @@ def dequantize(weight: Quantized, out: Array) -> Launch:
     return Launch("quantized/dequantize.cu", "dequantize", (_defines(weight)[0],), grid, 256, args)
 
 
+def words_shape(kind: str, rows: int, columns: int) -> tuple[int, ...]:
+    """Of the codes of a matrix, uint32."""
+    return -(-rows // ROWS), -(-columns // RUN), *(() if kind == "int4" else (2,)), 32, 4
+
+
+def repack(kind: str, codes: Array, out: Array) -> Launch:
+    """Plain codes uint8 [rows, columns], columns a multiple of 8, -> out uint32 [words_shape]."""
+    rows, columns = codes.shape
+    grid = -(-columns // (8 * RUN)), -(-rows // ROWS)
+    numbers = np.int32(rows), np.int32(columns)
+    return Launch("quantized/repack.cu", "repack", (f"KIND={kind.upper()}",), grid, 256, (codes, out, *numbers))
+
+
 def shift(weight: Quantized) -> int:
     """Of a column to its group."""
     return ONE_GROUP if weight.group >= weight.shape[1] else weight.group.bit_length() - 1
