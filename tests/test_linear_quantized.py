@@ -93,7 +93,7 @@ class Product:
         given |= {"residual": device.array(self.residual[:tokens])} if self.residual is not None else {}
         norm = None if self.norm is None else (device.array(self.norm), EPS)
         x_there, weight = device.array(x), self.weight.map(device.array)
-        if len(x) <= quantized.LINEAR_TOKENS and plan is None:
+        if plan is None and quantized.fits(len(x), self.weight, norm is not None, given["silu"], card):
             device.run(quantized.linear(x_there, weight, out, card, norm=norm, **given), seed=order)
             return np.array(device.numpy(out))
         if norm is not None:

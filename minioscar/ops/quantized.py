@@ -190,7 +190,7 @@ class WgmmaCodesPlan:
 
 def wgmma_configs(tokens: int, weight: Quantized, silu: bool, card: Card) -> list[WgmmaCodesPlan]:
     """The fewest blocks of columns, and splits of k, at most a block a multiprocessor; with SILU one split."""
-    column_blocks = -(-tokens // 80)  # as registers allow
+    column_blocks = -(-tokens // (80 if _columns_at_once(weight, 2) == MOST_COLUMNS else 64))  # as registers allow
     columns, room = _up(-(-tokens // column_blocks), 16), max(card.multiprocessors // column_blocks, 1)
     rows, size = weight.shape
     tiles, slabs, found = -(-rows // WGMMA_ROWS), -(-size // CHUNK), []

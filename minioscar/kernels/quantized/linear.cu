@@ -39,37 +39,39 @@ struct Copies {
   const uint32_t* scales;
   const bf16* x;
   int rows, K, shift, tokens, pass, chunk;  // shift: a group has 2^shift columns
-  uint32_t tile[TILES];
+  uint32_t first[TILES], first_group[TILES];  // of this lane's vectors and of the groups of the pass
 
   DEVICE int chunks() const { return (K + CHUNK - 1) / CHUNK; }
   DEVICE bool exist() const { return pass * ROWS < rows && chunk < chunks(); }
   DEVICE void seek(int new_pass) {
-    const int tiles = (rows + 15) / 16;
+    const int tiles = (rows + 15) / 16, runs = (K + 63) / 64, groups = ((K - 1) >> shift) + 1;
     pass = new_pass;
     chunk = threadIdx.x / 32;
-    UNROLL for (int t = 0; t < TILES; t++)
-      tile[t] = t / ROW_TILES * tiles + min(pass * ROW_TILES + t % ROW_TILES, tiles - 1);
+    UNROLL for (int t = 0; t < TILES; t++) {
+      const uint32_t tile = t / ROW_TILES * tiles + min(pass * ROW_TILES + t % ROW_TILES, tiles - 1);
+      first[t] = tile * runs * TILE_VECTORS + threadIdx.x % 32;
+      first_group[t] = tile * groups;
+    }
   }
   DEVICE void advance() {
     chunk += WARPS;
     if (chunk >= chunks()) seek(pass + gridDim.x);
   }
   DEVICE void copy_codes(unsigned char* slot) const {
-    const int lane = threadIdx.x % 32, runs = (K + 63) / 64, run = chunk * RUNS;
+    const int lane = threadIdx.x % 32, left = (K + 63) / 64 - chunk * RUNS;  // runs from this chunk on
+    unsigned char* own = slot + lane * 16;
     UNROLL for (int t = 0; t < TILES; t++) {
-      const uint4* from = codes + (tile[t] * runs + run) * TILE_VECTORS + lane;
-      UNROLL for (int j = 0; j < RUNS; j++)
-        UNROLL for (int i = 0; i < LOADS; i++)
-          cp_async_16_or_zero<true>(slot + t * CODE_BYTES + (j * TILE_VECTORS + 32 * i + lane) * 16,
-                                    from + j * TILE_VECTORS + 32 * i, run + j < runs);
+      const uint4* from = codes + (first[t] + chunk * (RUNS * TILE_VECTORS));
+      UNROLL for (int i = 0; i < RUNS * LOADS; i++)
+        cp_async_16_or_zero<true>(own + t * CODE_BYTES + i * 512, from + 32 * i, i / LOADS < left);
     }
-    const int fold = HAS_ZERO ? lane / 4 : lane, k = chunk * CHUNK + fold * GROUP, groups = ((K - 1) >> shift) + 1;
+    const int k = chunk * CHUNK + (HAS_ZERO ? lane / 4 : lane) * GROUP;
     if (lane >= SCALE_VECTORS) return;
     UNROLL for (int t = 0; t < TILES; t++) {
-      unsigned char* to = slot + SCALE_OFFSET + t * SCALE_BYTES + lane * 16;
-      const uint32_t group = tile[t] * groups + (k >> shift);
+      unsigned char* to = own + SCALE_OFFSET + t * SCALE_BYTES;
+      const uint32_t group = first_group[t] + (k >> shift);
       if (HAS_ZERO)
-        cp_async_16_or_zero<false>(to, scales + group * (size_t)16 + lane % 4 * 4, k < K);
+        cp_async_16_or_zero<false>(to, scales + (size_t)group * 16 + lane % 4 * 4, k < K);
       else
         cp_async_4_or_zero(to, scales + group, k < K);
     }
@@ -78,6 +80,7 @@ struct Copies {
   // of two rows, are in different banks.
   DEVICE void copy_x(unsigned char* slot) const {
     constexpr int VECTORS = CHUNK / 8;
+#pragma unroll 1
     for (int i = threadIdx.x % 32; i < tokens * VECTORS; i += 32) {
       const int m = i / VECTORS, v = i % VECTORS, k = chunk * CHUNK + 8 * v;
       unsigned char* to = slot + X_OFFSET + m * VECTORS * 16 + (v ^ m % 2 * 4) * 16;

@@ -63,11 +63,17 @@ struct Product {
 // The slabs of this block in the order in which it takes them.
 struct Slabs {
   const Items& items;
-  int item, tile, slab, end;
+  const Product& p;
+  int warp, item, slab, end;
+  uint32_t first, first_group;  // of this warp's tile: this lane's first vector of codes, and its groups
 
-  DEVICE Slabs(const Items& items) : items(items), item(blockIdx.x) { begin(); }
+  DEVICE Slabs(const Items& items, const Product& p, int warp) : items(items), p(p), warp(warp), item(blockIdx.x) {
+    begin();
+  }
   DEVICE void begin() {
-    tile = items.tile(item);
+    const uint32_t tile = p.matrix_tile(items.tile(item), warp);
+    first = tile * p.runs() * TILE_VECTORS + threadIdx.x % 32;
+    first_group = tile * p.groups();
     slab = items.begin(item);
     end = items.end(item);
   }
@@ -78,17 +84,25 @@ struct Slabs {
     begin();
   }
 };
+// Which stage is next, and whose turn of its barriers.
+struct Stage {
+  int at = 0;
+  uint32_t parity = 0;
+
+  DEVICE unsigned char* in(unsigned char* smem) const { return smem + at * STAGE_BYTES; }
+  DEVICE void advance() {
+    at = at + 1 == STAGES ? 0 : at + 1;
+    parity ^= at == 0;
+  }
+};
 
 // This warp's codes of a slab: a lane copies what it reads itself.
-DEVICE void copy_codes(unsigned char* stage, const Product& p, const Slabs& next, int warp) {
-  const int run = next.slab * RUNS, lane = threadIdx.x % 32;
-  const uint32_t first = (uint32_t)p.matrix_tile(next.tile, warp) * p.runs() + run;
-  unsigned char* to = stage + CODE_OFFSET + warp * CODE_BYTES + lane * 16;
-  UNROLL for (int j = 0; j < RUNS; j++)
-    UNROLL for (int i = 0; i < LOADS; i++) {
-      const int at = j * TILE_VECTORS + 32 * i;
-      cp_async_16_or_zero<true>(to + at * 16, p.codes + (size_t)first * TILE_VECTORS + lane + at, run + j < p.runs());
-    }
+DEVICE void copy_codes(unsigned char* stage, const Slabs& next) {
+  const int left = next.p.runs() - next.slab * RUNS;  // runs from this slab on
+  const uint4* from = next.p.codes + (next.first + next.slab * (RUNS * TILE_VECTORS));
+  unsigned char* to = stage + CODE_OFFSET + next.warp * CODE_BYTES + threadIdx.x % 32 * 16;
+  UNROLL for (int i = 0; i < RUNS * LOADS; i++)
+    cp_async_16_or_zero<true>(to + i * 512, from + 32 * i, i / LOADS < left);
 }
 DEVICE void copy_x(unsigned char* stage, const TensorMap& x, int slab, uint64_t* full) {
   mbarrier_arrive_expect_tx(full, RUNS * RUN_BYTES);
@@ -123,15 +137,16 @@ DEVICE void prepare_x(unsigned char* stage, int warp) {
 struct SlabScales {
   uint2 of_group[FOLDS];
 
-  DEVICE void load(const Product& p, int matrix_tile, int slab) {
+  DEVICE void load(const Slabs& at) {
     UNROLL for (int i = 0; i < FOLDS; i++) {
-      const int k = slab * RUNS * 64 + i * GROUP;
-      const size_t group = (size_t)matrix_tile * p.groups() + (k >> p.shift);
+      const int k = at.slab * RUNS * 64 + i * GROUP;
+      const size_t group = at.first_group + (k >> at.p.shift);
+      const bool exists = at.exist() && k < at.p.K;
       of_group[i] = make_uint2(0, 0);
       if (HAS_ZERO)
-        load_once(of_group[i], p.scales + group * 16 + threadIdx.x % 32 / 4 * 2, k < p.K);
+        load_once(of_group[i], at.p.scales + group * 16 + threadIdx.x % 32 / 4 * 2, exists);
       else
-        load_once(of_group[i].x, p.scales + group, k < p.K);
+        load_once(of_group[i].x, at.p.scales + group, exists);
     }
   }
 };
@@ -255,55 +270,51 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     }
     mbarrier_init_fence();
   }
-  Slabs next(items);
+  Slabs next(items, p, warp);
   for (int s = 0; s < STAGES && warp < WARPS; s++, next.advance()) {
-    if (next.exist()) copy_codes(smem + s * STAGE_BYTES, p, next, warp);
+    if (next.exist()) copy_codes(smem + s * STAGE_BYTES, next);
     cp_async_commit();
   }
   __syncthreads();
+  Stage stage;
   if (warp >= WARPS) {
     decrease_registers<56>();
     wait_then_allow_next();
     if (warp == WARPS && lane > 0) return;
-    unsigned n = 0;  // slabs so far: slab n uses stage n % STAGES
-    for (Slabs slabs(items); slabs.exist(); slabs.advance(), n++) {
-      unsigned char* stage = smem + n % STAGES * STAGE_BYTES;
+    bool first_round = true;
+    for (Slabs slabs(items, p, 0); slabs.exist(); slabs.advance(), stage.advance()) {
+      first_round &= stage.parity == 0;
       if (warp == WARPS) {
-        if (n >= STAGES) mbarrier_wait(&empty[n % STAGES], n / STAGES & 1 ^ 1);
-        copy_x(stage, x, slabs.slab, &full[n % STAGES]);
+        if (!first_round) mbarrier_wait(&empty[stage.at], stage.parity ^ 1);
+        copy_x(stage.in(smem), x, slabs.slab, &full[stage.at]);
         continue;
       }
-      mbarrier_wait(&full[n % STAGES], n / STAGES & 1);
-      prepare_x(stage, warp - WARPS - 1);
+      mbarrier_wait(&full[stage.at], stage.parity);
+      prepare_x(stage.in(smem), warp - WARPS - 1);
       fence_async();
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(&prepared[n % STAGES]);
+      if (lane == 0) mbarrier_arrive(&prepared[stage.at]);
     }
     return;
   }
   increase_registers<152>();
   wait_then_allow_next();
-  unsigned n = 0;
+  Slabs ahead(items, p, warp);  // by a slab
   SlabScales next_scales;
-  auto load_scales = [&](const Slabs& at) {
-    if (at.exist()) next_scales.load(p, p.matrix_tile(at.tile, warp), at.slab);
-  };
-  Slabs ahead(items);  // by a slab
-  load_scales(ahead);
+  next_scales.load(ahead);
   for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
     float sums[1][TILES][4], (&y)[TILES][4] = sums[0];
     clear(y);
-    for (const unsigned end = n + items.end(item) - items.begin(item); n < end; n++) {
-      unsigned char* stage = smem + n % STAGES * STAGE_BYTES;
+    for (int left = ahead.end - ahead.slab; left > 0; left--, stage.advance()) {
       const SlabScales now = next_scales;
       ahead.advance();
-      load_scales(ahead);
+      next_scales.load(ahead);
       cp_async_wait<STAGES - 1>();
-      mbarrier_wait(&prepared[n % STAGES], n / STAGES & 1);
-      multiply(y, stage, warp, now);
+      mbarrier_wait(&prepared[stage.at], stage.parity);
+      multiply(y, stage.in(smem), warp, now);
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(&empty[n % STAGES]);
-      if (next.exist()) copy_codes(stage, p, next, warp);
+      if (lane == 0) mbarrier_arrive(&empty[stage.at]);
+      if (next.exist()) copy_codes(stage.in(smem), next);
       cp_async_commit();
       next.advance();
     }
