@@ -176,6 +176,7 @@ def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
                 launch = quantized.linear_batch(x, weight, y, plan, scratch, silu=label == "silu")
                 found[f"quantized linear_batch {kind} g{group} {label} of {tokens}"] = launch
         found[f"dequantize {kind}"] = quantized.dequantize(weight, out)
+        found[f"repack {kind}"] = quantized.repack(kind, np.empty((16, 64), np.uint8), out)
     return found
 
 

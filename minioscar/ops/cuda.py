@@ -102,7 +102,12 @@ class Cuda(Reference):
         return Upload(dtype or self.dtype, advance, tensors, self.buffers)
 
     def quantized(self, plain: Plain) -> Quantized:
-        return from_plain(plain, self.xp)
+        return from_plain(plain, self.xp, None if plain.shape[1] % 8 else self._repacked)
+
+    def _repacked(self, plain: Plain) -> Array:
+        out = self.xp.empty(quantized.words_shape(plain.kind, *plain.shape), np.uint32)
+        self.run(quantized.repack(plain.kind, self.xp.ascontiguousarray(plain.codes), out))
+        return out
 
     def weight_bytes(self, config: Config) -> int:
         return bytes_of(config, self.dtype.itemsize)
