@@ -46,10 +46,10 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError(f"--image has no place here: {why}; leave one of them out")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
-    from .prompts import check_images, with_images
-
     template = template_of(args)
     wake(args.device)
+    from .prompts import check_images, with_images
+
     options = wanted(args)
     check_images(args.image)
     if args.prompts_file is not None:
