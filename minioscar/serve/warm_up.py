@@ -38,7 +38,8 @@ def warm_up(model: Model, cache: PooledCache, decoder: Decoder, chunk: int) -> N
         cache.advance(batch)
         end = min(2, cache.context)
         for last_slot in last.values():
-            slots = [last_slot] if last_slot == 0 or cache.missing(0, end) * 2 > len(cache.pool.free) else [0, last_slot]
+            has_room = 2 * cache.missing(0, end) <= len(cache.pool.free)
+            slots = [0, last_slot] if last_slot and has_room else [last_slot]
             cache.lengths[0] = 1  # the token of the small pass
             for slot in slots:
                 cache.copy_row(0, slot)
