@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,8 +22,8 @@ class Batch:
     starts: tuple[int, ...]
     packed: tuple[int, ...]
     counts: tuple[int, ...]
-    shifts: tuple[int, ...] | None = None  # None: all are 0
-    inputs: Inputs | None = None  # of a pass over rows with media
+    shifts: tuple[int, ...] | None = field(default=None, repr=False)  # None: all are 0
+    inputs: Inputs | None = field(default=None, repr=False)  # of a pass over rows with media
 
     def reading(self, rows: Sequence[Sequence[int]], media: Sequence[Medium]) -> Batch:
         """The same with what the media of these rows make of it. rows: as in `placed`."""

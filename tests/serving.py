@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .patience import PATIENCE
+
 ROOT = Path(__file__).parents[1]
 
 
 class Server:
     """url: with /v1. lines: what it has said on stderr so far."""
 
-    def __init__(self, *args: str, seconds: float = 120, **environment: str):
+    def __init__(self, *args: str, seconds: float = PATIENCE, **environment: str):
         command = [sys.executable, "-m", "minioscar", "serve", *args, "--port", "0", "--device", "cpu"]
         env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -49,13 +51,13 @@ class Server:
         return found[1]
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url.removesuffix("/v1") + path, timeout=30) as answer:
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + path, timeout=PATIENCE) as answer:
             return answer.read().decode()
 
     def metric(self, name: str) -> float:
         return float(re.search(rf"^minioscar_{name} (\S+)$", self.get("/metrics"), re.M)[1])
 
-    def end(self, how: signal.Signals = signal.SIGTERM, seconds: float = 60) -> int:
+    def end(self, how: signal.Signals = signal.SIGTERM, seconds: float = PATIENCE) -> int:
         self.process.send_signal(how)
         return self.process.wait(seconds)
 

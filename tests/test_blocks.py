@@ -13,7 +13,7 @@ from minioscar.serve.pooled import PooledCache
 from .test_cache import config
 from .test_window import Text, same_row, scheme_of
 
-KV = ["oscar", "int2", "plain-128-128", "plain-32-96"]
+KV = ["oscar", "int2", "plain-128-128", "plain-32-96", "oscar-64-0"]
 
 
 def check_pool(pool: BlockPool, rows: list[list[int]]) -> None:
@@ -98,7 +98,7 @@ def test_a_row_in_a_pool_is_the_row_in_blocks_of_its_own(kv, seed):
 def test_rows_that_begin_alike_hold_whole_blocks_together_and_write_none_of_them(kv, seed):
     """Whole rows and cut ones; both then go on with texts of their own and are what they are alone."""
     text = Pool(scheme_of(kv), seed)
-    for length in (128, 200, 300):
+    for length in (128, 192, 200, 300):
         cache, alone = text.pooled(), text.cache()
         text.grown(cache, 0, 300)
         left = cache.take_over(0, 1, length)
@@ -131,10 +131,10 @@ def test_blocks_of_a_row_that_is_gone_begin_another_one(kv, seed):
     cache, pieces = text.pooled(), text.cache()
     text.grown(cache, 0, 400)
     cache.publish(0, ids[:400])
-    assert cache.match([*ids[:127], 100, *ids[128:]]) == []
+    assert cache.match(list(chained_keys([*ids[:127], 100, *ids[128:]])), 460) == []
     cache.reset(0)
     text.grown(cache, 0, 100, 1)  # of what was known, nothing is taken as long as there is other room
-    blocks = cache.match(ids)
+    blocks = cache.match(list(chained_keys(ids)), len(ids))
     assert len(blocks) == min(scheme.packed_tokens(400), scheme.packed_tokens(460)) // 128
     count = cache.begin_with(1, blocks)
     assert count == 128 * len(blocks) == cache.lengths[1] == cache.packed_tokens(1)
@@ -170,4 +170,4 @@ def test_a_cache_that_packs_nothing_has_no_blocks():
     cache = PooledCache(config(), scheme_of("bf16"), 2, 512, Reference(), 9)
     assert cache.pool.size == cache.missing(0, 512) == cache.most_own == 0
     cache.reserve(0, 512)
-    assert cache.match(list(range(500))) == [] and cache.gauges()["blocks"][0] == 0
+    assert cache.match([b"a"], 500) == [] and cache.gauges()["blocks"][0] == 0

@@ -20,6 +20,7 @@ from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
 from minioscar.weights import arrays
 
+from .patience import PATIENCE
 from .tiny import MOE, load, write_model
 
 SHAPES = {
@@ -183,7 +184,8 @@ resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_IN
 e.new_cache = new_cache
 print(e.generate([1] * 2000, max_tokens=2).new_tokens)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**ENVIRONMENT}, timeout=120)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT}, timeout=PATIENCE)
     said, after = run.stdout.splitlines()
     assert said.startswith(
         "(1, 'out of cpu memory (Unable to allocate"

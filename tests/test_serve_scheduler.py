@@ -23,6 +23,7 @@ from minioscar.serve.pooled import PooledCache
 from minioscar.serve.scheduler import Scheduler
 from minioscar.storage.hub import resolve
 
+from .patience import PATIENCE
 from .test_cuda_backend import on_each_backend
 from .test_decode_step import of_backend
 from .test_gpu import fed
@@ -46,7 +47,7 @@ class Asked:
             self.done.set()
 
     def wait(self) -> Asked:
-        assert self.done.wait(120), "no answer"
+        assert self.done.wait(PATIENCE), "no answer"
         return self
 
     @property
@@ -158,7 +159,7 @@ def close(got: list[tuple], want: list[tuple]) -> bool:
     return [one[:3] for one in got] == [one[:3] for one in want] and np.allclose(*values, atol=1e-3)
 
 
-def idle(scheduler: Scheduler, seconds: float = 20) -> None:
+def idle(scheduler: Scheduler, seconds: float = PATIENCE) -> None:
     """Waits until every row is free."""
     end = time.monotonic() + seconds
     while any(row.state != "free" for row in scheduler.rows) or scheduler.waiting or scheduler.steps:

@@ -121,6 +121,7 @@ GOLDEN_NLL, GOLDEN_KL = 2.3256, {  # one short window; another BLAS moves a KL b
 }
 
 
+@pytest.mark.long
 def test_fidelity_has_not_changed():
     """A regression in any part of the cache path shows here: golden numbers, 512 tokens prefilled and 256 decoded."""
     baseline, *rows = fidelity.evaluate(

@@ -4,12 +4,14 @@ read. make_tower_fixtures.py made the references and says what is in them."""
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from safetensors.numpy import load_file, save_file
 
 from minioscar.config import Config
 from minioscar.errors import UserError
@@ -266,6 +268,25 @@ def test_what_is_not_implemented_is_refused_by_name(raw: dict, change: dict, why
 def test_other_preprocessing_is_refused_by_name(raw: dict, said: dict, why: str) -> None:
     with pytest.raises(UserError, match=why):
         Config.from_dict(raw, pictures=said)
+
+
+@pytest.mark.parametrize(("case", "name", "said"), [
+    ("qwen3-omni", "thinker.audio_tower.layers.0.gate.weight", "audio_tower.layers.0.gate.weight"),
+    ("llava", "multi_modal_projector.linear_3.weight", "multi_modal_projector.linear_3.weight"),
+])  # fmt: skip
+def test_a_tensor_without_a_place_is_refused_and_one_that_is_missing(
+    case: str, name: str, said: str, tmp_path: Path
+) -> None:
+    shutil.copytree(FIXTURES / case, tmp_path, dirs_exist_ok=True)
+    config, file = Config.from_folder(tmp_path), tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, name: np.zeros((4, 4), np.float32)}, file)
+    with pytest.raises(UserError, match=f"tensor {said} has no place in this architecture"):
+        load(tmp_path, config, Reference())
+    gone = next(key for key in tensors if key.endswith("v_proj.bias"))
+    save_file({key: tensor for key, tensor in tensors.items() if key != gone}, file)
+    with pytest.raises(UserError, match="v_proj.bias is missing"):
+        load(tmp_path, config, Reference())
 
 
 @pytest.mark.parametrize(("case", "kind"), [("llava-next", "image"), ("llava", "image"), ("qwen3-omni", "audio")])

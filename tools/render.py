@@ -352,7 +352,7 @@ def schemes() -> str:
         step = f"a scale a token and a channel, {step}" if isinstance(s, Kvarn) else step
         step = f"8 % clipped at each end, {step}" if isinstance(s, OscarCov) else step
         values = f"{'rotated, ' if s.rotate or isinstance(s, TurboQuant) else ''}{step}, groups of {s.value_group(128)}"
-        values += f", range x {s.value_shrink}" if s.value_shrink else ""
+        values += ", dithered where they repeat" * s.dithered
         values = values if s.key_bits == s.value_bits else f"{s.value_bits} bits; {values}"
         kept = [f"newest {s.keep} … {s.ring - 1}"] + [f"first {s.sinks} tokens"] * bool(s.sinks)
         kept += [f"{s.outliers} tokens a block"] if isinstance(s, Ott) else []

@@ -180,7 +180,7 @@ def _pack_launch(name: str, heads: Heads, scheme: Scheme, grid: tuple[int, ...],
 
 def pack_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
     """Of pack.cu."""
-    return *layout_defines(scheme, head_dim), f"SHAPED={scheme.shaped:d}"
+    return *layout_defines(scheme, head_dim), f"SHAPED={scheme.shaped:d}", f"DITHERED={scheme.dithered:d}"
 
 
 def feedback_bytes(scheme: Scheme, head_dim: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..options import Options
 from ..sampling import RowSampling
 from ..tokenizer import Tokenizer
 from ..towers.media import Medium, words
+from .blocks import chained_keys
 
 
 class Busy(Failure):
@@ -88,6 +90,11 @@ class Job:
     def usable(self) -> list[int]:
         """The tokens that need not be fed where they are cached: the last one is, for its logits."""
         return self.ids[:-1] if self.cache_prompt and self.prompt_logprobs is None else []
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """Of the whole blocks of these."""
+        return list(chained_keys(self.usable))
 
 
 class Row:

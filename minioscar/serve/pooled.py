@@ -53,9 +53,7 @@ class PooledCache(Cache):
         self.pool, self.blocks = BlockPool(blocks), [[] for _ in range(batch)]
         self.swapped: dict[int, Swapped] = {}
         # Key of a row's first block -> where its sinks are, behind those of the rows; the one unused for longest first
-        self.sinks: OrderedDict[bytes, int] = OrderedDict(
-            (b"%d" % i, batch + i) for i in range(kept_sinks(batch))
-        )
+        self.sinks = OrderedDict((b"%d" % i, batch + i) for i in range(kept_sinks(batch)))
 
     def gauges(self) -> dict[str, tuple[float, str]]:
         """For `Scheduler.gauges`."""
@@ -123,12 +121,12 @@ class PooledCache(Cache):
 
     def left_to_share(self, slot: int, length: int, unread: int = 0) -> int:
         """How many tokens of a row another one, or this one for another answer, can begin with: as `left_after_cut`,
-        but without a window only whole blocks, since a part of one would be written again."""
+        but of packed tokens that are not all of the row's only whole blocks, since a part of one would be written
+        again."""
         if slot in self.swapped:
             return 0
         left = self.left_after_cut(slot, length, unread)
-        has_window = left > self.packed_tokens(slot) or not self.scheme.quantized
-        return left if has_window else left // BLOCK_TOKENS * BLOCK_TOKENS
+        return left if left >= self.packed_tokens(slot) else left // BLOCK_TOKENS * BLOCK_TOKENS
 
     @property
     def most_own(self) -> int:
@@ -144,6 +142,7 @@ class PooledCache(Cache):
         pool has not so many, at most `most_own`."""
         left = self.left_to_share(source, length, unread)
         whole, packed = self._whole(source, left), self.packed_tokens(source)
+        shift = int(self.shifts[source]) if left == self.lengths[source] else 0  # as in `truncate`
         if source != target:
             shared = self.blocks[source][:whole]
             self.pool.hold(shared)
@@ -153,10 +152,9 @@ class PooledCache(Cache):
             parts = slice(whole, len(self.blocks[target]))
             self.copy_blocks(self.blocks[source][parts], self.blocks[target][parts])
             self.copy_row(source, target)
-        elif left <= packed:
+        elif left < packed:
             self._drop(target, whole)
-        self.lengths[target], self.cuts[target] = left, min(packed, left)
-        self.shifts[target] = 0  # as in `truncate`
+        self.lengths[target], self.cuts[target], self.shifts[target] = left, min(packed, left), shift
         return left
 
     def publish(self, slot: int, ids: Sequence[int]) -> None:
@@ -182,11 +180,10 @@ class PooledCache(Cache):
         for name in self.arrays.keys() & set(SINK_ARRAYS):
             self.arrays[name][:, target] = self.arrays[name][:, source]
 
-    def match(self, ids: Sequence[int]) -> list[int]:
-        """Blocks that hold the beginning of a prompt: as many as are packed when all of it is fed, for behind them its
-        window is fed again."""
-        whole = self.scheme.packed_tokens(len(ids)) // BLOCK_TOKENS
-        keys = list(chained_keys(ids[: whole * BLOCK_TOKENS]))
+    def match(self, keys: Sequence[bytes], tokens: int) -> list[int]:
+        """Blocks that hold the beginning of a prompt of so many tokens, whose `chained_keys` these are: at most as many
+        as are packed when all of it is fed, for behind them its window is fed again."""
+        keys = keys[: self.scheme.packed_tokens(tokens) // BLOCK_TOKENS]
         return self.pool.find(keys) if keys and keys[0] in self.sinks else []
 
     def begin_with(self, slot: int, blocks: Sequence[int]) -> int:

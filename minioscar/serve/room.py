@@ -24,13 +24,13 @@ class Room:
         pool, idle = self.cache.pool, sum(len(self.cache.blocks[row.slot]) for row in self.rows if not row.job)
         unread = sum(self.cache.missing(row.slot, len(row.job.ids)) for row in running if row.state == "read")
         swapped = sum(self.cache.missing(row.slot, 0) for row in running)
-        shared = sum(pool.holders[block] > 0 for block in self.cache.match(job.usable))
+        shared = sum(pool.holders[block] > 0 for block in self.cache.match(job.keys, len(job.usable)))
         needed = self.cache.blocks_of(len(job.ids)) - shared + job.rows
         return not running or needed <= len(pool.free) + idle - unread - swapped
 
     def fits(self, job: Job) -> bool:
         """Whether a prompt and the beginning of its answers fit at all."""
-        return self.cache.blocks_of(len(job.ids) + 1) + self.for_answers(job) <= self.cache.pool.size
+        return self.cache.blocks_of(len(job.ids)) + self.for_answers(job) <= self.cache.pool.size
 
     def for_answers(self, job: Job) -> int:
         """Blocks that the answers but the first take for themselves when they begin."""
@@ -51,6 +51,14 @@ class Room:
                 row.swap(front)
                 chosen[i] = front
         return chosen
+
+    def for_step(self, rows: Sequence[Row], decoder: Decoder) -> list[Row]:
+        """Those whose next token has a block; the others wait. Older ones are asked first, and may take newer ones'."""
+        ends = {row: int(self.cache.lengths[row.slot]) + row.in_flight + 1 for row in rows}
+        with decoder.ordered():
+            for row in sorted(rows, key=lambda row: row.used):
+                self.give(row, ends[row])
+        return [row for row in rows if not self.cache.missing(row.slot, ends[row])]
 
     def give(self, row: Row, tokens: int, more: int = 0) -> bool:
         """The row has blocks for so many tokens, and `more` are free besides. False: it waits."""

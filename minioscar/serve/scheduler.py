@@ -206,7 +206,7 @@ class Scheduler:
 
     def _match(self, row: Row) -> None:
         """The row takes over what any row holds of the beginning of its prompt."""
-        row.job.cached = prefixes.take_over(self.cache, row.job.usable, self.rows, row)
+        row.job.cached = prefixes.take_over(self.cache, self.rows, row)
         row.held, row.is_matched = list(row.job.ids), True
         self.metrics.hit_tokens += row.job.cached
 
@@ -312,7 +312,7 @@ class Scheduler:
     def _launch(self) -> bool:
         """Whether there was a step to launch."""
         count = len(self.steps)
-        while len(self.steps) <= self._ahead() and (rows := self._with_room(self._going())):
+        while len(self.steps) <= self._ahead() and (rows := self.room.for_step(self._going(), self.decoder)):
             if not all([self._allow(row) for row in rows]):
                 continue
             self.decoder.launch([row.slot for row in rows])
@@ -320,14 +320,6 @@ class Scheduler:
             for row in rows:
                 row.in_flight += 1
         return len(self.steps) > count
-
-    def _with_room(self, rows: list[Row]) -> list[Row]:
-        """Those whose next token has a block; the others wait. Older ones are asked first, and may take newer ones'."""
-        ends = {row: int(self.cache.lengths[row.slot]) + row.in_flight + 1 for row in rows}
-        with self.decoder.ordered():
-            for row in sorted(rows, key=lambda row: row.used):
-                self.room.give(row, ends[row])
-        return [row for row in rows if not self.cache.missing(row.slot, ends[row])]
 
     def _allow(self, row: Row) -> bool:
         """Tells the decoder what a row's grammar allows next; where that cannot be said, the answer ends: False."""

@@ -81,7 +81,7 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
     blocks = most_blocks(engine, plan, context)
     context = min(config.max_context, blocks * BLOCK_TOKENS) if context is None else context
     chunk = min(plan.chunk, max(context // SCORED_PIECE, 1) * SCORED_PIECE)
-    if blocks_of_row(scheme, context) > blocks or not scheme.quantized:
+    if blocks_of_row(scheme, max(context, 1)) > blocks or not scheme.quantized:
         memory.check(config, scheme, ops, plan.slots, max(context, 1), min(chunk, context), penalties=None)
     if blocks_of_row(scheme, context) > blocks:
         why = f"memory has room for {blocks * BLOCK_TOKENS} tokens beside the windows of {plan.slots} slots"

@@ -29,6 +29,8 @@ DTYPES |= dict.fromkeys(("F8_E4M3", "F8_E8M0"), np.dtype(np.uint8))  # the codes
 KV_SCALES = re.compile(r"self_attn\.([kv]_scale|kv_scale|[kv]_proj\.(output_scale|[kv]_scale))$")
 # what is not used, besides: queries and activations stay in 16 bits, RoPE is computed
 IGNORED = re.compile(rf"{KV_SCALES.pattern}|\.(q_scale|input_scale|activation_scale|input_global_scale|inv_freq)$")
+# of tensors that must all be known; of LLaVA's vision_tower. the last layers are not used
+PLACES = "model.", "lm_head.", "audio_tower.", "multi_modal_projector."
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -138,7 +140,7 @@ class Checkpoint:
             else:
                 self._check_plain(name, shape)
         for name in self.tensors.keys() - known:
-            if name.startswith(("model.", "lm_head.")) and not IGNORED.search(name) and not self._is_zero_bias(name):
+            if name.startswith(PLACES) and not IGNORED.search(name) and not self._is_zero_bias(name):
                 raise UserError(
                     f"{self.folder}: tensor {name} has no place in this architecture; it is not implemented"
                 )

@@ -8,7 +8,7 @@ numbers are those of.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,9 +111,11 @@ class Clip:
     # --- a picture's pixels
 
     def prepare(self, source: Any, name: str) -> Medium:
-        """The picture as it is, uint8 [height, width, 3]: its tiles depend on its size. Raises UserError."""
-        pixels = np.asarray(pictures.opened(source, name))
-        return Medium.of(self.kind, pixels, self.tokens(pixels.shape[:2]), name=name)
+        """Its size, on which depends what of a grid is padding, and its tiles (`tiles.cut`). Raises UserError."""
+        picture = np.asarray(pictures.opened(source, name))
+        size, cut = picture.shape[:2], tiles.cut(picture, self.tile, self.grids)
+        both = np.concatenate([np.array(size, "<u4").view(np.uint8), cut.reshape(-1)])  # for the digest
+        return replace(Medium.of(self.kind, both, self.tokens(size), name=name), data=(size, cut))
 
     def tokens(self, size: Size) -> int:
         """Of a picture (height, width): 576 of the whole and, of a grid, each row with its newline."""
@@ -131,10 +133,10 @@ class Clip:
 
     def encode(self, medium: Medium, weights: Mapping[str, Array], ops: Backend) -> Features:
         """embeddings [tokens, output_size]: of the whole picture, then of its grid, row by row."""
-        xp, side, size = ops.xp, self.side, medium.data.shape[:2]
+        xp, side, (size, cut) = ops.xp, self.side, medium.data
         w = {name.removeprefix(TOWER).removeprefix(PROJECTOR): array for name, array in weights.items()}
-        pixels = tiles.tiles(medium.data, self.tile, self.grids)
-        x = xp.concatenate([self._features(pixels[i : i + TILES], w, ops) for i in range(0, len(pixels), TILES)])
+        parts = (tiles.normalized(cut[i : i + TILES]) for i in range(0, len(cut), TILES))
+        x = xp.concatenate([self._features(part, w, ops) for part in parts])
         x = linear(gelu(linear(x, w, "linear_1", ops), xp), w, "linear_2", ops)  # [tiles * side * side, output_size]
         if self.grids is None:
             return Features(x)
@@ -146,7 +148,8 @@ class Clip:
         return Features(xp.concatenate([whole, xp.concatenate([x, newline], axis=1).reshape(-1, x.shape[-1])]))
 
     def _features(self, pixels: np.ndarray, w: Mapping[str, Array], ops: Backend) -> Array:
-        """What the layers make of the patches of a few tiles, [tiles * patches, hidden], row by row."""
+        """What the layers make of the patches of a few tiles, [tiles * patches, hidden], row by row. pixels: of
+        `tiles.normalized`."""
         xp, (n, side, patch) = ops.xp, (len(pixels), self.side, self.patch)
         cut = pixels[..., : side * patch, : side * patch].reshape(n, 3, side, patch, side, patch)
         cut = cut.transpose(0, 2, 4, 1, 3, 5).reshape(n * side * side, -1)  # a row is a patch: colour, row, column
@@ -176,7 +179,7 @@ class Clip:
         attending = itemsize * 6 * n * hidden + ops.full_attention_bytes(patches, heads, hidden // heads)
         mlp = itemsize * n * (2 * hidden + 2 * self.intermediate_size) + 4 * n * 4 * self.intermediate_size
         largest = max((height * width for height, width in self.grids or ()), default=0) // self.tile**2 + 1
-        pixels = 2 * 4 * 3 * self.tile**2 * largest  # on the host, too, where that is another memory
+        pixels = 4 * 4 * 3 * self.tile**2 * TILES  # on the host, too, where that is another memory
         projected = largest * self.side**2 * (hidden * itemsize + self.output_size * (3 * itemsize + 4 * 4))
         return max(attending, mlp) + projected + pixels
 

@@ -16,17 +16,12 @@ MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 
 Size = tuple[int, int]  # height, width
 
 
-def tiles(picture: np.ndarray, tile: int, grids: Sequence[Size] | None) -> np.ndarray:
-    """Normalized pixels of a picture uint8 [height, width, 3], float32 [tiles, 3, tile, tile]: the whole, then a grid
-    of tiles row by row.
+def cut(picture: np.ndarray, tile: int, grids: Sequence[Size] | None) -> np.ndarray:
+    """The tiles of a picture uint8 [height, width, 3], uint8 [tiles, tile, tile, 3]: the whole, then a grid of tiles
+    row by row.
 
     grids: height and width in pixels of those that there are (None: LLaVA-1.5's one tile).
     """
-    return normalized(cut(picture, tile, grids))
-
-
-def cut(picture: np.ndarray, tile: int, grids: Sequence[Size] | None) -> np.ndarray:
-    """The same before normalization, uint8 [tiles, tile, tile, 3]."""
     if grids is None:
         return _middle(picture, tile)[None]
     height, width = best_grid(picture.shape[:2], grids)
