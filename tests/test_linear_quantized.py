@@ -16,7 +16,8 @@ from minioscar.ops.linear import rms_norm
 from minioscar.ops.linear_batch import Scratch
 from minioscar.quantized import Quantized, _halves, from_plain
 
-from .kernel_device import on_each_device, on_the_card
+from .kernel_device import on_each_device, on_each_device_over, on_the_card
+from .pairwise import switches
 from .test_cuda_backend import on_each_backend
 from .test_quantized import random_plain
 
@@ -214,10 +215,9 @@ SMALLS = [
 ]
 
 
-@on_each_device
-@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
-@pytest.mark.parametrize(("kind", "group", "tokens", "size", "rows"), SMALLS)
-def test_products_with_what_stands_before_and_behind_them(device, seed, kind, group, tokens, size, rows, parts):
+@on_each_device_over(case=SMALLS, parts=PARTS, traits={"parts": switches})
+def test_products_with_what_stands_before_and_behind_them(device, seed, case, parts):
+    kind, group, tokens, size, rows = case
     weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
     Product(device, seed, tokens, weight, **parts).check()
 
@@ -229,24 +229,23 @@ BATCHES = [
 ]
 
 
-@on_each_device
-@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
-@pytest.mark.parametrize(("kind", "group", "tokens", "size", "rows"), BATCHES)
-def test_products_of_batches(device, seed, kind, group, tokens, size, rows, parts):
+@on_each_device_over(case=BATCHES, parts=PARTS, traits={"parts": switches})
+def test_products_of_batches(device, seed, case, parts):
+    kind, group, tokens, size, rows = case
     weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
     Product(device, seed, tokens, weight, **parts).check()
 
 
-@on_each_device
-@pytest.mark.parametrize("kind", BITS)
-@pytest.mark.parametrize("parts", [{}, {"silu": True, "bias": True}, {"residual": True, "bias": True, "float32": True}])
-def test_every_way_to_share_the_slabs_of_a_batch(device, seed, kind, parts):
+EPILOGUES = [{}, {"silu": True, "bias": True}, {"residual": True, "bias": True, "float32": True}]
+
+
+@on_each_device_over(kind=list(BITS), parts=EPILOGUES, multiprocessors_and_capability=[(2, 90), (7, 80), (3, 89)])
+def test_every_way_to_share_the_slabs_of_a_batch(device, seed, kind, parts, multiprocessors_and_capability):
     weight = matrix(np.random.default_rng(seed), kind, 416, 1096, 64)
-    for multiprocessors, capability in ((2, 90), (7, 80), (3, 89)):
-        product = Product(device, seed, 20, weight, **parts)
-        plans = quantized.batch_configs(20, weight, parts.get("silu", False), Card(multiprocessors, capability))
-        for plan in dict.fromkeys(plans):
-            product.check(plan=plan)
+    product = Product(device, seed, 20, weight, **parts)
+    plans = quantized.batch_configs(20, weight, parts.get("silu", False), Card(*multiprocessors_and_capability))
+    for plan in dict.fromkeys(plans):
+        product.check(plan=plan)
 
 
 # kind, columns of a group, tokens, in, out
