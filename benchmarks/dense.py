@@ -15,10 +15,10 @@ import cupy
 import numpy as np
 
 from benchmarks.cases import DENSE, PREFILLS, Case, Matrix, pairs
-from benchmarks.kernels import filled, random_bf16
+from benchmarks.kernels import filled, random_bf16, some_table
 from benchmarks.measure import copies_of, graph_time
 from benchmarks.quantized import random_form
-from minioscar.cache import BF16
+from minioscar.layer_cache import BF16, BLOCK_TOKENS, blocks_of
 from minioscar.ops import attention, linear, prefill, sample
 from minioscar.ops.launch import Card, Launch, run
 from minioscar.sampling import RowSampling, Sampling
@@ -137,8 +137,9 @@ def between(rng: Any) -> Iterator[tuple[str, str, int, Launch, int]]:
         cupy.ones((2, tokens, head_dim // 2), np.float32),
     )
     q, k = (cupy.empty((tokens, n, head_dim), BF16) for n in (q_heads, kv_heads))
-    norms, weight = cupy.empty((1, tokens), np.float32), cupy.ones(head_dim, BF16)
-    to = attention.KeyOutputs(k, norms=norms, slots=cupy.zeros(tokens, np.int32))  # all of one sequence
+    table, weight = cupy.asarray(some_table(1, blocks_of(tokens))), cupy.ones(head_dim, BF16)
+    norms = cupy.empty((table.size, BLOCK_TOKENS), np.float32)
+    to = attention.KeyOutputs(k, None, None, norms, table, cupy.zeros(tokens, np.int32))  # all of one sequence
     rotation = attention.Rotation(HEADS, *tables, True, weight, weight, EPS)
     launch = attention.rotate_scale(rotation, qkv, cupy.arange(tokens, dtype=np.int32), q, to)
     moved = 2 * (q.nbytes + k.nbytes) + tables.nbytes + norms.nbytes

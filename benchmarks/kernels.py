@@ -18,11 +18,11 @@ import numpy as np
 from benchmarks.cases import CHUNK, Case, entry, moved_bytes, too_large
 from benchmarks.measure import copies_of, graph_time
 from benchmarks.peers import peer_times
-from minioscar.cache import BF16
+from minioscar.layer_cache import BF16, BLOCK_TOKENS, blocks_of
 from minioscar.ops import attention
 from minioscar.ops.launch import Card, kernel, run
 from minioscar.ops.layout import PAGE_TOKENS, page_bytes
-from minioscar.oscar import SCHEMES, Scheme
+from minioscar.oscar import SCHEMES
 
 Array = Any
 
@@ -44,36 +44,38 @@ def filled(case: Case, rng: Any) -> dict[str, Array]:
         return {"keys": random_bf16(shape, rng), "values": random_bf16(shape, rng)}
     window = rows, h.kv_heads, scheme.ring, h.head_dim
     cache = {"window_keys": random_bf16(window, rng), "window_values": random_bf16(window, rng)}
-    cache["pages"] = cupy.empty(
-        (rows, h.kv_heads, context // PAGE_TOKENS, page_bytes(scheme, h.head_dim)), np.uint8
-    )
+    of_row = blocks_of(context + scheme.ring)
+    cache["table"] = cupy.asarray(some_table(rows, of_row))
+    cache["pages"] = cupy.empty((rows * of_row, h.kv_heads, 2, page_bytes(scheme, h.head_dim)), np.uint8)
     if scheme.scale:
         cache["norms"] = (h.kv_heads * h.head_dim) ** 0.5 * (
-            1 + 0.2 * rng.standard_normal((rows, context), dtype=np.float32)
+            1 + 0.2 * rng.standard_normal((rows * of_row, BLOCK_TOKENS), dtype=np.float32)
         )
     if scheme.sinks:
         sinks = rows, h.kv_heads, scheme.sinks, h.head_dim
         cache["sink_keys"], cache["sink_values"] = cupy.empty(sinks, BF16), cupy.empty(sinks, BF16)
-    for _, launch in packing(h, scheme, cache, rng):
+    for launch in packing(case, cache, rng):
         launch()
     return cache
 
 
-def packing(
-    h: attention.Heads, scheme: Scheme, cache: dict[str, Array], rng: Any
-) -> Iterator[tuple[int, Callable[[], None]]]:
-    """Launches of the bulk kernel that fill the pages of every row; the number is the tokens of one launch. Where the
-    scheme is shaped its tables hold zeros: their numbers do not change the time."""
-    rows, _, page_count, _ = cache["pages"].shape
-    tokens = page_count * PAGE_TOKENS + scheme.keep
+def some_table(rows: int, blocks: int) -> np.ndarray:
+    """The blocks of each row, int32 [rows, blocks], as a pool that has served for long gives them out."""
+    return np.random.default_rng(0).permutation(rows * blocks).astype(np.int32).reshape(rows, blocks)
+
+
+def packing(case: Case, cache: dict[str, Array], rng: Any) -> Iterator[Callable[[], None]]:
+    """Launches of the bulk kernel that fill the pages of every row. Where the scheme is shaped its tables hold zeros:
+    their numbers do not change the time."""
+    h, scheme, tokens = case.heads, case.scheme, case.context + case.scheme.keep
     k, v = (random_bf16((tokens, h.kv_heads, h.head_dim), rng) for _ in range(2))
     stride = h.kv_heads * h.head_dim
     feedback = cupy.zeros((h.kv_heads, h.head_dim, h.head_dim), np.float32) if scheme.shaped else None
-    for row in range(rows):
+    for row in range(case.batch):
         ints = [cupy.asarray([x], np.int32) for x in (0, row, 0, tokens)]
         new = attention.PrefillTokens(k, v, stride, stride, *ints, tokens)
         launch = attention.pack_bulk(h, scheme, new, cache, feedback)
-        yield tokens, lambda launch=launch: run(launch)
+        yield lambda launch=launch: run(launch)
 
 
 def attention_launches(case: Case, rng: Any) -> tuple[list[Callable[[], None]], list[dict[str, Array]]]:
@@ -82,17 +84,17 @@ def attention_launches(case: Case, rng: Any) -> tuple[list[Callable[[], None]], 
     size = sum(array.nbytes for array in first.values())
     caches = [first] + [{name: array.copy() for name, array in first.items()} for _ in range(copies_of(size) - 1)]
     q = random_bf16((case.batch, h.q_heads, h.head_dim), rng)
-    state, out = decode_state(case), cupy.empty(q.shape, BF16)
+    state, out = decode_state(case, first.get("table")), cupy.empty(q.shape, BF16)
     run(attention.schedule(state))  # once a step, for all layers: its own row
     rotation = enumerate(caches * (1 + len(caches) % 2))  # an even number: launches alternate two workspaces
     made = [attention.decode_attention(state, q, cache, out, parity=i % 2) for i, cache in rotation]
     return [lambda launch=launch: run(launch) for launch in made], caches
 
 
-def decode_state(case: Case) -> attention.DecodeState:
+def decode_state(case: Case, table: Array | None) -> attention.DecodeState:
     plan = attention.decode_plan(case.heads, case.scheme, case.batch, Card.current())
     lengths = cupy.full(case.batch, case.context + case.window - 1, np.int32)
-    return attention.DecodeState.allocate(cupy, case.heads, case.scheme, plan, lengths)
+    return attention.DecodeState.allocate(cupy, case.heads, case.scheme, plan, lengths, table)
 
 
 def compile_all(cases: list[Case]) -> None:
@@ -101,7 +103,8 @@ def compile_all(cases: list[Case]) -> None:
     seen = {}
     for case in cases:
         cache = {name: cupy.empty((1, 1, 1, 1), np.uint8) for name in ("keys", "values", "pages", "norms")}
-        launch = attention.decode_attention(decode_state(case), q, cache, q, parity=0)
+        state = decode_state(case, cupy.empty((1, 1), np.int32))
+        launch = attention.decode_attention(state, q, cache, q, parity=0)
         seen[launch.source, launch.name, launch.defines] = None
         if case.scheme.quantized:
             seen["pack.cu", "pack", attention.pack_defines(case.scheme, case.heads.head_dim)] = None
@@ -153,12 +156,12 @@ def writing(copy_rate: float) -> Iterator[dict]:
     cos = cupy.ones((case.context + scheme.ring, h.head_dim // 2), np.float32)
     q = cupy.empty((1, h.q_heads, h.head_dim), BF16)
     weight = cupy.ones(h.head_dim, BF16)
-    to = attention.KeyOutputs(None, cache["window_keys"], cache["window_values"], cache["norms"])
+    to = attention.KeyOutputs(None, cache["window_keys"], cache["window_values"], cache["norms"], cache["table"])
     rotation = attention.Rotation(h, cos, cos, True, weight, weight, 1e-6)
     rotate = attention.rotate_scale(rotation, qkv, lengths, q, to)
     feedback = cupy.zeros((1, h.kv_heads, h.head_dim, h.head_dim), np.float32) if scheme.shaped else None
     pack = attention.pack_step(h, scheme, lengths, cache, feedback=feedback)
-    schedule = attention.schedule(decode_state(case))
+    schedule = attention.schedule(decode_state(case, cache["table"]))
     for op, made in (
         ("rotate_scale_append", (rotate,)),
         ("rotate_scale_append_pack", (rotate, pack)),
@@ -177,10 +180,10 @@ def writing(copy_rate: float) -> Iterator[dict]:
         launches = []
         for _ in range(3):
             cache = filled(case, rng)
-            launches += [launch for _, launch in packing(h, case.scheme, cache, rng)]
+            launches += packing(case, cache, rng)
         us, spread = graph_time(launches)
         read = 2 * context * h.kv_heads * h.head_dim * 2 + 4 * context
-        written = cache["pages"].nbytes + sum(
+        written = context // PAGE_TOKENS * h.kv_heads * page_bytes(case.scheme, h.head_dim) + sum(
             cache[name].nbytes for name in ("sink_keys", "sink_values") if name in cache
         )
         yield entry("pack_bulk", case, us, spread, read + written, copy_rate)
@@ -195,9 +198,11 @@ def flushing(copy_rate: float) -> Iterator[dict]:
         scheme, h, rows = case.scheme, case.heads, (layers, batch)
         tokens = *rows, h.kv_heads, scheme.ring, h.head_dim
         cache = {"window_keys": random_bf16(tokens, rng), "window_values": random_bf16(tokens, rng)}
-        shape = *rows, h.kv_heads, scheme.ring // PAGE_TOKENS, page_bytes(scheme, h.head_dim)
+        blocks = blocks_of(scheme.ring)
+        cache["table"] = cupy.asarray(some_table(batch, blocks))
+        shape = layers, batch * blocks, h.kv_heads, 2, page_bytes(scheme, h.head_dim)
         cache["pages"] = cupy.empty(shape, np.uint8)
-        cache["norms"] = cupy.ones((*rows, scheme.ring), np.float32)
+        cache["norms"] = cupy.ones((layers, batch * blocks, BLOCK_TOKENS), np.float32)
         sinks = *rows, h.kv_heads, scheme.sinks, h.head_dim
         cache["sink_keys"], cache["sink_values"] = cupy.empty(sinks, BF16), cupy.empty(sinks, BF16)
         feedback = cupy.zeros((layers, h.kv_heads, h.head_dim, h.head_dim), np.float32) if scheme.shaped else None

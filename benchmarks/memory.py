@@ -71,8 +71,8 @@ def memory(e: Engine, name: str, batch: int, context: int) -> dict:
 
 
 def traced(ops: Reference, make: Callable[[], Cache], use: Callable[[Cache], None]) -> tuple[int, int]:
-    """Bytes of the arrays of a cache (what counts its tokens, on the host on every back end, aside), and the most that
-    it and its use held."""
+    """Bytes of the arrays of a cache (what counts its tokens, on the host on every back end, and its table aside), and
+    the most that it and its use held."""
     tracemalloc.start()
     try:
         cache = make()
@@ -81,6 +81,7 @@ def traced(ops: Reference, make: Callable[[], Cache], use: Callable[[Cache], Non
         tracemalloc.reset_peak()
         use(cache)
         size = sum(trace.size for trace in arrays.traces) - cache.lengths.nbytes - cache.cuts.nbytes
+        size -= max(cache.table.nbytes, 1)  # NumPy takes a byte for an empty array
         return size, size + tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
@@ -93,7 +94,7 @@ def pooled(ops: Reference, make: Callable[[], Cache], use: Callable[[Cache], Non
     ops.release()
     before = pool.used_bytes()
     cache = make()
-    size = pool.used_bytes() - before
+    size = pool.used_bytes() - before - -(-cache.table.nbytes // 512) * 512
     ops.release()
     held = pool.total_bytes()
     use(cache)

@@ -49,9 +49,9 @@ def filled(
         else:  # numbers do not change the time
             feedback = ops.xp.zeros((config.num_kv_heads, config.head_dim, config.head_dim), np.float32)
         layer_cache.append(NewTokens(k, v, norms, feedback), first)
+    cache.advance(first)
     for row in range(1, batch):
         cache.copy(0, row)
-    cache.lengths[:] = context
     return cache
 
 
@@ -165,7 +165,7 @@ def attending(case: Case, ops: Reference) -> Callable[[], None]:
     (first,) = cache.layers
     copies = min(copies_of(cache.nbytes), MAX_COPIES) - 1
     arrays = ({name: array.copy() for name, array in first.arrays.items()} for _ in range(copies))
-    rotated = cycle([first, *(type(first)(of_copy, case.scheme, ops) for of_copy in arrays)])
+    rotated = cycle([first, *(type(first)(of_copy, case.scheme, ops, first.table) for of_copy in arrays)])
     rng, batch = np.random.default_rng(1), cache.batch_for(list(range(case.batch)), [1] * case.batch)
     q, k, v = (
         rng.standard_normal((case.batch, n, h.head_dim), np.float32) for n in (h.q_heads, h.kv_heads, h.kv_heads)

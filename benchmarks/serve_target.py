@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,11 +24,12 @@ import numpy as np
 
 from benchmarks.runs import model_of
 from minioscar.app import cli
-from minioscar.cache import Cache
+from minioscar.cache import blocks_of_row
 from minioscar.decoding import Decoder
 from minioscar.engine import Engine, scheme_named
 from minioscar.sampling import RowSampling, Sampling
 from minioscar.serve import server
+from minioscar.serve.pooled import PooledCache
 from minioscar.serve.warm_up import passes, warm_up
 from minioscar.storage.hub import resolve
 from minioscar.tokenizer import Tokenizer
@@ -82,8 +84,9 @@ class Chain:
 
     def __init__(self, e: Engine, slots: int, context: int, chunk: int):
         self.model, self.vocab, self.chunk = e.model, e.config.vocab_size, min(chunk, context)
-        self.cache: Cache = e.new_cache(slots, context)
-        e.ops.prepare(e.model, self.cache, passes(self.cache, self.chunk), [RowSampling()] * slots, False)
+        blocks = slots * blocks_of_row(e.scheme, context)
+        self.cache: PooledCache = e.new_cache(slots, context, partial(PooledCache, blocks=blocks))
+        e.ops.prepare(e.model, self.cache, passes(self.cache, self.chunk), None, False)
         self.decoder: Decoder = e.ops.decoder(e.model, self.cache, None)
         warm_up(e.model, self.cache, self.decoder, self.chunk)
 
@@ -91,8 +94,7 @@ class Chain:
         """`rows` prompts are read, short ones several in a pass, and each gets `new` tokens."""
         ids = np.random.default_rng(rows).integers(0, self.vocab, (rows, prompt))
         slots, at_once = list(range(rows)), max(self.chunk // prompt, 1)
-        for slot in slots:
-            self.cache.reset(slot)
+        self._begin(slots, prompt + new)
         before = time.perf_counter()
         for first in range(0, rows, at_once):
             self._read(slots[first : first + at_once], ids[first : first + at_once])
@@ -107,13 +109,21 @@ class Chain:
     def piece_seconds(self, prompt: int) -> float:
         """Of a piece of this prompt: the median."""
         ids, seconds = np.random.default_rng(0).integers(0, self.vocab, prompt), []
-        self.cache.reset(0)
+        self._begin([0], prompt)
         for first in range(0, prompt, self.chunk):
             before = time.perf_counter()
             with self.decoder.ordered():
                 self.model.ops.numpy(self._pass([0], [ids[first : first + self.chunk]]))
             seconds.append(time.perf_counter() - before)
         return float(np.median(seconds))
+
+    def _begin(self, slots: Sequence[int], tokens: int) -> None:
+        """Rows are empty, and these have room for so many tokens."""
+        for slot in range(len(self.cache.lengths)):
+            self.cache.reset(slot)
+        with self.decoder.ordered():
+            for slot in slots:
+                self.cache.reserve(slot, tokens)
 
     def _read(self, slots: Sequence[int], ids: Array) -> None:
         with self.decoder.ordered():
@@ -163,7 +173,7 @@ def run(argv: list[str]) -> None:
         found = without_http(e, target, **asked)
     app, scheduler = server.assemble(e, plan, Sampling())
     ready = {"port": bound.getsockname()[1], "vocab": e.config.vocab_size, **found}
-    server.serve(app, scheduler, bound, GRACE, json.dumps(ready))
+    server.serve(app, scheduler, bound, GRACE, lambda seconds: json.dumps({**ready, "warm_up_s": seconds}))
 
 
 if __name__ == "__main__":

@@ -121,6 +121,26 @@ class CudaDevice(Device):
         return device_array.get()
 
 
+def some_table(rng: np.random.Generator, rows: int, blocks: int) -> np.ndarray:
+    """A table of blocks, int32 [rows, blocks], in which no row has neighbours."""
+    return rng.permutation(rows * blocks).astype(np.int32).reshape(rows, blocks)
+
+
+def of_row(blocks: np.ndarray, table: np.ndarray, row: int) -> np.ndarray:
+    """Pages uint8 [blocks, kv_heads, 2, bytes] of a row in its order, [kv_heads, pages, bytes]."""
+    x = blocks[table[row]].swapaxes(0, 1)
+    return x.reshape(len(x), -1, x.shape[3])
+
+
+def in_blocks(norms: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """float32 [rows, tokens] as [blocks, 128]; NaN beyond the tokens."""
+    room = np.full((*table.shape, 128), np.nan, np.float32)
+    room.reshape(len(table), -1)[:, : norms.shape[1]] = norms
+    found = np.empty((table.size, 128), np.float32)
+    found[table] = room
+    return found
+
+
 _no_simt = simt.missing()
 SIMT = pytest.param(SimtDevice(), id="simt", marks=pytest.mark.skipif(_no_simt is not None, reason=str(_no_simt)))
 CUDA = pytest.param(CudaDevice(), id="cuda", marks=pytest.mark.gpu)

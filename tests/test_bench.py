@@ -24,7 +24,7 @@ from benchmarks import memory as bench_memory
 from benchmarks import models as bench_models
 from benchmarks.measure import copies_of, enough, line, replayed, sustained
 from minioscar import engine
-from minioscar.cache import cache_bytes
+from minioscar.cache import blocks_of, cache_bytes
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.ops import attention
@@ -250,8 +250,8 @@ def test_moved_bytes_are_the_cache_without_half_of_its_window():
         scheme, h = case.scheme, case.heads
         token = h.kv_heads * h.head_dim * 4
         window = case.batch * (scheme.ring - case.window if scheme.quantized else case.window) * token
-        norms = case.batch * 4 * scheme.keep * scheme.scale  # of tokens in the window
-        whole = cache_bytes(bench_cases.layer(h), scheme, case.batch, case.context + scheme.keep) - norms
+        blocks = case.batch * blocks_of(case.context)  # none of tokens in the window
+        whole = cache_bytes(bench_cases.layer(h), scheme, case.batch, case.context, blocks)
         assert bench_cases.moved_bytes(case) == (whole - window if scheme.quantized else whole + window)
         assert not scheme.quantized or attention.unsupported(scheme, h.head_dim) is None or h == bench_cases.SMALL
 

@@ -13,6 +13,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -56,10 +57,11 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
         name: np.empty((1, 1, 1, 1), np.uint8)
         for name in ("keys", "values", "pages", "norms", "window_keys", "window_values")
     }
+    cache["table"] = np.empty((1, 1), np.int32)
     for kv, dim, q_per_kv in SHAPES + MORE * everything:
         heads, scheme = attention.Heads(2 * q_per_kv, 2, dim), SCHEMES[kv]
         plan = attention.decode_plan(heads, scheme, 1, card)
-        state = attention.DecodeState(heads, scheme, plan, ints, ints, out, ints)
+        state = attention.DecodeState(heads, scheme, plan, ints, ints, out, ints, cache["table"])
         launch = attention.decode_attention(state, out, cache, out, parity=0)
         found[f"{launch.name} {kv} d{dim} {q_per_kv}:1"] = launch
         if kv == "int2" and dim == 128:
@@ -78,6 +80,9 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
         found[f"prefill_attention d{dim} {q_per_kv}:1"] = prefill.prefill_attention(heads, out, new, past, out, card)
         if past:
             found[f"prefill_tiles d{dim}"] = prefill.fill_tiles(heads, new, None, 1, past)
+    for dim in (96, *((64, 128) if everything else ())):
+        x = np.empty((4, 1, 2, dim), np.uint16)
+        found[f"full_attention d{dim}"] = prefill.full_attention(x, ints, ints, card, 1.0)
     for kv, dim in [("int2", 128)] + PACKED[1:] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
         to = prefill.Tiles(past, past, ints) if prefill.tiled(dim, card) else (past, past)
@@ -85,6 +90,9 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
     for dim in (128, *((64, 256) if everything else ())):
         rotation = attention.Rotation(attention.Heads(8, 2, dim), out, out, True)
         found[f"rotate_scale d{dim}"] = attention.rotate_scale(rotation, out, ints, out, attention.KeyOutputs())
+        shifted = replace(rotation, shifts=ints)
+        launch = attention.rotate_scale(shifted, out, ints, out, attention.KeyOutputs())
+        found[f"rotate_scale shifted d{dim}"] = launch
         for axis in (0, 1):
             launch = attention.rotate_heads(np.empty((dim, dim), np.uint16), dim, axis)
             found[f"{launch.name} d{dim}"] = launch
@@ -168,6 +176,7 @@ def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
                 launch = quantized.linear_batch(x, weight, y, plan, scratch, silu=label == "silu")
                 found[f"quantized linear_batch {kind} g{group} {label} of {tokens}"] = launch
         found[f"dequantize {kind}"] = quantized.dequantize(weight, out)
+        found[f"repack {kind}"] = quantized.repack(kind, np.empty((16, 64), np.uint8), out)
     return found
 
 

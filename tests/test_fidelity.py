@@ -95,6 +95,19 @@ def test_kl_with_an_emptied_window_is_that_of_the_same_scheme_without_kept_token
     assert "KL, window emptied" in fidelity.table(rows) and f"{ours['kl_emptied']:.4f}" in fidelity.table(rows)
 
 
+def test_pieces_are_compared_with_prompts_read_whole_window_by_window():
+    how = {"prefill": 130, "decode": 6, "windows": 2, "device": "cpu"}
+    report = fidelity.evaluate("smollm2-135m", ["int2"], pieces=(64, 130), **how)
+    plain, ours = report["results"]
+    assert "pieces" not in plain and [one["tokens"] for one in ours["pieces"]] == [64, 130]
+    cut, whole = ours["pieces"]
+    assert (whole["more"], whole["more_se"], whole["kl"], whole["kl_se"]) == (0, 0, ours["kl"], ours["kl_se"])
+    assert cut["more"] == pytest.approx(cut["kl"] - ours["kl"]) != 0 and cut["more_se"] > 0
+    assert f"| int2 | 64 | {cut['kl']:.4f} ± {cut['kl_se']:.4f} | {cut['more']:.4f} ±" in fidelity.table(report)
+    with pytest.raises(UserError, match="--pieces 0 is out of range; it must be at least 1"):
+        fidelity.evaluate("smollm2-135m", ["int2"], pieces=(64, 0), **how)
+
+
 @pytest.mark.parametrize(
     ("names", "window"), [(["ott", "int2"], (64, 64)), (["int2"], (48, 0)), (["int2-compact"], (32, 32))]
 )

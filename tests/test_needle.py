@@ -28,7 +28,7 @@ def test_needle_is_planted_at_its_depth_and_the_text_is_whole_around_it():
 
 def test_no_scheme_has_a_planted_needle_among_its_sinks_or_in_its_window():
     assert all(scheme.sinks <= needle.FIRST for scheme in SCHEMES.values())
-    longest = {name: PackedCache.layout(Config.from_dict(CONFIG), scheme, 1, 1024)["window_keys"][0][2]
+    longest = {name: PackedCache.layout(Config.from_dict(CONFIG), scheme, 1, 1024, 8)["window_keys"][0][2]
                for name, scheme in SCHEMES.items() if scheme.quantized}  # fmt: skip
     assert max(longest.values()) <= needle.LAST
 

@@ -12,7 +12,7 @@ from minioscar.cache import BF16
 from minioscar.ops import attention
 from minioscar.ops.layout import from_pages, page_bytes
 
-from .kernel_device import on_each_device, on_each_device_over, on_the_card
+from .kernel_device import in_blocks, of_row, on_each_device, on_each_device_over, on_the_card, some_table
 from .pairwise import scheme_traits
 from .tiny import WINDOWS, key_feedback
 
@@ -57,11 +57,12 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
     k_out = device.empty((tokens, kv_heads, d), BF16) if prefill else None
     keys, values = (None if prefill else device.empty((slots, kv_heads, capacity, d), BF16) for _ in "kv")
     values = device.empty((tokens, kv_heads, d), BF16) if prefill and rotate_values else values
-    norms = device.empty((slots, norm_stride), np.float32)
+    table = some_table(rng, slots, 3)
+    norms = device.empty((table.size, 128), np.float32)
     q_weight, k_weight = (w if w is None else device.array(w) for w in weights)
     tables, heads = map(device.array, (cosines, sines)), attention.Heads(q_heads, kv_heads, d)
     rotation = attention.Rotation(heads, *tables, rotate, q_weight, k_weight, eps, rotate_values)
-    to = attention.KeyOutputs(k_out, keys, values, norms, device.array(rows))
+    to = attention.KeyOutputs(k_out, keys, values, norms, device.array(table), device.array(rows))
     launch = attention.rotate_scale(rotation, device.array(qkv), device.array(positions), q_out, to)
     device.run(launch, seed=seed % 7)
     q_got, n_got, k_got = (device.numpy(a, allow_unwritten=True) for a in (q_out, norms, k_out if prefill else keys))
@@ -73,6 +74,8 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
     q, k = (rope(y, cosines[positions].astype(np.float64), sines[positions].astype(np.float64)) for y in (q, k))
     if rotate:
         q, k = (y @ oscar.hadamard(d).astype(np.float64) for y in (q, k))
+    n_got = n_got[table].reshape(slots, -1)
+    assert (n_got.view(np.uint32) != 0xFFFFFFFF).sum() == (positions >= 0).sum()
     for t, (position, row) in enumerate(zip(positions, rows, strict=True)):
         if position < 0:
             assert np.all(q_got[t].view(np.uint16) == 0xFFFF) and np.all(n_got[row].view(np.uint32) == 0xFFFFFFFF)
@@ -91,6 +94,29 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
     live = rows[own], slice(None), positions[own] % capacity
     k_got[live] = np.frombuffer(b"\xff\xff", BF16)[0]
     assert np.all(k_got.view(np.uint16) == 0xFFFF)  # nothing else was written
+
+
+@on_each_device
+@pytest.mark.parametrize("d", attention.HEAD_DIMS)
+def test_a_shift_takes_another_row_of_the_tables_and_changes_no_place(device, seed, d):
+    """Equal bits to tables whose rows are moved, in every output; a row that is not in use reads none."""
+    rng, tokens, heads = np.random.default_rng(seed), 4, attention.Heads(3, 1, d)
+    qkv = rng.normal(size=(tokens, 5, d)).astype(BF16)
+    positions, shifts = np.array([9, 130, -1, 250], np.int32), np.array([-9, -7, -40, 3], np.int32)
+    tables = rng.uniform(-1, 1, (2, 300, d // 2)).astype(np.float32)
+    moved = np.full_like(tables, np.nan)
+    moved[:, positions] = tables[:, np.maximum(positions + shifts, 0)]
+    found = []
+    for given, by in ((tables, device.array(shifts)), (moved, None)):
+        q, keys, values = (device.empty(shape, BF16) for shape in ((tokens, 3, d), *[(tokens, 1, 128, d)] * 2))
+        norms = device.empty((tokens, 300), np.float32)
+        rotation = attention.Rotation(heads, *map(device.array, given), True, shifts=by)
+        to = attention.KeyOutputs(None, keys, values, norms)
+        device.run(attention.rotate_scale(rotation, device.array(qkv), device.array(positions), q, to))
+        found.append([device.numpy(x, allow_unwritten=True) for x in (q, keys, values, norms)])
+    for ours, theirs in zip(*found, strict=True):
+        assert np.array_equal(ours.view(np.uint16), theirs.view(np.uint16))
+    assert np.isfinite(found[0][0][positions >= 0].astype(np.float32)).all()
 
 
 def check_rotate_heads(device, seed: int, shape: tuple[int, ...], d: int, axis: int) -> None:
@@ -142,7 +168,7 @@ SCHEMES = list(dict.fromkeys(PACKED + SHAPED))
 @on_each_device_over(has_groups, {"scheme": scheme_traits}, step=list(STEPS), d=attention.HEAD_DIMS, scheme=SCHEMES)
 def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, scheme):
     rng = np.random.default_rng(seed)
-    batch, kv_heads, capacity, norm_stride, sinks = 3, 2, 10, 640, scheme.sinks
+    batch, kv_heads, norm_stride, sinks = 3, 2, 640, scheme.sinks
     starts, counts = STEPS[step]
     total = starts + counts
     old = starts if step == "prefill after a cut" else np.array([scheme.packed_tokens(n) for n in starts])
@@ -150,6 +176,8 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, sche
     for h in history:
         h[0] *= rng.uniform(0.01, 10, (h.shape[2], 1)).astype(BF16)  # norms of very different size
         h[:, :, :32, :8] = 0.5  # groups in which all are equal
+        in_pairs = np.arange(h.shape[2]) // 16 % 3 == 2
+        h[1][:, in_pairs] = repeating(rng, kv_heads, h.shape[2], d)[:, in_pairs]
     norms = np.full((batch, norm_stride), np.nan, np.float32)
     window = np.full((2, batch, kv_heads, scheme.ring, d), np.nan, BF16)
     slots = np.array([2, 0, 1], np.int32)
@@ -161,9 +189,11 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, sche
     new = np.concatenate([h[:, :, start:] for h, start in zip(history, starts, strict=True)], axis=2)
     new = new.transpose(0, 2, 1, 3)
     first_rows = np.append(0, np.cumsum(counts)[:-1]).astype(np.int32)
-    pages = device.empty((batch, kv_heads, capacity, page_bytes(scheme, d)), np.uint8)
+    table = some_table(rng, batch, 5)
+    pages = device.empty((table.size, kv_heads, 2, page_bytes(scheme, d)), np.uint8)
     sink = [device.empty((batch, kv_heads, max(sinks, 1), d), BF16) for _ in "kv"]
-    cache = {"pages": pages, "norms": device.array(norms), "sink_keys": sink[0], "sink_values": sink[1]}
+    cache = {"pages": pages, "norms": device.array(in_blocks(norms, table)), "table": device.array(table)}
+    cache |= {"sink_keys": sink[0], "sink_values": sink[1]}
     cache |= {"window_keys": device.array(window[0]), "window_values": device.array(window[1])}
     heads, feedback = attention.Heads(kv_heads, kv_heads, d), key_feedback(scheme, kv_heads, d)
     on_device = None if feedback is None else device.array(feedback)
@@ -178,20 +208,32 @@ def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, sche
         )
         launch = attention.pack_bulk(heads, scheme, new_tokens, cache, on_device)
     device.run(launch, seed=seed % 7)
-    got = device.numpy(pages, allow_unwritten=True)
+    got = [of_row(device.numpy(pages, allow_unwritten=True), table, row) for row in range(batch)]
     sinks_got = [device.numpy(a, allow_unwritten=True) for a in sink]
     for s, begin, n, h in zip(slots, old, total, history, strict=True):
         end = max(begin, scheme.packed_tokens(n))
-        assert np.all(got[s, :, : begin // 64] == 255) and np.all(got[s, :, end // 64 :] == 255)
+        assert np.all(got[s][:, : begin // 64] == 255) and np.all(got[s][:, end // 64 :] == 255)
         if begin == end:
             continue
         k, v = h[:, :, begin:end].astype(np.float32)
         expected = [*oscar.quantize_keys(k, norms[s, begin:end], scheme, feedback=feedback)]
         expected += oscar.quantize_values(v, scheme)
-        check_pages(got[s, :, begin // 64 : end // 64], scheme, d, expected)
+        check_pages(got[s][:, begin // 64 : end // 64], scheme, d, expected)
         sink_tokens = list(range(begin, min(end, sinks)))
         for i in range(2):
             assert np.array_equal(sinks_got[i][s][:, sink_tokens], h[i][:, sink_tokens])
+
+
+def repeating(rng: np.random.Generator, kv_heads: int, tokens: int, d: int) -> np.ndarray:
+    """Values in sixteenths of a step of a dithered group: they stand on the edges of its codes. The two of a pair
+    differ by as much as dither.NEAR allows, in half of the groups of 32 channels by a sixteenth more."""
+    shape = kv_heads, -(-tokens // 2), 1, d // 32, 32
+    near, far = (rng.integers(-most, most + 1, shape) for most in (6, 7))
+    near[..., 1], far[..., 1] = 6, 7
+    first = rng.integers(-17, 18, shape)
+    second = first + np.where(rng.integers(2, size=(*shape[:-1], 1)), near, far)
+    first[..., 0] = second[..., 0] = 24
+    return (np.concatenate([first, second], axis=2).reshape(kv_heads, -1, d)[:, :tokens] / 16).astype(BF16)
 
 
 def check_pages(pages: np.ndarray, scheme: oscar.Scheme, d: int, expected: list[np.ndarray | None]) -> None:
@@ -214,23 +256,26 @@ def test_a_step_packs_all_layers_each_with_its_own_feedback(device, seed, scheme
     norms = rng.uniform(0.5, 2, (layers, len(lengths), 512)).astype(np.float32)
     feedback = np.stack([key_feedback(scheme, kv_heads, d), rng.normal(size=(kv_heads, d, d)).astype(np.float32) / d])
     feedback[1] = np.triu(feedback[1], 1)
-    pages = device.empty((layers, len(lengths), kv_heads, 10, page_bytes(scheme, d)), np.uint8)
+    table = some_table(rng, len(lengths), 5)
+    pages = device.empty((layers, table.size, kv_heads, 2, page_bytes(scheme, d)), np.uint8)
     sinks = [device.array(np.zeros((layers, len(lengths), kv_heads, scheme.sinks, d), BF16)) for _ in "kv"]
-    cache = {"pages": pages, "norms": device.array(norms), "sink_keys": sinks[0], "sink_values": sinks[1]}
+    of_blocks = np.stack([in_blocks(x, table) for x in norms])
+    cache = {"pages": pages, "norms": device.array(of_blocks), "table": device.array(table)}
+    cache |= {"sink_keys": sinks[0], "sink_values": sinks[1]}
     cache |= {"window_keys": device.array(window[0]), "window_values": device.array(window[1])}
     heads = attention.Heads(kv_heads, kv_heads, d)
     launch = attention.pack_step(heads, scheme, device.array(lengths), cache, layers, device.array(feedback))
     device.run(launch, seed=seed % 7)
     got = device.numpy(pages, allow_unwritten=True)
     for layer, row in np.ndindex(layers, len(lengths)):
-        first = lengths[row] + 1 - scheme.ring
+        first, of = lengths[row] + 1 - scheme.ring, of_row(got[layer], table, row)
         if first < 0:
-            assert np.all(got[layer, row] == 255)
+            assert np.all(of == 255)
             continue
         tokens = np.arange(first, first + scheme.flush)
         k, v = window[:, layer, row][:, :, tokens % scheme.ring].astype(np.float32)
         expected = [*oscar.quantize_keys(k, norms[layer, row, tokens], scheme, feedback=feedback[layer])]
-        written = got[layer, row, :, first // 64 : (first + scheme.flush) // 64]
+        written = of[:, first // 64 : (first + scheme.flush) // 64]
         check_pages(written, scheme, d, [*expected, *oscar.quantize_values(v, scheme)])
 
 
@@ -248,15 +293,17 @@ def test_a_step_of_many_sequences_packs_those_whose_window_is_full(device, seed,
     norms = rng.uniform(1, 2, (batch, 384)).astype(np.float32)
 
     def packed(rows: np.ndarray) -> np.ndarray:
-        pages = device.empty((len(rows), 1, 6, page_bytes(scheme, 64)), np.uint8)
-        cache = {"pages": pages, "norms": device.array(norms[rows])}
+        table = some_table(rng, len(rows), 3)
+        pages = device.empty((table.size, 1, 2, page_bytes(scheme, 64)), np.uint8)
+        cache = {"pages": pages, "norms": device.array(in_blocks(norms[rows], table)), "table": device.array(table)}
         cache |= {
             name: device.array(np.zeros((len(rows), 1, scheme.sinks, 64), BF16))
             for name in ("sink_keys", "sink_values")
         }
         cache |= {f"window_{name}": device.array(window[i, rows]) for i, name in enumerate(("keys", "values"))}
         device.run(attention.pack_step(heads, scheme, device.array(lengths[rows]), cache), seed=seed % 7)
-        return np.array(device.numpy(pages, allow_unwritten=True))
+        got = device.numpy(pages, allow_unwritten=True)
+        return np.stack([of_row(got, table, row) for row in range(len(rows))])
 
     together = packed(np.arange(batch))
     assert all(np.array_equal(together[row], packed(np.array([row]))[0]) for row in full)

@@ -74,7 +74,10 @@ def cache_of(engine, cache):
     bigger = Cache(engine.config, engine.scheme, 2, 640, engine.ops)
     for a, b in zip(bigger.layers, cache.layers, strict=True):
         for name, array in b.arrays.items():
-            a[name][tuple(map(slice, array.shape))] = array
+            if name in b.row_arrays:
+                a[name][tuple(map(slice, array.shape))] = array
+            elif name != "table":
+                a[name][a.table[:, : b.table.shape[1]]] = array[b.table]
     bigger.lengths[:] = cache.lengths
     return bigger
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minioscar.cache import Cache
+from minioscar.cache import blocks_of
 from minioscar.engine import Engine, load
 from minioscar.errors import Failure
 from minioscar.evaluation.fidelity import default_text
@@ -19,6 +19,7 @@ from minioscar.options import Options
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import Sampling
 from minioscar.serve.jobs import Busy, Event, Job
+from minioscar.serve.pooled import PooledCache
 from minioscar.serve.scheduler import Scheduler
 from minioscar.storage.hub import resolve
 
@@ -68,8 +69,11 @@ class Asked:
 
 
 @contextmanager
-def running(engine: Engine, slots: int = 3, context: int = 512, chunk: int = 256, queue: int = 1000) -> Iterator:
-    cache = Cache(engine.config, engine.scheme, slots, context, engine.ops)
+def running(
+    engine: Engine, slots: int = 3, context: int = 512, chunk: int = 256, queue: int = 1000, blocks: int | None = None
+) -> Iterator:
+    blocks = slots * blocks_of(context) if blocks is None else blocks
+    cache = PooledCache(engine.config, engine.scheme, slots, context, engine.ops, blocks)
 
     def post(news) -> None:
         for job, event in news:
@@ -183,6 +187,28 @@ def test_steps_ahead_leave_and_join_without_mixing_answers_up(make, tmp_path, se
         assert close(answers, alone(engine, one, 256))
 
 
+@on_each_backend
+def test_who_is_alone_pays_for_one_row_and_finds_older_conversations_again(make, tmp_path, seed, monkeypatch):
+    """What is cached makes room in front, and moves there when its conversation goes on."""
+    folder = write_talker(tmp_path / "m", seed, num_hidden_layers=1)
+    _, engine, ops = of_backend(make, folder, "int2")
+    engine.ops, rng, launched = ops, np.random.default_rng(seed), []
+    prompts, how = [prompt(rng, 33) for _ in range(2)], Options(2, ignore_eos=True)
+    with running(engine, slots=2, context=128, chunk=128) as scheduler:
+        go = scheduler.decoder.queue.go
+        monkeypatch.setattr(scheduler.decoder.queue, "go", lambda rows: (launched.append(rows), go(rows)))
+        answers = [submit(scheduler, Asked(ids, how))[0].answers() for ids in prompts]
+        held = [row.held[:33] for row in scheduler.rows]
+        again = [submit(scheduler, Asked(ids, how))[0].wait() for ids in prompts]
+        assert sorted(held) == sorted(prompts) and [one.job.cached for one in again] == [32] * 2
+        assert set(launched) == {1}
+        submit(scheduler, *(both := [Asked(ids, how) for ids in prompts]))
+        answers += [one.answers() for one in [*again, *both]]
+    assert launched[-1] == 2
+    for ids, got in zip(prompts * 3, answers, strict=True):
+        assert close(got, alone(engine, Asked(ids, how), 128))
+
+
 def test_a_prompt_longer_than_a_chunk_gives_one_answer_whoever_is_there(engine, seed):
     rng = np.random.default_rng(seed)
     long, short = prompt(rng, 700), [prompt(rng, int(rng.integers(3, 90))) for _ in range(6)]
@@ -200,20 +226,20 @@ def test_a_prompt_longer_than_a_chunk_gives_one_answer_whoever_is_there(engine, 
 def test_a_prefix_comes_from_the_cache_of_a_row_that_is_idle_or_busy(engine, seed):
     rng = np.random.default_rng(seed)
     start, how = prompt(rng, 300), Options(6, ignore_eos=True)
-    with running(engine) as scheduler:
+    with running(engine, chunk=512) as scheduler:
         first = submit(scheduler, Asked(start, how))[0].wait()
         held = len(start) + how.max_tokens - 1
-        cache = Cache(engine.config, engine.scheme, 1, held, engine.ops)
+        cache = PooledCache(engine.config, engine.scheme, 1, held, engine.ops, 3)
         cache.lengths[0] = held
-        shared = cache.left_after_cut(0, len(start) - 1)
+        shared = cache.left_to_share(0, len(start) - 1)
         assert first.job.cached == 0
         again = submit(scheduler, Asked(start, how))[0].wait()
         assert again.job.cached == shared > 0
-        busy = submit(scheduler, Asked(prompt(rng, 200), Options(200, ignore_eos=True)))[0]
+        busy = submit(scheduler, Asked(prompt(rng, 400), Options(100, ignore_eos=True)))[0]
         while not busy.events:
             time.sleep(0.001)
-        fork = submit(scheduler, Asked([*busy.job.ids[:160], *prompt(rng, 30)], how))[0].wait()
-        assert fork.job.cached >= (engine.scheme.packed_tokens(160) if engine.scheme.quantized else 160)
+        fork = submit(scheduler, Asked([*busy.job.ids[:300], *prompt(rng, 30)], how))[0].wait()
+        assert fork.job.cached == (256 if engine.scheme.quantized else 300)  # whole blocks
         if engine.scheme.name == "bf16":  # nothing is rounded twice, so what is cached cannot be told from what is read
             assert [a[:3] for a in again.answers()] == [a[:3] for a in alone(engine, again)]
             assert [a[:3] for a in fork.answers()] == [a[:3] for a in alone(engine, fork)]

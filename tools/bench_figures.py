@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from minioscar.cache import array_cache
+from minioscar.cache import array_cache, blocks_of_row
 from minioscar.config import Config
 from minioscar.oscar import SCHEMES
 from tools.committed import NAMES, QWEN3_8B, attention_rows, benches, fastest_bf16, measured, on_gpu, shape_of
@@ -266,8 +266,9 @@ def memory() -> Figure:
 
 def parts(config: Config, kv: str, batch: int, context: int) -> list[int]:
     """Bytes in the order of PARTS."""
-    found = [0] * len(PARTS)
-    for name, (shape, dtype) in array_cache(SCHEMES[kv]).layout(config, SCHEMES[kv], batch, context).items():
+    found, scheme = [0] * len(PARTS), SCHEMES[kv]
+    layout = array_cache(scheme).layout(config, scheme, batch, context, batch * blocks_of_row(scheme, context))
+    for name, (shape, dtype) in layout.items():
         kind = 1 if name.endswith("codes") else 2 if name.endswith(("step", "min")) else 3 if name == "norms" else 0
         found[kind] += config.num_layers * math.prod(shape) * dtype.itemsize
     return found

@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "minioscar"
-READING = "engine generation model cache batch oscar config rope weights tokenizer sampling memory ops".split()
+READING = (
+    "engine generation model cache layer_cache batch oscar config rope weights tokenizer sampling memory ops".split()
+)
 
 # A module imports modules of its own floor or of lower ones, never a higher one, not even for its types. From the top:
 FLOORS = (
@@ -27,12 +29,12 @@ FLOORS = (
     ("generation", "prompt_cache", "arguments", "key_shaping", "attention_inputs", "nan_check"),
     ("model", "memory"),
     ("ops",),
-    ("cache", "weights", "decoding"),
+    ("cache", "layer_cache", "weights", "decoding"),
     ("quantized", "staging"),
     ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
-    ("oscar", "batch", "causal_attention", "error_feedback", "hadamard", "rope"),
+    ("oscar", "batch", "causal_attention", "dither", "error_feedback", "hadamard", "rope", "towers"),
     ("storage", "formats"),
-    ("errors", "checks", "tables", "machine", "version"),
+    ("errors", "checks", "fields", "tables", "machine", "version"),
 )
 
 
@@ -52,9 +54,9 @@ def counts() -> list[Count]:
     kernels = [path for path in (PACKAGE / "kernels").rglob("*") if path.suffix in (".cu", ".cuh")]
     general = [path for path in kernels if path.parent.name != "sm90"]
     return [
-        Count("lines of the reading path", total(reading), f"{len(reading)} files", 6570, 3800),
-        Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 4690),
-        Count("lines of the package's Python", total(package), f"{len(package)} files", 16600),
+        Count("lines of the reading path", total(reading), f"{len(reading)} files", 6990, 3800),
+        Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 4800),
+        Count("lines of the package's Python", total(package), f"{len(package)} files", 20400),
         Count("longest file of the package", *longest(package), 400),
         Count("longest function of the package", *worst(package, length), 60),
         Count("most parameters in the package", *worst(package, parameters), 8),

@@ -196,10 +196,12 @@ class Lab(Reference):
 
 
 class LabCache(PackedCache):
+    row_arrays = *PackedCache.row_arrays, "back_keys", "back_values", "variance"
+
     @classmethod
-    def layout(cls, config: Config, scheme: Scheme, batch: int, context: int) -> dict:
-        arrays = super().layout(config, scheme, batch, context)
-        shape = (*arrays["key_codes"][0][:3], config.head_dim)
+    def layout(cls, config: Config, scheme: Scheme, batch: int, context: int, blocks: int) -> dict:
+        arrays = super().layout(config, scheme, batch, context, blocks)
+        shape = batch, config.num_kv_heads, context, config.head_dim
         back = {name: (shape, np.dtype(np.float32)) for name in ("back_keys", "back_values", "variance")}
         return {name: array for name, array in arrays.items() if name.startswith(("window", "sink", "norms"))} | back
 

@@ -15,7 +15,7 @@ from minioscar.evaluation.baselines import Kvarn, OscarCov, Ott, StepOnly, Turbo
 from minioscar.oscar import SCHEMES
 from minioscar.storage.files import replacing
 from minioscar.tables import markdown
-from tools import bench_tables, weight_tables
+from tools import bench_tables, scale_tables, weight_tables
 from tools.committed import ROOT, load
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -23,6 +23,7 @@ BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", r
 PAGES = (
     "README.md",
     *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels", "weights", "results/README")),
+    *(f"docs/{name}.md" for name in ("serving", "scale")),
 )
 
 
@@ -314,7 +315,7 @@ def schemes() -> str:
         step = f"a scale a token and a channel, {step}" if isinstance(s, Kvarn) else step
         step = f"8 % clipped at each end, {step}" if isinstance(s, OscarCov) else step
         values = f"{'rotated, ' if s.rotate or isinstance(s, TurboQuant) else ''}{step}, groups of {s.value_group(128)}"
-        values += f", range x {s.value_shrink}" if s.value_shrink else ""
+        values += ", dithered where they repeat" * s.dithered
         values = values if s.key_bits == s.value_bits else f"{s.value_bits} bits; {values}"
         kept = [f"newest {s.keep} … {s.ring - 1}"] + [f"first {s.sinks} tokens"] * bool(s.sinks)
         kept += [f"{s.outliers} tokens a block"] if isinstance(s, Ott) else []
@@ -436,6 +437,7 @@ TABLES = {
 }
 TABLES |= {"reading_weights": reading_weights, "reading_cache": reading_cache, "reading_step": reading_step}
 TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache, "soak": soak} | bench_tables.TABLES | weight_tables.TABLES
+TABLES |= scale_tables.TABLES
 
 
 def rendered(text: str) -> str:

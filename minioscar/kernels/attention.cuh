@@ -17,7 +17,8 @@
 // Set by -D: HEAD_DIM, Q_PER_KV (1..8 q heads of a work item), Q_GROUPS (how many such groups share a kv head),
 // BLOCK_WARPS, STAGES, OUT_BF16. The including file defines ITEM_BYTES (of an item in the ring) and a type Items:
 //   count(tokens)            items of a kv head of a sequence; count_items(cursor) sets num_pages and num_items
-//   copy_page, copy_tile     (ring, slot, cursor): start the copies of one item
+//   block_of(row, item, num_pages)    block of the cache that has a page
+//   copy_page, copy_tile     (ring, slot, cursor): start the copies of one item; of a page, (..., block)
 //   make_query(q)            q as attend_page takes it
 //   attend_page, attend      attend to a page, to a tile; finish_pages(state) comes between them
 //   output_scale(j), offset_term(state, j)    turn the sums of channel tile j into true numbers
@@ -257,6 +258,7 @@ DEVICE void attend(const Items& items, const bf16* q, const int* lengths, const 
   int* partial_head = (int*)(smem + HEADS_OFFSET);
   Ring ring;
   const int4 task = tasks[block * BLOCK_TASKS + 2 * warp], size = tasks[block * BLOCK_TASKS + 2 * warp + 1];
+  const int first_block = size.w;  // else the first copy would wait for one load more
   ring.setup(smem + warp * RING_BYTES, (uint64_t*)(smem + BARRIERS_OFFSET) + warp * STAGES);
   // Load lengths before issuing copies; a later load would queue behind them.
 #pragma unroll 1
@@ -275,7 +277,8 @@ DEVICE void attend(const Items& items, const bf16* q, const int* lengths, const 
         next_head(items, of, tokens, batch, heads);
         of.item = beyond;
       }
-      if (of.item < of.num_pages) items.copy_page(ring, slot, of);
+      if (of.item < of.num_pages)
+        items.copy_page(ring, slot, of, ahead ? items.block_of(of.row, of.item, of.num_pages) : first_block);
       else items.copy_tile(ring, slot, of);
     }
     ring.commit();

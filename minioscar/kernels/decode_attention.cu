@@ -83,7 +83,8 @@ struct PageItems {
   const unsigned char* data;
   const float* norms;
   const bf16 *sink_keys, *sink_values, *window_keys, *window_values;
-  int kv_heads, page_capacity, norm_stride, sinks;
+  Table table;
+  int kv_heads, sinks;
   float scale_log2;
   struct Query { uint32_t b[K_STEPS][2]; };
   struct Tile { int first, valid; bool sink; };
@@ -99,12 +100,16 @@ struct PageItems {
     at.num_pages = pages(packed(at.tokens));
     at.num_items = at.num_pages + tiles(at.tokens, packed(at.tokens));
   }
-  DEVICE void copy_page(Ring& ring, int slot, const Cursor& at) const {
+  // The block that has item `item`, if it is a page.
+  DEVICE int block_of(int row, int item, int num_pages) const {
+    return item < num_pages ? table.block_of(row, item + sinks / PAGE_TOKENS) : 0;
+  }
+  DEVICE void copy_page(Ring& ring, int slot, const Cursor& at, int block) const {
     const int page = at.item + sinks / PAGE_TOKENS;
     unsigned char* to = ring.slot_at(slot);
-    const size_t head = at.row * kv_heads + at.head / Q_GROUPS;
-    ring.fill(slot, {{to, data + page_offset(head, page_capacity, page) - copied_offset(page), COPIED_BYTES},
-                     {to + COPIED_BYTES, norms + (size_t)at.row * norm_stride + page * PAGE_TOKENS, SCALED ? 256 : 0}});
+    const size_t from = page_offset(block, kv_heads, at.head / Q_GROUPS, page) - copied_offset(page);
+    ring.fill(slot, {{to, data + from, COPIED_BYTES},
+                     {to + COPIED_BYTES, norms + norm_offset(block, page), SCALED ? 256 : 0}});
   }
   DEVICE Tile tile(const Cursor& at) const {
     const int old = packed(at.tokens), before = sink_tiles(old), t = at.item - at.num_pages;
@@ -293,21 +298,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
     decode_attention(const bf16* q, const unsigned char* __restrict__ pages, const float* __restrict__ norms,
                      const bf16* __restrict__ sink_keys, const bf16* __restrict__ sink_values,
                      const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values,
-                     const int* __restrict__ lengths, const int4* __restrict__ tasks, Output* __restrict__ out,
-                     float* __restrict__ lse, float4* __restrict__ workspace, int* __restrict__ split_counter,
-                     int batch, int kv_heads, int page_capacity, int norm_stride, int sinks, int added, int parity,
-                     float scale_log2) {
+                     const int* __restrict__ table, const int* __restrict__ lengths, const int4* __restrict__ tasks,
+                     Output* __restrict__ out, float* __restrict__ lse, float4* __restrict__ workspace,
+                     int* __restrict__ split_counter, int batch, int kv_heads, int table_stride, int sinks, int added,
+                     int parity, float scale_log2) {
   const PageItems items = {pages, norms, sink_keys, sink_values, window_keys, window_values,
-                           kv_heads, page_capacity, norm_stride, sinks, scale_log2};
+                           {table, table_stride}, kv_heads, sinks, scale_log2};
   attend(items, q, lengths, tasks, added, batch, kv_heads * Q_GROUPS, {out, lse, workspace, split_counter, parity});
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
-    schedule(const int* __restrict__ lengths, int4* __restrict__ tasks, float4* __restrict__ workspace, int batch,
-             int kv_heads, int sinks, int added) {
+    schedule(const int* __restrict__ lengths, const int* __restrict__ table, int4* __restrict__ tasks,
+             float4* __restrict__ workspace, int batch, int kv_heads, int sinks, int added, int table_stride) {
   wait_then_allow_next();
   clear_first_half(workspace);
   PageItems items = {};
   items.sinks = sinks;
+  items.table = {table, table_stride};
   schedule_block(items, lengths, added, batch, kv_heads * Q_GROUPS, tasks);
 }

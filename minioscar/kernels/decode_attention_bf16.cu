@@ -21,7 +21,8 @@ struct TileItems {
     at.num_items = count(at.tokens);
   }
   DEVICE static int valid(const Cursor& at) { return min(TILE_TOKENS, at.tokens - at.item * TILE_TOKENS); }
-  DEVICE void copy_page(Ring&, int, const Cursor&) const {}
+  DEVICE static int block_of(int, int, int) { return 0; }
+  DEVICE void copy_page(Ring&, int, const Cursor&, int) const {}
   DEVICE void copy_tile(Ring& ring, int slot, const Cursor& at) const {
     const size_t head = at.row * kv_heads + at.head / Q_GROUPS, from = (head * capacity + at.item * TILE_TOKENS) * D;
     const int n = valid(at) * D * 2;

@@ -34,10 +34,18 @@ DEVICE constexpr int key_min(int page) { return key_step(page) + KEY_PARAM_BYTES
 constexpr int COPIED_BYTES = OWN_BYTES + SHARED_BYTES;
 DEVICE constexpr int copied_offset(int page) { return PAIRED && page % 2 ? SHARED_BYTES : 0; }
 
-// Offset of a page of kv head `cell` (row * kv_heads + head). All kernels address pages here: a block table would too.
-template <class Index> DEVICE size_t page_offset(size_t cell, int page_capacity, Index page) {
-  return (cell * page_capacity + page) * PAGE_BYTES + copied_offset(page) / 2;
+// Packed tokens lie in blocks: two pages of every kv head, and the norms of 128 tokens. Which blocks a row has, the
+// table says: int32 [rows][stride]. All kernels address pages and norms here.
+constexpr int BLOCK_PAGES = 2;
+struct Table {
+  const int* blocks;
+  int stride;
+  DEVICE int block_of(int row, int page) const { return __ldg(blocks + (size_t)row * stride + page / BLOCK_PAGES); }
+};
+DEVICE size_t page_offset(size_t block, int kv_heads, int head, int page) {
+  return ((block * kv_heads + head) * BLOCK_PAGES + page % BLOCK_PAGES) * PAGE_BYTES + copied_offset(page) / 2;
 }
+DEVICE size_t norm_offset(size_t block, int page) { return (block * BLOCK_PAGES + page % BLOCK_PAGES) * PAGE_TOKENS; }
 
 // How many of a row's first `length` tokens are packed; the others are in the window.
 DEVICE constexpr int packed_tokens(int length) {

@@ -8,21 +8,30 @@
 // qkv [tokens, (q_heads + 2 kv_heads) * d] bf16; q_out [tokens, q_heads, d]; cos, sin [positions, d/2] float32. Keys
 // and, where `values` is given, values go to k_out and values [tokens, kv_heads, d] if k_out is given (prefill), else
 // into the cache (decode): keys and values [slot, kv_heads, capacity, d] at position % capacity (128 of a window, the
-// context of a plain BF16 cache). rotate: 1 for queries and keys, plus 2 for values. norms [slot,
-// norm_stride]. H is the normalized Walsh-Hadamard matrix. A lane has 16 numbers of a head, 8 neighbours and their
-// partners in RoPE: two reads and writes of 16 bytes; four stages of the transform in registers, the others are
-// shuffles among the d / 16 lanes of the head.
+// context of a plain BF16 cache). rotate: 1 for queries and keys, plus 2 for values. norms [blocks][128], of position t
+// in block table[slot][t / 128] (LAYOUT.md). H is the normalized Walsh-Hadamard matrix. A lane has 16 numbers of a
+// head, 8 neighbours and their partners in RoPE: two reads and writes of 16 bytes; four stages of the transform in
+// registers, the others are shuffles among the d / 16 lanes of the head.
 // grid (tokens, 1 + ceil(q_heads / 16)), a block has the lanes of 16 heads. The first block of a token has its keys
 // and values, so that it sums the keys' norm in a fixed order. All arithmetic is float32; K' is rounded to bf16
 // before its norm is taken.
+// With SHIFTED, of models that read pictures, the tables' row of a token is its position + shifts[token].
 // reads and writes 2 B an element. A token at position < 0 is skipped.
 #include "common.cuh"
 
 constexpr int DIM = HEAD_DIM, PER_LANE = 16, HALF = PER_LANE / 2,
               LANES = DIM / PER_LANE;  // numbers of a lane; lanes of a head
+constexpr int BLOCK_TOKENS = 128;    // whose norms a block of the cache has
 constexpr int KEYS = 1, VALUES = 2;  // bits of `rotate`
 constexpr int HEADS_PER_BLOCK = 16, THREADS = HEADS_PER_BLOCK * LANES, HEADS_PER_WARP = 32 / LANES,
               WORDS = PER_LANE / 2;
+#ifdef SHIFTED
+#define SHIFTS_ARGUMENT , const int* shifts
+#define TABLE_SHIFT + shifts[blockIdx.x]
+#else
+#define SHIFTS_ARGUMENT
+#define TABLE_SHIFT
+#endif
 static_assert(DIM == 64 || DIM == 128 || DIM == 256, "head_dim");
 
 // A lane's numbers of a head: channels 8 * lane ... and DIM / 2 + 8 * lane ..., two in a word.
@@ -78,23 +87,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     rotate_scale(const bf16* __restrict__ qkv, const bf16* q_weight, const bf16* k_weight, const float* cosines,
                  const float* sines, const int* positions, const int* slots, bf16* __restrict__ q_out,
                  bf16* __restrict__ k_out, bf16* __restrict__ keys, bf16* __restrict__ values,
-                 float* __restrict__ norms, int q_heads, int kv_heads, int capacity, int norm_stride, int rotate,
-                 float eps) {
+                 float* __restrict__ norms, const int* table, int q_heads, int kv_heads, int capacity,
+                 int table_stride, int rotate, float eps SHIFTS_ARGUMENT) {
   __shared__ float squares[THREADS / 32];
   // The shuffle tells the compiler that `warp` is uniform; else every shuffle in the loop gets a divergent version.
   const int warp = __shfl_sync(FULL_MASK, threadIdx.x / 32, 0), lane = threadIdx.x % LANES,
             position = positions[blockIdx.x];
   const bool has_keys = blockIdx.y == 0;
-  // Weights, tables, positions and slots are older than the previous launch and loaded while it ends. They are not
-  // __restrict__: the compiler would move the loads after the wait.
+  // Weights, angles, table, positions and slots are older than the previous launch and loaded while it ends. They are
+  // not __restrict__: the compiler would move the loads after the wait.
   const bf16* weight = has_keys ? k_weight : q_weight;
   uint32_t weights[WORDS];
   if (weight) load(weights, weight, lane);
-  const size_t row = (size_t)max(position, 0) * (DIM / 2);
+  const size_t row = (size_t)max(position TABLE_SHIFT, 0) * (DIM / 2);
   float cosine[HALF], sine[HALF];
   load_angles(cosine, cosines + row, lane);
   load_angles(sine, sines + row, lane);
   const size_t token = blockIdx.x, slot = slots ? slots[token] : token;
+  int norm_at = max(position, 0);
+  if (has_keys && norms)
+    norm_at = table[slot * table_stride + norm_at / BLOCK_TOKENS] * BLOCK_TOKENS + norm_at % BLOCK_TOKENS;
   wait_then_allow_next();
   if (position < 0) return;
   const bf16* in = qkv + token * (q_heads + 2 * kv_heads) * DIM;
@@ -139,14 +151,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     if (!has_keys) continue;
     UNROLL for (int i = 0; i < PER_LANE; i++) sum += number(words, i) * number(words, i);
   }
-  if (!has_keys || !norms || position >= norm_stride) return;
+  if (!has_keys || !norms) return;
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) squares[warp] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {
     float total = 0.f;
     for (int w = 0; w < THREADS / 32; w++) total += squares[w];
-    norms[slot * norm_stride + position] = total == 0.f ? 1.f : total * rsqrtf(total);
+    norms[norm_at] = total == 0.f ? 1.f : total * rsqrtf(total);
   }
 }
 

@@ -3,7 +3,7 @@
 // The list: sequence after sequence, kv head after kv head, in each its pages, then its tiles. Blocks take equal,
 // contiguous shares of it, and so do the warps of a block. Where shares differ by an item, the larger ones are spread
 // evenly over the blocks, so that heads of one size end at the end of a block if their number allows it. A type Items
-// says how many items a length makes (attention.cuh).
+// says how many items a length makes, and which block has a page (attention.cuh).
 //
 // tasks [blocks][2 * BLOCK_WARPS + 2] int4: for each block its warps' tasks, then the two heads that it shares.
 // grid (blocks of the attention kernel), BLOCK_WARPS * 32 threads, 4 * (2 * batch + 1) bytes of dynamic shared memory.
@@ -26,9 +26,9 @@ template <class Items> DEVICE void next_head(const Items& items, Cursor& at, con
   }
 }
 
-// Task of a warp: `count` items from item `item` of head `head` of sequence `row` on; and how large that head is, so
-// that the first copies can be issued before the lengths are loaded.
-struct Task { int row, head, item, count, num_pages, num_items, tokens, unused; };
+// Task of a warp: `count` items from item `item` of head `head` of sequence `row` on; how large that head is, and which
+// block has its first page, so that the first copies can be issued before lengths and table are loaded.
+struct Task { int row, head, item, count, num_pages, num_items, tokens, block; };
 // A head that this block shares with others, at its first or its last item: it is split over blocks from ... from +
 // blocks - 1. No such head: blocks = 0. warps: where the block has items of this head alone, how many of its warps
 // have some, else 0.
@@ -101,7 +101,8 @@ DEVICE void schedule_block(const Items& items, const int* lengths, int added, in
   if (lane == 0) {
     const Task at = count ? locate(begin) : Task{};
     tasks[block * BLOCK_TASKS + 2 * warp] = make_int4(at.row, at.head, at.item, count);
-    tasks[block * BLOCK_TASKS + 2 * warp + 1] = make_int4(at.num_pages, at.num_items, at.tokens, 0);
+    const int first_block = items.block_of(at.row, at.item, at.num_pages);
+    tasks[block * BLOCK_TASKS + 2 * warp + 1] = make_int4(at.num_pages, at.num_items, at.tokens, first_block);
   }
   if (threadIdx.x < 2) {
     Shared shared = {0, 0, 0, 0};

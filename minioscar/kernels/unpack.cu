@@ -114,11 +114,12 @@ DEVICE void unpack_values(const unsigned char* page, int octet, bf16* out) {
 }
 
 extern "C" __global__ void __launch_bounds__(2 * HEAD_DIM, 512 / HEAD_DIM)
-    unpack(const unsigned char* __restrict__ pages, const float* __restrict__ norms, const bf16* __restrict__ sink_keys,
-           const bf16* __restrict__ sink_values, const bf16* __restrict__ window_keys,
-           const bf16* __restrict__ window_values, const int* __restrict__ slots, const int* __restrict__ starts,
-           const int* __restrict__ packed, const int* __restrict__ first_tiles, bf16* __restrict__ keys,
-           bf16* __restrict__ values, int kv_heads, int page_count, int norm_stride, int sinks, int capacity) {
+    unpack(const unsigned char* __restrict__ pages, const float* __restrict__ norms, const int* __restrict__ table,
+           const bf16* __restrict__ sink_keys, const bf16* __restrict__ sink_values,
+           const bf16* __restrict__ window_keys, const bf16* __restrict__ window_values, const int* __restrict__ slots,
+           const int* __restrict__ starts, const int* __restrict__ packed, const int* __restrict__ first_tiles,
+           bf16* __restrict__ keys, bf16* __restrict__ values, int kv_heads, int table_stride, int sinks,
+           int capacity) {
   wait_then_allow_next();
   const int sequence = blockIdx.z, head = blockIdx.y, first = blockIdx.x * PAGE_TOKENS;
   const int start = starts[sequence], end = packed ? packed[sequence] : packed_tokens(start);
@@ -130,8 +131,9 @@ extern "C" __global__ void __launch_bounds__(2 * HEAD_DIM, 512 / HEAD_DIM)
                            : (((size_t)sequence * kv_heads + head) * capacity + first) * DIM;
   const bool of_window = first >= end;  // else a page, whose first tokens may be sinks
   if (!of_window) {
-    const unsigned char* page = pages + page_offset(row, page_count, blockIdx.x);
-    if (warp < CHUNKS) unpack_keys(page, blockIdx.x, warp, norms + (size_t)slot * norm_stride + first, keys + out);
+    const int index = blockIdx.x, block = Table{table, table_stride}.block_of(slot, index);
+    const unsigned char* page = pages + page_offset(block, kv_heads, head, index);
+    if (warp < CHUNKS) unpack_keys(page, index, warp, norms + norm_offset(block, index), keys + out);
     else unpack_values(page, warp - CHUNKS, values + out);
   }
   const int copied = min((of_window ? start : sinks) - first, PAGE_TOKENS);

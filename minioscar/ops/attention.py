@@ -1,8 +1,9 @@
 """Plans and launches of rotation, packing and decode attention; those of a prefill are in prefill.py.
 
 Every function returns a `Launch`, whose arrays are contiguous, on the device, with shapes as the kernel's file says. A
-quantized cache is, per layer: pages uint8 [batch, kv_heads, pages, page_bytes] · norms float32 [batch, tokens] ·
-sink_keys, sink_values bf16 [batch, kv_heads, sinks, d] · window_keys, window_values bf16 [batch, kv_heads, ring, d].
+quantized cache is, per layer: pages uint8 [blocks, kv_heads, 2, page_bytes] · norms float32 [blocks, 128] ·
+sink_keys, sink_values bf16 [batch, kv_heads, sinks, d] · window_keys, window_values bf16 [batch, kv_heads, ring, d];
+and table int32 [batch, blocks of a row], one for all layers: which blocks a row has.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class Rotation:
     k_weight: Array | None = None
     eps: float = 0.0
     rotate_values: bool = False
+    shifts: Array | None = None  # int32 [tokens]: row of the tables minus position; None: of all 0
 
 
 @dataclass(frozen=True)
@@ -98,24 +100,23 @@ class KeyOutputs:
     k_out: Array | None = None  # bf16 [tokens, kv_heads, d]
     keys: Array | None = None  # of a cache, bf16 [rows, kv_heads, capacity, d]: to slot position % capacity
     values: Array | None = None  # of the cache, or [tokens, kv_heads, d] beside k_out
-    norms: Array | None = None  # float32 [rows, positions]
+    norms: Array | None = None  # float32 [blocks, 128]
+    table: Array | None = None  # int32 [rows, blocks of a row], where there are norms
     slots: Array | None = None  # int32 [tokens], the row of each token; None: row t, as in a decode step
 
 
 def rotate_scale(rotation: Rotation, qkv: Array, positions: Array, q_out: Array, to: KeyOutputs) -> Launch:
     """qkv [tokens, (q_heads + 2 kv_heads) * d] -> q_out [tokens, q_heads, d]; K', V and norms go where `to` says."""
     r, lanes_per_head = rotation, rotation.heads.head_dim // 16
-    capacity, norm_stride = 1 if to.keys is None else to.keys.shape[2], _norm_stride(to.norms)
-    sizes = map(np.int32, (r.heads.q_heads, r.heads.kv_heads, capacity, norm_stride, r.rotate + 2 * r.rotate_values))
-    outputs = q_out, to.k_out, to.keys, to.values, to.norms
+    capacity, stride = 1 if to.keys is None else to.keys.shape[2], 0 if to.table is None else to.table.shape[1]
+    sizes = map(np.int32, (r.heads.q_heads, r.heads.kv_heads, capacity, stride, r.rotate + 2 * r.rotate_values))
+    outputs = q_out, to.k_out, to.keys, to.values, to.norms, to.table
     args = qkv, r.q_weight, r.k_weight, r.cos, r.sin, positions, to.slots, *outputs, *sizes, np.float32(r.eps)
     grid = positions.shape[0], 1 + -(-r.heads.q_heads // HEADS_PER_BLOCK)
     defines = (f"HEAD_DIM={r.heads.head_dim}",)
+    if r.shifts is not None:
+        args, defines = (*args, r.shifts), (*defines, "SHIFTED=1")
     return Launch("rotate_scale.cu", "rotate_scale", defines, grid, HEADS_PER_BLOCK * lanes_per_head, args)
-
-
-def _norm_stride(norms: Array | None) -> int:
-    return 0 if norms is None else norms.shape[-1]
 
 
 def rotate_heads(x: Array, head_dim: int, axis: int) -> Launch:
@@ -153,7 +154,8 @@ def pack_step(
     """After the attention of a decode step: packs the oldest tokens of every window that the row's new token (number
     lengths[b]) filled. With layers > 1 every array of the cache has one more axis in front and this one launch packs
     all layers. feedback: float32 [layers, kv_heads, d, d] (`Weights.key_feedback`), for a shaped scheme."""
-    args = lengths, *_packed(cache), np.int32(lengths.shape[0]), *_packing(heads, scheme, cache, feedback)
+    sizes = map(np.int32, (lengths.shape[0], cache["pages"].shape[-4]))
+    args = lengths, *_packed(cache), *sizes, *_packing(heads, scheme, cache, feedback)
     grid = 2 * (scheme.flush // PAGE_TOKENS), layers * heads.kv_heads
     return _pack_launch("pack_step", heads, scheme, grid, args)
 
@@ -178,7 +180,7 @@ def _pack_launch(name: str, heads: Heads, scheme: Scheme, grid: tuple[int, ...],
 
 def pack_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
     """Of pack.cu."""
-    return *layout_defines(scheme, head_dim), f"SHAPED={scheme.shaped:d}"
+    return *layout_defines(scheme, head_dim), f"SHAPED={scheme.shaped:d}", f"DITHERED={scheme.dithered:d}"
 
 
 def feedback_bytes(scheme: Scheme, head_dim: int) -> int:
@@ -188,13 +190,14 @@ def feedback_bytes(scheme: Scheme, head_dim: int) -> int:
 
 
 def _packed(cache: dict[str, Array]) -> tuple[Array | None, ...]:
-    return tuple(map(cache.get, ("window_keys", "window_values", "sink_keys", "sink_values", "norms", "pages")))
+    names = "window_keys", "window_values", "sink_keys", "sink_values", "norms", "pages", "table"
+    return tuple(map(cache.get, names))
 
 
 def _packing(heads: Heads, scheme: Scheme, cache: dict[str, Array], feedback: Array | None) -> tuple[Any, ...]:
     if scheme.shaped and feedback is None:
         raise ValueError(f"{scheme.name} needs the feedback matrices of its layers; key_shaping puts them there")
-    sizes = heads.kv_heads, _norm_stride(cache.get("norms")), cache["pages"].shape[-2], scheme.sinks
+    sizes = heads.kv_heads, cache["table"].shape[1], scheme.sinks
     of_values = scheme.shrink_of_values / ((2**scheme.value_bits - 1) / 2 if scheme.symmetric_values else 1)
     return *map(np.int32, sizes), np.float32(scheme.shrink), np.float32(of_values), feedback
 
@@ -246,7 +249,7 @@ class DecodePlan:
 
 @dataclass(frozen=True)
 class DecodeState:
-    """The same for all layers and steps. Row b of a step is row b of the cache: a table of slots would enter here."""
+    """The same for all layers and steps. Row b of a step is row b of the cache, and of the table."""
 
     heads: Heads
     scheme: Scheme
@@ -255,13 +258,16 @@ class DecodeState:
     tasks: Array  # int32 [plan.task_shape]
     workspace: Array  # float32 [plan.workspace_floats(d)]
     split_counter: Array  # int32 [plan.counters(d)], zero between launches
+    table: Array | None = None  # the cache's, if it is quantized
     added: int = 1
 
     @classmethod
-    def allocate(cls, xp: Any, heads: Heads, scheme: Scheme, plan: DecodePlan, lengths: Array) -> DecodeState:
+    def allocate(
+        cls, xp: Any, heads: Heads, scheme: Scheme, plan: DecodePlan, lengths: Array, table: Array | None = None
+    ) -> DecodeState:
         floats, counters = plan.workspace_floats(heads.head_dim), plan.counters(heads.head_dim)
         tasks, workspace = xp.empty(plan.task_shape, np.int32), xp.empty(floats, np.float32)
-        return cls(heads, scheme, plan, lengths, tasks, workspace, xp.zeros(counters, np.int32))
+        return cls(heads, scheme, plan, lengths, tasks, workspace, xp.zeros(counters, np.int32), table)
 
     def source(self, out_bf16: bool) -> tuple[str, tuple[str, ...]]:
         """File and macros of the kernels."""
@@ -301,11 +307,11 @@ def shared_bytes(head_dim: int, scheme: Scheme, p: DecodePlan, batch: int) -> in
 
 
 def schedule(state: DecodeState) -> Launch:
-    """Which warp attends to what: lengths -> tasks, for every layer of one step. Before it every launch of
+    """Which warp attends to what: lengths and table -> tasks, for every layer of one step. Before it every launch of
     `decode_attention` with this workspace must have ended; after it the first one has parity 0."""
     (file, defines), p, batch = state.source(True), state.plan, state.lengths.shape[0]
-    sizes = map(np.int32, (batch, state.heads.kv_heads, state.scheme.sinks, state.added))
-    args = state.lengths, state.tasks, state.workspace, *sizes
+    sizes = batch, state.heads.kv_heads, state.scheme.sinks, state.added, *_blocks_of_row(state)
+    args = state.lengths, *_table(state), state.tasks, state.workspace, *map(np.int32, sizes)
     return Launch(file, "schedule", defines, (p.blocks,), p.warps * 32, args, 4 * (2 * batch + 1))
 
 
@@ -321,18 +327,26 @@ def decode_attention(
     the results are wrong. lse: float32 [batch, q_heads] or None, not written for a row without tokens. scale: of the
     logits, 1 / sqrt(d) unless given.
     """
-    s, batch, norms = state, state.lengths.shape[0], cache.get("norms")
+    s, batch = state, state.lengths.shape[0]
     results = s.lengths, s.tasks, out, lse, s.workspace, s.split_counter
     if s.scheme.quantized:
         names = "pages", "norms", "sink_keys", "sink_values", "window_keys", "window_values"
-        sizes = batch, s.heads.kv_heads, cache["pages"].shape[-2], _norm_stride(norms), s.scheme.sinks, s.added, parity
+        sizes = batch, s.heads.kv_heads, *_blocks_of_row(s), s.scheme.sinks, s.added, parity
     else:
         names = "keys", "values"
         sizes = batch, s.heads.kv_heads, cache["keys"].shape[-2], s.added, parity
-    args = q, *map(cache.get, names), *results, *map(np.int32, sizes), log2_scale(scale, s.heads.head_dim)
+    args = q, *map(cache.get, names), *_table(s), *results, *map(np.int32, sizes), log2_scale(scale, s.heads.head_dim)
     file, defines = s.source(out.dtype.itemsize == 2)
     shared = shared_bytes(s.heads.head_dim, s.scheme, s.plan, batch)
     return Launch(file, file.removesuffix(".cu"), defines, (s.plan.blocks,), s.plan.warps * 32, args, shared)
+
+
+def _table(state: DecodeState) -> tuple[Array, ...]:
+    return (state.table,) if state.scheme.quantized else ()
+
+
+def _blocks_of_row(state: DecodeState) -> tuple[int, ...]:
+    return tuple(table.shape[1] for table in _table(state))
 
 
 def log2_scale(scale: float | None, head_dim: int) -> np.float32:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..batch import Batch
-from ..cache import LayerCache, Layout, NewTokens, PackedCache, PlainCache
 from ..config import Config
+from ..layer_cache import BLOCK_TOKENS, LayerCache, Layout, NewTokens, PackedCache, PlainCache
 from ..oscar import Scheme
 from . import attention, prefill
 from .attention import Heads, KeyOutputs, PrefillTokens, Rotation
@@ -51,17 +51,19 @@ class KernelCache(LayerCache):
         rotate_values: bool = False,
     ) -> tuple[Array, NewTokens]:
         """`Reference.rotate_scale`; norms go into the cache at once, and so do a decode step's keys and values."""
-        ops, heads, norms = self.ops, Heads.of(config), self.arrays.get("norms")
+        ops, heads, norms = self.ops, Heads.of(config), (self.arrays.get("norms"), self["table"])
         norm = layer.q_norm, layer.k_norm, config.rms_norm_eps
-        rotation = Rotation(heads, *tables, self.scheme.rotate, *norm, rotate_values)
+        at = None if isinstance(batch, StepBatch) else ops.indices_of(batch)
+        shifts = batch.shifts if at is None else at.shifts
+        rotation = Rotation(heads, *tables, self.scheme.rotate, *norm, rotate_values, shifts)
         q = ops.xp.empty((len(qkv), heads.q_heads, heads.head_dim), ops.dtype)
-        if isinstance(batch, StepBatch):
+        if at is None:
             keys, values = self.ring
-            ops.run(attention.rotate_scale(rotation, qkv, batch.lengths, q, KeyOutputs(None, keys, values, norms)))
+            ops.run(attention.rotate_scale(rotation, qkv, batch.lengths, q, KeyOutputs(None, keys, values, *norms)))
             return q, IN_CACHE
-        at, k = ops.indices_of(batch), ops.xp.empty((len(qkv), heads.kv_heads, heads.head_dim), ops.dtype)
+        k = ops.xp.empty((len(qkv), heads.kv_heads, heads.head_dim), ops.dtype)
         v = ops.xp.empty_like(k) if rotate_values else None  # else it is read where the projection has put it
-        to = KeyOutputs(k, values=v, norms=norms, slots=at.rows)
+        to = KeyOutputs(k, None, v, *norms, at.rows)
         ops.run(attention.rotate_scale(rotation, qkv, at.positions, q, to))
         if v is None:
             v = qkv.reshape(len(qkv), -1, heads.head_dim)[:, heads.q_heads + heads.kv_heads :]
@@ -110,11 +112,10 @@ class PagedCache(KernelCache, PackedCache):
     past_arrays = None
 
     @classmethod
-    def layout(cls, config: Config, scheme: Scheme, batch: int, context: int) -> Layout:
-        tokens = scheme.packed_tokens(context)
-        packed = scheme.packed_layout(tokens, config.head_dim)
-        others = {name: of for name, of in super().layout(config, scheme, batch, context).items() if name not in packed}
-        pages = batch, config.num_kv_heads, tokens // PAGE_TOKENS, page_bytes(scheme, config.head_dim)
+    def layout(cls, config: Config, scheme: Scheme, batch: int, context: int, blocks: int) -> Layout:
+        arrays = super().layout(config, scheme, batch, context, blocks)
+        pages = blocks, config.num_kv_heads, BLOCK_TOKENS // PAGE_TOKENS, page_bytes(scheme, config.head_dim)
+        others = {name: of for name, of in arrays.items() if name not in NAMES}
         return {"pages": (pages, np.dtype(np.uint8)), **others}
 
     @property
@@ -134,28 +135,19 @@ class PagedCache(KernelCache, PackedCache):
         tokens = self._tokens(new, batch, self.ops.indices_of(batch).slots)
         if new.norms is not None:  # else rotate_scale has put them there
             for slot, start, span in batch.spans():
-                room = self["norms"].shape[1] - start  # a last partial block has none, nor needs it
-                self["norms"][slot, start : start + span.stop - span.start] = new.norms[span][: max(room, 0)]
+                self.put_norms(slot, start, new.norms[span])
         self.ops.run(attention.pack_bulk(heads, self.scheme, tokens, self.arrays, new.feedback))
         self.ops.run(attention.fill_window(heads, self.scheme, tokens, self.arrays))
 
-    def packed(self, slot: int, tokens: int) -> tuple[Array, Array]:
-        norms = self["norms"][slot, :tokens] if self.scheme.scale else None
-        return self.scheme.unpack(self._packed_row(slot, tokens), norms, self.xp)
+    def packed_row(self, slot: int, tokens: int) -> dict[str, Array]:
+        of_blocks = self["pages"][self.block_ids(slot, tokens)].swapaxes(0, 1)  # [kv_heads, blocks, 2, page_bytes]
+        pages = of_blocks.reshape(len(of_blocks), -1, of_blocks.shape[3])[:, : tokens // PAGE_TOKENS]
+        return from_pages(pages, self.scheme, self["window_keys"].shape[3], self.xp)
 
-    def _packed_row(self, slot: int, tokens: int) -> dict[str, Array]:
-        """The packed tokens of a row, as `PackedCache` has them."""
-        pages = self["pages"][slot, :, : tokens // PAGE_TOKENS]
-        return from_pages(pages, self.scheme, self["window_keys"].shape[3], self.xp) if pages.shape[1] else {}
-
-    def export_row(self, slot: int, length: int, config: Config) -> dict[str, np.ndarray]:
-        row = {name: array[slot : slot + 1] for name, array in self.arrays.items()}
-        row |= {name: array[None] for name, array in self._packed_row(slot, self.scheme.packed_tokens(length)).items()}
-        return PackedCache(row, self.scheme, self.ops).export_row(0, length, config)
-
-    def import_row(self, slot: int, row: dict[str, np.ndarray], packed: int) -> None:
+    def import_packed(self, slot: int, row: dict[str, np.ndarray], packed: int) -> None:
         arrays = {name: self.xp.asarray(array) for name, array in row.items() if name in NAMES}
-        if arrays:
-            pages = to_pages(arrays, self.scheme, self.xp)
-            self["pages"][slot, :, : pages.shape[1]] = pages
-        super().import_row(slot, {name: array for name, array in row.items() if name not in NAMES}, packed)
+        pages = to_pages(arrays, self.scheme, self.xp)
+        halves = BLOCK_TOKENS // PAGE_TOKENS
+        for half in range(halves):
+            part = pages[:, half::halves].swapaxes(0, 1)
+            self["pages"][:, :, half][self.block_ids(slot, packed)[: len(part)]] = part

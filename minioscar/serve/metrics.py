@@ -40,6 +40,8 @@ class Metrics:
     hit_tokens: int = 0
     new_tokens: int = 0
     steps: int = 0
+    swapped_out: int = 0
+    swapped_in: int = 0
     rounds: int = 0  # rows given to answers, which orders them by use
     first_tokens: Histogram = field(default_factory=Histogram)
     between: Histogram = field(default_factory=Histogram)
@@ -64,6 +66,8 @@ class Metrics:
             "cached_tokens": (self.hit_tokens, "tokens of prompts that were in the cache"),
             "new_tokens": (self.new_tokens, "tokens of answers"),
             "steps": (self.steps, "decode steps"),
+            "swapped_out": (self.swapped_out, "times that an answer's blocks went to the host"),
+            "swapped_in": (self.swapped_in, "times that they came back"),
         }
         lines = []
         for name, (value, help) in counters.items():

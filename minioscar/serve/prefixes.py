@@ -1,14 +1,15 @@
-"""What the rows of a cache hold of the beginning of a prompt, and how one row takes it over from another."""
+"""What is cached of the beginning of a prompt, and how a row takes it over: from a row, with its window, or from the
+blocks that the pool knows, behind which the window is fed again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..cache import Cache
 from ..prompt_cache import common
 from .jobs import Row
+from .pooled import PooledCache
 
-LEAST = 32  # tokens: a shorter prefix is read again rather than copied
+LEAST = 32  # tokens: a shorter prefix is read again
 
 
 def begins(held: Sequence[int], ids: Sequence[int]) -> bool:
@@ -16,26 +17,30 @@ def begins(held: Sequence[int], ids: Sequence[int]) -> bool:
     return len(ids) >= LEAST and held[:LEAST] == ids[:LEAST]
 
 
-def shared(cache: Cache, ids: Sequence[int], row: Row) -> int:
+def shared(cache: PooledCache, ids: Sequence[int], row: Row) -> int:
     """Tokens at the beginning of a prompt that need not be fed again if they are taken from a row."""
     held = row.held[: int(cache.lengths[row.slot])]
     if len(held) < LEAST or not begins(held, ids):
         return 0
-    return cache.left_after_cut(row.slot, common(ids, held), row.in_flight)
+    return cache.left_to_share(row.slot, common(ids, held), row.in_flight)
 
 
-def take_over(cache: Cache, ids: Sequence[int], source: Row, target: Row) -> int:
-    """Row `target`, in which nothing runs, holds what `source` has of the beginning of a prompt; so many tokens."""
-    if shared(cache, ids, source) < LEAST:
+def take_over(cache: PooledCache, rows: Sequence[Row], target: Row) -> int:
+    """Row `target`, in which nothing runs yet, holds what any of `rows`, or the pool, has of the beginning of its
+    prompt; so many tokens."""
+    ids = target.job.usable
+    source = max(rows, key=lambda row: (shared(cache, ids, row), row is target))
+    of_row, blocks = shared(cache, ids, source), cache.match(target.job.keys, len(ids))
+    if len(blocks) * cache.BLOCK_TOKENS > max(of_row, LEAST - 1):
+        return cache.begin_with(target.slot, blocks)
+    if of_row < LEAST:
         cache.reset(target.slot)
         return 0
     length = common(ids, source.held[: int(cache.lengths[source.slot])])
-    if source is not target:
-        cache.copy(source.slot, target.slot)
-    return cache.truncate(target.slot, length, source.in_flight)
+    return cache.take_over(source.slot, target.slot, length, source.in_flight)
 
 
-def fit(cache: Cache, ids: Sequence[int], row: Row) -> tuple[int, int]:
+def fit(cache: PooledCache, ids: Sequence[int], row: Row) -> tuple[int, int]:
     """How well a free row suits a prompt: it holds mostly the beginning of it, or it was used long ago."""
     found = shared(cache, ids, row)
     goes_on = found >= LEAST and 2 * found >= cache.lengths[row.slot]

@@ -1,10 +1,10 @@
 """Who is read and stepped when: one thread that owns the model, over the rows of one cache.
 
 A round: (1) cancelled answers leave and waiting jobs enter free rows, first come first served; (2) a decode step of all
-rows that have an answer is launched; (3) one piece of at most `chunk` tokens of prompts is read; (4) the step before is
-read and its tokens go to their answers. So neither steps nor prompts wait for more than one of the other. Pieces end at
-multiples of `chunk`, so that what a row holds depends on its tokens, on `chunk` and on what was cached, not on who else
-is there.
+rows that have an answer, and a block for its next token (room.py), is launched; (3) one piece of at most `chunk` tokens
+of prompts is read; (4) the step before is read and its tokens go to their answers. So neither steps nor prompts wait
+for more than one of the other. Pieces end at multiples of `chunk`, so that what a row holds depends on its tokens, on
+`chunk` and on what was cached, not on who else is there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import Cache
 from ..engine import Engine
 from ..errors import Failure
 from ..generation import logprob
 from . import prefixes
 from .jobs import Busy, Event, Job, Row
 from .metrics import Metrics
+from .pooled import PooledCache
+from .room import Room
 from .warm_up import warm_up
 
 SCORED_PIECE = 128  # tokens whose logits are on the host at once
@@ -34,12 +35,13 @@ Post = Callable[[list[tuple[Job, Event]]], None]
 class Scheduler:
     """post: is given what happened in a round, on the scheduler's thread, and hands it to `Job.tell`."""
 
-    def __init__(self, engine: Engine, cache: Cache, chunk: int, queue: int, post: Post):
+    def __init__(self, engine: Engine, cache: PooledCache, chunk: int, queue: int, post: Post):
         self.engine, self.cache, self.chunk, self.queue, self.post = engine, cache, chunk, queue, post
         self.model, self.vocab = engine.model, engine.config.vocab_size
         self.tokenizer = engine.tokenizer if engine.has_tokenizer else None
         self.rows = [Row(slot) for slot in range(len(cache.lengths))]
         self.metrics = Metrics()
+        self.room = Room(cache, self.rows, self.metrics)
         self.waiting: deque[Job] = deque()
         self.reading: deque[Row] = deque()
         self.steps: deque[list[Row]] = deque()  # launched and not read, oldest first
@@ -61,9 +63,11 @@ class Scheduler:
             raise Failure(self.dead)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """All of them or none. Raises Busy where the queue is full, ValueError for more answers than rows."""
+        """All of them or none. Raises Busy where the queue is full, ValueError for more answers than rows or blocks."""
         if any(job.rows > len(self.rows) for job in jobs):
             raise ValueError(f"more than {len(self.rows)} answers to a prompt")
+        if not all(map(self.room.fits, jobs)):
+            raise ValueError("so many answers to so long a prompt need more than the whole cache; ask for fewer")
         with self.changed:
             if self.dead or self.is_closing:
                 raise Busy(self.dead or "the server is shutting down")
@@ -97,6 +101,10 @@ class Scheduler:
             for row in self.rows
         ]  # fmt: skip
 
+    def held(self) -> list[list[int]]:
+        """Of each row, the tokens that another prompt could take over."""
+        return [row.held[:length] for row, length in zip(self.rows, self.cache.lengths.tolist(), strict=True)]
+
     def gauges(self) -> dict[str, tuple[float, str]]:
         """For `Metrics.text`."""
         return {
@@ -105,6 +113,7 @@ class Scheduler:
             "waiting": (len(self.waiting), "prompts that wait for a row"),
             "held_tokens": (int(self.cache.lengths.sum()), "tokens in the cache"),
             "cache_bytes": (self.cache.nbytes, "bytes of the cache"),
+            **self.cache.gauges(),
         }  # fmt: skip
 
     # --- the thread
@@ -135,11 +144,11 @@ class Scheduler:
         self._drop_cancelled()
         self._admit()
         try:
-            self._launch()
+            is_launched = self._launch()
             if self._ahead() == 0:
                 self._read_step()
             self._read_prompts()
-            if len(self.steps) > self._ahead() or self.steps and not self._going():
+            if len(self.steps) > self._ahead() or not is_launched:
                 self._read_step()
         except (Failure, MemoryError) as error:
             self._broken(error)
@@ -170,28 +179,34 @@ class Scheduler:
     def _leave(self, row: Row) -> None:
         if row in self.reading:
             self.reading.remove(row)
+        with self.decoder.ordered():
+            if row.slot in self.cache.swapped:
+                row.held = []
+                self.cache.reset(row.slot)
+            self._publish(row)
         row.leave()
 
+    def _publish(self, row: Row) -> None:
+        self.cache.publish(row.slot, row.held[: int(self.cache.lengths[row.slot])])
+
     def _admit(self) -> None:
-        """Waiting jobs, in their order, as long as there are rows for the next one."""
+        """Waiting jobs, in their order, as long as there are rows and blocks for the next one."""
         while True:
             with self.changed:
                 free = [row for row in self.rows if row.state == "free"]
-                if not self.waiting or self.waiting[0].rows > len(free):
+                if not self.waiting or self.waiting[0].rows > len(free) or not self.room.admits(self.waiting[0]):
                     return
                 job = self.waiting.popleft()
-            first = max(free, key=lambda row: prefixes.fit(self.cache, job.usable, row))
-            others = sorted((row for row in free if row is not first), key=lambda row: row.used)
-            for index, row in enumerate([first, *others[: job.rows - 1]]):
+            chosen = self.room.rows_for(job, free, self.decoder)
+            for index, row in enumerate(chosen):
                 self.metrics.rounds += 1
                 row.used = self.metrics.rounds
                 row.begin(job, index)
-            self.reading.append(first)
+            self.reading.append(chosen[0])
 
     def _match(self, row: Row) -> None:
         """The row takes over what any row holds of the beginning of its prompt."""
-        source = max(self.rows, key=lambda other: (prefixes.shared(self.cache, row.job.usable, other), other is row))
-        row.job.cached = prefixes.take_over(self.cache, row.job.usable, source, row)
+        row.job.cached = prefixes.take_over(self.cache, self.rows, row)
         row.held, row.is_matched = list(row.job.ids), True
         self.metrics.hit_tokens += row.job.cached
 
@@ -204,7 +219,9 @@ class Scheduler:
         with self.decoder.ordered():
             for row in self.reading:
                 if not row.is_matched:
-                    if any(self._will_share(row, other) for other, _ in pieces):
+                    if any(prefixes.begins(other.job.ids, row.job.usable) for other, _ in pieces):
+                        break  # it could take over what another one is about to read
+                    if not self.room.give(row, 0, self.cache.most_own):
                         break
                     self._match(row)
                 start = int(self.cache.lengths[row.slot])
@@ -213,19 +230,20 @@ class Scheduler:
                 left, room = left - len(piece), room - start - len(piece)  # what a pass allocates is for one whole row
                 if min(left, room) < 0 or pieces and row.job.prompt_logprobs is not None:
                     break
+                end = start + len(piece)
+                if not self.room.give(row, end, self.room.for_answers(row.job) * (end == len(row.job.ids))):
+                    break
                 pieces.append((row, piece))
-                if row.job.prompt_logprobs is not None:
+                if row.job.prompt_logprobs is not None or row.job.rows > 1:  # nobody else takes their blocks
                     break
             if pieces:
                 self._pass(pieces)
 
-    def _will_share(self, row: Row, other: Row) -> bool:
-        """Whether another row is about to read what this one could take over from it."""
-        return prefixes.begins(other.job.ids, row.job.usable)
-
     def _pass(self, pieces: list[tuple[Row, list[int]]]) -> None:
         rows, inputs = [row for row, _ in pieces], [piece for _, piece in pieces]
         batch = self.cache.batch_for([row.slot for row in rows], map(len, inputs))
+        if media := [medium for row in rows for medium in row.job.media]:
+            batch = batch.reading([row.job.ids for row in rows], media)
         scored = rows[0].job.prompt_logprobs is not None
         try:
             if scored:
@@ -240,6 +258,8 @@ class Scheduler:
                 self._end_job(row.job, error)
             return
         self.metrics.read_tokens += sum(batch.counts)
+        for row in rows:
+            self._publish(row)
         for row, of_row in zip(rows, logits, strict=True):
             if self.cache.lengths[row.slot] == len(row.job.ids):  # else nobody waits for the pass
                 self.reading.remove(row)
@@ -258,7 +278,7 @@ class Scheduler:
         job = first.job
         rows = sorted((row for row in self.rows if row.job is job), key=lambda row: row.index)
         for row in rows[1:]:
-            self.cache.copy(first.slot, row.slot)
+            self.cache.take_over(first.slot, row.slot, len(job.ids))
             row.held = list(job.ids)
         for row in rows:
             if job.reads_only:
@@ -289,14 +309,17 @@ class Scheduler:
         new = row.answer.result.new_tokens + row.in_flight
         return new < row.job.options.max_tokens and self.cache.lengths[row.slot] + row.in_flight < self.cache.context
 
-    def _launch(self) -> None:
-        while len(self.steps) <= self._ahead() and (rows := self._going()):
+    def _launch(self) -> bool:
+        """Whether there was a step to launch."""
+        count = len(self.steps)
+        while len(self.steps) <= self._ahead() and (rows := self.room.for_step(self._going(), self.decoder)):
             if not all([self._allow(row) for row in rows]):
                 continue
             self.decoder.launch([row.slot for row in rows])
             self.steps.append(rows)
             for row in rows:
                 row.in_flight += 1
+        return len(self.steps) > count
 
     def _allow(self, row: Row) -> bool:
         """Tells the decoder what a row's grammar allows next; where that cannot be said, the answer ends: False."""
