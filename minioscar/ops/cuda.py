@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from .attention import HEAD_DIMS, Heads
 from .cubins import Program, compile_all
 from .decode import Queue, StepBatch, StepDecoder, step_sizes, unsupported
 from .experts import Product
+from .indices import Indices
 from .launch import Card, Launch, Recording, run
 from .linear import Products, add_product, scratch_bytes, step_plans
 from .linear_batch import BATCH_TOKENS
@@ -41,23 +42,6 @@ from .upload import Buffers, Upload, pinned
 
 Array = Any
 MLP_TOKENS = 8192  # whose gate and up projections are in memory at once
-
-
-@dataclass(frozen=True)
-class Indices:
-    """A batch as the kernels of a prefill take it: int32 arrays on the device."""
-
-    batch: Batch
-    positions: Array  # [tokens]
-    rows: Array  # [tokens]: the cache row of each
-    slots: Array  # [sequences]
-    starts: Array
-    counts: Array
-    packed: Array
-    firsts: Array  # [sequences]: index of each sequence's first token
-    first_tiles: Array  # [sequences]: of prefill.Tiles
-    tiles: int  # of prefill.Tiles, of all sequences
-    shifts: Array | None  # [tokens]: what a token's row of the tables of RoPE is more than its position; None: all 0
 
 
 class Cuda(Reference):
@@ -339,14 +323,7 @@ class Cuda(Reference):
     def indices_of(self, batch: Batch) -> Indices:
         """The arrays of a batch; the layers of one pass ask for the same."""
         if self.indices is None or self.indices.batch is not batch:
-            rows, firsts = np.repeat(batch.slots, batch.counts), np.cumsum(batch.counts) - batch.counts
-            tiles = -(-np.add(batch.starts, batch.counts) // prefill.TILE_TOKENS)
-            fields = batch.positions, rows, batch.slots, batch.starts, batch.counts, batch.packed, firsts
-            fields = *fields, np.cumsum(tiles) - tiles
-            arrays = (self.xp.asarray(np.asarray(x, np.int32)) for x in fields)
-            shifts = batch.table_rows - batch.positions
-            shifts = self.xp.asarray(shifts.astype(np.int32)) if batch.inputs is not None or shifts.any() else None
-            self.indices = Indices(batch, *arrays, int(tiles.sum()), shifts)
+            self.indices = Indices.of(batch, self.xp)
         return self.indices
 
 

@@ -36,14 +36,15 @@ def warm_up(model: Model, cache: PooledCache, decoder: Decoder, chunk: int) -> N
             model.ops.numpy(logits)
             cache.reset(0)
         cache.advance(batch)
-        for slots in ({0, slot} for slot in last.values()):
-            for slot in sorted(slots):
-                cache.copy_row(0, slot)
-                decoder.join(slot, RowSampling(Sampling(1.0)), logits[0])
+        for slot in last.values():
+            cache.lengths[0] = 1  # the token of the small pass
+            cache.copy_row(0, slot)
+            cache.reserve(slot, min(2, cache.context))
+            decoder.join(slot, RowSampling(Sampling(1.0)), logits[0])
             if cache.context > 1:
-                decoder.launch(sorted(slots))
+                decoder.launch([slot])
                 decoder.read()
-            cache.lengths[0] = 1
+            cache.reset(slot)
     with decoder.ordered():
         for slot in range(len(cache.lengths)):
             cache.reset(slot)
