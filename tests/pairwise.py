@@ -4,6 +4,7 @@ which takes the whole grid (`kernel_device.on_each_device_over`)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import fields
 from itertools import combinations, product
 from typing import Any
 
@@ -49,8 +50,10 @@ def switches(parts: dict[str, bool]) -> list[tuple[str, bool]]:
     return [(name, parts.get(name, False)) for name in ("norm", "bias", "residual", "silu", "float32")]
 
 
+TOGETHER = ("key_bits", "value_bits"), ("group", "max_value_group"), ("sinks", "flush", "keep")
+
+
 def scheme_traits(scheme: Scheme) -> list[tuple]:
-    """Traits of a scheme, by what they decide in kernels: the bits together, since they lay out a page."""
-    names = ("key_bits", "value_bits"), ("group", "max_value_group"), ("symmetric_values",), ("shaped",), ("scale",)
-    names += ("sinks", "flush", "keep"), ("shrink", "value_shrink")
-    return [(of, *(getattr(scheme, name) for name in of)) for of in names]
+    """Traits of a scheme: each of its fields, but those together that lay out a page or a row."""
+    alone = {field.name for field in fields(scheme)} - {"name"} - set(sum(TOGETHER, ()))
+    return [(of, *(getattr(scheme, name) for name in of)) for of in (*TOGETHER, *((name,) for name in sorted(alone)))]

@@ -204,9 +204,12 @@ def headers() -> Path:
 
 @cache
 def digest(source: str, defines: tuple[str, ...], arch: int) -> str:
-    """Of all that the machine code depends on: the text, the options, the compiler and its headers."""
+    """Of all that the machine code depends on: the text without comments, the options, the compiler and its
+    headers."""
+    lines = (line.split("//")[0].rstrip() for line in text_of(source).splitlines())
     versions = [version(wheel) for wheel in ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime")]
-    return hashlib.sha256(repr((text_of(source), options((source, defines), arch), versions)).encode()).hexdigest()[:20]
+    parts = list(filter(None, lines)), options((source, defines), arch), versions
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
 @cache  # the kernels of a file come together

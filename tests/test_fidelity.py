@@ -51,6 +51,7 @@ def test_standard_errors_are_those_of_the_mean_over_windows():
     assert fidelity.summary(SCHEMES["oscar"], 64, scores[:1], baseline[:1]).kl_se is None
 
 
+@pytest.mark.long
 def test_windows_follow_each_other_and_their_mean_is_reported():
     run = {
         n: fidelity.evaluate("smollm2-135m", ["int2"], prefill=140, decode=10, windows=n, device="cpu") for n in (1, 2)
@@ -66,6 +67,7 @@ def test_windows_follow_each_other_and_their_mean_is_reported():
     assert means[2] == pytest.approx((means[0] + means[1]) / 2, rel=1e-3)
 
 
+@pytest.mark.long
 def test_schemes_of_several_windows_are_compared_position_by_position(windows):
     """In one table with others and alone, a scheme has the same KL, whose baseline is read in other chunks
     than it; a window as an option is one in the scheme."""
@@ -79,6 +81,7 @@ def test_schemes_of_several_windows_are_compared_position_by_position(windows):
     assert [row["kl"] for row in asked["results"]] == pytest.approx([0, alone["kl"], alone["kl"]], rel=0.02)
 
 
+@pytest.mark.long
 def test_kl_with_an_emptied_window_is_that_of_the_same_scheme_without_kept_tokens(windows):
     how = {"prefill": 150, "decode": 120, "device": "cpu"}
     rows = fidelity.evaluate("smollm2-135m", ["plain-64-64", "kvarn-2"], emptied=True, **how)

@@ -106,12 +106,12 @@ def test_a_shift_takes_another_row_of_the_tables_and_changes_no_place(device, se
     tables = rng.uniform(-1, 1, (2, 300, d // 2)).astype(np.float32)
     moved = np.full_like(tables, np.nan)
     moved[:, positions] = tables[:, np.maximum(positions + shifts, 0)]
-    found = []
+    table, found = some_table(rng, tokens, 3), []
     for given, by in ((tables, device.array(shifts)), (moved, None)):
         q, keys, values = (device.empty(shape, BF16) for shape in ((tokens, 3, d), *[(tokens, 1, 128, d)] * 2))
-        norms = device.empty((tokens, 300), np.float32)
+        norms = device.empty((table.size, 128), np.float32)
         rotation = attention.Rotation(heads, *map(device.array, given), True, shifts=by)
-        to = attention.KeyOutputs(None, keys, values, norms)
+        to = attention.KeyOutputs(None, keys, values, norms, device.array(table))
         device.run(attention.rotate_scale(rotation, device.array(qkv), device.array(positions), q, to))
         found.append([device.numpy(x, allow_unwritten=True) for x in (q, keys, values, norms)])
     for ours, theirs in zip(*found, strict=True):

@@ -92,6 +92,7 @@ def test_low_norm_tokens_pay_for_their_group_until_norms_are_divided_out(layers)
     assert ratio("kivi") > 1.3 and ratio("scaling") < 1.15
 
 
+@pytest.mark.long
 def test_quantized_cache_of_the_whole_model_is_oscar_bit_for_bit_after_prefill_and_decode(model):
     """Prefill 200, then 120 steps over two flushes: what is packed is oscar.py of the BF16 keys that the window
     held."""
