@@ -51,7 +51,6 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
     template = template_of(args)
     wake(args.device)
-    from .prompts import check_images, with_images
 
     options = wanted(args)
     check_media(media)
