@@ -326,8 +326,9 @@ class Engine:
 
     # --- memory
 
-    def new_cache(self, batch: int, context: int, make: Callable[..., Cache] = Cache) -> Cache:
-        return self._or_out_of_memory(lambda: make(self.config, self.scheme, batch, context, self.ops))
+    def new_cache(self, batch: int, context: int, make: Callable[..., Cache] | None = None) -> Cache:
+        """make: another kind of cache (None: rows that have their blocks to themselves)."""
+        return self._or_out_of_memory(lambda: (make or Cache)(self.config, self.scheme, batch, context, self.ops))
 
     def _or_out_of_memory(self, work: Callable[[], Any]) -> Any:
         try:

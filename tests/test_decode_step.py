@@ -366,7 +366,7 @@ def test_what_the_steps_of_rows_that_join_allocate_is_predicted(rows):
     config, ops = replace(presets.config_of("qwen3-0.6b"), num_layers=2), Unlaunched()
     cache = Cache(config, SCHEMES["int2"], rows, 256, ops)
     model = Model(config, blank_weights(config, SCHEMES["int2"]), SCHEMES["int2"], ops)
-    model.tables_for(cache.context)
+    model.tables_for(cache.batch_for([0], [cache.context]))
     before = ops.xp.alive
     decoder = StepDecoder(model, cache, None)
     made, (alone, joining) = ops.xp.alive - before, (

@@ -51,6 +51,7 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
     template = template_of(args)
     wake(args.device)
+
     options = wanted(args)
     check_media(media)
     if args.prompts_file is not None:

@@ -157,7 +157,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
     "serve": ("answer many requests at a time, in the manner of OpenAI's API", [
         flag("--host", "address to listen at; 0.0.0.0 is every network (127.0.0.1)", "ADDRESS", default="127.0.0.1"),
         number("--port", "port to listen at; 0: any free one (8080)", "N", 8080),
-        number("--slots", "answers that run at a time, each with its own part of the cache (8)", "N", 8),
+        number("--slots", "answers that run at a time (8)", "N", 8),
         number("--ctx", "tokens of each slot (the model's, or what fits into memory)", "N"),
         SCHEME,
         WEIGHTS,

@@ -190,8 +190,10 @@ class WgmmaCodesPlan:
 
 def wgmma_configs(tokens: int, weight: Quantized, silu: bool, card: Card) -> list[WgmmaCodesPlan]:
     """The fewest blocks of columns, and splits of k, at most a block a multiprocessor; with SILU one split."""
-    column_blocks = -(-tokens // (80 if _columns_at_once(weight, 2) == MOST_COLUMNS else 64))  # as registers allow
-    columns, room = _up(-(-tokens // column_blocks), 16), max(card.multiprocessors // column_blocks, 1)
+    sizes = (16, 48, 64, 80) if _columns_at_once(weight, 2) == MOST_COLUMNS else (16, 48)  # as registers allow
+    column_blocks = -(-tokens // sizes[-1])
+    columns = next(size for size in sizes if size * column_blocks >= tokens)
+    room = max(card.multiprocessors // column_blocks, 1)
     rows, size = weight.shape
     tiles, slabs, found = -(-rows // WGMMA_ROWS), -(-size // CHUNK), []
     codes, x = 12 * (1024 if weight.kind == "int4" else 2048), 2 * CHUNK * columns

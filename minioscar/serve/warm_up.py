@@ -36,15 +36,20 @@ def warm_up(model: Model, cache: PooledCache, decoder: Decoder, chunk: int) -> N
             model.ops.numpy(logits)
             cache.reset(0)
         cache.advance(batch)
-        for slot in last.values():
+        end = min(2, cache.context)
+        for last_slot in last.values():
+            has_room = 2 * cache.missing(0, end) <= len(cache.pool.free)
+            slots = [0, last_slot] if last_slot and has_room else [last_slot]
             cache.lengths[0] = 1  # the token of the small pass
-            cache.copy_row(0, slot)
-            cache.reserve(slot, min(2, cache.context))
-            decoder.join(slot, RowSampling(Sampling(1.0)), logits[0])
+            for slot in slots:
+                cache.copy_row(0, slot)
+                cache.reserve(slot, end)
+                decoder.join(slot, RowSampling(Sampling(1.0)), logits[0])
             if cache.context > 1:
-                decoder.launch([slot])
+                decoder.launch(slots)
                 decoder.read()
-            cache.reset(slot)
+            for slot in slots:
+                cache.reset(slot)
     with decoder.ordered():
         for slot in range(len(cache.lengths)):
             cache.reset(slot)

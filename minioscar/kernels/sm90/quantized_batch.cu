@@ -20,7 +20,7 @@
 // columns), 512 threads; dynamic shared memory: STAGES stages, with SILU the sums of up. Reads the weights once for
 // each block of columns.
 //
-// Set by -D: COLUMNS (a multiple of 16 up to 80, as registers allow), STAGES, GROUP (k whose sum is scaled at once: 64
+// Set by -D: COLUMNS (16, 48, 64 or 80, as registers allow), STAGES, GROUP (k whose sum is scaled at once: 64
 // or 128), KIND, and the macros of linear.cuh.
 constexpr int WARPS = 12;
 #include "../linear.cuh"
@@ -212,7 +212,7 @@ struct Result {
   DEVICE void store(const float (&y)[TILES][4]) const {
     UNROLL for (int j = 0; j < TILES; j++)
       UNROLL for (int e = 0; e < 2; e++) {
-        const int m = blockIdx.y * COLUMNS + 8 * j + threadIdx.x % 4 * 2 + e;
+        const int m = opaque(blockIdx.y * COLUMNS + 8 * j + threadIdx.x % 4 * 2 + e);
         if (m >= p.tokens || n >= p.rows) continue;
         const size_t at = (size_t)m * p.rows + n;
         if (p.rows % 2 == 0) {
