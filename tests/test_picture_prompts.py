@@ -35,6 +35,7 @@ from minioscar.towers import pictures
 from minioscar.towers.media import expanded, media_of
 
 from .make_picture_fixtures import VISION
+from .patience import PATIENCE
 from .tiny import CONFIG, random_weights, write_talker
 
 TEMPLATE = (
@@ -351,7 +352,7 @@ def test_the_server_reads_data_urls_and_files_of_its_folder_and_reuses_no_other_
             scheduler.submit([job])
             tokens, event = [], None
             while event is None or not event.finish_reason:
-                event = events.get(timeout=60)
+                event = events.get(timeout=PATIENCE)
                 assert event.error is None
                 tokens.append(event.token)
             names = [files["b"] if url.startswith("data") else url.removeprefix("file://") for url in urls]

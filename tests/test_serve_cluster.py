@@ -25,6 +25,7 @@ from minioscar.serve.cluster.replica import Asked, Message, Replica
 from minioscar.serve.http import MAX_BODY
 
 from .asgi import Client
+from .patience import PATIENCE
 from .tiny import write_talker
 
 HELLO = [{"role": "user", "content": "the cat"}]
@@ -299,7 +300,7 @@ def test_a_client_that_leaves_frees_the_row_in_the_replica(client, replicas, str
     before = sum(one.scheduler.metrics.cancelled for one in replicas)
     body = asked(stream=stream, max_tokens=900)
     client.post("/v1/chat/completions", body, headers=KEY, leaves=lambda got: not stream or len(got.pieces) > 1)
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while sum(one.scheduler.metrics.cancelled for one in replicas) == before:
         assert time.monotonic() < end
         time.sleep(0.01)
