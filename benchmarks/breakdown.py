@@ -21,6 +21,7 @@ from minioscar.ops.launch import Address, Launch, TensorMap, run
 from minioscar.sampling import RowSampling
 
 CACHE = ("decode_attention", "decode_attention_bf16")
+QUANTIZED = ("quantized/linear", "sm90/quantized")  # sources of products with quantized weights
 SMALL = 1 << 20  # bytes; larger arguments are tables and workspaces, of which a launch reads a part
 
 
@@ -48,7 +49,7 @@ def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterato
 
 def label(launch: Launch) -> str:
     """Its kernel; of a product also the numbers in and out of a token, and the kind of quantized weights."""
-    if launch.source.startswith("quantized/linear"):
+    if launch.source.startswith(QUANTIZED):
         _, size, rows = [int(a) for a in launch.args if isinstance(a, np.int32)][:3]
         kind = next(define for define in launch.defines if define.startswith("KIND="))
         return f"{launch.name} {size} to {rows} {kind[5:].lower()}"
@@ -77,7 +78,7 @@ def bytes_of(launch: Launch, cache: Cache, taken: float = 0.0) -> int:
     are taken, else its small arguments that are not the cache's."""
     if launch.name in CACHE:
         return cache.nbytes // len(cache.layers)
-    if launch.source.startswith("quantized/linear"):
+    if launch.source.startswith(QUANTIZED):
         arrays = arrays_of(launch)
         codes = next(i for i, a in enumerate(arrays) if a.ndim > 3)
         return sum(a.nbytes for a in arrays[codes : codes + 3])  # and scales, and those of rows

@@ -87,6 +87,34 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }  # fmt: skip
+VISION = {  # of Qwen/Qwen3-VL-8B-Instruct; what is missing is transformers' default, as there
+    "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096,
+    "deepstack_visual_indexes": [8, 16, 24],
+}  # fmt: skip
+PRESETS["qwen3-vl-8b"] = {
+    "model_type": "qwen3_vl", "vision_config": VISION,
+    "text_config": PRESETS["qwen3-8b"] | {
+        "max_position_embeddings": 262144, "rope_theta": 5e6,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+    },
+}  # fmt: skip
+PRESETS["llava-next-7b"] = {  # llava-hf/llava-v1.6-vicuna-7b-hf
+    "model_type": "llava_next", "image_token_index": 32000,
+    "text_config": {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "vision_config": {
+        "model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+        "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14,
+    },
+}  # fmt: skip
+PRESETS["qwen3-omni-30b-a3b"] = {  # the thinker of Qwen/Qwen3-Omni-30B-A3B-Instruct
+    "model_type": "qwen3_omni_moe", "thinker_config": {
+        "audio_config": {"output_dim": 2048}, "vision_config": VISION | {"out_hidden_size": 2048},
+        "text_config": PRESETS["qwen3-30b-a3b"] | {
+            "vocab_size": 152064, "max_position_embeddings": 65536, "rope_theta": 1e6,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "interleaved": True},
+        },
+    },
+}  # fmt: skip
 CHUNK = 1 << 26  # numbers drawn at once: in float32 first, so that a large matrix of BF16 needs little besides itself
 
 
@@ -157,11 +185,17 @@ def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool 
             down_bias=normal(hidden, scale=0.1 * to_residual) if config.mlp_bias else None,
         )
 
+    def of_tower(shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+        norms = {name: xp.ones(shape, ops.dtype) for name, shape in shapes.items() if len(shape) == 1}
+        return norms | {name: normal(*shape, scale=float(np.prod(shape[1:])) ** -0.5) for name, shape in shapes.items()
+                        if len(shape) > 1}  # fmt: skip
+
     embed = normal(config.vocab_size, hidden, scale=1.0)
     weights = Weights(
         embed=embed,
         layers=tuple(quantized.of_layer(layer(), config, rotates, ops) for _ in range(config.num_layers)),
         norm=xp.ones(hidden, ops.dtype),
         head=embed if config.tie_embeddings else normal(config.vocab_size, hidden, scale=hidden**-0.5),
+        towers={kind: of_tower(tower.expected()) for kind, tower in config.towers.items()},
     )
     return quantized.of_model(weights, config, rotates, ops)

@@ -115,7 +115,7 @@ def parse(args: argparse.Namespace, ops: Reference) -> tuple[Target, Load]:
     load = load.within(context)
     try:
         weights, piece = ops.weight_bytes(config), min(load.chunk, context)
-        memory.check(config, scheme, ops, slots, context, piece, weights, penalties=True)
+        memory.check(config, scheme, ops, slots, context, piece, weights, penalties=None)
     except UserError as error:
         raise UserError(str(error).replace("--ctx", "--context")) from None
     which = args.model, args.random_weights, args.weights, scheme.name, ops.name

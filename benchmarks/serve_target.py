@@ -86,7 +86,7 @@ class Chain:
         self.model, self.vocab, self.chunk = e.model, e.config.vocab_size, min(chunk, context)
         blocks = slots * blocks_of_row(e.scheme, context)
         self.cache: PooledCache = e.new_cache(slots, context, partial(PooledCache, blocks=blocks))
-        e.ops.prepare(e.model, self.cache, passes(self.cache, self.chunk), [RowSampling()] * slots, False)
+        e.ops.prepare(e.model, self.cache, passes(self.cache, self.chunk), None, False)
         self.decoder: Decoder = e.ops.decoder(e.model, self.cache, None)
         warm_up(e.model, self.cache, self.decoder, self.chunk)
 
@@ -173,7 +173,7 @@ def run(argv: list[str]) -> None:
         found = without_http(e, target, **asked)
     app, scheduler = server.assemble(e, plan, Sampling())
     ready = {"port": bound.getsockname()[1], "vocab": e.config.vocab_size, **found}
-    server.serve(app, scheduler, bound, GRACE, json.dumps(ready))
+    server.serve(app, scheduler, bound, GRACE, lambda seconds: json.dumps({**ready, "warm_up_s": seconds}))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class Cache:
     layers[i] is layer i's cache; its arrays are slices of `arrays`, which have one more axis in front: what is done for
     all layers at once takes those. table: the blocks of each row, int32 [batch, blocks] (host); arrays["table"] is the
     same where kernels see it, one for all layers. lengths[b] counts the tokens of row b; cuts[b] of them are packed at
-    least, which are more than P(lengths[b]) until a row that was cut is fed again (host, int64).
+    least, which are more than P(lengths[b]) until a row that was cut is fed again; shifts[b]: position minus place of
+    what follows row b, where media have positions of their own (host, int64).
     """
 
     def __init__(self, config: Config, scheme: Scheme, batch: int, context: int, ops: Backend):
@@ -52,7 +53,7 @@ class Cache:
     ) -> None:
         self.config, self.scheme, self.ops = config, scheme, ops
         (batch, self.context), kind = size, ops.cache_type(config, scheme)
-        self.lengths, self.cuts = np.zeros((2, batch), np.int64)
+        self.lengths, self.cuts, self.shifts = np.zeros((3, batch), np.int64)
         shapes = shapes_of(kind, config, scheme, size, blocks, sinks)
         self.arrays = {
             name: ops.xp.zeros((config.num_layers, *shape), dtype) for name, (shape, dtype) in shapes.items()
@@ -74,7 +75,8 @@ class Cache:
         for slot, start, count in zip(slots, starts, counts, strict=True):
             if count < 1 or start + count > self.context:
                 raise ValueError(f"row {slot} holds {start} of {self.context} tokens; {count} more do not fit")
-        return Batch(slots, starts, packed, counts)
+        shifts = tuple(int(self.shifts[s]) for s in slots)
+        return Batch(slots, starts, packed, counts, shifts if any(shifts) else None)
 
     def packed_tokens(self, slot: int) -> int:
         """How many tokens of a row are packed."""
@@ -84,6 +86,8 @@ class Cache:
         """The new tokens of `batch` are now part of their rows."""
         for slot, start, count in zip(batch.slots, batch.starts, batch.counts, strict=True):
             self.lengths[slot] = start + count
+        if batch.inputs is not None:
+            self.shifts[list(batch.slots)] = batch.inputs.shifts
 
     def rollback(self, batch: Batch) -> None:
         """After a pass that ended midway: some layers have its tokens, others not."""
@@ -114,6 +118,7 @@ class Cache:
         """Forgets the tokens of a row from `length` on; returns how many are left (`left_after_cut`). The caller feeds
         the rest again, up to `length` at least, before the row is stepped or exported."""
         left, packed = self.left_after_cut(slot, length, unread), self.packed_tokens(slot)
+        self.shifts[slot] = 0  # that of text; a pass over a row with media says what is true
         self.lengths[slot], self.cuts[slot] = left, min(self.scheme.packed_tokens(length), packed)
         return left
 
@@ -151,7 +156,21 @@ class Cache:
         """All of a row but its blocks."""
         for name in self.arrays.keys() & set(self.layers[0].row_arrays):
             self.arrays[name][:, target] = self.arrays[name][:, source]
-        self.lengths[target], self.cuts[target] = self.lengths[source], self.cuts[source]
+        for of_rows in (self.lengths, self.cuts, self.shifts):
+            of_rows[target] = of_rows[source]
+
+    def swap(self, one: int, other: int) -> None:
+        """Two rows change places."""
+        if one == other:
+            return
+        for name in self.arrays.keys() & set(self.layers[0].row_arrays):
+            kept = self.arrays[name][:, one].copy()
+            self.arrays[name][:, one] = self.arrays[name][:, other]
+            self.arrays[name][:, other] = kept
+        both = [one, other]
+        for of_rows in (self.table, self.lengths, self.cuts, self.shifts):
+            of_rows[both] = of_rows[both[::-1]]
+        self.arrays["table"][both] = self.ops.xp.asarray(self.table[both])
 
     @property
     def block_arrays(self) -> list[str]:
@@ -159,7 +178,7 @@ class Cache:
 
     def reset(self, slot: int) -> None:
         """Row `slot` is empty again. What its arrays hold is never read: every read is bounded by the length."""
-        self.lengths[slot] = self.cuts[slot] = 0
+        self.lengths[slot] = self.cuts[slot] = self.shifts[slot] = 0
 
     def __iter__(self) -> Iterator[LayerCache]:
         return iter(self.layers)

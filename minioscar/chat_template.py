@@ -14,6 +14,7 @@ from .errors import UserError
 from .storage import foreign
 from .storage import strict_json as json
 from .storage.files import decoded
+from .towers.media import PARTS
 
 MAX_CHAT = 64 << 20  # characters a chat template may write: far above any context, far below memory
 MAX_SECONDS = 5.0  # that a chat template may loop
@@ -60,9 +61,12 @@ def malformed(messages: Any) -> str | None:
         content = message.get("content")
         if isinstance(content, list | tuple):
             for part in content:
-                if not isinstance(part, Mapping) or part.get("type") != "text":
-                    kind = part.get("type") if isinstance(part, Mapping) else part
-                    return f"messages[{i}] has a part {str(kind)[:40]!r}; only parts of the type 'text' can be read"
+                kind = part.get("type") if isinstance(part, Mapping) else part
+                if isinstance(part, Mapping) and kind in PARTS and part.get(kind) is not None:
+                    continue
+                if not isinstance(part, Mapping) or kind != "text":
+                    known = "only parts of the types 'text', 'image' and 'audio' can be read"
+                    return f"messages[{i}] has a part {str(kind)[:40]!r}; {known}"
                 if not isinstance(part.get("text"), str):
                     return f'messages[{i}] has a part without its text; write {{"type": "text", "text": text}}'
         elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
@@ -71,8 +75,9 @@ def malformed(messages: Any) -> str | None:
 
 
 def flat(content: Any) -> Any:
-    """Parts as one text, as vLLM joins them; anything else as it is."""
-    return "\n".join(part["text"] for part in content) if isinstance(content, list | tuple) else content
+    """Parts as one text, as vLLM joins them; anything else, and parts that are not all text, as it is."""
+    is_text = isinstance(content, list | tuple) and all(part["type"] == "text" for part in content)
+    return "\n".join(part["text"] for part in content) if is_text else content
 
 
 def render(template: str, messages: Sequence[Message], variables: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
@@ -107,7 +112,7 @@ def render(template: str, messages: Sequence[Message], variables: Mapping[str, A
         text = shown(messages)
         return written([_with(m, flat) for m in messages]) if text is None else text
     text = written(messages)
-    return text if _shows(text, messages) else shown([_with(m, _parts) for m in messages]) or text
+    return text if _shows(text, messages) else shown([_with(m, as_parts) for m in messages]) or text
 
 
 def names(template: str) -> set[str]:
@@ -119,7 +124,8 @@ def _with(message: Message, form: Callable[[Any], Any]) -> Message:
     return {**message, "content": form(message["content"])} if "content" in message else message
 
 
-def _parts(content: Any) -> Any:
+def as_parts(content: Any) -> Any:
+    """Text as a list of one part; anything else as it is."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
@@ -128,7 +134,8 @@ def _shows(text: str, messages: Sequence[Message]) -> bool:
     for message in messages:
         content = message.get("content")
         parts = content if isinstance(content, list | tuple) else []
-        said = [part["text"] for part in _parts(content) or []] if message["role"] != "assistant" else []
+        said = [part["text"] for part in as_parts(content) or [] if part["type"] == "text"]
+        said = said if message["role"] != "assistant" else []
         if any(str(part) in text for part in parts) or any(words.strip() not in text for words in said):
             return False
     return True

@@ -11,11 +11,17 @@ from typing import Any
 
 from . import formats
 from .errors import UserError
+from .fields import Fields
 from .formats import rounding
 from .rope import Rope
 from .storage import strict_json as json
+from .towers.audio import AudioTower
+from .towers.clip import Clip
+from .towers.files import M_ROPE, WITH_TOWERS, parts_of, towers_of
+from .towers.media import Tower
+from .towers.qwen_vision import QwenVision
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_vl", "llava", "llava_next", "qwen3_omni_moe")
 # what is made from these numbers before a weight is seen must stay small
 MOST = {"num_hidden_layers": 4096, "head_dim": 2048, "num_experts": 512}
 EXPERTS = ("num_experts", "num_local_experts")  # spellings of one number
@@ -29,11 +35,13 @@ DEFAULTS: dict[str, dict[str, int]] = {  # what a missing key means: transformer
     },
     "qwen2": SHARED_DEFAULTS | QWEN,
     "qwen3": SHARED_DEFAULTS | QWEN | {"head_dim": 128},
+    "qwen3_vl": SHARED_DEFAULTS | QWEN | {"head_dim": 128, "max_position_embeddings": 128000},
     "qwen3_moe": SHARED_DEFAULTS | QWEN | {
         "hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4, "moe_intermediate_size": 768,
         "num_experts": 128, "num_experts_per_tok": 8,
     },
 }  # fmt: skip
+PREPROCESSOR = "preprocessor_config.json"
 NEUTRAL = {  # options of other families that change the numbers, and the values at which they do not; null never does
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "scale_emb"), 1),
     **dict.fromkeys(("residual_multiplier", "lm_head_multiplier"), 1),
@@ -77,6 +85,8 @@ class Config:
     quantization: formats.Format | None = None  # of matrices that are quantized in the files
     weights: str | None = None  # of formats.rounding.MODES: how matrices are kept that the files have in 16 or 32 bits
     experts: Experts | None = None  # None: one MLP a layer, which every token takes
+    vision: QwenVision | Clip | None = None  # None: pictures are not read
+    audio: AudioTower | None = None  # None: sound is not read
 
     @classmethod
     def from_folder(cls, folder: Path) -> Config:
@@ -84,20 +94,29 @@ class Config:
         implemented."""
         path = Path(folder) / "config.json"
         raw = json.read_object(path, "a model folder needs it")
-        return cls.from_dict(formats.beside(raw, Path(folder)), str(path))
+        pictures = Path(folder) / PREPROCESSOR
+        pictures = json.read_object(pictures, "it says how pictures are read") if pictures.is_file() else {}
+        return cls.from_dict(formats.beside(raw, Path(folder)), str(path), pictures)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
+    def from_dict(
+        cls, raw: Mapping[str, Any], source: str = "config.json", pictures: Mapping[str, Any] | None = None
+    ) -> Config:
         """The fields are those of transformers' configuration classes, old and new spelling of the rope options
-        alike."""
+        alike. pictures: preprocessor_config.json, of a model that reads some."""
         kind = raw.get("model_type")
         if kind not in MODEL_TYPES:
             raise UserError(f"{source}: model_type {kind!r} is not supported; minioscar runs {', '.join(MODEL_TYPES)}")
-        get = _Reader(raw, source, DEFAULTS[kind])
+        model_type, whole = kind, raw
+        if kind in WITH_TOWERS:
+            whole, raw = parts_of(raw, source)
+            kind = raw["model_type"]
+        get = Fields(raw, source, DEFAULTS[kind])
+        ending = "ForConditionalGeneration" if model_type in WITH_TOWERS else "ForCausalLM"
         for name in get.items("architectures"):
-            if not str(name).endswith("ForCausalLM"):
+            if not str(name).endswith(ending):
                 raise UserError(
-                    f"{source}: architecture {name!r} is not supported; only ...ForCausalLM models generate text"
+                    f"{source}: architecture {name!r} is not supported; only ...{ending} models generate text"
                 )
         heads, hidden = get.count("num_attention_heads"), get.count("hidden_size")
         kv_heads = heads if raw.get("num_key_value_heads", 0) is None else get.count("num_key_value_heads", heads)
@@ -113,10 +132,12 @@ class Config:
             raise UserError(f"{source}: quantized experts are not supported; use the model's BF16 weights")
         rope = Rope.from_config(raw, head_dim, get.count("max_position_embeddings"), source)
         layers = get.count("num_hidden_layers", most=MOST["num_hidden_layers"])
+        if model_type in M_ROPE:
+            rope = rope.with_axes(raw, source)
         window = _sliding_window(get, kind, layers)
-        biased = kind in ("llama", "qwen3", "qwen3_moe") and get.flag("attention_bias", False)
+        biased = kind in ("llama", "qwen3", "qwen3_moe", "qwen3_vl") and get.flag("attention_bias", False)
         return cls(
-            model_type=kind,
+            model_type=model_type,
             vocab_size=get.count("vocab_size"),
             hidden_size=hidden,
             intermediate_size=get.count("moe_intermediate_size" if experts else "intermediate_size"),
@@ -131,10 +152,11 @@ class Config:
             qkv_bias=kind == "qwen2" or biased,
             output_bias=biased,
             mlp_bias=kind == "llama" and get.flag("mlp_bias", False),
-            qk_norm=kind in ("qwen3", "qwen3_moe"),
+            qk_norm=kind in ("qwen3", "qwen3_moe", "qwen3_vl"),
             tie_embeddings=get.flag("tie_word_embeddings", False),
             quantization=quantization,
             experts=experts,
+            **towers_of(whole, pictures or {}, source, (hidden, layers, rope.max_positions)),
         )
 
     @property
@@ -151,6 +173,11 @@ class Config:
             f"this model has {self.max_positions} positions, but layers with a sliding window of {self.window} tokens, "
             f"which is not implemented: full attention is the same up to {self.window} tokens only; stay within them"
         )
+
+    @property
+    def towers(self) -> dict[str, Tower]:
+        """What turns other parts of a message than text into embeddings, by the kind of the part."""
+        return {tower.kind: tower for tower in (self.vision, self.audio) if tower is not None}
 
     @property
     def q_size(self) -> int:
@@ -177,10 +204,12 @@ class Config:
         if self.experts:  # and the router
             mlp = (self.experts.per_token if active else self.experts.count) * mlp + self.experts.count * hidden
         layer = attention + mlp + 2 * hidden
-        return self.num_layers * layer + hidden + self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
+        towers = sum(math.prod(shape) for tower in self.towers.values() for shape in tower.expected().values())
+        text = self.num_layers * layer + hidden + self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
+        return text + towers
 
 
-def _head_dim(get: _Reader, kind: str, hidden: int, heads: int) -> int:
+def _head_dim(get: Fields, kind: str, hidden: int, heads: int) -> int:
     if get.raw.get("head_dim") is None and kind != "qwen3" and hidden % heads:
         why = f"hidden_size {hidden} is not a multiple of num_attention_heads {heads} and there is no head_dim"
         raise UserError(f"{get.source}: {why}")
@@ -191,7 +220,7 @@ def _head_dim(get: _Reader, kind: str, hidden: int, heads: int) -> int:
     return head_dim
 
 
-def _experts(get: _Reader) -> Experts:
+def _experts(get: Fields) -> Experts:
     """Raises UserError for layers without experts, and for more experts a token than there are."""
     given = [key for key in EXPERTS if get.raw.get(key) is not None] or [EXPERTS[0]]
     count, per_token = get.count(given[0], most=MOST["num_experts"]), get.count("num_experts_per_tok")
@@ -203,7 +232,7 @@ def _experts(get: _Reader) -> Experts:
     return Experts(count, per_token, get.flag("norm_topk_prob", False))
 
 
-def _refuse_other_families(get: _Reader, head_dim: int, experts: Experts | None) -> None:
+def _refuse_other_families(get: Fields, head_dim: int, experts: Experts | None) -> None:
     """Raises UserError for an option that this architecture does not have, unless its value changes nothing."""
     for key in ("hidden_act", "hidden_activation"):
         get.only(key, "silu", "swish")
@@ -214,7 +243,7 @@ def _refuse_other_families(get: _Reader, head_dim: int, experts: Experts | None)
     get.only("attention_multiplier", head_dim**-0.5)
 
 
-def _sliding_window(get: _Reader, kind: str, layers: int) -> int | None:
+def _sliding_window(get: Fields, kind: str, layers: int) -> int | None:
     """Tokens that a layer with a sliding window attends to, the newest included; None where no layer has one.
 
     As transformers 5.24 has it, which takes a Mistral with layer_types for a Ministral.
@@ -233,7 +262,7 @@ def _sliding_window(get: _Reader, kind: str, layers: int) -> int | None:
         if window is None:
             why = "layer_types names sliding_attention, but sliding_window is null"
             raise UserError(f"{get.source}: {why}; correct it")
-    elif kind == "llama" or window is None:  # a LlamaModel has no sliding windows
+    elif kind in ("llama", "qwen3_vl") or window is None:  # these have no sliding windows
         return None
     elif kind == "qwen3_moe":  # a window is every layer's
         if not get.flag("use_sliding_window", False):
@@ -248,48 +277,3 @@ def _sliding_window(get: _Reader, kind: str, layers: int) -> int | None:
         if full >= layers:  # the layers from this one on have a window
             return None
     return get.count("sliding_window")
-
-
-class _Reader:
-    """Typed access to the fields of a config.json, with errors that name file and field."""
-
-    def __init__(self, raw: Mapping[str, Any], source: str, defaults: Mapping[str, int]):
-        self.raw, self.source, self.defaults = raw, source, defaults
-
-    def count(self, key: str, default: int | None = None, most: int = 2**31) -> int:
-        """default: of null, and of a missing key of which the family has none."""
-        value = self.raw.get(key, self.defaults.get(key))
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            raise UserError(f"{self.source}: {key} must be a positive whole number, not {value!r}")
-        if value > most:
-            raise UserError(f"{self.source}: {key} {value} is not supported; it must be at most {most}")
-        return value
-
-    def positive(self, key: str, default: float) -> float:
-        value = self.raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise UserError(f"{self.source}: {key} must be a positive number, not {value!r}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise UserError(f"{self.source}: {key} must be true or false, not {value!r}")
-        return value
-
-    def items(self, key: str) -> list[Any]:
-        value = self.raw.get(key)
-        value = [] if value is None else value
-        if not isinstance(value, list):
-            raise UserError(f"{self.source}: {key} must be a list, not {value!r}")
-        return value
-
-    def only(self, key: str, *supported: Any) -> None:
-        value = self.raw.get(key)
-        floats = all(isinstance(x, float) for x in (value, supported[0]))
-        close = floats and math.isclose(value, supported[0], rel_tol=1e-6)
-        if value is not None and value not in supported and not close:
-            meant = [repr(s) for s in supported if s is not None] or ["null"]
-            raise UserError(f"{self.source}: {key} {value!r} is not supported; only {' or '.join(meant)} is")

@@ -77,6 +77,10 @@ class Decoder:
         before those launched after."""
         return nullcontext()
 
+    def rows_with(self, slot: int) -> int:
+        """How many rows a step pays for in which this one, and none behind it, is in use."""
+        return 1
+
     def launch(self, slots: Sequence[int]) -> None:
         """A step of these rows. Interrupted, it leaves a consistent cache."""
         slots = list(slots)

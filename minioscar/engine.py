@@ -18,13 +18,13 @@ import numpy as np
 from . import arguments, memory
 from . import ops as back_ends
 from .arguments import Prompt
-from .cache import Cache
+from .cache import Cache, cache_bytes
 from .chat_template import Message
 from .checks import as_path, flag
 from .config import Config
 from .errors import UserError, shown
 from .formats.rounding import MODES
-from .generation import Generation, Prompts, Run
+from .generation import Encoded, Generation, Prompts, Run
 from .key_shaping import shape_keys
 from .model import Model, check_scheme
 from .nan_check import Watch
@@ -36,6 +36,7 @@ from .prompt_cache import File, PromptCache, common, continued
 from .storage.checkpoint import weight_files
 from .storage.hub import resolve
 from .tokenizer import Tokenizer
+from .towers.media import Medium, expanded, hidden, media_of, opened, words
 from .weights import Weights, for_scheme
 from .weights import load as load_weights
 
@@ -92,14 +93,15 @@ class Engine:
     ) -> Generation | list[Generation]:
         """Continues one prompt, or several of unequal lengths as one batch (a list then, in their order).
 
-        A prompt is text, token ids, or the messages of a chat, [{"role", "content"}, ...]. chat: render text with the
-        model's chat template (None: if it has one). ctx: capacity of the cache in tokens (None: what prompts and
-        max_tokens need, see `capacity`). cache: what `prefill` or `load_cache` returned; prompts go on from there
-        (messages repeat its own, see `PromptCache.followed_by`), and only what it does not hold is computed. system: a
-        system message in front of text. template: more variables of the chat template. options: the fields of `Options`
-        (max_tokens, stop, logprobs, ...) and of `Sampling` (temperature, top_p, seed, ...), or sampling=; None is the
-        default. Raises UserError for an empty prompt, one that does not fit, or a value of a wrong type or out of
-        range; Failure if memory runs out.
+        A prompt is text, token ids, or the messages of a chat, [{"role", "content"}, ...], whose content is text or
+        parts, {"type": "text", "text"}, {"type": "image", "image": a file's name, ...} and the same of "audio".
+        chat: render text with the model's chat template (None: if it has one). ctx: capacity of the cache in tokens
+        (None: what prompts and max_tokens need, see `capacity`). cache: what `prefill` or `load_cache` returned;
+        prompts go on from there (messages repeat its own, see `PromptCache.followed_by`), and only what it does not
+        hold is computed. system: a system message in front of text. template: more variables of the chat template.
+        options: the fields of `Options` (max_tokens, stop, logprobs, ...) and of `Sampling` (temperature, top_p, seed,
+        ...), or sampling=; None is the default. Raises UserError for an empty prompt, one that does not fit, or a value
+        of a wrong type or out of range; Failure if memory runs out.
         """
         given, alone = arguments.all_prompts(prompts)
         run = self._start(given, options, ctx=ctx, chat=chat, cache=cache, system=system, template=template)
@@ -145,8 +147,8 @@ class Engine:
         if any(one.stop for one in wanted):
             _ = self.tokenizer  # a stop string needs text
         encoded = [self._encode(prompt, chat, cache, template) for prompt in prompts]
-        ids = [prompt for prompt, _ in encoded]
-        context = self.capacity(ids, wanted, ctx, cache)
+        ids, media = [one.ids for one in encoded], [medium for one in encoded for medium in one.media]
+        context = self.capacity(ids, wanted, ctx, cache, media)
         answers = sum(one.n for one in wanted)
         sequences, kept = arguments.sequences_of(sequences, answers), self.new_cache(answers, context)
         logits = None
@@ -155,7 +157,7 @@ class Engine:
                 again = prompt == cache.ids and cache.logits is not None
                 logits = cache.logits if again else logits
                 cache.fill(kept, row, len(prompt) if again else min(common(prompt, cache.ids), len(prompt) - 1))
-        prompts = Prompts(ids, logits, [not is_chat for _, is_chat in encoded])
+        prompts = Prompts(ids, logits, [not one.is_chat for one in encoded], media)
         return self.run(prompts, kept, wanted, sequences)
 
     def run(
@@ -171,10 +173,14 @@ class Engine:
     ) -> list[int]:
         """Token ids of a whole prompt; parameters as in `generate`. Raises UserError for an empty one, for ids that the
         model does not have, and where cache, chat and template do not go with this kind of prompt."""
-        return self._encode(prompt, chat, cache, template)[0]
+        return self._encode(prompt, chat, cache, template).ids
 
-    def _encode(self, prompt: Prompt, chat: Any, cache: PromptCache | None, template: Any) -> tuple[list[int], bool]:
-        """Also whether the chat template wrote the prompt."""
+    def opened(self, prompt: Prompt) -> str | list[int] | list[Message]:
+        """The prompt, in messages each picture read (`media.opened`): calls with it do not read it again."""
+        prompt = arguments.one_prompt(prompt)
+        return opened(prompt, self.config.towers) if arguments.is_chat(prompt) else prompt
+
+    def _encode(self, prompt: Prompt, chat: Any, cache: PromptCache | None, template: Any) -> Encoded:
         prompt, chat = arguments.one_prompt(prompt), flag("chat", chat)
         if cache is not None:
             self.check_owner(cache)
@@ -182,18 +188,21 @@ class Engine:
         if arguments.is_chat(full):
             if full is prompt and chat is False:
                 raise UserError(f"messages go through the chat template; {arguments.RAW}")
-            ids = self.render(full, template)
-            if full is prompt and cache is not None and not cache.begins(full, ids):
+            messages = self.opened(full)
+            ids = self.render(messages, template)
+            if full is prompt and cache is not None and not cache.begins(messages, ids):
                 way_out = "repeat these, or give the next one as text"
                 raise UserError(f"the messages do not begin with those of the prompt cache; {way_out}")
-            return ids, True
+            return Encoded(ids, True, media_of(messages))
         if template:
             raise UserError("template is for the chat template, but this prompt does not go through it; leave it out")
         if isinstance(full, str):
-            return self._checked(self.tokenizer.prompt_ids(full, chat=False)), False
+            return Encoded(self._checked(self.tokenizer.prompt_ids(full, chat=False)), False)
         if chat:
             raise UserError("token ids are taken as they are; chat=True needs text or messages")
-        return self._checked([*(() if cache is None else cache.ids), *full]), False
+        held, media = ((), ()) if cache is None else (cache.ids, cache.media)
+        self._checked([*words(held), *full])
+        return Encoded([*held, *full], False, media)
 
     def _full_prompt(self, text: str, chat: bool | None, cache: PromptCache | None) -> str | list[Message]:
         """The prompt that a text makes: behind what the cache holds, as a message where the chat template is for it."""
@@ -221,15 +230,17 @@ class Engine:
         messages = arguments.one_prompt(messages)
         if not arguments.is_chat(messages):
             raise UserError('messages must be objects {"role": text, "content": text}')
-        text = self.tokenizer.chat(messages, template=arguments.variables_of(template))
-        return self._checked(self.tokenizer.encode(text))
+        messages = self.opened(messages)
+        text = self.tokenizer.chat(hidden(messages), template=arguments.variables_of(template))
+        ids = self.tokenizer.rendered_ids(text, adds_bos=bool(self.config.towers))
+        return expanded(self._checked(ids), media_of(messages), self.config.towers)
 
     def capacity(
         self, ids: list[list[int]], options: Options | Sequence[Options], ctx: int | None,
-        cache: PromptCache | None = None
+        cache: PromptCache | None = None, media: Sequence[Medium] = (),
     ) -> int:
         """The capacity of the cache, every limit checked before anything is computed. cache: holds the beginning of the
-        prompts.
+        prompts. media: that are in them.
 
         Without ctx it is what prompts and max_tokens need, as far as the model's context goes; for one answer, as far
         as memory has room, too: it ends there. Several at a time are refused instead, since fewer need less.
@@ -250,8 +261,10 @@ class Engine:
         context = ctx or min(max(len(prompt) + one.max_tokens for prompt, one in zip(ids, wanted, strict=True)), limit)
         fed = max(sum(len(prompt) - (common(prompt, cache.ids) if cache else 0) for prompt in ids), 1)
         if ctx is None and rows == 1:
-            return memory.as_far_as_it_fits(self.config, self.scheme, self.ops, context, longest, fed, adjusts)
-        memory.check(self.config, self.scheme, self.ops, rows, context, fed, penalties=adjusts)
+            context = memory.as_far_as_it_fits(self.config, self.scheme, self.ops, context, longest, fed, adjusts)
+        else:
+            memory.check(self.config, self.scheme, self.ops, rows, context, fed, penalties=adjusts)
+        memory.check_media(self.config, self.ops, media, cache_bytes(self.config, self.scheme, rows, context))
         return context
 
     # --- prompt caches
@@ -264,19 +277,21 @@ class Engine:
         A text that the chat template is for becomes a user's message that the prompt of later calls goes on with. They
         give the same template again: what another one renders differently is read again.
         """
-        prompt, chat, messages = arguments.one_prompt(prompt), flag("chat", chat), None
+        prompt, chat, messages, media = arguments.one_prompt(prompt), flag("chat", chat), None, ()
         full = self._full_prompt(prompt, chat, None) if isinstance(prompt, str) else prompt
         if not arguments.is_chat(full) or full is prompt and chat is False:
             ids = self.encode(prompt, chat, template=template)
         else:  # only what does not depend on how it goes on: two ways to go on agree on it
-            messages = full
+            messages = self.opened(full)
+            media = media_of(messages)
             ids = self.render(continued(messages, "a"), template)
-            ids = self._checked(ids[: common(ids, self.render(continued(messages, "1"), template))])
-        context = self.round_up(self.capacity([ids], Options(max_tokens=1), None))
-        run = self.run(Prompts([ids]), self.new_cache(1, context), Options(max_tokens=1))
+            ids = ids[: common(ids, self.render(continued(messages, "1"), template))]
+            self._checked(words(ids))
+        context = self.round_up(self.capacity([ids], Options(max_tokens=1), None, media=media))
+        run = self.run(Prompts([ids], media=media), self.new_cache(1, context), Options(max_tokens=1))
         logits = run.prefill()[0]
         text = full if isinstance(full, str) else None
-        return PromptCache.of(self, run.cache, ids, messages=messages, text=text, logits=logits)
+        return PromptCache.of(self, run.cache, ids, messages=messages, text=text, logits=logits, media=media)
 
     def load_cache(self, path: str | Path) -> PromptCache:
         """A prompt cache that `PromptCache.save` wrote. Raises UserError where it was not made with this model and

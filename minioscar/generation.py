@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from .model import Model
 from .options import Options, first_answers, for_each
 from .sampling import RowSampling, likeliest, next_token
 from .tokenizer import Tokenizer
+from .towers.media import Medium, words
 
 T = TypeVar("T")
 SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
@@ -165,6 +166,14 @@ def logprob(logits: np.ndarray, token: int, k: int, tokenizer: Tokenizer | None)
     return Logprob(first.token_id, first.token, first.logprob, tuple(others))
 
 
+class Encoded(NamedTuple):
+    """A prompt as token ids. is_chat: the chat template wrote it."""
+
+    ids: list[int]
+    is_chat: bool
+    media: tuple[Medium, ...] = ()
+
+
 @dataclass(frozen=True)
 class Prompts:
     """What a run reads. ids: whole prompts, whose first row of the cache may hold the first `cache.lengths[row]` tokens
@@ -178,6 +187,7 @@ class Prompts:
     ids: list[list[int]]
     logits: np.ndarray | None = None
     continued: Sequence[bool] | None = None
+    media: Sequence[Medium] = ()  # of all prompts
 
 
 class Run:
@@ -195,6 +205,7 @@ class Run:
     ):
         self.model, self.tokenizer, self.progress, self.ids = model, tokenizer, progress, prompts.ids
         self.logits, continued, ids, vocab = prompts.logits, prompts.continued, prompts.ids, model.config.vocab_size
+        self.media = prompts.media
         self.cache: Cache | None = cache  # None once a run that did not fit into memory has freed it
         self.decoder: Decoder | None = None
         self.begun = False
@@ -202,11 +213,12 @@ class Run:
         self.first = first_answers(options)
         asked = [i for i, one in enumerate(options) for _ in range(one.n)]  # the prompt of each answer
         self.options = [options[i] for i in asked]  # of each answer, as what follows
-        before = [ids[i] if continued is not None and continued[i] else () for i in asked]
+        said = list(map(words, ids))
+        before = [said[i] if continued is not None and continued[i] else () for i in asked]
         sequences = range(len(asked)) if sequences is None else sequences
         ends = [one.ends(self.tokenizer, vocab) for one in self.options]
         self.rows = [
-            RowSampling(one.sampling, sequence, ids[i], sorted(end for end in ends if end < vocab), one.min_tokens)
+            RowSampling(one.sampling, sequence, said[i], sorted(end for end in ends if end < vocab), one.min_tokens)
             for i, one, ends, sequence in zip(asked, self.options, ends, sequences, strict=True)
         ]
         self.results = [
@@ -291,7 +303,7 @@ class Run:
         feeds = {slot: ids for slot, ids in feeds.items() if ids}
         logits_of = dict.fromkeys(self.first, self.logits)
         slots, inputs = list(feeds), list(feeds.values())
-        batch = self.cache.batch_for(slots, map(len, inputs)) if feeds else None
+        batch = self._batch(slots, inputs) if feeds else None
         steps = any(one.max_tokens > 1 for one in self.options)
         passes = [] if batch is None else [batch]
         self.model.ops.prepare(self.model, self.cache, passes, self.rows if steps else (), self.progress)
@@ -318,13 +330,18 @@ class Run:
 
     def _pass(self, slots: list[int], inputs: list[list[int]], forward: Callable[[np.ndarray, Batch], T]) -> T:
         """One forward pass. Broken off, it leaves a cache that is whole again; out of memory, it leaves none."""
-        batch = self.cache.batch_for(slots, list(map(len, inputs)))
+        batch = self._batch(slots, inputs)
         try:
             return self._guarded(lambda: forward(np.concatenate(inputs), batch))
         except BaseException:
             if self.cache is not None:
                 self.cache.rollback(batch)
             raise
+
+    def _batch(self, slots: list[int], inputs: list[list[int]]) -> Batch:
+        of_slot = dict(zip(self.first, self.ids, strict=True))
+        batch = self.cache.batch_for(slots, map(len, inputs))
+        return batch.reading([of_slot[slot] for slot in slots], self.media) if self.media else batch
 
     def _guarded(self, work: Callable[[], T]) -> T:
         """Raises Failure, the cache freed, where memory runs out."""

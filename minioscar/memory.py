@@ -5,6 +5,7 @@ need = weights + cache (exact, cache.py) + work, the arrays of one forward pass 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .cache import cache_bytes
@@ -12,6 +13,7 @@ from .config import Config
 from .errors import Failure, UserError
 from .ops.reference import Reference
 from .oscar import SCHEMES, WINDOW, Scheme
+from .towers.media import Medium
 
 NONE_FIT = f"not even {WINDOW} tokens fit"
 
@@ -38,10 +40,11 @@ def weight_bytes(config: Config, scheme: Scheme, ops: Reference) -> int:
 def needed(
     config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None,
     weights: int = 0,
-    penalties: bool = False,
+    penalties: bool | None = False,
 ) -> Need:
     """For `batch` sequences of `context` tokens; tokens: the most that one forward pass takes in (None: the whole
-    context of one). penalties: whether a token is drawn from other logits than the model's (`Options.adjusts`)."""
+    context of one). penalties: whether a token is drawn from other logits than the model's (`Options.adjusts`); None:
+    rows join and leave (`Decoder`)."""
     work = ops.work_bytes(config, context if tokens is None else tokens, context, batch, penalties)
     return Need(weights, cache_bytes(config, scheme, batch, context), work)
 
@@ -49,7 +52,7 @@ def needed(
 def check(
     config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None,
     weights: int = 0,
-    penalties: bool = False,
+    penalties: bool | None = False,
 ) -> None:
     """Raises UserError, with the longest context that does fit, where `needed` exceeds what is free."""
     need, free = needed(config, scheme, ops, batch, context, tokens, weights, penalties), ops.free_bytes()
@@ -62,6 +65,16 @@ def check(
         if batch > 1:
             ways.append("fewer sequences at once need less")
         raise UserError(f"{what} {_exceeds(need, free, scheme, ops)}; {', '.join(ways)}")
+
+
+def check_media(config: Config, ops: Reference, media: Sequence[Medium], cache: int) -> None:
+    """Raises UserError where the tower has no room for the largest of these beside so many bytes of cache."""
+    sizes = [(config.towers[medium.kind].work_bytes(medium.tokens, ops), medium) for medium in media]
+    need, medium = max(sizes, key=lambda of: of[0], default=(0, None))
+    if need and need + cache > (free := ops.free_bytes()):
+        what = f"{medium.name or medium.kind} becomes {medium.tokens} tokens and needs {size(need)}"
+        beside = f"beside a cache of {size(cache)}, but {size(free)} of {ops.name} memory are free"
+        raise UserError(f"{what} {beside}; make it smaller")
 
 
 def as_far_as_it_fits(
@@ -101,7 +114,7 @@ def _int2_fits(
 
 def longest_context(
     config: Config, scheme: Scheme, ops: Reference, batch: int, free: int, tokens: int | None = None,
-    penalties: bool = False
+    penalties: bool | None = False
 ) -> int:
     """The most tokens (a multiple of 128, at most the model's context) that fit `free` bytes with their work; 0 if none
     do."""

@@ -19,6 +19,7 @@ from .config import Config
 from .errors import UserError
 from .hadamard import hadamard
 from .oscar import Scheme
+from .towers.media import Encoder
 from .weights import Layer, Weights
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Model:
         ops.say_if_slow(config, scheme)
         self.config, self.scheme, self.ops = config, scheme, ops
         self.weights, self.rotates_values = weights, weights.rotation == "online"
+        self.encoder = Encoder(config.towers, weights.towers, ops)
         self.tables: tuple[Array, Array] | None = None  # cos and sin of RoPE for the positions seen so far
 
     def observed(self, seen: Callable[[Array, NewTokens], object]) -> Model:
@@ -64,12 +66,16 @@ class Model:
         """Runs new tokens, int [tokens], sequence after sequence as `batch` says, through all layers and puts them into
         the cache."""
         ops, weights = self.ops, self.weights
-        tables = self.tables_for(batch.end)
+        tables, media = self.tables_for(batch), self.encoder.of(batch.inputs)
         ops.begin(cache, batch)
-        x = ops.embed(weights.embed, ids)  # [tokens, hidden]
-        for layer, layer_cache in zip(weights.layers, cache.layers, strict=True):
+        x = ops.embed(weights.embed, ids if batch.inputs is None else np.maximum(ids, 0))  # [tokens, hidden]
+        for rows, embeddings, _ in media:
+            x[rows] = embeddings
+        for i, (layer, layer_cache) in enumerate(zip(weights.layers, cache.layers, strict=True)):
             x = self._attention(x, layer, layer_cache, tables, batch)
             x = self._mlp(x, layer) if layer.router is None else ops.experts(x, layer, self.config, batch)
+            for rows, deep in ((rows, deep[i]) for rows, _, deep in media if i < len(deep)):
+                x[rows] = ops.sum(x[rows], deep)
         ops.end(cache, batch)
         x = x if every or batch.last is None else ops.embed(x, batch.last)  # rows of x, by a kernel that is there
         return ops.linear(x, weights.head, norm=(weights.norm, self.config.rms_norm_eps), float32=True)
@@ -95,8 +101,12 @@ class Model:
         h = self.ops.linear(x, layer.gate_up, layer.gate_up_bias, norm=norm, silu=True)  # [tokens, intermediate]
         return self.ops.linear(h, layer.down, layer.down_bias, residual=x)
 
-    def tables_for(self, positions: int) -> tuple[Array, Array]:
-        """Cosines and sines of RoPE for at least so many positions; float32 [positions or more, head_dim / 2]."""
+    def tables_for(self, batch: Batch) -> tuple[Array, Array]:
+        """Cosines and sines of RoPE for at least the positions of a pass, float32 [positions or more, head_dim / 2], or
+        of a pass with media for its tokens (`Batch.table_rows`)."""
+        if batch.inputs is not None:
+            return tuple(map(self.ops.xp.asarray, self.config.rope.tables_at(batch.inputs.coordinates)))
+        positions = batch.end
         if self.tables is None or len(self.tables[0]) < positions:
             size = max(1024, 1 << (positions - 1).bit_length())  # grows by doubling
             self.tables = tuple(self.ops.xp.asarray(table) for table in self.config.rope.tables(size))

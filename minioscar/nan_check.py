@@ -34,6 +34,8 @@ class Watch:
         for layer in weights.layers:
             for field, name in PROJECTIONS.items():
                 self._names[id(getattr(layer, field))] = (self._layers[id(layer)], name)
+        for kind, arrays in weights.towers.items():
+            self._names |= {id(array): ("", f"{kind} tower, {name}") for name, array in arrays.items()}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
@@ -42,7 +44,7 @@ class Watch:
         return self._finite(self._ops.embed(table, ids), "embedding", {"embedding": table})
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None, **options: Any) -> Array:
-        self._where, name = self._names[id(weight)]
+        self._where, name = self._names.get(id(weight), ("", "a tower's convolution"))  # whose weights are reshaped
         norm = options.get("norm")
         inputs = {"weight": weight, "bias": bias, "norm's weight": norm and norm[0]}
         return self._finite(self._ops.linear(x, weight, bias, **options), name, inputs)

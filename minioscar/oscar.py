@@ -4,7 +4,8 @@ Keys and values of one layer are `[kv_heads, tokens, head_dim]`, keys after RoPE
 quantized at once, in three steps: rotate keys by a Hadamard matrix (hadamard.py), divide each token by its norm, round
 groups of numbers to a few bits. Every function takes float32 (NumPy or CuPy arrays alike) and is the
 textbook formula. Read down to `Scheme`, which says which steps are taken and puts a block together. Beside the page:
-error_feedback.py is another way to round keys, evaluation/baselines.py has other published quantizers.
+error_feedback.py is another way to round keys and dither.py one for values, evaluation/baselines.py has other published
+quantizers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from . import dither
 from .error_feedback import shaped_codes
 from .hadamard import hadamard
 
@@ -81,17 +83,21 @@ def dequantize(codes: Array, step: Array, minimum: Array, axis: int, group: int,
 
 
 def quantize_symmetric(
-    x: Array, axis: int, group: int, bits: int, shrink: float = 1.0, xp: Any = np
+    x: Array, axis: int, group: int, bits: int, shrink: float = 1.0, xp: Any = np, offsets: Array | None = None
 ) -> tuple[Array, Array]:
     """Symmetric quantization: the levels are step * (code - c), c = (2^bits - 1) / 2, so there is no minimum to store.
 
     step = shrink * max|x| / c rounded to float16 first, code = clip(round(x / step + c), 0, 2^bits - 1). For 2 bits
-    c = 1.5. Returns codes uint8 and step float16, shapes as in `quantize`. A step of 0 gives codes 0.
+    c = 1.5. Returns codes uint8 and step float16, shapes as in `quantize`. A step of 0 gives codes 0. offsets: of
+    `dither.offsets`, are added to c before rounding; a group that has one has its whole range, as if shrink were 1.
     """
     x, axis = _split(x.astype(xp.float32), axis, group)
     top = 2**bits - 1
-    step = (abs(x).max(axis=axis, keepdims=True) * xp.float32(shrink / (top / 2))).astype(xp.float16)
-    codes = _round(x / _nonzero(step, xp) + xp.float32(top / 2), step, top, xp)
+    middle, factor, whole = (xp.float32(value) for value in (top / 2, shrink / (top / 2), 1 / (top / 2)))
+    if offsets is not None:
+        middle, factor = middle + offsets, xp.where(offsets == 0, factor, whole)
+    step = (abs(x).max(axis=axis, keepdims=True) * factor).astype(xp.float16)
+    codes = _round(x / _nonzero(step, xp) + middle, step, top, xp)
     return _join(codes, axis), step.squeeze(axis)
 
 
@@ -172,6 +178,7 @@ class Scheme:
     shrink: the range is narrowed to this fraction about its middle; that of values to value_shrink (None: shrink).
     max_value_group: channels in a group of values (None: `group`).  sinks: first tokens kept in BF16.
     shaped: rounding errors of keys are fed back, so that they avoid what queries look at (`shaped_codes`).
+    dithered: symmetric values are rounded after an offset where they repeat (`dither.offsets`).
     pair_scaled: RoPE pairs of keys are scaled toward equal variance, in the weights (`key_shaping.pair_scales`).
     flush, keep: whenever the number of tokens is a multiple of `flush`, the oldest `flush` tokens of the BF16 window
     are packed, if it has `keep` more than these. The paper's window is emptied: keep = 0.
@@ -195,14 +202,17 @@ class Scheme:
     value_shrink: float | None = None
     max_value_group: int | None = None
     pair_scaled: bool = False
+    dithered: bool = False
     flush: int = WINDOW
     keep: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for one of keys and values in BF16, and for a window whose packed tokens are no whole
-        blocks."""
+        """Raises ValueError for one of keys and values in BF16, for a dither of values that have a minimum, and for a
+        window whose packed tokens are no whole blocks."""
         if (self.key_bits < 16) != (self.value_bits < 16):
             raise ValueError(f"{self.name}: keys have {self.key_bits} bits, values {self.value_bits}; 16 is for both")
+        if self.dithered and not self.symmetric_values:
+            raise ValueError(f"{self.name}: values that are dithered must be symmetric")
         for of, parts in (WINDOW, self.flush), (self.flush, self.block), (self.keep, self.flush):
             if parts < 1 or of < 0 or of % parts:
                 window = f"a window that packs {self.flush} tokens and keeps {self.keep}"
@@ -284,7 +294,7 @@ class Scheme:
 
 
 INT2 = Scheme(
-    "int2", rotate=True, scale=True, shaped=True, pair_scaled=True, shrink=0.9, symmetric_values=True,
+    "int2", rotate=True, scale=True, shaped=True, pair_scaled=True, shrink=0.9, symmetric_values=True, dithered=True,
     max_value_group=64, value_shrink=0.7, sinks=32, flush=64, keep=64,
 )  # fmt: skip
 COMPACT = replace(INT2, name="int2-compact", group=64, shrink=0.85, sinks=64)
@@ -350,7 +360,8 @@ def quantize_values(values: Array, scheme: Scheme, xp: Any = np) -> tuple[Array,
     """values [kv_heads, tokens, head_dim] -> codes, step, min (None if symmetric): groups of channels of one token."""
     group, shrink = scheme.value_group(values.shape[-1]), scheme.shrink_of_values
     if scheme.symmetric_values:
-        return *quantize_symmetric(values, -1, group, scheme.value_bits, shrink, xp), None
+        offsets = dither.offsets(values, group, xp) if scheme.dithered else None
+        return *quantize_symmetric(values, -1, group, scheme.value_bits, shrink, xp, offsets), None
     return quantize(values, -1, group, scheme.value_bits, shrink, xp)
 
 

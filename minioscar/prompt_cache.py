@@ -2,7 +2,8 @@
 file.
 
 A file is safetensors: `ids`, `prompt` (JSON in UTF-8), `logits`, and per layer the arrays of `cache.row_layout`, which
-do not depend on the back end. Its metadata binds it to format, config, scheme and weights; `contents` is a digest of
+do not depend on the back end. With media it is version 2: ids are int64, and `prompt` names the media, not their data.
+Its metadata binds it to format, config, scheme and weights; `contents` is a digest of
 the tensors.
 """
 
@@ -19,15 +20,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from .cache import Cache, row_layout
-from .chat_template import Message, flat, malformed
+from .chat_template import Message, as_parts, flat, malformed
 from .checks import as_path
 from .config import Config
 from .errors import Failure, UserError, one_line, shown
 from .oscar import SCHEMES, Scheme
 from .storage import strict_json as json
 from .storage.files import check_seekable, reason, replacing
+from .towers.media import Medium, hidden, restored, shift_of
 
-FORMAT, VERSION = "minioscar-prompt-cache", "1"
+FORMAT, VERSION, WITH_MEDIA = "minioscar-prompt-cache", "1", "2"
 
 
 class Source(Protocol):
@@ -58,6 +60,7 @@ class PromptCache:
     messages: list[Message] | None = None
     text: str | None = None
     logits: np.ndarray | None = None
+    media: tuple[Medium, ...] = ()
 
     @classmethod
     def of(cls, engine: Source, cache: Cache, ids: Sequence[int], **known: Any) -> PromptCache:
@@ -88,8 +91,7 @@ class PromptCache:
         *before, last = ours
         if theirs[: len(before)] != before or len(theirs) < len(ours) or theirs[len(before)]["role"] != last["role"]:
             return False
-        content, held = theirs[len(before)]["content"], last["content"]
-        return content == held or isinstance(content, str) and isinstance(held, str) and content.startswith(held)
+        return _goes_on(theirs[len(before)]["content"], last["content"])
 
     def followed_by(self, prompt: str) -> str | list[Message]:
         """The whole prompt that `prompt` makes of this one: what a cached text goes on with, or the next message of a
@@ -106,6 +108,7 @@ class PromptCache:
         """Puts the first `tokens` tokens, or what can be had of them, into an empty row of a cache of the same
         model."""
         cache.import_row(slot, self.rows, len(self), min(tokens, len(self)))
+        cache.shifts[slot] = shift_of(self.ids[: int(cache.lengths[slot])], self.media)
 
     # --- files
 
@@ -117,17 +120,22 @@ class PromptCache:
         path = as_path("the file of a prompt cache", path)
         check_storable(self.engine.scheme)
         try:
-            prompt = json.dumps({"messages": self.messages, "text": self.text}, ensure_ascii=False).encode()
+            messages = None if self.messages is None else hidden(self.messages, Medium.to_json)
+            prompt = {"messages": messages, "text": self.text}
+            if self.media:
+                prompt["media"] = [medium.to_json() for medium in self.media]
+            prompt = json.dumps(prompt, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             why = f"the messages cannot be written as JSON ({one_line(error)}); use text, lists and dicts"
             raise UserError(f"{path}: {why}") from None
-        tensors = {"ids": np.array(self.ids, np.int32), "prompt": np.frombuffer(prompt, np.uint8)}
+        dtype, version = (np.int64, WITH_MEDIA) if self.media else (np.int32, VERSION)
+        tensors = {"ids": np.array(self.ids, dtype), "prompt": np.frombuffer(prompt, np.uint8)}
         if self.logits is not None:
             tensors["logits"] = self.logits
         tensors |= {f"layers.{i}.{name}": array for i, row in enumerate(self.rows) for name, array in row.items()}
         tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         made_with = {"weights": self.engine.weights_sha256, "contents": digest(tensors)}
-        metadata = binding(self.engine.config, self.engine.scheme) | made_with
+        metadata = binding(self.engine.config, self.engine.scheme) | {"version": version} | made_with
         with replacing(path, inputs=self.engine.model_files) as partial:
             try:
                 save_file(tensors, partial, metadata)
@@ -139,7 +147,18 @@ class PromptCache:
         """Raises UserError for a file that is damaged or not made with this model, weights and scheme."""
         with File(path) as file:
             file.check(engine.config, engine.scheme, engine.weights_sha256)
-            return cls(engine, *file.read(engine.config, engine.scheme))
+            return cls(engine, **file.read(engine.config, engine.scheme))
+
+
+def _goes_on(content: Any, held: Any) -> bool:
+    """Whether a message's content begins with `held`, which may end within a text."""
+    if isinstance(content, list) and isinstance(held, list) and len(content) >= len(held) > 0:
+        *before, last = held
+        one = content[len(before)]
+        are_texts = one["type"] == last["type"] == "text"
+        goes_on = one["text"].startswith(last["text"]) if are_texts else one == last
+        return content[: len(before)] == before and goes_on
+    return content == held or isinstance(content, str) and isinstance(held, str) and content.startswith(held)
 
 
 def check_storable(scheme: Scheme) -> None:
@@ -156,15 +175,18 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
     return int(differ[0]) if len(differ) else n
 
 
-def continued(messages: Sequence[Message], text: str) -> list[Message]:
-    """The chat after one more message of the user. An open message of the user's (a document) goes on with it, after a
-    blank line."""
+def continued(messages: Sequence[Message], said: str | list[dict[str, Any]]) -> list[Message]:
+    """The chat after one more message of the user, text or parts. An open message of the user's (a document) goes on
+    with it, after a blank line."""
     if messages and messages[-1]["role"] == "user":
         *before, last = messages
         content = last["content"]
-        more = f"{content}\n\n{text}" if isinstance(content, str) else [*content, {"type": "text", "text": text}]
-        return [*before, {**last, "content": more if text else content}]
-    return [*messages, {"role": "user", "content": text}]
+        if isinstance(content, str) and isinstance(said, str):
+            more = f"{content}\n\n{said}"
+        else:
+            more = [part for half in (content, said) for part in (as_parts(half) if half else ())]
+        return [*before, {**last, "content": more if said else content}]
+    return [*messages, {"role": "user", "content": said}]
 
 
 def binding(config: Config, scheme: Scheme) -> dict[str, str]:
@@ -210,11 +232,10 @@ class File:
                 f"{path} is a safetensors file, but not a prompt cache of minioscar; make one with: python -m "
                 "minioscar cache"
             )
-        if self.metadata.get("version") != VERSION:
+        if self.metadata.get("version") not in (VERSION, WITH_MEDIA):
             found = self.metadata.get("version")
-            raise UserError(
-                f"{path} has version {found!r} of the format, this minioscar reads {VERSION!r}; make it again"
-            )
+            ours = f"this minioscar reads {VERSION!r} and {WITH_MEDIA!r}"
+            raise UserError(f"{path} has version {found!r} of the format, {ours}; make it again")
 
     def __enter__(self) -> File:
         return self
@@ -276,9 +297,7 @@ class File:
             raise UserError(f"{self.path} does not say which {key} it was made with; it is damaged: make it again")
         return value
 
-    def read(
-        self, config: Config, scheme: Scheme
-    ) -> tuple[list[int], list[dict[str, np.ndarray]], list[Message] | None, str | None, Any]:
+    def read(self, config: Config, scheme: Scheme) -> dict[str, Any]:
         """The fields of a PromptCache, every tensor checked. Raises UserError for a damaged file."""
         names = set(self.handle.keys())
         length, prompt = (self._length(name) if name in names else 0 for name in ("ids", "prompt"))
@@ -286,7 +305,8 @@ class File:
             raise self._damaged(f"it holds {length} tokens")
         layer = row_layout(config, scheme, length)
         expected = {f"layers.{i}.{name}": of for i in range(config.num_layers) for name, of in layer.items()}
-        expected |= {"ids": ((length,), np.dtype(np.int32)), "prompt": ((prompt,), np.dtype(np.uint8))}
+        of_ids = np.dtype(np.int64 if self.metadata["version"] == WITH_MEDIA else np.int32)
+        expected |= {"ids": ((length,), of_ids), "prompt": ((prompt,), np.dtype(np.uint8))}
         if "logits" in names:
             expected["logits"] = ((config.vocab_size,), np.dtype(np.float32))
         if names != set(expected):
@@ -303,21 +323,30 @@ class File:
         for name, array in tensors.items():
             if array.dtype.kind not in "iu" and not np.isfinite(array).all():
                 raise self._damaged(f"tensor {name} holds a NaN or an infinity")
-        ids = tensors["ids"].tolist()
-        if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+        ids, prompt = tensors["ids"].tolist(), self._prompt(tensors["prompt"])
+        try:
+            shift_of(ids, prompt["media"])
+            known = not ids or prompt["media"] or min(ids) >= 0
+        except ValueError:
+            known = False
+        if not known or max(ids) >= config.vocab_size:
             raise self._damaged(f"it has token ids outside 0 ... {config.vocab_size - 1}")
         rows = [{name: tensors[f"layers.{i}.{name}"] for name in layer} for i in range(config.num_layers)]
-        return ids, rows, *self._prompt(tensors["prompt"]), tensors.get("logits")
+        return {"ids": ids, "rows": rows, "logits": tensors.get("logits"), **prompt}
 
-    def _prompt(self, raw: np.ndarray) -> tuple[list[Message] | None, str | None]:
+    def _prompt(self, raw: np.ndarray) -> dict[str, Any]:
+        """messages, text and media of a PromptCache."""
         try:
             prompt = json.loads(raw.tobytes())
             messages, text = prompt["messages"], prompt["text"]
+            media = tuple(map(Medium.from_json, prompt.get("media", ())))
+            if messages is not None and malformed(messages) or not (text is None or isinstance(text, str)):
+                raise ValueError("no prompt")
+            if messages is not None:
+                messages = [*restored(messages)]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise self._damaged("its prompt is not readable") from None
-        if messages is not None and malformed(messages) or not (text is None or isinstance(text, str)):
-            raise self._damaged("its prompt is not readable")
-        return messages, text
+        return {"messages": messages, "text": text, "media": media}
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.handle.get_slice(name).get_shape())

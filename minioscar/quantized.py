@@ -27,6 +27,7 @@ import numpy as np
 from .formats.plain import E4M3, Plain
 
 Array = Any
+Repack = Callable[[Plain], Array]  # codes -> words, on a card
 ROWS, RUN = 16, 64  # of a tile; columns that a tile has in one place
 
 
@@ -42,29 +43,35 @@ class Quantized:
     word_axes: ClassVar[tuple[int, ...]]  # of (tile, r, i, run, h, c, s, p, e): their order in memory
 
     @classmethod
-    def from_plain(cls, plain: Plain, xp: Any = np) -> Quantized:
+    def from_plain(cls, plain: Plain, xp: Any = np, repack: Repack | None = None) -> Quantized:
         """Equal to plain.dequantize bit for bit where each scale has at most 11 significant bits, as those in float16
         and bfloat16 have, or stands for a whole row; zeros are rounded to float16.
 
         Raises ValueError for groups that are no power of two from 32 on, for codes of e4m3 that are no numbers, and
-        for groups of e4m3 whose scales differ within 16 rows.
+        for groups of e4m3 whose scales differ within 16 rows. repack: what puts codes into their order, in place of
+        array code.
         """
         (rows, columns), group, groups = plain.shape, plain.group, plain.scale.shape[1]
         if groups > 1 and (group < 32 or group & group - 1):
             raise ValueError(f"groups of {group} columns are neither a power of two from 32 on nor whole rows")
         padding = (0, -rows % ROWS), (0, -columns % RUN)
-        codes = xp.pad(plain.codes, padding) if any(map(any, padding)) else plain.codes
-        axes = codes.reshape(-1, 8, 2, codes.shape[1] // RUN, 2, 4, 2, 2, 2).transpose(cls.word_axes)
         scale = xp.pad(plain.scale, (padding[0], (0, 0)), mode="edge")
         if plain.kind == "e4m3":
-            words, (scales, row_scale) = _e4m3_words(axes, xp), _e4m3_scales(scale, xp)
+            if bool((plain.codes & 0x7F == 0x7F).any()):
+                raise ValueError("codes of e4m3 that are no numbers")
+            scales, row_scale = _e4m3_scales(scale, xp)
         else:
-            zero = xp.pad(plain.zero, (padding[0], (0, 0)))
-            words, (scales, row_scale) = cls._words(axes, xp), _scale_and_zero(scale, zero, xp)
+            scales, row_scale = _scale_and_zero(scale, xp.pad(plain.zero, (padding[0], (0, 0))), xp)
+        if repack is not None:
+            words = repack(plain)
+        else:
+            codes = xp.pad(plain.codes, padding) if any(map(any, padding)) else plain.codes
+            axes = codes.reshape(-1, 8, 2, codes.shape[1] // RUN, 2, 4, 2, 2, 2).transpose(cls.word_axes)
+            words = _e4m3_words(axes) if plain.kind == "e4m3" else cls._words(axes)
         return cls(plain.kind, plain.shape, columns if groups == 1 else group, words, scales, row_scale)
 
     @staticmethod
-    def _words(axes: Array, xp: Any) -> Array:
+    def _words(axes: Array) -> Array:
         """uint32 [..., 4] of codes in the order of memory."""
         raise NotImplementedError
 
@@ -105,7 +112,7 @@ class Q4(Quantized):
     word_axes = 0, 3, 1, 5, 4, 6, 8, 7, 2  # tile, run, lane (r, c), word (h, s), nibble (e, p, i)
 
     @staticmethod
-    def _words(axes: Array, xp: Any) -> Array:
+    def _words(axes: Array) -> Array:
         pairs = axes.reshape(*axes.shape[:6], 4, 2)
         octets = pairs[..., 0] | pairs[..., 1] << 4
         return octets.ravel().view(np.uint32).reshape(*axes.shape[:2], 32, 4)
@@ -119,7 +126,7 @@ class Q8(Quantized):
     word_axes = 0, 3, 4, 1, 5, 6, 7, 8, 2  # tile, run, h, lane (r, c), word (s, p), half e, byte i
 
     @staticmethod
-    def _words(axes: Array, xp: Any) -> Array:
+    def _words(axes: Array) -> Array:
         return axes.ravel().view(np.uint32).reshape(*axes.shape[:3], 32, 4)
 
     def _codes(self, xp: Any) -> Array:
@@ -136,9 +143,9 @@ def mapped(x: Any, change: Callable[[Array], Array]) -> Any:
     return x if x is None else x.map(change) if isinstance(x, Quantized) else change(x)
 
 
-def from_plain(plain: Plain, xp: Any = np) -> Quantized:
-    """The internal form of a matrix; raises ValueError as `Quantized.from_plain`."""
-    return (Q4 if plain.kind == "int4" else Q8).from_plain(plain, xp)
+def from_plain(plain: Plain, xp: Any = np, repack: Repack | None = None) -> Quantized:
+    """The internal form of a matrix; as `Quantized.from_plain`."""
+    return (Q4 if plain.kind == "int4" else Q8).from_plain(plain, xp, repack)
 
 
 def joined(parts: Sequence[Quantized], xp: Any = np) -> Quantized:
@@ -179,9 +186,7 @@ def _of_tiles(x: Array, xp: Any) -> Array:
     return xp.ascontiguousarray(x.reshape(-1, ROWS, x.shape[1]).swapaxes(1, 2))
 
 
-def _e4m3_words(axes: Array, xp: Any) -> Array:
-    if bool((axes & 0x7F == 0x7F).any()):
-        raise ValueError("codes of e4m3 that are no numbers")
+def _e4m3_words(axes: Array) -> Array:
     first, second = axes[..., 0].astype(np.uint16), axes[..., 1].astype(np.uint16)
     halves = (first & 0x80) << 8 | (first & 0x7F) << 4 | (second & 0x80) << 4 | (second & 0x70) << 8 | second & 0xF
     return halves.ravel().view(np.uint32).reshape(*axes.shape[:3], 32, 4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 TOP = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"  # may stand at config.json's top, too
 OPTIONS = {  # of all types; one that its type does not have changes nothing, as in transformers
     *TOP, "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
-    "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "mrope_section", "finetuned",
+    "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "finetuned",
+    "mrope_section", "mrope_interleaved", "interleaved",
 }  # fmt: skip
 
 
@@ -38,6 +39,8 @@ class Rope:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    # M-RoPE: the coordinate (time, row, column) that turns each pair; None: a position is one number
+    axes: tuple[int, ...] | None = None
 
     @classmethod
     def from_config(cls, raw: Mapping[str, Any], head_dim: int, max_positions: int, source: str) -> Rope:
@@ -90,6 +93,22 @@ class Rope:
         rest = {**betas, "attention_factor": attention, "truncate": bool(truncate)}
         return cls(kind, theta, head_dim, reach, original, factor, **rest)
 
+    def with_axes(self, raw: Mapping[str, Any], source: str) -> Rope:
+        """The same with interleaved M-RoPE (Qwen3-VL): pairs of the second and third section stand at every third place
+        from 1 and 2 on, the others are of the first. Raises UserError for other kinds."""
+        fields, half = _options(raw, source), self.head_dim // 2
+        section = fields.get("mrope_section")
+        numbers = isinstance(section, list) and len(section) == 3 and all(type(n) is int and n >= 0 for n in section)
+        if not numbers or sum(section) != half or max(section[1:]) * 3 > half + 2:
+            why = f"must be three numbers whose sum is {half}, half of head_dim"
+            raise UserError(f"{source}: rope option mrope_section {section!r} {why}")
+        if not (fields.get("mrope_interleaved") or fields.get("interleaved")):
+            raise UserError(f"{source}: rope option mrope_interleaved must be true; M-RoPE in chunks is not supported")
+        axes = [0] * half
+        for axis in (1, 2):
+            axes[axis : 3 * section[axis] : 3] = [axis] * len(range(axis, min(3 * section[axis], half), 3))
+        return replace(self, axes=tuple(axes))
+
     def frequencies(self) -> np.ndarray:
         """Radians per position of each channel pair; float64 [head_dim / 2]."""
         plain = self.theta ** -(np.arange(0, self.head_dim, 2) / self.head_dim)
@@ -114,7 +133,14 @@ class Rope:
 
     def tables(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin of every angle, yarn's factor in them; float32 [positions, head_dim / 2]."""
-        angles = np.arange(positions)[:, None] * self.frequencies()
+        return self._tables(np.arange(positions)[:, None] * self.frequencies())
+
+    def tables_at(self, coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same of tokens at these coordinates, int64 [axes, tokens]; float32 [tokens, head_dim / 2]."""
+        axes = list(self.axes or [0] * (self.head_dim // 2))
+        return self._tables(coordinates[axes].T * self.frequencies())
+
+    def _tables(self, angles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return (
             np.cos(angles) * self.attention_factor
         ).astype(np.float32), (np.sin(angles) * self.attention_factor).astype(np.float32)

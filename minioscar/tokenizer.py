@@ -241,6 +241,11 @@ class Tokenizer:
         ids = self.encode(text, add_special_tokens=True)
         return ids[1:] if self.bos_id is not None and ids[:2] == [self.bos_id] * 2 else ids
 
+    def rendered_ids(self, text: str, adds_bos: bool) -> list[int]:
+        """Of what a chat template wrote. adds_bos: with BOS where the text does not begin with it, as the processors of
+        models with towers do: LLaVA's templates write none."""
+        return self.prompt_ids(text, chat=False) if adds_bos else self.encode(text)
+
 
 # --- files
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -85,10 +85,18 @@ class Weights:
     # of the values, as a scheme wants them: by v_proj and o_proj (`rotate_values`), or by the model at every pass
     rotation: Literal["none", "folded", "online"] = "none"
     quantized: bool = False  # whether some matrices are not what a rotation can be folded into
+    towers: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)  # of each kind, by `Tower.expected`
 
 
 def expected(config: Config) -> dict[str, tuple[int, ...]]:
     """Tensor name, as Hugging Face checkpoints spell it, -> shape."""
+    shapes = _of_text(config)
+    for tower in config.towers.values():
+        shapes |= tower.expected()
+    return shapes
+
+
+def _of_text(config: Config) -> dict[str, tuple[int, ...]]:
     hidden, inter, dim = config.hidden_size, config.intermediate_size, config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)
@@ -135,6 +143,8 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
         tensors = Checkpoint(folder, expected(config), config.tie_embeddings, stack, config.quantization)
         if tensors.has_kv_scales:
             print("[the scales of an FP8 cache in the files are not used]", file=sys.stderr, flush=True)
+        if tensors.has_talker:
+            print("[the talker in the files is not used: this model answers in text]", file=sys.stderr, flush=True)
         need, free = ops.weight_bytes(config), ops.free_bytes()
         if need > free:
             fitting = [mode for mode in rounding.MODES if ops.weight_bytes(replace(config, weights=mode)) <= free]
@@ -142,6 +152,8 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
                 f"{folder}: the weights take {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of {ops.name} memory "
                 f"are free{f'; --weights {fitting[0]} fits' if fitting else ''}"
             )
+        for name in tensors.quantized.keys() - _of_text(config).keys():
+            raise UserError(f"{folder}: {name} of a tower is quantized, which is not supported; use its BF16 weights")
         staging = Staging(tensors, config, ops, matrices(config))
         kept = [tensors[name] for name in expected(config) if name not in staging.names]
         total, shown = sum(tensor.nbytes for tensor in kept) + staging.nbytes, None if progress else True
@@ -158,6 +170,7 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
                 norm=get("model.norm.weight"),
                 head=embed if config.tie_embeddings else get("lm_head.weight"),
                 files=tensors.files,
+                towers={kind: {name: get(name) for name in of.expected()} for kind, of in config.towers.items()},
             )
         if staging.names:
             weights = _staged(weights, staging, bar.update, fold and not tensors.quantized)
@@ -178,7 +191,7 @@ def bytes_of(config: Config, itemsize: int) -> int:
 
 def matrices(config: Config) -> list[str]:
     """The names of those that `Config.weights` is about: all but the embedding."""
-    return [name for name, shape in expected(config).items() if len(shape) == 2 and "embed" not in name]
+    return [name for name, shape in _of_text(config).items() if len(shape) == 2 and "embed" not in name]
 
 
 def _staged(weights: Weights, staging: Staging, advance: Callable[[int], object], fold: bool) -> Weights:
@@ -304,5 +317,6 @@ def arrays(weights: Weights) -> Iterator[Array]:
     """Every array once (a tied head is the embedding); of a quantized matrix those that it consists of."""
     outer = [weights.embed, weights.norm, *([] if weights.head is weights.embed else [weights.head])]
     of_layers = (array for layer in weights.layers for array in vars(layer).values() if array is not None)
-    for array in (*outer, *of_layers):
+    of_towers = (array for tower in weights.towers.values() for array in tower.values())
+    for array in (*outer, *of_layers, *of_towers):
         yield from array.arrays() if isinstance(array, Quantized) else (array,)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .patience import PATIENCE
+
 
 @dataclass
 class Response:
@@ -71,7 +73,7 @@ class Client:
 
     def _run(self, *args: Any, **how: Any) -> Response:
         async def in_time() -> Response:
-            return await asyncio.wait_for(request(self.app, *args, **how), 60)
+            return await asyncio.wait_for(request(self.app, *args, **how), PATIENCE)
 
         return asyncio.run(in_time())
 

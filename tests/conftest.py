@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import signal
 
 import pytest
 
@@ -12,6 +14,18 @@ from minioscar.ops import cuda_missing
 from minioscar.oscar import SCHEMES
 
 from .tiny import WINDOWS
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What a shell runs in the background ignores Ctrl-C, and so would the programs that tests start and interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Thousands of tests live until the end: no garbage collection need look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -36,6 +50,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)  # alone at the end, one would idle a core
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     reason = cuda_missing() if gpu else None
     if reason:

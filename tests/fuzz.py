@@ -37,6 +37,7 @@ import numpy as np
 from minioscar.app import cli
 
 from .mutants import Case, make_originals
+from .patience import PATIENCE
 
 LIMIT = 30.0  # seconds of one case
 MEMORY = 4 << 30  # address space of a worker
@@ -219,10 +220,11 @@ def fuzz(cases: int, seed: int, progress: bool = False) -> dict[str, Any]:
 
 
 def lines(worker: subprocess.Popen) -> Iterator[dict[str, Any]]:
-    """What the worker reports, until it ends or is silent for LIMIT seconds."""
-    fd, rest = worker.stdout.fileno(), b""
-    while select.select([fd], [], [], LIMIT)[0] and (chunk := os.read(fd, 65536)):
+    """What the worker reports, until it ends or is silent for LIMIT seconds, once it has started."""
+    fd, rest, limit = worker.stdout.fileno(), b"", PATIENCE
+    while select.select([fd], [], [], limit)[0] and (chunk := os.read(fd, 65536)):
         *whole, rest = (rest + chunk).split(b"\n")
+        limit = LIMIT
         yield from map(json.loads, whole)
 
 

@@ -14,8 +14,9 @@ capability: the one that is simulated, while a card compiles for its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from minioscar.ops.launch import Launch, TensorMap, run
 from minioscar.ops.launch import kernel as compiled_kernel
 
 from . import simt
+from .pairwise import Traits, pairwise
 
 
 class Device:
@@ -145,3 +147,29 @@ CUDA = pytest.param(CudaDevice(), id="cuda", marks=pytest.mark.gpu)
 on_each_device = pytest.mark.parametrize("device", [SIMT, CUDA])
 on_the_card = pytest.mark.parametrize("device", [CUDA])
 on_simt = pytest.mark.parametrize("device", [SIMT])
+
+
+def on_each_device_over(
+    possible: Callable[..., bool] = lambda *_: True, traits: Mapping[str, Traits] | None = None, **axes: Sequence[Any]
+) -> pytest.MarkDecorator:
+    """As `on_each_device` over a grid of parameters: simulated at the points where every pair is met (`pairwise`), on
+    the card at all of them.
+
+    axes: values by the parameter's name. traits: of an axis, what of a value counts instead of itself. possible: takes
+    a value of each axis.
+    """
+    grid = list(axes.values())
+    some = pairwise(grid, [(traits or {}).get(name) for name in axes], possible)
+    every = [point for point in product(*grid) if possible(*point)]
+    parameters = [
+        pytest.param(*device.values, *point, id="-".join(map(_label, (device.id, *point))), marks=device.marks)
+        for device, points in ((SIMT, some), (CUDA, every))
+        for point in points
+    ]
+    return pytest.mark.parametrize(("device", *axes), parameters)
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, dict):  # of switches
+        return "+".join(value) or "plain"
+    return "-".join(map(_label, value)) if isinstance(value, tuple) else str(getattr(value, "name", value))

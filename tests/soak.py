@@ -2,7 +2,7 @@
 for bit.
 
     python -m tests.soak --json docs/results/soak.json      what `make soak` runs: the fuzz, an hour of two processes,
-                                                            an hour of a server
+                                                            an hour of a server; with Ray, replicas (cluster.py)
     python -m tests.soak --only 1234 --seed S               the digest of one request, in a fresh process
 
 A request is made from (seed, number) alone: single prompts, batches, several answers, chats with answers broken off,
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,15 @@ def served(hours: float, least: int, seed: int) -> dict[str, Any]:
     return {"connections": asked, "answered": answered, "resident_mb_by_quarter": quarters, "exit_code": code}
 
 
+def spread(seed: int) -> bool:
+    """Replicas over a Ray cluster of this machine, where Ray is installed; the figures are cluster.py's own."""
+    if find_spec("ray") is None:
+        print("replicas over Ray are left out: pip install 'minioscar[ray]'", file=sys.stderr)
+        return True
+    command = [sys.executable, "-m", "tests.cluster", "--seed", str(seed), "--json", "docs/results/ray.json"]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+
+
 def soak(hours: float, seed: int, again: int) -> dict[str, Any]:
     """Requests for so many hours, then `again` of them in fresh processes."""
     one, start, end = engine(), time.monotonic(), time.monotonic() + hours * 3600
@@ -305,12 +315,13 @@ def main() -> int:
     report["soak"] = side_by_side(args) if args.processes > 1 else [soak(args.hours, args.seed, args.again)]
     if args.connections:
         report["serve"] = served(args.hours, args.connections, args.seed)
+    is_well_spread = not args.connections or spread(args.seed)
     text = json.dumps(report, indent=1)
     if args.json:
         Path(args.json).write_text(text + "\n")
     print(text)
     is_served = "serve" not in report or not report["serve"]["exit_code"] and is_flat(report["serve"])
-    is_right = is_served and not report.get("fuzz", {}).get("failures")
+    is_right = is_served and is_well_spread and not report.get("fuzz", {}).get("failures")
     return 0 if is_right and all(passed(run, args.hours) for run in report["soak"]) else 1
 
 

@@ -21,6 +21,7 @@ from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, WINDOW
 from minioscar.weights import load as load_weights
 
+from .patience import PATIENCE
 from .tiny import CONFIG, load, relative, write_model
 
 NAMES = [scheme.name for scheme in baselines.RIVALS]
@@ -246,5 +247,5 @@ def test_a_calibrated_cache_goes_into_no_file(calibrated, tmp_path):
 def test_the_command_line_knows_them_in_a_process_of_its_own(args, said):
     """Here they are imported by conftest.py."""
     command = [sys.executable, "-m", "minioscar", *args.replace(" F ", f" {__file__} ").split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and said in done.stderr and "\n" not in done.stderr.strip()

@@ -20,6 +20,7 @@ GROWTH = {
 }
 PART = {"us_a_step": 54.0, "bytes": 2e6, "fraction_of_limit": 0.333}
 MEMORY = {"cache_bytes": 3e6, "predicted_bytes": 3e6, "ratio_to_bf16": 4.5}
+MEMORY |= {"prefill_peak_bytes": 5e6, "predicted_prefill_peak_bytes": 5.5e6}
 LOAD = {"gb_s": 45.0, "copy_gb_s": 50.0, "fraction_of_copy": 0.9}
 META = {
     "card": "Card",
@@ -124,7 +125,7 @@ def test_every_part_of_a_report_has_a_table_with_the_limit_beside_the_figure(rep
         "| m | 512 | 900 | 1,000 | 90% | transformers 800 |",
         "| m | 80 | `int2` | 4,096 | 90 | 1,000 |",
         "| m | 16 | `bf16` | 4,096 | 0 | 0 |",
-        "| m | `int2` | 2 x 512 | 3.0 | 3.0 | 4.50x |",
+        "| m | `int2` | 2 x 512 | 3.0 | 3.0 | 4.50x | 5.0 | 5.5 |",
         "| m | 3 | 3,600 | 0.080 | 0.100 | 45.0 | 50.0 | 90% |",
         "| m | `int2` | 7 | 1.25 (spread 10%) | 3.00 |",
     ):

@@ -15,6 +15,7 @@ from benchmarks import serve, serve_target
 from benchmarks.serve import Answer, Client, take, waits_within
 from minioscar.errors import Failure, UserError
 
+from .patience import PATIENCE
 from .test_cuda_backend import on_each_backend
 from .test_decode_step import of_backend
 from .tiny import CONFIG, write_talker
@@ -188,7 +189,7 @@ def test_a_server_ends_with_the_bench_that_started_it(talker):
     server = serve.Server(target, serve.QUICK)
     server.wait()
     server.process.stdin.close()  # as when the bench is killed
-    assert server.process.wait(60) == 1
+    assert server.process.wait(PATIENCE) == 1
 
 
 def test_long_prompts_are_as_long_as_the_context_lets_them_be():
@@ -219,7 +220,7 @@ def answered(script: Callable[[asyncio.StreamWriter], Awaitable[None]], new: int
         async with server, Client(server.sockets[0].getsockname()[1]) as client:
             return await client.complete([1, 2], new)
 
-    return asyncio.run(asyncio.wait_for(both(), 30))
+    return asyncio.run(asyncio.wait_for(both(), PATIENCE))
 
 
 def token_event(*ids: int) -> bytes:

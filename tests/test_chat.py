@@ -19,6 +19,7 @@ from minioscar.app import chat
 from minioscar.app.cli import main
 from minioscar.storage import hub
 
+from .patience import PATIENCE
 from .tiny import write_talker
 
 pty = pytest.importorskip("pty")
@@ -33,7 +34,7 @@ def piped(folder: Path, text: str, *options: str) -> subprocess.CompletedProcess
     command = [
         sys.executable, "-m", "minioscar", "chat", str(folder), "--device", "cpu", "--max-tokens", "20", *options
     ]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +140,7 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
-    def wait_for(self, wanted: str, seconds: float = 60) -> str:
+    def wait_for(self, wanted: str, seconds: float = PATIENCE) -> str:
         """Everything since the last wait, up to the wanted pattern."""
         end = time.monotonic() + seconds
         while not (match := re.compile(wanted, re.DOTALL).search(self.seen, self.at)):
@@ -157,7 +158,7 @@ class Terminal:
     def interrupt(self, wanted: str) -> str:
         """Ctrl-C until it is seen: one that comes while readline is not waiting for a key is noticed with the next key
         only."""
-        for _ in range(20):
+        for _ in range(200):
             self.send("\x03")
             try:
                 return self.wait_for(wanted, 3)
@@ -169,7 +170,7 @@ class Terminal:
         self.send("/exit\r")
         return self.code()
 
-    def code(self, seconds: float = 20) -> int:
+    def code(self, seconds: float = PATIENCE) -> int:
         end = time.monotonic() + seconds
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)

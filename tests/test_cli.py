@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +23,7 @@ from minioscar.generation import Options, Run
 from minioscar.sampling import Sampling
 from minioscar.storage import hub
 
+from .patience import at_most
 from .tiny import CONFIG, MOE, write_model, write_talker
 
 
@@ -39,7 +39,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
 
 
 def test_help_answers_before_anything_heavy_is_imported():
-    """Counted in modules, which a loaded machine cannot blur, and in seconds of the fastest of three runs."""
+    """Counted in modules, and in seconds of the processor."""
     listing = (
         "import sys; from minioscar.app.cli import main; main(['--help']); print({'numpy', 'tokenizers', 'cupy'} & "
         "set(sys.modules))"
@@ -47,12 +47,8 @@ def test_help_answers_before_anything_heavy_is_imported():
     assert subprocess.run(
         [sys.executable, "-c", listing], capture_output=True, text=True
     ).stdout.rstrip().endswith("set()")
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
+    with at_most(0.3, "--help"):
         subprocess.run([sys.executable, "-m", "minioscar", "--help"], check=True, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.3
 
 
 class Driver:
@@ -195,6 +191,7 @@ def test_eval_prints_a_table(smollm2, capsys, tmp_path):
     assert code == 0 and "| int4 | 5.000 |" in out
 
 
+@pytest.mark.long
 def test_eval_with_needle_tools_and_drift_adds_their_objects_and_tables(smollm2, capsys, monkeypatch):
     for part in ("needle", "tool_calls"):
         monkeypatch.setattr(f"minioscar.evaluation.{part}.DEPTHS", (0.5,))
@@ -355,11 +352,10 @@ def eval_cases(smollm2: str, tiny: Path) -> dict[str, tuple[list[str], str]]:
 
 def test_every_bad_input_is_one_line_and_exit_code_2(tiny, capsys):
     for name, (argv, mention) in cases(tiny).items():
-        start = time.perf_counter()
-        code, out, err = run(capsys, *argv)
+        with at_most(10, f"{name}: refused only after long work"):
+            code, out, err = run(capsys, *argv)
         assert (code, out) == (2, ""), name
         assert err.startswith("minioscar: ") and err.count("\n") == 1 and mention in err, (name, err)
-        assert time.perf_counter() - start < 10, f"{name}: refused only after long work"
 
 
 def test_device_cuda_without_cuda_is_refused(smollm2, capsys, monkeypatch):

@@ -1,16 +1,21 @@
 """Every kernel compiles for every supported card without a GPU, in its budget of registers and without spills.
 
 NVRTC is what compiles them on a card too. The budget lets a block run as attention.decode_plan counts on: 65,536
-registers a multiprocessor over its threads. `python -m tests.test_compile` writes what each takes to
-docs/results/resources.json.
+registers a multiprocessor over its threads. What a program takes is recorded in fixtures/programs.json by a digest of
+its text, its options and the compiler's version, so that only changed ones are compiled again.
+`python -m tests.test_compile` renews that, and what each kernel takes in docs/results/resources.json.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +23,7 @@ import pytest
 
 from minioscar.config import Experts
 from minioscar.ops import attention, experts, linear, linear_batch, prefill, quantized, sample
-from minioscar.ops.cubins import KERNELS, architecture
+from minioscar.ops.cubins import KERNELS, options
 from minioscar.ops.cubins import source as text_of
 from minioscar.ops.launch import SHARED_KIB, Card, Launch
 from minioscar.oscar import SCHEMES
@@ -30,6 +35,7 @@ nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installe
 ARCHES = (80, 86, 89, 90, 100, 120)
 MULTIPROCESSORS = 132
 RECORD = Path(__file__).resolve().parent.parent / "docs" / "results" / "resources.json"
+PROGRAMS = Path(__file__).parent / "fixtures" / "programs.json"
 SHAPES = [("int2", 128, 4), ("bf16", 128, 4)]  # scheme, head_dim, q heads a kv head: on every card
 MORE = [("oscar", 128, 4), ("int2-compact", 128, 8), ("int4", 128, 4), ("kivi", 128, 1), ("int2", 64, 3)]
 MORE += [("int2", 256, 7), ("bf16", 256, 8), ("k4v2", 64, 3)]
@@ -74,6 +80,9 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
         found[f"prefill_attention d{dim} {q_per_kv}:1"] = prefill.prefill_attention(heads, out, new, past, out, card)
         if past:
             found[f"prefill_tiles d{dim}"] = prefill.fill_tiles(heads, new, None, 1, past)
+    for dim in (96, *((64, 128) if everything else ())):
+        x = np.empty((4, 1, 2, dim), np.uint16)
+        found[f"full_attention d{dim}"] = prefill.full_attention(x, ints, ints, card, 1.0)
     for kv, dim in [("int2", 128)] + PACKED[1:] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
         to = prefill.Tiles(past, past, ints) if prefill.tiled(dim, card) else (past, past)
@@ -81,6 +90,9 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
     for dim in (128, *((64, 256) if everything else ())):
         rotation = attention.Rotation(attention.Heads(8, 2, dim), out, out, True)
         found[f"rotate_scale d{dim}"] = attention.rotate_scale(rotation, out, ints, out, attention.KeyOutputs())
+        shifted = replace(rotation, shifts=ints)
+        launch = attention.rotate_scale(shifted, out, ints, out, attention.KeyOutputs())
+        found[f"rotate_scale shifted d{dim}"] = launch
         for axis in (0, 1):
             launch = attention.rotate_heads(np.empty((dim, dim), np.uint16), dim, axis)
             found[f"{launch.name} d{dim}"] = launch
@@ -149,14 +161,14 @@ def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
     norm = out, 0.0
     kinds = [("int4", 128), ("e4m3", 128)] + [("int4", 64), ("int4", 32), ("int8", 128), ("int8", 32)] * everything
     for kind, group in kinds:
-        for label, rows, options in (
+        for label, rows, given in (
             ("normed", 6144, {"norm": norm}), ("silu", 24576, {"norm": norm, "silu": True}), ("plain", 4096, {}),
             ("float32", 151936, {"norm": norm}),
         ):
             size = 12288 if label == "plain" else 4096
             weight = (Q4 if kind == "int4" else Q8)(kind, (rows, size), group, out, out, out)
             y = np.empty((1, 1), np.float32 if label == "float32" else np.uint16)
-            launch = quantized.linear(np.empty((1, size)), weight, y, card, **options)
+            launch = quantized.linear(np.empty((1, size)), weight, y, card, **given)
             found[f"quantized linear {kind} g{group} {label}"] = launch
             for tokens in (48, 128) if label in ("plain", "silu") else ():
                 plan = quantized.batch_plan(tokens, weight, label == "silu", card)
@@ -164,6 +176,7 @@ def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
                 launch = quantized.linear_batch(x, weight, y, plan, scratch, silu=label == "silu")
                 found[f"quantized linear_batch {kind} g{group} {label} of {tokens}"] = launch
         found[f"dequantize {kind}"] = quantized.dequantize(weight, out)
+        found[f"repack {kind}"] = quantized.repack(kind, np.empty((16, 64), np.uint8), out)
     return found
 
 
@@ -189,14 +202,23 @@ def headers() -> Path:
     )
 
 
+@cache
+def digest(source: str, defines: tuple[str, ...], arch: int) -> str:
+    """Of all that the machine code depends on: the text without comments, the options, the compiler and its
+    headers."""
+    lines = (line.split("//")[0].rstrip() for line in text_of(source).splitlines())
+    versions = [version(wheel) for wheel in ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime")]
+    parts = list(filter(None, lines)), options((source, defines), arch), versions
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+
 @cache  # the kernels of a file come together
 def compiled(source: str, defines: tuple[str, ...], arch: int) -> tuple[str, bytes]:
     """The log with ptxas's report, and the cubin. Raises AssertionError with the log where it does not compile."""
-    target = f"--gpu-architecture={architecture(source, arch)}"
-    options = [target, "-std=c++17", "--ptxas-options=-v", *(f"-D{d}" for d in defines)]
-    options += [] if source.startswith("sm90/") else [f"-I{headers()}"]  # as cubins.compiled finds them for the others
+    given = [*options((source, defines), arch), "--ptxas-options=-v"]
+    given += [] if source.startswith("sm90/") else [f"-I{headers()}"]  # as cubins.compiled finds them for the others
     program = checked(nvrtc.nvrtcCreateProgram(text_of(source).encode(), source.encode(), 0, [], []))
-    (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    (code,) = nvrtc.nvrtcCompileProgram(program, len(given), [o.encode() for o in given])
     log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
     checked(nvrtc.nvrtcGetProgramLog(program, log))
     text = log.decode(errors="replace")
@@ -212,39 +234,79 @@ def checked(answer: tuple):
     return rest[0] if rest else None
 
 
-def resources(arch: int) -> Iterator[dict]:
+def used(source: str, defines: tuple[str, ...], arch: int) -> dict[str, list[int]]:
+    """Of each kernel of a program: registers a thread, bytes of static shared memory, bytes spilled."""
+    log, cubin = compiled(source, defines, arch)
+    assert cubin[:4] == b"\x7fELF", (source, defines)
+    # "wgmma.mma_async instructions are serialized", "warpgroup.arrive is injected"
+    assert not re.search("wgmma|warpgroup", log), log
+    report = re.split(r"Compiling entry function '(\w+)'", log)
+    return {
+        name: [int(re.search(r"Used (\d+) registers", of)[1]), total("bytes smem", of), total("bytes spill", of)]
+        for name, of in zip(report[1::2], report[2::2], strict=True)
+    }
+
+
+def total(what: str, log: str) -> int:
+    return sum(map(int, re.findall(rf"(\d+) {what}", log)))
+
+
+def resources(arch: int, known: dict[str, dict[str, list[int]]]) -> Iterator[dict]:
     """What each kernel of a card takes: registers a thread, static and dynamic shared memory in bytes, bytes
-    spilled."""
+    spilled. known: what programs are known to take, by their `digest`; what is compiled is added."""
     for label, launch in launches(arch).items():
-        log, cubin = compiled(launch.source, launch.defines, arch)
-        assert cubin[:4] == b"\x7fELF", label
-        report = re.split(r"Compiling entry function '(\w+)'", log)
-        own = dict(zip(report[1::2], report[2::2], strict=True))[launch.name]
-        assert not re.search("wgmma|warpgroup", log), (
-            log
-        )  # "wgmma.mma_async instructions are serialized", "warpgroup.arrive is injected"
+        key = digest(launch.source, launch.defines, arch)
+        if key not in known:
+            known[key] = used(launch.source, launch.defines, arch)
+        registers, static, spilled = known[key][launch.name]
         yield {
             "kernel": label,
             "arch": arch,
             "threads": launch.block,
-            "registers": int(re.search(r"Used (\d+) registers", own)[1]),
-            "static_shared": sum(map(int, re.findall(r"(\d+) bytes smem", own))),
+            "registers": registers,
+            "static_shared": static,
             "dynamic_shared": launch.shared,
-            "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", own))),
+            "spilled": spilled,
         }
 
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_kernels_compile_within_their_registers_and_without_spills(arch: int):
-    recorded = {row["kernel"] for row in json.loads(RECORD.read_text()) if row["arch"] == arch}
-    for row in resources(arch):
-        print(json.dumps(row))
+    """Compiles those whose text, options or compiler are not the recorded ones."""
+    recorded, known = {row["kernel"] for row in json.loads(RECORD.read_text()) if row["arch"] == arch}, programs()
+    before = len(known)
+    for row in resources(arch, known):
         assert row["spilled"] == 0, row
         assert row["registers"] * row["threads"] <= 65536, row
         assert row["static_shared"] + row["dynamic_shared"] <= SHARED_KIB[arch] * 1024, row
         recorded.remove(row["kernel"])
     assert not recorded, f"{RECORD.name} has kernels that are gone: {recorded}"
+    print(f"{len(known) - before} programs are not in {PROGRAMS.name} (python -m tests.test_compile renews it)")
+
+
+def test_programs_take_what_is_recorded_of_them(seed):
+    """One of every card, another each time: what the test above relies on."""
+    known, rng = programs(), random.Random(seed)
+    for arch in ARCHES:
+        every = {digest(of.source, of.defines, arch): (of.source, of.defines) for of in launches(arch).values()}
+        for key in rng.sample(sorted(every.keys() & known.keys()), 1):
+            assert used(*every[key], arch) == known[key], (arch, every[key])
+
+
+def programs() -> dict[str, dict[str, list[int]]]:
+    """`used` of programs that were compiled before, by their `digest`."""
+    return json.loads(PROGRAMS.read_text()) if PROGRAMS.exists() else {}
+
+
+def main() -> None:
+    """Compiles what is not recorded yet and forgets what no launch needs any more."""
+    known = programs()
+    rows = [row for arch in ARCHES for row in resources(arch, known)]
+    needed = {digest(of.source, of.defines, arch) for arch in ARCHES for of in launches(arch).values()}
+    lines = (f"{json.dumps(key)}: {json.dumps(known[key])}" for key in sorted(needed))
+    PROGRAMS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    RECORD.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    RECORD.write_text(json.dumps([row for arch in ARCHES for row in resources(arch)], indent=1) + "\n")
+    main()

@@ -21,7 +21,7 @@ from .tiny import WINDOWS, key_feedback
 
 KV_HEADS = 2
 LIMIT = 2e-3  # ||error|| / ||reference|| of float32 outputs
-STEEP = 5e-3  # the same of heavy tails over the longest contexts
+STEEP = 0.1  # of the scheme's own error: what q * step in float16 may add to it over heavy tails
 RAGGED = (300, 1, 128, 513)
 ALL = SCHEMES | WINDOWS
 
@@ -493,7 +493,11 @@ def test_decode_attention_over_the_longest_contexts(device, seed, name, kind, n)
     # Heavy tails, and a packed token of 20 times the norm: steep logits, of which q * step in float16 is not exact.
     if packed and (kind == "tail" or kind == "sink" and not scheme.sinks):
         rounded = softmax_attention(q[0], *kv, key_roundings(q[0], x, packed, scheme))
-        bounds = [(rounded, LIMIT), *((exact, STEEP) for exact, _ in bounds if kind == "tail")]
+        exact, _ = bounds.pop()
+        bounds = [(rounded, LIMIT)]
+        if kind == "tail":  # where the largest logit is a matter of chance, and so is by how much it is off
+            plain, _ = softmax_attention(q[0], *x.astype(np.float32))
+            bounds.append((exact, STEEP * np.linalg.norm(exact[0] - plain) / np.linalg.norm(plain)))
     for want, bound in bounds:
         error = np.linalg.norm(got[0][0] - want[0]) / np.linalg.norm(want[0])
         print(f"error {error:.1e}, log-sum-exp off by {np.abs(got[1][0] - want[1]).max():.1e}, bound {bound:.1e}")

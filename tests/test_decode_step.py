@@ -234,6 +234,31 @@ def test_a_step_penalizes_what_the_rows_have_drawn_and_its_logits_are_the_models
         past = [[*before, token] for before, token in zip(past, tokens, strict=True)]
 
 
+@on_each_backend
+def test_an_answer_does_not_depend_on_how_many_rows_its_step_has(make, tmp_path, seed):
+    """In the first of five rows, in the last, and in both, over the step that packs: by steps of one row and of five,
+    whose attention is split between blocks in another way. In one run the first row leaves after a step."""
+    _, engine, ops = of_backend(make, write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), "int2")
+    ids, found = np.random.default_rng(seed).integers(0, 160, 126), []
+    for slots, left in (([0], [0]), ([0, 4], [0, 4]), ([0, 4], [4])):
+        cache = Cache(engine.config, engine.scheme, 5, 140, ops)
+        decoder = StepDecoder(engine.model, cache, None, replay="launches")
+        assert list(decoder.works) == [1, 2, 4, 5] and [decoder.rows_with(slot) for slot in range(5)] == [1, 2, 4, 4, 5]
+        for slot in slots:
+            batch = cache.batch_for([slot], [126])
+            logits = engine.model.step(ids, cache, batch, lambda logits: logits)[1]
+            decoder.join(slot, RowSampling(Sampling(0.7, seed=3, presence_penalty=0.5)), logits[0])
+        for at in range(4):
+            decoder.launch(left if at else slots)
+            decoder.read()
+        found += [(decoder.drawn[slot], decoder.logits_of(slot)) for slot in left]
+        assert len(decoder.work.logits) == max(left) + 1
+        assert np.array(ops.numpy(decoder.batch.lengths)).tolist() == [130 if i in left else -1 for i in range(5)]
+    tokens, logits = found[0]
+    for other_tokens, other_logits in found:
+        assert other_tokens == tokens and relative(other_logits, logits) < 0.02
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{}, MOE], ids=["dense", "experts"])
 @pytest.mark.parametrize("rows", [3, 12, 70])
@@ -245,10 +270,10 @@ def test_a_graph_gives_the_bits_of_its_launches(tmp_path, seed, rows, changes):
     prompts = [np.random.default_rng(seed + n).integers(0, 160, 1 + 40 * n % 130) for n in range(rows)]
     engine, sampling = load(folder, "int2", "cuda"), Sampling(1.0, top_k=50, seed=1, presence_penalty=0.5)
     eager, captured = (prepared(engine, engine.ops, prompts, sampling, room=210) for _ in range(2))
-    queue = engine.ops.queue(captured.batch, captured.work.replay, True)
+    queue = engine.ops.queue(captured.batch, {rows: captured.work.replay}, True)
     for _ in range(200):
         eager.work.replay()
-        queue.go()
+        queue.go(rows)
     cupy.cuda.Device().synchronize()
     assert np.array_equal(eager.work.logits.get(), captured.work.logits.get())
     for name in ("tokens", "lengths", "steps"):
@@ -298,17 +323,22 @@ class Unlaunched(Cuda):
 
     def __init__(self):
         self.xp, self.card, self.recorded = Counted(), Card(132, 90), None
-        self.products = Products(self.xp, self.card)
+        self.products, self.kept = Products(self.xp, self.card), []
 
     def run(self, launch) -> None:
         pass
 
     @contextmanager
     def recording(self, tokens: int, config):
+        """A pool of its own keeps what was alive in it at a time."""
+        most, self.xp.most = self.xp.most, self.xp.alive
+        common, self.products = self.products, Products(self.xp, self.card)
         self.products.reserve(step_plans(config, tokens, self.card))
         yield None
+        self.kept += [self.products, self.xp.empty(self.xp.most - self.xp.alive, np.uint8)]
+        self.products, self.xp.most = common, max(most, self.xp.most)
 
-    def queue(self, batch, run, graph):
+    def queue(self, batch, runs, graph):
         return None
 
 
@@ -329,3 +359,19 @@ def test_what_a_step_allocates_is_predicted(preset, kv, rows, penalty):
     # what experts had is free when the logits are made, but a card's pool keeps it
     kept = experts.work_bytes(config, rows, ops.card) if config.experts else 0
     assert predicted * 0.9 - kept - 200_000 < made < 1.02 * predicted + 100_000, (made, predicted)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 48, 256])
+def test_what_the_steps_of_rows_that_join_allocate_is_predicted(rows):
+    config, ops = replace(presets.config_of("qwen3-0.6b"), num_layers=2), Unlaunched()
+    cache = Cache(config, SCHEMES["int2"], rows, 256, ops)
+    model = Model(config, blank_weights(config, SCHEMES["int2"]), SCHEMES["int2"], ops)
+    model.tables_for(cache.batch_for([0], [cache.context]))
+    before = ops.xp.alive
+    decoder = StepDecoder(model, cache, None)
+    made, (alone, joining) = ops.xp.alive - before, (
+        ops.work_bytes(config, 4096, 4096, rows, penalties) for penalties in (False, None)
+    )
+    predicted = joining - alone  # a prompt takes more than a step
+    assert list(decoder.works)[-2:] == [*{1: [1], 9: [8, 9], 48: [32, 48], 256: [128, 256]}[rows]]
+    assert 0.9 * predicted - 200_000 < made < 1.02 * predicted + 100_000, (made, predicted)

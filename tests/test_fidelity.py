@@ -51,6 +51,7 @@ def test_standard_errors_are_those_of_the_mean_over_windows():
     assert fidelity.summary(SCHEMES["oscar"], 64, scores[:1], baseline[:1]).kl_se is None
 
 
+@pytest.mark.long
 def test_windows_follow_each_other_and_their_mean_is_reported():
     run = {
         n: fidelity.evaluate("smollm2-135m", ["int2"], prefill=140, decode=10, windows=n, device="cpu") for n in (1, 2)
@@ -66,6 +67,7 @@ def test_windows_follow_each_other_and_their_mean_is_reported():
     assert means[2] == pytest.approx((means[0] + means[1]) / 2, rel=1e-3)
 
 
+@pytest.mark.long
 def test_schemes_of_several_windows_are_compared_position_by_position(windows):
     """In one table with others and alone, a scheme has the same KL, whose baseline is read in other chunks
     than it; a window as an option is one in the scheme."""
@@ -79,6 +81,7 @@ def test_schemes_of_several_windows_are_compared_position_by_position(windows):
     assert [row["kl"] for row in asked["results"]] == pytest.approx([0, alone["kl"], alone["kl"]], rel=0.02)
 
 
+@pytest.mark.long
 def test_kl_with_an_emptied_window_is_that_of_the_same_scheme_without_kept_tokens(windows):
     how = {"prefill": 150, "decode": 120, "device": "cpu"}
     rows = fidelity.evaluate("smollm2-135m", ["plain-64-64", "kvarn-2"], emptied=True, **how)
@@ -90,6 +93,19 @@ def test_kl_with_an_emptied_window_is_that_of_the_same_scheme_without_kept_token
     assert ours["kl_emptied"] == pytest.approx(small[0]["kl"], rel=0.02) and ours["kl_emptied"] > ours["kl"]
     assert theirs["kl_emptied"] == pytest.approx(large[0]["kl"], rel=0.02) == pytest.approx(theirs["kl"], rel=0.02)
     assert "KL, window emptied" in fidelity.table(rows) and f"{ours['kl_emptied']:.4f}" in fidelity.table(rows)
+
+
+def test_pieces_are_compared_with_prompts_read_whole_window_by_window():
+    how = {"prefill": 130, "decode": 6, "windows": 2, "device": "cpu"}
+    report = fidelity.evaluate("smollm2-135m", ["int2"], pieces=(64, 130), **how)
+    plain, ours = report["results"]
+    assert "pieces" not in plain and [one["tokens"] for one in ours["pieces"]] == [64, 130]
+    cut, whole = ours["pieces"]
+    assert (whole["more"], whole["more_se"], whole["kl"], whole["kl_se"]) == (0, 0, ours["kl"], ours["kl_se"])
+    assert cut["more"] == pytest.approx(cut["kl"] - ours["kl"]) != 0 and cut["more_se"] > 0
+    assert f"| int2 | 64 | {cut['kl']:.4f} ± {cut['kl_se']:.4f} | {cut['more']:.4f} ±" in fidelity.table(report)
+    with pytest.raises(UserError, match="--pieces 0 is out of range; it must be at least 1"):
+        fidelity.evaluate("smollm2-135m", ["int2"], pieces=(64, 0), **how)
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ def test_standard_output_is_written_through_in_order(tmp_path, path):
 
 def test_a_process_substitution_is_written_through_and_a_closed_descriptor_refused(tmp_path):
     assert through("/dev/fd/7", f"7> >(cat > {tmp_path}/sub); wait", tmp_path).returncode == 0
-    for _ in range(100):
+    for _ in range(10_000):
         if (tmp_path / "sub").exists() and (tmp_path / "sub").stat().st_size == 256:
             break
         time.sleep(0.05)

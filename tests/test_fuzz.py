@@ -15,6 +15,7 @@ from . import fuzz
 from .mutants import Case, make_originals
 
 
+@pytest.mark.long
 def test_mutated_models_caches_and_prompts_end_in_one_line_and_an_exit_code(seed):
     summary = fuzz.fuzz(450, seed)
     assert not summary["failures"], json.dumps(summary["failures"][:3], indent=1)
@@ -24,6 +25,7 @@ def test_mutated_models_caches_and_prompts_end_in_one_line_and_an_exit_code(seed
     assert all("2" in found for found in codes.values()) and "0" in codes["folder"] and "0" in codes["prompt"], summary
 
 
+@pytest.mark.long
 def test_some_mutated_caches_live():
     """One in forty or so: too few to ask for one under every seed."""
     assert fuzz.fuzz(450, 7)["exit_codes"]["cache"].keys() >= {"0", "2"}

@@ -10,7 +10,8 @@ from minioscar.ops import linear, linear_batch
 from minioscar.ops.launch import Card
 from minioscar.ops.linear_batch import Scratch, WgmmaPlan
 
-from .kernel_device import on_each_device, on_the_card
+from .kernel_device import on_each_device, on_each_device_over, on_the_card
+from .pairwise import switches
 
 EPS = 1e-5
 
@@ -94,11 +95,9 @@ PARTS = [
 ]
 
 
-@on_each_device
-@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
-@pytest.mark.parametrize(("tokens", "size", "rows"), [*SMALL, *BATCHES])
-def test_linear_with_what_stands_before_and_behind_it(device, seed, tokens, size, rows, parts):
-    check(device, seed, tokens, size, rows, **parts)
+@on_each_device_over(shape=[*SMALL, *BATCHES], parts=PARTS, traits={"parts": switches})
+def test_linear_with_what_stands_before_and_behind_it(device, seed, shape, parts):
+    check(device, seed, *shape, **parts)
 
 
 GROUPS = [
@@ -113,12 +112,14 @@ GROUPS = [
 ]
 
 
-@on_each_device
-@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
-@pytest.mark.parametrize(("tokens", "size", "rows"), GROUPS)
-def test_linear_of_warpgroups(device, seed, tokens, size, rows, parts):
-    if parts.get("silu") and rows % 2:
-        pytest.skip("gate and up have the same number of rows")
+def has_both(shape: tuple[int, int, int], parts: dict[str, bool]) -> bool:
+    """Gate and up have the same number of rows."""
+    return not parts.get("silu") or shape[2] % 2 == 0
+
+
+@on_each_device_over(has_both, shape=GROUPS, parts=PARTS, traits={"parts": switches})
+def test_linear_of_warpgroups(device, seed, shape, parts):
+    tokens, size, rows = shape
     assert linear_batch.uses_wgmma(tokens, rows, Card(2, 90))
     check(device, seed, tokens, size, rows, card=Card(2, 90), **parts)
 
@@ -132,11 +133,12 @@ WGMMA_CONFIGS = [  # rows of a tile, runs, splits of k; multiprocessors
 ]
 
 
-@on_each_device
-@pytest.mark.parametrize("parts", [{}, {"silu": True, "bias": True}, {"residual": True, "bias": True, "float32": True}])
-@pytest.mark.parametrize(("tile", "runs", "splits", "multiprocessors"), WGMMA_CONFIGS)
-@pytest.mark.parametrize("tokens", [40, 96, 190])
-def test_every_tile_config_and_split_of_warpgroups(device, seed, tokens, tile, runs, splits, multiprocessors, parts):
+EPILOGUES = [{}, {"silu": True, "bias": True}, {"residual": True, "bias": True, "float32": True}]
+
+
+@on_each_device_over(tokens=[40, 96, 190], config=WGMMA_CONFIGS, parts=EPILOGUES)
+def test_every_tile_config_and_split_of_warpgroups(device, seed, tokens, config, parts):
+    tile, runs, splits, multiprocessors = config
     configs = linear_batch.wgmma_configs(tokens, 712, 200, parts.get("silu", False), Card(multiprocessors, 90))
     plan = next(p for p in configs if (p.rows, p.runs, p.splits) == (tile, runs, splits))
     check(device, seed, tokens, 712, 200, plan=plan, **parts)

@@ -14,9 +14,10 @@ from minioscar.ops import quantized
 from minioscar.ops.launch import Card
 from minioscar.ops.linear import rms_norm
 from minioscar.ops.linear_batch import Scratch
-from minioscar.quantized import Quantized, from_plain
+from minioscar.quantized import Quantized, _halves, from_plain
 
-from .kernel_device import on_each_device, on_the_card
+from .kernel_device import on_each_device, on_each_device_over, on_the_card
+from .pairwise import switches
 from .test_cuda_backend import on_each_backend
 from .test_quantized import random_plain
 
@@ -82,7 +83,8 @@ class Product:
         self.residual = rng.normal(size=(tokens, self.width)).astype(BF16) if parts.get("residual") else None
 
     def run(
-        self, card: Card = SMALL, order: int = 0, tokens: int | None = None, plan: quantized.CodesPlan | None = None
+        self, card: Card = SMALL, order: int = 0, tokens: int | None = None,
+        plan: quantized.CodesBatchPlan | None = None,
     ) -> np.ndarray:
         """tokens: the first ones alone. plan: of a batch (None: the one that it gets)."""
         device, x = self.device, self.x[:tokens]
@@ -92,7 +94,7 @@ class Product:
         given |= {"residual": device.array(self.residual[:tokens])} if self.residual is not None else {}
         norm = None if self.norm is None else (device.array(self.norm), EPS)
         x_there, weight = device.array(x), self.weight.map(device.array)
-        if len(x) <= quantized.LINEAR_TOKENS and plan is None:
+        if plan is None and quantized.fits(len(x), self.weight, norm is not None, given["silu"], card):
             device.run(quantized.linear(x_there, weight, out, card, norm=norm, **given), seed=order)
             return np.array(device.numpy(out))
         if norm is not None:
@@ -101,7 +103,8 @@ class Product:
         plan = plan or quantized.batch_plan(len(x), self.weight, given["silu"], card)
         counters = device.array(np.zeros(plan.counters, np.int32))
         scratch = Scratch(device.empty(plan.workspace_floats, np.float32), counters)
-        device.run(quantized.linear_batch(x_there, weight, out, plan, scratch, **given), seed=order)
+        launch = quantized.linear_batch(x_there, weight, out, plan, scratch, **given)
+        device.run(launch, arch=90 if launch.source.startswith("sm90/") else 80, seed=order)
         assert not device.numpy(counters).any()
         return np.array(device.numpy(out))
 
@@ -111,9 +114,9 @@ class Product:
         if self.norm is not None:
             x = rounded(x / np.sqrt((x * x).mean(axis=1, keepdims=True) + EPS) * self.norm.astype(np.float64))
         y, size_of = x @ w.T, abs(x) @ self._code_sizes().T
-        # Float32 sums of codes times x, before zeros are taken off; and two numbers of the norm may be rounded to the
-        # other side than in float64, by 2^-8 of them at most.
-        error = 2.0**-20 * size_of
+        # Float32 sums of codes times x, before zeros are taken off; what tensor cores truncate; and two numbers of the
+        # norm may be rounded to the other side than in float64, by 2^-8 of them at most.
+        error = 2.0**-20 * size_of + self._truncated(abs(x))
         if self.norm is not None:
             error = error + 2 * 2.0**-8 * (abs(x).max(axis=1)[:, None] * abs(w).max(axis=1))
         if self.bias is not None:
@@ -127,6 +130,36 @@ class Product:
             y = y + self.residual.astype(np.float64)
             error = error + 2.0**-23 * abs(y)
         return y, error + (0 if self.parts.get("float32") else 2.0**-8 * abs(y))
+
+    def _truncated(self, x: np.ndarray) -> np.ndarray:
+        """What tensor cores may cut off, [tokens, rows]. x: sizes.
+
+        mma.m16n8k16 of compute capability 9.0 aligns its 16 products and the sum so far to the largest exponent, drops
+        what is beyond 25 bits of each of these 17, and cuts their sum to 24 bits; an operand that is subnormal counts
+        with the exponent of 2^-126 (Khattak and Mikaitis, Accurate Models of NVIDIA Tensor Cores, arXiv 2512.07004, and
+        the models beside it). So one takes at most 17 * 2^-25 of the largest addend and 2^-23 of the sum, and there is
+        one for each 16 columns. A code q is q * 2^-133, 16 times that in odd rows of int4, a number of e4m3 2^-120
+        times itself (codes.cuh); x is summed by the same instruction, with an operand that is normal.
+        """
+        weight, is_e4m3 = self.weight, self.weight.kind == "e4m3"
+        row_scale, group = weight.row_scale[: weight.shape[0], None].astype(np.float64), weight.group
+        if is_e4m3:
+            scale, zero = weight._spread(weight.scales[:, :, None]) * row_scale, np.zeros(weight.shape)
+        else:
+            halves = (half.view(np.float16).astype(np.float64) for half in _halves(weight.scales))
+            scale, zero = map(weight._spread, halves)
+            scale = scale * row_scale
+        codes, zeros = abs(weight.dequantize() + zero * scale), abs(zero * scale)
+        scale = abs(scale)
+        least = np.full(weight.shape[0], 2.0**-6 if is_e4m3 else 128.0)
+        least[1::2] /= 16 if weight.kind == "int4" else 1
+        found = np.zeros((len(x), weight.shape[0]))
+        for k in range(0, weight.shape[1], min(group, 128)):
+            of_x, of_codes = x[:, k : k + min(group, 128)], codes[:, k : k + min(group, 128)]
+            sums, x_sums = of_x @ of_codes.T, of_x.sum(axis=1)[:, None] * zeros[:, k]
+            largest = np.maximum(of_x.max(axis=1)[:, None] * (least * scale[:, k]), sums) + x_sums
+            found += -(-of_x.shape[1] // 16) * (17 * 2.0**-25 * largest + 2.0**-23 * (sums + x_sums))
+        return found
 
     def _code_sizes(self) -> np.ndarray:
         """(code + zero) * scale: the size of what is added up."""
@@ -142,6 +175,27 @@ class Product:
         y, error = self.exact()
         assert np.all(abs(got.astype(np.float64) - y) <= error)
         return got
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int4", 128), ("int4", 32), ("int8", 128), ("e4m3", 128)])
+def test_the_bound_of_a_product_shows_what_is_wrong(kind, group, seed):
+    """By little: weights rounded to BF16, eight columns left out, a code of int4 off by one."""
+    rng = np.random.default_rng(seed)
+    weight = matrix(rng, kind, 64, 640, group)
+    product = Product(None, seed, 4, weight, float32=True)
+    (y, error), w, x = product.exact(), weight.dequantize().astype(np.float64), product.x.astype(np.float64)
+    exist = error > 0  # scales may be 0
+    assert np.mean((error <= 2.0**-17 * (abs(x) @ product._code_sizes().T))[exist]) > 0.5 or not exist.any()
+    for found in (x @ rounded(w).T, x[:, :-8] @ w[:, :-8].T) if exist.any() else ():
+        assert np.mean(abs(found - y)[exist] > error[exist]) > 0.5
+    shown = []
+    for at in rng.integers(0, weight.codes.size, 40) if kind == "int4" else ():
+        moved = weight.map(np.array)
+        moved.codes.flat[at] ^= 1
+        change = abs(x @ (moved.dequantize().astype(np.float64) - w).T)
+        row = change.max(axis=0).argmax()
+        shown += [change[0, row] > error[0, row]] if change.any() else []
+    assert kind != "int4" or (len(shown) > 10 and np.mean(shown) > 0.5)
 
 
 PARTS = [
@@ -161,10 +215,9 @@ SMALLS = [
 ]
 
 
-@on_each_device
-@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
-@pytest.mark.parametrize(("kind", "group", "tokens", "size", "rows"), SMALLS)
-def test_products_with_what_stands_before_and_behind_them(device, seed, kind, group, tokens, size, rows, parts):
+@on_each_device_over(case=SMALLS, parts=PARTS, traits={"parts": switches})
+def test_products_with_what_stands_before_and_behind_them(device, seed, case, parts):
+    kind, group, tokens, size, rows = case
     weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
     Product(device, seed, tokens, weight, **parts).check()
 
@@ -176,35 +229,55 @@ BATCHES = [
 ]
 
 
-@on_each_device
-@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "plain")
-@pytest.mark.parametrize(("kind", "group", "tokens", "size", "rows"), BATCHES)
-def test_products_of_batches(device, seed, kind, group, tokens, size, rows, parts):
+@on_each_device_over(case=BATCHES, parts=PARTS, traits={"parts": switches})
+def test_products_of_batches(device, seed, case, parts):
+    kind, group, tokens, size, rows = case
     weight = matrix(np.random.default_rng(seed), kind, rows, size, group)
     Product(device, seed, tokens, weight, **parts).check()
 
 
-@on_each_device
-@pytest.mark.parametrize("kind", BITS)
-@pytest.mark.parametrize("parts", [{}, {"silu": True, "bias": True}, {"residual": True, "bias": True, "float32": True}])
-def test_every_way_to_share_the_slabs_of_a_batch(device, seed, kind, parts):
+EPILOGUES = [{}, {"silu": True, "bias": True}, {"residual": True, "bias": True, "float32": True}]
+
+
+@on_each_device_over(kind=list(BITS), parts=EPILOGUES, multiprocessors_and_capability=[(2, 90), (7, 80), (3, 89)])
+def test_every_way_to_share_the_slabs_of_a_batch(device, seed, kind, parts, multiprocessors_and_capability):
     weight = matrix(np.random.default_rng(seed), kind, 416, 1096, 64)
-    for multiprocessors, capability in ((2, 90), (7, 80), (3, 89)):
-        product = Product(device, seed, 20, weight, **parts)
-        plans = quantized.batch_configs(20, weight, parts.get("silu", False), Card(multiprocessors, capability))
-        for plan in dict.fromkeys(plans):
-            product.check(plan=plan)
+    product = Product(device, seed, 20, weight, **parts)
+    plans = quantized.batch_configs(20, weight, parts.get("silu", False), Card(*multiprocessors_and_capability))
+    for plan in dict.fromkeys(plans):
+        product.check(plan=plan)
+
+
+# kind, columns of a group, tokens, in, out
+WARPGROUPS = [
+    ("int4", 128, 9, 648, 224), ("int4", 64, 33, 392, 96), ("int4", 320, 81, 320, 96), ("int8", 64, 17, 264, 64),
+    ("e4m3", 128, 40, 392, 288),
+]
+
+
+@on_each_device
+@pytest.mark.parametrize("parts", [{"float32": True}, {"silu": True, "bias": True}, {"residual": True, "bias": True}])
+@pytest.mark.parametrize(("kind", "group", "tokens", "size", "rows"), WARPGROUPS)
+def test_warpgroups_multiply_with_every_plan(device, seed, kind, group, tokens, size, rows, parts):
+    """Sums of splits, tiles and slabs that the matrix does not fill, several items of a block."""
+    product = Product(device, seed, tokens, matrix(np.random.default_rng(seed), kind, rows, size, group), **parts)
+    plans = quantized.wgmma_configs(tokens, product.weight, parts.get("silu", False), Card(10, 90))
+    plans += quantized.wgmma_configs(tokens, product.weight, parts.get("silu", False), Card(1, 90))
+    for plan in {(min(p.splits, 2), p.blocks < p.tiles): p for p in plans}.values():
+        product.check(plan=plan)
 
 
 def test_a_batch_has_plans_on_every_card():
     """Of 99 KiB of shared memory too, where slabs are shorter."""
     found = set()
     for kind, capability, tokens in itertools.product(BITS, (80, 89, 90), (9, 16, 48, 65, 128, 256)):
-        for size, rows, silu in ((4096, 6144, False), (12288, 4096, False), (4096, 24576, True)):
+        for size, rows, silu in ((4096, 6144, False), (12288, 4096, False), (4096, 24576, True), (1024, 512, False)):
             plan = quantized.batch_plan(tokens, Quantized(kind, (rows, size), 128), silu, Card(108, capability))
             assert plan.shared <= Card(108, capability).max_shared_bytes and plan.columns * plan.column_blocks >= tokens
-            found.add((plan.row_tiles, plan.k_groups, plan.slab_runs))
-    assert {plan[0] for plan in found} == {plan[2] for plan in found} == {1, 2}
+            wgmma = isinstance(plan, quantized.WgmmaCodesPlan)
+            assert wgmma <= (capability == 90) and (rows == 512 or wgmma == (capability == 90))
+            found.add((plan.splits > 1,) if wgmma else (plan.row_tiles, plan.slab_runs))
+    assert found >= {(False,), (True,)} and {1, 2} == {n for p in found if len(p) > 1 for n in p}
 
 
 @on_each_device
@@ -262,6 +335,16 @@ def test_a_matrix_is_dequantized_as_numpy_does(device, seed, kind, rows, size, g
     assert np.array_equal(np.array(device.numpy(out)), weight.dequantize().astype(BF16))
 
 
+@on_each_device
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize(("rows", "size"), [(34, 104), (48, 640), (13, 1096)])
+def test_codes_are_repacked_as_numpy_does(device, seed, kind, rows, size):
+    plain = random_plain(np.random.default_rng(seed), kind, rows, size, size)
+    out = device.empty(quantized.words_shape(kind, rows, size), np.uint32)
+    device.run(quantized.repack(kind, device.array(plain.codes), out))
+    assert np.array_equal(np.array(device.numpy(out)), from_plain(plain).codes)
+
+
 @on_each_backend
 @pytest.mark.parametrize("kind", BITS)
 @pytest.mark.parametrize("tokens", [1, 13, 300])
@@ -281,13 +364,16 @@ def test_a_back_end_multiplies_any_number_of_tokens(make, kind, tokens, parts, s
 
 def test_what_does_not_fit_is_refused(seed):
     rng = np.random.default_rng(seed)
-    weight, out = matrix(rng, "int4", 48, 12288, 128), np.empty((8, 48), BF16)
-    for tokens, capability, silu in ((9, 90, False), (8, 80, False), (4, 89, False), (0, 90, False), (1, 90, True)):
-        assert not quantized.fits(tokens, weight, False, silu, Card(132, capability))
+    weight, out, norm = matrix(rng, "int4", 48, 12288, 128), np.empty((8, 48), BF16), (np.empty(12288, BF16), EPS)
+    for tokens, capability, silu in ((8, 90, False), (5, 80, False), (4, 89, False), (0, 90, False), (1, 90, True)):
+        assert not quantized.fits(tokens, weight, True, silu, Card(132, capability))
         with pytest.raises(ValueError, match="do not fit"):
-            quantized.linear(np.empty((tokens, 12288), BF16), weight, out, Card(132, capability), silu=silu)
-    for tokens, capability in ((8, 90), (6, 80), (3, 89)):
-        assert quantized.fits(tokens, weight, False, False, Card(132, capability))
+            x = np.empty((tokens, 12288), BF16)
+            quantized.linear(x, weight, out, Card(132, capability), silu=silu, norm=norm)
+    for tokens, capability in ((7, 90), (4, 80), (2, 89)):
+        assert quantized.fits(tokens, weight, True, False, Card(132, capability))
+    for capability in (80, 90):  # not normed, x is copied beside the codes, a chunk at a time
+        assert quantized.fits(8, weight, False, False, Card(132, capability))
 
 
 @on_the_card

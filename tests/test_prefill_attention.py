@@ -12,7 +12,8 @@ from minioscar.cache import BF16
 from minioscar.ops import attention, prefill
 from minioscar.ops.launch import Card
 
-from .kernel_device import on_each_device, on_the_card
+from .kernel_device import on_each_device, on_each_device_over, on_the_card
+from .pairwise import scheme_traits
 from .test_decode_attention import ALL, KV_HEADS, dequantized, filled, history
 
 BF16_ROUNDING = 2.0**-8  # at most, of a number
@@ -201,17 +202,16 @@ def test_prefill_attention_over_the_grid_of_shapes(device, seed, d, group):
     check(device, d, group, (0, 1000, 0, 257), (1500, 300, 1, 64), seed, arch=arch, multiprocessors=132)
 
 
-@on_each_device
-@pytest.mark.parametrize(
-    "name",
-    ["int2", "int2-compact", "oscar", "int4", "kivi", "scaling", "k3v2", "k3v3", "k4v2", "k4v4"]
-    + ["plain-64-64", "plain-128-128", "plain-g64-64-64"],
-)
-@pytest.mark.parametrize("d", attention.HEAD_DIMS)
-def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, name):
-    scheme, rng, lengths = ALL[name], np.random.default_rng(seed), (300, 129, 40, 1)
-    if attention.unsupported(scheme, d):
-        pytest.skip(attention.unsupported(scheme, d))
+UNPACKED = ["int2", "int2-compact", "oscar", "int4", "kivi", "scaling", "k3v2", "k3v3", "k4v2", "k4v4"]
+UNPACKED += ["plain-64-64", "plain-128-128", "plain-g64-64-64"]
+
+
+@on_each_device_over(
+    lambda d, scheme: not attention.unsupported(scheme, d), {"scheme": scheme_traits},
+    d=attention.HEAD_DIMS, scheme=[ALL[name] for name in UNPACKED],
+)  # fmt: skip
+def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, scheme):
+    rng, lengths = np.random.default_rng(seed), (300, 129, 40, 1)
     heads = attention.Heads(KV_HEADS, KV_HEADS, d)
     sequences = [history(rng, n, d, "tail", np.ones(d)) for n in lengths]
     cache = filled(device, sequences, scheme, heads)  # as decode attention finds it, its last token in the window
@@ -268,3 +268,22 @@ def plain(tiles: np.ndarray, d: int) -> np.ndarray:
     r = np.arange(prefill.TILE_TOKENS)[:, None]
     pieces = pieces[:, :, :, r, np.arange(8) ^ r % 8]
     return pieces.transpose(1, 0, 3, 2, 4, 5).reshape(tiles.shape[1], -1, d)
+
+
+@on_each_device
+@pytest.mark.parametrize(("d", "tokens"), [(64, 1), (64, 100), (96, 131), (128, 64)])
+def test_full_attention_is_over_all_tokens_of_a_picture(device, seed, d, tokens):
+    """Heads of 96 with the last quarter zeros, as a padded head of 72 has them."""
+    rng, heads = np.random.default_rng(seed), 3
+    arrays = np.full((4, tokens, heads, d), np.nan, BF16)
+    arrays[:3] = rng.normal(size=(3, tokens, heads, d)) * np.where(np.arange(d) < 72, 2, d != 96)
+    there = device.array(arrays)
+    zero, count = (device.array(np.array([n], np.int32)) for n in (0, tokens))
+    for arch in (80, 90):
+        device.run(prefill.full_attention(there, zero, count, Card(3, arch), 0.1), arch)
+        q, k, v = (x.astype(np.float64).swapaxes(0, 1) for x in arrays[:3])
+        x = q @ k.swapaxes(1, 2) * 0.1
+        p = np.exp(x - x.max(axis=-1, keepdims=True))
+        p /= p.sum(axis=-1, keepdims=True)
+        error = np.abs(device.numpy(there)[3].astype(np.float64).swapaxes(0, 1) - p @ v)
+        assert np.all(error <= 1.05 * BF16_ROUNDING * (p @ np.abs(v) + np.abs(p @ v)) + 1e-5)

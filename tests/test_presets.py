@@ -21,7 +21,9 @@ from .tiny import CONFIG, MOE
 PUBLISHED = {
     "qwen3-8b": 8_190_735_360, "qwen3-0.6b": 596_049_920, "llama-3.1-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512,
     "qwen3-4b": 4_022_468_096, "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264,
-    "llama-3.1-70b": 70_553_706_496, "qwen3-30b-a3b": 30_532_122_624,
+    "llama-3.1-70b": 70_553_706_496, "qwen3-30b-a3b": 30_532_122_624, "qwen3-vl-8b": 8_767_123_696,
+    "llava-next-7b": 7_063_431_168 - 12_598_272,  # without CLIP's last layer and norm, which are not used
+    "qwen3-omni-30b-a3b": 31_719_205_488,  # the thinker
 }  # fmt: skip
 SMALL = {**CONFIG, "num_hidden_layers": 12}
 

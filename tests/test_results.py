@@ -39,6 +39,7 @@ def test_a_figure_is_the_same_bytes_every_time_and_its_text_is_text(tmp_path):
     assert "<dc:date>" not in saved and "<path id=\"DejaVu" not in saved
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", ["reading.md", "method.md", "using.md"])
 def test_the_examples_of_the_docs_are_true(pytestconfig, page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -258,6 +258,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         ("tool_choice", {"tool_choice": "required"}), ("tool_choice", {"tool_choice": "maybe"}),
         ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "g"}}}),
         ("tool_choice", {"tool_choice": {"function": 5}}), ("parallel_tool_calls", {"parallel_tool_calls": 1}),
+        ("continue_final_message", {"continue_final_message": True, "add_generation_prompt": True}),
+        ("continue_final_message", {"continue_final_message": True, "messages": [{"role": "assistant"}]}),
+        ("add_generation_prompt", {"add_generation_prompt": "no"}), ("json_schema", {"json_schema": 5}),
+        ("echo", {"echo": True}), ("mirostat", {"mirostat": 2}), ("bad_words", {"bad_words": ["x"]}),
+        ("skip_special_tokens", {"skip_special_tokens": False}), ("prompt_logprobs", {"prompt_logprobs": 0}),
         ("modalities", {"modalities": ["audio"]}), ("audio", {"audio": {}}), ("functions", {"functions": [{}]}),
         ("cache_prompt", {"cache_prompt": "no"}), ("ignore_eos", {"ignore_eos": 1}), ("model", {"model": 5}),
     )),
@@ -282,6 +287,45 @@ def test_what_cannot_be_is_refused_by_name_and_nothing_is_asked_of_the_engine(cl
     assert got.status == 400 and set(error) >= {"message", "type", "param", "code"}, error
     named = error["param"] or error["message"]
     assert param in named and error["message"] and "\n" not in error["message"] and not engine.jobs
+
+
+def test_what_asks_for_nothing_is_answered_and_unknown_names_are_let_through(client, engine):
+    """Clients send the fields of other servers with the values that turn them off."""
+    nothing = {"mirostat": 0, "typical_p": 1.0, "bad_words": [], "use_beam_search": False, "grammar": "", "echo": False}
+    nothing |= {"skip_special_tokens": True, "repeat_penalty": 1.0, "n_predict": -1, "store": True, "user": "x"}
+    assert client.post("/v1/chat/completions", {**CHAT, **nothing}).status == 200 and len(engine.jobs) == 1
+
+
+def test_a_last_message_is_gone_on_with_where_that_is_asked_for(client, engine):
+    said = [*HELLO, {"role": "assistant", "content": [{"type": "text", "text": " sat on "}]}]
+    for more, end in (
+        ({}, " sat on <|end|><|assistant|>"), ({"add_generation_prompt": False}, " sat on <|end|>"),
+        ({"continue_final_message": True}, " sat on "),
+        ({"continue_final_message": True, "add_generation_prompt": False}, " sat on "),
+    ):
+        assert prompt_of(client, {"messages": said, **more}) == "<|user|>the cat<|end|><|assistant|>" + end
+        assert client.post("/v1/chat/completions", {"messages": said, **more}).status == 200
+        words, job = client.app.service.tokenizer, engine.jobs[-1]
+        assert job.ids == words.encode("<|user|>the cat<|end|><|assistant|>" + end)
+        assert job.continued == ("continue_final_message" in more)
+
+
+def test_a_body_that_never_comes_is_refused_in_time(app):
+    async def asked() -> list[int]:
+        sent: list[int] = []
+
+        async def send(message) -> None:
+            sent.append(message.get("status"))
+
+        async def receive() -> dict:
+            await asyncio.sleep(60)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        await app(scope, receive, send)
+        return sent
+
+    app.patience = 0.01
+    assert asyncio.run(asked())[0] == 408
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from .patience import PATIENCE
 from .serving import ROOT, server
 
 for name in ("uvicorn", "llguidance", "openai"):
@@ -16,12 +17,14 @@ PAGE = (ROOT / "docs" / "serving.md").read_text()
 HERE = "http://127.0.0.1:8080"
 
 
+@pytest.mark.long
 def test_the_examples_of_the_page_run():
     command = re.search(r"^python -m minioscar serve (.*)$", PAGE, re.M)[1]
     with server(*command.split()) as one:
         url = one.url.removesuffix("/v1")
         shell = "\n".join(re.findall(r"```sh\n(.*?)```", PAGE, re.S))
-        done = subprocess.run(["bash", "-ec", shell.replace(HERE, url)], capture_output=True, text=True, timeout=120)
+        command = ["bash", "-ec", shell.replace(HERE, url)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0 and '"error"' not in done.stdout, done.stdout
         for said in ("The capital of France is Paris.", "data: [DONE]", '"text_offset"', "max_model_len", "# TYPE"):
             assert said in done.stdout

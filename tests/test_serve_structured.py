@@ -81,6 +81,7 @@ def test_an_answer_follows_its_schema(client, temperature):
         assert is_person(json.loads(choice["message"]["content"])) and choice["finish_reason"] == "stop"
     got = client.post("/v1/completions", {"prompt": "x", "response_format": schema({"enum": ["cat", "dog"]}), "n": 3})
     assert {choice["text"] for choice in got.json()["choices"]} <= {'"cat"', '"dog"'}
+    assert answer(client, json_schema={"const": "cat"})["message"]["content"] == '"cat"'  # as llama.cpp takes it
 
 
 def test_any_object_is_an_object(client):

@@ -37,24 +37,26 @@ def test_packed_pages_are_equal_bit_for_bit(seed, name):
 
 
 def test_rotated_heads_differ_by_one_rounding_at_most(seed):
-    rng, d, heads = np.random.default_rng(seed), 128, attention.Heads(8, 2, 128)
-    qkv, weight = rng.normal(size=(3, 12, d)).astype(BF16), rng.uniform(0.5, 2, d).astype(BF16)
-    angles = rng.uniform(0, 6, (4, d // 2))
+    """Of so many numbers that the few whose float32 sums lie near the middle between two BF16 numbers are counted."""
+    rng, d, heads, tokens = np.random.default_rng(seed), 128, attention.Heads(8, 2, 128), 40
+    qkv, weight = rng.normal(size=(tokens, 12, d)).astype(BF16), rng.uniform(0.5, 2, d).astype(BF16)
+    angles, positions = rng.uniform(0, 6, (tokens, d // 2)), np.arange(tokens, dtype=np.int32)[::-1].copy()
     found = []
     for device in DEVICES:
-        q, k, norms = device.empty((3, 8, d), BF16), device.empty((3, 2, d), BF16), device.empty((3, 128), np.float32)
+        q, k = device.empty((tokens, 8, d), BF16), device.empty((tokens, 2, d), BF16)
+        norms = device.empty((tokens, 128), np.float32)
         tables = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
         weights = device.array(weight), device.array(weight)
         rotation = attention.Rotation(heads, *map(device.array, tables), True, *weights, 1e-6)
-        to = attention.KeyOutputs(k, norms=norms, table=device.array(np.arange(3, dtype=np.int32)[:, None]))
-        inputs = map(device.array, (qkv, np.array([0, 2, 3], np.int32)))
+        blocks = device.array(np.arange(tokens, dtype=np.int32)[:, None])
+        inputs, to = map(device.array, (qkv, positions)), attention.KeyOutputs(k, norms=norms, table=blocks)
         device.run(attention.rotate_scale(rotation, *inputs, q, to))
         found.append([np.array(device.numpy(x, allow_unwritten=True)) for x in (q, k, norms)])
     for a, b in zip(*(f[:2] for f in found), strict=True):
         bits = np.abs(a.view(np.int16).astype(int) - b.view(np.int16).astype(int))
         print(f"{(bits > 0).mean():.1e} of the numbers differ in their last bit")
         assert bits.max() <= 1 and (bits > 0).mean() < 1e-3
-    simulated, real = (f[2][np.arange(3), [0, 2, 3]] for f in found)
+    simulated, real = (f[2][np.arange(tokens), positions] for f in found)
     np.testing.assert_allclose(simulated, real, rtol=1e-3)  # one key rounded the other way moves a norm by 2^-9 of it
 
 

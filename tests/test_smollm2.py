@@ -92,6 +92,7 @@ def test_low_norm_tokens_pay_for_their_group_until_norms_are_divided_out(layers)
     assert ratio("kivi") > 1.3 and ratio("scaling") < 1.15
 
 
+@pytest.mark.long
 def test_quantized_cache_of_the_whole_model_is_oscar_bit_for_bit_after_prefill_and_decode(model):
     """Prefill 200, then 120 steps over two flushes: what is packed is oscar.py of the BF16 keys that the window
     held."""
@@ -121,6 +122,7 @@ GOLDEN_NLL, GOLDEN_KL = 2.3256, {  # one short window; another BLAS moves a KL b
 }
 
 
+@pytest.mark.long
 def test_fidelity_has_not_changed():
     """A regression in any part of the cache path shows here: golden numbers, 512 tokens prefilled and 256 decoded."""
     baseline, *rows = fidelity.evaluate(
@@ -145,6 +147,19 @@ def test_teacher_forced_chunks_measure_what_single_steps_do(model):
     )
     a, b = fidelity.log_softmax(chunks), fidelity.log_softmax(steps)
     assert (np.exp(a) * (a - b)).sum(1).mean() < 1e-3  # int2 itself costs 50 times that
+
+
+def test_a_prompt_read_in_pieces_of_a_flush_is_what_decoding_makes_of_it(model):
+    """Each of its tokens sees the packed blocks, the window and its own piece, as if it were fed one by one."""
+    loaded = engine.load(model, "int2", "cpu")
+    ids, flush = loaded.tokenizer.encode(fidelity.default_text())[:201], loaded.scheme.flush
+
+    def read(prefill: int, piece: int = 0) -> np.ndarray:
+        chunks = fidelity.teacher_forced(loaded, ids, prefill, piece=piece)
+        return np.concatenate(list(chunks))[3 * flush - prefill :]
+
+    assert np.array_equal(read(flush), read(3 * flush, flush))
+    assert not np.array_equal(read(flush), read(3 * flush))
 
 
 def test_its_weights_of_4_bits_are_held_by_int4_in_groups_of_32_and_8_bits_cost_little(model, monkeypatch):

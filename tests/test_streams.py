@@ -20,6 +20,7 @@ from minioscar.app import cli, streams
 from minioscar.app.cli import main, run
 from minioscar.errors import Failure
 
+from .patience import PATIENCE
 from .tiny import write_talker
 
 SAID = re.compile(r"minioscar: [^\n]+\n")
@@ -34,7 +35,7 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess:
     """A line of bash in which MO is the program, as a real process: 0.4 s each, so only what needs one."""
     command = ["bash", "-c", line.replace("MO", f"{sys.executable} -m minioscar")]
     return subprocess.run(
-        command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=60
+        command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=PATIENCE
     )
 
 
@@ -137,7 +138,7 @@ def test_a_second_ctrl_c_changes_nothing_of_the_first(folder, tmp_path):
     os.mkfifo(tmp_path / "in")
     command = [sys.executable, "-m", "minioscar", "generate", str(folder), "--prompt-file", str(tmp_path / "in")]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        for _ in range(200):  # until it waits for somebody who writes
+        for _ in range(10_000):  # until it waits for somebody who writes
             time.sleep(0.05)
             try:
                 held = os.open(tmp_path / "in", os.O_WRONLY | os.O_NONBLOCK)
@@ -147,7 +148,7 @@ def test_a_second_ctrl_c_changes_nothing_of_the_first(folder, tmp_path):
         time.sleep(0.2)
         for _ in range(3):
             process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(PATIENCE) == 130
         assert process.stderr.read() == b"minioscar: interrupted\n"
         os.close(held)
 

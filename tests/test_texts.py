@@ -46,6 +46,16 @@ def test_int2_loses_no_more_than_oscar_on_what_machines_write(engines, tokenizer
     assert 0 < kl["int2"] < kl["oscar"], kl
 
 
+def test_dither_takes_most_of_the_loss_on_one_token_repeated(engines, tokenizer):
+    """A tenth was left when this was written."""
+    baseline, _, dithered = engines
+    weights, ops = dithered.model.weights, dithered.ops
+    plain = engine.Engine(dithered.config, weights, tokenizer, texts.UNDITHERED, ops)
+    windows = texts.stretches("one token", tokenizer, 449, 1)
+    _, ours, theirs = fidelity.fidelity([baseline, dithered, plain], windows, 384, lambda tokens: None)
+    assert 0 < ours["kl"] < 0.25 * theirs["kl"]
+
+
 def test_equal_values_average_out_where_they_are_dithered_and_others_are_as_they_were(seed):
     rng = np.random.default_rng(seed)
     plain, dithered = ideas.Values(2.5), ideas.Values(2.5, dithered=0.25)

@@ -272,8 +272,10 @@ def test_parts_that_are_no_text_are_refused_by_name(folder, capsys, tmp_path):
     (tmp_path / "lines").write_text(json.dumps({"messages": [{"role": "user", "content": picture}]}))
     code, out, _ = run(capsys, "generate", folder, "--prompts-file", tmp_path / "lines")
     assert code == 2
-    assert "messages[0] has a part 'image_url'; only parts of the type 'text' can be read" in json.loads(out)["error"]
-    with pytest.raises(UserError, match="part 'image_url'"):
+    assert json.loads(out)["error"] == "this model reads no images; send it text alone"
+    picture[1]["type"] = "video_url"
+    kinds = "part 'video_url'; only parts of the types 'text', 'image' and 'audio' can be read"
+    with pytest.raises(UserError, match=kinds):
         engine.load(folder, "bf16", "cpu").generate([{"role": "user", "content": picture}])
 
 

@@ -370,6 +370,9 @@ def throughput_cells(row: dict) -> Iterator[str]:
     yield from (f"{row['context']:,}", f"{row['batch']}", f"{row['tokens_per_s']:,.0f}")
 
 
+PROMPT_PEAK = "cache and most of a prompt, MB", "predicted, MB"
+
+
 def memory_cells(row: dict) -> Iterator[str]:
     yield from (
         row["model"],
@@ -378,6 +381,8 @@ def memory_cells(row: dict) -> Iterator[str]:
         f"{row['cache_bytes'] / 1e6:,.1f}",
     )
     yield from (f"{row['predicted_bytes'] / 1e6:,.1f}", f"{row['ratio_to_bf16']:.2f}x")
+    peaks = (row.get(f"{kind}prefill_peak_bytes") for kind in ("", "predicted_"))  # older files have none
+    yield from ("" if peak is None else f"{peak / 1e6:,.1f}" for peak in peaks)
 
 
 def load_cells(row: dict) -> Iterator[str]:
@@ -429,7 +434,7 @@ PARTS = {
     ),
     "prefill": (["prefill", "tokens", "tokens/s", "limit, tokens/s", "of it", "peers, tokens/s"], prefill_cells),
     "throughput": (["throughput", "budget, GB", "`--kv`", "tokens", "sequences", "tokens/s"], throughput_cells),
-    "memory": (["memory", *SHAPE, "cache, MB", "predicted, MB", "smaller than BF16"], memory_cells),
+    "memory": (["memory", *SHAPE, "cache, MB", "predicted, MB", "smaller than BF16", *PROMPT_PEAK], memory_cells),
     "load": (["loading", "layers", "MB", "s", "the first time, s", "GB/s", "a pinned copy, GB/s", "of it"], load_cells),
     "start": (["start to first text", "`--kv`", "starts", "s", "the first time, s"], start_cells),
 }

@@ -32,9 +32,9 @@ FLOORS = (
     ("cache", "layer_cache", "weights", "decoding"),
     ("quantized", "staging"),
     ("config", "tokenizer", "chat_template", "detokenizer", "sampling", "options"),
-    ("oscar", "batch", "causal_attention", "error_feedback", "hadamard", "rope"),
+    ("oscar", "batch", "causal_attention", "dither", "error_feedback", "hadamard", "rope", "towers"),
     ("storage", "formats"),
-    ("errors", "checks", "tables", "machine", "version"),
+    ("errors", "checks", "fields", "tables", "machine", "version"),
 )
 
 
@@ -54,9 +54,9 @@ def counts() -> list[Count]:
     kernels = [path for path in (PACKAGE / "kernels").rglob("*") if path.suffix in (".cu", ".cuh")]
     general = [path for path in kernels if path.parent.name != "sm90"]
     return [
-        Count("lines of the reading path", total(reading), f"{len(reading)} files", 6720, 3800),
-        Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 4710),
-        Count("lines of the package's Python", total(package), f"{len(package)} files", 17200),
+        Count("lines of the reading path", total(reading), f"{len(reading)} files", 7060, 3800),
+        Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 4850),
+        Count("lines of the package's Python", total(package), f"{len(package)} files", 20400),
         Count("longest file of the package", *longest(package), 400),
         Count("longest function of the package", *worst(package, length), 60),
         Count("most parameters in the package", *worst(package, parameters), 8),

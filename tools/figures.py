@@ -12,7 +12,7 @@ import sys
 from matplotlib.figure import Figure
 
 from minioscar.storage.files import replacing
-from tools import bench_figures, pareto
+from tools import bench_figures, pareto, scale_tables
 from tools.committed import QWEN3_8B, RESULTS, ROOT
 from tools.plot import BLUE, FAINT, GREEN, GRID, INK, MUTED, RED, SAND, arrow, box, figure, page, save, styled, words
 
@@ -231,6 +231,7 @@ def turns(numbers: dict) -> Figure:
 
 
 DRAWN = {"path": path, "row": row, "group": group, "rotation": rotation, "norms": norms, "step": step, "turns": turns}
+DRAWN |= {"scale": scale_tables.drawn}
 
 
 def draw() -> None:

@@ -12,17 +12,20 @@ from collections import Counter
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
 from minioscar.evaluation.baselines import Kvarn, OscarCov, Ott, StepOnly, TurboQuant
+from minioscar.evaluation.fidelity import with_error
 from minioscar.oscar import SCHEMES
 from minioscar.storage.files import replacing
 from minioscar.tables import markdown
-from tools import bench_tables, weight_tables
-from tools.committed import ROOT, load
+from tools import bench_tables, scale_tables, weight_tables
+from tools.committed import RESULTS, ROOT, load
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels", "weights", "results/README")),
+    *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels", "weights")),
+    *(f"docs/{name}.md" for name in ("serving", "scale")),
+    "docs/results/README.md",
 )
 
 
@@ -117,6 +120,41 @@ def ideas() -> str:
     )
     lines += ["", f"{size}, the same for both models, whose unquantized NLLs there are {plain} and {biased}."]
     return "\n".join(lines)
+
+
+def pieces() -> str:
+    """eval --pieces of every model that has a file."""
+    cells, sizes = [], {}
+    for path in sorted(RESULTS.glob("eval-pieces-*.json")):
+        report, model = load(path.stem), path.stem.removeprefix("eval-pieces-")
+        where = {"cuda": "H200"}.get(report["device"], "CPU")
+        size = f"{report['prefill']:,} tokens read, {report['decode']:,} decoded teacher-forced"
+        sizes.setdefault(f"{size}, {report['windows']} windows ({where})", []).append(f"`{model}`")
+        for row in report["results"]:
+            whole = with_error(row, "kl")
+            for one in row.get("pieces", ()):
+                more = f"{one['more']:+.4f} ± {one['more_se']:.4f}"
+                name = f"`{model}`", f"`{row['kv']}`", f"{one['tokens']:,}"
+                cells.append([*name, whole, with_error(one, "kl"), more])
+    head = ["model", "`--kv`", "pieces of", "KL, read whole", "KL, in pieces", "more, window by window"]
+    notes = "; ".join(f"{', '.join(models)}: {size}" for size, models in sizes.items())
+    return "\n".join([*markdown(head, cells), "", f"{notes}. Mean and standard error over the windows."])
+
+
+def server_tests() -> str:
+    """Other servers' tests, run against ours: how many pass, and why the others do not."""
+    report, sums, rows = load("server-tests"), [], []
+    for suite in report["suites"]:
+        found, name = suite["tests"], suite["name"]
+        cases = sum(one["cases"] for one in found)
+        sums.append([name, suite["from"], f"{cases}", f"{sum(one['passed'] for one in found)}"])
+        rows += [
+            [name, f"`{one['test']}`", f"{one['passed']} of {one['cases']}", one["why"]]
+            for one in found if one["passed"] < one["cases"]
+        ]  # fmt: skip
+        rows += [[name, one["test"], "not run", one["why"]] for one in suite["not_run"]]
+    lines = markdown(["of", "from", "cases that were run", "passed"], sums)
+    return "\n".join([*lines, "", *markdown(["of", "test", "passed", "why not"], rows), "", report["note"]])
 
 
 def drift() -> str:
@@ -314,7 +352,7 @@ def schemes() -> str:
         step = f"a scale a token and a channel, {step}" if isinstance(s, Kvarn) else step
         step = f"8 % clipped at each end, {step}" if isinstance(s, OscarCov) else step
         values = f"{'rotated, ' if s.rotate or isinstance(s, TurboQuant) else ''}{step}, groups of {s.value_group(128)}"
-        values += f", range x {s.value_shrink}" if s.value_shrink else ""
+        values += ", dithered where they repeat" * s.dithered
         values = values if s.key_bits == s.value_bits else f"{s.value_bits} bits; {values}"
         kept = [f"newest {s.keep} … {s.ring - 1}"] + [f"first {s.sinks} tokens"] * bool(s.sinks)
         kept += [f"{s.outliers} tokens a block"] if isinstance(s, Ott) else []
@@ -426,6 +464,8 @@ TABLES = {
     "size": size,
     "models": models,
     "ideas": ideas,
+    "pieces": pieces,
+    "server_tests": server_tests,
     "drift": drift,
     "needle": needle,
     "tool_calls": tool_calls,
@@ -436,6 +476,7 @@ TABLES = {
 }
 TABLES |= {"reading_weights": reading_weights, "reading_cache": reading_cache, "reading_step": reading_step}
 TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache, "soak": soak} | bench_tables.TABLES | weight_tables.TABLES
+TABLES |= scale_tables.TABLES
 
 
 def rendered(text: str) -> str:

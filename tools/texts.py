@@ -1,8 +1,8 @@
 """Fidelity on texts that repeat themselves: `python -m tools.texts MODEL > docs/results/texts-NAME.json`.
 
 Machines write much of what models read: logs, tables, code, encoded bytes. Equal tokens have equal rounding errors,
-which do not average out; the extreme is one token, over and over. All of these texts are the same in every run (the
-code is Python's own argparse, so it is that of the Python that runs this).
+which do not average out unless values are dithered; the extreme is one token, over and over. All of these texts are the
+same in every run (the code is Python's own argparse, so it is that of the Python that runs this).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import base64
 import inspect
 import json
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,12 +20,14 @@ from minioscar.config import Config
 from minioscar.engine import scheme_named
 from minioscar.evaluation import fidelity
 from minioscar.ops import backend
+from minioscar.oscar import SCHEMES
 from minioscar.storage import hub
 from minioscar.tokenizer import Tokenizer
 from minioscar.weights import load
 
 LINES = 400  # of a log, a table, an encoded file: at least 4 windows of 3,073 tokens
 WORDS = " the", "0", "\n", "="  # one a window, each a token of its own
+UNDITHERED = replace(SCHEMES["int2"], name="int2 without dither", dithered=False)
 BEFORE = 64  # tokens of English before a repeated one, where it has some
 
 
@@ -76,13 +79,13 @@ def stretches(name: str, tokenizer: Tokenizer, size: int, windows: int) -> list[
 
 
 def measured(model: str, schemes: list[str], asked: fidelity.Lengths) -> dict:
-    """The rows of `eval` for each of TEXTS."""
+    """The rows of `eval` for each of TEXTS, and of UNDITHERED."""
     names = [fidelity.BASELINE, *schemes]
     ops, folder = backend("auto"), hub.resolve(model)
     config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
     asked.check(config)
     known_schemes()
-    wanted = [scheme_named(name) for name in names]
+    wanted = [*(scheme_named(name) for name in names), UNDITHERED]
     engines = fidelity.engines_for(wanted, load(folder, config, ops), [config], tokenizer, ops)
     report = {"model": folder.name, "device": ops.name} | {
         name: getattr(asked, name) for name in ("prefill", "decode", "windows")
@@ -92,7 +95,6 @@ def measured(model: str, schemes: list[str], asked: fidelity.Lengths) -> dict:
             engines, stretches(name, tokenizer, asked.window, asked.windows), asked.prefill, lambda tokens: None
         )
         for name in TEXTS
-        if name != DEFAULT
     }
     return report
 
@@ -100,7 +102,7 @@ def measured(model: str, schemes: list[str], asked: fidelity.Lengths) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--kv", default="kivi,oscar,int2,int2-compact,int4")
+    parser.add_argument("--kv", default="kivi,oscar,int2,int2-compact,k4v2")
     for name, default in (("prefill", 1024), ("decode", 512), ("windows", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()

@@ -20,11 +20,14 @@ from ..memory import size
 from ..oscar import SCHEMES
 from ..storage import strict_json as json
 from ..storage.files import ZEROS, expand, replacing, stdin, stdin_as_text
+from ..towers.media import Medium, hidden
 from .conversation import Conversation
 
 PROMPT, MORE = ">>> ", "... "
 QUOTES = '"""'
 HELP = f"""\
+/image FILE   a picture in front of the next message
+/audio FILE   a sound in front of it
 /retry        another answer to the last message
 /undo         take the last message and its answer back
 /reset        begin anew (the system message or the document of --cache stays)
@@ -207,7 +210,7 @@ def summary(conversation: Conversation) -> dict[str, Any]:
     """The object of `chat --json`."""
     engine = conversation.engine
     return {
-        "messages": conversation.messages, "kv": engine.scheme.name, "device": engine.ops.name,
+        "messages": hidden(conversation.messages, Medium.to_json), "kv": engine.scheme.name, "device": engine.ops.name,
         "context": conversation.context,
         "context_used": len(conversation.held),
     }
@@ -217,6 +220,8 @@ def command(conversation: Conversation, line: str, options: dict[str, Any]) -> b
     """Runs a /command; False if it is the one that leaves. Raises UserError for one that is not there."""
     name, _, argument = line.strip().partition(" ")
     commands: dict[str, Callable[[], None]] = {
+        "/image": lambda: show(conversation, "image", argument.strip()),
+        "/audio": lambda: show(conversation, "audio", argument.strip()),
         "/retry": lambda: retry(conversation, options),
         "/undo": lambda: undo(conversation),
         "/reset": conversation.reset,
@@ -228,10 +233,17 @@ def command(conversation: Conversation, line: str, options: dict[str, Any]) -> b
         return False
     if name not in commands:
         raise UserError(f"there is no {name}; /help lists the commands, a space in front makes it a message")
-    if argument and name != "/save":
+    if argument and name not in ("/save", "/image", "/audio"):
         raise UserError(f"{name} takes nothing behind it; a space in front makes the line a message")
     commands[name]()
     return True
+
+
+def show(conversation: Conversation, kind: str, path: str) -> None:
+    if not path:
+        raise UserError(f"/{kind}: name a file")
+    medium = conversation.show(path, kind)
+    _say(f"[{medium.name}: {medium.tokens} tokens, with the next message]")
 
 
 def retry(conversation: Conversation, options: dict[str, Any]) -> None:
@@ -248,7 +260,7 @@ def undo(conversation: Conversation) -> None:
 
 def save(conversation: Conversation, path: str) -> None:
     if path.endswith(".json"):
-        text = json.dumps(conversation.messages, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(hidden(conversation.messages, Medium.to_json), indent=1, ensure_ascii=False) + "\n"
         with replacing(path, inputs=conversation.engine.model_files) as partial:
             partial.write_text(text, encoding="utf-8")
     elif path.endswith(".safetensors"):

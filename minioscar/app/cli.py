@@ -12,11 +12,19 @@ from typing import NoReturn
 
 from ..errors import ChatTemplateError, Failure, UserError, said
 from ..version import __version__
-from . import streams
-from .commands import COMMANDS
+from . import commands, streams
 from .flags import EVERY, EXAMPLES, FLAGS, MORE_EXAMPLES, RENDERING
 
 Explain = Callable[[BaseException], tuple[int, str]]  # exit code and message of an error
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    from . import serving  # which goes on where commands.py ends
+
+    serving.run(args)
+
+
+COMMANDS = {**commands.COMMANDS, "serve": run_serve}
 
 
 class Parser(argparse.ArgumentParser):

@@ -31,6 +31,8 @@ GENERATE_KEYS = (
 
 
 def run_generate(args: argparse.Namespace) -> None:
+    from .prompts import check_media, with_media
+
     sources = [source for source in (args.prompt, args.prompt_file, args.prompts_file) if source is not None]
     if len(sources) > 1 or not (sources or args.cache):
         raise UserError("give one of PROMPT, --prompt-file and --prompts-file")
@@ -41,11 +43,17 @@ def run_generate(args: argparse.Namespace) -> None:
     if args.system is not None and (args.chat is False or args.cache):
         why = "a prompt cache has its own beginning" if args.cache else "--raw continues a plain text"
         raise UserError(f"--system has no place here: {why}; leave one of them out")
+    media = [{"type": kind, kind: file} for kind in ("image", "audio") for file in getattr(args, kind)]
+    if media and (args.chat is False or args.prompts_file):
+        why = "--raw continues a plain text" if args.chat is False else "lines of --prompts-file name their own"
+        raise UserError(f"--{media[0]['type']} has no place here: {why}; leave one of them out")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
     template = template_of(args)
     wake(args.device)
+
     options = wanted(args)
+    check_media(media)
     if args.prompts_file is not None:
         return run_prompts(args, options)
     file = args.prompt_file if args.prompt_file is not None else "-" if args.prompt == "-" else None
@@ -53,7 +61,8 @@ def run_generate(args: argparse.Namespace) -> None:
     if not (prompt or args.cache):
         raise UserError("the prompt is empty; give it some text")
     engine, cache = loaded(args)
-    options, prompt = sampled(options, args, engine), with_system(args.system, prompt, engine)
+    options = sampled(options, args, engine)
+    prompt = with_system(args.system, with_media(media, prompt, cache) if media else prompt, engine)
     run = engine.start([prompt], ctx=args.ctx, chat=args.chat, options=options, cache=cache, template=template)
     for index, piece in run:
         if args.stream and piece:
@@ -293,40 +302,6 @@ def run_pull(args: argparse.Namespace) -> None:
     print(json.dumps({"model": args.model, "folder": str(folder)}) if args.json else folder)
 
 
-def run_serve(args: argparse.Namespace) -> None:
-    wake(args.device)
-    from ..sampling import Sampling
-    from ..serve import server
-    from .recommended import recommended
-
-    plan = server.Plan(
-        args.slots, args.ctx, args.chunk, args.queue, args.name or os.path.basename(os.path.normpath(args.model)),
-        args.api_key or os.environ.get("MINIOSCAR_API_KEY"), args.cors, args.strict_model,
-    )  # fmt: skip
-    plan.check()
-    if args.grace < 0:
-        raise UserError(f"--grace {args.grace} is out of range; it must be 0 or more seconds")
-    own = given(args, Sampling)
-    Sampling(**own)
-    server.check_installed()
-    bound = server.listening(args.host, args.port)
-    engine, _ = loaded(args)
-    sampling, lines = recommended(engine.folder, own)
-    if sampling.temperature == 0 and "temperature" not in own:  # OpenAI's default; requests say 0 for greedy
-        sampling, lines = recommended(engine.folder, {"temperature": 1.0} | own)
-    for line in lines:
-        print(f"[{line}]", file=sys.stderr)
-    app, scheduler = server.assemble(engine, plan, sampling)
-    host, port = bound.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    cache = scheduler.cache
-    held = f"{plan.slots} slots of {cache.context} tokens, {engine.scheme.name} cache {cache.nbytes / 1e6:.1f} MB"
-    url = f"http://{host}:{port}"
-    if args.json:
-        print(json.dumps({"url": url, "model": plan.name, "slots": plan.slots, "context": cache.context}), flush=True)
-    server.serve(app, scheduler, bound, args.grace, f"[{plan.name} at {url}/v1: {held}, {engine.ops.name}]")
-
-
 def run_info(args: argparse.Namespace) -> None:
     from . import info
 
@@ -338,7 +313,6 @@ def run_info(args: argparse.Namespace) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     from ..evaluation import fidelity
 
-
     text = None if args.text is None else read_text(args.text)
     known_schemes()
     schemes = [name.strip() for name in args.kv.split(",")]
@@ -347,7 +321,7 @@ def run_eval(args: argparse.Namespace) -> None:
         needles=lengths("--needle", args.needle), tools=lengths("--tools", args.tools), continued=args.drift,
         device=args.device, progress=sys.stderr.isatty(),
         weights=[mode.strip() for mode in args.weights.split(",")] if args.weights else [],
-        window=window(args.window), emptied=args.emptied,
+        window=window(args.window), emptied=args.emptied, pieces=lengths("--pieces", args.pieces),
     )
     print(json.dumps(report) if args.json else fidelity.table(report))
 
@@ -386,6 +360,5 @@ def window(given: str | None) -> tuple[int, int] | None:
 
 COMMANDS = {
     "generate": run_generate, "chat": run_chat, "cache": run_cache, "pull": run_pull, "info": run_info,
-    "eval": run_eval,
-    "inspect": run_inspect, "serve": run_serve,
+    "eval": run_eval, "inspect": run_inspect,
 }

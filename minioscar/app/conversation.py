@@ -26,6 +26,7 @@ from ..generation import Generation, Prompts
 from ..options import Options
 from ..oscar import WINDOW
 from ..prompt_cache import PromptCache, common, continued
+from ..towers.media import Medium, media_of, opened
 
 Turn = tuple[list[Message], list[Message]]  # the messages before it, and those that its answer follows
 
@@ -65,6 +66,7 @@ class Conversation:
         self.held: list[int] = []  # the tokens in row 0 of the cache
         self._lost: list[int] = []  # those after them that went with its window: fed again when it goes on or is saved
         self._answer: Generator[str, None, None] | None = None
+        self.shown: list[Medium] = []  # what the next message brings
         if cache is not None:
             if len(cache) > self.context:
                 held = f"the prompt cache has {len(cache)} tokens, but the context holds {self.context}"
@@ -88,6 +90,13 @@ class Conversation:
         memory.check(config, scheme, ops, 1, ctx, 1)
         return self.engine.round_up(ctx)  # whole blocks, so that the row can be saved
 
+    def show(self, source: Any, kind: str = "image") -> Medium:
+        """A picture, or an "audio", in front of the next message: a file's name, or what else a message's part may
+        hold. Raises UserError."""
+        [message] = opened([{"content": [{"type": kind, kind: source}]}], self.engine.config.towers)
+        self.shown.append(message["content"][0][kind])
+        return self.shown[-1]
+
     def say(self, text: str, **options: Any) -> Generator[str, None, None]:
         """The answer to a user's message, as it comes; options as in `Engine.generate`.
 
@@ -99,7 +108,8 @@ class Conversation:
             raise UserError(f"the message must be text, not {shown(text)}")
         wanted = options_of(options, ())
         self._close()
-        messages = continued(self.messages, text)
+        parts = [{"type": medium.kind, medium.kind: medium} for medium in self.shown]
+        messages = continued(self.messages, [*parts, {"type": "text", "text": text}] if parts else text)
         if not text.strip() and len(messages) > len(self.messages):  # a document may be answered as it is
             raise UserError("the message is empty; say something")
         return self._begin([*self._past, (self.messages, messages)], wanted)
@@ -146,7 +156,8 @@ class Conversation:
             more = f"the conversation would have {len(ids)} tokens, the context holds {self.context}"
             raise UserError(f"{more}; begin anew{self._more(' or raise --ctx')}")
         cache = self._cut(ids)
-        run, text, complete = self.engine.run(Prompts([ids]), cache, options), "", self.engine.tokenizer.complete
+        prompts, complete, text = Prompts([ids], media=media_of(messages)), self.engine.tokenizer.complete, ""
+        run = self.engine.run(prompts, cache, options)
         try:
             for _, piece in run:
                 last = run.results[0]
@@ -162,7 +173,7 @@ class Conversation:
             self.held, self._lost = tokens[:length], tokens[length:known] if run.cache else []
             if self.last.token_ids or self.last.finish_reason:
                 self.messages, self._past = [*messages, {"role": "assistant", "content": self.last.text}], past
-                self.turns += 1
+                self.turns, self.shown = self.turns + 1, []
 
     def _cut(self, ids: list[int]) -> Cache:
         """The cache, cut to what it shares with `ids`; at least the last of them is left to feed."""
@@ -178,7 +189,7 @@ class Conversation:
         """Back to the beginning: the system message, or the document of the prompt cache, whose tokens are kept as far
         as can be."""
         self._close()
-        self.messages, self.turns, self.last = list(self._beginning), 0, None
+        self.messages, self.turns, self.last, self.shown = list(self._beginning), 0, None, []
         self._past = _past(self.messages)
         self._forget()
 
@@ -188,11 +199,12 @@ class Conversation:
         self._close()
         if self.cache is None or not self.held + self._lost or not self.messages:
             raise UserError("there is no conversation yet to save")
+        media = media_of(self.messages)
         if self._lost:
-            batch = self.cache.batch_for([0], [len(self._lost)])
+            batch = self.cache.batch_for([0], [len(self._lost)]).reading([self.held + self._lost], media)
             self.engine.model.forward(np.array(self._lost), self.cache, batch)
             self.held, self._lost = self.held + self._lost, []
-        PromptCache.of(self.engine, self.cache, self.held, messages=self.messages).save(path)
+        PromptCache.of(self.engine, self.cache, self.held, messages=self.messages, media=media).save(path)
 
 
 def _past(messages: list[Message]) -> list[Turn]:

@@ -29,16 +29,19 @@ MORE_EXAMPLES = {
   python -m minioscar generate smollm2-135m "1, 2, 3," --raw --stop 10 --json --logprobs 3
   python -m minioscar generate smollm2-135m --prompts-file prompts.jsonl --batch 16 > answers.jsonl
   python -m minioscar generate smollm2-135m "And the second chapter?" --cache book.kv.safetensors
+  python -m minioscar generate Qwen/Qwen3-VL-4B-Instruct "What does the sign say?" --image sign.jpg
 
 A line of prompts.jsonl is a JSON string or {"prompt": "...", "id": ...} or {"messages": [{"role": "user", "content":
 "..."}]}, with "system" and settings of its own: "max_tokens", "temperature", "seed", "stop", "n" and so on, as the
-options are called. A line that fails becomes {"line": N, "error": "..."} and the others go on.""",
+options are called. Content may be parts, {"type": "text", "text": "..."}, {"type": "image", "image": "a.png"} and
+{"type": "audio", "audio": "a.wav"}. A line that fails becomes {"line": N, "error": "..."} and the others go on.""",
     "chat": """examples:
   python -m minioscar chat smollm2-135m --system "Answer in one sentence."
   python -m minioscar chat smollm2-135m --cache book.kv.safetensors
   printf 'Hello\\nWhat did I say?\\n' | python -m minioscar chat smollm2-135m
 
-In the conversation, /help lists the commands: /retry, /undo, /reset, /save FILE, /stats, /exit.
+In the conversation, /help lists the commands: /image FILE, /audio FILE, /retry, /undo, /reset, /save FILE, /stats,
+/exit.
 Ctrl-C stops an answer and keeps the conversation.""",
     "cache": """examples:
   python -m minioscar cache Qwen/Qwen3-0.6B --prompt-file book.txt --out book.kv.safetensors
@@ -136,6 +139,8 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         flag("prompt", "the text, or - for standard input; or use one of the files", "PROMPT", nargs="?"),
         flag("--prompt-file", "read the prompt from a text file; - is standard input", "F"),
         flag("--prompts-file", "many prompts, one a line of JSON; one line of JSON for each on stdout", "F"),
+        several("--image", "a picture in front of the prompt, for a model that reads some", "FILE"),
+        several("--audio", "a sound in front of the prompt, for a model that hears", "FILE"),
         flag("--system", "the system message in front of the prompt, or of every prompt", "TEXT"),
         number("--batch", "prompts of --prompts-file that run at a time (8)", "B", 8),
         number("--n", "answers to each prompt, drawn independently (1)", "N", 1),
@@ -162,6 +167,8 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         several("--cors", "a page from this origin may ask, * is any (only those of this machine)", "ORIGIN"),
         flag("--name", "the model's name in the API (the last part of MODEL)", "NAME"),
         switch("--strict-model", "refuse requests for models of another name"),
+        flag("--images", "a folder whose pictures requests may name as file:// URLs (none; data: URLs always)", "DIR"),
+        flag("--replicas", "so many copies over a Ray cluster, or N:M as the load needs (extra `ray`)", "N[:M]"),
         number("--grace", "seconds for running answers when the server is told to end (30)", "N", 30),
         *SAMPLING[:5],
         DEVICE,
@@ -194,6 +201,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         ),
         flag("--window", "the same BF16 window for all schemes: tokens packed at a time / kept (their own)", "F/W"),
         switch("--emptied", "also KL without kept tokens: 64 are packed as soon as they are there"),
+        flag("--pieces", "also read prompts in pieces of N tokens, each over a past in the scheme (whole)", "N,N"),
         number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),
         flag("--weights", "also with matrices quantized so, each with --kv bf16 and with the schemes", "int8,int4"),
         DEVICE,

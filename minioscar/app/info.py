@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 
 from ..cache import cache_bytes
@@ -15,6 +16,7 @@ from ..ops import backend
 from ..oscar import SCHEMES, WINDOW
 from ..storage.hub import resolve
 from ..tables import aligned
+from ..towers.media import Tower
 
 
 def describe(model: str, ctx: int | None, batch: int, device: str, weights: str | None = None) -> dict:
@@ -56,6 +58,7 @@ def describe(model: str, ctx: int | None, batch: int, device: str, weights: str 
         "parameters": config.parameters(),
         "active_parameters": config.parameters(active=True),
         "experts": None if config.experts is None else asdict(config.experts),
+        "towers": {kind: _tower(tower) for kind, tower in config.towers.items()},
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -75,6 +78,11 @@ def describe(model: str, ctx: int | None, batch: int, device: str, weights: str 
         "batch": batch,
         "schemes": schemes,
     }
+
+
+def _tower(tower: Tower) -> dict:
+    shapes = tower.expected().values()
+    return {"parameters": sum(math.prod(shape) for shape in shapes)} | asdict(tower)
 
 
 def kept_as(config: Config) -> str:
@@ -101,6 +109,7 @@ def text(report: dict) -> str:
         "{model}: {model_type}, {parameters:,} parameters{active}, {layers} layers, hidden {hidden_size}, mlp "
         "{intermediate_size}{experts}",
         "attention: {q_heads} q heads, {kv_heads} kv heads, head_dim {head_dim}",
+        *(f"{kind}s: a tower of {of['parameters']:,} parameters" for kind, of in report["towers"].items()),
         "positions: {max_positions}{window}, rope {rope}; vocabulary {vocab_size}",
         "on {device}: weights {size} ({weights}), reading a prompt of {context} tokens takes {work} more; {free} free",
         "",

@@ -9,19 +9,24 @@ before it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import is_chat
 from ..chat_template import Message, malformed
 from ..errors import Failure, UserError, one_line, said, shown
 from ..generation import Generation
 from ..ops.linear_batch import BATCH_TOKENS
 from ..options import Options
+from ..prompt_cache import PromptCache, continued
 from ..sampling import Sampling
 from ..storage import strict_json
+from ..towers import pictures, sound
+from ..towers.media import media_of
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -98,6 +103,23 @@ def _prompt(value: Any) -> str | list[Message]:
     return [{"role": "system", "content": system}, *(messages or [{"role": "user", "content": value["prompt"]}])]
 
 
+def check_media(media: Sequence[Mapping[str, str]]) -> None:
+    """Raises UserError for what cannot be read as a picture or as a sound, before a model is loaded."""
+    for part in media:
+        file = part[part["type"]]
+        pictures.opened(file, file) if part["type"] == "image" else sound.opened(file, file, math.inf)
+
+
+def with_media(media: Sequence[Mapping[str, str]], prompt: str, cache: PromptCache | None) -> list[Message]:
+    """A text behind pictures and sounds, parts of a user's message: the first one, or what follows those of a prompt
+    cache."""
+    if cache is not None and cache.messages is None:
+        why = "needs a chat, but this prompt cache holds plain text; make it again without --raw"
+        raise UserError(f"--{media[0]['type']} {why}")
+    text = [{"type": "text", "text": prompt}] if prompt else []
+    return continued([] if cache is None else cache.messages, [*media, *text])
+
+
 def configured(options: Options, settings: Mapping[str, Any]) -> Options:
     """The options for all, and what a line says itself. Raises UserError as `Options` does."""
     sampling = {name: value for name, value in settings.items() if name in SAMPLING}
@@ -129,8 +151,10 @@ def _checked(engine: Engine, line: Line, options: Options, how: Mapping[str, Any
         return line
     try:
         line = replace(line, options=configured(options, line.settings))
+        line = replace(line, prompt=engine.opened(line.prompt))
         ids = engine.encode(line.prompt, *(how.get(name) for name in ("chat", "cache", "template")))
-        engine.capacity([ids], line.options, how.get("ctx"), how.get("cache"))
+        media = media_of(line.prompt) if is_chat(line.prompt) else ()
+        engine.capacity([ids], line.options, how.get("ctx"), how.get("cache"), media)
         return line
     except UserError as error:
         return replace(line, error=said(error, "generate"))

@@ -60,7 +60,7 @@ class Lengths:
     Each of `windows` stretches is prefilled by `prefill` tokens, then `decode` true tokens are fed; the prediction at
     each of those positions counts. needles: also retrieve passkeys from haystacks of these lengths. tools: also copy
     tool calls from contexts of these. continued: also follow a greedy continuation of each prompt for so many tokens.
-    emptied: also run every scheme as `emptied` has it.
+    emptied: also run every scheme as `emptied` has it. pieces: also read the prompts in pieces of these sizes.
     """
 
     prefill: int = 1024
@@ -70,11 +70,13 @@ class Lengths:
     continued: int = 0
     tools: Sequence[int] = ()
     emptied: bool = False
+    pieces: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         least = {"prefill": 1, "decode": 1, "windows": 1, "needle": needle.SHORTEST, "tools": needle.SHORTEST}
+        least["pieces"] = 1
         asked = {"prefill": self.prefill, "decode": self.decode, "windows": self.windows}
-        for name, lengths in (("needle", self.needles), ("tools", self.tools)):
+        for name, lengths in (("needle", self.needles), ("tools", self.tools), ("pieces", self.pieces)):
             asked |= {name: min(lengths)} if lengths else {}
         for name, value in asked.items():
             if value < least[name]:
@@ -159,9 +161,10 @@ def parts(
 ) -> dict[str, tuple[int, Callable[[Done], Any]]]:
     """What there is to measure: its name in the report -> tokens that go through models, and what does it."""
     stretches = [ids[start : start + asked.window] for start in range(0, asked.windows * asked.window, asked.window)]
-    tokens = len(engines) * asked.windows * (asked.window - 1) * (1 + asked.emptied)
+    runs = len(engines) * (1 + asked.emptied) + len(asked.pieces) * sum(e.scheme.quantized for e in engines)
+    results = partial(with_emptied if asked.emptied else fidelity, engines, stretches, asked.prefill)
     found: dict[str, tuple[int, Callable[[Done], Any]]] = {
-        "results": (tokens, partial(with_emptied if asked.emptied else fidelity, engines, stretches, asked.prefill)),
+        "results": (runs * asked.windows * (asked.window - 1), partial(results, pieces=asked.pieces)),
     }
     engines = [engine for engine in engines if engine.config.weights is None]
     if asked.continued:
@@ -197,28 +200,58 @@ def engines_for(
     return found
 
 
-def fidelity(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefill: int, done: Done) -> list[dict]:
-    """The rows of the table, one an engine, over all windows; engines[0] is the baseline."""
-    scores: list[list[tuple[float, float, float]]] = [[] for _ in engines]
+def fidelity(
+    engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefill: int, done: Done, pieces: Sequence[int] = ()
+) -> list[dict]:
+    """The rows of the table, one an engine, over all windows; engines[0] is the baseline. pieces: the row of a
+    quantized scheme also has the object `piece_row` for each of these sizes."""
+    quantized = [i for i, engine in enumerate(engines) if engine.scheme.quantized]
+    whole, *others = scored(engines, windows, prefill, [0, *pieces], quantized, done)
+    rows = [
+        asdict(summary(engine.scheme, engine.config.head_dim, found, whole[0])) | {"weights": engine.config.weights}
+        for engine, found in zip(engines, whole, strict=True)
+    ]
+    for i in quantized if pieces else ():
+        rows[i]["pieces"] = [
+            piece_row(size, found[i], whole[i]) for size, found in zip(pieces, others, strict=True)
+        ]
+    return rows
+
+
+def scored(
+    engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefill: int, pieces: Sequence[int],
+    quantized: Sequence[int], done: Done,
+) -> list[list[np.ndarray]]:
+    """For each way of reading a prompt (`teacher_forced`, pieces) and each engine, float64 [windows, (nll, kl, top1)].
+    Those that quantize nothing are run the first way alone: to others they are the same."""
+    scores: list[list[list[tuple[float, float, float]]]] = [[[] for _ in engines] for _ in pieces]
     for window in windows:
         truth = None  # log-probabilities of the unquantized run
-        for engine, found in zip(engines, scores, strict=True):
-            chunks = map(log_softmax, teacher_forced(engine, window, prefill, done))
-            if truth is None:  # the first engine is the baseline
-                truth = np.concatenate(list(chunks))
-                chunks = iter([truth])
-            found.append(compare(chunks, truth, np.array(window[prefill + 1 :])))
-    baseline = np.array(scores[0])
-    return [
-        asdict(summary(engine.scheme, engine.config.head_dim, np.array(found), baseline))
-        | {"weights": engine.config.weights}
-        for engine, found in zip(engines, scores, strict=True)
-    ]
+        for way, piece in enumerate(pieces):
+            for i in quantized if way else range(len(engines)):
+                chunks = map(log_softmax, teacher_forced(engines[i], window, prefill, done, piece))
+                if truth is None:  # the first engine is the baseline
+                    truth = np.concatenate(list(chunks))
+                    chunks = iter([truth])
+                scores[way][i].append(compare(chunks, truth, np.array(window[prefill + 1 :])))
+    return [[np.array(found) for found in way] for way in scores]
 
 
-def with_emptied(engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefill: int, done: Done) -> list[dict]:
+def piece_row(size: int, scores: np.ndarray, whole: np.ndarray) -> dict:
+    """KL of prompts that are read in pieces of so many tokens, and by how much it is above that of prompts read whole,
+    with the standard errors of both over the windows."""
+    found = {"tokens": size}
+    for name, of_windows in (("kl", scores[:, 1]), ("more", scores[:, 1] - whole[:, 1])):
+        found |= {name: float(of_windows.mean()), f"{name}_se": standard_error(of_windows)}
+    return found
+
+
+def with_emptied(
+    engines: Sequence[Engine], windows: Sequence[Sequence[int]], prefill: int, done: Done, pieces: Sequence[int] = ()
+) -> list[dict]:
     """The rows of `fidelity` with `kl_emptied` and its standard error: the KL without what exact neighbours give."""
-    rows, others = (fidelity(some, windows, prefill, done) for some in (engines, [*map(emptied, engines)]))
+    rows = fidelity(engines, windows, prefill, done, pieces)
+    others = fidelity([*map(emptied, engines)], windows, prefill, done)
     named = [{f"kl_emptied{end}": row[f"kl{end}"] for end in ("", "_se")} for row in others]
     return [row | other for row, other in zip(rows, named, strict=True)]
 
@@ -247,11 +280,16 @@ def summary(scheme: Scheme, head_dim: int, scores: np.ndarray, baseline: np.ndar
     """Means, and standard errors where there are several windows. scores, baseline: float64 [windows, (nll, kl,
     top1)]."""
     nll, kl, top1 = scores.mean(axis=0).tolist()
-    change, several = scores[:, 0] - baseline[:, 0], len(scores) > 1
-    errors = [float(x.std(ddof=1) / np.sqrt(len(x))) if several else None for x in (change, scores[:, 1])]
+    change = scores[:, 0] - baseline[:, 0]
+    errors = standard_error(change), standard_error(scores[:, 1])
     with np.errstate(over="ignore"):  # a perplexity that overflows is null in JSON
         ppl = float(np.exp(nll))
     return Row(scheme.name, scheme.bits_per_element(head_dim), nll, ppl, float(change.mean()), kl, top1, *errors)
+
+
+def standard_error(of_windows: np.ndarray) -> float | None:
+    """Of their mean; None for a single one."""
+    return float(of_windows.std(ddof=1) / np.sqrt(len(of_windows))) if len(of_windows) > 1 else None
 
 
 def compare(
@@ -287,7 +325,18 @@ def table(report: dict) -> str:
             rows[-1].append(with_error(row, "kl_emptied"))
     columns = ["kv", *["weights"] * several, "bits/element", "NLL", "perplexity", "ΔNLL", "KL", "top-1"]
     lines = markdown(columns + ["KL, window emptied"] * (len(rows[0]) > len(columns)), rows)
+    lines += piece_table(report["results"])
     for name, part in {"drift": drift, "needle": needle, "tools": tool_calls}.items():
         if name in report:
             lines += ["", part.table(report[name])]
     return "\n".join(lines)
+
+
+def piece_table(rows: Sequence[dict]) -> list[str]:
+    """Lines of Markdown; none where no prompt was read in pieces."""
+    cells = [
+        [row["kv"], f"{one['tokens']}", with_error(one, "kl"), with_error(one, "more")]
+        for row in rows for one in row.get("pieces", ())
+    ]  # fmt: skip
+    head = ["kv", "prompt read in pieces of", "KL", "more than read whole"]
+    return ["", *markdown(head, cells)] if cells else []

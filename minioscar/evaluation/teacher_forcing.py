@@ -13,17 +13,22 @@ Done = Callable[[int], object]  # told how many tokens went through the model si
 
 
 def teacher_forced(
-    engine: Engine, ids: Sequence[int], prefill: int, done: Done = lambda tokens: None
+    engine: Engine, ids: Sequence[int], prefill: int, done: Done = lambda tokens: None, piece: int = 0
 ) -> Iterator[np.ndarray]:
     """Logits, in chunks, at positions prefill ... len(ids) - 2 of a decode that is fed the true tokens.
+
+    piece: the prompt is read in pieces that end at multiples of so many tokens, each of which attends to itself in full
+    precision and to those before it as the cache has them, as the server reads it; 0: whole.
 
     Tokens are packed only when their number is a multiple of the scheme's `flush`, so all tokens up to the next flush
     can go through the model at once and see exactly what they would see one by one: the packed blocks, the window, and
     each other unquantized.
     """
     cache = Cache(engine.config, engine.scheme, 1, len(ids) - 1, engine.ops)
-    engine.model.forward(np.array(ids[:prefill]), cache, cache.batch_for([0], [prefill]))
-    done(prefill)
+    bounds = [*range(0, prefill, piece or prefill), prefill]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        engine.model.forward(np.array(ids[start:end]), cache, cache.batch_for([0], [end - start]))
+        done(end - start)
     yield from followed(engine, ids, cache, done)
 
 

@@ -90,9 +90,13 @@ def round_up(x: int, multiple: int) -> int:
 
 
 def _rows(words: Array, xp: Any) -> Array:
-    """int32 [n, rows / 8] of gemm -> codes uint8 [rows, n]: nibble 4i + 2j + h of a word is its row 4j + 2h + i."""
-    codes = unpack(words, 4, xp).reshape(len(words), -1, 2, 2, 2).transpose(1, 3, 4, 2, 0)
-    return xp.ascontiguousarray(codes).reshape(-1, len(words))
+    """int32 [n, rows / 8] of gemm -> codes uint8 [rows, n]: nibble 4i + 2j + h of a word is its row 4j + 2h + i.
+
+    Words are transposed, not codes, of which a card would read 32 bytes for each.
+    """
+    down = xp.ascontiguousarray(words.T)
+    nibbles = (4 * (row % 2) + 2 * (row // 4) + row // 2 % 2 for row in range(8))
+    return xp.stack([(down >> 4 * i & 15).astype(np.uint8) for i in nibbles], axis=1).reshape(-1, len(words))
 
 
 def _interleaved(words: Array, xp: Any) -> Array:

@@ -103,9 +103,7 @@ def unpack(words: Array, bits: int, xp: Any) -> Array:
 
 def unpack_down(words: Array, bits: int, xp: Any) -> Array:
     """Words [n, m] whose codes run down a column -> uint8 [m, n * 32 / bits], columns as rows."""
-    n, m = words.shape
-    codes = unpack(words, bits, xp).reshape(n, m, -1).transpose(1, 0, 2)
-    return xp.ascontiguousarray(codes).reshape(m, -1)
+    return unpack(words.T, bits, xp)
 
 
 def scales(x: Array, xp: Any) -> tuple[Array, np.dtype]:

@@ -107,6 +107,10 @@ DEVICE void load_once(uint4& d, const void* global, bool predicate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p ld.global.cs.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
                : "+r"(d.x), "+r"(d.y), "+r"(d.z), "+r"(d.w) : "l"(global), "r"((int)predicate));
 }
+DEVICE void load_once(uint2& d, const void* global, bool predicate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n@p ld.global.cs.v2.u32 {%0,%1}, [%2];\n}"
+               : "+r"(d.x), "+r"(d.y) : "l"(global), "r"((int)predicate));
+}
 DEVICE void load_once(uint32_t& d, const void* global, bool predicate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p ld.global.cs.u32 %0, [%1];\n}"
                : "+r"(d) : "l"(global), "r"((int)predicate));

@@ -1,7 +1,7 @@
 // pack.cu: quantizes tokens, FLUSH at a time, and packs them into pages (oscar.py, step 3; the page: LAYOUT.md).
 //
 //   codes, step, min of keys[t,:] / norm[t] in groups of KEY_GROUP tokens of a channel,
-//   and of values[t,:] in groups of VALUE_GROUP channels of a token
+//   and of values[t,:] in groups of VALUE_GROUP channels of a token; DITHERED: plus an offset where they repeat
 //
 // pack: a sequence holds starts[s] tokens, packed[s] of them packed (no array: packed_tokens(starts[s])), and gets
 // counts[s] new ones; packs what packed_tokens says of all. A token older than starts[s] comes from the window, a newer
@@ -55,15 +55,16 @@ constexpr float CODE_BIAS = 8388608.f;  // 2^23: adding it rounds to a whole num
 // 2^-24 of them, so the quotient's distance to 1/2, 3/2, 5/2 survives its rounding; a quotient equal to them rounds
 // to even, hence >, >=, >. Symmetric, x has 8 bits and a step 11, so that x / step is +-1 or at least 2^-11 away from
 // it; and x / step + 3/2 rounds up to 3/2 from -2^-24 on. The upper two codes are compared after subtracting 2 step,
-// which is exact where it matters.
+// which is exact where it matters. An offset (DITHERED), an odd number of sixteenths, is added to TOP / 2; then the
+// edges of codes are exact, and x / step is one of them or at least 2^-15 away.
 template <int BITS, bool CENTRED> struct Coder {
   static constexpr int TOP = top_code(BITS);
-  float minimum, step, low, middle;
+  float minimum, step, offset, low, middle;
   Divisor divisor;
-  DEVICE explicit Coder(const GroupParams& g)
-      : minimum(g.minimum), step(g.step), divisor(g.step == 0.f ? 1.f : g.step) {
-    low = CENTRED ? -step : 0.5f * step;
-    middle = CENTRED ? -5.9604645e-8f * step : 1.5f * step;
+  DEVICE explicit Coder(const GroupParams& g, float offset = 0.f)
+      : minimum(g.minimum), step(g.step), offset(offset), divisor(g.step == 0.f ? 1.f : g.step) {
+    low = CENTRED ? (-1.f - offset) * step : 0.5f * step;
+    middle = CENTRED ? (offset == 0.f ? -5.9604645e-8f : -offset) * step : 1.5f * step;
     if (step == 0.f) low = middle = __uint_as_float(0x7f800000u);
   }
   DEVICE void put(float x, int shift, float& half) const {
@@ -74,7 +75,7 @@ template <int BITS, bool CENTRED> struct Coder {
       half = __fmaf_rn(upper, 2.f * weight, half);
       half = __fmaf_rn(set_gt(__fmaf_rn(upper, -2.f * step, d), low), weight, half);
     } else {
-      const float y = __fadd_rn(divisor.divide(d), CENTRED ? TOP * 0.5f : 0.f);
+      const float y = __fadd_rn(divisor.divide(d), CENTRED ? TOP * 0.5f + offset : 0.f);
       const float code = __fsub_rn(__fadd_rn(fminf(fmaxf(y, 0.f), (float)TOP), CODE_BIAS), CODE_BIAS);
       half = __fmaf_rn(step == 0.f ? 0.f : code, weight, half);
     }
@@ -105,6 +106,19 @@ DEVICE Row unpack(uint4 raw) {
     row.x[2 * i + 1] = high(words[i]);
   }
   return row;
+}
+
+// Offset of dither.py for the token in row r, half i of token step `step` (token_of).
+DEVICE float dither_offset(int step, int i, int r) {
+  return 0.125f * (float)(4 * i + step % 2 * 2 + r % 2) - 0.4375f;  // the lowest three bits of the token, reversed
+}
+// The largest |a - b| of a pair of tokens, in a chunk of 32 channels.
+DEVICE float pair_distance(const Row& a, const Row& b) {
+  float largest = 0.f;
+  UNROLL for (int k = 0; k < 8; k++) largest = fmaxf(largest, fabsf(__fsub_rn(a.x[k], b.x[k])));
+  UNROLL for (int other = 1; other < 4; other *= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, other));
+  return largest;
 }
 
 // Lane r gets the largest of channel k = r over all lanes, negated first if `negate`: in each round a lane sends half
@@ -253,6 +267,11 @@ DEVICE void pack_values(const Source& from, int first, int octet, float factor, 
     constexpr int LOAD_CHUNKS = VALUE_TILES / 2;
     Word words[4];
     UNROLL for (int w = 0; w < 4; w++) words[w].clear();
+    float distance[LOAD_CHUNKS];
+    UNROLL for (int u = 0; u < LOAD_CHUNKS; u++) {
+      const uint4(&two)[2] = raw[load * LOAD_CHUNKS + u];
+      distance[u] = DITHERED ? pair_distance(unpack(two[0]), unpack(two[1])) : 0.f;
+    }
     UNROLL for (int i = 0; i < 2; i++) {
       Row rows[LOAD_CHUNKS];
       float low[LOAD_CHUNKS], high[LOAD_CHUNKS];
@@ -272,9 +291,12 @@ DEVICE void pack_values(const Source& from, int first, int octet, float factor, 
       UNROLL for (int u = 0; u < LOAD_CHUNKS; u++) {
         const int pair = VALUE_GROUP == 64 ? u ^ 1 : u;
         const float l = fminf(low[u], low[pair]), h = fmaxf(high[u], high[pair]);
-        const GroupParams group = SYMMETRIC ? symmetric(h, factor) : asymmetric<VALUE_BITS>(l, h, factor);
-        const Coder<VALUE_BITS, SYMMETRIC> coder(group);
         const int index = 4 * octet + load * LOAD_CHUNKS + u, step = index / CHUNKS, chunk = index % CHUNKS;
+        const bool near = DITHERED && fmaxf(distance[u], distance[pair]) <= 0.25f * h;
+        const bool repeats = DITHERED && near & __shfl_xor_sync(FULL_MASK, near, 4);  // token t ^ 4
+        const float width = repeats ? 2.f / top_code(VALUE_BITS) : factor;
+        const GroupParams group = SYMMETRIC ? symmetric(h, width) : asymmetric<VALUE_BITS>(l, h, factor);
+        const Coder<VALUE_BITS, SYMMETRIC> coder(group, repeats ? dither_offset(step, i, r) : 0.f);
         const int at =
             ((step * 4 + r / 2) * VALUE_GROUPS + value_group_slot(chunk * 32 / VALUE_GROUP)) * 4 + 2 * i + r % 2;
         if (c == 0 && chunk * 32 % VALUE_GROUP == 0) ((uint16_t*)(page + VALUE_STEP))[at] = half_bits(group.step);
@@ -300,7 +322,7 @@ struct Cache {
 
   // Packs this warp's share of the page that begins with token `first` of a row, into a block. Tokens before `start`
   // are in the window, later ones in `recent`.
-  DEVICE void pack(int row, unsigned block, int head, bool keys, int first, int start, const bf16* recent,
+  DEVICE void pack(int row, size_t block, int head, bool keys, int first, int start, const bf16* recent,
                    int stride) const {
     const int cell = row * kv_heads + head, warp = threadIdx.x / 32;
     // Error feedback goes from chunk to chunk: blocks of one multiprocessor begin with different warps (schedulers).
@@ -353,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM, 512 / HEAD_DIM)
     for (; full; full &= full - 1) {
       const int row = first_row + __ffs(full) - 1, first = lengths[row] + 1 - RING + n * PAGE_TOKENS;
       const int end = first + (PAIRED ? KEY_GROUP : PAGE_TOKENS);  // of all that is read, from the window
-      const unsigned block = layer * num_blocks + Table{table, table_stride}.block_of(row, first / PAGE_TOKENS);
+      const size_t block = (size_t)layer * num_blocks + Table{table, table_stride}.block_of(row, first / PAGE_TOKENS);
       cache.pack(layer * batch + row, block, head, blockIdx.x % 2 == 0, first, end, nullptr, 0);
     }
   }

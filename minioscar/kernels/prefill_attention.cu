@@ -1,6 +1,7 @@
 // prefill_attention.cu: causal attention of many new tokens over their past and over each other, on the tensor cores.
 //
 //   out[t, h] = sum over s <= t of softmax_s(q[t, h] . k[s] * scale) v[s], for the q heads h of a kv head
+//   With FULL, of pictures: the sum is over all s of the sequence.
 //
 // Sequence s has counts[s] new tokens, rows first_rows[s] ... of q, out [tokens][q_heads][D] and of the new keys and
 // values (BF16, rows key_stride and value_stride numbers apart, [kv_heads][D] in each: v may be a slice of the qkv
@@ -76,16 +77,25 @@ DEVICE void apply_causal_mask(float (&x)[KEY_TILES][4], int j, int c, int last) 
       if (8 * n + 2 * c + k > last) x[n][2 * j + k] = MASKED;
 }
 
-// x becomes p = 2^(x * scale_log2 - m). Row n of the sequence sees the keys of this tile up to number start + n /
-// Q_PER_KV; `row` is the warp's first.
+// The last key that a row sees; start: that of row 0.
+DEVICE int last_key(int start, int row) {
+#ifdef FULL
+  return start;
+#else
+  return start + row / Q_PER_KV;
+#endif
+}
+
+// x becomes p = 2^(x * scale_log2 - m). Row n of the sequence sees the keys of this tile up to number last_key(start,
+// n); `row` is the warp's first.
 DEVICE void exp_scores(float (&x)[ROW_TILES][KEY_TILES][4], State& state, float scale_log2, int start, int row) {
   const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  const bool sees_all = start + row / Q_PER_KV >= TILE - 1;
+  const bool sees_all = last_key(start, row) >= TILE - 1;
   float largest[ROW_TILES][2];
   bool rescales = false;
   UNROLL for (int i = 0; i < ROW_TILES; i++)
     UNROLL for (int j = 0; j < 2; j++) {
-      if (!sees_all) apply_causal_mask(x[i], j, c, start + (row + 16 * i + 8 * j + r) / Q_PER_KV);
+      if (!sees_all) apply_causal_mask(x[i], j, c, last_key(start, row + 16 * i + 8 * j + r));
       float y = MASKED;
       UNROLL for (int n = 0; n < KEY_TILES; n++) y = fmaxf(y, fmaxf(x[i][n][2 * j], x[i][n][2 * j + 1]));
       y *= scale_log2;
@@ -156,7 +166,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     if (n < count * Q_PER_KV) cp_async_16(slot, queries + n / Q_PER_KV * token_stride + n % Q_PER_KV * D + vector * 8);
     else *(uint4*)slot = make_uint4(0, 0, 0, 0);
   }
+#ifdef FULL
+  const int end = start + count, first_last = end - 1;
+#else
   const int end = start + min((first + BLOCK_ROWS - 1) / Q_PER_KV, count - 1) + 1;  // of the keys that any row sees
+  const int first_last = start;  // the last key that row 0 sees
+#endif
   copy_tile(smem + KEYS_OFFSET, keys, 0, end);
   copy_tile(smem + KEYS_OFFSET + TILE_BYTES, values, 0, end);
   cp_async_commit();
@@ -178,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     __syncthreads();
     float x[ROW_TILES][KEY_TILES][4];
     multiply_keys(x, own, tile);
-    exp_scores(x, state, scale_log2, start - at, first + warp * WARP_ROWS);
+    exp_scores(x, state, scale_log2, first_last - at, first + warp * WARP_ROWS);
     multiply_values(state, x, tile + TILE_BYTES);
     __syncthreads();  // before the next copies overwrite this tile
   }

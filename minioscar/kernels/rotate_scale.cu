@@ -15,6 +15,7 @@
 // grid (tokens, 1 + ceil(q_heads / 16)), a block has the lanes of 16 heads. The first block of a token has its keys
 // and values, so that it sums the keys' norm in a fixed order. All arithmetic is float32; K' is rounded to bf16
 // before its norm is taken.
+// With SHIFTED, of models that read pictures, the tables' row of a token is its position + shifts[token].
 // reads and writes 2 B an element. A token at position < 0 is skipped.
 #include "common.cuh"
 
@@ -24,6 +25,13 @@ constexpr int BLOCK_TOKENS = 128;    // whose norms a block of the cache has
 constexpr int KEYS = 1, VALUES = 2;  // bits of `rotate`
 constexpr int HEADS_PER_BLOCK = 16, THREADS = HEADS_PER_BLOCK * LANES, HEADS_PER_WARP = 32 / LANES,
               WORDS = PER_LANE / 2;
+#ifdef SHIFTED
+#define SHIFTS_ARGUMENT , const int* shifts
+#define TABLE_SHIFT + shifts[blockIdx.x]
+#else
+#define SHIFTS_ARGUMENT
+#define TABLE_SHIFT
+#endif
 static_assert(DIM == 64 || DIM == 128 || DIM == 256, "head_dim");
 
 // A lane's numbers of a head: channels 8 * lane ... and DIM / 2 + 8 * lane ..., two in a word.
@@ -80,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
                  const float* sines, const int* positions, const int* slots, bf16* __restrict__ q_out,
                  bf16* __restrict__ k_out, bf16* __restrict__ keys, bf16* __restrict__ values,
                  float* __restrict__ norms, const int* table, int q_heads, int kv_heads, int capacity,
-                 int table_stride, int rotate, float eps) {
+                 int table_stride, int rotate, float eps SHIFTS_ARGUMENT) {
   __shared__ float squares[THREADS / 32];
   // The shuffle tells the compiler that `warp` is uniform; else every shuffle in the loop gets a divergent version.
   const int warp = __shfl_sync(FULL_MASK, threadIdx.x / 32, 0), lane = threadIdx.x % LANES,
@@ -91,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
   const bf16* weight = has_keys ? k_weight : q_weight;
   uint32_t weights[WORDS];
   if (weight) load(weights, weight, lane);
-  const size_t row = (size_t)max(position, 0) * (DIM / 2);
+  const size_t row = (size_t)max(position TABLE_SHIFT, 0) * (DIM / 2);
   float cosine[HALF], sine[HALF];
   load_angles(cosine, cosines + row, lane);
   load_angles(sine, sines + row, lane);

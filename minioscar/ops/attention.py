@@ -90,6 +90,7 @@ class Rotation:
     k_weight: Array | None = None
     eps: float = 0.0
     rotate_values: bool = False
+    shifts: Array | None = None  # int32 [tokens]: row of the tables minus position; None: of all 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def rotate_scale(rotation: Rotation, qkv: Array, positions: Array, q_out: Array,
     args = qkv, r.q_weight, r.k_weight, r.cos, r.sin, positions, to.slots, *outputs, *sizes, np.float32(r.eps)
     grid = positions.shape[0], 1 + -(-r.heads.q_heads // HEADS_PER_BLOCK)
     defines = (f"HEAD_DIM={r.heads.head_dim}",)
+    if r.shifts is not None:
+        args, defines = (*args, r.shifts), (*defines, "SHIFTED=1")
     return Launch("rotate_scale.cu", "rotate_scale", defines, grid, HEADS_PER_BLOCK * lanes_per_head, args)
 
 
@@ -177,7 +180,7 @@ def _pack_launch(name: str, heads: Heads, scheme: Scheme, grid: tuple[int, ...],
 
 def pack_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
     """Of pack.cu."""
-    return *layout_defines(scheme, head_dim), f"SHAPED={scheme.shaped:d}"
+    return *layout_defines(scheme, head_dim), f"SHAPED={scheme.shaped:d}", f"DITHERED={scheme.dithered:d}"
 
 
 def feedback_bytes(scheme: Scheme, head_dim: int) -> int:

@@ -7,10 +7,10 @@ are none. A decode step is the same code over a batch that lives on the card (de
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,37 +24,24 @@ from ..formats import Plain
 from ..oscar import Scheme
 from ..quantized import Quantized, from_plain, mapped
 from ..sampling import RowSampling
+from ..towers.media import Inputs
 from ..weights import Layer, Tensor, Weights, bytes_of
 from . import attention, experts, linear, prefill, quantized
 from .attention import HEAD_DIMS, Heads
 from .cubins import Program, compile_all
-from .decode import Queue, StepBatch, StepDecoder, unsupported
+from .decode import Queue, StepBatch, StepDecoder, step_sizes, unsupported
 from .experts import Product
+from .indices import Indices
 from .launch import Card, Launch, Recording, run
 from .linear import Products, add_product, scratch_bytes, step_plans
 from .linear_batch import BATCH_TOKENS
 from .paged import KernelCache, kernel_cache
 from .reference import Reference
+from .sample import drawing_bytes
 from .upload import Buffers, Upload, pinned
 
 Array = Any
 MLP_TOKENS = 8192  # whose gate and up projections are in memory at once
-
-
-@dataclass(frozen=True)
-class Indices:
-    """A batch as the kernels of a prefill take it: int32 arrays on the device."""
-
-    batch: Batch
-    positions: Array  # [tokens]
-    rows: Array  # [tokens]: the cache row of each
-    slots: Array  # [sequences]
-    starts: Array
-    counts: Array
-    packed: Array
-    firsts: Array  # [sequences]: index of each sequence's first token
-    first_tiles: Array  # [sequences]: of prefill.Tiles
-    tiles: int  # of prefill.Tiles, of all sequences
 
 
 class Cuda(Reference):
@@ -99,7 +86,12 @@ class Cuda(Reference):
         return Upload(dtype or self.dtype, advance, tensors, self.buffers)
 
     def quantized(self, plain: Plain) -> Quantized:
-        return from_plain(plain, self.xp)
+        return from_plain(plain, self.xp, None if plain.shape[1] % 8 else self._repacked)
+
+    def _repacked(self, plain: Plain) -> Array:
+        out = self.xp.empty(quantized.words_shape(plain.kind, *plain.shape), np.uint32)
+        self.run(quantized.repack(plain.kind, self.xp.ascontiguousarray(plain.codes), out))
+        return out
 
     def weight_bytes(self, config: Config) -> int:
         return bytes_of(config, self.dtype.itemsize)
@@ -118,16 +110,23 @@ class Cuda(Reference):
         self.buffers = Buffers()
         self.xp.get_default_memory_pool().free_all_blocks()
 
-    def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool = False) -> int:
+    def work_bytes(
+        self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool | None = False
+    ) -> int:
         """The arrays of model.py that are alive at once in a prefill, or, of many rows, in a decode step, which finds
-        the scratch of the prefill still there; and in both the logits, the tables of RoPE and that of blocks."""
+        the scratch of the prefill still there; and in both the logits, the tables of RoPE and that of blocks. Where
+        rows join, both are alive, and steps of several numbers of rows."""
         tables = 4 * config.head_dim * max(1024, 1 << (context - 1).bit_length()) + 4 * rows * blocks_of(context)
         if config.head_dim not in HEAD_DIMS:  # array code in float32
             return 4 // self.dtype.itemsize * super().work_bytes(config, tokens, context, rows) + tables
         batch = max(rows, tokens if tokens <= BATCH_TOKENS else 0)  # cuBLAS takes more
         reading = self._prefill_bytes(config, tokens, context) + scratch_bytes(config, batch, self.card)
-        stepping = StepBatch.nbytes(config, rows, self.card, penalties) + 2 * scratch_bytes(config, rows, self.card)
-        return max(reading, stepping) + 4 * rows * config.vocab_size + tables
+        sizes, joins = (step_sizes(rows), True) if penalties is None else ([rows], False)
+        steps = sum(StepBatch.nbytes(config, n, self.card) + scratch_bytes(config, n, self.card) for n in sizes)
+        steps += drawing_bytes(config.vocab_size, rows, penalties is not False)
+        logits = 4 * config.vocab_size * (sum(sizes) + joins * rows)
+        together = reading + steps if joins else max(reading, steps + scratch_bytes(config, rows, self.card))
+        return together + logits + tables
 
     def _prefill_bytes(self, c: Config, tokens: int, context: int) -> int:
         """While attention reads keys and values in BF16, or while the MLP runs."""
@@ -271,6 +270,22 @@ class Cuda(Reference):
             return layer_cache.rotate_scale(qkv, layer, tables, config, batch, rotate_values)
         return super().rotate_scale(qkv, layer, tables, layer_cache, config, batch, rotate_values)
 
+    def full_attention(self, q: Array, keys: Array, values: Array) -> Array:
+        """Heads are padded with zeros to a size that has a kernel: that changes no sum."""
+        tokens, heads, dim = q.shape
+        if (size := prefill.padded(dim)) is None:
+            return super().full_attention(q, keys, values)
+        padded = self.xp.zeros((4, tokens, heads, size), self.dtype)
+        for to, x in zip(padded, (q, keys, values), strict=False):
+            to[..., :dim] = x
+        zero, count = (self.xp.asarray(np.array([n], np.int32)) for n in (0, tokens))
+        self.run(prefill.full_attention(padded, zero, count, self.card, dim**-0.5))
+        return padded[3][..., :dim]
+
+    def full_attention_bytes(self, tokens: int, heads: int, dim: int) -> int:
+        size = prefill.padded(dim)
+        return super().full_attention_bytes(tokens, heads, dim) if size is None else 8 * tokens * heads * size
+
     def decoder(
         self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,
         replay: str = "graph",
@@ -281,14 +296,14 @@ class Cuda(Reference):
         return StepDecoder(model, cache, rows, logits=logits, replay=replay)
 
     def prepare(
-        self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling], progress: bool
+        self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling] | None, progress: bool
     ) -> None:
         from cupy.cuda import nvrtc
 
         compile_all(programs(self, model, cache, passes, rows), self.card.capability, nvrtc, progress)
 
-    def queue(self, batch: StepBatch, run: Callable[[], None], graph: bool) -> Queue:
-        return Queue(batch, run, graph)
+    def queue(self, batch: StepBatch, runs: Mapping[int, Callable[[], None]], graph: bool) -> Queue:
+        return Queue(batch, runs, graph)
 
     # --- the cache
 
@@ -308,19 +323,14 @@ class Cuda(Reference):
     def indices_of(self, batch: Batch) -> Indices:
         """The arrays of a batch; the layers of one pass ask for the same."""
         if self.indices is None or self.indices.batch is not batch:
-            rows, firsts = np.repeat(batch.slots, batch.counts), np.cumsum(batch.counts) - batch.counts
-            tiles = -(-np.add(batch.starts, batch.counts) // prefill.TILE_TOKENS)
-            fields = batch.positions, rows, batch.slots, batch.starts, batch.counts, batch.packed, firsts
-            fields = *fields, np.cumsum(tiles) - tiles
-            arrays = (self.xp.asarray(np.asarray(x, np.int32)) for x in fields)
-            self.indices = Indices(batch, *arrays, int(tiles.sum()))
+            self.indices = Indices.of(batch, self.xp)
         return self.indices
 
 
 def programs(
-    ops: Cuda, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling]
+    ops: Cuda, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling] | None
 ) -> list[Program]:
-    """What these passes and then decode steps of `rows` (none: no steps) launch.
+    """What these passes and then decode steps of `rows` (none: no steps; None: of rows that join) launch.
 
     One layer of the model is run over arrays that have shapes and no memory. Empty where steps are array code.
     """
@@ -334,11 +344,13 @@ def programs(
     model = copy(model)
     model.config, model.ops, model.weights = config, paper, paper.weights(model.weights)
     model.tables = (np.broadcast_to(np.float32(0), (cache.context, config.head_dim // 2)),) * 2
-    for batch in passes:
+    with_media = [replace(batch, inputs=Inputs.blank(batch.counts)) for batch in passes if config.towers]
+    for batch in (*passes, *with_media):
         model.forward(np.zeros(sum(batch.counts), np.int32), blank, batch)
-    if rows:
-        step = StepBatch(paper, config, blank, rows, model.weights.key_feedback)
-        model.step(step.tokens, blank, step, partial(step.draw, ops=paper))
+    if rows is None or rows:
+        whole = StepBatch(paper, config, blank, rows, model.weights.key_feedback)
+        for step in (*whole.few.values(), whole):
+            model.step(step.tokens, blank, step, partial(step.draw, ops=paper))
     return list(paper.launched)
 
 

@@ -11,8 +11,9 @@ window's oldest token: then the row loses its window (`Cache.restore`).
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from functools import partial
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from . import attention, experts
 from .attention import DecodeState, Heads
 from .launch import Card, Launch
 from .linear_batch import BATCH_TOKENS
-from .sample import SAMPLE_VOCAB, Drawing, advance, drawing_bytes, sample
+from .sample import SAMPLE_VOCAB, Drawing, advance, sample
 from .upload import pinned
 
 Array = Any
@@ -43,15 +44,22 @@ class Runner(Protocol):
     def run(self, launch: Launch) -> None: ...
 
 
+def step_sizes(rows: int) -> list[int]:
+    """How many rows the recorded steps of a cache have whose rows join and leave: a step is of the first so many that
+    have all that are in use, so that a few do not pay for all."""
+    return [*(1 << i for i in range((rows - 1).bit_length())), rows]
+
+
 class StepBatch:
     """The newest token of every row of the cache, as `Batch` is the new tokens of a pass.
 
     int32 [rows] arrays on the device: `tokens` stand at positions `lengths` (-1: the row is not in use), `steps` counts
-    what the rows have drawn. A step leaves in all three what the next one takes. feedback: `Weights.key_feedback`.
-    Raises ValueError without kernels.
+    what the rows have drawn. A step leaves in all three what the next one takes. shifts: `Cache.shifts`, of a model
+    that reads pictures. feedback: `Weights.key_feedback`. few: of rows that join and leave, the batches of the first
+    few, by their number, smallest first. Raises ValueError without kernels.
     """
 
-    last = None  # every token is the last of its sequence
+    last = inputs = None  # every token is the last of its sequence, and none is of a picture
 
     def __init__(
         self, ops: Runner, config: Config, cache: Cache, rows: Sequence[RowSampling] | None,
@@ -65,18 +73,31 @@ class StepBatch:
         self.end, self.drawing = cache.context, Drawing(xp, rows, config.vocab_size, is_open)
         self.tokens, self.steps = (xp.zeros(size, np.int32) for _ in range(2))
         self.lengths = xp.asarray(np.full(size, -1, np.int32))
+        self.shifts = xp.zeros(size, np.int32) if config.towers else None
         plan = attention.decode_plan(heads, scheme, size, ops.card)
         self.state = DecodeState.allocate(xp, heads, scheme, plan, self.lengths, cache.arrays["table"])
+        self.all_lengths = self.lengths
+        self.few = {n: self._first(n, ops) for n in step_sizes(size)[:-1]} if is_open else {}
+
+    def _first(self, rows: int, ops: Runner) -> StepBatch:
+        """Of the first rows, in the same arrays."""
+        part, here, heads, scheme = copy(self), slice(rows), self.state.heads, self.state.scheme
+        part.tokens, part.steps, part.lengths = self.tokens[here], self.steps[here], self.lengths[here]
+        part.shifts = None if self.shifts is None else self.shifts[here]
+        part.drawing = self.drawing.rows(here)
+        plan = attention.decode_plan(heads, scheme, rows, ops.card)
+        part.state = DecodeState.allocate(ops.xp, heads, scheme, plan, part.lengths, self.state.table)
+        return part
 
     @staticmethod
-    def nbytes(config: Config, rows: int, card: Card, penalties: bool) -> int:
-        """Of these arrays and of the activations of a step."""
+    def nbytes(config: Config, rows: int, card: Card) -> int:
+        """Of these arrays, how rows draw aside, and of the activations of a step."""
         c = config
         plan = attention.decode_plan(Heads.of(c), SCHEMES["int2"], rows, card)  # no scheme has more tasks
         widths = 2 * c.hidden_size, 3 * c.q_size + 2 * c.kv_size, c.intermediate_size  # x twice; qkv, q, y; h
         x, attending, h = (BF16.itemsize * rows * width for width in widths)
         activations = x + (max(attending, experts.work_bytes(c, rows, card)) if c.experts else attending + h)
-        return activations + plan.nbytes(c.head_dim) + drawing_bytes(c.vocab_size, rows, penalties)
+        return activations + plan.nbytes(c.head_dim)
 
     def schedule(self, ops: Runner) -> None:
         """Shares the step's attention out to the warps of the card, for every layer."""
@@ -89,10 +110,12 @@ class StepBatch:
         return out
 
     def pack(self, cache: Cache, ops: Runner) -> None:
-        """The windows that this step has filled, of all layers at once: mostly there are none."""
+        """The windows that this step has filled, of all layers at once: mostly there are none. All rows are looked at,
+        since layers lie as far apart as they take."""
         heads, scheme = self.state.heads, self.state.scheme
         if scheme.quantized:
-            ops.run(attention.pack_step(heads, scheme, self.lengths, cache.arrays, len(cache.layers), self.feedback))
+            lengths, layers = self.all_lengths, len(cache.layers)
+            ops.run(attention.pack_step(heads, scheme, lengths, cache.arrays, layers, self.feedback))
 
     def draw(self, logits: Array, ops: Runner) -> Array:
         """The next tokens, and everything one step further."""
@@ -117,7 +140,7 @@ class Step:
 
     def record(self) -> None:
         """Runs it while no row is in use: it computes, and changes nothing."""
-        with self.model.ops.recording(len(self.cache.lengths), self.model.config) as self.recorded:
+        with self.model.ops.recording(len(self.batch.tokens), self.model.config) as self.recorded:
             self.run()
 
     def replay(self) -> None:
@@ -139,12 +162,14 @@ class StepDecoder(Decoder):
         self.running: deque[list[int]] = deque()  # the rows of the steps that are not read yet
         self.active: list[int] = []  # the rows that the device has as in use
         self.current: set[int] = set()  # the rows whose newest token and history the device has
-        self.work = Step(model, cache, self.batch)
-        if replay == "eager":
-            self.queue = ops.queue(self.batch, self.work.run, False)
-        else:
-            self.work.record()
-            self.queue = ops.queue(self.batch, self.work.replay, replay == "graph")
+        batches = {**self.batch.few, len(cache.lengths): self.batch}
+        self.works = {rows: Step(model, cache, batch) for rows, batch in batches.items()}
+        self.work = self.works[len(cache.lengths)]  # of the newest step
+        if replay != "eager":
+            for work in self.works.values():
+                work.record()
+        runs = {rows: work.run if replay == "eager" else work.replay for rows, work in self.works.items()}
+        self.queue = ops.queue(self.batch, runs, replay == "graph")
 
     def feed(self, slots: Sequence[int], tokens: Sequence[int], step: int = 1) -> None:
         self.drain()
@@ -184,8 +209,11 @@ class StepDecoder(Decoder):
     def ordered(self) -> AbstractContextManager:
         return self.queue.current()
 
+    def rows_with(self, slot: int) -> int:
+        return next(rows for rows in self.works if rows > slot)
+
     def launch(self, slots: Sequence[int]) -> None:
-        slots = list(slots)
+        slots, rows = list(slots), self.rows_with(max(slots))
         if slots != self.active:
             for slot in slots:
                 self.cache.check_whole(slot)
@@ -195,8 +223,11 @@ class StepDecoder(Decoder):
             lengths = np.full(len(self.cache.lengths), -1, np.int32)
             lengths[slots] = [self.cache.lengths[slot] + sum(slot in step for step in self.running) for slot in slots]
             self.queue.put(self.batch.lengths, lengths)
+            if self.batch.shifts is not None:
+                self.queue.put(self.batch.shifts, self.cache.shifts.astype(np.int32))
             self.active = slots
-        self.queue.go()
+        self.work = self.works[rows]
+        self.queue.go(rows)
         self.running.append(slots)
 
     def _resume(self, slot: int) -> None:
@@ -226,25 +257,26 @@ class StepDecoder(Decoder):
 
 
 class Queue:
-    """Steps on a stream of their own, each followed by a copy of its tokens. run: a step on the current stream."""
+    """Steps on a stream of their own, each followed by a copy of its tokens. runs: a step of so many rows on the
+    current stream."""
 
     DEPTH = 2
 
-    def __init__(self, batch: StepBatch, run: Callable[[], None], graph: bool):
+    def __init__(self, batch: StepBatch, runs: Mapping[int, Callable[[], None]], graph: bool):
         import cupy
 
-        self.batch, self.run, self.stream = batch, run, cupy.cuda.Stream(non_blocking=True)
+        self.batch, self.runs, self.stream = batch, runs, cupy.cuda.Stream(non_blocking=True)
         cupy.cuda.Device().synchronize()  # what made the arrays ran on another stream
-        self.graph = self.capture() if graph else None
+        self.graphs = {rows: self.capture(run) for rows, run in runs.items()} if graph else {}
         self.pinned_tokens = pinned((self.DEPTH, len(batch.tokens)), np.int32)
         self.copied = [cupy.cuda.Event(disable_timing=True) for _ in range(self.DEPTH)]
         self.num_launched = self.num_read = 0
 
-    def capture(self) -> Any:
+    def capture(self, run: Callable[[], None]) -> Any:
         """A step as one CUDA graph; it holds the addresses of its arrays."""
         with self.stream:
             self.stream.begin_capture()
-            self.run()
+            run()
             return self.stream.end_capture()
 
     def current(self) -> AbstractContextManager:
@@ -257,12 +289,12 @@ class Queue:
     def get(self, array: Array) -> np.ndarray:
         return array.get(stream=self.stream)
 
-    def go(self) -> None:
-        if self.graph is not None:
-            self.graph.launch(self.stream)
+    def go(self, rows: int) -> None:
+        if self.graphs:
+            self.graphs[rows].launch(self.stream)
         else:
             with self.stream:
-                self.run()
+                self.runs[rows]()
         slot = self.num_launched % self.DEPTH
         self.batch.tokens.get(stream=self.stream, out=self.pinned_tokens[slot], blocking=False)
         self.copied[slot].record(self.stream)

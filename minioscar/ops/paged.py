@@ -53,13 +53,15 @@ class KernelCache(LayerCache):
         """`Reference.rotate_scale`; norms go into the cache at once, and so do a decode step's keys and values."""
         ops, heads, norms = self.ops, Heads.of(config), (self.arrays.get("norms"), self["table"])
         norm = layer.q_norm, layer.k_norm, config.rms_norm_eps
-        rotation = Rotation(heads, *tables, self.scheme.rotate, *norm, rotate_values)
+        at = None if isinstance(batch, StepBatch) else ops.indices_of(batch)
+        shifts = batch.shifts if at is None else at.shifts
+        rotation = Rotation(heads, *tables, self.scheme.rotate, *norm, rotate_values, shifts)
         q = ops.xp.empty((len(qkv), heads.q_heads, heads.head_dim), ops.dtype)
-        if isinstance(batch, StepBatch):
+        if at is None:
             keys, values = self.ring
             ops.run(attention.rotate_scale(rotation, qkv, batch.lengths, q, KeyOutputs(None, keys, values, *norms)))
             return q, IN_CACHE
-        at, k = ops.indices_of(batch), ops.xp.empty((len(qkv), heads.kv_heads, heads.head_dim), ops.dtype)
+        k = ops.xp.empty((len(qkv), heads.kv_heads, heads.head_dim), ops.dtype)
         v = ops.xp.empty_like(k) if rotate_values else None  # else it is read where the projection has put it
         to = KeyOutputs(k, None, v, *norms, at.rows)
         ops.run(attention.rotate_scale(rotation, qkv, at.positions, q, to))

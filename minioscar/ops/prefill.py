@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,13 @@ def fill_tiles(
 PREFILL_CONFIGS = {
     64: [(4, 2, 64, 2)], 96: [(4, 2, 64, 2)], 128: [(4, 2, 48, 2)], 256: [(8, 1, 64, 1), (8, 1, 32, 1), (4, 1, 16, 2)],
 }
+
+
+def padded(head_dim: int) -> int | None:
+    """The smallest head that has a kernel and room for one of this size."""
+    return next((d for d in PREFILL_CONFIGS if d >= head_dim), None)
+
+
 # About: so much of keys and values is attended to in one pass over heads (131,072 tokens: 209 ms, 237 with all heads).
 L2_BYTES = 64 << 20
 SPLIT_COST = 4  # tiles: what a split of the keys costs beyond its own tiles, its start and its sums written and read
@@ -159,6 +166,16 @@ def prefill_attention(
     args = (q, new.keys, new.values, keys, values, *indices, out, *map(np.int32, sizes), scale_log2)
     threads, shared = 32 * config[0], config_bytes(*config)
     return Launch("prefill_attention.cu", "prefill_attention", defines, grid, threads, args, shared)
+
+
+def full_attention(arrays: Array, zero: Array, count: Array, card: Card, scale: float) -> Launch:
+    """Each of the tokens of a picture over all of them. arrays: q, keys, values, and what becomes of them, bf16 [4,
+    tokens, heads, d]; d one of PREFILL_CONFIGS. zero, count: int32 [1] of 0, and of the number of tokens."""
+    q, keys, values, out = arrays
+    tokens, heads, d = q.shape
+    new = PrefillTokens(keys, values, heads * d, heads * d, zero, None, zero, count, tokens)
+    launch = prefill_attention(Heads(heads, heads, d), q, new, None, out, card, scale=scale)
+    return replace(launch, defines=(*launch.defines, "FULL=1"))
 
 
 def _attend_to_tiles(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,59 +11,61 @@ from typing import Any
 import numpy as np
 
 from ..quantized import ROWS, RUN, Quantized
-from .launch import Card, Launch
-from .linear_batch import BATCH_TOKENS, MAX_STAGES, BatchPlan, Scratch, share_slabs
+from .launch import Card, Launch, TensorMap
+from .linear_batch import BATCH_TOKENS, MAX_STAGES, MAX_WGMMA_STAGES, BatchPlan, Scratch, share_slabs
 
 Array = Any
 
 LINEAR_TOKENS = 8  # of quantized/linear.cu: the columns of an MMA
-WARPS = 8  # of a multiprocessor, of one block or two
+CHUNK = 128  # columns that a warp of quantized/linear.cu has at a time
+FEW, MAX_SLOTS = 2, 6  # tokens; slots of a ring
 MOST_COLUMNS = 128  # whose sum is scaled at once
+WGMMA_ROWS = 192  # of a block of sm90/quantized_batch.cu
 ONE_GROUP = 31  # the shift of a column to its group where a row has one
 
 
-def split(weight: Quantized) -> tuple[int, int]:
-    """Warps of a block, which split k, and runs of 64 columns that each has in a round: as many as fit into registers
-    and have codes to load in most rounds. Kind, group and columns alone decide, since it is the order of sums."""
-    runs, most = -(-weight.shape[1] // RUN), 4 if weight.kind == "int8" else 8
+@dataclass(frozen=True)
+class VectorPlan:
+    """Tiles and rings of quantized/linear.cu."""
 
-    def used(choice: tuple[int, int]) -> float:
-        return runs / (-(-runs // math.prod(choice)) * math.prod(choice))
-
-    if weight.kind == "int4" and weight.group >= MOST_COLUMNS and used((WARPS, 12)) > 0.9:
-        return WARPS, 12
-    return next((c for c in ((WARPS, most), (WARPS // 2, most)) if used(c) >= 0.6), (WARPS // 2, 4))
+    warps: int  # of a block; they split k
+    row_tiles: int  # of 16 rows (of gate and of up), of a pass
+    slots: int  # chunks that a warp has in flight
+    shared: int
 
 
-def row_tiles(weight: Quantized, norm: bool, silu: bool, card: Card) -> int:
-    """Tiles of 16 rows of a pass: of those whose codes and sums fit into registers the number that leaves the fewest
-    multiprocessors idle; where several do, the largest, which loads x least often."""
-    (warps, runs), columns = split(weight), min(weight.group, MOST_COLUMNS)
-    older, is_int4 = card.capability < 100, weight.kind == "int4"  # the compiler takes more registers for newer ones
-    most = 1 if silu or is_int4 and (columns == 32 or runs == 12 and not older) else 2
-    if not silu and is_int4 and columns == MOST_COLUMNS and runs < 12 and older:
-        most = 3
-    tiles, slots = -(-weight.shape[0] // (ROWS * (2 if silu else 1))), card.multiprocessors * (WARPS // warps)
+def vector_plan(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> VectorPlan | None:
+    """None where no two chunks fit into a ring. `warps`, which decide the order of sums, do not depend on the tokens; 1
+    to FEW of them, and more, have each one number of slots if that is possible."""
+    branches, (rows, size), few = 2 if silu else 1, weight.shape, FEW if tokens <= FEW else LINEAR_TOKENS
+    tiles, folds = -(-rows // (ROWS * branches)), CHUNK // _columns_at_once(weight, 2)
+    codes = ROWS * CHUNK // (2 if weight.kind == "int4" else 1)
+    of_tile = branches * (codes + folds * (16 if weight.kind == "e4m3" else 64))
 
-    def used(n: int) -> float:
-        passes = -(-tiles // n)
-        return tiles / (-(-passes // slots) * slots * n)
+    def shared(warps: int, row_tiles: int, slots: int, tokens: int) -> int:
+        x = tokens * (2 * _up(size, CHUNK) + 64) if norm else warps * slots * tokens * CHUNK * 2
+        return warps * row_tiles * (2 * branches * ROWS * LINEAR_TOKENS * 4 + slots * of_tile) + x
 
-    return max(range(1, most + 1), key=lambda n: (round(used(n), 2), n))
+    def slots(warps: int, row_tiles: int, tokens: int) -> int:
+        return sum(shared(warps, row_tiles, n, tokens) <= card.max_shared_bytes for n in range(1, MAX_SLOTS + 1))
 
+    def used(row_tiles: int) -> float:  # of the card
+        passes = -(-tiles // row_tiles)
+        return tiles / (-(-passes // card.multiprocessors) * card.multiprocessors * row_tiles)
 
-def _shared_bytes(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> int:
-    tiles = row_tiles(weight, norm, silu, card) * (2 if silu else 1)
-    size = weight.shape[1]
-    sums = 2 * tiles * split(weight)[0] * ROWS * LINEAR_TOKENS * 4
-    return sums + tokens * (-(-size // 64) * 128 + 64)
+    warps = 16 if slots(16, 1, FEW) >= 2 else 8
+    most = 3 if weight.kind == "int4" and not silu else 1  # of 8 bits fewer slots would fit
+    fitting = [n for n in range(1, most + 1) if n == 1 or slots(warps, n, few) >= 2]
+    row_tiles = max(fitting, key=lambda n: (round(used(n), 2), n))
+    found = slots(warps, row_tiles, few)
+    found = found if found >= 2 else slots(warps, row_tiles, tokens)
+    return VectorPlan(warps, row_tiles, found, shared(warps, row_tiles, found, tokens)) if found >= 2 else None
 
 
 def fits(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> bool:
     """Whether quantized/linear.cu takes this many tokens; normed, they stay in shared memory."""
-    rows, size = weight.shape
-    shared = _shared_bytes(tokens, weight, norm, silu, card)
-    return 1 <= tokens <= LINEAR_TOKENS and has_kernels(weight, silu) and shared <= card.max_shared_bytes
+    possible = 1 <= tokens <= LINEAR_TOKENS and has_kernels(weight, silu)
+    return possible and vector_plan(tokens, weight, norm, silu, card) is not None
 
 
 def has_kernels(weight: Quantized, silu: bool) -> bool:
@@ -81,19 +82,17 @@ def linear(
     Raises ValueError where `fits` says no.
     """
     (tokens, size), rows, normed = x.shape, weight.shape[0], norm is not None
-    if not fits(tokens, weight, normed, silu, card):
+    plan = vector_plan(tokens, weight, normed, silu, card)
+    if plan is None or not fits(tokens, weight, normed, silu, card):
         where = f"a card of capability {card.capability / 10}"
         raise ValueError(f"{tokens} tokens of {size} numbers do not fit quantized/linear.cu on {where}")
-    (warps, runs), tiles = split(weight), row_tiles(weight, normed, silu, card)
-    shared = _shared_bytes(tokens, weight, normed, silu, card)
-    resident = min(WARPS // warps, card.max_shared_bytes // (shared + 1024) or 1)  # blocks a multiprocessor
-    blocks = min(-(-rows // (ROWS * tiles * (2 if silu else 1))), card.multiprocessors * resident)
+    blocks = min(-(-rows // (ROWS * plan.row_tiles * (2 if silu else 1))), card.multiprocessors)
     weights, eps = norm or (None, 0.0)
     numbers = *map(np.int32, (tokens, size, rows, shift(weight))), np.float32(eps)
     args = (x, weights, *weight.arrays(), bias, residual, out, *numbers)
-    shape = f"BLOCK_WARPS={warps}", f"NORM={normed:d}", f"ROW_TILES={tiles}", f"RUNS={runs}", *_defines(weight)
-    defines = *shape, f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
-    return Launch("quantized/linear.cu", "linear", defines, (blocks,), 32 * warps, args, shared)
+    shape = f"BLOCK_WARPS={plan.warps}", f"NORM={normed:d}", f"ROW_TILES={plan.row_tiles}", f"SLOTS={plan.slots}"
+    defines = *shape, *_defines(weight), f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    return Launch("quantized/linear.cu", "linear", defines, (blocks,), 32 * plan.warps, args, plan.shared)
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,8 @@ def _stage_bytes(weight: Quantized, row_tiles: int, k_groups: int, slab_runs: in
     return _up(x + (0 if is_e4m3 else k_groups * folds * columns * 4))
 
 
-def _up(size: int) -> int:
-    return -(-size // 128) * 128
+def _up(size: int, unit: int = 128) -> int:
+    return -(-size // unit) * unit
 
 
 def _slab_clocks(weight: Quantized, row_tiles: int, k_groups: int, slab_runs: int, columns: int) -> float:
@@ -159,13 +158,77 @@ def _slab_clocks(weight: Quantized, row_tiles: int, k_groups: int, slab_runs: in
     return longest + (memory + x + products - longest) / 4
 
 
+@dataclass(frozen=True)
+class WgmmaCodesPlan:
+    """Tile config and split plan of sm90/quantized_batch.cu."""
+
+    columns: int  # of a block
+    column_blocks: int
+    stages: int
+    shared: int
+    blocks: int
+    tiles: int
+    splits: int  # of k, each in another block; 1 where there are tiles enough
+    max_slabs: int  # of a block
+    slab_clocks: float
+
+    @property
+    def workspace_floats(self) -> int:
+        return self.column_blocks * self.blocks * WGMMA_ROWS * self.columns if self.splits > 1 else 0
+
+    @property
+    def counters(self) -> int:
+        return self.column_blocks * self.tiles * 12 if self.splits > 1 else 0
+
+    @property
+    def cost(self) -> float:
+        """About clocks on an H200: of a block's slabs, and of partial sums, which the last block reads alone: 1.1 us
+        and, of 48 tokens, 1.2 us for each split."""
+        merging = 2000 + self.splits * WGMMA_ROWS * self.columns * 4 / 18 if self.splits > 1 else 0
+        return self.max_slabs * self.slab_clocks + merging
+
+
+def wgmma_configs(tokens: int, weight: Quantized, silu: bool, card: Card) -> list[WgmmaCodesPlan]:
+    """The fewest blocks of columns, and splits of k, at most a block a multiprocessor; with SILU one split."""
+    sizes = (16, 48, 64, 80) if _columns_at_once(weight, 2) == MOST_COLUMNS else (16, 48)  # as registers allow
+    column_blocks = -(-tokens // sizes[-1])
+    columns = next(size for size in sizes if size * column_blocks >= tokens)
+    room = max(card.multiprocessors // column_blocks, 1)
+    rows, size = weight.shape
+    tiles, slabs, found = -(-rows // WGMMA_ROWS), -(-size // CHUNK), []
+    codes, x = 12 * (1024 if weight.kind == "int4" else 2048), 2 * CHUNK * columns
+    stage_bytes = _up(codes + x + CHUNK // _columns_at_once(weight, 2) * columns * 4, 1024)
+    exchange = 6 * 64 * columns if silu else 0  # sums of up, on their way to gate
+    stages = min((card.max_shared_bytes - exchange) // stage_bytes, MAX_WGMMA_STAGES)
+    for splits in range(1, 2 if silu else min(slabs, 8) + 1):
+        blocks = tiles * splits if splits > 1 else min(tiles, room)
+        if blocks <= room:
+            most = -(-tiles * splits // blocks) * -(-slabs // splits)
+            shape = columns, column_blocks, stages, stages * stage_bytes + exchange
+            clocks = max(codes * 1.06 * blocks * column_blocks / (132 * 17.8), (codes + x) / 64, 12 * columns + 500)
+            found.append(WgmmaCodesPlan(*shape, blocks, tiles, splits, most, clocks))
+    return found
+
+
+def uses_wgmma(plan: WgmmaCodesPlan, card: Card) -> bool:
+    """Whether sm90/quantized_batch.cu is faster: where its tiles, which are larger, keep half of the card busy."""
+    return plan.blocks * plan.column_blocks * 2 >= card.multiprocessors
+
+
+CodesBatchPlan = CodesPlan | WgmmaCodesPlan
+
+
 @lru_cache(4096)
-def _batch_plan(tokens: int, kind: str, shape: tuple[int, int], group: int, silu: bool, card: Card) -> CodesPlan:
+def _batch_plan(tokens: int, kind: str, shape: tuple[int, int], group: int, silu: bool, card: Card) -> CodesBatchPlan:
     weight = Quantized(kind, shape, group)
+    if card.capability == 90 and _columns_at_once(weight, 2) > 32:  # scales of smaller groups need more registers
+        plan = min(wgmma_configs(tokens, weight, silu, card), key=lambda plan: plan.cost)
+        if uses_wgmma(plan, card):
+            return plan
     return min(batch_configs(tokens, weight, silu, card), key=lambda plan: plan.cost)
 
 
-def batch_plan(tokens: int, weight: Quantized, silu: bool, card: Card) -> CodesPlan:
+def batch_plan(tokens: int, weight: Quantized, silu: bool, card: Card) -> CodesBatchPlan:
     """The cheapest. Raises ValueError for more than BATCH_TOKENS, and for matrices that `has_kernels` refuses."""
     if not 1 <= tokens <= BATCH_TOKENS or not has_kernels(weight, silu):
         shape = f"{tokens} tokens and a {'gate and up' if silu else 'matrix'} of {weight.shape}"
@@ -173,7 +236,7 @@ def batch_plan(tokens: int, weight: Quantized, silu: bool, card: Card) -> CodesP
     return _batch_plan(tokens, weight.kind, weight.shape, weight.group, silu, card)
 
 
-def possible_plans(tokens: int, shapes: Sequence[tuple[int, int, bool]], card: Card) -> list[CodesPlan]:
+def possible_plans(tokens: int, shapes: Sequence[tuple[int, int, bool]], card: Card) -> list[CodesBatchPlan]:
     """Of matrices of these shapes (in, out, silu) whose form is not known."""
     forms = ("int4", 128), ("int4", 32), ("int8", 64), ("e4m3", 128)
     weights = [(Quantized(kind, (n, k), group), silu) for kind, group in forms for k, n, silu in shapes]
@@ -181,17 +244,22 @@ def possible_plans(tokens: int, shapes: Sequence[tuple[int, int, bool]], card: C
 
 
 def linear_batch(
-    x: Array, weight: Quantized, out: Array, p: CodesPlan, scratch: Scratch, *, bias: Array | None = None,
+    x: Array, weight: Quantized, out: Array, p: CodesBatchPlan, scratch: Scratch, *, bias: Array | None = None,
     residual: Array | None = None, silu: bool = False,
 ) -> Launch:
     """As `linear`, for up to BATCH_TOKENS, already normed."""
     (tokens, size), rows = x.shape, weight.shape[0]
+    rest = *weight.arrays(), bias, residual, out, scratch.workspace, scratch.split_counter
+    numbers, grid = tuple(map(np.int32, (tokens, size, rows, shift(weight)))), (p.blocks, p.column_blocks)
+    to = f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    if isinstance(p, WgmmaCodesPlan):
+        defines = f"COLUMNS={p.columns}", f"STAGES={p.stages}", *_defines(weight), *to
+        args = (TensorMap(x, p.columns), *rest, *numbers, np.int32(p.splits))
+        return Launch("sm90/quantized_batch.cu", "linear_batch", defines, grid, 512, args, p.shared)
     shape = f"COLUMNS={p.columns}", f"ROW_TILES={p.row_tiles}", f"K_GROUPS={p.k_groups}", f"SLAB_RUNS={p.slab_runs}"
     kind = f"KIND={weight.kind.upper()}", f"GROUP={_columns_at_once(weight, p.slab_runs)}"
-    defines = *shape, f"STAGES={p.stages}", *kind, f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
-    numbers = map(np.int32, (tokens, size, rows, shift(weight), p.granularity))
-    args = (x, *weight.arrays(), bias, residual, out, scratch.workspace, scratch.split_counter, *numbers)
-    grid = p.blocks, p.column_blocks
+    args = (x, *rest, *numbers, np.int32(p.granularity))
+    defines = *shape, f"STAGES={p.stages}", *kind, *to
     return Launch("quantized/linear_batch.cu", "linear_batch", defines, grid, 256, args, p.shared)
 
 
@@ -201,6 +269,19 @@ def dequantize(weight: Quantized, out: Array) -> Launch:
     grid = -(-columns // (8 * RUN)), -(-rows // ROWS)
     args = (*weight.arrays(), out, *map(np.int32, (rows, columns, shift(weight))))
     return Launch("quantized/dequantize.cu", "dequantize", (_defines(weight)[0],), grid, 256, args)
+
+
+def words_shape(kind: str, rows: int, columns: int) -> tuple[int, ...]:
+    """Of the codes of a matrix, uint32."""
+    return -(-rows // ROWS), -(-columns // RUN), *(() if kind == "int4" else (2,)), 32, 4
+
+
+def repack(kind: str, codes: Array, out: Array) -> Launch:
+    """Plain codes uint8 [rows, columns], columns a multiple of 8, -> out uint32 [words_shape]."""
+    rows, columns = codes.shape
+    grid = -(-columns // (8 * RUN)), -(-rows // ROWS)
+    numbers = np.int32(rows), np.int32(columns)
+    return Launch("quantized/repack.cu", "repack", (f"KIND={kind.upper()}",), grid, 256, (codes, out, *numbers))
 
 
 def shift(weight: Quantized) -> int:

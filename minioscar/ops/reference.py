@@ -21,6 +21,7 @@ from ..machine import host_bytes
 from ..oscar import Scheme
 from ..quantized import Quantized
 from ..sampling import RowSampling
+from ..towers import layers
 
 if TYPE_CHECKING:
     from ..config import Config, Experts
@@ -91,7 +92,9 @@ class Reference:
     def release(self) -> None:
         """Gives memory that is in no use back, after a run that did not fit."""
 
-    def work_bytes(self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool = False) -> int:
+    def work_bytes(
+        self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool | None = False
+    ) -> int:
         """The arrays of one forward pass of `tokens` tokens that ends at `context`, or of a later step of so many rows;
         weights and cache apart."""
         hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
@@ -230,7 +233,7 @@ class Reference:
         if config.qk_norm:
             q = self.rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = self.rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        cos, sin = (table[xp.asarray(batch.positions)] for table in tables)
+        cos, sin = (table[xp.asarray(batch.table_rows)] for table in tables)
         q, k = self.rope(q, cos, sin), self.rope(k, cos, sin)
         if scheme.calibrated:
             q, k = rotate_heads_by(q, layer.rotations[0]), rotate_heads_by(k, layer.rotations[0])
@@ -252,6 +255,14 @@ class Reference:
         layer_cache.append(new, batch)
         return y
 
+    def full_attention(self, q: Array, keys: Array, values: Array) -> Array:
+        """softmax(q . k / sqrt(d)) . v of every head, each query over all keys: [tokens, heads, d], in q's dtype."""
+        return layers.attention(q, keys, values, self.xp).astype(q.dtype)
+
+    def full_attention_bytes(self, tokens: int, heads: int, dim: int) -> int:
+        """Of its arrays."""
+        return 4 * tokens * heads * (4 * dim + 3 * min(tokens, layers.QUERIES))
+
     def decoder(
         self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,
         replay: str = "graph",
@@ -260,9 +271,10 @@ class Reference:
         return Decoder(model, cache, rows, logits)
 
     def prepare(
-        self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling], progress: bool
+        self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling] | None, progress: bool
     ) -> None:
-        """Compiles what is not compiled yet for these passes over prompts and for answers that draw as `rows` say."""
+        """Compiles what is not compiled yet for these passes over prompts and for answers that draw as `rows` say;
+        None: for any that join and leave."""
 
     # --- the cache
 

@@ -16,7 +16,7 @@ from ..errors import one_line
 from . import bodies, fields, messages
 from .bodies import Asked, Service
 from .errors import ApiError, of_field, wrong
-from .http import Exchange, Gone, Receive, Send, event
+from .http import PATIENCE, Exchange, Gone, Receive, Send, event
 from .jobs import Busy, Event, GrammarError, Job
 from .metrics import Metrics
 from .replies import Reply
@@ -54,6 +54,7 @@ class App:
 
     def __init__(self, service: Service, key: str | None = None, origins: Sequence[str] = (), ping: float = PING):
         self.service, self.key, self.origins, self.ping = service, key, tuple(origins), ping
+        self.patience = PATIENCE
         self.loop: asyncio.AbstractEventLoop | None = None
         self.is_ending, self.count = False, 0
         self.routes: dict[str, tuple[str, Handler]] = {
@@ -76,7 +77,7 @@ class App:
             return await self._lifespan(receive, send)
         if scope["type"] != "http":
             raise ValueError(f"{scope['type']} is not served")
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self.patience)
         try:
             await self._answer(exchange)
         except Gone:
@@ -131,11 +132,7 @@ class App:
             )  # fmt: skip
 
     def _check_key(self, exchange: Exchange) -> None:
-        if self.key is None:
-            return
-        scheme, _, shown = exchange.given.get("authorization", "").partition(" ")
-        shown = shown.strip() if scheme.lower() == "bearer" else exchange.given.get("x-api-key", "")
-        if not hmac.compare_digest(shown.encode("latin-1"), self.key.encode()):
+        if not shows_key(exchange.given, self.key):
             way_out = "send Authorization: Bearer KEY"
             raise ApiError(401, f"the API key is missing or wrong; {way_out}", code="invalid_api_key")
 
@@ -264,10 +261,19 @@ class App:
 
     async def apply_template(self, exchange: Exchange) -> None:
         body, words = await exchange.body(), self.service.tokenizer
-        said, tools = messages.messages_of(body), messages.tools_of(body)
+        said, tools = messages.messages_of(body, self.service.images), messages.tools_of(body)
         given = bodies.variables(body, self.service)
-        text = await asyncio.to_thread(messages.rendered, words, said, tools, given)
+        text = await asyncio.to_thread(messages.rendered, words, said, tools, given, messages.end_of(body))
         await exchange.reply(200, {"prompt": text})
+
+
+def shows_key(given: Mapping[str, str], key: str | None) -> bool:
+    """Whether the headers of a request have the key, where there is one."""
+    if key is None:
+        return True
+    scheme, _, shown = given.get("authorization", "").partition(" ")
+    shown = shown.strip() if scheme.lower() == "bearer" else given.get("x-api-key", "")
+    return hmac.compare_digest(shown.encode("latin-1"), key.encode())
 
 
 def _put(events: asyncio.Queue, number: int, one: Event) -> None:

@@ -20,7 +20,7 @@ def chained_keys(ids: Sequence[int], parent: bytes = b"") -> Iterator[bytes]:
     """A key of 16 bytes for each whole block of these ids, which follow the block with key `parent` (none: they are a
     row's first)."""
     for first in range(0, len(ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-        tokens = np.array(ids[first : first + BLOCK_TOKENS], np.int32)
+        tokens = np.array(ids[first : first + BLOCK_TOKENS], np.int64)  # those of media need as many bits
         parent = blake2b(parent + tokens.tobytes(), digest_size=16).digest()
         yield parent
 

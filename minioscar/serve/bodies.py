@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import shown
@@ -12,6 +13,7 @@ from ..ops.sample import MAX_BIASES, MAX_ENDS
 from ..options import Options
 from ..sampling import Sampling
 from ..tokenizer import Tokenizer
+from ..towers.media import Tower, expanded, media_of, opened
 from . import fields, messages, parsing
 from .errors import ApiError, of_field, wrong
 from .jobs import Job
@@ -21,8 +23,18 @@ MAX_STOPS, MAX_STOP, MAX_TOP, MAX_PROMPTS = 16, 256, 20, 1024
 SAMPLING = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 REFUSED = {  # what changes an answer and is not there: name -> the values that ask for nothing
     "best_of": (1,), "suffix": ("",), "audio": (), "functions": ([],), "function_call": ("none", "auto"),
-    "chat_template": (), "web_search_options": (), "prediction": (), "guided_json": (), "guided_regex": (),
-    "guided_grammar": (), "structured_outputs": (), "grammar": ("",),
+    "chat_template": (), "web_search_options": (), "prediction": (), "documents": ([],),
+    # of vLLM and SGLang
+    "guided_json": (), "guided_regex": ("",), "guided_choice": ([],), "guided_grammar": ("",), "regex": ("",),
+    "ebnf": ("",), "structured_outputs": ({},), "structural_tag": ("",), "bad_words": ([],), "stop_regex": ("", []),
+    "use_beam_search": (False,), "length_penalty": (1,), "prompt_logprobs": (), "logprob_token_ids": ([],),
+    "truncate_prompt_tokens": (), "prompt_embeds": ([],), "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,), "return_tokens_as_token_ids": (False,), "logits_processors": ([],),
+    "custom_logit_processor": ("",), "thinking_token_budget": (-1,),
+    # of llama.cpp and those who speak to it
+    "grammar": ("",), "mirostat": (0,), "typical_p": (1,), "tfs_z": (1,), "dynatemp_range": (0,),
+    "dry_multiplier": (0,), "xtc_probability": (0,), "repeat_penalty": (1,), "n_predict": (-1,), "n_probs": (0,),
+    "t_max_predict_ms": (0, -1), "lora": ([],),
 }  # fmt: skip
 
 
@@ -41,6 +53,8 @@ class Service:
     strict: bool = False
     kv: str = "bf16"
     bytes_of: Callable[[int], tuple[int, int]] = lambda tokens: (0, 0)
+    towers: Mapping[str, Tower] = field(default_factory=dict)  # what reads pictures
+    images: Path | None = None  # the folder whose pictures requests may name
 
     def __post_init__(self) -> None:
         self.grammars = Grammars(self.tokenizer, self.vocab)
@@ -73,11 +87,17 @@ class Asked:
 def chat(body: fields.Body, service: Service) -> Asked:
     """Of /v1/chat/completions. Raises ApiError."""
     _check(body, service)
-    said, tools = messages.messages_of(body), messages.tools_of(body)
-    choice, callable = messages.choice_of(body, tools)
-    text = messages.rendered(service.tokenizer, said, tools if choice != "none" else (), variables(body, service))
+    if fields.switch(body, "echo"):
+        raise wrong("echo", "echo is of /v1/completions; leave it out")
+    said, tools = messages.messages_of(body, service.images), messages.tools_of(body)
     with of_field("messages"):
-        ids = service.tokenizer.encode(text)
+        said = opened(said, service.towers)
+    media = media_of(said)
+    choice, callable = messages.choice_of(body, tools)
+    end, given = messages.end_of(body), variables(body, service)
+    text = messages.rendered(service.tokenizer, said, tools if choice != "none" else (), given, end)
+    with of_field("messages"):
+        ids = expanded(service.tokenizer.rendered_ids(text, bool(service.towers)), media, service.towers)
     knows = service.tokenizer.token_id(parsing.THINK) is not None
     thinking = parsing.is_thinking(text) if knows else None
     form = messages.form_of(service.tokenizer.template) if choice != "none" else None
@@ -94,7 +114,9 @@ def chat(body: fields.Body, service: Service) -> Asked:
     most = most_tokens(body, None, 1)
     options = options_of(body, service, ids, most, (k or 0) if has_logprobs else None)
     cached = fields.switch(body, "cache_prompt", True)
+    goes_on = end == "continue"
     job = Job(ids, options, bias=bias_of(body, service), matcher=grammar, cache_prompt=cached)
+    job.continued, job.media = goes_on, media
     checked([job], service)
     return Asked([job], True, *streaming(body), thinking=thinking, calls=form, one_call=not several)
 
@@ -252,6 +274,8 @@ def bias_of(body: fields.Body, service: Service) -> tuple[tuple[int, float], ...
 
 def schema_of(body: fields.Body) -> tuple[Any, str] | None:
     """The schema that an answer is to follow, and the field that has it."""
+    if body.get("json_schema") is not None:  # as llama.cpp takes it
+        return body["json_schema"], "json_schema"
     form = fields.mapping(body, "response_format")
     if not form or form.get("type") == "text":
         return None

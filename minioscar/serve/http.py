@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 Headers = tuple[tuple[str, str], ...]
 MAX_BODY = 16 << 20
+PATIENCE = 60.0  # seconds in which the body of a request has to come
 
 
 class Gone(Exception):
@@ -20,9 +22,10 @@ class Gone(Exception):
 
 
 class Exchange:
-    """headers: of the response, beside its own."""
+    """headers: of the response, beside its own. patience: seconds in which the body of the request has to come."""
 
-    def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send):
+    def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send, patience: float = PATIENCE):
+        self.patience = patience
         self.method, self.path = scope["method"], scope["path"]
         self.given = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         self.receive, self._send = receive, send
@@ -30,12 +33,30 @@ class Exchange:
         self.is_begun = False
 
     async def body(self) -> dict[str, Any]:
-        """The JSON object of the request. Raises ApiError for anything else, Gone where it never comes."""
+        """The JSON object of the request. Raises ApiError for anything else and what takes too long, Gone where the
+        client leaves before."""
         kind = self.given.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, f"the content type is {kind[:80]}; send application/json")
         if int(length) > MAX_BODY if (length := self.given.get("content-length", "")).isdigit() else False:
             raise too_large()
+        sent = await self.received()
+        try:
+            found = strict_json.loads(sent)
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}") from None
+        if not isinstance(found, dict):
+            raise ApiError(400, "the body must be a JSON object")
+        return found
+
+    async def received(self) -> bytes:
+        """The body. Raises ApiError where it takes too long or is too large, Gone where the client leaves before."""
+        try:
+            return await asyncio.wait_for(self._received(), self.patience)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the body was not there after {self.patience:g} seconds; send it again") from None
+
+    async def _received(self) -> bytes:
         pieces, size = [], 0
         while True:
             message = await self.receive()
@@ -46,14 +67,7 @@ class Exchange:
             if size > MAX_BODY:
                 raise too_large()
             if not message.get("more_body"):
-                break
-        try:
-            found = strict_json.loads(b"".join(pieces))
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}") from None
-        if not isinstance(found, dict):
-            raise ApiError(400, "the body must be a JSON object")
-        return found
+                return b"".join(pieces)
 
     async def wait_until_gone(self) -> None:
         while (await self.receive())["type"] != "http.disconnect":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from .. import chat_template
 from ..errors import shown
 from ..storage import strict_json as json
 from ..tokenizer import Tokenizer
+from ..towers.media import PARTS, hidden, media_of
 from . import fields
 from .errors import ApiError, of_field, wrong
 
@@ -26,12 +29,15 @@ class Tool:
     parameters: dict[str, Any]
 
 
-def messages_of(body: fields.Body) -> list[dict[str, Any]]:
-    """Raises ApiError for what are no messages."""
+def messages_of(body: fields.Body, images: Path | None = None) -> list[dict[str, Any]]:
+    """images: the folder whose files may be named. Raises ApiError for what are no messages."""
     given = body.get("messages")
     if not isinstance(given, list) or not given:
         raise wrong("messages", "messages must be a list of messages, and not empty")
     messages = [_message(i, message) for i, message in enumerate(given)]
+    for message in messages:
+        if isinstance(message.get("content"), list):
+            message["content"] = [_part(part, images) for part in message["content"]]
     if why := chat_template.malformed(messages):
         raise wrong("messages", f"messages cannot be read: {why}")
     return messages
@@ -51,6 +57,36 @@ def _message(i: int, given: Any) -> dict[str, Any]:
     if message.pop("tool_calls", None):
         message["tool_calls"] = [_call(i, call) for call in _list(given["tool_calls"], f"messages[{i}].tool_calls")]
     return message
+
+
+def _part(part: Any, images: Path | None) -> Any:
+    """A picture comes as a data: URL, or as the URL of a file in the folder `images`, a sound in base64; nothing else
+    is opened."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in PARTS:
+        return part
+    if PARTS[kind] == "audio":
+        data = part.get("input_audio")
+        if not isinstance(data, dict) or not isinstance(data.get("data"), str):
+            raise wrong("messages", 'a sound must be {"type": "input_audio", "input_audio": {"data": base64}}')
+        return {"type": "audio", "audio": data}
+    given = part.get("image_url") if kind == "image_url" else None
+    url = given.get("url") if isinstance(given, dict) else given
+    if not isinstance(url, str):
+        raise wrong("messages", 'a picture must be {"type": "image_url", "image_url": {"url": "data:..."}}')
+    if url.startswith("data:"):
+        return {"type": "image", "image": url}
+    if not url.startswith("file://") or images is None:
+        way_out = "send a data: URL" if images is None else f"send a data: URL or a file:// URL under {images}"
+        raise wrong("messages", f"the picture {shown(url)} is not fetched; {way_out}")
+    try:
+        path = Path(unquote(url.removeprefix("file://"))).resolve()
+        is_there = path.is_relative_to(images.resolve()) and path.is_file()
+    except (OSError, ValueError, RuntimeError):
+        is_there = False
+    if not is_there:
+        raise wrong("messages", f"the picture {shown(url)} is no file under {images}; send a data: URL")
+    return {"type": "image", "image": str(path)}
 
 
 def _list(value: Any, name: str) -> list[Any]:
@@ -113,11 +149,23 @@ def form_of(template: str) -> str:
     return "llama3" if is_llama else "hermes"
 
 
+def end_of(body: fields.Body) -> str:
+    """How the prompt ends, as vLLM's API has it: "answer", with the beginning of an answer; "message", with the end of
+    the last message; "continue", within it, so that the answer goes on with it. Raises ApiError."""
+    goes_on = fields.switch(body, "continue_final_message")
+    begins = fields.switch(body, "add_generation_prompt", not goes_on)
+    if goes_on and begins:
+        reason = "cannot be, with add_generation_prompt: an answer either begins or goes on; leave one of them out"
+        raise wrong("continue_final_message", f"continue_final_message {reason}")
+    return "continue" if goes_on else "answer" if begins else "message"
+
+
 def rendered(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]],
-    variables: Mapping[str, Any],
+    variables: Mapping[str, Any], end: str = "answer",
 ) -> str:
-    """The prompt. Raises ApiError, with the template's own words, where it refuses the messages."""
+    """The prompt. end: as `end_of` has it. Raises ApiError, with the template's own words, where it refuses the
+    messages."""
     if not tokenizer.has_chat_template:
         raise ApiError(400, "this model has no chat template; use /v1/completions")
     if "chat_template" in variables:
@@ -125,7 +173,18 @@ def rendered(
     if tools and not reads(tokenizer, "tools"):
         messages, tools = taught(messages, tools), ()
     with of_field("messages"):
-        return tokenizer.chat(messages, template=variables, tools=tools or None)
+        messages = hidden(messages)
+        text = tokenizer.chat(messages, end == "answer", template=variables, tools=tools or None)
+    return up_to_last(text, messages) if end == "continue" else text
+
+
+def up_to_last(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """A prompt as far as the content of its last message goes. Raises ApiError where that is not shown."""
+    content = chat_template.flat(messages[-1].get("content"))
+    for said in (content, content.strip()) if isinstance(content, str) and content.strip() else ():
+        if (at := text.rfind(said)) >= 0:
+            return text[: at + len(said)]
+    raise wrong("continue_final_message", "the last message has no text that the chat template shows; give it some")
 
 
 def reads(tokenizer: Tokenizer, name: str) -> bool:
@@ -139,6 +198,8 @@ def reads(tokenizer: Tokenizer, name: str) -> bool:
 def taught(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For a template that knows no tools: they, calls and results as text, in the manner of Hermes."""
     lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    if media_of(messages):
+        raise wrong("tools", "this model's chat template knows no tools, and pictures cannot be told beside them")
     told, system = TAUGHT.format(tools=lines), messages[0] if messages[0]["role"] == "system" else None
     before = f"{chat_template.flat(system['content'])}\n\n" if system else ""
     found = [{"role": "system", "content": before + told}]

@@ -104,6 +104,14 @@ class PooledCache(Cache):
         self.pool.release(self.blocks[slot][count:])
         del self.blocks[slot][count:]
 
+    def swap(self, one: int, other: int) -> None:
+        """Raises KeyError for a row that waits on the host: it runs, and stays where it is."""
+        if self.swapped.keys() & {one, other}:
+            raise KeyError(f"row {one} or {other} waits on the host")
+        super().swap(one, other)
+        if one != other:
+            self.blocks[one], self.blocks[other] = self.blocks[other], self.blocks[one]
+
     def reset(self, slot: int) -> None:
         super().reset(slot)
         self.swapped.pop(slot, None)
@@ -134,6 +142,7 @@ class PooledCache(Cache):
         pool has not so many, at most `most_own`."""
         left = self.left_to_share(source, length, unread)
         whole, packed = self._whole(source, left), self.packed_tokens(source)
+        shift = int(self.shifts[source]) if left == self.lengths[source] else 0  # as in `truncate`
         if source != target:
             shared = self.blocks[source][:whole]
             self.pool.hold(shared)
@@ -145,7 +154,7 @@ class PooledCache(Cache):
             self.copy_row(source, target)
         elif left < packed:
             self._drop(target, whole)
-        self.lengths[target], self.cuts[target] = left, min(packed, left)
+        self.lengths[target], self.cuts[target], self.shifts[target] = left, min(packed, left), shift
         return left
 
     def publish(self, slot: int, ids: Sequence[int]) -> None:

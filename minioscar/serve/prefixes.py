@@ -25,10 +25,11 @@ def shared(cache: PooledCache, ids: Sequence[int], row: Row) -> int:
     return cache.left_to_share(row.slot, common(ids, held), row.in_flight)
 
 
-def take_over(cache: PooledCache, source: Row, target: Row) -> int:
-    """Row `target`, in which nothing runs yet, holds what `source`, or the pool, has of the beginning of its prompt; so
-    many tokens."""
+def take_over(cache: PooledCache, rows: Sequence[Row], target: Row) -> int:
+    """Row `target`, in which nothing runs yet, holds what any of `rows`, or the pool, has of the beginning of its
+    prompt; so many tokens."""
     ids = target.job.usable
+    source = max(rows, key=lambda row: (shared(cache, ids, row), row is target))
     of_row, blocks = shared(cache, ids, source), cache.match(target.job.keys, len(ids))
     if len(blocks) * cache.BLOCK_TOKENS > max(of_row, LEAST - 1):
         return cache.begin_with(target.slot, blocks)

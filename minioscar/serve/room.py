@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..decoding import Decoder
+from . import prefixes
 from .jobs import Job, Row
 from .metrics import Metrics
 from .pooled import PooledCache
@@ -34,6 +36,29 @@ class Room:
         """Blocks that the answers but the first take for themselves when they begin."""
         whole = self.cache.scheme.packed_tokens(len(job.ids)) // self.cache.BLOCK_TOKENS
         return (job.rows - 1) * (self.cache.blocks_of(len(job.ids)) - whole)
+
+    def rows_for(self, job: Job, free: Sequence[Row], decoder: Decoder) -> list[Row]:
+        """Free rows for the answers of a job: the one that suits its prompt, and those unused for longest; but rows
+        further in front where a step pays for fewer then: what they hold changes places with what the others do."""
+        first = max(free, key=lambda row: prefixes.fit(self.cache, job.usable, row))
+        others = sorted((row for row in free if row is not first), key=lambda row: row.used)
+        chosen = [first, *others[: job.rows - 1]]
+        for i, row in enumerate(chosen):
+            front = min((other for other in free if other not in chosen), key=lambda other: other.slot, default=row)
+            if decoder.rows_with(front.slot) < decoder.rows_with(row.slot):
+                with decoder.ordered():
+                    self.cache.swap(front.slot, row.slot)
+                row.swap(front)
+                chosen[i] = front
+        return chosen
+
+    def for_step(self, rows: Sequence[Row], decoder: Decoder) -> list[Row]:
+        """Those whose next token has a block; the others wait. Older ones are asked first, and may take newer ones'."""
+        ends = {row: int(self.cache.lengths[row.slot]) + row.in_flight + 1 for row in rows}
+        with decoder.ordered():
+            for row in sorted(rows, key=lambda row: row.used):
+                self.give(row, ends[row])
+        return [row for row in rows if not self.cache.missing(row.slot, ends[row])]
 
     def give(self, row: Row, tokens: int, more: int = 0) -> bool:
         """The row has blocks for so many tokens, and `more` are free besides. False: it waits."""

@@ -101,6 +101,10 @@ class Scheduler:
             for row in self.rows
         ]  # fmt: skip
 
+    def held(self) -> list[list[int]]:
+        """Of each row, the tokens that another prompt could take over."""
+        return [row.held[:length] for row, length in zip(self.rows, self.cache.lengths.tolist(), strict=True)]
+
     def gauges(self) -> dict[str, tuple[float, str]]:
         """For `Metrics.text`."""
         return {
@@ -193,18 +197,16 @@ class Scheduler:
                 if not self.waiting or self.waiting[0].rows > len(free) or not self.room.admits(self.waiting[0]):
                     return
                 job = self.waiting.popleft()
-            first = max(free, key=lambda row: prefixes.fit(self.cache, job.usable, row))
-            others = sorted((row for row in free if row is not first), key=lambda row: row.used)
-            for index, row in enumerate([first, *others[: job.rows - 1]]):
+            chosen = self.room.rows_for(job, free, self.decoder)
+            for index, row in enumerate(chosen):
                 self.metrics.rounds += 1
                 row.used = self.metrics.rounds
                 row.begin(job, index)
-            self.reading.append(first)
+            self.reading.append(chosen[0])
 
     def _match(self, row: Row) -> None:
         """The row takes over what any row holds of the beginning of its prompt."""
-        source = max(self.rows, key=lambda other: (prefixes.shared(self.cache, row.job.usable, other), other is row))
-        row.job.cached = prefixes.take_over(self.cache, source, row)
+        row.job.cached = prefixes.take_over(self.cache, self.rows, row)
         row.held, row.is_matched = list(row.job.ids), True
         self.metrics.hit_tokens += row.job.cached
 
@@ -240,6 +242,8 @@ class Scheduler:
     def _pass(self, pieces: list[tuple[Row, list[int]]]) -> None:
         rows, inputs = [row for row, _ in pieces], [piece for _, piece in pieces]
         batch = self.cache.batch_for([row.slot for row in rows], map(len, inputs))
+        if media := [medium for row in rows for medium in row.job.media]:
+            batch = batch.reading([row.job.ids for row in rows], media)
         scored = rows[0].job.prompt_logprobs is not None
         try:
             if scored:
@@ -308,7 +312,7 @@ class Scheduler:
     def _launch(self) -> bool:
         """Whether there was a step to launch."""
         count = len(self.steps)
-        while len(self.steps) <= self._ahead() and (rows := self._with_room(self._going())):
+        while len(self.steps) <= self._ahead() and (rows := self.room.for_step(self._going(), self.decoder)):
             if not all([self._allow(row) for row in rows]):
                 continue
             self.decoder.launch([row.slot for row in rows])
@@ -316,14 +320,6 @@ class Scheduler:
             for row in rows:
                 row.in_flight += 1
         return len(self.steps) > count
-
-    def _with_room(self, rows: list[Row]) -> list[Row]:
-        """Those whose next token has a block; the others wait. Older ones are asked first, and may take newer ones'."""
-        ends = {row: int(self.cache.lengths[row.slot]) + row.in_flight + 1 for row in rows}
-        with self.decoder.ordered():
-            for row in sorted(rows, key=lambda row: row.used):
-                self.room.give(row, ends[row])
-        return [row for row in rows if not self.cache.missing(row.slot, ends[row])]
 
     def _allow(self, row: Row) -> bool:
         """Tells the decoder what a row's grammar allows next; where that cannot be said, the answer ends: False."""

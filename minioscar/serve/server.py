@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from .. import memory
 from ..arguments import context_of
@@ -17,7 +19,7 @@ from ..errors import Failure, UserError
 from ..layer_cache import BLOCK_TOKENS
 from ..ops.linear_batch import BATCH_TOKENS
 from ..oscar import SCHEMES
-from ..sampling import RowSampling, Sampling
+from ..sampling import Sampling
 from .app import App
 from .bodies import Service
 from .pooled import PooledCache, kept_sinks
@@ -40,6 +42,7 @@ class Plan:
     key: str | None = None
     origins: Sequence[str] = ()
     strict: bool = False
+    images: str | None = None  # the folder whose pictures requests may name
 
     def check(self) -> None:
         """Raises UserError, before the model is loaded."""
@@ -47,6 +50,8 @@ class Plan:
             raise UserError(f"--slots {self.slots} is out of range; it must be from 1 to {BATCH_TOKENS}")
         if self.chunk < SCORED_PIECE or self.chunk % SCORED_PIECE:
             raise UserError(f"--chunk {self.chunk} must be a multiple of {SCORED_PIECE}")
+        if self.images is not None and not Path(self.images).is_dir():
+            raise UserError(f"--images {self.images} is no folder; name one")
         if self.queue is not None and self.queue < 0:
             raise UserError(f"--queue {self.queue} is out of range; it must be 0 or more")
 
@@ -72,12 +77,12 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
     context = context_of(plan.ctx, config)
     if context is None and not scheme.quantized:
         free = ops.free_bytes() * 9 // 10
-        context = memory.longest_context(config, scheme, ops, plan.slots, free, plan.chunk, True)
+        context = memory.longest_context(config, scheme, ops, plan.slots, free, plan.chunk, None)
     blocks = most_blocks(engine, plan, context)
     context = min(config.max_context, blocks * BLOCK_TOKENS) if context is None else context
     chunk = min(plan.chunk, max(context // SCORED_PIECE, 1) * SCORED_PIECE)
     if blocks_of_row(scheme, max(context, 1)) > blocks or not scheme.quantized:
-        memory.check(config, scheme, ops, plan.slots, max(context, 1), min(chunk, context), penalties=True)
+        memory.check(config, scheme, ops, plan.slots, max(context, 1), min(chunk, context), penalties=None)
     if blocks_of_row(scheme, context) > blocks:
         why = f"memory has room for {blocks * BLOCK_TOKENS} tokens beside the windows of {plan.slots} slots"
         raise UserError(f"--ctx {context} is too much: {why}; choose fewer of either")
@@ -85,9 +90,10 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
     service = Service(
         plan.name, engine.tokenizer, config.vocab_size, context, plan.slots, defaults, plan.strict, scheme.name,
         lambda tokens: (row_bytes(config, scheme, tokens), row_bytes(config, SCHEMES["bf16"], tokens)),
+        config.towers, None if plan.images is None else Path(plan.images),
     )  # fmt: skip
     app = App(service, plan.key, plan.origins)
-    ops.prepare(engine.model, cache, passes(cache, chunk), [RowSampling()] * plan.slots, engine.progress)
+    ops.prepare(engine.model, cache, passes(cache, chunk), None, engine.progress)
     scheduler = Scheduler(engine, cache, chunk, 4 * plan.slots if plan.queue is None else plan.queue, app.post)
     app.engine = scheduler
     return app, scheduler
@@ -100,19 +106,22 @@ def most_blocks(engine: Engine, plan: Plan, context: int | None) -> int:
     free, longest = ops.free_bytes() * (9 if context is None else 10) // 10, context or config.max_context
     sinks = kept_sinks(plan.slots)
     none, one = (cache_bytes(config, scheme, plan.slots, longest, n, sinks) for n in range(2))
-    spare = free - none - ops.work_bytes(config, min(plan.chunk, longest), longest, plan.slots, True)
+    spare = free - none - ops.work_bytes(config, min(plan.chunk, longest), longest, plan.slots, None)
     return max(min(spare // max(one - none, 1), plan.slots * blocks_of_row(scheme, longest)), 0)
 
 
-def serve(app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: str) -> None:
-    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end."""
+def serve(
+    app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: Callable[[float], str]
+) -> None:
+    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end. ready: what is said then, from the
+    seconds that warming up took."""
     import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if not self.should_exit:
-                print(ready, file=sys.stderr, flush=True)
+                print(ready(warmed_up - begun), file=sys.stderr, flush=True)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.is_ending = True
@@ -124,7 +133,9 @@ def serve(app: App, scheduler: Scheduler, bound: socket.socket, grace: int, read
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace, lifespan="on", server_header=False,
         ws="none", loop="asyncio",
     )  # fmt: skip
+    begun = time.monotonic()
     scheduler.start()
+    warmed_up = time.monotonic()
     Server(config).run(sockets=[bound])
     if scheduler.dead:
         raise Failure(scheduler.dead)

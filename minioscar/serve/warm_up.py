@@ -26,8 +26,9 @@ def passes(cache: PooledCache, chunk: int) -> list[Batch]:
 
 
 def warm_up(model: Model, cache: PooledCache, decoder: Decoder, chunk: int) -> None:
-    """What the longest pass, a small one, a row's beginning and a step allocate stays at hand; on the thread that runs
-    them later, since libraries keep state for each."""
+    """What the longest pass, a small one, a row's beginning and a step of each size allocate stays at hand; on the
+    thread that runs them later, since libraries keep state for each."""
+    last = {decoder.rows_with(slot): slot for slot in range(len(cache.lengths))}  # of the rows that each step has
     with decoder.ordered(), np.errstate(all="ignore"):
         for batch in (longest_pass(cache, chunk), Batch((0,), (0,), (0,), (1,))):
             cache.reserve(0, cache.context)
@@ -35,12 +36,23 @@ def warm_up(model: Model, cache: PooledCache, decoder: Decoder, chunk: int) -> N
             model.ops.numpy(logits)
             cache.reset(0)
         cache.advance(batch)
-        decoder.join(0, RowSampling(Sampling(1.0)), logits[0])
-    if cache.context > 1:
-        decoder.launch([0])
-        decoder.read()
+        end = min(2, cache.context)
+        for last_slot in last.values():
+            has_room = 2 * cache.missing(0, end) <= len(cache.pool.free)
+            slots = [0, last_slot] if last_slot and has_room else [last_slot]
+            cache.lengths[0] = 1  # the token of the small pass
+            for slot in slots:
+                cache.copy_row(0, slot)
+                cache.reserve(slot, end)
+                decoder.join(slot, RowSampling(Sampling(1.0)), logits[0])
+            if cache.context > 1:
+                decoder.launch(slots)
+                decoder.read()
+            for slot in slots:
+                cache.reset(slot)
     with decoder.ordered():
-        cache.reset(0)
+        for slot in range(len(cache.lengths)):
+            cache.reset(slot)
         cache.reserve(0, 1)
         cache.swap_out(0)
         cache.pool.release(cache.pool.take(cache.blocks_of(1)))  # somebody has had it: it is copied back

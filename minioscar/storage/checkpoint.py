@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..formats.base import Format, Linear, Unfit
 from . import foreign
 from .identity import Stamp, WeightFiles, stamp
+from .names import plain
 from .strict_json import read_object
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -28,6 +29,8 @@ DTYPES |= dict.fromkeys(("F8_E4M3", "F8_E8M0"), np.dtype(np.uint8))  # the codes
 KV_SCALES = re.compile(r"self_attn\.([kv]_scale|kv_scale|[kv]_proj\.(output_scale|[kv]_scale))$")
 # what is not used, besides: queries and activations stay in 16 bits, RoPE is computed
 IGNORED = re.compile(rf"{KV_SCALES.pattern}|\.(q_scale|input_scale|activation_scale|input_global_scale|inv_freq)$")
+# of tensors that must all be known; of LLaVA's vision_tower. the last layers are not used
+PLACES = "model.", "lm_head.", "audio_tower.", "multi_modal_projector."
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -106,10 +109,11 @@ class Checkpoint:
 
     def _add(self, file: str, tensors: dict[str, Tensor], index: dict[str, str]) -> None:
         """Where two shards have a tensor, the index says which is meant."""
-        for name, tensor in tensors.items():
-            if name not in self.tensors or index.get(name) == file:
+        for given, tensor in tensors.items():
+            name = plain(given)
+            if name not in self.tensors or index.get(given) == file:
                 self.tensors[name] = tensor
-            elif name not in index:
+            elif given not in index:
                 why = f"tensor {name} stands in two shards, and {INDEX} does not say which counts"
                 raise UserError(f"{self.folder}: {why}; fetch the model again")
 
@@ -136,7 +140,7 @@ class Checkpoint:
             else:
                 self._check_plain(name, shape)
         for name in self.tensors.keys() - known:
-            if name.startswith(("model.", "lm_head.")) and not IGNORED.search(name) and not self._is_zero_bias(name):
+            if name.startswith(PLACES) and not IGNORED.search(name) and not self._is_zero_bias(name):
                 raise UserError(
                     f"{self.folder}: tensor {name} has no place in this architecture; it is not implemented"
                 )
@@ -180,6 +184,11 @@ class Checkpoint:
     def has_kv_scales(self) -> bool:
         """Whether the files have scales for an FP8 cache, which is another one than ours."""
         return any(KV_SCALES.search(name) for name in self.tensors)
+
+    @property
+    def has_talker(self) -> bool:
+        """Whether the files have what Qwen3-Omni speaks with."""
+        return any(name.startswith("talker.") for name in self.tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

@@ -8,7 +8,7 @@ that the path works.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -96,8 +96,8 @@ class Simt(Cuda):
     def sum(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return array(super().sum(x, y))
 
-    def queue(self, batch: StepBatch, run: Callable[[], None], graph: bool) -> Queue:
-        return Immediate(batch, run)
+    def queue(self, batch: StepBatch, runs: Mapping[int, Callable[[], None]], graph: bool) -> Queue:
+        return Immediate(batch, runs)
 
     def product(self, x: np.ndarray, weight: np.ndarray, float32: bool) -> np.ndarray:
         """As cuBLAS does it: float32 sums, one rounding to BF16. (NumPy leaves a product of two BF16 matrices in
@@ -108,8 +108,8 @@ class Simt(Cuda):
 class Immediate(Queue):
     """No stream: a step has run when `go` returns."""
 
-    def __init__(self, batch: StepBatch, run: Callable[[], None]):
-        self.batch, self.run, self.found = batch, run, deque()
+    def __init__(self, batch: StepBatch, runs: Mapping[int, Callable[[], None]]):
+        self.batch, self.runs, self.found = batch, runs, deque()
 
     def current(self) -> AbstractContextManager:
         return nullcontext()
@@ -120,8 +120,8 @@ class Immediate(Queue):
     def get(self, array: np.ndarray) -> np.ndarray:
         return np.array(array)
 
-    def go(self) -> None:
-        self.run()
+    def go(self, rows: int) -> None:
+        self.runs[rows]()
         self.found.append(np.array(self.batch.tokens))
 
     def tokens(self) -> np.ndarray:

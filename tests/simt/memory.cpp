@@ -111,7 +111,8 @@ static bool reads(Kind kind) { return kind != WRITE && kind != RELAXED_WRITE; }
   fault(pc, address, "race: %s of %zu bytes at @ is not ordered after %s", verb(kind), bytes, who);
 }
 
-static void record(Region& r, size_t word, uint8_t bytes, Kind kind, size_t total, const void* address, void* pc) {
+[[gnu::always_inline]] static inline void record(Region& r, size_t word, uint8_t bytes, Kind kind, size_t total,
+                                                 const void* address, void* pc) {
   const bool write = writes(kind), atomic = kind >= ATOMIC;
   Cell *cells = r.cells[word], *put = nullptr;
   for (int i = 0; i < 4; i++) {
@@ -142,25 +143,39 @@ static void record(Region& r, size_t word, uint8_t bytes, Kind kind, size_t tota
 
 static bool on_stack(const void* p) { return size_t((char*)p - stacks) < size_t(stacks_end - stacks); }
 
-void access(const void* address, size_t bytes, Kind kind, void* pc) {
-  const uintptr_t p = (uintptr_t)address;
-  if (on_stack(address) || !launch.checks || !current) return;
+// One word of an access: bytes says which of its four.
+[[gnu::always_inline]] static inline void access_word(Region& r, size_t word, uint8_t bytes, Kind kind, size_t total,
+                                                      const void* address, void* pc) {
+  const uint8_t need = reads(kind) ? bytes | bytes << 4 : bytes << 4;
+  if ((r.state[word] & need) != need) bad(r, address, total, kind, pc);
+  record(r, word, bytes, kind, total, address, pc);
+  if (writes(kind)) r.state[word] |= bytes;
+}
+
+// Null: nothing is to be checked.
+[[gnu::always_inline]] static inline Region* region(const void* address, size_t bytes, Kind kind, void* pc) {
+  if (!launch.checks) return nullptr;
   if (++since_switch >> 28)
     fault(pc, address, "no end in sight: 2^28 accesses in one epoch (does it wait for another block or for a thread?)");
-  Region* r = p - shared.base < shared.size ? &shared : p - global.base < global.size ? &global : nullptr;
-  if (!r) {
-    if (p - (uintptr_t)launch.module_begin < size_t(launch.module_end - launch.module_begin)) return;
-    fault(pc, address, "out of bounds: %s of %zu bytes at address %p, where no array is", verb(kind), bytes, address);
+  const uintptr_t p = (uintptr_t)address;
+  if (p - shared.base < shared.size) return &shared;
+  if (p - global.base < global.size) {
+    if (kind == WRITE || kind == RELAXED_WRITE) current->fenced = false;
+    return &global;
   }
-  if (r == &global && (kind == WRITE || kind == RELAXED_WRITE)) current->fenced = false;
-  const size_t begin = p - r->base, end = begin + bytes;
+  if (p - (uintptr_t)launch.module_begin >= size_t(launch.module_end - launch.module_begin))
+    fault(pc, address, "out of bounds: %s of %zu bytes at address %p, where no array is", verb(kind), bytes, address);
+  return nullptr;
+}
+
+void access(const void* address, size_t bytes, Kind kind, void* pc) {
+  if (!current || on_stack(address)) return;
+  Region* r = region(address, bytes, kind, pc);
+  if (!r) return;
+  const size_t begin = (uintptr_t)address - r->base, end = begin + bytes;
   for (size_t o = begin; o < end;) {
     const size_t w = o / 4, stop = std::min(end, 4 * w + 4);
-    const uint8_t m = ((1 << (stop - o)) - 1) << (o % 4);
-    const uint8_t need = reads(kind) ? m | m << 4 : m << 4;
-    if ((r->state[w] & need) != need) bad(*r, address, bytes, kind, pc);
-    record(*r, w, m, kind, bytes, address, pc);
-    if (writes(kind)) r->state[w] |= m;
+    access_word(*r, w, ((1 << (stop - o)) - 1) << (o % 4), kind, bytes, address, pc);
     o = stop;
   }
 }
@@ -329,17 +344,22 @@ extern "C" void simt_shared(char* base, size_t bytes, const Variable* usable, in
 [[noreturn]] static void misaligned(void* p, size_t n, void* pc) {
   fault(pc, p, "misaligned: access of %zu bytes at @", n);
 }
-static inline void aligned(void* p, size_t n, Kind kind, void* pc) {
-  if ((uintptr_t)p % n && current && !on_stack(p))
-    misaligned(p, n, pc);  // g++ copies structs on the stack in chunks of any size
-  access(p, n, kind, pc);
+template <size_t n, Kind kind>
+static inline void aligned(void* p, void* pc) {  // as `access`, in whole words
+  if (!current || on_stack(p)) return;  // g++ copies structs on the stack in chunks of any size
+  if ((uintptr_t)p % n) misaligned(p, n, pc);
+  Region* r = region(p, n, kind, pc);
+  if (!r) return;
+  const size_t o = (uintptr_t)p - r->base;
+  if (n < 4) access_word(*r, o / 4, ((1 << n) - 1) << (o % 4), kind, n, p, pc);
+  for (size_t i = 0; i < n / 4; i++) access_word(*r, o / 4 + i, 15, kind, n, p, pc);
 }
 #define SIZES(F) F(1) F(2) F(4) F(8) F(16)
 #define HOOKS(n)                                                                                       \
-  extern "C" void __tsan_read##n(void* p) { aligned(p, n, READ, SIMT_PC); }                             \
-  extern "C" void __tsan_write##n(void* p) { aligned(p, n, WRITE, SIMT_PC); }                           \
-  extern "C" void __tsan_volatile_read##n(void* p) { aligned(p, n, READ, SIMT_PC); }                    \
-  extern "C" void __tsan_volatile_write##n(void* p) { aligned(p, n, WRITE, SIMT_PC); }                  \
+  extern "C" void __tsan_read##n(void* p) { aligned<n, READ>(p, SIMT_PC); }                             \
+  extern "C" void __tsan_write##n(void* p) { aligned<n, WRITE>(p, SIMT_PC); }                           \
+  extern "C" void __tsan_volatile_read##n(void* p) { aligned<n, READ>(p, SIMT_PC); }                    \
+  extern "C" void __tsan_volatile_write##n(void* p) { aligned<n, WRITE>(p, SIMT_PC); }                  \
   extern "C" void __tsan_unaligned_read##n(void* p) { access(p, n, READ, SIMT_PC); }                    \
   extern "C" void __tsan_unaligned_write##n(void* p) { access(p, n, WRITE, SIMT_PC); }
 SIZES(HOOKS)

@@ -68,7 +68,7 @@ struct Thread {
   State state;
   bool fenced;              // a __threadfence since its last write to global memory
   uint32_t mask;            // of the warp operation it waits in
-  const char* op;
+  const char* op;           // a literal, the same one in every call of an operation
   void* args;
 };
 
@@ -82,10 +82,12 @@ struct Launch {
   char *module_begin, *module_end;  // data of the kernel's own shared object: tables and __device__ variables
 };
 
+#pragma GCC visibility push(hidden)  // reached without a table of addresses
 extern Launch launch;
 extern Thread threads[MAX_THREADS];
 extern Thread* current;     // null outside a kernel
 extern char *stacks, *stacks_end;
+#pragma GCC visibility pop
 
 [[noreturn]] void fault(void* pc, const void* address, const char* format, ...) __attribute__((format(printf, 3, 4)));
 void note_other(void* pc);  // the source line of the other access of a race, for the fault that follows

@@ -24,7 +24,7 @@ void warp_operation(void* pc, uint32_t mask, const char* op, int line, Args& arg
     if (o.state == State::done)
       fault(pc, nullptr, "%s at line %d names lane %d in its mask, which has returned", op, line, l);
     if (&o != &t && o.state != State::warp) return park(State::warp);  // who comes last looks at all
-    if (&o != &t && (o.mask != mask || o.line != line || strcmp(o.op, op)))
+    if (&o != &t && (o.mask != mask || o.line != line || o.op != op))
       fault(pc, nullptr, "divergent warp: %s at line %d (mask %08x) while lane %d waits in %s at line %d (mask %08x)",
             op, line, mask, l, o.op, o.line, o.mask);
     all[l] = (Args*)o.args;

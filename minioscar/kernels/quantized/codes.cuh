@@ -66,55 +66,36 @@ DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint4 (&b)[2
   else
     mma_m16n8k16_bf16(sum, a[0], a[1], a[2], a[3], x[0], x[1]);
 }
-// Adds x of step s to its sums, in the layout and the units of a group's sums.
+// Adds x of step s to its sums, 128 times those that code 1 would give. Operand A is the least normal number: a tensor
+// core aligns a subnormal as if it were that, and would truncate products of code 1 seven bits higher.
 DEVICE void add_x(float (&x_sum)[4], const uint4 (&b)[2], int s, bool first) {
-  constexpr uint32_t ONE = 0x00010001u, ODD_ONE = KIND == INT4 ? ONE << 4 : ONE;
-  const uint32_t ones[4] = {ONE, ODD_ONE, ONE, ODD_ONE};
+  const uint32_t ones[4] = {0x00800080u, 0x00800080u, 0x00800080u, 0x00800080u};
   multiply(x_sum, ones, b, s, first);
 }
+// Of two columns, as the sums of code 1 would be in even rows.
+DEVICE float2 sums_of_x(const float (&x_sum)[4]) { return make_float2(x_sum[0] / 128.f, x_sum[1] / 128.f); }
 
 // Scales and zeros of rows 2r and 2r + 1 of a group.
 struct RowScales {
   float scale[2], zero[2];  // zero: of sums of x in the unit of even rows
 
-  // words: [group][16 rows], of e4m3 [group].
-  DEVICE void load(const unsigned char* words, int group, int r) {
-    const uint2 rows = HAS_ZERO ? *(const uint2*)(words + group * 64 + r * 8) : make_uint2(0, 0);
+  // rows: a word of each row; of e4m3 one of both.
+  DEVICE void set(uint2 rows) {
     UNROLL for (int i = 0; i < 2; i++) {
       const uint32_t of_row = i ? rows.y : rows.x;
-      scale[i] = HAS_ZERO ? low_f16(of_row) : *(const float*)(words + group * 4);
+      scale[i] = HAS_ZERO ? low_f16(of_row) : __uint_as_float(rows.x);
       zero[i] = HAS_ZERO ? high_f16(of_row) * (i ? unit<true>() / unit<false>() : 1.f) : 0.f;
     }
+  }
+  // words: [group][16 rows], of e4m3 [group].
+  DEVICE void load(const unsigned char* words, int group, int r) {
+    set(HAS_ZERO ? *(const uint2*)(words + group * 64 + r * 8) : make_uint2(*(const uint32_t*)(words + group * 4), 0));
   }
   // y += scale * (sum - zero * x_sum), x_sum: of two columns.
   DEVICE void add(float (&y)[4], const float (&sum)[4], float2 x_sum) const {
     UNROLL for (int i = 0; i < 4; i++) {
       const float centered = HAS_ZERO ? fmaf(-zero[i / 2], i % 2 ? x_sum.y : x_sum.x, sum[i]) : sum[i];
       y[i] = fmaf(scale[i / 2], centered, y[i]);
-    }
-  }
-};
-
-// Scales and zeros of several groups of 16 rows, a word in each lane: lane 4r + c has row 2r + c % 2 of group c / 2 of
-// two, of e4m3 (one scale for 16 rows) that of group c of four.
-struct Scales {
-  static constexpr int GROUPS = HAS_ZERO ? 2 : 4;
-  uint32_t word;
-
-  // Of this lane.
-  DEVICE static int own_group() { return threadIdx.x % 4 / (4 / GROUPS); }
-  DEVICE static int own_row() { return threadIdx.x % 32 / 4 * 2 + threadIdx.x % 2; }
-  // The number of a word in a matrix; group: counted over all tiles.
-  DEVICE static size_t index(uint32_t group, int row) { return HAS_ZERO ? (size_t)group * 16 + row : group; }
-  // y += scale * (sum - zero * x_sum) of one group.
-  DEVICE void add(float (&y)[4], const float (&sum)[4], const float (&x_sum)[4], int group) const {
-    UNROLL for (int i = 0; i < (HAS_ZERO ? 2 : 1); i++) {
-      const uint32_t of_row = __shfl_sync(FULL_MASK, word, group * (4 / GROUPS) + i, 4);
-      UNROLL for (int j = 0; j < (HAS_ZERO ? 2 : 4); j++) {
-        const int at = 2 * i + j;
-        y[at] = HAS_ZERO ? fmaf(low_f16(of_row), fmaf(-high_f16(of_row), x_sum[at], sum[at]), y[at])
-                         : fmaf(__uint_as_float(of_row), sum[at], y[at]);
-      }
     }
   }
 };

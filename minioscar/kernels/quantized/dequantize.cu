@@ -38,7 +38,8 @@ extern "C" __global__ void __launch_bounds__(256)
     UNROLL for (int h = 0; h < 2; h++) {
       const int k = run * 64 + 32 * h + 8 * c;
       if (k >= K) break;
-      const uint32_t scale = scales[Scales::index(tile * groups + (k >> shift), 2 * r + i)];
+      const size_t group = (size_t)tile * groups + (k >> shift);
+      const uint32_t scale = scales[HAS_ZERO ? group * 16 + 2 * r + i : group];
       uint32_t pairs[4];
       UNROLL for (int pair = 0; pair < 4; pair++) {
         float x[2];

@@ -27,6 +27,7 @@
 constexpr int WARPS = 4 * WARPGROUPS;
 #include "../linear.cuh"
 #include "../split_merge.cuh"
+#include "items.cuh"
 #include "wgmma.cuh"
 
 constexpr int AT_ONCE = WARPGROUPS == 4 ? 4 : 8;  // columns of 8 whose residuals, or partial sums, are loaded together
@@ -38,17 +39,6 @@ constexpr int TILES = ROWS / 8, OUT_TILES = OUT_ROWS / 8;  // tiles: 8 columns o
 constexpr int LINE_BYTES = 128, PATTERN = 8 * LINE_BYTES, X_BYTES = TOKENS * LINE_BYTES;
 constexpr int RUN_BYTES = X_BYTES + ROWS * LINE_BYTES, STAGE_BYTES = RUNS * RUN_BYTES;
 static_assert(ROWS % 16 == 0 && OUT_ROWS % 8 == 0 && ROWS <= 256, "limits of a box and of a wgmma");
-
-// Tiles and splits of k.
-struct Items {
-  int slabs, splits, tiles;
-
-  DEVICE int count() const { return tiles * splits; }
-  DEVICE int tile(int item) const { return item % tiles; }
-  DEVICE int split(int item) const { return item / tiles; }
-  DEVICE int begin(int item) const { return slabs * split(item) / splits; }
-  DEVICE int end(int item) const { return slabs * (split(item) + 1) / splits; }
-};
 
 struct Copies {
   const TensorMap *x, *weights;

@@ -67,15 +67,22 @@ DEVICE void compiler_fence(uint32_t (&d)[N][4]) {
 #define REGISTERS_112 REGISTERS_104 ",%104,%105,%106,%107,%108,%109,%110,%111"
 #define REGISTERS_120 REGISTERS_112 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define REGISTERS_128 REGISTERS_120 ",%120,%121,%122,%123,%124,%125,%126,%127"
-// a in registers, b K-major.
-template <bool OVERWRITE>
-DEVICE void wgmma_bf16_k_major(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64
-      "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;\n}"
-      : SUMS_16(d, 0), SUMS_16(d, 4), SUMS_16(d, 8), SUMS_16(d, 12)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(OVERWRITE ? 0 : 1));
-}
+// a in registers, b K-major. HALF: registers of d; the numbers after it are those of a, b and the predicate.
+#define WGMMA_K_MAJOR(N, HALF, A0, A1, A2, A3, B, PREDICATE, ...)                                              \
+  template <bool OVERWRITE>                                                                                    \
+  DEVICE void wgmma_bf16_k_major(float(&d)[N / 8][4], const uint32_t(&a)[4], uint64_t b) {                     \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #PREDICATE ", 0;\n"                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS_##HALF "}, {%" #A0 "," \
+                 "%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1, 0;\n}"                                        \
+                 : __VA_ARGS__                                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(OVERWRITE ? 0 : 1));                \
+  }
+WGMMA_K_MAJOR(16, 8, 8, 9, 10, 11, 12, 13, SUMS_8(d, 0))
+WGMMA_K_MAJOR(32, 16, 16, 17, 18, 19, 20, 21, SUMS_16(d, 0))
+WGMMA_K_MAJOR(48, 24, 24, 25, 26, 27, 28, 29, SUMS_16(d, 0), SUMS_8(d, 4))
+WGMMA_K_MAJOR(64, 32, 32, 33, 34, 35, 36, 37, SUMS_32(d, 0))
+WGMMA_K_MAJOR(80, 40, 40, 41, 42, 43, 44, 45, SUMS_32(d, 0), SUMS_8(d, 8))
+WGMMA_K_MAJOR(128, 64, 64, 65, 66, 67, 68, 69, SUMS_64(d, 0))
 // a in registers, b N-major; d += a . b.
 DEVICE void wgmma_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64

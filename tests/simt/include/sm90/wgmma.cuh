@@ -15,9 +15,10 @@ SIMT_INLINE void wgmma_fence() { simt::wgmma_fence(); }
 SIMT_INLINE void wgmma_commit() { simt::wgmma_commit(); }
 template <int N> SIMT_INLINE void wgmma_wait(SIMT_LINE) { simt::wgmma_wait(N, line); }
 template <class T> SIMT_INLINE void compiler_fence(T&) {}
-template <bool OVERWRITE>
-SIMT_INLINE void wgmma_bf16_k_major(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) {
-  simt::wgmma(&d[0][0], 128, OVERWRITE, a, 0, b, false, line);
+template <bool OVERWRITE, int N>
+SIMT_INLINE void wgmma_bf16_k_major(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) {
+  static_assert(N % 2 == 0 && (N <= 10 || N == 16));
+  simt::wgmma(&d[0][0], 8 * N, OVERWRITE, a, 0, b, false, line);
 }
 template <int N> SIMT_INLINE void wgmma_bf16(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) {
   static_assert(N == 8 || N == 16);

@@ -1,0 +1,245 @@
+"""Qwen3-VL's vision tower: a picture -> embeddings of the language model, and what DeepStack adds behind its first
+layers.
+
+Patches of 16 x 16 pixels, an interpolated table of positions, rotary angles by row and column, blocks of LayerNorm,
+full attention and an MLP; four neighbouring patches become one token. Qwen3VLVisionModel and Qwen2VLImageProcessorPil
+of transformers 5.24 are what its numbers are those of; the paper is arXiv 2511.21631.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError, shown
+from ..fields import Fields
+from . import pictures
+from .layers import gelu, layer_norm, linear
+from .media import Backend, Features, Medium
+
+Array = Any
+PREFIX = "model.visual."
+EPS = 1e-6  # of every LayerNorm
+THETA = 10000.0
+MAX_ASPECT = 200
+DEFAULTS = {  # what a missing key means: transformers 5.24, configuration_qwen3_vl.py
+    "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "num_position_embeddings": 2304,
+    "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "image_token_id": 151655,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QwenVision:
+    """Its shape, as `vision_config` of a config.json and preprocessor_config.json have it."""
+
+    token: int  # <|image_pad|>
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    output_size: int  # hidden size of the language model
+    side: int  # rows, and columns, of the table of positions
+    deepstack: tuple[int, ...]  # blocks behind which features for DeepStack are taken
+    patch: int = 16  # pixels
+    frames: int = 2  # of a patch; those of a still are equal
+    merge: int = 2  # patches along a token
+    min_pixels: int = 1 << 16
+    max_pixels: int = 1 << 24
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green, blue from 0 to 1
+    deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def of(
+        cls, raw: Mapping[str, Any], pictures: Mapping[str, Any], source: str, hidden: int, layers: int
+    ) -> QwenVision:
+        """By config.json and preprocessor_config.json. hidden, layers: of the language model. Raises UserError for what
+        is missing or not implemented."""
+        if not isinstance(raw.get("vision_config"), Mapping):
+            raise UserError(f"{source}: vision_config must be an object, not {shown(raw.get('vision_config'))}")
+        get, top = Fields(raw["vision_config"], f"{source}: vision_config", DEFAULTS), Fields(raw, source, DEFAULTS)
+        get.only("hidden_act", "gelu_pytorch_tanh")
+        get.only("in_channels", 3)
+        get.only("out_hidden_size", hidden)
+        size, heads, places = (get.count(name) for name in ("hidden_size", "num_heads", "num_position_embeddings"))
+        if size % (4 * heads) or math.isqrt(places) ** 2 != places:
+            why = f"hidden_size {size} with num_heads {heads}, or num_position_embeddings {places}, is not supported"
+            raise UserError(f"{get.source}: {why}; heads must be multiples of 4 wide, positions a square")
+        depth, deep = get.count("depth", most=1024), get.items("deepstack_visual_indexes")
+        if len(deep) > layers or len(set(deep)) < len(deep) or not all(type(i) is int and 0 <= i < depth for i in deep):
+            raise UserError(f"{get.source}: deepstack_visual_indexes {deep} must be blocks of {depth}, each once")
+        patch, frames, merge = map(get.count, ("patch_size", "temporal_patch_size", "spatial_merge_size"))
+        inner = get.count("intermediate_size")
+        shape = cls(top.count("image_token_id"), depth, size, inner, heads, hidden, math.isqrt(places), tuple(deep),
+                    patch, frames, merge)  # fmt: skip
+        return replace(shape, **_preprocessing(pictures, shape))
+
+    @property
+    def kind(self) -> str:
+        return "image"
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name, as Hugging Face checkpoints spell it, -> shape."""
+        hidden, inner, wide = self.hidden_size, self.intermediate_size, self.hidden_size * self.merge**2
+        shapes: dict[str, tuple[int, ...]] = {"pos_embed.weight": (self.side**2, hidden)}
+
+        def add(name: str, *shape: int) -> None:
+            shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+
+        add("patch_embed.proj", hidden, 3, self.frames, self.patch, self.patch)
+        for i in range(self.depth):
+            add(f"blocks.{i}.norm1", hidden)
+            add(f"blocks.{i}.norm2", hidden)
+            add(f"blocks.{i}.attn.qkv", 3 * hidden, hidden)
+            add(f"blocks.{i}.attn.proj", hidden, hidden)
+            add(f"blocks.{i}.mlp.linear_fc1", inner, hidden)
+            add(f"blocks.{i}.mlp.linear_fc2", hidden, inner)
+        mergers = {"merger": hidden} | {f"deepstack_merger_list.{j}": wide for j in range(len(self.deepstack))}
+        for name, normed in mergers.items():
+            add(f"{name}.norm", normed)
+            add(f"{name}.linear_fc1", wide, wide)
+            add(f"{name}.linear_fc2", self.output_size, wide)
+        return {f"{PREFIX}{name}": shape for name, shape in shapes.items()}
+
+    # --- a picture's pixels
+
+    def prepare(self, source: Any, name: str) -> Medium:
+        """The picture in the size in which the tower reads it, uint8 [height, width, 3]. Raises UserError."""
+        from PIL import Image
+
+        image = pictures.opened(source, name)
+        width, height = image.size
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise UserError(f"{name} of {width} x {height} pixels is more than {MAX_ASPECT} times as long as wide")
+        height, width = self.resized(height, width)
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        grid = 1, height // (self.patch * self.merge), width // (self.patch * self.merge)
+        return Medium.of(self.kind, pixels, math.prod(grid), grid, name)
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """The nearest size of whole tokens whose area is within the limits (smart_resize)."""
+        step, area = self.patch * self.merge, height * width
+        found = [round(side / step) * step for side in (height, width)]
+        if math.prod(found) > self.max_pixels:
+            scale = math.sqrt(area / self.max_pixels)
+            found = [max(step, math.floor(side / scale / step) * step) for side in (height, width)]
+        elif math.prod(found) < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / area)
+            found = [math.ceil(side * scale / step) * step for side in (height, width)]
+        return found[0], found[1]
+
+    def patches(self, pixels: Array, xp: Any = np) -> Array:
+        """uint8 [height, width, 3] -> float32 [patches, 3 * frames * patch * patch], normalized, those of a token
+        together: rows and columns of tokens, then rows and columns in a token."""
+        mean, deviation = (xp.asarray(np.array(of, np.float32)) for of in (self.mean, self.deviation))
+        x = (pixels.astype(np.float32) / np.float32(255) - mean) / deviation
+        rows, columns = (size // (self.patch * self.merge) for size in pixels.shape[:2])
+        x = x.reshape(rows, self.merge, self.patch, columns, self.merge, self.patch, 3)
+        x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # [rows, columns, merge, merge, 3, patch, patch]
+        x = xp.broadcast_to(x[..., None, :, :], (*x.shape[:5], self.frames, *x.shape[5:]))
+        return x.reshape(rows * columns * self.merge**2, -1)
+
+    def places(self, rows: int, columns: int) -> np.ndarray:
+        """Row and column of every patch, in the order of `patches`; int64 [patches, 2]. rows, columns: of tokens."""
+        found = np.indices((rows, columns, self.merge, self.merge)).reshape(4, -1)
+        return np.stack([found[0] * self.merge + found[2], found[1] * self.merge + found[3]], axis=1)
+
+    # --- the tower
+
+    def encode(self, medium: Medium, weights: Mapping[str, Array], ops: Backend) -> Features:
+        """embeddings [tokens, output_size] and as many features for DeepStack as `deepstack` has blocks."""
+        xp, w = ops.xp, {name.removeprefix(PREFIX): array for name, array in weights.items()}
+        w["patch_embed.proj.weight"] = w["patch_embed.proj.weight"].reshape(self.hidden_size, -1)
+        places = self.places(*medium.grid[1:])
+        x = self.patches(xp.asarray(medium.data), xp).astype(ops.dtype)
+        x = linear(x, w, "patch_embed.proj", ops)  # [patches, hidden]
+        x = ops.sum(x, self._positions(places, w["pos_embed.weight"], xp))
+        tables, deep = self._angles(places, xp), {}
+        for i in range(self.depth):
+            x = self._block(x, w, f"blocks.{i}.", tables, ops)
+            if i in self.deepstack:
+                j = self.deepstack.index(i)
+                deep[j] = self._merged(x, w, f"deepstack_merger_list.{j}", ops)
+        return Features(self._merged(x, w, "merger", ops), [deep[j] for j in range(len(self.deepstack))])
+
+    def _positions(self, places: np.ndarray, table: Array, xp: Any) -> Array:
+        """The learned table, stretched over the picture (bilinear, corners on corners); float32 [patches, hidden]."""
+        sizes = np.maximum(places.max(axis=0), 1)
+        exact = places * ((self.side - 1) / sizes)
+        low = np.floor(exact).astype(np.int64)
+        part, high = exact - low, np.minimum(low + 1, self.side - 1)
+        y = 0
+        for row, of_row in ((low[:, 0], 1 - part[:, 0]), (high[:, 0], part[:, 0])):
+            for column, of_column in ((low[:, 1], 1 - part[:, 1]), (high[:, 1], part[:, 1])):
+                share = xp.asarray((of_row * of_column).astype(np.float32))[:, None]
+                y = y + table[xp.asarray(row * self.side + column)].astype(xp.float32) * share
+        return y
+
+    def _angles(self, places: np.ndarray, xp: Any) -> tuple[Array, Array]:
+        """cos and sin of the rotary angles: a half of the pairs by row, the other by column; float32 [patches, d/2]."""
+        half = self.hidden_size // self.num_heads // 2
+        frequencies = THETA ** -(np.arange(0, half, 2) / half)
+        angles = (places[:, :, None] * frequencies).reshape(len(places), half)
+        return xp.asarray(np.cos(angles).astype(np.float32)), xp.asarray(np.sin(angles).astype(np.float32))
+
+    def _block(
+        self, x: Array, w: Mapping[str, Array], name: str, tables: tuple[Array, Array], ops: Backend
+    ) -> Array:
+        xp = ops.xp
+        qkv = linear(layer_norm(x, w, f"{name}norm1", EPS, xp), w, f"{name}attn.qkv", ops)
+        q, k, v = qkv.reshape(len(x), 3, self.num_heads, -1).swapaxes(0, 1)  # [patches, heads, d]
+        y = ops.full_attention(ops.rope(q, *tables), ops.rope(k, *tables), v).reshape(len(x), -1)
+        x = linear(y, w, f"{name}attn.proj", ops, residual=x)
+        h = linear(layer_norm(x, w, f"{name}norm2", EPS, xp), w, f"{name}mlp.linear_fc1", ops)
+        return linear(gelu_tanh(h, xp), w, f"{name}mlp.linear_fc2", ops, residual=x)
+
+    def _merged(self, x: Array, w: Mapping[str, Array], name: str, ops: Backend) -> Array:
+        """Four patches -> a token: the norm is over each patch (the last merger), or over the four (DeepStack's)."""
+        wide = len(w[f"{name}.linear_fc1.weight"])
+        x = x.reshape(-1, len(w[f"{name}.norm.weight"]))
+        x = layer_norm(x, w, f"{name}.norm", EPS, ops.xp).reshape(-1, wide)
+        return linear(gelu(linear(x, w, f"{name}.linear_fc1", ops), ops.xp), w, f"{name}.linear_fc2", ops)
+
+    def work_bytes(self, tokens: int, ops: Backend) -> int:
+        """Of the widest moment of `encode`, in attention or in an MLP, and of the features of so many tokens."""
+        n, hidden, itemsize = tokens * self.merge**2, self.hidden_size, ops.dtype.itemsize
+        attending = itemsize * 6 * n * hidden + ops.full_attention_bytes(n, self.num_heads, hidden // self.num_heads)
+        mlp = itemsize * n * (2 * hidden + 2 * self.intermediate_size) + 4 * n * 4 * self.intermediate_size
+        features = itemsize * tokens * self.output_size * (1 + len(self.deepstack))
+        return max(attending, mlp) + features
+
+
+def _preprocessing(raw: Mapping[str, Any], shape: QwenVision) -> dict[str, Any]:
+    """What preprocessor_config.json says of sizes and colours. Raises UserError where it contradicts the tower."""
+    get = Fields(raw, "preprocessor_config.json", {})
+    for name, only in (("patch_size", shape.patch), ("temporal_patch_size", shape.frames), ("merge_size", shape.merge)):
+        get.only(name, only)
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        get.only(name, True)
+    get.only("resample", 3)  # bicubic
+    get.only("rescale_factor", 1 / 255)
+    size = raw.get("size") if isinstance(raw.get("size"), Mapping) else {}
+    limits = [
+        Fields({"pixels": size.get(new, raw.get(old))}, f"{get.source}: size.{new}", {}).count("pixels", usual)
+        for new, old, usual in (
+            ("shortest_edge", "min_pixels", shape.min_pixels), ("longest_edge", "max_pixels", shape.max_pixels)
+        )
+    ]
+    if limits[0] > limits[1]:
+        raise UserError(f"{get.source}: size.shortest_edge {limits[0]} is more than size.longest_edge {limits[1]}")
+    colours = {"mean": get.items("image_mean"), "deviation": get.items("image_std")}
+    for name, values in colours.items():
+        if values and (len(values) != 3 or not all(type(x) in (int, float) and 0 < x < 1e3 for x in values)):
+            raise UserError(f"{get.source}: image_{name[:4]} {values} must be three numbers above 0")
+    given = {name: tuple(map(float, values)) for name, values in colours.items() if values}
+    return {"min_pixels": limits[0], "max_pixels": limits[1], **given}
+
+
+def gelu_tanh(x: Array, xp: Any) -> Array:
+    """GELU by tanh (arXiv 1606.08415, 2): x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
+    y = x.astype(xp.float32)
+    inner = xp.float32(math.sqrt(2 / math.pi)) * (y + xp.float32(0.044715) * y * y * y)
+    return (xp.float32(0.5) * y * (1 + xp.tanh(inner))).astype(x.dtype)
