@@ -30,6 +30,7 @@ from .oscar import Scheme
 
 __all__ = ["BF16", "Cache", "LayerCache", "NewTokens", "PackedCache", "row_layout", "widen"]
 Array = Any
+KEPT = "kept_"  # before the names of sinks whose rows are gone
 
 
 class Cache:
@@ -174,7 +175,8 @@ class Cache:
 
     @property
     def block_arrays(self) -> list[str]:
-        return [name for name in self.arrays if name not in (*self.layers[0].row_arrays, "table")]
+        others = *self.layers[0].row_arrays, *(KEPT + name for name in SINK_ARRAYS), "table"
+        return [name for name in self.arrays if name not in others]
 
     def reset(self, slot: int) -> None:
         """Row `slot` is empty again. What its arrays hold is never read: every read is bounded by the length."""
@@ -202,12 +204,10 @@ def row_bytes(config: Config, scheme: Scheme, length: int) -> int:
 def shapes_of(
     kind: type[LayerCache], config: Config, scheme: Scheme, size: tuple[int, int], blocks: int, sinks: int
 ) -> Layout:
-    """Of the arrays of a layer: `LayerCache.layout`, and so many rows of sinks more."""
+    """Of the arrays of a layer: `LayerCache.layout`, and those of so many rows whose sinks alone are kept."""
     shapes = kind.layout(config, scheme, *size, blocks)
-    for name in shapes.keys() & set(SINK_ARRAYS):
-        (rows, *of_row), dtype = shapes[name]
-        shapes[name] = (rows + sinks, *of_row), dtype
-    return shapes
+    kept = {name: ((sinks, *shapes[name][0][1:]), shapes[name][1]) for name in SINK_ARRAYS if name in shapes}
+    return shapes | {KEPT + name: of for name, of in kept.items() if sinks}
 
 
 def cache_bytes(

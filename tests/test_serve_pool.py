@@ -119,8 +119,9 @@ def test_thousands_come_and_leave_and_the_pool_is_what_it_was(engine, seed):
 
 @on_each_backend
 def test_rows_on_a_card_wait_on_the_host_and_go_on_as_if_nothing_was(make, tmp_path, seed):
-    """By kernels: penalties count what the row has drawn, not what steps draw for it while it waits."""
-    folder = write_talker(tmp_path / "m", seed, num_hidden_layers=1)
+    """By kernels, in two layers: penalties count what the row has drawn, not what steps draw for it while it waits, and
+    sinks that a step packs go to their layer."""
+    folder = write_talker(tmp_path / "m", seed, num_hidden_layers=2)
     _, engine, ops = of_backend(make, folder, "int2")
     engine.ops, rng = ops, np.random.default_rng(seed)
     sampled = Sampling(1.0, seed=4, repetition_penalty=1.3)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import Cache, blocks_of, blocks_of_row
+from ..cache import KEPT, Cache, blocks_of, blocks_of_row
 from ..config import Config
 from ..layer_cache import BLOCK_TOKENS, SINK_ARRAYS, Backend
 from ..oscar import Scheme
@@ -52,8 +52,8 @@ class PooledCache(Cache):
         self._allocate(config, scheme, (batch, context), ops, table, blocks, kept_sinks(batch))
         self.pool, self.blocks = BlockPool(blocks), [[] for _ in range(batch)]
         self.swapped: dict[int, Swapped] = {}
-        # Key of a row's first block -> where its sinks are, behind those of the rows; the one unused for longest first
-        self.sinks = OrderedDict((b"%d" % i, batch + i) for i in range(kept_sinks(batch)))
+        # Key of a row's first block -> where its sinks are kept; the one unused for longest first
+        self.sinks = OrderedDict((b"%d" % i, i) for i in range(kept_sinks(batch)))
 
     def gauges(self) -> dict[str, tuple[float, str]]:
         """For `Scheduler.gauges`."""
@@ -173,12 +173,12 @@ class PooledCache(Cache):
     def _keep_sinks(self, slot: int, root: bytes) -> None:
         if root not in self.sinks:
             self.sinks[root] = self.sinks.popitem(last=False)[1]
-            self._copy_sinks(slot, self.sinks[root])
+            for name, kept in self._sink_arrays():
+                kept[:, self.sinks[root]] = self.arrays[name][:, slot]
         self.sinks.move_to_end(root)
 
-    def _copy_sinks(self, source: int, target: int) -> None:
-        for name in self.arrays.keys() & set(SINK_ARRAYS):
-            self.arrays[name][:, target] = self.arrays[name][:, source]
+    def _sink_arrays(self) -> list[tuple[str, Array]]:
+        return [(name, self.arrays[KEPT + name]) for name in SINK_ARRAYS if name in self.arrays]
 
     def match(self, keys: Sequence[bytes], tokens: int) -> list[int]:
         """Blocks that hold the beginning of a prompt of so many tokens, whose `chained_keys` these are: at most as many
@@ -193,7 +193,8 @@ class PooledCache(Cache):
         self._append(slot, blocks)
         root = self.pool.keys[blocks[0]]
         self.sinks.move_to_end(root)
-        self._copy_sinks(self.sinks[root], slot)
+        for name, kept in self._sink_arrays():
+            self.arrays[name][:, slot] = kept[:, self.sinks[root]]
         self.lengths[slot] = self.cuts[slot] = len(blocks) * BLOCK_TOKENS
         return int(self.lengths[slot])
 
