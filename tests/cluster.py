@@ -223,19 +223,19 @@ def grown(one: Cluster, clients: int, seconds: float = 300) -> float:
 # --- figures
 
 PASSING = {"ray::ProxyActor": "proxy", "ray::ServeReplica:minioscar:door": "door"}
-SMOLLM2 = Replay(agents=4, turns=6, system=384, task=128, new=16, result=64, lasting=150)
+SMOLLM2 = Replay(agents=4, turns=4, system=384, task=128, new=16, result=64, lasting=100)
 
 
 def measured(model: str, load: Replay, vocab: int, seed: int) -> dict[str, Any]:
-    """The same turns of a single server and of two replicas with half as many slots each; then one of them is
-    killed."""
+    """The same turns of a single server with two slots for each agent, and of two replicas with half as many slots
+    each; then one of them is killed."""
     common = "--ctx", str(-(-load.context // 128) * 128), "--chunk", "128"
     report: dict[str, Any] = {"model": model, "load": vars(load)}
-    with server(model, "--slots", str(load.agents), *common) as one:
-        report["single"] = {"slots": load.agents} | timed(one, load, seed, vocab)
+    with server(model, "--slots", str(2 * load.agents), *common) as one:
+        report["single"] = {"slots": 2 * load.agents} | timed(one, load, seed, vocab)
     begun = time.monotonic()
-    with cluster(model, "--slots", str(load.agents // 2), *common, "--replicas", "2") as many:
-        report["cluster"] = {"replicas": 2, "slots": load.agents // 2, "ready_s": round(time.monotonic() - begun, 1)}
+    with cluster(model, "--slots", str(load.agents), *common, "--replicas", "2") as many:
+        report["cluster"] = {"replicas": 2, "slots": load.agents, "ready_s": round(time.monotonic() - begun, 1)}
         report["cluster"] |= timed(many, load, seed, vocab) | {"left_s": round(left(many, load.lasting), 2)}
         report["passing"] = passing(many, load.agents, load.lasting)
         report["killed"] = killed(many, load.agents, load.lasting)

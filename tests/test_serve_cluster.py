@@ -90,6 +90,17 @@ def test_a_prompt_goes_where_most_of_its_beginning_is():
     assert fleet.choose(ids(1, 9))[:2] == ["r5", "r2"]
 
 
+def test_what_was_sent_before_as_many_others_as_there_are_slots_is_gone():
+    fleet = Fleet(2)
+    for turn in (3, 4, 5):  # one conversation, one slot
+        fleet.places.send("r1", names(ids(1, turn)), 0.0)
+    for other in (2, 3, 4):
+        fleet.places.send("r1", names(ids(other, 3)), 0.0)
+    assert fleet.places.held(names(ids(1, 6))) == {"r1": 5}
+    fleet.places.send("r1", names(ids(5, 3)), 0.0)
+    assert fleet.places.held(names(ids(1, 6))) == {} and fleet.places.held(names(ids(2, 6))) == {"r1": 3}
+
+
 def test_a_replica_without_a_free_slot_is_passed_over_and_so_is_one_where_too_much_runs():
     fleet = Fleet(4)
     fleet.places.send("r1", names(ids(1, 2)), 0.0)
@@ -140,7 +151,7 @@ def test_nothing_is_kept_of_what_is_gone():
         else:
             fleet.places.send(name, prompt, float(step))
     known = {name for found in fleet.places.holders.values() for name in found}
-    assert known == set(fleet.running) and all(len(sent) <= 8 for sent in fleet.places.sent.values())
+    assert known == set(fleet.running) and all(len(sent) <= 4 for sent in fleet.places.sent.values())
     fleet.places.set(["r9"])
     assert fleet.places.holders == {} and {name for _, name in fleet.places.ring} == {"r9"}
     fleet.places.send("r1", names(ids(1, 3)), 0.0)  # it has died meanwhile

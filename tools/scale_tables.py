@@ -103,7 +103,7 @@ def ray() -> str:
         ["requests after that", later],
         ["two replicas again after", f"{killed['back_after_s']:.1f} s"],
         ["`--replicas 1:2`, work for both: the second answers after", f"{report['grown']['second_after_s']:.0f} s"],
-        ["CPU time of a chunk of a stream", f"{cpu['proxy']} µs in Ray's proxy, {cpu['door']} µs in the door"],
+        ["CPU time of a chunk, idle work included", f"{cpu['proxy']} µs in Ray's proxy, {cpu['door']} µs in a door"],
     ]
     size = report["load"]
     note = (

@@ -105,11 +105,22 @@ class Door:
             left.cancel()
 
     async def _send(self, call: Call, begun: dict[str, Any], send: Send) -> None:
-        async for ready in call:
-            for message in ready:
-                await send(message)
-                if message["type"] == "http.response.start":
-                    begun.update(message)
+        """The last message waits for the end of the call, so that who asks again at once finds that slot free."""
+        last = None
+        try:
+            async for ready in call:
+                for message in ready:
+                    if message["type"] == "http.response.start":
+                        begun.update(message)
+                    if message.get("more_body", True):
+                        await send(message)
+                    else:
+                        last = message
+        except Exception:
+            if last is None:
+                raise
+        if last is not None:
+            await send(last)
 
     async def _end(self, answer: asyncio.Task[None], begun: Mapping[str, Any], send: Send) -> None:
         """Raises ApiError where the call failed before its first byte, the call's own error behind one of no stream."""

@@ -64,14 +64,20 @@ class Places:
             self._forget(replica, self.sent[replica].popleft()[1])
 
     def send(self, replica: str, names: Sequence[int], now: float) -> None:
-        """A prompt goes there: it will hold its beginning, until as many others came as it has slots."""
+        """A prompt goes there: it will hold its beginning, until as many others came as it has slots. One that goes on
+        from another takes its place."""
         sent = self.sent.get(replica)
-        if sent is None:
+        if sent is None or not names:
             return
-        sent.append((now, names))
         self._learn(replica, names)
-        if len(sent) > 2 * self.slots:
-            self._forget(replica, sent.popleft()[1])
+        before = [one for one in sent if one[1] == names[: len(one[1])]]
+        for one in before:
+            sent.remove(one)
+        sent.append((now, names))
+        if len(sent) > self.slots:
+            before.append(sent.popleft())
+        for _, gone in before:
+            self._forget(replica, gone)
 
     def _learn(self, replica: str, names: Sequence[int]) -> None:
         for name in names:
