@@ -194,7 +194,7 @@ def test_who_is_alone_pays_for_one_row_and_finds_older_conversations_again(make,
     _, engine, ops = of_backend(make, folder, "int2")
     engine.ops, rng, launched = ops, np.random.default_rng(seed), []
     prompts, how = [prompt(rng, 33) for _ in range(2)], Options(2, ignore_eos=True)
-    with running(engine, slots=2, context=128, chunk=128) as scheduler:
+    with running(engine, slots=2, context=256, chunk=128) as scheduler:
         go = scheduler.decoder.queue.go
         monkeypatch.setattr(scheduler.decoder.queue, "go", lambda rows: (launched.append(rows), go(rows)))
         answers = [submit(scheduler, Asked(ids, how))[0].answers() for ids in prompts]

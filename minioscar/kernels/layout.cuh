@@ -42,10 +42,12 @@ struct Table {
   int stride;
   DEVICE int block_of(int row, int page) const { return __ldg(blocks + (size_t)row * stride + page / BLOCK_PAGES); }
 };
-DEVICE size_t page_offset(size_t block, int kv_heads, int head, int page) {
-  return ((block * kv_heads + head) * BLOCK_PAGES + page % BLOCK_PAGES) * PAGE_BYTES + copied_offset(page) / 2;
+// Pages of a layer, and tokens of its norms, are fewer than 2^31.
+DEVICE size_t page_offset(int block, int kv_heads, int head, int page) {
+  const unsigned number = (block * kv_heads + head) * BLOCK_PAGES + page % BLOCK_PAGES;
+  return (size_t)number * PAGE_BYTES + copied_offset(page) / 2;
 }
-DEVICE size_t norm_offset(size_t block, int page) { return (block * BLOCK_PAGES + page % BLOCK_PAGES) * PAGE_TOKENS; }
+DEVICE unsigned norm_offset(int block, int page) { return (block * BLOCK_PAGES + page % BLOCK_PAGES) * PAGE_TOKENS; }
 
 // How many of a row's first `length` tokens are packed; the others are in the window.
 DEVICE constexpr int packed_tokens(int length) {
