@@ -125,6 +125,7 @@ extern "C" __global__ void __launch_bounds__(2 * HEAD_DIM, 512 / HEAD_DIM)
   const int start = starts[sequence], end = packed ? packed[sequence] : packed_tokens(start);
   if (first >= start) return;
   const int slot = slots ? slots[sequence] : sequence, warp = threadIdx.x / 32;
+  const size_t row = (size_t)slot * kv_heads + head;
   const size_t out = TILED ? ((size_t)(first_tiles[sequence] + first / TILE) * kv_heads + head) * (TILE_BYTES / 2) +
                                  vector_offset(first % TILE, 0)
                            : (((size_t)sequence * kv_heads + head) * capacity + first) * DIM;
@@ -138,7 +139,6 @@ extern "C" __global__ void __launch_bounds__(2 * HEAD_DIM, 512 / HEAD_DIM)
   const int copied = min((of_window ? start : sinks) - first, PAGE_TOKENS);
   if (copied <= 0) return;
   __syncthreads();  // sinks have codes too, which have just been written
-  const size_t row = (size_t)slot * kv_heads + head;  // not earlier: a register for all of the above
   const size_t from = of_window ? (row * RING + first % RING) * DIM : (row * sinks + first) * DIM;
   const uint4* plain_keys = (const uint4*)((of_window ? window_keys : sink_keys) + from);
   const uint4* plain_values = (const uint4*)((of_window ? window_values : sink_values) + from);
