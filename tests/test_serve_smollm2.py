@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from minioscar import load
+from minioscar.serve.server import serve
 
 from .patience import PATIENCE
 from .serving import ROOT, Server, server
@@ -168,6 +169,25 @@ def test_sigterm_lets_running_answers_end_and_exits_with_0(folder):
         assert rest[-1].choices[0].finish_reason == "length" and first.id == rest[-1].id
         assert one.process.wait(PATIENCE) == 0
         assert not [line for line in one.lines if "Traceback" in line or "ERROR" in line], one.lines
+
+
+def test_sigterm_while_it_warms_up_ends_it_too(capsys):
+    class Warming:
+        dead, is_closed = None, False
+
+        def start(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    scheduler, before = Warming(), signal.getsignal(signal.SIGTERM)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as bound:
+            serve(None, scheduler, bound, 1, "ready in {:.1f} s".format)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert scheduler.is_closed and "ready" not in capsys.readouterr().err
 
 
 def test_sigterm_does_not_wait_longer_than_the_grace_time(folder):

@@ -120,6 +120,7 @@ def serve(
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
+            self.should_exit = self.should_exit or bool(told)
             if not self.should_exit:
                 print(ready(warmed_up - begun), file=sys.stderr, flush=True)
 
@@ -128,7 +129,8 @@ def serve(
             await super().shutdown(sockets)
 
     sys.setswitchinterval(SWITCH)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # what uvicorn ends by, and then raises again
+    told: list[int] = []  # to end, while nothing listens yet; later uvicorn hears it first, and raises it again
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace, lifespan="on", server_header=False,
         ws="none", loop="asyncio",
@@ -136,7 +138,9 @@ def serve(
     begun = time.monotonic()
     scheduler.start()
     warmed_up = time.monotonic()
-    Server(config).run(sockets=[bound])
+    if not told:
+        Server(config).run(sockets=[bound])
+    scheduler.close()
     if scheduler.dead:
         raise Failure(scheduler.dead)
 
