@@ -406,6 +406,21 @@ def start_cells(row: dict) -> Iterator[str]:
     )
 
 
+def serve_cells(row: dict) -> Iterator[str]:
+    yield from (row["load"], f"`{row['kv']}`", "" if row["clients"] is None else f"{row['clients']}")
+    yield from (f"{row['requests']}", f"{row['prompt_tokens'] / row['requests']:,.0f}")
+    for name in ("first", "between"):
+        yield f"{row[f'{name}_p50_ms']:,.1f}, {row[f'{name}_p99_ms']:,.1f}"
+    yield f"{row['tokens_per_s']:,.0f}"
+    yield "" if row["times_one"] is None else f"{row['times_one']:.1f}x"
+    yield "" if row["of_chain"] is None else f"{row['of_chain']:.0%}"
+    yield f"{row['hit_tokens']:,}"
+
+
+def server_loads() -> str:
+    return "\n".join(markdown(PARTS["serve"][0], (list(serve_cells(row)) for row in load("h200-serve")["serve"])))
+
+
 def peer_cell(row: dict, digits: int) -> str:
     return "; ".join(f"{NAMES[name]} {value:,.{digits}f}" for name, value in measured(row).items())
 
@@ -420,6 +435,8 @@ def reasons(rows: list[dict]) -> Iterator[str]:
 SHAPE = ("`--kv`", "sequences x tokens")
 KERNEL = ("q / kv heads, head_dim", "µs", "limit, µs", "of it", "peers, µs")
 GROWTH = ("µs per 1,000 tokens", "limit, µs", "of it", "µs at none", "worst error of the line")
+WAITS = "to the first token, ms: median, 99 of 100", "between tokens, ms: the same"
+SERVE = "clients", "requests", "tokens of each", *WAITS, "tokens/s", "of one", "of chain", "tokens from the cache"
 PARTS = {
     "kernel": (["kernel", *SHAPE, *KERNEL], kernel_cells),
     "sustained": (["without rests", *SHAPE, *KERNEL], kernel_cells),
@@ -436,6 +453,7 @@ PARTS = {
     "throughput": (["throughput", "budget, GB", "`--kv`", "tokens", "sequences", "tokens/s"], throughput_cells),
     "memory": (["memory", *SHAPE, "cache, MB", "predicted, MB", "smaller than BF16", *PROMPT_PEAK], memory_cells),
     "load": (["loading", "layers", "MB", "s", "the first time, s", "GB/s", "a pinned copy, GB/s", "of it"], load_cells),
+    "serve": (["server", "`--kv`", *SERVE], serve_cells),
     "start": (["start to first text", "`--kv`", "starts", "s", "the first time, s"], start_cells),
 }
 
@@ -447,3 +465,4 @@ TABLES = {
     "cpu": cpu,
 }
 TABLES |= {"sustained": sustained, "headlines": headlines, "benches": bench_sections, "repeats": repeats}
+TABLES |= {"server_loads": server_loads}
