@@ -80,7 +80,7 @@ def traced(ops: Reference, make: Callable[[], Cache], use: Callable[[Cache], Non
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
         use(cache)
-        size = sum(trace.size for trace in arrays.traces) - cache.lengths.nbytes - cache.cuts.nbytes
+        size = sum(trace.size for trace in arrays.traces) - 3 * cache.lengths.nbytes  # cuts and shifts, too
         size -= max(cache.table.nbytes, 1)  # NumPy takes a byte for an empty array
         return size, size + tracemalloc.get_traced_memory()[1] - before
     finally:

@@ -28,14 +28,24 @@ def folder_of_experts(tmp_path_factory):
 @pytest.mark.parametrize("model", ["folder", "folder_of_experts"])
 @pytest.mark.parametrize("kv", SCHEMES)
 def test_a_batch_of_unequal_prompts_is_each_prompt_alone(model, kv, seed, request):
+    """A product of many rows may round otherwise, and a code or a choice of experts then falls to its neighbour: one
+    prompt of the five may go on differently where two tokens nearly tie (seeds 1649169151 with ott and 206917863 with
+    k4v4: by 0.02 and 3e-6)."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 160, n).tolist() for n in (1, 5, 127, 128, 200)]
     engine = load(request.getfixturevalue(model), kv)
-    together = engine.generate(prompts, max_tokens=12)
+    together, ties = engine.generate(prompts, max_tokens=12, logprobs=2), 0
     for prompt, result in zip(prompts, together, strict=True):
-        alone = engine.generate(prompt, max_tokens=12)
-        assert result.token_ids == alone.token_ids and result.prompt_tokens == len(prompt)
+        alone = engine.generate(prompt, max_tokens=12, logprobs=2)
+        assert result.prompt_tokens == len(prompt)
         assert len(result.token_ids) == 12 and result.finish_reason == "length"
+        both = zip(result.token_ids, alone.token_ids, result.logprobs, alone.logprobs, strict=True)
+        if first := next((said[2:] for said in both if said[0] != said[1]), None):
+            ties += 1
+            for of_token in first:
+                assert {one.token_id for one in of_token.top} == {of.token_id for of in first}
+                assert of_token.top[0].logprob - of_token.top[1].logprob < 0.05
+    assert ties <= 1
 
 
 def test_logits_of_a_token_do_not_depend_on_the_other_sequences(folder, seed):

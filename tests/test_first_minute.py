@@ -116,7 +116,10 @@ EVERY_MODULE = """
 import importlib, pkgutil, sys, minioscar
 for module in pkgutil.walk_packages(minioscar.__path__, "minioscar."):
     if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            assert error.name.split(".")[0] == "ray", module.name  # an extra that the tests do without
 print(minioscar.__file__)
 assert not {"tests", "benchmarks", "tools", "docs"} & {name.split(".")[0] for name in sys.modules}
 """

@@ -303,14 +303,14 @@ def test_neither_steps_nor_prompts_wait_for_more_than_one_of_the_other(engine, s
     """Ten pieces of a long prompt are read beside an answer: one step comes between any two of them."""
     rng, steps = np.random.default_rng(seed), []
     with running(engine, context=1408, chunk=128) as scheduler:
-        talking = submit(scheduler, Asked(prompt(rng, 4), Options(1000, ignore_eos=True)))[0]
-        while len(talking.events) < 3:
-            time.sleep(0.001)
         read = scheduler._pass
         monkeypatch.setattr(scheduler, "_pass", lambda pieces: (steps.append(scheduler.metrics.steps), read(pieces)))
-        submit(scheduler, Asked(prompt(rng, 1280), Options(1, ignore_eos=True)))[0].wait()
-        assert len(steps) == 10 and set(np.diff(steps)) == {1}
-        scheduler.cancel([talking.job])
+        talking = Asked(prompt(rng, 4), Options(1000, ignore_eos=True))
+        talks, reads = submit(scheduler, talking, Asked(prompt(rng, 1280), Options(1, ignore_eos=True)))
+        reads.wait()
+        scheduler.cancel([talks.job])
+    own, *steps = steps  # the pass that reads the answer's own prompt
+    assert own == 0 and len(steps) == 10 and set(np.diff(steps)) == {1}
 
 
 def test_jobs_begin_in_the_order_in_which_they_came(engine, seed):

@@ -31,8 +31,6 @@ GENERATE_KEYS = (
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    from .prompts import check_media, with_media
-
     sources = [source for source in (args.prompt, args.prompt_file, args.prompts_file) if source is not None]
     if len(sources) > 1 or not (sources or args.cache):
         raise UserError("give one of PROMPT, --prompt-file and --prompts-file")
@@ -51,6 +49,7 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
     template = template_of(args)
     wake(args.device)
+    from .prompts import check_media, with_media
 
     options = wanted(args)
     check_media(media)

@@ -25,7 +25,7 @@ class Room:
         unread = sum(self.cache.missing(row.slot, len(row.job.ids)) for row in running if row.state == "read")
         swapped = sum(self.cache.missing(row.slot, 0) for row in running)
         shared = sum(pool.holders[block] > 0 for block in self.cache.match(job.keys, len(job.usable)))
-        needed = self.cache.blocks_of(len(job.ids)) - shared + job.rows
+        needed = self.cache.blocks_of(len(job.ids)) - shared + self.cache.blocks_of(1) * job.rows
         return not running or needed <= len(pool.free) + idle - unread - swapped
 
     def fits(self, job: Job) -> bool:

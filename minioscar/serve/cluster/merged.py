@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 
+from ...storage import strict_json as json
 from ..errors import ApiError
 
 Bodies = Sequence[tuple[str, bytes]]  # names of replicas, and what they say
