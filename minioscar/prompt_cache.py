@@ -267,7 +267,7 @@ class File:
             if what in ("config", "scheme"):
                 self._same(what, self._fields(what), json.loads(ours))
         if self.metadata.get("weights") != weights:
-            found = shown(str(self.metadata.get("weights"))[:12])
+            found = "".join(str(self.metadata.get("weights")).split())[:12]
             raise UserError(
                 f"{self.path} was made with other weights (SHA-256 {found}..., here {weights[:12]}...); make it again"
             )

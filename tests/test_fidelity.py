@@ -54,7 +54,7 @@ def test_standard_errors_are_those_of_the_mean_over_windows():
 @pytest.mark.long
 def test_windows_follow_each_other_and_their_mean_is_reported():
     run = {
-        n: fidelity.evaluate("smollm2-135m", ["int2"], prefill=140, decode=10, windows=n, device="cpu") for n in (1, 2)
+        n: fidelity.evaluate("smollm2-135m", ["oscar"], prefill=140, decode=10, windows=n, device="cpu") for n in (1, 2)
     }
     text = fidelity.default_text()
     from minioscar.storage import hub
@@ -62,7 +62,7 @@ def test_windows_follow_each_other_and_their_mean_is_reported():
 
     words = Tokenizer(hub.resolve("smollm2-135m"))
     second = words.decode(words.encode(text)[151:400])
-    alone = fidelity.evaluate("smollm2-135m", ["int2"], text=second, prefill=140, decode=10, device="cpu")
+    alone = fidelity.evaluate("smollm2-135m", ["oscar"], text=second, prefill=140, decode=10, device="cpu")
     means = [report["results"][1]["kl"] for report in (run[1], alone, run[2])]
     assert means[2] == pytest.approx((means[0] + means[1]) / 2, rel=1e-3)
 
@@ -71,7 +71,7 @@ def test_windows_follow_each_other_and_their_mean_is_reported():
 def test_schemes_of_several_windows_are_compared_position_by_position(windows):
     """In one table with others and alone, a scheme has the same KL, whose baseline is read in other chunks
     than it; a window as an option is one in the scheme."""
-    how = {"prefill": 150, "decode": 120, "device": "cpu"}
+    how = {"prefill": 200, "decode": 60, "device": "cpu"}
     names = ["oscar", "plain-64-64", "plain-32-96"]
     rows = {row["kv"]: row["kl"] for row in fidelity.evaluate("smollm2-135m", names, **how)["results"]}
     alone = fidelity.evaluate("smollm2-135m", ["plain-64-64"], **how)["results"][1]
@@ -83,7 +83,7 @@ def test_schemes_of_several_windows_are_compared_position_by_position(windows):
 
 @pytest.mark.long
 def test_kl_with_an_emptied_window_is_that_of_the_same_scheme_without_kept_tokens(windows):
-    how = {"prefill": 150, "decode": 120, "device": "cpu"}
+    how = {"prefill": 200, "decode": 60, "device": "cpu"}
     rows = fidelity.evaluate("smollm2-135m", ["plain-64-64", "kvarn-2"], emptied=True, **how)
     _, ours, theirs = rows["results"]
     (_, *small), (_, *large) = (
