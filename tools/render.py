@@ -41,7 +41,6 @@ def fidelity() -> str:
     lines = [*markdown(["`--kv`", "bits/element", "KL to BF16", "ΔNLL", "same top token"], rows), ""]
     where = f"({report['device']}); mean and standard error of {report['windows']} windows of the default text"
     lines.append(f"{report['prefill']} tokens prefilled, then {report['decode']} decoded teacher-forced {where}.")
-    lines[-1] += on_card(report)
     return "\n".join(lines)
 
 
@@ -75,27 +74,17 @@ def models() -> str:
         "",
         f"{'; '.join(sizes)}; mean and standard error. *All of it*: bits per element of the whole allocated cache "
         f"at {whole:,} tokens, with norms, sinks and the window in BF16, which weigh less the longer the "
-        f"context is.{on_card(first)}",
+        "context is.",
     ])  # fmt: skip
 
 
-def on_card(report: dict) -> str:
-    """Which rows were measured on a GPU, others on a CPU."""
-    names = [f"`{row['kv']}`" for row in report["results"] if row.get("device") == "cuda"]
-    if not names:
-        return ""
-    return f" On an H200, where `oscar` has {report['oscar_on_a_card']:.4f}: {', '.join(names)}."
-
-
 def compared(row: dict | None, report: dict) -> list[str]:
-    """KL, and that over oscar's on the same device; nothing where it was not measured."""
+    """KL, and that over oscar's; nothing where it was not measured."""
     if row is None:
         return ["", ""]
     if row["kv"] == "bf16":
         return ["0", "0"]
     (oscar,) = (other["kl"] for other in report["results"] if other["kv"] == "oscar")
-    if row.get("device") == "cuda":
-        oscar = report["oscar_on_a_card"]
     return ["{kl:.4f} ± {kl_se:.4f}".format(**row), f"{row['kl'] / oscar:.2f}"]
 
 
