@@ -134,7 +134,7 @@ def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0, 
     """`engine.load` without files. Raises UserError for a scheme or device that cannot work, or too little memory."""
     scheme, ops = scheme_named(kv), back_ends.backend(device)
     check_scheme(config, scheme)
-    ops = ops if gpus == 1 else cards.over(gpus, ops, config, scheme)
+    ops = cards.over(gpus, ops, config, scheme)
     need, free = ops.weight_bytes(config), ops.free_bytes()
     if need > free:
         raise UserError(

@@ -50,8 +50,7 @@ def parse_runs(args: argparse.Namespace, commands: tuple[str, ...], ops: Referen
     config, load = model_of(args)
     for scheme in schemes:
         check_scheme(config, scheme)
-    if arguments.gpus_of(args.gpus) > 1:
-        ops = cards.over(args.gpus, ops, config, schemes[0])
+    ops = cards.over(arguments.gpus_of(args.gpus), ops, config, schemes[0])
     contexts = contexts_of(args, commands, config, ops)
     weights = ops.weight_bytes(config)
     limits = budgets_of(args, ops, weights) if "throughput" in commands else []

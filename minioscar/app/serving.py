@@ -93,7 +93,7 @@ def serve_cluster(args: argparse.Namespace) -> None:
     ended = threading.Event()
     ray.init(include_dashboard=False, log_to_driver=args.debug, logging_level="ERROR")
     try:
-        check_room(ray.cluster_resources(), least, gpus_of(args.device))
+        check_room(ray.cluster_resources(), least, gpus_of(args))
         ray.serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
         try:
             ray.serve.run(application(args), name=NAME, route_prefix="/")
@@ -121,7 +121,7 @@ def application(args: argparse.Namespace) -> Application:
     least, most = replicas_of(args.replicas)
     plan = plan_of(args)
     queue = 4 * plan.slots * most if plan.queue is None else plan.queue
-    size = Size(least, most, plan.slots, queue, gpus_of(args.device), args.grace)
+    size = Size(least, most, plan.slots, queue, gpus_of(args), args.grace)
     alone = argparse.Namespace(**vars(args) | {"queue": None})  # prompts wait in the doors
     return made(size, partial(assembled, alone), partial(service, args.model), plan.key)
 
@@ -140,9 +140,10 @@ def replicas_of(given: str) -> tuple[int, int]:
     return int(least), int(most or least)
 
 
-def gpus_of(device: str) -> int:
-    """GPUs of a replica. auto: one, where the cluster has any."""
-    return int(device == "cuda" or device == "auto" and imported().cluster_resources().get("GPU", 0) > 0)
+def gpus_of(args: argparse.Namespace) -> int:
+    """GPUs of a replica. auto: those of --gpus, else one, where the cluster has any."""
+    some = args.device == "cuda" or args.device == "auto" and imported().cluster_resources().get("GPU", 0) > 0
+    return some * (args.gpus or 1)
 
 
 def check_room(there: dict[str, float], least: int, gpus: int) -> None:

@@ -72,8 +72,8 @@ class Split:
         head = 0 if config.tie_embeddings else (config.vocab_size - self.share) * config.hidden_size
         return self.cards * (first.weight_bytes(own) - head * first.dtype.itemsize)
 
-    def cache_bytes(self, config: Config, scheme: Scheme, batch: int, context: int) -> int:
-        return self.cards * self.ranks[0].cache_bytes(local(config, self.cards, 0), scheme, batch, context)
+    def cache_bytes(self, config: Config, *rest: Any) -> int:
+        return self.cards * self.ranks[0].cache_bytes(local(config, self.cards, 0), *rest)
 
     def work_bytes(
         self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool | None = False

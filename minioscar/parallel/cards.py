@@ -13,9 +13,11 @@ from .shares import check, local
 __all__ = ["load_weights", "over"]
 
 
-def over(count: int, ops: Reference, config: Config, scheme: Scheme) -> Split:
-    """The back end of so many cards like the one that `ops` has; on the CPU they are simulated. Raises UserError where
-    the model, the scheme or this machine has none for them."""
+def over(count: int, ops: Reference, config: Config, scheme: Scheme) -> Reference:
+    """The back end of so many cards like the one that `ops` has, itself for one; on the CPU they are simulated. Raises
+    UserError where the model, the scheme or this machine has none for them."""
+    if count == 1:
+        return ops
     check(config, scheme, count)
     if ops.name == "cuda":
         return _of_gpus(count, ops, config, scheme)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import memory
 from ..arguments import context_of
-from ..cache import blocks_of_row, cache_bytes, row_bytes
+from ..cache import blocks_of_row, row_bytes
 from ..engine import Engine
 from ..errors import Failure, UserError
 from ..layer_cache import BLOCK_TOKENS
@@ -105,7 +105,7 @@ def most_blocks(engine: Engine, plan: Plan, context: int | None) -> int:
     config, scheme, ops = engine.config, engine.scheme, engine.ops
     free, longest = ops.free_bytes() * (9 if context is None else 10) // 10, context or config.max_context
     sinks = kept_sinks(plan.slots)
-    none, one = (cache_bytes(config, scheme, plan.slots, longest, n, sinks) for n in range(2))
+    none, one = (ops.cache_bytes(config, scheme, plan.slots, longest, n, sinks) for n in range(2))
     spare = free - none - ops.work_bytes(config, min(plan.chunk, longest), longest, plan.slots, None)
     return max(min(spare // max(one - none, 1), plan.slots * blocks_of_row(scheme, longest)), 0)
 
