@@ -49,10 +49,10 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
     template = template_of(args)
     wake(args.device)
-    from .prompts import check_media, with_media
+    from .prompts import prepared, with_media
 
     options = wanted(args)
-    check_media(media)
+    media = prepared(media, args.model)
     if args.prompts_file is not None:
         return run_prompts(args, options)
     file = args.prompt_file if args.prompt_file is not None else "-" if args.prompt == "-" else None

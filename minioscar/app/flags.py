@@ -168,6 +168,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         flag("--name", "the model's name in the API (the last part of MODEL)", "NAME"),
         switch("--strict-model", "refuse requests for models of another name"),
         flag("--images", "a folder whose pictures requests may name as file:// URLs (none; data: URLs always)", "DIR"),
+        number("--media-tokens", "most tokens of a picture or a sound, for which memory is left (4096)", "N", 4096),
         flag("--replicas", "so many copies over a Ray cluster, or N:M as the load needs (extra `ray`)", "N[:M]"),
         number("--grace", "seconds for running answers when the server is told to end (30)", "N", 30),
         *SAMPLING[:5],
