@@ -253,7 +253,7 @@ def main() -> None:
 
 
 PREPROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessorFast", "size": {"shortest_edge": 1 << 10, "longest_edge": 1 << 21},
+    "image_processor_type": "Qwen2VLImageProcessorFast", "size": {"shortest_edge": 1 << 10, "longest_edge": 1 << 22},
     "patch_size": VISION["patch_size"], "temporal_patch_size": 2, "merge_size": 2,
     "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
 }  # fmt: skip

@@ -59,7 +59,7 @@ def shape_of(tokens: int) -> tuple[int, int]:
     """Rows and columns of the most square page of at most so many tokens, with a margin of one to three columns."""
     shapes = [(rows, tokens // rows) for rows in range(2, tokens // 5 + 1)]
     shapes = [(rows, columns - (columns % 4 == 0)) for rows, columns in shapes]
-    return min((s for s in shapes if math.prod(s) > 0.98 * tokens), key=lambda s: abs(math.log(s[0] / s[1])))
+    return min((s for s in shapes if math.prod(s) > 0.97 * tokens), key=lambda s: abs(math.log(s[0] / s[1])))
 
 
 def packed(engines: Sequence[Engine], length: int) -> range:
