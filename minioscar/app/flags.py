@@ -201,6 +201,11 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
             const="1024,4096,8064"
         ),
         flag("--window", "the same BF16 window for all schemes: tokens packed at a time / kept (their own)", "F/W"),
+        flag(
+            "--images", "instead of a text: values read from drawn pages of so many tokens (300,600,1000,2000)", "N,N",
+            nargs="?", const="300,600,1000,2000"
+        ),
+        number("--pages", "of each size, with up to 16 questions each (4)", "N", 4),
         switch("--emptied", "also KL without kept tokens: 64 are packed as soon as they are there"),
         flag("--pieces", "also read prompts in pieces of N tokens, each over a past in the scheme (whole)", "N,N"),
         number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),
