@@ -273,7 +273,7 @@ def loaded(args: argparse.Namespace) -> tuple[Engine, PromptCache | None]:
     file, ctx = getattr(args, "cache", None), getattr(args, "ctx", None)
     if file is not None and getattr(args, "chat", None) is not None:
         raise UserError("--chat and --raw were decided when the prompt cache was made; leave them out")
-    how = {"progress": sys.stderr.isatty(), "debug": args.debug, "weights": args.weights}
+    how = {"progress": sys.stderr.isatty(), "debug": args.debug, "weights": args.weights, "gpus": args.gpus}
     engine = load(args.model, args.kv, args.device, ctx=ctx, cache=file, **how)
     return engine, engine.load_cache(file) if file is not None else None
 
