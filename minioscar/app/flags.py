@@ -170,6 +170,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         flag("--name", "the model's name in the API (the last part of MODEL)", "NAME"),
         switch("--strict-model", "refuse requests for models of another name"),
         flag("--images", "a folder whose pictures requests may name as file:// URLs (none; data: URLs always)", "DIR"),
+        number("--media-tokens", "most tokens of a picture or a sound, for which memory is left (4096)", "N", 4096),
         flag("--replicas", "so many copies over a Ray cluster, or N:M as the load needs (extra `ray`)", "N[:M]"),
         number("--grace", "seconds for running answers when the server is told to end (30)", "N", 30),
         *SAMPLING[:5],
@@ -204,6 +205,11 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
             const="1024,4096,8064"
         ),
         flag("--window", "the same BF16 window for all schemes: tokens packed at a time / kept (their own)", "F/W"),
+        flag(
+            "--images", "instead of a text: values read from drawn pages of so many tokens (300,600,1000,2000)", "N,N",
+            nargs="?", const="300,600,1000,2000"
+        ),
+        number("--pages", "of each size, with up to 16 questions each (4)", "N", 4),
         switch("--emptied", "also KL without kept tokens: 64 are packed as soon as they are there"),
         flag("--pieces", "also read prompts in pieces of N tokens, each over a past in the scheme (whole)", "N,N"),
         number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),

@@ -13,7 +13,8 @@ from ..memory import longest_context, size
 from ..memory import weight_bytes as bytes_with_tables
 from ..model import check_scheme
 from ..ops import backend
-from ..oscar import SCHEMES, WINDOW
+from ..ops.reference import Reference
+from ..oscar import SCHEMES, WINDOW, Scheme
 from ..parallel.cards import over
 from ..storage.hub import resolve
 from ..tables import aligned
@@ -34,27 +35,8 @@ def describe(
     if batch < 1:
         raise UserError(f"--batch {batch} is out of range; it must be at least 1")
     weight_bytes, free = ops.weight_bytes(config), ops.free_bytes()
-    schemes = []
-    for name, scheme in SCHEMES.items():
-        try:
-            check_scheme(config, scheme)
-        except UserError:
-            continue  # its head_dim has no such scheme
-        many = 64 * WINDOW  # the slope: bytes that one more token costs, the window and the sinks aside
-        per_token = (ops.cache_bytes(config, scheme, 1, 2 * many) - ops.cache_bytes(config, scheme, 1, many)) / many
-        held, bf16 = (ops.cache_bytes(config, one, batch, context) for one in (scheme, SCHEMES["bf16"]))
-        schemes.append(
-            {
-                "kv": name,
-                "bits_per_element": scheme.bits_per_element(config.head_dim),
-                "bytes_per_token": per_token,
-                "cache_bytes": held,
-                "ratio_to_bf16": bf16 / held,
-                "longest_context": longest_context(
-                    config, scheme, ops, batch, free - bytes_with_tables(config, scheme, ops)
-                ),
-            }
-        )
+    fitting = [scheme for scheme in SCHEMES.values() if _fits(config, scheme)]
+    schemes = [_scheme(config, scheme, ops, (batch, context), free) for scheme in fitting]
     return {
         "model": model,
         "folder": str(folder),
@@ -82,6 +64,30 @@ def describe(
         "context": context,
         "batch": batch,
         "schemes": schemes,
+    }
+
+
+def _fits(config: Config, scheme: Scheme) -> bool:
+    """Whether the model's head_dim has such a scheme."""
+    try:
+        check_scheme(config, scheme)
+    except UserError:
+        return False
+    return True
+
+
+def _scheme(config: Config, scheme: Scheme, ops: Reference, size: tuple[int, int], free: int) -> dict:
+    many = 64 * WINDOW  # the slope: bytes that one more token costs, the window and the sinks aside
+    per_token = (ops.cache_bytes(config, scheme, 1, 2 * many) - ops.cache_bytes(config, scheme, 1, many)) / many
+    held, bf16 = (ops.cache_bytes(config, one, *size) for one in (scheme, SCHEMES["bf16"]))
+    (batch, _), left = size, free - bytes_with_tables(config, scheme, ops)
+    return {
+        "kv": scheme.name,
+        "bits_per_element": scheme.bits_per_element(config.head_dim),
+        "bytes_per_token": per_token,
+        "cache_bytes": held,
+        "ratio_to_bf16": bf16 / held,
+        "longest_context": longest_context(config, scheme, ops, batch, left),
     }
 
 

@@ -7,7 +7,7 @@ for all cards, and captured as one graph a card.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -201,6 +201,36 @@ class SplitRecording(Recording):
         return Ranks(map(self._released, a.values)) if isinstance(a, Ranks) else super()._released(a)
 
 
+@contextmanager
+def on_streams(ops: SplitCuda, streams: Sequence[Any]) -> Iterator[None]:
+    """One of each card as its current one."""
+
+    def leave(rank: int) -> None:  # CuPy puts the stream before it back on the card that is the current one
+        with ops.on(rank):
+            streams[rank].__exit__()
+
+    with ExitStack() as stack:
+        for rank, stream in enumerate(streams):
+            with ops.on(rank):
+                stream.__enter__()
+            stack.callback(leave, rank)
+        yield
+
+
+def captured(ops: SplitCuda, streams: Sequence[Any], run: Callable[[], object]) -> list[Any]:
+    """What `run` launches as one CUDA graph for each card."""
+    with on_streams(ops, streams):
+        for rank, stream in enumerate(streams):
+            with ops.on(rank):
+                stream.begin_capture()
+        run()
+        graphs = []
+        for rank, stream in enumerate(streams):
+            with ops.on(rank):
+                graphs.append(stream.end_capture())
+        return graphs
+
+
 class SplitQueue(Queue):
     """Steps on a stream of each card; the first card's tokens are read, since all draw the same."""
 
@@ -217,31 +247,10 @@ class SplitQueue(Queue):
         self.num_launched = self.num_read = 0
 
     def capture(self, run: Callable[[], None]) -> list[Any]:
-        """A step as one CUDA graph for each card."""
-        with self.current():
-            for rank, stream in enumerate(self.streams):
-                with self.ops.on(rank):
-                    stream.begin_capture()
-            run()
-            graphs = []
-            for rank, stream in enumerate(self.streams):
-                with self.ops.on(rank):
-                    graphs.append(stream.end_capture())
-            return graphs
+        return captured(self.ops, self.streams, run)
 
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for rank, stream in enumerate(self.streams):
-                with self.ops.on(rank):
-                    stream.__enter__()
-                stack.callback(self._leave, rank)
-            yield
-
-    def _leave(self, rank: int) -> None:
-        """CuPy puts the stream before it back on the card that is the current one."""
-        with self.ops.on(rank):
-            self.streams[rank].__exit__()
+    def current(self) -> AbstractContextManager:
+        return on_streams(self.ops, self.streams)
 
     def put(self, array: Ranks, values: np.ndarray) -> None:
         for rank, stream in enumerate(self.streams):
