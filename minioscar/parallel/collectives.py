@@ -5,8 +5,9 @@ What a decode step sums is small: a kernel writes it into the other cards' memor
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class Links:
         self.epochs = {name: xp.zeros(MAX_BLOCKS, np.int32) for name in ("all_reduce", "gather")}
         self.flags = xp.zeros((2, cards, MAX_BLOCKS), np.int32)
         self.number = Ranks([np.int32(rank) for rank in range(cards)])
-        self.communicators: list[Any] = []
+        self.communicators, self.beside = list[Any](), list[Any]()  # and streams, of each card
 
     def all_reduce(self, part: Ranks, residual: Ranks | None, out: Ranks) -> Launch:
         """out = residual + the sum over cards of part; bf16 [tokens, n], n a multiple of 4, at most `pushed` numbers.
@@ -73,8 +74,8 @@ class Links:
     def _defines(self) -> tuple[str, ...]:
         return f"RANKS={self.cards}", f"PHASES={ALL}"
 
-    def sum(self, arrays: Ranks) -> None:
-        """In place, by NCCL, on the current streams: bf16, or what `Sum` has."""
+    def sum(self, arrays: Ranks, streams: Sequence[Any] | None = None) -> None:
+        """In place, by NCCL: bf16. streams: of each card (None: the current ones)."""
         import cupy
         from cupy.cuda import nccl
 
@@ -84,6 +85,26 @@ class Links:
         nccl.groupStart()
         for rank, (communicator, x) in enumerate(zip(self.communicators, arrays.values, strict=True)):
             with self.on(rank):
-                size, stream = int(np.prod(x.shape)), cupy.cuda.get_current_stream().ptr
-                communicator.allReduce(x.data.ptr, x.data.ptr, size, BFLOAT16, nccl.NCCL_SUM, stream)
+                stream = cupy.cuda.get_current_stream() if streams is None else streams[rank]
+                communicator.allReduce(x.data.ptr, x.data.ptr, math.prod(x.shape), BFLOAT16, nccl.NCCL_SUM, stream.ptr)
         nccl.groupEnd()
+
+    def sum_beside(self, arrays: Ranks) -> None:
+        """The same on streams of their own, behind what the current ones have now."""
+        self._order(beside_waits=True)
+        self.sum(arrays, self.beside)
+
+    def join(self) -> None:
+        """What follows on the current streams comes after those sums."""
+        self._order(beside_waits=False)
+
+    def _order(self, beside_waits: bool) -> None:
+        import cupy
+
+        for rank in range(self.cards):
+            with self.on(rank):
+                if len(self.beside) == rank:
+                    self.beside.append(cupy.cuda.Stream(non_blocking=True))
+                both = cupy.cuda.get_current_stream(), self.beside[rank]
+                before, after = both if beside_waits else both[::-1]
+                after.wait_event(before.record(cupy.cuda.Event(disable_timing=True)))

@@ -35,6 +35,8 @@ from .ranks import Ranks, of_rank
 from .shares import GATHERED, SUMMED
 
 Array = Any
+CHUNKS, CHUNK_TOKENS = 4, 1024  # of a prompt, whose sums are on their way one after the other; tokens at least
+ZERO = np.zeros(1, np.float32)
 
 
 class SplitCuda(Split, Cuda):
@@ -108,27 +110,28 @@ class SplitCuda(Split, Cuda):
             return self._summed(super().linear(x, weight, bias), residual)
         if len(x) <= BATCH_TOKENS:
             return self._summed_in_place(super().linear(x, weight, bias, residual=self.once(residual)))
-        return self._summed_in_place(self._large_parts(x, weight, bias, residual))
+        return self._overlapped(x, weight, bias, residual)
 
     def once(self, x: Array | None) -> Ranks | None:
         """Of the first card only."""
         return None if x is None else Ranks([x.values[0], *[None] * (self.cards - 1)])
 
-    def _large_parts(self, x: Ranks, weight: Ranks, bias: Ranks | None, residual: Ranks) -> Ranks:
-        """By cuBLAS; the first card adds to its residual in place."""
-        parts = []
-        for rank, ops in enumerate(self.ranks):
-            with self.on(rank):
-                own, matrix = x.values[rank], weight.values[rank]
-                if rank == 0:
-                    part = residual.values[0]
-                    ops.add_product(part, own, matrix)
-                    if bias is not None:
-                        ops.run(linear.add(bias.values[0], part))
-                else:
-                    part = ops.product(own, matrix, False)
-                parts.append(part)
-        return Ranks(parts)
+    def _overlapped(self, x: Ranks, weight: Ranks, bias: Ranks | None, residual: Ranks) -> Ranks:
+        """By cuBLAS and NCCL: while the sum of a chunk of tokens is on its way, the next chunk is multiplied. The first
+        card adds to its residual in place."""
+        out = Ranks(self.each(lambda ops, x: x if ops is self.ranks[0] else ops.xp.empty_like(x), residual))
+        size = max(-(-len(x) // CHUNKS), CHUNK_TOKENS)
+        for chunk in (slice(i, i + size) for i in range(0, len(x), size)):
+            part = out[chunk]
+            for rank, ops in enumerate(self.ranks):
+                with self.on(rank):
+                    y = part.values[rank]
+                    ops.add_product(y, x.values[rank][chunk], weight.values[rank], linear.ONE if rank == 0 else ZERO)
+                    if rank == 0 and bias is not None:
+                        ops.run(linear.add(bias.values[0], y))
+            self.links.sum_beside(part)
+        self.links.join()
+        return out
 
     def _summed(self, parts: Ranks, residual: Ranks | None) -> Ranks:
         out = parts if residual is None else residual
