@@ -207,6 +207,7 @@ def meta(ops: Reference, args: argparse.Namespace, argv: list[str]) -> dict[str,
             "card": card,
             "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "cuda": runtime.runtimeGetVersion(),
+            **({"gpus": args.gpus, "links": links()} if args.gpus > 1 else {}),
             **about,
         }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -217,6 +218,15 @@ def meta(ops: Reference, args: argparse.Namespace, argv: list[str]) -> dict[str,
         "cuda": None,
         **about,
     }
+
+
+def links() -> list[str]:
+    """How the GPUs of this machine reach each other: a line for each."""
+    try:
+        said_all = subprocess.run(("nvidia-smi", "topo", "-m"), capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ["unknown: nvidia-smi did not say"]
+    return [" ".join(line.split()) for line in said_all.splitlines() if line.strip().startswith("GPU")]
 
 
 def versions() -> dict[str, str]:

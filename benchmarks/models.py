@@ -122,7 +122,9 @@ def stepping(e: Engine, cache: Cache) -> tuple[Callable[[], None], int]:
     """
     start, rows = cache.lengths.copy(), list(range(len(cache.lengths)))
     tokens = step_tokens(e.config, len(rows))
-    decoder = e.ops.decoder(e.model, cache, [RowSampling()] * len(cache.lengths))
+    drawing = [RowSampling()] * len(cache.lengths)
+    e.ops.prepare(e.model, cache, [], drawing, False)  # compiles side by side what recording compiles in turn
+    decoder = e.ops.decoder(e.model, cache, drawing)
     room = int(cache.context - start.max())
     count = min(IN_A_ROW, room) if decoder.ahead else 1  # what is queued ahead is timed in a row, as it runs
 
