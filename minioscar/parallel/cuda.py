@@ -21,7 +21,7 @@ from ..errors import Failure, one_line
 from ..ops import linear
 from ..ops.cuda import Cuda
 from ..ops.decode import Queue, StepBatch
-from ..ops.launch import Launch, Recording, TensorMap
+from ..ops.launch import Launch, Recording, TensorMap, kernel
 from ..ops.linear import Products, step_plans
 from ..ops.linear_batch import BATCH_TOKENS
 from ..ops.upload import pinned
@@ -63,6 +63,10 @@ class SplitCuda(Split, Cuda):
         if isinstance(launch, Sum):
             self.links.sum(launch.arrays)
         else:
+            if launch.source.startswith("parallel/"):  # no card waits while another one's kernel is being loaded
+                for rank in range(self.cards):
+                    with self.on(rank):
+                        kernel(launch.source, launch.name, launch.defines, rank)
             for rank, ops in enumerate(self.ranks):
                 with self.on(rank):
                     ops.run(launch_of(launch, rank))
