@@ -283,7 +283,8 @@ class DecodeState:
 
 
 def decode_plan(heads: Heads, scheme: Scheme, batch: int, card: Card) -> DecodePlan:
-    """The most warps whose rings fit, 8 where items are large (notebook, version 13); a grid that splits few heads, if it can into multiples of 16."""
+    """The most warps whose rings fit, 8 where items are large (notebook, version 13); a grid that splits few heads, of
+    grids near the whole card one with a multiple of 16 splits a head if there is one."""
     q_per_kv = heads.q_heads // heads.kv_heads
     q_groups = next(n for n in range(1, q_per_kv + 1) if q_per_kv % n == 0 and q_per_kv // n <= 8)
     work, limit = batch * heads.kv_heads * q_groups, card.multiprocessors

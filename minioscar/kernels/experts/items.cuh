@@ -1,5 +1,5 @@
-// experts/items.cuh: what the products of experts in BF16 (experts.cu) and in codes (quantized.cu) share: which pairs take
-// which expert, which items a block computes, and the outputs, which meet in shared memory from the warps that split k.
+// experts/items.cuh: what the products of experts in BF16 (experts.cu) and in codes (quantized.cu) share: which pairs
+// take which expert, which items a block computes, and its outputs from the sums of the warps that split k.
 //
 // An item is 16 outputs (of gate and of up) of the pairs of one expert. A block computes TEAMS items at a time,
 // TEAM_WARPS warps each. FEW (up to 8 tokens, the columns of an MMA): each block finds the tokens' experts itself from
