@@ -311,6 +311,16 @@ def test_every_register_of_a_round_is_loaded_with_weights_of_published_models(si
     assert (plan.warps, plan.runs) == (warps, runs) and size % (32 * runs * warps) == 0
 
 
+@pytest.mark.parametrize(
+    ("size", "silu", "kind", "warps", "runs"),
+    [(2048, True, "int4", 16, 2), (2048, True, "e4m3", 16, 2), (4096, True, "int4", 16, 4), (4096, True, "int8", 16, 2),
+     (768, False, "int4", 4, 3), (768, False, "int8", 4, 3), (1536, False, "int4", 2, 4)],
+)  # fmt: skip
+def test_rounds_of_codes_are_full_in_published_models(size, silu, kind, warps, runs):
+    plan = experts.codes_plan(size, silu, kind)
+    assert (plan.warps, plan.runs) == (warps, runs) and size % (64 * runs * warps) == 0
+
+
 def test_what_has_no_kernels_says_why():
     config = Config.from_dict({**CONFIG, **MOE})
     assert experts.unsupported(config) is None and experts.unsupported(Config.from_dict(CONFIG)) is None
@@ -360,6 +370,16 @@ def test_experts_of_a_prompt_on_warpgroups_are_those_of_float64(device, seed, e,
     alone = run(device, case.rows(slice(100, 150)), HOPPER)  # with other neighbours
     assert alone["columns"] == experts.WGMMA_PAIRS
     assert np.array_equal(got["y"][100:150], alone["y"])
+
+
+@on_each_device
+@pytest.mark.parametrize("form", [("int4", 64), ("e4m3", 128)])
+def test_quantized_experts_of_a_prompt_are_dequantized_for_warpgroups(device, seed, form):
+    case = Case(Experts(4, 2, True), 150, 128, 48, seed, "skewed", form)
+    got = run(device, case, HOPPER)
+    assert got["columns"] == experts.WGMMA_PAIRS and not experts.uses_wgmma(300, Experts(5, 2, True), HOPPER, True)
+    case.gate_up, case.down = case.gate_up.astype(BF16), case.down.astype(BF16)  # as they are multiplied
+    check(case, got)
 
 
 QWEN3_30B = Experts(128, 8, True)
