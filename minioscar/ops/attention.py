@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,6 +66,7 @@ def unsupported(scheme: Scheme, head_dim: int) -> str | None:
     return None
 
 
+@lru_cache(64)  # every layer asks for the same
 def layout_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
     """Macros of layout.cuh. Raises ValueError where `unsupported` has a reason."""
     if reason := unsupported(scheme, head_dim):
