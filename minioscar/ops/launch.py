@@ -67,8 +67,8 @@ class TensorMap:
 
 
 @cache
-def kernel(file: str, name: str, defines: tuple[str, ...]) -> Any:
-    """The compiled kernel, allowed all the dynamic shared memory that a block may have."""
+def kernel(file: str, name: str, defines: tuple[str, ...], device: int = 0) -> Any:
+    """The compiled kernel, allowed all the dynamic shared memory that a block may have. device: the current one."""
     import cupy
     from cupy.cuda import nvrtc
 
@@ -135,7 +135,9 @@ class Recording:
 
 def run(launch: Launch) -> None:
     """On CuPy's current device and stream. Raises cupy's CUDADriverError where the card refuses it."""
-    function = kernel(launch.source, launch.name, launch.defines)
+    from cupy.cuda.runtime import getDevice
+
+    function = kernel(launch.source, launch.name, launch.defines, getDevice())
     if Card.current().capability >= 90:
         _launch_overlapping(function.kernel.ptr, launch)
         return
@@ -164,20 +166,18 @@ def _driver(name: str) -> Any:
     return function
 
 
-EIGHT_BYTES = ctypes.c_uint64 * 64  # an argument each
+EIGHT_BYTES = ctypes.c_uint64 * 64  # an argument each; a short prompt waits for the host in hundreds of launches
 OVERLAPPING = ctypes.pointer(_Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1))
 
 
 def _launch_overlapping(function: int, launch: Launch) -> None:
-    """Written for the host's time: a short prompt has hundreds of launches, each of which takes less than this."""
     import cupy
 
     values = EIGHT_BYTES(*[
         int(a) & 0xFFFFFFFF if type(a) is np.int32 else 0 if a is None or type(a) is TensorMap
         else int.from_bytes(a.tobytes(), "little") if isinstance(a, np.generic) else a.data.ptr for a in launch.args
     ])  # fmt: skip
-    first = ctypes.addressof(values)
-    pointers = EIGHT_BYTES(*range(first, first + 8 * len(launch.args), 8))
+    pointers = EIGHT_BYTES(*range(first := ctypes.addressof(values), first + 8 * len(launch.args), 8))
     for i, a in enumerate(launch.args):
         if type(a) is TensorMap:
             pointers[i] = _tensor_map(a.array.data.ptr, *a.array.shape, a.box_rows)[1]
