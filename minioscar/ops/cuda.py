@@ -170,10 +170,10 @@ class Cuda(Reference):
         if is_large:
             return self._large_linear(x, weight, bias, norm, silu, residual)
         out = self.xp.empty((tokens, rows), np.float32 if float32 else self.dtype)
-        for chunk in (slice(i, i + limit) for i in range(0, tokens, limit)):
-            options = {"norm": norm, "bias": bias, "silu": silu}
-            options["residual"] = None if residual is None else residual[chunk]
-            for launch in self.products.launches(x[chunk], weight, out[chunk], **options):
+        of = x, out, residual
+        for i in range(0, tokens, limit):
+            given, to, sums = of if tokens <= limit else (None if a is None else a[i : i + limit] for a in of)
+            for launch in self.products.launches(given, weight, to, norm=norm, bias=bias, silu=silu, residual=sums):
                 self.run(launch)
         return out
 
