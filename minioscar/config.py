@@ -17,8 +17,10 @@ from .rope import Rope
 from .storage import strict_json as json
 from .towers.audio import AudioTower
 from .towers.clip import Clip
-from .towers.files import M_ROPE, WITH_TOWERS, parts_of, towers_of
+from .towers.files import M_ROPE, VIDEOS, WITH_TOWERS, parts_of, towers_of
 from .towers.media import Tower
+from .towers.qwen_video import FILE as VIDEO_PREPROCESSOR
+from .towers.qwen_video import QwenVideo
 from .towers.qwen_vision import QwenVision
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_vl", "llava", "llava_next", "qwen3_omni_moe")
@@ -87,6 +89,7 @@ class Config:
     experts: Experts | None = None  # None: one MLP a layer, which every token takes
     vision: QwenVision | Clip | None = None  # None: pictures are not read
     audio: AudioTower | None = None  # None: sound is not read
+    video: QwenVideo | None = None  # None: videos are not read
 
     @classmethod
     def from_folder(cls, folder: Path) -> Config:
@@ -94,8 +97,10 @@ class Config:
         implemented."""
         path = Path(folder) / "config.json"
         raw = json.read_object(path, "a model folder needs it")
-        pictures = Path(folder) / PREPROCESSOR
+        pictures, videos = Path(folder) / PREPROCESSOR, Path(folder) / VIDEO_PREPROCESSOR
         pictures = json.read_object(pictures, "it says how pictures are read") if pictures.is_file() else {}
+        if videos.is_file():
+            pictures = pictures | {VIDEOS: json.read_object(videos, "it says how videos are read")}
         return cls.from_dict(formats.beside(raw, Path(folder)), str(path), pictures)
 
     @classmethod
@@ -177,7 +182,7 @@ class Config:
     @property
     def towers(self) -> dict[str, Tower]:
         """What turns other parts of a message than text into embeddings, by the kind of the part."""
-        return {tower.kind: tower for tower in (self.vision, self.audio) if tower is not None}
+        return {tower.kind: tower for tower in (self.vision, self.audio, self.video) if tower is not None}
 
     @property
     def q_size(self) -> int:

@@ -41,7 +41,11 @@ def run_generate(args: argparse.Namespace) -> None:
     if args.system is not None and (args.chat is False or args.cache):
         why = "a prompt cache has its own beginning" if args.cache else "--raw continues a plain text"
         raise UserError(f"--system has no place here: {why}; leave one of them out")
-    media = [{"type": kind, kind: file} for kind in ("image", "audio") for file in getattr(args, kind)]
+    media = [{"type": kind, kind: file} for kind in ("image", "audio", "video") for file in getattr(args, kind)]
+    if args.fps is not None:
+        if not args.video:
+            raise UserError("--fps is for --video, which is not given; leave it out")
+        media = [part | ({"fps": args.fps} if part["type"] == "video" else {}) for part in media]
     if media and (args.chat is False or args.prompts_file):
         why = "--raw continues a plain text" if args.chat is False else "lines of --prompts-file name their own"
         raise UserError(f"--{media[0]['type']} has no place here: {why}; leave one of them out")

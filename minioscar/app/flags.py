@@ -33,15 +33,16 @@ MORE_EXAMPLES = {
 
 A line of prompts.jsonl is a JSON string or {"prompt": "...", "id": ...} or {"messages": [{"role": "user", "content":
 "..."}]}, with "system" and settings of its own: "max_tokens", "temperature", "seed", "stop", "n" and so on, as the
-options are called. Content may be parts, {"type": "text", "text": "..."}, {"type": "image", "image": "a.png"} and
-{"type": "audio", "audio": "a.wav"}. A line that fails becomes {"line": N, "error": "..."} and the others go on.""",
+options are called. Content may be parts, {"type": "text", "text": "..."}, {"type": "image", "image": "a.png"},
+{"type": "audio", "audio": "a.wav"} and {"type": "video", "video": "a.mp4", "fps": 2}. A line that fails becomes
+{"line": N, "error": "..."} and the others go on.""",
     "chat": """examples:
   python -m minioscar chat smollm2-135m --system "Answer in one sentence."
   python -m minioscar chat smollm2-135m --cache book.kv.safetensors
   printf 'Hello\\nWhat did I say?\\n' | python -m minioscar chat smollm2-135m
 
-In the conversation, /help lists the commands: /image FILE, /audio FILE, /retry, /undo, /reset, /save FILE, /stats,
-/exit.
+In the conversation, /help lists the commands: /image FILE, /audio FILE, /video FILE, /retry, /undo, /reset, /save
+FILE, /stats, /exit.
 Ctrl-C stops an answer and keeps the conversation.""",
     "cache": """examples:
   python -m minioscar cache Qwen/Qwen3-0.6B --prompt-file book.txt --out book.kv.safetensors
@@ -141,6 +142,8 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         flag("--prompts-file", "many prompts, one a line of JSON; one line of JSON for each on stdout", "F"),
         several("--image", "a picture in front of the prompt, for a model that reads some", "FILE"),
         several("--audio", "a sound in front of the prompt, for a model that hears", "FILE"),
+        several("--video", "a video in front of the prompt, for a model that reads some", "FILE"),
+        number("--fps", "frames of --video that are read a second (the model's)", "F", type=float),
         flag("--system", "the system message in front of the prompt, or of every prompt", "TEXT"),
         number("--batch", "prompts of --prompts-file that run at a time (8)", "B", 8),
         number("--n", "answers to each prompt, drawn independently (1)", "N", 1),
@@ -167,7 +170,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         several("--cors", "a page from this origin may ask, * is any (only those of this machine)", "ORIGIN"),
         flag("--name", "the model's name in the API (the last part of MODEL)", "NAME"),
         switch("--strict-model", "refuse requests for models of another name"),
-        flag("--images", "a folder whose pictures requests may name as file:// URLs (none; data: URLs always)", "DIR"),
+        flag("--images", "a folder whose pictures and videos requests may name (none; data: URLs always)", "DIR"),
         flag("--replicas", "so many copies over a Ray cluster, or N:M as the load needs (extra `ray`)", "N[:M]"),
         number("--grace", "seconds for running answers when the server is told to end (30)", "N", 30),
         *SAMPLING[:5],

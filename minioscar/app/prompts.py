@@ -25,7 +25,7 @@ from ..options import Options
 from ..prompt_cache import PromptCache, continued
 from ..sampling import Sampling
 from ..storage import strict_json
-from ..towers import pictures, sound
+from ..towers import pictures, sound, video
 from ..towers.media import media_of
 
 if TYPE_CHECKING:
@@ -103,16 +103,19 @@ def _prompt(value: Any) -> str | list[Message]:
     return [{"role": "system", "content": system}, *(messages or [{"role": "user", "content": value["prompt"]}])]
 
 
-def check_media(media: Sequence[Mapping[str, str]]) -> None:
-    """Raises UserError for what cannot be read as a picture or as a sound, before a model is loaded."""
+def check_media(media: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError for what cannot be read as a picture, a sound or a video, before a model is loaded."""
     for part in media:
         file = part[part["type"]]
+        if part["type"] == "video":
+            with video.opened(file, file):
+                continue
         pictures.opened(file, file) if part["type"] == "image" else sound.opened(file, file, math.inf)
 
 
-def with_media(media: Sequence[Mapping[str, str]], prompt: str, cache: PromptCache | None) -> list[Message]:
-    """A text behind pictures and sounds, parts of a user's message: the first one, or what follows those of a prompt
-    cache."""
+def with_media(media: Sequence[Mapping[str, Any]], prompt: str, cache: PromptCache | None) -> list[Message]:
+    """A text behind pictures, sounds and videos, parts of a user's message: the first one, or what follows those of a
+    prompt cache."""
     if cache is not None and cache.messages is None:
         why = "needs a chat, but this prompt cache holds plain text; make it again without --raw"
         raise UserError(f"--{media[0]['type']} {why}")

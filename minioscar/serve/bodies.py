@@ -53,8 +53,8 @@ class Service:
     strict: bool = False
     kv: str = "bf16"
     bytes_of: Callable[[int], tuple[int, int]] = lambda tokens: (0, 0)
-    towers: Mapping[str, Tower] = field(default_factory=dict)  # what reads pictures
-    images: Path | None = None  # the folder whose pictures requests may name
+    towers: Mapping[str, Tower] = field(default_factory=dict)  # what reads pictures, videos and sound
+    images: Path | None = None  # the folder whose pictures and videos requests may name
 
     def __post_init__(self) -> None:
         self.grammars = Grammars(self.tokenizer, self.vocab)

@@ -42,7 +42,7 @@ class Plan:
     key: str | None = None
     origins: Sequence[str] = ()
     strict: bool = False
-    images: str | None = None  # the folder whose pictures requests may name
+    images: str | None = None  # the folder whose pictures and videos requests may name
 
     def check(self) -> None:
         """Raises UserError, before the model is loaded."""

@@ -77,6 +77,10 @@ class Clip:
         return "image"
 
     @property
+    def weights_of(self) -> str:
+        return self.kind
+
+    @property
     def side(self) -> int:
         """Patches along a tile."""
         return self.tile // self.patch

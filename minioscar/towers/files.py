@@ -9,8 +9,10 @@ from ..errors import UserError
 from .audio import AudioTower
 from .clip import Clip
 from .media import Tower
+from .qwen_video import QwenVideo
 from .qwen_vision import QwenVision
 
+VIDEOS = "video_processor"
 LLAVA, M_ROPE = ("llava", "llava_next"), ("qwen3_vl", "qwen3_omni_moe")
 WITH_TOWERS = *M_ROPE, *LLAVA
 THETAS = {"qwen3_vl": 500000.0, "qwen3_moe": 1000000.0}  # of a config.json with towers that does not say it
@@ -40,12 +42,16 @@ def parts_of(raw: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], di
 def towers_of(
     raw: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str, text: tuple[int, int, int]
 ) -> dict[str, Tower]:
-    """By the names of Config's fields; raw: what they stand in (`parts_of`). text: hidden size, layers and positions of
-    the language model."""
+    """By the names of Config's fields; raw: what they stand in (`parts_of`). preprocessor: what is said of pictures and
+    sound, and under `video_processor` of videos. text: hidden size, layers and positions of the language model."""
     kind, (hidden, layers, positions) = raw["model_type"], text
     if kind in LLAVA:
         return {"vision": Clip.of(raw, preprocessor, source, hidden)}
-    found = {"vision": QwenVision.of(raw, preprocessor, source, hidden, layers)} if kind in M_ROPE else {}
+    if kind not in M_ROPE:
+        return {}
+    vision = QwenVision.of(raw, preprocessor, source, hidden, layers)
+    of_videos = preprocessor.get(VIDEOS) or {}
+    found = {"vision": vision, "video": QwenVideo.of(raw, of_videos, source, vision, positions)}
     if kind == "qwen3_omni_moe":
         found["audio"] = AudioTower.of(raw, preprocessor, source, hidden, positions)
     return found
