@@ -64,7 +64,9 @@ stderr says so and /health answers 200. SIGTERM lets running answers end.""",
     "eval": """examples:
   python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024 --windows 3 --json
   python -m minioscar eval smollm2-135m --kv int2 --needle 512,1024 --tools 1024 --drift 256""",
-    "inspect": "example:\n  python -m minioscar inspect smollm2-135m --out report",
+    "inspect": """examples:
+  python -m minioscar inspect smollm2-135m --out report
+  python -m minioscar inspect Qwen/Qwen3-VL-4B-Instruct --image page.png --tokens 2048""",
 }
 
 
@@ -96,6 +98,12 @@ WEIGHTS = flag(
     choices=("int8", "int4"),
 )
 TEXT = flag("--text", "a text file, - for standard input (the topics of Python's help)", "F")
+MEDIA = [
+    several("--image", "a picture in front of the text, for a model that reads some", "FILE"),
+    several("--audio", "a sound in front of the text, for a model that hears", "FILE"),
+    several("--video", "a video in front of the text, for a model that reads some", "FILE"),
+    number("--fps", "frames of --video that are read a second (the model's)", "F", type=float),
+]
 RENDERING = [  # argparse lets one of them be given
     switch("--chat", "render the chat template (default for a model that has one)", default=None),
     switch("--raw", "plain continuation", action="store_false", dest="chat"),
@@ -140,10 +148,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         flag("prompt", "the text, or - for standard input; or use one of the files", "PROMPT", nargs="?"),
         flag("--prompt-file", "read the prompt from a text file; - is standard input", "F"),
         flag("--prompts-file", "many prompts, one a line of JSON; one line of JSON for each on stdout", "F"),
-        several("--image", "a picture in front of the prompt, for a model that reads some", "FILE"),
-        several("--audio", "a sound in front of the prompt, for a model that hears", "FILE"),
-        several("--video", "a video in front of the prompt, for a model that reads some", "FILE"),
-        number("--fps", "frames of --video that are read a second (the model's)", "F", type=float),
+        *MEDIA,
         flag("--system", "the system message in front of the prompt, or of every prompt", "TEXT"),
         number("--batch", "prompts of --prompts-file that run at a time (8)", "B", 8),
         number("--n", "answers to each prompt, drawn independently (1)", "N", 1),
@@ -211,7 +216,8 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
     ]),
     "inspect": ("token norms, spread inside groups, sinks and errors per scheme: a report with figures", [
         TEXT,
-        number("--tokens", "of the text's beginning, a multiple of 128 (1024)", "N", 1024),
+        *MEDIA,
+        number("--tokens", "of the beginning of media and text, a multiple of 128 (1024)", "N", 1024),
         flag("--kv", f"schemes: {SCHEMES}", "A,B,C", default="kivi,rotation,scaling,oscar,int2"),
         flag("--out", "folder for report.html and report.json (report)", "DIR", default="report"),
         DEVICE,
