@@ -17,9 +17,8 @@ from .rope import Rope
 from .storage import strict_json as json
 from .towers.audio import AudioTower
 from .towers.clip import Clip
-from .towers.files import M_ROPE, VIDEOS, WITH_TOWERS, parts_of, towers_of
+from .towers.files import M_ROPE, WITH_TOWERS, parts_of, preprocessors, towers_of
 from .towers.media import Tower
-from .towers.qwen_video import FILE as VIDEO_PREPROCESSOR
 from .towers.qwen_video import QwenVideo
 from .towers.qwen_vision import QwenVision
 
@@ -43,7 +42,6 @@ DEFAULTS: dict[str, dict[str, int]] = {  # what a missing key means: transformer
         "num_experts": 128, "num_experts_per_tok": 8,
     },
 }  # fmt: skip
-PREPROCESSOR = "preprocessor_config.json"
 NEUTRAL = {  # options of other families that change the numbers, and the values at which they do not; null never does
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "scale_emb"), 1),
     **dict.fromkeys(("residual_multiplier", "lm_head_multiplier"), 1),
@@ -90,6 +88,7 @@ class Config:
     vision: QwenVision | Clip | None = None  # None: pictures are not read
     audio: AudioTower | None = None  # None: sound is not read
     video: QwenVideo | None = None  # None: videos are not read
+    shared_keys: tuple[int, Any] | None = None  # of one of several cards: all kv heads, and the first of its own
 
     @classmethod
     def from_folder(cls, folder: Path) -> Config:
@@ -97,11 +96,7 @@ class Config:
         implemented."""
         path = Path(folder) / "config.json"
         raw = json.read_object(path, "a model folder needs it")
-        pictures, videos = Path(folder) / PREPROCESSOR, Path(folder) / VIDEO_PREPROCESSOR
-        pictures = json.read_object(pictures, "it says how pictures are read") if pictures.is_file() else {}
-        if videos.is_file():
-            pictures = pictures | {VIDEOS: json.read_object(videos, "it says how videos are read")}
-        return cls.from_dict(formats.beside(raw, Path(folder)), str(path), pictures)
+        return cls.from_dict(formats.beside(raw, Path(folder)), str(path), preprocessors(Path(folder)))
 
     @classmethod
     def from_dict(
@@ -192,6 +187,15 @@ class Config:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def key_heads(self) -> tuple[int, Any]:
+        """Heads whose keys are computed, all of the model's, and which of them is the first that is kept."""
+        return self.shared_keys or (self.num_kv_heads, 0)
+
+    @property
+    def qkv_size(self) -> int:
+        return self.q_size + self.key_heads[0] * self.head_dim + self.kv_size
+
     def stored_bits(self, is_head: bool) -> float | None:
         """Bits of a number of a quantized matrix, scales included; None for one that is not."""
         if self.quantization is not None and not is_head:
@@ -201,10 +205,8 @@ class Config:
     def parameters(self, active: bool = False) -> int:
         """The number of weights, a tied embedding counted once. active: of the experts those that one token takes."""
         hidden, inter = self.hidden_size, self.intermediate_size
-        attention = hidden * (self.q_size + 2 * self.kv_size) + self.q_size * hidden
-        attention += (
-            self.q_size + 2 * self.kv_size
-        ) * self.qkv_bias + hidden * self.output_bias + 2 * self.head_dim * self.qk_norm
+        attention = hidden * self.qkv_size + self.q_size * hidden
+        attention += self.qkv_size * self.qkv_bias + hidden * self.output_bias + 2 * self.head_dim * self.qk_norm
         mlp = 3 * hidden * inter + (2 * inter + hidden) * self.mlp_bias
         if self.experts:  # and the router
             mlp = (self.experts.per_token if active else self.experts.count) * mlp + self.experts.count * hidden

@@ -31,7 +31,7 @@ from minioscar.serve import bodies
 from minioscar.serve.errors import ApiError
 from minioscar.serve.server import Plan, assemble
 from minioscar.towers import video
-from minioscar.towers.media import media_of
+from minioscar.towers.media import bytes_of_media, media_of
 
 from .make_picture_fixtures import VISION
 from .make_video_fixtures import OMNI, SAID, VL, clip
@@ -255,7 +255,7 @@ def test_a_single_frame_is_read_twice_and_a_small_one_is_enlarged(model) -> None
 def test_a_video_that_is_too_long_says_how_many_frames_it_takes(model, tmp_path) -> None:
     frames = np.zeros((9, 48, 48, 3), np.uint8)
     tower = model.config.video
-    small = type(tower)(**{**{name: getattr(tower, name) for name in vars(tower)}, "max_tokens": 20})
+    small = type(tower)(**{**{name: getattr(tower, name) for name in vars(tower)}, "positions": 20})
     with pytest.raises(UserError, match="a takes 10 frames of .* pixels, .* tokens, but this model has 20 positions"):
         small.prepare({"frames": frames, "fps": 2}, "a")
     omni = Config.from_folder(OMNI).video
@@ -409,3 +409,22 @@ def test_the_server_reads_data_urls_and_files_of_its_folder_and_opens_nothing_el
             bodies.chat(of_url(f"{inside}/a.mkv"), app.service)
     finally:
         scheduler.close()
+
+
+def test_the_server_refuses_larger_frames_before_they_are_read_and_leaves_room_for_those_it_takes(model, files) -> None:
+    """Two frames of the first film are 24 tokens."""
+    app, scheduler = assemble(model, Plan(1, 256, 128, None, "m", media_tokens=24), Sampling())
+    try:
+        assert len(bodies.chat(of_url(data_url(files["a"])), app.service).jobs) == 1
+        app.service.media_tokens = 23
+        with pytest.raises(ApiError, match="the video of 48 x 32 pixels becomes 24 tokens, but at most 23") as error:
+            bodies.chat(of_url(data_url(files["a"])), app.service)
+        assert error.value.body["error"]["code"] == "video_too_large"
+    finally:
+        scheduler.close()
+    tower, sizes = model.config.video, {}
+    for most in (24, 4096):
+        sizes[most] = bytes_of_media({"video": tower}, model.ops, most, 128)
+    assert sizes[24] < sizes[4096] == bytes_of_media({"video": tower}, model.ops, tower.max_tokens, 128)
+    medium = media_of(model.opened(asked(files["a"], WORDS)))[0]
+    assert medium.tokens == 24 <= tower.max_tokens == (1 << 14) // 2 // 64

@@ -97,6 +97,7 @@ WEIGHTS = flag(
     "--weights", "quantize matrices of 16 bits while they are loaded (no; files of 4 or 8 bits stay what they are)",
     choices=("int8", "int4"),
 )
+GPUS = number("--gpus", "split the model over so many GPUs of this machine (1)", "N")
 TEXT = flag("--text", "a text file, - for standard input (the topics of Python's help)", "F")
 MEDIA = [
     several("--image", "a picture in front of the text, for a model that reads some", "FILE"),
@@ -139,6 +140,7 @@ def answering(max_tokens: int, ctx: str) -> list[Flag]:
         switch("--ignore-eos", "go on behind the model's end tokens, as far as --max-tokens"),
         number("--ctx", f"capacity of the cache in tokens ({ctx})", "N"),
         DEVICE,
+        GPUS,
         TEMPLATE,
     ]
 
@@ -176,15 +178,17 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         flag("--name", "the model's name in the API (the last part of MODEL)", "NAME"),
         switch("--strict-model", "refuse requests for models of another name"),
         flag("--images", "a folder whose pictures and videos requests may name (none; data: URLs always)", "DIR"),
+        number("--media-tokens", "most tokens of a picture, sound or video (4096); memory is left for them", "N", 4096),
         flag("--replicas", "so many copies over a Ray cluster, or N:M as the load needs (extra `ray`)", "N[:M]"),
         number("--grace", "seconds for running answers when the server is told to end (30)", "N", 30),
         *SAMPLING[:5],
         DEVICE,
+        GPUS,
     ]),
     "cache": ("read a text once, for generate and chat --cache", [
         flag("--prompt-file", "a text file; - is standard input", "F", required=True),
         flag("--out", "the file to write, such as book.kv.safetensors; - is standard output", "F", required=True),
-        SCHEME, WEIGHTS, DEVICE, *RENDERING, TEMPLATE,
+        SCHEME, WEIGHTS, DEVICE, GPUS, *RENDERING, TEMPLATE,
     ]),
     "pull": ("fetch a model into weights/", []),
     "info": ("shapes, parameters, bytes per token and scheme, the longest context that fits", [
@@ -192,6 +196,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         number("--batch", "sequences in the cache (1)", "B", 1),
         WEIGHTS,
         DEVICE,
+        GPUS,
     ]),
     "eval": ("fidelity of the schemes on a text: NLL, KL and top-1 agreement against the unquantized run", [
         TEXT,
@@ -208,6 +213,11 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
             const="1024,4096,8064"
         ),
         flag("--window", "the same BF16 window for all schemes: tokens packed at a time / kept (their own)", "F/W"),
+        flag(
+            "--images", "instead of a text: values read from drawn pages of so many tokens (300,600,1000,2000)", "N,N",
+            nargs="?", const="300,600,1000,2000"
+        ),
+        number("--pages", "of each size, with up to 16 questions each (4)", "N", 4),
         switch("--emptied", "also KL without kept tokens: 64 are packed as soon as they are there"),
         flag("--pieces", "also read prompts in pieces of N tokens, each over a past in the scheme (whole)", "N,N"),
         number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import TooLarge, UserError
 
 Array = Any
 Message = Mapping[str, Any]
@@ -141,10 +141,17 @@ class Tower(Protocol):
     kind: str  # of KINDS
     token: int  # the placeholder that a chat template writes once for each medium
     weights_of: str  # the kind of the tower whose weights it has
+    max_tokens: int  # of a medium
 
-    def prepare(self, source: Any, name: str) -> Medium | list[Medium | str]:
+    @property
+    def feature_width(self) -> int:
+        """Numbers of `Features` a token."""
+        ...
+
+    def prepare(self, source: Any, name: str, most: int | None = None) -> Medium | list[Medium | str]:
         """Opens and preprocesses one; of a video, what stands in its place: media, and text between them. Raises
-        UserError, in one line, for what cannot be read."""
+        UserError, in one line, for what cannot be read, and TooLarge for more than `most` tokens in a medium, where its
+        head already says so without reading the rest."""
         ...
 
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -161,8 +168,8 @@ class Tower(Protocol):
 # --- messages and ids
 
 
-def opened(messages: Sequence[Message], towers: Mapping[str, Tower]) -> list[Message]:
-    """The messages with a `Medium` in the place of each source; those that have one keep it.
+def opened(messages: Sequence[Message], towers: Mapping[str, Tower], most: int | None = None) -> list[Message]:
+    """The messages with a `Medium` in the place of each source; those that have one keep it. most: tokens of each.
 
     Raises UserError for a kind that the model does not read, and as `Tower.prepare` does.
     """
@@ -176,8 +183,8 @@ def opened(messages: Sequence[Message], towers: Mapping[str, Tower]) -> list[Mes
         source = given[given["type"]]
         if isinstance(source, Medium):
             return [{"type": kind, kind: source}]
-        name = _named(kind, source)
-        made = towers[kind].prepare(source if kind != "video" else {"video": source, "fps": given.get("fps")}, name)
+        given = source if kind != "video" else {"video": source, "fps": given.get("fps")}
+        made = towers[kind].prepare(given, _named(kind, source), most)
         found = made if isinstance(made, list) else [made]
         return [{"type": "text", "text": of} if isinstance(of, str) else {"type": kind, kind: of} for of in found]
 
@@ -236,6 +243,12 @@ def expanded(ids: Sequence[int], media: Sequence[Medium], towers: Mapping[str, T
             raise UserError(f"the prompt has {places} places for {given} {kind}s; {way_out}")
     each = {kind: iter(queue) for kind, queue in waiting.items()}
     return [i for token in ids for i in (next(each[kind_of[token]]).ids if token in kind_of else (token,))]
+
+
+def check_tokens(what: str, kind: str, tokens: int, most: int | None) -> None:
+    """what: a medium, with its size. Raises TooLarge for more tokens than `most`."""
+    if most is not None and tokens > most:
+        raise TooLarge(f"{what} becomes {tokens} tokens, but at most {most} are accepted; make it smaller", kind)
 
 
 def words(ids: Sequence[int]) -> Sequence[int]:
@@ -359,3 +372,15 @@ class Encoder:
         while len(self.kept) > 1 and sum(features.nbytes for features in self.kept.values()) > KEPT_BYTES:
             self.kept.popitem(last=False)
         return self.kept[medium]
+
+
+def bytes_of_media(towers: Mapping[str, Tower], ops: Backend, most: int, chunk: int) -> int:
+    """What pictures and sounds of at most `most` tokens each take beside passes of `chunk` tokens: the largest in its
+    tower, and the features that are kept and those that a pass reads, which may end and begin within a medium."""
+
+    def of(tower: Tower) -> int:
+        tokens = min(most, tower.max_tokens)
+        read = ops.dtype.itemsize * tower.feature_width * (chunk + 2 * tokens)
+        return tower.work_bytes(tokens, ops) + KEPT_BYTES + read
+
+    return max(map(of, towers.values()), default=0)

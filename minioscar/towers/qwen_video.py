@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, shown
+from ..errors import TooLarge, UserError, shown
 from ..fields import Fields
 from . import video
-from .media import Backend, Features, Medium
+from .media import Backend, Features, Medium, check_tokens
 from .qwen_vision import MAX_ASPECT, QwenVision, preprocessing
 
 Array = Any
@@ -38,7 +38,7 @@ class QwenVideo:
 
     token: int  # <|video_pad|>
     vision: QwenVision
-    max_tokens: int  # that the language model has positions for
+    positions: int  # that the language model has
     rate: float  # frames a second
     positions_a_second: int | None = None  # None: the time is told in text
     min_frames: int = 4
@@ -46,7 +46,7 @@ class QwenVideo:
 
     @classmethod
     def of(
-        cls, raw: Mapping[str, Any], said: Mapping[str, Any], source: str, vision: QwenVision, max_tokens: int
+        cls, raw: Mapping[str, Any], said: Mapping[str, Any], source: str, vision: QwenVision, positions: int
     ) -> QwenVideo:
         """By config.json and video_preprocessor_config.json. Raises UserError for what is not implemented."""
         get, top = Fields(said, FILE, {"min_frames": 4, "max_frames": 768}), Fields(raw, source, {})
@@ -59,7 +59,7 @@ class QwenVideo:
         frames = get.count("min_frames"), get.count("max_frames")
         rate = get.positive("fps", 2.0 if told else 1.0)
         seconds = None if told else top.count("position_id_per_seconds", 25)
-        made = cls(top.count("video_token_id", 151656), vision, max_tokens, rate, seconds, *frames)
+        made = cls(top.count("video_token_id", 151656), vision, positions, rate, seconds, *frames)
         made.step(rate, f"{FILE}: fps")
         return made
 
@@ -71,16 +71,27 @@ class QwenVideo:
     def weights_of(self) -> str:
         return self.vision.kind
 
+    @property
+    def max_tokens(self) -> int:
+        if self.positions_a_second is not None:  # a medium is a whole video
+            return self.positions
+        return min(self.positions, self.vision.max_tokens // self.vision.frames)
+
+    @property
+    def feature_width(self) -> int:
+        return self.vision.feature_width
+
     def expected(self) -> dict[str, tuple[int, ...]]:
         """None: its weights are those of pictures."""
         return {}
 
     # --- frames
 
-    def prepare(self, source: Any, name: str) -> list[Medium | str]:
+    def prepare(self, source: Any, name: str, most: int | None = None) -> list[Medium | str]:
         """What stands in the place of a video: its medium, or a medium for each pair of frames and its time in front.
 
-        source: what `video.opened` takes, or {"video": that, "fps": frames a second to read of it}. Raises UserError.
+        source: what `video.opened` takes, or {"video": that, "fps": frames a second to read of it}. Raises UserError,
+        and TooLarge where a medium would have more than `most` tokens.
         """
         rate = self.rate
         if isinstance(source, Mapping) and "video" in source:
@@ -93,6 +104,8 @@ class QwenVideo:
             height, width = self.resized(given.height, given.width, len(indices), name)
             indices += indices[-1:] * (-len(indices) % self.vision.frames)  # the last one again
             grid = self.grid(len(indices), height, width, step, name)
+            tokens = math.prod(grid[0 if step else 1 :])
+            check_tokens(f"{name} of {given.width} x {given.height} pixels", self.kind, tokens, most)
             frames = np.empty((len(indices), height, width, 3), np.uint8)
             for i, frame in enumerate(given.read(indices)):
                 frames[i] = resize(frame, height, width)
@@ -119,7 +132,8 @@ class QwenVideo:
         deep, count = self.vision.frames, total / have * want
         if count > self.max_frames:
             why = f"{total / have:.0f} s long; at {want:g} a second these are {count:.0f} frames"
-            raise UserError(f"{name} is {why}, and at most {self.max_frames} are read: cut it, or give a smaller fps")
+            way_out = f"at most {self.max_frames} are read: cut it, or give a smaller fps"
+            raise TooLarge(f"{name} is {why}, and {way_out}", self.kind)
         count = math.floor(min(max(count, self.min_frames), total) / deep) * deep
         each = total / (count or total)  # of fewer frames than a pair all are read
         return (np.arange(total / each) * each).astype(np.float32).astype(int).tolist()
@@ -143,10 +157,11 @@ class QwenVideo:
         or fewer in a pair than the positions that pass from one to the next."""
         side = self.vision.patch * self.vision.merge
         grid = frames // self.vision.frames, height // side, width // side
-        if (tokens := math.prod(grid)) > self.max_tokens:
+        if (tokens := math.prod(grid)) > self.positions:
             what = f"{frames} frames of {height} x {width} pixels, {tokens} tokens"
             way_out = "cut it, or give a smaller fps"
-            raise UserError(f"{name} takes {what}, but this model has {self.max_tokens} positions; {way_out}")
+            why = f"takes {what}, but this model has {self.positions} positions"
+            raise TooLarge(f"{name} {why}; {way_out}", self.kind)
         if grid[1] * grid[2] < step:  # what follows would have positions beyond its place
             why = f"{grid[1] * grid[2]} tokens for two frames, fewer than the {step} positions of their time"
             raise UserError(f"{name} would have {why}; give a larger fps")
@@ -178,7 +193,7 @@ class QwenVideo:
         largest = tokens
         if self.positions_a_second is not None:
             largest = min(tokens, self.vision.max_pixels // (self.vision.patch * self.vision.merge) ** 2)
-        features = ops.dtype.itemsize * tokens * self.vision.output_size * (1 + len(self.vision.deepstack))
+        features = ops.dtype.itemsize * tokens * self.feature_width
         return self.vision.work_bytes(largest, ops) + (2 * features if largest < tokens else 0)
 
 
