@@ -128,7 +128,8 @@ def check_media(engine: Engine, plan: Plan, context: int) -> None:
     need = memory.needed(config, scheme, ops, plan.slots, max(context, 1), max(chunk, 1), penalties=None).total
     media, free = media_bytes(engine, plan, context), ops.free_bytes()
     if media and need + media > free:
-        what = f"{' and '.join(f'{kind}s' for kind in config.towers)} of {min(plan.media_tokens, max(context, 1))} tokens need"
+        kinds, tokens = " and ".join(f"{kind}s" for kind in config.towers), min(plan.media_tokens, max(context, 1))
+        what = f"{kinds} of {tokens} tokens need"
         beside = f"{memory.size(media)} beside {memory.size(need)}, but {memory.size(free)} of {ops.name} memory"
         raise UserError(f"{what} {beside} are free; a smaller --media-tokens, --slots or --ctx needs less")
 
