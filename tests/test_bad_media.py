@@ -282,7 +282,7 @@ def test_a_cache_that_leaves_no_room_for_pictures_is_refused_at_the_start(seeing
     monkeypatch.setattr(engine.ops, "free_bytes", lambda: need + left)
     server.assemble(engine, plan, Sampling())[1].close()
     monkeypatch.setattr(engine.ops, "free_bytes", lambda: need + left - 1)
-    with pytest.raises(UserError, match="images and videos of 512 tokens need .* beside .*; a smaller --media") as found:
+    with pytest.raises(UserError, match="images and videos of 512 tokens need .*; a smaller --media") as found:
         server.assemble(engine, plan, Sampling())
     assert "\n" not in str(found.value)
     with pytest.raises(UserError, match="--media-tokens 0 is out of range"):
