@@ -7,6 +7,8 @@ give and what is refused is in test_video_files.py.
 from __future__ import annotations
 
 import json
+import tracemalloc
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -214,3 +216,19 @@ def test_the_time_of_a_pair_is_the_mean_of_its_frames() -> None:
     # frames 0, 2 | 5, 8 | 10 and again 10, at four a second
     assert [text for text in made if isinstance(text, str)] == ["<0.2 seconds>", "<1.6 seconds>", "<2.5 seconds>"]
     assert [medium.grid[0] for medium in made[1::2]] == [1, 1, 1]
+
+
+def test_what_a_video_takes_in_the_tower_is_what_two_frames_take_and_its_features() -> None:
+    """Of Omni, whose videos are one medium: peak and prediction are within a third."""
+    talker, frames = engine(OMNI.name), np.random.default_rng(0).integers(0, 256, (8, 128, 160, 3), np.uint8)
+    tower = talker.config.video
+    tower = replace(tower, max_frames=16, positions=1 << 16, vision=replace(tower.vision, max_pixels=128 * 160))
+    [medium] = tower.prepare({"frames": frames, "fps": 2}, "a")
+    assert medium.grid == (4, 16, 20)
+    tracemalloc.start()
+    tower.encode(medium, talker.model.weights.towers["image"], talker.ops)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    predicted = tower.work_bytes(medium.tokens, talker.ops)
+    assert peak <= 1.1 * predicted <= 4 / 3 * peak, (peak, predicted)
+    assert predicted < tower.work_bytes(medium.tokens // 4, talker.ops) + 9 * medium.tokens * 4 * tower.feature_width

@@ -102,6 +102,7 @@ def _of_container(container: Any, name: str) -> Video:
     if not streams:
         raise UserError(f"{name} has no video stream; give {NAMES} with pictures in it")
     stream = streams[0]
+    stream.thread_type = "AUTO"  # frames side by side, where the codec can
     total = _counted(container, stream, name)
     if not total:
         raise UserError(f"{name} has no frames; record it again")
