@@ -12,7 +12,7 @@ def graph_time(ops: SplitCuda, launches: Sequence[Callable[[], None]], replays: 
     """`measure.graph_time` of calls that launch on every card; timed on the first, behind a replay of all."""
     import cupy
 
-    count, streams = max(LAUNCHES, len(launches)), ops.each(lambda _: cupy.cuda.Stream(non_blocking=True))
+    count, streams = max(LAUNCHES, len(launches)), ops.new_streams(ops.cards)
 
     def synchronize() -> None:
         ops.each(lambda _: cupy.cuda.Device().synchronize())

@@ -20,6 +20,7 @@ from minioscar.oscar import SCHEMES
 from minioscar.parallel import shares
 from minioscar.parallel.cuda import SplitCuda
 from minioscar.prompt_cache import PromptCache
+from minioscar.serve.blocks import chained_keys
 from minioscar.serve.pooled import PooledCache
 from minioscar.storage import hub
 from minioscar.storage.checkpoint import Tensor
@@ -217,10 +218,28 @@ def test_a_card_that_fails_ends_the_run_with_a_line_that_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=fake))
     monkeypatch.setitem(sys.modules, "cupy.cuda", fake)
     ops = SplitCuda.__new__(SplitCuda)
-    ops.ranks = [None, None]
-    ops.cards = 2
+    ops.devices, ops.streams = [0, 1], [None, None]
     with pytest.raises(Failure, match=r"GPU 1 of 2 has failed \(an illegal memory access\)"), ops.on(1):
         raise Error("an illegal memory access")
+
+
+def test_blocks_come_back_from_the_host_to_all_cards(tmp_path, seed):
+    folder = write_model(tmp_path / "m", seed)
+    ids, found = np.random.default_rng(seed).integers(0, 160, 460).tolist(), []
+    for e in (load(folder, "int2"), over(folder, "int2", 2)):
+        cache = e.new_cache(2, 512, partial(PooledCache, blocks=4, on_host=8))
+        cache.reserve(0, 400)
+        e.model.forward(np.array(ids[:400]), cache, cache.batch_for([0], [400]))
+        cache.publish(0, ids[:400])
+        cache.reset(0)
+        cache.reserve(1, 512)  # all blocks, for another text
+        e.model.forward(np.array(ids[:400][::-1]), cache, cache.batch_for([1], [400]))
+        cache.reset(1)
+        left = cache.begin_with(0, cache.match(list(chained_keys(ids)), 460))
+        assert left and cache.restored == left // 128
+        cache.reserve(0, 460)
+        found.append(e.model.forward(np.array(ids[left:]), cache, cache.batch_for([0], [460 - left])))
+    assert relative(found[1], found[0]) < 1e-5
 
 
 @pytest.mark.long

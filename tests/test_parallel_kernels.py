@@ -13,8 +13,9 @@ from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.ops import cuda_missing
 from minioscar.oscar import SCHEMES
-from minioscar.parallel import cards, loading
+from minioscar.parallel import cards, cuda, loading
 from minioscar.parallel.collectives import PUSHED, Links, Sum
+from minioscar.parallel.cuda import SplitCuda
 from minioscar.parallel.ranks import Ranks
 from minioscar.prompt_cache import PromptCache
 
@@ -37,6 +38,27 @@ def _cards(count: int, config: Config):
     return cards.over(count, backend("cuda"), config, SCHEMES["bf16"])
 
 
+def _on_one_card(count: int, config: Config):
+    """Ranks that share a card, each on a stream of its own. Only for models so small that the kernels of both have room
+    on it at a time: a rank that waits in a sum holds what its next kernel takes. NCCL wants cards of their own."""
+    from minioscar.ops.cuda import Cuda
+
+    ops = SplitCuda([Cuda() for _ in range(count)], config, 1 << 16, devices=[0] * count)
+    ops.links.sum, ops.links.sum_beside, ops.links.join = added, added, lambda: None
+    return ops
+
+
+def added(arrays: Ranks, streams=None) -> None:
+    """`Links.sum` without NCCL."""
+    import cupy
+
+    cupy.cuda.Device().synchronize()
+    total = sum(x.astype(np.float32) for x in arrays.values)
+    for x in arrays.values:
+        x[...] = total.astype(x.dtype)
+    cupy.cuda.Device().synchronize()
+
+
 def few_cards() -> str | None:
     """Why there are no two cards, or None."""
     if reason := cuda_missing():
@@ -52,9 +74,13 @@ TWO = [pytest.mark.gpu, pytest.mark.skipif(few_cards() is not None, reason=str(f
 on_some = pytest.mark.parametrize(
     ("make", "count"),
     [*(pytest.param(_simulated, n, id=f"{n}-simt", marks=SIMULATED) for n in (2, 3, 8)),
+     *(pytest.param(_on_one_card, n, id=f"{n}-on-one-card", marks=pytest.mark.gpu) for n in (2, 3)),
      pytest.param(_cards, 2, id="2-cuda", marks=TWO)],
 )  # fmt: skip
-on_two_cards = pytest.mark.parametrize("count", [pytest.param(2, marks=TWO)])
+on_cards = pytest.mark.parametrize(
+    "make",
+    [pytest.param(_on_one_card, id="on-one-card", marks=pytest.mark.gpu), pytest.param(_cards, id="cuda", marks=TWO)],
+)
 
 
 def wide(count: int) -> Config:
@@ -142,16 +168,16 @@ def split_engine(make, count: int, folder: Path, kv: str) -> Engine:
     return Engine(config, loading.load(folder, config, ops, SCHEMES[kv]), None, SCHEMES[kv], ops, folder=folder)
 
 
-@on_two_cards
+@on_cards
 @pytest.mark.parametrize("kv", ["bf16", "int2"])
-def test_two_runs_and_a_graph_and_its_launches_give_equal_bits(count, kv, tmp_path, seed):
+def test_two_runs_and_a_graph_and_its_launches_give_equal_bits(make, kv, tmp_path, seed):
     """Over the flush of windows; 40 rows take the products of linear_batch.cu."""
     folder = write_model(tmp_path / "m", seed, head_dim=128, num_attention_heads=8, num_key_value_heads=2)
     rng = np.random.default_rng(seed)
     for rows in (2, 40):
         prompts = [rng.integers(0, 160, 1 + 40 * n % 130).tolist() for n in range(rows)]
         found = [
-            split_engine(_cards, count, folder, kv).generate(prompts, max_tokens=140, graph=graph, logprobs=0)
+            split_engine(make, 2, folder, kv).generate(prompts, max_tokens=140, graph=graph, logprobs=0)
             for graph in (True, True, False)
         ]
         for answers in zip(*found, strict=True):
@@ -159,20 +185,21 @@ def test_two_runs_and_a_graph_and_its_launches_give_equal_bits(count, kv, tmp_pa
             assert len({tuple(p.logprob for p in answer.logprobs) for answer in answers}) == 1
 
 
-@on_two_cards
-def test_a_long_prompt_goes_through_nccl(count, tmp_path, seed):
+@on_cards
+def test_a_long_prompt_is_summed_in_chunks(make, tmp_path, seed, monkeypatch):
+    monkeypatch.setattr(cuda, "CHUNK_TOKENS", 128)
     folder = write_model(tmp_path / "m", seed, head_dim=128, num_attention_heads=8, num_key_value_heads=2)
     ids = np.random.default_rng(seed).integers(0, 160, 700).tolist()
-    one, two = load(folder, "int2", "cuda"), split_engine(_cards, count, folder, "int2")
+    one, two = load(folder, "int2", "cuda"), split_engine(make, 2, folder, "int2")
     assert relative(two.logits(ids), one.logits(ids)) < 0.03
     assert np.array_equal(two.logits(ids), two.logits(ids))
 
 
-@on_two_cards
+@on_cards
 @pytest.mark.parametrize("kv", ["bf16", "int2"])
-def test_a_prompt_cache_goes_from_one_card_to_two_and_back(count, kv, tmp_path, seed):
+def test_a_prompt_cache_goes_from_one_card_to_two_and_back(make, kv, tmp_path, seed):
     folder = write_model(tmp_path / "m", seed, head_dim=64, num_attention_heads=4, num_key_value_heads=2)
-    engines = load(folder, kv, "cuda"), split_engine(_cards, count, folder, kv)
+    engines = load(folder, kv, "cuda"), split_engine(make, 2, folder, kv)
     ids = np.random.default_rng(seed).integers(0, 160, 300).tolist()
     for number, (made_by, read_by) in enumerate((engines, engines[::-1])):
         made_by.prefill(ids).save(tmp_path / f"{number}.kv")
@@ -182,10 +209,11 @@ def test_a_prompt_cache_goes_from_one_card_to_two_and_back(count, kv, tmp_path, 
         assert abs(a - b) < 0.05
 
 
-@on_two_cards
-def test_sums_by_nccl(count, seed):
-    ops, rng = _cards(count, wide(count)), np.random.default_rng(seed)
-    parts = [rng.standard_normal((64, 4096)).astype(BF16) for _ in range(count)]
+@pytest.mark.gpu
+@pytest.mark.skipif(few_cards() is not None, reason=str(few_cards()))
+def test_sums_by_nccl(seed):
+    ops, rng = _cards(2, wide(2)), np.random.default_rng(seed)
+    parts = [rng.standard_normal((64, 4096)).astype(BF16) for _ in range(2)]
     there = put(ops, parts)
     ops.run(Sum(there))
     want = (parts[0].astype(np.float32) + parts[1].astype(np.float32)).astype(BF16)

@@ -7,7 +7,7 @@ for all cards, and captured as one graph a card.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -40,9 +40,17 @@ ZERO = np.zeros(1, np.float32)
 
 
 class SplitCuda(Split, Cuda):
-    """ranks: of each card, made while it is the current one."""
+    """ranks: of each card, made while it is the current one. devices: of each (None: the first ones); one that has
+    several ranks, as tests have it, gives each a stream of its own, so that none waits behind another in a sum.
+    """
 
-    def __init__(self, ranks: Sequence[Cuda], config: Config, pushed: int = PUSHED):
+    def __init__(
+        self, ranks: Sequence[Cuda], config: Config, pushed: int = PUSHED, devices: Sequence[int] | None = None
+    ):
+        self.devices = list(range(len(ranks)) if devices is None else devices)
+        self.is_shared = len(set(self.devices)) < len(ranks)
+        self.streams: list[Any] = [None] * len(ranks)  # None: the device's current one
+        self.streams = self.new_streams(len(ranks)) if self.is_shared else self.streams
         super().__init__(ranks, config)
         self.card, self.indices, self.recorded = self.ranks[0].card, None, None
         self.products, self.links = Products(self.xp, self.card), Links(self.xp, self.cards, self.on, pushed)
@@ -53,11 +61,21 @@ class SplitCuda(Split, Cuda):
         from cupy.cuda import Device, driver, runtime
 
         try:
-            with Device(rank):
+            with Device(self.devices[rank]), self.streams[rank] or nullcontext():
                 yield
         except (runtime.CUDARuntimeError, driver.CUDADriverError) as error:
-            others = "the others wait for it up to half a minute; look at it with nvidia-smi"
-            raise Failure(f"GPU {rank} of {self.cards} has failed ({one_line(error)}); {others}") from None
+            which = f"GPU {self.devices[rank]} of {len(self.devices)} has failed ({one_line(error)})"
+            raise Failure(f"{which}; the others give up within a minute, look at it with nvidia-smi") from None
+
+    def new_streams(self, count: int) -> list[Any]:
+        """One for each rank; of a shared device such as wait for array code on its default stream."""
+        import cupy
+
+        made = []
+        for rank in range(count):
+            with self.on(rank):
+                made.append(cupy.cuda.Stream(non_blocking=not self.is_shared))
+        return made
 
     def run(self, launch: Launch | Sum) -> None:
         if isinstance(launch, Sum):
@@ -66,7 +84,7 @@ class SplitCuda(Split, Cuda):
             if launch.source.startswith("parallel/"):  # no card waits while another one's kernel is being loaded
                 for rank in range(self.cards):
                     with self.on(rank):
-                        kernel(launch.source, launch.name, launch.defines, rank)
+                        kernel(launch.source, launch.name, launch.defines, self.devices[rank])
             for rank, ops in enumerate(self.ranks):
                 with self.on(rank):
                     ops.run(launch_of(launch, rank))
@@ -217,10 +235,14 @@ def on_streams(ops: SplitCuda, streams: Sequence[Any]) -> Iterator[None]:
             streams[rank].__exit__()
 
     with ExitStack() as stack:
-        for rank, stream in enumerate(streams):
-            with ops.on(rank):
-                stream.__enter__()
-            stack.callback(leave, rank)
+        if ops.is_shared:
+            stack.callback(setattr, ops, "streams", ops.streams)
+            ops.streams = list(streams)
+        else:
+            for rank, stream in enumerate(streams):
+                with ops.on(rank):
+                    stream.__enter__()
+                stack.callback(leave, rank)
         yield
 
 
@@ -245,7 +267,7 @@ class SplitQueue(Queue):
         import cupy
 
         self.batch, self.runs, self.ops = batch, runs, ops
-        self.streams = ops.each(lambda _: cupy.cuda.Stream(non_blocking=True))
+        self.streams = ops.new_streams(ops.cards)
         ops.each(lambda _: cupy.cuda.Device().synchronize())  # what made the arrays ran on other streams
         self.graphs = {rows: self.capture(run) for rows, run in runs.items()} if graph else {}
         self.pinned_tokens = pinned((self.DEPTH, len(batch.tokens)), np.int32)
