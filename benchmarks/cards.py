@@ -2,9 +2,10 @@
 
     python -m benchmarks.cards qwen3-8b --gpus 1,2 --shapes 1x4096,1x131072,48x4096 --tokens 32768 --json share.json
 
-The share of one of N cards runs by itself: what it would write into the others' memory it writes into its own, and waits
-for that. Sums and gathers have their launches and their waits then, but no link; the sums of a prompt, which are NCCL's,
-are left out. So a step of N cards takes longer than this by what the links add, and by the wait for the slowest card.
+The share of one of N cards runs by itself: what it would write into the others' memory it writes into its own, and
+waits for that. Sums and gathers have their launches and their waits then, but no link; the sums of a prompt, which are
+NCCL's, are left out. So a step of N cards takes longer than this by what the links add, and by the wait for the
+slowest.
 """
 
 from __future__ import annotations
