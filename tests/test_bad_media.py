@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,6 +180,14 @@ def test_what_is_no_sound_and_an_hour_are_refused_by_each_way_and_the_next_one_i
     assert heard.read(tmp_path, wav(omni.sound(0.5)))
 
 
+@pytest.mark.parametrize("case", ["qwen3_vl", "llava"])
+def test_pictures_without_pillow_name_the_extra(seeing: Path, monkeypatch, case: str) -> None:
+    tower = (engines.Config.from_folder(seeing) if case == "qwen3_vl" else omni.engine(case).config).vision
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UserError, match="a.png needs Pillow: pip install 'minioscar\\[vision\\]'"):
+        tower.prepare("a.png", "a.png")
+
+
 # --- what is read
 
 
@@ -235,6 +244,33 @@ def test_the_server_refuses_a_longer_sound_by_its_head(heard: Ways) -> None:
     wanted = {"message": message, "type": "invalid_request_error", "param": "messages", "code": "audio_too_large"}
     assert (status, body) == (400, {"error": wanted})
     assert heard.by_server(wav(np.zeros(15 * 100), rate=100))[0] == 200
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_cached_beginning_that_ends_within_a_picture_is_gone_on_with(seeing: Path, parts: int) -> None:
+    """Its last whole block ends there: what follows is read again from the middle of the picture, and answered alike.
+    The same after another question to the same picture, and never after another picture."""
+    engine = engines.load(seeing, "int2", "cpu")
+    pictures = [data_of(vl.png(size), "PNG") for size in ((160, 80), (72, 72), (80, 80))[:parts]]
+    other = bytearray(np.asarray(vl.png((160, 80))).tobytes())
+    other[-1] ^= 1  # of the last pixel, one step of blue
+    changed = data_of(Image.frombytes("RGB", (160, 80), bytes(other)), "PNG")
+    with serving(engine, ctx=1024) as client:
+
+        def ask(pictures: list[bytes], question: str) -> tuple[str, int]:
+            status, body = Ways("image", question, seeing, engine, client, None).by_server(*pictures)
+            assert status == 200
+            cached = body["usage"]["prompt_tokens_details"]["cached_tokens"]
+            return body["choices"][0]["message"]["content"], cached
+
+        first, none = ask(pictures, vl.WORDS)
+        assert none == 0
+        ask([], "the dog " * 40)  # takes the only slot
+        again, cached = ask(pictures, vl.WORDS)
+        assert again == first and cached % 128 == 0 and 0 < cached < 200 * parts
+        assert ask([changed, *pictures[1:]], vl.WORDS)[1] == 0
+        ask([], "the dog " * 40)
+        assert ask(pictures, "a cat and the dog")[1] >= 128
 
 
 def test_features_and_the_largest_picture_in_its_tower_fit_what_is_left_for_them(seen: Ways, monkeypatch) -> None:

@@ -16,7 +16,7 @@ from minioscar.evaluation.fidelity import with_error
 from minioscar.oscar import SCHEMES
 from minioscar.storage.files import replacing
 from minioscar.tables import markdown
-from tools import bench_tables, scale_tables, weight_tables
+from tools import bench_tables, harness, scale_tables, weight_tables
 from tools.committed import RESULTS, ROOT, load
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -24,7 +24,7 @@ BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", r
 PAGES = (
     "README.md",
     *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels", "weights")),
-    *(f"docs/{name}.md" for name in ("serving", "scale")),
+    *(f"docs/{name}.md" for name in ("serving", "scale", "benchmarks")),
     "docs/results/README.md",
 )
 
@@ -478,7 +478,7 @@ TABLES = {
 }
 TABLES |= {"reading_weights": reading_weights, "reading_cache": reading_cache, "reading_step": reading_step}
 TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache, "soak": soak} | bench_tables.TABLES | weight_tables.TABLES
-TABLES |= scale_tables.TABLES
+TABLES |= scale_tables.TABLES | harness.TABLES
 
 
 def rendered(text: str) -> str:
