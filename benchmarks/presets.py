@@ -20,6 +20,7 @@ from minioscar.key_shaping import prepared
 from minioscar.memory import size
 from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference
+from minioscar.staging import by_expert
 from minioscar.storage.files import expand
 from minioscar.storage.strict_json import read_object
 from minioscar.weights import Layer, Weights
@@ -159,9 +160,11 @@ def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool 
         return out.reshape(shape)
 
     def matrix(*shape: int, scale: float = 1.0) -> Array:
-        *more, out, inputs = shape
-        if config.quantization is not None and not more:
-            return quantized.random_matrix(config.quantization, out, inputs, scale * inputs**-0.5, ops, rng)
+        *_, inputs = shape
+        if config.quantization is not None:  # of experts all rows in one
+            rows, size = int(np.prod(shape[:-1])), scale * inputs**-0.5
+            made = quantized.random_matrix(config.quantization, rows, inputs, size, ops, rng)
+            return by_expert(made, config) if len(shape) > 2 else made
         return normal(*shape, scale=scale * inputs**-0.5)
 
     def layer() -> Layer:
@@ -179,7 +182,7 @@ def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool 
             gate_up=matrix(*stack, 2 * config.intermediate_size, hidden),
             gate_up_bias=normal(2 * config.intermediate_size, scale=0.1) if config.mlp_bias else None,
             down=matrix(*stack, hidden, config.intermediate_size, scale=to_residual),
-            router=matrix(*stack, hidden) if stack else None,
+            router=normal(*stack, hidden, scale=hidden**-0.5) if stack else None,
             down_bias=normal(hidden, scale=0.1 * to_residual) if config.mlp_bias else None,
         )
 

@@ -129,8 +129,6 @@ class Config:
         experts = _experts(get) if kind == "qwen3_moe" else None
         _refuse_other_families(get, head_dim, experts)
         quantization = formats.read_config(raw, source)
-        if experts and quantization:
-            raise UserError(f"{source}: quantized experts are not supported; use the model's BF16 weights")
         rope = Rope.from_config(raw, head_dim, get.count("max_position_embeddings"), source)
         layers = get.count("num_hidden_layers", most=MOST["num_hidden_layers"])
         if model_type in M_ROPE:

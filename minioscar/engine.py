@@ -386,8 +386,6 @@ def with_weights(config: Config, mode: str | None) -> Config:
     """The config of a model whose matrices are quantized when it is loaded. Raises UserError for an unknown mode."""
     if mode is not None and mode not in MODES:
         raise UserError(f"--weights {shown(mode)} is not known; choose from {', '.join(MODES)}, or leave it out")
-    if mode is not None and config.experts:
-        raise UserError(f"--weights {mode} of a model with experts is not supported; leave it out")
     return replace(config, weights=mode)
 
 

@@ -71,7 +71,7 @@ def flag(name: str, help: str, metavar: str | None = None, **how: Any) -> Flag:
     return name, {"help": help, **({} if metavar is None else {"metavar": metavar}), **how}
 
 
-def number(name: str, help: str, metavar: str, default: int | None = None, type: type = int) -> Flag:
+def number(name: str, help: str, metavar: str, default: float | None = None, type: type = int) -> Flag:
     return flag(name, help, metavar, type=type, default=default)
 
 
@@ -165,6 +165,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         WEIGHTS,
         number("--chunk", "tokens of prompts read between two steps, a multiple of 128 (1024)", "N", 1024),
         number("--queue", "prompts that may wait for a slot; more are refused with 503 (4 for each slot)", "N"),
+        number("--host-cache", "GB of the host's memory for cached prompts the card gives up (0)", "GB", 0.0, float),
         flag("--api-key", "what clients have to send ($MINIOSCAR_API_KEY, else none)", "KEY"),
         several("--cors", "a page from this origin may ask, * is any (only those of this machine)", "ORIGIN"),
         flag("--name", "the model's name in the API (the last part of MODEL)", "NAME"),

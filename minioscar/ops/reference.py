@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import oscar
+from .. import oscar, quantized
 from ..batch import Batch
 from ..cache import BF16, Cache, LayerCache, NewTokens, array_cache, cache_bytes
 from ..causal_attention import QUERIES
@@ -204,8 +204,9 @@ class Reference:
         y = (x if to is None else to).astype(xp.float32)
         for expert in xp.unique(chosen):
             token, place = xp.nonzero(chosen == expert)  # a token takes an expert once
-            gate_up = self.product(h[token], layer.gate_up[expert], False)
-            part = self.product(self.silu_mul(gate_up), layer.down[expert], True)
+            of_expert = (quantized.of_expert(w, int(expert), config.experts.count) for w in (layer.gate_up, layer.down))
+            gate_up, down = map(self.dense, of_expert)
+            part = self.product(self.silu_mul(self.product(h[token], gate_up, False)), down, True)
             y[token] += weights[token, place, None] * part
         return y.astype(x.dtype)
 
