@@ -321,10 +321,10 @@ def test_features_and_the_largest_picture_in_its_tower_fit_what_is_left_for_them
 def test_start_up_leaves_what_the_largest_picture_takes_out_of_the_pool(seeing: Path, monkeypatch) -> None:
     engine = engines.load(seeing, "int2", "cpu")
     config, ops, longest = engine.config, engine.ops, engine.config.max_context
-    text = replace(config, vision=None)
+    text = replace(config, vision=None, video=None)
     assert text.towers == {} and bytes_of_media(text.towers, ops, 4096, 128) == 0
     sizes = [bytes_of_media(config.towers, ops, most, 128) for most in (8, 64, 256, 4096)]
-    assert 0 < sizes[0] < sizes[1] < sizes[2] == sizes[3]  # no picture of this model has more than 256 tokens
+    assert 0 < sizes[0] < sizes[1] < sizes[2] == sizes[3]  # no picture, and no two frames, are more
     none, one = (cache_bytes(config, engine.scheme, 64, longest, n, kept_sinks(64)) for n in range(2))
     free = none + ops.work_bytes(config, 128, longest, 64, None) + sizes[-1] + 20 * (one - none)
     monkeypatch.setattr(ops, "free_bytes", lambda: free)
@@ -340,7 +340,7 @@ def test_a_cache_that_leaves_no_room_for_pictures_is_refused_at_the_start(seeing
     monkeypatch.setattr(engine.ops, "free_bytes", lambda: need + left)
     server.assemble(engine, plan, Sampling())[1].close()
     monkeypatch.setattr(engine.ops, "free_bytes", lambda: need + left - 1)
-    with pytest.raises(UserError, match="images of 512 tokens need .* beside .*; a smaller --media-tokens") as found:
+    with pytest.raises(UserError, match="images and videos of 512 tokens need .*; a smaller --media") as found:
         server.assemble(engine, plan, Sampling())
     assert "\n" not in str(found.value)
     with pytest.raises(UserError, match="--media-tokens 0 is out of range"):

@@ -111,6 +111,18 @@ def ideas() -> str:
     return "\n".join(lines)
 
 
+def head_norms() -> str:
+    """tools/ideas.py on three models: sinks, and a norm per kv head."""
+    names = {"SmolLM2-135M": "", "with key biases": "-key-biases", "with those of Qwen2.5": "-qwen2.5-biases"}
+    reports = [load(f"ideas-heads-smollm2-135m{name}") for name in names.values()]
+    table = []
+    for rows in zip(*(report["results"] for report in reports), strict=True):
+        name = f"`{rows[0]['kv']}`" if rows[0]["kv"] in SCHEMES else rows[0]["kv"]
+        table.append([name, *("{kl:.4f} ± {kl_se:.4f}".format(**row) for row in rows)])
+    about = f"{reports[0]['prefill']:,} tokens prefilled, {reports[0]['decode']:,} decoded; {reports[0]['windows']}"
+    return "\n".join([*markdown(["idea", *(f"{name}: KL" for name in names)], table), "", f"{about} windows (CPU)."])
+
+
 def pieces() -> str:
     """eval --pieces of every model that has a file."""
     cells, sizes = [], {}
@@ -453,6 +465,7 @@ TABLES = {
     "size": size,
     "models": models,
     "ideas": ideas,
+    "head_norms": head_norms,
     "pieces": pieces,
     "server_tests": server_tests,
     "drift": drift,

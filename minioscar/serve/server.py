@@ -44,8 +44,8 @@ class Plan:
     key: str | None = None
     origins: Sequence[str] = ()
     strict: bool = False
-    images: str | None = None  # the folder whose pictures requests may name
-    media_tokens: int = 4096  # of a picture or a sound: an A4 page at 190 dots an inch, five minutes
+    images: str | None = None  # the folder whose pictures and videos requests may name
+    media_tokens: int = 4096  # of a medium: an A4 page at 190 dots an inch, five minutes of sound
     host_cache: float = 0.0  # GB of the host's memory for blocks that the pool gives to others
 
     def check(self) -> None:
@@ -143,7 +143,8 @@ def check_media(engine: Engine, plan: Plan, context: int) -> None:
     need = memory.needed(config, scheme, ops, plan.slots, max(context, 1), max(chunk, 1), penalties=None).total
     media, free = media_bytes(engine, plan, context), ops.free_bytes()
     if media and need + media > free:
-        what = f"{' and '.join(config.towers)}s of {min(plan.media_tokens, max(context, 1))} tokens need"
+        kinds, tokens = " and ".join(f"{kind}s" for kind in config.towers), min(plan.media_tokens, max(context, 1))
+        what = f"{kinds} of {tokens} tokens need"
         beside = f"{memory.size(media)} beside {memory.size(need)}, but {memory.size(free)} of {ops.name} memory"
         raise UserError(f"{what} {beside} are free; a smaller --media-tokens, --slots or --ctx needs less")
 
