@@ -36,7 +36,7 @@ def plan_of(args: argparse.Namespace) -> server.Plan:
     plan = server.Plan(
         args.slots, args.ctx, args.chunk, args.queue, args.name or os.path.basename(os.path.normpath(args.model)),
         args.api_key or os.environ.get("MINIOSCAR_API_KEY"), args.cors, args.strict_model,
-        args.images, args.media_tokens, args.host_cache,
+        args.images, args.media_tokens, args.host_cache, args.deadline,
     )  # fmt: skip
     plan.check()
     if args.grace < 0:
