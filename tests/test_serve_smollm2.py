@@ -229,6 +229,8 @@ def test_a_port_that_is_taken_is_refused_before_the_model_is_loaded(tmp_path):
         (["--queue", "-1"], "--queue -1"), (["--grace", "-1"], "--grace -1"), (["--temperature", "-1"], "temperature"),
         (["--port", "70000"], "--port 70000"), (["--host", "no.such.host.invalid"], "--host no.such"),
         (["--ctx", "999999"], "--ctx 999999"),
+        (["--host-cache", "-1"], "--host-cache -1"), (["--host-cache", "1e9"], "this machine has"),
+        (["--deadline", "0"], "--deadline 0"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_one_line(folder, args, why):
