@@ -28,6 +28,7 @@ from .bodies import Service
 from .pieces import SCORED_PIECE
 from .pooled import PooledCache, host_sinks, kept_sinks
 from .scheduler import Scheduler
+from .starting import Starting
 from .warm_up import passes
 
 SWITCH = 5e-4  # seconds after which Python lets another thread run; its own 5e-3 is a whole step
@@ -155,10 +156,11 @@ def check_media(engine: Engine, plan: Plan, context: int) -> None:
 
 
 def serve(
-    app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: Callable[[float], str]
+    app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: Callable[[float], str],
+    starting: Starting | None = None,
 ) -> None:
-    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end. ready: what is said then, from the
-    seconds that warming up took."""
+    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end. ready: what is said when it begins,
+    from the seconds that warming up took. starting: what answers at `bound` until then."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -182,6 +184,8 @@ def serve(
     begun = time.monotonic()
     scheduler.start()
     warmed_up = time.monotonic()
+    if starting is not None:
+        starting.end()
     if not told:
         Server(config).run(sockets=[bound])
     scheduler.close()
