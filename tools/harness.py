@@ -27,7 +27,7 @@ import numpy as np
 from minioscar.engine import Engine, load
 from minioscar.errors import Failure
 from minioscar.evaluation.fidelity import default_text
-from minioscar.serve.scheduler import SCORED_PIECE
+from minioscar.serve.pieces import SCORED_PIECE
 from minioscar.storage.hub import resolve
 from minioscar.tables import markdown
 from minioscar.version import __version__
@@ -51,8 +51,10 @@ RULER = ("niah_single_1", "niah_multikey_2")  # whose haystacks are made, not re
 def write_tasks(folder: Path) -> None:
     """In the harness's own form: a YAML file each over lines of JSON."""
     for name, (kind, metric) in TASKS.items():
-        before = f"{default_text()[:BEFORE]}\n\n" if name.endswith("long") else ""
-        lines = [{"text": before + text, "choices": choices} for text, *choices in QUESTIONS]
+        is_long = name.endswith("long")
+        before = f"{default_text()[:BEFORE]}\n\n" if is_long else ""
+        asked = QUESTIONS[:: 2 if is_long else 1]
+        lines = [{"text": before + text, "choices": choices} for text, *choices in asked]
         (folder / f"{name}.json").write_text("\n".join(map(json.dumps, lines)))
         task: dict[str, Any] = {
             "task": name, "dataset_path": "json", "test_split": "test", "output_type": kind, "doc_to_text": "{{text}}",
@@ -150,6 +152,7 @@ def measured(args: argparse.Namespace, kv: str, folder: Path) -> Iterator[dict[s
             row["questions"] = len(result["samples"][task])
             if task in choices:
                 row["apart"] = apart(engine, result["samples"][task])
+            print(json.dumps(row), file=sys.stderr, flush=True)
             yield row
 
 
@@ -159,7 +162,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--kv", default="bf16,int2")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--limit", type=int, default=8, help="needles of each kind")
+    parser.add_argument("--limit", type=int, default=4, help="needles of each kind")
     args = parser.parse_args()
     names = ("lm_eval", "transformers", "datasets")
     code = f"import json, importlib.metadata as m; print(json.dumps({{n: m.version(n) for n in {names}}}))"

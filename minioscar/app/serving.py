@@ -19,6 +19,7 @@ from ..serve import server
 from ..serve.app import App
 from ..serve.bodies import Service
 from ..serve.scheduler import Scheduler
+from ..serve.starting import Starting
 from ..storage import strict_json as json
 from ..storage.hub import resolve
 from ..tokenizer import Tokenizer
@@ -36,7 +37,7 @@ def plan_of(args: argparse.Namespace) -> server.Plan:
     plan = server.Plan(
         args.slots, args.ctx, args.chunk, args.queue, args.name or os.path.basename(os.path.normpath(args.model)),
         args.api_key or os.environ.get("MINIOSCAR_API_KEY"), args.cors, args.strict_model,
-        args.images, args.media_tokens, args.host_cache,
+        args.images, args.media_tokens, args.host_cache, args.deadline,
     )  # fmt: skip
     plan.check()
     if args.grace < 0:
@@ -66,6 +67,7 @@ def serve(args: argparse.Namespace) -> None:
     plan = plan_of(args)
     server.check_installed()
     bound = server.listening(args.host, args.port)
+    starting = Starting(bound)
     app, scheduler = assembled(args)
     engine, cache = scheduler.engine, scheduler.cache
     held = f"{plan.slots} slots of {cache.context} tokens, {engine.scheme.name} cache {cache.nbytes / 1e6:.1f} MB"
@@ -77,7 +79,7 @@ def serve(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"url": url, "model": plan.name, "slots": plan.slots, "context": cache.context}), flush=True)
     said = f"[{plan.name} at {url}/v1: {held}, {engine.ops.name}; warmed up in "
-    server.serve(app, scheduler, bound, args.grace, lambda seconds: f"{said}{seconds:.1f} s]")
+    server.serve(app, scheduler, bound, args.grace, lambda seconds: f"{said}{seconds:.1f} s]", starting)
 
 
 def url_of(host: str, port: int) -> str:

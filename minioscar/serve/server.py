@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import socket
 import sys
@@ -24,8 +25,10 @@ from ..sampling import Sampling
 from ..towers.media import bytes_of_media
 from .app import App
 from .bodies import Service
+from .pieces import SCORED_PIECE
 from .pooled import PooledCache, host_sinks, kept_sinks
-from .scheduler import SCORED_PIECE, Scheduler
+from .scheduler import Scheduler
+from .starting import Starting
 from .warm_up import passes
 
 SWITCH = 5e-4  # seconds after which Python lets another thread run; its own 5e-3 is a whole step
@@ -47,6 +50,7 @@ class Plan:
     images: str | None = None  # the folder whose pictures and videos requests may name
     media_tokens: int = 4096  # of a medium: an A4 page at 190 dots an inch, five minutes of sound
     host_cache: float = 0.0  # GB of the host's memory for blocks that the pool gives to others
+    deadline: float | None = None  # seconds for a request
 
     def check(self) -> None:
         """Raises UserError, before the model is loaded."""
@@ -61,6 +65,8 @@ class Plan:
         if not 0 <= self.host_cache * 1e9 <= host_bytes():  # NaN is not, either
             room = f"this machine has {memory.size(host_bytes())} free"
             raise UserError(f"--host-cache {self.host_cache:g} is out of range: in GB, from 0 on, and {room}")
+        if self.deadline is not None and not self.deadline > 0:
+            raise UserError(f"--deadline {self.deadline:g} is out of range; it must be a positive number of seconds")
         if self.media_tokens < 1:
             raise UserError(f"--media-tokens {self.media_tokens} is out of range; it must be at least 1")
 
@@ -105,7 +111,8 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
     )  # fmt: skip
     app = App(service, plan.key, plan.origins)
     ops.prepare(engine.model, cache, passes(cache, chunk), None, engine.progress)
-    scheduler = Scheduler(engine, cache, chunk, 4 * plan.slots if plan.queue is None else plan.queue, app.post)
+    queue = 4 * plan.slots if plan.queue is None else plan.queue
+    scheduler = Scheduler(engine, cache, chunk, queue, app.post, plan.deadline or math.inf)
     app.engine = scheduler
     return app, scheduler
 
@@ -150,10 +157,11 @@ def check_media(engine: Engine, plan: Plan, context: int) -> None:
 
 
 def serve(
-    app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: Callable[[float], str]
+    app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: Callable[[float], str],
+    starting: Starting | None = None,
 ) -> None:
-    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end. ready: what is said then, from the
-    seconds that warming up took."""
+    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end. ready: what is said when it begins,
+    from the seconds that warming up took. starting: what answers at `bound` until then."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -177,6 +185,8 @@ def serve(
     begun = time.monotonic()
     scheduler.start()
     warmed_up = time.monotonic()
+    if starting is not None:
+        starting.end()
     if not told:
         Server(config).run(sockets=[bound])
     scheduler.close()
