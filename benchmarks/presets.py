@@ -16,13 +16,13 @@ from minioscar.config import Config
 from minioscar.engine import Engine, scheme_named
 from minioscar.errors import UserError
 from minioscar.evaluation import baselines  # noqa: F401  registers its schemes
-from minioscar.key_shaping import shape_keys
+from minioscar.key_shaping import prepared
 from minioscar.memory import size
 from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference
 from minioscar.storage.files import expand
 from minioscar.storage.strict_json import read_object
-from minioscar.weights import Layer, Weights, for_scheme
+from minioscar.weights import Layer, Weights
 
 Array = Any
 
@@ -136,9 +136,7 @@ def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0) 
         raise UserError(
             f"random weights of this shape take {size(need)}, but only {size(free)} of {ops.name} memory are free"
         )
-    weights = for_scheme(random_weights(config, ops, seed, scheme.rotate), config, scheme, ops)
-    weights = shape_keys(weights, config, scheme, ops, in_place=True)
-    weights = scheme.prepare(weights, config, ops)
+    weights = prepared(random_weights(config, ops, seed, scheme.rotate), config, scheme, ops)
     ops.release()  # what was rotated in them
     return Engine(config, weights, None, scheme, ops)
 
@@ -167,7 +165,7 @@ def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool 
         return normal(*shape, scale=scale * inputs**-0.5)
 
     def layer() -> Layer:
-        rows, to_residual = config.q_size + 2 * config.kv_size, (2 * config.num_layers) ** -0.5
+        rows, to_residual = config.qkv_size, (2 * config.num_layers) ** -0.5
         head_norm = xp.ones(config.head_dim, ops.dtype) if config.qk_norm else None
         return Layer(
             input_norm=xp.ones(hidden, ops.dtype),

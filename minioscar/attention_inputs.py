@@ -32,7 +32,8 @@ def record_attention_inputs(
     shown where kernels are compiled before."""
 
     def on_host(q: np.ndarray, new: NewTokens) -> None:
-        record(AttentionInputs(*(np.array(ops.numpy(x)).astype(np.float32) for x in (q, new.k, new.v))))
+        of = (q, config.num_heads), (new.k, config.num_kv_heads), (new.v, config.num_kv_heads)
+        record(AttentionInputs(*(np.array(ops.all_heads(x, heads)).astype(np.float32) for x, heads in of)))
 
     model, cache = Model(config, weights, SCHEMES["bf16"], ops), Cache(config, SCHEMES["bf16"], 1, len(ids), ops)
     batch = cache.batch_for([0], [len(ids)])

@@ -87,6 +87,7 @@ class Config:
     experts: Experts | None = None  # None: one MLP a layer, which every token takes
     vision: QwenVision | Clip | None = None  # None: pictures are not read
     audio: AudioTower | None = None  # None: sound is not read
+    shared_keys: tuple[int, Any] | None = None  # of one of several cards: all kv heads, and the first of its own
 
     @classmethod
     def from_folder(cls, folder: Path) -> Config:
@@ -187,6 +188,15 @@ class Config:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def key_heads(self) -> tuple[int, Any]:
+        """Heads whose keys are computed, all of the model's, and which of them is the first that is kept."""
+        return self.shared_keys or (self.num_kv_heads, 0)
+
+    @property
+    def qkv_size(self) -> int:
+        return self.q_size + self.key_heads[0] * self.head_dim + self.kv_size
+
     def stored_bits(self, is_head: bool) -> float | None:
         """Bits of a number of a quantized matrix, scales included; None for one that is not."""
         if self.quantization is not None and not is_head:
@@ -196,10 +206,8 @@ class Config:
     def parameters(self, active: bool = False) -> int:
         """The number of weights, a tied embedding counted once. active: of the experts those that one token takes."""
         hidden, inter = self.hidden_size, self.intermediate_size
-        attention = hidden * (self.q_size + 2 * self.kv_size) + self.q_size * hidden
-        attention += (
-            self.q_size + 2 * self.kv_size
-        ) * self.qkv_bias + hidden * self.output_bias + 2 * self.head_dim * self.qk_norm
+        attention = hidden * self.qkv_size + self.q_size * hidden
+        attention += self.qkv_size * self.qkv_bias + hidden * self.output_bias + 2 * self.head_dim * self.qk_norm
         mlp = 3 * hidden * inter + (2 * inter + hidden) * self.mlp_bias
         if self.experts:  # and the router
             mlp = (self.experts.per_token if active else self.experts.count) * mlp + self.experts.count * hidden

@@ -55,7 +55,7 @@ class Layer:
     """The weights of one layer; matrices are [out, in]. Projections that read the same input stand in one matrix."""
 
     input_norm: Array  # [hidden]
-    qkv: Matrix  # [(q_heads + 2 * kv_heads) * head_dim, hidden]: all q heads, then all k heads, then all v heads
+    qkv: Matrix  # [config.qkv_size, hidden]: all q heads, then all k heads, then all v heads
     qkv_bias: Array | None
     q_norm: Array | None  # [head_dim]
     k_norm: Array | None
@@ -163,15 +163,11 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
             def get(*names: str) -> Array | Group:
                 return Group(names) if names[0] in staging.names else put([tensors[name] for name in names])
 
-            embed = get("model.embed_tokens.weight")
-            weights = Weights(
-                embed=embed,
-                layers=tuple(_layer(get, f"model.layers.{i}.", config) for i in range(config.num_layers)),
-                norm=get("model.norm.weight"),
-                head=embed if config.tie_embeddings else get("lm_head.weight"),
-                files=tensors.files,
-                towers={kind: {name: get(name) for name in of.expected()} for kind, of in config.towers.items()},
-            )
+            embed, layers = get("model.embed_tokens.weight"), range(config.num_layers)
+            layers = tuple(read_layer(get, f"model.layers.{i}.", config) for i in layers)
+            norm, head = get("model.norm.weight"), embed if config.tie_embeddings else get("lm_head.weight")
+            towers = {kind: {name: get(name) for name in of.expected()} for kind, of in config.towers.items()}
+            weights = Weights(embed, layers, norm, head, files=tensors.files, towers=towers)
         if staging.names:
             weights = _staged(weights, staging, bar.update, fold and not tensors.quantized)
             staging.check()
@@ -221,7 +217,7 @@ def quantize_head(weights: Weights, config: Config, ops: Backend) -> Matrix:
     return ops.quantized(quantized(weights.head, config.weights, "head", ops.xp))
 
 
-def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
+def read_layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
     def of(*names: str, present: bool = True) -> Array | None:
         return get(*(prefix + name for name in names)) if present else None
 
@@ -271,7 +267,7 @@ def _with_own_values(layer: Layer) -> Layer:
 
 def fold_values(layer: Layer, config: Config, ops: Backend) -> Layer:
     """`rotate_values` of one layer, in place."""
-    v = config.q_size + config.kv_size  # where the rows of v begin
+    v = config.qkv_size - config.kv_size  # where the rows of v begin
     ops.rotate_heads(layer.qkv[v:], config.head_dim, 0)
     if layer.qkv_bias is not None:
         ops.rotate_heads(layer.qkv_bias[v:], config.head_dim, 0)
@@ -301,7 +297,8 @@ def scale_keys(
     def fold(layer: Layer, of: np.ndarray) -> Layer:
         if config.qk_norm:
             return replace(layer, q_norm=scaled(layer.q_norm, 1 / of[0]), k_norm=scaled(layer.k_norm, of[0]))
-        rows = np.concatenate([1 / of.repeat(groups, axis=0), of]).ravel()  # of all q heads, then of all k heads
+        kept = of[config.key_heads[1] :][: config.num_kv_heads]
+        rows = np.concatenate([1 / kept.repeat(groups, axis=0), of]).ravel()  # of all q heads, then of all k heads
         return replace(layer, qkv=scaled(layer.qkv, rows), qkv_bias=scaled(layer.qkv_bias, rows))
 
     return replace(weights, layers=tuple(map(fold, weights.layers, scales)))

@@ -26,6 +26,7 @@ FLOORS = (
     ("serve",),
     ("evaluation",),
     ("engine",),
+    ("parallel",),
     ("generation", "prompt_cache", "arguments", "key_shaping", "attention_inputs", "nan_check"),
     ("model", "memory"),
     ("ops",),
@@ -56,7 +57,7 @@ def counts() -> list[Count]:
     return [
         Count("lines of the reading path", total(reading), f"{len(reading)} files", 7060, 3800),
         Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 4850),
-        Count("lines of the package's Python", total(package), f"{len(package)} files", 20755),
+        Count("lines of the package's Python", total(package), f"{len(package)} files", 21400),
         Count("longest file of the package", *longest(package), 400),
         Count("longest function of the package", *worst(package, length), 60),
         Count("most parameters in the package", *worst(package, parameters), 8),

@@ -49,10 +49,10 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
     template = template_of(args)
     wake(args.device)
-    from .prompts import check_media, with_media
+    from .prompts import prepared, with_media
 
     options = wanted(args)
-    check_media(media)
+    media = prepared(media, args.model)
     if args.prompts_file is not None:
         return run_prompts(args, options)
     file = args.prompt_file if args.prompt_file is not None else "-" if args.prompt == "-" else None
@@ -273,7 +273,7 @@ def loaded(args: argparse.Namespace) -> tuple[Engine, PromptCache | None]:
     file, ctx = getattr(args, "cache", None), getattr(args, "ctx", None)
     if file is not None and getattr(args, "chat", None) is not None:
         raise UserError("--chat and --raw were decided when the prompt cache was made; leave them out")
-    how = {"progress": sys.stderr.isatty(), "debug": args.debug, "weights": args.weights}
+    how = {"progress": sys.stderr.isatty(), "debug": args.debug, "weights": args.weights, "gpus": args.gpus}
     engine = load(args.model, args.kv, args.device, ctx=ctx, cache=file, **how)
     return engine, engine.load_cache(file) if file is not None else None
 

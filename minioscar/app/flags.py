@@ -94,6 +94,7 @@ WEIGHTS = flag(
     "--weights", "quantize matrices of 16 bits while they are loaded (no; files of 4 or 8 bits stay what they are)",
     choices=("int8", "int4"),
 )
+GPUS = number("--gpus", "split the model over so many GPUs of this machine (1)", "N")
 TEXT = flag("--text", "a text file, - for standard input (the topics of Python's help)", "F")
 RENDERING = [  # argparse lets one of them be given
     switch("--chat", "render the chat template (default for a model that has one)", default=None),
@@ -130,6 +131,7 @@ def answering(max_tokens: int, ctx: str) -> list[Flag]:
         switch("--ignore-eos", "go on behind the model's end tokens, as far as --max-tokens"),
         number("--ctx", f"capacity of the cache in tokens ({ctx})", "N"),
         DEVICE,
+        GPUS,
         TEMPLATE,
     ]
 
@@ -168,15 +170,17 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         flag("--name", "the model's name in the API (the last part of MODEL)", "NAME"),
         switch("--strict-model", "refuse requests for models of another name"),
         flag("--images", "a folder whose pictures requests may name as file:// URLs (none; data: URLs always)", "DIR"),
+        number("--media-tokens", "most tokens of a picture or a sound, for which memory is left (4096)", "N", 4096),
         flag("--replicas", "so many copies over a Ray cluster, or N:M as the load needs (extra `ray`)", "N[:M]"),
         number("--grace", "seconds for running answers when the server is told to end (30)", "N", 30),
         *SAMPLING[:5],
         DEVICE,
+        GPUS,
     ]),
     "cache": ("read a text once, for generate and chat --cache", [
         flag("--prompt-file", "a text file; - is standard input", "F", required=True),
         flag("--out", "the file to write, such as book.kv.safetensors; - is standard output", "F", required=True),
-        SCHEME, WEIGHTS, DEVICE, *RENDERING, TEMPLATE,
+        SCHEME, WEIGHTS, DEVICE, GPUS, *RENDERING, TEMPLATE,
     ]),
     "pull": ("fetch a model into weights/", []),
     "info": ("shapes, parameters, bytes per token and scheme, the longest context that fits", [
@@ -184,6 +188,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         number("--batch", "sequences in the cache (1)", "B", 1),
         WEIGHTS,
         DEVICE,
+        GPUS,
     ]),
     "eval": ("fidelity of the schemes on a text: NLL, KL and top-1 agreement against the unquantized run", [
         TEXT,

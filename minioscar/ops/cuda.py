@@ -132,15 +132,14 @@ class Cuda(Reference):
         """While attention reads keys and values in BF16, or while the MLP runs."""
         heads, width = Heads.of(c), self.dtype.itemsize
         split = prefill.split_plan(heads, tokens, 1, context - tokens, self.card)
-        attending = width * tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
+        attending = width * tokens * (c.hidden_size + 2 * c.q_size + c.qkv_size + c.kv_size)  # x, qkv, q, k, y
         attending += prefill.past_bytes(heads, tokens, context, self.card) + (split.nbytes(c.head_dim) if split else 0)
         if c.experts:
             return max(attending, width * tokens * c.hidden_size + experts.work_bytes(c, tokens, self.card))
         gate_up = min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
         if c.stored_bits(False) and tokens > BATCH_TOKENS:  # the matrix itself, dequantized
             gate_up += 2 * c.intermediate_size * c.hidden_size
-            qkv = c.q_size + 2 * c.kv_size
-            attending = max(attending, width * (tokens * (2 * c.hidden_size + qkv) + qkv * c.hidden_size))
+            attending = max(attending, width * (tokens * (2 * c.hidden_size + c.qkv_size) + c.qkv_size * c.hidden_size))
         return max(attending, width * (tokens * (2 * c.hidden_size + c.intermediate_size) + gate_up))
 
     def say_if_slow(self, config: Config, scheme: Scheme) -> bool:

@@ -67,8 +67,8 @@ class TensorMap:
 
 
 @cache
-def kernel(file: str, name: str, defines: tuple[str, ...]) -> Any:
-    """The compiled kernel, allowed all the dynamic shared memory that a block may have."""
+def kernel(file: str, name: str, defines: tuple[str, ...], device: int = 0) -> Any:
+    """The compiled kernel, allowed all the dynamic shared memory that a block may have. device: the current one."""
     import cupy
     from cupy.cuda import nvrtc
 
@@ -135,7 +135,9 @@ class Recording:
 
 def run(launch: Launch) -> None:
     """On CuPy's current device and stream. Raises cupy's CUDADriverError where the card refuses it."""
-    function = kernel(launch.source, launch.name, launch.defines)
+    from cupy.cuda.runtime import getDevice
+
+    function = kernel(launch.source, launch.name, launch.defines, getDevice())
     if Card.current().capability >= 90:
         _launch_overlapping(function.kernel.ptr, launch)
         return

@@ -147,7 +147,7 @@ def step_plans(config: Config, tokens: int, card: Card) -> list[LinearPlan]:
     if tokens <= LINEAR_TOKENS:
         return []
     c = config
-    shapes = (c.hidden_size, c.q_size + 2 * c.kv_size, False), (c.q_size, c.hidden_size, False)
+    shapes = (c.hidden_size, c.qkv_size, False), (c.q_size, c.hidden_size, False)
     shapes += ((c.hidden_size, c.vocab_size, False),)
     if c.experts:
         shapes += ((c.hidden_size, c.experts.count, False),)  # the router

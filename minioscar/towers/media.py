@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import TooLarge, UserError
 
 Array = Any
 Message = Mapping[str, Any]
@@ -132,9 +132,16 @@ class Tower(Protocol):
 
     kind: str  # of KINDS
     token: int  # the placeholder that a chat template writes once for each medium
+    max_tokens: int  # of a medium
 
-    def prepare(self, source: Any, name: str) -> Medium:
-        """Opens and preprocesses one. Raises UserError, in one line, for what cannot be read."""
+    @property
+    def feature_width(self) -> int:
+        """Numbers of `Features` a token."""
+        ...
+
+    def prepare(self, source: Any, name: str, most: int | None = None) -> Medium:
+        """Opens and preprocesses one. Raises UserError, in one line, for what cannot be read, and TooLarge for more
+        than `most` tokens, where its head already says so without reading the rest."""
         ...
 
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -151,8 +158,8 @@ class Tower(Protocol):
 # --- messages and ids
 
 
-def opened(messages: Sequence[Message], towers: Mapping[str, Tower]) -> list[Message]:
-    """The messages with a `Medium` in the place of each source; those that have one keep it.
+def opened(messages: Sequence[Message], towers: Mapping[str, Tower], most: int | None = None) -> list[Message]:
+    """The messages with a `Medium` in the place of each source; those that have one keep it. most: tokens of each.
 
     Raises UserError for a kind that the model does not read, and as `Tower.prepare` does.
     """
@@ -164,7 +171,7 @@ def opened(messages: Sequence[Message], towers: Mapping[str, Tower]) -> list[Mes
         if kind not in towers:
             raise UserError(f"this model reads no {kind}s; send it text alone")
         source = given[given["type"]]
-        medium = source if isinstance(source, Medium) else towers[kind].prepare(source, _named(kind, source))
+        medium = source if isinstance(source, Medium) else towers[kind].prepare(source, _named(kind, source), most)
         return {"type": kind, kind: medium}
 
     return _each_part(messages, part)
@@ -219,6 +226,12 @@ def expanded(ids: Sequence[int], media: Sequence[Medium], towers: Mapping[str, T
             raise UserError(f"the prompt has {places} places for {given} {kind}s; {way_out}")
     each = {kind: iter(queue) for kind, queue in waiting.items()}
     return [i for token in ids for i in (next(each[kind_of[token]]).ids if token in kind_of else (token,))]
+
+
+def check_tokens(what: str, kind: str, tokens: int, most: int | None) -> None:
+    """what: a medium, with its size. Raises TooLarge for more tokens than `most`."""
+    if most is not None and tokens > most:
+        raise TooLarge(f"{what} becomes {tokens} tokens, but at most {most} are accepted; make it smaller", kind)
 
 
 def words(ids: Sequence[int]) -> Sequence[int]:
@@ -341,3 +354,15 @@ class Encoder:
         while len(self.kept) > 1 and sum(features.nbytes for features in self.kept.values()) > KEPT_BYTES:
             self.kept.popitem(last=False)
         return self.kept[medium]
+
+
+def bytes_of_media(towers: Mapping[str, Tower], ops: Backend, most: int, chunk: int) -> int:
+    """What pictures and sounds of at most `most` tokens each take beside passes of `chunk` tokens: the largest in its
+    tower, and the features that are kept and those that a pass reads, which may end and begin within a medium."""
+
+    def of(tower: Tower) -> int:
+        tokens = min(most, tower.max_tokens)
+        read = ops.dtype.itemsize * tower.feature_width * (chunk + 2 * tokens)
+        return tower.work_bytes(tokens, ops) + KEPT_BYTES + read
+
+    return max(map(of, towers.values()), default=0)

@@ -19,7 +19,7 @@ from ..errors import UserError, shown
 from ..fields import Fields
 from . import pictures
 from .layers import gelu, layer_norm, linear
-from .media import Backend, Features, Medium
+from .media import Backend, Features, Medium, check_tokens
 
 Array = Any
 PREFIX = "model.visual."
@@ -81,6 +81,14 @@ class QwenVision:
     def kind(self) -> str:
         return "image"
 
+    @property
+    def max_tokens(self) -> int:
+        return self.max_pixels // (self.patch * self.merge) ** 2
+
+    @property
+    def feature_width(self) -> int:
+        return self.output_size * (1 + len(self.deepstack))
+
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Tensor name, as Hugging Face checkpoints spell it, -> shape."""
         hidden, inner, wide = self.hidden_size, self.intermediate_size, self.hidden_size * self.merge**2
@@ -106,14 +114,20 @@ class QwenVision:
 
     # --- a picture's pixels
 
-    def prepare(self, source: Any, name: str) -> Medium:
+    def prepare(self, source: Any, name: str, most: int | None = None) -> Medium:
         """The picture in the size in which the tower reads it, uint8 [height, width, 3]. Raises UserError."""
-        from PIL import Image
 
-        image = pictures.opened(source, name)
+        def check(width: int, height: int) -> None:  # a turn by EXIF does not change what it says
+            what = f"{name} of {width} x {height} pixels"
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise UserError(f"{what} is more than {MAX_ASPECT} times as long as wide; cut it")
+            tokens = math.prod(self.resized(height, width)) // (self.patch * self.merge) ** 2
+            check_tokens(what, self.kind, tokens, most)
+
+        image = pictures.opened(source, name, check)
+        from PIL import Image  # `opened` says where it is missing
+
         width, height = image.size
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise UserError(f"{name} of {width} x {height} pixels is more than {MAX_ASPECT} times as long as wide")
         height, width = self.resized(height, width)
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
         grid = 1, height // (self.patch * self.merge), width // (self.patch * self.merge)
@@ -208,7 +222,7 @@ class QwenVision:
         n, hidden, itemsize = tokens * self.merge**2, self.hidden_size, ops.dtype.itemsize
         attending = itemsize * 6 * n * hidden + ops.full_attention_bytes(n, self.num_heads, hidden // self.num_heads)
         mlp = itemsize * n * (2 * hidden + 2 * self.intermediate_size) + 4 * n * 4 * self.intermediate_size
-        features = itemsize * tokens * self.output_size * (1 + len(self.deepstack))
+        features = itemsize * tokens * self.feature_width
         return max(attending, mlp) + features
 
 
