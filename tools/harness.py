@@ -27,7 +27,7 @@ import numpy as np
 from minioscar.engine import Engine, load
 from minioscar.errors import Failure
 from minioscar.evaluation.fidelity import default_text
-from minioscar.serve.scheduler import SCORED_PIECE
+from minioscar.serve.pieces import SCORED_PIECE
 from minioscar.storage.hub import resolve
 from minioscar.tables import markdown
 from minioscar.version import __version__
