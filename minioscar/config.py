@@ -17,8 +17,9 @@ from .rope import Rope
 from .storage import strict_json as json
 from .towers.audio import AudioTower
 from .towers.clip import Clip
-from .towers.files import M_ROPE, WITH_TOWERS, parts_of, towers_of
+from .towers.files import M_ROPE, WITH_TOWERS, parts_of, preprocessors, towers_of
 from .towers.media import Tower
+from .towers.qwen_video import QwenVideo
 from .towers.qwen_vision import QwenVision
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_vl", "llava", "llava_next", "qwen3_omni_moe")
@@ -41,7 +42,6 @@ DEFAULTS: dict[str, dict[str, int]] = {  # what a missing key means: transformer
         "num_experts": 128, "num_experts_per_tok": 8,
     },
 }  # fmt: skip
-PREPROCESSOR = "preprocessor_config.json"
 NEUTRAL = {  # options of other families that change the numbers, and the values at which they do not; null never does
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "scale_emb"), 1),
     **dict.fromkeys(("residual_multiplier", "lm_head_multiplier"), 1),
@@ -87,6 +87,7 @@ class Config:
     experts: Experts | None = None  # None: one MLP a layer, which every token takes
     vision: QwenVision | Clip | None = None  # None: pictures are not read
     audio: AudioTower | None = None  # None: sound is not read
+    video: QwenVideo | None = None  # None: videos are not read
     shared_keys: tuple[int, Any] | None = None  # of one of several cards: all kv heads, and the first of its own
 
     @classmethod
@@ -95,9 +96,7 @@ class Config:
         implemented."""
         path = Path(folder) / "config.json"
         raw = json.read_object(path, "a model folder needs it")
-        pictures = Path(folder) / PREPROCESSOR
-        pictures = json.read_object(pictures, "it says how pictures are read") if pictures.is_file() else {}
-        return cls.from_dict(formats.beside(raw, Path(folder)), str(path), pictures)
+        return cls.from_dict(formats.beside(raw, Path(folder)), str(path), preprocessors(Path(folder)))
 
     @classmethod
     def from_dict(
@@ -176,7 +175,7 @@ class Config:
     @property
     def towers(self) -> dict[str, Tower]:
         """What turns other parts of a message than text into embeddings, by the kind of the part."""
-        return {tower.kind: tower for tower in (self.vision, self.audio) if tower is not None}
+        return {tower.kind: tower for tower in (self.vision, self.audio, self.video) if tower is not None}
 
     @property
     def q_size(self) -> int:

@@ -94,7 +94,7 @@ class Engine:
         """Continues one prompt, or several of unequal lengths as one batch (a list then, in their order).
 
         A prompt is text, token ids, or the messages of a chat, [{"role", "content"}, ...], whose content is text or
-        parts, {"type": "text", "text"}, {"type": "image", "image": a file's name, ...} and the same of "audio".
+        parts, {"type": "text", "text"}, {"type": "image", "image": a file's name} and the same of "audio" and "video".
         chat: render text with the model's chat template (None: if it has one). ctx: capacity of the cache in tokens
         (None: what prompts and max_tokens need, see `capacity`). cache: what `prefill` or `load_cache` returned;
         prompts go on from there (messages repeat its own, see `PromptCache.followed_by`), and only what it does not
@@ -176,7 +176,7 @@ class Engine:
         return self._encode(prompt, chat, cache, template).ids
 
     def opened(self, prompt: Prompt) -> str | list[int] | list[Message]:
-        """The prompt, in messages each picture read (`media.opened`): calls with it do not read it again."""
+        """The prompt, in messages each picture and video read (`media.opened`): calls with it do not read it again."""
         prompt = arguments.one_prompt(prompt)
         return opened(prompt, self.config.towers) if arguments.is_chat(prompt) else prompt
 
@@ -361,7 +361,7 @@ def load(
         folder = resolve(str(model))
         config = with_weights(Config.from_folder(folder), weights)
         check_scheme(config, scheme)
-        ops = ops if gpus == 1 else cards.over(gpus, ops, config, scheme)
+        ops = cards.over(gpus, ops, config, scheme)
         files = weight_files(folder) if saved else None
         if saved:
             saved.check(config, scheme, files.sha256)

@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class TooLarge(UserError):
-    """A picture or a sound with more tokens than are accepted. code: what the server's answer calls it."""
+    """A picture, a sound or a video with more tokens than are accepted. code: what the server's answer calls it."""
 
     def __init__(self, message: str, kind: str):
         super().__init__(message)

@@ -279,9 +279,7 @@ def fold_values(layer: Layer, config: Config, ops: Backend) -> Layer:
     return layer
 
 
-def scale_keys(
-    weights: Weights, config: Config, scales: np.ndarray, ops: Backend, in_place: bool = False
-) -> Weights:
+def scale_keys(weights: Weights, config: Config, scales: np.ndarray, ops: Backend, in_place: bool = False) -> Weights:
     """Keys times scales and queries divided by them, folded into what makes them: logits are what they were.
 
     scales float64 [layers, kv_heads, head_dim], equal in both channels of a RoPE pair, which makes them commute with

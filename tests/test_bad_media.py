@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from minioscar.sampling import Sampling
 from minioscar.serve import server
 from minioscar.serve.pooled import kept_sinks
 from minioscar.serve.server import Plan
+from minioscar.towers import sound
 from minioscar.towers.media import bytes_of_media, media_of, placed
 
 from . import test_llava_and_omni as omni
@@ -179,6 +181,14 @@ def test_what_is_no_sound_and_an_hour_are_refused_by_each_way_and_the_next_one_i
     assert heard.read(tmp_path, wav(omni.sound(0.5)))
 
 
+@pytest.mark.parametrize("case", ["qwen3_vl", "llava"])
+def test_pictures_without_pillow_name_the_extra(seeing: Path, monkeypatch, case: str) -> None:
+    tower = (engines.Config.from_folder(seeing) if case == "qwen3_vl" else omni.engine(case).config).vision
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UserError, match="a.png needs Pillow: pip install 'minioscar\\[vision\\]'"):
+        tower.prepare("a.png", "a.png")
+
+
 # --- what is read
 
 
@@ -209,6 +219,27 @@ def test_silence_another_rate_and_six_channels_are_the_same_sound_by_each_way(he
     assert heard.read(tmp_path, slow)
 
 
+@pytest.mark.filterwarnings("error")  # as which pytest has what a callback raises
+def test_a_damaged_sound_leaves_no_traceback_of_its_library(capfd: pytest.CaptureFixture[str], seed) -> None:
+    """Heads that are cut and changed: each is read, or refused in one line, and nothing is written to stderr."""
+    rng, whole = np.random.default_rng(seed), [wav(omni.sound(0.5)), aiff(omni.sound(0.5))]
+    for i in range(300):
+        data = bytearray(whole[i % 2][: rng.integers(len(whole[0])) if i % 3 else None])
+        for at in rng.integers(0, max(min(len(data), 100), 1), rng.integers(6)):
+            data[at : at + 1] = bytes([rng.integers(256)])
+        try:
+            sound.opened(bytes(data), "a", 100)
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert capfd.readouterr().err == ""
+
+
+def aiff(samples: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16000, format="AIFF")
+    return buffer.getvalue()
+
+
 def wav(samples: np.ndarray, rate: int = 16000) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, samples.astype(np.float32), rate, format="WAV", subtype="FLOAT" if rate > 100 else "PCM_16")
@@ -237,6 +268,33 @@ def test_the_server_refuses_a_longer_sound_by_its_head(heard: Ways) -> None:
     assert heard.by_server(wav(np.zeros(15 * 100), rate=100))[0] == 200
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_cached_beginning_that_ends_within_a_picture_is_gone_on_with(seeing: Path, parts: int) -> None:
+    """Its last whole block ends there: what follows is read again from the middle of the picture, and answered alike.
+    The same after another question to the same picture, and never after another picture."""
+    engine = engines.load(seeing, "int2", "cpu")
+    pictures = [data_of(vl.png(size), "PNG") for size in ((160, 80), (72, 72), (80, 80))[:parts]]
+    other = bytearray(np.asarray(vl.png((160, 80))).tobytes())
+    other[-1] ^= 1  # of the last pixel, one step of blue
+    changed = data_of(Image.frombytes("RGB", (160, 80), bytes(other)), "PNG")
+    with serving(engine, ctx=1024) as client:
+
+        def ask(pictures: list[bytes], question: str) -> tuple[str, int]:
+            status, body = Ways("image", question, seeing, engine, client, None).by_server(*pictures)
+            assert status == 200
+            cached = body["usage"]["prompt_tokens_details"]["cached_tokens"]
+            return body["choices"][0]["message"]["content"], cached
+
+        first, none = ask(pictures, vl.WORDS)
+        assert none == 0
+        ask([], "the dog " * 40)  # takes the only slot
+        again, cached = ask(pictures, vl.WORDS)
+        assert again == first and cached % 128 == 0 and 0 < cached < 200 * parts
+        assert ask([changed, *pictures[1:]], vl.WORDS)[1] == 0
+        ask([], "the dog " * 40)
+        assert ask(pictures, "a cat and the dog")[1] >= 128
+
+
 def test_features_and_the_largest_picture_in_its_tower_fit_what_is_left_for_them(seen: Ways, monkeypatch) -> None:
     """A pass that ends one picture, reads others and begins another, while features of earlier ones are kept."""
     kept, chunk, model = 400_000, 320, seen.engine.model
@@ -263,10 +321,10 @@ def test_features_and_the_largest_picture_in_its_tower_fit_what_is_left_for_them
 def test_start_up_leaves_what_the_largest_picture_takes_out_of_the_pool(seeing: Path, monkeypatch) -> None:
     engine = engines.load(seeing, "int2", "cpu")
     config, ops, longest = engine.config, engine.ops, engine.config.max_context
-    text = replace(config, vision=None)
+    text = replace(config, vision=None, video=None)
     assert text.towers == {} and bytes_of_media(text.towers, ops, 4096, 128) == 0
     sizes = [bytes_of_media(config.towers, ops, most, 128) for most in (8, 64, 256, 4096)]
-    assert 0 < sizes[0] < sizes[1] < sizes[2] == sizes[3]  # no picture of this model has more than 256 tokens
+    assert 0 < sizes[0] < sizes[1] < sizes[2] == sizes[3]  # no picture, and no two frames, are more
     none, one = (cache_bytes(config, engine.scheme, 64, longest, n, kept_sinks(64)) for n in range(2))
     free = none + ops.work_bytes(config, 128, longest, 64, None) + sizes[-1] + 20 * (one - none)
     monkeypatch.setattr(ops, "free_bytes", lambda: free)
@@ -282,7 +340,7 @@ def test_a_cache_that_leaves_no_room_for_pictures_is_refused_at_the_start(seeing
     monkeypatch.setattr(engine.ops, "free_bytes", lambda: need + left)
     server.assemble(engine, plan, Sampling())[1].close()
     monkeypatch.setattr(engine.ops, "free_bytes", lambda: need + left - 1)
-    with pytest.raises(UserError, match="images of 512 tokens need .* beside .*; a smaller --media-tokens") as found:
+    with pytest.raises(UserError, match="images and videos of 512 tokens need .*; a smaller --media") as found:
         server.assemble(engine, plan, Sampling())
     assert "\n" not in str(found.value)
     with pytest.raises(UserError, match="--media-tokens 0 is out of range"):

@@ -11,6 +11,7 @@ import pytest
 from minioscar.engine import Engine
 from minioscar.options import Options
 from minioscar.sampling import Sampling
+from minioscar.serve import server
 
 from .test_blocks import check_pool
 from .test_cuda_backend import on_each_backend
@@ -84,6 +85,46 @@ def test_a_prompt_goes_on_from_blocks_whose_row_is_gone(engine, seed):
         check_flat(scheduler)
 
 
+@pytest.mark.parametrize("blocks, on_host, cached", [(24, 0, 384), (6, 24, 384), (6, 0, 0)])
+def test_a_prompt_goes_on_from_blocks_that_the_host_alone_has(engine, blocks, on_host, cached):
+    """The pool is too small for two conversations: what it gave away comes back, and the answer is the one that there
+    would have been had it stayed. Without the host all of the prompt is read again."""
+    rng, how = np.random.default_rng(5), Options(150, ignore_eos=True)
+    ids, other, more = prompt(rng, 300), prompt(rng, 560), prompt(rng, 40)
+    with running(engine, slots=1, context=768, chunk=768, blocks=blocks, on_host=on_host) as scheduler:
+        said = submit(scheduler, Asked(ids, how))[0].answers()[0][0]
+        submit(scheduler, Asked(other, how))[0].wait()
+        turn = submit(scheduler, Asked([*ids, *said, *more], how))[0]
+        got = turn.answers()
+        assert turn.job.cached == cached and scheduler.cache.restored == (3 if on_host else 0)
+        check_flat(scheduler)
+    if cached:
+        SEEN.append(got)
+        assert SEEN[0] == got
+
+
+@pytest.mark.parametrize("gb", [0.0, 2e-5, 1e-3, 2e-3])
+def test_the_host_keeps_as_many_blocks_as_it_was_given_memory_for(engine, gb):
+    """And the sinks of one beginning for every 16 of them; one block more would be too much."""
+    plan = server.Plan(2, 512, 128, None, "tiny", host_cache=gb)
+    plan.check()
+    _, scheduler = server.assemble(engine, plan, Sampling())
+    cache = scheduler.cache
+    count, roots = len(cache.host.arrays), len(cache.host_sinks.arrays)
+    assert roots == -(-count // 16) and (count > 0) == (gb > 1e-4)
+    assert cache.host.nbytes + cache.host_sinks.nbytes <= gb * 1e9
+    if count:
+        block = cache.host.nbytes // count
+        sinks = cache.host_sinks.nbytes // roots
+        assert (count + 1) * block + -(-(count + 1) // 16) * sinks > gb * 1e9
+    scheduler.start()  # warming up leaves nothing behind
+    scheduler.close()
+    assert not len(cache.host) and not cache.restored
+
+
+SEEN: list[list] = []  # of the test above: an answer does not depend on where its blocks were
+
+
 def test_several_answers_share_the_blocks_of_their_prompt(engine, seed):
     rng = np.random.default_rng(seed)
     asked = Asked(prompt(rng, 250), Options(60, Sampling(1.0, seed=7), n=4, ignore_eos=True), sequence=3)
@@ -95,11 +136,12 @@ def test_several_answers_share_the_blocks_of_their_prompt(engine, seed):
         check_flat(scheduler)
 
 
-def test_thousands_come_and_leave_and_the_pool_is_what_it_was(engine, seed):
+@pytest.mark.parametrize("on_host", [0, 5])
+def test_thousands_come_and_leave_and_the_pool_is_what_it_was(engine, on_host, seed):
     """2,000 prompts, most of them cancelled while they wait, are read, or are answered."""
     rng = np.random.default_rng(seed)
     starts = [prompt(rng, 140) for _ in range(3)]
-    with running(engine, slots=4, context=384, chunk=128, blocks=6, queue=5000) as scheduler:
+    with running(engine, slots=4, context=384, chunk=128, blocks=6, queue=5000, on_host=on_host) as scheduler:
         for _ in range(100):
             asked = []
             for _ in range(20):

@@ -41,7 +41,7 @@ def run_generate(args: argparse.Namespace) -> None:
     if args.system is not None and (args.chat is False or args.cache):
         why = "a prompt cache has its own beginning" if args.cache else "--raw continues a plain text"
         raise UserError(f"--system has no place here: {why}; leave one of them out")
-    media = [{"type": kind, kind: file} for kind in ("image", "audio") for file in getattr(args, kind)]
+    media = media_parts(args)
     if media and (args.chat is False or args.prompts_file):
         why = "--raw continues a plain text" if args.chat is False else "lines of --prompts-file name their own"
         raise UserError(f"--{media[0]['type']} has no place here: {why}; leave one of them out")
@@ -205,6 +205,16 @@ def run_cache(args: argparse.Namespace) -> None:
         print(f"[{len(cache)} tokens in {seconds:.2f} s; {report['kv']}, {sizes}, {report['device']}]", file=sys.stderr)
 
 
+def media_parts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Parts of a message, of --image, --audio and --video."""
+    media = [{"type": kind, kind: file} for kind in ("image", "audio", "video") for file in getattr(args, kind)]
+    if args.fps is None:
+        return media
+    if not args.video:
+        raise UserError("--fps is for --video, which is not given; leave it out")
+    return [part | ({"fps": args.fps} if part["type"] == "video" else {}) for part in media]
+
+
 def wanted(args: argparse.Namespace) -> Options:
     """The options that are given, checked."""
     from ..options import Options
@@ -305,7 +315,7 @@ def run_info(args: argparse.Namespace) -> None:
     from . import info
 
     known_schemes()
-    report = info.describe(args.model, args.ctx, args.batch, args.device, args.weights)
+    report = info.describe(args.model, args.ctx, args.batch, args.device, args.weights, args.gpus)
     print(json.dumps(report) if args.json else info.text(report))
 
 
@@ -342,13 +352,16 @@ def eval_images(args: argparse.Namespace, schemes: list[str]) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     from ..evaluation import inspection, report
+    from .prompts import prepared
 
     report.check(args.out, args.text)
+    media = prepared(media_parts(args), args.model)
     text = None if args.text is None else read_text(args.text)
     known_schemes()
     schemes = [name.strip() for name in args.kv.split(",")]
     found = inspection.inspect(
-        args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty()
+        args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty(),
+        media=media,
     )
     files = report.write(found, args.out)
     print(json.dumps(found) if args.json else files[-1])

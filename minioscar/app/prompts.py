@@ -27,7 +27,7 @@ from ..prompt_cache import PromptCache, continued
 from ..sampling import Sampling
 from ..storage import strict_json
 from ..storage.hub import resolve
-from ..towers import pictures, sound
+from ..towers import pictures, sound, video
 from ..towers.media import media_of, opened
 
 if TYPE_CHECKING:
@@ -105,15 +105,18 @@ def _prompt(value: Any) -> str | list[Message]:
     return [{"role": "system", "content": system}, *(messages or [{"role": "user", "content": value["prompt"]}])]
 
 
-def prepared(media: Sequence[Mapping[str, str]], model: str) -> list[Mapping[str, Any]]:
-    """These parts as the model reads them. Raises UserError for what is no picture or sound, before a model is looked
-    for, and for what is not for this model, before its weights are read."""
+def prepared(media: Sequence[Mapping[str, Any]], model: str) -> list[Mapping[str, Any]]:
+    """These parts as the model reads them. Raises UserError for what is no picture, sound or video, before a model is
+    looked for, and for what is not for this model, before its weights are read."""
     for part in media:
         file = part[part["type"]]
         if part["type"] == "image":
             pictures.opened(file, file, says=False)  # it is opened again, for the model
-        else:
+        elif part["type"] == "audio":
             sound.opened(file, file, math.inf)
+        else:
+            with video.opened(file, file):
+                pass
     if not media:
         return []
     towers = Config.from_folder(resolve(model, weights=False)).towers
@@ -122,11 +125,12 @@ def prepared(media: Sequence[Mapping[str, str]], model: str) -> list[Mapping[str
 
 
 def with_media(media: Sequence[Mapping[str, Any]], prompt: str, cache: PromptCache | None) -> list[Message]:
-    """A text behind pictures and sounds, parts of a user's message: the first one, or what follows those of a prompt
-    cache."""
+    """A text behind pictures, sounds and videos, parts of a user's message: the first one, or what follows those of a
+    prompt cache."""
     if cache is not None and cache.messages is None:
         why = "needs a chat, but this prompt cache holds plain text; make it again without --raw"
-        raise UserError(f"--{media[0]['type']} {why}")
+        kind = next(part["type"] for part in media if part["type"] != "text")
+        raise UserError(f"--{kind} {why}")
     text = [{"type": "text", "text": prompt}] if prompt else []
     return continued([] if cache is None else cache.messages, [*media, *text])
 

@@ -25,8 +25,8 @@ ONE = np.ones(1, np.float32)  # where cuBLAS reads alpha and beta
 
 def fits(tokens: int, size: int, norm: bool, silu: bool, card: Card) -> bool:
     """Whether linear.cu takes this many tokens of `size` numbers; normed, they stay in shared memory."""
-    shared = _linear_bytes(tokens, size, norm, silu)
-    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and shared <= card.max_shared_bytes
+    has_columns = 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0
+    return has_columns and _linear_bytes(tokens, size, norm, silu) <= card.max_shared_bytes
 
 
 def _linear_bytes(tokens: int, size: int, norm: bool, silu: bool) -> int:
@@ -130,7 +130,8 @@ class Products:
                 self.normed = self.xp.empty(x.shape, BF16)
             before, x = [rms_norm(x, *norm, self.normed)], self.normed
         plan = plan_of(tokens, weight, silu, self.card)
-        self.reserve([plan])
+        if plan.workspace_floats > self.scratch.workspace.size or plan.counters > self.scratch.split_counter.size:
+            self.reserve([plan])
         return [*before, many(x, weight, out, plan, self.scratch, **rest)]
 
     def reserve(self, plans: Sequence[LinearPlan]) -> None:
@@ -165,8 +166,8 @@ def scratch_bytes(config: Config, tokens: int, card: Card) -> int:
     return max((4 * (plan.workspace_floats + plan.counters) for plan in plans), default=0) + normed
 
 
-def add_product(y: Array, x: Array, weight: Array) -> None:
-    """y += x @ weight.T by cuBLAS: y [tokens, out] bf16 or float32, x [tokens, in], weight [out, in] bf16; contiguous.
+def add_product(y: Array, x: Array, weight: Array, beta: np.ndarray = ONE) -> None:
+    """y = beta y + x @ weight.T by cuBLAS: y [tokens, out] bf16 or float32, x [tokens, in], weight [out, in] bf16.
 
     The product is rounded as y is, then the sum, in every math mode (CUDA 13, H200). CUBLAS_COMPUTE_32F_PEDANTIC rounds
     once, without tensor cores, and takes 25 times as long. On CuPy's current stream. Raises cupy's CUBLASError.
@@ -180,4 +181,4 @@ def add_product(y: Array, x: Array, weight: Array) -> None:
     a, b = (weight.data.ptr, CUDA_R_16BF, size), (x.data.ptr, CUDA_R_16BF, size)
     c = y.data.ptr, CUDA_R_32F if y.dtype == np.float32 else CUDA_R_16BF, rows
     how, handle = (cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP), get_cublas_handle()
-    cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, *sizes, one, *a, *b, one, *c, *how)
+    cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, *sizes, one, *a, *b, beta.ctypes.data, *c, *how)

@@ -53,9 +53,9 @@ class Service:
     strict: bool = False
     kv: str = "bf16"
     bytes_of: Callable[[int], tuple[int, int]] = lambda tokens: (0, 0)
-    towers: Mapping[str, Tower] = field(default_factory=dict)  # what reads pictures
-    images: Path | None = None  # the folder whose pictures requests may name
-    media_tokens: int | None = None  # the most of a picture or a sound
+    towers: Mapping[str, Tower] = field(default_factory=dict)  # what reads pictures, videos and sound
+    images: Path | None = None  # the folder whose pictures and videos requests may name
+    media_tokens: int | None = None  # the most of a picture, a sound, or what is read of a video at a time
 
     def __post_init__(self) -> None:
         self.grammars = Grammars(self.tokenizer, self.vocab)

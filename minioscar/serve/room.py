@@ -4,6 +4,7 @@ then the newest answers wait on the host. So the oldest answer always goes on.""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..decoding import Decoder
 from . import prefixes
@@ -18,13 +19,25 @@ class Room:
     def __init__(self, cache: PooledCache, rows: Sequence[Row], metrics: Metrics):
         self.cache, self.rows, self.metrics = cache, rows, metrics
 
+    def slots(self) -> list[dict[str, Any]]:
+        """Of each row, what it does and how many tokens it holds."""
+        return [
+            {"id": row.slot, "state": row.state, "n_ctx": self.cache.context, "n_tokens": length,
+             "is_processing": row.job is not None}
+            for row, length in zip(self.rows, self.cache.lengths.tolist(), strict=True)
+        ]  # fmt: skip
+
+    def held(self) -> list[list[int]]:
+        """Of each row, the tokens that another prompt could take over."""
+        return [row.held[:length] for row, length in zip(self.rows, self.cache.lengths.tolist(), strict=True)]
+
     def admits(self, job: Job) -> bool:
         """Whether a prompt can be read without taking blocks from running answers; the only one always can."""
         running = [row for row in self.rows if row.job]
         pool, idle = self.cache.pool, sum(len(self.cache.blocks[row.slot]) for row in self.rows if not row.job)
         unread = sum(self.cache.missing(row.slot, len(row.job.ids)) for row in running if row.state == "read")
         swapped = sum(self.cache.missing(row.slot, 0) for row in running)
-        shared = sum(pool.holders[block] > 0 for block in self.cache.match(job.keys, len(job.usable)))
+        shared = sum(pool.holders[block] > 0 for block in pool.find(self.cache.match(job.keys, len(job.usable))))
         needed = self.cache.blocks_of(len(job.ids)) - shared + self.cache.blocks_of(1) * job.rows
         return not running or needed <= len(pool.free) + idle - unread - swapped
 
@@ -63,7 +76,7 @@ class Room:
     def give(self, row: Row, tokens: int, more: int = 0) -> bool:
         """The row has blocks for so many tokens, and `more` are free besides. False: it waits."""
         while self.cache.missing(row.slot, tokens) + more > len(self.cache.pool.free):
-            if not (self._drop_idle() or self._swap_newest(row)):
+            if not (self._drop_idle() or self._drop_own(row) or self._swap_newest(row)):
                 return False
         if row.slot in self.cache.swapped:
             self.metrics.swapped_in += 1
@@ -77,6 +90,14 @@ class Room:
             self.cache.reset(row.slot)
             row.held = []
         return bool(idle)
+
+    def _drop_own(self, row: Row) -> bool:
+        """What a row holds of an answer that has ended, where a prompt is about to begin in it."""
+        is_old = row.state == "read" and not row.is_matched and bool(self.cache.blocks[row.slot])
+        if is_old:
+            self.cache.reset(row.slot)
+            row.held = []
+        return is_old
 
     def _swap_newest(self, older: Row) -> bool:
         newer = [row for row in self.rows if row.job and row.used > older.used and self.cache.blocks[row.slot]]

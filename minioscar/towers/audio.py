@@ -79,6 +79,10 @@ class AudioTower:
     def kind(self) -> str:
         return "audio"
 
+    @property
+    def weights_of(self) -> str:
+        return self.kind
+
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Tensor name, as Hugging Face checkpoints spell it within the thinker, -> shape."""
         hidden, inner = self.hidden_size, self.intermediate_size

@@ -77,6 +77,10 @@ class Clip:
         return "image"
 
     @property
+    def weights_of(self) -> str:
+        return self.kind
+
+    @property
     def max_tokens(self) -> int:
         sides = ((height // self.patch, width // self.patch) for height, width in self.grids or ())
         return self.side**2 + max((rows * (columns + 1) for rows, columns in sides), default=0)

@@ -99,4 +99,4 @@ def from_data_url(url: str) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UserError(f"the data: URL of a picture is not base64 ({one_line(error)})") from None
+        raise UserError(f"the data: URL is not base64 ({one_line(error)})") from None

@@ -137,7 +137,7 @@ DEVICE void finish_round(const float* sums, const ColumnOf& column_of, const Rou
     // A token that does not take an expert gets zeros from it.
     for (int v = 0; v < WARPS; v++) total += sums[(v * 16 + threadIdx.x % 16) * ENTRY_PAIRS + m];
     if ((round + 1) % rounds.of_tile()) return;
-    out[(size_t)m * rows + n] = to_output(total + to_float(residual[(size_t)m * rows + n]));
+    out[(size_t)m * rows + n] = to_output(total + (ALONE ? 0.f : to_float(residual[(size_t)m * rows + n])));
     total = 0.f;
     return;
   }

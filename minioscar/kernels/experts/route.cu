@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const int token = blockIdx.x, n = (blockIdx.y * 256 + threadIdx.x) * 8;
   wait_then_allow_next();
   if (n >= N || (lengths && lengths[token] < 0)) return;
-  const uint4 old = *(const uint4*)(x + (size_t)token * N + n);
+  const uint4 old = ALONE ? make_uint4(0, 0, 0, 0) : *(const uint4*)(x + (size_t)token * N + n);
   float sums[2][4] = {{low(old.x), high(old.x), low(old.y), high(old.y)},
                       {low(old.z), high(old.z), low(old.w), high(old.w)}};
   UNROLL for (int s = 0; s < TOP_K; s++)

@@ -5,10 +5,13 @@
 //
 // A warp has a token and lane l its experts l * PER_LANE ...; a step finds the largest that is left: the maximum of the
 // lanes' maxima, then the first lane that has it. Logits that are NaN are the smallest; they make the weights NaN.
-// Set by -D: EXPERTS, TOP_K (at most 32), NORMALIZED.
+// Set by -D: EXPERTS, TOP_K (at most 32), NORMALIZED; ALONE=1: the experts' sum is added to nothing.
 #ifndef MINIOSCAR_ROUTE_CUH
 #define MINIOSCAR_ROUTE_CUH
 #include "../common.cuh"
+#ifndef ALONE
+#define ALONE 0
+#endif
 
 constexpr int PER_LANE = (EXPERTS + 31) / 32, TAKEN = 1 << 31;  // TAKEN: below the key of every number
 static_assert(TOP_K <= 32 && TOP_K <= EXPERTS, "a lane keeps one choice");
