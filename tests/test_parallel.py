@@ -249,6 +249,13 @@ def test_blocks_come_back_from_the_host_to_all_cards(tmp_path, seed):
     assert relative(found[1], found[0]) < 1e-5
 
 
+def test_debug_names_damaged_weights_of_any_card(tmp_path):
+    e = engine.load(write_model(tmp_path / "m", 1), "int2", "cpu", tokenizer=False, gpus=2, debug=True)
+    e.model.weights.layers[1].down.values[1][3, 5] = np.nan
+    with pytest.raises(Failure, match="layer 1: down projection: .* its weight is not finite"):
+        e.generate([1, 2, 3], max_tokens=2)
+
+
 @pytest.mark.long
 def test_a_server_over_two_cards_answers_what_one_does(tmp_path, seed):
     """Three rows in a pool of four blocks: some wait on the host, on both cards' memory."""
