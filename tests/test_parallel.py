@@ -20,6 +20,7 @@ from minioscar.app import cli
 from minioscar.cache import Cache
 from minioscar.config import Config
 from minioscar.errors import Failure, UserError
+from minioscar.evaluation import fidelity
 from minioscar.options import Options
 from minioscar.oscar import SCHEMES
 from minioscar.parallel import shares
@@ -254,6 +255,17 @@ def test_debug_names_damaged_weights_of_any_card(tmp_path):
     e.model.weights.layers[1].down.values[1][3, 5] = np.nan
     with pytest.raises(Failure, match="layer 1: down projection: .* its weight is not finite"):
         e.generate([1, 2, 3], max_tokens=2)
+
+
+def test_fidelity_is_that_of_one_card(tmp_path):
+    folder = write_talker(tmp_path / "m", 1)
+    text, how = "the cat sat on the mat, and the dog saw that " * 40, {"prefill": 130, "decode": 20, "device": "cpu"}
+    one, two = (fidelity.evaluate(str(folder), ["oscar", "int2", "kivi"], text=text, gpus=n, **how) for n in (None, 2))
+    for a, b in zip(one["results"], two["results"], strict=True):
+        assert a["kv"] == b["kv"] and a["kl"] == pytest.approx(b["kl"], rel=0.1, abs=1e-6)
+        assert a["nll"] == pytest.approx(b["nll"], rel=1e-2)
+    with pytest.raises(UserError, match="quantized weights run on one card"):
+        fidelity.evaluate(str(folder), ["int2"], text=text, gpus=2, weights=["int8"], **how)
 
 
 @pytest.mark.long
