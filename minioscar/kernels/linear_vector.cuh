@@ -6,6 +6,9 @@
 #include "linear.cuh"
 
 constexpr int COLUMNS = 8;  // tokens
+#ifndef SYNC_WARPS  // a barrier of the warps that multiply
+#define SYNC_WARPS() __syncthreads()
+#endif
 
 // Eight sums over a warp at once; lanes 4m ... 4m + 3 get that of token m. At every step a lane sends half of the
 // sums that it has.
@@ -46,9 +49,9 @@ DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, co
   }
   const float token_sum = sums_of_warp(sum);
   if (threadIdx.x % 4 == 0) sums[threadIdx.x % 32 / 4 * WARPS + threadIdx.x / 32] = token_sum;
-  __syncthreads();
+  SYNC_WARPS();
   if (threadIdx.x < tokens) factors[threadIdx.x] = inverse_rms(sums + threadIdx.x * WARPS, K, eps);
-  __syncthreads();
+  SYNC_WARPS();
   for (int i = threadIdx.x; i < K / 8;) {
     for (int m = 0; m < tokens; m++) {
       uint4* vector = (uint4*)(to + m * stride + 16 * i);
@@ -56,7 +59,7 @@ DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, co
     }
     if ((i += THREADS) < K / 8) w = *(const uint4*)(norm + 8 * i);
   }
-  __syncthreads();
+  SYNC_WARPS();
 }
 
 // Operand A of two MMAs, from the 16 bytes that a lane has of rows r and r + 8; zeros where there is no such k.

@@ -29,6 +29,7 @@ from . import attention, experts
 from .attention import DecodeState, Heads
 from .launch import Card, Launch
 from .linear_batch import BATCH_TOKENS
+from .quantized import asking_ahead
 from .sample import SAMPLE_VOCAB, Drawing, advance, sample
 from .upload import pinned
 
@@ -144,7 +145,7 @@ class Step:
             self.run()
 
     def replay(self) -> None:
-        for launch in self.recorded.launches:
+        for launch in asking_ahead(self.recorded.launches):
             self.model.ops.run(launch)
 
 

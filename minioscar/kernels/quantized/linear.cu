@@ -165,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     own.begin(threadIdx.x, pass * ROWS, tokens, rows, bias, residual);
     float row_scales[BRANCHES], y[TILES][4];
     UNROLL for (int t = 0; t < BRANCHES; t++)
-      row_scales[t] = own.exists ? to_result(row_scale[t * rows + own.n], own.n % 2) : 0.f;
+      row_scales[t] = own.exists ? row_scale[t * rows + own.n] : 0.f;
     clear(y);
     for (int chunk = warp; chunk < next.chunks(); chunk += WARPS) {
       cp_async_wait<SLOTS - 1>();
@@ -190,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     if (own.exists) {
       float z[BRANCHES];
-      UNROLL for (int t = 0; t < BRANCHES; t++) z[t] = own.total(sums, t, row_scales[t]);
+      UNROLL for (int t = 0; t < BRANCHES; t++) z[t] = own.total(sums, t, to_result(row_scales[t], own.n % 2));
       own.store(out, rows, z);
     }
   }
