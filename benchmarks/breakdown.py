@@ -18,10 +18,11 @@ from minioscar.cache import Cache
 from minioscar.engine import Engine
 from minioscar.ops.decode import StepDecoder
 from minioscar.ops.launch import Address, Launch, TensorMap, run
+from minioscar.quantized import ROWS
 from minioscar.sampling import RowSampling
 
 CACHE = ("decode_attention", "decode_attention_bf16")
-QUANTIZED = ("quantized/linear", "sm90/quantized")  # sources of products with quantized weights
+QUANTIZED = ("quantized/linear", "sm90/quantized", "experts/quantized")  # sources of products with quantized weights
 SMALL = 1 << 20  # bytes; larger arguments are tables and workspaces, of which a launch reads a part
 
 
@@ -37,6 +38,8 @@ def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterato
     for launch in decoder.work.recorded.launches:
         kinds[label(launch)].append(launch)
     for kind, launches in kinds.items():
+        decoder.work.replay()  # activations share memory: what was timed before has written into this one's inputs
+        lengths.fill(context)
         size = bytes_of(launches[0], cache, taken)
         count = copies_of(size) if size > SMALL else 2
         timed = launches[: count + count % 2]  # attention alternates two workspaces and must find the next one empty
@@ -81,7 +84,11 @@ def bytes_of(launch: Launch, cache: Cache, taken: float = 0.0) -> int:
     if launch.source.startswith(QUANTIZED):
         arrays = arrays_of(launch)
         codes = next(i for i, a in enumerate(arrays) if a.ndim > 3)
-        return sum(a.nbytes for a in arrays[codes : codes + 3])  # and scales, and those of rows
+        size = sum(a.nbytes for a in arrays[codes : codes + 3])  # and scales, and those of rows
+        if launch.name != "experts":
+            return size
+        rows = [int(a) for a in launch.args if isinstance(a, np.int32)][2]  # of an expert
+        return round(size * taken * rows / (ROWS * len(arrays[codes])))
     if (weight := weight_of(launch)) is not None:
         return round(weight.nbytes * (taken / len(weight) if weight.ndim == 3 else 1))
     arrays = [cache.arrays, *(layer_cache.arrays for layer_cache in cache.layers)]  # of all layers (pack_step), of one

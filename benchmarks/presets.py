@@ -16,13 +16,14 @@ from minioscar.config import Config
 from minioscar.engine import Engine, scheme_named
 from minioscar.errors import UserError
 from minioscar.evaluation import baselines  # noqa: F401  registers its schemes
-from minioscar.key_shaping import shape_keys
+from minioscar.key_shaping import prepared
 from minioscar.memory import size
 from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference
+from minioscar.staging import by_expert
 from minioscar.storage.files import expand
 from minioscar.storage.strict_json import read_object
-from minioscar.weights import Layer, Weights, for_scheme
+from minioscar.weights import Layer, Weights
 
 Array = Any
 
@@ -136,9 +137,7 @@ def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0) 
         raise UserError(
             f"random weights of this shape take {size(need)}, but only {size(free)} of {ops.name} memory are free"
         )
-    weights = for_scheme(random_weights(config, ops, seed, scheme.rotate), config, scheme, ops)
-    weights = shape_keys(weights, config, scheme, ops, in_place=True)
-    weights = scheme.prepare(weights, config, ops)
+    weights = prepared(random_weights(config, ops, seed, scheme.rotate), config, scheme, ops)
     ops.release()  # what was rotated in them
     return Engine(config, weights, None, scheme, ops)
 
@@ -161,13 +160,15 @@ def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool 
         return out.reshape(shape)
 
     def matrix(*shape: int, scale: float = 1.0) -> Array:
-        *more, out, inputs = shape
-        if config.quantization is not None and not more:
-            return quantized.random_matrix(config.quantization, out, inputs, scale * inputs**-0.5, ops, rng)
+        *_, inputs = shape
+        if config.quantization is not None:  # of experts all rows in one
+            rows, size = int(np.prod(shape[:-1])), scale * inputs**-0.5
+            made = quantized.random_matrix(config.quantization, rows, inputs, size, ops, rng)
+            return by_expert(made, config) if len(shape) > 2 else made
         return normal(*shape, scale=scale * inputs**-0.5)
 
     def layer() -> Layer:
-        rows, to_residual = config.q_size + 2 * config.kv_size, (2 * config.num_layers) ** -0.5
+        rows, to_residual = config.qkv_size, (2 * config.num_layers) ** -0.5
         head_norm = xp.ones(config.head_dim, ops.dtype) if config.qk_norm else None
         return Layer(
             input_norm=xp.ones(hidden, ops.dtype),
@@ -181,7 +182,7 @@ def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool 
             gate_up=matrix(*stack, 2 * config.intermediate_size, hidden),
             gate_up_bias=normal(2 * config.intermediate_size, scale=0.1) if config.mlp_bias else None,
             down=matrix(*stack, hidden, config.intermediate_size, scale=to_residual),
-            router=matrix(*stack, hidden) if stack else None,
+            router=normal(*stack, hidden, scale=hidden**-0.5) if stack else None,
             down_bias=normal(hidden, scale=0.1 * to_residual) if config.mlp_bias else None,
         )
 

@@ -91,6 +91,11 @@ def options_of(given: Mapping[str, Any], more: Sequence[str]) -> Options:
     return Options(sampling=Sampling(**numbers) if numbers else sampling, **rest)
 
 
+def gpus_of(gpus: Any) -> int:
+    """How many cards a model is split over; one where no number was given. Raises UserError."""
+    return 1 if gpus is None else whole("--gpus", gpus, lambda n: n >= 1, "a positive whole number")
+
+
 def context_of(ctx: Any, config: Config) -> int | None:
     """The capacity of a cache that was asked for, None if none was. Raises UserError if the model does not have it."""
     if ctx is None:

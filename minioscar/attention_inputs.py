@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from .config import Config
 from .model import Model
 from .ops.reference import Reference
 from .oscar import SCHEMES
+from .towers.media import Medium
 from .weights import Weights
 
 
@@ -26,15 +27,16 @@ class AttentionInputs(NamedTuple):
 
 def record_attention_inputs(
     weights: Weights, config: Config, ops: Reference, ids: np.ndarray, record: Callable[[AttentionInputs], None],
-    progress: bool = False,
+    progress: bool = False, media: Sequence[Medium] = (),
 ) -> None:
     """Runs the model over ids, int [at least 2 tokens], and calls `record` once a layer, first layer first. progress:
-    shown where kernels are compiled before."""
+    shown where kernels are compiled before. media: whose tokens are among the ids."""
 
     def on_host(q: np.ndarray, new: NewTokens) -> None:
-        record(AttentionInputs(*(np.array(ops.numpy(x)).astype(np.float32) for x in (q, new.k, new.v))))
+        of = (q, config.num_heads), (new.k, config.num_kv_heads), (new.v, config.num_kv_heads)
+        record(AttentionInputs(*(np.array(ops.all_heads(x, heads)).astype(np.float32) for x, heads in of)))
 
     model, cache = Model(config, weights, SCHEMES["bf16"], ops), Cache(config, SCHEMES["bf16"], 1, len(ids), ops)
-    batch = cache.batch_for([0], [len(ids)])
+    batch = cache.batch_for([0], [len(ids)]).reading([ids.tolist()], media)
     ops.prepare(model, cache, [batch], (), progress)
     model.observed(on_host).forward(np.asarray(ids), cache, batch)

@@ -50,7 +50,7 @@ class Batch:
     @property
     def end(self) -> int:
         """The longest a row becomes: so many positions are needed."""
-        return int(np.add(self.starts, self.counts).max())
+        return max(start + count for start, count in zip(self.starts, self.counts, strict=True))
 
     def spans(self) -> list[tuple[int, int, slice]]:
         """(slot, start, where its tokens stand) of each sequence."""

@@ -60,9 +60,7 @@ class Cache:
             name: ops.xp.zeros((config.num_layers, *shape), dtype) for name, (shape, dtype) in shapes.items()
         }
         self.table, self.arrays["table"] = table, ops.xp.asarray(table)
-        self.layers = [
-            kind(of_layer(self.arrays, i), scheme, ops, self.table, i) for i in range(config.num_layers)
-        ]
+        self.layers = [kind(of_layer(self.arrays, i), scheme, ops, self.table, i) for i in range(config.num_layers)]
 
     @property
     def nbytes(self) -> int:

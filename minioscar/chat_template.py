@@ -65,7 +65,7 @@ def malformed(messages: Any) -> str | None:
                 if isinstance(part, Mapping) and kind in PARTS and part.get(kind) is not None:
                     continue
                 if not isinstance(part, Mapping) or kind != "text":
-                    known = "only parts of the types 'text', 'image' and 'audio' can be read"
+                    known = "only parts of the types 'text', 'image', 'audio' and 'video' can be read"
                     return f"messages[{i}] has a part {str(kind)[:40]!r}; {known}"
                 if not isinstance(part.get("text"), str):
                     return f'messages[{i}] has a part without its text; write {{"type": "text", "text": text}}'

@@ -17,8 +17,9 @@ from .rope import Rope
 from .storage import strict_json as json
 from .towers.audio import AudioTower
 from .towers.clip import Clip
-from .towers.files import M_ROPE, WITH_TOWERS, parts_of, towers_of
+from .towers.files import M_ROPE, WITH_TOWERS, parts_of, preprocessors, towers_of
 from .towers.media import Tower
+from .towers.qwen_video import QwenVideo
 from .towers.qwen_vision import QwenVision
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_vl", "llava", "llava_next", "qwen3_omni_moe")
@@ -41,7 +42,6 @@ DEFAULTS: dict[str, dict[str, int]] = {  # what a missing key means: transformer
         "num_experts": 128, "num_experts_per_tok": 8,
     },
 }  # fmt: skip
-PREPROCESSOR = "preprocessor_config.json"
 NEUTRAL = {  # options of other families that change the numbers, and the values at which they do not; null never does
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "scale_emb"), 1),
     **dict.fromkeys(("residual_multiplier", "lm_head_multiplier"), 1),
@@ -87,6 +87,8 @@ class Config:
     experts: Experts | None = None  # None: one MLP a layer, which every token takes
     vision: QwenVision | Clip | None = None  # None: pictures are not read
     audio: AudioTower | None = None  # None: sound is not read
+    video: QwenVideo | None = None  # None: videos are not read
+    shared_keys: tuple[int, Any] | None = None  # of one of several cards: all kv heads, and the first of its own
 
     @classmethod
     def from_folder(cls, folder: Path) -> Config:
@@ -94,9 +96,7 @@ class Config:
         implemented."""
         path = Path(folder) / "config.json"
         raw = json.read_object(path, "a model folder needs it")
-        pictures = Path(folder) / PREPROCESSOR
-        pictures = json.read_object(pictures, "it says how pictures are read") if pictures.is_file() else {}
-        return cls.from_dict(formats.beside(raw, Path(folder)), str(path), pictures)
+        return cls.from_dict(formats.beside(raw, Path(folder)), str(path), preprocessors(Path(folder)))
 
     @classmethod
     def from_dict(
@@ -128,8 +128,6 @@ class Config:
         experts = _experts(get) if kind == "qwen3_moe" else None
         _refuse_other_families(get, head_dim, experts)
         quantization = formats.read_config(raw, source)
-        if experts and quantization:
-            raise UserError(f"{source}: quantized experts are not supported; use the model's BF16 weights")
         rope = Rope.from_config(raw, head_dim, get.count("max_position_embeddings"), source)
         layers = get.count("num_hidden_layers", most=MOST["num_hidden_layers"])
         if model_type in M_ROPE:
@@ -177,7 +175,7 @@ class Config:
     @property
     def towers(self) -> dict[str, Tower]:
         """What turns other parts of a message than text into embeddings, by the kind of the part."""
-        return {tower.kind: tower for tower in (self.vision, self.audio) if tower is not None}
+        return {tower.kind: tower for tower in (self.vision, self.audio, self.video) if tower is not None}
 
     @property
     def q_size(self) -> int:
@@ -186,6 +184,15 @@ class Config:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def key_heads(self) -> tuple[int, Any]:
+        """Heads whose keys are computed, all of the model's, and which of them is the first that is kept."""
+        return self.shared_keys or (self.num_kv_heads, 0)
+
+    @property
+    def qkv_size(self) -> int:
+        return self.q_size + self.key_heads[0] * self.head_dim + self.kv_size
 
     def stored_bits(self, is_head: bool) -> float | None:
         """Bits of a number of a quantized matrix, scales included; None for one that is not."""
@@ -196,10 +203,8 @@ class Config:
     def parameters(self, active: bool = False) -> int:
         """The number of weights, a tied embedding counted once. active: of the experts those that one token takes."""
         hidden, inter = self.hidden_size, self.intermediate_size
-        attention = hidden * (self.q_size + 2 * self.kv_size) + self.q_size * hidden
-        attention += (
-            self.q_size + 2 * self.kv_size
-        ) * self.qkv_bias + hidden * self.output_bias + 2 * self.head_dim * self.qk_norm
+        attention = hidden * self.qkv_size + self.q_size * hidden
+        attention += self.qkv_size * self.qkv_bias + hidden * self.output_bias + 2 * self.head_dim * self.qk_norm
         mlp = 3 * hidden * inter + (2 * inter + hidden) * self.mlp_bias
         if self.experts:  # and the router
             mlp = (self.experts.per_token if active else self.experts.count) * mlp + self.experts.count * hidden

@@ -25,19 +25,20 @@ from .config import Config
 from .errors import UserError, shown
 from .formats.rounding import MODES
 from .generation import Encoded, Generation, Prompts, Run
-from .key_shaping import shape_keys
+from .key_shaping import prepared
 from .model import Model, check_scheme
 from .nan_check import Watch
 from .ops.linear_batch import BATCH_TOKENS
 from .ops.reference import Reference
 from .options import Options, first_answers, for_each
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
+from .parallel import cards
 from .prompt_cache import File, PromptCache, common, continued
 from .storage.checkpoint import weight_files
 from .storage.hub import resolve
 from .tokenizer import Tokenizer
 from .towers.media import Medium, expanded, hidden, media_of, opened, words
-from .weights import Weights, for_scheme
+from .weights import Weights
 from .weights import load as load_weights
 
 
@@ -46,8 +47,7 @@ class Engine:
 
     def __init__(
         self, config: Config, weights: Weights, tokenizer: Tokenizer | None, scheme: Scheme, ops: Reference,
-        progress: bool = False,
-        folder: Path | None = None,
+        progress: bool = False, folder: Path | None = None,
     ):
         self.config, self.scheme, self.ops, self.progress, self.folder = config, scheme, ops, progress, folder
         self._tokenizer, self.files = tokenizer, weights.files
@@ -94,7 +94,7 @@ class Engine:
         """Continues one prompt, or several of unequal lengths as one batch (a list then, in their order).
 
         A prompt is text, token ids, or the messages of a chat, [{"role", "content"}, ...], whose content is text or
-        parts, {"type": "text", "text"}, {"type": "image", "image": a file's name, ...} and the same of "audio".
+        parts, {"type": "text", "text"}, {"type": "image", "image": a file's name} and the same of "audio" and "video".
         chat: render text with the model's chat template (None: if it has one). ctx: capacity of the cache in tokens
         (None: what prompts and max_tokens need, see `capacity`). cache: what `prefill` or `load_cache` returned;
         prompts go on from there (messages repeat its own, see `PromptCache.followed_by`), and only what it does not
@@ -176,7 +176,7 @@ class Engine:
         return self._encode(prompt, chat, cache, template).ids
 
     def opened(self, prompt: Prompt) -> str | list[int] | list[Message]:
-        """The prompt, in messages each picture read (`media.opened`): calls with it do not read it again."""
+        """The prompt, in messages each picture and video read (`media.opened`): calls with it do not read it again."""
         prompt = arguments.one_prompt(prompt)
         return opened(prompt, self.config.towers) if arguments.is_chat(prompt) else prompt
 
@@ -301,9 +301,7 @@ class Engine:
     def check_owner(self, cache: PromptCache) -> None:
         """Raises UserError for what is no prompt cache, or one of another engine."""
         if not isinstance(cache, PromptCache):
-            raise UserError(
-                f"cache {shown(cache)} must be what prefill or load_cache returned; load_cache reads a file"
-            )
+            raise UserError(f"cache {shown(cache)} must be what prefill or load_cache returned, which reads a file")
         if cache.engine is not self:
             raise UserError("this prompt cache belongs to another loaded model; save it and load it with this one")
 
@@ -341,28 +339,29 @@ class Engine:
 
 def load(
     model: str | Path, kv: str | None = None, device: str | None = "auto", *, ctx: int | None = None,
-    tokenizer: bool = True, cache: str | Path | None = None, weights: str | None = None, **watched: bool,
+    tokenizer: bool = True, cache: str | Path | None = None, weights: str | None = None, **more: Any,
 ) -> Engine:
     """Loads a model: a folder, a name under weights/, or a Hugging Face id.
 
     kv: a scheme of `oscar.SCHEMES` (None: that of `cache`, else int2). device: "auto" (None), "cuda" or "cpu". ctx:
     refuse early if the model or the memory cannot hold so many tokens. tokenizer=False: token ids only (the folder
     needs no tokenizer). cache: a file that `load_cache` will read; one of another model is refused now. weights: "int8"
-    or "int4", for matrices that the files have in 16 or 32 bits (None: as they are). watched: progress=True shows a
-    bar, debug=True checks what every operation computes for NaN and infinity. Raises UserError for anything that cannot
-    work, before the weights are read.
+    or "int4", for matrices that the files have in 16 or 32 bits (None: as they are). more: progress=True shows a bar,
+    debug=True checks what every operation computes for NaN and infinity, gpus=N splits the model over so many (on the
+    CPU simulated ones). Raises UserError for anything that cannot work, before the weights are read.
     """
     as_path("model", model)
-    if unknown := watched.keys() - {"progress", "debug"}:
+    if unknown := more.keys() - {"progress", "debug", "gpus"}:
         raise TypeError(f"load() got an unexpected keyword argument {unknown.pop()!r}")
-    tokenizer = flag("tokenizer", tokenizer)
-    progress, debug = (flag(name, watched.get(name, False)) for name in ("progress", "debug"))
+    tokenizer, gpus = flag("tokenizer", tokenizer), arguments.gpus_of(more.get("gpus"))
+    progress, debug = (flag(name, more.get(name, False)) for name in ("progress", "debug"))
     with File(as_path("cache", cache)) if cache is not None else nullcontext() as saved:
         scheme = scheme_named((saved.scheme if saved else DEFAULT_SCHEME) if kv is None else kv)
         ops = back_ends.backend(device)
         folder = resolve(str(model))
         config = with_weights(Config.from_folder(folder), weights)
         check_scheme(config, scheme)
+        ops = ops if gpus == 1 else cards.over(gpus, ops, config, scheme)
         files = weight_files(folder) if saved else None
         if saved:
             saved.check(config, scheme, files.sha256)
@@ -370,9 +369,10 @@ def load(
     words = Tokenizer(folder) if tokenizer else None
     if ctx is not None:
         memory.check(config, scheme, ops, 1, ctx, 1, memory.weight_bytes(config, scheme, ops))
-    loaded = for_scheme(load_weights(folder, config, ops, progress, scheme.rotate), config, scheme, ops)
-    loaded = shape_keys(loaded, config, scheme, ops, in_place=True, progress=progress)
-    loaded = scheme.prepare(loaded, config, ops)
+    if gpus > 1:
+        loaded = cards.load_weights(folder, config, ops, scheme, progress)
+    else:
+        loaded = prepared(load_weights(folder, config, ops, progress, scheme.rotate), config, scheme, ops, progress)
     ops.release()  # what was rotated or unpacked in them
     engine = Engine(config, loaded, words, scheme, Watch(ops, loaded) if debug else ops, progress, folder)
     if files is not None:
@@ -386,8 +386,6 @@ def with_weights(config: Config, mode: str | None) -> Config:
     """The config of a model whose matrices are quantized when it is loaded. Raises UserError for an unknown mode."""
     if mode is not None and mode not in MODES:
         raise UserError(f"--weights {shown(mode)} is not known; choose from {', '.join(MODES)}, or leave it out")
-    if mode is not None and config.experts:
-        raise UserError(f"--weights {mode} of a model with experts is not supported; leave it out")
     return replace(config, weights=mode)
 
 

@@ -9,6 +9,14 @@ class UserError(Exception):
     """Wrong use or wrong input (exit code 2): the message names the thing, the reason and the way out, in one line."""
 
 
+class TooLarge(UserError):
+    """A picture, a sound or a video with more tokens than are accepted. code: what the server's answer calls it."""
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.code = f"{kind}_too_large"  # of pictures as OpenAI has it
+
+
 class Failure(Exception):
     """The work itself failed (exit code 1): a download that broke off, a card that ran out of memory."""
 

@@ -200,8 +200,7 @@ class Run:
 
     def __init__(
         self, model: Model, tokenizer: Tokenizer | None, prompts: Prompts, cache: Cache,
-        options: Options | Sequence[Options],
-        sequences: Sequence[int] | None = None, progress: bool = False,
+        options: Options | Sequence[Options], sequences: Sequence[int] | None = None, progress: bool = False,
     ):
         self.model, self.tokenizer, self.progress, self.ids = model, tokenizer, progress, prompts.ids
         self.logits, continued, ids, vocab = prompts.logits, prompts.continued, prompts.ids, model.config.vocab_size

@@ -16,7 +16,7 @@ from .config import Config
 from .error_feedback import feedback_matrix
 from .ops.reference import Reference
 from .oscar import Scheme
-from .weights import Weights, scale_keys
+from .weights import Weights, for_scheme, scale_keys
 
 TOKENS = 256  # twice or half as many measure the same to within the noise: docs/fidelity.md
 RUN = 32  # tokens of a group, within which keys vary
@@ -86,6 +86,13 @@ def shaping(statistics: KeyStatistics, scheme: Scheme, config: Config) -> Shapin
         scales = pair_scales(variance)
         energy = energy / np.square(scales)
     return Shaping(scales, feedback_matrix(energy) if scheme.shaped else None)
+
+
+def prepared(weights: Weights, config: Config, scheme: Scheme, ops: Reference, progress: bool = False) -> Weights:
+    """Loaded weights as a model with this scheme wants them, in their arrays, which are the caller's no more."""
+    weights = for_scheme(weights, config, scheme, ops)
+    weights = shape_keys(weights, config, scheme, ops, in_place=True, progress=progress)
+    return scheme.prepare(weights, config, ops)
 
 
 def shape_keys(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cache import cache_bytes
 from .config import Config
 from .errors import Failure, UserError
 from .ops.reference import Reference
@@ -39,20 +38,18 @@ def weight_bytes(config: Config, scheme: Scheme, ops: Reference) -> int:
 
 def needed(
     config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None,
-    weights: int = 0,
-    penalties: bool | None = False,
+    weights: int = 0, penalties: bool | None = False,
 ) -> Need:
     """For `batch` sequences of `context` tokens; tokens: the most that one forward pass takes in (None: the whole
     context of one). penalties: whether a token is drawn from other logits than the model's (`Options.adjusts`); None:
     rows join and leave (`Decoder`)."""
     work = ops.work_bytes(config, context if tokens is None else tokens, context, batch, penalties)
-    return Need(weights, cache_bytes(config, scheme, batch, context), work)
+    return Need(weights, ops.cache_bytes(config, scheme, batch, context), work)
 
 
 def check(
     config: Config, scheme: Scheme, ops: Reference, batch: int, context: int, tokens: int | None = None,
-    weights: int = 0,
-    penalties: bool | None = False,
+    weights: int = 0, penalties: bool | None = False,
 ) -> None:
     """Raises UserError, with the longest context that does fit, where `needed` exceeds what is free."""
     need, free = needed(config, scheme, ops, batch, context, tokens, weights, penalties), ops.free_bytes()
@@ -98,10 +95,8 @@ def as_far_as_it_fits(
 
 
 def _exceeds(need: Need, free: int, scheme: Scheme, ops: Reference) -> str:
-    parts = (
-        f"{f'weights {size(need.weights)}, ' if need.weights else ''}{scheme.name} cache {size(need.cache)}, work "
-        f"{size(need.work)}"
-    )
+    before = f"weights {size(need.weights)}, " if need.weights else ""
+    parts = f"{before}{scheme.name} cache {size(need.cache)}, work {size(need.work)}"
     return f"needs {size(need.total)} ({parts}) but {size(free)} of {ops.name} memory are free"
 
 

@@ -365,9 +365,7 @@ def quantize_values(values: Array, scheme: Scheme, xp: Any = np) -> tuple[Array,
     return quantize(values, -1, group, scheme.value_bits, shrink, xp)
 
 
-def dequantize_values(
-    codes: Array, step: Array, minimum: Array | None, scheme: Scheme, xp: Any = np
-) -> Array:
+def dequantize_values(codes: Array, step: Array, minimum: Array | None, scheme: Scheme, xp: Any = np) -> Array:
     """The inverse of `quantize_values`; float32."""
     group = scheme.value_group(codes.shape[-1])
     if scheme.symmetric_values:

@@ -171,8 +171,11 @@ def check_storable(scheme: Scheme) -> None:
 def common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences of ids share at their beginning."""
     n = min(len(a), len(b))
-    differ = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
-    return int(differ[0]) if len(differ) else n
+    for start in range(0, n, 512):
+        one, other = (list(ids[start : min(start + 512, n)]) for ids in (a, b))
+        if one != other:
+            return start + next(i for i, (x, y) in enumerate(zip(one, other, strict=True)) if x != y)
+    return n
 
 
 def continued(messages: Sequence[Message], said: str | list[dict[str, Any]]) -> list[Message]:

@@ -90,6 +90,12 @@ class Quantized:
         """The same of other arrays: copies, or on another device."""
         return replace(self, codes=change(self.codes), scales=change(self.scales), row_scale=change(self.row_scale))
 
+    def rows(self, first: int, last: int) -> Quantized:
+        """Rows first ... last - 1, both multiples of 16: views."""
+        tiles, of_rows = slice(first // ROWS, last // ROWS), slice(first, last)
+        arrays = {"codes": self.codes[tiles], "scales": self.scales[tiles], "row_scale": self.row_scale[of_rows]}
+        return replace(self, shape=(last - first, self.shape[1]), **arrays)
+
     def dequantize(self, xp: Any = np) -> Array:
         """float32 [rows, columns]. xp: of the arrays."""
         (rows, columns), tiles, runs = self.shape, *self.codes.shape[:2]
@@ -141,6 +147,14 @@ class Q8(Quantized):
 def mapped(x: Any, change: Callable[[Array], Array]) -> Any:
     """`change` of an array, of those of a quantized matrix, or of None: nothing."""
     return x if x is None else x.map(change) if isinstance(x, Quantized) else change(x)
+
+
+def of_expert(weight: Array | Quantized, expert: int, count: int) -> Array | Quantized:
+    """The matrix of one of `count` experts: of an array [experts, out, in], or quantized of [experts * out, in]."""
+    if not isinstance(weight, Quantized):
+        return weight[expert]
+    rows = weight.shape[0] // count
+    return weight.rows(expert * rows, (expert + 1) * rows)
 
 
 def from_plain(plain: Plain, xp: Any = np, repack: Repack | None = None) -> Quantized:

@@ -5,9 +5,10 @@ What is in memory beside the model is two layers of the files and one layer in i
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -17,11 +18,14 @@ import numpy as np
 from .config import Config
 from .errors import UserError
 from .formats import Linear, Plain, joined, rounding
+from .quantized import ROWS, Quantized
 from .storage.checkpoint import Checkpoint, Tensor
 
 Array = Any
 Matrix = Any  # an array, or a quantized.Quantized
-SIBLINGS = ("q", "k", "v"), ("gate", "up")  # projections that stand in one matrix
+SIBLINGS = ("q", "k", "v"), ("gate", "up"), ("down",)  # projections that stand in one matrix, with those of experts
+PROJECTION = re.compile(r"(.*\.)([a-z]+)(_proj\.weight)$")
+MLP = "gate_up", "down"  # fields of a layer that has them of each expert, if it has experts
 
 
 class Backend(Protocol):
@@ -51,7 +55,7 @@ class Staging:
         self.finite = dict[str, Array]()  # whether the codes and scales of a matrix are numbers
         self.widened = Counter[str]()  # why matrices are kept as numbers, and how many
         names = matrices if config.weights else tensors.quantized
-        self.names = {sibling for name in names for sibling in _siblings(name)}
+        self.names = _siblings(names, config)
 
     def of(self, name: str) -> list[Tensor]:
         """The tensors of a matrix."""
@@ -78,15 +82,21 @@ class Staging:
             owner = replace(owner, **matrices)
             if fold is not None:
                 owner = fold(owner)
-            yield replace(owner, **{field: self._kept(getattr(owner, field), field) for field in found})
+            kept = {field: self._kept(getattr(owner, field), field) for field in found}
+            kept |= {field: by_expert(kept[field], self.config) for field in MLP if field in kept}
+            yield replace(owner, **kept)
 
     def _kept(self, matrix: Plain | Array, field: str) -> Matrix:
+        if field == "router":
+            numbers = matrix.dequantize(self.ops.xp) if isinstance(matrix, Plain) else matrix
+            return numbers.astype(self.ops.dtype, copy=False)
         if not isinstance(matrix, Plain):
             if self.config.weights is None:
                 self.widened["some of their rows are quantized in the files, in another way than others or not"] += 1
                 return matrix.astype(self.ops.dtype, copy=False)
             matrix = quantized(matrix, self.config.weights, field, self.ops.xp)
         try:
+            check_experts(matrix.shape[0], field, self.config)
             return self.ops.quantized(matrix)
         except ValueError as error:
             self.widened[str(error)] += 1
@@ -140,9 +150,26 @@ def quantized(matrix: Array, mode: str, field: str, xp: Any) -> Plain:
     return rounding.quantize(matrix, "int8" if field == "head" else mode, xp)
 
 
-def _siblings(name: str) -> list[str]:
-    for group in SIBLINGS:
-        for one in group:
-            if name.endswith(f".{one}_proj.weight"):
-                return [name.replace(f".{one}_proj.", f".{other}_proj.") for other in group]
-    return [name]
+def by_expert(matrix: Matrix, config: Config) -> Matrix:
+    """Rows of all experts -> [experts, out, in]; quantized they stay as they are."""
+    if config.experts is None or isinstance(matrix, Quantized):
+        return matrix
+    return matrix.reshape(config.experts.count, -1, matrix.shape[1])
+
+
+def check_experts(rows: int, field: str, config: Config) -> None:
+    """Raises ValueError where an expert's rows, of gate and of up, are no whole tiles of the quantized form."""
+    if config.experts and field in MLP and (own := rows // config.experts.count // (1 + (field == "gate_up"))) % ROWS:
+        raise ValueError(f"experts of {own} rows are not a multiple of {ROWS}")
+
+
+def _siblings(names: Iterable[str], config: Config) -> set[str]:
+    """The tensors of the matrices that have these; of an expert's those of all experts of the layer."""
+    found, count = set[str](), config.experts.count if config.experts else 0
+    for place in {re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", name) for name in names}:
+        parts = PROJECTION.match(place)
+        group = next((group for group in SIBLINGS if parts and parts[2] in group), None)
+        of_one = [place] if group is None else [f"{parts[1]}{other}{parts[3]}" for other in group]
+        of_all = (name.replace("*", str(e)) for name in of_one for e in range(count if "*" in name else 1))
+        found.update(of_all)
+    return found

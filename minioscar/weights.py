@@ -18,13 +18,14 @@ from .config import Config
 from .errors import UserError
 from .formats import Plain, rounding
 from .quantized import Quantized
-from .staging import Group, Staging, quantized
+from .staging import MLP, Group, Staging, by_expert, quantized
 from .storage.checkpoint import Checkpoint, Tensor
 from .storage.identity import WeightFiles
 
 Array = Any
 Matrix = Any  # an array, or a quantized.Quantized
 Put = Callable[[Sequence[Tensor]], Array]
+ROUTER = "mlp.gate.weight"
 
 
 class Backend(Protocol):
@@ -55,15 +56,16 @@ class Layer:
     """The weights of one layer; matrices are [out, in]. Projections that read the same input stand in one matrix."""
 
     input_norm: Array  # [hidden]
-    qkv: Matrix  # [(q_heads + 2 * kv_heads) * head_dim, hidden]: all q heads, then all k heads, then all v heads
+    qkv: Matrix  # [config.qkv_size, hidden]: all q heads, then all k heads, then all v heads
     qkv_bias: Array | None
     q_norm: Array | None  # [head_dim]
     k_norm: Array | None
     o: Matrix  # [hidden, q_heads * head_dim]
     o_bias: Array | None
     post_norm: Array  # [hidden]
-    gate_up: Matrix  # [2 * intermediate, hidden]; of experts [experts, 2 * intermediate, hidden]
-    down: Matrix  # [hidden, intermediate]; of experts [experts, hidden, intermediate]
+    # of experts [experts, 2 * intermediate, hidden] and [experts, hidden, intermediate]; quantized, all their rows
+    gate_up: Matrix  # [2 * intermediate, hidden]
+    down: Matrix  # [hidden, intermediate]
     router: Array | None = None  # [experts, hidden]; None: a layer without experts
     gate_up_bias: Array | None = None
     down_bias: Array | None = None
@@ -118,7 +120,7 @@ def _of_text(config: Config) -> dict[str, tuple[int, ...]]:
             shapes[f"{mlp}gate_proj.weight"] = shapes[f"{mlp}up_proj.weight"] = (inter, hidden)
             shapes[f"{mlp}down_proj.weight"] = (hidden, inter)
         if config.experts:
-            shapes[f"{layer}mlp.gate.weight"] = (config.experts.count, hidden)
+            shapes[f"{layer}{ROUTER}"] = (config.experts.count, hidden)
         if config.mlp_bias:
             shapes[f"{layer}mlp.gate_proj.bias"] = shapes[f"{layer}mlp.up_proj.bias"] = (inter,)
             shapes[f"{layer}mlp.down_proj.bias"] = (hidden,)
@@ -163,15 +165,11 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
             def get(*names: str) -> Array | Group:
                 return Group(names) if names[0] in staging.names else put([tensors[name] for name in names])
 
-            embed = get("model.embed_tokens.weight")
-            weights = Weights(
-                embed=embed,
-                layers=tuple(_layer(get, f"model.layers.{i}.", config) for i in range(config.num_layers)),
-                norm=get("model.norm.weight"),
-                head=embed if config.tie_embeddings else get("lm_head.weight"),
-                files=tensors.files,
-                towers={kind: {name: get(name) for name in of.expected()} for kind, of in config.towers.items()},
-            )
+            embed, layers = get("model.embed_tokens.weight"), range(config.num_layers)
+            layers = tuple(read_layer(get, f"model.layers.{i}.", config) for i in layers)
+            norm, head = get("model.norm.weight"), embed if config.tie_embeddings else get("lm_head.weight")
+            towers = {kind: {name: get(name) for name in of.expected()} for kind, of in config.towers.items()}
+            weights = Weights(embed, layers, norm, head, files=tensors.files, towers=towers)
         if staging.names:
             weights = _staged(weights, staging, bar.update, fold and not tensors.quantized)
             staging.check()
@@ -190,8 +188,9 @@ def bytes_of(config: Config, itemsize: int) -> int:
 
 
 def matrices(config: Config) -> list[str]:
-    """The names of those that `Config.weights` is about: all but the embedding."""
-    return [name for name, shape in _of_text(config).items() if len(shape) == 2 and "embed" not in name]
+    """The names of those that `Config.weights` is about: all but the embedding and routers."""
+    shapes = _of_text(config).items()
+    return [name for name, shape in shapes if len(shape) == 2 and "embed" not in name and not name.endswith(ROUTER)]
 
 
 def _staged(weights: Weights, staging: Staging, advance: Callable[[int], object], fold: bool) -> Weights:
@@ -210,8 +209,9 @@ def quantize(weights: Weights, config: Config, ops: Backend) -> Weights:
 
 def quantize_layer(layer: Layer, config: Config, ops: Backend) -> Layer:
     fields = {field: getattr(layer, field) for field in ("qkv", "o", "gate_up", "down")}
-    kept = {field: ops.quantized(quantized(x, config.weights, field, ops.xp)) for field, x in fields.items()}
-    return replace(layer, **kept)
+    rows = {field: x.reshape(-1, x.shape[-1]) for field, x in fields.items()}
+    kept = {field: ops.quantized(quantized(x, config.weights, field, ops.xp)) for field, x in rows.items()}
+    return replace(layer, **{field: by_expert(x, config) if field in MLP else x for field, x in kept.items()})
 
 
 def quantize_head(weights: Weights, config: Config, ops: Backend) -> Matrix:
@@ -221,13 +221,13 @@ def quantize_head(weights: Weights, config: Config, ops: Backend) -> Matrix:
     return ops.quantized(quantized(weights.head, config.weights, "head", ops.xp))
 
 
-def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
+def read_layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
     def of(*names: str, present: bool = True) -> Array | None:
         return get(*(prefix + name for name in names)) if present else None
 
-    def mlps(*names: str) -> Array:
+    def mlps(*names: str) -> Array | Group:
         matrices = of(*(f"mlp.{expert}{name}.weight" for expert in _experts(config) for name in names))
-        return matrices.reshape(config.experts.count, -1, matrices.shape[1]) if config.experts else matrices
+        return matrices if isinstance(matrices, Group) else by_expert(matrices, config)
 
     # in the order of the alphabet, which is that of the files: what stands side by side there is read at once
     return Layer(
@@ -236,7 +236,7 @@ def _layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
         down=mlps("down_proj"),
         gate_up_bias=of("mlp.gate_proj.bias", "mlp.up_proj.bias", present=config.mlp_bias),
         gate_up=mlps("gate_proj", "up_proj"),
-        router=of("mlp.gate.weight", present=config.experts is not None),
+        router=of(ROUTER, present=config.experts is not None),
         post_norm=of("post_attention_layernorm.weight"),
         k_norm=of("self_attn.k_norm.weight", present=config.qk_norm),
         o_bias=of("self_attn.o_proj.bias", present=config.output_bias),
@@ -271,7 +271,7 @@ def _with_own_values(layer: Layer) -> Layer:
 
 def fold_values(layer: Layer, config: Config, ops: Backend) -> Layer:
     """`rotate_values` of one layer, in place."""
-    v = config.q_size + config.kv_size  # where the rows of v begin
+    v = config.qkv_size - config.kv_size  # where the rows of v begin
     ops.rotate_heads(layer.qkv[v:], config.head_dim, 0)
     if layer.qkv_bias is not None:
         ops.rotate_heads(layer.qkv_bias[v:], config.head_dim, 0)
@@ -279,9 +279,7 @@ def fold_values(layer: Layer, config: Config, ops: Backend) -> Layer:
     return layer
 
 
-def scale_keys(
-    weights: Weights, config: Config, scales: np.ndarray, ops: Backend, in_place: bool = False
-) -> Weights:
+def scale_keys(weights: Weights, config: Config, scales: np.ndarray, ops: Backend, in_place: bool = False) -> Weights:
     """Keys times scales and queries divided by them, folded into what makes them: logits are what they were.
 
     scales float64 [layers, kv_heads, head_dim], equal in both channels of a RoPE pair, which makes them commute with
@@ -301,7 +299,8 @@ def scale_keys(
     def fold(layer: Layer, of: np.ndarray) -> Layer:
         if config.qk_norm:
             return replace(layer, q_norm=scaled(layer.q_norm, 1 / of[0]), k_norm=scaled(layer.k_norm, of[0]))
-        rows = np.concatenate([1 / of.repeat(groups, axis=0), of]).ravel()  # of all q heads, then of all k heads
+        kept = of[config.key_heads[1] :][: config.num_kv_heads]
+        rows = np.concatenate([1 / kept.repeat(groups, axis=0), of]).ravel()  # of all q heads, then of all k heads
         return replace(layer, qkv=scaled(layer.qkv, rows), qkv_bias=scaled(layer.qkv_bias, rows))
 
     return replace(weights, layers=tuple(map(fold, weights.layers, scales)))

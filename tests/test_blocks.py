@@ -11,6 +11,7 @@ from minioscar.serve.blocks import BlockPool, chained_keys
 from minioscar.serve.pooled import PooledCache
 
 from .test_cache import config
+from .test_cuda_backend import on_each_backend
 from .test_window import Text, same_row, scheme_of
 
 KV = ["oscar", "int2", "plain-128-128", "plain-32-96", "oscar-64-0"]
@@ -74,8 +75,8 @@ def test_a_key_is_of_all_tokens_from_the_first_on():
 class Pool(Text):
     """Rows of a pooled cache fed with a text; keys and values repeat in every row."""
 
-    def pooled(self, blocks: int = 16, batch: int = 3) -> PooledCache:
-        return PooledCache(config(num_hidden_layers=1), self.scheme, batch, 512, self.ops, blocks)
+    def pooled(self, blocks: int = 16, batch: int = 3, on_host: int = 0) -> PooledCache:
+        return PooledCache(config(num_hidden_layers=1), self.scheme, batch, 512, self.ops, blocks, on_host)
 
     def grown(self, cache: Cache, slot: int, end: int, text: int = 0) -> np.ndarray:
         if isinstance(cache, PooledCache):
@@ -134,16 +135,105 @@ def test_blocks_of_a_row_that_is_gone_begin_another_one(kv, seed):
     assert cache.match(list(chained_keys([*ids[:127], 100, *ids[128:]])), 460) == []
     cache.reset(0)
     text.grown(cache, 0, 100, 1)  # of what was known, nothing is taken as long as there is other room
-    blocks = cache.match(list(chained_keys(ids)), len(ids))
-    assert len(blocks) == min(scheme.packed_tokens(400), scheme.packed_tokens(460)) // 128
-    count = cache.begin_with(1, blocks)
-    assert count == 128 * len(blocks) == cache.lengths[1] == cache.packed_tokens(1)
+    keys = cache.match(list(chained_keys(ids)), len(ids))
+    assert len(keys) == min(scheme.packed_tokens(400), scheme.packed_tokens(460)) // 128
+    count = cache.begin_with(1, keys)
+    assert count == 128 * len(keys) == cache.lengths[1] == cache.packed_tokens(1)
     text.feed(pieces, {0: 400}, 0)
     pieces.lengths[0] = pieces.cuts[0] = count
     np.testing.assert_array_equal(text.grown(cache, 1, 460), text.grown(pieces, 0, 460))
     (mine,), (theirs,) = cache.export_row(1), pieces.export_row(0)
     assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
     check_pool(cache.pool, cache.blocks)
+
+
+@pytest.mark.parametrize("kv", KV)
+def test_what_the_pool_gave_away_comes_back_from_the_host_as_if_it_had_stayed(kv, seed):
+    """Blocks that lie in the pool and blocks that the host alone has, in one chain."""
+    scheme, ids = scheme_of(kv), np.random.default_rng(seed).integers(0, 99, 460).tolist()
+    text, keys = Pool(scheme, seed), list(chained_keys(ids))
+    cache, stayed = text.pooled(blocks=4, on_host=8), text.pooled()
+    for of in (cache, stayed):
+        text.grown(of, 0, 400)
+        of.publish(0, ids[:400])
+        of.reset(0)
+    whole = len(stayed.match(keys, 460))
+    for others in (1, 2, 3, 4):  # so many blocks are taken for another text
+        cache.reserve(1, 128 * others)
+        for name in cache.block_arrays:
+            cache.arrays[name][:, cache.blocks[1]] = 1
+        cache.reset(1)
+        found = cache.match(keys, 460)
+        assert len(found) == whole == cache.free_for(found) > 1
+        held, restored = len(cache.host), cache.restored
+        cache.begin_with(0, found)
+        assert cache.restored - restored == max(others - (4 - whole), 0) <= held and not cache.free_for(found)
+        check_pool(cache.pool, cache.blocks)
+        cache.reset(0)
+    for of in (cache, stayed):
+        of.begin_with(0, of.match(keys, 460))
+    np.testing.assert_array_equal(text.grown(cache, 0, 460), text.grown(stayed, 0, 460))
+    (mine,), (theirs,) = cache.export_row(0), stayed.export_row(0)
+    assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_the_host_keeps_what_was_used_last_and_sinks_beside_it(seed):
+    """17 beginnings, of which the card keeps the sinks of 16; the host has room for all blocks, then for two."""
+    text, rng = Pool(scheme_of("int2"), seed), np.random.default_rng(seed)
+    texts = [rng.integers(0, 99, 330).tolist() for _ in range(18)]
+    for on_host, count in ((40, 2), (2, 0)):
+        cache = text.pooled(blocks=3, on_host=on_host)
+        first = None
+        for at, ids in enumerate(texts):
+            text.grown(cache, 0, 330, at % 2)
+            cache.publish(0, ids)
+            (of_row,) = cache.export_row(0)
+            first = first or of_row
+            cache.reset(0)
+            found = cache.match(list(chained_keys(ids)), 330)
+            assert len(found) == 2 and all(key in cache.pool.by_key for key in found)
+        keys = list(chained_keys(texts[0]))
+        found = cache.match(keys, 330)
+        assert len(found) == count and len(cache.sinks) == 16 and not cache.unused_sinks
+        if found:
+            assert keys[0] in cache.host_sinks and cache.begin_with(1, found) == 256
+            text.grown(cache, 1, 330)
+            (again,) = cache.export_row(1)
+            assert all(np.array_equal(again[name], first[name]) for name in first if name.startswith("sink"))
+        check_pool(cache.pool, cache.blocks)
+
+
+@on_each_backend
+def test_a_block_comes_back_from_the_host_bit_for_bit(make, seed):
+    """And a beginning's sinks: random bits in all layers, overwritten on the card meanwhile."""
+    rng, scheme, ops = np.random.default_rng(seed), scheme_of("int2"), make()
+    cache, ids = PooledCache(config(), scheme, 2, 512, ops, 3, 2), rng.integers(0, 99, 384).tolist()
+    names = [name for name in cache.arrays if name != "table"]
+    bits = {name: rng.integers(0, 256, cache.arrays[name].nbytes, np.uint8) for name in names}
+    for name, of in bits.items():
+        array = cache.arrays[name]
+        array[...] = ops.xp.asarray(of.view(array.dtype).reshape(array.shape))
+    cache.reserve(0, 384)
+    cache.lengths[0] = 384
+    blocks = cache.blocks[0][:2]
+    cache.publish(0, ids)
+    cache.reset(0)
+    cache.reserve(1, 384)
+    cache.unused_sinks.clear()
+    cache._sinks_for(b"another beginning")  # in the place of this one's, as many others would have it
+    for name in names:
+        cache.arrays[name][...] = 0
+    cache.reset(1)
+    found = cache.match(list(chained_keys(ids)), 384)
+    assert len(found) == 2 and not set(found) & cache.pool.by_key.keys()
+    cache.begin_with(0, found)
+    for name in cache.block_arrays:
+        array = cache.arrays[name]
+        want = bits[name].view(array.dtype).reshape(array.shape)[:, blocks]
+        assert ops.numpy(array)[:, cache.blocks[0]].tobytes() == want.tobytes()
+    for name in ("sink_keys", "sink_values"):
+        want = bits[name].view(cache.arrays[name].dtype).reshape(cache.arrays[name].shape)[:, 0]
+        assert ops.numpy(cache.arrays[name])[:, 0].tobytes() == want.tobytes()
 
 
 @pytest.mark.parametrize("kv", KV)

@@ -92,3 +92,21 @@ def test_experts_are_named_by_their_shape_and_count_the_matrices_that_are_taken(
     assert found["experts 256 to 48"] == 2.5 * 2 * expert and found["experts 24 to 256"] == 2.5 * expert
     assert {"choose", "sort", "combine"} & found.keys() == (set() if rows == 1 else {"choose", "sort", "combine"})
     assert any(name.endswith("256 to 6") for name in found)  # the router
+
+
+@SIMULATED
+@pytest.mark.parametrize("rows", [1, 20])
+def test_of_quantized_experts_codes_and_scales_of_those_that_are_taken_count(rows, tmp_path):
+    shape = SHAPE | MOE | {"moe_intermediate_size": 32}
+    _, engine, ops = of_backend(_simulated, write_model(tmp_path / "m", 3, **shape), "bf16")
+
+    def codes(x):
+        plain = nearest(np.asarray(x, np.float32).reshape(-1, x.shape[-1]), "int4")
+        return ops.quantized(plain).map(ops.xp.asarray)
+
+    weights = engine.model.weights = of_matrices(engine.model.weights, codes)
+    cache = Cache(engine.config, engine.scheme, rows, 256, ops)
+    recorded = StepDecoder(engine.model, cache, [RowSampling()] * rows, replay="launches").work.recorded.launches
+    found, layer = {label(launch): bytes_of(launch, cache, 3.0) for launch in recorded}, weights.layers[0]
+    assert found["experts 256 to 64 int4"] == layer.gate_up.nbytes // 2  # three of six
+    assert found["experts 32 to 256 int4"] == layer.down.nbytes // 2

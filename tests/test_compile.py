@@ -9,6 +9,7 @@ its text, its options and the compiler's version, so that only changed ones are 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -47,7 +48,8 @@ PACKED += [("int2", 64), ("int2", 256)]
 def launches(arch: int) -> dict[str, Launch]:
     """Label -> what is launched for a shape on a card of this compute capability."""
     card = Card(MULTIPROCESSORS, arch)
-    others = linear_launches(card, arch == 90) | quantized_launches(card, arch == 90) | expert_launches(card)
+    others = linear_launches(card, arch == 90) | quantized_launches(card, arch == 90)
+    others |= expert_launches(card) | quantized_expert_launches(card, arch == 90)
     return attention_launches(card, arch == 90) | others
 
 
@@ -153,6 +155,26 @@ def expert_launches(card: Card) -> dict[str, Launch]:
         for what, product in (("up", up), ("down", experts.Product(h, down, out, False, residual=x))):
             found[f"experts {what} of {tokens}"] = product.launch(choices, e, card)
     found["gather"], found["combine"] = experts.gather(x, choices, e, h, h), experts.combine(out, x, e)
+    return found
+
+
+def quantized_expert_launches(card: Card, everything: bool) -> dict[str, Launch]:
+    """Of the same model: few tokens, tiles of 8 and of 16 pairs."""
+    found, e, out = {}, Experts(128, 8, True), np.empty(1, np.uint16)
+
+    def blank(dtype: type, *shape: int) -> np.ndarray:
+        return np.broadcast_to(dtype(0), shape)
+
+    kinds = [("int4", 128), ("e4m3", 128)] + [("int4", 32), ("int8", 128), ("int8", 32)] * everything
+    for (kind, group), tokens in itertools.product(kinds, (8, 48, 128)):
+        form = Q4 if kind == "int4" else Q8
+        gate_up, down = (form(kind, (128 * n, k), group, out, out, out) for n, k in ((1536, 2048), (2048, 768)))
+        x, h, logits = blank(np.uint16, tokens, 2048), blank(np.uint16, tokens * 8, 768), blank(np.float32, tokens, 128)
+        choices = logits if tokens <= experts.FEW else experts.Routes.allocate(np, tokens, e, card, True)
+        y = blank(np.float32, tokens * 8, 2048) if tokens > experts.FEW else x
+        up = experts.Product(x, gate_up, h, True, norm=(x, 0.0))
+        for what, product in (("up", up), ("down", experts.Product(h, down, y, False, residual=x))):
+            found[f"experts {kind} g{group} {what} of {tokens}"] = product.launch(choices, e, card)
     return found
 
 

@@ -222,7 +222,6 @@ def test_options_that_change_no_number_are_no_obstacle():
         ({**MOE, "norm_topk_prob": 1}, "norm_topk_prob must be true or false, not 1"),
         ({**MOE, "decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported; only 1 is"),
         ({**MOE, "mlp_only_layers": [0]}, "mlp_only_layers [0] is not supported; only [] is"),
-        ({**MOE, "quantization_config": {"quant_method": "fp8"}}, "quantized experts are not supported"),
         ({**MOE, "shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size 64 is not supported"),
         ({**MOE, "n_shared_experts": 1}, "n_shared_experts 1 is not supported; only 0 is"),
         ({"model_type": None}, "model_type None is not supported"),

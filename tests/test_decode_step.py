@@ -122,15 +122,19 @@ def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed, 
 @on_each_backend
 @pytest.mark.parametrize("kind", BITS)
 @pytest.mark.parametrize("rows", [2, 11])
-def test_a_step_with_quantized_weights_is_that_of_the_dequantized(make, kind, rows, tmp_path, seed):
-    folder = write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1)
+@pytest.mark.parametrize("changes", [{}, MOE | {"moe_intermediate_size": 32}], ids=["dense", "experts"])
+def test_a_step_with_quantized_weights_is_that_of_the_dequantized(make, kind, rows, changes, tmp_path, seed):
+    folder = write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1, **changes)
     reference, engine, ops = of_backend(make, folder, "bf16")
     plain = {}
 
-    def codes(x):
-        return plain.setdefault(id(x), nearest(x, kind))
+    def codes(x):  # of all experts' rows
+        return plain.setdefault(id(x), nearest(x.reshape(-1, x.shape[-1]), kind))
 
-    reference.model.weights = of_matrices(before := reference.model.weights, lambda x: codes(x).dequantize(np))
+    def numbers(x):
+        return codes(x).dequantize(np).reshape(x.shape)
+
+    reference.model.weights = of_matrices(before := reference.model.weights, numbers)
     engine.model.weights = of_matrices(before, lambda x: ops.quantized(on(codes(x), ops.xp)), ops.array)
     prompts = [np.random.default_rng(seed + n).integers(0, 160, 1 + 20 * n % 9) for n in range(rows)]
     step = prepared(engine, ops, prompts)

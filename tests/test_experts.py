@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 
 from minioscar.cache import BF16
 from minioscar.config import Config, Experts
-from minioscar.ops import experts, linear
+from minioscar.formats.plain import BITS, Plain
+from minioscar.ops import experts, linear, quantized
 from minioscar.ops.experts import Product, Routes
 from minioscar.ops.launch import Card
 from minioscar.ops.reference import Reference
+from minioscar.quantized import Quantized, from_plain, mapped
 
 from .kernel_device import on_each_device, on_the_card
 from .tiny import CONFIG, MOE
@@ -63,6 +66,7 @@ class Case:
     inter: int
     seed: int
     load: str = "random"
+    form: tuple[str, int] | None = None  # kind and group of quantized matrices
 
     def __post_init__(self) -> None:
         rng, e = np.random.default_rng(self.seed), self.e
@@ -70,6 +74,11 @@ class Case:
         self.norm = rng.uniform(0.5, 1.5, self.hidden).astype(BF16)
         self.gate_up = self._matrix(rng, e.count, 2 * self.inter, self.hidden)
         self.down = self._matrix(rng, e.count, self.hidden, self.inter)
+        self.coded: dict[str, Quantized] = {}
+        for name in ("gate_up", "down") if self.form else ():
+            matrix = getattr(self, name)
+            self.coded[name] = random_codes(rng, *self.form, math.prod(matrix.shape[:2]), matrix.shape[2])
+            setattr(self, name, self.coded[name].dequantize().reshape(matrix.shape))
         self.logits = rng.normal(size=(self.tokens, e.count)).astype(np.float32)
         if self.load == "one":
             self.logits[:] = self.logits[0]
@@ -85,7 +94,7 @@ class Case:
     def rows(self, chosen: slice) -> Case:
         """The case of some of the tokens."""
         other = Case(self.e, 1, self.hidden, self.inter, self.seed, self.load)
-        for name in ("norm", "gate_up", "down"):
+        for name in ("norm", "gate_up", "down", "coded"):
             setattr(other, name, getattr(self, name))
         other.x, other.logits = self.x[chosen], self.logits[chosen]
         other.tokens = len(other.x)
@@ -104,12 +113,27 @@ class Case:
         return chosen, own / (own if self.e.normalized else p).sum(axis=1, keepdims=True)
 
 
+def random_codes(rng: np.random.Generator, kind: str, group: int, rows: int, columns: int) -> Quantized:
+    """A matrix of numbers of about the size of `Case._matrix`'s, with zeros and scales of both signs."""
+    groups, bits = -(-columns // group), BITS[kind]
+    codes = rng.integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
+    scale = rng.uniform(0.5, 1.5, (rows, groups)) * rng.choice([-1, 1, 1], (rows, groups)) / np.sqrt(columns)
+    if kind == "e4m3":
+        codes[codes & 127 == 127] -= 1
+        scale = (scale / 100)[np.arange(rows) // 16 * 16] if groups > 1 else scale / 100
+        return from_plain(Plain(kind, codes, scale.astype(np.float32), None, group, np.dtype(np.float32)))
+    scale = (scale / 2 ** (bits - 2)).astype(np.float16)
+    zero = rng.integers(0, 1 << bits, (rows, groups)).astype(np.float32)
+    return from_plain(Plain(kind, codes, scale.astype(np.float32), zero, group, scale.dtype))
+
+
 def run(
     device: Any, case: Case, card: Card = CARD, order: int = 0, few: bool | None = None, lengths: Any = None
 ) -> dict[str, np.ndarray]:
     """What the kernels compute: h, y, and of many tokens the routes. few: None: as many tokens as there are decide."""
     e, tokens = case.e, case.tokens
-    there = {name: device.array(getattr(case, name)) for name in ("x", "norm", "gate_up", "down", "logits")}
+    there = {name: device.array(getattr(case, name)) for name in ("x", "norm", "logits")}
+    there |= {name: mapped(case.coded.get(name, getattr(case, name)), device.array) for name in ("gate_up", "down")}
     h, found = device.empty((tokens * e.per_token, case.inter), BF16), {}
     if tokens <= experts.FEW if few is None else few:
         norm, logits = (there["norm"], EPS), there["logits"]
@@ -117,13 +141,17 @@ def run(
         down = Product(h, there["down"], there["x"], False, residual=there["x"])
         launches = [product.launch(logits, e, card, lengths) for product in (up, down)]
     else:
-        normed, routes = device.empty(case.x.shape, BF16), routes_of(device, tokens, e, card)
+        normed, routes = device.empty(case.x.shape, BF16), routes_of(device, tokens, e, card, bool(case.coded))
         parts = device.empty((tokens * e.per_token, case.hidden), np.float32)
         launches = [linear.rms_norm(there["x"], there["norm"], EPS, normed)]
         launches += routes.launches(there["logits"], e, lengths)
         if routes.of_warpgroups:
             normed, given = device.empty((len(parts), case.hidden), BF16), normed
             launches += [experts.gather(given, routes, e, normed, h)]
+        for name in ("gate_up", "down") if case.coded and routes.of_warpgroups else ():
+            weight, dense = there[name], device.empty(there[name].shape, BF16)
+            launches += [quantized.dequantize(weight, dense)]
+            there[name] = dense.reshape(getattr(case, name).shape)
         launches += [Product(normed, there["gate_up"], h, True).launch(routes, e, card)]
         launches += [Product(h, there["down"], parts, False).launch(routes, e, card)]
         launches += [experts.combine(parts, there["x"], e, lengths)]
@@ -144,8 +172,8 @@ def run(
     return {"h": values(h)} | found | {"y": np.array(device.numpy(there["x"]))}
 
 
-def routes_of(device: Any, tokens: int, e: Experts, card: Card = CARD) -> Routes:
-    return Routes.allocate(SimpleNamespace(empty=device.empty), tokens, e, card)
+def routes_of(device: Any, tokens: int, e: Experts, card: Card = CARD, coded: bool = False) -> Routes:
+    return Routes.allocate(SimpleNamespace(empty=device.empty), tokens, e, card, coded)
 
 
 def check(case: Case, got: dict[str, np.ndarray]) -> None:
@@ -283,6 +311,16 @@ def test_every_register_of_a_round_is_loaded_with_weights_of_published_models(si
     assert (plan.warps, plan.runs) == (warps, runs) and size % (32 * runs * warps) == 0
 
 
+@pytest.mark.parametrize(
+    ("size", "silu", "kind", "warps", "runs"),
+    [(2048, True, "int4", 16, 2), (2048, True, "e4m3", 16, 2), (4096, True, "int4", 16, 4), (4096, True, "int8", 16, 2),
+     (768, False, "int4", 4, 3), (768, False, "int8", 4, 3), (1536, False, "int4", 2, 4)],
+)  # fmt: skip
+def test_rounds_of_codes_are_full_in_published_models(size, silu, kind, warps, runs):
+    plan = experts.codes_plan(size, silu, kind)
+    assert (plan.warps, plan.runs) == (warps, runs) and size % (64 * runs * warps) == 0
+
+
 def test_what_has_no_kernels_says_why():
     config = Config.from_dict({**CONFIG, **MOE})
     assert experts.unsupported(config) is None and experts.unsupported(Config.from_dict(CONFIG)) is None
@@ -295,6 +333,26 @@ def test_what_has_no_kernels_says_why():
     assert experts.are_few(8, config, CARD) and not experts.are_few(9, config, CARD)
     wide = Config.from_dict({**CONFIG, **MOE, "hidden_size": 8192})
     assert not experts.are_few(8, wide, Card(132, 89)) and experts.are_few(8, wide, Card(132, 90)) and e.count == 6
+
+
+CODES = [  # experts, per token, normalized; hidden, intermediate; kind and group of the matrices
+    (Experts(6, 2, True), 64, 32, ("int4", 32)),
+    (Experts(9, 3, False), 144, 48, ("int4", 64)),
+    (Experts(5, 2, True), 400, 208, ("int4", 128)),
+    (Experts(40, 5, True), 80, 208, ("int8", 208)),
+    (Experts(6, 2, True), 272, 32, ("int8", 32)),
+    (Experts(6, 2, True), 128, 160, ("e4m3", 128)),
+    (Experts(5, 2, False), 144, 336, ("e4m3", 336)),
+]
+
+
+@on_each_device
+@pytest.mark.parametrize("tokens", [1, 8, 9, 33])
+@pytest.mark.parametrize("load", ["random", "skewed"])
+@pytest.mark.parametrize(("e", "hidden", "inter", "form"), CODES)
+def test_quantized_experts_are_those_of_their_numbers_in_float64(device, seed, e, hidden, inter, form, load, tokens):
+    case = Case(e, tokens, hidden, inter, seed, load, form)
+    check(case, run(device, case))
 
 
 HOPPER = Card(3, 90)
@@ -312,6 +370,16 @@ def test_experts_of_a_prompt_on_warpgroups_are_those_of_float64(device, seed, e,
     alone = run(device, case.rows(slice(100, 150)), HOPPER)  # with other neighbours
     assert alone["columns"] == experts.WGMMA_PAIRS
     assert np.array_equal(got["y"][100:150], alone["y"])
+
+
+@on_each_device
+@pytest.mark.parametrize("form", [("int4", 64), ("e4m3", 128)])
+def test_quantized_experts_of_a_prompt_are_dequantized_for_warpgroups(device, seed, form):
+    case = Case(Experts(4, 2, True), 150, 128, 48, seed, "skewed", form)
+    got = run(device, case, HOPPER)
+    assert got["columns"] == experts.WGMMA_PAIRS and not experts.uses_wgmma(300, Experts(5, 2, True), HOPPER, True)
+    case.gate_up, case.down = case.gate_up.astype(BF16), case.down.astype(BF16)  # as they are multiplied
+    check(case, got)
 
 
 QWEN3_30B = Experts(128, 8, True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from minioscar.config import Config
 from minioscar.engine import load as load_engine
@@ -16,7 +17,7 @@ from minioscar.errors import UserError
 from minioscar.evaluation.teacher_forcing import teacher_forced
 from minioscar.formats import OTHERS, Linear, Plain, joined, read_config
 from minioscar.ops.reference import Reference
-from minioscar.quantized import Quantized
+from minioscar.quantized import Quantized, of_expert
 from minioscar.storage.checkpoint import FLOATS, Tensor, _tensors
 from minioscar.weights import load
 
@@ -33,7 +34,7 @@ from .quantized_files import (
     write_numbers,
     write_quantized,
 )
-from .tiny import relative
+from .tiny import MOE, relative
 
 KINDS_OF = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 NATIVE = {"F8_E4M3": E4M3}
@@ -60,6 +61,53 @@ def test_every_format_is_read_bit_for_bit(name, tmp_path, seed):
         for field, want in numbers(exact, i).items():
             np.testing.assert_array_equal(getattr(layer, field), want)
     np.testing.assert_array_equal(weights.head, exact["lm_head.weight"])
+
+
+OF_EXPERTS = {**MOE, "moe_intermediate_size": 64, "architectures": ["Qwen3MoeForCausalLM"]}
+
+
+@pytest.mark.parametrize("make", [Reference, HostOps])
+@pytest.mark.parametrize("name", ["awq-gemm", "gptq-v1", "ct-int4", "ct-int8", "fp8", "ct-fp8-rows"])
+def test_every_expert_is_read_bit_for_bit(name, make, tmp_path, seed):
+    exact, config = write_quantized(tmp_path, name, seed, **OF_EXPERTS), Config.from_folder(tmp_path)
+    weights = load(tmp_path, config, make())
+    for i, layer in enumerate(weights.layers):
+        assert layer.router.shape == (6, 256)
+        for e in range(6):
+            of = f"model.layers.{i}.mlp.experts.{e}."
+            wanted = {"gate_up": ("gate", "up"), "down": ("down",)}
+            for field, names in wanted.items():
+                matrix = of_expert(getattr(layer, field), e, 6)
+                assert isinstance(matrix, Quantized) == (make is HostOps)
+                got = matrix.dequantize() if isinstance(matrix, Quantized) else matrix
+                np.testing.assert_array_equal(got, np.concatenate([exact[f"{of}{n}_proj.weight"] for n in names]))
+
+
+def test_experts_of_which_one_is_not_quantized_are_kept_as_numbers(tmp_path, seed):
+    exact, config = write_quantized(tmp_path, "gptq-v1", seed, **OF_EXPERTS), Config.from_folder(tmp_path)
+    bare = "model.layers.0.mlp.experts.3.down_proj."
+    files = {file.stem: load_file(file) for file in tmp_path.glob("*.safetensors")}
+    for tensors in files.values():
+        for name in [name for name in tensors if name.startswith(bare)]:
+            del tensors[name]
+    files["a"][f"{bare}weight"] = exact[f"{bare}weight"].astype(BF16)
+    save(tmp_path, json.loads((tmp_path / "config.json").read_text()), files)
+    weights = load(tmp_path, config, HostOps())
+    want = [exact[f"model.layers.0.mlp.experts.{e}.down_proj.weight"] for e in range(6)]
+    assert weights.layers[0].down.shape == (6, 256, 64) and isinstance(weights.layers[1].down, Quantized)
+    np.testing.assert_array_equal(weights.layers[0].down, np.stack(want).astype(BF16))
+
+
+def test_a_router_that_files_have_quantized_is_kept_as_numbers(tmp_path, seed):
+    write_quantized(tmp_path, "fp8", seed, **OF_EXPERTS)
+    written, want = KINDS["fp8"].write(np.random.default_rng(seed), 6, 256)
+    router = {f"model.layers.1.mlp.gate.{last}": array for last, array in written.items()}
+    save_file(router, tmp_path / "d.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"] | dict.fromkeys(router, "d.safetensors")
+    index.write_text(json.dumps({"weight_map": names}))
+    weights = load(tmp_path, Config.from_folder(tmp_path), HostOps())
+    np.testing.assert_array_equal(weights.layers[1].router, want.astype(BF16))
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int2"])

@@ -229,7 +229,7 @@ def test_a_chat_goes_on_behind_a_sound_and_its_file_needs_no_samples(tmp_path: P
     model = load(folder(tmp_path, "qwen3-omni"), kv="int2", device="cpu")
     soundfile.write(tmp_path / "a.wav", sound(0.5), 16000, subtype="FLOAT")
     talk = Conversation(model, ctx=256)
-    assert talk.show(str(tmp_path / "a.wav"), "audio").tokens == 7
+    assert [medium.tokens for medium in talk.show(str(tmp_path / "a.wav"), "audio")] == [7]
     first = "".join(talk.say("t07 t08", max_tokens=4))
     content = [{"type": "audio", "audio": sound(0.5)}, {"type": "text", "text": "t07 t08"}]
     assert first == model.generate([{"role": "user", "content": content}], max_tokens=4).text

@@ -65,6 +65,8 @@ def folder(tmp_path_factory) -> Path:
     size = {"shortest_edge": 256, "longest_edge": 1 << 14}
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "preprocessor_config.json").write_text(json.dumps({"patch_size": 4, "size": size}))
+    size = {"shortest_edge": 256, "longest_edge": 2 << 14}  # of all frames of a video, of which two are a token deep
+    (folder / "video_preprocessor_config.json").write_text(json.dumps({"patch_size": 4, "size": size}))
     save_file(random_weights(Config.from_folder(folder), 5), folder / "model.safetensors")
     return folder
 

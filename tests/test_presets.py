@@ -49,9 +49,10 @@ def test_random_weights_are_complete_repeatable_and_keep_activations_near_one(ch
     assert np.isfinite(logits).all() and 0.5 < logits.std() < 2 * config.hidden_size**0.5
 
 
+@pytest.mark.parametrize("changes", [{}, MOE | {"moe_intermediate_size": 128}], ids=["dense", "experts"])
 @pytest.mark.parametrize("name", quantized.NAMES)
-def test_random_weights_in_4_and_8_bits_keep_activations_near_one_and_take_the_bytes_that_are_announced(name):
-    shape = {**SMALL, "hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_attention_heads": 4}
+def test_random_weights_in_4_and_8_bits_keep_activations_near_one_and_take_the_bytes_that_are_announced(name, changes):
+    shape = {**SMALL, "hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_attention_heads": 4, **changes}
     config, ops = quantized.config_with(Config.from_dict(shape), name), HostOps()
     weights = presets.random_weights(config, ops, rotates=True)
     assert abs(sum(array.nbytes for array in arrays(weights)) / ops.weight_bytes(config) - 1) < 0.02

@@ -13,10 +13,11 @@ from minioscar.engine import with_weights
 from minioscar.errors import UserError
 from minioscar.formats import rounding
 from minioscar.ops.reference import Reference
+from minioscar.quantized import Quantized, of_expert
 from minioscar.weights import arrays, load, quantize, rotate_values
 
-from .quantized_files import SHAPE, HostOps, write_quantized
-from .tiny import CONFIG, MOE, talker, write_model, write_talker
+from .quantized_files import BF16, SHAPE, HostOps, write_quantized
+from .tiny import MOE, talker, write_model, write_talker
 
 FIELDS = "qkv", "o", "gate_up", "down"
 PROMPT = [3, 14, 15, 92, 65, 35]
@@ -169,8 +170,28 @@ def test_every_command_that_loads_a_model_to_answer_has_the_option():
     assert commands == {"generate", "chat", "serve", "cache", "info", "eval"}
 
 
-def test_weights_of_a_model_with_experts_stay_in_16_bits():
-    config = Config.from_dict({**CONFIG, **MOE})
-    assert with_weights(config, None).weights is None
-    with pytest.raises(UserError, match="--weights int8 of a model with experts is not supported; leave it out"):
-        with_weights(config, "int8")
+@pytest.mark.parametrize("inter", [64, 40])
+def test_of_a_model_with_experts_all_but_the_router_is_quantized(inter, tmp_path, seed, capsys):
+    """Experts of 40 rows are not whole tiles: they are kept as the numbers of their codes."""
+    folder = write_model(tmp_path / "m", seed, **SHAPE | MOE | {"moe_intermediate_size": inter})
+    config, ops = with_weights(Config.from_folder(folder), "int4"), HostOps()
+    before, weights = load(folder, Config.from_folder(folder), Reference()), load(folder, config, ops)
+    for own, layer in zip(before.layers, weights.layers, strict=True):
+        assert layer.router.dtype == BF16 and np.array_equal(layer.router, own.router.astype(BF16))
+        for field in ("gate_up", "down"):
+            matrix, numbers = getattr(layer, field), getattr(own, field).astype(BF16).astype(np.float32)
+            of_tiles = inter == 64 or field == "down"
+            assert isinstance(matrix, Quantized) == of_tiles
+            for e, w in enumerate(numbers):
+                kept, want = of_expert(matrix, e, 6), rounding.quantize(w, "int4", np).dequantize(np)
+                got = kept.dequantize() if of_tiles else kept.astype(np.float32)
+                assert np.array_equal(got, want if of_tiles else want.astype(BF16).astype(np.float32))
+    said = capsys.readouterr().err
+    assert ("2 matrices are kept as bfloat16 numbers: experts of 40 rows are not a multiple of 16" in said) == (
+        inter == 40
+    )
+    if inter == 64:
+        late = quantize(load(folder, Config.from_folder(folder), ops), config, ops)
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(arrays(weights), arrays(late), strict=True))
+        kept = sum(array.nbytes for array in arrays(weights))
+        assert abs(kept / ops.weight_bytes(config) - 1) < 0.02

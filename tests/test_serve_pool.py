@@ -84,6 +84,27 @@ def test_a_prompt_goes_on_from_blocks_whose_row_is_gone(engine, seed):
         check_flat(scheduler)
 
 
+@pytest.mark.parametrize("blocks, on_host, cached", [(24, 0, 384), (6, 24, 384), (6, 0, 0)])
+def test_a_prompt_goes_on_from_blocks_that_the_host_alone_has(engine, blocks, on_host, cached):
+    """The pool is too small for two conversations: what it gave away comes back, and the answer is the one that there
+    would have been had it stayed. Without the host all of the prompt is read again."""
+    rng, how = np.random.default_rng(5), Options(150, ignore_eos=True)
+    ids, other, more = prompt(rng, 300), prompt(rng, 560), prompt(rng, 40)
+    with running(engine, slots=1, context=768, chunk=768, blocks=blocks, on_host=on_host) as scheduler:
+        said = submit(scheduler, Asked(ids, how))[0].answers()[0][0]
+        submit(scheduler, Asked(other, how))[0].wait()
+        turn = submit(scheduler, Asked([*ids, *said, *more], how))[0]
+        got = turn.answers()
+        assert turn.job.cached == cached and scheduler.cache.restored == (3 if on_host else 0)
+        check_flat(scheduler)
+    if cached:
+        SEEN.append(got)
+        assert SEEN[0] == got
+
+
+SEEN: list[list] = []  # of the test above: an answer does not depend on where its blocks were
+
+
 def test_several_answers_share_the_blocks_of_their_prompt(engine, seed):
     rng = np.random.default_rng(seed)
     asked = Asked(prompt(rng, 250), Options(60, Sampling(1.0, seed=7), n=4, ignore_eos=True), sequence=3)
@@ -95,11 +116,12 @@ def test_several_answers_share_the_blocks_of_their_prompt(engine, seed):
         check_flat(scheduler)
 
 
-def test_thousands_come_and_leave_and_the_pool_is_what_it_was(engine, seed):
+@pytest.mark.parametrize("on_host", [0, 5])
+def test_thousands_come_and_leave_and_the_pool_is_what_it_was(engine, on_host, seed):
     """2,000 prompts, most of them cancelled while they wait, are read, or are answered."""
     rng = np.random.default_rng(seed)
     starts = [prompt(rng, 140) for _ in range(3)]
-    with running(engine, slots=4, context=384, chunk=128, blocks=6, queue=5000) as scheduler:
+    with running(engine, slots=4, context=384, chunk=128, blocks=6, queue=5000, on_host=on_host) as scheduler:
         for _ in range(100):
             asked = []
             for _ in range(20):

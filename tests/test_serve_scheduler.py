@@ -70,10 +70,11 @@ class Asked:
 
 @contextmanager
 def running(
-    engine: Engine, slots: int = 3, context: int = 512, chunk: int = 256, queue: int = 1000, blocks: int | None = None
+    engine: Engine, slots: int = 3, context: int = 512, chunk: int = 256, queue: int = 1000, blocks: int | None = None,
+    on_host: int = 0,
 ) -> Iterator:
     blocks = slots * blocks_of(context) if blocks is None else blocks
-    cache = PooledCache(engine.config, engine.scheme, slots, context, engine.ops, blocks)
+    cache = PooledCache(engine.config, engine.scheme, slots, context, engine.ops, blocks, on_host)
 
     def post(news) -> None:
         for job, event in news:

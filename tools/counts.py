@@ -26,6 +26,7 @@ FLOORS = (
     ("serve",),
     ("evaluation",),
     ("engine",),
+    ("parallel",),
     ("generation", "prompt_cache", "arguments", "key_shaping", "attention_inputs", "nan_check"),
     ("model", "memory"),
     ("ops",),
@@ -54,9 +55,9 @@ def counts() -> list[Count]:
     kernels = [path for path in (PACKAGE / "kernels").rglob("*") if path.suffix in (".cu", ".cuh")]
     general = [path for path in kernels if path.parent.name != "sm90"]
     return [
-        Count("lines of the reading path", total(reading), f"{len(reading)} files", 7060, 3800),
-        Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 4850),
-        Count("lines of the package's Python", total(package), f"{len(package)} files", 20400),
+        Count("lines of the reading path", total(reading), f"{len(reading)} files", 7150, 3800),
+        Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 5250),
+        Count("lines of the package's Python", total(package), f"{len(package)} files", 22600),
         Count("longest file of the package", *longest(package), 400),
         Count("longest function of the package", *worst(package, length), 60),
         Count("most parameters in the package", *worst(package, parameters), 8),

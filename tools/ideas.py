@@ -58,6 +58,7 @@ class Keys:
     ] = ()  # of these, the one with the smaller squared error is taken in each group of each channel
     rank: int = 0  # of a term, in float16, that is taken off each block of each head before
     exact: int = 0  # tokens of each block and head, those with the largest errors, that stay in BF16
+    by_head: bool = False  # a norm for each kv head of a token instead of one for all
 
     def __call__(self, keys: Array, feedback: Array | None) -> Array:
         blocks = keys.reshape(len(keys), -1, oscar.WINDOW, keys.shape[-1])
@@ -80,8 +81,9 @@ class Keys:
         return self.rounded(keys, feedback)
 
     def rounded(self, keys: Array, feedback: Array | None) -> Array:
-        norms = oscar.token_norms(keys.swapaxes(0, 1))
-        x, top, group = keys / norms[:, None], 2**self.scheme.key_bits - 1, self.scheme.group
+        norms = oscar.token_norms(keys.reshape(-1, 1, keys.shape[-1]) if self.by_head else keys.swapaxes(0, 1))
+        norms = norms.reshape(-1, keys.shape[1], 1)  # [kv_heads or 1, tokens, 1]
+        x, top, group = keys / norms, 2**self.scheme.key_bits - 1, self.scheme.group
         if self.offset:
             mean = np.repeat(f16(x.reshape(len(x), -1, self.offset, x.shape[-1]).mean(axis=2)), self.offset, axis=1)
             step = f16(
@@ -104,8 +106,8 @@ class Keys:
             if self.shaped:
                 left[..., i + 1 :] -= (left[..., i] - back[..., i])[..., None] * feedback[:, None, i, i + 1 :]
         if self.refit:
-            norms = (back * keys).sum(axis=(0, 2)) / (back * back).sum(axis=(0, 2))
-        return back * norms[:, None]
+            norms = ((back * keys).sum(axis=(0, 2)) / (back * back).sum(axis=(0, 2)))[:, None]
+        return back * norms
 
 
 def f16(x: Array) -> Array:
@@ -271,12 +273,17 @@ IDEAS: dict[str, tuple[Keys, Values, dict[str, Any]]] = {
     "keys' shrink 0.85": (Keys(3, int2(shrink=0.85)), V, {}),
     "keys' shrink 0.95": (Keys(3, int2(shrink=0.95)), V, {}),
     "values' shrink 0.8": (K, Values(2.5, int2(shrink=0.8)), {}),
+    "no sinks": (K, V, {"sinks": 0}),
     "8 sinks": (K, V, {"sinks": 8}),
+    "16 sinks": (K, V, {"sinks": 16}),
+    "64 sinks": (K, V, {"sinks": 64}),
     "128 sinks": (K, V, {"sinks": 128}),
     "sinks only in layers that have them": (K, V, {"where_needed": True}),
     "keys' shrink 0.8, 0.85, 0.9, 0.95 or 1 by layer": (K, V, {"shrinks": (0.8, 0.85, 0.9, 0.95, 1.0)}),
     "value groups of 64, shrink 0.8": (K, V64, {}),
     "norms refitted": (Keys(3, refit=True), V, {}),
+    "keys: a norm per kv head": (Keys(3, by_head=True), V, {}),
+    "no sinks, keys: a norm per kv head": (Keys(3, by_head=True), V, {"sinks": 0}),
     "keys: centered on the mean of the prefill": (K, V, {"centered": True}),
     "keys: mean of 128, symmetric 32": (Keys(2.625, offset=128), V, {}),
     "keys: step and minimum in 8 bits": (Keys(2.5, params=eight_bits), V, {}),
@@ -297,6 +304,7 @@ IDEAS: dict[str, tuple[Keys, Values, dict[str, Any]]] = {
     "keys 3 bits in 128s, values 2 in 64s": (Keys(3.25, int2(key_bits=3, group=128, shrink=1.0)), V64, {}),
     "RoPE pairs of k balanced against q": (K, V, {"balance": True}),
     "shaped": (Keys(3, shaped=True), V, {}),
+    "shaped, a norm per kv head": (Keys(3, shaped=True, by_head=True), V, {}),
     "shaped, values dithered where they repeat": (Keys(3, shaped=True), Values(2.5, dithered=0.25), {}),
     "shaped, softmax bias corrected": (Keys(3, shaped=True), V, {"correction": 1.0}),
     "shaped, value groups of 64": (Keys(3, shaped=True), V64, {}),

@@ -16,7 +16,7 @@ from minioscar.evaluation.fidelity import with_error
 from minioscar.oscar import SCHEMES
 from minioscar.storage.files import replacing
 from minioscar.tables import markdown
-from tools import bench_tables, scale_tables, weight_tables
+from tools import bench_tables, harness, scale_tables, weight_tables
 from tools.committed import RESULTS, ROOT, load
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -24,7 +24,7 @@ BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", r
 PAGES = (
     "README.md",
     *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels", "weights")),
-    *(f"docs/{name}.md" for name in ("serving", "scale")),
+    *(f"docs/{name}.md" for name in ("serving", "scale", "benchmarks")),
     "docs/results/README.md",
 )
 
@@ -109,6 +109,18 @@ def ideas() -> str:
     )
     lines += ["", f"{size}, the same for both models, whose unquantized NLLs there are {plain} and {biased}."]
     return "\n".join(lines)
+
+
+def head_norms() -> str:
+    """tools/ideas.py on three models: sinks, and a norm per kv head."""
+    names = {"SmolLM2-135M": "", "with key biases": "-key-biases", "with those of Qwen2.5": "-qwen2.5-biases"}
+    reports = [load(f"ideas-heads-smollm2-135m{name}") for name in names.values()]
+    table = []
+    for rows in zip(*(report["results"] for report in reports), strict=True):
+        name = f"`{rows[0]['kv']}`" if rows[0]["kv"] in SCHEMES else rows[0]["kv"]
+        table.append([name, *("{kl:.4f} ± {kl_se:.4f}".format(**row) for row in rows)])
+    about = f"{reports[0]['prefill']:,} tokens prefilled, {reports[0]['decode']:,} decoded; {reports[0]['windows']}"
+    return "\n".join([*markdown(["idea", *(f"{name}: KL" for name in names)], table), "", f"{about} windows (CPU)."])
 
 
 def pieces() -> str:
@@ -453,6 +465,7 @@ TABLES = {
     "size": size,
     "models": models,
     "ideas": ideas,
+    "head_norms": head_norms,
     "pieces": pieces,
     "server_tests": server_tests,
     "drift": drift,
@@ -465,7 +478,7 @@ TABLES = {
 }
 TABLES |= {"reading_weights": reading_weights, "reading_cache": reading_cache, "reading_step": reading_step}
 TABLES |= {"schemes": schemes, "prompt_cache": prompt_cache, "soak": soak} | bench_tables.TABLES | weight_tables.TABLES
-TABLES |= scale_tables.TABLES
+TABLES |= scale_tables.TABLES | harness.TABLES
 
 
 def rendered(text: str) -> str:

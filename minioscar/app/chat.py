@@ -28,6 +28,7 @@ QUOTES = '"""'
 HELP = f"""\
 /image FILE   a picture in front of the next message
 /audio FILE   a sound in front of it
+/video FILE   a video in front of it
 /retry        another answer to the last message
 /undo         take the last message and its answer back
 /reset        begin anew (the system message or the document of --cache stays)
@@ -222,6 +223,7 @@ def command(conversation: Conversation, line: str, options: dict[str, Any]) -> b
     commands: dict[str, Callable[[], None]] = {
         "/image": lambda: show(conversation, "image", argument.strip()),
         "/audio": lambda: show(conversation, "audio", argument.strip()),
+        "/video": lambda: show(conversation, "video", argument.strip()),
         "/retry": lambda: retry(conversation, options),
         "/undo": lambda: undo(conversation),
         "/reset": conversation.reset,
@@ -233,7 +235,7 @@ def command(conversation: Conversation, line: str, options: dict[str, Any]) -> b
         return False
     if name not in commands:
         raise UserError(f"there is no {name}; /help lists the commands, a space in front makes it a message")
-    if argument and name not in ("/save", "/image", "/audio"):
+    if argument and name not in ("/save", "/image", "/audio", "/video"):
         raise UserError(f"{name} takes nothing behind it; a space in front makes the line a message")
     commands[name]()
     return True
@@ -242,8 +244,8 @@ def command(conversation: Conversation, line: str, options: dict[str, Any]) -> b
 def show(conversation: Conversation, kind: str, path: str) -> None:
     if not path:
         raise UserError(f"/{kind}: name a file")
-    medium = conversation.show(path, kind)
-    _say(f"[{medium.name}: {medium.tokens} tokens, with the next message]")
+    media = conversation.show(path, kind)
+    _say(f"[{media[0].name}: {sum(medium.tokens for medium in media)} tokens, with the next message]")
 
 
 def retry(conversation: Conversation, options: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def run_generate(args: argparse.Namespace) -> None:
     if args.system is not None and (args.chat is False or args.cache):
         why = "a prompt cache has its own beginning" if args.cache else "--raw continues a plain text"
         raise UserError(f"--system has no place here: {why}; leave one of them out")
-    media = [{"type": kind, kind: file} for kind in ("image", "audio") for file in getattr(args, kind)]
+    media = media_parts(args)
     if media and (args.chat is False or args.prompts_file):
         why = "--raw continues a plain text" if args.chat is False else "lines of --prompts-file name their own"
         raise UserError(f"--{media[0]['type']} has no place here: {why}; leave one of them out")
@@ -49,10 +49,10 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError(f"--batch {args.batch} is out of range; it must be at least 1")
     template = template_of(args)
     wake(args.device)
-    from .prompts import check_media, with_media
+    from .prompts import prepared, with_media
 
     options = wanted(args)
-    check_media(media)
+    media = prepared(media, args.model)
     if args.prompts_file is not None:
         return run_prompts(args, options)
     file = args.prompt_file if args.prompt_file is not None else "-" if args.prompt == "-" else None
@@ -205,6 +205,16 @@ def run_cache(args: argparse.Namespace) -> None:
         print(f"[{len(cache)} tokens in {seconds:.2f} s; {report['kv']}, {sizes}, {report['device']}]", file=sys.stderr)
 
 
+def media_parts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Parts of a message, of --image, --audio and --video."""
+    media = [{"type": kind, kind: file} for kind in ("image", "audio", "video") for file in getattr(args, kind)]
+    if args.fps is None:
+        return media
+    if not args.video:
+        raise UserError("--fps is for --video, which is not given; leave it out")
+    return [part | ({"fps": args.fps} if part["type"] == "video" else {}) for part in media]
+
+
 def wanted(args: argparse.Namespace) -> Options:
     """The options that are given, checked."""
     from ..options import Options
@@ -273,7 +283,7 @@ def loaded(args: argparse.Namespace) -> tuple[Engine, PromptCache | None]:
     file, ctx = getattr(args, "cache", None), getattr(args, "ctx", None)
     if file is not None and getattr(args, "chat", None) is not None:
         raise UserError("--chat and --raw were decided when the prompt cache was made; leave them out")
-    how = {"progress": sys.stderr.isatty(), "debug": args.debug, "weights": args.weights}
+    how = {"progress": sys.stderr.isatty(), "debug": args.debug, "weights": args.weights, "gpus": args.gpus}
     engine = load(args.model, args.kv, args.device, ctx=ctx, cache=file, **how)
     return engine, engine.load_cache(file) if file is not None else None
 
@@ -315,6 +325,8 @@ def run_eval(args: argparse.Namespace) -> None:
     text = None if args.text is None else read_text(args.text)
     known_schemes()
     schemes = [name.strip() for name in args.kv.split(",")]
+    if args.images is not None:
+        return eval_images(args, schemes)
     report = fidelity.evaluate(
         args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows,
         needles=lengths("--needle", args.needle), tools=lengths("--tools", args.tools), continued=args.drift,
@@ -325,15 +337,31 @@ def run_eval(args: argparse.Namespace) -> None:
     print(json.dumps(report) if args.json else fidelity.table(report))
 
 
+def eval_images(args: argparse.Namespace, schemes: list[str]) -> None:
+    from ..evaluation import reading
+
+    of_text = ("text", "needle", "tools", "drift", "pieces", "emptied", "weights")
+    if others := [f"--{name}" for name in of_text if getattr(args, name)]:
+        raise UserError(f"--images is instead of a text; leave {', '.join(others)} out")
+    report = reading.evaluate(
+        args.model, schemes, lengths("--images", args.images), count=args.pages, device=args.device,
+        window=window(args.window), progress=sys.stderr.isatty(),
+    )
+    print(json.dumps(report) if args.json else reading.table(report["images"]))
+
+
 def run_inspect(args: argparse.Namespace) -> None:
     from ..evaluation import inspection, report
+    from .prompts import prepared
 
     report.check(args.out, args.text)
+    media = prepared(media_parts(args), args.model)
     text = None if args.text is None else read_text(args.text)
     known_schemes()
     schemes = [name.strip() for name in args.kv.split(",")]
     found = inspection.inspect(
-        args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty()
+        args.model, schemes, text=text, tokens=args.tokens, device=args.device, progress=sys.stderr.isatty(),
+        media=media,
     )
     files = report.write(found, args.out)
     print(json.dumps(found) if args.json else files[-1])

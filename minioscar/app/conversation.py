@@ -66,7 +66,7 @@ class Conversation:
         self.held: list[int] = []  # the tokens in row 0 of the cache
         self._lost: list[int] = []  # those after them that went with its window: fed again when it goes on or is saved
         self._answer: Generator[str, None, None] | None = None
-        self.shown: list[Medium] = []  # what the next message brings
+        self.shown: list[dict[str, Any]] = []  # parts that the next message brings
         if cache is not None:
             if len(cache) > self.context:
                 held = f"the prompt cache has {len(cache)} tokens, but the context holds {self.context}"
@@ -90,12 +90,12 @@ class Conversation:
         memory.check(config, scheme, ops, 1, ctx, 1)
         return self.engine.round_up(ctx)  # whole blocks, so that the row can be saved
 
-    def show(self, source: Any, kind: str = "image") -> Medium:
-        """A picture, or an "audio", in front of the next message: a file's name, or what else a message's part may
-        hold. Raises UserError."""
-        [message] = opened([{"content": [{"type": kind, kind: source}]}], self.engine.config.towers)
-        self.shown.append(message["content"][0][kind])
-        return self.shown[-1]
+    def show(self, source: Any, kind: str = "image") -> tuple[Medium, ...]:
+        """A picture, an "audio" or a "video" in front of the next message: a file's name, or what else a message's part
+        may hold. Returns what the model reads of it: one medium, or those of a video. Raises UserError."""
+        opened_ones = opened([{"content": [{"type": kind, kind: source}]}], self.engine.config.towers)
+        self.shown += opened_ones[0]["content"]
+        return media_of(opened_ones)
 
     def say(self, text: str, **options: Any) -> Generator[str, None, None]:
         """The answer to a user's message, as it comes; options as in `Engine.generate`.
@@ -108,8 +108,8 @@ class Conversation:
             raise UserError(f"the message must be text, not {shown(text)}")
         wanted = options_of(options, ())
         self._close()
-        parts = [{"type": medium.kind, medium.kind: medium} for medium in self.shown]
-        messages = continued(self.messages, [*parts, {"type": "text", "text": text}] if parts else text)
+        said = [*self.shown, {"type": "text", "text": text}] if self.shown else text
+        messages = continued(self.messages, said)
         if not text.strip() and len(messages) > len(self.messages):  # a document may be answered as it is
             raise UserError("the message is empty; say something")
         return self._begin([*self._past, (self.messages, messages)], wanted)

@@ -33,15 +33,16 @@ MORE_EXAMPLES = {
 
 A line of prompts.jsonl is a JSON string or {"prompt": "...", "id": ...} or {"messages": [{"role": "user", "content":
 "..."}]}, with "system" and settings of its own: "max_tokens", "temperature", "seed", "stop", "n" and so on, as the
-options are called. Content may be parts, {"type": "text", "text": "..."}, {"type": "image", "image": "a.png"} and
-{"type": "audio", "audio": "a.wav"}. A line that fails becomes {"line": N, "error": "..."} and the others go on.""",
+options are called. Content may be parts, {"type": "text", "text": "..."}, {"type": "image", "image": "a.png"},
+{"type": "audio", "audio": "a.wav"} and {"type": "video", "video": "a.mp4", "fps": 2}. A line that fails becomes
+{"line": N, "error": "..."} and the others go on.""",
     "chat": """examples:
   python -m minioscar chat smollm2-135m --system "Answer in one sentence."
   python -m minioscar chat smollm2-135m --cache book.kv.safetensors
   printf 'Hello\\nWhat did I say?\\n' | python -m minioscar chat smollm2-135m
 
-In the conversation, /help lists the commands: /image FILE, /audio FILE, /retry, /undo, /reset, /save FILE, /stats,
-/exit.
+In the conversation, /help lists the commands: /image FILE, /audio FILE, /video FILE, /retry, /undo, /reset, /save
+FILE, /stats, /exit.
 Ctrl-C stops an answer and keeps the conversation.""",
     "cache": """examples:
   python -m minioscar cache Qwen/Qwen3-0.6B --prompt-file book.txt --out book.kv.safetensors
@@ -63,7 +64,9 @@ stderr says so and /health answers 200. SIGTERM lets running answers end.""",
     "eval": """examples:
   python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024 --windows 3 --json
   python -m minioscar eval smollm2-135m --kv int2 --needle 512,1024 --tools 1024 --drift 256""",
-    "inspect": "example:\n  python -m minioscar inspect smollm2-135m --out report",
+    "inspect": """examples:
+  python -m minioscar inspect smollm2-135m --out report
+  python -m minioscar inspect Qwen/Qwen3-VL-4B-Instruct --image page.png --tokens 2048""",
 }
 
 
@@ -71,7 +74,7 @@ def flag(name: str, help: str, metavar: str | None = None, **how: Any) -> Flag:
     return name, {"help": help, **({} if metavar is None else {"metavar": metavar}), **how}
 
 
-def number(name: str, help: str, metavar: str, default: int | None = None, type: type = int) -> Flag:
+def number(name: str, help: str, metavar: str, default: float | None = None, type: type = int) -> Flag:
     return flag(name, help, metavar, type=type, default=default)
 
 
@@ -94,7 +97,14 @@ WEIGHTS = flag(
     "--weights", "quantize matrices of 16 bits while they are loaded (no; files of 4 or 8 bits stay what they are)",
     choices=("int8", "int4"),
 )
+GPUS = number("--gpus", "split the model over so many GPUs of this machine (1)", "N")
 TEXT = flag("--text", "a text file, - for standard input (the topics of Python's help)", "F")
+MEDIA = [
+    several("--image", "a picture in front of the text, for a model that reads some", "FILE"),
+    several("--audio", "a sound in front of the text, for a model that hears", "FILE"),
+    several("--video", "a video in front of the text, for a model that reads some", "FILE"),
+    number("--fps", "frames of --video that are read a second (the model's)", "F", type=float),
+]
 RENDERING = [  # argparse lets one of them be given
     switch("--chat", "render the chat template (default for a model that has one)", default=None),
     switch("--raw", "plain continuation", action="store_false", dest="chat"),
@@ -130,6 +140,7 @@ def answering(max_tokens: int, ctx: str) -> list[Flag]:
         switch("--ignore-eos", "go on behind the model's end tokens, as far as --max-tokens"),
         number("--ctx", f"capacity of the cache in tokens ({ctx})", "N"),
         DEVICE,
+        GPUS,
         TEMPLATE,
     ]
 
@@ -139,8 +150,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         flag("prompt", "the text, or - for standard input; or use one of the files", "PROMPT", nargs="?"),
         flag("--prompt-file", "read the prompt from a text file; - is standard input", "F"),
         flag("--prompts-file", "many prompts, one a line of JSON; one line of JSON for each on stdout", "F"),
-        several("--image", "a picture in front of the prompt, for a model that reads some", "FILE"),
-        several("--audio", "a sound in front of the prompt, for a model that hears", "FILE"),
+        *MEDIA,
         flag("--system", "the system message in front of the prompt, or of every prompt", "TEXT"),
         number("--batch", "prompts of --prompts-file that run at a time (8)", "B", 8),
         number("--n", "answers to each prompt, drawn independently (1)", "N", 1),
@@ -163,20 +173,23 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         WEIGHTS,
         number("--chunk", "tokens of prompts read between two steps, a multiple of 128 (1024)", "N", 1024),
         number("--queue", "prompts that may wait for a slot; more are refused with 503 (4 for each slot)", "N"),
+        number("--host-cache", "GB of the host's memory for cached prompts the card gives up (0)", "GB", 0.0, float),
         flag("--api-key", "what clients have to send ($MINIOSCAR_API_KEY, else none)", "KEY"),
         several("--cors", "a page from this origin may ask, * is any (only those of this machine)", "ORIGIN"),
         flag("--name", "the model's name in the API (the last part of MODEL)", "NAME"),
         switch("--strict-model", "refuse requests for models of another name"),
-        flag("--images", "a folder whose pictures requests may name as file:// URLs (none; data: URLs always)", "DIR"),
+        flag("--images", "a folder whose pictures and videos requests may name (none; data: URLs always)", "DIR"),
+        number("--media-tokens", "most tokens of a picture, sound or video (4096); memory is left for them", "N", 4096),
         flag("--replicas", "so many copies over a Ray cluster, or N:M as the load needs (extra `ray`)", "N[:M]"),
         number("--grace", "seconds for running answers when the server is told to end (30)", "N", 30),
         *SAMPLING[:5],
         DEVICE,
+        GPUS,
     ]),
     "cache": ("read a text once, for generate and chat --cache", [
         flag("--prompt-file", "a text file; - is standard input", "F", required=True),
         flag("--out", "the file to write, such as book.kv.safetensors; - is standard output", "F", required=True),
-        SCHEME, WEIGHTS, DEVICE, *RENDERING, TEMPLATE,
+        SCHEME, WEIGHTS, DEVICE, GPUS, *RENDERING, TEMPLATE,
     ]),
     "pull": ("fetch a model into weights/", []),
     "info": ("shapes, parameters, bytes per token and scheme, the longest context that fits", [
@@ -184,6 +197,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         number("--batch", "sequences in the cache (1)", "B", 1),
         WEIGHTS,
         DEVICE,
+        GPUS,
     ]),
     "eval": ("fidelity of the schemes on a text: NLL, KL and top-1 agreement against the unquantized run", [
         TEXT,
@@ -200,6 +214,11 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
             const="1024,4096,8064"
         ),
         flag("--window", "the same BF16 window for all schemes: tokens packed at a time / kept (their own)", "F/W"),
+        flag(
+            "--images", "instead of a text: values read from drawn pages of so many tokens (300,600,1000,2000)", "N,N",
+            nargs="?", const="300,600,1000,2000"
+        ),
+        number("--pages", "of each size, with up to 16 questions each (4)", "N", 4),
         switch("--emptied", "also KL without kept tokens: 64 are packed as soon as they are there"),
         flag("--pieces", "also read prompts in pieces of N tokens, each over a past in the scheme (whole)", "N,N"),
         number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),
@@ -208,7 +227,8 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
     ]),
     "inspect": ("token norms, spread inside groups, sinks and errors per scheme: a report with figures", [
         TEXT,
-        number("--tokens", "of the text's beginning, a multiple of 128 (1024)", "N", 1024),
+        *MEDIA,
+        number("--tokens", "of the beginning of media and text, a multiple of 128 (1024)", "N", 1024),
         flag("--kv", f"schemes: {SCHEMES}", "A,B,C", default="kivi,rotation,scaling,oscar,int2"),
         flag("--out", "folder for report.html and report.json (report)", "DIR", default="report"),
         DEVICE,

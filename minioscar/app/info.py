@@ -82,7 +82,14 @@ def describe(model: str, ctx: int | None, batch: int, device: str, weights: str 
 
 def _tower(tower: Tower) -> dict:
     shapes = tower.expected().values()
-    return {"parameters": sum(math.prod(shape) for shape in shapes)} | asdict(tower)
+    return {"parameters": sum(math.prod(shape) for shape in shapes), "weights_of": tower.weights_of} | asdict(tower)
+
+
+def _by(tower: dict) -> str:
+    """tower: of the report."""
+    if not tower["parameters"]:
+        return f"by the tower of {tower['weights_of']}s"
+    return f"a tower of {tower['parameters']:,} parameters"
 
 
 def kept_as(config: Config) -> str:
@@ -109,7 +116,7 @@ def text(report: dict) -> str:
         "{model}: {model_type}, {parameters:,} parameters{active}, {layers} layers, hidden {hidden_size}, mlp "
         "{intermediate_size}{experts}",
         "attention: {q_heads} q heads, {kv_heads} kv heads, head_dim {head_dim}",
-        *(f"{kind}s: a tower of {of['parameters']:,} parameters" for kind, of in report["towers"].items()),
+        *(f"{kind}s: {_by(of)}" for kind, of in report["towers"].items()),
         "positions: {max_positions}{window}, rope {rope}; vocabulary {vocab_size}",
         "on {device}: weights {size} ({weights}), reading a prompt of {context} tokens takes {work} more; {free} free",
         "",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import is_chat
 from ..chat_template import Message, malformed
+from ..config import Config
 from ..errors import Failure, UserError, one_line, said, shown
 from ..generation import Generation
 from ..ops.linear_batch import BATCH_TOKENS
@@ -25,8 +26,9 @@ from ..options import Options
 from ..prompt_cache import PromptCache, continued
 from ..sampling import Sampling
 from ..storage import strict_json
-from ..towers import pictures, sound
-from ..towers.media import media_of
+from ..storage.hub import resolve
+from ..towers import pictures, sound, video
+from ..towers.media import media_of, opened
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -103,19 +105,32 @@ def _prompt(value: Any) -> str | list[Message]:
     return [{"role": "system", "content": system}, *(messages or [{"role": "user", "content": value["prompt"]}])]
 
 
-def check_media(media: Sequence[Mapping[str, str]]) -> None:
-    """Raises UserError for what cannot be read as a picture or as a sound, before a model is loaded."""
+def prepared(media: Sequence[Mapping[str, Any]], model: str) -> list[Mapping[str, Any]]:
+    """These parts as the model reads them. Raises UserError for what is no picture, sound or video, before a model is
+    looked for, and for what is not for this model, before its weights are read."""
     for part in media:
         file = part[part["type"]]
-        pictures.opened(file, file) if part["type"] == "image" else sound.opened(file, file, math.inf)
+        if part["type"] == "image":
+            pictures.opened(file, file, says=False)  # it is opened again, for the model
+        elif part["type"] == "audio":
+            sound.opened(file, file, math.inf)
+        else:
+            with video.opened(file, file):
+                pass
+    if not media:
+        return []
+    towers = Config.from_folder(resolve(model, weights=False)).towers
+    [message] = opened([{"role": "user", "content": media}], towers)
+    return message["content"]
 
 
-def with_media(media: Sequence[Mapping[str, str]], prompt: str, cache: PromptCache | None) -> list[Message]:
-    """A text behind pictures and sounds, parts of a user's message: the first one, or what follows those of a prompt
-    cache."""
+def with_media(media: Sequence[Mapping[str, Any]], prompt: str, cache: PromptCache | None) -> list[Message]:
+    """A text behind pictures, sounds and videos, parts of a user's message: the first one, or what follows those of a
+    prompt cache."""
     if cache is not None and cache.messages is None:
         why = "needs a chat, but this prompt cache holds plain text; make it again without --raw"
-        raise UserError(f"--{media[0]['type']} {why}")
+        kind = next(part["type"] for part in media if part["type"] != "text")
+        raise UserError(f"--{kind} {why}")
     text = [{"type": "text", "text": prompt}] if prompt else []
     return continued([] if cache is None else cache.messages, [*media, *text])
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import Failure, UserError, one_line
+from ..memory import size
 from ..ops import wake
 from ..sampling import Sampling
 from ..serve import server
@@ -35,7 +36,7 @@ def plan_of(args: argparse.Namespace) -> server.Plan:
     plan = server.Plan(
         args.slots, args.ctx, args.chunk, args.queue, args.name or os.path.basename(os.path.normpath(args.model)),
         args.api_key or os.environ.get("MINIOSCAR_API_KEY"), args.cors, args.strict_model,
-        args.images,
+        args.images, args.media_tokens, args.host_cache,
     )  # fmt: skip
     plan.check()
     if args.grace < 0:
@@ -68,6 +69,10 @@ def serve(args: argparse.Namespace) -> None:
     app, scheduler = assembled(args)
     engine, cache = scheduler.engine, scheduler.cache
     held = f"{plan.slots} slots of {cache.context} tokens, {engine.scheme.name} cache {cache.nbytes / 1e6:.1f} MB"
+    if towers := engine.config.towers:
+        most = min(plan.media_tokens, cache.context, max(tower.max_tokens for tower in towers.values()))
+        reserved = size(server.media_bytes(engine, plan, cache.context))
+        held += f", {reserved} for {' and '.join(towers)}s of at most {most} tokens"
     url = url_of(*bound.getsockname()[:2])
     if args.json:
         print(json.dumps({"url": url, "model": plan.name, "slots": plan.slots, "context": cache.context}), flush=True)

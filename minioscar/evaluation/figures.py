@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .inspection import SINK_SHARE, STEPS
+from .modalities import MEETING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ COLORS = {
     "int2-compact": "#cc79a7", "int2-long": "#66c2a5", "int4": "#333333",
     "k3v2": "#67000d", "k3v3": "#cb181d", "k4v2": "#a50f15", "k4v4": "#fb6a4a",
 }
+KIND_COLORS = {"text": "#333333", "image": "#0072b2", "video": "#009e73", "audio": "#d55e00", MEETING: "#cc79a7"}
 STEP_COLORS = dict(zip(STEPS, ("#8c8c8c", "#e69f00", "#56b4e9", "#0072b2"), strict=True))
 STYLE = {
     "font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -139,6 +141,31 @@ def spread(fig: Figure, report: dict) -> None:
     right.legend()
 
 
+def kinds(fig: Figure, report: dict) -> None:
+    """Norms along the tokens of the layer where groups spread most, and spreads by layer, by what tokens are of."""
+    left, right = fig.subplots(1, 2, width_ratios=(1.6, 1))
+    layers = [layer["kinds"] for layer in report["layers"]]
+    seen = [kind for kind in KIND_COLORS if any("spread" in of.get(kind, ()) for of in layers)]
+    visual = [kind for kind in seen if kind != "text"] or seen
+    index = int(np.argmax([max(of[kind]["spread"][1] for kind in visual) for of in layers]))
+    norms, x = np.array(report["layers"][index]["token_norms"]), np.arange(len(layers))
+    for kind in dict.fromkeys(run["kind"] for run in report["runs"]):
+        runs = [run for run in report["runs"] if run["kind"] == kind]
+        here = np.concatenate([np.arange(run["first"], run["first"] + run["count"]) for run in runs])
+        left.plot(here, norms[here], ".", ms=4, color=KIND_COLORS[kind], label=kind)
+    for kind in seen:
+        for name, style in (("spread", "-"), ("left", ":")):
+            right.plot(x, [of[kind][name][1] for of in layers], style, color=KIND_COLORS[kind],
+                       label=kind if name == "spread" else None)  # fmt: skip
+    left.set(title=f"Norm of every key, layer {index}", xlabel="token")
+    right.set(title="Spread of a group", xlabel="layer", ylabel="largest norm / smallest (dotted: in a head)")
+    for axes, low in ((left, norms.min()), (right, 1)):
+        if axes.get_ylim()[1] > 10 * low:
+            axes.set_yscale("log")
+    left.legend(fontsize=10, markerscale=2)
+    right.legend(fontsize=10)
+
+
 def bound(fig: Figure, report: dict) -> None:
     """Error against norm spread, with the bound."""
     data, shown = report["imbalance"], [
@@ -254,6 +281,15 @@ FIGURES: list[tuple[str, str, Callable[[Any, dict], None]]] = [
         "forms of keys: as they are, divided by their norms, rotated, and both. Rotation makes the average channel a "
         "little wider; what it takes away are the extremes.",
         spread,
+    ),
+    (
+        "Token Norm Imbalance by what tokens are of",
+        "Left: the norm of every key, over all kv heads, in the layer where it differs most inside groups. Right: the "
+        "largest norm of a group over the smallest, median over the groups of text, of pictures, videos and sounds, "
+        "and over those where kinds meet; dotted: the same in a single kv head once its keys are divided by the norms "
+        "over all heads, which is what a norm for each head would take away. In text a few sinks are short; the "
+        "paper's figures of Qwen3-VL show visual tokens of many times the usual norm, and other levels beside text.",
+        kinds,
     ),
     (
         "The error grows with the imbalance, as it must",

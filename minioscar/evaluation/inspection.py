@@ -30,6 +30,7 @@ from ..oscar import SCHEMES, WINDOW, Scheme
 from ..storage.hub import resolve
 from ..tokenizer import Tokenizer
 from ..weights import load as load_weights
+from . import modalities
 from .contrasts import BIN, by_window, feedback_effect
 from .fidelity import default_text
 
@@ -45,10 +46,10 @@ PLAIN = Shaping(None, None)  # of a scheme that is neither shaped nor pair-scale
 
 def inspect(
     model: str, schemes: Sequence[str], *, text: str | None = None, tokens: int = 1024, device: str = "auto",
-    progress: bool = False
+    progress: bool = False, media: Sequence[Mapping[str, Any]] = (),
 ) -> dict:
-    """The object of `inspect --json`: one unquantized run over the first `tokens` tokens of a text, seen from every
-    layer.
+    """The object of `inspect --json`: one unquantized run over the first `tokens` tokens of a text, or of a message of
+    media and the text, seen from every layer. media: parts of a message.
 
     Raises UserError for an unknown scheme, a number of tokens that is no multiple of WINDOW, or a text or model too
     short for it.
@@ -65,9 +66,8 @@ def inspect(
     check_scheme(config, SCHEMES["oscar"])  # its rotation is one of the four forms
     if tokens > config.max_context:
         raise UserError(f"--tokens {tokens} is out of range; {config.limit}")
-    ids = tokenizer.encode(default_text() if text is None else text)[:tokens]
-    if len(ids) < tokens:
-        raise UserError(f"the text has {len(ids)} tokens, but {tokens} are needed; lower --tokens or use a longer text")
+    ids, shown = modalities.prompt_of(config, tokenizer, media, default_text() if text is None else text, tokens)
+    kinds = modalities.kinds_of(ids, shown)
     weights = load_weights(folder, config, ops, progress)
     shaped = [scheme for scheme in wanted if scheme.shaped or scheme.pair_scaled]
     statistics = key_statistics(weights, config, ops) if shaped else None
@@ -79,18 +79,19 @@ def inspect(
         i = len(layers)
         rotations = {kv: ops.numpy(of[i].rotations) for kv, of in calibrated.items()}
         of_layer = {kv: found.of_layer(i) for kv, found in shapings.items()}
-        layers.append(look(inputs, config, wanted, of_layer, rotations))
+        layers.append(look(inputs, config, wanted, of_layer, rotations) | by_kind(inputs.k, kinds))
         bar.update()
 
     with tqdm(
         total=config.num_layers, desc="inspect", unit="layer", leave=False, disable=None if progress else True
     ) as bar:
-        record_attention_inputs(weights, config, ops, np.array(ids), record)
+        record_attention_inputs(weights, config, ops, np.array(ids), record, media=shown)
     return {
         "model": str(model), "device": ops.name, "tokens": tokens, "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "group": SCHEMES["oscar"].group, "schemes": [scheme.name for scheme in wanted], "quantiles": QUANTILES,
-        "sinks": sinks(layers, ids, tokenizer),
+        "runs": modalities.runs_of(kinds),
+        "sinks": sinks(layers, modalities.texts_of(ids, kinds, tokenizer)),
         "imbalance": imbalance(layers),
         "errors_by_token": by_token(layers),
         "example": example(layers),
@@ -163,6 +164,12 @@ def look(
             "head": head, "token": low, "keys": {step: abs(x[head, :group]) / rms[step] for step, x in keys.items()}
         },
     }
+
+
+def by_kind(k: np.ndarray, kinds: Sequence[str]) -> dict:
+    """`modalities.of_layer` of keys [tokens, kv_heads, d] as BF16 keeps them."""
+    found = modalities.of_layer(k.astype(BF16).astype(np.float32).swapaxes(0, 1), kinds, SCHEMES["oscar"].group)
+    return {"kinds": {kind: {name: rounded(x) for name, x in of.items()} for kind, of in found.items()}}
 
 
 def relative(back: np.ndarray, x: np.ndarray, axis: tuple[int, int]) -> np.ndarray:
@@ -275,14 +282,15 @@ def example(layers: Sequence[dict]) -> dict:
     return {"layer": index, "kv_head": picture["head"], "low_norm_token": picture["token"], "keys": keys}
 
 
-def sinks(layers: Sequence[dict], ids: Sequence[int], tokenizer: Tokenizer) -> list[dict]:
-    """Tokens that get more than SINK_SHARE of the attention of some layer, those of most layers first."""
+def sinks(layers: Sequence[dict], texts: Sequence[str]) -> list[dict]:
+    """Tokens that get more than SINK_SHARE of the attention of some layer, those of most layers first. texts: of all
+    tokens."""
     # [layers, tokens]
     shares, norms = (np.array([layer[name] for layer in layers]) for name in ("attention", "token_norms"))
     counts = (shares > SINK_SHARE).sum(axis=0)
     found = [
         {
-            "position": int(t), "text": tokenizer.decode([ids[t]]), "layers": int(counts[t]),
+            "position": int(t), "text": texts[t], "layers": int(counts[t]),
             "attention": rounded(shares[:, t].mean()),
             "norm_to_median": rounded((norms[:, t] / np.median(norms, axis=1)).mean()),
         }

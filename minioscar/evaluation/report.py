@@ -85,11 +85,19 @@ def page(report: dict) -> str:
             parts.append(sink_table(report))
     subtitle = (
         f"{len(report['layers'])} layers, {report['kv_heads']} kv heads of {report['head_dim']} channels; "
-        f"{report['tokens']:,} tokens of text, one unquantized run on {report['device']}. Keys are taken after RoPE, "
-        f"in groups of {report['group']} tokens."
+        f"{report['tokens']:,} tokens{_of(report)}, one unquantized run on {report['device']}. "
+        f"Keys are taken after RoPE, in groups of {report['group']} tokens."
     )
     title = html.escape(f"What quantization meets in {Path(report['model']).name}")
     return PAGE.format(title=title, subtitle=html.escape(subtitle), body="\n".join(parts))
+
+
+def _of(report: dict) -> str:
+    """What the tokens are of."""
+    counts: dict[str, int] = {}
+    for run in report["runs"]:
+        counts[run["kind"]] = counts.get(run["kind"], 0) + run["count"]
+    return " of text" if len(counts) == 1 else f" ({', '.join(f'{n:,} of {kind}' for kind, n in counts.items())})"
 
 
 def svg(draw: Callable[[Figure, dict], None], report: dict) -> str:

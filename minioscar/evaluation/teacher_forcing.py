@@ -43,9 +43,9 @@ def followed(
         done(len(chunk))
 
 
-def next_flush(cache: Cache) -> int:
-    """The length of row 0 at which some of its window is quantized next."""
-    return (int(cache.lengths[0]) // cache.scheme.flush + 1) * cache.scheme.flush
+def next_flush(cache: Cache, slot: int = 0) -> int:
+    """The length of a row at which some of its window is quantized next."""
+    return (int(cache.lengths[slot]) // cache.scheme.flush + 1) * cache.scheme.flush
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@
 // grid (tokens, 1 + ceil(q_heads / 16)), a block has the lanes of 16 heads. The first block of a token has its keys
 // and values, so that it sums the keys' norm in a fixed order. All arithmetic is float32; K' is rounded to bf16
 // before its norm is taken.
+// With SHARED_KEYS, of one of several cards, qkv has the keys of all key_heads, for their norms; the kv_heads from
+// first_key on are the card's own, and stored.
 // With SHIFTED, of models that read pictures, the tables' row of a token is its position + shifts[token].
 // reads and writes 2 B an element. A token at position < 0 is skipped.
 #include "common.cuh"
@@ -25,6 +27,16 @@ constexpr int BLOCK_TOKENS = 128;    // whose norms a block of the cache has
 constexpr int KEYS = 1, VALUES = 2;  // bits of `rotate`
 constexpr int HEADS_PER_BLOCK = 16, THREADS = HEADS_PER_BLOCK * LANES, HEADS_PER_WARP = 32 / LANES,
               WORDS = PER_LANE / 2;
+#ifdef SHARED_KEYS
+#define KEYS_ARGUMENTS , int key_heads, int first_key
+#define IS_KEPT(head) (!has_keys || (unsigned)(head - first_key) < (unsigned)kv_heads)
+#define KEPT(head) min(max(head - first_key, 0), kv_heads - 1)
+#else
+#define KEYS_ARGUMENTS
+#define key_heads kv_heads
+#define IS_KEPT(head) true
+#define KEPT(head) head
+#endif
 #ifdef SHIFTED
 #define SHIFTS_ARGUMENT , const int* shifts
 #define TABLE_SHIFT + shifts[blockIdx.x]
@@ -88,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
                  const float* sines, const int* positions, const int* slots, bf16* __restrict__ q_out,
                  bf16* __restrict__ k_out, bf16* __restrict__ keys, bf16* __restrict__ values,
                  float* __restrict__ norms, const int* table, int q_heads, int kv_heads, int capacity,
-                 int table_stride, int rotate, float eps SHIFTS_ARGUMENT) {
+                 int table_stride, int rotate, float eps KEYS_ARGUMENTS SHIFTS_ARGUMENT) {
   __shared__ float squares[THREADS / 32];
   // The shuffle tells the compiler that `warp` is uniform; else every shuffle in the loop gets a divergent version.
   const int warp = __shfl_sync(FULL_MASK, threadIdx.x / 32, 0), lane = threadIdx.x % LANES,
@@ -109,21 +121,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     norm_at = table[slot * table_stride + norm_at / BLOCK_TOKENS] * BLOCK_TOKENS + norm_at % BLOCK_TOKENS;
   wait_then_allow_next();
   if (position < 0) return;
-  const bf16* in = qkv + token * (q_heads + 2 * kv_heads) * DIM;
+  const bf16* in = qkv + token * (q_heads + key_heads + kv_heads) * DIM;
   float sum = 0.f;
-  const int end = has_keys ? kv_heads : q_heads;
+  const int end = has_keys ? key_heads : q_heads;
   int first = (has_keys ? 0 : (blockIdx.y - 1) * HEADS_PER_BLOCK) + warp * HEADS_PER_WARP;
   for (; first < end; first += has_keys ? HEADS_PER_BLOCK : end) {
     const int lane_head = first + threadIdx.x % 32 / LANES, head = min(lane_head, end - 1);
-    const bool own = lane_head < end;  // lanes without a head repeat the last one, since all lanes must shuffle
+    const int kept = KEPT(head);              // of keys
+    const bool exists = lane_head < end;      // lanes without a head repeat the last one, since all lanes must shuffle
+    const bool own = exists && IS_KEPT(head);
     uint32_t words[WORDS];
     load(words, in + ((has_keys ? q_heads : 0) + head) * DIM, lane);
-    bf16* out = has_keys ? k_out + (token * kv_heads + head) * DIM : q_out + (token * q_heads + head) * DIM;
+    bf16* out = has_keys ? k_out + (token * kv_heads + kept) * DIM : q_out + (token * q_heads + head) * DIM;
     if (has_keys && values) {
-      const size_t offset = k_out ? (token * kv_heads + head) * DIM
-                                  : ((slot * kv_heads + head) * capacity + position % capacity) * DIM;
+      const size_t offset = k_out ? (token * kv_heads + kept) * DIM
+                                  : ((slot * kv_heads + kept) * capacity + position % capacity) * DIM;
       uint32_t value[WORDS];
-      load(value, in + (q_heads + kv_heads + head) * DIM, lane);
+      load(value, in + (q_heads + key_heads + kept) * DIM, lane);
       if (rotate & VALUES) rotate_head(value, lane);
       if (own) store(values + offset, value, lane);
       if (!k_out) out = keys + offset;
@@ -146,8 +160,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     }
     if (rotate & KEYS) hadamard(x, lane);
     UNROLL for (int i = 0; i < WORDS; i++) words[i] = pack_bf16x2(x[2 * i] * factor, x[2 * i + 1] * factor);
-    if (!own) continue;
-    store(out, words, lane);
+    if (!exists) continue;
+    if (own) store(out, words, lane);
     if (!has_keys) continue;
     UNROLL for (int i = 0; i < PER_LANE; i++) sum += number(words, i) * number(words, i);
   }

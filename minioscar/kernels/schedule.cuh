@@ -58,6 +58,16 @@ DEVICE void number_items(int* first, int* tokens, const Items& items, const int*
   if (lane == 0) first[batch] = sum;
 }
 
+// How many blocks have items. Where heads would be split over so many that reading their partials takes several trips
+// to L2 (MANY_SPLITS), a block has MIN_ITEMS at least, for as many warps; the others leave their multiprocessors to the
+// next launch, which loads its weights meanwhile. Heads of one size then end where blocks do.
+DEVICE int blocks_used(int total, int heads, int blocks) {
+  constexpr int MANY_SPLITS = 16, MIN_ITEMS = 6;
+  int used = blocks;
+  if (blocks > MANY_SPLITS * heads) used = min(blocks, max(total / (MIN_ITEMS * heads), 1) * heads);
+  return min(total, used);
+}
+
 template <class Items>
 DEVICE void schedule_block(const Items& items, const int* lengths, int added, int batch, int heads, int4* tasks) {
   extern __shared__ __align__(128) unsigned char smem[];
@@ -65,7 +75,7 @@ DEVICE void schedule_block(const Items& items, const int* lengths, int added, in
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x, blocks = gridDim.x;
   if (warp == 0) number_items(first, tokens, items, lengths, added, batch, heads);
   __syncthreads();
-  const int total = first[batch], used_blocks = min(total, blocks);
+  const int total = first[batch], used_blocks = blocks_used(total, batch * heads, blocks);
   const int items_per_block = total / max(used_blocks, 1), extra_items = total - items_per_block * used_blocks;
   auto begin_of = [&](int b) {  // total * b / used_blocks
     return b < used_blocks ? items_per_block * b + extra_items * b / used_blocks : total;

@@ -91,6 +91,7 @@ class Rotation:
     eps: float = 0.0
     rotate_values: bool = False
     shifts: Array | None = None  # int32 [tokens]: row of the tables minus position; None: of all 0
+    keys: tuple[int, Any] | None = None  # `Config.shared_keys`
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class KeyOutputs:
 
 
 def rotate_scale(rotation: Rotation, qkv: Array, positions: Array, q_out: Array, to: KeyOutputs) -> Launch:
-    """qkv [tokens, (q_heads + 2 kv_heads) * d] -> q_out [tokens, q_heads, d]; K', V and norms go where `to` says."""
+    """qkv [tokens, config.qkv_size] -> q_out [tokens, q_heads, d]; K', V and norms go where `to` says."""
     r, lanes_per_head = rotation, rotation.heads.head_dim // 16
     capacity, stride = 1 if to.keys is None else to.keys.shape[2], 0 if to.table is None else to.table.shape[1]
     sizes = map(np.int32, (r.heads.q_heads, r.heads.kv_heads, capacity, stride, r.rotate + 2 * r.rotate_values))
@@ -114,6 +115,8 @@ def rotate_scale(rotation: Rotation, qkv: Array, positions: Array, q_out: Array,
     args = qkv, r.q_weight, r.k_weight, r.cos, r.sin, positions, to.slots, *outputs, *sizes, np.float32(r.eps)
     grid = positions.shape[0], 1 + -(-r.heads.q_heads // HEADS_PER_BLOCK)
     defines = (f"HEAD_DIM={r.heads.head_dim}",)
+    if r.keys is not None:
+        args, defines = (*args, np.int32(r.keys[0]), r.keys[1]), (*defines, "SHARED_KEYS=1")
     if r.shifts is not None:
         args, defines = (*args, r.shifts), (*defines, "SHIFTED=1")
     return Launch("rotate_scale.cu", "rotate_scale", defines, grid, HEADS_PER_BLOCK * lanes_per_head, args)
@@ -280,12 +283,14 @@ class DecodeState:
 
 
 def decode_plan(heads: Heads, scheme: Scheme, batch: int, card: Card) -> DecodePlan:
-    """The most warps whose rings fit, 8 where items are large (notebook, version 13); a grid that splits few heads."""
+    """The most warps whose rings fit, 8 where items are large (notebook, version 13); a grid that splits few heads, of
+    grids near the whole card one with a multiple of 16 splits a head if there is one."""
     q_per_kv = heads.q_heads // heads.kv_heads
     q_groups = next(n for n in range(1, q_per_kv + 1) if q_per_kv % n == 0 and q_per_kv // n <= 8)
     work, limit = batch * heads.kv_heads * q_groups, card.multiprocessors
     even = (n for n in range(limit * 15 // 16, limit + 1) if n % work == 0 or work % n == 0)
-    blocks = max(even, default=limit)
+    # Splits of a head are read 16 at a time (decode_merge.cuh).
+    blocks = max(even, key=lambda n: (n % (16 * work) == 0, n), default=limit)
     configs = WARP_CONFIGS if scheme.quantized else BF16_WARP_CONFIGS
     plans = [DecodePlan(q_per_kv // q_groups, q_groups, warps, stages, blocks) for warps, stages in configs]
     # The sums of 256 channels leave registers for 8 warps.

@@ -132,15 +132,14 @@ class Cuda(Reference):
         """While attention reads keys and values in BF16, or while the MLP runs."""
         heads, width = Heads.of(c), self.dtype.itemsize
         split = prefill.split_plan(heads, tokens, 1, context - tokens, self.card)
-        attending = width * tokens * (c.hidden_size + 3 * c.q_size + 3 * c.kv_size)  # x, qkv, q, k, y
+        attending = width * tokens * (c.hidden_size + 2 * c.q_size + c.qkv_size + c.kv_size)  # x, qkv, q, k, y
         attending += prefill.past_bytes(heads, tokens, context, self.card) + (split.nbytes(c.head_dim) if split else 0)
         if c.experts:
             return max(attending, width * tokens * c.hidden_size + experts.work_bytes(c, tokens, self.card))
         gate_up = min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
         if c.stored_bits(False) and tokens > BATCH_TOKENS:  # the matrix itself, dequantized
             gate_up += 2 * c.intermediate_size * c.hidden_size
-            qkv = c.q_size + 2 * c.kv_size
-            attending = max(attending, width * (tokens * (2 * c.hidden_size + qkv) + qkv * c.hidden_size))
+            attending = max(attending, width * (tokens * (2 * c.hidden_size + c.qkv_size) + c.qkv_size * c.hidden_size))
         return max(attending, width * (tokens * (2 * c.hidden_size + c.intermediate_size) + gate_up))
 
     def say_if_slow(self, config: Config, scheme: Scheme) -> bool:
@@ -171,10 +170,10 @@ class Cuda(Reference):
         if is_large:
             return self._large_linear(x, weight, bias, norm, silu, residual)
         out = self.xp.empty((tokens, rows), np.float32 if float32 else self.dtype)
-        for chunk in (slice(i, i + limit) for i in range(0, tokens, limit)):
-            options = {"norm": norm, "bias": bias, "silu": silu}
-            options["residual"] = None if residual is None else residual[chunk]
-            for launch in self.products.launches(x[chunk], weight, out[chunk], **options):
+        of = x, out, residual
+        for i in range(0, tokens, limit):
+            given, to, sums = of if tokens <= limit else (None if a is None else a[i : i + limit] for a in of)
+            for launch in self.products.launches(given, weight, to, norm=norm, bias=bias, silu=silu, residual=sums):
                 self.run(launch)
         return out
 
@@ -215,9 +214,9 @@ class Cuda(Reference):
         return x
 
     def _many_experts(self, x: Array, layer: Layer, config: Config, lengths: Array | None) -> None:
-        e, normed = config.experts, self.xp.empty_like(x)
+        e, normed, coded = config.experts, self.xp.empty_like(x), isinstance(layer.gate_up, Quantized)
         self.run(linear.rms_norm(x, layer.post_norm, config.rms_norm_eps, normed))
-        routes = experts.Routes.allocate(self.xp, len(x), e, self.card)
+        routes = experts.Routes.allocate(self.xp, len(x), e, self.card, coded)
         for launch in routes.launches(self._router_logits(normed, layer.router), e, lengths):
             self.run(launch)
         h = self.xp.empty((len(routes.chosen), config.intermediate_size), self.dtype)
@@ -225,8 +224,11 @@ class Cuda(Reference):
             normed, given = self.xp.empty((len(h), x.shape[1]), self.dtype), normed
             self.run(experts.gather(given, routes, e, normed, h))
         parts = self.xp.empty((len(h), config.hidden_size), np.float32)
-        self.run(Product(normed, layer.gate_up, h, True).launch(routes, e, self.card))
-        self.run(Product(h, layer.down, parts, False).launch(routes, e, self.card))
+        for given, weight, out, silu in ((normed, layer.gate_up, h, True), (h, layer.down, parts, False)):
+            if coded and routes.of_warpgroups:  # one matrix after the other: gate and up of all experts are large
+                weight = self.dense(weight).reshape(e.count, -1, weight.shape[1])
+            self.run(Product(given, weight, out, silu).launch(routes, e, self.card))
+            del weight
         self.run(experts.combine(parts, x, e, lengths))
 
     def _router_logits(self, normed: Array, router: Array) -> Array:

@@ -95,7 +95,7 @@ class StepBatch:
         """Of these arrays, how rows draw aside, and of the activations of a step."""
         c = config
         plan = attention.decode_plan(Heads.of(c), SCHEMES["int2"], rows, card)  # no scheme has more tasks
-        widths = 2 * c.hidden_size, 3 * c.q_size + 2 * c.kv_size, c.intermediate_size  # x twice; qkv, q, y; h
+        widths = 2 * c.hidden_size, 2 * c.q_size + c.qkv_size, c.intermediate_size  # x twice; qkv, q, y; h
         x, attending, h = (BF16.itemsize * rows * width for width in widths)
         activations = x + (max(attending, experts.work_bytes(c, rows, card)) if c.experts else attending + h)
         return activations + plan.nbytes(c.head_dim)

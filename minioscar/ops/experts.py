@@ -1,4 +1,4 @@
-"""Plans and launches of a layer of experts: experts/route.cu and experts/experts.cu."""
+"""Plans and launches of a layer of experts: experts/route.cu, and experts/experts.cu or experts/quantized.cu."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache import BF16
+from ..quantized import RUN, Quantized
+from . import quantized
 from .launch import Card, Launch, TensorMap
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ WIDE_PAIRS = 4  # on average an expert has more pairs: up to 16 of them share a 
 EXPERT_TOKENS = 8192  # whose pairs are in memory at once
 WGMMA_PAIRS, WGMMA_ROWS = 128, 256  # of an item of sm90/experts.cu
 MANY_PAIRS = 8  # on average an expert has more pairs: on compute capability 9.0 warpgroups take them
+MANY_CODED_PAIRS = 64  # the same of quantized matrices, which are dequantized for it: two experts' time each
 
 
 def unsupported(config: Config) -> str | None:
@@ -50,6 +53,21 @@ def team_plan(size: int, silu: bool) -> TeamPlan:
     return max(plans, key=lambda plan: size / (-(-size // round_k[plan]) * round_k[plan]))
 
 
+@lru_cache
+def codes_plan(size: int, silu: bool, kind: str) -> TeamPlan:
+    """The same for experts/quantized.cu, whose runs have 64 k: the fullest rounds, for up of the most warps, whose
+    items the blocks share more evenly, else of the most runs."""
+    most = 4 if kind == "int4" else 2 if silu else 3  # as registers allow
+    plans = [TeamPlan(warps, runs) for runs in range(most, 0, -1) for warps in (16, 8, 4, 2)]
+
+    def preference(plan: TeamPlan) -> tuple[float, int, int]:
+        runs, at_once = -(-size // RUN), plan.runs * plan.warps
+        full = runs / (-(-runs // at_once) * at_once)
+        return (full, plan.warps, plan.runs) if silu else (full, plan.runs, plan.warps)
+
+    return max(plans, key=preference)
+
+
 @dataclass(frozen=True)
 class Routes:
     """What route.cu makes of the logits of many tokens; pair t * per_token + s is the s-th choice of token t."""
@@ -66,9 +84,10 @@ class Routes:
         return self.columns == WGMMA_PAIRS
 
     @classmethod
-    def allocate(cls, xp: Any, tokens: int, e: Experts, card: Card) -> Routes:
+    def allocate(cls, xp: Any, tokens: int, e: Experts, card: Card, coded: bool = False) -> Routes:
+        """coded: of quantized matrices."""
         pairs = tokens * e.per_token
-        columns = WGMMA_PAIRS if uses_wgmma(pairs, e, card) else 16 if pairs > WIDE_PAIRS * e.count else 8
+        columns = WGMMA_PAIRS if uses_wgmma(pairs, e, card, coded) else 16 if pairs > WIDE_PAIRS * e.count else 8
         chosen, ordered, entries = (xp.empty(shape, np.int32) for shape in (pairs, pairs, _entries(pairs, columns, e)))
         return cls(chosen, xp.empty(pairs, np.float32), ordered, entries, columns)
 
@@ -83,8 +102,8 @@ class Routes:
         ]
 
 
-def uses_wgmma(pairs: int, e: Experts, card: Card) -> bool:
-    return card.capability == 90 and pairs > MANY_PAIRS * e.count
+def uses_wgmma(pairs: int, e: Experts, card: Card, coded: bool = False) -> bool:
+    return card.capability == 90 and pairs > (MANY_CODED_PAIRS if coded else MANY_PAIRS) * e.count
 
 
 def _entries(pairs: int, columns: int, e: Experts) -> tuple[int, int]:
@@ -116,7 +135,7 @@ def _sums(column_tiles: int, silu: bool) -> int:
 
 @dataclass(frozen=True)
 class Product:
-    """One of the two products of experts.cu.
+    """One of the two products of experts.cu; of a matrix that is quantized, [experts * out, in], of quantized.cu.
 
     silu: up, weight bf16 [experts, 2 * n, hidden], out bf16 [pairs, n], x bf16 [tokens, hidden], of few tokens not
     normed yet; of warpgroups x [pairs, hidden] and out are in the order of the sorted pairs. Else down, weight bf16
@@ -135,8 +154,10 @@ class Product:
         """lengths: of few tokens, as `Routes.launches` has them."""
         if isinstance(choices, Routes) and choices.of_warpgroups:
             return self._wgmma(choices, card)
-        (_, rows, size), plan, of_routes = self.weight.shape, team_plan(self.weight.shape[2], self.silu), (None,) * 3
-        few, tiles, teams = not isinstance(choices, Routes), -(-rows // (32 if self.silu else 16)), WARPS // plan.warps
+        coded, of_routes, few = isinstance(self.weight, Quantized), (None,) * 3, not isinstance(choices, Routes)
+        rows, size = self.weight.shape[-2] // (e.count if coded else 1), self.weight.shape[-1]
+        plan = codes_plan(size, self.silu, self.weight.kind) if coded else team_plan(size, self.silu)
+        tiles, teams = -(-rows // (32 if self.silu else 16)), WARPS // plan.warps
         if few:
             tokens, column_tiles, shared = len(choices), 1, _shared(len(choices), size, self.silu, e)
             items = -(-tokens * e.per_token * tiles // teams) if self.silu else tiles
@@ -146,12 +167,17 @@ class Product:
             shared, items = _sums(column_tiles, self.silu), -(-len(choices.entries) * tiles // teams)
         kind = f"SILU={self.silu:d}", f"OUT_BF16={self.out.dtype.itemsize == 2:d}", f"FEW={few:d}"
         shape = f"TEAM_WARPS={plan.warps}", f"RUNS={plan.runs}", f"COLUMN_TILES={column_tiles}"
-        logits = choices if few else None
-        arrays = self.x, self.norm[0], self.weight, self.residual, logits, lengths, *of_routes, self.out
-        args = (*arrays, *map(np.int32, (tokens, size, rows)), np.float32(self.norm[1]))
-        grid = (min(items, card.multiprocessors),)
-        return Launch("experts/experts.cu", "experts", (*_defines(e), *kind, *shape), grid, 32 * WARPS, args, shared)
-
+        matrix, numbers = (self.weight,), (tokens, size, rows)
+        if coded:  # many pairs leave registers for fewer runs; the order of sums is that of the warps alone
+            most = plan.runs if few else 3 if column_tiles == 1 else 1 if self.silu else 2
+            runs = next(n for n in range(most, 0, -1) if plan.runs % n == 0)
+            shape = shape[0], f"RUNS={runs}", shape[2]
+            matrix, numbers = self.weight.arrays(), (*numbers, quantized.shift(self.weight))
+            shape = *shape, f"KIND={self.weight.kind.upper()}", f"GROUP={min(1 << quantized.shift(self.weight), RUN)}"
+        arrays = self.x, self.norm[0], *matrix, self.residual, choices if few else None, lengths, *of_routes, self.out
+        args = (*arrays, *map(np.int32, numbers), np.float32(self.norm[1]))
+        grid, source = (min(items, card.multiprocessors),), "quantized" if coded else "experts"
+        return Launch(f"experts/{source}.cu", "experts", (*_defines(e), *kind, *shape), grid, 32 * WARPS, args, shared)
 
     def _wgmma(self, routes: Routes, card: Card) -> Launch:
         count, rows, size = self.weight.shape
@@ -184,9 +210,10 @@ def work_bytes(config: Config, tokens: int, card: Card) -> int:
     """Of the arrays of `Cuda.experts` for so many tokens, at most EXPERT_TOKENS of which are there at once."""
     c, e, tokens = config, config.experts, min(tokens, EXPERT_TOKENS)
     pairs = tokens * e.per_token
-    logits, h = 4 * tokens * e.count, BF16.itemsize * pairs * c.intermediate_size
+    logits, h, coded = 4 * tokens * e.count, BF16.itemsize * pairs * c.intermediate_size, bool(c.stored_bits(False))
     if are_few(tokens, c, card):
         return logits + h
-    routes = 12 * pairs + 16 * (e.count + pairs // 8)
-    rows = tokens + pairs * uses_wgmma(pairs, e, card)  # normed; and by expert
-    return logits + h + routes + BF16.itemsize * rows * c.hidden_size + 4 * pairs * c.hidden_size
+    routes, wgmma = 12 * pairs + 16 * (e.count + pairs // 8), uses_wgmma(pairs, e, card, coded)
+    rows = tokens + pairs * wgmma  # normed; and by expert
+    dense = BF16.itemsize * e.count * 2 * c.intermediate_size * c.hidden_size * (wgmma and coded)
+    return logits + h + routes + BF16.itemsize * rows * c.hidden_size + 4 * pairs * c.hidden_size + dense

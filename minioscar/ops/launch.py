@@ -67,8 +67,8 @@ class TensorMap:
 
 
 @cache
-def kernel(file: str, name: str, defines: tuple[str, ...]) -> Any:
-    """The compiled kernel, allowed all the dynamic shared memory that a block may have."""
+def kernel(file: str, name: str, defines: tuple[str, ...], device: int = 0) -> Any:
+    """The compiled kernel, allowed all the dynamic shared memory that a block may have. device: the current one."""
     import cupy
     from cupy.cuda import nvrtc
 
@@ -135,7 +135,9 @@ class Recording:
 
 def run(launch: Launch) -> None:
     """On CuPy's current device and stream. Raises cupy's CUDADriverError where the card refuses it."""
-    function = kernel(launch.source, launch.name, launch.defines)
+    from cupy.cuda.runtime import getDevice
+
+    function = kernel(launch.source, launch.name, launch.defines, getDevice())
     if Card.current().capability >= 90:
         _launch_overlapping(function.kernel.ptr, launch)
         return
@@ -164,29 +166,31 @@ def _driver(name: str) -> Any:
     return function
 
 
+EIGHT_BYTES = ctypes.c_uint64 * 64  # an argument each; a short prompt waits for the host in hundreds of launches
+OVERLAPPING = ctypes.pointer(_Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1))
+
+
 def _launch_overlapping(function: int, launch: Launch) -> None:
     import cupy
 
-    values = np.zeros(len(launch.args), np.uint64)  # eight bytes for each argument
-    pointers = values.ctypes.data + 8 * np.arange(len(values), dtype=np.uint64)
+    values = EIGHT_BYTES(*[
+        int(a) & 0xFFFFFFFF if type(a) is np.int32 else 0 if a is None or type(a) is TensorMap
+        else int.from_bytes(a.tobytes(), "little") if isinstance(a, np.generic) else a.data.ptr for a in launch.args
+    ])  # fmt: skip
+    pointers = EIGHT_BYTES(*range(first := ctypes.addressof(values), first + 8 * len(launch.args), 8))
     for i, a in enumerate(launch.args):
-        if isinstance(a, np.generic):
-            values[i : i + 1].view(a.dtype)[0] = a
-        elif isinstance(a, TensorMap):
-            pointers[i] = _tensor_map(a.array.data.ptr, *a.array.shape, a.box_rows).ctypes.data
-        elif a is not None:
-            values[i] = a.data.ptr
-    attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1)
-    grid = (*launch.grid, 1, 1)[:3]
+        if type(a) is TensorMap:
+            pointers[i] = _tensor_map(a.array.data.ptr, *a.array.shape, a.box_rows)[1]
+    x, y, z = (*launch.grid, 1, 1)[:3]
     stream = cupy.cuda.get_current_stream().ptr
-    config = _Config(*map(int, grid), launch.block, 1, 1, launch.shared, stream, ctypes.pointer(attribute), 1)
-    if code := _driver("cuLaunchKernelEx")(config, function, pointers.ctypes.data, None):
+    config = _Config(int(x), int(y), int(z), launch.block, 1, 1, launch.shared, stream, OVERLAPPING, 1)
+    if code := _driver("cuLaunchKernelEx")(config, function, pointers, None):
         raise cupy.cuda.driver.CUDADriverError(code)
 
 
 @lru_cache(4096)
-def _tensor_map(address: int, rows: int, columns: int, box_rows: int) -> np.ndarray:
-    """A CUtensorMap, at a multiple of 64 bytes (CUDA driver API, cuTensorMapEncodeTiled)."""
+def _tensor_map(address: int, rows: int, columns: int, box_rows: int) -> tuple[np.ndarray, int]:
+    """A CUtensorMap, at a multiple of 64 bytes (CUDA driver API, cuTensorMapEncodeTiled), and where it is."""
     import cupy
 
     memory = np.zeros(192, np.uint8)
@@ -196,4 +200,4 @@ def _tensor_map(address: int, rows: int, columns: int, box_rows: int) -> np.ndar
     matrix = ctypes.c_void_p(tensor_map.ctypes.data), BFLOAT16, 2, ctypes.c_void_p(address), sizes, strides, box, steps
     if code := _driver("cuTensorMapEncodeTiled")(*matrix, NOT_INTERLEAVED, SWIZZLE_128B, L2_256B, ZEROS):
         raise cupy.cuda.driver.CUDADriverError(code)
-    return tensor_map
+    return tensor_map, tensor_map.ctypes.data

@@ -25,8 +25,8 @@ ONE = np.ones(1, np.float32)  # where cuBLAS reads alpha and beta
 
 def fits(tokens: int, size: int, norm: bool, silu: bool, card: Card) -> bool:
     """Whether linear.cu takes this many tokens of `size` numbers; normed, they stay in shared memory."""
-    shared = _linear_bytes(tokens, size, norm, silu)
-    return 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0 and shared <= card.max_shared_bytes
+    has_columns = 1 <= tokens <= LINEAR_TOKENS and size % 8 == 0
+    return has_columns and _linear_bytes(tokens, size, norm, silu) <= card.max_shared_bytes
 
 
 def _linear_bytes(tokens: int, size: int, norm: bool, silu: bool) -> int:
@@ -130,7 +130,8 @@ class Products:
                 self.normed = self.xp.empty(x.shape, BF16)
             before, x = [rms_norm(x, *norm, self.normed)], self.normed
         plan = plan_of(tokens, weight, silu, self.card)
-        self.reserve([plan])
+        if plan.workspace_floats > self.scratch.workspace.size or plan.counters > self.scratch.split_counter.size:
+            self.reserve([plan])
         return [*before, many(x, weight, out, plan, self.scratch, **rest)]
 
     def reserve(self, plans: Sequence[LinearPlan]) -> None:
@@ -147,7 +148,7 @@ def step_plans(config: Config, tokens: int, card: Card) -> list[LinearPlan]:
     if tokens <= LINEAR_TOKENS:
         return []
     c = config
-    shapes = (c.hidden_size, c.q_size + 2 * c.kv_size, False), (c.q_size, c.hidden_size, False)
+    shapes = (c.hidden_size, c.qkv_size, False), (c.q_size, c.hidden_size, False)
     shapes += ((c.hidden_size, c.vocab_size, False),)
     if c.experts:
         shapes += ((c.hidden_size, c.experts.count, False),)  # the router

@@ -55,7 +55,7 @@ class KernelCache(LayerCache):
         norm = layer.q_norm, layer.k_norm, config.rms_norm_eps
         at = None if isinstance(batch, StepBatch) else ops.indices_of(batch)
         shifts = batch.shifts if at is None else at.shifts
-        rotation = Rotation(heads, *tables, self.scheme.rotate, *norm, rotate_values, shifts)
+        rotation = Rotation(heads, *tables, self.scheme.rotate, *norm, rotate_values, shifts, config.shared_keys)
         q = ops.xp.empty((len(qkv), heads.q_heads, heads.head_dim), ops.dtype)
         if at is None:
             keys, values = self.ring
@@ -66,7 +66,7 @@ class KernelCache(LayerCache):
         to = KeyOutputs(k, None, v, *norms, at.rows)
         ops.run(attention.rotate_scale(rotation, qkv, at.positions, q, to))
         if v is None:
-            v = qkv.reshape(len(qkv), -1, heads.head_dim)[:, heads.q_heads + heads.kv_heads :]
+            v = qkv.reshape(len(qkv), -1, heads.head_dim)[:, -heads.kv_heads :]
         return q, NewTokens(k, v, feedback=layer.key_feedback if self.scheme.shaped else None)
 
     def attend(self, q: Array, new: NewTokens, batch: Batch | StepBatch) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,7 @@ class KeySplits:
 WHOLE = KeySplits(SplitPlan(0, 1, 2**30))  # keys are not split
 
 
+@lru_cache(64)  # every layer of a pass asks for the same
 def split_plan(heads: Heads, max_count: int, sequences: int, max_start: int, card: Card) -> SplitPlan | None:
     """Splits where multiprocessors would be idle without, else None. max_count, max_start: of new and older tokens."""
     if not tiled(heads.head_dim, card):

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import oscar
+from .. import oscar, quantized
 from ..batch import Batch
-from ..cache import BF16, Cache, LayerCache, NewTokens, array_cache
+from ..cache import BF16, Cache, LayerCache, NewTokens, array_cache, cache_bytes
 from ..causal_attention import QUERIES
 from ..decoding import Decoder, Stepper
 from ..machine import host_bytes
@@ -40,6 +40,7 @@ class Reference:
     name = "cpu"
     xp = np
     dtype = np.dtype(np.float32)  # of weights and activations
+    cache_bytes = staticmethod(cache_bytes)
 
     # --- between host and device
 
@@ -80,6 +81,10 @@ class Reference:
 
     def numpy(self, x: Array) -> np.ndarray:
         return np.asarray(x)
+
+    def all_heads(self, x: Array, heads: int) -> np.ndarray:
+        """x [tokens, heads, d] on the host; heads: of the model, of which a card of several has some (parallel/)."""
+        return self.numpy(x)
 
     def on_host(self, x: Array) -> np.ndarray:
         """A copy that stays there for a while."""
@@ -188,19 +193,20 @@ class Reference:
         gate, up = xp.split(gate_up.astype(xp.float32), 2, axis=-1)
         return (gate / (1 + xp.exp(-gate)) * up).astype(gate_up.dtype)
 
-    def experts(self, x: Array, layer: Layer, config: Config, batch: Batch) -> Array:
+    def experts(self, x: Array, layer: Layer, config: Config, batch: Batch, to: Array | None = None) -> Array:
         """x + sum over a token's experts e of weight_e * down_e(silu(gate_e(h)) * up_e(h)), h = rms_norm(x).
 
-        x [tokens, hidden], which may be overwritten. As Qwen3MoeSparseMoeBlock of transformers 5.24, with the router's
-        logits in float32.
+        x [tokens, hidden], which may be overwritten. to: what the sum is added to (None: x). As Qwen3MoeSparseMoeBlock
+        of transformers 5.24, with the router's logits in float32.
         """
         xp, h = self.xp, self.rms_norm(x, layer.post_norm, config.rms_norm_eps)
         chosen, weights = self.route(self.product(h, layer.router, True), config.experts)
-        y = x.astype(xp.float32)
+        y = (x if to is None else to).astype(xp.float32)
         for expert in xp.unique(chosen):
             token, place = xp.nonzero(chosen == expert)  # a token takes an expert once
-            gate_up = self.product(h[token], layer.gate_up[expert], False)
-            part = self.product(self.silu_mul(gate_up), layer.down[expert], True)
+            of_expert = (quantized.of_expert(w, int(expert), config.experts.count) for w in (layer.gate_up, layer.down))
+            gate_up, down = map(self.dense, of_expert)
+            part = self.product(self.silu_mul(self.product(h[token], gate_up, False)), down, True)
             y[token] += weights[token, place, None] * part
         return y.astype(x.dtype)
 
@@ -223,12 +229,12 @@ class Reference:
     ) -> tuple[Array, NewTokens]:
         """From the qkv projection to what attention takes: QK-norm, RoPE, and the scheme's steps 1 and 2 of OScaR.
 
-        qkv [tokens, (q_heads + 2 * kv_heads) * d]; tables: cos and sin, float32 [positions, d/2]. Returns q' = q.H
-        [tokens, q_heads, d] and the new tokens K' = K.H, V, n_t. rotate_values: V.H in the place of V.
+        qkv [tokens, config.qkv_size]; tables: cos and sin, float32 [positions, d/2]. Returns q' = q.H [tokens, q_heads,
+        d] and the new tokens K' = K.H, V, n_t. rotate_values: V.H in the place of V.
         """
-        xp, heads, scheme = self.xp, config.num_heads, layer_cache.scheme
+        xp, heads, scheme, (key_heads, first) = self.xp, config.num_heads, layer_cache.scheme, config.key_heads
         qkv = qkv.reshape(len(qkv), -1, config.head_dim)
-        q, k, v = xp.split(qkv, [heads, heads + config.num_kv_heads], axis=1)
+        q, k, v = xp.split(qkv, [heads, heads + key_heads], axis=1)
         q, k = q.astype(xp.float32), k.astype(xp.float32)  # rounded once, at the end
         if config.qk_norm:
             q = self.rms_norm(q, layer.q_norm, config.rms_norm_eps)
@@ -243,6 +249,7 @@ class Reference:
         if rotate_values:
             v = oscar.rotate(v.astype(xp.float32), xp).astype(qkv.dtype)
         norms = oscar.token_norms(k.astype(BF16), xp) if scheme.scale else None
+        k = k[:, first : first + config.num_kv_heads]
         return q, NewTokens(k, v, norms, layer.key_feedback if scheme.shaped else None)
 
     def attention(self, q: Array, new: NewTokens, layer_cache: LayerCache, batch: Batch) -> Array:

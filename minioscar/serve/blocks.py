@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
+from itertools import islice
 
 import numpy as np
 
@@ -45,6 +46,11 @@ class BlockPool:
     def num_known(self) -> int:
         """Free blocks that a row can still ask for by their key."""
         return sum(self.keys[block] is not None for block in self.free)
+
+    def next_known(self, count: int) -> dict[bytes, int]:
+        """Which blocks the next `take` makes unknown: their keys -> blocks."""
+        keys = ((self.keys[block], block) for block in islice(self.free, count))
+        return {key: block for key, block in keys if key is not None and self.by_key.get(key) == block}
 
     def take(self, count: int) -> list[int]:
         """Free blocks, from now on of one row; what was known of them is forgotten. Raises ValueError for more than

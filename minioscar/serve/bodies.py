@@ -53,8 +53,9 @@ class Service:
     strict: bool = False
     kv: str = "bf16"
     bytes_of: Callable[[int], tuple[int, int]] = lambda tokens: (0, 0)
-    towers: Mapping[str, Tower] = field(default_factory=dict)  # what reads pictures
-    images: Path | None = None  # the folder whose pictures requests may name
+    towers: Mapping[str, Tower] = field(default_factory=dict)  # what reads pictures, videos and sound
+    images: Path | None = None  # the folder whose pictures and videos requests may name
+    media_tokens: int | None = None  # the most of a picture, a sound, or what is read of a video at a time
 
     def __post_init__(self) -> None:
         self.grammars = Grammars(self.tokenizer, self.vocab)
@@ -91,7 +92,7 @@ def chat(body: fields.Body, service: Service) -> Asked:
         raise wrong("echo", "echo is of /v1/completions; leave it out")
     said, tools = messages.messages_of(body, service.images), messages.tools_of(body)
     with of_field("messages"):
-        said = opened(said, service.towers)
+        said = opened(said, service.towers, service.media_tokens)
     media = media_of(said)
     choice, callable = messages.choice_of(body, tools)
     end, given = messages.end_of(body), variables(body, service)

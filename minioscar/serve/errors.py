@@ -37,4 +37,4 @@ def of_field(param: str | None = None) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise ApiError(400, str(error), param) from None
+        raise ApiError(400, str(error), param, getattr(error, "code", None)) from None

@@ -67,6 +67,8 @@ def items(body: Body, name: str, most: int) -> list[Any]:
 def token_ids(value: Any, name: str, vocab: int) -> list[int]:
     if not isinstance(value, list) or not value:
         raise wrong(name, f"{name} must be a list of token ids, and not empty")
+    if set(map(type, value)) == {int} and min(value) >= 0 and max(value) < vocab:  # thousands of them, mostly
+        return value
     for i in value:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab:
             raise wrong(name, f"{name} has {shown(i)}, which is no token; this model's are 0 ... {vocab - 1}")

@@ -86,7 +86,7 @@ class Job:
     def rows(self) -> int:
         return self.options.n
 
-    @property
+    @cached_property
     def usable(self) -> list[int]:
         """The tokens that need not be fed where they are cached: the last one is, for its logits."""
         return self.ids[:-1] if self.cache_prompt and self.prompt_logprobs is None else []

@@ -17,6 +17,7 @@ from . import fields
 from .errors import ApiError, of_field, wrong
 
 MAX_TOOLS = 128
+NAMES = {"image": "picture", "video": "video"}  # for messages to people
 TAUGHT = (
     "You may call these functions to answer. Each line describes one, in JSON:\n{tools}\n"
     'To call one, write {{"name": its name, "arguments": its arguments}} in JSON between <tool_call> and </tool_call>.'
@@ -60,33 +61,36 @@ def _message(i: int, given: Any) -> dict[str, Any]:
 
 
 def _part(part: Any, images: Path | None) -> Any:
-    """A picture comes as a data: URL, or as the URL of a file in the folder `images`, a sound in base64; nothing else
-    is opened."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in PARTS:
+    """A picture or a video comes as a data: URL, or as the URL of a file in the folder `images`, a sound in base64;
+    nothing else is opened."""
+    given_as = part.get("type") if isinstance(part, dict) else None
+    kind = PARTS.get(given_as) if isinstance(given_as, str) else None
+    if kind is None:
         return part
-    if PARTS[kind] == "audio":
+    if kind == "audio":
         data = part.get("input_audio")
         if not isinstance(data, dict) or not isinstance(data.get("data"), str):
             raise wrong("messages", 'a sound must be {"type": "input_audio", "input_audio": {"data": base64}}')
         return {"type": "audio", "audio": data}
-    given = part.get("image_url") if kind == "image_url" else None
+    name, field = NAMES[kind], f"{kind}_url"
+    given = part.get(field) if given_as == field else None
     url = given.get("url") if isinstance(given, dict) else given
     if not isinstance(url, str):
-        raise wrong("messages", 'a picture must be {"type": "image_url", "image_url": {"url": "data:..."}}')
+        raise wrong("messages", f'a {name} must be {{"type": "{field}", "{field}": {{"url": "data:..."}}}}')
+    rest = {"fps": part["fps"]} if kind == "video" and part.get("fps") is not None else {}
     if url.startswith("data:"):
-        return {"type": "image", "image": url}
+        return {"type": kind, kind: url} | rest
     if not url.startswith("file://") or images is None:
         way_out = "send a data: URL" if images is None else f"send a data: URL or a file:// URL under {images}"
-        raise wrong("messages", f"the picture {shown(url)} is not fetched; {way_out}")
+        raise wrong("messages", f"the {name} {shown(url)} is not fetched; {way_out}")
     try:
         path = Path(unquote(url.removeprefix("file://"))).resolve()
         is_there = path.is_relative_to(images.resolve()) and path.is_file()
     except (OSError, ValueError, RuntimeError):
         is_there = False
     if not is_there:
-        raise wrong("messages", f"the picture {shown(url)} is no file under {images}; send a data: URL")
-    return {"type": "image", "image": str(path)}
+        raise wrong("messages", f"the {name} {shown(url)} is no file under {images}; send a data: URL")
+    return {"type": kind, kind: str(path)} | rest
 
 
 def _list(value: Any, name: str) -> list[Any]:
@@ -199,7 +203,7 @@ def taught(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, A
     """For a template that knows no tools: they, calls and results as text, in the manner of Hermes."""
     lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     if media_of(messages):
-        raise wrong("tools", "this model's chat template knows no tools, and pictures cannot be told beside them")
+        raise wrong("tools", "this model's chat template knows no tools, and media cannot be told beside them")
     told, system = TAUGHT.format(tools=lines), messages[0] if messages[0]["role"] == "system" else None
     before = f"{chat_template.flat(system['content'])}\n\n" if system else ""
     found = [{"role": "system", "content": before + told}]

@@ -3,7 +3,8 @@ the same blocks.
 
 A row has blocks for so many tokens as `reserve` was asked for. Whole packed blocks never change, so they can be shared
 and outlive their row; what a block is written with is its row's alone. Window and sinks stay per row; the sinks of rows
-that are gone are kept beside them, since a block is of no use without those of its first one.
+that are gone are kept beside them, since a block is of no use without those of its first one. What the pool gives to
+other tokens goes to the host, if there is room, and comes back bit for bit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from ..config import Config
 from ..layer_cache import BLOCK_TOKENS, SINK_ARRAYS, Backend
 from ..oscar import Scheme
 from .blocks import BlockPool, chained_keys
+from .host_store import HostStore
 
 Array = Any
 
@@ -38,22 +41,35 @@ def kept_sinks(batch: int) -> int:
     return max(batch, 16)
 
 
+def host_sinks(blocks: int) -> int:
+    """The same on the host, which keeps so many blocks: a conversation has some 2,000 tokens."""
+    return -(-blocks // 16)
+
+
 class PooledCache(Cache):
-    """blocks[b]: those of row b, in their order. swapped[b]: what row b has of them on the host.
+    """blocks[b]: those of row b, in their order. swapped[b]: what row b has of them on the host. on_host: how many
+    blocks that were in the pool the host has room for; restored: how many came back.
 
     A scheme that packs nothing has no blocks, and its rows are as ever.
     """
 
     BLOCK_TOKENS = BLOCK_TOKENS
 
-    def __init__(self, config: Config, scheme: Scheme, batch: int, context: int, ops: Backend, blocks: int):
+    def __init__(
+        self, config: Config, scheme: Scheme, batch: int, context: int, ops: Backend, blocks: int, on_host: int = 0
+    ):
         blocks = blocks if scheme.quantized else 0
         table = np.zeros((batch, blocks_of_row(scheme, context)), np.int32)
         self._allocate(config, scheme, (batch, context), ops, table, blocks, kept_sinks(batch))
         self.pool, self.blocks = BlockPool(blocks), [[] for _ in range(batch)]
         self.swapped: dict[int, Swapped] = {}
         # Key of a row's first block -> where its sinks are kept; the one unused for longest first
-        self.sinks = OrderedDict((b"%d" % i, i) for i in range(kept_sinks(batch)))
+        self.sinks: OrderedDict[bytes, int] = OrderedDict()
+        self.unused_sinks = list(range(kept_sinks(batch)))
+        on_host, self.restored = on_host if blocks else 0, 0
+        self.host = HostStore(ops, {name: self.arrays[name][:, 0] for name in self.block_arrays}, on_host)
+        of_root = {name: kept[:, 0] for name, kept in self._sink_arrays()}
+        self.host_sinks = HostStore(ops, of_root, host_sinks(on_host))
 
     def gauges(self) -> dict[str, tuple[float, str]]:
         """For `Scheduler.gauges`."""
@@ -64,6 +80,8 @@ class PooledCache(Cache):
             "blocks_known": (pool.num_known, "free blocks that a prompt may still begin with"),
             "blocks_shared": (pool.num_shared, "blocks that several rows hold"),
             "swapped": (len(self.swapped), "rows whose blocks wait on the host"),
+            "blocks_on_host": (len(self.host), "blocks that the pool has not, but the host"),
+            "blocks_restored": (self.restored, "blocks that came back from the host so far"),
         }  # fmt: skip
 
     # --- blocks of a row
@@ -88,7 +106,13 @@ class PooledCache(Cache):
             raise ValueError(f"row {slot} lacks {count} blocks, and {len(self.pool.free)} are free")
         if slot in self.swapped:
             self._swap_in(slot, self.swapped.pop(slot))
-        self._append(slot, self.pool.take(self.missing(slot, tokens)))
+        self._append(slot, self._take(self.missing(slot, tokens)))
+
+    def _take(self, count: int) -> list[int]:
+        """Free blocks; the host keeps what was known of them."""
+        for key, block in self.pool.next_known(count).items() if self.host.arrays else ():
+            self.host.keep(key, {name: self.arrays[name][:, block] for name in self.block_arrays})
+        return self.pool.take(count)
 
     def _append(self, slot: int, blocks: Sequence[int]) -> None:
         """The row has these blocks, which it holds already, behind its others."""
@@ -172,31 +196,70 @@ class PooledCache(Cache):
 
     def _keep_sinks(self, slot: int, root: bytes) -> None:
         if root not in self.sinks:
-            self.sinks[root] = self.sinks.popitem(last=False)[1]
+            at = self._sinks_for(root)
             for name, kept in self._sink_arrays():
-                kept[:, self.sinks[root]] = self.arrays[name][:, slot]
+                kept[:, at] = self.arrays[name][:, slot]
         self.sinks.move_to_end(root)
+
+    def _sinks_for(self, root: bytes) -> int:
+        """Where sinks can be kept; those that were there go to the host."""
+        if self.unused_sinks:
+            at = self.unused_sinks.pop()
+        else:
+            old, at = self.sinks.popitem(last=False)
+            self.host_sinks.keep(old, {name: kept[:, at] for name, kept in self._sink_arrays()})
+        self.sinks[root] = at
+        return at
 
     def _sink_arrays(self) -> list[tuple[str, Array]]:
         return [(name, self.arrays[KEPT + name]) for name in SINK_ARRAYS if name in self.arrays]
 
-    def match(self, keys: Sequence[bytes], tokens: int) -> list[int]:
-        """Blocks that hold the beginning of a prompt of so many tokens, whose `chained_keys` these are: at most as many
-        as are packed when all of it is fed, for behind them its window is fed again."""
+    def match(self, keys: Sequence[bytes], tokens: int) -> list[bytes]:
+        """Keys of the blocks, in the pool or on the host, that hold the beginning of a prompt of so many tokens, whose
+        `chained_keys` are given: at most as many as are packed when all of it is fed, for behind them its window is fed
+        again."""
         keys = keys[: self.scheme.packed_tokens(tokens) // BLOCK_TOKENS]
-        return self.pool.find(keys) if keys and keys[0] in self.sinks else []
+        if not keys or keys[0] not in self.sinks and keys[0] not in self.host_sinks:
+            return []
+        return [*takewhile(lambda key: key in self.pool.by_key or key in self.host, keys)]
 
-    def begin_with(self, slot: int, blocks: Sequence[int]) -> int:
-        """The row holds what `match` found, and nothing else; how many tokens that is."""
-        self.pool.hold(blocks)
+    def free_for(self, keys: Sequence[bytes]) -> int:
+        """How many blocks must be free for `begin_with`: those that are, and those for what the host alone has."""
+        blocks = map(self.pool.by_key.get, keys)
+        return sum(block is None or not self.pool.holders[block] for block in blocks)
+
+    def begin_with(self, slot: int, keys: Sequence[bytes]) -> int:
+        """The row holds what `match` found, and nothing else; how many tokens that is. Raises ValueError where the pool
+        has not `free_for` blocks."""
+        if (count := self.free_for(keys)) > len(self.pool.free):
+            raise ValueError(f"row {slot} lacks {count} blocks, and {len(self.pool.free)} are free")
+        held = {key: self.pool.by_key[key] for key in keys if key in self.pool.by_key}
+        self.pool.hold(held.values())
         self.reset(slot)
-        self._append(slot, blocks)
-        root = self.pool.keys[blocks[0]]
-        self.sinks.move_to_end(root)
+        self._append(slot, [held[key] if key in held else self._restore(key) for key in keys])
+        self._restore_sinks(keys[0])
         for name, kept in self._sink_arrays():
-            self.arrays[name][:, slot] = kept[:, self.sinks[root]]
-        self.lengths[slot] = self.cuts[slot] = len(blocks) * BLOCK_TOKENS
+            self.arrays[name][:, slot] = kept[:, self.sinks[keys[0]]]
+        self.lengths[slot] = self.cuts[slot] = len(keys) * BLOCK_TOKENS
         return int(self.lengths[slot])
+
+    def _restore(self, key: bytes) -> int:
+        """A block of the pool with what the host has under a key."""
+        with self.host.held(key) as arrays:
+            (block,) = self._take(1)
+            for name, array in arrays.items():
+                self.arrays[name][:, block] = array
+        self.pool.publish(block, key)
+        self.restored += 1
+        return block
+
+    def _restore_sinks(self, root: bytes) -> None:
+        if root not in self.sinks:
+            with self.host_sinks.held(root) as arrays:
+                at = self._sinks_for(root)
+                for name, kept in self._sink_arrays():
+                    kept[:, at] = arrays[name]
+        self.sinks.move_to_end(root)
 
     # --- rows that wait on the host
 
@@ -219,7 +282,7 @@ class PooledCache(Cache):
         """Bit for bit."""
         unchanged = self._unchanged(swapped)
         self.pool.hold(unchanged)
-        taken = iter(self.pool.take(len(swapped.blocks) - len(unchanged)))
+        taken = iter(self._take(len(swapped.blocks) - len(unchanged)))
         blocks = [block if block in unchanged else next(taken) for block in swapped.blocks]
         for block, old, arrays in zip(blocks, swapped.blocks, swapped.arrays, strict=True):
             for name, array in arrays.items() if block != old or block not in unchanged else ():

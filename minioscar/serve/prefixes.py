@@ -1,12 +1,12 @@
 """What is cached of the beginning of a prompt, and how a row takes it over: from a row, with its window, or from the
-blocks that the pool knows, behind which the window is fed again."""
+blocks that the pool knows, or the host has, behind which the window is fed again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ..prompt_cache import common
-from .jobs import Row
+from .jobs import Job, Row
 from .pooled import PooledCache
 
 LEAST = 32  # tokens: a shorter prefix is read again
@@ -19,10 +19,10 @@ def begins(held: Sequence[int], ids: Sequence[int]) -> bool:
 
 def shared(cache: PooledCache, ids: Sequence[int], row: Row) -> int:
     """Tokens at the beginning of a prompt that need not be fed again if they are taken from a row."""
-    held = row.held[: int(cache.lengths[row.slot])]
-    if len(held) < LEAST or not begins(held, ids):
+    length = int(cache.lengths[row.slot])
+    if length < LEAST or not begins(row.held, ids):
         return 0
-    return cache.left_to_share(row.slot, common(ids, held), row.in_flight)
+    return cache.left_to_share(row.slot, min(common(ids, row.held), length), row.in_flight)
 
 
 def take_over(cache: PooledCache, rows: Sequence[Row], target: Row) -> int:
@@ -30,14 +30,19 @@ def take_over(cache: PooledCache, rows: Sequence[Row], target: Row) -> int:
     prompt; so many tokens."""
     ids = target.job.usable
     source = max(rows, key=lambda row: (shared(cache, ids, row), row is target))
-    of_row, blocks = shared(cache, ids, source), cache.match(target.job.keys, len(ids))
-    if len(blocks) * cache.BLOCK_TOKENS > max(of_row, LEAST - 1):
-        return cache.begin_with(target.slot, blocks)
+    of_row, keys = shared(cache, ids, source), cache.match(target.job.keys, len(ids))
+    if len(keys) * cache.BLOCK_TOKENS > max(of_row, LEAST - 1):
+        return cache.begin_with(target.slot, keys)
     if of_row < LEAST:
         cache.reset(target.slot)
         return 0
-    length = common(ids, source.held[: int(cache.lengths[source.slot])])
+    length = min(common(ids, source.held), int(cache.lengths[source.slot]))
     return cache.take_over(source.slot, target.slot, length, source.in_flight)
+
+
+def own_blocks(cache: PooledCache, job: Job) -> int:
+    """How many blocks must be free when a row takes over the beginning of a prompt."""
+    return max(cache.most_own, cache.free_for(cache.match(job.keys, len(job.usable))))
 
 
 def fit(cache: PooledCache, ids: Sequence[int], row: Row) -> tuple[int, int]:

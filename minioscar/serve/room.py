@@ -24,7 +24,7 @@ class Room:
         pool, idle = self.cache.pool, sum(len(self.cache.blocks[row.slot]) for row in self.rows if not row.job)
         unread = sum(self.cache.missing(row.slot, len(row.job.ids)) for row in running if row.state == "read")
         swapped = sum(self.cache.missing(row.slot, 0) for row in running)
-        shared = sum(pool.holders[block] > 0 for block in self.cache.match(job.keys, len(job.usable)))
+        shared = sum(pool.holders[block] > 0 for block in pool.find(self.cache.match(job.keys, len(job.usable))))
         needed = self.cache.blocks_of(len(job.ids)) - shared + self.cache.blocks_of(1) * job.rows
         return not running or needed <= len(pool.free) + idle - unread - swapped
 
@@ -63,7 +63,7 @@ class Room:
     def give(self, row: Row, tokens: int, more: int = 0) -> bool:
         """The row has blocks for so many tokens, and `more` are free besides. False: it waits."""
         while self.cache.missing(row.slot, tokens) + more > len(self.cache.pool.free):
-            if not (self._drop_idle() or self._swap_newest(row)):
+            if not (self._drop_idle() or self._drop_own(row) or self._swap_newest(row)):
                 return False
         if row.slot in self.cache.swapped:
             self.metrics.swapped_in += 1
@@ -77,6 +77,14 @@ class Room:
             self.cache.reset(row.slot)
             row.held = []
         return bool(idle)
+
+    def _drop_own(self, row: Row) -> bool:
+        """What a row holds of an answer that has ended, where a prompt is about to begin in it."""
+        is_old = row.state == "read" and not row.is_matched and bool(self.cache.blocks[row.slot])
+        if is_old:
+            self.cache.reset(row.slot)
+            row.held = []
+        return is_old
 
     def _swap_newest(self, older: Row) -> bool:
         newer = [row for row in self.rows if row.job and row.used > older.used and self.cache.blocks[row.slot]]

@@ -221,7 +221,7 @@ class Scheduler:
                 if not row.is_matched:
                     if any(prefixes.begins(other.job.ids, row.job.usable) for other, _ in pieces):
                         break  # it could take over what another one is about to read
-                    if not self.room.give(row, 0, self.cache.most_own):
+                    if not self.room.give(row, 0, prefixes.own_blocks(self.cache, row.job)):
                         break
                     self._match(row)
                 start = int(self.cache.lengths[row.slot])

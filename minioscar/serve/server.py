@@ -17,12 +17,14 @@ from ..cache import blocks_of_row, cache_bytes, row_bytes
 from ..engine import Engine
 from ..errors import Failure, UserError
 from ..layer_cache import BLOCK_TOKENS
+from ..machine import host_bytes
 from ..ops.linear_batch import BATCH_TOKENS
 from ..oscar import SCHEMES
 from ..sampling import Sampling
+from ..towers.media import bytes_of_media
 from .app import App
 from .bodies import Service
-from .pooled import PooledCache, kept_sinks
+from .pooled import PooledCache, host_sinks, kept_sinks
 from .scheduler import SCORED_PIECE, Scheduler
 from .warm_up import passes
 
@@ -42,7 +44,9 @@ class Plan:
     key: str | None = None
     origins: Sequence[str] = ()
     strict: bool = False
-    images: str | None = None  # the folder whose pictures requests may name
+    images: str | None = None  # the folder whose pictures and videos requests may name
+    media_tokens: int = 4096  # of a medium: an A4 page at 190 dots an inch, five minutes of sound
+    host_cache: float = 0.0  # GB of the host's memory for blocks that the pool gives to others
 
     def check(self) -> None:
         """Raises UserError, before the model is loaded."""
@@ -54,6 +58,11 @@ class Plan:
             raise UserError(f"--images {self.images} is no folder; name one")
         if self.queue is not None and self.queue < 0:
             raise UserError(f"--queue {self.queue} is out of range; it must be 0 or more")
+        if not 0 <= self.host_cache * 1e9 <= host_bytes():  # NaN is not, either
+            room = f"this machine has {memory.size(host_bytes())} free"
+            raise UserError(f"--host-cache {self.host_cache:g} is out of range: in GB, from 0 on, and {room}")
+        if self.media_tokens < 1:
+            raise UserError(f"--media-tokens {self.media_tokens} is out of range; it must be at least 1")
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -76,21 +85,23 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
     config, scheme, ops = engine.config, engine.scheme, engine.ops
     context = context_of(plan.ctx, config)
     if context is None and not scheme.quantized:
-        free = ops.free_bytes() * 9 // 10
+        free = ops.free_bytes() * 9 // 10 - media_bytes(engine, plan, None)
         context = memory.longest_context(config, scheme, ops, plan.slots, free, plan.chunk, None)
     blocks = most_blocks(engine, plan, context)
     context = min(config.max_context, blocks * BLOCK_TOKENS) if context is None else context
     chunk = min(plan.chunk, max(context // SCORED_PIECE, 1) * SCORED_PIECE)
     if blocks_of_row(scheme, max(context, 1)) > blocks or not scheme.quantized:
         memory.check(config, scheme, ops, plan.slots, max(context, 1), min(chunk, context), penalties=None)
+        check_media(engine, plan, context)
     if blocks_of_row(scheme, context) > blocks:
         why = f"memory has room for {blocks * BLOCK_TOKENS} tokens beside the windows of {plan.slots} slots"
         raise UserError(f"--ctx {context} is too much: {why}; choose fewer of either")
-    cache = engine.new_cache(plan.slots, context, partial(PooledCache, blocks=blocks))
+    kept = host_blocks(engine, plan, context)
+    cache = engine.new_cache(plan.slots, context, partial(PooledCache, blocks=blocks, on_host=kept))
     service = Service(
         plan.name, engine.tokenizer, config.vocab_size, context, plan.slots, defaults, plan.strict, scheme.name,
         lambda tokens: (row_bytes(config, scheme, tokens), row_bytes(config, SCHEMES["bf16"], tokens)),
-        config.towers, None if plan.images is None else Path(plan.images),
+        config.towers, None if plan.images is None else Path(plan.images), plan.media_tokens,
     )  # fmt: skip
     app = App(service, plan.key, plan.origins)
     ops.prepare(engine.model, cache, passes(cache, chunk), None, engine.progress)
@@ -107,7 +118,35 @@ def most_blocks(engine: Engine, plan: Plan, context: int | None) -> int:
     sinks = kept_sinks(plan.slots)
     none, one = (cache_bytes(config, scheme, plan.slots, longest, n, sinks) for n in range(2))
     spare = free - none - ops.work_bytes(config, min(plan.chunk, longest), longest, plan.slots, None)
+    spare -= media_bytes(engine, plan, context)
     return max(min(spare // max(one - none, 1), plan.slots * blocks_of_row(scheme, longest)), 0)
+
+
+def host_blocks(engine: Engine, plan: Plan, context: int) -> int:
+    """How many blocks, and sinks of beginnings beside them, the host has room for."""
+    config, scheme = engine.config, engine.scheme
+    none, block, sinks = (cache_bytes(config, scheme, 1, context, *more) for more in ((0,), (1,), (0, 1)))
+    size, beside = block - none, sinks - none
+    count = int(plan.host_cache * 1e9 / (size + beside / 16)) if size else 0
+    return next(n for n in range(count, -1, -1) if n * size + host_sinks(n) * beside <= plan.host_cache * 1e9)
+
+
+def media_bytes(engine: Engine, plan: Plan, context: int | None) -> int:
+    """What is left free for pictures and sounds, which are read when they are asked about."""
+    longest = context or engine.config.max_context
+    return bytes_of_media(engine.config.towers, engine.ops, min(plan.media_tokens, longest), min(plan.chunk, longest))
+
+
+def check_media(engine: Engine, plan: Plan, context: int) -> None:
+    """Raises UserError where a cache that fits leaves too little for pictures and sounds."""
+    config, scheme, ops, chunk = engine.config, engine.scheme, engine.ops, min(plan.chunk, context)
+    need = memory.needed(config, scheme, ops, plan.slots, max(context, 1), max(chunk, 1), penalties=None).total
+    media, free = media_bytes(engine, plan, context), ops.free_bytes()
+    if media and need + media > free:
+        kinds, tokens = " and ".join(f"{kind}s" for kind in config.towers), min(plan.media_tokens, max(context, 1))
+        what = f"{kinds} of {tokens} tokens need"
+        beside = f"{memory.size(media)} beside {memory.size(need)}, but {memory.size(free)} of {ops.name} memory"
+        raise UserError(f"{what} {beside} are free; a smaller --media-tokens, --slots or --ctx needs less")
 
 
 def serve(

@@ -79,6 +79,10 @@ class AudioTower:
     def kind(self) -> str:
         return "audio"
 
+    @property
+    def weights_of(self) -> str:
+        return self.kind
+
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Tensor name, as Hugging Face checkpoints spell it within the thinker, -> shape."""
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -105,9 +109,16 @@ class AudioTower:
         add("proj2", self.output_size, hidden)
         return shapes
 
-    def prepare(self, source: Any, name: str) -> Medium:
+    @property
+    def feature_width(self) -> int:
+        return self.output_size
+
+    def prepare(self, source: Any, name: str, most: int | None = None) -> Medium:
         """The samples, float32 at 16 kHz, and how many tokens they become. Raises UserError."""
-        samples = sound.opened(source, name, self.max_tokens * self.chunk / rows(self.chunk) * sound.HOP / sound.RATE)
+        is_less = most is not None and most < self.max_tokens
+        tokens, holder = (most, f"a sound of {most} tokens") if is_less else (self.max_tokens, "this model's context")
+        seconds = tokens * self.chunk / rows(self.chunk) * sound.HOP / sound.RATE
+        samples = sound.opened(source, name, seconds, holder)
         return Medium.of(self.kind, samples, self.tokens(len(samples) // sound.HOP), name=name)
 
     def tokens(self, frames: int) -> int:

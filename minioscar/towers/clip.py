@@ -17,7 +17,7 @@ from ..errors import UserError, shown
 from ..fields import Fields
 from . import pictures, tiles
 from .layers import gelu, layer_norm, linear, quick_gelu
-from .media import Backend, Features, Medium
+from .media import Backend, Features, Medium, check_tokens
 from .tiles import Size, best_grid, shown_rows
 
 Array = Any
@@ -77,6 +77,19 @@ class Clip:
         return "image"
 
     @property
+    def weights_of(self) -> str:
+        return self.kind
+
+    @property
+    def max_tokens(self) -> int:
+        sides = ((height // self.patch, width // self.patch) for height, width in self.grids or ())
+        return self.side**2 + max((rows * (columns + 1) for rows, columns in sides), default=0)
+
+    @property
+    def feature_width(self) -> int:
+        return self.output_size
+
+    @property
     def side(self) -> int:
         """Patches along a tile."""
         return self.tile // self.patch
@@ -110,10 +123,12 @@ class Clip:
 
     # --- a picture's pixels
 
-    def prepare(self, source: Any, name: str) -> Medium:
+    def prepare(self, source: Any, name: str, most: int | None = None) -> Medium:
         """Its size, on which depends what of a grid is padding, and its tiles (`tiles.cut`). Raises UserError."""
         picture = np.asarray(pictures.opened(source, name))
-        size, cut = picture.shape[:2], tiles.cut(picture, self.tile, self.grids)
+        size = picture.shape[:2]
+        check_tokens(f"{name} of {size[1]} x {size[0]} pixels", self.kind, self.tokens(size), most)
+        cut = tiles.cut(picture, self.tile, self.grids)
         both = np.concatenate([np.array(size, "<u4").view(np.uint8), cut.reshape(-1)])  # for the digest
         return replace(Medium.of(self.kind, both, self.tokens(size), name=name), data=(size, cut))
 

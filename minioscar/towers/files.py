@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..storage import strict_json as json
 from .audio import AudioTower
 from .clip import Clip
 from .media import Tower
+from .qwen_video import FILE as VIDEO_FILE
+from .qwen_video import QwenVideo
 from .qwen_vision import QwenVision
 
+VIDEOS = "video_processor"
 LLAVA, M_ROPE = ("llava", "llava_next"), ("qwen3_vl", "qwen3_omni_moe")
 WITH_TOWERS = *M_ROPE, *LLAVA
 THETAS = {"qwen3_vl": 500000.0, "qwen3_moe": 1000000.0}  # of a config.json with towers that does not say it
@@ -37,15 +42,26 @@ def parts_of(raw: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], di
     return whole, found
 
 
+def preprocessors(folder: Path) -> dict[str, Any]:
+    """What the files of a folder say of pictures and sound, and under `video_processor` of videos. Raises UserError."""
+    files = folder / "preprocessor_config.json", folder / VIDEO_FILE
+    found, videos = (json.read_object(at, "it says how media are read") if at.is_file() else {} for at in files)
+    return found | {VIDEOS: videos} if videos else found
+
+
 def towers_of(
     raw: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str, text: tuple[int, int, int]
 ) -> dict[str, Tower]:
-    """By the names of Config's fields; raw: what they stand in (`parts_of`). text: hidden size, layers and positions of
-    the language model."""
+    """By the names of Config's fields; raw: what they stand in (`parts_of`). preprocessor: as `preprocessors` has it.
+    text: hidden size, layers and positions of the language model."""
     kind, (hidden, layers, positions) = raw["model_type"], text
     if kind in LLAVA:
         return {"vision": Clip.of(raw, preprocessor, source, hidden)}
-    found = {"vision": QwenVision.of(raw, preprocessor, source, hidden, layers)} if kind in M_ROPE else {}
+    if kind not in M_ROPE:
+        return {}
+    vision = QwenVision.of(raw, preprocessor, source, hidden, layers)
+    of_videos = preprocessor.get(VIDEOS) or {}
+    found = {"vision": vision, "video": QwenVideo.of(raw, of_videos, source, vision, positions)}
     if kind == "qwen3_omni_moe":
         found["audio"] = AudioTower.of(raw, preprocessor, source, hidden, positions)
     return found

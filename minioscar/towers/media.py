@@ -1,4 +1,4 @@
-"""Pictures (and sound) in a prompt: their token ids, where they stand, and what the model puts there.
+"""Pictures, videos and sound in a prompt: their token ids, where they stand, and what the model puts there.
 
 A medium becomes as many tokens as its tower says. Their ids are negative and made from the digest of what the tower
 reads, each from the digest and its own index: two lists of ids are equal only where the media are, so that everything
@@ -23,12 +23,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import TooLarge, UserError
 
 Array = Any
 Message = Mapping[str, Any]
 # types of parts of a message that are no text, and the kind of their medium; its source stands under the type's name
-PARTS = {"image": "image", "image_url": "image", "audio": "audio", "input_audio": "audio"}
+PARTS = {
+    "image": "image", "image_url": "image", "audio": "audio", "input_audio": "audio", "video": "video",
+    "video_url": "video",
+}  # fmt: skip
 KINDS = tuple(dict.fromkeys(PARTS.values()))
 AXES = 3  # of M-RoPE: time, row, column
 KEPT_BYTES = 256 << 20  # of features that are kept for another pass; those of the newest medium always are
@@ -36,10 +39,11 @@ KEPT_BYTES = 256 << 20  # of features that are kept for another pass; those of t
 
 @dataclass(frozen=True, eq=False)
 class Medium:
-    """One picture or recording as a tower reads it. data: None where only a prompt cache knows of it.
+    """One picture, recording or video, or a part of one, as a tower reads it. data: None where only a prompt cache
+    knows of it.
 
     grid: time, rows and columns of its tokens, for the positions of M-RoPE (Qwen2-VL, arXiv 2409.12191); None: its
-    tokens have positions like text.
+    tokens have positions like text. step: positions that pass from one time to the next.
     """
 
     kind: str
@@ -48,14 +52,16 @@ class Medium:
     grid: tuple[int, int, int] | None = None
     data: Any = field(default=None, repr=False)
     name: str = ""  # for messages to people
+    step: int = 1
 
     @classmethod
     def of(
-        cls, kind: str, data: np.ndarray, tokens: int, grid: tuple[int, int, int] | None = None, name: str = ""
+        cls, kind: str, data: np.ndarray, tokens: int, grid: tuple[int, int, int] | None = None, name: str = "",
+        step: int = 1,
     ) -> Medium:
-        head = f"{kind} {tokens} {grid} {data.dtype} {data.shape} ".encode()
+        head = f"{kind} {tokens} {grid} {data.dtype} {data.shape} {'' if step == 1 else f'{step} '}".encode()
         digest = hashlib.sha256(head + np.ascontiguousarray(data).tobytes()).digest()
-        return cls(kind, digest, tokens, grid, data, name)
+        return cls(kind, digest, tokens, grid, data, name, step)
 
     @cached_property
     def ids(self) -> list[int]:
@@ -68,7 +74,7 @@ class Medium:
         """Coordinates of its tokens behind the position where it begins; int64 [AXES, tokens]."""
         if self.grid is None:
             return np.broadcast_to(np.arange(self.tokens), (AXES, self.tokens))
-        return np.indices(self.grid).reshape(AXES, -1)
+        return np.indices(self.grid).reshape(AXES, -1) * np.array([[self.step], [1], [1]])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Medium) and self.to_json() == other.to_json()
@@ -79,15 +85,17 @@ class Medium:
     def to_json(self) -> dict[str, Any]:
         """What a file says of it: all but the data."""
         grid = None if self.grid is None else list(self.grid)
-        return {"kind": self.kind, "digest": self.digest.hex(), "tokens": self.tokens, "grid": grid}
+        found = {"kind": self.kind, "digest": self.digest.hex(), "tokens": self.tokens, "grid": grid}
+        return found if self.step == 1 else found | {"step": self.step}
 
     @classmethod
     def from_json(cls, given: Any) -> Medium:
         """Raises ValueError for what `to_json` does not write."""
         try:
             kind, digest, tokens, grid = (given[name] for name in ("kind", "digest", "tokens", "grid"))
-            medium = cls(kind, bytes.fromhex(digest), tokens, None if grid is None else tuple(grid))
-            sizes = [tokens, *(medium.grid or ())]
+            step = given.get("step", 1)
+            medium = cls(kind, bytes.fromhex(digest), tokens, None if grid is None else tuple(grid), step=step)
+            sizes = [tokens, step, *(medium.grid or ())]
             good = kind in KINDS and len(medium.digest) == 32 and all(type(n) is int and 0 < n < 2**31 for n in sizes)
         except (KeyError, TypeError, ValueError):
             good = False
@@ -132,9 +140,18 @@ class Tower(Protocol):
 
     kind: str  # of KINDS
     token: int  # the placeholder that a chat template writes once for each medium
+    weights_of: str  # the kind of the tower whose weights it has
+    max_tokens: int  # of a medium
 
-    def prepare(self, source: Any, name: str) -> Medium:
-        """Opens and preprocesses one. Raises UserError, in one line, for what cannot be read."""
+    @property
+    def feature_width(self) -> int:
+        """Numbers of `Features` a token."""
+        ...
+
+    def prepare(self, source: Any, name: str, most: int | None = None) -> Medium | list[Medium | str]:
+        """Opens and preprocesses one; of a video, what stands in its place: media, and text between them. Raises
+        UserError, in one line, for what cannot be read, and TooLarge for more than `most` tokens in a medium, where its
+        head already says so without reading the rest."""
         ...
 
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -151,33 +168,37 @@ class Tower(Protocol):
 # --- messages and ids
 
 
-def opened(messages: Sequence[Message], towers: Mapping[str, Tower]) -> list[Message]:
-    """The messages with a `Medium` in the place of each source; those that have one keep it.
+def opened(messages: Sequence[Message], towers: Mapping[str, Tower], most: int | None = None) -> list[Message]:
+    """The messages with a `Medium` in the place of each source; those that have one keep it. most: tokens of each.
 
     Raises UserError for a kind that the model does not read, and as `Tower.prepare` does.
     """
 
-    def part(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def parts(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         kind = PARTS.get(given.get("type"))
         if kind is None:
-            return given
+            return [given]
         if kind not in towers:
             raise UserError(f"this model reads no {kind}s; send it text alone")
         source = given[given["type"]]
-        medium = source if isinstance(source, Medium) else towers[kind].prepare(source, _named(kind, source))
-        return {"type": kind, kind: medium}
+        if isinstance(source, Medium):
+            return [{"type": kind, kind: source}]
+        given = source if kind != "video" else {"video": source, "fps": given.get("fps")}
+        made = towers[kind].prepare(given, _named(kind, source), most)
+        found = made if isinstance(made, list) else [made]
+        return [{"type": "text", "text": of} if isinstance(of, str) else {"type": kind, kind: of} for of in found]
 
-    return _each_part(messages, part)
+    return _each_part(messages, parts)
 
 
 def hidden(messages: Sequence[Message], form: Callable[[Any], Any] = lambda medium: True) -> list[Message]:
     """Messages with something plain in the place of media: for a template, which is a program, or for a file."""
 
-    def part(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def parts(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         kind = given["type"]
-        return {"type": kind, kind: form(given[kind])} if kind in KINDS else given
+        return [{"type": kind, kind: form(given[kind])} if kind in KINDS else given]
 
-    return _each_part(messages, part)
+    return _each_part(messages, parts)
 
 
 def restored(messages: Sequence[Message]) -> list[Message]:
@@ -185,9 +206,12 @@ def restored(messages: Sequence[Message]) -> list[Message]:
     return hidden(messages, Medium.from_json)
 
 
-def _each_part(messages: Sequence[Message], part: Callable[[Mapping[str, Any]], Any]) -> list[Message]:
+def _each_part(
+    messages: Sequence[Message], parts: Callable[[Mapping[str, Any]], list[Mapping[str, Any]]]
+) -> list[Message]:
+    """The messages with what stands in the place of each part."""
     return [
-        {**message, "content": [part(one) for one in message["content"]]}
+        {**message, "content": [part for one in message["content"] for part in parts(one)]}
         if isinstance(message.get("content"), list | tuple) else message for message in messages
     ]
 
@@ -219,6 +243,12 @@ def expanded(ids: Sequence[int], media: Sequence[Medium], towers: Mapping[str, T
             raise UserError(f"the prompt has {places} places for {given} {kind}s; {way_out}")
     each = {kind: iter(queue) for kind, queue in waiting.items()}
     return [i for token in ids for i in (next(each[kind_of[token]]).ids if token in kind_of else (token,))]
+
+
+def check_tokens(what: str, kind: str, tokens: int, most: int | None) -> None:
+    """what: a medium, with its size. Raises TooLarge for more tokens than `most`."""
+    if most is not None and tokens > most:
+        raise TooLarge(f"{what} becomes {tokens} tokens, but at most {most} are accepted; make it smaller", kind)
 
 
 def words(ids: Sequence[int]) -> Sequence[int]:
@@ -336,8 +366,21 @@ class Encoder:
             if medium.data is None:
                 why = f"a part of it is read again, but the prompt cache does not hold the {medium.kind} itself"
                 raise UserError(f"the {medium.kind} of {medium.tokens} tokens is not there: {why}; give it again")
-            self.kept[medium] = self.towers[medium.kind].encode(medium, self.weights[medium.kind], self.ops)
+            tower = self.towers[medium.kind]
+            self.kept[medium] = tower.encode(medium, self.weights[tower.weights_of], self.ops)
         self.kept.move_to_end(medium)
         while len(self.kept) > 1 and sum(features.nbytes for features in self.kept.values()) > KEPT_BYTES:
             self.kept.popitem(last=False)
         return self.kept[medium]
+
+
+def bytes_of_media(towers: Mapping[str, Tower], ops: Backend, most: int, chunk: int) -> int:
+    """What pictures and sounds of at most `most` tokens each take beside passes of `chunk` tokens: the largest in its
+    tower, and the features that are kept and those that a pass reads, which may end and begin within a medium."""
+
+    def of(tower: Tower) -> int:
+        tokens = min(most, tower.max_tokens)
+        read = ops.dtype.itemsize * tower.feature_width * (chunk + 2 * tokens)
+        return tower.work_bytes(tokens, ops) + KEPT_BYTES + read
+
+    return max(map(of, towers.values()), default=0)

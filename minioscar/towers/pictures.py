@@ -8,9 +8,10 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import logging
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
@@ -21,11 +22,15 @@ from ..storage.files import read_bytes
 
 MAX_PIXELS = 178_956_970  # at which Pillow itself refuses: twice its MAX_IMAGE_PIXELS
 FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"  # none of which runs another program, as EPS does
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of damaged files is in our one line
 SOURCES = "a file's name, its bytes, a data: URL, a PIL image, or an array uint8 [height, width, 3]"
 
 
-def opened(source: Any, name: str) -> Any:
-    """PIL.Image, RGB. name: of the picture, for messages. Raises UserError."""
+def opened(
+    source: Any, name: str, check: Callable[[int, int], None] = lambda width, height: None, says: bool = True
+) -> Any:
+    """PIL.Image, RGB. name: of the picture, for messages. check: of width and height as its head has them, before its
+    pixels are read. says: on stderr, that there are more frames. Raises UserError."""
     try:
         from PIL import Image
     except ImportError:
@@ -33,7 +38,7 @@ def opened(source: Any, name: str) -> Any:
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise UserError(f"{name} is an array {source.dtype} {list(source.shape)}; it must be uint8 [h, w, 3]")
-        return Image.fromarray(source)
+        source = Image.fromarray(source)
     if not isinstance(source, Image.Image):
         data = _bytes(source, name)
         try:
@@ -45,24 +50,27 @@ def opened(source: Any, name: str) -> Any:
         except Exception as error:  # Pillow's readers raise whatever comes to them
             why = f"is none of {', '.join(FORMATS)} ({_reason(error)}); convert it"
             raise UserError(f"{name} {why}") from None
-    return _rgb(source, name)
-
-
-def _rgb(image: Any, name: str) -> Any:
-    from PIL import ImageOps
-
-    width, height = image.size
+    width, height = source.size
     if width * height > MAX_PIXELS:
         raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS}; make it smaller")
-    if (frames := getattr(image, "n_frames", 1)) > 1:
-        print(f"[{name} has {frames} frames; the first is read]", file=sys.stderr, flush=True)
+    check(width, height)
+    return _rgb(source, name, says)
+
+
+def _rgb(image: Any, name: str, says: bool) -> Any:
+    from PIL import ImageOps
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            frames = getattr(image, "n_frames", 1)  # read from all of the file
             image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+            found = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:
         raise UserError(f"{name} is damaged ({_reason(error)}); fetch or convert it again") from None
+    if frames > 1 and says:
+        print(f"[{name} has {frames} frames; the first is read]", file=sys.stderr, flush=True)
+    return found
 
 
 def _reason(error: Exception) -> str:
@@ -91,4 +99,4 @@ def from_data_url(url: str) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UserError(f"the data: URL of a picture is not base64 ({one_line(error)})") from None
+        raise UserError(f"the data: URL is not base64 ({one_line(error)})") from None

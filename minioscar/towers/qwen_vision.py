@@ -19,7 +19,7 @@ from ..errors import UserError, shown
 from ..fields import Fields
 from . import pictures
 from .layers import gelu, layer_norm, linear
-from .media import Backend, Features, Medium
+from .media import Backend, Features, Medium, check_tokens
 
 Array = Any
 PREFIX = "model.visual."
@@ -75,11 +75,23 @@ class QwenVision:
         inner = get.count("intermediate_size")
         shape = cls(top.count("image_token_id"), depth, size, inner, heads, hidden, math.isqrt(places), tuple(deep),
                     patch, frames, merge)  # fmt: skip
-        return replace(shape, **_preprocessing(pictures, shape))
+        return replace(shape, **preprocessing(pictures, shape, "preprocessor_config.json"))
 
     @property
     def kind(self) -> str:
         return "image"
+
+    @property
+    def weights_of(self) -> str:
+        return self.kind
+
+    @property
+    def max_tokens(self) -> int:
+        return self.max_pixels // (self.patch * self.merge) ** 2
+
+    @property
+    def feature_width(self) -> int:
+        return self.output_size * (1 + len(self.deepstack))
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Tensor name, as Hugging Face checkpoints spell it, -> shape."""
@@ -106,40 +118,47 @@ class QwenVision:
 
     # --- a picture's pixels
 
-    def prepare(self, source: Any, name: str) -> Medium:
+    def prepare(self, source: Any, name: str, most: int | None = None) -> Medium:
         """The picture in the size in which the tower reads it, uint8 [height, width, 3]. Raises UserError."""
-        from PIL import Image
 
-        image = pictures.opened(source, name)
+        def check(width: int, height: int) -> None:  # a turn by EXIF does not change what it says
+            what = f"{name} of {width} x {height} pixels"
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise UserError(f"{what} is more than {MAX_ASPECT} times as long as wide; cut it")
+            tokens = math.prod(self.resized(height, width)) // (self.patch * self.merge) ** 2
+            check_tokens(what, self.kind, tokens, most)
+
+        image = pictures.opened(source, name, check)
+        from PIL import Image  # `opened` says where it is missing
+
         width, height = image.size
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise UserError(f"{name} of {width} x {height} pixels is more than {MAX_ASPECT} times as long as wide")
         height, width = self.resized(height, width)
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
         grid = 1, height // (self.patch * self.merge), width // (self.patch * self.merge)
         return Medium.of(self.kind, pixels, math.prod(grid), grid, name)
 
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """The nearest size of whole tokens whose area is within the limits (smart_resize)."""
-        step, area = self.patch * self.merge, height * width
+    def resized(self, height: int, width: int, frames: int = 1, counted: int = 1) -> tuple[int, int]:
+        """The nearest size of whole tokens whose area is within the limits (smart_resize). frames: that share them;
+        counted: as how many they count at that size."""
+        step, area = self.patch * self.merge, frames * height * width
         found = [round(side / step) * step for side in (height, width)]
-        if math.prod(found) > self.max_pixels:
+        if counted * math.prod(found) > self.max_pixels:
             scale = math.sqrt(area / self.max_pixels)
             found = [max(step, math.floor(side / scale / step) * step) for side in (height, width)]
-        elif math.prod(found) < self.min_pixels:
+        elif counted * math.prod(found) < self.min_pixels:
             scale = math.sqrt(self.min_pixels / area)
             found = [math.ceil(side * scale / step) * step for side in (height, width)]
         return found[0], found[1]
 
     def patches(self, pixels: Array, xp: Any = np) -> Array:
-        """uint8 [height, width, 3] -> float32 [patches, 3 * frames * patch * patch], normalized, those of a token
-        together: rows and columns of tokens, then rows and columns in a token."""
+        """uint8 [height, width, 3], or as many [frames, height, width, 3], -> float32 [patches, 3 * frames * patch *
+        patch], normalized, those of a token together: rows and columns of tokens, then rows and columns in a token."""
         mean, deviation = (xp.asarray(np.array(of, np.float32)) for of in (self.mean, self.deviation))
         x = (pixels.astype(np.float32) / np.float32(255) - mean) / deviation
-        rows, columns = (size // (self.patch * self.merge) for size in pixels.shape[:2])
-        x = x.reshape(rows, self.merge, self.patch, columns, self.merge, self.patch, 3)
-        x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # [rows, columns, merge, merge, 3, patch, patch]
-        x = xp.broadcast_to(x[..., None, :, :], (*x.shape[:5], self.frames, *x.shape[5:]))
+        rows, columns = (size // (self.patch * self.merge) for size in pixels.shape[-3:-1])
+        x = x.reshape(-1, rows, self.merge, self.patch, columns, self.merge, self.patch, 3)
+        x = x.transpose(1, 4, 2, 5, 7, 0, 3, 6)  # [rows, columns, merge, merge, 3, frames or 1, patch, patch]
+        x = xp.broadcast_to(x, (*x.shape[:5], self.frames, *x.shape[6:]))
         return x.reshape(rows * columns * self.merge**2, -1)
 
     def places(self, rows: int, columns: int) -> np.ndarray:
@@ -151,10 +170,14 @@ class QwenVision:
 
     def encode(self, medium: Medium, weights: Mapping[str, Array], ops: Backend) -> Features:
         """embeddings [tokens, output_size] and as many features for DeepStack as `deepstack` has blocks."""
+        return self.encoded(medium.data, weights, ops)
+
+    def encoded(self, pixels: np.ndarray, weights: Mapping[str, Array], ops: Backend) -> Features:
+        """The same of pixels that `patches` takes."""
         xp, w = ops.xp, {name.removeprefix(PREFIX): array for name, array in weights.items()}
         w["patch_embed.proj.weight"] = w["patch_embed.proj.weight"].reshape(self.hidden_size, -1)
-        places = self.places(*medium.grid[1:])
-        x = self.patches(xp.asarray(medium.data), xp).astype(ops.dtype)
+        places = self.places(*(size // (self.patch * self.merge) for size in pixels.shape[-3:-1]))
+        x = self.patches(xp.asarray(pixels), xp).astype(ops.dtype)
         x = linear(x, w, "patch_embed.proj", ops)  # [patches, hidden]
         x = ops.sum(x, self._positions(places, w["pos_embed.weight"], xp))
         tables, deep = self._angles(places, xp), {}
@@ -208,13 +231,13 @@ class QwenVision:
         n, hidden, itemsize = tokens * self.merge**2, self.hidden_size, ops.dtype.itemsize
         attending = itemsize * 6 * n * hidden + ops.full_attention_bytes(n, self.num_heads, hidden // self.num_heads)
         mlp = itemsize * n * (2 * hidden + 2 * self.intermediate_size) + 4 * n * 4 * self.intermediate_size
-        features = itemsize * tokens * self.output_size * (1 + len(self.deepstack))
+        features = itemsize * tokens * self.feature_width
         return max(attending, mlp) + features
 
 
-def _preprocessing(raw: Mapping[str, Any], shape: QwenVision) -> dict[str, Any]:
-    """What preprocessor_config.json says of sizes and colours. Raises UserError where it contradicts the tower."""
-    get = Fields(raw, "preprocessor_config.json", {})
+def preprocessing(raw: Mapping[str, Any], shape: QwenVision, source: str) -> dict[str, Any]:
+    """What a preprocessor_config.json says of sizes and colours. Raises UserError where it contradicts the tower."""
+    get = Fields(raw, source, {})
     for name, only in (("patch_size", shape.patch), ("temporal_patch_size", shape.frames), ("merge_size", shape.merge)):
         get.only(name, only)
     for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):

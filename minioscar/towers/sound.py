@@ -8,14 +8,14 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, one_line, shown
+from ..errors import TooLarge, UserError, one_line, shown
 
 RATE = 16000  # samples a second
 WINDOW, HOP = 400, 160  # samples of a frame of the spectrum, and from one to the next
@@ -23,25 +23,33 @@ BLOCK = 512  # frames whose spectrum is in memory at once
 SOURCES = "a file's name, its bytes, or an array float32 [samples] at 16 kHz"
 
 
-def opened(source: Any, name: str, max_seconds: float) -> np.ndarray:
-    """The samples of a sound, float32 [samples] at 16 kHz. name: of it, for messages.
+def opened(source: Any, name: str, max_seconds: float, holder: str = "this model's context") -> np.ndarray:
+    """The samples of a sound, float32 [samples] at 16 kHz. name: of it, holder: what has room for max_seconds, for
+    messages.
 
     Files and bytes are of any format of libsndfile (WAV, FLAC, OGG, MP3), bytes also in base64. Channels are averaged,
     then the rate is changed by soxr at its high quality, as librosa does both. Raises UserError for what is no sound,
-    is shorter than a frame or, already by a file's header, longer than max_seconds.
+    is shorter than a frame or, already by a file's header, longer than max_seconds (TooLarge).
     """
+
+    def check(seconds: float) -> None:
+        if seconds > max_seconds:
+            why = f"{seconds:.0f} s long, but {holder} holds {max_seconds:.0f} s"
+            raise TooLarge(f"{name} is {why}; shorten it", "audio")
+
     if isinstance(source, Mapping):
         source = _decoded(source.get("data"), name)
     if isinstance(source, np.ndarray):
         if source.dtype != np.float32 or source.ndim != 1:
             raise UserError(f"{name} is an array {source.dtype} {list(source.shape)}; it must be {SOURCES}")
-        samples = _short_enough(source, len(source) / RATE, name, max_seconds)
+        check(len(source) / RATE)
+        samples = source
     elif isinstance(source, bytes | bytearray):
-        samples = _read(io.BytesIO(source), name, max_seconds)
+        samples = _read(io.BytesIO(source), name, check)
     elif isinstance(source, str | PathLike) and str(source) and "\0" not in str(source):
         if not Path(source).is_file():
             raise UserError(f"{name} is no file; give a sound file, such as a WAV")
-        samples = _read(source, name, max_seconds)
+        samples = _read(source, name, check)
     else:
         raise UserError(f"{name} {shown(source)} must be {SOURCES}")
     if not np.isfinite(samples).all():
@@ -59,7 +67,7 @@ def _decoded(data: Any, name: str) -> bytes:
         raise UserError(f"{name}: its data is not base64 ({one_line(error)})") from None
 
 
-def _read(file: Any, name: str, max_seconds: float) -> np.ndarray:
+def _read(file: Any, name: str, check: Callable[[float], None]) -> np.ndarray:
     try:
         import soundfile
         import soxr
@@ -68,7 +76,7 @@ def _read(file: Any, name: str, max_seconds: float) -> np.ndarray:
     try:
         with soundfile.SoundFile(file) as opened_file:
             rate, frames = opened_file.samplerate, opened_file.frames
-            _short_enough(None, frames / rate, name, max_seconds)
+            check(frames / rate)
             blocks = opened_file.blocks(1 << 20, dtype="float32", always_2d=True)  # [frames, channels]
             samples = np.concatenate([np.zeros(0, np.float32), *(block.mean(axis=1) for block in blocks)])
     except (soundfile.SoundFileError, OSError) as error:
@@ -78,13 +86,6 @@ def _read(file: Any, name: str, max_seconds: float) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     return one_line(error).rpartition(">: ")[2]  # soundfile names the buffer
-
-
-def _short_enough(samples: Any, seconds: float, name: str, max_seconds: float) -> Any:
-    if seconds > max_seconds:
-        why = f"{seconds:.0f} s long, but this model's context holds {max_seconds:.0f} s"
-        raise UserError(f"{name} is {why}; shorten it")
-    return samples
 
 
 def log_mel(samples: np.ndarray, bins: int) -> np.ndarray:
