@@ -95,8 +95,7 @@ class Product:
         norm = None if self.norm is None else (device.array(self.norm), EPS)
         x_there, weight = device.array(x), self.weight.map(device.array)
         if plan is None and quantized.fits(len(x), self.weight, norm is not None, given["silu"], card):
-            launch = quantized.linear(x_there, weight, out, card, norm=norm, **given)
-            device.run(launch, arch=90 if launch.source.startswith("sm90/") else 80, seed=order)
+            device.run(quantized.linear(x_there, weight, out, card, norm=norm, **given), seed=order)
             return np.array(device.numpy(out))
         if norm is not None:
             x_there, before = device.empty(x.shape, BF16), x_there
@@ -224,22 +223,6 @@ def test_products_with_what_stands_before_and_behind_them(device, seed, case, pa
     Product(device, seed, tokens, weight, **parts).check()
 
 
-# Of whole stages and not, of one pass and more; the last tile is short.
-ENGINES = [
-    ("int4", 128, 1, 512, 96), ("int4", 64, 3, 1536, 416), ("int4", 32, 8, 1024, 64), ("int4", 128, 2, 2560, 224),
-    ("int8", 64, 2, 512, 96), ("int8", 128, 8, 1536, 160), ("e4m3", 128, 1, 1024, 224), ("e4m3", 64, 5, 2560, 64),
-]
-
-
-@on_each_device_over(case=ENGINES, parts=PARTS, traits={"parts": switches})
-def test_products_whose_codes_come_by_the_copy_engine(device, seed, case, parts):
-    kind, group, tokens, size, rows = case
-    rows -= 0 if "silu" in parts else 5
-    weight, card = matrix(np.random.default_rng(seed), kind, rows, size, group), Card(2, 90)
-    assert quantized.vector_plan(tokens, weight, "norm" in parts, "silu" in parts, card).engine
-    Product(device, seed, tokens, weight, **parts).check(card=card)
-
-
 BATCHES = [
     ("int4", 128, 9, 640, 96), ("int4", 64, 33, 200, 64), ("int4", 32, 16, 1056, 544), ("int4", 320, 65, 320, 160),
     ("int4", 128, 128, 384, 288), ("int8", 128, 17, 640, 96), ("int8", 32, 70, 576, 32), ("int8", 72, 40, 72, 64),
@@ -269,7 +252,7 @@ def test_every_way_to_share_the_slabs_of_a_batch(device, seed, kind, parts, mult
 # kind, columns of a group, tokens, in, out
 WARPGROUPS = [
     ("int4", 128, 9, 648, 224), ("int4", 64, 33, 392, 96), ("int4", 320, 81, 320, 96), ("int8", 64, 17, 264, 64),
-    ("e4m3", 128, 40, 392, 288), ("int4", 128, 60, 392, 96), ("e4m3", 128, 75, 264, 96),
+    ("e4m3", 128, 40, 392, 288),
 ]
 
 
@@ -334,35 +317,13 @@ def test_zeros_at_the_ends_and_negative_and_no_scales(device, seed, zero):
 
 @on_each_device
 @pytest.mark.parametrize("kind", BITS)
-@pytest.mark.parametrize("capability", [80, 90])
-def test_equal_bits_on_every_grid_in_every_order_and_for_a_token_alone(device, seed, capability, kind):
+def test_equal_bits_on_every_grid_in_every_order_and_for_a_token_alone(device, seed, kind):
     weight = matrix(np.random.default_rng(seed), kind, 208, 2560, 128)
-    for parts in {"norm": True, "residual": True}, {"residual": True}:
-        product = Product(device, seed, 6, weight, **parts)
-        first = product.run(Card(1, capability))
-        for order, multiprocessors in ((1, 1), (2, 2), (3, 40)):
-            assert np.array_equal(first, product.run(Card(multiprocessors, capability), order))
-        assert np.array_equal(first[:1], product.run(Card(2, capability), tokens=1))
-
-
-@on_each_device
-def test_a_product_asks_for_what_the_next_one_reads_first(device, seed):
-    """Within the codes of the next one's matrix, around what stands between; and computes the same."""
-    rng, x = np.random.default_rng(seed), inputs(np.random.default_rng(seed), 2, 512)
-    weights = [matrix(rng, "int4", rows, 512, 128).map(device.array) for rows in (48, 2080)]
-    outs = [device.empty((2, rows), BF16) for rows in (48, 2080)]
-    launches = [quantized.linear(device.array(x), *pair, Card(2, 90)) for pair in zip(weights, outs, strict=True)]
-    between = rms_norm(device.array(x), device.array(x[0]), EPS, device.empty(x.shape, BF16))
-    found = quantized.asking_ahead([launches[0], between, launches[1]])
-    assert found[1] is between and found[0].args[:-2] == launches[0].args[:-2]
-    for launch, weight in zip((found[0], found[2]), reversed(weights), strict=True):
-        assert launch.args[-2] is weight.codes and launch.args[-1] == min(weight.codes.nbytes, quantized.AHEAD_BYTES)
-        assert launch.args[-1] % 16 == 0
-    for launch, asking, out in zip(launches, found[::2], outs, strict=True):
-        device.run(launch, arch=90)
-        alone = np.array(device.numpy(out))
-        device.run(asking, arch=90)
-        assert np.array_equal(alone, device.numpy(out))
+    product = Product(device, seed, 6, weight, norm=True, residual=True)
+    first = product.run(Card(1, 80))
+    for order, multiprocessors in ((1, 1), (2, 2), (3, 40)):
+        assert np.array_equal(first, product.run(Card(multiprocessors, 80), order))
+    assert np.array_equal(first[:1], product.run(Card(2, 80), tokens=1))
 
 
 @on_each_device

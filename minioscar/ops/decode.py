@@ -29,7 +29,6 @@ from . import attention, experts
 from .attention import DecodeState, Heads
 from .launch import Card, Launch
 from .linear_batch import BATCH_TOKENS
-from .quantized import asking_ahead
 from .sample import SAMPLE_VOCAB, Drawing, advance, sample
 from .upload import pinned
 
@@ -145,7 +144,7 @@ class Step:
             self.run()
 
     def replay(self) -> None:
-        for launch in asking_ahead(self.recorded.launches):
+        for launch in self.recorded.launches:
             self.model.ops.run(launch)
 
 

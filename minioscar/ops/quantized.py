@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,53 +18,54 @@ Array = Any
 
 LINEAR_TOKENS = 8  # of quantized/linear.cu: the columns of an MMA
 CHUNK = 128  # columns that a warp of quantized/linear.cu has at a time
-FEW, MAX_SLOTS = 2, 6  # tokens; slots of a ring
+FEW, MAX_SLOTS = 2, {"int4": 3, "int8": 6, "e4m3": 6}  # tokens; slots of a ring, more are slower
 MOST_COLUMNS = 128  # whose sum is scaled at once
 WGMMA_ROWS = 192  # of a block of sm90/quantized_batch.cu
 ONE_GROUP = 31  # the shift of a column to its group where a row has one
-ENGINE_SOURCE, AHEAD_BYTES = "sm90/quantized_linear.cu", 4 << 20  # codes of the next product, into L2
-NOTHING_AHEAD = None, np.int32(0)
-IN_FLIGHT = 104 << 10  # bytes of a multiprocessor; more are slower on an H200
 
 
 @dataclass(frozen=True)
 class VectorPlan:
-    """Tiles and rings of quantized/linear.cu, or of sm90/quantized_linear.cu."""
+    """Tiles and rings of quantized/linear.cu."""
 
     warps: int  # of a block; they split k
     row_tiles: int  # of 16 rows (of gate and of up), of a pass
     slots: int  # chunks that a warp has in flight
+    early: int  # of these, before x is asked for
     shared: int
-    engine: bool  # whether the copy engine copies: sm90/quantized_linear.cu
 
 
 def vector_plan(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> VectorPlan | None:
     """None where no two chunks fit into a ring. `warps`, which decide the order of sums, do not depend on the tokens; 1
     to FEW of them, and more, have each one number of slots if that is possible."""
     branches, (rows, size), few = 2 if silu else 1, weight.shape, FEW if tokens <= FEW else LINEAR_TOKENS
-    tiles, folds, int4 = -(-rows // (ROWS * branches)), CHUNK // _columns_at_once(weight, 2), weight.kind == "int4"
-    of_tile = branches * (ROWS * CHUNK // (2 if int4 else 1) + folds * (16 if weight.kind == "e4m3" else 64))
-    engine = card.capability == 90 and size % (4 * CHUNK) == 0 and shift(weight) <= 7
+    tiles, folds = -(-rows // (ROWS * branches)), CHUNK // _columns_at_once(weight, 2)
+    codes = ROWS * CHUNK // (2 if weight.kind == "int4" else 1)
+    of_tile = branches * (codes + folds * (16 if weight.kind == "e4m3" else 64))
+
+    slot_counts = range(1, MAX_SLOTS[weight.kind] + 1)
 
     def shared(warps: int, row_tiles: int, slots: int, tokens: int) -> int:
-        x = tokens * (2 * _up(size, CHUNK) + 64) if norm else slots * tokens * (warps * CHUNK * 2 + 64 * engine)
+        x = tokens * (2 * _up(size, CHUNK) + 64) if norm else warps * slots * tokens * CHUNK * 2
         return warps * row_tiles * (2 * branches * ROWS * LINEAR_TOKENS * 4 + slots * of_tile) + x
 
     def slots(warps: int, row_tiles: int, tokens: int) -> int:
-        most = max(2, IN_FLIGHT // (warps * row_tiles * of_tile)) if engine else MAX_SLOTS
-        return sum(shared(warps, row_tiles, n, tokens) <= card.max_shared_bytes for n in range(1, most + 1))
+        return sum(shared(warps, row_tiles, n, tokens) <= card.max_shared_bytes for n in slot_counts)
 
     def used(row_tiles: int) -> float:  # of the card
         passes = -(-tiles // row_tiles)
         return tiles / (-(-passes // card.multiprocessors) * card.multiprocessors * row_tiles)
 
-    warps = 16 if slots(16, 1, FEW) >= 2 and not (engine and not int4) else 8
-    most = 1 if silu else 3 if int4 and not (engine and folds > 2) else 2 if engine else 1  # slots and registers
+    warps = 16 if slots(16, 1, FEW) >= 2 else 8
+    most = 3 if weight.kind == "int4" and not silu else 1  # of 8 bits fewer slots would fit
     fitting = [n for n in range(1, most + 1) if n == 1 or slots(warps, n, few) >= 2]
     row_tiles = max(fitting, key=lambda n: (round(used(n), 2), n))
     found = slots(warps, row_tiles, few)
     found = found if found >= 2 else slots(warps, row_tiles, tokens)
-    return VectorPlan(warps, row_tiles, found, shared(warps, row_tiles, found, tokens), engine) if found >= 2 else None
+    if found < 2:
+        return None
+    early = 1 if weight.kind == "int4" else found  # 8 bits are bound by memory first
+    return VectorPlan(warps, row_tiles, found, early, shared(warps, row_tiles, found, tokens))
 
 
 def fits(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> bool:
@@ -96,23 +97,9 @@ def linear(
     numbers = *map(np.int32, (tokens, size, rows, shift(weight))), np.float32(eps)
     args = (x, weights, *weight.arrays(), bias, residual, out, *numbers)
     shape = f"BLOCK_WARPS={plan.warps}", f"NORM={normed:d}", f"ROW_TILES={plan.row_tiles}", f"SLOTS={plan.slots}"
-    defines = *shape, *_defines(weight), f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
-    if plan.engine:  # a warp more: one that copies
-        args = *args, *NOTHING_AHEAD
-        return Launch(ENGINE_SOURCE, "linear", defines, (blocks,), 32 * (plan.warps + 1), args, plan.shared)
+    to = f"EARLY={plan.early}", f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    defines = *shape, *_defines(weight), *to
     return Launch("quantized/linear.cu", "linear", defines, (blocks,), 32 * plan.warps, args, plan.shared)
-
-
-def asking_ahead(launches: Sequence[Launch]) -> list[Launch]:
-    """A step's launches, of which each product of few tokens asks L2 for what the next one, or the first one of the
-    next step, reads first: memory is idle where one ends and another begins, and while few tokens attend."""
-    at = [i for i, launch in enumerate(launches) if launch.source == ENGINE_SOURCE]
-    found = list(launches)
-    for i, following in zip(at, at[1:] + at[:1], strict=True):
-        codes = launches[following].args[2]
-        ahead = codes, np.int32(min(AHEAD_BYTES, codes.nbytes))
-        found[i] = replace(launches[i], args=(*launches[i].args[: -len(ahead)], *ahead))
-    return found
 
 
 @dataclass(frozen=True)

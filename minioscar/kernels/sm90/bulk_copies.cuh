@@ -47,10 +47,6 @@ DEVICE void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(smem_addr(shared)), "l"(global), "r"(bytes), "r"(smem_addr(bar)) : "memory");
 }
-// Asks L2 for memory that is read soon: `bytes`, a multiple of 16.
-DEVICE void prefetch_l2(const void* global, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
 #else
 #define BULK_COPIES 0
 #endif

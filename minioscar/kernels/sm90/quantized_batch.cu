@@ -35,10 +35,7 @@ constexpr int RUN_BYTES = COLUMNS * LINE_BYTES, CODE_BYTES = RUNS * TILE_VECTORS
 constexpr int CODE_OFFSET = RUNS * RUN_BYTES, SUM_OFFSET = CODE_OFFSET + WARPS * CODE_BYTES;
 constexpr int SCALE_OFFSET = SUM_OFFSET + FOLDS * COLUMNS * 4, SCALE_BYTES = HAS_ZERO ? 64 : 16;  // of a fold of a tile
 constexpr int STAGE_BYTES = (SCALE_OFFSET + WARPS * FOLDS * SCALE_BYTES + PATTERN - 1) / PATTERN * PATTERN;
-// As registers allow: operands of the next slab are made while a slab is multiplied; splits are loaded together.
-constexpr bool AHEAD = COLUMNS <= (GROUP > 64 ? 48 : 16);
-constexpr int UNROLLED = AHEAD ? 4 : COLUMNS <= 48 ? 2 : 1;
-constexpr uint32_t LEAST_NORMAL = 0x00800080u;  // as in add_x
+constexpr int UNROLLED = COLUMNS <= 48 ? 2 : 1;  // splits whose sums are loaded together, as registers allow
 constexpr int PREPARING = 3;                     // warps; the fourth one of their warpgroup copies
 static_assert(COLUMNS % 16 == 0 && COLUMNS <= 80 && GROUP >= 64, "sums and scales fit into registers");
 
@@ -123,97 +120,78 @@ DEVICE void copy_x(unsigned char* stage, const TensorMap& x, int slab, uint64_t*
     tma_load_2d(stage + run * RUN_BYTES, &x, (slab * RUNS + run) * 64, blockIdx.y * COLUMNS, full);
 }
 
+DEVICE float sum_of(uint32_t pair) { return low(pair) + high(pair); }
+DEVICE float sum_of(uint4 v) { return (sum_of(v.x) + sum_of(v.y)) + (sum_of(v.z) + sum_of(v.w)); }
+
 // x of a stage in place: times 2^100, transposed, and the sums of its groups as the sums of code 1 would be. A lane has
-// 32 k of a column at a time: its words are operand b of MMAs whose rows 0 ... 7 add up the lanes of the first 64 k and
-// whose rows 8 ... 15 those of the rest. These have the columns n ^ 2: the 8 lanes of a phase are in different banks.
+// 32 k of a column at a time; 8 columns a warp, whose lines have their vectors in different banks.
 DEVICE void prepare_x(unsigned char* stage, int warp) {
-  const int lane = threadIdx.x % 32, c = lane % 4, n = (lane / 4) ^ (c / 2 * 2);
-  const uint32_t first = c < 2 ? LEAST_NORMAL : 0, rest = c < 2 ? 0 : LEAST_NORMAL;
-  float* x_sums = (float*)(stage + SUM_OFFSET) + 2 * c;  // [fold][column]
-  for (int column = warp * 8; column < COLUMNS; column += PREPARING * 8) {
-    unsigned char* line = stage + c / 2 * RUN_BYTES + (column + n) * LINE_BYTES;
+  const int lane = threadIdx.x % 32, block = lane / 8;  // block: of 32 k
+  float* x_sums = (float*)(stage + SUM_OFFSET);         // [fold][column]
+  for (int column = warp * 8 + lane % 8; column < COLUMNS; column += PREPARING * 8) {
+    unsigned char* line = stage + block / 2 * RUN_BYTES + column * LINE_BYTES;
     uint4 v[4];
-    UNROLL for (int j = 0; j < 4; j++) v[j] = ScaledX()(*(const uint4*)(line + ((c % 2 * 4 + j) ^ n) * 16));
+    UNROLL for (int c = 0; c < 4; c++) v[c] = *(const uint4*)(line + ((block % 2 * 4 + c) ^ column % 8) * 16);
+    float sum = (sum_of(v[0]) + sum_of(v[1])) + (sum_of(v[2]) + sum_of(v[3]));
+    UNROLL for (int c = 0; c < 4; c++) v[c] = ScaledX()(v[c]);
     UNROLL for (int j = 0; j < 4; j++)
-      *(uint4*)(line + ((c % 2 * 4 + j) ^ n) * 16) =
+      *(uint4*)(line + ((block % 2 * 4 + j) ^ column % 8) * 16) =
           make_uint4(word(v[0], j), word(v[1], j), word(v[2], j), word(v[3], j));
-    if (!HAS_ZERO) continue;
-    float sum[4];
-    UNROLL for (int j = 0; j < 4; j++) {
-      if (j == 0)
-        mma_m16n8k16_bf16_zero(sum, first, rest, first, rest, v[j].x, v[j].y);
-      else
-        mma_m16n8k16_bf16(sum, first, rest, first, rest, v[j].x, v[j].y);
-      mma_m16n8k16_bf16(sum, first, rest, first, rest, v[j].z, v[j].w);
-    }
-    if (GROUP > 64)
-      UNROLL for (int e = 0; e < 2; e++) sum[e] += __shfl_xor_sync(FULL_MASK, sum[2 + e], 1);
-    if (lane >= 4) continue;
-    *(float2*)(x_sums + column) = sums_of_x(sum);
-    const float sums_of_rest[4] = {sum[2], sum[3], 0.f, 0.f};
-    if (GROUP == 64) *(float2*)(x_sums + COLUMNS + column + (c % 2 ? -2 : 2)) = sums_of_x(sums_of_rest);
+    sum += __shfl_xor_sync(FULL_MASK, sum, 8);
+    if (GROUP > 64) sum += __shfl_xor_sync(FULL_MASK, sum, 16);
+    if (HAS_ZERO && block % (GROUP / 32) == 0) x_sums[block * 32 / GROUP * COLUMNS + column] = sum * unit<false>();
   }
 }
 
-// Operand a of this lane for a run of a slab.
-struct Operands {
-  uint32_t a[4][4];
-
-  DEVICE void load(const unsigned char* stage, int warp, int run) {
-    uint4 w[LOADS];
-    UNROLL for (int i = 0; i < LOADS; i++) {
-      const int at = run * TILE_VECTORS + 32 * i + threadIdx.x % 32;
-      w[i] = *(const uint4*)(stage + CODE_OFFSET + warp * CODE_BYTES + at * 16);
-    }
-    UNROLL for (int s = 0; s < 4; s++) operand(a[s], w, s);
-  }
-};
-
-// y += this warp's rows of a slab times all columns. of_runs: its operands, if AHEAD; meanwhile: what is done while the
-// last products run.
-template <class Meanwhile>
-DEVICE void multiply(float (&y)[TILES][4], Operands (&of_runs)[RUNS], const unsigned char* stage, int warp,
-                     const Meanwhile& meanwhile) {
+// y += this warp's rows of a slab times all columns.
+DEVICE void multiply(float (&y)[TILES][4], const unsigned char* stage, int warp) {
   const int lane = threadIdx.x % 32, c = lane % 4;
   const float* x_sums = (const float*)(stage + SUM_OFFSET) + 2 * c;
   const unsigned char* scales = stage + SCALE_OFFSET + warp * FOLDS * SCALE_BYTES;
   float sum[TILES][4];  // of a group
-  UNROLL for (int run = 0; run < RUNS; run++) {
-    if (!AHEAD) of_runs[run].load(stage, warp, run);
-    uint32_t(&a)[4][4] = of_runs[run].a;
-    const uint64_t b = wgmma_operand(stage + run * RUN_BYTES, PATTERN, 0);
-    compiler_fence(a);
-    wgmma_fence();
-    UNROLL for (int s = 0; s < 4; s++) {
-      if (s == 0 && run * 64 % GROUP == 0)
-        wgmma_bf16_k_major<true>(sum, a[s], b + 2 * s);  // 16 k are 32 bytes; addresses count 16
-      else
-        wgmma_bf16_k_major<false>(sum, a[s], b + 2 * s);
-    }
-    wgmma_commit();
-    if (run == RUNS - 1) meanwhile();
-    if ((run + 1) * 64 % GROUP != 0) continue;
-    const int i = run * 64 / GROUP;
+  uint32_t a[RUNS][4][4];
+  auto fold = [&](int i) {
     RowScales of_rows;
     of_rows.load(scales + i * SCALE_BYTES, 0, lane / 4);
     wgmma_wait<0>();
     compiler_fence(sum);
     UNROLL for (int n = 0; n < TILES; n++)
       of_rows.add(y[n], sum[n], HAS_ZERO ? *(const float2*)(x_sums + i * COLUMNS + 8 * n) : make_float2(0.f, 0.f));
+  };
+  UNROLL for (int run = 0; run < RUNS; run++) {
+    uint4 w[LOADS];
+    UNROLL for (int i = 0; i < LOADS; i++) {
+      const int at = run * TILE_VECTORS + 32 * i + lane;
+      w[i] = *(const uint4*)(stage + CODE_OFFSET + warp * CODE_BYTES + at * 16);
+    }
+    UNROLL for (int s = 0; s < 4; s++) operand(a[run][s], w, s);
+    const uint64_t b = wgmma_operand(stage + run * RUN_BYTES, PATTERN, 0);
+    UNROLL for (int s = 0; s < 4; s++) {
+      const int k = run * 64 + s * 16;
+      if (s == 0 || k % GROUP == 0) {
+        compiler_fence(a[run]);
+        wgmma_fence();
+      }
+      if (k % GROUP == 0)
+        wgmma_bf16_k_major<true>(sum, a[run][s], b + 2 * s);  // 16 k are 32 bytes; addresses count 16
+      else
+        wgmma_bf16_k_major<false>(sum, a[run][s], b + 2 * s);
+      if (s == 3 || (k + 16) % GROUP == 0) wgmma_commit();
+      if ((k + 16) % GROUP == 0) fold(k / GROUP);
+    }
   }
 }
 
-// What a lane stores: rows 2r and 2r + 1 of its warp's outputs, of each 8 columns two.
+// What a lane stores: rows 2r and 2r + 1 of its warp's outputs, of each 8 columns two. Made before the products, used
+// behind them.
 struct Result {
   const Product& p;
   int n;  // the first of the rows
   float scale[2];
   bf16 bias[2];
 
-  DEVICE explicit Result(const Product& p) : p(p) {}
-  DEVICE void load(int tile, int warp) {
+  DEVICE Result(const Product& p, int tile, int warp) : p(p), n(Product::out_tile(tile, warp) * 16) {
     const bf16 zero = 0;
-    n = Product::out_tile(tile, warp) * 16;
     n += threadIdx.x % 32 / 4 * 2;
     UNROLL for (int i = 0; i < 2; i++) {
       const bool exists = n + i < p.rows;
@@ -324,45 +302,21 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
   }
   increase_registers<152>();
   wait_then_allow_next();
-  Operands operands[2][RUNS];  // of slabs in turn
-  auto load = [&](Operands (&of_runs)[RUNS], unsigned char* from) {
-    UNROLL for (int run = 0; run < RUNS; run++) of_runs[run].load(from, warp, run);
-  };
-  if (AHEAD) {
-    cp_async_wait<STAGES - 1>();
-    load(operands[0], smem);
-  }
-  bool odd = false;
-  int remaining = 0;  // slabs
-  for (int item = blockIdx.x; item < items.count(); item += gridDim.x) remaining += items.end(item) - items.begin(item);
   for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
     float sums[1][TILES][4], (&y)[TILES][4] = sums[0];
     clear(y);
-    Result result(p);
-    if (AHEAD) result.load(items.tile(item), warp);  // loads wait behind all copies that are under way
-    auto slab = [&](Operands (&now)[RUNS], Operands (&then)[RUNS]) {
-      unsigned char* at = stage.in(smem);
-      const Stage own = stage;
-      stage.advance();
-      if (!AHEAD) cp_async_wait<STAGES - 1>();
+    const Result result(p, items.tile(item), warp);  // loads wait behind all copies that are under way
+    for (int left = items.end(item) - items.begin(item); left > 0; left--, stage.advance()) {
+      cp_async_wait<STAGES - 1>();
       __syncwarp();  // scales, which other lanes have copied
-      mbarrier_wait(&prepared[own.at], own.parity);
-      multiply(y, now, at, warp, [&] {
-        if (!AHEAD || --remaining == 0) return;
-        cp_async_wait<STAGES - 2>();
-        load(then, stage.in(smem));
-      });
+      mbarrier_wait(&prepared[stage.at], stage.parity);
+      multiply(y, stage.in(smem), warp);
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(&empty[own.at]);
-      if (next.exist()) copy_codes(at, next);
+      if (lane == 0) mbarrier_arrive(&empty[stage.at]);
+      if (next.exist()) copy_codes(stage.in(smem), next);
       cp_async_commit();
       next.advance();
-    };
-    for (int left = items.end(item) - items.begin(item); left > 0; left--, odd = !odd)
-      if (odd)
-        slab(operands[1], operands[0]);
-      else
-        slab(operands[0], operands[1]);
+    }
     const int own = opaque(item), tile = items.tile(own), split = items.split(own);
     const size_t floats = (size_t)ROWS * COLUMNS, column_block = blockIdx.y;
     auto partial = [&](int s) {
@@ -371,7 +325,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     int* counter = split_counter + (column_block * items.tiles + tile) * WARPS + warp;
     if (!SILU && splits > 1 && !merge_splits<THREADS, UNROLLED, TILES>(sums, partial, split, 0, splits - 1, counter))
       continue;
-    if (!AHEAD) result.load(tile, warp);
     result.scale_sums(y);
     if (SILU && !activate(y, (float4*)(smem + STAGES * STAGE_BYTES), warp)) continue;
     result.store(y);

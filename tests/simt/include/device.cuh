@@ -113,8 +113,5 @@ SIMT_INLINE void bulk_copy(void* shared, const void* global, int bytes, uint64_t
 SIMT_INLINE void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar) {
   simt::copy_bulk(shared, global, bytes, bar);
 }
-SIMT_INLINE void prefetch_l2(const void* global, int bytes) {
-  *(volatile const char*)global, ((volatile const char*)global)[bytes - 1];  // both ends exist
-}
 #endif
 #endif
