@@ -86,6 +86,10 @@ def parser() -> cli.Parser:
     found.add_argument(
         "--budget", help="of throughput, weights included, such as 24GB,48GB (24GB; on a CPU the weights and 64MB)"
     )
+    found.add_argument(
+        "--gpus", type=int, default=1, help="decode, prefill, throughput: split the model over so many, beside the "
+        "limit of them all; a budget is each one's (1)",
+    )
     found.add_argument("--steps", type=int, help="decode steps timed (20)")
     found.add_argument(
         "--sweep",
@@ -118,10 +122,11 @@ def measured(
     if set(commands) - {"kernel", "start"}:
         found = []
         for scheme in runs.schemes:  # one at a time: on a card two models may not fit
-            for section, row in whole_model(runs, runs.load(scheme), limits, 2 if args.quick else 3, args.breakdown):
+            of_all = {name: rate * args.gpus for name, rate in limits.items()}
+            for section, row in whole_model(runs, runs.load(scheme), of_all, 2 if args.quick else 3, args.breakdown):
                 found.append((section, row))
                 yield section, row
-            ops.release()
+            runs.ops.release()
         if "memory" in commands:
             yield "load", loading.loading(runs.config, runs.model, ops, 2 if args.quick else 15)
         if args.peers:
@@ -186,11 +191,13 @@ def whole_model(runs: Runs, e: Engine, limits: dict[str, float], prefills: int, 
 # --- what it was measured on
 
 
-def meta(ops: Reference, args: argparse.Namespace, argv: list[str]) -> dict[str, object]:
+def meta(
+    ops: Reference, args: argparse.Namespace, argv: list[str], program: str = "bench.py"
+) -> dict[str, object]:
     about = {
         "device": ops.name,
         "quick": args.quick,
-        "command": " ".join(["bench.py", *argv]),
+        "command": " ".join([program, *argv]),
         "versions": versions(),
         "commit": commit(),
     }
@@ -202,6 +209,7 @@ def meta(ops: Reference, args: argparse.Namespace, argv: list[str]) -> dict[str,
             "card": card,
             "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "cuda": runtime.runtimeGetVersion(),
+            **({"gpus": args.gpus, "links": links()} if args.gpus > 1 else {}),
             **about,
         }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -212,6 +220,15 @@ def meta(ops: Reference, args: argparse.Namespace, argv: list[str]) -> dict[str,
         "cuda": None,
         **about,
     }
+
+
+def links() -> list[str]:
+    """How the GPUs of this machine reach each other: a line for each."""
+    try:
+        said_all = subprocess.run(("nvidia-smi", "topo", "-m"), capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ["unknown: nvidia-smi did not say"]
+    return [" ".join(line.split()) for line in said_all.splitlines() if line.strip().startswith("GPU")]
 
 
 def versions() -> dict[str, str]:
@@ -261,6 +278,8 @@ def run(argv: list[str]) -> None:
     if args.json is not None:
         check_writable(args.json, inputs=filter(None, [args.random_weights]))
     ops = backend(args.device)
+    if args.gpus != 1 and set(commands) - {"decode", "prefill", "throughput"}:
+        raise UserError(f"--gpus {args.gpus} is for decode, prefill and throughput; ask for one of them")
     if ops.name != "cuda" and (args.peers or args.breakdown):
         what = (
             "--peers needs a GPU: the other libraries are" if args.peers else "--breakdown needs a GPU: its kernels are"

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import cards
 from benchmarks.measure import copies_of, graph_time
-from benchmarks.models import experts_taken, filled, step_tokens
+from benchmarks.models import experts_taken, filled, gpus_of, step_tokens
 from minioscar.cache import Cache
 from minioscar.engine import Engine
-from minioscar.ops.decode import StepDecoder
 from minioscar.ops.launch import Address, Launch, TensorMap, run
+from minioscar.parallel.collectives import Sum
+from minioscar.parallel.cuda import SplitCuda, launch_of
+from minioscar.parallel.ranks import of_rank
 from minioscar.quantized import ROWS
 from minioscar.sampling import RowSampling
 
@@ -28,7 +31,7 @@ SMALL = 1 << 20  # bytes; larger arguments are tables and workspaces, of which a
 
 def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterator[dict]:
     cache = filled(e.config, e.scheme, e.ops, batch, context, 2, e.model.weights)
-    decoder = StepDecoder(e.model, cache, [RowSampling()] * batch, replay="launches")
+    decoder = e.ops.decoder(e.model, cache, [RowSampling()] * batch, replay="launches")
     lengths, taken = decoder.batch.lengths, experts_taken(e, batch)
     lengths.fill(context)
     decoder.batch.tokens[:] = e.ops.xp.asarray(step_tokens(e.config, batch), np.int32)
@@ -36,22 +39,33 @@ def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterato
     lengths.fill(context)
     kinds: dict[str, list[Launch]] = defaultdict(list)
     for launch in decoder.work.recorded.launches:
-        kinds[label(launch)].append(launch)
+        kinds[label(first_of(launch))].append(launch)
     for kind, launches in kinds.items():
         decoder.work.replay()  # activations share memory: what was timed before has written into this one's inputs
         lengths.fill(context)
-        size = bytes_of(launches[0], cache, taken)
+        size = bytes_of(first_of(launches[0]), cache, taken)
         count = copies_of(size) if size > SMALL else 2
         timed = launches[: count + count % 2]  # attention alternates two workspaces and must find the next one empty
-        us, spread = graph_time([lambda launch=launch: run(launch) for launch in timed])
+        if isinstance(e.ops, SplitCuda) and (isinstance(timed[0], Sum) or timed[0].source.startswith("parallel/")):
+            us, spread = cards.graph_time(e.ops, [lambda launch=launch: e.ops.run(launch) for launch in timed])
+        else:
+            us, spread = graph_time([lambda launch=launch: run(first_of(launch)) for launch in timed])
         row = {"kv": e.scheme.name, "batch": batch, "context": context, "kernel": kind, "launches": len(launches)}
+        row |= gpus_of(e)
         row |= {"us": us, "us_spread": spread, "us_a_step": us * len(launches)}
         yield row | {"bytes": size, "fraction_of_limit": size / (us * 1e-6) / copy_rate}
         lengths.fill(context)
 
 
-def label(launch: Launch) -> str:
+def first_of(launch: Launch | Sum) -> Launch | Sum:
+    """What the first of several cards launches."""
+    return Sum(launch.arrays.values[0]) if isinstance(launch, Sum) else launch_of(launch, 0)
+
+
+def label(launch: Launch | Sum) -> str:
     """Its kernel; of a product also the numbers in and out of a token, and the kind of quantized weights."""
+    if isinstance(launch, Sum):
+        return "sum by NCCL"
     if launch.source.startswith(QUANTIZED):
         _, size, rows = [int(a) for a in launch.args if isinstance(a, np.int32)][:3]
         kind = next(define for define in launch.defines if define.startswith("KIND="))
@@ -79,8 +93,11 @@ def weight_of(launch: Launch) -> Any | None:
 def bytes_of(launch: Launch, cache: Cache, taken: float = 0.0) -> int:
     """What a launch must move at least: a layer's cache, the matrix of a product, of experts the matrices of those that
     are taken, else its small arguments that are not the cache's."""
+    if isinstance(launch, Sum):
+        return launch.arrays.nbytes
     if launch.name in CACHE:
-        return cache.nbytes // len(cache.layers)
+        own = of_rank(cache.arrays, 0)
+        return sum(array.nbytes for name, array in own.items() if name != "table") // len(cache.layers)
     if launch.source.startswith(QUANTIZED):
         arrays = arrays_of(launch)
         codes = next(i for i, a in enumerate(arrays) if a.ndim > 3)
@@ -92,5 +109,5 @@ def bytes_of(launch: Launch, cache: Cache, taken: float = 0.0) -> int:
     if (weight := weight_of(launch)) is not None:
         return round(weight.nbytes * (taken / len(weight) if weight.ndim == 3 else 1))
     arrays = [cache.arrays, *(layer_cache.arrays for layer_cache in cache.layers)]  # of all layers (pack_step), of one
-    own = {id(array) for of_layer in arrays for array in of_layer.values()}
+    own = {id(array) for of_layer in arrays for array in of_rank(of_layer, 0).values()}
     return sum(a.nbytes for a in arrays_of(launch) if a.nbytes < SMALL and id(a) not in own)

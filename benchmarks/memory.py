@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import timed
-from benchmarks.models import filled, stepping, weight_bytes
+from benchmarks.models import cards_of, filled, gpus_of, stepping, weight_bytes
 from minioscar.cache import Cache, cache_bytes
 from minioscar.engine import Engine
 from minioscar.errors import Failure, UserError
@@ -128,7 +128,9 @@ def throughput(e: Engine, name: str, budget: int, context: int, steps: int) -> d
     whether they ran. On a card all that is outside the pool (CUDA's own memory, other programs) is taken off the
     budget; on a CPU the interpreter and its libraries are not counted.
     """
-    weights, row, tried = weight_bytes(e.model.weights), cache_bytes(e.config, e.scheme, 1, context + 1), {}
+    gpus = len(cards_of(e.ops))  # each has its share of both
+    weights, row = weight_bytes(e.model.weights) // gpus, e.ops.cache_bytes(e.config, e.scheme, 1, context + 1) // gpus
+    tried = dict[int, bool]()
     attempt, outside = limited(e, budget, weights)
 
     def run(batch: int, count: int) -> dict | None:
@@ -152,6 +154,7 @@ def throughput(e: Engine, name: str, budget: int, context: int, steps: int) -> d
         "kv": e.scheme.name,
         "context": context,
         "batch": batch,
+        **gpus_of(e),
         **times,
         **sizes,
     }
@@ -183,21 +186,30 @@ def limited(e: Engine, budget: int, weights: int) -> tuple[Callable[[Work], dict
     if e.ops.name == "cpu":
         return partial(in_process, budget - weights, first), 0
     e.ops.release()
-    free, total = e.ops.xp.cuda.runtime.memGetInfo()
-    outside = total - free - e.ops.xp.get_default_memory_pool().total_bytes()
+    outside = 0
+    for one, on in cards_of(e.ops):
+        with on:
+            free, total = one.xp.cuda.runtime.memGetInfo()
+            outside = max(outside, total - free - one.xp.get_default_memory_pool().total_bytes())
     return partial(in_pool, e.ops, budget - outside), outside
 
 
 def in_pool(ops, limit: int, work: Work) -> dict | None:
-    pool = ops.xp.get_default_memory_pool()
     ops.release()
-    pool.set_limit(size=limit)
+    set_limit(ops, limit)
     try:
         return work()
     except MemoryError:
         return None
     finally:
-        pool.set_limit(size=0)
+        set_limit(ops, 0)
+
+
+def set_limit(ops, limit: int) -> None:
+    """Of the memory pool of each card."""
+    for one, on in cards_of(ops):
+        with on:
+            one.xp.get_default_memory_pool().set_limit(size=limit)
 
 
 def in_process(room: int, first: Callable[[], None], work: Work) -> dict | None:

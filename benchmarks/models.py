@@ -4,6 +4,7 @@ attention alone."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from itertools import cycle
 from typing import Any
@@ -13,11 +14,14 @@ import numpy as np
 from benchmarks.cases import Case, entry, layer, moved_bytes
 from benchmarks.measure import copies_of, timed
 from minioscar import oscar
-from minioscar.cache import Batch, Cache, NewTokens, cache_bytes
+from minioscar.cache import Batch, Cache, NewTokens
 from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.ops.reference import Reference
 from minioscar.oscar import WINDOW, Scheme
+from minioscar.parallel.backend import Split
+from minioscar.parallel.caches import SplitCache
+from minioscar.parallel.ranks import of_rank
 from minioscar.sampling import RowSampling
 from minioscar.weights import Layer, Weights, arrays
 
@@ -38,21 +42,32 @@ def filled(
 ) -> Cache:
     """A cache of `batch` rows that hold the same `context` random tokens, and `room` for more. weights: what shaped
     schemes need."""
-    cache, rng = Cache(config, scheme, batch, context + room, ops), ops.xp.random.default_rng(0)
-    shape = context, config.num_kv_heads, config.head_dim
+    cache = Cache(config, scheme, batch, context + room, ops)
     first = cache.batch_for([0], [context])
-    for layer_cache in cache.layers:
-        k, v = (rng.standard_normal(shape, dtype=np.float32).astype(ops.dtype) for _ in range(2))
-        norms = oscar.token_norms(k, ops.xp) if scheme.scale else None
-        if weights:
-            feedback = weights.layers[layer_cache.index].key_feedback
-        else:  # numbers do not change the time
-            feedback = ops.xp.zeros((config.num_kv_heads, config.head_dim, config.head_dim), np.float32)
-        layer_cache.append(NewTokens(k, v, norms, feedback), first)
+    for rank, (one, on) in enumerate(cards_of(ops)):
+        with on:
+            rng, heads = one.xp.random.default_rng(0), getattr(ops, "local", config).num_kv_heads
+            shape = context, heads, config.head_dim
+            for layer_cache in cache.layers:
+                k, v = (rng.standard_normal(shape, dtype=np.float32).astype(ops.dtype) for _ in range(2))
+                norms = oscar.token_norms(k, one.xp) if scheme.scale else None
+                if weights:
+                    feedback = of_rank(weights.layers[layer_cache.index].key_feedback, rank)
+                else:  # numbers do not change the time
+                    feedback = one.xp.zeros((heads, config.head_dim, config.head_dim), np.float32)
+                own = layer_cache.of(rank) if isinstance(layer_cache, SplitCache) else layer_cache
+                own.append(NewTokens(k, v, norms, feedback), first)
     cache.advance(first)
     for row in range(1, batch):
         cache.copy(0, row)
     return cache
+
+
+def cards_of(ops: Reference) -> list[tuple[Reference, AbstractContextManager]]:
+    """The back end of each card, and what makes it the current one."""
+    if isinstance(ops, Split):
+        return [(one, ops.on(rank)) for rank, one in enumerate(ops.ranks)]
+    return [(ops, nullcontext())]
 
 
 def weight_bytes(weights: Weights) -> int:
@@ -62,10 +77,11 @@ def weight_bytes(weights: Weights) -> int:
 def step_bytes(e: Engine, batch: int, context: int, experts: float = 0.0) -> int:
     """What a decode step must read: every matrix once, of a layer's experts so many (`experts_taken`), the caches once.
     Of an embedding that is not also the head it reads no more than a row a sequence."""
-    weights = weight_bytes(e.model.weights) - (0 if e.config.tie_embeddings else e.model.weights.embed.nbytes)
+    outer = e.model.weights
+    weights = weight_bytes(outer) - (0 if outer.head is outer.embed else outer.embed.nbytes)
     for of_layer in e.model.weights.layers if e.config.experts else ():
         weights -= (of_layer.gate_up.nbytes + of_layer.down.nbytes) * (1 - experts / e.config.experts.count)
-    return round(weights) + cache_bytes(e.config, e.scheme, batch, context)
+    return round(weights) + e.ops.cache_bytes(e.config, e.scheme, batch, context)
 
 
 class Taken:
@@ -106,7 +122,9 @@ def stepping(e: Engine, cache: Cache) -> tuple[Callable[[], None], int]:
     """
     start, rows = cache.lengths.copy(), list(range(len(cache.lengths)))
     tokens = step_tokens(e.config, len(rows))
-    decoder = e.ops.decoder(e.model, cache, [RowSampling()] * len(cache.lengths))
+    drawing = [RowSampling()] * len(cache.lengths)
+    e.ops.prepare(e.model, cache, [], drawing, False)  # compiles side by side what recording compiles in turn
+    decoder = e.ops.decoder(e.model, cache, drawing)
     room = int(cache.context - start.max())
     count = min(IN_A_ROW, room) if decoder.ahead else 1  # what is queued ahead is timed in a row, as it runs
 
@@ -132,7 +150,13 @@ def decode(e: Engine, name: str, batch: int, context: int, limits: dict[str, flo
     of_limit = {"bytes": size, "fraction_of_limit": size / (limits["copy_tb_s"] * 1e12) / (seconds / count)}
     of_limit |= {"experts": experts} if experts else {}
     times = {"ms": seconds / count * 1e3, "spread": spread, "tokens_per_s": batch / (seconds / count)}
-    return {"model": name, "kv": e.scheme.name, "batch": batch, "context": context, **times, **of_limit}
+    shape = {"batch": batch, "context": context, **gpus_of(e)}
+    return {"model": name, "kv": e.scheme.name, **shape, **times, **of_limit}
+
+
+def gpus_of(e: Engine) -> dict[str, int]:
+    """What a row says of the cards, where there are several; limits are those of all of them."""
+    return {"gpus": e.ops.cards} if isinstance(e.ops, Split) else {}
 
 
 def prefill(e: Engine, name: str, tokens: int, limits: dict[str, float], repeats: int) -> dict:
@@ -149,7 +173,7 @@ def prefill(e: Engine, name: str, tokens: int, limits: dict[str, float], repeats
     flops = 2 * tokens * (c.parameters(active=True) - embedding) + causal
     of_limit = {"flops": flops, "fraction_of_limit": flops / (limits["matmul_tflop_s"] * 1e12) / seconds}
     times = {"s": seconds, "spread": spread, "tokens_per_s": tokens / seconds}
-    return {"model": name, "kv": e.scheme.name, "tokens": tokens, **times, **of_limit}
+    return {"model": name, "kv": e.scheme.name, "tokens": tokens, **gpus_of(e), **times, **of_limit}
 
 
 def reference_kernel(wanted: Sequence[Case], ops: Reference, copy_rate: float, repeats: int) -> Iterator[dict]:

@@ -5,6 +5,7 @@ engine = load(config_of("qwen3-8b"), "int2", "cuda")      it has no tokenizer: t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from minioscar.key_shaping import prepared
 from minioscar.memory import size
 from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference
+from minioscar.parallel import cards, loading, shares
+from minioscar.parallel.backend import Split
 from minioscar.staging import by_expert
 from minioscar.storage.files import expand
 from minioscar.storage.strict_json import read_object
@@ -128,18 +131,35 @@ def config_of(preset: str) -> Config:
     raise UserError(f"{preset!r} is neither a preset ({', '.join(PRESETS)}) nor the path of a config.json")
 
 
-def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0) -> Engine:
+def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0, gpus: int = 1) -> Engine:
     """`engine.load` without files. Raises UserError for a scheme or device that cannot work, or too little memory."""
     scheme, ops = scheme_named(kv), back_ends.backend(device)
     check_scheme(config, scheme)
+    ops = cards.over(gpus, ops, config, scheme)
     need, free = ops.weight_bytes(config), ops.free_bytes()
     if need > free:
         raise UserError(
             f"random weights of this shape take {size(need)}, but only {size(free)} of {ops.name} memory are free"
         )
-    weights = prepared(random_weights(config, ops, seed, scheme.rotate), config, scheme, ops)
+    if gpus > 1:
+        weights = loading.prepared(random_shares(config, ops, seed), config, ops, scheme)
+    else:
+        weights = prepared(random_weights(config, ops, seed, scheme.rotate), config, scheme, ops)
     ops.release()  # what was rotated in them
     return Engine(config, weights, None, scheme, ops)
+
+
+def random_shares(config: Config, ops: Split, seed: int) -> list[Weights]:
+    """Of each card. One seed: what is on all cards is the same on all."""
+    parts = []
+    for rank, one in enumerate(ops.ranks):
+        with ops.on(rank):
+            own = shares.local(config, ops.cards, shares.first_key(config, ops.cards, rank))
+            part, first = random_weights(own, one, seed), ops.first_tokens[rank]
+            head = part.head[first : first + ops.share]
+            parts.append(replace(part, head=head if config.tie_embeddings else head.copy()))
+            one.release()
+    return parts
 
 
 def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool = False) -> Weights:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 
 from benchmarks import presets, quantized
 from benchmarks.memory import budgets, enforceable
-from minioscar import engine, memory
+from minioscar import arguments, engine, memory
 from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.errors import UserError
 from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference
 from minioscar.oscar import WINDOW, Scheme
+from minioscar.parallel import cards
 from minioscar.storage.hub import resolve
 
 USUAL = {"decode": (512, 2048), "throughput": (4096,), "memory": (4096,)}  # contexts
@@ -35,6 +36,7 @@ class Runs:
     prompts: list[int]
     budgets: list[int]
     steps: int
+    ops: Reference  # of all GPUs where there are several
 
 
 def parse_runs(args: argparse.Namespace, commands: tuple[str, ...], ops: Reference) -> Runs:
@@ -48,12 +50,13 @@ def parse_runs(args: argparse.Namespace, commands: tuple[str, ...], ops: Referen
     config, load = model_of(args)
     for scheme in schemes:
         check_scheme(config, scheme)
+    ops = cards.over(arguments.gpus_of(args.gpus), ops, config, schemes[0])
     contexts = contexts_of(args, commands, config, ops)
     weights = ops.weight_bytes(config)
     limits = budgets_of(args, ops, weights) if "throughput" in commands else []
     prompts = prompts if "prefill" in commands else []
     name = f"{args.random_weights or args.model}{f', {args.weights}' if args.weights else ''}"
-    runs = Runs(name, config, load, schemes, contexts, batches, prompts, limits, steps)
+    runs = Runs(name, config, load, schemes, contexts, batches, prompts, limits, steps, ops)
     check_sizes(runs, config, ops, weights)
     return runs
 
@@ -80,9 +83,9 @@ def model_of(args: argparse.Namespace) -> tuple[Config, Callable[[Scheme], Engin
     if args.random_weights:
         config = replace(presets.config_of(args.random_weights), max_positions=POSITIONS, window=None)
         config = quantized.config_with(config, args.weights)
-        return config, lambda scheme: presets.load(config, scheme.name, args.device)
+        return config, lambda scheme: presets.load(config, scheme.name, args.device, gpus=args.gpus)
     config = quantized.config_with(Config.from_folder(resolve(args.model)), args.weights)
-    how = {"tokenizer": False, "weights": args.weights}
+    how = {"tokenizer": False, "weights": args.weights, "gpus": args.gpus}
     return config, lambda scheme: engine.load(args.model, scheme.name, args.device, **how)
 
 

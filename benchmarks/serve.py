@@ -242,11 +242,11 @@ class Server:
         except (OSError, EOFError) as error:
             raise Failure(f"the connection to the server broke ({error}); {self.reason}") from None
 
-    def counted(self) -> dict[str, int]:
+    def counted(self) -> dict[str, float]:
         """What it counts: name -> number."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.ready['port']}/metrics", timeout=60) as reply:
             text = reply.read().decode()
-        return {name: int(value) for name, value in re.findall(r"^minioscar_(\w+)_total (\d+)$", text, re.M)}
+        return {name: json.loads(value) for name, value in re.findall(r"^minioscar_(\w+)_total (\S+)$", text, re.M)}
 
     def end(self) -> None:
         self.process.terminate()
@@ -317,6 +317,7 @@ class Bench:
             row |= {f"{name}_p{n}_ms": float(np.percentile(times, n)) * 1e3 for n in (50, 99)}
         row |= {"tokens_per_s": sum(len(answer.ids) for answer in answers) / seconds, "times_one": None}
         row |= {"of_chain": None, "hit_tokens": counted["cached_tokens"], "read_tokens": counted["prompt_tokens"]}
+        row["idle_share"] = 1 - counted["busy_seconds"] / seconds
         return row | more
 
     def closed(self, clients: int) -> dict:

@@ -51,6 +51,7 @@ class Target:
     slots: int
     context: int
     chunk: int
+    gpus: int = 1
 
 
 def load(target: Target) -> Engine:

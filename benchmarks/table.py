@@ -110,6 +110,7 @@ COLUMNS: dict[str, list[Column]] = {
         number("between, ms", 12, "between_p50_ms", ".2f"), number("p99", 9, "between_p99_ms", ".2f"),
         number("tokens/s", 10, "tokens_per_s", ".1f"), number("of one", 7, "times_one", ".2f"),
         number("of chain", 9, "of_chain", ".1%"), number("hit tokens", 11, "hit_tokens", ",d"),
+        ("idle", 7, lambda row: format(row["idle_share"], ".1%") if "idle_share" in row else "-"),
         ("  beside", -1, lambda row: f"  {beside(row)}"),
     ],
     "memory": [

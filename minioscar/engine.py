@@ -361,7 +361,7 @@ def load(
         folder = resolve(str(model))
         config = with_weights(Config.from_folder(folder), weights)
         check_scheme(config, scheme)
-        ops = ops if gpus == 1 else cards.over(gpus, ops, config, scheme)
+        ops = cards.over(gpus, ops, config, scheme)
         files = weight_files(folder) if saved else None
         if saved:
             saved.check(config, scheme, files.sha256)

@@ -24,7 +24,7 @@ class Server:
     """url: with /v1. lines: what it has said on stderr so far."""
 
     def __init__(self, *args: str, seconds: float = PATIENCE, **environment: str):
-        command = [sys.executable, "-m", "minioscar", "serve", *args, "--port", "0", "--device", "cpu"]
+        command = [sys.executable, "-m", "minioscar", "serve", "--port", "0", "--device", "cpu", *args]
         env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, env=env, cwd=ROOT, **pipes)

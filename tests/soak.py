@@ -191,23 +191,31 @@ def resident_mb(process: int | str = "self") -> float:
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def served(hours: float, least: int, seed: int) -> dict[str, Any]:
-    """So many connections to a server, and more for so many hours. Raises AssertionError for a wrong answer."""
+def served(hours: float, least: int, seed: int, name: str | None) -> dict[str, Any]:
+    """So many connections to a server, and more for so many hours. name: a model's (None: a tiny one is made). Raises
+    AssertionError for a wrong answer."""
     from .serving import server
     from .test_serve_smollm2 import connect
     from .tiny import write_talker
 
-    end, resident, answered, asked = time.monotonic() + hours * 3600, [], 0, 0
+    begun, resident, answered, asked = time.monotonic(), [], 0, 0
+    how = "--slots", "4", "--ctx", "1024", "--chunk", "128", "--queue", "1000", "--host-cache", "0.01"
     with tempfile.TemporaryDirectory() as folder:
-        model = write_talker(Path(folder) / "tiny", seed, num_hidden_layers=1, max_position_embeddings=8192)
-        with server(str(model), "--slots", "4", "--ctx", "1024", "--chunk", "128", "--queue", "1000") as one:
-            while asked < least or time.monotonic() < end:
-                answered += connect(one, 200, seed + asked)
-                asked += 200
+        make = {"num_hidden_layers": 1, "max_position_embeddings": 8192}
+        model = name or str(write_talker(Path(folder) / "tiny", seed, **make))
+        with server(model, *how) as one:
+            while asked < least or time.monotonic() < begun + hours * 3600:
+                answered += connect(one, 50 if name else 200, seed + asked)
+                asked += 50 if name else 200
                 resident.append(resident_mb(one.process.pid))
+                minutes = (time.monotonic() - begun) / 60
+                print(f"{asked} connections, {resident[-1]:.0f} MB, {minutes:.0f} minutes", file=sys.stderr, flush=True)
+            names = "cached_tokens_total", "blocks_restored", "new_tokens_total", "cancelled_total", "failed_total"
+            counted = {which: int(one.metric(which)) for which in names}
             code = one.end()
     quarters = [round(float(np.median(part)), 1) for part in np.array_split(resident, 4)]
-    return {"connections": asked, "answered": answered, "resident_mb_by_quarter": quarters, "exit_code": code}
+    found = {"model": name or "tiny", "seconds": round(time.monotonic() - begun), "connections": asked}
+    return found | {"answered": answered, "resident_mb_by_quarter": quarters, "exit_code": code, **counted}
 
 
 def spread(seed: int) -> bool:
@@ -293,6 +301,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=20_000, help="of the fuzz; 0: none")
     parser.add_argument("--again", type=int, default=40, help="requests of each that fresh processes run again")
     parser.add_argument("--connections", type=int, default=2000, help="to a server, for as many hours; 0: none")
+    parser.add_argument("--model", help="that the server has (a tiny one)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, metavar="N")
     parser.add_argument("--json", metavar="F")
@@ -314,7 +323,7 @@ def main() -> int:
         report["fuzz"] = fuzz(args.cases, args.seed, progress=sys.stderr.isatty())
     report["soak"] = side_by_side(args) if args.processes > 1 else [soak(args.hours, args.seed, args.again)]
     if args.connections:
-        report["serve"] = served(args.hours, args.connections, args.seed)
+        report["serve"] = served(args.hours, args.connections, args.seed, args.model)
     is_well_spread = not args.connections or spread(args.seed)
     text = json.dumps(report, indent=1)
     if args.json:

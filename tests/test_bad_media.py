@@ -29,6 +29,7 @@ from minioscar.sampling import Sampling
 from minioscar.serve import server
 from minioscar.serve.pooled import kept_sinks
 from minioscar.serve.server import Plan
+from minioscar.towers import sound
 from minioscar.towers.media import bytes_of_media, media_of, placed
 
 from . import test_llava_and_omni as omni
@@ -216,6 +217,27 @@ def test_silence_another_rate_and_six_channels_are_the_same_sound_by_each_way(he
     slow = wav(np.sin(np.arange(4000) / 9) / 2, rate=8000)
     assert heard.engine.opened([{"role": "user", "content": [{"type": "audio", "audio": slow}]}])
     assert heard.read(tmp_path, slow)
+
+
+@pytest.mark.filterwarnings("error")  # as which pytest has what a callback raises
+def test_a_damaged_sound_leaves_no_traceback_of_its_library(capfd: pytest.CaptureFixture[str], seed) -> None:
+    """Heads that are cut and changed: each is read, or refused in one line, and nothing is written to stderr."""
+    rng, whole = np.random.default_rng(seed), [wav(omni.sound(0.5)), aiff(omni.sound(0.5))]
+    for i in range(300):
+        data = bytearray(whole[i % 2][: rng.integers(len(whole[0])) if i % 3 else None])
+        for at in rng.integers(0, max(min(len(data), 100), 1), rng.integers(6)):
+            data[at : at + 1] = bytes([rng.integers(256)])
+        try:
+            sound.opened(bytes(data), "a", 100)
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert capfd.readouterr().err == ""
+
+
+def aiff(samples: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16000, format="AIFF")
+    return buffer.getvalue()
 
 
 def wav(samples: np.ndarray, rate: int = 16000) -> bytes:

@@ -21,7 +21,7 @@ GROWTH = {
 PART = {"us_a_step": 54.0, "bytes": 2e6, "fraction_of_limit": 0.333}
 SERVED = {"load": "closed", "kv": "int2", "clients": 8, "requests": 24, "prompt_tokens": 2400, "tokens_per_s": 1200.0}
 SERVED |= {"first_p50_ms": 20.0, "first_p99_ms": 1300.0, "between_p50_ms": 4.0, "between_p99_ms": 5.5}
-SERVED |= {"times_one": 5.0, "of_chain": 0.8, "hit_tokens": 1000}
+SERVED |= {"times_one": 5.0, "of_chain": 0.8, "hit_tokens": 1000, "idle_share": 0.12}
 MEMORY = {"cache_bytes": 3e6, "predicted_bytes": 3e6, "ratio_to_bf16": 4.5}
 MEMORY |= {"prefill_peak_bytes": 5e6, "predicted_prefill_peak_bytes": 5.5e6}
 LOAD = {"gb_s": 45.0, "copy_gb_s": 50.0, "fraction_of_copy": 0.9}
@@ -129,7 +129,7 @@ def test_every_part_of_a_report_has_a_table_with_the_limit_beside_the_figure(rep
         "| m | 512 | 900 | 1,000 | 90% | transformers 800 |",
         "| m | 80 | `int2` | 4,096 | 90 | 1,000 |",
         "| m | 16 | `bf16` | 4,096 | 0 | 0 |",
-        "| closed | `int2` | 8 | 24 | 100 | 20.0, 1,300.0 | 4.0, 5.5 | 1,200 | 5.0x | 80% | 1,000 |",
+        "| closed | `int2` | 8 | 24 | 100 | 20.0, 1,300.0 | 4.0, 5.5 | 1,200 | 5.0x | 80% | 1,000 | 12% |",
         "| m | `int2` | 2 x 512 | 3.0 | 3.0 | 4.50x | 5.0 | 5.5 |",
         "| m | 3 | 3,600 | 0.080 | 0.100 | 45.0 | 50.0 | 90% |",
         "| m | `int2` | 7 | 1.25 (spread 10%) | 3.00 |",

@@ -22,7 +22,7 @@ from .tiny import CONFIG, write_talker
 
 pytest.importorskip("uvicorn")
 KEYS = "model kv weights slots context load clients requests seconds prompt_tokens new_tokens first_p50_ms first_p99_ms"
-KEYS += " between_p50_ms between_p99_ms tokens_per_s times_one of_chain hit_tokens read_tokens"
+KEYS += " between_p50_ms between_p99_ms tokens_per_s times_one of_chain hit_tokens read_tokens idle_share"
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def test_every_load_has_its_row_with_the_stable_keys(report, rows, talker):
         assert set(KEYS.split()) <= set(row) and row["model"] == str(talker) and row["slots"] == 4
         assert 0 < row["first_p50_ms"] <= row["first_p99_ms"] and row["between_p50_ms"] <= row["between_p99_ms"]
         assert row["read_tokens"] == row["prompt_tokens"] - row["hit_tokens"]
+        assert 0 <= row["idle_share"] < 1
     lines = [bench.line("serve", row) for row in report["serve"]]
     assert all(line.startswith(row["load"]) for line, row in zip(lines, report["serve"], strict=True))
     assert "of the first turn's time" in lines[-2] and re.search(r"longest wait of a token \d+\.\d\d pieces", lines[-1])

@@ -14,6 +14,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
@@ -28,6 +29,8 @@ from minioscar.ops.cubins import KERNELS, options
 from minioscar.ops.cubins import source as text_of
 from minioscar.ops.launch import SHARED_KIB, Card, Launch
 from minioscar.oscar import SCHEMES
+from minioscar.parallel.collectives import Links
+from minioscar.parallel.ranks import Namespace, Ranks
 from minioscar.quantized import Q4, Q8
 from minioscar.sampling import RowSampling, Sampling
 
@@ -50,7 +53,7 @@ def launches(arch: int) -> dict[str, Launch]:
     card = Card(MULTIPROCESSORS, arch)
     others = linear_launches(card, arch == 90) | quantized_launches(card, arch == 90)
     others |= expert_launches(card) | quantized_expert_launches(card, arch == 90)
-    return attention_launches(card, arch == 90) | others
+    return attention_launches(card, arch == 90) | others | parallel_launches(arch == 90)
 
 
 def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
@@ -92,6 +95,8 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
     for dim in (128, *((64, 256) if everything else ())):
         rotation = attention.Rotation(attention.Heads(8, 2, dim), out, out, True)
         found[f"rotate_scale d{dim}"] = attention.rotate_scale(rotation, out, ints, out, attention.KeyOutputs())
+        kept = replace(rotation, keys=(4, np.int32(2)))  # of one of two cards
+        found[f"rotate_scale kept d{dim}"] = attention.rotate_scale(kept, out, ints, out, attention.KeyOutputs())
         shifted = replace(rotation, shifts=ints)
         launch = attention.rotate_scale(shifted, out, ints, out, attention.KeyOutputs())
         found[f"rotate_scale shifted d{dim}"] = launch
@@ -144,7 +149,7 @@ def expert_launches(card: Card) -> dict[str, Launch]:
         return np.broadcast_to(dtype(0), shape)
 
     gate_up, down = blank(np.uint16, 128, 1536, 2048), blank(np.uint16, 128, 2048, 768)
-    for tokens in (8, 48, 128, 256):  # 256: on compute capability 9.0 by warpgroups
+    for tokens in (4, 48, 128, 256):  # 256: on compute capability 9.0 by warpgroups
         x, h, logits = blank(np.uint16, tokens, 2048), blank(np.uint16, tokens * 8, 768), blank(np.float32, tokens, 128)
         choices = logits
         if tokens > experts.FEW:
@@ -155,6 +160,23 @@ def expert_launches(card: Card) -> dict[str, Launch]:
         for what, product in (("up", up), ("down", experts.Product(h, down, out, False, residual=x))):
             found[f"experts {what} of {tokens}"] = product.launch(choices, e, card)
     found["gather"], found["combine"] = experts.gather(x, choices, e, h, h), experts.combine(out, x, e)
+    found["combine alone"] = experts.combine(out, x, e, alone=True)  # of one of several cards
+    x, h, logits = blank(np.uint16, 4, 2048), blank(np.uint16, 32, 768), blank(np.float32, 4, 128)
+    found["experts down alone of 4"] = experts.Product(h, down, x, False).launch(logits, e, card)
+    return found
+
+
+def parallel_launches(everything: bool) -> dict[str, Launch]:
+    found, on = {}, lambda rank: nullcontext()
+    for cards in (2, *((4, 8) if everything else ())):
+        links = Links(Namespace([np] * cards, on), cards, on, 1024)
+        part = Ranks([np.empty((1, 1024), np.uint16)] * cards)
+        found[f"all_reduce of {cards}"] = links.all_reduce(part, part, part)
+        for share in (1024, 1023):
+            part, whole = (Ranks([np.empty((1, n), np.float32)] * cards) for n in (share, share * cards))
+            firsts = [share * rank for rank in range(cards)]
+            launch = links.gather(part, whole, firsts)
+            found[f"gather of {cards} by {launch.defines[0][-1]}"] = launch
     return found
 
 
@@ -166,7 +188,7 @@ def quantized_expert_launches(card: Card, everything: bool) -> dict[str, Launch]
         return np.broadcast_to(dtype(0), shape)
 
     kinds = [("int4", 128), ("e4m3", 128)] + [("int4", 32), ("int8", 128), ("int8", 32)] * everything
-    for (kind, group), tokens in itertools.product(kinds, (8, 48, 128)):
+    for (kind, group), tokens in itertools.product(kinds, (4, 48, 128)):
         form = Q4 if kind == "int4" else Q8
         gate_up, down = (form(kind, (128 * n, k), group, out, out, out) for n, k in ((1536, 2048), (2048, 768)))
         x, h, logits = blank(np.uint16, tokens, 2048), blank(np.uint16, tokens * 8, 768), blank(np.float32, tokens, 128)

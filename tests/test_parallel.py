@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +15,13 @@ import pytest
 from minioscar import engine
 from minioscar.cache import Cache
 from minioscar.config import Config
-from minioscar.errors import UserError
+from minioscar.errors import Failure, UserError
 from minioscar.oscar import SCHEMES
 from minioscar.parallel import shares
+from minioscar.parallel.cuda import SplitCuda
 from minioscar.prompt_cache import PromptCache
+from minioscar.serve.blocks import chained_keys
+from minioscar.serve.pooled import PooledCache
 from minioscar.storage import hub
 from minioscar.storage.checkpoint import Tensor
 from minioscar.weights import arrays, expected
@@ -178,6 +185,60 @@ def test_rows_are_copied_swapped_and_cut_on_all_cards(tmp_path, seed):
         rest = ids[int(cache.lengths[1]) : 195]
         found.append(e.model.forward(rest, cache, cache.batch_for([1], [len(rest)])))
         assert math.isfinite(float(found[-1].sum()))
+    assert relative(found[1], found[0]) < 1e-5
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int2"])
+def test_rows_share_blocks_of_a_pool_and_wait_on_the_host(kv, tmp_path, seed):
+    """As the server has them: a prefix taken over by another row, a row whose blocks go to the host and come back."""
+    folder = write_model(tmp_path / "m", seed)
+    ids, found = np.random.default_rng(seed).integers(0, 160, 300), []
+    for e in (load(folder, kv), over(folder, kv, 2)):
+        cache = e.new_cache(2, 512, partial(PooledCache, blocks=6))
+        cache.reserve(0, 290)
+        e.model.forward(ids[:290], cache, cache.batch_for([0], [290]))
+        left = cache.take_over(0, 1, 280)
+        if e.scheme.quantized:
+            cache.swap_out(0)
+        cache.reserve(1, 300)
+        found.append([e.model.forward(ids[left:300], cache, cache.batch_for([1], [300 - left]))])
+        cache.reset(1)
+        cache.reserve(0, 292)
+        found[-1].append(e.model.forward(ids[:2], cache, cache.batch_for([0], [2])))
+    for one, several in zip(*found, strict=True):
+        assert relative(several, one) < 1e-5
+
+
+def test_a_card_that_fails_ends_the_run_with_a_line_that_names_it(monkeypatch):
+    class Error(RuntimeError):
+        pass
+
+    here = SimpleNamespace(CUDARuntimeError=Error, CUDADriverError=Error)
+    fake = SimpleNamespace(Device=lambda rank: nullcontext(), runtime=here, driver=here)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=fake))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", fake)
+    ops = SplitCuda.__new__(SplitCuda)
+    ops.devices, ops.streams = [0, 1], [None, None]
+    with pytest.raises(Failure, match=r"GPU 1 of 2 has failed \(an illegal memory access\)"), ops.on(1):
+        raise Error("an illegal memory access")
+
+
+def test_blocks_come_back_from_the_host_to_all_cards(tmp_path, seed):
+    folder = write_model(tmp_path / "m", seed)
+    ids, found = np.random.default_rng(seed).integers(0, 160, 460).tolist(), []
+    for e in (load(folder, "int2"), over(folder, "int2", 2)):
+        cache = e.new_cache(2, 512, partial(PooledCache, blocks=4, on_host=8))
+        cache.reserve(0, 400)
+        e.model.forward(np.array(ids[:400]), cache, cache.batch_for([0], [400]))
+        cache.publish(0, ids[:400])
+        cache.reset(0)
+        cache.reserve(1, 512)  # all blocks, for another text
+        e.model.forward(np.array(ids[:400][::-1]), cache, cache.batch_for([1], [400]))
+        cache.reset(1)
+        left = cache.begin_with(0, cache.match(list(chained_keys(ids)), 460))
+        assert left and cache.restored == left // 128
+        cache.reserve(0, 460)
+        found.append(e.model.forward(np.array(ids[left:]), cache, cache.batch_for([0], [460 - left])))
     assert relative(found[1], found[0]) < 1e-5
 
 

@@ -11,6 +11,7 @@ import pytest
 from minioscar.engine import Engine
 from minioscar.options import Options
 from minioscar.sampling import Sampling
+from minioscar.serve import server
 
 from .test_blocks import check_pool
 from .test_cuda_backend import on_each_backend
@@ -100,6 +101,25 @@ def test_a_prompt_goes_on_from_blocks_that_the_host_alone_has(engine, blocks, on
     if cached:
         SEEN.append(got)
         assert SEEN[0] == got
+
+
+@pytest.mark.parametrize("gb", [0.0, 2e-5, 1e-3, 2e-3])
+def test_the_host_keeps_as_many_blocks_as_it_was_given_memory_for(engine, gb):
+    """And the sinks of one beginning for every 16 of them; one block more would be too much."""
+    plan = server.Plan(2, 512, 128, None, "tiny", host_cache=gb)
+    plan.check()
+    _, scheduler = server.assemble(engine, plan, Sampling())
+    cache = scheduler.cache
+    count, roots = len(cache.host.arrays), len(cache.host_sinks.arrays)
+    assert roots == -(-count // 16) and (count > 0) == (gb > 1e-4)
+    assert cache.host.nbytes + cache.host_sinks.nbytes <= gb * 1e9
+    if count:
+        block = cache.host.nbytes // count
+        sinks = cache.host_sinks.nbytes // roots
+        assert (count + 1) * block + -(-(count + 1) // 16) * sinks > gb * 1e9
+    scheduler.start()  # warming up leaves nothing behind
+    scheduler.close()
+    assert not len(cache.host) and not cache.restored
 
 
 SEEN: list[list] = []  # of the test above: an answer does not depend on where its blocks were

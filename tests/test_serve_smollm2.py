@@ -229,6 +229,8 @@ def test_a_port_that_is_taken_is_refused_before_the_model_is_loaded(tmp_path):
         (["--queue", "-1"], "--queue -1"), (["--grace", "-1"], "--grace -1"), (["--temperature", "-1"], "temperature"),
         (["--port", "70000"], "--port 70000"), (["--host", "no.such.host.invalid"], "--host no.such"),
         (["--ctx", "999999"], "--ctx 999999"),
+        (["--host-cache", "-1"], "--host-cache -1"), (["--host-cache", "1e9"], "this machine has"),
+        (["--deadline", "0"], "--deadline 0"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_one_line(folder, args, why):
@@ -243,6 +245,18 @@ def test_random_connections_and_cancellations_mix_nothing_up(folder):
         assert connect(one, 200, seed=1) > 60
 
 
+def turns(client: openai.OpenAI, ids: list[int], rng: random.Random, how: dict) -> None:
+    """A conversation that goes on with what is cached of it, if that is still there."""
+    start = [5, 6, 7] * 30
+    for _ in range(rng.randrange(1, 4)):
+        ids = [*start, *ids]
+        got = client.completions.create(prompt=ids, **how | {"extra_body": {"return_token_ids": True}})
+        said, usage = got.choices[0].model_extra["token_ids"], got.usage
+        assert len(said) == usage.completion_tokens <= 24 and usage.prompt_tokens == len(ids)
+        assert 0 <= usage.prompt_tokens_details.cached_tokens < len(ids)
+        start, ids = [], [*ids, *said, *(rng.randrange(4, 250) for _ in range(20))]
+
+
 def connect(one: Server, times: int, seed: int, workers: int = 12) -> int:
     """So many requests, some of which are broken off; how many were answered, each of them rightly: a prompt of its own
     always gets the same answer."""
@@ -255,7 +269,7 @@ def connect(one: Server, times: int, seed: int, workers: int = 12) -> int:
 
     def work(number: int) -> None:
         rng = random.Random(f"{seed}:{number}")
-        i, kind = rng.randrange(len(prompts)), rng.choice(["whole", "stream", "left", "cut", "garbage"])
+        i, kind = rng.randrange(len(prompts)), rng.choice(["whole", "stream", "left", "turns", "cut", "garbage"])
         if kind in ("cut", "garbage"):
             body = json.dumps({"prompt": prompts[i], "max_tokens": 500, "ignore_eos": True}).encode()
             head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json"
@@ -265,7 +279,9 @@ def connect(one: Server, times: int, seed: int, workers: int = 12) -> int:
                 wire.sendall(sent[: rng.randrange(1, len(sent) + 1)] if rng.random() < 0.5 else sent)
                 time.sleep(rng.uniform(0, 0.2))
             return
-        if kind == "whole":
+        if kind == "turns":
+            turns(client, prompts[i], rng, how)
+        if kind in ("whole", "turns"):
             got = client.completions.create(prompt=prompts[i], **how).choices[0].model_extra["token_ids"]
         else:
             got, stop = [], rng.randrange(1, 20) if kind == "left" else 10**9

@@ -69,6 +69,18 @@ def test_equal_values_average_out_where_they_are_dithered_and_others_are_as_they
     assert error["dithered"].max() < 1 / 16 + 0.001 and error["plain"].max() > 0.4
 
 
+def test_a_norm_per_kv_head_does_not_see_how_loud_a_head_of_a_token_is(seed):
+    """One norm over both heads makes the quiet one of that token a small number, whose error is larger."""
+    keys = np.random.default_rng(seed).standard_normal((2, 128, 64)).astype(np.float32)
+    louder = keys.copy()
+    louder[0, 5] *= 16
+    each, one = ideas.Keys(3, by_head=True), ideas.Keys(3)
+    factor = louder / keys
+    np.testing.assert_allclose(each(louder, None), factor * each(keys, None), rtol=2e-3, atol=2e-3)
+    errors = [np.linalg.norm(back(louder, None)[1, 5] - keys[1, 5]) for back in (each, one)]
+    assert errors[1] > 2 * errors[0]
+
+
 def test_the_idea_called_int2_is_plain_rounding_as_eval_measures_it(monkeypatch, capsys, windows):
     for name, value in (("PREFILL", 256), ("DECODE", 40), ("WINDOWS", 1)):
         monkeypatch.setattr(ideas, name, value)

@@ -415,6 +415,7 @@ def serve_cells(row: dict) -> Iterator[str]:
     yield "" if row["times_one"] is None else f"{row['times_one']:.1f}x"
     yield "" if row["of_chain"] is None else f"{row['of_chain']:.0%}"
     yield f"{row['hit_tokens']:,}"
+    yield f"{row['idle_share']:.0%}" if "idle_share" in row else ""
 
 
 def server_loads() -> str:
@@ -436,7 +437,8 @@ SHAPE = ("`--kv`", "sequences x tokens")
 KERNEL = ("q / kv heads, head_dim", "µs", "limit, µs", "of it", "peers, µs")
 GROWTH = ("µs per 1,000 tokens", "limit, µs", "of it", "µs at none", "worst error of the line")
 WAITS = "to the first token, ms: median, 99 of 100", "between tokens, ms: the same"
-SERVE = "clients", "requests", "tokens of each", *WAITS, "tokens/s", "of one", "of chain", "tokens from the cache"
+SERVE = "clients", "requests", "tokens of each", *WAITS, "tokens/s", "of one", "of chain"
+SERVE = *SERVE, "tokens from the cache", "idle"
 PARTS = {
     "kernel": (["kernel", *SHAPE, *KERNEL], kernel_cells),
     "sustained": (["without rests", *SHAPE, *KERNEL], kernel_cells),

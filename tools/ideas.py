@@ -406,6 +406,8 @@ def main() -> None:
     for row in rows[2:]:
         keys, values, _ = IDEAS[row["kv"]]
         row["bits_per_element"] = (keys.bits + values.bits) / 2
+    for row, found in zip(rows, scores, strict=True):
+        row["kl_by_window"] = [kl for _, kl, _ in found]
     about = {"model": folder.name, "prefill": PREFILL, "decode": DECODE, "windows": WINDOWS}
     about |= {} if args.text is None else {"text": args.text}
     print(json.dumps({**about, "results": rows[1:]}))

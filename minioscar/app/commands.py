@@ -315,7 +315,7 @@ def run_info(args: argparse.Namespace) -> None:
     from . import info
 
     known_schemes()
-    report = info.describe(args.model, args.ctx, args.batch, args.device, args.weights)
+    report = info.describe(args.model, args.ctx, args.batch, args.device, args.weights, args.gpus)
     print(json.dumps(report) if args.json else info.text(report))
 
 

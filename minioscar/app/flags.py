@@ -173,6 +173,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         WEIGHTS,
         number("--chunk", "tokens of prompts read between two steps, a multiple of 128 (1024)", "N", 1024),
         number("--queue", "prompts that may wait for a slot; more are refused with 503 (4 for each slot)", "N"),
+        number("--deadline", "seconds after which an answer ends, a prompt gets 503 (none)", "S", type=float),
         number("--host-cache", "GB of the host's memory for cached prompts the card gives up (0)", "GB", 0.0, float),
         flag("--api-key", "what clients have to send ($MINIOSCAR_API_KEY, else none)", "KEY"),
         several("--cors", "a page from this origin may ask, * is any (only those of this machine)", "ORIGIN"),

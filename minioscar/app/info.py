@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
-from ..cache import cache_bytes
+from ..arguments import gpus_of
 from ..config import Config
 from ..engine import with_weights
 from ..errors import UserError
@@ -13,44 +13,30 @@ from ..memory import longest_context, size
 from ..memory import weight_bytes as bytes_with_tables
 from ..model import check_scheme
 from ..ops import backend
-from ..oscar import SCHEMES, WINDOW
+from ..ops.reference import Reference
+from ..oscar import SCHEMES, WINDOW, Scheme
+from ..parallel.cards import over
 from ..storage.hub import resolve
 from ..tables import aligned
 from ..towers.media import Tower
 
 
-def describe(model: str, ctx: int | None, batch: int, device: str, weights: str | None = None) -> dict:
-    """The object of `info --json`. Raises UserError for a context that the model does not have or a batch below 1."""
-    folder = resolve(model, weights=False)
-    config, ops = with_weights(Config.from_folder(folder), weights), backend(device)
+def describe(
+    model: str, ctx: int | None, batch: int, device: str, weights: str | None = None, gpus: int | None = None
+) -> dict:
+    """The object of `info --json`; of several GPUs bytes are those of all. Raises UserError for a context that the
+    model does not have, a batch below 1, or GPUs that it cannot be split over."""
+    folder, gpus = resolve(model, weights=False), gpus_of(gpus)
+    config = with_weights(Config.from_folder(folder), weights)
+    ops = over(gpus, backend(device), config, SCHEMES["bf16"])
     context = config.max_context if ctx is None else ctx
     if not 1 <= context <= config.max_context:
         raise UserError(f"--ctx {ctx} is out of range; {config.limit}")
     if batch < 1:
         raise UserError(f"--batch {batch} is out of range; it must be at least 1")
     weight_bytes, free = ops.weight_bytes(config), ops.free_bytes()
-    schemes = []
-    for name, scheme in SCHEMES.items():
-        try:
-            check_scheme(config, scheme)
-        except UserError:
-            continue  # its head_dim has no such scheme
-        many = 64 * WINDOW  # the slope: bytes that one more token costs, the window and the sinks aside
-        per_token = (cache_bytes(config, scheme, 1, 2 * many) - cache_bytes(config, scheme, 1, many)) / many
-        schemes.append(
-            {
-                "kv": name,
-                "bits_per_element": scheme.bits_per_element(config.head_dim),
-                "bytes_per_token": per_token,
-                "cache_bytes": cache_bytes(config, scheme, batch, context),
-                "ratio_to_bf16": cache_bytes(
-                    config, SCHEMES["bf16"], batch, context
-                ) / cache_bytes(config, scheme, batch, context),
-                "longest_context": longest_context(
-                    config, scheme, ops, batch, free - bytes_with_tables(config, scheme, ops)
-                ),
-            }
-        )
+    fitting = [scheme for scheme in SCHEMES.values() if _fits(config, scheme)]
+    schemes = [_scheme(config, scheme, ops, (batch, context), free) for scheme in fitting]
     return {
         "model": model,
         "folder": str(folder),
@@ -70,6 +56,7 @@ def describe(model: str, ctx: int | None, batch: int, device: str, weights: str 
         "max_positions": config.max_positions,
         "sliding_window": config.window,
         "device": ops.name,
+        "gpus": gpus,
         "weights": kept_as(config),
         "weight_bytes": weight_bytes,
         "work_bytes": ops.work_bytes(config, context, context),
@@ -77,6 +64,30 @@ def describe(model: str, ctx: int | None, batch: int, device: str, weights: str 
         "context": context,
         "batch": batch,
         "schemes": schemes,
+    }
+
+
+def _fits(config: Config, scheme: Scheme) -> bool:
+    """Whether the model's head_dim has such a scheme."""
+    try:
+        check_scheme(config, scheme)
+    except UserError:
+        return False
+    return True
+
+
+def _scheme(config: Config, scheme: Scheme, ops: Reference, size: tuple[int, int], free: int) -> dict:
+    many = 64 * WINDOW  # the slope: bytes that one more token costs, the window and the sinks aside
+    per_token = (ops.cache_bytes(config, scheme, 1, 2 * many) - ops.cache_bytes(config, scheme, 1, many)) / many
+    held, bf16 = (ops.cache_bytes(config, one, *size) for one in (scheme, SCHEMES["bf16"]))
+    (batch, _), left = size, free - bytes_with_tables(config, scheme, ops)
+    return {
+        "kv": scheme.name,
+        "bits_per_element": scheme.bits_per_element(config.head_dim),
+        "bytes_per_token": per_token,
+        "cache_bytes": held,
+        "ratio_to_bf16": bf16 / held,
+        "longest_context": longest_context(config, scheme, ops, batch, left),
     }
 
 
@@ -111,14 +122,16 @@ def text(report: dict) -> str:
         active = f" ({report['active_parameters']:,} for a token)"
         experts = ", {per_token} of {count} experts a token".format(**report["experts"])
     words = {"window": window, "experts": experts, "active": active}
-    words |= {name: size(report[f"{key}_bytes"]) for name, key in SIZES.items()}
+    gpus = report["gpus"]
+    words |= {name: size(report[f"{key}_bytes"] // gpus) for name, key in SIZES.items()}
+    words["where"] = report["device"] if gpus == 1 else f"each of {gpus} {report['device']} cards"
     lines = [
         "{model}: {model_type}, {parameters:,} parameters{active}, {layers} layers, hidden {hidden_size}, mlp "
         "{intermediate_size}{experts}",
         "attention: {q_heads} q heads, {kv_heads} kv heads, head_dim {head_dim}",
         *(f"{kind}s: {_by(of)}" for kind, of in report["towers"].items()),
         "positions: {max_positions}{window}, rope {rope}; vocabulary {vocab_size}",
-        "on {device}: weights {size} ({weights}), reading a prompt of {context} tokens takes {work} more; {free} free",
+        "on {where}: weights {size} ({weights}), reading a prompt of {context} tokens takes {work} more; {free} free",
         "",
         "KV cache at context {context}, batch {batch}:",
     ]

@@ -19,6 +19,7 @@ from ..serve import server
 from ..serve.app import App
 from ..serve.bodies import Service
 from ..serve.scheduler import Scheduler
+from ..serve.starting import Starting
 from ..storage import strict_json as json
 from ..storage.hub import resolve
 from ..tokenizer import Tokenizer
@@ -36,7 +37,7 @@ def plan_of(args: argparse.Namespace) -> server.Plan:
     plan = server.Plan(
         args.slots, args.ctx, args.chunk, args.queue, args.name or os.path.basename(os.path.normpath(args.model)),
         args.api_key or os.environ.get("MINIOSCAR_API_KEY"), args.cors, args.strict_model,
-        args.images, args.media_tokens, args.host_cache,
+        args.images, args.media_tokens, args.host_cache, args.deadline,
     )  # fmt: skip
     plan.check()
     if args.grace < 0:
@@ -66,6 +67,7 @@ def serve(args: argparse.Namespace) -> None:
     plan = plan_of(args)
     server.check_installed()
     bound = server.listening(args.host, args.port)
+    starting = Starting(bound)
     app, scheduler = assembled(args)
     engine, cache = scheduler.engine, scheduler.cache
     held = f"{plan.slots} slots of {cache.context} tokens, {engine.scheme.name} cache {cache.nbytes / 1e6:.1f} MB"
@@ -77,7 +79,7 @@ def serve(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"url": url, "model": plan.name, "slots": plan.slots, "context": cache.context}), flush=True)
     said = f"[{plan.name} at {url}/v1: {held}, {engine.ops.name}; warmed up in "
-    server.serve(app, scheduler, bound, args.grace, lambda seconds: f"{said}{seconds:.1f} s]")
+    server.serve(app, scheduler, bound, args.grace, lambda seconds: f"{said}{seconds:.1f} s]", starting)
 
 
 def url_of(host: str, port: int) -> str:
@@ -98,7 +100,7 @@ def serve_cluster(args: argparse.Namespace) -> None:
     ended = threading.Event()
     ray.init(include_dashboard=False, log_to_driver=args.debug, logging_level="ERROR")
     try:
-        check_room(ray.cluster_resources(), least, gpus_of(args.device))
+        check_room(ray.cluster_resources(), least, gpus_of(args))
         ray.serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
         try:
             ray.serve.run(application(args), name=NAME, route_prefix="/")
@@ -126,7 +128,7 @@ def application(args: argparse.Namespace) -> Application:
     least, most = replicas_of(args.replicas)
     plan = plan_of(args)
     queue = 4 * plan.slots * most if plan.queue is None else plan.queue
-    size = Size(least, most, plan.slots, queue, gpus_of(args.device), args.grace)
+    size = Size(least, most, plan.slots, queue, gpus_of(args), args.grace)
     alone = argparse.Namespace(**vars(args) | {"queue": None})  # prompts wait in the doors
     return made(size, partial(assembled, alone), partial(service, args.model), plan.key)
 
@@ -145,9 +147,10 @@ def replicas_of(given: str) -> tuple[int, int]:
     return int(least), int(most or least)
 
 
-def gpus_of(device: str) -> int:
-    """GPUs of a replica. auto: one, where the cluster has any."""
-    return int(device == "cuda" or device == "auto" and imported().cluster_resources().get("GPU", 0) > 0)
+def gpus_of(args: argparse.Namespace) -> int:
+    """GPUs of a replica. auto: those of --gpus, else one, where the cluster has any."""
+    some = args.device == "cuda" or args.device == "auto" and imported().cluster_resources().get("GPU", 0) > 0
+    return some * (args.gpus or 1)
 
 
 def check_room(there: dict[str, float], least: int, gpus: int) -> None:

@@ -15,8 +15,7 @@
 // grid (tokens, 1 + ceil(q_heads / 16)), a block has the lanes of 16 heads. The first block of a token has its keys
 // and values, so that it sums the keys' norm in a fixed order. All arithmetic is float32; K' is rounded to bf16
 // before its norm is taken.
-// With SHARED_KEYS, of one of several cards, qkv has the keys of all key_heads, for their norms; the kv_heads from
-// first_key on are the card's own, and stored.
+// With SHARED_KEYS qkv has the keys of all key_heads, for their norms; the kv_heads from first_key on are stored.
 // With SHIFTED, of models that read pictures, the tables' row of a token is its position + shifts[token].
 // reads and writes 2 B an element. A token at position < 0 is skipped.
 #include "common.cuh"
@@ -127,9 +126,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
   int first = (has_keys ? 0 : (blockIdx.y - 1) * HEADS_PER_BLOCK) + warp * HEADS_PER_WARP;
   for (; first < end; first += has_keys ? HEADS_PER_BLOCK : end) {
     const int lane_head = first + threadIdx.x % 32 / LANES, head = min(lane_head, end - 1);
-    const int kept = KEPT(head);              // of keys
-    const bool exists = lane_head < end;      // lanes without a head repeat the last one, since all lanes must shuffle
-    const bool own = exists && IS_KEPT(head);
+    const int kept = KEPT(head);
+    const bool exists = lane_head < end, own = exists && IS_KEPT(head);  // others repeat the last head, to shuffle
     uint32_t words[WORDS];
     load(words, in + ((has_keys ? q_heads : 0) + head) * DIM, lane);
     bf16* out = has_keys ? k_out + (token * kv_heads + kept) * DIM : q_out + (token * q_heads + head) * DIM;

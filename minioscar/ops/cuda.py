@@ -197,23 +197,25 @@ class Cuda(Reference):
             del gate_up  # before there is another
         return self._add(out, residual)
 
-    def experts(self, x: Array, layer: Layer, config: Config, batch: Batch | StepBatch) -> Array:
+    def experts(self, x: Array, layer: Layer, config: Config, batch: Batch | StepBatch, alone: bool = False) -> Array:
         """x itself, to which the experts have added. Nothing here depends on which experts they are."""
         e, norm = config.experts, (layer.post_norm, config.rms_norm_eps)
         lengths = batch.lengths if isinstance(batch, StepBatch) else None
         if experts.unsupported(config):
-            return super().experts(x, layer, config, batch)
+            return super().experts(x, layer, config, batch, alone)
+        out, residual = (self.xp.empty_like(x), None) if alone else (x, x)
         if experts.are_few(len(x), config, self.card):
             logits = self.linear(x, layer.router, norm=norm, float32=True)
             h = self.xp.empty((len(x) * e.per_token, config.intermediate_size), self.dtype)
             self.run(Product(x, layer.gate_up, h, True, norm=norm).launch(logits, e, self.card, lengths))
-            self.run(Product(h, layer.down, x, False, residual=x).launch(logits, e, self.card, lengths))
-            return x
-        for i in range(0, len(x), experts.EXPERT_TOKENS):
-            self._many_experts(x[i : i + experts.EXPERT_TOKENS], layer, config, lengths)
-        return x
+            self.run(Product(h, layer.down, out, False, residual=residual).launch(logits, e, self.card, lengths))
+            return out
+        for chunk in (slice(i, i + experts.EXPERT_TOKENS) for i in range(0, len(x), experts.EXPERT_TOKENS)):
+            parts = self._expert_parts(x[chunk], layer, config, lengths)
+            self.run(experts.combine(parts, out[chunk], e, lengths, alone))
+        return out
 
-    def _many_experts(self, x: Array, layer: Layer, config: Config, lengths: Array | None) -> None:
+    def _expert_parts(self, x: Array, layer: Layer, config: Config, lengths: Array | None) -> Array:
         e, normed, coded = config.experts, self.xp.empty_like(x), isinstance(layer.gate_up, Quantized)
         self.run(linear.rms_norm(x, layer.post_norm, config.rms_norm_eps, normed))
         routes = experts.Routes.allocate(self.xp, len(x), e, self.card, coded)
@@ -229,7 +231,7 @@ class Cuda(Reference):
                 weight = self.dense(weight).reshape(e.count, -1, weight.shape[1])
             self.run(Product(given, weight, out, silu).launch(routes, e, self.card))
             del weight
-        self.run(experts.combine(parts, x, e, lengths))
+        return parts
 
     def _router_logits(self, normed: Array, router: Array) -> Array:
         if len(normed) <= BATCH_TOKENS:

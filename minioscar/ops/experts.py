@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..config import Config, Experts
 
 Array = Any
+ALONE = ("ALONE=1",)  # what the experts of a card of several make, without the residual
 FEW = 8  # tokens whose experts every block of experts.cu finds by itself
 WARPS = 16  # of a block of experts.cu
 MOST_PER_TOKEN = 32  # a lane of route.cuh keeps one choice
@@ -119,13 +120,14 @@ Choices = Array | Routes  # of up to FEW tokens the router's logits, float32 [to
 
 
 def are_few(tokens: int, config: Config, card: Card) -> bool:
-    return tokens <= FEW and _shared(tokens, config.hidden_size, True, config.experts) <= card.max_shared_bytes
+    up, down = (config.hidden_size, True), (config.intermediate_size, False)
+    return tokens <= FEW and max(_shared(tokens, *of, config.experts) for of in (up, down)) <= card.max_shared_bytes
 
 
 def _shared(tokens: int, size: int, silu: bool, e: Experts) -> int:
     """Bytes of dynamic shared memory of experts.cu for few tokens."""
-    rows = tokens * (-(-size // 64) * 128 + 64) if silu else 0
-    return rows + _sums(1, silu) + 12 * e.count + 4 * FEW * e.per_token + 4 * (WARPS + 1)
+    rows = tokens * (1 if silu else e.per_token) * (-(-size // 64) * 128 + 64)
+    return rows + _sums(1, silu) + 12 * e.count + 4 * FEW * e.per_token + 4 + FEW
 
 
 def _sums(column_tiles: int, silu: bool) -> int:
@@ -177,7 +179,8 @@ class Product:
         arrays = self.x, self.norm[0], *matrix, self.residual, choices if few else None, lengths, *of_routes, self.out
         args = (*arrays, *map(np.int32, numbers), np.float32(self.norm[1]))
         grid, source = (min(items, card.multiprocessors),), "quantized" if coded else "experts"
-        return Launch(f"experts/{source}.cu", "experts", (*_defines(e), *kind, *shape), grid, 32 * WARPS, args, shared)
+        defines = *_defines(e), *kind, *shape, *ALONE[: few and not self.silu and self.residual is None]
+        return Launch(f"experts/{source}.cu", "experts", defines, grid, 32 * WARPS, args, shared)
 
     def _wgmma(self, routes: Routes, card: Card) -> Launch:
         count, rows, size = self.weight.shape
@@ -199,11 +202,11 @@ def gather(x: Array, routes: Routes, e: Experts, out: Array, h: Array) -> Launch
     return Launch("experts/route.cu", "gather", _defines(e), (len(out),), 128, args)
 
 
-def combine(parts: Array, x: Array, e: Experts, lengths: Array | None = None) -> Launch:
-    """x += what the pairs of each token add: x bf16 [tokens, n], parts float32 [pairs, n], n a multiple of 8. lengths:
-    as `Routes.launches` has them."""
-    grid = len(x), -(-x.shape[1] // 2048)
-    return Launch("experts/route.cu", "combine", _defines(e), grid, 256, (parts, lengths, x, x, np.int32(x.shape[1])))
+def combine(parts: Array, x: Array, e: Experts, lengths: Array | None = None, alone: bool = False) -> Launch:
+    """x += what the pairs of each token add, or alone x = that: x bf16 [tokens, n], parts float32 [pairs, n], n a
+    multiple of 8. lengths: as `Routes.launches` has them."""
+    grid, defines = (len(x), -(-x.shape[1] // 2048)), (*_defines(e), *ALONE[:alone])
+    return Launch("experts/route.cu", "combine", defines, grid, 256, (parts, lengths, x, x, np.int32(x.shape[1])))
 
 
 def work_bytes(config: Config, tokens: int, card: Card) -> int:

@@ -166,8 +166,8 @@ def scratch_bytes(config: Config, tokens: int, card: Card) -> int:
     return max((4 * (plan.workspace_floats + plan.counters) for plan in plans), default=0) + normed
 
 
-def add_product(y: Array, x: Array, weight: Array) -> None:
-    """y += x @ weight.T by cuBLAS: y [tokens, out] bf16 or float32, x [tokens, in], weight [out, in] bf16; contiguous.
+def add_product(y: Array, x: Array, weight: Array, beta: np.ndarray = ONE) -> None:
+    """y = beta y + x @ weight.T by cuBLAS: y [tokens, out] bf16 or float32, x [tokens, in], weight [out, in] bf16.
 
     The product is rounded as y is, then the sum, in every math mode (CUDA 13, H200). CUBLAS_COMPUTE_32F_PEDANTIC rounds
     once, without tensor cores, and takes 25 times as long. On CuPy's current stream. Raises cupy's CUBLASError.
@@ -181,4 +181,4 @@ def add_product(y: Array, x: Array, weight: Array) -> None:
     a, b = (weight.data.ptr, CUDA_R_16BF, size), (x.data.ptr, CUDA_R_16BF, size)
     c = y.data.ptr, CUDA_R_32F if y.dtype == np.float32 else CUDA_R_16BF, rows
     how, handle = (cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP), get_cublas_handle()
-    cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, *sizes, one, *a, *b, one, *c, *how)
+    cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, *sizes, one, *a, *b, beta.ctypes.data, *c, *how)

@@ -193,15 +193,15 @@ class Reference:
         gate, up = xp.split(gate_up.astype(xp.float32), 2, axis=-1)
         return (gate / (1 + xp.exp(-gate)) * up).astype(gate_up.dtype)
 
-    def experts(self, x: Array, layer: Layer, config: Config, batch: Batch, to: Array | None = None) -> Array:
+    def experts(self, x: Array, layer: Layer, config: Config, batch: Batch, alone: bool = False) -> Array:
         """x + sum over a token's experts e of weight_e * down_e(silu(gate_e(h)) * up_e(h)), h = rms_norm(x).
 
-        x [tokens, hidden], which may be overwritten. to: what the sum is added to (None: x). As Qwen3MoeSparseMoeBlock
-        of transformers 5.24, with the router's logits in float32.
+        x [tokens, hidden], which may be overwritten. alone: the sum without x. As Qwen3MoeSparseMoeBlock of
+        transformers 5.24, with the router's logits in float32.
         """
         xp, h = self.xp, self.rms_norm(x, layer.post_norm, config.rms_norm_eps)
         chosen, weights = self.route(self.product(h, layer.router, True), config.experts)
-        y = (x if to is None else to).astype(xp.float32)
+        y = xp.zeros(x.shape, np.float32) if alone else x.astype(xp.float32)
         for expert in xp.unique(chosen):
             token, place = xp.nonzero(chosen == expert)  # a token takes an expert once
             of_expert = (quantized.of_expert(w, int(expert), config.experts.count) for w in (layer.gate_up, layer.down))

@@ -72,8 +72,8 @@ class Split:
         head = 0 if config.tie_embeddings else (config.vocab_size - self.share) * config.hidden_size
         return self.cards * (first.weight_bytes(own) - head * first.dtype.itemsize)
 
-    def cache_bytes(self, config: Config, scheme: Scheme, batch: int, context: int) -> int:
-        return self.cards * self.ranks[0].cache_bytes(local(config, self.cards, 0), scheme, batch, context)
+    def cache_bytes(self, config: Config, *rest: Any) -> int:
+        return self.cards * self.ranks[0].cache_bytes(local(config, self.cards, 0), *rest)
 
     def work_bytes(
         self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool | None = False
@@ -133,11 +133,8 @@ class SplitReference(Split, Reference):
         return Ranks([whole.copy() for _ in self.ranks])
 
     def experts(self, x: Array, layer: Layer, config: Config, batch: Batch) -> Array:
-        to = Ranks([x.values[0], *(np.zeros_like(x.values[0]) for _ in self.ranks[1:])])
-        made = self.each(
-            lambda ops, x, to, layer: ops.experts(x, Layer(**layer), self.local, batch, to), x, to, vars(layer)
-        )
-        return self.summed(Ranks(made))
+        made = self.each(lambda ops, x, layer: ops.experts(x, Layer(**layer), self.local, batch, True), x, vars(layer))
+        return self.summed(Ranks([x.values[0], *made]))
 
     def rotate_scale(
         self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config,

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..batch import Batch
 from ..config import Config
-from ..layer_cache import LayerCache, Layout, NewTokens
+from ..layer_cache import LayerCache, Layout, NewTokens, PackedCache
 from ..oscar import Scheme
 from .ranks import Ranks, of_rank
 from .shares import first_key, local
@@ -86,7 +86,7 @@ def split_kernel_cache(kind: type[LayerCache], cards: int) -> type[SplitCache]:
     """The same where kernels fill and read it: one launch is every card's. What a prefill appends to a plain cache is
     array code."""
     about = {"kind": kind, "cards": cards}
-    if kind.append.__name__ and not kind.row_arrays[0].startswith("window"):
+    if not issubclass(kind, PackedCache):
         about["append"] = _append_plain
     return type(f"Split{kind.__name__}", (SplitCache, kind), about)
 

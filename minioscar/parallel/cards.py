@@ -8,15 +8,63 @@ from ..ops.reference import Reference
 from ..oscar import Scheme
 from .backend import Split, SplitReference
 from .loading import load as load_weights
-from .shares import check
+from .shares import check, local
 
 __all__ = ["load_weights", "over"]
 
 
-def over(count: int, ops: Reference, config: Config, scheme: Scheme) -> Split:
-    """The back end of so many cards like the one that `ops` has; on the CPU they are simulated. Raises UserError where
-    the model, the scheme or this machine has none for them."""
+def over(count: int, ops: Reference, config: Config, scheme: Scheme) -> Reference:
+    """The back end of so many cards like the one that `ops` has, itself for one; on the CPU they are simulated. Raises
+    UserError where the model, the scheme or this machine has none for them."""
+    if count == 1:
+        return ops
     check(config, scheme, count)
-    if ops.name == "cpu":
-        return SplitReference([ops, *(Reference() for _ in range(count - 1))], config)
-    raise UserError("not yet")
+    if ops.name == "cuda":
+        return _of_gpus(count, ops, config, scheme)
+    if ops.name != "cpu":
+        raise UserError(f"--gpus {count}: {ops.name} has one card; leave it out")
+    return SplitReference([ops, *(Reference() for _ in range(count - 1))], config)
+
+
+def _of_gpus(count: int, ops: Reference, config: Config, scheme: Scheme) -> Split:
+    from cupy.cuda import Device, runtime
+
+    from ..ops.cuda import Cuda
+    from ..ops.decode import unsupported
+    from .collectives import MAX_CARDS
+    from .cuda import SplitCuda
+
+    there, option = runtime.getDeviceCount(), f"--gpus {count}"
+    if count > there:
+        raise UserError(f"{option}: this machine has {there}; give at most so many")
+    if count > MAX_CARDS:
+        raise UserError(f"{option} is more than {MAX_CARDS}; give fewer")
+    if reason := unsupported(local(config, count, 0), scheme, 1):
+        raise UserError(f"{option}: {reason}, and array code runs on one card; leave it out")
+    names = [runtime.getDeviceProperties(device)["name"].decode() for device in range(count)]
+    if len(set(names)) > 1:
+        raise UserError(f"{option}: the GPUs are {', '.join(names)}; choose equal ones by CUDA_VISIBLE_DEVICES")
+    ranks = [ops]
+    for device in range(1, count):
+        with Device(device):
+            ranks.append(Cuda())
+    for device in range(count):
+        with Device(device):
+            for other in range(count):
+                _reach(device, other, option)
+    return SplitCuda(ranks, config)
+
+
+def _reach(device: int, other: int, option: str) -> None:
+    """Lets kernels of the current card write into another's memory."""
+    from cupy.cuda import runtime
+
+    if other == device:
+        return
+    if not runtime.deviceCanAccessPeer(device, other):
+        raise UserError(f"{option}: GPU {device} cannot reach the memory of GPU {other}; choose others, or one")
+    try:
+        runtime.deviceEnablePeerAccess(other)
+    except runtime.CUDARuntimeError as error:
+        if "PeerAccessAlreadyEnabled" not in str(error):
+            raise

@@ -69,7 +69,7 @@ def _of_card(folder: Path, config: Config, split: Split, rank: int, advance: Cal
                 if columns is None:
                     return put([slices.rows(name, tensors[name]) for name in names])
                 rows = sum(tensors[name].shape[0] for name in names)
-                out = ops.xp.empty((rows, columns.stop - columns.start), ops.dtype)
+                out = ops.xp.zeros((rows, columns.stop - columns.start), ops.dtype)
                 by_columns.append((list(names), out))
                 return out
 

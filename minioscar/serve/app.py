@@ -17,7 +17,7 @@ from . import bodies, fields, messages
 from .bodies import Asked, Service
 from .errors import ApiError, of_field, wrong
 from .http import PATIENCE, Exchange, Gone, Receive, Send, event
-from .jobs import Busy, Event, GrammarError, Job
+from .jobs import Busy, Event, GrammarError, Job, Late
 from .metrics import Metrics
 from .replies import Reply
 
@@ -299,7 +299,8 @@ async def _next(events: asyncio.Queue) -> tuple[int, Event]:
 
 
 def overloaded(error: Busy) -> ApiError:
-    return ApiError(503, str(error), code="overloaded", headers=(("retry-after", "2"),))
+    code = "deadline_exceeded" if isinstance(error, Late) else "overloaded"
+    return ApiError(503, str(error), code=code, headers=(("retry-after", "2"),))
 
 
 def failed(error: Exception) -> ApiError:

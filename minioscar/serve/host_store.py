@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..layer_cache import Backend
+from ..parallel.ranks import Ranks
 
 Array = Any
 
@@ -56,16 +57,27 @@ class HostStore:
         finally:
             self.slots[key] = slot
 
-    def _to_host(self, x: Array, out: np.ndarray) -> None:
-        if isinstance(x, np.ndarray):
+    def _to_host(self, x: Array, out: np.ndarray | Ranks) -> None:
+        if isinstance(x, Ranks):  # each card's
+            x.map(self._to_host, out)
+        elif isinstance(x, np.ndarray):
             out[...] = x
         else:  # a CuPy array: what is allocated here is reused behind the copy only
-            self.xp.ascontiguousarray(x).get(out=out, blocking=False)
+            import cupy
 
-    def _from_host(self, x: np.ndarray) -> Array:
+            cupy.ascontiguousarray(x).get(out=out, blocking=False)
+
+    def _from_host(self, x: np.ndarray | Ranks) -> Array:
         there = self.xp.empty(x.shape, x.dtype)
-        if isinstance(there, np.ndarray):
+        self._set(there, x)
+        return there
+
+    def _set(self, there: Array, x: np.ndarray | Ranks) -> None:
+        if isinstance(there, Ranks):
+            there.map(self._set, x)
+        elif isinstance(there, np.ndarray):
             there[...] = x
         else:
-            there.set(x, stream=self.xp.cuda.get_current_stream())
-        return there
+            import cupy
+
+            there.set(x, stream=cupy.cuda.get_current_stream())

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import Failure
-from ..generation import Answer, Generation, Logprob
+from ..generation import Answer, Generation, Logprob, logprob
 from ..options import Options
 from ..sampling import RowSampling
 from ..tokenizer import Tokenizer
@@ -21,6 +21,10 @@ from .blocks import chained_keys
 
 class Busy(Failure):
     """The queue is full, or the server ends: the same request may be answered later."""
+
+
+class Late(Busy):
+    """A request has waited, or its prompt was read, for longer than the server allows."""
 
 
 class GrammarError(Failure):
@@ -90,6 +94,15 @@ class Job:
     def usable(self) -> list[int]:
         """The tokens that need not be fed where they are cached: the last one is, for its logits."""
         return self.ids[:-1] if self.cache_prompt and self.prompt_logprobs is None else []
+
+    def score(self, start: int, logits: np.ndarray, tokenizer: Tokenizer | None) -> None:
+        """Log-probabilities of the prompt's tokens behind those that a piece from `start` holds; its logits, float32
+        [tokens, vocab]."""
+        if not start:
+            self.scored.append(None)  # nothing says how likely the first one is
+        following = self.ids[start + 1 : start + 1 + len(logits)]
+        for of_token, token in zip(logits, following, strict=False):
+            self.scored.append(logprob(of_token, token, self.prompt_logprobs, tokenizer))
 
     @cached_property
     def keys(self) -> list[bytes]:

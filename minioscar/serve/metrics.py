@@ -28,6 +28,27 @@ class Histogram:
         return [*lines, f"{name}_sum {self.total:.6f}", f"{name}_count {seen}"]
 
 
+class Occupancy:
+    """Seconds in which the card had work, as the host sees it: from a launch where there was none until what was
+    launched last has been read. The card does what it is told in order; waits between the launches of a pass count as
+    work."""
+
+    def __init__(self) -> None:
+        self.seconds, self.since, self.launched = 0.0, 0.0, 0
+
+    def launch(self) -> int:
+        """Its number."""
+        self.since = self.since or time.monotonic()
+        self.launched += 1
+        return self.launched
+
+    def read(self, number: int | None = None) -> None:
+        """This launch is done, and all before it. None: all are."""
+        if self.since and number in (None, self.launched):
+            self.seconds += time.monotonic() - self.since
+            self.since = 0.0
+
+
 @dataclass
 class Metrics:
     """Counters of the scheduler; only its thread writes them, but for `requests`."""
@@ -45,6 +66,7 @@ class Metrics:
     rounds: int = 0  # rows given to answers, which orders them by use
     first_tokens: Histogram = field(default_factory=Histogram)
     between: Histogram = field(default_factory=Histogram)
+    occupancy: Occupancy = field(default_factory=Occupancy)
     last: float = 0.0
 
     def step(self, rows: int) -> None:
@@ -68,6 +90,7 @@ class Metrics:
             "steps": (self.steps, "decode steps"),
             "swapped_out": (self.swapped_out, "times that an answer's blocks went to the host"),
             "swapped_in": (self.swapped_in, "times that they came back"),
+            "busy_seconds": (round(self.occupancy.seconds, 6), "seconds in which the card had work"),
         }
         lines = []
         for name, (value, help) in counters.items():

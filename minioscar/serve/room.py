@@ -4,6 +4,7 @@ then the newest answers wait on the host. So the oldest answer always goes on.""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..decoding import Decoder
 from . import prefixes
@@ -17,6 +18,18 @@ class Room:
 
     def __init__(self, cache: PooledCache, rows: Sequence[Row], metrics: Metrics):
         self.cache, self.rows, self.metrics = cache, rows, metrics
+
+    def slots(self) -> list[dict[str, Any]]:
+        """Of each row, what it does and how many tokens it holds."""
+        return [
+            {"id": row.slot, "state": row.state, "n_ctx": self.cache.context, "n_tokens": length,
+             "is_processing": row.job is not None}
+            for row, length in zip(self.rows, self.cache.lengths.tolist(), strict=True)
+        ]  # fmt: skip
+
+    def held(self) -> list[list[int]]:
+        """Of each row, the tokens that another prompt could take over."""
+        return [row.held[:length] for row, length in zip(self.rows, self.cache.lengths.tolist(), strict=True)]
 
     def admits(self, job: Job) -> bool:
         """Whether a prompt can be read without taking blocks from running answers; the only one always can."""

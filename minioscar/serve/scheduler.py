@@ -9,6 +9,7 @@ for more than one of the other. Pieces end at multiples of `chunk`, so that what
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -19,32 +20,35 @@ import numpy as np
 
 from ..engine import Engine
 from ..errors import Failure
-from ..generation import logprob
-from . import prefixes
-from .jobs import Busy, Event, Job, Row
+from .jobs import Busy, Event, Job, Late, Row
 from .metrics import Metrics
+from .pieces import Piece, Pieces
 from .pooled import PooledCache
 from .room import Room
 from .warm_up import warm_up
 
-SCORED_PIECE = 128  # tokens whose logits are on the host at once
 Array = Any
 Post = Callable[[list[tuple[Job, Event]]], None]
 
 
 class Scheduler:
-    """post: is given what happened in a round, on the scheduler's thread, and hands it to `Job.tell`."""
+    """post: is given what happened in a round, on the scheduler's thread, and hands it to `Job.tell`. deadline: seconds
+    after which a prompt that was not read fails, and an answer ends where it is."""
 
-    def __init__(self, engine: Engine, cache: PooledCache, chunk: int, queue: int, post: Post):
+    def __init__(
+        self, engine: Engine, cache: PooledCache, chunk: int, queue: int, post: Post, deadline: float = math.inf
+    ):
         self.engine, self.cache, self.chunk, self.queue, self.post = engine, cache, chunk, queue, post
+        self.deadline = deadline
         self.model, self.vocab = engine.model, engine.config.vocab_size
         self.tokenizer = engine.tokenizer if engine.has_tokenizer else None
         self.rows = [Row(slot) for slot in range(len(cache.lengths))]
         self.metrics = Metrics()
         self.room = Room(cache, self.rows, self.metrics)
         self.waiting: deque[Job] = deque()
-        self.reading: deque[Row] = deque()
-        self.steps: deque[list[Row]] = deque()  # launched and not read, oldest first
+        self.pieces = Pieces(self.room, chunk)
+        self.reading = self.pieces.rows
+        self.steps: deque[tuple[int, list[Row]]] = deque()  # launched and not read, oldest first, with their numbers
         self.news: list[tuple[Job, Event]] = []
         self.changed = threading.Condition()
         self.is_closing = False
@@ -93,17 +97,10 @@ class Scheduler:
             self.thread.join(seconds)
 
     def slots(self) -> list[dict[str, Any]]:
-        """Of each row, what it does and how many tokens it holds."""
-        lengths = self.cache.lengths.tolist()
-        return [
-            {"id": row.slot, "state": row.state, "n_ctx": self.cache.context, "n_tokens": lengths[row.slot],
-             "is_processing": row.job is not None}
-            for row in self.rows
-        ]  # fmt: skip
+        return self.room.slots()
 
     def held(self) -> list[list[int]]:
-        """Of each row, the tokens that another prompt could take over."""
-        return [row.held[:length] for row, length in zip(self.rows, self.cache.lengths.tolist(), strict=True)]
+        return self.room.held()
 
     def gauges(self) -> dict[str, tuple[float, str]]:
         """For `Metrics.text`."""
@@ -142,6 +139,7 @@ class Scheduler:
 
     def _round(self) -> None:
         self._drop_cancelled()
+        self._end_late()
         self._admit()
         try:
             is_launched = self._launch()
@@ -152,7 +150,14 @@ class Scheduler:
                 self._read_step()
         except (Failure, MemoryError) as error:
             self._broken(error)
+        if not self.steps and not any(row.job for row in self.rows):
+            self._drain()  # a prompt that was cancelled while it was read
         self._post()
+
+    def _drain(self) -> None:
+        if self.metrics.occupancy.since:
+            self.decoder.drain()
+            self.metrics.occupancy.read()
 
     def _post(self) -> None:
         if self.news:
@@ -175,6 +180,20 @@ class Scheduler:
             if row.job and row.job.is_cancelled:
                 self.metrics.cancelled += row.index == 0
                 self._leave(row)
+
+    def _end_late(self) -> None:
+        oldest = time.monotonic() - self.deadline
+        with self.changed:
+            late = [job for job in self.waiting if job.created < oldest]
+            for job in late:
+                self.waiting.remove(job)
+        late += [row.job for row in self.reading if row.job.created < oldest]
+        for job in late:
+            self._end_job(job, Late(f"the prompt was not read within {self.deadline:g} seconds; try again later"))
+        for row in self.rows:
+            if row.state == "step" and row.job.created < oldest:
+                text = row.answer.end("length")
+                self._say(row, Event(row.index, text, finish_reason=row.answer.result.finish_reason))
 
     def _leave(self, row: Row) -> None:
         if row in self.reading:
@@ -204,52 +223,26 @@ class Scheduler:
                 row.begin(job, index)
             self.reading.append(chosen[0])
 
-    def _match(self, row: Row) -> None:
-        """The row takes over what any row holds of the beginning of its prompt."""
-        row.job.cached = prefixes.take_over(self.cache, self.rows, row)
-        row.held, row.is_matched = list(row.job.ids), True
-        self.metrics.hit_tokens += row.job.cached
-
     # --- prompts
 
     def _read_prompts(self) -> None:
-        """One pass over the next pieces of prompts, in their order, of at most `chunk` tokens together."""
-        pieces: list[tuple[Row, list[int]]] = []
-        left, room = self.chunk, self.cache.context
         with self.decoder.ordered():
-            for row in self.reading:
-                if not row.is_matched:
-                    if any(prefixes.begins(other.job.ids, row.job.usable) for other, _ in pieces):
-                        break  # it could take over what another one is about to read
-                    if not self.room.give(row, 0, prefixes.own_blocks(self.cache, row.job)):
-                        break
-                    self._match(row)
-                start = int(self.cache.lengths[row.slot])
-                size = SCORED_PIECE if row.job.prompt_logprobs is not None else self.chunk
-                piece = row.job.ids[start : start + size - start % size]
-                left, room = left - len(piece), room - start - len(piece)  # what a pass allocates is for one whole row
-                if min(left, room) < 0 or pieces and row.job.prompt_logprobs is not None:
-                    break
-                end = start + len(piece)
-                if not self.room.give(row, end, self.room.for_answers(row.job) * (end == len(row.job.ids))):
-                    break
-                pieces.append((row, piece))
-                if row.job.prompt_logprobs is not None or row.job.rows > 1:  # nobody else takes their blocks
-                    break
-            if pieces:
+            if pieces := self.pieces.next():
                 self._pass(pieces)
 
-    def _pass(self, pieces: list[tuple[Row, list[int]]]) -> None:
+    def _pass(self, pieces: list[Piece]) -> None:
         rows, inputs = [row for row, _ in pieces], [piece for _, piece in pieces]
         batch = self.cache.batch_for([row.slot for row in rows], map(len, inputs))
         if media := [medium for row in rows for medium in row.job.media]:
             batch = batch.reading([row.job.ids for row in rows], media)
         scored = rows[0].job.prompt_logprobs is not None
+        number = self.metrics.occupancy.launch()
         try:
             if scored:
                 logits = self.model.forward(np.array(inputs[0]), self.cache, batch, every=True)
-                self._score(rows[0].job, batch.starts[0], logits)
+                rows[0].job.score(batch.starts[0], logits, self.tokenizer)
                 logits = self.model.ops.xp.asarray(logits[-1:])
+                self.metrics.occupancy.read(number)
             else:
                 logits = self.model.step(np.concatenate(inputs), self.cache, batch, lambda logits: logits)[1]
         except (Failure, MemoryError) as error:
@@ -264,14 +257,6 @@ class Scheduler:
             if self.cache.lengths[row.slot] == len(row.job.ids):  # else nobody waits for the pass
                 self.reading.remove(row)
                 self._begin(row, of_row)
-
-    def _score(self, job: Job, start: int, logits: np.ndarray) -> None:
-        """Log-probabilities of the prompt's tokens behind those that a piece from `start` holds."""
-        if not start:
-            job.scored.append(None)  # nothing says how likely the first one is
-        following = job.ids[start + 1 : start + 1 + len(logits)]
-        for of_token, token in zip(logits, following, strict=False):
-            job.scored.append(logprob(of_token, token, job.prompt_logprobs, self.tokenizer))
 
     def _begin(self, first: Row, logits: Array) -> None:
         """A prompt is read: its answers begin. logits: float32 [vocab] on the back end."""
@@ -289,6 +274,7 @@ class Scheduler:
             try:
                 allowed = row.matcher.mask() if row.matcher else None
                 token = self.decoder.join(row.slot, drawing, logits, allowed)
+                self.metrics.occupancy.read()  # the steps before have ended, too
                 self._take(row, token, None if job.options.logprobs is None else self.model.ops.numpy(logits))
             except Failure as error:
                 self._end_job(job, error)
@@ -315,8 +301,9 @@ class Scheduler:
         while len(self.steps) <= self._ahead() and (rows := self.room.for_step(self._going(), self.decoder)):
             if not all([self._allow(row) for row in rows]):
                 continue
+            number = self.metrics.occupancy.launch()
             self.decoder.launch([row.slot for row in rows])
-            self.steps.append(rows)
+            self.steps.append((number, rows))
             for row in rows:
                 row.in_flight += 1
         return len(self.steps) > count
@@ -335,7 +322,8 @@ class Scheduler:
         if not self.steps:
             return
         tokens, _ = self.decoder.read()
-        rows = self.steps.popleft()
+        number, rows = self.steps.popleft()
+        self.metrics.occupancy.read(number)
         self.metrics.step(len(rows))
         for row, token in zip(rows, tokens.tolist(), strict=True):
             row.in_flight -= 1
@@ -351,7 +339,7 @@ class Scheduler:
 
     def _take(self, row: Row, token: int, logits: np.ndarray | None) -> None:
         """A new token of an answer. Raises GrammarError, as its matcher does."""
-        answer, job, result = row.answer, row.job, row.answer.result
+        answer, result = row.answer, row.answer.result
         row.held.append(token)
         before = result.new_tokens
         text = answer.add(token, logits, self.cache.lengths[row.slot] == self.cache.context)
@@ -362,8 +350,11 @@ class Scheduler:
         is_new = result.new_tokens > before
         self.metrics.new_tokens += is_new
         said = result.logprobs[-1] if is_new and result.logprobs else None
-        self._tell(job, Event(row.index, text, token if is_new else None, said, result.finish_reason))
-        if result.finish_reason:
+        self._say(row, Event(row.index, text, token if is_new else None, said, result.finish_reason))
+
+    def _say(self, row: Row, event: Event) -> None:
+        self._tell(row.job, event)
+        if event.finish_reason:
             self.metrics.finished += 1
             self._leave(row)
 
@@ -385,6 +376,7 @@ class Scheduler:
     def _broken(self, error: Exception) -> None:
         """A step failed: its answers end with an error, and the rows are empty."""
         self.decoder.drain()
+        self.metrics.occupancy.read()
         self.steps.clear()
         for row in self.rows:
             row.in_flight = 0

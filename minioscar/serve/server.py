@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import socket
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from .. import memory
 from ..arguments import context_of
-from ..cache import blocks_of_row, cache_bytes, row_bytes
+from ..cache import blocks_of_row, row_bytes
 from ..engine import Engine
 from ..errors import Failure, UserError
 from ..layer_cache import BLOCK_TOKENS
@@ -24,8 +25,10 @@ from ..sampling import Sampling
 from ..towers.media import bytes_of_media
 from .app import App
 from .bodies import Service
+from .pieces import SCORED_PIECE
 from .pooled import PooledCache, host_sinks, kept_sinks
-from .scheduler import SCORED_PIECE, Scheduler
+from .scheduler import Scheduler
+from .starting import Starting
 from .warm_up import passes
 
 SWITCH = 5e-4  # seconds after which Python lets another thread run; its own 5e-3 is a whole step
@@ -47,6 +50,7 @@ class Plan:
     images: str | None = None  # the folder whose pictures and videos requests may name
     media_tokens: int = 4096  # of a medium: an A4 page at 190 dots an inch, five minutes of sound
     host_cache: float = 0.0  # GB of the host's memory for blocks that the pool gives to others
+    deadline: float | None = None  # seconds for a request
 
     def check(self) -> None:
         """Raises UserError, before the model is loaded."""
@@ -61,6 +65,8 @@ class Plan:
         if not 0 <= self.host_cache * 1e9 <= host_bytes():  # NaN is not, either
             room = f"this machine has {memory.size(host_bytes())} free"
             raise UserError(f"--host-cache {self.host_cache:g} is out of range: in GB, from 0 on, and {room}")
+        if self.deadline is not None and not self.deadline > 0:
+            raise UserError(f"--deadline {self.deadline:g} is out of range; it must be a positive number of seconds")
         if self.media_tokens < 1:
             raise UserError(f"--media-tokens {self.media_tokens} is out of range; it must be at least 1")
 
@@ -105,7 +111,8 @@ def assemble(engine: Engine, plan: Plan, defaults: Sampling) -> tuple[App, Sched
     )  # fmt: skip
     app = App(service, plan.key, plan.origins)
     ops.prepare(engine.model, cache, passes(cache, chunk), None, engine.progress)
-    scheduler = Scheduler(engine, cache, chunk, 4 * plan.slots if plan.queue is None else plan.queue, app.post)
+    queue = 4 * plan.slots if plan.queue is None else plan.queue
+    scheduler = Scheduler(engine, cache, chunk, queue, app.post, plan.deadline or math.inf)
     app.engine = scheduler
     return app, scheduler
 
@@ -116,7 +123,7 @@ def most_blocks(engine: Engine, plan: Plan, context: int | None) -> int:
     config, scheme, ops = engine.config, engine.scheme, engine.ops
     free, longest = ops.free_bytes() * (9 if context is None else 10) // 10, context or config.max_context
     sinks = kept_sinks(plan.slots)
-    none, one = (cache_bytes(config, scheme, plan.slots, longest, n, sinks) for n in range(2))
+    none, one = (ops.cache_bytes(config, scheme, plan.slots, longest, n, sinks) for n in range(2))
     spare = free - none - ops.work_bytes(config, min(plan.chunk, longest), longest, plan.slots, None)
     spare -= media_bytes(engine, plan, context)
     return max(min(spare // max(one - none, 1), plan.slots * blocks_of_row(scheme, longest)), 0)
@@ -125,7 +132,7 @@ def most_blocks(engine: Engine, plan: Plan, context: int | None) -> int:
 def host_blocks(engine: Engine, plan: Plan, context: int) -> int:
     """How many blocks, and sinks of beginnings beside them, the host has room for."""
     config, scheme = engine.config, engine.scheme
-    none, block, sinks = (cache_bytes(config, scheme, 1, context, *more) for more in ((0,), (1,), (0, 1)))
+    none, block, sinks = (engine.ops.cache_bytes(config, scheme, 1, context, *more) for more in ((0,), (1,), (0, 1)))
     size, beside = block - none, sinks - none
     count = int(plan.host_cache * 1e9 / (size + beside / 16)) if size else 0
     return next(n for n in range(count, -1, -1) if n * size + host_sinks(n) * beside <= plan.host_cache * 1e9)
@@ -150,10 +157,11 @@ def check_media(engine: Engine, plan: Plan, context: int) -> None:
 
 
 def serve(
-    app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: Callable[[float], str]
+    app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: Callable[[float], str],
+    starting: Starting | None = None,
 ) -> None:
-    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end. ready: what is said then, from the
-    seconds that warming up took."""
+    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end. ready: what is said when it begins,
+    from the seconds that warming up took. starting: what answers at `bound` until then."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -177,6 +185,8 @@ def serve(
     begun = time.monotonic()
     scheduler.start()
     warmed_up = time.monotonic()
+    if starting is not None:
+        starting.end()
     if not told:
         Server(config).run(sockets=[bound])
     scheduler.close()

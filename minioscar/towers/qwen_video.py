@@ -158,7 +158,7 @@ class QwenVideo:
         side = self.vision.patch * self.vision.merge
         grid = frames // self.vision.frames, height // side, width // side
         if (tokens := math.prod(grid)) > self.positions:
-            what = f"{frames} frames of {height} x {width} pixels, {tokens} tokens"
+            what = f"{frames} frames of {width} x {height} pixels, {tokens} tokens"
             way_out = "cut it, or give a smaller fps"
             why = f"takes {what}, but this model has {self.positions} positions"
             raise TooLarge(f"{name} {why}; {way_out}", self.kind)

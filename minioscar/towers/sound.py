@@ -45,7 +45,7 @@ def opened(source: Any, name: str, max_seconds: float, holder: str = "this model
         check(len(source) / RATE)
         samples = source
     elif isinstance(source, bytes | bytearray):
-        samples = _read(io.BytesIO(source), name, check)
+        samples = _read(Buffer(source), name, check)
     elif isinstance(source, str | PathLike) and str(source) and "\0" not in str(source):
         if not Path(source).is_file():
             raise UserError(f"{name} is no file; give a sound file, such as a WAV")
@@ -57,6 +57,17 @@ def opened(source: Any, name: str, max_seconds: float, holder: str = "this model
     if len(samples) < WINDOW:
         raise UserError(f"{name} is {len(samples) / RATE * 1000:.0f} ms long; at least 25 ms are needed")
     return samples
+
+
+class Buffer(io.BytesIO):
+    """A seek to before the beginning, which damaged files make libsndfile ask for, ends there: an error in its callback
+    would be a traceback on stderr."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            return super().seek(0)
 
 
 def _decoded(data: Any, name: str) -> bytes:

@@ -25,6 +25,9 @@ from minioscar.ops.launch import Card, Launch, Recording, TensorMap
 from minioscar.ops.linear import Products
 from minioscar.ops.paged import KernelCache
 from minioscar.ops.reference import Reference
+from minioscar.parallel.backend import Split
+from minioscar.parallel.collectives import Sum
+from minioscar.parallel.cuda import SplitCuda, launch_of
 
 from . import _arrays, array, compile_kernel, empty, tensor_map
 
@@ -143,3 +146,29 @@ def _simulated(x: np.ndarray) -> bool:
     arrays."""
     arrays = _arrays.copy()  # some may die while they are looked through
     return any(start <= x.ctypes.data < start + max(size, 1) for start, (size, _) in arrays.items())
+
+
+class SplitSimt(SplitCuda):
+    """Several cards in the simulated memory, whose launches run one after the other: those in which all take part run
+    phase by phase."""
+
+    on = Split.on
+    recording = Simt.recording
+    prepare = Reference.prepare
+
+    def run(self, launch: Launch | Sum) -> None:
+        if self.recorded is not None:
+            self.recorded.append(launch)
+        elif isinstance(launch, Sum):
+            total = sum(part.astype(np.float32) for part in launch.arrays.values)
+            for part in launch.arrays.values:
+                part[...] = total.astype(part.dtype)
+        else:
+            phases = [f"PHASES={n}" for n in (1, 2, 4)] if launch.source.startswith("parallel/") else [""]
+            for phase in phases:
+                for rank, ops in enumerate(self.ranks):
+                    one = launch_of(launch, rank)
+                    ops.run(replace(one, defines=(*one.defines[:-1], phase)) if phase else one)
+
+    def queue(self, batch: StepBatch, runs: Mapping[int, Callable[[], None]], graph: bool) -> Queue:
+        return Immediate(batch, runs)

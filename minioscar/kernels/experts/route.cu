@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(256)
   wait_then_allow_next();
   const int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (token >= tokens) return;
-  const Choice own = choose(logits + (size_t)token * EXPERTS);
+  const Choice own = choice_of(rank_logits(logits + (size_t)token * EXPERTS));
   if (lane >= TOP_K) return;
   chosen[token * TOP_K + lane] = lengths && lengths[token] < 0 ? -1 : own.expert;
   weights[token * TOP_K + lane] = own.weight;
@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const int token = blockIdx.x, n = (blockIdx.y * 256 + threadIdx.x) * 8;
   wait_then_allow_next();
   if (n >= N || (lengths && lengths[token] < 0)) return;
-  const uint4 old = *(const uint4*)(x + (size_t)token * N + n);
+  const uint4 old = ALONE ? make_uint4(0, 0, 0, 0) : *(const uint4*)(x + (size_t)token * N + n);
   float sums[2][4] = {{low(old.x), high(old.x), low(old.y), high(old.y)},
                       {low(old.z), high(old.z), low(old.w), high(old.w)}};
   UNROLL for (int s = 0; s < TOP_K; s++)

@@ -1,0 +1,316 @@
+"""Several cards by kernels: a launch over `Ranks` is a launch on every card, with the card's own arrays.
+
+Nearly everything is `Cuda` as it is, which looks at shapes and hands arrays to kernels. A decode step is recorded once,
+for all cards, and captured as one graph a card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..batch import Batch
+from ..cache import Cache, LayerCache
+from ..config import Config
+from ..decoding import Decoder, Stepper
+from ..errors import Failure, one_line
+from ..ops import linear
+from ..ops.cuda import Cuda
+from ..ops.decode import Queue, StepBatch
+from ..ops.launch import Launch, Recording, TensorMap, kernel
+from ..ops.linear import Products, step_plans
+from ..ops.linear_batch import BATCH_TOKENS
+from ..ops.upload import pinned
+from ..oscar import Scheme
+from ..sampling import RowSampling
+from ..weights import Layer
+from .backend import Split
+from .caches import split_kernel_cache
+from .collectives import PUSHED, Links, Sum
+from .ranks import Ranks, of_rank
+from .shares import GATHERED, SUMMED
+
+Array = Any
+CHUNKS, CHUNK_TOKENS = 4, 1024  # of a prompt, whose sums are on their way one after the other; tokens at least
+ZERO = np.zeros(1, np.float32)
+
+
+class SplitCuda(Split, Cuda):
+    """ranks: of each card, made while it is the current one. devices: of each (None: the first ones); one that has
+    several ranks, as tests have it, gives each a stream of its own, so that none waits behind another in a sum.
+    """
+
+    def __init__(
+        self, ranks: Sequence[Cuda], config: Config, pushed: int = PUSHED, devices: Sequence[int] | None = None
+    ):
+        self.devices = list(range(len(ranks)) if devices is None else devices)
+        self.is_shared = len(set(self.devices)) < len(ranks)
+        self.streams: list[Any] = [None] * len(ranks)  # None: the device's current one
+        self.streams = self.new_streams(len(ranks)) if self.is_shared else self.streams
+        super().__init__(ranks, config)
+        self.card, self.indices, self.recorded = self.ranks[0].card, None, None
+        self.products, self.links = Products(self.xp, self.card), Links(self.xp, self.cards, self.on, pushed)
+
+    @contextmanager
+    def on(self, rank: int) -> Iterator[None]:
+        """A card as the current one. Raises Failure, which names it, where it fails."""
+        from cupy.cuda import Device, driver, runtime
+
+        try:
+            with Device(self.devices[rank]), self.streams[rank] or nullcontext():
+                yield
+        except (runtime.CUDARuntimeError, driver.CUDADriverError) as error:
+            which = f"GPU {self.devices[rank]} of {len(self.devices)} has failed ({one_line(error)})"
+            raise Failure(f"{which}; the others give up within a minute, look at it with nvidia-smi") from None
+
+    def new_streams(self, count: int) -> list[Any]:
+        """One for each rank; of a shared device such as wait for array code on its default stream."""
+        import cupy
+
+        made = []
+        for rank in range(count):
+            with self.on(rank):
+                made.append(cupy.cuda.Stream(non_blocking=not self.is_shared))
+        return made
+
+    def run(self, launch: Launch | Sum) -> None:
+        if isinstance(launch, Sum):
+            self.links.sum(launch.arrays)
+        else:
+            if launch.source.startswith("parallel/"):  # no card waits while another one's kernel is being loaded
+                for rank in range(self.cards):
+                    with self.on(rank):
+                        kernel(launch.source, launch.name, launch.defines, self.devices[rank])
+            for rank, ops in enumerate(self.ranks):
+                with self.on(rank):
+                    ops.run(launch_of(launch, rank))
+        if self.recorded is not None:
+            self.recorded.append(launch)
+
+    @contextmanager
+    def recording(self, tokens: int, config: Config) -> Iterator[Recording]:
+        common = self.products
+        with SplitRecording().open() as self.recorded:
+            self.products = Products(self.xp, self.card)
+            self.products.reserve(step_plans(config, tokens, self.card))
+            self.recorded.products = self.products
+            try:
+                yield self.recorded
+            finally:
+                self.products, self.recorded = common, None
+
+    def cache_type(self, config: Config, scheme: Scheme) -> type[LayerCache]:
+        return split_kernel_cache(self.ranks[0].cache_type(config, scheme), self.cards)
+
+    def work_bytes(
+        self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool | None = False
+    ) -> int:
+        """Also what a card computes of a sum, beside what it is added to, and the logits of its share."""
+        one = super().work_bytes(config, tokens, context, rows, penalties)
+        part = self.dtype.itemsize * tokens * config.hidden_size + 4 * self.share * rows
+        return one + self.cards * part
+
+    def say_if_slow(self, config: Config, scheme: Scheme) -> bool:
+        return self.ranks[0].say_if_slow(self.local, scheme)
+
+    # --- the transformer
+
+    def linear(
+        self, x: Array, weight: Array, bias: Array | None = None, *, norm: tuple[Array, float] | None = None,
+        silu: bool = False, residual: Array | None = None, float32: bool = False,
+    ) -> Array:  # fmt: skip
+        """`Cuda.linear` with each card's share of a matrix. What is summed has bias and residual once."""
+        if weight.split != SUMMED:
+            y = super().linear(x, weight, bias, norm=norm, silu=silu, residual=residual, float32=float32)
+            return self._gathered(y) if weight.split == GATHERED else y
+        bias = self.once(bias)
+        if len(x) * weight.shape[0] <= self.links.pushed and len(x) <= BATCH_TOKENS:
+            return self._summed(super().linear(x, weight, bias), residual)
+        if len(x) <= BATCH_TOKENS:
+            return self._summed_in_place(super().linear(x, weight, bias, residual=self.once(residual)))
+        return self._overlapped(x, weight, bias, residual)
+
+    def once(self, x: Array | None) -> Ranks | None:
+        """Of the first card only."""
+        return None if x is None else Ranks([x.values[0], *[None] * (self.cards - 1)])
+
+    def _overlapped(self, x: Ranks, weight: Ranks, bias: Ranks | None, residual: Ranks) -> Ranks:
+        """By cuBLAS and NCCL: while the sum of a chunk of tokens is on its way, the next chunk is multiplied. The first
+        card adds to its residual in place."""
+        out = Ranks(self.each(lambda ops, x: x if ops is self.ranks[0] else ops.xp.empty_like(x), residual))
+        size = max(-(-len(x) // CHUNKS), CHUNK_TOKENS)
+        for chunk in (slice(i, i + size) for i in range(0, len(x), size)):
+            part = out[chunk]
+            for rank, ops in enumerate(self.ranks):
+                with self.on(rank):
+                    y = part.values[rank]
+                    ops.add_product(y, x.values[rank][chunk], weight.values[rank], linear.ONE if rank == 0 else ZERO)
+                    if rank == 0 and bias is not None:
+                        ops.run(linear.add(bias.values[0], y))
+            self.links.sum_beside(part)
+        self.links.join()
+        return out
+
+    def _summed(self, parts: Ranks, residual: Ranks | None) -> Ranks:
+        out = parts if residual is None else residual
+        self.run(self.links.all_reduce(parts, residual, out))
+        return out
+
+    def _summed_in_place(self, parts: Ranks) -> Ranks:
+        self.run(Sum(parts))
+        return parts
+
+    def _gathered(self, parts: Ranks) -> Ranks:
+        out = self.xp.empty((len(parts), self.config.vocab_size), np.float32)
+        self.run(self.links.gather(parts, out, self.first_tokens))
+        return out
+
+    def add_product(self, y: Array, x: Array, weight: Array) -> None:
+        self.each(lambda ops, y, x, weight: ops.add_product(y, x, weight), y, x, weight)
+
+    def product(self, x: Array, weight: Array, float32: bool) -> Array:
+        return Ranks(self.each(lambda ops, x, weight: ops.product(x, weight, float32), x, weight))
+
+    def experts(self, x: Array, layer: Layer, config: Config, batch: Batch | StepBatch) -> Array:
+        parts = super().experts(x, layer, self.local, batch, True)
+        if x.size <= self.links.pushed and len(x) <= BATCH_TOKENS:
+            return self._summed(parts, x)
+        with self.on(0):
+            self.ranks[0].run(linear.add(x.values[0], parts.values[0]))
+        return self._summed_in_place(parts)
+
+    def rotate_scale(
+        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config,
+        *rest: Any,
+    ) -> tuple[Array, Any]:  # fmt: skip
+        return super().rotate_scale(qkv, layer, tables, layer_cache, self.local, *rest)
+
+    def decoder(
+        self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,
+        replay: str = "graph",
+    ) -> Decoder:  # fmt: skip
+        return super().decoder(self._localized(model), cache, rows, logits=logits, replay=replay)
+
+    def prepare(
+        self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling] | None, progress: bool
+    ) -> None:
+        super().prepare(self._localized(model), cache, passes, rows, progress)
+
+    def queue(self, batch: StepBatch, runs: Mapping[int, Callable[[], None]], graph: bool) -> Queue:
+        return SplitQueue(batch, runs, graph, self)
+
+
+def launch_of(launch: Launch, rank: int) -> Launch:
+    """What one card launches."""
+
+    def own(a: Any) -> Any:
+        return replace(a, array=of_rank(a.array, rank)) if isinstance(a, TensorMap) else of_rank(a, rank)
+
+    return replace(launch, args=tuple(map(own, launch.args)))
+
+
+class SplitRecording(Recording):
+    """Of launches on several cards: addresses in all of their memories are different."""
+
+    def append(self, launch: Launch | Sum) -> None:
+        if isinstance(launch, Sum):
+            self.launches.append(Sum(self._released(launch.arrays)))
+        else:
+            super().append(launch)
+
+    def _released(self, a: Any) -> Any:
+        return Ranks(map(self._released, a.values)) if isinstance(a, Ranks) else super()._released(a)
+
+
+@contextmanager
+def on_streams(ops: SplitCuda, streams: Sequence[Any]) -> Iterator[None]:
+    """One of each card as its current one."""
+
+    def leave(rank: int) -> None:  # CuPy puts the stream before it back on the card that is the current one
+        with ops.on(rank):
+            streams[rank].__exit__()
+
+    with ExitStack() as stack:
+        if ops.is_shared:
+            stack.callback(setattr, ops, "streams", ops.streams)
+            ops.streams = list(streams)
+        else:
+            for rank, stream in enumerate(streams):
+                with ops.on(rank):
+                    stream.__enter__()
+                stack.callback(leave, rank)
+        yield
+
+
+def captured(ops: SplitCuda, streams: Sequence[Any], run: Callable[[], object]) -> list[Any]:
+    """What `run` launches as one CUDA graph for each card."""
+    with on_streams(ops, streams):
+        for rank, stream in enumerate(streams):
+            with ops.on(rank):
+                stream.begin_capture()
+        run()
+        graphs = []
+        for rank, stream in enumerate(streams):
+            with ops.on(rank):
+                graphs.append(stream.end_capture())
+        return graphs
+
+
+class SplitQueue(Queue):
+    """Steps on a stream of each card; the first card's tokens are read, since all draw the same."""
+
+    def __init__(self, batch: StepBatch, runs: Mapping[int, Callable[[], None]], graph: bool, ops: SplitCuda):
+        import cupy
+
+        self.batch, self.runs, self.ops = batch, runs, ops
+        self.streams = ops.new_streams(len(ops.ranks))
+        ops.each(lambda _: cupy.cuda.Device().synchronize())  # what made the arrays ran on other streams
+        self.graphs = {rows: self.capture(run) for rows, run in runs.items()} if graph else {}
+        self.pinned_tokens = pinned((self.DEPTH, len(batch.tokens)), np.int32)
+        with ops.on(0):
+            self.copied = [cupy.cuda.Event(disable_timing=True) for _ in range(self.DEPTH)]
+        self.num_launched = self.num_read = 0
+
+    def capture(self, run: Callable[[], None]) -> list[Any]:
+        return captured(self.ops, self.streams, run)
+
+    def current(self) -> AbstractContextManager:
+        return on_streams(self.ops, self.streams)
+
+    def put(self, array: Ranks, values: np.ndarray) -> None:
+        for rank, stream in enumerate(self.streams):
+            with self.ops.on(rank):
+                array.values[rank].set(values, stream=stream)
+
+    def get(self, array: Ranks) -> np.ndarray:
+        with self.ops.on(0):
+            return array.values[0].get(stream=self.streams[0])
+
+    def go(self, rows: int) -> None:
+        if self.graphs:
+            for rank, (graph, stream) in enumerate(zip(self.graphs[rows], self.streams, strict=True)):
+                with self.ops.on(rank):
+                    graph.launch(stream)
+        else:
+            with self.current():
+                self.runs[rows]()
+        slot = self.num_launched % self.DEPTH
+        with self.ops.on(0):
+            tokens = self.batch.tokens.values[0]
+            tokens.get(stream=self.streams[0], out=self.pinned_tokens[slot], blocking=False)
+            self.copied[slot].record(self.streams[0])
+        self.num_launched += 1
+
+    def tokens(self) -> np.ndarray:
+        with self.ops.on(0):
+            return super().tokens()
+
+    def drain(self) -> None:
+        import cupy
+
+        self.ops.each(lambda _: cupy.cuda.Device().synchronize())
+        self.num_read = self.num_launched
