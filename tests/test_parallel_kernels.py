@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.cards import Looped
 from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.engine import Engine
@@ -219,3 +220,24 @@ def test_sums_by_nccl(seed):
     want = (parts[0].astype(np.float32) + parts[1].astype(np.float32)).astype(BF16)
     for found in got(ops, there):
         np.testing.assert_array_equal(found.view(np.uint16), want.view(np.uint16))
+
+
+@SIMULATED
+def test_the_share_of_one_card_by_itself_takes_its_own_words_for_the_others(seed):
+    """benchmarks/cards.py: every part is its own, every share of the logits, too."""
+    from .simt.backend import Simt, SplitSimt
+
+    ops, rng = SplitSimt([Simt()], wide(3), 1 << 12), np.random.default_rng(seed)
+    ops.links = Looped(ops.xp, 3, ops.on, 1 << 12)
+    for _ in range(3):
+        part, old = (rng.standard_normal((2, 64)).astype(BF16) for _ in range(2))
+        out = ops.xp.empty((2, 64), BF16)
+        ops.run(ops.links.all_reduce(put(ops, [part]), put(ops, [old]), out))
+        want = old.astype(np.float32)
+        for _ in range(3):
+            want = want + part.astype(np.float32)
+        np.testing.assert_array_equal(got(ops, out)[0].view(np.uint16), want.astype(BF16).view(np.uint16))
+        logits = rng.standard_normal((2, 40)).astype(np.float32)
+        whole = ops.xp.zeros((2, 120), np.float32)
+        ops.run(ops.links.gather(put(ops, [logits]), whole, [0]))
+        np.testing.assert_array_equal(got(ops, whole)[0][:, :40], logits)

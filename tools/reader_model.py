@@ -98,9 +98,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + TEXT["rms_norm_eps"])
-        return (self.weight * y).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, TEXT["rms_norm_eps"]).to(x.dtype)
 
 
 def linear(size: int, out: int, bias: bool = False) -> nn.Linear:

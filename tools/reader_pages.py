@@ -68,10 +68,10 @@ class Maker:
         boxes, labels = self.some(size, down * across, cells), self.some(size, len(pages.LETTERS) * 10, cells)
         values = self.whole(0, len(ASCII) - 1, size, cells, pages.VALUE)
         spare = pages.TOKEN * shape[1] - pages.BOX[1] * across
-        reach = [round(jitter * most) for most in (pages.TOKEN, spare, *pages.SLACK)]
-        top, left = (self.whole(0, most, size, 1) for most in reach[:2])
-        y = boxes // across * pages.BOX[0] + top + self.whole(0, reach[2], size, cells)
-        x = boxes % across * pages.BOX[1] + left + self.whole(0, reach[3], size, cells)
+        reach = [round(jitter * most) for most in (spare, *pages.SLACK)]
+        top, left = pages.TOKEN * self.whole(0, 1, size, 1), self.whole(0, reach[0], size, 1)
+        y = boxes // across * pages.BOX[0] + top + self.whole(0, reach[1], size, cells)
+        x = boxes % across * pages.BOX[1] + left + self.whole(0, reach[2], size, cells)
         label = torch.stack([LETTER0 + labels // 10, labels % 10], dim=-1)
         cell = torch.cat([label, values], dim=-1)  # [batch, cells, 6]
         drawn = self.draw(cell, y, x, shape, jitter > 0)

@@ -45,10 +45,14 @@ STAGES = (
     Stage(((15, 21), (21, 26), (30, 33), (34, 30), (32, 32), (45, 44), (41, 49))),
 )
 SIZES = (15, 20), (25, 25), (32, 32), (38, 39), (44, 45)  # of the report: 300, 625, 1024, 1482, 1980 tokens
-QUESTIONS = 24  # most about a page
+QUESTIONS, LARGE = (24, 60), 500  # most about a page, and about one of more tokens than these
 NEXT, LATEST = 0.8, 0.12  # the share of right answers, or of all the time, with which a stage is left
 LABELS = len(pages.LETTERS) * len(pages.DIGITS)
 SEED, EXAM_SEED = 2025, 7
+
+
+def questions_of(shape: tuple[int, int], cells: int) -> int:
+    return min(cells, QUESTIONS[math.prod(shape) > LARGE])
 
 
 def cells_of(shape: tuple[int, int], least: float, rng: random.Random) -> int:
@@ -60,6 +64,7 @@ class Training:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.start = args, time.monotonic()
         torch.manual_seed(args.seed)
+        torch.set_float32_matmul_precision("high")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.reader = Reader().to(self.device)
         self.probes = nn.ModuleList(nn.Linear(TEXT["hidden_size"], n * len(ASCII)) for n in (2, 6)).to(self.device)
@@ -98,7 +103,7 @@ class Training:
         stage = STAGES[self.stage if self.rng.random() < 0.8 else self.rng.randint(0, self.stage)]
         shape = self.rng.choice(stage.shapes)
         cells = cells_of(shape, stage.least, self.rng)
-        questions = min(cells, QUESTIONS)
+        questions = questions_of(shape, cells)
         tokens = math.prod(shape) + QUESTION * questions
         size = max(4, min(768, self.args.tokens // tokens))
         grid = self.grid(shape, QUESTION * questions)
@@ -118,7 +123,7 @@ class Training:
         for name, probe, tokens, wanted in asked:
             guess = probe(tokens.float()).view(*wanted.shape, len(ASCII))
             hint = cross_entropy(guess, wanted)
-            loss = loss + self.args.hint * (1 - min(1, self.progress)) ** 2 * hint
+            loss = loss + getattr(self.args, f"hint_{name}") * (1 - min(1, self.progress)) ** 2 * hint
             found |= {name: hint.detach(), f"{name}_right": (guess.argmax(-1) == wanted).sum() / (wanted != NONE).sum()}
         loss.backward()
         found["norm"] = nn.utils.clip_grad_norm_(self.parameters(), 1.0)
@@ -180,7 +185,7 @@ class Training:
     def exact(self, shape: tuple[int, int], fill: float, jitter: float = 1.0) -> dict[str, Any]:
         maker, hits = Maker(self.maker.atlas, EXAM_SEED), []
         cells = round(min(math.prod(pages.boxes_of(*shape)), LABELS) * fill)
-        questions = min(cells, QUESTIONS)
+        questions = questions_of(shape, cells)
         size = max(4, min(64, self.args.tokens // math.prod(shape)))
         for _ in range(-(-self.args.exam // (size * questions))):
             batch = maker.batch(size, shape, cells, questions, jitter)
@@ -234,7 +239,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24_000, help="of a step, of pages and questions")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--hint", type=float, default=0.5, help="weight of the question to the tower, at first")
+    parser.add_argument("--hint-here", type=float, default=0.5, help="weight of a question to the tower, at first")
+    parser.add_argument("--hint-cell", type=float, default=0.5, help="the same of the other")
     parser.add_argument("--exam", type=int, default=6000, help="answers of the report at each size")
     parser.add_argument("--glyphs", type=Path, default=Path("reader-glyphs.npy"))
     args = parser.parse_args()

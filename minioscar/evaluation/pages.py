@@ -2,7 +2,8 @@
 
 A cell is "C7:4K2P". It stands in a box of 4 x 1 tokens of 32 x 32 pixels, where in the box is random, and so are the
 boxes that are used, the labels, the values, the size of the letters, the margins and both shades of gray. A page of
-R rows and C columns of tokens has (R - 1) x (C // 4) boxes: the rest is margin.
+R rows and C columns of tokens has (R - 1) x (C // 4) boxes: the rest is margin, above or below, left and right. So a
+line of text is within a row of tokens, while its symbols are cut by tokens and patches in any way.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 LETTERS, DIGITS = "ABCDEFGHJKLMNPQRSTUVWXYZ", "0123456789"  # no I and O, which look like 1 and 0
 SYMBOLS = DIGITS + LETTERS
 VALUE = 4  # symbols of a value
-SIZES = 16, 18, 20  # of Pillow's default font
+SIZES = 18, 19, 20  # of Pillow's default font
 TOKEN, BOX = 32, (32, 128)  # pixels of a token's side; of a box, height and width
 GLYPH = 24  # pixels of the side of the square in which a symbol is drawn
 OFFSETS = 0, 16, 32, 40, 56, 72, 88  # pixels from a cell's left edge to each symbol's: 16 wide, the colon 8
@@ -81,7 +82,7 @@ def page(rows: int, columns: int, cells: int, rng: np.random.Generator) -> Page:
         raise ValueError(f"a page of {rows} x {columns} tokens has no room for {cells} cells")
     boxes = rng.permutation(down * across)[:cells]
     labels = rng.permutation(len(LETTERS) * len(DIGITS))[:cells]
-    margin = rng.integers(TOKEN + 1), rng.integers(TOKEN * columns - BOX[1] * across + 1)
+    margin = TOKEN * rng.integers(2), rng.integers(TOKEN * columns - BOX[1] * across + 1)
     found = []
     for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
         row, column = divmod(box, across)

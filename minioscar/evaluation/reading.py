@@ -47,6 +47,7 @@ class Exam:
     """A page, its prompt up to the question, and the cells that are asked for. answers: ids [questions, n] of question
     and answer, of which `asked` are the question's."""
 
+    size: int  # that was asked for
     page: Page
     ids: list[int]
     medium: Medium
@@ -76,10 +77,10 @@ def exams(engines: Sequence[Engine], sizes: Sequence[int], count: int) -> Iterat
         most = min(math.prod(pages.boxes_of(rows, columns)), len(pages.LETTERS) * len(pages.DIGITS))
         for _ in range(count):
             page = pages.page(rows, columns, round(most * rng.uniform(*FILL)), rng)
-            yield exam(engines, page)
+            yield exam(engines, page, size)
 
 
-def exam(engines: Sequence[Engine], page: Page) -> Exam:
+def exam(engines: Sequence[Engine], page: Page, size: int = 0) -> Exam:
     """Raises UserError for a model that reads no pictures, or resizes this one."""
     engine, file = engines[0], io.BytesIO()
     pages.drawn(page).save(file, "PNG")
@@ -87,8 +88,8 @@ def exam(engines: Sequence[Engine], page: Page) -> Exam:
     [medium] = media_of([message])
     if medium.tokens != page.tokens:
         why = f"as {medium.tokens}, not {page.tokens} tokens"
-        size = f"{page.columns * pages.TOKEN} x {page.rows * pages.TOKEN} pixels"
-        raise UserError(f"this model reads a page of {size} {why}; use the reader")
+        pixels = f"{page.columns * pages.TOKEN} x {page.rows * pages.TOKEN} pixels"
+        raise UserError(f"this model reads a page of {pixels} {why}; use the reader")
     prompts = [engine.render([message_of(medium, text)]) for text in ("A", "B")]
     start = next(i for i, pair in enumerate(zip(*prompts, strict=True)) if pair[0] != pair[1])
     first, whole = prompts[0].index(medium.ids[0]), packed(engines, start)
@@ -100,7 +101,7 @@ def exam(engines: Sequence[Engine], page: Page) -> Exam:
         raise UserError(f"a page of {page.tokens} tokens has no cell that all schemes pack; {way_out}")
     asked = [engine.render([message_of(medium, f"{cell.label}?")])[start:] for cell in cells]
     answers = [[*ids, *engine.tokenizer.encode(cell.value)] for ids, cell in zip(asked, cells, strict=True)]
-    return Exam(page, prompts[0][:start], medium, cells, np.array(answers), len(asked[0]))
+    return Exam(size, page, prompts[0][:start], medium, cells, np.array(answers), len(asked[0]))
 
 
 def message_of(image: Any, text: str) -> dict[str, Any]:
@@ -150,6 +151,7 @@ def evaluate(
     ops, folder = backend(device), resolve(model)
     config = Config.from_folder(folder)
     check(config, wanted, sizes, count)
+    sizes = sorted(set(sizes))
     weights = load_weights(folder, config, ops, progress)
     engines = engines_for(wanted, weights, [config], Tokenizer(folder), ops)
     report = {"model": str(model), "device": ops.name, **({"window": list(window)} if window else {})}
@@ -164,6 +166,8 @@ def check(config: Config, schemes: Sequence[Scheme], sizes: Sequence[int], count
         raise UserError("this model reads no images; --images is for one that does, such as the reader")
     for scheme in schemes:
         check_scheme(config, scheme)
+    if not sizes:
+        raise UserError("--images names no size; write --images 300,1000")
     if count < 1:
         raise UserError(f"--pages {count} is out of range; it must be at least 1")
     most = min(LARGEST, config.max_context - SPARE)
@@ -179,27 +183,33 @@ def reading(
     and size, and how many tokens of a page were packed in it."""
     for engine in engines[1:]:
         engine.model.encoder = engines[0].model.encoder  # the tower runs once for a page
-    right: dict[tuple[str, int], list[np.ndarray]] = {}
-    lengths: dict[int, int] = {}
-    for number, one in enumerate(exams(engines, sizes, count)):
-        size = sizes[number // count]
-        lengths[size] = len(one.ids)
+    right: dict[str, list[list[np.ndarray]]] = {engine.scheme.name: [[] for _ in sizes] for engine in engines}
+    lengths = [0] * len(sizes)
+    for one in exams(engines, sizes, count):
+        i = sizes.index(one.size)
+        lengths[i] = len(one.ids)
         for engine in engines:
-            right.setdefault((engine.scheme.name, size), []).append(read(engine, one, done))
-    rows = []
-    for scheme in (engine.scheme for engine in engines):
-        of_size = [np.concatenate(right[scheme.name, size]) for size in sizes]
-        exact, every = [found.all(axis=1) for found in of_size], np.concatenate(of_size)
-        packed_of = [max(scheme.packed_tokens(lengths[size]) - scheme.sinks, 0) for size in sizes]
-        rows.append({
-            "kv": scheme.name, "bits_per_element": scheme.bits_per_element(engines[0].config.head_dim),
-            "exact_match": float(np.concatenate(exact).mean()), "exact_by_size": [float(x.mean()) for x in exact],
-            "symbols": float(every.mean()), "symbols_by_size": [float(x.mean()) for x in of_size], "packed": packed_of,
-        })  # fmt: skip
+            right[engine.scheme.name][i].append(read(engine, one, done))
     shapes = [shape_of(size) for size in sizes]
-    asked = [sum(map(len, right[engines[0].scheme.name, size])) for size in sizes]
+    asked = [sum(map(len, found)) for found in right[engines[0].scheme.name]]
+    rows = [
+        row_of(engine, lengths, [np.concatenate(found) for found in right[engine.scheme.name]]) for engine in engines
+    ]
     return {"seed": SEED, "tokens": [math.prod(shape) for shape in shapes], "shapes": shapes, "pages": count,
             "questions": asked, "results": rows}  # fmt: skip
+
+
+def row_of(engine: Engine, lengths: Sequence[int], right: Sequence[np.ndarray]) -> dict:
+    """right: of each size, bool [questions, tokens of an answer]; lengths: of its prompts, without a question."""
+    scheme, exact, every = engine.scheme, [found.all(axis=1) for found in right], np.concatenate(right)
+    share = float(every.all(axis=1).mean())
+    return {
+        "kv": scheme.name, "bits_per_element": scheme.bits_per_element(engine.config.head_dim), "exact_match": share,
+        "exact_match_se": math.sqrt(share * (1 - share) / len(every)), "symbols": float(every.mean()),
+        "exact_by_size": [float(found.mean()) for found in exact],
+        "symbols_by_size": [float(found.mean()) for found in right],
+        "packed": [max(scheme.packed_tokens(length) - scheme.sinks, 0) for length in lengths],
+    }  # fmt: skip
 
 
 def cost(engines: Sequence[Engine], sizes: Sequence[int], count: int) -> int:
@@ -211,8 +221,9 @@ def table(report: dict) -> str:
     """The report as a Markdown table: a column a size."""
     rows = []
     for row in report["results"]:
-        shares = [*row["exact_by_size"], row["exact_match"], row["symbols"]]
-        rows.append([row["kv"], f"{row['bits_per_element']:.3f}", *(f"{share:.1%}" for share in shares)])
+        cells = [f"{share:.1%}" for share in row["exact_by_size"]]
+        cells += [f"{row['exact_match']:.1%} ± {row['exact_match_se']:.1%}", f"{row['symbols']:.1%}"]
+        rows.append([row["kv"], f"{row['bits_per_element']:.3f}", *cells])
     asked = zip(report["tokens"], report["questions"], strict=True)
     title = f"Values read from pages, {report['pages']} of each size (seed {report['seed']})."
     head = ["kv", "bits/element", *(f"{n:,} tokens, {of} questions" for n, of in asked), "all", "symbols"]
