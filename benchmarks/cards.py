@@ -102,6 +102,12 @@ class Share(SplitCuda):
         if not isinstance(launch, Sum):
             super().run(launch)
 
+    def _gathered(self, parts: Ranks) -> Ranks:
+        """The other cards' logits are 0, where there was nothing before."""
+        out = self.xp.zeros((len(parts), self.config.vocab_size), np.float32)
+        self.run(self.links.gather(parts, out, self.first_tokens))
+        return out
+
 
 def engine_of(config: Config, scheme: Scheme, cards: int) -> Engine:
     """Of a whole model with random weights, or of the share of one of several cards."""

@@ -63,7 +63,8 @@ stderr says so and /health answers 200. SIGTERM lets running answers end.""",
     "info": "example:\n  python -m minioscar info Qwen/Qwen3-0.6B --ctx 32768 --batch 8",
     "eval": """examples:
   python -m minioscar eval smollm2-135m --kv oscar,int2 --prefill 2048 --decode 1024 --windows 3 --json
-  python -m minioscar eval smollm2-135m --kv int2 --needle 512,1024 --tools 1024 --drift 256""",
+  python -m minioscar eval smollm2-135m --kv int2 --needle 512,1024 --tools 1024 --drift 256
+  python -m minioscar eval reader --kv oscar,int2 --images 300,1000""",
     "inspect": """examples:
   python -m minioscar inspect smollm2-135m --out report
   python -m minioscar inspect Qwen/Qwen3-VL-4B-Instruct --image page.png --tokens 2048""",
@@ -225,6 +226,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),
         flag("--weights", "also with matrices quantized so, each with --kv bf16 and with the schemes", "int8,int4"),
         DEVICE,
+        GPUS,
     ]),
     "inspect": ("token norms, spread inside groups, sinks and errors per scheme: a report with figures", [
         TEXT,
