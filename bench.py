@@ -191,11 +191,13 @@ def whole_model(runs: Runs, e: Engine, limits: dict[str, float], prefills: int, 
 # --- what it was measured on
 
 
-def meta(ops: Reference, args: argparse.Namespace, argv: list[str]) -> dict[str, object]:
+def meta(
+    ops: Reference, args: argparse.Namespace, argv: list[str], program: str = "bench.py"
+) -> dict[str, object]:
     about = {
         "device": ops.name,
         "quick": args.quick,
-        "command": " ".join(["bench.py", *argv]),
+        "command": " ".join([program, *argv]),
         "versions": versions(),
         "commit": commit(),
     }

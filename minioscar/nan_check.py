@@ -82,10 +82,15 @@ class Watch:
         array = array.dequantize(self._ops.xp) if isinstance(array, Quantized) else array
         return ~np.isfinite(self._ops.numpy(array).astype(np.float32))
 
+    def _damaged(self, array: Array | Quantized) -> bool:
+        """Whether there is such a number, on any card."""
+        array = array.dequantize(self._ops.xp) if isinstance(array, Quantized) else array
+        return any(not np.isfinite(part.astype(np.float32)).all() for part in self._ops.on_cards(array))
+
     def _report(self, bad: np.ndarray, result: Array, name: str, inputs: dict[str, Array | None]) -> NoReturn:
         kind = "NaN" if np.isnan(self._ops.numpy(result).astype(np.float32)).any() else "infinite"
         token = int(bad.reshape(len(bad), -1).any(axis=1).argmax())
-        guilty = [what for what, array in inputs.items() if array is not None and self._bad(array).any()]
+        guilty = [what for what, array in inputs.items() if array is not None and self._damaged(array)]
         damaged = f"its {guilty[0]} is not finite: the model's files are damaged" if guilty else ""
         where = f"{bad.sum()} of {bad.size} numbers are {kind}, first at token {token} of the pass"
         raise Failure(f"{self._where}{name}: {where}; {damaged or 'what went into it was finite'}")

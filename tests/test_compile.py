@@ -149,7 +149,7 @@ def expert_launches(card: Card) -> dict[str, Launch]:
         return np.broadcast_to(dtype(0), shape)
 
     gate_up, down = blank(np.uint16, 128, 1536, 2048), blank(np.uint16, 128, 2048, 768)
-    for tokens in (8, 48, 128, 256):  # 256: on compute capability 9.0 by warpgroups
+    for tokens in (4, 48, 128, 256):  # 256: on compute capability 9.0 by warpgroups
         x, h, logits = blank(np.uint16, tokens, 2048), blank(np.uint16, tokens * 8, 768), blank(np.float32, tokens, 128)
         choices = logits
         if tokens > experts.FEW:
@@ -161,8 +161,8 @@ def expert_launches(card: Card) -> dict[str, Launch]:
             found[f"experts {what} of {tokens}"] = product.launch(choices, e, card)
     found["gather"], found["combine"] = experts.gather(x, choices, e, h, h), experts.combine(out, x, e)
     found["combine alone"] = experts.combine(out, x, e, alone=True)  # of one of several cards
-    x, h, logits = blank(np.uint16, 8, 2048), blank(np.uint16, 64, 768), blank(np.float32, 8, 128)
-    found["experts down alone of 8"] = experts.Product(h, down, x, False).launch(logits, e, card)
+    x, h, logits = blank(np.uint16, 4, 2048), blank(np.uint16, 32, 768), blank(np.float32, 4, 128)
+    found["experts down alone of 4"] = experts.Product(h, down, x, False).launch(logits, e, card)
     return found
 
 
@@ -188,7 +188,7 @@ def quantized_expert_launches(card: Card, everything: bool) -> dict[str, Launch]
         return np.broadcast_to(dtype(0), shape)
 
     kinds = [("int4", 128), ("e4m3", 128)] + [("int4", 32), ("int8", 128), ("int8", 32)] * everything
-    for (kind, group), tokens in itertools.product(kinds, (8, 48, 128)):
+    for (kind, group), tokens in itertools.product(kinds, (4, 48, 128)):
         form = Q4 if kind == "int4" else Q8
         gate_up, down = (form(kind, (128 * n, k), group, out, out, out) for n, k in ((1536, 2048), (2048, 768)))
         x, h, logits = blank(np.uint16, tokens, 2048), blank(np.uint16, tokens * 8, 768), blank(np.float32, tokens, 128)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from contextlib import nullcontext
@@ -12,21 +13,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import bench
+from benchmarks.models import step_bytes
 from minioscar import engine
+from minioscar.app import cli
 from minioscar.cache import Cache
 from minioscar.config import Config
 from minioscar.errors import Failure, UserError
+from minioscar.evaluation import fidelity
+from minioscar.options import Options
 from minioscar.oscar import SCHEMES
 from minioscar.parallel import shares
 from minioscar.parallel.cuda import SplitCuda
 from minioscar.prompt_cache import PromptCache
+from minioscar.sampling import Sampling
 from minioscar.serve.blocks import chained_keys
 from minioscar.serve.pooled import PooledCache
 from minioscar.storage import hub
 from minioscar.storage.checkpoint import Tensor
 from minioscar.weights import arrays, expected
 
-from .tiny import MOE, load, relative, write_model
+from .test_serve_scheduler import Asked, alone, close, prompt, running, submit
+from .tiny import MOE, load, relative, write_model, write_talker
 
 FAMILIES = {
     "llama": {},
@@ -240,6 +248,73 @@ def test_blocks_come_back_from_the_host_to_all_cards(tmp_path, seed):
         cache.reserve(0, 460)
         found.append(e.model.forward(np.array(ids[left:]), cache, cache.batch_for([0], [460 - left])))
     assert relative(found[1], found[0]) < 1e-5
+
+
+def test_debug_names_damaged_weights_of_any_card(tmp_path):
+    e = engine.load(write_model(tmp_path / "m", 1), "int2", "cpu", tokenizer=False, gpus=2, debug=True)
+    e.model.weights.layers[1].down.values[1][3, 5] = np.nan
+    with pytest.raises(Failure, match="layer 1: down projection: .* its weight is not finite"):
+        e.generate([1, 2, 3], max_tokens=2)
+
+
+def test_fidelity_is_that_of_one_card(tmp_path):
+    folder = write_talker(tmp_path / "m", 1)
+    text, how = "the cat sat on the mat, and the dog saw that " * 40, {"prefill": 130, "decode": 20, "device": "cpu"}
+    one, two = (fidelity.evaluate(str(folder), ["oscar", "int2", "kivi"], text=text, gpus=n, **how) for n in (None, 2))
+    for a, b in zip(one["results"], two["results"], strict=True):
+        assert a["kv"] == b["kv"] and a["kl"] == pytest.approx(b["kl"], rel=0.1, abs=1e-6)
+        assert a["nll"] == pytest.approx(b["nll"], rel=1e-2)
+    with pytest.raises(UserError, match="quantized weights run on one card"):
+        fidelity.evaluate(str(folder), ["int2"], text=text, gpus=2, weights=["int8"], **how)
+
+
+@pytest.mark.long
+def test_a_server_over_two_cards_answers_what_one_does(tmp_path, seed):
+    """Three rows in a pool of four blocks: some wait on the host, on both cards' memory."""
+    folder = write_talker(tmp_path / "m", 3, num_hidden_layers=1, max_position_embeddings=4096)
+    one, two = (engine.load(folder, "int2", "cpu", gpus=gpus) for gpus in (1, 2))
+    rng, how = np.random.default_rng(seed), Options(170, Sampling(0.9, seed=8), ignore_eos=True)
+    asked = [Asked(prompt(rng, size), how, sequence=i) for i, size in enumerate((100, 110, 120))]
+    with running(two, slots=3, blocks=4) as scheduler:
+        submit(scheduler, *asked)
+        answers = [each.answers() for each in asked]
+        assert scheduler.metrics.swapped_out >= scheduler.metrics.swapped_in > 0
+    assert all(close(got, alone(one, each)) for each, got in zip(asked, answers, strict=True))
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_command_line_takes_gpus(tmp_path, capsys):
+    folder = write_talker(tmp_path / "m", 1)
+    asked = "the cat", "--raw", "--device", "cpu", "--max-tokens", "4", "--json"
+    texts = [json.loads(run(capsys, "generate", folder, *asked, *gpus)[1]) for gpus in ((), ("--gpus", "2"))]
+    assert texts[0]["token_ids"] == texts[1]["token_ids"] and texts[0]["kv_bytes"] < texts[1]["kv_bytes"]
+    code, _, err = run(capsys, "generate", folder, *asked, "--gpus", "3")
+    assert code == 2 and err == "minioscar: --gpus 3: 4 q heads, 2 kv heads and an MLP of 96 fit 1, 2 or 4\n"
+    one, two = (json.loads(run(capsys, "info", folder, "--device", "cpu", "--json", *gpus)[1])
+                for gpus in ((), ("--gpus", "2")))  # fmt: skip
+    assert (one["gpus"], two["gpus"]) == (1, 2) and one["weight_bytes"] < two["weight_bytes"] < 2 * one["weight_bytes"]
+    code, out, _ = run(capsys, "info", folder, "--device", "cpu", "--gpus", "2")
+    assert code == 0 and f"on each of 2 cpu cards: weights {two['weight_bytes'] / 2e6:.1f} MB" in out
+
+
+def test_the_bench_holds_several_cards_against_the_limit_of_all(tmp_path, capsys):
+    folder = write_model(tmp_path / "m", 1)
+    asked = "decode", "--model", folder, "--device", "cpu", "--quick", "--kv", "int2", "--gpus", "2"
+    assert bench.main([*map(str, asked), "--json", str(tmp_path / "f.json")]) == 0
+    report = json.loads((tmp_path / "f.json").read_text())
+    (row,) = report["decode"]
+    limit = row["bytes"] / (2 * report["ceilings"]["copy_tb_s"] * 1e12)
+    assert row["gpus"] == 2 and row["fraction_of_limit"] == pytest.approx(limit / (row["ms"] * 1e-3))
+    e, whole = over(folder, "int2", 2), load(folder, "int2")
+    twice = [step_bytes(of, 1, 128) for of in (e, whole)]
+    assert row["bytes"] == twice[0] and twice[1] < twice[0] < 2 * twice[1]
+    assert bench.main(["memory", "--model", str(folder), "--device", "cpu", "--gpus", "2"]) == 2
+    assert "--gpus 2 is for decode, prefill and throughput" in capsys.readouterr().err
 
 
 @pytest.mark.long

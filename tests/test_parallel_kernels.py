@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.cards import Looped
 from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.engine import Engine
@@ -18,6 +19,7 @@ from minioscar.parallel.collectives import PUSHED, Links, Sum
 from minioscar.parallel.cuda import SplitCuda
 from minioscar.parallel.ranks import Ranks
 from minioscar.prompt_cache import PromptCache
+from minioscar.sampling import RowSampling, Sampling
 
 from . import simt
 from .test_parallel import FAMILIES
@@ -162,6 +164,34 @@ def test_several_cards_by_kernels_are_the_model(make, count, family, kv, tmp_pat
             assert abs(mine.logprob - theirs.logprob) < 0.1
 
 
+@on_some
+def test_rows_join_and_leave_steps_of_several_cards(make, count, tmp_path, seed):
+    """As the server has them: each begins from logits that lie on the cards, and steps are of as few rows as can be."""
+    if count != 2:
+        pytest.skip("whole models on two cards: on the simulator they take seconds a card")
+    folder = write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1)
+    reference, e = load(folder, "int2"), split_engine(make, count, folder, "int2")
+    ids, found = np.random.default_rng(seed).integers(0, 160, 126), []
+    for of in (reference, e):
+        cache = of.new_cache(3, 256)
+        decoder, logits = of.ops.decoder(of.model, cache, None), {}
+        for slot, end in ((1, 126), (0, 7)):
+            batch = cache.batch_for([slot], [end])
+            with decoder.ordered():
+                first = of.model.step(ids[:end], cache, batch, lambda logits: logits)[1]
+            decoder.join(slot, RowSampling(Sampling(0.7, seed=3, presence_penalty=0.5)), first[0])
+        for slots in ([0, 1], [0, 1], [0], [0, 1]):
+            decoder.launch(slots)
+            decoder.read()
+            logits[len(logits)] = [decoder.logits_of(slot) for slot in slots]
+            for slot in slots:  # both go on with the same tokens
+                decoder.feed([slot], [40 + len(logits)], len(decoder.drawn[slot]))
+        decoder.drain()
+        found.append(logits)
+    for mine, theirs in zip(*(logits.values() for logits in found), strict=True):
+        assert all(relative(b, a) < 0.04 for a, b in zip(mine, theirs, strict=True))
+
+
 def split_engine(make, count: int, folder: Path, kv: str) -> Engine:
     config = Config.from_folder(folder)
     ops = make(count, config)
@@ -219,3 +249,24 @@ def test_sums_by_nccl(seed):
     want = (parts[0].astype(np.float32) + parts[1].astype(np.float32)).astype(BF16)
     for found in got(ops, there):
         np.testing.assert_array_equal(found.view(np.uint16), want.view(np.uint16))
+
+
+@SIMULATED
+def test_the_share_of_one_card_by_itself_takes_its_own_words_for_the_others(seed):
+    """benchmarks/cards.py: every part is its own, every share of the logits, too."""
+    from .simt.backend import Simt, SplitSimt
+
+    ops, rng = SplitSimt([Simt()], wide(3), 1 << 12), np.random.default_rng(seed)
+    ops.links = Looped(ops.xp, 3, ops.on, 1 << 12)
+    for _ in range(3):
+        part, old = (rng.standard_normal((2, 64)).astype(BF16) for _ in range(2))
+        out = ops.xp.empty((2, 64), BF16)
+        ops.run(ops.links.all_reduce(put(ops, [part]), put(ops, [old]), out))
+        want = old.astype(np.float32)
+        for _ in range(3):
+            want = want + part.astype(np.float32)
+        np.testing.assert_array_equal(got(ops, out)[0].view(np.uint16), want.astype(BF16).view(np.uint16))
+        logits = rng.standard_normal((2, 40)).astype(np.float32)
+        whole = ops.xp.zeros((2, 120), np.float32)
+        ops.run(ops.links.gather(put(ops, [logits]), whole, [0]))
+        np.testing.assert_array_equal(got(ops, whole)[0][:, :40], logits)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,17 @@ def run(python: str, kind: str, url: str, model: str, tasks: list[str], folder: 
     ]  # fmt: skip
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, **offline}, cwd=folder)
+    return collected(out, tasks)
+
+
+def collected(out: Path, tasks: Sequence[str]) -> dict[str, Any]:
+    """What the harness wrote: its results, and the samples of each task."""
     [found] = out.rglob("results_*.json")
-    samples = {task: next(out.rglob(f"samples_{task}_*.jsonl")).read_text().splitlines() for task in tasks}
-    return {**json.loads(found.read_text()), "samples": {k: list(map(json.loads, v)) for k, v in samples.items()}}
+    samples = {}
+    for task in tasks:
+        [path] = out.rglob(f"samples_{task}_2*.jsonl")  # a date follows
+        samples[task] = list(map(json.loads, path.read_text().splitlines()))
+    return {**json.loads(found.read_text()), "samples": samples}
 
 
 def logprob(engine: Engine, context: str, continuation: str) -> float:
@@ -141,14 +149,21 @@ def measured(args: argparse.Namespace, kv: str, folder: Path) -> Iterator[dict[s
         local = run(args.harness, "local-completions", url, args.model, [*choices, *words], folder)
         chat = run(args.harness, "local-chat-completions", url, args.model, words, folder, "--apply_chat_template")
         needles = run(args.harness, "local-completions", url, args.model, list(RULER), folder, *limit, *lengths)
-    engine = load(args.model, kv, args.device)
+    yield from rows_of(load(args.model, kv, args.device), local, chat, needles)
+
+
+def rows_of(
+    engine: Engine, local: dict[str, Any], chat: dict[str, Any], needles: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """A row for each task of these runs. engine: of their model and scheme."""
+    choices, words = list(TASKS)[:2], list(TASKS)[2:]
     plain, by_chat = "local-completions", "local-chat-completions"
     runs = (plain, local, [*choices, *words]), (by_chat, chat, words), (plain, needles, RULER)
     for kind, result, tasks in runs:
         for task in tasks:
             metric = str(LENGTH) if task in RULER else TASKS[task][1]
             value = next(x for key, x in result["results"][task].items() if key.partition(",")[0] == metric)
-            row = {"kv": kv, "model": kind, "task": task, "metric": metric, "value": value}
+            row = {"kv": engine.scheme.name, "model": kind, "task": task, "metric": metric, "value": value}
             row["questions"] = len(result["samples"][task])
             if task in choices:
                 row["apart"] = apart(engine, result["samples"][task])

@@ -326,6 +326,8 @@ def run_eval(args: argparse.Namespace) -> None:
     known_schemes()
     schemes = [name.strip() for name in args.kv.split(",")]
     if args.images is not None:
+        if args.gpus not in (None, 1):
+            raise UserError(f"--gpus {args.gpus}: models that read images run on one card; leave it out")
         return eval_images(args, schemes)
     report = fidelity.evaluate(
         args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows,
@@ -333,6 +335,7 @@ def run_eval(args: argparse.Namespace) -> None:
         device=args.device, progress=sys.stderr.isatty(),
         weights=[mode.strip() for mode in args.weights.split(",")] if args.weights else [],
         window=window(args.window), emptied=args.emptied, pieces=lengths("--pieces", args.pieces),
+        gpus=args.gpus,
     )
     print(json.dumps(report) if args.json else fidelity.table(report))
 

@@ -226,6 +226,7 @@ FLAGS: dict[str, tuple[str, list[Flag]]] = {
         number("--drift", "also follow a greedy continuation for N tokens (0: no)", "N", 0),
         flag("--weights", "also with matrices quantized so, each with --kv bf16 and with the schemes", "int8,int4"),
         DEVICE,
+        GPUS,
     ]),
     "inspect": ("token norms, spread inside groups, sinks and errors per scheme: a report with figures", [
         TEXT,

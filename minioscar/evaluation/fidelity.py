@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import gpus_of
 from ..config import Config
 from ..engine import Engine, scheme_named, with_weights
 from ..errors import UserError
@@ -18,6 +19,9 @@ from ..ops import backend
 from ..ops.layout import PAGE_TOKENS
 from ..ops.reference import Reference
 from ..oscar import Scheme
+from ..parallel.cards import over
+from ..parallel.loading import load_for_each
+from ..parallel.shares import check
 from ..storage.hub import resolve
 from ..tables import markdown
 from ..tokenizer import Tokenizer
@@ -122,7 +126,8 @@ def evaluate(
     model: str, schemes: Sequence[str], *, text: str | None = None, device: str = "auto", progress: bool = False,
     weights: Sequence[str] = (), window: tuple[int, int] | None = None, **lengths: Any,
 ) -> dict:
-    """Runs every scheme over stretches of a text; the object of `eval --json`. lengths: the fields of `Lengths`.
+    """Runs every scheme over stretches of a text; the object of `eval --json`. lengths: the fields of
+    `Lengths`, and gpus: over so many the model is split.
 
     weights: modes of rounding.MODES; every scheme also runs with the matrices quantized so, and so does bf16. window:
     flush and keep of all schemes, in place of their own. The first stretch begins with the text and each follows the
@@ -132,7 +137,8 @@ def evaluate(
     from tqdm import tqdm
 
     names = [BASELINE, *(name for name in dict.fromkeys(schemes) if name != BASELINE)]
-    wanted, asked = [with_window(scheme_named(name), window) for name in names], Lengths(**lengths)
+    gpus, wanted = gpus_of(lengths.pop("gpus", None)), [with_window(scheme_named(name), window) for name in names]
+    asked = Lengths(**lengths)
     ops, folder = backend(device), resolve(model)
     config, tokenizer = Config.from_folder(folder), Tokenizer(folder)
     if weights and config.quantization is not None:
@@ -141,10 +147,17 @@ def evaluate(
     configs = [with_weights(config, mode) for mode in (None, *dict.fromkeys(weights))]
     for scheme in wanted:
         check_scheme(config, scheme)
+        for one in configs if gpus > 1 else ():
+            check(one, scheme, gpus)
+    ops = over(gpus, ops, config, wanted[0])
     asked.check(config)
     ids = tokenizer.encode(default_text() if text is None else text)
     asked.check_text(len(ids))
-    engines = engines_for(wanted, load_weights(folder, config, ops, progress), configs, tokenizer, ops)
+    if gpus > 1:
+        loaded = zip(load_for_each(folder, config, ops, wanted, progress), wanted, strict=True)
+        engines = [Engine(config, each, tokenizer, scheme, ops) for each, scheme in loaded]
+    else:
+        engines = engines_for(wanted, load_weights(folder, config, ops, progress), configs, tokenizer, ops)
     report = {
         "model": str(model), "device": ops.name, "prefill": asked.prefill, "decode": asked.decode,
         "windows": asked.windows, **({"window": list(window)} if window else {}),

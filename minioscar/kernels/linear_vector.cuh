@@ -24,19 +24,29 @@ struct Unchanged {
   DEVICE uint4 operator()(uint4 x) const { return x; }
 };
 
+struct Nothing {
+  DEVICE void operator()() const {}
+};
+
 // RMSNorm of x to shared memory, all tokens in one pass; a thread has the same columns of each. w: of the norm, this
 // thread's first eight. `sums`: (WARPS + 1) * COLUMNS numbers. then: what is stored of eight normed numbers.
-template <class Then = Unchanged>
+// meanwhile: what is done once the first loads of x are under way; copies that are started before would delay them.
+template <class Then = Unchanged, class Meanwhile = Nothing>
 DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, const bf16* norm, uint4 w, float eps,
-                   int tokens, int K, Then then = Then()) {
+                   int tokens, int K, Then then = Then(), Meanwhile meanwhile = Meanwhile()) {
   float* factors = sums + COLUMNS * WARPS;
   float sum[COLUMNS];
   clear(sum);
+  uint4 a[4];  // four tokens at a time: as many as registers allow
+  auto load = [&](int i, int first) {
+    UNROLL for (int m = 0; m < 4; m++)
+      if (first + m < tokens && i < K / 8) a[m] = *(const uint4*)(x + (size_t)(first + m) * K + 8 * i);
+  };
+  load(threadIdx.x, 0);
+  meanwhile();
   for (int i = threadIdx.x; i < K / 8; i += THREADS) {
-    UNROLL for (int first = 0; first < COLUMNS; first += 4) {  // four at a time: as many as registers allow
-      uint4 a[4];
-      UNROLL for (int m = 0; m < 4; m++)
-        if (first + m < tokens) a[m] = *(const uint4*)(x + (size_t)(first + m) * K + 8 * i);
+    UNROLL for (int first = 0; first < COLUMNS; first += 4) {
+      if (first > 0 || i >= THREADS) load(i, first);
       UNROLL for (int m = 0; m < 4; m++)
         if (first + m < tokens) {
           sum[first + m] += sum_squares(a[m]);

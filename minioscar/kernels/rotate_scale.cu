@@ -28,10 +28,12 @@ constexpr int HEADS_PER_BLOCK = 16, THREADS = HEADS_PER_BLOCK * LANES, HEADS_PER
               WORDS = PER_LANE / 2;
 #ifdef SHARED_KEYS
 #define KEYS_ARGUMENTS , int key_heads, int first_key
+#define QKV_HEADS (q_heads + key_heads + kv_heads)
 #define IS_KEPT(head) (!has_keys || (unsigned)(head - first_key) < (unsigned)kv_heads)
 #define KEPT(head) min(max(head - first_key, 0), kv_heads - 1)
 #else
 #define KEYS_ARGUMENTS
+#define QKV_HEADS (q_heads + 2 * kv_heads)
 #define key_heads kv_heads
 #define IS_KEPT(head) true
 #define KEPT(head) head
@@ -120,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     norm_at = table[slot * table_stride + norm_at / BLOCK_TOKENS] * BLOCK_TOKENS + norm_at % BLOCK_TOKENS;
   wait_then_allow_next();
   if (position < 0) return;
-  const bf16* in = qkv + token * (q_heads + key_heads + kv_heads) * DIM;
+  const bf16* in = qkv + token * QKV_HEADS * DIM;
   float sum = 0.f;
   const int end = has_keys ? key_heads : q_heads;
   int first = (has_keys ? 0 : (blockIdx.y - 1) * HEADS_PER_BLOCK) + warp * HEADS_PER_WARP;

@@ -120,13 +120,14 @@ Choices = Array | Routes  # of up to FEW tokens the router's logits, float32 [to
 
 
 def are_few(tokens: int, config: Config, card: Card) -> bool:
-    return tokens <= FEW and _shared(tokens, config.hidden_size, True, config.experts) <= card.max_shared_bytes
+    up, down = (config.hidden_size, True), (config.intermediate_size, False)
+    return tokens <= FEW and max(_shared(tokens, *of, config.experts) for of in (up, down)) <= card.max_shared_bytes
 
 
 def _shared(tokens: int, size: int, silu: bool, e: Experts) -> int:
     """Bytes of dynamic shared memory of experts.cu for few tokens."""
-    rows = tokens * (-(-size // 64) * 128 + 64) if silu else 0
-    return rows + _sums(1, silu) + 12 * e.count + 4 * FEW * e.per_token + 4 * (WARPS + 1)
+    rows = tokens * (1 if silu else e.per_token) * (-(-size // 64) * 128 + 64)
+    return rows + _sums(1, silu) + 12 * e.count + 4 * FEW * e.per_token + 4 + FEW
 
 
 def _sums(column_tiles: int, silu: bool) -> int:

@@ -135,9 +135,9 @@ class Recording:
 
 def run(launch: Launch) -> None:
     """On CuPy's current device and stream. Raises cupy's CUDADriverError where the card refuses it."""
-    from cupy.cuda.runtime import getDevice
+    import cupy
 
-    function = kernel(launch.source, launch.name, launch.defines, getDevice())
+    function = kernel(launch.source, launch.name, launch.defines, cupy.cuda.runtime.getDevice())
     if Card.current().capability >= 90:
         _launch_overlapping(function.kernel.ptr, launch)
         return

@@ -18,7 +18,7 @@ Array = Any
 
 LINEAR_TOKENS = 8  # of quantized/linear.cu: the columns of an MMA
 CHUNK = 128  # columns that a warp of quantized/linear.cu has at a time
-FEW, MAX_SLOTS = 2, 6  # tokens; slots of a ring
+FEW, MAX_SLOTS = 2, {"int4": 3, "int8": 6, "e4m3": 6}  # tokens; slots of a ring, more are slower
 MOST_COLUMNS = 128  # whose sum is scaled at once
 WGMMA_ROWS = 192  # of a block of sm90/quantized_batch.cu
 ONE_GROUP = 31  # the shift of a column to its group where a row has one
@@ -31,6 +31,7 @@ class VectorPlan:
     warps: int  # of a block; they split k
     row_tiles: int  # of 16 rows (of gate and of up), of a pass
     slots: int  # chunks that a warp has in flight
+    early: int  # of these, before x is asked for
     shared: int
 
 
@@ -42,12 +43,14 @@ def vector_plan(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Ca
     codes = ROWS * CHUNK // (2 if weight.kind == "int4" else 1)
     of_tile = branches * (codes + folds * (16 if weight.kind == "e4m3" else 64))
 
+    slot_counts = range(1, MAX_SLOTS[weight.kind] + 1)
+
     def shared(warps: int, row_tiles: int, slots: int, tokens: int) -> int:
         x = tokens * (2 * _up(size, CHUNK) + 64) if norm else warps * slots * tokens * CHUNK * 2
         return warps * row_tiles * (2 * branches * ROWS * LINEAR_TOKENS * 4 + slots * of_tile) + x
 
     def slots(warps: int, row_tiles: int, tokens: int) -> int:
-        return sum(shared(warps, row_tiles, n, tokens) <= card.max_shared_bytes for n in range(1, MAX_SLOTS + 1))
+        return sum(shared(warps, row_tiles, n, tokens) <= card.max_shared_bytes for n in slot_counts)
 
     def used(row_tiles: int) -> float:  # of the card
         passes = -(-tiles // row_tiles)
@@ -59,7 +62,10 @@ def vector_plan(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Ca
     row_tiles = max(fitting, key=lambda n: (round(used(n), 2), n))
     found = slots(warps, row_tiles, few)
     found = found if found >= 2 else slots(warps, row_tiles, tokens)
-    return VectorPlan(warps, row_tiles, found, shared(warps, row_tiles, found, tokens)) if found >= 2 else None
+    if found < 2:
+        return None
+    early = 1 if weight.kind == "int4" else found  # 8 bits are bound by memory first
+    return VectorPlan(warps, row_tiles, found, early, shared(warps, row_tiles, found, tokens))
 
 
 def fits(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> bool:
@@ -91,7 +97,8 @@ def linear(
     numbers = *map(np.int32, (tokens, size, rows, shift(weight))), np.float32(eps)
     args = (x, weights, *weight.arrays(), bias, residual, out, *numbers)
     shape = f"BLOCK_WARPS={plan.warps}", f"NORM={normed:d}", f"ROW_TILES={plan.row_tiles}", f"SLOTS={plan.slots}"
-    defines = *shape, *_defines(weight), f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    to = f"EARLY={plan.early}", f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
+    defines = *shape, *_defines(weight), *to
     return Launch("quantized/linear.cu", "linear", defines, (blocks,), 32 * plan.warps, args, plan.shared)
 
 
@@ -197,7 +204,8 @@ def wgmma_configs(tokens: int, weight: Quantized, silu: bool, card: Card) -> lis
     rows, size = weight.shape
     tiles, slabs, found = -(-rows // WGMMA_ROWS), -(-size // CHUNK), []
     codes, x = 12 * (1024 if weight.kind == "int4" else 2048), 2 * CHUNK * columns
-    stage_bytes = _up(codes + x + CHUNK // _columns_at_once(weight, 2) * columns * 4, 1024)
+    folds, scales = CHUNK // _columns_at_once(weight, 2), 12 * (16 if weight.kind == "e4m3" else 64)
+    stage_bytes = _up(codes + x + folds * (columns * 4 + scales), 1024)
     exchange = 6 * 64 * columns if silu else 0  # sums of up, on their way to gate
     stages = min((card.max_shared_bytes - exchange) // stage_bytes, MAX_WGMMA_STAGES)
     for splits in range(1, 2 if silu else min(slabs, 8) + 1):

@@ -82,6 +82,10 @@ class Reference:
     def numpy(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
+    def on_cards(self, x: Array) -> list[np.ndarray]:
+        """On the host, what each card has of x: of one all."""
+        return [self.numpy(x)]
+
     def all_heads(self, x: Array, heads: int) -> np.ndarray:
         """x [tokens, heads, d] on the host; heads: of the model, of which a card of several has some (parallel/)."""
         return self.numpy(x)

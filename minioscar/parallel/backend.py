@@ -54,8 +54,11 @@ class Split:
     def on_host(self, x: Array) -> Ranks:
         return Ranks(self.each(lambda ops, x: ops.on_host(x), x))
 
+    def on_cards(self, x: Array) -> list[np.ndarray]:
+        return self.each(lambda ops, x: ops.numpy(x), x)
+
     def all_heads(self, x: Array, heads: int) -> np.ndarray:
-        found = self.each(lambda ops, x: ops.numpy(x), x)
+        found = self.on_cards(x)
         same = self.cards * x.shape[1] // heads  # cards that have the same kv head
         return np.concatenate(found[::same], axis=1)
 

@@ -64,13 +64,13 @@ class SplitArrayCache(SplitCache):
     """Array code: each card's by itself."""
 
     def append(self, new: NewTokens, batch: Batch) -> None:
-        for rank in range(self.cards):
+        for rank in range(len(self.ops.ranks)):
             with self.ops.on(rank):
                 self.of(rank).append(of_rank(new, rank), batch)
 
     def attend(self, q: Array, new: NewTokens, batch: Batch) -> Array:
         return Ranks([
-            self.of(rank).attend(of_rank(q, rank), of_rank(new, rank), batch) for rank in range(self.cards)
+            self.of(rank).attend(of_rank(q, rank), of_rank(new, rank), batch) for rank in range(len(self.ops.ranks))
         ])  # fmt: skip
 
 

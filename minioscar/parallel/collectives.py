@@ -48,9 +48,7 @@ class Links:
         Raises ValueError for others."""
         if part.size > self.pushed or part.shape[-1] % 4:
             raise ValueError(f"{part.size} numbers, {part.shape[-1]} a token, do not fit all_reduce.cu")
-        boxes = self.inbox.values
-        peers = [Ranks([boxes[(rank + i) % self.cards] for rank in range(self.cards)]) for i in range(1, self.cards)]
-        peers += [None] * (MAX_CARDS - 1 - len(peers))
+        peers = [*map(self._inboxes, range(1, self.cards)), *[None] * (MAX_CARDS - self.cards)]
         sizes = self.number, np.int32(part.size), np.int32(self.pushed // 2)
         args = part, residual, out, self.epochs["all_reduce"], self.inbox, *peers, *sizes
         grid = (min(-(-part.size // 1024), MAX_SUM_BLOCKS),)
@@ -59,7 +57,7 @@ class Links:
     def gather(self, part: Ranks, out: Ranks, firsts: list[int]) -> Launch:
         """out[:, first : first + share] = part of every card: part float32 [tokens, share], out [tokens, vocab]."""
         (tokens, share), vocab = part.shape, out.shape[1]
-        outs, flags = ([self._everywhere(x) for x in of.values] for of in (out, self.flags))
+        outs, flags = self._everywhere(out), self._everywhere(self.flags)
         nothing = [None] * (MAX_CARDS - self.cards)
         sizes = self.number, np.int32(tokens), np.int32(share), np.int32(vocab), Ranks([np.int32(n) for n in firsts])
         args = part, *outs, *nothing, *flags, *nothing, self.epochs["gather"], *sizes
@@ -68,8 +66,13 @@ class Links:
         defines = f"WIDTH={width}", *self._defines()
         return Launch("parallel/gather.cu", "gather", defines, grid, 256, args)
 
-    def _everywhere(self, x: Array) -> Ranks:
-        return Ranks([x] * self.cards)
+    def _inboxes(self, i: int) -> Ranks:
+        """For each card that of the i-th one after it."""
+        return Ranks([self.inbox.values[(rank + i) % self.cards] for rank in range(self.cards)])
+
+    def _everywhere(self, x: Ranks) -> list[Ranks]:
+        """The arrays of all cards, as each of them has them."""
+        return [Ranks([of_card] * self.cards) for of_card in x.values]
 
     def _defines(self) -> tuple[str, ...]:
         return f"RANKS={self.cards}", f"PHASES={ALL}"

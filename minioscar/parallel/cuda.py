@@ -267,7 +267,7 @@ class SplitQueue(Queue):
         import cupy
 
         self.batch, self.runs, self.ops = batch, runs, ops
-        self.streams = ops.new_streams(ops.cards)
+        self.streams = ops.new_streams(len(ops.ranks))
         ops.each(lambda _: cupy.cuda.Device().synchronize())  # what made the arrays ran on other streams
         self.graphs = {rows: self.capture(run) for rows, run in runs.items()} if graph else {}
         self.pinned_tokens = pinned((self.DEPTH, len(batch.tokens)), np.int32)

@@ -22,7 +22,7 @@ from ..key_shaping import Shaping, key_statistics, shaping
 from ..ops.reference import Reference
 from ..oscar import Scheme
 from ..storage.checkpoint import Checkpoint
-from ..weights import Weights, expected, for_scheme, read_layer, scale_keys
+from ..weights import Weights, expected, read_layer, rotate_values, scale_keys
 from .backend import Split
 from .shares import Slices, first_key, joined, local
 
@@ -30,8 +30,25 @@ Array = Any
 
 
 def load(folder: Path, config: Config, ops: Split, scheme: Scheme, progress: bool = False) -> Weights:
-    """What `weights.load` and then `prepared` give, each array the `Ranks` of the cards'. Raises UserError where memory
-    has no room, and for what `Checkpoint` refuses."""
+    """What `weights.load` and then `key_shaping.prepared` give, each array the `Ranks` of the cards'. Raises UserError
+    as `load_parts`."""
+    return prepared(load_parts(folder, config, ops, progress), config, ops, scheme, progress)
+
+
+def load_for_each(
+    folder: Path, config: Config, ops: Split, schemes: Sequence[Scheme], progress: bool = False
+) -> list[Weights]:
+    """The same for several schemes, which share what is the same for them."""
+    parts, made = load_parts(folder, config, ops, progress), dict[tuple[bool, ...], Weights]()
+    wanted = [(scheme.rotate, scheme.shaped, scheme.pair_scaled) for scheme in schemes]
+    for switches, scheme in zip(wanted, schemes, strict=True):
+        if switches not in made:
+            made[switches] = prepared(parts, config, ops, scheme, progress, in_place=False)
+    return [made[switches] for switches in wanted]
+
+
+def load_parts(folder: Path, config: Config, ops: Split, progress: bool = False) -> list[Weights]:
+    """What each card has of the files. Raises UserError where memory has no room, and for what `Checkpoint` refuses."""
     from tqdm import tqdm
 
     need, free = ops.weight_bytes(config), ops.free_bytes()
@@ -52,8 +69,7 @@ def load(folder: Path, config: Config, ops: Split, scheme: Scheme, progress: boo
                 return _of_card(folder, config, ops, rank, advance)
 
         with ThreadPoolExecutor(ops.cards) as threads:
-            parts = list(threads.map(read, range(ops.cards)))
-    return prepared(parts, config, ops, scheme, progress)
+            return list(threads.map(read, range(ops.cards)))
 
 
 def _of_card(folder: Path, config: Config, split: Split, rank: int, advance: Callable[[int], object]) -> Weights:
@@ -86,13 +102,17 @@ def _of_card(folder: Path, config: Config, split: Split, rank: int, advance: Cal
     return weights
 
 
-def prepared(parts: Sequence[Weights], config: Config, ops: Split, scheme: Scheme, progress: bool = False) -> Weights:
-    """The weights of the cards as a scheme wants them, in the arrays of `parts`; then as one."""
+def prepared(
+    parts: Sequence[Weights], config: Config, ops: Split, scheme: Scheme, progress: bool = False, in_place: bool = True
+) -> Weights:
+    """The weights of the cards as a scheme wants them; then as one. in_place: in the arrays of `parts`, else what
+    changes is copied."""
     own = [local(config, ops.cards, first_key(config, ops.cards, rank)) for rank in range(ops.cards)]
     rotated = []
     for rank, part in enumerate(parts):
         with ops.on(rank):
-            rotated.append(for_scheme(part, own[rank], scheme, ops.ranks[rank]))
+            one = ops.ranks[rank]
+            rotated.append(rotate_values(part, own[rank], one, in_place) if scheme.rotate else part)
     together = joined(rotated)
     if not (scheme.shaped or scheme.pair_scaled):
         return together
@@ -100,14 +120,14 @@ def prepared(parts: Sequence[Weights], config: Config, ops: Split, scheme: Schem
     shaped = []
     for rank, part in enumerate(rotated):
         with ops.on(rank):
-            shaped.append(_shaped(part, own[rank], ops.ranks[rank], found))
+            shaped.append(_shaped(part, own[rank], ops.ranks[rank], found, in_place))
     return joined(shaped)
 
 
-def _shaped(part: Weights, own: Config, ops: Reference, found: Shaping) -> Weights:
+def _shaped(part: Weights, own: Config, ops: Reference, found: Shaping, in_place: bool) -> Weights:
     """`key_shaping.shape_keys` of one card's share."""
     if found.scales is not None:
-        part = scale_keys(part, own, found.scales, ops, in_place=True)
+        part = scale_keys(part, own, found.scales, ops, in_place)
     if found.feedback is None:
         return part
     first = own.key_heads[1]

@@ -18,8 +18,8 @@
 // route.cu has made a list of entries; a column is a pair.
 // up waits for what chooses the experts and only then asks for weights; down asks before its wait.
 //
-// grid (blocks), 512 threads, one block a multiprocessor; dynamic shared memory: FEW, up: the tokens' rows of x', 64 B
-// past a line apart; then two rounds' sums; FEW: a `Few`.
+// grid (blocks), 512 threads, one block a multiprocessor; dynamic shared memory: FEW: the rows of x, 64 B past a line
+// apart; then two rounds' sums; FEW: a `Few`.
 //
 // Set by -D: FEW, TEAM_WARPS, RUNS (even), COLUMN_TILES (FEW: 1), and the macros of route.cuh and linear.cuh.
 constexpr int WARPS = 16;
@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(128) unsigned char smem[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, team = warp / TEAM_WARPS;
   const int rows = N / BRANCHES, lane_k = warp % TEAM_WARPS * 64 + 8 * c, stride = (K * 2 + 127) / 128 * 128 + 64;
-  float* sum_buffers = (float*)(smem + (FEW && SILU ? tokens * stride : 0));  // [2][WARPS][BRANCHES][16][ENTRY_PAIRS]
+  float* sum_buffers = (float*)(smem + rows_of_x(tokens) * stride);  // [2][WARPS][BRANCHES][16][ENTRY_PAIRS]
 #if FEW
   Few& work = *(Few*)(sum_buffers + 2 * ROUND_SUMS);
   work.clear();
@@ -88,6 +88,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefetch.load(w[a], a);
   }
   if (!SILU) wait_then_allow_next();
+#if FEW
+  if (!SILU) stage_x(smem, stride, x, work.in_use, rows_of_x(tokens), K);
+#endif
   float total = 0.f;  // SUMMED: of the output that this thread finishes
   bool odd = false;
   const int num_rounds = rounds.count();
@@ -100,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     UNROLL for (int n = 0; n < COLUMN_TILES; n++) {
       const int pair = item.exists ? work.pair(item.entry, 8 * n + r) : -1, from = SILU ? pair / TOP_K : pair;
       has_x[n] = pair >= 0;
-      own[n] = FEW && SILU ? smem + max(from, 0) * stride : (const unsigned char*)(x + (size_t)max(from, 0) * K);
+      own[n] = FEW ? smem + max(from, 0) * stride : (const unsigned char*)(x + (size_t)max(from, 0) * K);
     }
     float y[BRANCHES][COLUMN_TILES][4];
     UNROLL for (int t = 0; t < BRANCHES; t++) clear(y[t]);
@@ -131,6 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           *(float2*)two = make_float2(y[t][n][2 * j], y[t][n][2 * j + 1]);
         }
     __syncthreads();
-    finish_round(sums, work, rounds, round, residual, out, tokens, rows, total);
+    auto column_of = [&](const Item& of, int, int column) { return find_column(work, of, column); };
+    finish_round(sums, column_of, rounds, round, residual, out, tokens, rows, total);
   }
 }

@@ -22,32 +22,43 @@ struct Few {
   signed char slots[EXPERTS][8];  // token m has expert e as its slots[e][m]-th choice; -1: it has not
   int experts[EXPERTS];           // that are taken, ascending
   float weights[8 * TOP_K];
-  int warp_counts[WARPS], entries;
+  int entries;
+  bool in_use[8];  // the row of a token
 
   DEVICE void clear() {
     for (int i = threadIdx.x; i < EXPERTS * 2; i += THREADS) ((int*)slots)[i] = -1;
     __syncthreads();
   }
+  // Every block waits for this before it can ask for a weight: weights of pairs, which are needed later, come last, and
+  // are visible from the next barrier on. The last warps choose, the first ones make the list.
   DEVICE void fill(const float* logits, const int* lengths, int tokens) {
-    const int e = threadIdx.x, warp = e / 32, lane = e % 32;
-    if (warp < tokens && !(lengths && lengths[warp] < 0)) {
-      const Choice own = choose(logits + warp * EXPERTS);
-      if (lane < TOP_K) {
-        slots[own.expert][warp] = lane;
-        weights[warp * TOP_K + lane] = own.weight;
-      }
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = WARPS - 1 - warp;
+    const bool chooses = token < tokens && !(lengths && lengths[token] < 0);
+    Ranked ranked;
+    if (token < 8 && lane == 0) in_use[token] = chooses;
+    if (chooses) {
+      ranked = rank_logits(logits + token * EXPERTS);
+      UNROLL for (int i = 0; i < PER_LANE; i++)
+        if (ranked.rank[i] >= 0) slots[lane * PER_LANE + i][token] = ranked.rank[i];
     }
     __syncthreads();
-    const int2 both = e < EXPERTS ? *(const int2*)slots[e] : make_int2(-1, -1);
-    const bool taken = (both.x & both.y) != -1;
-    const unsigned of_warp = __ballot_sync(FULL_MASK, taken);
-    if (lane == 0) warp_counts[warp] = __popc(of_warp);
+    if (warp <= (EXPERTS - 1) / 32) {  // experts below, counted by each warp for itself
+      int before = 0;
+      bool taken = false;
+      for (int w = 0; w <= warp; w++) {
+        const int e = 32 * w + lane;
+        const int2 both = e < EXPERTS ? *(const int2*)slots[e] : make_int2(-1, -1);
+        taken = (both.x & both.y) != -1;
+        const unsigned of_warp = __ballot_sync(FULL_MASK, taken);
+        before += __popc(w < warp ? of_warp : of_warp & ((1u << lane) - 1));
+      }
+      if (taken) experts[before] = threadIdx.x;
+      if (threadIdx.x == (EXPERTS - 1) / 32 * 32 + 31) entries = before + taken;
+    }
     __syncthreads();
-    int before = __popc(of_warp & ((1u << lane) - 1));
-    for (int w = 0; w < warp; w++) before += warp_counts[w];
-    if (taken) experts[before] = e;
-    if (e == THREADS - 1) entries = before + taken;
-    __syncthreads();
+    if (!SILU || !chooses) return;
+    const Choice own = choice_of(ranked);
+    if (lane < TOP_K) weights[token * TOP_K + lane] = own.weight;
   }
   DEVICE int count() const { return entries; }
   DEVICE int expert(int entry) const { return experts[entry]; }
@@ -94,11 +105,32 @@ struct Rounds {
   }
 };
 
-// The outputs of a round, from the sums of its warps [WARPS][BRANCHES][16][ENTRY_PAIRS]. total: SUMMED, of the output
-// that this thread finishes, over the rounds of a tile; added to the residual then.
-template <class Work>
-DEVICE void finish_round(const float* sums, const Work& work, const Rounds& rounds, int round, const bf16* residual,
-                         Output* out, int tokens, int rows, float& total) {
+// FEW: the x that columns read in shared memory, rows `stride` bytes apart: up has the tokens', down the pairs'.
+DEVICE int rows_of_x(int tokens) { return !FEW ? 0 : SILU ? tokens : tokens * TOP_K; }
+// down, after its wait, by all threads: one trip to L2 for all rounds.
+template <class Then = Unchanged>
+DEVICE void stage_x(unsigned char* to, int stride, const bf16* x, const bool* in_use, int pairs, int K,
+                    Then then = Then()) {
+  for (int i = threadIdx.x; i < pairs * (K / 8); i += THREADS) {
+    const int pair = i / (K / 8), vector = i % (K / 8);
+    if (in_use[pair / TOP_K]) *(uint4*)(to + pair * stride + 16 * vector) = then(((const uint4*)x)[i]);
+  }
+  __syncthreads();
+}
+
+struct Column { int pair; float weight; };  // pair: -1: there is none
+
+// The column of an item that has to be looked for.
+template <class Work> DEVICE Column find_column(const Work& work, const Item& item, int column) {
+  const int pair = item.exists ? work.pair(item.entry, column) : -1;
+  return {pair, SILU && pair >= 0 ? work.weights[pair] : 1.f};
+}
+
+// The outputs of a round, from the sums of its warps [WARPS][BRANCHES][16][ENTRY_PAIRS]. column_of(item, team, column).
+// total: SUMMED, of the output that this thread finishes, over the rounds of a tile; added to the residual then.
+template <class ColumnOf>
+DEVICE void finish_round(const float* sums, const ColumnOf& column_of, const Rounds& rounds, int round,
+                         const bf16* residual, Output* out, int tokens, int rows, float& total) {
   if (SUMMED) {
     const int m = threadIdx.x / 16, n = rounds.at(round, 0).tile * 16 + threadIdx.x % 16;
     if (m >= tokens || n >= rows) return;
@@ -112,15 +144,16 @@ DEVICE void finish_round(const float* sums, const Work& work, const Rounds& roun
   for (int o = threadIdx.x; o < TEAMS * 16 * ENTRY_PAIRS; o += THREADS) {
     const int i = o % 16, column = o / 16 % ENTRY_PAIRS, of = o / (16 * ENTRY_PAIRS);
     const Item finished = rounds.at(round, of);
-    const int n = finished.tile * 16 + i, pair = finished.exists ? work.pair(finished.entry, column) : -1;
-    if (pair < 0 || n >= rows) continue;
+    const Column own = column_of(finished, of, column);
+    const int n = finished.tile * 16 + i;
+    if (own.pair < 0 || n >= rows) continue;
     float z[BRANCHES];
     UNROLL for (int t = 0; t < BRANCHES; t++) {
       z[t] = 0.f;
       for (int v = of * TEAM_WARPS; v < (of + 1) * TEAM_WARPS; v++)
         z[t] += sums[((v * BRANCHES + t) * 16 + i) * ENTRY_PAIRS + column];
     }
-    out[(size_t)pair * rows + n] = to_output(SILU ? activated(z) * work.weights[pair] : z[0]);
+    out[(size_t)own.pair * rows + n] = to_output(SILU ? activated(z) * own.weight : z[0]);
   }
 }
 #endif

@@ -20,7 +20,7 @@ constexpr int WARPS = 16;
 
 constexpr int ROUND_RUNS = RUNS * TEAM_WARPS, FOLDS = 64 / GROUP;
 // Runs whose x is loaded together: as many as registers allow.
-constexpr int AT_ONCE = SILU || COLUMN_TILES > 1 ? 1 : RUNS % 3 ? RUNS % 2 ? 1 : 2 : 3;
+constexpr int AT_ONCE = FEW || COLUMN_TILES > 1 ? 1 : RUNS;
 
 // A run of a lane: of each branch its codes, and the scales of rows 2r and 2r + 1 (e4m3: of the tile, in x).
 struct Run {
@@ -34,19 +34,21 @@ struct Prefetch {
   const uint32_t* scales;
   int tiles, K, shift;  // of 16 rows, of a branch of an expert
   uint32_t first[BRANCHES], group[BRANCHES];  // this lane's first vector of a tile; its first scale
+  int expert;
   int run, runs;  // runs: 0 where there is no such item
 
-  DEVICE void seek(int expert, const Item& item) {
+  DEVICE void seek(int new_expert, const Item& item) {
     const int of_tile = (K + 63) / 64, groups = ((K - 1) >> shift) + 1, r = threadIdx.x % 32 / 4;
+    expert = new_expert;
     run = threadIdx.x / 32 % TEAM_WARPS;
     runs = item.exists ? of_tile : 0;
     UNROLL for (int t = 0; t < BRANCHES; t++) {
-      const uint32_t tile = tile_of(expert, t, item);
+      const uint32_t tile = tile_of(t, item);
       first[t] = tile * of_tile * TILE_VECTORS + threadIdx.x % 32;
       group[t] = HAS_ZERO ? tile * groups * 16 + 2 * r : tile * groups;
     }
   }
-  DEVICE uint32_t tile_of(int expert, int branch, const Item& item) const {
+  DEVICE uint32_t tile_of(int branch, const Item& item) const {
     return (expert * BRANCHES + branch) * tiles + item.tile;
   }
   DEVICE void load(Run& to, int ahead) const {
@@ -101,9 +103,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
   extern __shared__ __align__(128) unsigned char smem[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, team = warp / TEAM_WARPS;
   const int rows = N / BRANCHES, stride = (K * 2 + 127) / 128 * 128 + 64;
-  float* sum_buffers = (float*)(smem + (FEW && SILU ? tokens * stride : 0));  // [2][WARPS][BRANCHES][16][ENTRY_PAIRS]
+  float* sum_buffers = (float*)(smem + rows_of_x(tokens) * stride);  // [2][WARPS][BRANCHES][16][ENTRY_PAIRS]
 #if FEW
-  Few& work = *(Few*)(smem + opaque((FEW && SILU ? tokens * stride : 0) + 8 * ROUND_SUMS));
+  Few& work = *(Few*)(smem + opaque(rows_of_x(tokens) * stride + 8 * ROUND_SUMS));
   work.clear();
   if (SILU) {  // x is older than the launch before, which has the logits
     uint4 first = make_uint4(0, 0, 0, 0);
@@ -118,14 +120,38 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
 #endif
   const Rounds rounds = {work.count(), rows / 16};
   Prefetch prefetch = {codes, scales, rows / 16, K, shift};
+#if FEW
   auto seek = [&](int round) {
     const Item item = rounds.at(round, team);
     prefetch.seek(item.exists ? work.expert(item.entry) : 0, item);
   };
+#else
+  // A round's entry is asked for two rounds ahead and its pairs one: an item is as short as these trips to L2.
+  __shared__ Column columns[2][TEAMS * ENTRY_PAIRS];
+  int pairs[COLUMN_TILES];  // of this lane's columns
+  int expert = 0, first_pair = 0, num_pairs = 0;
+  auto ask_for_entry = [&](int round) {
+    const Item item = rounds.at(round, team);
+    const int* entry = (const int*)(entries + 1 + item.entry);
+    expert = item.exists ? entry[0] : 0;
+    first_pair = item.exists ? entry[1] : 0;
+    num_pairs = item.exists ? entry[2] : 0;
+  };
+  ask_for_entry(0);
+  auto seek = [&](int round) {
+    prefetch.seek(expert, rounds.at(round, team));
+    UNROLL for (int n = 0; n < COLUMN_TILES; n++)
+      pairs[n] = 8 * n + r < num_pairs ? sorted[first_pair + 8 * n + r] : -1;
+    ask_for_entry(round + 1);
+  };
+#endif
   seek(0);
   Run loaded[RUNS] = {};
   UNROLL for (int a = 0; a < RUNS; a++) prefetch.load(loaded[a], a);
   if (!SILU) wait_then_allow_next();
+#if FEW
+  if (!SILU) stage_x(smem, stride, x, work.in_use, rows_of_x(tokens), K, ScaledX());
+#endif
   float total = 0.f;  // SUMMED: of the output that this thread finishes
   bool odd = false;
   const int num_rounds = rounds.count();
@@ -136,17 +162,26 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
     uint32_t own[COLUMN_TILES];  // where the x of this lane's columns begins
     bool has_x[COLUMN_TILES];
     UNROLL for (int n = 0; n < COLUMN_TILES; n++) {
-      const int pair = item.exists ? work.pair(item.entry, 8 * n + r) : -1, from = SILU ? pair / TOP_K : pair;
+#if FEW
+      const int pair = item.exists ? work.pair(item.entry, 8 * n + r) : -1;
+#else
+      const int pair = pairs[n];
+      if (warp % TEAM_WARPS == 0 && c == 0)
+        columns[odd][team * ENTRY_PAIRS + 8 * n + r] = {pair, SILU && pair >= 0 ? weights[pair] : 1.f};
+#endif
+      const int from = SILU ? pair / TOP_K : pair;
       has_x[n] = pair >= 0;
-      own[n] = max(from, 0) * (FEW && SILU ? stride : K * 2);
+      own[n] = (uint32_t)max(from, 0) * (FEW ? stride : K * 2);
     }
     float y[BRANCHES][COLUMN_TILES][4];
-    uint2 row_scales[BRANCHES];  // float32, of rows 2r and 2r + 1
-    const int expert = item.exists ? work.expert(item.entry) : 0;
+    // float32, of rows 2r and 2r + 1; asked for at once where registers allow.
+    uint2 row_scales[BRANCHES];
+    uint32_t first_row[BRANCHES];
     UNROLL for (int t = 0; t < BRANCHES; t++) {
       clear(y[t]);
       row_scales[t] = make_uint2(0, 0);
-      load_once(row_scales[t], row_scale + (prefetch.tile_of(expert, t, item) * 16 + 2 * r), item.exists);
+      first_row[t] = prefetch.tile_of(t, item) * 16 + 2 * r;
+      if (COLUMN_TILES == 1) load_once(row_scales[t], row_scale + first_row[t], item.exists);
     }
     for (int first = 0; first * 64 < K; first += ROUND_RUNS) {
       prefetch.run += ROUND_RUNS;
@@ -157,17 +192,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
           UNROLL for (int n = 0; n < COLUMN_TILES; n++)
             UNROLL for (int half = 0; half < 2; half++) {
               const int k = (first + (ahead + a) * TEAM_WARPS + warp % TEAM_WARPS) * 64 + half * 32 + 8 * c;
-              const unsigned char* all_x = FEW && SILU ? smem : (const unsigned char*)x;
+              const unsigned char* all_x = FEW ? smem : (const unsigned char*)x;
               b[a][n][half] = has_x[n] && k < K ? *(const uint4*)(all_x + (own[n] + 2 * k)) : make_uint4(0, 0, 0, 0);
             }
         UNROLL for (int a = 0; a < AT_ONCE; a++) {
-          UNROLL for (int n = 0; n < COLUMN_TILES && !(FEW && SILU); n++)
+          UNROLL for (int n = 0; n < COLUMN_TILES && !FEW; n++)
             UNROLL for (int half = 0; half < 2; half++) b[a][n][half] = ScaledX()(b[a][n][half]);
           multiply(y, loaded[ahead + a], b[a]);
           prefetch.load(loaded[ahead + a], ahead + a);
         }
       }
     }
+    UNROLL for (int t = 0; t < BRANCHES; t++)
+      if (COLUMN_TILES > 1) load_once(row_scales[t], row_scale + first_row[t], item.exists);
     UNROLL for (int t = 0; t < BRANCHES; t++)
       UNROLL for (int n = 0; n < COLUMN_TILES; n++)
         UNROLL for (int i = 0; i < 2; i++) {
@@ -177,6 +214,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
           *(float2*)two = make_float2(to_result(of[2 * i], i) * scale, to_result(of[2 * i + 1], i) * scale);
         }
     __syncthreads();
-    finish_round(sums, work, rounds, round, residual, out, tokens, rows, total);
+    auto column_of = [&](const Item& of, int own_team, int column) {
+#if FEW
+      return find_column(work, of, column);
+#else
+      return columns[odd][own_team * ENTRY_PAIRS + column];
+#endif
+    };
+    finish_round(sums, column_of, rounds, round, residual, out, tokens, rows, total);
   }
 }

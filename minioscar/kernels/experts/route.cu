@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(256)
   wait_then_allow_next();
   const int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (token >= tokens) return;
-  const Choice own = choose(logits + (size_t)token * EXPERTS);
+  const Choice own = choice_of(rank_logits(logits + (size_t)token * EXPERTS));
   if (lane >= TOP_K) return;
   chosen[token * TOP_K + lane] = lengths && lengths[token] < 0 ? -1 : own.expert;
   weights[token * TOP_K + lane] = own.weight;

@@ -24,34 +24,55 @@ DEVICE int ordered(float x) {
   return bits ^ (bits >> 31 & 0x7fffffff);
 }
 
-// Of the token of this warp: lane s gets the choice that comes s-th.
-DEVICE Choice choose(const float* logits) {
+// The logits of the token of this warp and which of them are chosen. Of its experts lane * PER_LANE + i: x[i] and
+// rank[i], -1 where it is none of the TOP_K. lane s: `owner`, the lane whose expert comes s-th.
+struct Ranked {
+  float x[PER_LANE];
+  int rank[PER_LANE], owner;
+};
+
+// What the next step waits for is short: two maxima, a vote, and a comparison with each key of a lane.
+DEVICE Ranked rank_logits(const float* logits) {
   const int lane = threadIdx.x % 32;
-  float x[PER_LANE], largest = 0.f, all = 0.f;
+  Ranked ranked;
   int keys[PER_LANE];
+  ranked.owner = 0;
   UNROLL for (int i = 0; i < PER_LANE; i++) {
     const int e = lane * PER_LANE + i;
-    x[i] = e < EXPERTS ? logits[e] : 0.f;
-    keys[i] = e < EXPERTS ? ordered(x[i]) : TAKEN;
+    ranked.x[i] = e < EXPERTS ? logits[e] : 0.f;
+    ranked.rank[i] = -1;
+    keys[i] = e < EXPERTS ? ordered(ranked.x[i]) : TAKEN;
   }
-  Choice own = {0, 0.f};
   for (int s = 0; s < TOP_K; s++) {
     int best = keys[0];
     UNROLL for (int i = 1; i < PER_LANE; i++) best = max(best, keys[i]);
-    const int top = __reduce_max_sync(FULL_MASK, best), owner = __ffs(__ballot_sync(FULL_MASK, best == top)) - 1;
-    Choice found = {0, 0.f};
-    bool open = lane == owner;
-    UNROLL for (int i = 0; i < PER_LANE; i++)
-      if (open && keys[i] == top) {
-        found = {lane * PER_LANE + i, x[i]};
-        keys[i] = TAKEN;
-        open = false;
-      }
-    found = {__shfl_sync(FULL_MASK, found.expert, owner), __shfl_sync(FULL_MASK, found.weight, owner)};
-    if (s == 0) largest = found.weight;
-    if (s == lane) own = found;
+    const int top = __reduce_max_sync(FULL_MASK, best);
+    const unsigned holders = __ballot_sync(FULL_MASK, best == top);
+    bool open = best == top && !(holders & ((1u << lane) - 1));  // the first lane, then its first key
+    UNROLL for (int i = 0; i < PER_LANE; i++) {
+      const bool own = open && keys[i] == top;
+      ranked.rank[i] = own ? s : ranked.rank[i];
+      keys[i] = own ? TAKEN : keys[i];
+      open = open && !own;
+    }
+    if (s == lane) ranked.owner = __ffs(holders) - 1;
   }
-  UNROLL for (int i = 0; i < PER_LANE; i++) all += lane * PER_LANE + i < EXPERTS ? __expf(x[i] - largest) : 0.f;
+  return ranked;
+}
+
+// Lane s gets the choice that comes s-th.
+DEVICE Choice choice_of(const Ranked& ranked) {
+  const int lane = threadIdx.x % 32;
+  Choice own = {0, 0.f};
+  UNROLL for (int i = 0; i < PER_LANE; i++) {
+    const int rank = __shfl_sync(FULL_MASK, ranked.rank[i], ranked.owner);
+    const float x = __shfl_sync(FULL_MASK, ranked.x[i], ranked.owner);
+    if (rank == lane) own = {ranked.owner * PER_LANE + i, x};
+  }
+  const float largest = __shfl_sync(FULL_MASK, own.weight, 0);
+  float all = 0.f;
+  UNROLL for (int i = 0; i < PER_LANE; i++)
+    all += lane * PER_LANE + i < EXPERTS ? __expf(ranked.x[i] - largest) : 0.f;
   const float p = lane < TOP_K ? __expf(own.weight - largest) : 0.f;
   own.weight = p / warp_sum(NORMALIZED ? p : all);
   return own;

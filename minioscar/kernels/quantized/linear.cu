@@ -11,8 +11,9 @@
 // The time is that of the weights, 4.25 or 8.25 bits each (groups of 128), read once for all tokens. A block has
 // ROW_TILES * 16 rows (of gate and of up) at a time; its warps split k, a chunk of 128 each in rotation, and their sums
 // meet in shared memory. Each warp copies its chunks, codes and scales and without NORM x too, into a ring of its own
-// in shared memory, SLOTS ahead, from before the previous launch has ended and across the ends of passes. Normed, x' is
-// in shared memory once, rows 64 B past a line apart (linear.cu).
+// in shared memory, SLOTS ahead and across the ends of passes, EARLY of them from before the previous launch has ended.
+// Loads wait behind the copies that are under way: x is asked for before the other slots are, and what finishes rows a
+// pass ahead (if EARLY < SLOTS). Normed, x' is in shared memory once, rows 64 B past a line apart (linear.cu).
 // A product waits for the one before it in its sum, so that a warp alone takes as long for a chunk as the memory for
 // those of two: there are 16 warps, and the tiles of a chunk are products side by side. Instructions of a warp for 16
 // rows and 128 k in 4 bits, groups of 128: 40 conversions (two clocks of a pipe each), 8 MMA, 20 for copies, loads and
@@ -20,8 +21,8 @@
 // grid: any number of blocks, WARPS * 32 threads, one block a multiprocessor; dynamic shared memory: two passes' sums,
 // with NORM M rows of x', rings.
 //
-// Set by -D: BLOCK_WARPS (16; 8 where shared memory is small), NORM, ROW_TILES, SLOTS, GROUP (k whose sum is scaled at
-// once: 32, 64, 128), KIND, and the macros of linear.cuh.
+// Set by -D: BLOCK_WARPS (16; 8 where shared memory is small), NORM, ROW_TILES, SLOTS, EARLY, GROUP (k whose sum is
+// scaled at once: 32, 64, 128), KIND, and the macros of linear.cuh.
 constexpr int WARPS = BLOCK_WARPS;
 #include "../linear_vector.cuh"
 #include "codes.cuh"
@@ -122,6 +123,17 @@ DEVICE void multiply(float (&y)[TILES][4], const unsigned char* slot, const unsi
   }
 }
 
+// What finishes a thread's output of a pass.
+struct Ends {
+  OwnOutput<ROWS> own;
+  float row_scales[BRANCHES];
+
+  DEVICE void load(int pass, int tokens, int rows, const bf16* bias, const bf16* residual, const float* row_scale) {
+    own.begin(threadIdx.x, pass * ROWS, tokens, rows, bias, residual);
+    UNROLL for (int t = 0; t < BRANCHES; t++) row_scales[t] = own.exists ? row_scale[t * rows + own.n] : 0.f;
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     linear(const bf16* x, const bf16* norm, const uint4* codes, const uint32_t* scales, const float* row_scale,
            const bf16* bias, const bf16* residual, Output* out, int tokens, int K, int N, int shift, float eps) {
@@ -135,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   Copies next = {codes, scales, x, rows, K, shift, tokens, 0, 0, {}};
   next.seek(blockIdx.x);
   Copies first = next;
-  for (int i = 0; i < SLOTS; i++, next.advance()) {
+  for (int i = 0; i < EARLY; i++, next.advance()) {
     if (next.exist()) next.copy_codes(ring + i * slot_bytes);
     if (NORM) cp_async_commit();
   }
@@ -148,24 +160,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   wait_then_allow_next();
   if (NORM) {
-    norm_x(normed, stride, sum_buffers, x, norm, norm_first, eps, tokens, K, ScaledX());
+    norm_x(normed, stride, sum_buffers, x, norm, norm_first, eps, tokens, K, ScaledX(), [&] {
+      for (int i = EARLY; i < SLOTS; i++, next.advance()) {
+        if (next.exist()) next.copy_codes(ring + i * slot_bytes);
+        cp_async_commit();
+      }
+    });
   } else {
     for (int i = 0; i < SLOTS; i++, first.advance()) {
       if (first.exist()) first.copy_x(ring + i * slot_bytes);
+      if (i >= EARLY) {
+        if (next.exist()) next.copy_codes(ring + i * slot_bytes);
+        next.advance();
+      }
       cp_async_commit();
     }
   }
   const int m = min(r, tokens - 1), swizzle = NORM ? 0 : m % 2 * 64;
+  Ends ahead;
+  if (EARLY < SLOTS) ahead.load(blockIdx.x, tokens, rows, bias, residual, row_scale);
   int slot = 0;
   bool odd = false;
   for (int pass = blockIdx.x; pass * ROWS < rows; pass += gridDim.x, odd = !odd) {
     // Two buffers: a pass's sums are read while the next ones are written; a barrier comes before the ones after that.
     float* sums = sum_buffers + odd * PASS_SUMS;
-    OwnOutput<ROWS> own;
-    own.begin(threadIdx.x, pass * ROWS, tokens, rows, bias, residual);
-    float row_scales[BRANCHES], y[TILES][4];
-    UNROLL for (int t = 0; t < BRANCHES; t++)
-      row_scales[t] = own.exists ? to_result(row_scale[t * rows + own.n], own.n % 2) : 0.f;
+    if (EARLY == SLOTS) ahead.load(pass, tokens, rows, bias, residual, row_scale);
+    const Ends ends = ahead;
+    const OwnOutput<ROWS>& own = ends.own;
+    if (EARLY < SLOTS) ahead.load(pass + gridDim.x, tokens, rows, bias, residual, row_scale);
+    float y[TILES][4];
     clear(y);
     for (int chunk = warp; chunk < next.chunks(); chunk += WARPS) {
       cp_async_wait<SLOTS - 1>();
@@ -190,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     if (own.exists) {
       float z[BRANCHES];
-      UNROLL for (int t = 0; t < BRANCHES; t++) z[t] = own.total(sums, t, row_scales[t]);
+      UNROLL for (int t = 0; t < BRANCHES; t++) z[t] = own.total(sums, t, to_result(ends.row_scales[t], own.n % 2));
       own.store(out, rows, z);
     }
   }

@@ -33,7 +33,8 @@ constexpr int RUNS = 2, FOLDS = RUNS * 64 / GROUP, TILES = COLUMNS / 8, LINE_BYT
 constexpr int ROWS = WARPS * 16, OUT_TILES = WARPS / BRANCHES;                          // OUT_TILES: of a block
 constexpr int RUN_BYTES = COLUMNS * LINE_BYTES, CODE_BYTES = RUNS * TILE_VECTORS * 16;  // of x; of a tile
 constexpr int CODE_OFFSET = RUNS * RUN_BYTES, SUM_OFFSET = CODE_OFFSET + WARPS * CODE_BYTES;
-constexpr int STAGE_BYTES = (SUM_OFFSET + FOLDS * COLUMNS * 4 + PATTERN - 1) / PATTERN * PATTERN;
+constexpr int SCALE_OFFSET = SUM_OFFSET + FOLDS * COLUMNS * 4, SCALE_BYTES = HAS_ZERO ? 64 : 16;  // of a fold of a tile
+constexpr int STAGE_BYTES = (SCALE_OFFSET + WARPS * FOLDS * SCALE_BYTES + PATTERN - 1) / PATTERN * PATTERN;
 constexpr int UNROLLED = COLUMNS <= 48 ? 2 : 1;  // splits whose sums are loaded together, as registers allow
 constexpr int PREPARING = 3;                     // warps; the fourth one of their warpgroup copies
 static_assert(COLUMNS % 16 == 0 && COLUMNS <= 80 && GROUP >= 64, "sums and scales fit into registers");
@@ -96,13 +97,22 @@ struct Stage {
   }
 };
 
-// This warp's codes of a slab: a lane copies what it reads itself.
+// This warp's codes and scales of a slab. A lane copies the codes that it reads itself.
 DEVICE void copy_codes(unsigned char* stage, const Slabs& next) {
   const int left = next.p.runs() - next.slab * RUNS;  // runs from this slab on
   const uint4* from = next.p.codes + (next.first + next.slab * (RUNS * TILE_VECTORS));
   unsigned char* to = stage + CODE_OFFSET + next.warp * CODE_BYTES + threadIdx.x % 32 * 16;
   UNROLL for (int i = 0; i < RUNS * LOADS; i++)
     cp_async_16_or_zero<true>(to + i * 512, from + 32 * i, i / LOADS < left);
+  constexpr int VECTORS = SCALE_BYTES / 16;  // of a fold; e4m3: 4 bytes of one
+  const int lane = threadIdx.x % 32, k = next.slab * RUNS * 64 + lane / VECTORS * GROUP;
+  if (lane >= FOLDS * VECTORS) return;
+  const size_t group = next.first_group + (k >> next.p.shift);
+  unsigned char* own = stage + SCALE_OFFSET + next.warp * FOLDS * SCALE_BYTES + lane * 16;
+  if (HAS_ZERO)
+    cp_async_16_or_zero<false>(own, next.p.scales + group * 16 + lane % VECTORS * 4, k < next.p.K);
+  else
+    cp_async_4_or_zero(own, next.p.scales + group, k < next.p.K);
 }
 DEVICE void copy_x(unsigned char* stage, const TensorMap& x, int slab, uint64_t* full) {
   mbarrier_arrive_expect_tx(full, RUNS * RUN_BYTES);
@@ -133,35 +143,18 @@ DEVICE void prepare_x(unsigned char* stage, int warp) {
   }
 }
 
-// Scales and zeros of a lane's rows 2r and 2r + 1 in a slab.
-struct SlabScales {
-  uint2 of_group[FOLDS];
-
-  DEVICE void load(const Slabs& at) {
-    UNROLL for (int i = 0; i < FOLDS; i++) {
-      const int k = at.slab * RUNS * 64 + i * GROUP;
-      const size_t group = at.first_group + (k >> at.p.shift);
-      const bool exists = at.exist() && k < at.p.K;
-      of_group[i] = make_uint2(0, 0);
-      if (HAS_ZERO)
-        load_once(of_group[i], at.p.scales + group * 16 + threadIdx.x % 32 / 4 * 2, exists);
-      else
-        load_once(of_group[i].x, at.p.scales + group, exists);
-    }
-  }
-};
-
 // y += this warp's rows of a slab times all columns.
-DEVICE void multiply(float (&y)[TILES][4], const unsigned char* stage, int warp, const SlabScales& scales) {
+DEVICE void multiply(float (&y)[TILES][4], const unsigned char* stage, int warp) {
   const int lane = threadIdx.x % 32, c = lane % 4;
   const float* x_sums = (const float*)(stage + SUM_OFFSET) + 2 * c;
+  const unsigned char* scales = stage + SCALE_OFFSET + warp * FOLDS * SCALE_BYTES;
   float sum[TILES][4];  // of a group
   uint32_t a[RUNS][4][4];
   auto fold = [&](int i) {
+    RowScales of_rows;
+    of_rows.load(scales + i * SCALE_BYTES, 0, lane / 4);
     wgmma_wait<0>();
     compiler_fence(sum);
-    RowScales of_rows;
-    of_rows.set(scales.of_group[i]);
     UNROLL for (int n = 0; n < TILES; n++)
       of_rows.add(y[n], sum[n], HAS_ZERO ? *(const float2*)(x_sums + i * COLUMNS + 8 * n) : make_float2(0.f, 0.f));
   };
@@ -189,35 +182,45 @@ DEVICE void multiply(float (&y)[TILES][4], const unsigned char* stage, int warp,
   }
 }
 
-// What a lane stores: rows 2r and 2r + 1 of its warp's outputs, of each 8 columns two.
+// What a lane stores: rows 2r and 2r + 1 of its warp's outputs, of each 8 columns two. Made before the products, used
+// behind them.
 struct Result {
   const Product& p;
   int n;  // the first of the rows
-  float scale[2], bias[2];
+  float scale[2];
+  bf16 bias[2];
 
   DEVICE Result(const Product& p, int tile, int warp) : p(p), n(Product::out_tile(tile, warp) * 16) {
+    const bf16 zero = 0;
     n += threadIdx.x % 32 / 4 * 2;
     UNROLL for (int i = 0; i < 2; i++) {
       const bool exists = n + i < p.rows;
       const int at = Product::branch(warp) * p.rows + n + i;
-      scale[i] = exists ? to_result(p.row_scale[at], i) : 0.f;
-      bias[i] = exists && p.bias ? to_float(p.bias[at]) : 0.f;
+      scale[i] = exists ? p.row_scale[at] : 0.f;
+      bias[i] = exists && p.bias ? p.bias[at] : zero;
     }
   }
   // sums -> what they stand for, without activation and residual.
   DEVICE void scale_sums(float (&y)[TILES][4]) const {
     UNROLL for (int j = 0; j < TILES; j++)
-      UNROLL for (int e = 0; e < 4; e++) y[j][e] = y[j][e] * scale[e / 2] + bias[e / 2];
+      UNROLL for (int e = 0; e < 4; e++)
+        y[j][e] = y[j][e] * to_result(scale[e / 2], e / 2) + to_float(bias[e / 2]);
   }
+  DEVICE int token(int j, int e) const { return blockIdx.y * COLUMNS + 8 * j + threadIdx.x % 4 * 2 + e; }
   DEVICE void store(const float (&y)[TILES][4]) const {
+    uint32_t added[TILES][2];  // loaded before the first store, which the compiler takes to change them
     UNROLL for (int j = 0; j < TILES; j++)
       UNROLL for (int e = 0; e < 2; e++) {
-        const int m = opaque(blockIdx.y * COLUMNS + 8 * j + threadIdx.x % 4 * 2 + e);
+        const bool loads = p.residual && p.rows % 2 == 0 && n < p.rows && token(j, e) < p.tokens;
+        added[j][e] = loads ? *(const uint32_t*)(p.residual + (size_t)token(j, e) * p.rows + n) : 0;
+      }
+    UNROLL for (int j = 0; j < TILES; j++)
+      UNROLL for (int e = 0; e < 2; e++) {
+        const int m = opaque(token(j, e));
         if (m >= p.tokens || n >= p.rows) continue;
         const size_t at = (size_t)m * p.rows + n;
         if (p.rows % 2 == 0) {
-          const uint32_t added = p.residual ? *(const uint32_t*)(p.residual + at) : 0;
-          store_pair(p.out + at, y[j][e] + low(added), y[j][e + 2] + high(added));
+          store_pair(p.out + at, y[j][e] + low(added[j][e]), y[j][e + 2] + high(added[j][e]));
         } else {
           UNROLL for (int i = 0; i < 2; i++)
             if (n + i < p.rows)
@@ -299,19 +302,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
   }
   increase_registers<152>();
   wait_then_allow_next();
-  Slabs ahead(items, p, warp);  // by a slab
-  SlabScales next_scales;
-  next_scales.load(ahead);
   for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
     float sums[1][TILES][4], (&y)[TILES][4] = sums[0];
     clear(y);
-    for (int left = ahead.end - ahead.slab; left > 0; left--, stage.advance()) {
-      const SlabScales now = next_scales;
-      ahead.advance();
-      next_scales.load(ahead);
+    const Result result(p, items.tile(item), warp);  // loads wait behind all copies that are under way
+    for (int left = items.end(item) - items.begin(item); left > 0; left--, stage.advance()) {
       cp_async_wait<STAGES - 1>();
+      __syncwarp();  // scales, which other lanes have copied
       mbarrier_wait(&prepared[stage.at], stage.parity);
-      multiply(y, stage.in(smem), warp, now);
+      multiply(y, stage.in(smem), warp);
       __syncwarp();
       if (lane == 0) mbarrier_arrive(&empty[stage.at]);
       if (next.exist()) copy_codes(stage.in(smem), next);
@@ -326,7 +325,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     int* counter = split_counter + (column_block * items.tiles + tile) * WARPS + warp;
     if (!SILU && splits > 1 && !merge_splits<THREADS, UNROLLED, TILES>(sums, partial, split, 0, splits - 1, counter))
       continue;
-    const Result result(p, tile, warp);
     result.scale_sums(y);
     if (SILU && !activate(y, (float4*)(smem + STAGES * STAGE_BYTES), warp)) continue;
     result.store(y);
