@@ -26,7 +26,7 @@ BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", r
 PAGES = (
     "README.md",
     *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels", "weights")),
-    *(f"docs/{name}.md" for name in ("serving", "scale", "benchmarks")),
+    *(f"docs/{name}.md" for name in ("serving", "scale", "benchmarks", "pictures")),
     "docs/results/README.md",
 )
 
@@ -130,6 +130,18 @@ def head_norms() -> str:
     about = f"{reports[0]['prefill']:,} tokens prefilled, {reports[0]['decode']:,} decoded; {reports[0]['windows']}"
     note = f"{about} windows (CPU). In brackets: more than `int2`, or than shaped, mean over the windows' differences."
     return "\n".join([*markdown(["idea", *(f"{name}: KL" for name in names)], table), "", note])
+
+
+def images() -> str:
+    """eval --images of the reader."""
+    from minioscar.evaluation import reading
+
+    report = load("eval-images-reader")
+    found = report["images"]
+    packed = {row["kv"]: " / ".join(f"{n:,}" for n in row["packed"]) for row in found["results"]}
+    note = f"{sum(found['questions']):,} questions ({report['device']}). Tokens that were packed behind the sinks, at "
+    note += f"each size: `oscar` {packed['oscar']}, `int2` {packed['int2']}."
+    return "\n".join([reading.table(found), "", note])
 
 
 def pieces() -> str:
@@ -478,6 +490,7 @@ TABLES = {
     "pieces": pieces,
     "server_tests": server_tests,
     "drift": drift,
+    "images": images,
     "needle": needle,
     "tool_calls": tool_calls,
     "bias_pairs": bias_pairs,
