@@ -205,8 +205,8 @@ def served(hours: float, least: int, seed: int, name: str | None) -> dict[str, A
         model = name or str(write_talker(Path(folder) / "tiny", seed, **make))
         with server(model, *how) as one:
             while asked < least or time.monotonic() < begun + hours * 3600:
-                answered += connect(one, 50 if name else 200, seed + asked, different if name else None)
-                asked += 50 if name else 200
+                answered += connect(one, 25 if name else 200, seed + asked, different if name else None)
+                asked += 25 if name else 200
                 resident.append(resident_mb(one.process.pid))
                 minutes = (time.monotonic() - begun) / 60
                 print(f"{asked} connections, {resident[-1]:.0f} MB, {minutes:.0f} minutes", file=sys.stderr, flush=True)
