@@ -30,6 +30,13 @@ SMALL = 1 << 20  # bytes; larger arguments are tables and workspaces, of which a
 
 
 def kernels_of(e: Engine, batch: int, context: int, copy_rate: float) -> Iterator[dict]:
+    """share: of the kernels' times together, so that of several cards it says what their sums take."""
+    rows = list(timed_kinds(e, batch, context, copy_rate))
+    together = sum(row["us_a_step"] for row in rows)
+    yield from (row | {"share": row["us_a_step"] / together} for row in rows)
+
+
+def timed_kinds(e: Engine, batch: int, context: int, copy_rate: float) -> Iterator[dict]:
     cache = filled(e.config, e.scheme, e.ops, batch, context, 2, e.model.weights)
     decoder = e.ops.decoder(e.model, cache, [RowSampling()] * batch, replay="launches")
     lengths, taken = decoder.batch.lengths, experts_taken(e, batch)

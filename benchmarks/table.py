@@ -80,7 +80,8 @@ COLUMNS: dict[str, list[Column]] = {
     "breakdown": [
         KV, SHAPE, text("  kernel", -34, "kernel"), number("launches", 8, "launches", "d"),
         number("µs each", 9, "us", ".2f"),
-        number("µs a step", 10, "us_a_step", ".0f"), megabytes("MB each", "bytes"),
+        number("µs a step", 10, "us_a_step", ".0f"),
+        ("of all", 7, lambda row: f"{row['share']:.1%}" if "share" in row else ""), megabytes("MB each", "bytes"),
         number("of limit", 9, "fraction_of_limit", ".1%"),
     ],
     "prefill": [

@@ -248,6 +248,8 @@ def section(name: str, report: dict) -> Iterator[str]:
         f"{where}; {versions}; commit `{meta['commit']}`, {meta['date']}. Measured limits: {rates}.",
         "",
     )
+    if "note" in meta and on_gpu(report):
+        yield from (f"{meta['note']}.", "")
     for name_of, figure in bench_figures.drawn_from(name, report).items():
         yield from (f"![{figure.get_label()}](../figures/{name_of}.svg)", "")
     for part, (head, cells) in PARTS.items():
@@ -256,11 +258,8 @@ def section(name: str, report: dict) -> Iterator[str]:
 
 
 def repeats() -> str:
-    """The kernels of h200.json and of the runs under again/: how far apart the medians are."""
-    runs = [
-        load(KERNELS),
-        *(json.loads(path.read_text()) for path in sorted((RESULTS / "again").glob(f"{KERNELS}-*.json"))),
-    ]
+    """The kernels of the runs under again/: how far apart the medians are."""
+    runs = [json.loads(path.read_text()) for path in sorted((RESULTS / "again").glob(f"{KERNELS}-*.json"))]
     rows, apart = [], []
     for same in zip(*(run["kernel"] for run in runs), strict=True):
         op, kv, shape, heads, *_ = kernel_cells(same[0])

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+import numpy as np
+
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
 from minioscar.evaluation.baselines import Kvarn, OscarCov, Ott, StepOnly, TurboQuant
-from minioscar.evaluation.fidelity import with_error
+from minioscar.evaluation.fidelity import standard_error, with_error
 from minioscar.oscar import SCHEMES
 from minioscar.storage.files import replacing
 from minioscar.tables import markdown
@@ -24,7 +26,7 @@ BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", r
 PAGES = (
     "README.md",
     *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels", "weights")),
-    *(f"docs/{name}.md" for name in ("serving", "scale", "benchmarks")),
+    *(f"docs/{name}.md" for name in ("serving", "scale", "benchmarks", "pictures")),
     "docs/results/README.md",
 )
 
@@ -115,12 +117,31 @@ def head_norms() -> str:
     """tools/ideas.py on three models: sinks, and a norm per kv head."""
     names = {"SmolLM2-135M": "", "with key biases": "-key-biases", "with those of Qwen2.5": "-qwen2.5-biases"}
     reports = [load(f"ideas-heads-smollm2-135m{name}") for name in names.values()]
+    each = [{row["kv"]: row for row in report["results"]} for report in reports]
     table = []
-    for rows in zip(*(report["results"] for report in reports), strict=True):
-        name = f"`{rows[0]['kv']}`" if rows[0]["kv"] in SCHEMES else rows[0]["kv"]
-        table.append([name, *("{kl:.4f} ± {kl_se:.4f}".format(**row) for row in rows)])
+    for name in each[0]:
+        plain = "shaped" if name.startswith("shaped") else "int2"
+        cells = []
+        for rows in each:
+            more = np.subtract(rows[name]["kl_by_window"], rows[plain]["kl_by_window"])
+            change = "" if name in ("oscar", plain) else f" ({more.mean():+.4f} ± {standard_error(more):.4f})"
+            cells.append(f"{rows[name]['kl']:.4f}{change}")
+        table.append([f"`{name}`" if name in SCHEMES else name, *cells])
     about = f"{reports[0]['prefill']:,} tokens prefilled, {reports[0]['decode']:,} decoded; {reports[0]['windows']}"
-    return "\n".join([*markdown(["idea", *(f"{name}: KL" for name in names)], table), "", f"{about} windows (CPU)."])
+    note = f"{about} windows (CPU). In brackets: more than `int2`, or than shaped, mean over the windows' differences."
+    return "\n".join([*markdown(["idea", *(f"{name}: KL" for name in names)], table), "", note])
+
+
+def images() -> str:
+    """eval --images of the reader."""
+    from minioscar.evaluation import reading
+
+    report = load("eval-images-reader")
+    found = report["images"]
+    packed = {row["kv"]: " / ".join(f"{n:,}" for n in row["packed"]) for row in found["results"]}
+    note = f"{sum(found['questions']):,} questions ({report['device']}). Tokens that were packed behind the sinks, at "
+    note += f"each size: `oscar` {packed['oscar']}, `int2` {packed['int2']}."
+    return "\n".join([reading.table(found), "", note])
 
 
 def pieces() -> str:
@@ -469,6 +490,7 @@ TABLES = {
     "pieces": pieces,
     "server_tests": server_tests,
     "drift": drift,
+    "images": images,
     "needle": needle,
     "tool_calls": tool_calls,
     "bias_pairs": bias_pairs,
