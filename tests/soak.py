@@ -192,21 +192,21 @@ def resident_mb(process: int | str = "self") -> float:
 
 
 def served(hours: float, least: int, seed: int, name: str | None) -> dict[str, Any]:
-    """So many connections to a server, and more for so many hours. name: a model's (None: a tiny one is made). Raises
-    AssertionError for a wrong answer."""
+    """So many connections to a server, and more for so many hours. name: a model's (None: a tiny one is made); answers
+    of it that differ under load are counted. Raises AssertionError for a wrong answer."""
     from .serving import server
     from .test_serve_smollm2 import connect
     from .tiny import write_talker
 
-    begun, resident, answered, asked = time.monotonic(), [], 0, 0
+    begun, resident, answered, asked, different = time.monotonic(), [], 0, 0, []
     how = "--slots", "4", "--ctx", "1024", "--chunk", "128", "--queue", "1000", "--host-cache", "0.01"
     with tempfile.TemporaryDirectory() as folder:
         make = {"num_hidden_layers": 1, "max_position_embeddings": 8192}
         model = name or str(write_talker(Path(folder) / "tiny", seed, **make))
         with server(model, *how) as one:
             while asked < least or time.monotonic() < begun + hours * 3600:
-                answered += connect(one, 50 if name else 200, seed + asked)
-                asked += 50 if name else 200
+                answered += connect(one, 25 if name else 200, seed + asked, different if name else None)
+                asked += 25 if name else 200
                 resident.append(resident_mb(one.process.pid))
                 minutes = (time.monotonic() - begun) / 60
                 print(f"{asked} connections, {resident[-1]:.0f} MB, {minutes:.0f} minutes", file=sys.stderr, flush=True)
@@ -215,7 +215,8 @@ def served(hours: float, least: int, seed: int, name: str | None) -> dict[str, A
             code = one.end()
     quarters = [round(float(np.median(part)), 1) for part in np.array_split(resident, 4)]
     found = {"model": name or "tiny", "seconds": round(time.monotonic() - begun), "connections": asked}
-    return found | {"answered": answered, "resident_mb_by_quarter": quarters, "exit_code": code, **counted}
+    found |= {"answered": answered, **({"near_ties": len(different)} if name else {})}
+    return found | {"resident_mb_by_quarter": quarters, "exit_code": code, **counted}
 
 
 def spread(seed: int) -> bool:

@@ -144,6 +144,18 @@ def images() -> str:
     return "\n".join([reading.table(found), "", note])
 
 
+def prefix_hits() -> str:
+    """tools.prefix_hits: the window of a cached prompt, kept or fed again."""
+    report, cells = load("prefix-hits-smollm2-135m"), []
+    for row in report["results"]:
+        more = f"{row['more']:+.4f} ± {row['more_se']:.4f}"
+        cells.append([f"`{row['kv']}`", with_error(row, "kept"), with_error(row, "again"), more])
+    size = f"prompts of {report['prompt']:,} tokens and more, {report['decode']} decoded teacher-forced"
+    note = f"SmolLM2-135M: {size}, {report['windows']} windows. Mean and standard error over the windows."
+    head = ["`--kv`", "KL, window kept", "KL, fed again", "more, window by window"]
+    return "\n".join([*markdown(head, cells), "", note])
+
+
 def pieces() -> str:
     """eval --pieces of every model that has a file."""
     cells, sizes = [], {}
@@ -487,7 +499,7 @@ TABLES = {
     "models": models,
     "ideas": ideas,
     "head_norms": head_norms,
-    "pieces": pieces,
+    "pieces": pieces, "prefix_hits": prefix_hits,
     "server_tests": server_tests,
     "drift": drift,
     "images": images,

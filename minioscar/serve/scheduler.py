@@ -253,10 +253,12 @@ class Scheduler:
         self.metrics.read_tokens += sum(batch.counts)
         for row in rows:
             self._publish(row)
-        for row, of_row in zip(rows, logits, strict=True):
-            if self.cache.lengths[row.slot] == len(row.job.ids):  # else nobody waits for the pass
-                self.reading.remove(row)
-                self._begin(row, of_row)
+        whole = [i for i, row in enumerate(rows) if self.cache.lengths[row.slot] == len(row.job.ids)]
+        if whole:  # else nobody waits for the pass
+            self._read_steps()
+        for i in whole:
+            self.reading.remove(rows[i])
+            self._begin(rows[i], logits[i])
 
     def _begin(self, first: Row, logits: Array) -> None:
         """A prompt is read: its answers begin. logits: float32 [vocab] on the back end."""
@@ -336,6 +338,15 @@ class Scheduler:
                 self._take(row, token, self.decoder.logits_of(row.slot) if has_logprobs else None)
             except Failure as error:
                 self._end_job(row.job, error)
+
+    def _read_steps(self) -> None:
+        """All that were launched, each told at once: what follows waits for the pass that was launched behind them."""
+        try:
+            while self.steps:
+                self._read_step()
+                self._post()
+        except (Failure, MemoryError) as error:
+            self._broken(error)
 
     def _take(self, row: Row, token: int, logits: np.ndarray | None) -> None:
         """A new token of an answer. Raises GrammarError, as its matcher does."""
