@@ -86,6 +86,7 @@ def kernel_note() -> str:
         f"by at most {spread:.1%}. "
         f"The copy rate is {copy:.2f} TB/s, "
         "read and written, over the bytes of the cache that a step must read; every window is half full."
+        + (f" Of these rows, {meta['note']}." if "note" in meta else "")
     )
 
 
