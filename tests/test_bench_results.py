@@ -144,8 +144,8 @@ def test_how_far_apart_repeated_runs_are_stands_beside_each_kernel(report, tmp_p
     again = {**report, "meta": {**report["meta"], "commit": "abd"}}
     again["kernel"] = [attention("bf16", 131072, 123.0), attention("int2", 131072, 28.6)]
     (tmp_path / "again").mkdir()
-    for path, run in ((f"{bench_tables.KERNELS}.json", report), (f"again/{bench_tables.KERNELS}-2.json", again)):
-        (tmp_path / path).write_text(json.dumps(run))
+    for i, run in enumerate((report, again)):
+        (tmp_path / "again" / f"{bench_tables.KERNELS}-{i}.json").write_text(json.dumps(run))
     lines = bench_tables.repeats().splitlines()
     assert "| decode attention | `bf16` | 1 x 131,072 | 32 / 8, 128 | 120.00 | 123.00 | 2.5% | 1% |" in lines
     assert "| decode attention | `int2` | 1 x 131,072 | 32 / 8, 128 | 27.50 | 28.60 | 4.0% | 1% |" in lines

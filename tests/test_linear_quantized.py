@@ -187,7 +187,10 @@ def test_the_bound_of_a_product_shows_what_is_wrong(kind, group, seed):
     exist = error > 0  # scales may be 0
     assert np.mean((error <= 2.0**-17 * (abs(x) @ product._code_sizes().T))[exist]) > 0.5 or not exist.any()
     less = np.argsort(abs(w).sum(axis=0))[:-8]  # the largest: a group's scale may be 0
-    for found in (x @ rounded(w).T, x[:, less] @ w[:, less].T) if exist.any() else ():
+    wrong = [x[:, less] @ w[:, less].T] if exist.any() else []
+    if np.mean(rounded(w) != w) > 0.5:  # scales that are subnormal in float16 have so few bits that BF16 holds weights
+        wrong.append(x @ rounded(w).T)
+    for found in wrong:
         assert np.mean(abs(found - y)[exist] > error[exist]) > 0.5
     shown = []
     for at in rng.integers(0, weight.codes.size, 40) if kind == "int4" else ():

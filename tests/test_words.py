@@ -273,8 +273,8 @@ def test_parts_that_are_no_text_are_refused_by_name(folder, capsys, tmp_path):
     code, out, _ = run(capsys, "generate", folder, "--prompts-file", tmp_path / "lines")
     assert code == 2
     assert json.loads(out)["error"] == "this model reads no images; send it text alone"
-    picture[1]["type"] = "video_url"
-    kinds = "part 'video_url'; only parts of the types 'text', 'image' and 'audio' can be read"
+    picture[1]["type"] = "film"
+    kinds = "part 'film'; only parts of the types 'text', 'image', 'audio' and 'video' can be read"
     with pytest.raises(UserError, match=kinds):
         engine.load(folder, "bf16", "cpu").generate([{"role": "user", "content": picture}])
 

@@ -24,13 +24,11 @@ struct Unchanged {
   DEVICE uint4 operator()(uint4 x) const { return x; }
 };
 
-struct Nothing {
-  DEVICE void operator()() const {}
-};
+struct Nothing { DEVICE void operator()() const {} };
 
 // RMSNorm of x to shared memory, all tokens in one pass; a thread has the same columns of each. w: of the norm, this
 // thread's first eight. `sums`: (WARPS + 1) * COLUMNS numbers. then: what is stored of eight normed numbers.
-// meanwhile: what is done once the first loads of x are under way; copies that are started before would delay them.
+// meanwhile: copies that would delay the first loads of x, and are started behind them.
 template <class Then = Unchanged, class Meanwhile = Nothing>
 DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, const bf16* norm, uint4 w, float eps,
                    int tokens, int K, Then then = Then(), Meanwhile meanwhile = Meanwhile()) {
@@ -44,7 +42,7 @@ DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, co
   };
   load(threadIdx.x, 0);
   meanwhile();
-  for (int i = threadIdx.x; i < K / 8; i += THREADS) {
+  for (int i = threadIdx.x; i < K / 8; i += THREADS)
     UNROLL for (int first = 0; first < COLUMNS; first += 4) {
       if (first > 0 || i >= THREADS) load(i, first);
       UNROLL for (int m = 0; m < 4; m++)
@@ -53,7 +51,6 @@ DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, co
           *(uint4*)(to + (first + m) * stride + 16 * i) = a[m];
         }
     }
-  }
   const float token_sum = sums_of_warp(sum);
   if (threadIdx.x % 4 == 0) sums[threadIdx.x % 32 / 4 * WARPS + threadIdx.x / 32] = token_sum;
   __syncthreads();

@@ -11,9 +11,9 @@
 // The time is that of the weights, 4.25 or 8.25 bits each (groups of 128), read once for all tokens. A block has
 // ROW_TILES * 16 rows (of gate and of up) at a time; its warps split k, a chunk of 128 each in rotation, and their sums
 // meet in shared memory. Each warp copies its chunks, codes and scales and without NORM x too, into a ring of its own
-// in shared memory, SLOTS ahead and across the ends of passes, EARLY of them from before the previous launch has ended.
-// Loads wait behind the copies that are under way: x is asked for before the other slots are, and what finishes rows a
-// pass ahead (if EARLY < SLOTS). Normed, x' is in shared memory once, rows 64 B past a line apart (linear.cu).
+// in shared memory, SLOTS ahead and across the ends of passes, EARLY of them before the previous launch has ended.
+// Loads wait behind copies: with EARLY < SLOTS x is asked for before the other slots, and what finishes rows a pass
+// ahead. Normed, x' is in shared memory once, rows 64 B past a line apart (linear.cu).
 // A product waits for the one before it in its sum, so that a warp alone takes as long for a chunk as the memory for
 // those of two: there are 16 warps, and the tiles of a chunk are products side by side. Instructions of a warp for 16
 // rows and 128 k in 4 bits, groups of 128: 40 conversions (two clocks of a pipe each), 8 MMA, 20 for copies, loads and
@@ -147,10 +147,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   Copies next = {codes, scales, x, rows, K, shift, tokens, 0, 0, {}};
   next.seek(blockIdx.x);
   Copies first = next;
-  for (int i = 0; i < EARLY; i++, next.advance()) {
-    if (next.exist()) next.copy_codes(ring + i * slot_bytes);
-    if (NORM) cp_async_commit();
-  }
+  auto fill = [&](int from, int end, bool commits) {
+    for (int i = from; i < end; i++, next.advance()) {
+      if (next.exist()) next.copy_codes(ring + i * slot_bytes);
+      if (commits) cp_async_commit();
+    }
+  };
+  fill(0, EARLY, NORM);
   uint4 norm_first = make_uint4(0, 0, 0, 0);
   if (NORM) {
     load_once(norm_first, norm + 8 * threadIdx.x, threadIdx.x < K / 8);
@@ -160,19 +163,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   wait_then_allow_next();
   if (NORM) {
-    norm_x(normed, stride, sum_buffers, x, norm, norm_first, eps, tokens, K, ScaledX(), [&] {
-      for (int i = EARLY; i < SLOTS; i++, next.advance()) {
-        if (next.exist()) next.copy_codes(ring + i * slot_bytes);
-        cp_async_commit();
-      }
-    });
+    norm_x(normed, stride, sum_buffers, x, norm, norm_first, eps, tokens, K, ScaledX(), [&] { fill(EARLY, SLOTS, 1); });
   } else {
     for (int i = 0; i < SLOTS; i++, first.advance()) {
       if (first.exist()) first.copy_x(ring + i * slot_bytes);
-      if (i >= EARLY) {
-        if (next.exist()) next.copy_codes(ring + i * slot_bytes);
-        next.advance();
-      }
+      if (i >= EARLY) fill(i, i + 1, false);
       cp_async_commit();
     }
   }
