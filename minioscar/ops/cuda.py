@@ -47,6 +47,7 @@ MLP_TOKENS = 8192  # whose gate and up projections are in memory at once
 class Cuda(Reference):
     name = "cuda"
     dtype = BF16
+    recording_type: type[Recording] = Recording
 
     def __init__(self) -> None:
         import cupy
@@ -66,7 +67,7 @@ class Cuda(Reference):
     def recording(self, tokens: int, config: Config) -> Iterator[Recording]:
         """The launches of this context, to be run again, with scratch for so many tokens that is theirs alone."""
         common = self.products
-        with Recording().open() as self.recorded:
+        with self.recording_type().open() as self.recorded:
             self.products = Products(self.xp, self.card)
             self.products.reserve(step_plans(config, tokens, self.card))
             self.recorded.products = self.products

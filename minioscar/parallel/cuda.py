@@ -22,7 +22,7 @@ from ..ops import linear
 from ..ops.cuda import Cuda
 from ..ops.decode import Queue, StepBatch
 from ..ops.launch import Launch, Recording, TensorMap, kernel
-from ..ops.linear import Products, step_plans
+from ..ops.linear import Products
 from ..ops.linear_batch import BATCH_TOKENS
 from ..ops.upload import pinned
 from ..oscar import Scheme
@@ -39,10 +39,25 @@ CHUNKS, CHUNK_TOKENS = 4, 1024  # of a prompt, whose sums are on their way one a
 ZERO = np.zeros(1, np.float32)
 
 
+class SplitRecording(Recording):
+    """Of launches on several cards: addresses in all of their memories are different."""
+
+    def append(self, launch: Launch | Sum) -> None:
+        if isinstance(launch, Sum):
+            self.launches.append(Sum(self._released(launch.arrays)))
+        else:
+            super().append(launch)
+
+    def _released(self, a: Any) -> Any:
+        return Ranks(map(self._released, a.values)) if isinstance(a, Ranks) else super()._released(a)
+
+
 class SplitCuda(Split, Cuda):
     """ranks: of each card, made while it is the current one. devices: of each (None: the first ones); one that has
     several ranks, as tests have it, gives each a stream of its own, so that none waits behind another in a sum.
     """
+
+    recording_type = SplitRecording
 
     def __init__(
         self, ranks: Sequence[Cuda], config: Config, pushed: int = PUSHED, devices: Sequence[int] | None = None
@@ -90,18 +105,6 @@ class SplitCuda(Split, Cuda):
                     ops.run(launch_of(launch, rank))
         if self.recorded is not None:
             self.recorded.append(launch)
-
-    @contextmanager
-    def recording(self, tokens: int, config: Config) -> Iterator[Recording]:
-        common = self.products
-        with SplitRecording().open() as self.recorded:
-            self.products = Products(self.xp, self.card)
-            self.products.reserve(step_plans(config, tokens, self.card))
-            self.recorded.products = self.products
-            try:
-                yield self.recorded
-            finally:
-                self.products, self.recorded = common, None
 
     def cache_type(self, config: Config, scheme: Scheme) -> type[LayerCache]:
         return split_kernel_cache(self.ranks[0].cache_type(config, scheme), self.cards)
@@ -211,19 +214,6 @@ def launch_of(launch: Launch, rank: int) -> Launch:
         return replace(a, array=of_rank(a.array, rank)) if isinstance(a, TensorMap) else of_rank(a, rank)
 
     return replace(launch, args=tuple(map(own, launch.args)))
-
-
-class SplitRecording(Recording):
-    """Of launches on several cards: addresses in all of their memories are different."""
-
-    def append(self, launch: Launch | Sum) -> None:
-        if isinstance(launch, Sum):
-            self.launches.append(Sum(self._released(launch.arrays)))
-        else:
-            super().append(launch)
-
-    def _released(self, a: Any) -> Any:
-        return Ranks(map(self._released, a.values)) if isinstance(a, Ranks) else super()._released(a)
 
 
 @contextmanager
