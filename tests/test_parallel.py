@@ -232,22 +232,23 @@ def test_a_card_that_fails_ends_the_run_with_a_line_that_names_it(monkeypatch):
 
 
 def test_blocks_come_back_from_the_host_to_all_cards(tmp_path, seed):
-    folder = write_model(tmp_path / "m", seed)
+    """Bit for bit: a prompt goes on over them as over blocks that nobody else was given."""
+    e = over(write_model(tmp_path / "m", seed), "int2", 2)
     ids, found = np.random.default_rng(seed).integers(0, 160, 460).tolist(), []
-    for e in (load(folder, "int2"), over(folder, "int2", 2)):
-        cache = e.new_cache(2, 512, partial(PooledCache, blocks=4, on_host=8))
+    for blocks in (4, 8):
+        cache = e.new_cache(2, 512, partial(PooledCache, blocks=blocks, on_host=8))
         cache.reserve(0, 400)
         e.model.forward(np.array(ids[:400]), cache, cache.batch_for([0], [400]))
         cache.publish(0, ids[:400])
         cache.reset(0)
-        cache.reserve(1, 512)  # all blocks, for another text
+        cache.reserve(1, 512)  # 4 blocks, for another text
         e.model.forward(np.array(ids[:400][::-1]), cache, cache.batch_for([1], [400]))
         cache.reset(1)
         left = cache.begin_with(0, cache.match(list(chained_keys(ids)), 460))
-        assert left and cache.restored == left // 128
+        assert left and cache.restored == (left // 128 if blocks == 4 else 0)
         cache.reserve(0, 460)
         found.append(e.model.forward(np.array(ids[left:]), cache, cache.batch_for([0], [460 - left])))
-    assert relative(found[1], found[0]) < 1e-5
+    np.testing.assert_array_equal(*found)
 
 
 def test_debug_names_damaged_weights_of_any_card(tmp_path):

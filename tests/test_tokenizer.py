@@ -737,8 +737,8 @@ def test_fields_of_a_message_beyond_role_and_content_reach_the_template(tmp_path
         ([{"role": "user", "content": "a"}, {"role": "user", "content": 7}], r"messages\[1\] has no content"),
         ([{"role": "assistant", "content": None}], r"messages\[0\] has no content"),
         (
-            [{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}],
-            "part 'video_url'; only parts of the types 'text', 'image' and 'audio'"
+            [{"role": "user", "content": [{"type": "film", "film": {}}]}],
+            "part 'film'; only parts of the types 'text', 'image', 'audio' and 'video'"
         ),
         ([{"role": "user", "content": ["a"]}], "part 'a'; only parts of the types 'text'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "part without its text"),
