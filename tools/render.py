@@ -144,6 +144,23 @@ def images() -> str:
     return "\n".join([reading.table(found), "", note])
 
 
+def same_window() -> str:
+    """eval --window of every model that has a file: what is rounding and what is the window."""
+    cells, sizes = [], []
+    for path in sorted(RESULTS.glob("eval-window-*.json")):
+        report, model = load(path.stem), path.stem.removeprefix("eval-window-")
+        paper = next(row for row in report["results"] if row["kv"] == "oscar")
+        where = {"cuda": "H200"}.get(report["device"], "CPU")
+        size = f"{report['prefill']:,} tokens read, {report['decode']:,} decoded teacher-forced"
+        sizes.append(f"`{model}`: {size}, {report['windows']} windows ({where})")
+        for row in report["results"][1:]:
+            window = "{} / {}".format(*report["window"])
+            share = f"{row['kl'] / paper['kl']:.2f}"
+            cells.append([f"`{model}`", f"`{row['kv']}`", window, with_error(row, "kl"), share])
+    head = ["model", "`--kv`", "packed at a time / kept", "KL", "of `oscar`'s"]
+    return "\n".join([*markdown(head, cells), "", f"{'; '.join(sizes)}. Mean and standard error over the windows."])
+
+
 def prefix_hits() -> str:
     """tools.prefix_hits: the window of a cached prompt, kept or fed again."""
     report, cells = load("prefix-hits-smollm2-135m"), []
@@ -499,7 +516,7 @@ TABLES = {
     "models": models,
     "ideas": ideas,
     "head_norms": head_norms,
-    "pieces": pieces, "prefix_hits": prefix_hits,
+    "pieces": pieces, "prefix_hits": prefix_hits, "same_window": same_window,
     "server_tests": server_tests,
     "drift": drift,
     "images": images,
