@@ -25,6 +25,7 @@ from minioscar.quantized import mapped as of_array
 from minioscar.sampling import RowSampling, Sampling, next_token, sample
 from minioscar.weights import Layer, Weights
 
+from .choices import Choices, gaps
 from .test_cuda_backend import SIMULATED, _card, _simulated, _simulated_hopper, on_each_backend
 from .tiny import MOE, blank_weights, load, relative, write_model
 
@@ -84,11 +85,11 @@ def mapped(weights: Weights, change, xp=np) -> Weights:
     + [("qwen2", "shaped"), ("qwen2", "int2-compact"), ("qwen2", "k4v2"), ("llama", "int2-long")]
     + [("qwen3_moe", kv) for kv in ("bf16", "int2", "int2-compact", "oscar", "kivi", "int4")],
 )
-def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed, windows):
+def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed, windows, monkeypatch):
     """Over two steps, the window of one row filled and packed on the way.
 
     The reference goes on with the back end's cache, once that is seen to be nearly its own: activations in BF16 put a
-    hundredth of the keys at another of four levels, which is not what is tested here.
+    hundredth of the keys at another of four levels, which is not what is tested here. Nor is which experts nearly tie.
     """
     folder = write_model(
         tmp_path / "m", seed,
@@ -99,6 +100,7 @@ def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed, 
     reference, engine, ops = of_backend(make, folder, kv)
     for of in (reference, engine):  # as quantized weights want it
         of.model.rotates_values = "rotating values" in family
+    choices = Choices(monkeypatch)
     step = prepared(engine, ops, prompts)
     cache = Cache(reference.config, reference.scheme, len(prompts), 140, reference.ops)
     reference.model.forward(
@@ -108,8 +110,9 @@ def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed, 
     for _ in range(2):
         for slot in range(3):
             adopt(reference, cache, step, slot)
-        want = reference.model.forward(ids, cache, cache.batch_for([0, 1, 2], [1, 1, 1]))
         step.work.replay()
+        with choices.taken(ops, choices.made[-1:], 0.03):
+            want = reference.model.forward(ids, cache, cache.batch_for([0, 1, 2], [1, 1, 1]))
         got = np.array(ops.numpy(step.work.logits))[:3]
         print(f"{relative(got, want):.4f}")
         assert relative(got, want) < 0.03
@@ -123,7 +126,9 @@ def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed, 
 @pytest.mark.parametrize("kind", BITS)
 @pytest.mark.parametrize("rows", [2, 11])
 @pytest.mark.parametrize("changes", [{}, MOE | {"moe_intermediate_size": 32}], ids=["dense", "experts"])
-def test_a_step_with_quantized_weights_is_that_of_the_dequantized(make, kind, rows, changes, tmp_path, seed):
+def test_a_step_with_quantized_weights_is_that_of_the_dequantized(
+    make, kind, rows, changes, tmp_path, seed, monkeypatch
+):
     folder = write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1, **changes)
     reference, engine, ops = of_backend(make, folder, "bf16")
     plain = {}
@@ -137,14 +142,16 @@ def test_a_step_with_quantized_weights_is_that_of_the_dequantized(make, kind, ro
     reference.model.weights = of_matrices(before := reference.model.weights, numbers)
     engine.model.weights = of_matrices(before, lambda x: ops.quantized(on(codes(x), ops.xp)), ops.array)
     prompts = [np.random.default_rng(seed + n).integers(0, 160, 1 + 20 * n % 9) for n in range(rows)]
+    choices = Choices(monkeypatch)
     step = prepared(engine, ops, prompts)
     cache = Cache(reference.config, reference.scheme, rows, 16, reference.ops)
     slots = [i for i, ids in enumerate(prompts) if len(ids) > 1]
     counts = [len(prompts[i]) - 1 for i in slots]
     reference.model.forward(np.concatenate([prompts[i][:-1] for i in slots]), cache, cache.batch_for(slots, counts))
     ids = np.array([p[-1] for p in prompts])
-    want = reference.model.forward(ids, cache, cache.batch_for(list(range(rows)), [1] * rows))
     step.work.replay()
+    with choices.taken(ops, choices.made[-1:], 0.03):
+        want = reference.model.forward(ids, cache, cache.batch_for(list(range(rows)), [1] * rows))
     got = np.array(ops.numpy(step.work.logits))[:rows]
     print(f"{relative(got, want):.4f}")
     assert relative(got, want) < 0.03
@@ -198,16 +205,26 @@ MANY_ROWS = [
 
 
 @pytest.mark.parametrize(("make", "rows", "changes"), MANY_ROWS)
-def test_many_rows_give_what_each_gives_alone(make, rows, changes, tmp_path, seed):
+def test_many_rows_give_what_each_gives_alone(make, rows, changes, tmp_path, seed, monkeypatch):
     """Ten rows take the products of linear_batch.cu, forty of sm90/linear_batch.cu where there is one, one those of
-    linear.cu: equal within the roundings of BF16."""
+    linear.cu: equal within the roundings of BF16. Of experts the row is taken whose choice is the clearest."""
     folder = write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1, **changes)
     prompts = [np.random.default_rng(seed + n).integers(0, 160, 1 + n % 9) for n in range(rows - 1)]
-    _, engine, ops = of_backend(make, folder, "int2")
-    together, alone = prepared(engine, ops, prompts), prepared(engine, ops, prompts[4:5])
+    reference, engine, ops = of_backend(make, folder, "int2")
+    row = clearest(reference, prompts, monkeypatch) if changes else 4
+    together, alone = prepared(engine, ops, prompts), prepared(engine, ops, prompts[row : row + 1])
     for step in (together, alone):
         step.work.replay()
-    assert relative(np.array(ops.numpy(together.work.logits))[4], np.array(ops.numpy(alone.work.logits))[0]) < 0.02
+    assert relative(np.array(ops.numpy(together.work.logits))[row], np.array(ops.numpy(alone.work.logits))[0]) < 0.02
+
+
+def clearest(reference, prompts: list[np.ndarray], monkeypatch) -> int:
+    """The prompt behind whose last token no other expert is near."""
+    counts = list(map(len, prompts))
+    cache = Cache(reference.config, reference.scheme, len(prompts), max(counts), reference.ops)
+    batch = cache.batch_for(list(range(len(prompts))), counts)
+    found = gaps(monkeypatch, lambda: reference.model.forward(np.concatenate(prompts), cache, batch))
+    return int(found[np.cumsum(counts) - 1].argmax())
 
 
 @on_each_backend

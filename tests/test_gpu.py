@@ -20,14 +20,13 @@ from minioscar.config import MODEL_TYPES, WITH_TOWERS
 from minioscar.evaluation.fidelity import default_text
 from minioscar.evaluation.teacher_forcing import divergence, log_softmax, next_flush
 from minioscar.ops import upload
-from minioscar.ops.experts import Routes
-from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling
 from minioscar.storage import hub
 from minioscar.storage.checkpoint import _tensors
 from minioscar.weights import arrays
 
+from .choices import Choices
 from .tiny import MOE, load, relative, write_model
 
 pytestmark = pytest.mark.gpu
@@ -48,27 +47,16 @@ def test_tiny_models_of_every_family(family, kv, tmp_path, seed):
 
 @pytest.mark.parametrize("kv", SCHEMES)
 def test_tiny_models_of_experts(kv, tmp_path, seed, monkeypatch):
-    """As of every family, when NumPy takes the experts that the card took. Where it would have taken others, the two
-    nearly tie: logits of a router that are off by 0.05 of their size, as the model's are, change places."""
+    """As of every family, when NumPy takes the experts that the card took."""
     folder = write_model(tmp_path / "m", seed, head_dim=64, **MOE)
     ids = np.random.default_rng(seed).integers(0, 160, 140)
-    engines, taken, allocate = [load(folder, kv, device) for device in ("cuda", "cpu")], [], Routes.allocate
-    monkeypatch.setattr(Routes, "allocate", lambda *given: taken.append(allocate(*given)) or taken[-1])
+    engines, choices = [load(folder, kv, device) for device in ("cuda", "cpu")], Choices(monkeypatch)
     got = engines[0].logits(ids)
-    choices, gaps = [routes.chosen.get() for routes in taken], []
-
-    def route(self, logits, experts):
-        chosen = choices.pop(0).reshape(-1, experts.per_token)
-        given, own = np.take_along_axis(logits, chosen, axis=1), -np.sort(-logits, axis=1)[:, : experts.per_token]
-        gaps.append((own.min(axis=1) - given.min(axis=1)) / logits.std())
-        summed = np.exp(given if experts.normalized else logits).sum(axis=1, keepdims=True)
-        return chosen, np.exp(given) / summed
-
-    monkeypatch.setattr(Reference, "route", route)
-    want, gaps = engines[1].logits(ids), np.concatenate(gaps)
-    print(f"{(gaps > 0).sum()} of {gaps.size} differ, by {gaps.max():.3f}; error {relative(got, want):.3f}")
-    assert not choices and gaps.size == 2 * len(ids)
-    assert gaps.max() < 2 * 0.05 and relative(got, want) < 0.05
+    with choices.taken(engines[0].ops, choices.made, 0.05):
+        want = engines[1].logits(ids)
+    print(f"error {relative(got, want):.3f}")
+    assert choices.gaps.size == 2 * len(ids)
+    assert relative(got, want) < 0.05
 
 
 def test_two_runs_give_the_same_bits(tmp_path):
