@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 
 from minioscar.config import Experts
-from minioscar.ops import attention, experts, linear, linear_batch, prefill, quantized, sample
+from minioscar.experts import plans as experts
+from minioscar.ops import attention, linear, linear_batch, prefill, sample
 from minioscar.ops.cubins import KERNELS, options
 from minioscar.ops.cubins import source as text_of
 from minioscar.ops.launch import SHARED_KIB, Card, Launch
@@ -32,6 +33,7 @@ from minioscar.oscar import SCHEMES
 from minioscar.parallel.collectives import Links
 from minioscar.parallel.ranks import Namespace, Ranks
 from minioscar.quantized import Q4, Q8
+from minioscar.quantized import plans as quantized
 from minioscar.sampling import RowSampling, Sampling
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install 'minioscar[nvrtc]'")

@@ -23,9 +23,10 @@ from ..cache import BF16, Cache, LayerCache
 from ..config import Config
 from ..decoding import Decoder, Stepper
 from ..errors import Failure
+from ..experts import plans as experts
 from ..oscar import SCHEMES, Scheme
 from ..sampling import NOT_FINITE, RowSampling, history
-from . import attention, experts
+from . import attention
 from .attention import DecodeState, Heads
 from .launch import Card, Launch
 from .linear_batch import BATCH_TOKENS

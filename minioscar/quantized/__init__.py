@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .formats.plain import E4M3, Plain
+from ..formats.plain import E4M3, Plain
 
 Array = Any
 Repack = Callable[[Plain], Array]  # codes -> words, on a card
