@@ -304,6 +304,7 @@ on_two = pytest.mark.parametrize(
 )  # fmt: skip
 
 
+@pytest.mark.long
 @on_two
 def test_a_long_prompt_is_multiplied_with_what_codes_stand_for(make, tmp_path, seed, one_at_a_time, monkeypatch):
     """Each card dequantizes its share for cuBLAS, here of prompts that are longer than eight tokens."""
@@ -323,6 +324,7 @@ def test_a_long_prompt_is_multiplied_with_what_codes_stand_for(make, tmp_path, s
     assert relative(np.array(e.logits(ids)), reference.logits(ids)) < 0.03
 
 
+@pytest.mark.long
 @on_two
 @pytest.mark.parametrize(("name", "changes"), [("awq-gemm", {}), ("fp8", {}), ("ct-int4", EXPERTS)])
 def test_two_cards_by_kernels_are_the_quantized_model(make, name, changes, tmp_path, seed, one_at_a_time):
