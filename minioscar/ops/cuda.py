@@ -27,6 +27,8 @@ from ..oscar import Scheme
 from ..quantized import Quantized, mapped
 from ..quantized import on_card as quantized
 from ..sampling import RowSampling
+from ..sm90.prefill_attention import split_plan
+from ..storage.upload import Buffers, Upload, pinned
 from ..towers.media import Inputs
 from ..weights import Layer, Tensor, Weights, bytes_of
 from . import attention, linear, prefill
@@ -40,7 +42,6 @@ from .linear_batch import BATCH_TOKENS
 from .paged import KernelCache, kernel_cache
 from .reference import Reference
 from .sample import drawing_bytes
-from .upload import Buffers, Upload, pinned
 
 Array = Any
 MLP_TOKENS = 8192  # whose gate and up projections are in memory at once
@@ -129,7 +130,7 @@ class Cuda(Reference):
     def _prefill_bytes(self, c: Config, tokens: int, context: int) -> int:
         """While attention reads keys and values in BF16, or while the MLP runs."""
         heads, width = Heads.of(c), self.dtype.itemsize
-        split = prefill.split_plan(heads, tokens, 1, context - tokens, self.card)
+        split = split_plan(heads, tokens, 1, context - tokens, self.card)
         attending = width * tokens * (c.hidden_size + 2 * c.q_size + c.qkv_size + c.kv_size)  # x, qkv, q, k, y
         attending += prefill.past_bytes(heads, tokens, context, self.card) + (split.nbytes(c.head_dim) if split else 0)
         if c.experts:

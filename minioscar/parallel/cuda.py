@@ -24,9 +24,9 @@ from ..ops.decode import Queue, StepBatch
 from ..ops.launch import Launch, Recording, TensorMap, kernel
 from ..ops.linear import Products
 from ..ops.linear_batch import BATCH_TOKENS
-from ..ops.upload import pinned
 from ..oscar import Scheme
 from ..sampling import RowSampling
+from ..storage.upload import pinned
 from ..weights import Layer
 from .backend import Split
 from .caches import split_kernel_cache

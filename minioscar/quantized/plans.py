@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..ops.launch import Card, Launch, TensorMap
-from ..ops.linear_batch import BATCH_TOKENS, MAX_STAGES, MAX_WGMMA_STAGES, BatchPlan, Scratch, share_slabs
+from ..ops.linear_batch import BATCH_TOKENS, MAX_STAGES, BatchPlan, Scratch, share_slabs
+from ..sm90.linear_batch import MAX_WGMMA_STAGES
 from . import ROWS, RUN, Quantized
 
 Array = Any
