@@ -28,9 +28,10 @@ from ..quantized import Quantized, mapped
 from ..quantized import on_card as quantized
 from ..sampling import RowSampling
 from ..sm90.prefill_attention import split_plan
+from ..storage.checkpoint import Tensor
 from ..storage.upload import Buffers, Upload, pinned
 from ..towers.media import Inputs
-from ..weights import Layer, Tensor, Weights, bytes_of
+from ..weights import Layer, Weights, bytes_of
 from . import attention, linear, prefill
 from .attention import HEAD_DIMS, Heads
 from .cubins import Program, compile_all

@@ -106,6 +106,13 @@ class SplitCuda(Split, Cuda):
         if self.recorded is not None:
             self.recorded.append(launch)
 
+    def spread(self, x: Array) -> Ranks:
+        import cupy
+
+        with self.on(0):
+            cupy.cuda.Device().synchronize()  # others copy it on streams of their own
+        return super().spread(x)
+
     def cache_type(self, config: Config, scheme: Scheme) -> type[LayerCache]:
         return split_kernel_cache(self.ranks[0].cache_type(config, scheme), self.cards)
 

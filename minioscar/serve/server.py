@@ -140,8 +140,9 @@ def host_blocks(engine: Engine, plan: Plan, context: int) -> int:
 
 def media_bytes(engine: Engine, plan: Plan, context: int | None) -> int:
     """What is left free for pictures and sounds, which are read when they are asked about."""
-    longest = context or engine.config.max_context
-    return bytes_of_media(engine.config.towers, engine.ops, min(plan.media_tokens, longest), min(plan.chunk, longest))
+    longest, ops = context or engine.config.max_context, engine.ops
+    one = bytes_of_media(engine.config.towers, ops, min(plan.media_tokens, longest), min(plan.chunk, longest))
+    return ops.cards * one
 
 
 def check_media(engine: Engine, plan: Plan, context: int) -> None:

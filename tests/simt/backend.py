@@ -154,7 +154,7 @@ class SplitSimt(SplitCuda):
     """Several cards in the simulated memory, whose launches run one after the other: those in which all take part run
     phase by phase."""
 
-    on = Split.on
+    on, spread = Split.on, Split.spread
     recording = Simt.recording
     prepare = Reference.prepare
 
