@@ -22,6 +22,7 @@ from minioscar.layer_cache import BF16, BLOCK_TOKENS, blocks_of
 from minioscar.ops import attention, linear, prefill, sample
 from minioscar.ops.launch import Card, Launch, run
 from minioscar.sampling import RowSampling, Sampling
+from minioscar.sm90 import prefill_attention as sm90
 
 Array = Any
 HEADS = attention.Heads(32, 8, 128)
@@ -153,25 +154,25 @@ def prefill_after(past: int, new: int, rng: Any) -> Callable[[], None]:
     stride = h.kv_heads * h.head_dim
     rows = (cupy.asarray([n], np.int32) for n in (0, 0, past, new))
     new_tokens = attention.PrefillTokens(k, v, stride, stride, *rows, new)
-    if prefill.tiled(h.head_dim, card):
+    if sm90.tiled(h.head_dim, card):
         tiles = tiles_for(past + new, new_tokens.first_rows)
-        run(prefill.fill_tiles(h, new_tokens, older, past + new, tiles))
+        run(sm90.fill_tiles(h, new_tokens, older, past + new, tiles))
         older = tiles
-    plan = prefill.split_plan(h, new, 1, past, card)
-    splits = plan and prefill.KeySplits.allocate(cupy, plan, h.head_dim)
+    plan = sm90.split_plan(h, new, 1, past, card)
+    splits = plan and sm90.KeySplits.allocate(cupy, plan, h.head_dim)
     launch = prefill.prefill_attention(h, q, new_tokens, older, cupy.empty_like(q), card, splits=splits)
     return lambda: run(launch)
 
 
-def tiles_for(tokens: int, first: Array) -> prefill.Tiles:
+def tiles_for(tokens: int, first: Array) -> sm90.Tiles:
     """Unwritten."""
-    return prefill.Tiles.allocate(cupy, HEADS, -(-tokens // prefill.TILE_TOKENS), first)
+    return sm90.Tiles.allocate(cupy, HEADS, -(-tokens // sm90.TILE_TOKENS), first)
 
 
 def unpacking(tokens: int, rng: Any) -> Callable[[], None]:
     case = Case("int2", 1, tokens, HEADS)
     keys, values = (cupy.empty((1, HEADS.kv_heads, tokens, HEADS.head_dim), BF16) for _ in "kv")
-    tiled = prefill.tiled(HEADS.head_dim, Card.current())
+    tiled = sm90.tiled(HEADS.head_dim, Card.current())
     to = tiles_for(tokens, cupy.zeros(1, np.int32)) if tiled else (keys, values)
     launch = prefill.unpack(HEADS, case.scheme, None, cupy.asarray([tokens], np.int32), tokens, filled(case, rng), to)
     return lambda: run(launch)

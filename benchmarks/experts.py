@@ -15,11 +15,11 @@ from benchmarks.kernels import random_bf16
 from benchmarks.measure import graph_time
 from minioscar.cache import BF16
 from minioscar.config import Experts
-from minioscar.ops import experts
-from minioscar.ops.experts import FEW, Product, Routes
+from minioscar.experts import plans as experts
+from minioscar.experts.plans import FEW, Product, Routes
+from minioscar.experts.reference import route
 from minioscar.ops.launch import Card, Launch, run
 from minioscar.ops.linear_batch import BATCH_TOKENS
-from minioscar.ops.reference import Reference
 
 Array = Any
 SHAPE, HIDDEN, INTER = Experts(128, 8, True), 2048, 768
@@ -74,5 +74,5 @@ def launches(layer: SimpleNamespace, tokens: int, rng: Any) -> dict[str, list]:
             for launch in of_kind:
                 run(launch)  # what the next ones read is there
             found.setdefault(name, []).append(of_kind)
-        found.setdefault("chosen", []).append(Reference().route(cupy.asnumpy(logits), e)[0])
+        found.setdefault("chosen", []).append(route(cupy.asnumpy(logits), e)[0])
     return found

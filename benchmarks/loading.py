@@ -101,7 +101,7 @@ def copy_rate(ops: Reference) -> float:
 
 
 def _pinned_copies(ops: Reference) -> Iterator[float]:
-    from minioscar.ops.upload import pinned
+    from minioscar.storage.upload import pinned
 
     source, there = pinned((COPIED,), np.uint8), ops.xp.empty(COPIED, np.uint8)
     source.fill(1)

@@ -17,6 +17,7 @@ from minioscar import oscar
 from minioscar.cache import Batch, Cache, NewTokens
 from minioscar.config import Config
 from minioscar.engine import Engine
+from minioscar.experts.reference import route
 from minioscar.ops.reference import Reference
 from minioscar.oscar import WINDOW, Scheme
 from minioscar.parallel.backend import Split
@@ -95,7 +96,7 @@ class Taken:
 
     def experts(self, x: Array, layer: Layer, config: Config, batch: Batch) -> Array:
         logits = self.ops.linear(x, layer.router, norm=(layer.post_norm, config.rms_norm_eps), float32=True)
-        self.counts.append(len(np.unique(Reference().route(self.ops.numpy(logits), config.experts)[0])))
+        self.counts.append(len(np.unique(route(self.ops.numpy(logits), config.experts)[0])))
         return self.ops.experts(x, layer, config, batch)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minioscar.ops.experts import Product, Routes
-from minioscar.ops.reference import Reference
+from minioscar.experts import reference
+from minioscar.experts.plans import Product, Routes
 
 
 class Choices:
@@ -37,12 +37,12 @@ class Choices:
         size, as the model's are, change places.
         """
         of_layers = [np.array(ops.numpy(m.chosen if isinstance(m, Routes) else m)) for m in made]
-        own_route, gaps = Reference.route, []
+        own_route, gaps = reference.route, []
 
-        def route(reference: Reference, logits: np.ndarray, experts: Any) -> tuple[np.ndarray, np.ndarray]:
+        def route(logits: np.ndarray, experts: Any, xp: Any) -> tuple[np.ndarray, np.ndarray]:
             there = of_layers.pop(0)
             if there.ndim == 2:
-                there = own_route(reference, there, experts)[0]
+                there = own_route(there, experts)[0]
             chosen = there.reshape(-1, experts.per_token)[: len(logits)]
             given, own = np.take_along_axis(logits, chosen, axis=1), -np.sort(-logits, axis=1)[:, : experts.per_token]
             gaps.append((own.min(axis=1) - given.min(axis=1)) / logits.std())
@@ -50,7 +50,7 @@ class Choices:
             return chosen, np.exp(given) / summed
 
         with self.monkeypatch.context() as here:
-            here.setattr(Reference, "route", route)
+            here.setattr(reference, "route", route)
             yield
         assert not of_layers
         if gaps:
@@ -61,14 +61,14 @@ class Choices:
 
 def gaps(monkeypatch: pytest.MonkeyPatch, forward: Any) -> np.ndarray:
     """How far the last expert that each token takes is from the next, in logits, while `forward()` runs on NumPy."""
-    found, own_route = [], Reference.route
+    found, own_route = [], reference.route
 
-    def route(reference: Reference, logits: np.ndarray, experts: Any) -> tuple[np.ndarray, np.ndarray]:
+    def route(logits: np.ndarray, experts: Any, xp: Any) -> tuple[np.ndarray, np.ndarray]:
         ordered = np.sort(logits, axis=1)
         found.append(ordered[:, -experts.per_token] - ordered[:, -experts.per_token - 1])
-        return own_route(reference, logits, experts)
+        return own_route(logits, experts)
 
     with monkeypatch.context() as here:
-        here.setattr(Reference, "route", route)
+        here.setattr(reference, "route", route)
         forward()
     return np.min(found, axis=0)

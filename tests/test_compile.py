@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 
 from minioscar.config import Experts
-from minioscar.ops import attention, experts, linear, linear_batch, prefill, quantized, sample
+from minioscar.experts import plans as experts
+from minioscar.ops import attention, linear, linear_batch, prefill, sample
 from minioscar.ops.cubins import KERNELS, options
 from minioscar.ops.cubins import source as text_of
 from minioscar.ops.launch import SHARED_KIB, Card, Launch
@@ -32,7 +33,10 @@ from minioscar.oscar import SCHEMES
 from minioscar.parallel.collectives import Links
 from minioscar.parallel.ranks import Namespace, Ranks
 from minioscar.quantized import Q4, Q8
+from minioscar.quantized import plans as quantized
 from minioscar.sampling import RowSampling, Sampling
+from minioscar.sm90 import linear_batch as wgmma
+from minioscar.sm90 import prefill_attention as sm90
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install 'minioscar[nvrtc]'")
 
@@ -81,16 +85,16 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
             found[f"{launch.name} {kv} d{dim}"] = launch
     for dim, q_per_kv in [(128, 4)] + [(64, 3), (96, 1), (256, 8)] * everything:
         heads = attention.Heads(2 * q_per_kv, 2, dim)
-        past = prefill.Tiles(out, out, ints) if prefill.tiled(dim, card) else None
+        past = sm90.Tiles(out, out, ints) if sm90.tiled(dim, card) else None
         found[f"prefill_attention d{dim} {q_per_kv}:1"] = prefill.prefill_attention(heads, out, new, past, out, card)
         if past:
-            found[f"prefill_tiles d{dim}"] = prefill.fill_tiles(heads, new, None, 1, past)
+            found[f"prefill_tiles d{dim}"] = sm90.fill_tiles(heads, new, None, 1, past)
     for dim in (96, *((64, 128) if everything else ())):
         x = np.empty((4, 1, 2, dim), np.uint16)
         found[f"full_attention d{dim}"] = prefill.full_attention(x, ints, ints, card, 1.0)
     for kv, dim in [("int2", 128)] + PACKED[1:] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
-        to = prefill.Tiles(past, past, ints) if prefill.tiled(dim, card) else (past, past)
+        to = sm90.Tiles(past, past, ints) if sm90.tiled(dim, card) else (past, past)
         found[f"unpack {kv} d{dim}"] = prefill.unpack(attention.Heads(2, 2, dim), SCHEMES[kv], ints, ints, 1, cache, to)
     for dim in (128, *((64, 256) if everything else ())):
         rotation = attention.Rotation(attention.Heads(8, 2, dim), out, out, True)
@@ -121,13 +125,13 @@ def linear_launches(card: Card, everything: bool) -> dict[str, Launch]:
         x, weight, y = np.empty((tokens, 4096)), np.empty((24576, 4096), np.uint8), np.empty((1, 1), np.uint16)
         plan = linear_batch.batch_plan(tokens, 4096, 24576, True, card)
         found[f"linear_batch of {tokens}"] = linear_batch.linear_batch(x, weight, y, plan, scratch, silu=True)
-    for warpgroups, tile in linear_batch.MAX_TILE_ROWS.items() if everything else ():  # the largest sums
+    for warpgroups, tile in wgmma.MAX_TILE_ROWS.items() if everything else ():  # the largest sums
         x, weight, y = (
             np.empty((64 * warpgroups, 4096)),
             np.empty((2 * tile, 4096), np.uint8),
             np.empty((1, 1), np.uint16),
         )
-        plans = linear_batch.wgmma_configs(64 * warpgroups, 4096, 2 * tile, False, card)
+        plans = wgmma.wgmma_configs(64 * warpgroups, 4096, 2 * tile, False, card)
         plan, label = next(p for p in plans if p.rows == tile), f"linear_batch of {64 * warpgroups}, tiles of {tile}"
         found[label] = linear_batch.linear_batch(x, weight, y, plan, scratch)
     found["embed"], found["advance"] = linear.embed(out[None], ints, out), sample.advance(ints, ints)

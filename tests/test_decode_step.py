@@ -12,10 +12,10 @@ import pytest
 
 from benchmarks import presets
 from minioscar.cache import BF16, Cache
+from minioscar.experts import plans as experts
 from minioscar.formats import rounding
 from minioscar.formats.plain import BITS, Plain
 from minioscar.model import Model
-from minioscar.ops import experts
 from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode import StepBatch, StepDecoder, unsupported
 from minioscar.ops.launch import Card

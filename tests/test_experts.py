@@ -12,12 +12,15 @@ import pytest
 
 from minioscar.cache import BF16
 from minioscar.config import Config, Experts
+from minioscar.experts import plans as experts
+from minioscar.experts.plans import Product, Routes
+from minioscar.experts.reference import route
 from minioscar.formats.plain import BITS, Plain
-from minioscar.ops import experts, linear, quantized
-from minioscar.ops.experts import Product, Routes
+from minioscar.ops import linear
 from minioscar.ops.launch import Card
 from minioscar.ops.reference import Reference
 from minioscar.quantized import Quantized, from_plain, mapped
+from minioscar.quantized import plans as quantized
 
 from .kernel_device import on_each_device, on_the_card
 from .tiny import CONFIG, MOE
@@ -27,11 +30,11 @@ EPS, CARD = 1e-5, Card(3, 80)
 
 def test_a_router_takes_the_largest_logits_and_of_equal_ones_the_first():
     logits = np.array([[1, 3, 2, 3, 0], [0, 0, -0.0, 0, 0], [-1, -np.inf, 5, 5, 5]], np.float32)
-    chosen, weights = Reference().route(logits, Experts(5, 3, True))
+    chosen, weights = route(logits, Experts(5, 3, True))
     assert chosen.tolist() == [[1, 3, 2], [0, 1, 2], [2, 3, 4]]
     assert weights.dtype == np.float32 and np.allclose(weights.sum(axis=1), 1)
     assert np.allclose(weights[0], np.exp([0, 0, -1]) / (2 + np.exp(-1)))
-    _, of_all = Reference().route(logits, Experts(5, 3, False))
+    _, of_all = route(logits, Experts(5, 3, False))
     assert np.allclose(of_all[1], 1 / 5) and np.allclose(of_all[0], np.exp([3, 3, 2]) / np.exp(logits[0]).sum())
 
 
@@ -107,7 +110,7 @@ class Case:
 
     def routes(self) -> tuple[np.ndarray, np.ndarray]:
         """Chosen experts, [tokens, per_token], and their weights in float64."""
-        chosen, _ = Reference().route(self.logits, self.e)
+        chosen, _ = route(self.logits, self.e)
         p = np.exp(self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True))
         own = np.take_along_axis(p, chosen, axis=1)
         return chosen, own / (own if self.e.normalized else p).sum(axis=1, keepdims=True)

@@ -16,14 +16,14 @@ from minioscar import engine as engine_module
 from minioscar import memory
 from minioscar import ops as back_ends
 from minioscar.cache import BF16, Cache
-from minioscar.config import MODEL_TYPES, WITH_TOWERS
 from minioscar.evaluation.fidelity import default_text
 from minioscar.evaluation.teacher_forcing import divergence, log_softmax, next_flush
-from minioscar.ops import upload
+from minioscar.model_files.config import MODEL_TYPES
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling
-from minioscar.storage import hub
+from minioscar.storage import hub, upload
 from minioscar.storage.checkpoint import _tensors
+from minioscar.towers.files import WITH_TOWERS
 from minioscar.weights import arrays
 
 from .choices import Choices

@@ -8,7 +8,9 @@ import pytest
 from minioscar.cache import BF16
 from minioscar.ops import linear, linear_batch
 from minioscar.ops.launch import Card
-from minioscar.ops.linear_batch import Scratch, WgmmaPlan
+from minioscar.ops.linear_batch import Scratch
+from minioscar.sm90 import linear_batch as sm90
+from minioscar.sm90.linear_batch import WgmmaPlan
 
 from .kernel_device import on_each_device, on_each_device_over, on_the_card
 from .pairwise import switches
@@ -120,7 +122,7 @@ def has_both(shape: tuple[int, int, int], parts: dict[str, bool]) -> bool:
 @on_each_device_over(has_both, shape=GROUPS, parts=PARTS, traits={"parts": switches})
 def test_linear_of_warpgroups(device, seed, shape, parts):
     tokens, size, rows = shape
-    assert linear_batch.uses_wgmma(tokens, rows, Card(2, 90))
+    assert sm90.uses_wgmma(tokens, rows, Card(2, 90))
     check(device, seed, tokens, size, rows, card=Card(2, 90), **parts)
 
 
@@ -139,7 +141,7 @@ EPILOGUES = [{}, {"silu": True, "bias": True}, {"residual": True, "bias": True, 
 @on_each_device_over(tokens=[40, 96, 190], config=WGMMA_CONFIGS, parts=EPILOGUES)
 def test_every_tile_config_and_split_of_warpgroups(device, seed, tokens, config, parts):
     tile, runs, splits, multiprocessors = config
-    configs = linear_batch.wgmma_configs(tokens, 712, 200, parts.get("silu", False), Card(multiprocessors, 90))
+    configs = sm90.wgmma_configs(tokens, 712, 200, parts.get("silu", False), Card(multiprocessors, 90))
     plan = next(p for p in configs if (p.rows, p.runs, p.splits) == (tile, runs, splits))
     check(device, seed, tokens, 712, 200, plan=plan, **parts)
 
@@ -163,7 +165,7 @@ def test_linear_gives_equal_bits_on_every_grid_and_in_every_order(device, seed):
     plan = linear_batch.mma_configs(20, 640, 130, False, Card(3, 80))[0]
     # Of five slabs each: the second block ends one tile and begins the other
     assert (plan.tiles, plan.blocks) == (2, 3)
-    configs = linear_batch.wgmma_configs(20, 640, 130, False, Card(99, 90))
+    configs = sm90.wgmma_configs(20, 640, 130, False, Card(99, 90))
     for shared in (plan, next(p for p in configs if (p.rows, p.runs, p.splits) == (32, 1, 4))):
         first, *others = (check(device, seed, 20, 640, 130, order=order, plan=shared, **parts) for order in range(6))
         assert all(np.array_equal(first, other) for other in others)
@@ -216,7 +218,7 @@ def test_a_token_gets_the_same_bits_in_batches_that_share_the_slabs_alike(device
     for small, large in pairs:
         for name in ("row_tiles", "k_groups", "blocks", "granularity"):
             assert getattr(small, name) == getattr(large, name)
-    wgmma = tuple(linear_batch.wgmma_configs(tokens, 640, 132, False, Card(4, 90))[0] for tokens in (9, 60))
+    wgmma = tuple(sm90.wgmma_configs(tokens, 640, 132, False, Card(4, 90))[0] for tokens in (9, 60))
     for small, large in [*pairs, wgmma]:
         rows = []
         for tokens, plan in ((9, small), (60, large)):
@@ -282,6 +284,6 @@ def test_the_weights_are_shared_equally():
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 48, 128, 256])
 @pytest.mark.parametrize(("size", "rows"), [(4096, 6144), (576, 49152), (1536, 576), (9728, 2560)])
 def test_linear_of_models_shapes(device, seed, tokens, size, rows, capability, parts):
-    if capability == 80 and not linear_batch.uses_wgmma(tokens, rows, Card(132, 90)):
+    if capability == 80 and not sm90.uses_wgmma(tokens, rows, Card(132, 90)):
         pytest.skip("the kernel of 9.0 is this one, too")
     check(device, seed, tokens, size, rows, card=Card(132, capability), **parts)

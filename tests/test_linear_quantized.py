@@ -10,11 +10,11 @@ import pytest
 
 from minioscar.cache import BF16
 from minioscar.formats.plain import BITS, E4M3, Plain
-from minioscar.ops import quantized
 from minioscar.ops.launch import Card
 from minioscar.ops.linear import rms_norm
 from minioscar.ops.linear_batch import Scratch
 from minioscar.quantized import Quantized, _halves, from_plain
+from minioscar.quantized import plans as quantized
 
 from .kernel_device import on_each_device, on_each_device_over, on_the_card
 from .pairwise import switches

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minioscar.config import MODEL_TYPES, WITH_TOWERS, Config
+from minioscar.config import Config
 from minioscar.engine import Engine, load
+from minioscar.model_files.config import MODEL_TYPES
+from minioscar.model_files.rope import ROPE_TYPES
 from minioscar.oscar import SCHEMES
-from minioscar.rope import ROPE_TYPES
 from minioscar.storage.checkpoint import FLOATS
+from minioscar.towers.files import WITH_TOWERS
 
 from .make_fixtures import CASES, CLEAR, FIXTURES, STEPS, spellings
 

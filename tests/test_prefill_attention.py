@@ -11,6 +11,7 @@ import pytest
 from minioscar.cache import BF16
 from minioscar.ops import attention, prefill
 from minioscar.ops.launch import Card
+from minioscar.sm90 import prefill_attention as sm90
 
 from .kernel_device import on_each_device, on_each_device_over, on_the_card
 from .pairwise import scheme_traits
@@ -72,12 +73,12 @@ def check(
     new = attention.PrefillTokens(*map(device.array, qkv), stride, stride, *rows, max(counts))
     out = device.empty(q.shape, BF16)
     older = tuple(map(device.array, past)) if any(starts) else None
-    if prefill.tiled(d, card):
+    if sm90.tiled(d, card):
         plain, older = older, tiles_for(device, d, np.add(starts, counts))
-        device.run(prefill.fill_tiles(heads, new, plain, max(np.add(starts, counts)), older), arch, order)
-    plan = prefill.SplitPlan(-(-max(counts) * group // prefill.WGMMA_ROWS) * KV_HEADS * batch, *splits)
+        device.run(sm90.fill_tiles(heads, new, plain, max(np.add(starts, counts)), older), arch, order)
+    plan = sm90.SplitPlan(-(-max(counts) * group // sm90.WGMMA_ROWS) * KV_HEADS * batch, *splits)
     split_counter = device.array(np.zeros(plan.blocks, np.int32))
-    scratch = prefill.KeySplits(plan, device.empty(plan.workspace_floats(d), np.float32), split_counter)
+    scratch = sm90.KeySplits(plan, device.empty(plan.workspace_floats(d), np.float32), split_counter)
     scratch = scratch if plan.splits > 1 else None
     launch = prefill.prefill_attention(heads, device.array(q), new, older, out, card, splits=scratch)
     device.run(launch, arch, order)
@@ -94,10 +95,10 @@ def check(
     return got
 
 
-def tiles_for(device, d: int, tokens: Sequence[int]) -> prefill.Tiles:
-    shape = int(sum(-(-np.asarray(tokens) // prefill.TILE_TOKENS))), KV_HEADS, prefill.TILE_TOKENS, d
+def tiles_for(device, d: int, tokens: Sequence[int]) -> sm90.Tiles:
+    shape = int(sum(-(-np.asarray(tokens) // sm90.TILE_TOKENS))), KV_HEADS, sm90.TILE_TOKENS, d
     keys, values = (device.empty(shape, BF16) for _ in "kv")
-    return prefill.Tiles(keys, values, device.array(tiles_before(tokens).astype(np.int32)))
+    return sm90.Tiles(keys, values, device.array(tiles_before(tokens).astype(np.int32)))
 
 
 CASES = [(128, 4, 80), (64, 3, 80), (96, 1, 80), (256, 2, 80), (256, 1, 90), (256, 2, 120), (64, 8, 80), (128, 7, 80)]
@@ -182,14 +183,14 @@ def test_prefill_attention_in_splits_gives_equal_bits_in_every_order(device, see
 
 def test_keys_are_split_only_where_multiprocessors_would_be_idle():
     heads = attention.Heads(32, 8, 128)
-    assert prefill.split_plan(heads, 32768, 1, 0, Card(132, 90)) is None
-    assert prefill.split_plan(heads, 4096, 1, 0, Card(132, 90)) is None
-    assert prefill.split_plan(heads, 512, 1, 131072, Card(132, 90)) is None  # 128 blocks
-    assert prefill.split_plan(heads, 64, 1, 131072, Card(132, 90)) == prefill.SplitPlan(16, 8, 129)
-    assert prefill.split_plan(heads, 64, 1, 131072, Card(132, 80)) is None
+    assert sm90.split_plan(heads, 32768, 1, 0, Card(132, 90)) is None
+    assert sm90.split_plan(heads, 4096, 1, 0, Card(132, 90)) is None
+    assert sm90.split_plan(heads, 512, 1, 131072, Card(132, 90)) is None  # 128 blocks
+    assert sm90.split_plan(heads, 64, 1, 131072, Card(132, 90)) == sm90.SplitPlan(16, 8, 129)
+    assert sm90.split_plan(heads, 64, 1, 131072, Card(132, 80)) is None
     for count in (1, 100, 256, 700):
-        plan = prefill.split_plan(heads, count, 1, 131072, Card(132, 90))
-        assert plan.splits * plan.tiles * prefill.TILE_TOKENS >= 131072 + count
+        plan = sm90.split_plan(heads, count, 1, 131072, Card(132, 90))
+        assert plan.splits * plan.tiles * sm90.TILE_TOKENS >= 131072 + count
 
 
 @on_the_card
@@ -226,7 +227,7 @@ def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, scheme):
         for got, expected in zip((keys, values), dequantized(sequences[slot], packed, scheme), strict=True):
             got = np.array(device.numpy(got, allow_unwritten=True))[row]
             assert np.array_equal(got[:, :n], expected.astype(BF16)) and np.all(got[:, n:].view(np.uint16) == 0xFFFF)
-    if not prefill.tiled(d, Card(132, 90)):
+    if not sm90.tiled(d, Card(132, 90)):
         return
     tiles = tiles_for(device, d, starts)
     device.run(prefill.unpack(heads, scheme, *slots_and_starts, max(lengths), cache, tiles), seed=seed % 5)
@@ -258,14 +259,14 @@ def test_unpack_of_rows_that_were_cut_takes_all_that_is_packed(device, seed, nam
 
 
 def tiles_before(tokens: Sequence[int]) -> np.ndarray:
-    each = -(-np.asarray(tokens) // prefill.TILE_TOKENS)
+    each = -(-np.asarray(tokens) // sm90.TILE_TOKENS)
     return np.cumsum(each) - each
 
 
 def plain(tiles: np.ndarray, d: int) -> np.ndarray:
-    """The numbers of prefill.Tiles in their order: [tiles, kv_heads, 128, d] -> [kv_heads, tokens, d]."""
-    pieces = tiles.reshape(*tiles.shape[:2], d // 64, prefill.TILE_TOKENS, 8, 8)
-    r = np.arange(prefill.TILE_TOKENS)[:, None]
+    """The numbers of sm90.Tiles in their order: [tiles, kv_heads, 128, d] -> [kv_heads, tokens, d]."""
+    pieces = tiles.reshape(*tiles.shape[:2], d // 64, sm90.TILE_TOKENS, 8, 8)
+    r = np.arange(sm90.TILE_TOKENS)[:, None]
     pieces = pieces[:, :, :, r, np.arange(8) ^ r % 8]
     return pieces.transpose(1, 0, 3, 2, 4, 5).reshape(tiles.shape[1], -1, d)
 

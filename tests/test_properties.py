@@ -17,10 +17,10 @@ from minioscar.cache import Cache, cache_bytes, row_layout
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.model import check_scheme
+from minioscar.model_files.rope import read_rope
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, WINDOW
 from minioscar.prompt_cache import FORMAT, VERSION, File, _is_neutral, binding, common, continued
-from minioscar.rope import Rope
 from minioscar.storage.checkpoint import INDEX, _files
 from minioscar.tokenizer import Tokenizer
 
@@ -106,7 +106,7 @@ options = ["beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_d
 def test_rope_of_any_positive_numbers_turns_by_finite_angles_or_is_refused(kind, required, optional, truncate):
     fields = {"rope_type": kind, "truncate": truncate, **required, **optional}
     try:
-        rope = Rope.from_config({"rope_scaling": fields, "rope_theta": 1e4}, 64, 4096, "config.json")
+        rope = read_rope({"rope_scaling": fields, "rope_theta": 1e4}, 64, 4096, "config.json")
     except UserError as error:
         assert one_line(error)
         return

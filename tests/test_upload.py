@@ -1,4 +1,4 @@
-"""ops/upload.py and aio.py without a card: chunks, reads, errors, end. test_gpu.py shows that the bytes arrive on
+"""storage/upload.py and aio.py without a card: chunks, reads, errors, end. test_gpu.py shows that the bytes arrive on
 one."""
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.engine import with_weights
 from minioscar.errors import UserError
-from minioscar.ops import aio, upload
-from minioscar.ops.aio import Read
 from minioscar.ops.reference import Reference
-from minioscar.ops.upload import Buffer, Upload
 from minioscar.oscar import SCHEMES
+from minioscar.storage import aio, upload
+from minioscar.storage.aio import Read
 from minioscar.storage.checkpoint import Tensor, _tensors
+from minioscar.storage.upload import Buffer, Upload
 
 from .quantized_files import write_quantized
 from .tiny import write_model

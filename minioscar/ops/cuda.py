@@ -20,17 +20,21 @@ from ..batch import Batch
 from ..cache import BF16, Cache, LayerCache, NewTokens, blocks_of, of_layer
 from ..config import Config
 from ..decoding import Decoder, Stepper
+from ..experts import on_card as experts
+from ..experts.plans import work_bytes as experts_bytes
 from ..formats import Plain
 from ..oscar import Scheme
-from ..quantized import Quantized, from_plain, mapped
+from ..quantized import Quantized, mapped
+from ..quantized import on_card as quantized
 from ..sampling import RowSampling
+from ..sm90.prefill_attention import split_plan
+from ..storage.upload import Buffers, Upload, pinned
 from ..towers.media import Inputs
 from ..weights import Layer, Tensor, Weights, bytes_of
-from . import attention, experts, linear, prefill, quantized
+from . import attention, linear, prefill
 from .attention import HEAD_DIMS, Heads
 from .cubins import Program, compile_all
 from .decode import Queue, StepBatch, StepDecoder, step_sizes, unsupported
-from .experts import Product
 from .indices import Indices
 from .launch import Card, Launch, Recording, run
 from .linear import Products, add_product, scratch_bytes, step_plans
@@ -38,7 +42,6 @@ from .linear_batch import BATCH_TOKENS
 from .paged import KernelCache, kernel_cache
 from .reference import Reference
 from .sample import drawing_bytes
-from .upload import Buffers, Upload, pinned
 
 Array = Any
 MLP_TOKENS = 8192  # whose gate and up projections are in memory at once
@@ -87,12 +90,7 @@ class Cuda(Reference):
         return Upload(dtype or self.dtype, advance, tensors, self.buffers)
 
     def quantized(self, plain: Plain) -> Quantized:
-        return from_plain(plain, self.xp, None if plain.shape[1] % 8 else self._repacked)
-
-    def _repacked(self, plain: Plain) -> Array:
-        out = self.xp.empty(quantized.words_shape(plain.kind, *plain.shape), np.uint32)
-        self.run(quantized.repack(plain.kind, self.xp.ascontiguousarray(plain.codes), out))
-        return out
+        return quantized.stored(self, plain)
 
     def weight_bytes(self, config: Config) -> int:
         return bytes_of(config, self.dtype.itemsize)
@@ -132,11 +130,11 @@ class Cuda(Reference):
     def _prefill_bytes(self, c: Config, tokens: int, context: int) -> int:
         """While attention reads keys and values in BF16, or while the MLP runs."""
         heads, width = Heads.of(c), self.dtype.itemsize
-        split = prefill.split_plan(heads, tokens, 1, context - tokens, self.card)
+        split = split_plan(heads, tokens, 1, context - tokens, self.card)
         attending = width * tokens * (c.hidden_size + 2 * c.q_size + c.qkv_size + c.kv_size)  # x, qkv, q, k, y
         attending += prefill.past_bytes(heads, tokens, context, self.card) + (split.nbytes(c.head_dim) if split else 0)
         if c.experts:
-            return max(attending, width * tokens * c.hidden_size + experts.work_bytes(c, tokens, self.card))
+            return max(attending, width * tokens * c.hidden_size + experts_bytes(c, tokens, self.card))
         gate_up = min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
         if c.stored_bits(False) and tokens > BATCH_TOKENS:  # the matrix itself, dequantized
             gate_up += 2 * c.intermediate_size * c.hidden_size
@@ -199,47 +197,7 @@ class Cuda(Reference):
         return self._add(out, residual)
 
     def experts(self, x: Array, layer: Layer, config: Config, batch: Batch | StepBatch, alone: bool = False) -> Array:
-        """x itself, to which the experts have added. Nothing here depends on which experts they are."""
-        e, norm = config.experts, (layer.post_norm, config.rms_norm_eps)
-        lengths = batch.lengths if isinstance(batch, StepBatch) else None
-        if experts.unsupported(config):
-            return super().experts(x, layer, config, batch, alone)
-        out, residual = (self.xp.empty_like(x), None) if alone else (x, x)
-        if experts.are_few(len(x), config, self.card):
-            logits = self.linear(x, layer.router, norm=norm, float32=True)
-            h = self.xp.empty((len(x) * e.per_token, config.intermediate_size), self.dtype)
-            self.run(Product(x, layer.gate_up, h, True, norm=norm).launch(logits, e, self.card, lengths))
-            self.run(Product(h, layer.down, out, False, residual=residual).launch(logits, e, self.card, lengths))
-            return out
-        for chunk in (slice(i, i + experts.EXPERT_TOKENS) for i in range(0, len(x), experts.EXPERT_TOKENS)):
-            parts = self._expert_parts(x[chunk], layer, config, lengths)
-            self.run(experts.combine(parts, out[chunk], e, lengths, alone))
-        return out
-
-    def _expert_parts(self, x: Array, layer: Layer, config: Config, lengths: Array | None) -> Array:
-        e, normed, coded = config.experts, self.xp.empty_like(x), isinstance(layer.gate_up, Quantized)
-        self.run(linear.rms_norm(x, layer.post_norm, config.rms_norm_eps, normed))
-        routes = experts.Routes.allocate(self.xp, len(x), e, self.card, coded)
-        for launch in routes.launches(self._router_logits(normed, layer.router), e, lengths):
-            self.run(launch)
-        h = self.xp.empty((len(routes.chosen), config.intermediate_size), self.dtype)
-        if routes.of_warpgroups:
-            normed, given = self.xp.empty((len(h), x.shape[1]), self.dtype), normed
-            self.run(experts.gather(given, routes, e, normed, h))
-        parts = self.xp.empty((len(h), config.hidden_size), np.float32)
-        for given, weight, out, silu in ((normed, layer.gate_up, h, True), (h, layer.down, parts, False)):
-            if coded and routes.of_warpgroups:  # one matrix after the other: gate and up of all experts are large
-                weight = self.dense(weight).reshape(e.count, -1, weight.shape[1])
-            self.run(Product(given, weight, out, silu).launch(routes, e, self.card))
-            del weight
-        return parts
-
-    def _router_logits(self, normed: Array, router: Array) -> Array:
-        if len(normed) <= BATCH_TOKENS:
-            return self.linear(normed, router, float32=True)
-        logits = self.xp.zeros((len(normed), len(router)), np.float32)
-        self.add_product(logits, normed, router)
-        return logits
+        return experts.forward(self, x, layer, config, alone, batch.lengths if isinstance(batch, StepBatch) else None)
 
     def _add(self, y: Array, x: Array | None) -> Array:
         """y, x added in place where there is one."""
@@ -254,11 +212,7 @@ class Cuda(Reference):
     add_product = staticmethod(add_product)
 
     def dense(self, weight: Array | Quantized) -> Array:
-        if not isinstance(weight, Quantized) or weight.shape[1] % 8:
-            return super().dense(weight)
-        out = self.xp.empty(weight.shape, self.dtype)
-        self.run(quantized.dequantize(weight, out))
-        return out
+        return quantized.dense(self, weight) if isinstance(weight, Quantized) else weight
 
     def embed(self, table: Array, ids: Array) -> Array:
         if table.shape[1] % 8:

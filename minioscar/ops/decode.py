@@ -23,14 +23,15 @@ from ..cache import BF16, Cache, LayerCache
 from ..config import Config
 from ..decoding import Decoder, Stepper
 from ..errors import Failure
+from ..experts import plans as experts
 from ..oscar import SCHEMES, Scheme
 from ..sampling import NOT_FINITE, RowSampling, history
-from . import attention, experts
+from ..storage.upload import pinned
+from . import attention
 from .attention import DecodeState, Heads
 from .launch import Card, Launch
 from .linear_batch import BATCH_TOKENS
 from .sample import SAMPLE_VOCAB, Drawing, advance, sample
-from .upload import pinned
 
 Array = Any
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..batch import Batch
-from .prefill import TILE_TOKENS
+from ..sm90.prefill_attention import TILE_TOKENS
 
 Array = Any
 
@@ -25,8 +25,8 @@ class Indices:
     counts: Array
     packed: Array
     firsts: Array  # [sequences]: index of each sequence's first token
-    first_tiles: Array  # [sequences]: of prefill.Tiles
-    tiles: int  # of prefill.Tiles, of all sequences
+    first_tiles: Array  # [sequences]: of sm90's Tiles
+    tiles: int  # of sm90's Tiles, of all sequences
     shifts: Array | None  # [tokens]: what a token's row of the tables of RoPE is more than its position; None: all 0
 
     @classmethod

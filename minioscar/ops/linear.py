@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..cache import BF16
-from ..quantized import Quantized
-from . import quantized
 from .launch import Card, Launch
 from .linear_batch import BATCH_TOKENS, LinearPlan, Scratch, batch_plan, linear_batch
 
@@ -93,19 +91,27 @@ def embed(table: Array, tokens: Array, x: Array) -> Launch:
     return Launch("step.cu", "embed", (), (len(tokens),), 128, (table, tokens, x, np.int32(table.shape[1])))
 
 
-def fits_linear(tokens: int, weight: Array | Quantized, norm: bool, silu: bool, card: Card) -> bool:
-    """Whether linear.cu, or quantized/linear.cu, takes this many tokens."""
-    if isinstance(weight, Quantized):
-        return quantized.fits(tokens, weight, norm, silu, card)
-    return fits(tokens, weight.shape[1], norm, silu, card)
+@dataclass(frozen=True)
+class Kernels:
+    """Of products with one kind of matrix: parameters as those of arrays have them, below."""
+
+    fits: Callable[[int, Array, bool, bool, Card], bool]  # whether `few` takes so many tokens
+    few: Callable[..., Launch]
+    plan: Callable[[int, Array, bool, Card], LinearPlan]  # of more tokens
+    many: Callable[..., Launch]
+    possible_plans: Callable[[int, Sequence[tuple[int, int, bool]], Card], list[LinearPlan]]  # of shapes
 
 
-def plan_of(tokens: int, weight: Array | Quantized, silu: bool, card: Card) -> LinearPlan:
-    """Of more tokens."""
-    if isinstance(weight, Quantized):
-        return quantized.batch_plan(tokens, weight, silu, card)
-    rows, size = weight.shape
-    return batch_plan(tokens, size, rows, silu, card)
+ARRAYS = Kernels(
+    lambda tokens, weight, norm, silu, card: fits(tokens, weight.shape[1], norm, silu, card), linear,
+    lambda tokens, weight, silu, card: batch_plan(tokens, *reversed(weight.shape), silu, card), linear_batch,
+    lambda tokens, shapes, card: [batch_plan(tokens, *shape, card) for shape in shapes],
+)  # fmt: skip
+OTHERS: dict[type, Kernels] = {}  # type of a matrix that is no array -> what its package has put here
+
+
+def kernels_of(weight: Any) -> Kernels:
+    return next((kernels for kind, kernels in OTHERS.items() if isinstance(weight, kind)), ARRAYS)
 
 
 class Products:
@@ -120,19 +126,18 @@ class Products:
         self, x: Array, weight: Array, out: Array, *, norm: tuple[Array, float] | None = None, **rest: Any
     ) -> list[Launch]:
         """`Reference.linear` of at most BATCH_TOKENS tokens, a multiple of 8 wide; parameters as `linear` has them."""
-        tokens, silu, is_quantized = len(x), rest.get("silu", False), isinstance(weight, Quantized)
-        few, many = (quantized.linear, quantized.linear_batch) if is_quantized else (linear, linear_batch)
-        if fits_linear(tokens, weight, norm is not None, silu, self.card):
-            return [few(x, weight, out, self.card, norm=norm, **rest)]
+        tokens, silu, kernels = len(x), rest.get("silu", False), kernels_of(weight)
+        if kernels.fits(tokens, weight, norm is not None, silu, self.card):
+            return [kernels.few(x, weight, out, self.card, norm=norm, **rest)]
         before = []
         if norm is not None:
             if self.normed.shape != x.shape:
                 self.normed = self.xp.empty(x.shape, BF16)
             before, x = [rms_norm(x, *norm, self.normed)], self.normed
-        plan = plan_of(tokens, weight, silu, self.card)
+        plan = kernels.plan(tokens, weight, silu, self.card)
         if plan.workspace_floats > self.scratch.workspace.size or plan.counters > self.scratch.split_counter.size:
             self.reserve([plan])
-        return [*before, many(x, weight, out, plan, self.scratch, **rest)]
+        return [*before, kernels.many(x, weight, out, plan, self.scratch, **rest)]
 
     def reserve(self, plans: Sequence[LinearPlan]) -> None:
         """Scratch for all of these at once: recorded launches would keep each buffer that was too small."""
@@ -155,8 +160,8 @@ def step_plans(config: Config, tokens: int, card: Card) -> list[LinearPlan]:
     else:
         shapes += (c.hidden_size, 2 * c.intermediate_size, True), (c.intermediate_size, c.hidden_size, False)
     shapes = [shape for shape in shapes if shape[0] % 8 == 0]
-    quantized_plans = quantized.possible_plans(tokens, shapes, card) if c.stored_bits(False) else []
-    return [*(batch_plan(tokens, *shape, card) for shape in shapes), *quantized_plans]
+    kinds = [ARRAYS, *(OTHERS.values() if c.stored_bits(False) else ())]
+    return [plan for kernels in kinds for plan in kernels.possible_plans(tokens, shapes, card)]
 
 
 def scratch_bytes(config: Config, tokens: int, card: Card) -> int:

@@ -14,6 +14,7 @@ from ..batch import Batch
 from ..config import Config
 from ..layer_cache import BLOCK_TOKENS, LayerCache, Layout, NewTokens, PackedCache, PlainCache
 from ..oscar import Scheme
+from ..sm90 import prefill_attention as sm90
 from . import attention, prefill
 from .attention import Heads, KeyOutputs, PrefillTokens, Rotation
 from .decode import StepBatch
@@ -75,8 +76,8 @@ class KernelCache(LayerCache):
         ops, at, longest = self.ops, self.ops.indices_of(batch), max(batch.starts)
         xp, heads = ops.xp, Heads(q.shape[1], *new.k.shape[1:])
         past = plain = self.past_arrays if longest else None
-        if tiled := prefill.tiled(heads.head_dim, ops.card):
-            past = prefill.Tiles.allocate(xp, heads, at.tiles, at.first_tiles)
+        if tiled := sm90.tiled(heads.head_dim, ops.card):
+            past = sm90.Tiles.allocate(xp, heads, at.tiles, at.first_tiles)
         elif longest and plain is None:
             shape = len(batch.slots), heads.kv_heads, -(-longest // PAGE_TOKENS) * PAGE_TOKENS, heads.head_dim
             past = xp.empty(shape, ops.dtype), xp.empty(shape, ops.dtype)
@@ -84,9 +85,9 @@ class KernelCache(LayerCache):
             self.unpack(past, batch)
         tokens = self._tokens(new, batch, at.slots if plain else None)
         if tiled:
-            ops.run(prefill.fill_tiles(heads, tokens, plain, batch.end, past))
-        out, plan = xp.empty_like(q), prefill.split_plan(heads, tokens.max_count, len(batch.slots), longest, ops.card)
-        splits = None if plan is None else prefill.KeySplits.allocate(xp, plan, heads.head_dim)
+            ops.run(sm90.fill_tiles(heads, tokens, plain, batch.end, past))
+        out, plan = xp.empty_like(q), sm90.split_plan(heads, tokens.max_count, len(batch.slots), longest, ops.card)
+        splits = None if plan is None else sm90.KeySplits.allocate(xp, plan, heads.head_dim)
         ops.run(prefill.prefill_attention(heads, q, tokens, past, out, ops.card, splits=splits))
         return out
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import oscar, quantized
+from .. import oscar
 from ..batch import Batch
 from ..cache import BF16, Cache, LayerCache, NewTokens, array_cache, cache_bytes
 from ..causal_attention import QUERIES
 from ..decoding import Decoder, Stepper
+from ..experts import reference as experts
 from ..machine import host_bytes
 from ..oscar import Scheme
 from ..quantized import Quantized
@@ -24,7 +25,7 @@ from ..sampling import RowSampling
 from ..towers import layers
 
 if TYPE_CHECKING:
-    from ..config import Config, Experts
+    from ..config import Config
     from ..formats import Plain
     from ..weights import Layer, Tensor
 
@@ -83,8 +84,8 @@ class Reference:
         return np.asarray(x)
 
     def on_cards(self, x: Array) -> list[np.ndarray]:
-        """On the host, what each card has of x: of one all."""
-        return [self.numpy(x)]
+        """On the host, what each card has of x, an array or a quantized matrix: of one all."""
+        return [self.numpy(x.dequantize(self.xp) if isinstance(x, Quantized) else x)]
 
     def all_heads(self, x: Array, heads: int) -> np.ndarray:
         """x [tokens, heads, d] on the host; heads: of the model, of which a card of several has some (parallel/)."""
@@ -198,34 +199,8 @@ class Reference:
         return (gate / (1 + xp.exp(-gate)) * up).astype(gate_up.dtype)
 
     def experts(self, x: Array, layer: Layer, config: Config, batch: Batch, alone: bool = False) -> Array:
-        """x + sum over a token's experts e of weight_e * down_e(silu(gate_e(h)) * up_e(h)), h = rms_norm(x).
-
-        x [tokens, hidden], which may be overwritten. alone: the sum without x. As Qwen3MoeSparseMoeBlock of
-        transformers 5.24, with the router's logits in float32.
-        """
-        xp, h = self.xp, self.rms_norm(x, layer.post_norm, config.rms_norm_eps)
-        chosen, weights = self.route(self.product(h, layer.router, True), config.experts)
-        y = xp.zeros(x.shape, np.float32) if alone else x.astype(xp.float32)
-        for expert in xp.unique(chosen):
-            token, place = xp.nonzero(chosen == expert)  # a token takes an expert once
-            of_expert = (quantized.of_expert(w, int(expert), config.experts.count) for w in (layer.gate_up, layer.down))
-            gate_up, down = map(self.dense, of_expert)
-            part = self.product(self.silu_mul(self.product(h[token], gate_up, False)), down, True)
-            y[token] += weights[token, place, None] * part
-        return y.astype(x.dtype)
-
-    def route(self, logits: Array, experts: Experts) -> tuple[Array, Array]:
-        """The experts of each token, the likeliest first, and their weights: int64 and float32 [tokens, per_token].
-
-        logits float32 [tokens, experts]. A weight is the softmax over all experts, or over the chosen ones where they
-        are `normalized`. Of equal logits the first counts as the larger.
-        """
-        xp = self.xp
-        chosen = xp.argsort(-logits, axis=-1, kind="stable")[:, : experts.per_token]
-        p = xp.exp(logits - logits.max(axis=-1, keepdims=True))
-        weights = xp.take_along_axis(p, chosen, axis=-1)
-        total = (weights if experts.normalized else p).sum(axis=-1, keepdims=True)
-        return chosen, weights / total
+        """A layer's MLP where a router chooses a few of many for each token; x [tokens, hidden] may be overwritten."""
+        return experts.forward(self, x, layer, config, alone)
 
     def rotate_scale(
         self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config,

@@ -25,9 +25,9 @@ from ..ops.decode import Queue, StepBatch
 from ..ops.launch import Launch, Recording, TensorMap, kernel
 from ..ops.linear import Products
 from ..ops.linear_batch import BATCH_TOKENS
-from ..ops.upload import pinned
 from ..oscar import Scheme
 from ..sampling import RowSampling
+from ..storage.upload import pinned
 from ..weights import Layer
 from .backend import Split
 from .caches import split_kernel_cache
@@ -189,6 +189,7 @@ class SplitCuda(Split, Cuda):
         card adds to its residual in place."""
         self.follow()
         out = Ranks(self.each(lambda ops, x: x if ops is self.ranks[0] else ops.xp.empty_like(x), residual))
+        weight = self.dense(weight)
         size = max(-(-len(x) // CHUNKS), CHUNK_TOKENS)
         for chunk in (slice(i, i + size) for i in range(0, len(x), size)):
             part = out[chunk]

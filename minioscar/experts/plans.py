@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache import BF16
+from ..ops.launch import Card, Launch, TensorMap
 from ..quantized import RUN, Quantized
-from . import quantized
-from .launch import Card, Launch, TensorMap
+from ..quantized.plans import shift
 
 if TYPE_CHECKING:
     from ..config import Config, Experts
@@ -174,8 +174,8 @@ class Product:
             most = plan.runs if few else 3 if column_tiles == 1 else 1 if self.silu else 2
             runs = next(n for n in range(most, 0, -1) if plan.runs % n == 0)
             shape = shape[0], f"RUNS={runs}", shape[2]
-            matrix, numbers = self.weight.arrays(), (*numbers, quantized.shift(self.weight))
-            shape = *shape, f"KIND={self.weight.kind.upper()}", f"GROUP={min(1 << quantized.shift(self.weight), RUN)}"
+            matrix, numbers = self.weight.arrays(), (*numbers, shift(self.weight))
+            shape = *shape, f"KIND={self.weight.kind.upper()}", f"GROUP={min(1 << shift(self.weight), RUN)}"
         arrays = self.x, self.norm[0], *matrix, self.residual, choices if few else None, lengths, *of_routes, self.out
         args = (*arrays, *map(np.int32, numbers), np.float32(self.norm[1]))
         grid, source = (min(items, card.multiprocessors),), "quantized" if coded else "experts"
@@ -210,7 +210,7 @@ def combine(parts: Array, x: Array, e: Experts, lengths: Array | None = None, al
 
 
 def work_bytes(config: Config, tokens: int, card: Card) -> int:
-    """Of the arrays of `Cuda.experts` for so many tokens, at most EXPERT_TOKENS of which are there at once."""
+    """Of the arrays of `on_card.forward` for so many tokens, at most EXPERT_TOKENS of which are there at once."""
     c, e, tokens = config, config.experts, min(tokens, EXPERT_TOKENS)
     pairs = tokens * e.per_token
     logits, h, coded = 4 * tokens * e.count, BF16.itemsize * pairs * c.intermediate_size, bool(c.stored_bits(False))

@@ -1,4 +1,4 @@
-"""Plans and launches of products with quantized matrices (minioscar/quantized.py): kernels/quantized/."""
+"""Plans and launches of products with quantized matrices: kernels/quantized/. ops/linear.py has those of arrays."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..quantized import ROWS, RUN, Quantized
-from .launch import Card, Launch, TensorMap
-from .linear_batch import BATCH_TOKENS, MAX_STAGES, MAX_WGMMA_STAGES, BatchPlan, Scratch, share_slabs
+from ..ops.launch import Card, Launch, TensorMap
+from ..ops.linear_batch import BATCH_TOKENS, MAX_STAGES, BatchPlan, Scratch, share_slabs
+from ..sm90.linear_batch import MAX_WGMMA_STAGES
+from . import ROWS, RUN, Quantized
 
 Array = Any
 

@@ -20,7 +20,7 @@ import numpy as np
 from .aio import Read
 
 if TYPE_CHECKING:
-    from ..weights import Tensor
+    from .checkpoint import Tensor
 
 Array = Any
 ALIGN = 512  # bytes; every array begins at a multiple of it, as CuPy's own do
