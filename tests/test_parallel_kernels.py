@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -267,6 +270,26 @@ def test_another_prompt_is_read_while_an_answer_is_under_way(make, tokens, tmp_p
 
 
 @on_cards
+def test_cards_are_in_step_after_ctrl_c(make, tmp_path, seed):
+    """Whenever it comes: while a prompt is read, a step recorded or captured, or graphs are launched."""
+    folder, rng = write_model(tmp_path / "m", seed, head_dim=64), np.random.default_rng(seed)
+    e, ids = split_engine(make, 2, folder, "int2"), rng.integers(0, 160, 300).tolist()
+    start, how = time.perf_counter(), {"max_tokens": 40, "ignore_eos": True}
+    want = e.generate(ids, **how).token_ids
+    longest = time.perf_counter() - start
+    for after in rng.uniform(0, min(longest, 0.3), 30):
+        timer = threading.Timer(after, signal.raise_signal, [signal.SIGINT])
+        try:
+            timer.start()
+            e.generate(ids, **how)
+            timer.join()
+            time.sleep(1e-3)  # it is heard of within the `try`
+        except KeyboardInterrupt:
+            pass
+        assert e.generate(ids, **how).token_ids == want
+
+
+@on_cards
 def test_a_long_prompt_is_summed_in_chunks(make, tmp_path, seed, monkeypatch):
     monkeypatch.setattr(cuda, "CHUNK_TOKENS", 128)
     folder = write_model(tmp_path / "m", seed, head_dim=128, num_attention_heads=8, num_key_value_heads=2)
@@ -300,6 +323,28 @@ def test_sums_by_nccl(seed):
     want = (parts[0].astype(np.float32) + parts[1].astype(np.float32)).astype(BF16)
     for found in got(ops, there):
         np.testing.assert_array_equal(found.view(np.uint16), want.view(np.uint16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(few_cards() is not None, reason=str(few_cards()))
+def test_graphs_have_sums_by_nccl(tmp_path, seed):
+    """As steps of 129 rows have them where the hidden size is 8,192. NVIDIA advises against graphs with NCCL's sums of
+    several GPUs that one thread launches; each has a thread of its own."""
+
+    def make(count: int, config: Config) -> SplitCuda:
+        ops = _cards(count, config)
+        ops.links = Links(ops.xp, count, ops.on, 64)
+        return ops
+
+    folder, rng = write_model(tmp_path / "m", seed, head_dim=64), np.random.default_rng(seed)
+    prompts, answers = [rng.integers(0, 160, n).tolist() for n in (20, 300)], []
+    for graph in (True, True, False):
+        e = split_engine(make, 2, folder, "int2")
+        answers.append(e.generate(prompts, max_tokens=20, ignore_eos=True, graph=graph, logprobs=0))
+        assert e.ops.links.communicators
+    for of_prompt in zip(*answers, strict=True):
+        assert len({tuple(answer.token_ids) for answer in of_prompt}) == 1
+        assert len({tuple(p.logprob for p in answer.logprobs) for answer in of_prompt}) == 1
 
 
 @SIMULATED
