@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import models, presets
+from benchmarks import models, presets, quantized
 from benchmarks.measure import LAUNCHES, ceilings, median_and_spread, replayed
 from benchmarks.runs import POSITIONS, numbers
 from minioscar.app import cli
@@ -114,22 +114,24 @@ def engine_of(config: Config, scheme: Scheme, cards: int) -> Engine:
     if cards == 1:
         return presets.load(config, scheme.name, "cuda")
     ops = Share(config, cards)
-    weights = loading.prepared(presets.random_shares(config, ops, 0), config, ops, scheme)
+    weights = loading.prepared(presets.random_shares(config, ops, 0, scheme.rotate), config, ops, scheme)
     return Engine(config, weights, None, scheme, ops)
 
 
 def rows(args: argparse.Namespace, limits: dict[str, float]) -> Iterator[tuple[str, dict]]:
-    config = replace(presets.config_of(args.preset), max_positions=POSITIONS, window=None)
+    config = quantized.config_with(presets.config_of(args.preset), args.weights)
+    config = replace(config, max_positions=POSITIONS, window=None)
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
     for kv in args.kv.split(","):
         for cards in numbers("--gpus", args.gpus):
             e = engine_of(config, scheme_named(kv), cards)
+            about = {"gpus": cards, "share": f"one of {cards}"} | ({"weights": args.weights} if args.weights else {})
             for shape in shapes:
                 row = models.decode(e, args.preset, *shape, limits, args.steps)
-                yield "decode", row | {"gpus": cards, "share": f"one of {cards}"}
+                yield "decode", row | about
             for tokens in numbers("--tokens", args.tokens) if kv != "bf16" else ():
                 row = models.prefill(e, args.preset, tokens, limits, 2)
-                yield "prefill", row | {"gpus": cards, "share": f"one of {cards}", "fraction_of_limit": None}
+                yield "prefill", row | about | {"fraction_of_limit": None}
             ops = e.ops
             del e
             gc.collect()
@@ -143,6 +145,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("preset")
     for name, default in (("gpus", "1,2"), ("kv", "int2"), ("shapes", "1x4096"), ("tokens", None), ("json", None)):
         parser.add_argument(f"--{name}", default=default)
+    parser.add_argument("--weights", choices=quantized.NAMES)
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args(argv)
     ops = backend("cuda")

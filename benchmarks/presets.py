@@ -142,29 +142,35 @@ def load(config: Config, kv: str = "int2", device: str = "auto", seed: int = 0, 
             f"random weights of this shape take {size(need)}, but only {size(free)} of {ops.name} memory are free"
         )
     if gpus > 1:
-        weights = loading.prepared(random_shares(config, ops, seed), config, ops, scheme)
+        weights = loading.prepared(random_shares(config, ops, seed, scheme.rotate), config, ops, scheme)
     else:
         weights = prepared(random_weights(config, ops, seed, scheme.rotate), config, scheme, ops)
     ops.release()  # what was rotated in them
     return Engine(config, weights, None, scheme, ops)
 
 
-def random_shares(config: Config, ops: Split, seed: int) -> list[Weights]:
+def random_shares(config: Config, ops: Split, seed: int, rotates: bool = False) -> list[Weights]:
     """Of each card. One seed: what is on all cards is the same on all."""
     parts = []
     for rank, one in enumerate(ops.ranks):
         with ops.on(rank):
             own = shares.local(config, ops.cards, shares.first_key(config, ops.cards, rank))
-            part, first = random_weights(own, one, seed), ops.first_tokens[rank]
-            head = part.head[first : first + ops.share]
-            parts.append(replace(part, head=head if config.tie_embeddings else head.copy()))
+            tokens = slice(ops.first_tokens[rank], ops.first_tokens[rank] + ops.share)
+            part = random_weights(own, one, seed, rotates, tokens)
+            parts.append(replace(part, head=part.embed[tokens]) if config.tie_embeddings else part)
             one.release()
     return parts
 
 
-def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool = False) -> Weights:
+def _cut(head: Array, tokens: slice) -> Array:
+    return head if tokens == slice(None) else head[tokens].copy()
+
+
+def random_weights(
+    config: Config, ops: Reference, seed: int = 0, rotates: bool = False, tokens: slice = slice(None)
+) -> Weights:
     """Drawn on the back end, in its dtype or quantized as the config says; one seed gives the same on the same back
-    end. rotates: values, in what is quantized after that (benchmarks/quantized.py).
+    end. rotates: values, in what is quantized after that (benchmarks/quantized.py). tokens: of the head.
 
     Every projection keeps the size of what it reads, and a layer adds to the residual about 1 / layers of its
     variance, so that activations stay near 1 however deep the model is.
@@ -216,7 +222,7 @@ def random_weights(config: Config, ops: Reference, seed: int = 0, rotates: bool 
         embed=embed,
         layers=tuple(quantized.of_layer(layer(), config, rotates, ops) for _ in range(config.num_layers)),
         norm=xp.ones(hidden, ops.dtype),
-        head=embed if config.tie_embeddings else normal(config.vocab_size, hidden, scale=hidden**-0.5),
+        head=embed if config.tie_embeddings else _cut(normal(config.vocab_size, hidden, scale=hidden**-0.5), tokens),
         towers={kind: of_tower(tower.expected()) for kind, tower in config.towers.items()},
     )
     return quantized.of_model(weights, config, rotates, ops)

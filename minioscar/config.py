@@ -99,11 +99,11 @@ class Config:
     def qkv_size(self) -> int:
         return self.q_size + self.key_heads[0] * self.head_dim + self.kv_size
 
-    def stored_bits(self, is_head: bool) -> float | None:
-        """Bits of a number of a quantized matrix, scales included; None for one that is not."""
+    def stored_bits(self, is_head: bool, columns: int = 0) -> float | None:
+        """Of a number of a quantized matrix, as `Format.stored_bits` has them; None for one that is not."""
         if self.quantization is not None and not is_head:
-            return self.quantization.stored_bits
-        return self.weights and rounding.stored_bits("int8" if is_head else self.weights)
+            return self.quantization.stored_bits(columns)
+        return self.weights and rounding.stored_bits("int8" if is_head else self.weights, columns)
 
     def parameters(self, active: bool = False) -> int:
         """The number of weights, a tied embedding counted once. active: of the experts those that one token takes."""

@@ -84,7 +84,6 @@ class Watch:
 
     def _damaged(self, array: Array | Quantized) -> bool:
         """Whether there is such a number, on any card."""
-        array = array.dequantize(self._ops.xp) if isinstance(array, Quantized) else array
         return any(not np.isfinite(part.astype(np.float32)).all() for part in self._ops.on_cards(array))
 
     def _report(self, bad: np.ndarray, result: Array, name: str, inputs: dict[str, Array | None]) -> NoReturn:

@@ -41,6 +41,18 @@ class Backend(Protocol):
     def quantized(self, plain: Plain) -> Matrix: ...
 
 
+class Whole:
+    """What a card has of the tensors of files, of which several have a share each: `parallel.shares.Slices`."""
+
+    def rows(self, name: str, tensor: Tensor) -> Tensor:
+        """Those rows of a tensor, as it is in the files."""
+        return tensor
+
+    def within(self, name: str) -> tuple[slice, slice]:
+        """Rows and columns of a matrix; slice(None): all."""
+        return slice(None), slice(None)
+
+
 class Group(NamedTuple):
     """The place of a matrix that is staged: the tensors whose rows it has."""
 
@@ -48,10 +60,13 @@ class Group(NamedTuple):
 
 
 class Staging:
-    """names: of the matrices that are staged, as they would be called in 16 bits."""
+    """names: of the matrices that are staged, as they would be called in 16 bits. share: what is kept of them. Rows
+    are cut as soon as they are read; columns at last, since what is cut are groups of them."""
 
-    def __init__(self, tensors: Checkpoint, config: Config, ops: Backend, matrices: Sequence[str]):
-        self.tensors, self.config, self.ops = tensors, config, ops
+    def __init__(
+        self, tensors: Checkpoint, config: Config, ops: Backend, matrices: Sequence[str], share: Whole | None = None
+    ):
+        self.tensors, self.config, self.ops, self.share = tensors, config, ops, share or Whole()
         self.finite = dict[str, Array]()  # whether the codes and scales of a matrix are numbers
         self.widened = Counter[str]()  # why matrices are kept as numbers, and how many
         names = matrices if config.weights else tensors.quantized
@@ -60,7 +75,7 @@ class Staging:
     def of(self, name: str) -> list[Tensor]:
         """The tensors of a matrix."""
         quantized = self.tensors.quantized.get(name)
-        return list(quantized.tensors.values()) if quantized else [self.tensors[name]]
+        return list(quantized.tensors.values()) if quantized else [self.share.rows(name, self.tensors[name])]
 
     @property
     def nbytes(self) -> int:
@@ -82,19 +97,30 @@ class Staging:
             owner = replace(owner, **matrices)
             if fold is not None:
                 owner = fold(owner)
-            kept = {field: self._kept(getattr(owner, field), field) for field in found}
+            kept = {field: self._kept(getattr(owner, field), field, group) for field, group in found.items()}
             kept |= {field: by_expert(kept[field], self.config) for field in MLP if field in kept}
             yield replace(owner, **kept)
 
-    def _kept(self, matrix: Plain | Array, field: str) -> Matrix:
+    def filled(
+        self, weights: Any, advance: Callable[[int], object], fold: Callable[[Any], Any] | None = None
+    ) -> Any:
+        """A `weights.Weights`, so. fold: only where the files have numbers; of layers."""
+        fold = None if self.tensors.quantized else fold
+        layers = tuple(self.fill(weights.layers, advance, fold))
+        weights = replace(weights, layers=layers, rotation="folded" if fold else "none", quantized=True)
+        return next(self.fill([weights], advance)) if isinstance(weights.head, Group) else weights
+
+    def _kept(self, matrix: Plain | Array, field: str, group: Group) -> Matrix:
+        _, columns = self.share.within(group.names[0])
         if field == "router":
             numbers = matrix.dequantize(self.ops.xp) if isinstance(matrix, Plain) else matrix
             return numbers.astype(self.ops.dtype, copy=False)
         if not isinstance(matrix, Plain):
             if self.config.weights is None:
                 self.widened["some of their rows are quantized in the files, in another way than others or not"] += 1
-                return matrix.astype(self.ops.dtype, copy=False)
+                return self.ops.xp.ascontiguousarray(matrix[:, columns]).astype(self.ops.dtype, copy=False)
             matrix = quantized(matrix, self.config.weights, field, self.ops.xp)
+        matrix = matrix.cut_columns(columns, self.ops.xp)
         try:
             check_experts(matrix.shape[0], field, self.config)
             return self.ops.quantized(matrix)
@@ -132,15 +158,15 @@ class Staging:
         self.finite[name] = self.ops.xp.isfinite(plain.scale).all()
         if plain.kind == "e4m3":
             self.finite[name] &= (plain.codes & 0x7F != 0x7F).all()
-        return plain
+        return plain.rows(self.share.within(name)[0])
 
-    def check(self) -> None:
+    def check(self, says: bool = True) -> None:
         """Says what is kept as numbers. Raises UserError for scales and codes that are no numbers: at the end, so that
         no matrix waits for the one before it."""
         if bad := next((name for name, finite in self.finite.items() if not finite), None):
             what = f"{bad.removesuffix('.weight')} has a NaN or an infinity"
             raise UserError(f"{self.tensors.folder}: {what}; the files are damaged: fetch the model again")
-        for why, count in self.widened.items():
+        for why, count in self.widened.items() if says else ():
             what = f"{count} {'matrix is' if count == 1 else 'matrices are'} kept as {self.ops.dtype} numbers"
             print(f"[{what}: {why}]", file=sys.stderr, flush=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -17,7 +16,7 @@ from . import oscar
 from .config import Config
 from .errors import UserError
 from .formats import Plain, rounding
-from .quantized import Quantized
+from .quantized import RUN, Quantized
 from .staging import MLP, Group, Staging, by_expert, quantized
 from .storage.checkpoint import Checkpoint, Tensor
 from .storage.identity import WeightFiles
@@ -107,7 +106,8 @@ def _of_text(config: Config) -> dict[str, tuple[int, ...]]:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     for i in range(config.num_layers):
         layer = f"model.layers.{i}."
-        for name, out in (("q", config.q_size), ("k", config.kv_size), ("v", config.kv_size)):
+        keys = config.key_heads[0] * config.head_dim
+        for name, out in (("q", config.q_size), ("k", keys), ("v", config.kv_size)):
             shapes[f"{layer}self_attn.{name}_proj.weight"] = (out, hidden)
             if config.qkv_bias:
                 shapes[f"{layer}self_attn.{name}_proj.bias"] = (out,)
@@ -142,18 +142,7 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
     from tqdm import tqdm
 
     with ExitStack() as stack:
-        tensors = Checkpoint(folder, expected(config), config.tie_embeddings, stack, config.quantization)
-        if tensors.has_kv_scales:
-            print("[the scales of an FP8 cache in the files are not used]", file=sys.stderr, flush=True)
-        if tensors.has_talker:
-            print("[the talker in the files is not used: this model answers in text]", file=sys.stderr, flush=True)
-        need, free = ops.weight_bytes(config), ops.free_bytes()
-        if need > free:
-            fitting = [mode for mode in rounding.MODES if ops.weight_bytes(replace(config, weights=mode)) <= free]
-            raise UserError(
-                f"{folder}: the weights take {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of {ops.name} memory "
-                f"are free{f'; --weights {fitting[0]} fits' if fitting else ''}"
-            )
+        tensors = opened(folder, config, ops, stack)
         for name in tensors.quantized.keys() - _of_text(config).keys():
             raise UserError(f"{folder}: {name} of a tower is quantized, which is not supported; use its BF16 weights")
         staging = Staging(tensors, config, ops, matrices(config))
@@ -171,19 +160,37 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
             towers = {kind: {name: get(name) for name in of.expected()} for kind, of in config.towers.items()}
             weights = Weights(embed, layers, norm, head, files=tensors.files, towers=towers)
         if staging.names:
-            weights = _staged(weights, staging, bar.update, fold and not tensors.quantized)
+            by_fold = partial(fold_values, config=config, ops=ops) if fold else None
+            weights = staging.filled(weights, bar.update, by_fold)
             staging.check()
         tensors.files.check()  # not half of them of one training step and half of another
     return weights
+
+
+def opened(folder: Path, config: Config, ops: Backend, stack: ExitStack, cards: int = 1) -> Checkpoint:
+    """The files, and on stderr what of them is not used. cards: over which the bytes of `ops` are spread. Raises
+    UserError as `Checkpoint`, and where memory has no room."""
+    tensors = Checkpoint(folder, expected(config), config.tie_embeddings, stack, config.quantization)
+    for what in tensors.unused():
+        print(f"[{what}]", file=sys.stderr, flush=True)
+    if (need := ops.weight_bytes(config)) > (free := ops.free_bytes()):
+        fitting = [mode for mode in rounding.MODES if ops.weight_bytes(replace(config, weights=mode)) <= free]
+        where = "" if cards == 1 else f" on each of {cards} cards"
+        raise UserError(
+            f"{folder}: the weights take {need / cards / 1e9:.1f} GB{where}, but only {free / cards / 1e9:.1f} GB of "
+            f"{ops.name} memory are free{f'; --weights {fitting[0]} fits' if fitting else ''}"
+        )
+    return tensors
 
 
 def bytes_of(config: Config, itemsize: int) -> int:
     """Of all weights, where quantized matrices are kept in 4 or 8 bits and numbers take `itemsize` bytes."""
     total, shapes = config.parameters() * itemsize, expected(config)
     for name in matrices(config):
-        bits = config.stored_bits(name == "lm_head.weight")
-        if bits is not None:  # and a number for each row
-            total += round(math.prod(shapes[name]) * (bits / 8 - itemsize)) + 4 * shapes[name][0]
+        rows, columns = shapes[name]
+        bits = config.stored_bits(name == "lm_head.weight", columns if config.shared_keys else 0)
+        if bits is not None:  # of whole runs, and a number for each row
+            total += round(rows * (-(-columns // RUN) * RUN * bits / 8 - columns * itemsize)) + 4 * rows
     return total
 
 
@@ -191,14 +198,6 @@ def matrices(config: Config) -> list[str]:
     """The names of those that `Config.weights` is about: all but the embedding and routers."""
     shapes = _of_text(config).items()
     return [name for name, shape in shapes if len(shape) == 2 and "embed" not in name and not name.endswith(ROUTER)]
-
-
-def _staged(weights: Weights, staging: Staging, advance: Callable[[int], object], fold: bool) -> Weights:
-    by_fold = partial(fold_values, config=staging.config, ops=staging.ops) if fold else None
-    layers = tuple(staging.fill(weights.layers, advance, by_fold))
-    rotation = "folded" if fold else "none"
-    weights = replace(weights, layers=layers, rotation=rotation, quantized=True)
-    return next(staging.fill([weights], advance)) if isinstance(weights.head, Group) else weights
 
 
 def quantize(weights: Weights, config: Config, ops: Backend) -> Weights:

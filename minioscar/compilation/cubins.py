@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from ..errors import Failure
@@ -78,7 +79,7 @@ def compiled(program: Program, capability: int, nvrtc: Any) -> Path:
         raise Failure(f"{program[0]} does not compile for this GPU ({error}): {log}") from None
     finally:
         nvrtc.destroyProgram(handle)
-    draft = path.with_suffix(f".{os.getpid()}")
+    draft = path.with_suffix(f".{os.getpid()}-{get_ident()}")  # several cards load side by side
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(machine_code)

@@ -154,8 +154,9 @@ def evaluate(
     ids = tokenizer.encode(default_text() if text is None else text)
     asked.check_text(len(ids))
     if gpus > 1:
-        loaded = zip(load_for_each(folder, config, ops, wanted, progress), wanted, strict=True)
-        engines = [Engine(config, each, tokenizer, scheme, ops) for each, scheme in loaded]
+        loaded = [(one, load_for_each(folder, one, ops, wanted, progress)) for one in configs]
+        of_all = [(one, *each) for one, made in loaded for each in zip(made, wanted, strict=True)]
+        engines = [Engine(one, weights, tokenizer, scheme, ops) for one, weights, scheme in of_all]
     else:
         engines = engines_for(wanted, load_weights(folder, config, ops, progress), configs, tokenizer, ops)
     report = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,10 +46,10 @@ class Format:
     bits: tuple[int, ...]  # that a matrix may have
     groups: tuple[int, ...]  # columns of a group that a matrix may have; 0: the whole row
 
-    @property
-    def stored_bits(self) -> float:
-        """Of a number as it is kept, its share of a scale and a zero of 16 bits included; at most, of several forms."""
-        return max(self.bits) + max((32 / group for group in self.groups if group), default=0)
+    def stored_bits(self, columns: int = 0) -> float:
+        """Of a number as it is kept, its share of a scale and a zero of 16 bits included; at most, of several forms.
+        columns: of rows that were cut (`Plain.cut_columns`), 0: of whole ones."""
+        return max(self.bits) + max((32 / math.gcd(group, columns) for group in self.groups if group), default=0)
 
     def layout(self, linear: Linear) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """The tensors that a layer must have, each with one description or several to choose from. Raises Unfit."""

@@ -9,6 +9,7 @@ bits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,10 @@ class Scaled(Format):
     tiles: tuple[Tile, ...]  # that a matrix may have
     scale: str = "weight_scale"  # the name of its tensor
 
-    @property
-    def stored_bits(self) -> float:
+    def stored_bits(self, columns: int = 0) -> float:
         """A scale of 32 bits is of at most 16 rows."""
-        return max(self.bits) + max(32 / min(rows, 16) / columns if columns else 0 for rows, columns in self.tiles)
+        sizes = ((min(rows, 16), math.gcd(width, columns)) for rows, width in self.tiles if width)
+        return max(self.bits) + max((32 / rows / width for rows, width in sizes), default=0)
 
     def layout(self, linear: Linear) -> dict[str, Tensor | tuple[Tensor, ...]]:
         choices = tuple(one for shape in self._shapes(linear) for one in kinds((*FLOATS, *E8M0), shape))

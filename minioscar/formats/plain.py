@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -47,6 +47,26 @@ class Plain:
         if array is None or group == self.group:
             return array
         return xp.repeat(array, self.group // group, axis=1)[:, : -(-self.shape[1] // group)]
+
+    def rows(self, of: slice) -> Plain:
+        """Some rows, in memory of their own."""
+        if of == slice(None):
+            return self
+        codes, scale, zero = (x if x is None else x[of].copy() for x in (self.codes, self.scale, self.zero))
+        return replace(self, codes=codes, scale=scale, zero=zero)
+
+    def cut_columns(self, of: slice, xp: Any) -> Plain:
+        """The columns first ... last - 1 of all rows, exactly: where a group has columns of two shares of this width,
+        in smaller groups, whose size divides both."""
+        if of == slice(None):
+            return self
+        group, codes = math.gcd(self.group, of.stop - of.start), xp.ascontiguousarray(self.codes[:, of])
+        if self.scale.shape[1] == 1:
+            return replace(self, codes=codes, group=of.stop - of.start)
+        groups = slice(of.start // group, -(-of.stop // group))
+        parts = (self.in_groups(name, group, xp) for name in ("scale", "zero"))
+        scale, zero = (x if x is None else xp.ascontiguousarray(x[:, groups]) for x in parts)
+        return replace(self, codes=codes, scale=scale, zero=zero, group=group)
 
 
 def joined(parts: Sequence[Plain | Array], xp: Any) -> Plain | Array:

@@ -7,6 +7,7 @@ that divides them. Scales and zeros are rounded to float16 first and codes are c
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,9 @@ def group_of(columns: int) -> int:
     return next((group for group in (GROUP, 32) if columns % group == 0), columns)
 
 
-def stored_bits(mode: str) -> float:
-    """Of a number, its share of a scale and a zero of 16 bits included."""
-    return BITS[mode] + 32 / GROUP
+def stored_bits(mode: str, columns: int = 0) -> float:
+    """Of a number, its share of a scale and a zero of 16 bits included. columns: as `Format.stored_bits` has them."""
+    return BITS[mode] + 32 / math.gcd(GROUP, columns)
 
 
 def _to_float16(x: Array) -> Array:

@@ -84,8 +84,8 @@ class Reference:
         return np.asarray(x)
 
     def on_cards(self, x: Array) -> list[np.ndarray]:
-        """On the host, what each card has of x: of one all."""
-        return [self.numpy(x)]
+        """On the host, what each card has of x, an array or a quantized matrix: of one all."""
+        return [self.numpy(x.dequantize(self.xp) if isinstance(x, Quantized) else x)]
 
     def all_heads(self, x: Array, heads: int) -> np.ndarray:
         """x [tokens, heads, d] on the host; heads: of the model, of which a card of several has some (parallel/)."""

@@ -55,7 +55,7 @@ class Split:
         return Ranks(self.each(lambda ops, x: ops.on_host(x), x))
 
     def on_cards(self, x: Array) -> list[np.ndarray]:
-        return self.each(lambda ops, x: ops.numpy(x), x)
+        return self.each(lambda ops, x: ops.on_cards(x)[0], x)
 
     def all_heads(self, x: Array, heads: int) -> np.ndarray:
         found = self.on_cards(x)
@@ -71,9 +71,9 @@ class Split:
 
     def weight_bytes(self, config: Config) -> int:
         """Of all cards: what each has, those that are on every card included."""
-        first, own = self.ranks[0], local(config, self.cards, 0)
-        head = 0 if config.tie_embeddings else (config.vocab_size - self.share) * config.hidden_size
-        return self.cards * (first.weight_bytes(own) - head * first.dtype.itemsize)
+        first, own = self.ranks[0], replace(local(config, self.cards, 0), vocab_size=self.share)
+        embedding = (config.vocab_size - self.share) * config.hidden_size * first.dtype.itemsize  # the rest of it
+        return self.cards * (first.weight_bytes(own) + embedding)
 
     def cache_bytes(self, config: Config, *rest: Any) -> int:
         return self.cards * self.ranks[0].cache_bytes(local(config, self.cards, 0), *rest)
@@ -86,7 +86,7 @@ class Split:
     def _localized(self, model: Stepper) -> Stepper:
         """The model with the config of one card's share."""
         model = copy(model)
-        model.config = self.local
+        model.config = replace(self.local, weights=model.config.weights)
         return model
 
 

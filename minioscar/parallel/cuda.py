@@ -145,6 +145,7 @@ class SplitCuda(Split, Cuda):
         """By cuBLAS and NCCL: while the sum of a chunk of tokens is on its way, the next chunk is multiplied. The first
         card adds to its residual in place."""
         out = Ranks(self.each(lambda ops, x: x if ops is self.ranks[0] else ops.xp.empty_like(x), residual))
+        weight = self.dense(weight)
         size = max(-(-len(x) // CHUNKS), CHUNK_TOKENS)
         for chunk in (slice(i, i + size) for i in range(0, len(x), size)):
             part = out[chunk]

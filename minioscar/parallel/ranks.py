@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..quantized import Quantized
+
 Array = Any
 
 
@@ -74,6 +76,8 @@ def of_rank(x: Any, rank: int) -> Any:
     """What card `rank` has of an argument: within tuples, lists and dicts, too."""
     if isinstance(x, Ranks):
         return x.values[rank]
+    if isinstance(x, Quantized):
+        return x.map(lambda array: of_rank(array, rank))
     if isinstance(x, dict):
         return {name: of_rank(value, rank) for name, value in x.items()}
     if isinstance(x, tuple) and hasattr(x, "_fields"):

@@ -9,6 +9,7 @@ most may lie on one card, whose weights the step would then wait for. Embedding,
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,10 @@ import numpy as np
 
 from ..config import Config
 from ..errors import UserError
+from ..formats import rounding
 from ..oscar import Scheme
+from ..quantized import ROWS, Quantized, has_form
+from ..staging import Whole
 from ..storage.checkpoint import Tensor
 from ..weights import Layer, Weights
 from .ranks import Ranks
@@ -37,7 +41,24 @@ def fitting(config: Config) -> list[int]:
     divide the q heads, where cards have the same kv head."""
     q, kv = config.num_heads, config.num_kv_heads
     counts = (n for n in range(1, q + 1) if q % n == 0 and (kv % n == 0 or n % kv == 0))
-    return [n for n in counts if config.intermediate_size % n == 0]
+    return [n for n in counts if config.intermediate_size % n == 0 and (n == 1 or _codes_fit(config, n))]
+
+
+def _codes_fit(config: Config, cards: int) -> bool:
+    """Whether shares of quantized matrices have a form where the matrices have: tiles of gate and of up, and groups of
+    columns, which a share that begins or ends within one has as smaller ones (`Plain.cut_columns`)."""
+    if config.quantization is None and config.weights is None:
+        return True
+    rows = config.q_size, config.intermediate_size  # numbers of a row, of o and of down
+    groups = ((group, size // cards) for size in rows for group in _groups(config, size) if has_form(group))
+    return all(has_form(math.gcd(*each)) for each in groups) and config.intermediate_size // cards % ROWS == 0
+
+
+def _groups(config: Config, columns: int) -> list[int]:
+    """Columns of a group, as far as a row of so many can have several."""
+    given = [] if config.quantization is None else [*config.quantization.groups]
+    given += [] if config.weights is None else [rounding.group_of(columns)]
+    return [group for group in given if 0 < group < columns]
 
 
 def check(config: Config, scheme: Scheme, cards: int) -> None:
@@ -45,13 +66,18 @@ def check(config: Config, scheme: Scheme, cards: int) -> None:
     q, kv, option = config.num_heads, config.num_kv_heads, f"--gpus {cards}"
     if cards not in (counts := fitting(config)):
         fits = f"{', '.join(map(str, counts[:-1]))} or {counts[-1]}" if len(counts) > 1 else f"only {counts[0]}"
-        raise UserError(f"{option}: {q} q heads, {kv} kv heads and an MLP of {config.intermediate_size} fit {fits}")
+        mlp = f"an MLP of {config.intermediate_size}{_in_groups(config)}"
+        raise UserError(f"{option}: {q} q heads, {kv} kv heads and {mlp} fit {fits}")
     if config.towers:
         raise UserError(f"{option}: models that read {' or '.join(config.towers)}s run on one card; leave it out")
-    if config.quantization is not None or config.weights is not None:
-        raise UserError(f"{option}: quantized weights run on one card; use BF16 weights or leave it out")
     if scheme.calibrated:
         raise UserError(f"{option}: --kv {scheme.name} draws samples while it is loaded, on one card; use another --kv")
+
+
+def _in_groups(config: Config) -> str:
+    """What messages say of quantized weights behind the MLP."""
+    groups = sorted({group for size in (config.q_size, config.intermediate_size) for group in _groups(config, size)})
+    return f" with groups of {' or '.join(map(str, groups))} columns" if groups else ""
 
 
 def local(config: Config, cards: int, first_key: Any) -> Config:
@@ -73,7 +99,7 @@ def vocabulary(config: Config, cards: int) -> tuple[int, list[int]]:
     return share, [min(rank * share, config.vocab_size - share) for rank in range(cards)]
 
 
-class Slices:
+class Slices(Whole):
     """Where the share of one card lies in the tensors of a checkpoint."""
 
     def __init__(self, config: Config, cards: int, rank: int):
@@ -91,8 +117,12 @@ class Slices:
         axis, over = self._split(name)
         return self.of[over] if axis == 1 else None
 
+    def within(self, name: str) -> tuple[slice, slice]:
+        axis, over = self._split(name)
+        return tuple(self.of[over] if axis == i else slice(None) for i in (0, 1))
+
     def rows(self, name: str, tensor: Tensor) -> Tensor:
-        """The rows of a tensor, which are one stretch of its file."""
+        """They are one stretch of the file."""
         axis, over = self._split(name)
         if axis != 0:
             return tensor
@@ -110,8 +140,17 @@ class Slices:
 def joined(parts: list[Weights]) -> Weights:
     """The weights of all cards as one, each array the `Ranks` of theirs."""
 
-    def together(field: str, arrays: list[Array | None]) -> Ranks | None:
-        return None if arrays[0] is None else Ranks(arrays, MATRICES.get(field))
+    def together(field: str, arrays: list[Array | Quantized | None]) -> Ranks | Quantized | None:
+        first, split = arrays[0], MATRICES.get(field)
+        forms = {(x.kind, x.group) if isinstance(x, Quantized) else None for x in arrays}
+        if len(forms) > 1:
+            why = f"a card's share of a {field} matrix has another form than another's, which tiles of {ROWS} rows do"
+            raise UserError(f"{why} where scales change within them; take BF16 weights, or one card")
+        if not isinstance(first, Quantized):
+            return None if first is None else Ranks(arrays, split)
+        of_cards = zip(*(x.arrays() for x in arrays), strict=True)
+        codes, scales, row_scale = map(Ranks, of_cards)
+        return replace(first, codes=codes, scales=scales, row_scale=row_scale, split=split)
 
     layers = (
         Layer(**{field: together(field, [getattr(layer, field) for layer in of_cards]) for field in vars(of_cards[0])})

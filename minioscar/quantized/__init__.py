@@ -39,6 +39,7 @@ class Quantized:
     codes: Array = None  # None: a form alone, for plans
     scales: Array = None
     row_scale: Array = None
+    split: str | None = None  # of a matrix of several cards, whose arrays are `Ranks`: as those have it (parallel/)
 
     word_axes: ClassVar[tuple[int, ...]]  # of (tile, r, i, run, h, c, s, p, e): their order in memory
 
@@ -52,7 +53,7 @@ class Quantized:
         array code.
         """
         (rows, columns), group, groups = plain.shape, plain.group, plain.scale.shape[1]
-        if groups > 1 and (group < 32 or group & group - 1):
+        if groups > 1 and not has_form(group):
             raise ValueError(f"groups of {group} columns are neither a power of two from 32 on nor whole rows")
         padding = (0, -rows % ROWS), (0, -columns % RUN)
         scale = xp.pad(plain.scale, (padding[0], (0, 0)), mode="edge")
@@ -142,6 +143,11 @@ class Q8(Quantized):
         first = halves >> 8 & 0x80 | halves >> 4 & 0x7F
         second = halves >> 4 & 0x80 | halves >> 8 & 0x70 | halves & 0xF
         return xp.stack([first, second], axis=-1).astype(np.uint8)
+
+
+def has_form(group: int) -> bool:
+    """Whether kernels read groups of so many columns, of which a row has several."""
+    return group >= 32 and group & group - 1 == 0
 
 
 def mapped(x: Any, change: Callable[[Array], Array]) -> Any:

@@ -180,15 +180,12 @@ class Checkpoint:
         """AutoGPTQ writes a bias for every layer, zeros for those that have none."""
         return bool(self.quantized) and name.endswith(".bias") and not self.tensors[name].array.any()
 
-    @property
-    def has_kv_scales(self) -> bool:
-        """Whether the files have scales for an FP8 cache, which is another one than ours."""
-        return any(KV_SCALES.search(name) for name in self.tensors)
-
-    @property
-    def has_talker(self) -> bool:
-        """Whether the files have what Qwen3-Omni speaks with."""
-        return any(name.startswith("talker.") for name in self.tensors)
+    def unused(self) -> Iterator[str]:
+        """Says what of the files is not used, for a cache in FP8 or to speak with."""
+        if any(KV_SCALES.search(name) for name in self.tensors):
+            yield "the scales of an FP8 cache in the files are not used"
+        if any(name.startswith("talker.") for name in self.tensors):
+            yield "the talker in the files is not used: this model answers in text"
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

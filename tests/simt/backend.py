@@ -22,7 +22,7 @@ from minioscar.config import Config
 from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode import Queue, StepBatch
 from minioscar.ops.launch import Card, Launch, Recording, TensorMap
-from minioscar.ops.linear import Products
+from minioscar.ops.linear import ONE, Products
 from minioscar.ops.paged import KernelCache
 from minioscar.ops.reference import Reference
 from minioscar.parallel.backend import Split
@@ -88,8 +88,9 @@ class Simt(Cuda):
     def array(self, x: np.ndarray) -> np.ndarray:
         return array(np.asarray(x).astype(self.dtype))
 
-    def add_product(self, y: np.ndarray, x: np.ndarray, weight: np.ndarray) -> None:
-        y[...] = (x.astype(np.float32) @ weight.astype(np.float32).T + y.astype(np.float32)).astype(y.dtype)
+    def add_product(self, y: np.ndarray, x: np.ndarray, weight: np.ndarray, beta: np.ndarray = ONE) -> None:
+        before = y.astype(np.float32) * beta if beta[0] else 0  # as BLAS has it: not read then
+        y[...] = (x.astype(np.float32) @ weight.astype(np.float32).T + before).astype(y.dtype)
 
     def attention(self, q: np.ndarray, new: NewTokens, layer_cache: LayerCache, batch: Any) -> np.ndarray:
         """Array code writes its result unseen by the simulator, so it is copied in."""
