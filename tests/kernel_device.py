@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minioscar.ops.cubins import KERNELS
-from minioscar.ops.cubins import source as text_of
+from minioscar.compilation.cubins import KERNELS
+from minioscar.compilation.cubins import source as text_of
 from minioscar.ops.launch import Launch, TensorMap, run
 from minioscar.ops.launch import kernel as compiled_kernel
 

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minioscar.compilation.cubins import KERNELS, options
+from minioscar.compilation.cubins import source as text_of
 from minioscar.config import Experts
 from minioscar.experts import plans as experts
 from minioscar.ops import attention, linear, linear_batch, prefill, sample
-from minioscar.ops.cubins import KERNELS, options
-from minioscar.ops.cubins import source as text_of
 from minioscar.ops.launch import SHARED_KIB, Card, Launch
 from minioscar.oscar import SCHEMES
 from minioscar.parallel.collectives import Links

@@ -13,11 +13,13 @@ import pytest
 
 from benchmarks import presets
 from minioscar.cache import Cache
+from minioscar.compilation import cubins
+from minioscar.compilation.ahead import programs
 from minioscar.errors import Failure
 from minioscar.generation import Options
 from minioscar.model import Model
-from minioscar.ops import cubins, launch
-from minioscar.ops.cuda import OnPaper, programs
+from minioscar.ops import launch
+from minioscar.ops.cuda import OnPaper
 from minioscar.ops.launch import Card
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling, Sampling
@@ -158,7 +160,7 @@ def test_what_a_run_launches_is_known_before(kv, lengths, sampling, arch, change
             super().run(launch)
 
         def prepare(self, model, cache, passes, rows, progress):
-            self.listed |= set(programs(self, model, cache, passes, rows))
+            self.listed |= set(programs(OnPaper(self.card), model, cache, passes, rows))
 
     folder = write_model(tmp_path / "m", 1, head_dim=64, num_hidden_layers=1, **changes)
     _, engine, ops = of_backend(Noting, folder, kv)

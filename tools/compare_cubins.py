@@ -51,7 +51,7 @@ def code(cubin: bytes) -> list[str]:
 def compile_tree(arch: int, only: str, cache: Path) -> dict[str, list[str]]:
     """Label -> `code` of each launch of the tree in the working directory; sources that were compiled before come
     from `cache`."""
-    from minioscar.ops.cubins import architecture, source
+    from minioscar.compilation.cubins import architecture, source
     from tests import test_compile
 
     found = {}

@@ -9,32 +9,29 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..batch import Batch
-from ..cache import BF16, Cache, LayerCache, NewTokens, blocks_of, of_layer
+from ..cache import BF16, Cache, LayerCache, NewTokens, blocks_of
+from ..compilation.ahead import Paper, programs
+from ..compilation.cubins import Program, compile_all
 from ..config import Config
 from ..decoding import Decoder, Stepper
 from ..experts import on_card as experts
 from ..experts.plans import work_bytes as experts_bytes
 from ..formats import Plain
 from ..oscar import Scheme
-from ..quantized import Quantized, mapped
+from ..quantized import Quantized
 from ..quantized import on_card as quantized
 from ..sampling import RowSampling
 from ..sm90.prefill_attention import split_plan
 from ..storage.checkpoint import Tensor
 from ..storage.upload import Buffers, Upload, pinned
-from ..towers.media import Inputs
-from ..weights import Layer, Weights, bytes_of
+from ..weights import Layer, bytes_of
 from . import attention, linear, prefill
 from .attention import HEAD_DIMS, Heads
-from .cubins import Program, compile_all
 from .decode import Queue, StepBatch, StepDecoder, step_sizes, unsupported
 from .indices import Indices
 from .launch import Card, Launch, Recording, run
@@ -260,7 +257,8 @@ class Cuda(Reference):
     ) -> None:
         from cupy.cuda import nvrtc
 
-        compile_all(programs(self, model, cache, passes, rows), self.card.capability, nvrtc, progress)
+        wanted = programs(OnPaper(self.card), model, cache, passes, rows)
+        compile_all(wanted, self.card.capability, nvrtc, progress)
 
     def queue(self, batch: StepBatch, runs: Mapping[int, Callable[[], None]], graph: bool) -> Queue:
         return Queue(batch, runs, graph)
@@ -287,65 +285,10 @@ class Cuda(Reference):
         return self.indices
 
 
-def programs(
-    ops: Cuda, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling] | None
-) -> list[Program]:
-    """What these passes and then decode steps of `rows` (none: no steps; None: of rows that join) launch.
-
-    One layer of the model is run over arrays that have shapes and no memory. Empty where steps are array code.
-    """
-    config, paper = model.config, OnPaper(ops.card)
-    if unsupported(config, cache.scheme, len(cache.lengths)):
-        return []
-    blank, config = copy(cache), replace(config, num_layers=1)
-    blank.ops, blank.lengths = paper, cache.lengths.copy()
-    blank.arrays = {name: paper.blank(array if name == "table" else array[:1]) for name, array in cache.arrays.items()}
-    blank.layers = [type(cache.layers[0])(of_layer(blank.arrays, 0), cache.scheme, paper, cache.table)]
-    model = copy(model)
-    model.config, model.ops, model.weights = config, paper, paper.weights(model.weights)
-    model.tables = (np.broadcast_to(np.float32(0), (cache.context, config.head_dim // 2)),) * 2
-    with_media = [replace(batch, inputs=Inputs.blank(batch.counts)) for batch in passes if config.towers]
-    for batch in (*passes, *with_media):
-        model.forward(np.zeros(sum(batch.counts), np.int32), blank, batch)
-    if rows is None or rows:
-        whole = StepBatch(paper, config, blank, rows, model.weights.key_feedback)
-        for step in (*whole.few.values(), whole):
-            model.step(step.tokens, blank, step, partial(step.draw, ops=paper))
-    return list(paper.launched)
-
-
-class OnPaper(Cuda):
+class OnPaper(Paper, Cuda):
     """A card on which nothing runs: launches are noted."""
 
     def __init__(self, card: Card) -> None:
         self.xp, self.card, self.indices, self.recorded = np, card, None, None
         self.products = Products(np, card)
         self.launched: dict[Program, None] = {}
-
-    @staticmethod
-    def blank(x: Array) -> Array:
-        """An array of the shape and dtype of x, of one number's memory."""
-        return np.broadcast_to(np.zeros((), x.dtype), x.shape)
-
-    def weights(self, weights: Weights) -> Weights:
-        layer = {name: mapped(x, self.blank) for name, x in vars(weights.layers[0]).items()}
-        outer = {name: mapped(getattr(weights, name), self.blank) for name in ("embed", "norm", "head")}
-        return replace(weights, layers=(replace(weights.layers[0], **layer),), **outer)
-
-    def run(self, launch: Launch) -> None:
-        self.launched[launch.source, launch.defines] = None
-
-    def attention(self, q: Array, new: NewTokens, layer_cache: LayerCache, batch: Batch | StepBatch) -> Array:
-        y = layer_cache.attend(q, new, batch)
-        if layer_cache.scheme.quantized:  # else appending is array code
-            layer_cache.append(new, batch)
-        return y
-
-    def product(self, x: Array, weight: Array, float32: bool) -> Array:
-        return np.empty((len(x), len(weight)), np.float32 if float32 else self.dtype)
-
-    def add_product(self, y: Array, x: Array, weight: Array) -> None:
-        pass
-
-    def numpy(self, x: Array) -> np.ndarray:
-        return x

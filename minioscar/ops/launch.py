@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .cubins import compiled
+from ..compilation.cubins import compiled
 
 Array = Any
 # Compute capability -> KiB of shared memory that a block may use.

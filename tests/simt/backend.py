@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from minioscar.cache import LayerCache, NewTokens
+from minioscar.compilation.cubins import KERNELS
 from minioscar.config import Config
-from minioscar.ops.cubins import KERNELS
 from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode import Queue, StepBatch
 from minioscar.ops.launch import Card, Launch, Recording, TensorMap
