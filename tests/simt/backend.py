@@ -158,6 +158,9 @@ class SplitSimt(SplitCuda):
     recording = Simt.recording
     prepare = Reference.prepare
 
+    def follow(self, streams: Any = None) -> None:
+        """There are no streams."""
+
     def run(self, launch: Launch | Sum) -> None:
         if self.recorded is not None:
             self.recorded.append(launch)
