@@ -85,7 +85,7 @@ def test_room_for_a_tower_is_left_on_each_card(monkeypatch):
         else:
             with pytest.raises(UserError, match="becomes .* tokens and needs"):
                 memory.check_media(model.config, model.ops, media, held)
-    plan = server.Plan(media_tokens=64, chunk=128)
+    plan = server.Plan(1, 256, 128, None, "m", media_tokens=64)
     one = bytes_of_media(model.config.towers, model.ops, 64, 128)
     assert server.media_bytes(model, plan, 256) == 2 * one
 
