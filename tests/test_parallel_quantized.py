@@ -28,7 +28,7 @@ from minioscar.weights import bytes_of, load, matrices
 
 from .quantized_files import KINDS, HostOps, write_quantized
 from .test_parallel import over
-from .test_parallel_kernels import SIMULATED, _on_one_card, _simulated, split_engine
+from .test_parallel_kernels import SIMULATED, TWO, _cards, _on_one_card, _simulated, split_engine
 from .test_quantized import random_plain
 from .tiny import MOE, relative, write_model, write_talker
 
@@ -295,32 +295,34 @@ def test_what_modes_cost_is_what_it_costs_on_one_card(tmp_path):
 # --- by kernels
 
 
-@pytest.fixture
-def one_at_a_time(monkeypatch):
-    """Cards load one after the other: the simulator runs one kernel at a time."""
-    monkeypatch.setattr(loading, "ThreadPoolExecutor", lambda count: ThreadPoolExecutor(1))
-
-
 on_two = pytest.mark.parametrize(
     "make", [pytest.param(_simulated, id="simt", marks=SIMULATED),
-             pytest.param(_on_one_card, id="on-one-card", marks=pytest.mark.gpu)],
+             pytest.param(_on_one_card, id="on-one-card", marks=pytest.mark.gpu),
+             pytest.param(_cards, id="cuda", marks=TWO)],
 )  # fmt: skip
 
 
-@pytest.mark.long
-@on_two
-def test_a_long_prompt_is_multiplied_with_what_codes_stand_for(make, tmp_path, seed, one_at_a_time, monkeypatch):
-    """Each card dequantizes its share for cuBLAS, here of prompts that are longer than eight tokens."""
-    for module in (one_card, cuda):
-        monkeypatch.setattr(module, "BATCH_TOKENS", 8)
+def one_at_a_time(make, monkeypatch) -> None:
+    """The simulator runs one kernel at a time: its cards load one after the other, and sum what is large at once."""
 
     def added(links: Links, arrays: Ranks) -> None:
         total = sum(x.astype(np.float32) for x in arrays.values)
         for x in arrays.values:
             x[...] = total.astype(x.dtype)
 
-    monkeypatch.setattr(Links, "sum_beside", added)
-    monkeypatch.setattr(Links, "join", lambda links: None)
+    if make is _simulated:
+        monkeypatch.setattr(loading, "ThreadPoolExecutor", lambda count: ThreadPoolExecutor(1))
+        monkeypatch.setattr(Links, "sum_beside", added)
+        monkeypatch.setattr(Links, "join", lambda links: None)
+
+
+@pytest.mark.long
+@on_two
+def test_a_long_prompt_is_multiplied_with_what_codes_stand_for(make, tmp_path, seed, monkeypatch):
+    """Each card dequantizes its share for cuBLAS, here of prompts that are longer than eight tokens."""
+    one_at_a_time(make, monkeypatch)
+    for module in (one_card, cuda):
+        monkeypatch.setattr(module, "BATCH_TOKENS", 8)
     write_quantized(tmp_path, "awq-gemm", seed, num_hidden_layers=1, intermediate_size=192)
     reference, e = over(tmp_path, "int2", 1), split_engine(make, 2, tmp_path, "int2")
     ids = np.random.default_rng(seed).integers(0, 160, 20).tolist()
@@ -330,8 +332,9 @@ def test_a_long_prompt_is_multiplied_with_what_codes_stand_for(make, tmp_path, s
 @pytest.mark.long
 @on_two
 @pytest.mark.parametrize(("name", "changes"), [("awq-gemm", {}), ("fp8", {}), ("ct-int4", EXPERTS)])
-def test_two_cards_by_kernels_are_the_quantized_model(make, name, changes, tmp_path, seed, one_at_a_time):
+def test_two_cards_by_kernels_are_the_quantized_model(make, name, changes, tmp_path, seed, monkeypatch):
     """A prompt and steps; every token takes all experts, so that BF16 does not choose among them."""
+    one_at_a_time(make, monkeypatch)
     shape = {"num_hidden_layers": 1, "intermediate_size": 192}
     write_quantized(tmp_path, name, seed, **shape | {"model_type": "qwen3"} | changes | {"num_experts_per_tok": 6})
     reference, e = over(tmp_path, "int2", 1), split_engine(make, 2, tmp_path, "int2")
