@@ -69,7 +69,7 @@ def check(config: Config, scheme: Scheme, cards: int) -> None:
         mlp = f"an MLP of {config.intermediate_size}{_in_groups(config)}"
         raise UserError(f"{option}: {q} q heads, {kv} kv heads and {mlp} fit {fits}")
     if config.towers:
-        raise UserError(f"{option}: models that read {' or '.join(config.towers)}s run on one card; leave it out")
+        raise UserError(f"{option}: models that read {'s or '.join(config.towers)}s run on one card; leave it out")
     if scheme.calibrated:
         raise UserError(f"{option}: --kv {scheme.name} draws samples while it is loaded, on one card; use another --kv")
 
