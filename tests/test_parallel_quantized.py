@@ -22,6 +22,7 @@ from minioscar.parallel.backend import SplitReference
 from minioscar.parallel.collectives import Links
 from minioscar.parallel.ranks import Ranks
 from minioscar.parallel.shares import Slices
+from minioscar.prompt_cache import PromptCache
 from minioscar.quantized import Quantized, from_plain, has_form
 from minioscar.weights import arrays as arrays_of
 from minioscar.weights import bytes_of, load, matrices
@@ -157,6 +158,11 @@ def test_several_cards_compute_what_one_does_with_quantized_files(name, cards, c
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 160, n).tolist() for n in (125, 7)]
     assert relative(several.logits(prompts[0]), one.logits(prompts[0])) < 2e-5
+    several.prefill(prompts[0]).save(tmp_path / "p.kv")
+    cache = PromptCache.load(tmp_path / "p.kv", one)
+    mine, theirs = (e.generate([5, 6], cache=c, max_tokens=1, logprobs=0).logprobs[0].logprob
+                    for e, c in ((one, cache), (several, several.prefill(prompts[0]))))  # fmt: skip
+    assert abs(mine - theirs) < NEAR
     for a, b in zip(*(e.generate(prompts, max_tokens=8, logprobs=1) for e in (one, several)), strict=True):
         for n, (mine, theirs) in enumerate(zip(a.logprobs, b.logprobs, strict=True)):
             assert abs(mine.logprob - theirs.logprob) < NEAR
@@ -248,7 +254,7 @@ def test_shares_of_another_form_than_others_are_refused(tmp_path):
     parts = loading.load_parts(tmp_path, config, host(config, 2))
     other = loading.load_parts(tmp_path, config, SplitReference([HostOps()] * 2, config))[1]
     vars(other.layers[0])["o"] = numbers(other.layers[0].o)
-    with pytest.raises(UserError, match="share of a o matrix has another form"):
+    with pytest.raises(UserError, match="--gpus 2: cards' shares of o have unequal forms"):
         shares.joined([parts[0], other])
 
 
