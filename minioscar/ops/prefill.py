@@ -11,9 +11,8 @@ from ..cache import BF16
 from ..oscar import Scheme
 from ..sm90 import prefill_attention as sm90
 from ..sm90.prefill_attention import KeySplits, Tiles
-from .attention import Heads, PrefillTokens, layout_defines, log2_scale
+from .attention import PAGE_TOKENS, Heads, PrefillTokens, layout_defines, log2_scale
 from .launch import Card, Launch
-from .layout import PAGE_TOKENS
 
 Array = Any
 Past = tuple[Array, Array] | Tiles

@@ -27,7 +27,8 @@ from ..towers import layers
 if TYPE_CHECKING:
     from ..config import Config
     from ..formats import Plain
-    from ..weights import Layer, Tensor
+    from ..storage.checkpoint import Tensor
+    from ..weights import Layer
 
 Array = Any
 
