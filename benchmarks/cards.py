@@ -32,6 +32,7 @@ from minioscar.parallel import loading, shares
 from minioscar.parallel.collectives import Links, Sum
 from minioscar.parallel.cuda import SplitCuda, captured, on_streams
 from minioscar.parallel.ranks import Ranks
+from minioscar.parallel.together import launch_graphs
 from minioscar.storage import strict_json as json
 from minioscar.storage.files import replacing
 
@@ -45,6 +46,7 @@ def graph_time(ops: SplitCuda, launches: Sequence[Callable[[], None]], replays: 
     def synchronize() -> None:
         ops.each(lambda _: cupy.cuda.Device().synchronize())
 
+    synchronize()  # what filled the buffers may still run on another stream
     with on_streams(ops, streams):
         for launch in launches:
             launch()
@@ -55,11 +57,9 @@ def graph_time(ops: SplitCuda, launches: Sequence[Callable[[], None]], replays: 
         with ops.on(0):
             start, end = cupy.cuda.Event(), cupy.cuda.Event()
         for event in (start, end):
-            for rank, (graph, stream) in enumerate(zip(graphs, streams, strict=True)):
-                with ops.on(rank):
-                    graph.launch(stream)
-                    if rank == 0:
-                        event.record(stream)
+            launch_graphs(graphs, streams, ops.on, ops.threads)
+            with ops.on(0):
+                event.record(streams[0])
         synchronize()
         return cupy.cuda.get_elapsed_time(start, end) * 1e3 / count
 

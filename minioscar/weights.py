@@ -15,8 +15,7 @@ from .config import Config
 from .errors import UserError
 from .formats import rounding
 from .quantized import RUN, Quantized
-from .staging import Backend as StagingBackend
-from .staging import Group, Staging, by_expert
+from .staging import Group, Loader, Staging, by_expert
 from .storage.checkpoint import Checkpoint
 from .storage.identity import WeightFiles
 
@@ -25,7 +24,7 @@ Matrix = Any  # an array, or a quantized.Quantized
 ROUTER = "mlp.gate.weight"
 
 
-class Backend(StagingBackend, Protocol):
+class Backend(Loader, Protocol):
     """What weights ask of a back end (ops/reference.py says what each does)."""
 
     name: str
@@ -130,8 +129,6 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
 
     with ExitStack() as stack:
         tensors = opened(folder, config, ops, stack)
-        for name in tensors.quantized.keys() - _of_text(config).keys():
-            raise UserError(f"{folder}: {name} of a tower is quantized, which is not supported; use its BF16 weights")
         staging = Staging(tensors, config, ops, matrices(config))
         kept = [tensors[name] for name in expected(config) if name not in staging.names]
         total, shown = sum(tensor.nbytes for tensor in kept) + staging.nbytes, None if progress else True
@@ -167,6 +164,8 @@ def opened(folder: Path, config: Config, ops: Backend, stack: ExitStack, cards: 
             f"{folder}: the weights take {need / cards / 1e9:.1f} GB{where}, but only {free / cards / 1e9:.1f} GB of "
             f"{ops.name} memory are free{f'; --weights {fitting[0]} fits' if fitting else ''}"
         )
+    for name in tensors.quantized.keys() - _of_text(config).keys():
+        raise UserError(f"{folder}: {name} of a tower is quantized, which is not supported; use its BF16 weights")
     return tensors
 
 

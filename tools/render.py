@@ -26,7 +26,7 @@ BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", r
 PAGES = (
     "README.md",
     *(f"docs/{name}.md" for name in ("reading", "method", "using", "fidelity", "kernels", "weights")),
-    *(f"docs/{name}.md" for name in ("serving", "scale", "benchmarks", "pictures")),
+    *(f"docs/{name}.md" for name in ("serving", "scale", "benchmarks", "pictures", "parallel")),
     "docs/results/README.md",
 )
 

@@ -1,4 +1,4 @@
-"""The tables of docs/weights.md: which model fits which card, and what 4 and 8 bits cost."""
+"""The tables of docs/weights.md and parallel.md: which model fits which cards, and what 4 and 8 bits cost."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from dataclasses import replace
 
 from benchmarks import presets, quantized
 from benchmarks.runs import POSITIONS
+from minioscar.config import Config
 from minioscar.memory import longest_context
 from minioscar.ops.cuda import OnPaper
 from minioscar.ops.launch import Card
 from minioscar.oscar import SCHEMES
+from minioscar.parallel.backend import Split
+from minioscar.parallel.cuda import SplitCuda
 from minioscar.tables import markdown
 from tools.committed import load
 
@@ -20,13 +23,25 @@ MODELS = {"qwen3-4b": "Qwen3-4B", "qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama
 MODELS |= {"qwen3-32b": "Qwen3-32B", "llama-3.1-70b": "Llama-3.1-70B"}
 CARD = Card(128, 89)  # plans, and with them work memory, differ little between cards
 CASES = ("awq", "bf16"), ("awq", "int2"), (None, "int2")
+SEVERAL = (2, 12), (2, 16), (2, 24), (4, 24), (2, 48), (4, 48)  # cards, GiB of each
+LARGE = ("qwen3-14b", "Qwen3-14B"), ("qwen3-30b-a3b", "Qwen3-30B-A3B"), ("qwen3-32b", "Qwen3-32B")
+LARGE = dict((*LARGE, ("llama-3.1-70b", "Llama-3.1-70B")))
 
 
-def longest(preset: str, weights: str | None, kv: str, gib: int) -> int:
+class OnSeveral(SplitCuda):
+    """Cards on which nothing runs."""
+
+    on = Split.on
+
+    def __init__(self, cards: int, config: Config):
+        Split.__init__(self, [OnPaper(CARD)] * cards, config)
+
+
+def longest(preset: str, weights: str | None, kv: str, gib: int, cards: int = 1) -> int:
     """Tokens of one conversation that fit, by the arithmetic of `info`."""
     config = quantized.config_with(replace(presets.config_of(preset), max_positions=POSITIONS, window=None), weights)
-    ops = OnPaper(CARD)
-    free = gib * 2**30 - int(RESERVED) - ops.weight_bytes(config)
+    ops = OnPaper(CARD) if cards == 1 else OnSeveral(cards, config)
+    free = cards * (gib * 2**30 - int(RESERVED)) - ops.weight_bytes(config)
     return longest_context(config, SCHEMES[kv], ops, 1, free, READ)
 
 
@@ -53,6 +68,18 @@ def weights_fit() -> str:
     return "\n".join(lines)
 
 
+def cards_fit() -> str:
+    """The same of several cards."""
+    rows = []
+    for preset, name in LARGE.items():
+        configs = [quantized.config_with(presets.config_of(preset), weights) for weights in ("awq", None)]
+        sizes = (OnSeveral(2, config).weight_bytes(config) / 2e9 for config in configs)
+        fits = [[longest(preset, *case, gib, cards) for case in CASES] for cards, gib in SEVERAL]
+        rows.append([name, " / ".join(f"{n:.1f}" for n in sizes), *(" / ".join(map(tokens, each)) for each in fits)])
+    columns = ["model", "GB on each of 2 in 4 bits / in BF16", *(f"{cards} x {gib} GiB" for cards, gib in SEVERAL)]
+    return "\n".join(markdown(columns, rows))
+
+
 def weights_cost() -> str:
     """eval --weights of SmolLM2-135M."""
     report = load("eval-weights-smollm2-135m")
@@ -67,4 +94,4 @@ def weights_cost() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"weights_fit": weights_fit, "weights_cost": weights_cost}
+TABLES = {"weights_fit": weights_fit, "cards_fit": cards_fit, "weights_cost": weights_cost}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ..config import Config
 from ..errors import UserError
 from ..ops.reference import Reference
@@ -39,6 +41,7 @@ def _of_gpus(count: int, ops: Reference, config: Config, scheme: Scheme) -> Spli
         raise UserError(f"{option}: this machine has {there}; give at most so many")
     if count > MAX_CARDS:
         raise UserError(f"{option} is more than {MAX_CARDS}; give fewer")
+    _check_waiting(option)
     if reason := unsupported(local(config, count, 0), scheme, 1):
         raise UserError(f"{option}: {reason}, and array code runs on one card; leave it out")
     names = [runtime.getDeviceProperties(device)["name"].decode() for device in range(count)]
@@ -52,7 +55,20 @@ def _of_gpus(count: int, ops: Reference, config: Config, scheme: Scheme) -> Spli
         with Device(device):
             for other in range(count):
                 _reach(device, other, option)
-    return SplitCuda(ranks, config)
+    cards = SplitCuda(ranks, config)
+    cards.each(lambda _: Device().synchronize())  # counters are 0 before another card writes beside them
+    return cards
+
+
+def _check_waiting(option: str) -> None:
+    """Raises UserError where cards could not wait for each other, or not sum a prompt."""
+    from cupy.cuda import nccl, runtime
+
+    if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
+        raise UserError(f"{option}: CUDA_LAUNCH_BLOCKING lets no card wait for another's launch; unset it")
+    if not nccl.available:
+        way_out = f"pip install 'minioscar[gpus{runtime.runtimeGetVersion() // 1000}]'"
+        raise UserError(f"{option}: NCCL, which sums prompts over GPUs, is not found; {way_out} brings it")
 
 
 def _reach(device: int, other: int, option: str) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import Failure, one_line
 from ..ops.launch import Launch
 from .ranks import Ranks
+from .together import undivided
 
 Array = Any
 PUSHED = 1 << 20  # numbers of a sum that a kernel pushes at most; more go through NCCL
@@ -78,19 +80,24 @@ class Links:
         return f"RANKS={self.cards}", f"PHASES={ALL}"
 
     def sum(self, arrays: Ranks, streams: Sequence[Any] | None = None) -> None:
-        """In place, by NCCL: bf16. streams: of each card (None: the current ones)."""
+        """In place, by NCCL: bf16. streams: of each card (None: the current ones). Raises Failure where NCCL fails."""
         import cupy
         from cupy.cuda import nccl
 
-        if not self.communicators:
-            os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast memory is not for every container
-            self.communicators = nccl.NcclCommunicator.initAll(list(range(self.cards)))
-        nccl.groupStart()
-        for rank, (communicator, x) in enumerate(zip(self.communicators, arrays.values, strict=True)):
-            with self.on(rank):
-                stream = cupy.cuda.get_current_stream() if streams is None else streams[rank]
-                communicator.allReduce(x.data.ptr, x.data.ptr, math.prod(x.shape), BFLOAT16, nccl.NCCL_SUM, stream.ptr)
-        nccl.groupEnd()
+        try:
+            if not self.communicators:
+                os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast memory is not for every container
+                self.communicators = nccl.NcclCommunicator.initAll(list(range(self.cards)))
+            with undivided():
+                nccl.groupStart()
+                for rank, (communicator, x) in enumerate(zip(self.communicators, arrays.values, strict=True)):
+                    with self.on(rank):
+                        stream = cupy.cuda.get_current_stream() if streams is None else streams[rank]
+                        size, at, how = math.prod(x.shape), x.data.ptr, (BFLOAT16, nccl.NCCL_SUM, stream.ptr)
+                        communicator.allReduce(at, at, size, *how)
+                nccl.groupEnd()
+        except nccl.NcclError as error:
+            raise Failure(f"NCCL cannot sum over the cards ({one_line(error)}); NCCL_DEBUG=WARN says more") from None
 
     def sum_beside(self, arrays: Ranks) -> None:
         """The same on streams of their own, behind what the current ones have now."""

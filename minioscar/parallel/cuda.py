@@ -7,6 +7,7 @@ for all cards, and captured as one graph a card.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -33,8 +34,10 @@ from .caches import split_kernel_cache
 from .collectives import PUSHED, Links, Sum
 from .ranks import Ranks, of_rank
 from .shares import GATHERED, SUMMED
+from .together import launch_graphs, undivided
 
 Array = Any
+NOT_READY, LAUNCH_FAILED = 600, 719  # cudaError_t: of a card that is at work; of one that gave up waiting by a trap
 CHUNKS, CHUNK_TOKENS = 4, 1024  # of a prompt, whose sums are on their way one after the other; tokens at least
 ZERO = np.zeros(1, np.float32)
 
@@ -69,6 +72,8 @@ class SplitCuda(Split, Cuda):
         super().__init__(ranks, config)
         self.card, self.indices, self.recorded = self.ranks[0].card, None, None
         self.products, self.links = Products(self.xp, self.card), Links(self.xp, self.cards, self.on, pushed)
+        self.last: list[Any] = [None] * len(ranks)  # the stream of each card's newest sum
+        self.threads = ThreadPoolExecutor(max(len(ranks) - 1, 1), "launch")
 
     @contextmanager
     def on(self, rank: int) -> Iterator[None]:
@@ -79,8 +84,23 @@ class SplitCuda(Split, Cuda):
             with Device(self.devices[rank]), self.streams[rank] or nullcontext():
                 yield
         except (runtime.CUDARuntimeError, driver.CUDADriverError) as error:
-            which = f"GPU {self.devices[rank]} of {len(self.devices)} has failed ({one_line(error)})"
+            guilty, error = self._guilty(rank, error)
+            which = f"GPU {self.devices[guilty]} of {len(self.devices)} has failed ({one_line(error)})"
             raise Failure(f"{which}; the others give up within a minute, look at it with nvidia-smi") from None
+
+    def _guilty(self, rank: int, error: Exception) -> tuple[int, Exception]:
+        """Which card failed, and of what: a launch failure may be of one that waited for another in vain."""
+        from cupy.cuda import Device, runtime
+
+        for other, device in enumerate(self.devices) if getattr(error, "status", None) == LAUNCH_FAILED else ():
+            try:
+                with Device(device):
+                    status = runtime.streamQuery(0)
+            except runtime.CUDARuntimeError as failed:  # what has failed says so at any call
+                status = failed.status
+            if status not in (0, NOT_READY, LAUNCH_FAILED):
+                return other, runtime.CUDARuntimeError(status)
+        return rank, error
 
     def new_streams(self, count: int) -> list[Any]:
         """One for each rank; of a shared device such as wait for array code on its default stream."""
@@ -94,17 +114,47 @@ class SplitCuda(Split, Cuda):
 
     def run(self, launch: Launch | Sum) -> None:
         if isinstance(launch, Sum):
+            self.follow()
             self.links.sum(launch.arrays)
         else:
-            if launch.source.startswith("parallel/"):  # no card waits while another one's kernel is being loaded
-                for rank in range(self.cards):
+            with self._together(launch) if launch.source.startswith("parallel/") else nullcontext():
+                for rank, ops in enumerate(self.ranks):
                     with self.on(rank):
-                        kernel(launch.source, launch.name, launch.defines, self.devices[rank])
-            for rank, ops in enumerate(self.ranks):
-                with self.on(rank):
-                    ops.run(launch_of(launch, rank))
+                        ops.run(launch_of(launch, rank))
         if self.recorded is not None:
             self.recorded.append(launch)
+
+    def spread(self, x: Array) -> Ranks:
+        import cupy
+
+        with self.on(0):
+            cupy.cuda.Device().synchronize()  # others copy it on streams of their own
+        return super().spread(x)
+
+    @contextmanager
+    def _together(self, launch: Launch) -> Iterator[None]:
+        """A launch in which cards wait for each other: none waits while another one's kernel is being loaded."""
+        for rank in range(len(self.ranks)):
+            with self.on(rank):
+                kernel(launch.source, launch.name, launch.defines, self.devices[rank])
+        self.follow()
+        with undivided():
+            yield
+
+    def follow(self, streams: Sequence[Any] | None = None) -> None:
+        """What is launched on these streams (None: the current ones) comes after the sums on others: all have the same
+        inboxes and counters. A step that is being captured follows when its graph is launched."""
+        from cupy.cuda import Event, get_current_stream
+
+        if streams is None:
+            streams = [own or get_current_stream(at) for own, at in zip(self.streams, self.devices, strict=True)]
+        if streams == self.last or streams[0].is_capturing():
+            return
+        for rank, (last, stream) in enumerate(zip(self.last, streams, strict=True)):
+            with self.on(rank):
+                if last is not None:
+                    stream.wait_event(last.record(Event(disable_timing=True)))
+        self.last = list(streams)
 
     def cache_type(self, config: Config, scheme: Scheme) -> type[LayerCache]:
         return split_kernel_cache(self.ranks[0].cache_type(config, scheme), self.cards)
@@ -144,6 +194,7 @@ class SplitCuda(Split, Cuda):
     def _overlapped(self, x: Ranks, weight: Ranks, bias: Ranks | None, residual: Ranks) -> Ranks:
         """By cuBLAS and NCCL: while the sum of a chunk of tokens is on its way, the next chunk is multiplied. The first
         card adds to its residual in place."""
+        self.follow()
         out = Ranks(self.each(lambda ops, x: x if ops is self.ranks[0] else ops.xp.empty_like(x), residual))
         weight = self.dense(weight)
         size = max(-(-len(x) // CHUNKS), CHUNK_TOKENS)
@@ -183,9 +234,9 @@ class SplitCuda(Split, Cuda):
         parts = super().experts(x, layer, self.local, batch, True)
         if x.size <= self.links.pushed and len(x) <= BATCH_TOKENS:
             return self._summed(parts, x)
-        with self.on(0):
-            self.ranks[0].run(linear.add(x.values[0], parts.values[0]))
-        return self._summed_in_place(parts)
+        total = self._summed_in_place(parts)
+        self.run(linear.add(x, total))  # on every card, so that a recorded step has it, too
+        return total
 
     def rotate_scale(
         self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config,
@@ -238,8 +289,9 @@ def on_streams(ops: SplitCuda, streams: Sequence[Any]) -> Iterator[None]:
 
 
 def captured(ops: SplitCuda, streams: Sequence[Any], run: Callable[[], object]) -> list[Any]:
-    """What `run` launches as one CUDA graph for each card."""
-    with on_streams(ops, streams):
+    """What `run` launches as one CUDA graph for each card, there already: the first launch need not make room for it
+    while another card waits."""
+    with undivided(), on_streams(ops, streams):
         for rank, stream in enumerate(streams):
             with ops.on(rank):
                 stream.begin_capture()
@@ -248,6 +300,7 @@ def captured(ops: SplitCuda, streams: Sequence[Any], run: Callable[[], object]) 
         for rank, stream in enumerate(streams):
             with ops.on(rank):
                 graphs.append(stream.end_capture())
+                graphs[-1].upload(stream)
         return graphs
 
 
@@ -257,6 +310,7 @@ class SplitQueue(Queue):
     def __init__(self, batch: StepBatch, runs: Mapping[int, Callable[[], None]], graph: bool, ops: SplitCuda):
         import cupy
 
+        self.graphs: dict[int, list[Any]] = {}  # freed before `ops`: NCCL waits for graphs that have its sums
         self.batch, self.runs, self.ops = batch, runs, ops
         self.streams = ops.new_streams(len(ops.ranks))
         ops.each(lambda _: cupy.cuda.Device().synchronize())  # what made the arrays ran on other streams
@@ -283,9 +337,8 @@ class SplitQueue(Queue):
 
     def go(self, rows: int) -> None:
         if self.graphs:
-            for rank, (graph, stream) in enumerate(zip(self.graphs[rows], self.streams, strict=True)):
-                with self.ops.on(rank):
-                    graph.launch(stream)
+            self.ops.follow(self.streams)
+            launch_graphs(self.graphs[rows], self.streams, self.ops.on, self.ops.threads)
         else:
             with self.current():
                 self.runs[rows]()

@@ -29,7 +29,7 @@ from minioscar.parallel.backend import Split
 from minioscar.parallel.collectives import Sum
 from minioscar.parallel.cuda import SplitCuda, launch_of
 
-from . import _arrays, array, compile_kernel, empty, tensor_map
+from . import _arrays, _runtime, array, compile_kernel, empty, tensor_map
 
 ARCH = 80
 MULTIPROCESSORS = 3  # few, so that heads are shared between blocks even in small caches
@@ -91,6 +91,7 @@ class Simt(Cuda):
     def add_product(self, y: np.ndarray, x: np.ndarray, weight: np.ndarray, beta: np.ndarray = ONE) -> None:
         before = y.astype(np.float32) * beta if beta[0] else 0  # as BLAS has it: not read then
         y[...] = (x.astype(np.float32) @ weight.astype(np.float32).T + before).astype(y.dtype)
+        _runtime().simt_mark_written(y.ctypes.data, y.nbytes)  # rows of an array: neighbours
 
     def attention(self, q: np.ndarray, new: NewTokens, layer_cache: LayerCache, batch: Any) -> np.ndarray:
         """Array code writes its result unseen by the simulator, so it is copied in."""
@@ -153,9 +154,12 @@ class SplitSimt(SplitCuda):
     """Several cards in the simulated memory, whose launches run one after the other: those in which all take part run
     phase by phase."""
 
-    on = Split.on
+    on, spread = Split.on, Split.spread
     recording = Simt.recording
     prepare = Reference.prepare
+
+    def follow(self, streams: Any = None) -> None:
+        """There are no streams."""
 
     def run(self, launch: Launch | Sum) -> None:
         if self.recorded is not None:
