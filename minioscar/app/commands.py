@@ -11,9 +11,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..ops import wake
 from ..storage import strict_json as json
 from ..storage.files import check_writable, descriptor, expand, read_lines, read_text
+from .wake import wake
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
