@@ -5,4 +5,5 @@ if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell ignores it 
 
 from .app.cli import main  # noqa: E402
 
-raise SystemExit(main())
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -18,7 +18,7 @@ import numpy as np
 from . import arguments, memory
 from . import ops as back_ends
 from .arguments import Prompt
-from .cache import Cache, cache_bytes
+from .cache import Cache
 from .chat_template import Message
 from .checks import as_path, flag
 from .config import Config
@@ -264,7 +264,7 @@ class Engine:
             context = memory.as_far_as_it_fits(self.config, self.scheme, self.ops, context, longest, fed, adjusts)
         else:
             memory.check(self.config, self.scheme, self.ops, rows, context, fed, penalties=adjusts)
-        memory.check_media(self.config, self.ops, media, cache_bytes(self.config, self.scheme, rows, context))
+        memory.check_media(self.config, self.ops, media, self.ops.cache_bytes(self.config, self.scheme, rows, context))
         return context
 
     # --- prompt caches

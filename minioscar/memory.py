@@ -68,7 +68,7 @@ def check_media(config: Config, ops: Reference, media: Sequence[Medium], cache: 
     """Raises UserError where the tower has no room for the largest of these beside so many bytes of cache."""
     sizes = [(config.towers[medium.kind].work_bytes(medium.tokens, ops), medium) for medium in media]
     need, medium = max(sizes, key=lambda of: of[0], default=(0, None))
-    if need and need + cache > (free := ops.free_bytes()):
+    if need and need + (cache := cache // ops.cards) > (free := ops.free_bytes() // ops.cards):
         what = f"{medium.name or medium.kind} becomes {medium.tokens} tokens and needs {size(need)}"
         beside = f"beside a cache of {size(cache)}, but {size(free)} of {ops.name} memory are free"
         raise UserError(f"{what} {beside}; make it smaller")

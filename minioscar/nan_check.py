@@ -40,6 +40,12 @@ class Watch:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
 
+    @property
+    def first(self) -> Watch:
+        other = object.__new__(Watch)
+        vars(other).update(vars(self), _ops=self._ops.first)
+        return other
+
     def embed(self, table: Array, ids: np.ndarray) -> Array:
         return self._finite(self._ops.embed(table, ids), "embedding", {"embedding": table})
 

@@ -28,7 +28,7 @@ PROJECTION = re.compile(r"(.*\.)([a-z]+)(_proj\.weight)$")
 MLP = "gate_up", "down"  # fields of a layer that has them of each expert, if it has experts
 
 
-class Backend(Protocol):
+class Loader(Protocol):
     """What staging asks of a back end (ops/reference.py says what each does)."""
 
     xp: Any
@@ -64,7 +64,7 @@ class Staging:
     are cut as soon as they are read; columns at last, since what is cut are groups of them."""
 
     def __init__(
-        self, tensors: Checkpoint, config: Config, ops: Backend, matrices: Sequence[str], share: Whole | None = None
+        self, tensors: Checkpoint, config: Config, ops: Loader, matrices: Sequence[str], share: Whole | None = None
     ):
         self.tensors, self.config, self.ops, self.share = tensors, config, ops, share or Whole()
         self.finite = dict[str, Array]()  # whether the codes and scales of a matrix are numbers

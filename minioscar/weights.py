@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,35 +15,25 @@ import numpy as np
 from . import oscar
 from .config import Config
 from .errors import UserError
-from .formats import Plain, rounding
+from .formats import rounding
 from .quantized import RUN, Quantized
-from .staging import MLP, Group, Staging, by_expert, quantized
-from .storage.checkpoint import Checkpoint, Tensor
+from .staging import MLP, Group, Loader, Staging, by_expert, quantized
+from .storage.checkpoint import Checkpoint
 from .storage.identity import WeightFiles
 
 Array = Any
 Matrix = Any  # an array, or a quantized.Quantized
-Put = Callable[[Sequence[Tensor]], Array]
 ROUTER = "mlp.gate.weight"
 
 
-class Backend(Protocol):
+class Backend(Loader, Protocol):
     """What weights ask of a back end (ops/reference.py says what each does)."""
 
     name: str
-    dtype: np.dtype
 
     def free_bytes(self) -> int: ...
 
-    xp: Any
-
     def weight_bytes(self, config: Config) -> int: ...
-
-    def loading(
-        self, advance: Callable[[int], object], tensors: Sequence[Tensor], dtype: np.dtype | None = None
-    ) -> AbstractContextManager[Put]: ...
-
-    def quantized(self, plain: Plain) -> Matrix: ...
 
     def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None: ...
 
@@ -143,8 +133,6 @@ def load(folder: Path, config: Config, ops: Backend, progress: bool = False, fol
 
     with ExitStack() as stack:
         tensors = opened(folder, config, ops, stack)
-        for name in tensors.quantized.keys() - _of_text(config).keys():
-            raise UserError(f"{folder}: {name} of a tower is quantized, which is not supported; use its BF16 weights")
         staging = Staging(tensors, config, ops, matrices(config))
         kept = [tensors[name] for name in expected(config) if name not in staging.names]
         total, shown = sum(tensor.nbytes for tensor in kept) + staging.nbytes, None if progress else True
@@ -180,6 +168,8 @@ def opened(folder: Path, config: Config, ops: Backend, stack: ExitStack, cards: 
             f"{folder}: the weights take {need / cards / 1e9:.1f} GB{where}, but only {free / cards / 1e9:.1f} GB of "
             f"{ops.name} memory are free{f'; --weights {fitting[0]} fits' if fitting else ''}"
         )
+    for name in tensors.quantized.keys() - _of_text(config).keys():
+        raise UserError(f"{folder}: {name} of a tower is quantized, which is not supported; use its BF16 weights")
     return tensors
 
 

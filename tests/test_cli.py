@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ from types import SimpleNamespace
 import pytest
 
 from minioscar import ops, oscar
-from minioscar.app import cli, flags
+from minioscar.app import cli, flags, serving
 from minioscar.app.cli import main
 from minioscar.config import Config
+from minioscar.errors import UserError
 from minioscar.evaluation import fidelity
 from minioscar.generation import Options, Run
 from minioscar.sampling import Sampling
@@ -167,8 +169,112 @@ def test_the_prompt_may_stand_anywhere(smollm2, capsys):
         ["--raw", "The capital of France is", "--max-tokens", "1"]
     ):
         assert run(capsys, "generate", smollm2, *argv)[:2] == (0, " Paris\n")
-    code, _, err = run(capsys, "generate", smollm2, "--raw", "a", "b")
-    assert code == 2 and "unrecognized arguments: " in err
+
+
+@pytest.mark.parametrize("argv", [
+    "generate {m} -- -5", "generate {m} --max-tokens 3 -- -5", "generate --raw {m} -- -5", "generate -- {m} -5",
+    "generate {m} -- --raw", "generate {m} --raw -- -",
+])  # fmt: skip
+def test_behind_two_hyphens_a_prompt_may_begin_with_one(argv):
+    args = cli.parsed(argv.format(m="MODEL").split())
+    assert (args.model, args.prompt) == ("MODEL", argv.split()[-1])
+
+
+def test_a_prompt_of_several_words_may_begin_with_a_hyphen_anywhere():
+    for argv in (["MODEL", "-5 + 3 =", "--raw"], ["MODEL", "--raw", "-5 + 3 ="]):
+        assert cli.parsed(["generate", *argv]).prompt == "-5 + 3 ="
+
+
+@pytest.mark.parametrize(("argv", "hint"), [
+    (["generate", "m", "hi", "there"], "a PROMPT of several words needs quotes"),
+    (["generate", "--raw", "m", "a", "b"], "a PROMPT of several words needs quotes"),
+    (["generate", "--temprature", "1", "m", "x"], "did you mean --temperature?"),
+    (["generate", "m", "x", "--maxtokens=3"], "did you mean --max-tokens?"),
+    (["serve", "m", "--prot", "80"], "did you mean --port?"),
+    (["generate", "m", "--raw", "-x"], "a PROMPT that begins with - goes behind --"),
+    (["generate", "m", "--", "-5", "+", "3"], "a PROMPT of several words needs quotes"),
+    (["--json", "info", "m"], "--json goes behind info"),
+    (["info", "m", "n"], "; see minioscar info --help"),
+])  # fmt: skip
+def test_arguments_that_nobody_takes_are_named_with_what_may_have_been_meant(argv, hint, capsys):
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("minioscar: unrecognized arguments: ") and hint in err and err.endswith(" --help\n")
+
+
+def test_of_several_answers_the_speed_is_that_of_all(smollm2, capsys):
+    _, _, err = run(capsys, "generate", smollm2, "One", "--n", 3, "--max-tokens", 4, "--raw", "--ignore-eos")
+    seconds, rate = (float(one) for one in re.search(r"12 new in ([\d.]+) s \(([\d.]+) tokens/s", err).groups())
+    assert rate == pytest.approx(9 / seconds, rel=0.1, abs=0.1)
+
+
+EMPTY = "import sys; sys.modules[{0!r}] = None; from minioscar.app.cli import main; sys.exit(main({1!r}))"
+
+
+@pytest.mark.parametrize(("package", "argv", "way_out"), [
+    ("numpy", ["info", "reader"], "pip install ."),
+    ("ml_dtypes", ["generate", "reader", "A9?"], ".venv/bin/python after make demo"),
+    ("tokenizers", ["generate", "reader", "A9?"], "pip install ."),
+    ("PIL", ["eval", "reader", "--images"], "pip install 'minioscar[vision]'"),
+    ("matplotlib", ["inspect", "reader"], "pip install 'minioscar[plot]'"),
+    ("uvicorn", ["serve", "reader"], "pip install 'minioscar[serve,structured]'"),
+])  # fmt: skip
+def test_a_package_that_is_not_installed_is_named_with_how_to_have_it(package, argv, way_out):
+    done = subprocess.run([sys.executable, "-c", EMPTY.format(package, argv)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert way_out in done.stderr and "unexpected" not in done.stderr
+
+
+def test_every_package_of_pyproject_has_a_way_out():
+    """What a command may import: dependencies and extras, by the names of their modules."""
+    project = (Path(cli.__file__).parents[2] / "pyproject.toml").read_text()
+    modules = {"huggingface-hub": "huggingface_hub", "pillow": "PIL"}
+    base = re.findall(r'^  "([\w-]+)>', re.search(r"\ndependencies = \[\n(.*?)\]", project, re.S)[1], re.M)
+    assert {modules.get(name, name) for name in base} == cli.NEEDED
+    for module, extra in cli.EXTRAS.items():
+        listed = re.search(rf"\n{extra} = \[(.*)\]", project)[1]
+        assert next((dist for dist, name in modules.items() if name == module), module) in listed
+
+
+def test_the_program_and_the_module_begin_alike():
+    """A Ctrl-C while they are imported ends them without a traceback."""
+    project = (Path(cli.__file__).parents[2] / "pyproject.toml").read_text()
+    assert '\nminioscar = "minioscar.__main__:main"\n' in project
+    listing = "import signal as s; from minioscar.__main__ import main; print(s.getsignal(s.SIGINT) == s.SIG_DFL)"
+    assert subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True).stdout == "True\n"
+
+
+def test_only_commands_that_have_cache_speak_of_it():
+    for command, (_, given) in flags.FLAGS.items():
+        how = dict(given).get("--kv", {"help": ""})["help"]
+        assert ("or that of --cache" in how) == ("--cache" in dict(given)), command
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--api-key", ""], "--api-key (or $MINIOSCAR_API_KEY) is empty"),
+    (["--name", ""], "--name is empty"),
+    (["--cors", "chat.example"], "--cors 'chat.example' is no origin"),
+    (["--cors", "https://chat.example/"], "--cors 'https://chat.example/' is no origin"),
+    (["--cors", "*", "--cors", "https://Chat.example"], "--cors 'https://Chat.example' is no origin"),
+])  # fmt: skip
+def test_what_would_leave_a_server_open_or_a_page_out_is_refused(argv, said, capsys, monkeypatch):
+    monkeypatch.delenv("MINIOSCAR_API_KEY", raising=False)
+    code, _, err = run(capsys, "serve", "reader", "--port", 0, *argv)
+    assert code == 2 and said in err
+
+
+def test_a_key_of_the_environment_must_not_be_empty_and_origins_are_as_browsers_spell_them(monkeypatch):
+    def plan(*argv: str):
+        return serving.plan_of(cli.parsed(["serve", ".", *argv]))
+
+    monkeypatch.setenv("MINIOSCAR_API_KEY", "")
+    with pytest.raises(UserError, match="empty"):
+        plan()
+    monkeypatch.setenv("MINIOSCAR_API_KEY", "sesame")
+    origins = ["*", "null", "https://chat.example", "http://10.0.0.7:3000", "app://obsidian.md", "http://[::1]:80"]
+    found = plan(*(word for origin in origins for word in ("--cors", origin)))
+    assert found.key == "sesame" and found.origins == origins and found.name == Path.cwd().name
+    assert plan("--api-key", "other").key == "other"
 
 
 def test_eval_json_has_the_baseline_first_and_the_stable_keys(smollm2, capsys):
@@ -293,9 +399,9 @@ def cases(tiny: Path) -> dict[str, tuple[list[str], str]]:
         "unknown command": (["fly"], "'fly'"),
         "unknown flag": (["generate", smollm2, "x", "--fast"], "--fast"),
         "not a number": (["generate", smollm2, "x", "--max-tokens", "many"], "'many'"),
-        "no prompt": (["generate", smollm2], "give one of PROMPT, --prompt-file and --prompts-file"),
+        "no prompt": (["generate", smollm2], "give one of PROMPT (- is standard input), --prompt-file and"),
         "two prompts": (
-            ["generate", smollm2, "x", "--prompt-file", "y"], "give one of PROMPT, --prompt-file and --prompts-file"
+            ["generate", smollm2, "x", "--prompt-file", "y"], "give one of PROMPT (- is standard input), --prompt-file"
         ),
         "empty prompt": (["generate", smollm2, ""], "prompt is empty"),
         "missing prompt file": (["generate", smollm2, "--prompt-file", "nowhere.txt"], "nowhere.txt"),

@@ -293,6 +293,7 @@ def test_prompts_file_is_jsonl_in_and_out(folder, engine, tmp_path, capsys):
     assert [(one["line"], one["index"]) for one in found] == [(1, 0), (1, 1), (2, 0), (2, 1), (4, 0), (4, 1)]
     assert all(len(one["logprobs"]) == one["new_tokens"] for one in found)
     assert set(found[0]["logprobs"][0]) == {"token_id", "token", "logprob", "top"}
+    assert set(found[0]["logprobs"][0]["top"][1]) == {"token_id", "token", "logprob"}
 
 
 def test_stream_writes_pieces_and_then_the_whole_object(folder, tmp_path, capsys):
@@ -389,7 +390,7 @@ def test_an_answer_that_ends_where_the_context_is_full_says_so(folder, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["x", "--prompts-file", "f"], "give one of PROMPT, --prompt-file and --prompts-file"),
+        (["x", "--prompts-file", "f"], "give one of PROMPT (- is standard input), --prompt-file and --prompts-file"),
         (["x", "--logprobs", "3"], "--logprobs needs --json"),
         (["x", "--json", "--logprobs", "-1"], "logprobs -1"),
         (["x", "--n", "0"], "n 0 is out of range"),

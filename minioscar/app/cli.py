@@ -7,7 +7,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 from ..errors import ChatTemplateError, Failure, UserError, said
@@ -16,6 +17,11 @@ from . import commands, streams
 from .flags import EVERY, EXAMPLES, FLAGS, MORE_EXAMPLES, RENDERING
 
 Explain = Callable[[BaseException], tuple[int, str]]  # exit code and message of an error
+NEEDED = {"numpy", "ml_dtypes", "safetensors", "tokenizers", "huggingface_hub", "filelock", "jinja2", "tqdm"}
+EXTRAS = {
+    "gguf": "gguf", "matplotlib": "plot", "uvicorn": "serve", "ray": "ray", "llguidance": "structured", "PIL": "vision",
+    "soundfile": "audio", "soxr": "audio", "av": "video", "pyarrow": "benchmarks", "nltk": "benchmarks",
+}  # fmt: skip
 
 
 def run_serve(args: argparse.Namespace) -> None:
@@ -48,13 +54,34 @@ def parser() -> Parser:
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-    """argparse takes an optional PROMPT only where it stands next to MODEL; anywhere else it is left over."""
+    """argparse takes an optional PROMPT only where it stands next to MODEL; anywhere else it is left over, and so is
+    the -- in front of one that begins with a hyphen."""
     args, rest = parser().parse_known_args(argv)
-    if len(rest) == 1 and getattr(args, "prompt", "") is None and (rest[0] == "-" or not rest[0].startswith("-")):
-        args.prompt = rest.pop()
-    if rest:
-        raise UserError(f"unrecognized arguments: {' '.join(rest)}; see minioscar {args.command} --help")
+    text = rest[1:] if rest[:1] == ["--"] else [word for word in rest if not is_option(word)]
+    if len(text) == 1 and rest in (text, ["--", *text]) and getattr(args, "prompt", "") is None:
+        args.prompt = text[0]
+    elif rest:
+        guess = f"{meant(args, rest)}see minioscar {args.command} --help"
+        raise UserError(f"unrecognized arguments: {' '.join(rest)}; {guess}")
     return args
+
+
+def is_option(word: str) -> bool:
+    """As argparse sees it."""
+    return word.startswith("-") and word != "-" and " " not in word
+
+
+def meant(args: argparse.Namespace, words: Sequence[str]) -> str:
+    """What arguments that nobody takes may have been meant to be, for a message; nothing where there is no guess."""
+    names = [name for name, _ in (*EVERY, *FLAGS[args.command][1])]
+    option = next((word.partition("=")[0] for word in words if is_option(word)), None)
+    if option in names:
+        return f"{option} goes behind {args.command}; "
+    if option not in (None, "--") and (near := get_close_matches(option, names, 1)):
+        return f"did you mean {near[0]}? "
+    if not hasattr(args, "prompt"):
+        return ""
+    return f"a PROMPT {'of several words needs quotes' if option is None else 'that begins with - goes behind --'}; "
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,6 +144,16 @@ def explained(error: BaseException) -> tuple[int, str]:
             return 2, str(error)
         case Failure():
             return 1, str(error)
+        case ModuleNotFoundError(name=str(name)) if (package := name.partition(".")[0]) in NEEDED | EXTRAS.keys():
+            return 2, missing(package)
         case MemoryError():  # CuPy's is one too
             return 1, f"out of memory ({error}); use a shorter --ctx or a smaller model"
     return 1, f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback"
+
+
+def missing(package: str) -> str:
+    """What to do where a package is not installed."""
+    if package in EXTRAS:
+        return f"this needs {package}: pip install 'minioscar[{EXTRAS[package]}]'"
+    way_out = "use the Python that minioscar is installed for (.venv/bin/python after make demo), or pip install ."
+    return f"{sys.executable} does not have {package}; {way_out}"

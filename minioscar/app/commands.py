@@ -33,7 +33,7 @@ GENERATE_KEYS = (
 def run_generate(args: argparse.Namespace) -> None:
     sources = [source for source in (args.prompt, args.prompt_file, args.prompts_file) if source is not None]
     if len(sources) > 1 or not (sources or args.cache):
-        raise UserError("give one of PROMPT, --prompt-file and --prompts-file")
+        raise UserError("give one of PROMPT (- is standard input), --prompt-file and --prompts-file")
     if args.logprobs is not None and not (args.json or args.prompts_file):
         raise UserError("--logprobs needs --json: they are part of the JSON output")
     if args.stream and not (args.json or args.prompts_file):
@@ -74,12 +74,13 @@ def run_generate(args: argparse.Namespace) -> None:
         return
     print("\n---\n".join(answer["text"] for answer in found) if options.n > 1 else "")
     result, new = run.results[0], sum(result.new_tokens for result in run.results)
+    rate = sum(result.tokens_per_s for result in run.results)
     cached = f", {result.prompt_tokens - result.prefilled_tokens} more from the cache" if cache else ""
     window = ": it is the model's sliding window" if run.cache.context == engine.config.window else ""
     full = f" (the context of {run.cache.context} is full{window})" if result.finish_reason == "context" else ""
     print(
         f"[{result.prefilled_tokens} tokens{cached} in {result.prefill_s:.2f} s, {new} new in {result.decode_s:.2f} s "
-        f"({result.tokens_per_s:.1f} tokens/s), {result.finish_reason}{full}; {result.kv} cache "
+        f"({rate:.1f} tokens/s), {result.finish_reason}{full}; {result.kv} cache "
         f"{result.kv_bytes / 1e6:.1f} MB, {result.device}]",
         file=sys.stderr,
     )
@@ -301,7 +302,12 @@ def answer_object(result: Generation) -> dict:
     from dataclasses import asdict
 
     found = {key: getattr(result, key) for key in GENERATE_KEYS}
-    return found if result.logprobs is None else found | {"logprobs": [asdict(logprob) for logprob in result.logprobs]}
+    if result.logprobs is None:
+        return found
+    found["logprobs"] = [asdict(logprob) for logprob in result.logprobs]
+    for likely in (one for logprob in found["logprobs"] for one in logprob["top"]):
+        del likely["top"]  # theirs is always empty
+    return found
 
 
 def run_pull(args: argparse.Namespace) -> None:

@@ -93,7 +93,7 @@ EVERY = [
     switch("--debug", "show the traceback of an error; look for NaN in every operation"),
 ]
 DEVICE = flag("--device", "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"), default="auto")
-SCHEME = flag("--kv", f"how the KV cache is kept: {SCHEMES} (int2, or that of --cache)", "SCHEME")
+SCHEME = flag("--kv", f"how the KV cache is kept: {SCHEMES} (int2)", "SCHEME")
 WEIGHTS = flag(
     "--weights", "quantize matrices of 16 bits while they are loaded (no; files of 4 or 8 bits stay what they are)",
     choices=("int8", "int4"),
@@ -131,7 +131,7 @@ def answering(max_tokens: int, ctx: str) -> list[Flag]:
     """What generate and chat share."""
     return [
         flag("--cache", "go on from a prompt cache that the command cache, or /save in a chat, wrote", "F"),
-        SCHEME,
+        flag("--kv", f"{SCHEME[1]['help'][:-1]}, or that of --cache)", "SCHEME"),
         WEIGHTS,
         number("--max-tokens", f"stop after so many new tokens ({max_tokens})", "N", max_tokens),
         *SAMPLING,

@@ -34,9 +34,10 @@ NAME = "minioscar"  # of the application
 
 def plan_of(args: argparse.Namespace) -> server.Plan:
     """Raises UserError, before the model is loaded."""
+    name = os.path.basename(os.path.abspath(args.model)) if args.name is None else args.name
+    key = os.environ.get("MINIOSCAR_API_KEY") if args.api_key is None else args.api_key
     plan = server.Plan(
-        args.slots, args.ctx, args.chunk, args.queue, args.name or os.path.basename(os.path.normpath(args.model)),
-        args.api_key or os.environ.get("MINIOSCAR_API_KEY"), args.cors, args.strict_model,
+        args.slots, args.ctx, args.chunk, args.queue, name, key, args.cors, args.strict_model,
         args.images, args.media_tokens, args.host_cache, args.deadline,
     )  # fmt: skip
     plan.check()
@@ -74,7 +75,7 @@ def serve(args: argparse.Namespace) -> None:
     if towers := engine.config.towers:
         most = min(plan.media_tokens, cache.context, max(tower.max_tokens for tower in towers.values()))
         reserved = size(server.media_bytes(engine, plan, cache.context))
-        held += f", {reserved} for {' and '.join(towers)}s of at most {most} tokens"
+        held += f", {reserved} for {'s and '.join(towers)}s of at most {most} tokens"
     url = url_of(*bound.getsockname()[:2])
     if args.json:
         print(json.dumps({"url": url, "model": plan.name, "slots": plan.slots, "context": cache.context}), flush=True)

@@ -27,8 +27,9 @@ from ..quantized import Quantized
 from ..quantized import on_card as quantized
 from ..sampling import RowSampling
 from ..sm90.prefill_attention import split_plan
+from ..storage.checkpoint import Tensor
 from ..storage.upload import Buffers, Upload, pinned
-from ..weights import Layer, Tensor, bytes_of
+from ..weights import Layer, bytes_of
 from . import attention, linear, prefill
 from .attention import HEAD_DIMS, Heads
 from .decode import Queue, StepBatch, StepDecoder, step_sizes, unsupported

@@ -27,7 +27,8 @@ from ..towers import layers
 if TYPE_CHECKING:
     from ..config import Config
     from ..formats import Plain
-    from ..weights import Layer, Tensor
+    from ..storage.checkpoint import Tensor
+    from ..weights import Layer
 
 Array = Any
 
@@ -41,6 +42,8 @@ class Reference:
     name = "cpu"
     xp = np
     dtype = np.dtype(np.float32)  # of weights and activations
+    cards = 1  # that run a model together: parallel/
+    first = property(lambda self: self)  # the back end of the first of these, which alone runs towers
     cache_bytes = staticmethod(cache_bytes)
 
     # --- between host and device
@@ -86,6 +89,10 @@ class Reference:
     def on_cards(self, x: Array) -> list[np.ndarray]:
         """On the host, what each card has of x, an array or a quantized matrix: of one all."""
         return [self.numpy(x.dequantize(self.xp) if isinstance(x, Quantized) else x)]
+
+    def spread(self, x: Array) -> Array:
+        """What the first card has, on all."""
+        return x
 
     def all_heads(self, x: Array, heads: int) -> np.ndarray:
         """x [tokens, heads, d] on the host; heads: of the model, of which a card of several has some (parallel/)."""

@@ -62,6 +62,14 @@ class Split:
         same = self.cards * x.shape[1] // heads  # cards that have the same kv head
         return np.concatenate(found[::same], axis=1)
 
+    first = property(lambda self: self.ranks[0])
+
+    def spread(self, x: Array) -> Ranks:
+        return Ranks(self.each(lambda ops: x if ops is self.first else x.copy()))
+
+    def sum(self, x: Array, y: Array) -> Ranks:
+        return Ranks(self.each(lambda ops, x, y: ops.sum(x, y), x, y))
+
     def free_bytes(self) -> int:
         """Of all cards, as if each had what the fullest has."""
         return self.cards * min(self.each(lambda ops: ops.free_bytes()))
@@ -70,7 +78,7 @@ class Split:
         self.each(lambda ops: ops.release())
 
     def weight_bytes(self, config: Config) -> int:
-        """Of all cards: what each has, those that are on every card included."""
+        """Of all cards: what the first has, with all that is on every card, and its towers."""
         first, own = self.ranks[0], replace(local(config, self.cards, 0), vocab_size=self.share)
         embedding = (config.vocab_size - self.share) * config.hidden_size * first.dtype.itemsize  # the rest of it
         return self.cards * (first.weight_bytes(own) + embedding)

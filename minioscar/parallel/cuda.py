@@ -124,6 +124,13 @@ class SplitCuda(Split, Cuda):
         if self.recorded is not None:
             self.recorded.append(launch)
 
+    def spread(self, x: Array) -> Ranks:
+        import cupy
+
+        with self.on(0):
+            cupy.cuda.Device().synchronize()  # others copy it on streams of their own
+        return super().spread(x)
+
     @contextmanager
     def _together(self, launch: Launch) -> Iterator[None]:
         """A launch in which cards wait for each other: none waits while another one's kernel is being loaded."""

@@ -82,7 +82,8 @@ def _of_card(
     ops, share = split.ranks[rank], Slices(config, split.cards, rank)
     own, by_columns = local(config, split.cards, first_key(config, split.cards, rank)), list[tuple[list[str], Array]]()
     staging = Staging(tensors, own, ops, matrices(config), share)
-    numbers = [name for name in expected(config) if name not in staging.names]
+    of_others = [] if rank == 0 else [name for tower in config.towers.values() for name in tower.expected()]
+    numbers = [name for name in expected(config) if name not in {*staging.names, *of_others}]
     kept = [share.rows(name, tensors[name]) for name in numbers if share.columns(name) is None]
     whole = [tensors[name] for name in numbers if share.columns(name) is not None]
     advance(0, sum(tensor.nbytes for tensor in (*kept, *whole)) + staging.nbytes)
@@ -102,7 +103,8 @@ def _of_card(
         embed, layers = get("model.embed_tokens.weight"), range(config.num_layers)
         layers = tuple(read_layer(get, f"model.layers.{i}.", own) for i in layers)
         head = embed[share.of["vocab"]] if config.tie_embeddings else get("lm_head.weight")
-        weights = Weights(embed, layers, get("model.norm.weight"), head, files=tensors.files)
+        towers = {kind: {name: get(name) for name in of.expected()} for kind, of in config.towers.items() if rank == 0}
+        weights = Weights(embed, layers, get("model.norm.weight"), head, files=tensors.files, towers=towers)
     for names, out in by_columns:
         of_names = [tensors[name] for name in names]
         with ops.loading(advance, of_names) as put:

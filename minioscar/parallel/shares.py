@@ -33,6 +33,7 @@ AXES = {  # part of a tensor's name -> its axis that is split, and over what
     "q_proj": (0, "q"), "v_proj": (0, "kv"), "o_proj.weight": (1, "q"), "lm_head": (0, "vocab"),
     "gate_proj": (0, "mlp"), "up_proj": (0, "mlp"), "down_proj.weight": (1, "mlp"),
 }  # fmt: skip
+TEXT = "model.layers.", "lm_head."  # of the names of what is split; towers have projections, too
 SPLIT = re.compile("|".join(map(re.escape, AXES)))
 
 
@@ -68,8 +69,6 @@ def check(config: Config, scheme: Scheme, cards: int) -> None:
         fits = f"{', '.join(map(str, counts[:-1]))} or {counts[-1]}" if len(counts) > 1 else f"only {counts[0]}"
         mlp = f"an MLP of {config.intermediate_size}{_in_groups(config)}"
         raise UserError(f"{option}: {q} q heads, {kv} kv heads and {mlp} fit {fits}")
-    if config.towers:
-        raise UserError(f"{option}: models that read {' or '.join(config.towers)}s run on one card; leave it out")
     if scheme.calibrated:
         raise UserError(f"{option}: --kv {scheme.name} draws samples while it is loaded, on one card; use another --kv")
 
@@ -133,7 +132,7 @@ class Slices(Whole):
 
     @staticmethod
     def _split(name: str) -> tuple[int | None, str]:
-        found = SPLIT.search(name)
+        found = SPLIT.search(name) if name.startswith(TEXT) else None
         return AXES[found[0]] if found else (None, "")
 
 

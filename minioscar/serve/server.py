@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import socket
 import sys
@@ -31,6 +32,7 @@ from .scheduler import Scheduler
 from .starting import Starting
 from .warm_up import passes
 
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#A-Z]+")  # as browsers spell them, or any
 SWITCH = 5e-4  # seconds after which Python lets another thread run; its own 5e-3 is a whole step
 
 
@@ -54,6 +56,13 @@ class Plan:
 
     def check(self) -> None:
         """Raises UserError, before the model is loaded."""
+        if self.key == "":
+            raise UserError("--api-key (or $MINIOSCAR_API_KEY) is empty and keeps nobody out; give one or leave it out")
+        if not self.name:
+            raise UserError("--name is empty; give one, or leave it out")
+        for origin in self.origins:
+            if not ORIGIN.fullmatch(origin):
+                raise UserError(f"--cors {origin!r} is no origin; write https://chat.example, or * for any")
         if not 1 <= self.slots <= BATCH_TOKENS:
             raise UserError(f"--slots {self.slots} is out of range; it must be from 1 to {BATCH_TOKENS}")
         if self.chunk < SCORED_PIECE or self.chunk % SCORED_PIECE:
@@ -140,8 +149,9 @@ def host_blocks(engine: Engine, plan: Plan, context: int) -> int:
 
 def media_bytes(engine: Engine, plan: Plan, context: int | None) -> int:
     """What is left free for pictures and sounds, which are read when they are asked about."""
-    longest = context or engine.config.max_context
-    return bytes_of_media(engine.config.towers, engine.ops, min(plan.media_tokens, longest), min(plan.chunk, longest))
+    longest, ops = context or engine.config.max_context, engine.ops
+    one = bytes_of_media(engine.config.towers, ops, min(plan.media_tokens, longest), min(plan.chunk, longest))
+    return ops.cards * one
 
 
 def check_media(engine: Engine, plan: Plan, context: int) -> None:

@@ -280,7 +280,9 @@ def _download(model: str, patterns: list[str], **options: Any) -> Path:
             raise UserError(f"{model}: {absent}") from None
         _check_disk(model, place, f"{error} {error.__cause__}")
         why = one_line(error.__cause__ or error)
-        raise Failure(f"{model}: no such folder, and the Hugging Face hub cannot be reached: {why}") from error
+        way_out = "check the network (or HF_ENDPOINT, HTTPS_PROXY), or name a folder of its files"
+        absent = f"no such folder, and the Hugging Face hub cannot be reached: {why}"
+        raise Failure(f"{model}: {absent}; {way_out}") from error
     except Exception as error:  # by version of the client, of httpx or of requests; of the disk as OSError or as text
         _check_disk(model, place, f"{error} {error.__cause__}")
         again = "run it again to go on"

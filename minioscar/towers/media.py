@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -108,7 +108,7 @@ class Features:
     """What a tower makes of a medium. embeddings: [tokens, hidden], on the back end in its dtype; deep[j]: the same
     shape, added to the hidden states behind layer j (DeepStack, arXiv 2406.04334)."""
 
-    def __init__(self, embeddings: Array, deep: Sequence[Array] = ()):
+    def __init__(self, embeddings: Array, deep: Iterable[Array] = ()):
         self.embeddings, self.deep = embeddings, tuple(deep)
 
     @property
@@ -133,6 +133,15 @@ class Backend(Protocol):
     def full_attention(self, q: Array, keys: Array, values: Array) -> Array: ...
 
     def full_attention_bytes(self, tokens: int, heads: int, dim: int) -> int: ...
+
+
+class Cards(Backend, Protocol):
+    """A back end that may be of several cards, of which the first runs towers."""
+
+    cards: int
+    first: Backend
+
+    def spread(self, x: Array) -> Array: ...
 
 
 class Tower(Protocol):
@@ -348,7 +357,7 @@ class Encoder:
     weights: of each kind, by the names of `Tower.expected`.
     """
 
-    def __init__(self, towers: Mapping[str, Tower], weights: Mapping[str, Mapping[str, Array]], ops: Backend):
+    def __init__(self, towers: Mapping[str, Tower], weights: Mapping[str, Mapping[str, Array]], ops: Cards):
         self.towers, self.weights, self.ops = towers, weights, ops
         self.kept: OrderedDict[Medium, Features] = OrderedDict()
 
@@ -367,9 +376,11 @@ class Encoder:
                 why = f"a part of it is read again, but the prompt cache does not hold the {medium.kind} itself"
                 raise UserError(f"the {medium.kind} of {medium.tokens} tokens is not there: {why}; give it again")
             tower = self.towers[medium.kind]
-            self.kept[medium] = tower.encode(medium, self.weights[tower.weights_of], self.ops)
+            made = tower.encode(medium, self.weights[tower.weights_of], self.ops.first)
+            self.kept[medium] = Features(self.ops.spread(made.embeddings), map(self.ops.spread, made.deep))
         self.kept.move_to_end(medium)
-        while len(self.kept) > 1 and sum(features.nbytes for features in self.kept.values()) > KEPT_BYTES:
+        most = KEPT_BYTES * self.ops.cards
+        while len(self.kept) > 1 and sum(features.nbytes for features in self.kept.values()) > most:
             self.kept.popitem(last=False)
         return self.kept[medium]
 

@@ -154,9 +154,12 @@ class SplitSimt(SplitCuda):
     """Several cards in the simulated memory, whose launches run one after the other: those in which all take part run
     phase by phase."""
 
-    on = Split.on
+    on, spread = Split.on, Split.spread
     recording = Simt.recording
     prepare = Reference.prepare
+
+    def follow(self, streams: Any = None) -> None:
+        """There are no streams."""
 
     def run(self, launch: Launch | Sum) -> None:
         if self.recorded is not None:
