@@ -12,7 +12,7 @@ from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.memory import size
 from minioscar.ops import attention
-from minioscar.ops.layout import PAGE_TOKENS, page_bytes
+from minioscar.ops.attention import PAGE_TOKENS, page_bytes
 from minioscar.oscar import SCHEMES, Scheme
 
 CHUNK = 1 << 26  # random numbers that are drawn at once, in float32 first

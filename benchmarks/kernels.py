@@ -20,8 +20,8 @@ from benchmarks.measure import copies_of, graph_time
 from benchmarks.peers import peer_times
 from minioscar.layer_cache import BF16, BLOCK_TOKENS, blocks_of
 from minioscar.ops import attention
+from minioscar.ops.attention import PAGE_TOKENS, page_bytes
 from minioscar.ops.launch import Card, kernel, run
-from minioscar.ops.layout import PAGE_TOKENS, page_bytes
 from minioscar.oscar import SCHEMES
 
 Array = Any

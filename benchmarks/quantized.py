@@ -22,8 +22,9 @@ from minioscar.formats.plain import E4M3
 from minioscar.formats.rounding import MODES
 from minioscar.ops.reference import Reference
 from minioscar.quantized import Q4, Q8, Quantized
+from minioscar.quantized.weights import quantize_head, quantize_layer
 from minioscar.storage.checkpoint import DTYPES
-from minioscar.weights import Layer, Weights, fold_values, quantize_head, quantize_layer
+from minioscar.weights import Layer, Weights, fold_values
 
 Array = Any
 E4M3_TYPE = np.dtype(ml_dtypes.float8_e4m3fn)

@@ -7,7 +7,7 @@ scaled in the weights, so that what varies most in a group is rounded less coars
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from .config import Config
 from .error_feedback import feedback_matrix
 from .ops.reference import Reference
 from .oscar import Scheme
-from .weights import Weights, for_scheme, scale_keys
+from .quantized import Quantized
+from .weights import Layer, Weights, for_scheme
 
+Matrix = Any  # an array, or a Quantized
 TOKENS = 256  # twice or half as many measure the same to within the noise: docs/fidelity.md
 RUN = 32  # tokens of a group, within which keys vary
 
@@ -86,6 +88,33 @@ def shaping(statistics: KeyStatistics, scheme: Scheme, config: Config) -> Shapin
         scales = pair_scales(variance)
         energy = energy / np.square(scales)
     return Shaping(scales, feedback_matrix(energy) if scheme.shaped else None)
+
+
+def scale_keys(weights: Weights, config: Config, scales: np.ndarray, ops: Reference, in_place: bool = False) -> Weights:
+    """Keys times scales and queries divided by them, folded into what makes them: logits are what they were.
+
+    scales float64 [layers, kv_heads, head_dim], equal in both channels of a RoPE pair, which makes them commute with
+    RoPE; behind a QK-norm equal in all heads, too, and folded into its weights, else into the rows of q_proj and
+    k_proj (those of quantized matrices have a float32 scale each). Arrays are shared and copied as in `rotate_values`.
+    """
+    groups = config.num_heads // config.num_kv_heads
+
+    def scaled(x: Matrix | None, factors: np.ndarray) -> Matrix | None:
+        if isinstance(x, Quantized):
+            return replace(x, row_scale=scaled(x.row_scale, factors))
+        if x is not None:
+            x = x if in_place else x.copy()
+            ops.scale_rows(x, factors)
+        return x
+
+    def fold(layer: Layer, of: np.ndarray) -> Layer:
+        if config.qk_norm:
+            return replace(layer, q_norm=scaled(layer.q_norm, 1 / of[0]), k_norm=scaled(layer.k_norm, of[0]))
+        kept = of[config.key_heads[1] :][: config.num_kv_heads]
+        rows = np.concatenate([1 / kept.repeat(groups, axis=0), of]).ravel()  # of all q heads, then of all k heads
+        return replace(layer, qkv=scaled(layer.qkv, rows), qkv_bias=scaled(layer.qkv_bias, rows))
+
+    return replace(weights, layers=tuple(map(fold, weights.layers, scales)))
 
 
 def prepared(weights: Weights, config: Config, scheme: Scheme, ops: Reference, progress: bool = False) -> Weights:

@@ -10,14 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from . import oscar
 from .config import Config
 from .errors import UserError
 from .formats import rounding
 from .quantized import RUN, Quantized
-from .staging import MLP, Group, Loader, Staging, by_expert, quantized
+from .staging import Group, Loader, Staging, by_expert
 from .storage.checkpoint import Checkpoint
 from .storage.identity import WeightFiles
 
@@ -36,8 +34,6 @@ class Backend(Loader, Protocol):
     def weight_bytes(self, config: Config) -> int: ...
 
     def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None: ...
-
-    def scale_rows(self, x: Array, factors: np.ndarray) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -190,26 +186,6 @@ def matrices(config: Config) -> list[str]:
     return [name for name, shape in shapes if len(shape) == 2 and "embed" not in name and not name.endswith(ROUTER)]
 
 
-def quantize(weights: Weights, config: Config, ops: Backend) -> Weights:
-    """Arrays on the back end -> what `config.weights` makes of them; `weights` keeps its own."""
-    layers = tuple(quantize_layer(layer, config, ops) for layer in weights.layers)
-    return replace(weights, layers=layers, head=quantize_head(weights, config, ops), quantized=True)
-
-
-def quantize_layer(layer: Layer, config: Config, ops: Backend) -> Layer:
-    fields = {field: getattr(layer, field) for field in ("qkv", "o", "gate_up", "down")}
-    rows = {field: x.reshape(-1, x.shape[-1]) for field, x in fields.items()}
-    kept = {field: ops.quantized(quantized(x, config.weights, field, ops.xp)) for field, x in rows.items()}
-    return replace(layer, **{field: by_expert(x, config) if field in MLP else x for field, x in kept.items()})
-
-
-def quantize_head(weights: Weights, config: Config, ops: Backend) -> Matrix:
-    """The last projection; one that is the embedding stays it."""
-    if config.weights is None or weights.head is weights.embed:
-        return weights.head
-    return ops.quantized(quantized(weights.head, config.weights, "head", ops.xp))
-
-
 def read_layer(get: Callable[..., Array], prefix: str, config: Config) -> Layer:
     def of(*names: str, present: bool = True) -> Array | None:
         return get(*(prefix + name for name in names)) if present else None
@@ -266,33 +242,6 @@ def fold_values(layer: Layer, config: Config, ops: Backend) -> Layer:
         ops.rotate_heads(layer.qkv_bias[v:], config.head_dim, 0)
     ops.rotate_heads(layer.o, config.head_dim, 1)
     return layer
-
-
-def scale_keys(weights: Weights, config: Config, scales: np.ndarray, ops: Backend, in_place: bool = False) -> Weights:
-    """Keys times scales and queries divided by them, folded into what makes them: logits are what they were.
-
-    scales float64 [layers, kv_heads, head_dim], equal in both channels of a RoPE pair, which makes them commute with
-    RoPE; behind a QK-norm equal in all heads, too, and folded into its weights, else into the rows of q_proj and
-    k_proj (those of quantized matrices have a float32 scale each). Arrays are shared and copied as in `rotate_values`.
-    """
-    groups = config.num_heads // config.num_kv_heads
-
-    def scaled(x: Matrix | None, factors: np.ndarray) -> Matrix | None:
-        if isinstance(x, Quantized):
-            return replace(x, row_scale=scaled(x.row_scale, factors))
-        if x is not None:
-            x = x if in_place else x.copy()
-            ops.scale_rows(x, factors)
-        return x
-
-    def fold(layer: Layer, of: np.ndarray) -> Layer:
-        if config.qk_norm:
-            return replace(layer, q_norm=scaled(layer.q_norm, 1 / of[0]), k_norm=scaled(layer.k_norm, of[0]))
-        kept = of[config.key_heads[1] :][: config.num_kv_heads]
-        rows = np.concatenate([1 / kept.repeat(groups, axis=0), of]).ravel()  # of all q heads, then of all k heads
-        return replace(layer, qkv=scaled(layer.qkv, rows), qkv_bias=scaled(layer.qkv_bias, rows))
-
-    return replace(weights, layers=tuple(map(fold, weights.layers, scales)))
 
 
 def for_scheme(weights: Weights, config: Config, scheme: oscar.Scheme, ops: Backend) -> Weights:

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from minioscar import ops, oscar
-from minioscar.app import cli, flags, serving
+from minioscar import oscar
+from minioscar.app import cli, flags, serving, wake
 from minioscar.app.cli import main
 from minioscar.config import Config
 from minioscar.errors import UserError
@@ -71,9 +71,9 @@ CALLS = ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
 )
 def test_a_context_is_made_in_a_thread_as_far_as_it_goes(fails, calls, monkeypatch):
     driver = Driver(fails)
-    monkeypatch.setattr(ops, "find_spec", lambda _: True)
-    monkeypatch.setattr(ops.ctypes, "CDLL", lambda name: driver if name == "libcuda.so.1" else None)
-    ops.wake("auto")
+    monkeypatch.setattr(wake, "find_spec", lambda _: True)
+    monkeypatch.setattr(wake.ctypes, "CDLL", lambda name: driver if name == "libcuda.so.1" else None)
+    wake.wake("auto")
     for thread in threading.enumerate():
         if thread.name == "wake":
             thread.join()
@@ -89,12 +89,12 @@ def test_no_context_is_made_where_none_is_wanted_or_can_be(why_not, monkeypatch)
             raise OSError("libcuda.so.1: cannot open shared object file")
         return driver
 
-    monkeypatch.setattr(ops, "find_spec", lambda _: None if why_not == "no CuPy" else True)
+    monkeypatch.setattr(wake, "find_spec", lambda _: None if why_not == "no CuPy" else True)
     # here and now: what it raises is seen
-    monkeypatch.setattr(ops, "Thread", lambda target, name: SimpleNamespace(start=target))
-    monkeypatch.setattr(ops.ctypes, "CDLL", library)
+    monkeypatch.setattr(wake, "Thread", lambda target, name: SimpleNamespace(start=target))
+    monkeypatch.setattr(wake.ctypes, "CDLL", library)
     monkeypatch.setenv("MINIOSCAR_BACKEND", "tests.simt.backend:Simt" if why_not == "simulator" else "")
-    ops.wake("cpu" if why_not == "cpu" else "auto")
+    wake.wake("cpu" if why_not == "cpu" else "auto")
     assert not driver.calls
 
 

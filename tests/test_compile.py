@@ -37,6 +37,7 @@ from minioscar.quantized import plans as quantized
 from minioscar.sampling import RowSampling, Sampling
 from minioscar.sm90 import linear_batch as wgmma
 from minioscar.sm90 import prefill_attention as sm90
+from minioscar.towers import on_card as towers
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install 'minioscar[nvrtc]'")
 
@@ -91,7 +92,7 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
             found[f"prefill_tiles d{dim}"] = sm90.fill_tiles(heads, new, None, 1, past)
     for dim in (96, *((64, 128) if everything else ())):
         x = np.empty((4, 1, 2, dim), np.uint16)
-        found[f"full_attention d{dim}"] = prefill.full_attention(x, ints, ints, card, 1.0)
+        found[f"full_attention d{dim}"] = towers.full_attention(x, ints, ints, card, 1.0)
     for kv, dim in [("int2", 128)] + PACKED[1:] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
         to = sm90.Tiles(past, past, ints) if sm90.tiled(dim, card) else (past, past)

@@ -12,8 +12,8 @@ import pytest
 from minioscar import oscar
 from minioscar.cache import BF16
 from minioscar.ops import attention
+from minioscar.ops.attention import page_bytes
 from minioscar.ops.launch import Card
-from minioscar.ops.layout import page_bytes
 from minioscar.oscar import SCHEMES, Scheme
 
 from .kernel_device import in_blocks, on_each_device, on_the_card, some_table

@@ -185,13 +185,14 @@ def test_a_context_made_while_python_imports_is_the_one_that_is_used():
     code = """
 import ctypes, threading
 from minioscar import ops
+from minioscar.app.wake import wake
 driver = ctypes.CDLL("libcuda.so.1")
 def is_made():
     flags, active = ctypes.c_uint(), ctypes.c_int()
     assert driver.cuInit(0) == 0 == driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active))
     return active.value
 assert not is_made()
-ops.wake("auto")
+wake("auto")
 [thread.join() for thread in threading.enumerate() if thread.name == "wake"]
 assert is_made()
 import cupy

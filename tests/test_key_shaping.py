@@ -14,12 +14,12 @@ from minioscar.engine import load as load_engine
 from minioscar.error_feedback import feedback_matrix
 from minioscar.formats.rounding import quantize
 from minioscar.hadamard import hadamard
-from minioscar.key_shaping import key_statistics, pair_scales, shape_keys, shaping
+from minioscar.key_shaping import key_statistics, pair_scales, scale_keys, shape_keys, shaping
 from minioscar.model import Model
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
 from minioscar.quantized import from_plain
-from minioscar.weights import arrays, load, scale_keys
+from minioscar.weights import arrays, load
 
 from . import simt
 from .tiny import relative, write_model

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from minioscar.ops import launch
-from minioscar.ops.launch import Launch, TensorMap
+from minioscar.ops.launch import Launch
+from minioscar.sm90 import launch as sm90
+from minioscar.sm90.launch import TensorMap
 
 
 class Driver:
@@ -32,8 +34,8 @@ def driver(monkeypatch) -> Driver:
     error = type("CUDADriverError", (Exception,), {})
     cuda = SimpleNamespace(get_current_stream=lambda: stream, driver=SimpleNamespace(CUDADriverError=error))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
-    monkeypatch.setattr(launch, "_driver", lambda name: found)
-    monkeypatch.setattr(launch, "_tensor_map", lambda *of: (MAP, MAP.ctypes.data))
+    monkeypatch.setattr(sm90, "_driver", lambda name: found)
+    monkeypatch.setattr(sm90, "_tensor_map", lambda *of: (MAP, MAP.ctypes.data))
     return found
 
 
@@ -60,7 +62,7 @@ def check(words: list[bytes], args: tuple, want: list) -> None:
 def test_each_argument_is_in_eight_bytes_of_its_own(driver):
     """And a launch finds nothing of the one before it, a tensor map's place neither."""
     for args, want in ((ARGS, WANT), (ARGS[::-1], WANT[::-1]), (ARGS[:3], WANT[:3]), ((), [])):
-        launch._launch_overlapping(5, Launch("a.cu", "a", (), (3, 2), 64, args, 1024))
+        sm90.launch_overlapping(5, Launch("a.cu", "a", (), (3, 2), 64, args, 1024))
         config, function, words = driver.seen[-1]
         check(words, args, want)
         sizes = (config.grid_x, config.grid_y, config.grid_z, config.block_x, config.block_y, config.block_z)
@@ -74,7 +76,7 @@ def test_threads_do_not_share_the_bytes(driver):
 
     def work(number: int) -> None:
         for _ in range(200):
-            launch._launch_overlapping(number, Launch("a.cu", "a", (), (1,), 32, (np.int32(number),) * 20))
+            sm90.launch_overlapping(number, Launch("a.cu", "a", (), (1,), 32, (np.int32(number),) * 20))
         found.append(number)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -90,7 +92,7 @@ def test_threads_do_not_share_the_bytes(driver):
 def test_what_the_driver_refuses_is_an_error_and_spoils_nothing(driver):
     driver.code = 1
     with pytest.raises(Exception, match="1"):
-        launch._launch_overlapping(5, Launch("a.cu", "a", (), (1,), 32, ARGS))
+        sm90.launch_overlapping(5, Launch("a.cu", "a", (), (1,), 32, ARGS))
     driver.code = 0
-    launch._launch_overlapping(5, Launch("a.cu", "a", (), (1,), 32, (np.int32(3),) * 8))
+    sm90.launch_overlapping(5, Launch("a.cu", "a", (), (1,), 32, (np.int32(3),) * 8))
     assert driver.seen[-1][2][6] == np.int64(3).tobytes()

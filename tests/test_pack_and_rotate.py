@@ -10,7 +10,8 @@ import pytest
 from minioscar import oscar
 from minioscar.cache import BF16
 from minioscar.ops import attention
-from minioscar.ops.layout import from_pages, page_bytes
+from minioscar.ops.attention import page_bytes
+from minioscar.pages import from_pages
 
 from .kernel_device import in_blocks, of_row, on_each_device, on_each_device_over, on_the_card, some_table
 from .pairwise import scheme_traits

@@ -12,6 +12,7 @@ from minioscar.cache import BF16
 from minioscar.ops import attention, prefill
 from minioscar.ops.launch import Card
 from minioscar.sm90 import prefill_attention as sm90
+from minioscar.towers import on_card as towers
 
 from .kernel_device import on_each_device, on_each_device_over, on_the_card
 from .pairwise import scheme_traits
@@ -281,7 +282,7 @@ def test_full_attention_is_over_all_tokens_of_a_picture(device, seed, d, tokens)
     there = device.array(arrays)
     zero, count = (device.array(np.array([n], np.int32)) for n in (0, tokens))
     for arch in (80, 90):
-        device.run(prefill.full_attention(there, zero, count, Card(3, arch), 0.1), arch)
+        device.run(towers.full_attention(there, zero, count, Card(3, arch), 0.1), arch)
         q, k, v = (x.astype(np.float64).swapaxes(0, 1) for x in arrays[:3])
         x = q @ k.swapaxes(1, 2) * 0.1
         p = np.exp(x - x.max(axis=-1, keepdims=True))

@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from minioscar import engine as module
-from minioscar import memory
+from minioscar import memory, pages
 from minioscar.app.cli import main
 from minioscar.cache import Cache, row_layout
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.generation import Options
-from minioscar.ops import attention, layout
+from minioscar.ops import attention
 from minioscar.oscar import SCHEMES
 from minioscar.prompt_cache import PromptCache, common, continued, digest
 from minioscar.sampling import Sampling
@@ -88,12 +88,12 @@ def cache_of(engine, cache):
 )
 def test_pages_to_plain_arrays_and_back_are_the_same_bytes(kv, dim, seed):
     scheme = SCHEMES[kv]
-    given = np.random.default_rng(seed).integers(0, 256, (3, 4, layout.page_bytes(scheme, dim)), dtype=np.uint8)
-    row = layout.from_pages(given, scheme, dim)
+    given = np.random.default_rng(seed).integers(0, 256, (3, 4, attention.page_bytes(scheme, dim)), dtype=np.uint8)
+    row = pages.from_pages(given, scheme, dim)
     config = Config.from_dict({**CONFIG, "head_dim": dim, "num_attention_heads": 3, "num_key_value_heads": 3})
     shapes = row_layout(config, scheme, 256 + scheme.keep)
     assert {name: (array.shape, array.dtype) for name, array in row.items()} == {name: shapes[name] for name in row}
-    np.testing.assert_array_equal(layout.to_pages(row, scheme), given)
+    np.testing.assert_array_equal(pages.to_pages(row, scheme), given)
 
 
 @pytest.mark.skipif(simt.missing() is not None, reason=str(simt.missing()))

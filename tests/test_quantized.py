@@ -1,4 +1,4 @@
-"""Q4 and Q8 (minioscar/quantized.py): what they hold is what they were made of, bit for bit."""
+"""Q4 and Q8 (minioscar/quantized): what they hold is what they were made of, bit for bit."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from minioscar.errors import UserError
 from minioscar.formats import rounding
 from minioscar.ops.reference import Reference
 from minioscar.quantized import Quantized, of_expert
-from minioscar.weights import arrays, load, quantize, rotate_values
+from minioscar.quantized.weights import quantize
+from minioscar.weights import arrays, load, rotate_values
 
 from .quantized_files import BF16, SHAPE, HostOps, write_quantized
 from .tiny import MOE, talker, write_model, write_talker

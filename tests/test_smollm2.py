@@ -14,6 +14,7 @@ from minioscar.evaluation import fidelity
 from minioscar.formats import rounding
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, WINDOW, Scheme
+from minioscar.quantized.weights import quantize
 from minioscar.storage import hub
 from minioscar.tokenizer import Tokenizer
 
@@ -170,7 +171,7 @@ def test_its_weights_of_4_bits_are_held_by_int4_in_groups_of_32_and_8_bits_cost_
     for mode, group in (("int8", 64), ("int4", 32)):
         monkeypatch.setattr(rounding, "GROUP", group)
         own = engine.with_weights(config, mode)
-        engines.append(engine.Engine(own, weights.quantize(plain, own, ops), None, SCHEMES["bf16"], ops))
+        engines.append(engine.Engine(own, quantize(plain, own, ops), None, SCHEMES["bf16"], ops))
     _, int8, int4 = fidelity.fidelity(engines, [ids], 256, lambda _: None)
     print(int8["kl"], int4["kl"])
     assert int8["kl"] <= 0.004 and int4["kl"] <= 2e-4

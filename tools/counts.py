@@ -29,9 +29,9 @@ FLOORS = (
     ("parallel",),
     ("generation", "prompt_cache", "arguments", "key_shaping", "attention_inputs", "nan_check"),
     ("model", "memory"),
-    ("ops", "sm90", "compilation", "experts.reference", "experts.plans", "experts.on_card")
-    + ("quantized.plans", "quantized.on_card"),
-    ("cache", "layer_cache", "weights", "decoding"),
+    ("ops", "pages", "sm90", "compilation", "experts.reference", "experts.plans", "experts.on_card")
+    + ("quantized.plans", "quantized.on_card", "towers.on_card"),
+    ("cache", "layer_cache", "weights", "quantized.weights", "decoding"),
     ("quantized", "staging"),
     ("config", "tokenizer", "model_files", "chat_template", "detokenizer", "sampling", "options", "experts"),
     ("oscar", "batch", "causal_attention", "dither", "error_feedback", "hadamard", "rope", "towers"),
@@ -56,9 +56,9 @@ def counts() -> list[Count]:
     kernels = [path for path in (PACKAGE / "kernels").rglob("*") if path.suffix in (".cu", ".cuh")]
     general = [path for path in kernels if path.parent.name != "sm90"]
     return [
-        Count("lines of the reading path", total(reading), f"{len(reading)} files", 5333, 3800),
+        Count("lines of the reading path", total(reading), f"{len(reading)} files", 5011, 3800),
         Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 5330),
-        Count("lines of the package's Python", total(package), f"{len(package)} files", 23477),
+        Count("lines of the package's Python", total(package), f"{len(package)} files", 23529),
         Count("longest file of the package", *longest(package), 400),
         Count("longest function of the package", *worst(package, length), 60),
         Count("most parameters in the package", *worst(package, parameters), 8),

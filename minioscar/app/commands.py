@@ -11,9 +11,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..ops import wake
 from ..storage import strict_json as json
 from ..storage.files import check_writable, descriptor, expand, read_lines, read_text
+from .wake import wake
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -333,7 +333,7 @@ def run_eval(args: argparse.Namespace) -> None:
     schemes = [name.strip() for name in args.kv.split(",")]
     if args.images is not None:
         if args.gpus not in (None, 1):
-            raise UserError(f"--gpus {args.gpus}: models that read images run on one card; leave it out")
+            raise UserError(f"--gpus {args.gpus}: eval --images runs on one card; leave it out")
         return eval_images(args, schemes)
     report = fidelity.evaluate(
         args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..errors import Failure, UserError, one_line
 from ..memory import size
-from ..ops import wake
 from ..sampling import Sampling
 from ..serve import server
 from ..serve.app import App
@@ -25,6 +24,7 @@ from ..storage.hub import resolve
 from ..tokenizer import Tokenizer
 from . import commands
 from .recommended import recommended
+from .wake import wake
 
 if TYPE_CHECKING:
     from ray.serve import Application

@@ -16,16 +16,17 @@ from ..errors import UserError
 from ..key_shaping import shape_keys
 from ..model import check_scheme
 from ..ops import backend
-from ..ops.layout import PAGE_TOKENS
+from ..ops.attention import PAGE_TOKENS
 from ..ops.reference import Reference
 from ..oscar import Scheme
 from ..parallel.cards import over
 from ..parallel.loading import load_for_each
 from ..parallel.shares import check
+from ..quantized.weights import quantize
 from ..storage.hub import resolve
 from ..tables import markdown
 from ..tokenizer import Tokenizer
-from ..weights import Weights, quantize, rotate_values
+from ..weights import Weights, rotate_values
 from ..weights import load as load_weights
 from . import drift, needle, tool_calls
 from .teacher_forcing import Done, divergence, log_softmax, teacher_forced

@@ -16,13 +16,13 @@ import numpy as np
 
 from ..oscar import Scheme
 from .launch import Card, Launch
-from .layout import PAGE_TOKENS, copied_bytes
 
 if TYPE_CHECKING:
     from ..config import Config
 
 Array = Any
 HEAD_DIMS = (64, 128, 256)
+PAGE_TOKENS = 64
 
 
 HEADS_PER_BLOCK = 16  # of rotate_scale.cu
@@ -73,6 +73,12 @@ def layout_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
     keys = f"KEY_BITS={scheme.key_bits}", f"KEY_GROUP={scheme.group}", f"SCALED={scheme.scale:d}"
     values = f"VALUE_BITS={scheme.value_bits}", f"VALUE_GROUP={group}", f"SYMMETRIC={scheme.symmetric_values:d}"
     return f"HEAD_DIM={head_dim}", *keys, *values, f"FLUSH={scheme.flush}", f"KEEP={scheme.keep}"
+
+
+def page_bytes(scheme: Scheme, head_dim: int) -> int:
+    """Bytes of 64 tokens of one kv head, keys and values; half of what two pages share is in it."""
+    both = scheme.packed_layout(2 * PAGE_TOKENS, head_dim).values()
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in both) // 2
 
 
 # --- rotate, scale, append; pack
@@ -301,7 +307,11 @@ def decode_plan(heads: Heads, scheme: Scheme, batch: int, card: Card) -> DecodeP
 
 
 def _item_bytes(head_dim: int, scheme: Scheme) -> int:
-    return copied_bytes(scheme, head_dim) + (256 if scheme.scale else 0) if scheme.quantized else 16 * head_dim * 4
+    """Of a page, with all steps and minima that it shares with another one and with norms; or of 16 tokens in BF16."""
+    if not scheme.quantized:
+        return 16 * head_dim * 4
+    shared = 2 * head_dim if scheme.group > PAGE_TOKENS else 0
+    return page_bytes(scheme, head_dim) + shared + (256 if scheme.scale else 0)
 
 
 def shared_bytes(head_dim: int, scheme: Scheme, p: DecodePlan, batch: int) -> int:

@@ -29,6 +29,7 @@ from ..sampling import RowSampling
 from ..sm90.prefill_attention import split_plan
 from ..storage.checkpoint import Tensor
 from ..storage.upload import Buffers, Upload, pinned
+from ..towers import on_card as towers
 from ..weights import Layer, bytes_of
 from . import attention, linear, prefill
 from .attention import HEAD_DIMS, Heads
@@ -228,19 +229,11 @@ class Cuda(Reference):
         return super().rotate_scale(qkv, layer, tables, layer_cache, config, batch, rotate_values)
 
     def full_attention(self, q: Array, keys: Array, values: Array) -> Array:
-        """Heads are padded with zeros to a size that has a kernel: that changes no sum."""
-        tokens, heads, dim = q.shape
-        if (size := prefill.padded(dim)) is None:
-            return super().full_attention(q, keys, values)
-        padded = self.xp.zeros((4, tokens, heads, size), self.dtype)
-        for to, x in zip(padded, (q, keys, values), strict=False):
-            to[..., :dim] = x
-        zero, count = (self.xp.asarray(np.array([n], np.int32)) for n in (0, tokens))
-        self.run(prefill.full_attention(padded, zero, count, self.card, dim**-0.5))
-        return padded[3][..., :dim]
+        has_kernel = towers.padded(q.shape[2]) is not None
+        return towers.attention(self, q, keys, values) if has_kernel else super().full_attention(q, keys, values)
 
     def full_attention_bytes(self, tokens: int, heads: int, dim: int) -> int:
-        size = prefill.padded(dim)
+        size = towers.padded(dim)
         return super().full_attention_bytes(tokens, heads, dim) if size is None else 8 * tokens * heads * size
 
     def decoder(

@@ -14,11 +14,11 @@ from ..batch import Batch
 from ..config import Config
 from ..layer_cache import BLOCK_TOKENS, LayerCache, Layout, NewTokens, PackedCache, PlainCache
 from ..oscar import Scheme
+from ..pages import NAMES, from_pages, to_pages
 from ..sm90 import prefill_attention as sm90
 from . import attention, prefill
-from .attention import Heads, KeyOutputs, PrefillTokens, Rotation
+from .attention import PAGE_TOKENS, Heads, KeyOutputs, PrefillTokens, Rotation, page_bytes
 from .decode import StepBatch
-from .layout import NAMES, PAGE_TOKENS, from_pages, page_bytes, to_pages
 
 if TYPE_CHECKING:
     from ..weights import Layer

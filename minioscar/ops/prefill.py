@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,8 @@ from ..cache import BF16
 from ..oscar import Scheme
 from ..sm90 import prefill_attention as sm90
 from ..sm90.prefill_attention import KeySplits, Tiles
-from .attention import Heads, PrefillTokens, layout_defines, log2_scale
+from .attention import PAGE_TOKENS, Heads, PrefillTokens, layout_defines, log2_scale
 from .launch import Card, Launch
-from .layout import PAGE_TOKENS
 
 Array = Any
 Past = tuple[Array, Array] | Tiles
@@ -48,11 +46,6 @@ PREFILL_CONFIGS = {
 }
 
 
-def padded(head_dim: int) -> int | None:
-    """The smallest head that has a kernel and room for one of this size."""
-    return next((d for d in PREFILL_CONFIGS if d >= head_dim), None)
-
-
 def prefill_attention(
     heads: Heads, q: Array, new: PrefillTokens, past: Past | None, out: Array, card: Card, *,
     scale: float | None = None, splits: KeySplits | None = None,
@@ -82,13 +75,3 @@ def prefill_attention(
     args = (q, new.keys, new.values, keys, values, *indices, out, *map(np.int32, sizes), scale_log2)
     threads, shared = 32 * config[0], config_bytes(*config)
     return Launch("prefill_attention.cu", "prefill_attention", defines, grid, threads, args, shared)
-
-
-def full_attention(arrays: Array, zero: Array, count: Array, card: Card, scale: float) -> Launch:
-    """Each of the tokens of a picture over all of them. arrays: q, keys, values, and what becomes of them, bf16 [4,
-    tokens, heads, d]; d one of PREFILL_CONFIGS. zero, count: int32 [1] of 0, and of the number of tokens."""
-    q, keys, values, out = arrays
-    tokens, heads, d = q.shape
-    new = PrefillTokens(keys, values, heads * d, heads * d, zero, None, zero, count, tokens)
-    launch = prefill_attention(Heads(heads, heads, d), q, new, None, out, card, scale=scale)
-    return replace(launch, defines=(*launch.defines, "FULL=1"))

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from ..config import Config
-from ..key_shaping import Shaping, key_statistics, shaping
+from ..key_shaping import Shaping, key_statistics, scale_keys, shaping
 from ..ops.reference import Reference
 from ..oscar import Scheme
 from ..staging import Group, Staging
 from ..storage.checkpoint import Checkpoint
-from ..weights import Weights, expected, fold_values, matrices, opened, read_layer, rotate_values, scale_keys
+from ..weights import Weights, expected, fold_values, matrices, opened, read_layer, rotate_values
 from .backend import Split
 from .shares import Slices, first_key, joined, local
 

@@ -1,7 +1,8 @@
 """The packed layout of kernels/LAYOUT.md in array code: where each number of 64 tokens lies in a page.
 
 One table, `positions`, serves both directions: whatever reads or writes pages outside the kernels goes through
-`from_pages` and `to_pages`, so a cache saved on one back end serves on the other, bit for bit.
+`from_pages` and `to_pages`, so a cache saved on one back end serves on the other, bit for bit. A page's bytes are those
+of `Scheme.packed_layout` in another order.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import oscar
-from ..oscar import Scheme
+from . import oscar
+from .ops.attention import PAGE_TOKENS, page_bytes
+from .oscar import Scheme
 
 Array = Any
-PAGE_TOKENS = 64
 CODES = ("key_codes", "value_codes")
 NAMES = (*CODES, "key_step", "key_min", "value_step", "value_min")
 
@@ -50,16 +51,6 @@ def to_pages(arrays: dict[str, Array], scheme: Scheme, xp: Any = np) -> Array:
         parts[name] = iter(section.swapaxes(0, 2).swapaxes(1, 2))  # [heads, blocks, bytes] of each page that has one
     sections = [next(parts[name]) for name, _ in _sections(scheme, dim)]
     return xp.concatenate(sections, axis=-1).reshape(heads, tokens // PAGE_TOKENS, -1)
-
-
-def page_bytes(scheme: Scheme, head_dim: int) -> int:
-    """Bytes of 64 tokens of one kv head, keys and values; half of what two pages share is in it."""
-    return sum(size for _, size in _sections(scheme, head_dim)) // _pages_of_block(scheme)
-
-
-def copied_bytes(scheme: Scheme, head_dim: int) -> int:
-    """What decode attention copies to attend to a page: all of what it shares with another one."""
-    return page_bytes(scheme, head_dim) + 2 * head_dim * (_pages_of_block(scheme) - 1)
 
 
 def _pages_of_block(scheme: Scheme) -> int:
