@@ -1,8 +1,12 @@
 """`bench.py memory`, its last row: a checkpoint from files that the system holds in memory to where the model is
-computed."""
+computed. Over several cards by itself:
+
+    python -m benchmarks.loading qwen3-8b --weights awq --gpus 2
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -15,13 +19,18 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks import quantized
+from benchmarks import presets, quantized
 from benchmarks.measure import host_copy_bandwidth, median_and_spread
 from minioscar import memory, weights
 from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.errors import UserError
+from minioscar.ops import backend
 from minioscar.ops.reference import Reference
+from minioscar.oscar import SCHEMES
+from minioscar.parallel import cards
+from minioscar.parallel.backend import Split
+from minioscar.parallel.loading import load_parts
 from minioscar.storage import checkpoint
 
 MAX_BYTES, MAX_BYTES_CPU = 4 * 10**9, 64 * 10**6  # bytes of the files
@@ -42,7 +51,7 @@ def loading(config: Config, name: str, ops: Reference, repeats: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         written = write(Path(folder), config)
         seconds = [once(Path(folder), config, ops) for _ in range(1 + repeats)]
-    (median, spread), copy = median_and_spread(seconds[1:]), copy_rate(ops)
+    (median, spread), copy = median_and_spread(seconds[1:]), copy_rate(ops.first)
     times = {"s": median, "spread": spread, "first_s": seconds[0], "gb_s": written / median / 1e9}
     return {"model": name, "layers": config.num_layers, "bytes": written, **times, "copy_gb_s": copy / 1e9,
             "fraction_of_copy": written / median / copy}  # fmt: skip
@@ -86,7 +95,7 @@ def once(folder: Path, config: Config, ops: Reference) -> float:
     """Seconds of a load, the memory for it included: it is given back before."""
     ops.release()
     before = time.perf_counter()
-    loaded = weights.load(folder, config, ops)
+    loaded = load_parts(folder, config, ops) if isinstance(ops, Split) else weights.load(folder, config, ops)
     seconds = time.perf_counter() - before
     del loaded
     ops.release()
@@ -112,3 +121,19 @@ def _pinned_copies(ops: Reference) -> Iterator[float]:
         end.record()
         end.synchronize()
         yield ops.xp.cuda.get_elapsed_time(start, end) * 1e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading")
+    parser.add_argument("preset")
+    parser.add_argument("--weights", choices=quantized.NAMES)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    config, ops = quantized.config_with(presets.config_of(args.preset), args.weights), backend(args.device)
+    ops = cards.over(args.gpus, ops, config, SCHEMES["bf16"])
+    print(json.dumps(loading(config, args.preset, ops, 5) | {"weights": args.weights, "gpus": args.gpus}))
+
+
+if __name__ == "__main__":
+    main()

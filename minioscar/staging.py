@@ -122,7 +122,7 @@ class Staging:
             matrix = quantized(matrix, self.config.weights, field, self.ops.xp)
         matrix = matrix.cut_columns(columns, self.ops.xp)
         try:
-            check_experts(matrix.shape[0], field, self.config)
+            check_tiles(matrix.shape[0], field, self.config)
             return self.ops.quantized(matrix)
         except ValueError as error:
             self.widened[str(error)] += 1
@@ -183,10 +183,11 @@ def by_expert(matrix: Matrix, config: Config) -> Matrix:
     return matrix.reshape(config.experts.count, -1, matrix.shape[1])
 
 
-def check_experts(rows: int, field: str, config: Config) -> None:
-    """Raises ValueError where an expert's rows, of gate and of up, are no whole tiles of the quantized form."""
-    if config.experts and field in MLP and (own := rows // config.experts.count // (1 + (field == "gate_up"))) % ROWS:
-        raise ValueError(f"experts of {own} rows are not a multiple of {ROWS}")
+def check_tiles(rows: int, field: str, config: Config) -> None:
+    """Raises ValueError where the rows of gate, of up or of an expert are no whole tiles of the quantized form."""
+    count, parts = config.experts.count if config.experts else 1, 1 + (field == "gate_up")
+    if field in MLP and count * parts > 1 and (own := rows // count // parts) % ROWS:
+        raise ValueError(f"{'experts' if config.experts else 'gate and up'} of {own} rows are not a multiple of {ROWS}")
 
 
 def _siblings(names: Iterable[str], config: Config) -> set[str]:

@@ -299,6 +299,16 @@ def test_what_a_card_has_no_form_for_is_kept_as_numbers_and_that_is_said(tmp_pat
     assert isinstance(weights.layers[1].gate_up, Quantized)
 
 
+def test_gate_and_up_that_are_no_whole_tiles_are_kept_as_numbers(tmp_path, seed, capsys):
+    exact = write_quantized(tmp_path, "ct-int4-rows", seed, intermediate_size=328)
+    weights = load(tmp_path, Config.from_folder(tmp_path), HostOps())
+    for i, layer in enumerate(weights.layers):
+        np.testing.assert_array_equal(layer.gate_up, numbers(exact, i)["gate_up"].astype(BF16))
+        assert isinstance(layer.down, Quantized)
+    why = "gate and up of 328 rows are not a multiple of 16"
+    assert capsys.readouterr().err.splitlines() == [f"[2 matrices are kept as bfloat16 numbers: {why}]"]
+
+
 def test_an_embedding_that_is_quantized_is_refused(tmp_path, seed):
     write_quantized(tmp_path, "ct-w8a8", seed)
     change(tmp_path, lambda t: t.update({"model.embed_tokens.weight": np.zeros((160, 256), np.int8)}))

@@ -22,13 +22,14 @@ from minioscar.parallel.backend import SplitReference
 from minioscar.parallel.collectives import Links
 from minioscar.parallel.ranks import Ranks
 from minioscar.parallel.shares import Slices
+from minioscar.prompt_cache import PromptCache
 from minioscar.quantized import Quantized, from_plain, has_form
 from minioscar.weights import arrays as arrays_of
 from minioscar.weights import bytes_of, load, matrices
 
 from .quantized_files import KINDS, HostOps, write_quantized
 from .test_parallel import over
-from .test_parallel_kernels import SIMULATED, _on_one_card, _simulated, split_engine
+from .test_parallel_kernels import SIMULATED, TWO, _cards, _on_one_card, _simulated, split_engine
 from .test_quantized import random_plain
 from .tiny import MOE, relative, write_model, write_talker
 
@@ -157,6 +158,11 @@ def test_several_cards_compute_what_one_does_with_quantized_files(name, cards, c
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 160, n).tolist() for n in (125, 7)]
     assert relative(several.logits(prompts[0]), one.logits(prompts[0])) < 2e-5
+    several.prefill(prompts[0]).save(tmp_path / "p.kv")
+    cache = PromptCache.load(tmp_path / "p.kv", one)
+    mine, theirs = (e.generate([5, 6], cache=c, max_tokens=1, logprobs=0).logprobs[0].logprob
+                    for e, c in ((one, cache), (several, several.prefill(prompts[0]))))  # fmt: skip
+    assert abs(mine - theirs) < NEAR
     for a, b in zip(*(e.generate(prompts, max_tokens=8, logprobs=1) for e in (one, several)), strict=True):
         for n, (mine, theirs) in enumerate(zip(a.logprobs, b.logprobs, strict=True)):
             assert abs(mine.logprob - theirs.logprob) < NEAR
@@ -248,7 +254,7 @@ def test_shares_of_another_form_than_others_are_refused(tmp_path):
     parts = loading.load_parts(tmp_path, config, host(config, 2))
     other = loading.load_parts(tmp_path, config, SplitReference([HostOps()] * 2, config))[1]
     vars(other.layers[0])["o"] = numbers(other.layers[0].o)
-    with pytest.raises(UserError, match="share of a o matrix has another form"):
+    with pytest.raises(UserError, match="--gpus 2: cards' shares of o have unequal forms"):
         shares.joined([parts[0], other])
 
 
@@ -295,32 +301,34 @@ def test_what_modes_cost_is_what_it_costs_on_one_card(tmp_path):
 # --- by kernels
 
 
-@pytest.fixture
-def one_at_a_time(monkeypatch):
-    """Cards load one after the other: the simulator runs one kernel at a time."""
-    monkeypatch.setattr(loading, "ThreadPoolExecutor", lambda count: ThreadPoolExecutor(1))
-
-
 on_two = pytest.mark.parametrize(
     "make", [pytest.param(_simulated, id="simt", marks=SIMULATED),
-             pytest.param(_on_one_card, id="on-one-card", marks=pytest.mark.gpu)],
+             pytest.param(_on_one_card, id="on-one-card", marks=pytest.mark.gpu),
+             pytest.param(_cards, id="cuda", marks=TWO)],
 )  # fmt: skip
 
 
-@pytest.mark.long
-@on_two
-def test_a_long_prompt_is_multiplied_with_what_codes_stand_for(make, tmp_path, seed, one_at_a_time, monkeypatch):
-    """Each card dequantizes its share for cuBLAS, here of prompts that are longer than eight tokens."""
-    for module in (one_card, cuda):
-        monkeypatch.setattr(module, "BATCH_TOKENS", 8)
+def one_at_a_time(make, monkeypatch) -> None:
+    """The simulator runs one kernel at a time: its cards load one after the other, and sum what is large at once."""
 
     def added(links: Links, arrays: Ranks) -> None:
         total = sum(x.astype(np.float32) for x in arrays.values)
         for x in arrays.values:
             x[...] = total.astype(x.dtype)
 
-    monkeypatch.setattr(Links, "sum_beside", added)
-    monkeypatch.setattr(Links, "join", lambda links: None)
+    if make is _simulated:
+        monkeypatch.setattr(loading, "ThreadPoolExecutor", lambda count: ThreadPoolExecutor(1))
+        monkeypatch.setattr(Links, "sum_beside", added)
+        monkeypatch.setattr(Links, "join", lambda links: None)
+
+
+@pytest.mark.long
+@on_two
+def test_a_long_prompt_is_multiplied_with_what_codes_stand_for(make, tmp_path, seed, monkeypatch):
+    """Each card dequantizes its share for cuBLAS, here of prompts that are longer than eight tokens."""
+    one_at_a_time(make, monkeypatch)
+    for module in (one_card, cuda):
+        monkeypatch.setattr(module, "BATCH_TOKENS", 8)
     write_quantized(tmp_path, "awq-gemm", seed, num_hidden_layers=1, intermediate_size=192)
     reference, e = over(tmp_path, "int2", 1), split_engine(make, 2, tmp_path, "int2")
     ids = np.random.default_rng(seed).integers(0, 160, 20).tolist()
@@ -330,8 +338,9 @@ def test_a_long_prompt_is_multiplied_with_what_codes_stand_for(make, tmp_path, s
 @pytest.mark.long
 @on_two
 @pytest.mark.parametrize(("name", "changes"), [("awq-gemm", {}), ("fp8", {}), ("ct-int4", EXPERTS)])
-def test_two_cards_by_kernels_are_the_quantized_model(make, name, changes, tmp_path, seed, one_at_a_time):
+def test_two_cards_by_kernels_are_the_quantized_model(make, name, changes, tmp_path, seed, monkeypatch):
     """A prompt and steps; every token takes all experts, so that BF16 does not choose among them."""
+    one_at_a_time(make, monkeypatch)
     shape = {"num_hidden_layers": 1, "intermediate_size": 192}
     write_quantized(tmp_path, name, seed, **shape | {"model_type": "qwen3"} | changes | {"num_experts_per_tok": 6})
     reference, e = over(tmp_path, "int2", 1), split_engine(make, 2, tmp_path, "int2")

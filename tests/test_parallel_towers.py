@@ -98,6 +98,8 @@ def test_a_page_is_read_over_two_cards(capsys):
     asked = "generate", "reader", "A9?", "--image", str(page), "--device", "cpu", "--gpus", "2"
     assert cli.main([*asked]) == 0
     assert capsys.readouterr().out == "X6BN\n"
+    assert cli.main(["eval", "reader", "--images", "300", "--device", "cpu", "--gpus", "2"]) == 2
+    assert capsys.readouterr().err == "minioscar: --gpus 2: eval --images runs on one card; leave it out\n"
 
 
 @pytest.mark.long

@@ -333,7 +333,7 @@ def run_eval(args: argparse.Namespace) -> None:
     schemes = [name.strip() for name in args.kv.split(",")]
     if args.images is not None:
         if args.gpus not in (None, 1):
-            raise UserError(f"--gpus {args.gpus}: models that read images run on one card; leave it out")
+            raise UserError(f"--gpus {args.gpus}: eval --images runs on one card; leave it out")
         return eval_images(args, schemes)
     report = fidelity.evaluate(
         args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows,

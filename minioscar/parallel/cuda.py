@@ -128,6 +128,7 @@ class SplitCuda(Split, Cuda):
         import cupy
 
         with self.on(0):
+            x = cupy.ascontiguousarray(x)  # another card would make it so, behind nothing
             cupy.cuda.Device().synchronize()  # others copy it on streams of their own
         return super().spread(x)
 

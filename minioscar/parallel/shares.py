@@ -143,8 +143,8 @@ def joined(parts: list[Weights]) -> Weights:
         first, split = arrays[0], MATRICES.get(field)
         forms = {(x.kind, x.group) if isinstance(x, Quantized) else None for x in arrays}
         if len(forms) > 1:
-            why = f"a card's share of a {field} matrix has another form than another's, which tiles of {ROWS} rows do"
-            raise UserError(f"{why} where scales change within them; take BF16 weights, or one card")
+            why = f"cards' shares of {field} have unequal forms: of some, scales change within tiles of {ROWS} rows"
+            raise UserError(f"--gpus {len(arrays)}: {why}; take BF16 weights, or leave it out")
         if not isinstance(first, Quantized):
             return None if first is None else Ranks(arrays, split)
         of_cards = zip(*(x.arrays() for x in arrays), strict=True)

@@ -1,0 +1,95 @@
+"""The back end of several cards as it runs on two, over the simulator (simt/cards.py): everything happens while its own
+card is the current one, in an order that ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minioscar.config import Config
+from minioscar.engine import Engine
+from minioscar.oscar import SCHEMES
+from minioscar.parallel import cuda, loading
+from minioscar.prompt_cache import PromptCache
+from minioscar.sampling import RowSampling, Sampling
+
+from . import simt
+from .test_parallel import FAMILIES
+from .test_parallel_kernels import check_answers
+from .tiny import load, relative, write_model
+
+_no_simt = simt.missing()
+pytestmark = pytest.mark.skipif(_no_simt is not None, reason=str(_no_simt))
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Loads a model on two cards."""
+    from .simt.cards import Cards, SplitCards
+
+    cards = Cards(2)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cards.cuda))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cards.cuda)
+    monkeypatch.setattr(cuda, "kernel", lambda *_: None)
+    monkeypatch.setattr(cuda, "pinned", np.empty)
+
+    def made(folder: Path, kv: str) -> Engine:
+        config = Config.from_folder(folder)
+        ops = SplitCards(cards, config)
+        weights = loading.load(folder, config, ops, SCHEMES[kv])
+        return Engine(config, weights, None, SCHEMES[kv], ops, folder=folder)
+
+    return made
+
+
+@pytest.mark.parametrize(("family", "kv"), [("llama with biases", "bf16"), ("qwen3_moe", "int2")])
+def test_prompts_steps_and_graphs_of_two_cards(family, kv, two, tmp_path, seed):
+    experts = {"moe_intermediate_size": 48, "num_experts_per_tok": 6}
+    folder = write_model(tmp_path / "m", seed, **FAMILIES[family] | {"head_dim": 64, "num_hidden_layers": 1} | experts)
+    reference, e = load(folder, kv), two(folder, kv)
+    ids = np.random.default_rng(seed).integers(0, 160, 300).tolist()
+    prompts, how = [ids[:9], ids[:5]], {"max_tokens": 3, "logprobs": 2}
+    for graph in (True, False) if kv == "bf16" else (True,):
+        check_answers(reference.generate(prompts, **how), e.generate(prompts, graph=graph, **how))
+    if kv == "bf16":  # by cuBLAS and NCCL
+        assert relative(np.array(e.logits(ids)), reference.logits(ids)) < 0.04
+
+
+def test_rows_that_join_and_a_cache_that_is_saved_on_two_cards(two, tmp_path, seed):
+    folder = write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1)
+    e, ids = two(folder, "int2"), np.random.default_rng(seed).integers(0, 160, 40)
+    cache = e.new_cache(2, 256)
+    decoder = e.ops.decoder(e.model, cache, None)
+    for slot, end in ((1, 40), (0, 7)):
+        with decoder.ordered():
+            batch = cache.batch_for([slot], [end])
+            first = e.model.step(ids[:end], cache, batch, lambda logits: logits)[1]
+        decoder.join(slot, RowSampling(Sampling(0.7, seed=3, presence_penalty=0.5)), first[0])
+    for slots in ([0, 1], [0], [0, 1]):
+        decoder.launch(slots)
+        decoder.read()
+        assert all(np.isfinite(decoder.logits_of(slot)).all() for slot in slots)
+    decoder.drain()
+    cache.swap(0, 1)
+    e.prefill(ids.tolist()).save(tmp_path / "a.kv")
+    saved = PromptCache.load(tmp_path / "a.kv", e)
+    a, b = (e.generate([5], cache=of, max_tokens=2, logprobs=0) for of in (saved, e.prefill(ids.tolist())))
+    assert a.logprobs == b.logprobs
+
+
+def test_what_is_used_on_another_card_is_found(two, tmp_path, seed):
+    e = two(write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1), "bf16")
+    embed = e.model.weights.embed.values[1]
+    with pytest.raises(AssertionError, match="of card 1, while card 0 is the current one"):
+        embed + embed
+    part = e.ops.xp.zeros((1, 64), embed.dtype)
+    launch = cuda.launch_of(e.ops.links.all_reduce(part, None, part), 0)
+    with e.ops.on(0):
+        e.ops.ranks[0].run(launch)
+        with pytest.raises(AssertionError, match="card 0, which waits for a launch on another one"):
+            e.ops.ranks[0].numpy(part.values[0])
+    e.ops.of_all.queues[0].clear()
