@@ -236,6 +236,10 @@ class Scheme:
         """Weights with what a calibrated scheme wants to know of the model, from those that hold H where it rotates."""
         return weights
 
+    def rotated(self, x: Array, rotations: Array | None, xp: Any = np) -> Array:
+        """Queries or keys, float32 [tokens, heads, head_dim]. rotations: `Layer.rotations`, of a calibrated scheme."""
+        return rotate(x, xp) if self.rotate else x
+
     @property
     def quantized(self) -> bool:
         return self.key_bits < 16

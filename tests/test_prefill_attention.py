@@ -167,10 +167,10 @@ def test_prefill_attention_one_head_after_the_other_gives_equal_bits(device, see
     """What L2 holds decides about the order of items, and nothing else."""
 
     def ordered(l2: int) -> np.ndarray:
-        monkeypatch.setattr(prefill, "L2_BYTES", l2)
+        monkeypatch.setattr(sm90, "L2_BYTES", l2)
         return check(device, 64, 3, (300, 0), (50, 190), seed, arch=90, splits=splits)
 
-    one, both = (ordered(l2) for l2 in (1, prefill.L2_BYTES))
+    one, both = (ordered(l2) for l2 in (1, sm90.L2_BYTES))
     assert np.array_equal(one, both, equal_nan=True)
 
 

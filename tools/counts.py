@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "minioscar"
+# What somebody reads who follows a prompt to its tokens on BF16 weights. What only some models, files or cards need has
+# a package of its own (experts, quantized, towers, model_files, sm90, ...), which these files mention in a line each.
 READING = (
     "engine generation model cache layer_cache batch oscar config rope weights tokenizer sampling memory ops".split()
 )
@@ -56,9 +58,9 @@ def counts() -> list[Count]:
     kernels = [path for path in (PACKAGE / "kernels").rglob("*") if path.suffix in (".cu", ".cuh")]
     general = [path for path in kernels if path.parent.name != "sm90"]
     return [
-        Count("lines of the reading path", total(reading), f"{len(reading)} files", 5011, 3800),
+        Count("lines of the reading path", total(reading), f"{len(reading)} files", 5008, 3800),
         Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 5330),
-        Count("lines of the package's Python", total(package), f"{len(package)} files", 23539),
+        Count("lines of the package's Python", total(package), f"{len(package)} files", 23540),
         Count("longest file of the package", *longest(package), 400),
         Count("longest function of the package", *worst(package, length), 60),
         Count("most parameters in the package", *worst(package, parameters), 8),

@@ -271,6 +271,10 @@ class OscarCov(Scheme):
     def prepare(self, weights: Any, config: Any, ops: Any) -> Any:
         return own_samples.calibrate(weights, config, ops)
 
+    def rotated(self, x: Array, rotations: Array | None, xp: Any = np) -> Array:
+        """Each head times the matrix of its kv head: rotations [2, kv_heads, d, d], of keys and of values."""
+        return (x.reshape(len(x), rotations.shape[1], -1, x.shape[-1]) @ rotations[0]).reshape(x.shape)
+
     def pack(
         self, keys: Array, values: Array, norms: Array | None, xp: Any = np, feedback: Array | None = None
     ) -> dict[str, Array]:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 Array = Any
 HEAD_DIMS = (64, 128, 256)
 PAGE_TOKENS = 64
-
-
 HEADS_PER_BLOCK = 16  # of rotate_scale.cu
 
 

@@ -93,20 +93,23 @@ def embed(table: Array, tokens: Array, x: Array) -> Launch:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Of products with one kind of matrix: parameters as those of arrays have them, below."""
+    """Of products with one kind of matrix; parameters as `ARRAYS` has them."""
 
     fits: Callable[[int, Array, bool, bool, Card], bool]  # whether `few` takes so many tokens
     few: Callable[..., Launch]
     plan: Callable[[int, Array, bool, Card], LinearPlan]  # of more tokens
     many: Callable[..., Launch]
-    possible_plans: Callable[[int, Sequence[tuple[int, int, bool]], Card], list[LinearPlan]]  # of shapes
+    # of matrices whose sizes alone are known: (in, out, silu)
+    possible_plans: Callable[[int, Sequence[tuple[int, int, bool]], Card], list[LinearPlan]]
 
 
 ARRAYS = Kernels(
-    lambda tokens, weight, norm, silu, card: fits(tokens, weight.shape[1], norm, silu, card), linear,
-    lambda tokens, weight, silu, card: batch_plan(tokens, *reversed(weight.shape), silu, card), linear_batch,
-    lambda tokens, shapes, card: [batch_plan(tokens, *shape, card) for shape in shapes],
-)  # fmt: skip
+    fits=lambda tokens, weight, norm, silu, card: fits(tokens, weight.shape[1], norm, silu, card),
+    few=linear,
+    plan=lambda tokens, weight, silu, card: batch_plan(tokens, weight.shape[1], weight.shape[0], silu, card),
+    many=linear_batch,
+    possible_plans=lambda tokens, shapes, card: [batch_plan(tokens, *shape, card) for shape in shapes],
+)
 OTHERS: dict[type, Kernels] = {}  # type of a matrix that is no array -> what its package has put here
 
 

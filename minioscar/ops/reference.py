@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 Array = Any
 
 
-def rotate_heads_by(x: Array, rotation: Array) -> Array:
-    """x [tokens, heads, d], each head times the matrix of its kv head; rotation [kv_heads, d, d]."""
-    return (x.reshape(len(x), len(rotation), -1, x.shape[-1]) @ rotation).reshape(x.shape)
-
-
 class Reference:
     name = "cpu"
     xp = np
@@ -227,10 +222,7 @@ class Reference:
             k = self.rms_norm(k, layer.k_norm, config.rms_norm_eps)
         cos, sin = (table[xp.asarray(batch.table_rows)] for table in tables)
         q, k = self.rope(q, cos, sin), self.rope(k, cos, sin)
-        if scheme.calibrated:
-            q, k = rotate_heads_by(q, layer.rotations[0]), rotate_heads_by(k, layer.rotations[0])
-        elif scheme.rotate:
-            q, k = oscar.rotate(q, xp), oscar.rotate(k, xp)
+        q, k = (scheme.rotated(x, layer.rotations, xp) for x in (q, k))
         q, k = q.astype(qkv.dtype), k.astype(qkv.dtype)
         if rotate_values:
             v = oscar.rotate(v.astype(xp.float32), xp).astype(qkv.dtype)
