@@ -124,7 +124,8 @@ class App:
         if handler is None:
             if short.startswith("/models/"):
                 raise ApiError(404, f"there is no model {short[8:][:80]!r}", "model", "model_not_found")
-            raise ApiError(404, f"there is nothing at {path[:80]}")
+            page = "; the page is at /, requests go to /v1/chat/completions" if path == "/v1" else ""
+            raise ApiError(404, f"there is nothing at {path[:80]}{page}")
         if exchange.method not in ((method, "HEAD") if method == "GET" else (method,)):
             raise ApiError(405, f"{path} takes {method}", headers=(("allow", method),))
         await handler(exchange)
