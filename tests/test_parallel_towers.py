@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 import numpy as np
 import pytest
 
 from minioscar import memory
+from minioscar.app import cli
 from minioscar.engine import Engine, load
 from minioscar.errors import Failure, UserError
 from minioscar.parallel import loading
@@ -92,14 +94,21 @@ def test_room_for_a_tower_is_left_on_each_card(monkeypatch):
 
 def test_a_page_is_read_over_two_cards(capsys):
     """The model that really reads, by the command line."""
-    from minioscar.app import cli
-
     page = hub.resolve("reader") / "page.png"
     asked = "generate", "reader", "A9?", "--image", str(page), "--device", "cpu", "--gpus", "2"
     assert cli.main([*asked]) == 0
     assert capsys.readouterr().out == "X6BN\n"
-    assert cli.main(["eval", "reader", "--images", "300", "--device", "cpu", "--gpus", "2"]) == 2
-    assert capsys.readouterr().err == "minioscar: --gpus 2: eval --images runs on one card; leave it out\n"
+
+
+def test_pages_are_asked_about_over_two_cards(capsys):
+    asked = "eval", "reader", "--images", "300", "--pages", "1", "--kv", "int2", "--device", "cpu", "--json"
+    found = []
+    for gpus in ((), ("--gpus", "2")):
+        assert cli.main([*asked, *gpus]) == 0
+        found.append(json.loads(capsys.readouterr().out)["images"])
+    assert [row["kv"] for row in found[1]["results"]] == ["bf16", "int2"]
+    for one, two in zip(*(each["results"] for each in found), strict=True):
+        assert abs(one["symbols"] - two["symbols"]) < 0.1  # a symbol of 64 is 0.016
 
 
 @pytest.mark.long

@@ -142,6 +142,14 @@ def test_a_call_that_is_required_comes_and_its_arguments_follow_their_schema(cli
         makes.close()
 
 
+def test_a_function_that_is_named_is_called_once(client):
+    named = {"type": "function", "function": {"name": "go"}}
+    for seed in range(12):
+        choice = answer(client, tools=TOOLS, tool_choice=named, seed=seed, temperature=3.0, max_tokens=900)
+        assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["go"]
+        assert choice["message"]["content"] is None and choice["finish_reason"] == "tool_calls"
+
+
 def test_several_calls_may_follow_one_another(client):
     choice = answer(client, tools=TOOLS[1:2], tool_choice="required", seed=3, max_tokens=900)
     assert len(choice["message"]["tool_calls"]) >= 1

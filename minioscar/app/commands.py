@@ -332,8 +332,6 @@ def run_eval(args: argparse.Namespace) -> None:
     known_schemes()
     schemes = [name.strip() for name in args.kv.split(",")]
     if args.images is not None:
-        if args.gpus not in (None, 1):
-            raise UserError(f"--gpus {args.gpus}: eval --images runs on one card; leave it out")
         return eval_images(args, schemes)
     report = fidelity.evaluate(
         args.model, schemes, text=text, prefill=args.prefill, decode=args.decode, windows=args.windows,
@@ -354,7 +352,7 @@ def eval_images(args: argparse.Namespace, schemes: list[str]) -> None:
         raise UserError(f"--images is instead of a text; leave {', '.join(others)} out")
     report = reading.evaluate(
         args.model, schemes, lengths("--images", args.images), count=args.pages, device=args.device,
-        window=window(args.window), progress=sys.stderr.isatty(),
+        window=window(args.window), progress=sys.stderr.isatty(), gpus=args.gpus,
     )
     print(json.dumps(report) if args.json else reading.table(report["images"]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,12 +155,7 @@ def evaluate(
     asked.check(config)
     ids = tokenizer.encode(default_text() if text is None else text)
     asked.check_text(len(ids))
-    if gpus > 1:
-        loaded = [(one, load_for_each(folder, one, ops, wanted, progress)) for one in configs]
-        of_all = [(one, *each) for one, made in loaded for each in zip(made, wanted, strict=True)]
-        engines = [Engine(one, weights, tokenizer, scheme, ops) for one, weights, scheme in of_all]
-    else:
-        engines = engines_for(wanted, load_weights(folder, config, ops, progress), configs, tokenizer, ops)
+    engines = loaded(folder, wanted, configs, tokenizer, ops, progress)
     report = {
         "model": str(model), "device": ops.name, "prefill": asked.prefill, "decode": asked.decode,
         "windows": asked.windows, **({"window": list(window)} if window else {}),
@@ -193,6 +189,18 @@ def parts(
         tokens = tool_calls.cost(engines, asked.tools)
         found["tools"] = tokens, lambda done: tool_calls.tool_calls(engines, ids, asked.tools, done)
     return found
+
+
+def loaded(
+    folder: Path, wanted: Sequence[Scheme], configs: Sequence[Config], tokenizer: Tokenizer, ops: Reference,
+    progress: bool
+) -> list[Engine]:
+    """`engines_for` of a folder, on one card or on several."""
+    if ops.cards == 1:
+        return engines_for(wanted, load_weights(folder, configs[0], ops, progress), configs, tokenizer, ops)
+    made = [(config, load_for_each(folder, config, ops, wanted, progress)) for config in configs]
+    of_all = [(config, *each) for config, weights in made for each in zip(weights, wanted, strict=True)]
+    return [Engine(config, weights, tokenizer, scheme, ops) for config, weights, scheme in of_all]
 
 
 def engines_for(

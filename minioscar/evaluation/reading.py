@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import gpus_of
 from ..cache import Cache
 from ..config import Config
 from ..engine import Engine, scheme_named
@@ -24,13 +25,14 @@ from ..errors import UserError
 from ..model import check_scheme
 from ..ops import backend
 from ..oscar import Scheme
+from ..parallel import shares
+from ..parallel.cards import over
 from ..storage.hub import resolve
 from ..tables import markdown
 from ..tokenizer import Tokenizer
 from ..towers.media import Medium, media_of
-from ..weights import load as load_weights
 from . import pages
-from .fidelity import BASELINE, engines_for, with_window
+from .fidelity import BASELINE, loaded, with_window
 from .pages import Cell, Page
 from .teacher_forcing import Done, next_flush
 
@@ -140,20 +142,21 @@ def followed(engine: Engine, cache: Cache, slots: Sequence[int], ids: np.ndarray
 
 def evaluate(
     model: str, schemes: Sequence[str], sizes: Sequence[int], *, count: int, device: str = "auto",
-    window: tuple[int, int] | None = None, progress: bool = False,
+    window: tuple[int, int] | None = None, progress: bool = False, gpus: int | None = None,
 ) -> dict:
-    """The object of `eval --images --json`. count: pages of each size. Raises UserError as `fidelity.evaluate` does,
-    and for a model that reads no pictures or a size that is out of range."""
+    """The object of `eval --images --json`. count: pages of each size. gpus: over so many the model is split. Raises
+    UserError as `fidelity.evaluate` does, and for a model that reads no pictures or a size that is out of range."""
     from tqdm import tqdm
 
     names = [BASELINE, *(name for name in dict.fromkeys(schemes) if name != BASELINE)]
     wanted = [with_window(scheme_named(name), window) for name in names]
-    ops, folder = backend(device), resolve(model)
+    ops, folder, gpus = backend(device), resolve(model), gpus_of(gpus)
     config = Config.from_folder(folder)
     check(config, wanted, sizes, count)
-    sizes = sorted(set(sizes))
-    weights = load_weights(folder, config, ops, progress)
-    engines = engines_for(wanted, weights, [config], Tokenizer(folder), ops)
+    for scheme in wanted if gpus > 1 else ():
+        shares.check(config, scheme, gpus)
+    sizes, ops = sorted(set(sizes)), over(gpus, ops, config, wanted[0])
+    engines = loaded(folder, wanted, [config], Tokenizer(folder), ops, progress)
     report = {"model": str(model), "device": ops.name, **({"window": list(window)} if window else {})}
     tokens = cost(engines, sizes, count)
     with tqdm(total=tokens, desc="eval: images", unit="token", leave=False, disable=None if progress else True) as bar:

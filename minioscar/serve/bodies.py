@@ -102,7 +102,8 @@ def chat(body: fields.Body, service: Service) -> Asked:
     knows = service.tokenizer.token_id(parsing.THINK) is not None
     thinking = parsing.is_thinking(text) if knows else None
     form = messages.form_of(service.tokenizer.template) if choice != "none" else None
-    several = fields.switch(body, "parallel_tool_calls", True)
+    is_named = isinstance(body.get("tool_choice"), dict)  # with OpenAI, one call of that function
+    several = fields.switch(body, "parallel_tool_calls", True) and not is_named
     grammar = None
     if choice == "required":
         grammar = service.grammars.calls(callable, form, several, bool(thinking))
