@@ -138,7 +138,7 @@ def rows(args: argparse.Namespace, limits: dict[str, float]) -> Iterator[tuple[s
             ops.release()
 
 
-def main(argv: list[str]) -> None:
+def run(argv: list[str]) -> None:
     import bench
 
     parser = cli.Parser(prog="python -m benchmarks.cards")
@@ -162,4 +162,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(cli.run("benchmarks.cards", run, None, cli.explained))

@@ -6,10 +6,10 @@ computed. Over several cards by itself:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from benchmarks import presets, quantized
 from benchmarks.measure import host_copy_bandwidth, median_and_spread
 from minioscar import memory, weights
+from minioscar.app import cli
 from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.errors import UserError
@@ -123,17 +124,17 @@ def _pinned_copies(ops: Reference) -> Iterator[float]:
         yield ops.xp.cuda.get_elapsed_time(start, end) * 1e-3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading")
+def run(argv: list[str]) -> None:
+    parser = cli.Parser(prog="python -m benchmarks.loading")
     parser.add_argument("preset")
     parser.add_argument("--weights", choices=quantized.NAMES)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--device", default="cuda")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     config, ops = quantized.config_with(presets.config_of(args.preset), args.weights), backend(args.device)
     ops = cards.over(args.gpus, ops, config, SCHEMES["bf16"])
     print(json.dumps(loading(config, args.preset, ops, 5) | {"weights": args.weights, "gpus": args.gpus}))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run("benchmarks.loading", run, None, cli.explained))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import presets
+from minioscar.app import cli
 from minioscar.cache import Cache
 from minioscar.config import Config
 from minioscar.engine import Engine
@@ -87,7 +88,7 @@ def measure(engine: Engine, asked: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     preset, *sizes = arguments or ["qwen3-vl-8b"]
     engine = presets.load(presets.config_of(preset), "int2", "auto")
     for size in sizes or SIZES:
@@ -95,4 +96,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(cli.run("benchmarks.pictures", run, None, cli.explained))

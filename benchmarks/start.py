@@ -19,7 +19,9 @@ from tempfile import TemporaryDirectory
 
 import minioscar
 from benchmarks.measure import median_and_spread
+from minioscar.app import cli
 from minioscar.errors import Failure
+from minioscar.ops import backend
 from minioscar.storage.hub import resolve
 
 PROMPT = "The sea is"
@@ -98,19 +100,24 @@ def first_answers(preset: str, kv: str = "int2", tokens: int = 20) -> dict[str, 
     return {"first_s": seconds[0], "again_s": seconds[1]}
 
 
-def main(preset: str) -> int:
+def run(argv: list[str]) -> None:
+    preset = argv[0] if argv else "qwen3-8b"
+    backend("cuda")  # says in one line what is missing
     code = f"import json; from benchmarks.start import first_answers; print(json.dumps(first_answers({preset!r})))"
     with TemporaryDirectory() as folder:
         environment = {**os.environ, "CUPY_CACHE_DIR": folder, "CUDA_CACHE_DISABLE": "1"}
-        command = [sys.executable, "-c", code]
-        fresh, second = (
-            json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
-            for _ in range(2)
-        )
+        fresh, second = (answers([sys.executable, "-c", code], environment) for _ in range(2))
     result = {"model": preset, "fresh_s": fresh["first_s"], "second_process_s": second["first_s"]}
     print(json.dumps(result | {"again_s": second["again_s"], "compile_s": fresh["first_s"] - second["first_s"]}))
-    return 0
+
+
+def answers(command: list[str], environment: dict[str, str]) -> dict[str, float]:
+    """What a process of its own measures. Raises Failure where it ends badly."""
+    ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE)
+    if ended.returncode:
+        raise Failure(f"the process that answers ended with exit code {ended.returncode}; what it says stands above")
+    return json.loads(ended.stdout)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:] or ["qwen3-8b"]))
+    sys.exit(cli.run("benchmarks.start", run, None, cli.explained))

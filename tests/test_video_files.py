@@ -31,7 +31,7 @@ from minioscar.serve import bodies
 from minioscar.serve.errors import ApiError
 from minioscar.serve.server import Plan, assemble
 from minioscar.towers import video
-from minioscar.towers.media import bytes_of_media, media_of
+from minioscar.towers.media import bytes_of_media, expanded, media_of
 
 from .make_picture_fixtures import VISION
 from .make_video_fixtures import OMNI, SAID, VL, clip
@@ -375,6 +375,12 @@ def test_places_without_videos_are_refused(model, files) -> None:
         answer(model, asked(files["a"], "<|video_pad|>"))
     with pytest.raises(UserError, match="1 places for 0 videos"):
         answer(model, [{"role": "user", "content": "<|video_pad|>"}])
+
+
+def test_a_template_that_shows_videos_as_pictures_is_named_and_no_text_blamed(model, files) -> None:
+    towers, pairs = model.config.towers, media_of(model.opened(asked(files["a"], WORDS)))
+    with pytest.raises(UserError, match="the prompt has 0 places for 2 videos; the chat template shows fewer"):
+        expanded([1, towers["image"].token, 2, towers["image"].token], pairs, towers)
 
 
 # --- the server

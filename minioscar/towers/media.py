@@ -240,13 +240,13 @@ def media_of(messages: Sequence[Message]) -> tuple[Medium, ...]:
 def expanded(ids: Sequence[int], media: Sequence[Medium], towers: Mapping[str, Tower]) -> list[int]:
     """The ids of a prompt, each placeholder replaced by the ids of its medium, in their order.
 
-    Raises UserError where there are not as many placeholders as media: a template that shows none of them, or a text
-    that holds a placeholder's name.
+    Raises UserError where there are not as many placeholders as media: a template that shows none of them, or shows
+    videos as pictures, or a text that holds a placeholder's name.
     """
     waiting = {kind: [medium for medium in media if medium.kind == kind] for kind in towers}
     kind_of = {tower.token: kind for kind, tower in towers.items()}
-    for token, kind in kind_of.items():
-        places, given = sum(i == token for i in ids), len(waiting[kind])
+    counts = [(sum(i == token for i in ids), len(waiting[kind]), kind) for token, kind in kind_of.items()]
+    for places, given, kind in sorted(counts, key=lambda count: count[0] - count[1]):  # what a template lacks first
         if places != given:
             way_out = "leave the placeholder out of the text" if places > given else "the chat template shows fewer"
             raise UserError(f"the prompt has {places} places for {given} {kind}s; {way_out}")
