@@ -238,7 +238,7 @@ def test_a_conversation_with_its_commands(folder, tmp_path, monkeypatch):
         terminal.send("so\r")
         terminal.wait_for(STATUS + ".*>>> ")
         terminal.send("/reset\r")
-        terminal.wait_for(">>> ")
+        terminal.wait_for(r"\[begun anew; context 0 of 1024 \(0%\)\].*>>> ")
         terminal.send("/stats\r")
         assert "0 messages" in terminal.wait_for(">>> ")
         assert terminal.leave() == 0

@@ -615,6 +615,13 @@ def test_tool_choice_none_leaves_the_tools_out(thinker):
     assert "look" not in client.app.service.tokenizer.decode(engine.jobs[-1].ids)
 
 
+def test_who_opens_the_address_of_the_api_is_told_where_the_page_is(client):
+    for path in ("/v1", "/v1/"):
+        got = client.get(path)
+        assert got.status == 404 and "the page is at /" in got.json()["error"]["message"]
+    assert client.get("/").headers["content-type"].startswith("text/html")
+
+
 def test_a_server_that_ends_takes_nothing_more(app, engine, client):
     app.is_ending = True
     assert client.get("/health").status == 503 and client.post("/v1/chat/completions", CHAT).status == 503

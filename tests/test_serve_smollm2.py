@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -200,9 +202,45 @@ def test_sigterm_does_not_wait_longer_than_the_grace_time(folder):
         stream = client.completions.create(**how, stream=True)
         next(iter(stream))
         one.process.send_signal(signal.SIGTERM)
-        with pytest.raises(openai.APIConnectionError):  # long before its 8,000 tokens
+        with pytest.raises(openai.APIError, match="the server is shutting down"):  # long before its 8,000 tokens
             list(stream)
         assert one.process.wait(PATIENCE) == 0
+        assert not [line for line in one.lines if "Traceback" in line or "ERROR" in line], one.lines
+
+
+def test_a_second_ctrl_c_leaves_running_answers_no_more_time(folder):
+    with server(folder, "--slots", "1") as one:
+        client = openai.OpenAI(base_url=one.url, api_key="none", max_retries=0, timeout=PATIENCE)
+        how = {"model": "x", "prompt": "the cat", "max_tokens": 8000, "extra_body": {"ignore_eos": True}}
+        stream = client.completions.create(**how, stream=True)
+        next(iter(stream))
+        waiting = []  # for the one slot, and not streamed
+        thread = threading.Thread(target=lambda: waiting.append(answered(one.url, how | {"max_tokens": 9})))
+        thread.start()
+        while one.metric("waiting") < 1:
+            time.sleep(0.01)
+        one.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert one.process.poll() is None  # the grace time is 30 seconds
+        one.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="the server is shutting down"):
+            list(stream)
+        thread.join()
+        status, retry, body = waiting[0]
+        assert (status, retry) == (503, "2") and body["error"]["message"] == "the server is shutting down"
+        assert one.process.wait(PATIENCE) == 130
+        assert [line for line in one.lines[1:] if line] == ["minioscar: interrupted\n"], one.lines
+
+
+def answered(url: str, how: dict) -> tuple[int, str | None, dict]:
+    """Status, Retry-After and body of a text completion."""
+    body = json.dumps({**how, **how["extra_body"]}).encode()
+    ask = urllib.request.Request(f"{url}/completions", body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(ask, timeout=PATIENCE) as got:
+            return got.status, None, json.loads(got.read())
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers["retry-after"], json.loads(error.read())
 
 
 def test_the_key_may_come_from_the_environment_which_ps_does_not_show(folder):

@@ -438,7 +438,7 @@ def prompt_cache() -> str:
 
 
 def soak() -> str:
-    """tests/soak.py: the fuzz, then hours of requests."""
+    """tests/soak.py: the fuzz, then hours of requests, and of a server."""
     report = load("soak")
     meta, fuzz, runs = report["meta"], report["fuzz"], report["soak"]
     codes = {code: sum(kind.get(code, 0) for kind in fuzz["exit_codes"].values()) for code in ("0", "1", "2")}
@@ -455,6 +455,12 @@ def soak() -> str:
         )
     again, equal = (sum(run[key] for run in runs) for key in ("fresh_processes", "equal_in_fresh_processes"))
     rows.append(["of them, each again in a fresh process", f"{again}", f"{equal} equal bit for bit"])
+    for run in load("soak-served")["serve"]:
+        quarters = " → ".join(f"{mb:.0f}" for mb in run["resident_mb_by_quarter"])
+        how = f"{run['connections']:,} connections in {run['seconds'] / 60:.0f} minutes"
+        counted = f"{run['answered']:,} answered, {run['cancelled_total']:,} broken off, {run['failed_total']} failed"
+        which = "a tiny model" if run["model"] == "tiny" else run["model"]
+        rows.append([f"a server with {which}", how, f"{counted}; resident memory by quarter {quarters} MB"])
     kinds = Counter()
     for run in runs:
         kinds.update(run["kinds"])
@@ -516,7 +522,9 @@ TABLES = {
     "models": models,
     "ideas": ideas,
     "head_norms": head_norms,
-    "pieces": pieces, "prefix_hits": prefix_hits, "same_window": same_window,
+    "pieces": pieces,
+    "prefix_hits": prefix_hits,
+    "same_window": same_window,
     "server_tests": server_tests,
     "drift": drift,
     "images": images,

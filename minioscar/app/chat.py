@@ -226,7 +226,7 @@ def command(conversation: Conversation, line: str, options: dict[str, Any]) -> b
         "/video": lambda: show(conversation, "video", argument.strip()),
         "/retry": lambda: retry(conversation, options),
         "/undo": lambda: undo(conversation),
-        "/reset": conversation.reset,
+        "/reset": lambda: reset(conversation),
         "/save": lambda: save(conversation, argument.strip()),
         "/stats": lambda: _say(stats(conversation)),
         "/help": lambda: _say(HELP),
@@ -258,6 +258,11 @@ def retry(conversation: Conversation, options: dict[str, Any]) -> None:
 def undo(conversation: Conversation) -> None:
     conversation.undo()
     _say(f"[taken back; {len(conversation.messages)} messages are left]")
+
+
+def reset(conversation: Conversation) -> None:
+    conversation.reset()
+    _say(f"[begun anew; {used(conversation)}]")
 
 
 def save(conversation: Conversation, path: str) -> None:

@@ -80,7 +80,7 @@ def serve(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"url": url, "model": plan.name, "slots": plan.slots, "context": cache.context}), flush=True)
     said = f"[{plan.name} at {url}/v1: {held}, {engine.ops.name}; warmed up in "
-    server.serve(app, scheduler, bound, args.grace, lambda seconds: f"{said}{seconds:.1f} s]", starting)
+    server.serve(app, scheduler, bound, args.grace, lambda seconds: f"{said}{seconds:.1f} s; page at {url}/]", starting)
 
 
 def url_of(host: str, port: int) -> str:

@@ -25,6 +25,7 @@ PING = 10.0  # seconds of silence after which a stream gets a comment
 READING = 30.0  # seconds in which a request is rendered, split into tokens, and its schema compiled
 LOCAL = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 PUBLIC = ("/health", "/")
+ENDS = "the server is shutting down"
 PAGE = Path(__file__).parent / "page.html"
 Handler = Callable[[Exchange], Awaitable[None]]
 
@@ -56,7 +57,8 @@ class App:
         self.service, self.key, self.origins, self.ping = service, key, tuple(origins), ping
         self.patience = PATIENCE
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.is_ending, self.count = False, 0
+        self.is_ending, self.is_over, self.count = False, False, 0
+        self.running: set[asyncio.Queue] = set()  # what requests that run wait for
         self.routes: dict[str, tuple[str, Handler]] = {
             "/": ("GET", self.page), "/status": ("GET", self.status),
             "/health": ("GET", self.health), "/metrics": ("GET", self.metrics), "/slots": ("GET", self.slots),
@@ -70,6 +72,12 @@ class App:
         """From the scheduler's thread, once a round."""
         if self.loop is not None and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(_deliver, news)
+
+    def break_off(self) -> None:
+        """Ends all requests that run, each with an error; in the loop's thread."""
+        self.is_over = True
+        for events in self.running:
+            _put(events, 0, Event(0, error=Busy(ENDS)))
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         self.loop = asyncio.get_running_loop()
@@ -116,7 +124,8 @@ class App:
         if handler is None:
             if short.startswith("/models/"):
                 raise ApiError(404, f"there is no model {short[8:][:80]!r}", "model", "model_not_found")
-            raise ApiError(404, f"there is nothing at {path[:80]}")
+            page = "; the page is at /, requests go to /v1/chat/completions" if path == "/v1" else ""
+            raise ApiError(404, f"there is nothing at {path[:80]}{page}")
         if exchange.method not in ((method, "HEAD") if method == "GET" else (method,)):
             raise ApiError(405, f"{path} takes {method}", headers=(("allow", method),))
         await handler(exchange)
@@ -147,11 +156,13 @@ class App:
     async def _complete(self, exchange: Exchange, read: Callable[[Any, Service], Asked]) -> None:
         body = await exchange.body()
         if self.is_ending:
-            raise overloaded(Busy("the server is shutting down"))
+            raise overloaded(Busy(ENDS))
         try:
             asked = await asyncio.wait_for(asyncio.to_thread(read, body, self.service), READING)
         except asyncio.TimeoutError:
             raise ApiError(400, f"reading the request took more than {READING:g} seconds; make it smaller") from None
+        if self.is_over:
+            raise overloaded(Busy(ENDS))
         self.count += 1
         reply = Reply(asked, self.service, f"{self.count:016x}")
         events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
@@ -162,10 +173,12 @@ class App:
         except Busy as error:
             raise overloaded(error) from None
         watcher = asyncio.create_task(_watch(exchange, events))
+        self.running.add(events)
         try:
             await (self._stream if asked.stream else self._gather)(exchange, reply, events)
         finally:
             watcher.cancel()
+            self.running.discard(events)
             if not reply.is_done:
                 self.engine.cancel(asked.jobs)
 
@@ -210,7 +223,7 @@ class App:
     # --- everything else
 
     async def health(self, exchange: Exchange) -> None:
-        if why := self.engine.dead or ("the server is shutting down" if self.is_ending else None):
+        if why := self.engine.dead or (ENDS if self.is_ending else None):
             raise ApiError(503, why)
         await exchange.reply(200, {"status": "ok"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from .. import memory
 from ..arguments import context_of
@@ -33,6 +35,7 @@ from .starting import Starting
 from .warm_up import passes
 
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#A-Z]+")  # as browsers spell them, or any
+LEAVING = 5  # seconds for what is broken off to say so
 SWITCH = 5e-4  # seconds after which Python lets another thread run; its own 5e-3 is a whole step
 
 
@@ -170,8 +173,8 @@ def serve(
     app: App, scheduler: Scheduler, bound: socket.socket, grace: int, ready: Callable[[float], str],
     starting: Starting | None = None,
 ) -> None:
-    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end. ready: what is said when it begins,
-    from the seconds that warming up took. starting: what answers at `bound` until then."""
+    """Until SIGTERM or Ctrl-C; answers that run then have `grace` seconds to end, or until a second Ctrl-C. ready: what
+    is said when it begins, from the seconds that warming up took. starting: what answers at `bound` until then."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -183,14 +186,21 @@ def serve(
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.is_ending = True
+            asyncio.get_running_loop().call_later(grace, app.break_off)
             await super().shutdown(sockets)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            super().handle_exit(sig, frame)
+            if self.force_exit and app.loop is not None and not app.is_over:  # a second Ctrl-C: no more grace
+                self.force_exit = False
+                app.loop.call_soon_threadsafe(app.break_off)
 
     sys.setswitchinterval(SWITCH)
     told: list[int] = []  # to end, while nothing listens yet; later uvicorn hears it first, and raises it again
     signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace, lifespan="on", server_header=False,
-        ws="none", loop="asyncio",
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace + LEAVING, lifespan="on",
+        server_header=False, ws="none", loop="asyncio",
     )  # fmt: skip
     begun = time.monotonic()
     scheduler.start()

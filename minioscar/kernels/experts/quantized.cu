@@ -2,7 +2,7 @@
 //
 //   weight[e, n, k] = (code[e, n, k] - zero[e, n, g]) * scale[e, n, g] * row_scale[e, n]        g: the group of k
 //
-// codes, scales, row_scale: minioscar/quantized.py, of a matrix [EXPERTS * N][K], N (up: N / 2) a multiple of 16: the
+// codes, scales, row_scale: minioscar/quantized, of a matrix [EXPERTS * N][K], N (up: N / 2) a multiple of 16: the
 // tiles of an expert stand one after another. All else is experts.cu's; x is multiplied by 2^100 (quantized/codes.cuh).
 // Zeros and scales are applied to the sums of groups, row scales to those of warps, in float32; K and TEAM_WARPS decide
 // the order of sums.

@@ -1,5 +1,5 @@
 // quantized/codes.cuh: codes of 4 and 8 bits as operand A of mma.m16n8k16, and scales and zeros of their groups.
-// Layout: minioscar/quantized.py.
+// Layout: minioscar/quantized.
 //
 // A code becomes a BF16 number by masks and shifts alone: as the low bits of a half, which is linear through BF16's
 // subnormals, a code q is q * 2^-133 (tensor cores multiply subnormals exactly); the exponent and mantissa of e4m3,

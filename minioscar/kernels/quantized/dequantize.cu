@@ -2,7 +2,7 @@
 //
 //   out[n, k] = bf16((value(code[n, k]) - zero[n, g]) * scale[n, g] * row_scale[n])        g: the group of k
 //
-// codes, scales, row_scale: minioscar/quantized.py. out [N][K], K a multiple of 8. Rounded as NumPy rounds
+// codes, scales, row_scale: minioscar/quantized. out [N][K], K a multiple of 8. Rounded as NumPy rounds
 // `Quantized.dequantize`: float32, then once to BF16.
 //
 // A warp has 16 rows and 64 k at a time: 512 B or 1 KB of codes, which a lane writes as four times 16 bytes, two rows

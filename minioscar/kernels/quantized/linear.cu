@@ -3,10 +3,10 @@
 //   y[m, n] = act(row_scale[n] sum_g scale[n, g] sum_k (code[n, k] - zero[n, g]) x'[m, k] + bias[n]) + residual[m, n]
 //   x' = x, or with NORM rms_norm(x) rounded to BF16        g: the group of k
 //
-// x [M][K], bias [N], residual [M][out], norm [K]: BF16, K a multiple of 8. codes, scales, row_scale: minioscar/
-// quantized.py. out [M][N], BF16 or float32. SILU: weight holds gate rows, then up rows, N / 2 a multiple of 16; out
-// [M][N / 2] = silu(gate) * up. Float32 inside, zeros and scales applied to the sums of groups; rounded once at the
-// end. K and BLOCK_WARPS decide the order of sums.
+// x [M][K], bias [N], residual [M][out], norm [K]: BF16, K a multiple of 8. codes, scales, row_scale: as
+// minioscar/quantized has them. out [M][N], BF16 or float32. SILU: weight holds gate rows, then up rows, N / 2 a
+// multiple of 16; out [M][N / 2] = silu(gate) * up. Float32 inside, zeros and scales applied to the sums of groups;
+// rounded once at the end. K and BLOCK_WARPS decide the order of sums.
 //
 // The time is that of the weights, 4.25 or 8.25 bits each (groups of 128), read once for all tokens. A block has
 // ROW_TILES * 16 rows (of gate and of up) at a time; its warps split k, a chunk of 128 each in rotation, and their sums

@@ -1,6 +1,6 @@
 // quantized/repack.cu: codes of a matrix, a byte each, in the order in which the products read them.
 //
-// plain uint8 [N][K], K a multiple of 8; codes: minioscar/quantized.py, 0 where there is no row or column. As NumPy has
+// plain uint8 [N][K], K a multiple of 8; codes: minioscar/quantized, 0 where there is no row or column. As NumPy has
 // it in `Quantized.from_plain`.
 //
 // A warp has 16 rows and 64 k at a time. A lane reads 8 neighbouring codes of two rows in either half and writes 16
