@@ -228,7 +228,8 @@ def links() -> list[str]:
         said_all = subprocess.run(("nvidia-smi", "topo", "-m"), capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return ["unknown: nvidia-smi did not say"]
-    return [" ".join(line.split()) for line in said_all.splitlines() if line.strip().startswith("GPU")]
+    found = [" ".join(line.split()) for line in said_all.splitlines() if line.strip().startswith("GPU")]
+    return [*found, *(f"{name}={os.environ[name]}" for name in ("NCCL_P2P_DISABLE",) if name in os.environ)]
 
 
 def versions() -> dict[str, str]:

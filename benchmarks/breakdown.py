@@ -18,7 +18,7 @@ from benchmarks.models import experts_taken, filled, gpus_of, step_tokens
 from minioscar.cache import Cache
 from minioscar.engine import Engine
 from minioscar.ops.launch import Address, Launch, TensorMap, run
-from minioscar.parallel.collectives import Sum
+from minioscar.parallel.collectives import Gather, Sum
 from minioscar.parallel.cuda import SplitCuda, launch_of
 from minioscar.parallel.ranks import of_rank
 from minioscar.quantized import ROWS
@@ -53,7 +53,8 @@ def timed_kinds(e: Engine, batch: int, context: int, copy_rate: float) -> Iterat
         size = bytes_of(first_of(launches[0]), cache, taken)
         count = copies_of(size) if size > SMALL else 2
         timed = launches[: count + count % 2]  # attention alternates two workspaces and must find the next one empty
-        if isinstance(e.ops, SplitCuda) and (isinstance(timed[0], Sum) or timed[0].source.startswith("parallel/")):
+        is_collective = not isinstance(timed[0], Launch) or timed[0].source.startswith("parallel/")
+        if isinstance(e.ops, SplitCuda) and is_collective:
             us, spread = cards.graph_time(e.ops, [lambda launch=launch: e.ops.run(launch) for launch in timed])
         else:
             us, spread = graph_time([lambda launch=launch: run(first_of(launch)) for launch in timed])
@@ -64,15 +65,15 @@ def timed_kinds(e: Engine, batch: int, context: int, copy_rate: float) -> Iterat
         lengths.fill(context)
 
 
-def first_of(launch: Launch | Sum) -> Launch | Sum:
+def first_of(launch: Launch | Sum | Gather) -> Launch | Sum | Gather:
     """What the first of several cards launches."""
-    return Sum(launch.arrays.values[0]) if isinstance(launch, Sum) else launch_of(launch, 0)
+    return launch_of(launch, 0) if isinstance(launch, Launch) else launch.map(lambda x: x.values[0])
 
 
-def label(launch: Launch | Sum) -> str:
+def label(launch: Launch | Sum | Gather) -> str:
     """Its kernel; of a product also the numbers in and out of a token, and the kind of quantized weights."""
-    if isinstance(launch, Sum):
-        return "sum by NCCL"
+    if not isinstance(launch, Launch):
+        return launch.name
     if launch.source.startswith(QUANTIZED):
         _, size, rows = [int(a) for a in launch.args if isinstance(a, np.int32)][:3]
         kind = next(define for define in launch.defines if define.startswith("KIND="))
@@ -100,7 +101,7 @@ def weight_of(launch: Launch) -> Any | None:
 def bytes_of(launch: Launch, cache: Cache, taken: float = 0.0) -> int:
     """What a launch must move at least: a layer's cache, the matrix of a product, of experts the matrices of those that
     are taken, else its small arguments that are not the cache's."""
-    if isinstance(launch, Sum):
+    if not isinstance(launch, Launch):
         return launch.arrays.nbytes
     if launch.name in CACHE:
         own = of_rank(cache.arrays, 0)

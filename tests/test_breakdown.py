@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.breakdown import bytes_of, label
+from benchmarks.breakdown import bytes_of, first_of, label
 from minioscar.cache import Cache
 from minioscar.ops.decode import StepDecoder
 from minioscar.ops.launch import Address, Launch, TensorMap
+from minioscar.parallel.collectives import Gather, Sum
+from minioscar.parallel.ranks import Ranks
 from minioscar.sampling import RowSampling
 
 from .test_cuda_backend import SIMULATED, _simulated, _simulated_hopper
@@ -110,3 +112,9 @@ def test_of_quantized_experts_codes_and_scales_of_those_that_are_taken_count(row
     found, layer = {label(launch): bytes_of(launch, cache, 3.0) for launch in recorded}, weights.layers[0]
     assert found["experts 256 to 64 int4"] == layer.gate_up.nbytes // 2  # three of six
     assert found["experts 32 to 256 int4"] == layer.down.nbytes // 2
+
+
+def test_what_nccl_does_is_named_and_counts_what_a_card_brings_in():
+    arrays = Ranks([np.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32)])
+    for launch, name in ((Sum(arrays), "sum by NCCL"), (Gather(arrays, arrays, arrays, [0, 2]), "gather by NCCL")):
+        assert label(first_of(launch)) == name and bytes_of(first_of(launch), None) == 24

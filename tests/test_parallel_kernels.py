@@ -21,7 +21,7 @@ from minioscar.ops import cuda_missing
 from minioscar.options import Options
 from minioscar.oscar import SCHEMES
 from minioscar.parallel import cards, cuda, loading
-from minioscar.parallel.collectives import PUSHED, Links, Sum
+from minioscar.parallel.collectives import NOTHING_PUSHED, PUSHED, Links, Sum
 from minioscar.parallel.cuda import SplitCuda
 from minioscar.parallel.ranks import Ranks
 from minioscar.prompt_cache import PromptCache
@@ -44,6 +44,13 @@ def _cards(count: int, config: Config):
     from minioscar.ops import backend
 
     return cards.over(count, backend("cuda"), config, SCHEMES["bf16"])
+
+
+def _apart(count: int, config: Config):
+    """As cards that do not reach each other's memory."""
+    ops = _cards(count, config)
+    ops.links = Links(ops.xp, count, ops.on, NOTHING_PUSHED)
+    return ops
 
 
 def _on_one_card(count: int, config: Config):
@@ -79,16 +86,18 @@ def few_cards() -> str | None:
 
 SIMULATED = pytest.mark.skipif(_no_simt is not None, reason=str(_no_simt))
 TWO = [pytest.mark.gpu, pytest.mark.skipif(few_cards() is not None, reason=str(few_cards()))]
-on_some = pytest.mark.parametrize(
-    ("make", "count"),
-    [*(pytest.param(_simulated, n, id=f"{n}-simt", marks=SIMULATED) for n in (2, 3, 8)),
-     *(pytest.param(_on_one_card, n, id=f"{n}-on-one-card", marks=pytest.mark.gpu) for n in (2, 3)),
-     pytest.param(_cards, 2, id="2-cuda", marks=TWO)],
-)  # fmt: skip
+WAYS = [
+    *(pytest.param(_simulated, n, id=f"{n}-simt", marks=SIMULATED) for n in (2, 3, 8)),
+    *(pytest.param(_on_one_card, n, id=f"{n}-on-one-card", marks=pytest.mark.gpu) for n in (2, 3)),
+    pytest.param(_cards, 2, id="2-cuda", marks=TWO),
+]
+on_some = pytest.mark.parametrize(("make", "count"), WAYS)
+on_some_or_apart = pytest.mark.parametrize(("make", "count"), [*WAYS, pytest.param(_apart, 2, id="2-apart", marks=TWO)])
 on_cards = pytest.mark.parametrize(
     "make",
-    [pytest.param(_on_one_card, id="on-one-card", marks=pytest.mark.gpu), pytest.param(_cards, id="cuda", marks=TWO)],
-)
+    [pytest.param(_on_one_card, id="on-one-card", marks=pytest.mark.gpu), pytest.param(_cards, id="cuda", marks=TWO),
+     pytest.param(_apart, id="apart", marks=TWO)],
+)  # fmt: skip
 
 
 def wide(count: int) -> Config:
@@ -136,7 +145,7 @@ def np_namespace():
     return Namespace([np, np], lambda rank: nullcontext())
 
 
-@on_some
+@on_some_or_apart
 def test_every_card_gathers_the_whole_vocabulary(make, count, seed):
     """Shares that overlap, and shares that are multiples of four."""
     ops, rng = make(count, wide(count)), np.random.default_rng(seed)
@@ -150,7 +159,7 @@ def test_every_card_gathers_the_whole_vocabulary(make, count, seed):
             np.testing.assert_array_equal(found, whole)
 
 
-@on_some
+@on_some_or_apart
 @pytest.mark.parametrize(("family", "kv"), [("qwen3", "int2"), ("llama with biases", "bf16"), ("qwen3_moe", "int2")])
 def test_several_cards_by_kernels_are_the_model(make, count, family, kv, tmp_path, seed):
     """Logits of a prompt, then of decode steps, against NumPy with numbers in float32: BF16 alone is between them.
@@ -189,7 +198,7 @@ def test_a_recorded_step_has_sums_that_are_too_large_to_be_pushed(family, tmp_pa
     check_answers(*(of.generate([ids], max_tokens=3, logprobs=4) for of in (reference, e)))
 
 
-@on_some
+@on_some_or_apart
 @pytest.mark.parametrize(("kv", "longest"), [("bf16", 126), ("int2", 100)])
 def test_rows_join_and_leave_steps_of_several_cards(make, count, kv, longest, tmp_path, seed):
     """As the server has them: each begins from logits that lie on the cards, and steps are of as few rows as can be.

@@ -7,17 +7,20 @@ import gc
 import signal
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from minioscar.config import Config
 from minioscar.errors import Failure, UserError
+from minioscar.ops.launch import Address
 from minioscar.oscar import SCHEMES
 from minioscar.parallel import cards, cuda
-from minioscar.parallel.collectives import Links, Sum
+from minioscar.parallel.collectives import Gather, Links, Sum
 from minioscar.parallel.cuda import SplitCuda
 from minioscar.parallel.ranks import Namespace, Ranks
 from minioscar.parallel.together import launch_graphs, undivided
@@ -208,10 +211,32 @@ def test_a_graph_that_cannot_be_launched_says_so_once_the_others_are():
     assert log == ["other"] * 2 and gc.isenabled()
 
 
+def test_nccl_outlives_the_graphs_that_have_its_sums_where_one_collection_takes_both(fake, monkeypatch):
+    """Destroyed before, a communicator waits for them for ever."""
+    died: list[str] = []
+
+    def plain(name: str) -> np.ndarray:
+        """Of no interest to the collector, as CuPy's communicators are: it dies with the last reference to it."""
+        made = np.zeros(1)
+        weakref.finalize(made, died.append, name)
+        return made
+
+    monkeypatch.setattr(cuda, "captured", lambda *_: [plain("graph"), plain("graph")])
+    monkeypatch.setattr(cuda, "pinned", lambda *_: None)
+    links = SimpleNamespace(communicators=[plain("communicator"), plain("communicator")])
+    ops = SimpleNamespace(ranks=[0, 1], links=links, each=lambda _: None, on=fake.library.Device)
+    ops.itself, ops.new_streams = ops, lambda count: [None] * count
+    queue = cuda.SplitQueue(SimpleNamespace(tokens=[0]), {1: lambda: None}, True, ops)
+    queue.itself = queue  # the collector clears what is older first
+    del queue, ops, links
+    gc.collect()
+    assert died == ["graph", "graph", "communicator", "communicator"]
+
+
 # --- one sum after the other
 
 
-def test_sums_on_one_stream_come_after_those_on_another(fake):
+def test_sums_on_one_stream_come_after_those_on_another(fake, monkeypatch):
     """An answer of another run may be under way: all have the same inboxes and counters."""
     ops, log = of_two_cards(), []
     prompt, steps, capturing = ([Stream(f"{name}{i}", log, name == "c") for i in range(2)] for name in "psc")
@@ -225,9 +250,37 @@ def test_sums_on_one_stream_come_after_those_on_another(fake):
     ops.follow(steps)
     assert log == ["s0 after p0", "s1 after p1"]
     fake.now = prompt
-    ops.links = SimpleNamespace(sum=lambda arrays: log.append("sum"))
-    ops.run(Sum(Ranks([None, None])))
+    for what in ("sum", "gather_shares", "place_shares"):
+        monkeypatch.setattr(Links, what, lambda *_, what=what: log.append(what))
+    ops.links, nothing = Links.__new__(Links), Ranks([None, None])
+    ops.run(Sum(nothing))
     assert log[2:] == ["p0 after s0", "p1 after s1", "sum"]
+    ops.follow(steps)
+    ops.run(Gather(nothing, nothing, nothing, [0, 0]))
+    assert log[7:] == ["p0 after s0", "p1 after s1", "gather_shares", "place_shares"]
+
+
+def test_a_recorded_gather_keeps_no_array_and_copies_where_they_lay(fake):
+    """Of two shares of 3 logits of a vocabulary of 5, two tokens."""
+    copies, begin = [], {"arrays": 1000, "shares": 2000, "out": 3000}
+    shapes = {"arrays": (2, 3), "shares": (2, 2, 3), "out": (2, 5)}
+
+    def array(name: str, rank: int) -> SimpleNamespace:
+        mem = SimpleNamespace(ptr=begin[name] + 500 * rank)
+        return SimpleNamespace(data=SimpleNamespace(ptr=mem.ptr, mem=mem), shape=shapes[name], nbytes=0)
+
+    recording = cuda.SplitRecording()
+    recording.own = {at + 500 * rank for at in begin.values() for rank in range(2)}
+    recording.append(Gather(*(Ranks([array(name, rank) for rank in range(2)]) for name in begin), [0, 2]))
+    (gather,) = recording.launches
+    assert {type(x) for ranks in (gather.arrays, gather.shares, gather.out) for x in ranks.values} == {Address}
+    fake.now = [Stream("a", []), Stream("b", [])]
+    fake.library.runtime.memcpy2DAsync = lambda *args: copies.append((fake.current[0], *args))
+    links = Links.__new__(Links)
+    links.cards, links.on = 2, fake.library.Device
+    links.place_shares(gather.shares, gather.out, gather.firsts)
+    one = [(3000, 20, 2000, 12, 12, 2, 3, 0), (3008, 20, 2024, 12, 12, 2, 3, 0)]
+    assert copies == [(rank, to + 500 * rank, a, of + 500 * rank, *b) for rank in range(2) for to, a, of, *b in one]
 
 
 # --- who has failed
@@ -263,3 +316,27 @@ def test_what_lets_no_card_wait_is_refused_in_one_line(fake, monkeypatch):
     refused(r"--gpus 2: NCCL, which sums prompts over GPUs, is not found; pip install 'minioscar\[gpus13\]' brings it")
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     refused("--gpus 2: CUDA_LAUNCH_BLOCKING lets no card wait for another's launch; unset it")
+
+
+@pytest.mark.parametrize(
+    ("unreached", "setting", "why"),
+    [
+        ((), None, None), ((), "0", None), ((), "", None), ((), "1", "NCCL_P2P_DISABLE is set"),
+        ([(2, 1)], None, "GPUs 2 and 1 do not reach each other's memory"),  # one pair is enough
+    ],
+)  # fmt: skip
+def test_cards_reach_each_other_all_of_them_or_none(unreached, setting, why, fake, monkeypatch):
+    enabled, runtime = [], fake.library.runtime
+    runtime.deviceCanAccessPeer = lambda device, other: (device, other) not in unreached
+
+    def enable(other: int) -> None:
+        enabled.append((fake.current[0], other))
+        if len(enabled) == 1:
+            raise Error("PeerAccessAlreadyEnabled")
+
+    runtime.deviceEnablePeerAccess = enable
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("NCCL_P2P_DISABLE", setting)
+    assert cards._apart(3) == why
+    assert enabled == ([] if why else [(a, b) for a in range(3) for b in range(3) if a != b])

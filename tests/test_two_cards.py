@@ -12,8 +12,12 @@ import pytest
 
 from minioscar.config import Config
 from minioscar.engine import Engine
+from minioscar.ops import cuda as one_card
 from minioscar.oscar import SCHEMES
-from minioscar.parallel import cuda, loading
+from minioscar.parallel import cards as gpus
+from minioscar.parallel import collectives, cuda, loading
+from minioscar.parallel.collectives import Gather, Sum
+from minioscar.parallel.ranks import Ranks
 from minioscar.prompt_cache import PromptCache
 from minioscar.sampling import RowSampling, Sampling
 
@@ -29,20 +33,23 @@ pytestmark = pytest.mark.skipif(_no_simt is not None, reason=str(_no_simt))
 @pytest.fixture
 def two(monkeypatch):
     """Loads a model on two cards."""
-    from .simt.cards import Cards, SplitCards
+    from .simt.cards import Card, Cards, SplitCards
 
-    cards = Cards(2)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cards.cuda))
-    monkeypatch.setitem(sys.modules, "cupy.cuda", cards.cuda)
-    monkeypatch.setattr(cuda, "kernel", lambda *_: None)
-    monkeypatch.setattr(cuda, "pinned", np.empty)
-
-    def made(folder: Path, kv: str) -> Engine:
+    def made(folder: Path, kv: str, reach: bool = True) -> Engine:
+        cards = Cards(2, reach)
+        monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cards.cuda))
+        monkeypatch.setitem(sys.modules, "cupy.cuda", cards.cuda)
+        monkeypatch.setattr(one_card, "Cuda", lambda: Card(cards))
         config = Config.from_folder(folder)
-        ops = SplitCards(cards, config)
+        ops = gpus.over(2, Card(cards), config, SCHEMES[kv])
         weights = loading.load(folder, config, ops, SCHEMES[kv])
         return Engine(config, weights, None, SCHEMES[kv], ops, folder=folder)
 
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    monkeypatch.setattr(cuda, "SplitCuda", SplitCards)
+    monkeypatch.setattr(collectives, "PUSHED", 1 << 14)
+    monkeypatch.setattr(cuda, "kernel", lambda *_: None)
+    monkeypatch.setattr(cuda, "pinned", np.empty)
     return made
 
 
@@ -92,4 +99,46 @@ def test_what_is_used_on_another_card_is_found(two, tmp_path, seed):
         e.ops.ranks[0].run(launch)
         with pytest.raises(AssertionError, match="card 0, which waits for a launch on another one"):
             e.ops.ranks[0].numpy(part.values[0])
-    e.ops.of_all.queues[0].clear()
+    e.ops.first.cards.queues[0].clear()
+
+
+# --- cards that do not reach each other's memory
+
+
+def test_cards_that_do_not_reach_each_other_sum_and_gather_by_nccl(two, tmp_path, seed, capsys):
+    """Prompts, recorded steps and their graphs. The vocabulary is odd: the cards' shares of it overlap."""
+    changes = {"head_dim": 64, "num_hidden_layers": 1, "vocab_size": 161}
+    folder = write_model(tmp_path / "m", seed, **FAMILIES["llama with biases"] | changes)
+    reference, e = load(folder, "bf16"), two(folder, "bf16", reach=False)
+    line = "[GPUs 0 and 1 do not reach each other's memory: sums go through NCCL and the host, slower]\n"
+    assert capsys.readouterr().err == line
+    played, launched = e.ops.first.cards, []
+    assert played.enabled == [] and played.cuda.nccl.is_connected and e.ops.links.inbox.size == 0
+    ids = np.random.default_rng(seed).integers(0, 161, 300).tolist()
+    prompts, how = [ids[:9], ids[:5]], {"max_tokens": 3, "logprobs": 2}
+    want, run = reference.generate(prompts, **how), e.ops.run
+    e.ops.run = lambda launch: (launched.append(launch), run(launch))
+    answers = [e.generate(prompts, graph=graph, **how) for graph in (True, False)]
+    check_answers(want, answers[0])
+    for graph, launches in zip(*answers, strict=True):
+        assert graph.token_ids == launches.token_ids and graph.logprobs == launches.logprobs
+    kinds = {type(launch) for launch in launched}
+    assert {Sum, Gather} < kinds and not [x for x in launched if getattr(x, "source", "").startswith("parallel/")]
+    assert relative(np.array(e.logits(ids)), reference.logits(ids)) < 0.04  # by cuBLAS, in chunks
+
+
+@pytest.mark.parametrize("vocab", [160, 161])
+def test_every_card_has_the_logits_of_all_shares(vocab, two, tmp_path, seed):
+    """Gathered by NCCL they are those that are pushed, bit for bit; where they lie until then is counted."""
+    folder, rng = write_model(tmp_path / "m", seed, head_dim=64, vocab_size=vocab), np.random.default_rng(seed)
+    whole, counted = rng.standard_normal((3, vocab)).astype(np.float32), []
+    for reach in (True, False):
+        ops = two(folder, "bf16", reach).ops
+        parts = [np.ascontiguousarray(whole[:, first : first + ops.share]) for first in ops.first_tokens]
+        part = Ranks(ops.each(lambda one, x: one.xp.asarray(x), Ranks(parts)))
+        out = ops.xp.zeros((3, vocab), np.float32)
+        ops.run(gather := ops.links.gather(part, out, ops.first_tokens))
+        for found in ops.each(lambda one, x: one.numpy(x), out):
+            np.testing.assert_array_equal(found, whole)
+        counted.append(ops.work_bytes(ops.config, 3, 64, rows=3))
+    assert counted[1] - counted[0] == gather.shares.nbytes

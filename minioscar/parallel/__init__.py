@@ -2,6 +2,6 @@
 
 Every card has its share of the heads, of the MLP and of the vocabulary (shares.py), and all run the same operations in
 lockstep (backend.py) over arrays of which each card has its own (ranks.py). Two operations are collective: the sum over
-cards behind the output and the down projection, and the logits that all cards gather (collectives.py). On a CPU the
-cards are simulated: N reference back ends, which split and sum.
+cards behind the output and the down projection, and the logits that all cards gather (collectives.py): by kernels that
+write into other cards' memory, or by NCCL. On a CPU cards are simulated: N reference back ends, which split and sum.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from ..config import Config
 from ..errors import UserError
@@ -33,7 +34,7 @@ def _of_gpus(count: int, ops: Reference, config: Config, scheme: Scheme) -> Spli
 
     from ..ops.cuda import Cuda
     from ..ops.decode import unsupported
-    from .collectives import MAX_CARDS
+    from .collectives import MAX_CARDS, NOTHING_PUSHED, PUSHED
     from .cuda import SplitCuda
 
     there, option = runtime.getDeviceCount(), f"--gpus {count}"
@@ -51,11 +52,11 @@ def _of_gpus(count: int, ops: Reference, config: Config, scheme: Scheme) -> Spli
     for device in range(1, count):
         with Device(device):
             ranks.append(Cuda())
-    for device in range(count):
-        with Device(device):
-            for other in range(count):
-                _reach(device, other, option)
-    cards = SplitCuda(ranks, config)
+    apart = _apart(count)
+    cards = SplitCuda(ranks, config, NOTHING_PUSHED if apart else PUSHED)
+    if apart:
+        print(f"[{apart}: sums go through NCCL and the host, slower]", file=sys.stderr, flush=True)
+        cards.links.sum(cards.xp.zeros(1, ops.dtype))  # NCCL connects cards before weights are read or steps captured
     cards.each(lambda _: Device().synchronize())  # counters are 0 before another card writes beside them
     return cards
 
@@ -71,14 +72,26 @@ def _check_waiting(option: str) -> None:
         raise UserError(f"{option}: NCCL, which sums prompts over GPUs, is not found; {way_out} brings it")
 
 
-def _reach(device: int, other: int, option: str) -> None:
+def _apart(count: int) -> str | None:
+    """Why kernels of a card do not write into another's memory; None: they may from now on."""
+    from cupy.cuda import Device, runtime
+
+    if (os.environ.get("NCCL_P2P_DISABLE") or "0") != "0":  # also for cards that only say that they reach each other
+        return "NCCL_P2P_DISABLE is set"
+    pairs = [(device, other) for device in range(count) for other in range(count) if device != other]
+    for device, other in pairs:
+        if not runtime.deviceCanAccessPeer(device, other):
+            return f"GPUs {device} and {other} do not reach each other's memory"
+    for device, other in pairs:
+        with Device(device):
+            _reach(other)
+    return None
+
+
+def _reach(other: int) -> None:
     """Lets kernels of the current card write into another's memory."""
     from cupy.cuda import runtime
 
-    if other == device:
-        return
-    if not runtime.deviceCanAccessPeer(device, other):
-        raise UserError(f"{option}: GPU {device} cannot reach the memory of GPU {other}; choose others, or one")
     try:
         runtime.deviceEnablePeerAccess(other)
     except runtime.CUDARuntimeError as error:

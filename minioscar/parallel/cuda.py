@@ -21,7 +21,7 @@ from ..decoding import Decoder, Stepper
 from ..errors import Failure, one_line
 from ..ops import linear
 from ..ops.cuda import Cuda
-from ..ops.decode import Queue, StepBatch
+from ..ops.decode import Queue, StepBatch, step_sizes
 from ..ops.launch import Launch, Recording, TensorMap, kernel
 from ..ops.linear import Products
 from ..ops.linear_batch import BATCH_TOKENS
@@ -31,7 +31,7 @@ from ..storage.upload import pinned
 from ..weights import Layer
 from .backend import Split
 from .caches import split_kernel_cache
-from .collectives import PUSHED, Links, Sum
+from .collectives import NOTHING_PUSHED, PUSHED, Gather, Links, Sum
 from .ranks import Ranks, of_rank
 from .shares import GATHERED, SUMMED
 from .together import launch_graphs, undivided
@@ -45,11 +45,11 @@ ZERO = np.zeros(1, np.float32)
 class SplitRecording(Recording):
     """Of launches on several cards: addresses in all of their memories are different."""
 
-    def append(self, launch: Launch | Sum) -> None:
-        if isinstance(launch, Sum):
-            self.launches.append(Sum(self._released(launch.arrays)))
-        else:
+    def append(self, launch: Launch | Sum | Gather) -> None:
+        if isinstance(launch, Launch):
             super().append(launch)
+        else:
+            self.launches.append(launch.map(self._released))
 
     def _released(self, a: Any) -> Any:
         return Ranks(map(self._released, a.values)) if isinstance(a, Ranks) else super()._released(a)
@@ -112,10 +112,10 @@ class SplitCuda(Split, Cuda):
                 made.append(cupy.cuda.Stream(non_blocking=not self.is_shared))
         return made
 
-    def run(self, launch: Launch | Sum) -> None:
-        if isinstance(launch, Sum):
+    def run(self, launch: Launch | Sum | Gather) -> None:
+        if not isinstance(launch, Launch):
             self.follow()
-            self.links.sum(launch.arrays)
+            launch.run(self.links)
         else:
             with self._together(launch) if launch.source.startswith("parallel/") else nullcontext():
                 for rank, ops in enumerate(self.ranks):
@@ -163,9 +163,12 @@ class SplitCuda(Split, Cuda):
     def work_bytes(
         self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool | None = False
     ) -> int:
-        """Also what a card computes of a sum, beside what it is added to, and the logits of its share."""
+        """Also what a card computes of a sum, beside what it is added to, and the logits of its share; where nothing is
+        pushed those of all shares, of each recorded step."""
         one = super().work_bytes(config, tokens, context, rows, penalties)
         part = self.dtype.itemsize * tokens * config.hidden_size + 4 * self.share * rows
+        if self.links.pushed == NOTHING_PUSHED:
+            part += 4 * self.cards * self.share * (rows + sum(step_sizes(rows)) if penalties is None else rows)
         return one + self.cards * part
 
     def say_if_slow(self, config: Config, scheme: Scheme) -> bool:
@@ -311,10 +314,12 @@ class SplitQueue(Queue):
     def __init__(self, batch: StepBatch, runs: Mapping[int, Callable[[], None]], graph: bool, ops: SplitCuda):
         import cupy
 
-        self.graphs: dict[int, list[Any]] = {}  # freed before `ops`: NCCL waits for graphs that have its sums
+        self.graphs: dict[int, list[Any]] = {}  # freed before the communicators: NCCL waits for graphs with its sums
+        self.communicators: tuple[Any, ...] = ()  # also where one collection takes `ops`, too: it clears no tuple
         self.batch, self.runs, self.ops = batch, runs, ops
         self.streams = ops.new_streams(len(ops.ranks))
         ops.each(lambda _: cupy.cuda.Device().synchronize())  # what made the arrays ran on other streams
+        self.communicators = tuple(ops.links.communicators)
         self.graphs = {rows: self.capture(run) for rows, run in runs.items()} if graph else {}
         self.pinned_tokens = pinned((self.DEPTH, len(batch.tokens)), np.int32)
         with ops.on(0):

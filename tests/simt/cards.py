@@ -7,11 +7,12 @@ waits for one that not all have come to would wait for ever, which is a fault, t
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,27 +22,44 @@ from minioscar.config import Config
 from minioscar.ops.launch import Launch, TensorMap
 from minioscar.ops.linear import Products
 from minioscar.parallel.cuda import SplitCuda
-from minioscar.parallel.ranks import Ranks
 
-from . import array
+from . import _arrays, _runtime, array
 from .backend import Simt, _Memory
+from .nccl import Nccl
 
 BASIC = int, slice, type(None), type(Ellipsis), np.integer
 
 
-class Cards:
-    """cuda: what stands for `cupy.cuda`."""
+@dataclass(frozen=True)
+class Work:
+    """What a card has to do. meeting: what all have alike where all take part, whose phases 1, 2 and 4 are run then."""
 
-    def __init__(self, count: int):
+    run: Callable[[int], None]
+    meeting: object = None
+
+
+class Cards:
+    """cuda: what stands for `cupy.cuda`. reach: whether cards say that they reach each other's memory."""
+
+    def __init__(self, count: int, reach: bool = True):
         self.here, self.lock = threading.local(), threading.RLock()
-        self.queues = [deque[tuple[Simt, Launch]]() for _ in range(count)]
+        self.queues = [deque[Work]() for _ in range(count)]
+        self.card_of, self.stream_at = dict[int, int](), dict[int, Stream]()  # by addresses of arrays; of streams
+        self.enabled: list[tuple[int, int]] = []  # pairs of cards, the second of which the first may write to
         self.records = False  # launches are noted, and do not run: simulated memory has nothing for rows not in use
         error = type("CUDAError", (RuntimeError,), {})
         self.cuda = SimpleNamespace(
             Device=lambda number=None: Device(self, self.current if number is None else number),
             Stream=lambda non_blocking=False: Stream(self), Event=lambda disable_timing=False: Event(self),
             get_current_stream=lambda number=None: self.streams_of(number)[-1],
-            runtime=SimpleNamespace(CUDARuntimeError=error), driver=SimpleNamespace(CUDADriverError=error),
+            runtime=self._runtime(error, reach), driver=SimpleNamespace(CUDADriverError=error), nccl=Nccl(self),
+        )  # fmt: skip
+
+    def _runtime(self, error: type[Exception], reach: bool) -> SimpleNamespace:
+        return SimpleNamespace(
+            CUDARuntimeError=error, getDeviceCount=lambda: len(self.queues), memcpy2DAsync=self._copy_2d,
+            getDeviceProperties=lambda card: {"name": b"a card"}, deviceCanAccessPeer=lambda card, other: reach,
+            deviceEnablePeerAccess=lambda other: self.enabled.append((self.current, other)),
         )  # fmt: skip
 
     @property
@@ -56,9 +74,39 @@ class Cards:
     def check(self, card: int | None) -> None:
         assert card in (None, self.current), f"of card {card}, while card {self.current} is the current one"
 
-    def add(self, card: int, ops: Simt, launch: Launch) -> None:
+    def stream(self, at: int) -> Stream:
+        """By its address: of the current card."""
+        stream = self.stream_at[at] if at else Stream(self, None)
+        self.check(stream.card)
+        return stream
+
+    def bytes_at(self, card: int, at: int, size: int) -> np.ndarray:
+        """Memory of a card, which lies within one array."""
+        start = max(start for start in list(_arrays) if start <= at)
+        assert at + size <= start + _arrays[start][0], "beyond an array"
+        assert self.card_of[start] == card, f"memory of card {self.card_of[start]} is used by card {card}"
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(at))
+
+    def _copy_2d(
+        self, to: int, to_pitch: int, source: int, pitch: int, width: int, height: int, kind: int, stream: int
+    ) -> None:
+        card = self.current
+
+        def rows(at: int, pitch: int) -> np.ndarray:
+            flat = self.bytes_at(card, at, (height - 1) * pitch + width)
+            return np.lib.stride_tricks.as_strided(flat, (height, width), (pitch, 1))
+
+        def copy(_: int) -> None:
+            rows(to, to_pitch)[...] = rows(source, pitch)
+            for row in range(height):
+                _runtime().simt_mark_written(to + row * to_pitch, width)
+
+        assert kind == 3 and min(to_pitch, pitch) >= width
+        self.stream(stream).enqueue(card, Work(copy))
+
+    def add(self, card: int, work: Work) -> None:
         with self.lock:
-            self.queues[card].append((ops, launch))
+            self.queues[card].append(work)
             while not self.records and self._run_next():
                 pass
             if self.records:
@@ -66,17 +114,16 @@ class Cards:
 
     def _run_next(self) -> bool:
         for queue in self.queues:
-            if queue and not queue[0][1].source.startswith("parallel/"):
-                ops, launch = queue.popleft()
-                Simt.run(ops, launch)
+            if queue and queue[0].meeting is None:
+                queue.popleft().run(0)
                 return True
         if not all(self.queues):
             return False
         together = [queue.popleft() for queue in self.queues]
-        assert len({(launch.source, launch.grid) for _, launch in together}) == 1, "cards are out of step"
+        assert len({work.meeting for work in together}) == 1, "cards are out of step"
         for phase in (1, 2, 4):
-            for ops, launch in together:
-                Simt.run(ops, replace(launch, defines=(*launch.defines[:-1], f"PHASES={phase}")))
+            for work in together:
+                work.run(phase)
         return True
 
     def wait(self, card: int) -> None:
@@ -102,7 +149,16 @@ class Stream:
 
     def __init__(self, cards: Cards, card: int | None = -1):
         self.cards, self.card = cards, cards.current if card == -1 else card
-        self.captured: list[tuple[Simt, Launch]] | None = None
+        self.captured: list[Work] | None = None
+        self.ptr = 0 if self.card is None else id(self)
+        if self.ptr:
+            cards.stream_at[self.ptr] = self
+
+    def enqueue(self, card: int, work: Work) -> None:
+        if self.captured is not None:
+            self.captured.append(work)
+        else:
+            self.cards.add(card, work)
 
     def __enter__(self) -> None:
         self.cards.check(self.card)
@@ -117,8 +173,8 @@ class Stream:
 
     def end_capture(self) -> Graph:
         self.cards.check(self.card)
-        launches, self.captured = self.captured, None
-        return Graph(self.cards, self.card, launches)
+        works, self.captured = self.captured, None
+        return Graph(self.cards, self.card, works)
 
     def is_capturing(self) -> bool:
         return self.captured is not None
@@ -145,8 +201,8 @@ class Event:
 
 
 class Graph:
-    def __init__(self, cards: Cards, card: int, launches: list[tuple[Simt, Launch]]):
-        self.cards, self.card, self.launches = cards, card, launches
+    def __init__(self, cards: Cards, card: int, works: list[Work]):
+        self.cards, self.card, self.works = cards, card, works
 
     def upload(self, stream: Stream) -> None:
         self.cards.check(self.card)
@@ -154,8 +210,8 @@ class Graph:
 
     def launch(self, stream: Stream) -> None:
         self.upload(stream)
-        for ops, launch in self.launches:
-            self.cards.add(self.card, ops, launch)
+        for work in self.works:
+            self.cards.add(self.card, work)
 
 
 class OnCard(np.ndarray):
@@ -192,6 +248,10 @@ class OnCard(np.ndarray):
         self.plain()[plain(key)] = plain(value)
 
     @property
+    def data(self) -> SimpleNamespace:
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+    @property
     def device(self) -> Device:
         return Device(self.cards, self.card)
 
@@ -221,6 +281,7 @@ def on_card(cards: Cards, x: np.ndarray) -> OnCard:
     """On the current one, in simulated memory."""
     made = array(np.asarray(x)).view(OnCard)
     made.cards, made.card = cards, cards.current
+    cards.card_of[made.ctypes.data] = cards.current
     return made
 
 
@@ -253,11 +314,13 @@ class Memory(_Memory):
 
 
 class Card(Simt):
-    """One of several."""
+    """The current one of several."""
 
-    def __init__(self, cards: Cards, number: int):
+    name = "cuda"
+
+    def __init__(self, cards: Cards):
         super().__init__()
-        self.cards, self.number, self.xp = cards, number, Memory(cards)
+        self.cards, self.number, self.xp = cards, cards.current, Memory(cards)
         self.products = Products(self.xp, self.card)
 
     def run(self, launch: Launch) -> None:
@@ -268,12 +331,14 @@ class Card(Simt):
             if isinstance(a, np.ndarray):
                 assert is_collective or a.card == self.number, f"{launch.name} has an array of card {a.card}"
         own = replace(launch, args=tuple(map(_plain_argument, launch.args)))
+
+        def phase(n: int) -> None:
+            defines = (*own.defines[:-1], f"PHASES={n}") if is_collective else own.defines
+            Simt.run(self, replace(own, defines=defines))
+
         stream = self.cards.streams_of()[-1]
         self.cards.check(stream.card)
-        if stream.captured is not None:
-            stream.captured.append((self, own))
-        else:
-            self.cards.add(self.number, self, own)
+        stream.enqueue(self.number, Work(phase, (own.source, own.grid) if is_collective else None))
 
     def numpy(self, x: OnCard) -> np.ndarray:
         return np.array(plain(x))
@@ -306,28 +371,16 @@ def _plain_argument(a: Any) -> Any:
 
 
 class SplitCards(SplitCuda):
-    """`SplitCuda` as it is, but for NCCL, CuPy's pools and its compiler."""
+    """`SplitCuda` as it is, but for CuPy's pools and its compiler."""
 
     prepare = Simt.prepare
 
-    def __init__(self, cards: Cards, config: Config):
-        ranks = []
-        for number in range(len(cards.queues)):
-            with Device(cards, number):
-                ranks.append(Card(cards, number))
-        self.of_all = cards
-        super().__init__(ranks, config, 1 << 14)
-        self.links.sum, self.links.sum_beside, self.links.join = self._added, self._added, lambda: None
-
-    def _added(self, arrays: Ranks, streams: Sequence[Stream] | None = None) -> None:
-        total = sum(part.astype(np.float32) for part in self.each(lambda _, x: plain(x), arrays))
-        self.each(lambda _, x: x.__setitem__(..., total.astype(x.dtype)), arrays)
-
     @contextmanager
     def recording(self, tokens: int, config: Config) -> Iterator[Any]:
-        self.of_all.records = True
+        cards = self.first.cards
+        cards.records = True
         try:
             with Simt.recording(self, tokens, config) as recorded:
                 yield recorded
         finally:
-            self.of_all.records = False
+            cards.records = False
