@@ -23,7 +23,7 @@ from minioscar.sampling import RowSampling, Sampling
 
 from . import simt
 from .test_parallel import FAMILIES
-from .test_parallel_kernels import check_answers
+from .test_parallel_kernels import check_answers, noise_of
 from .tiny import load, relative, write_model
 
 _no_simt = simt.missing()
@@ -60,8 +60,9 @@ def test_prompts_steps_and_graphs_of_two_cards(family, kv, two, tmp_path, seed):
     reference, e = load(folder, kv), two(folder, kv)
     ids = np.random.default_rng(seed).integers(0, 160, 300).tolist()
     prompts, how = [ids[:9], ids[:5]], {"max_tokens": 3, "logprobs": 2}
+    noise = noise_of(reference, e, ids[:9])
     for graph in (True, False) if kv == "bf16" else (True,):
-        check_answers(reference.generate(prompts, **how), e.generate(prompts, graph=graph, **how))
+        check_answers(noise, reference.generate(prompts, **how), e.generate(prompts, graph=graph, **how))
     if kv == "bf16":  # by cuBLAS and NCCL
         assert relative(np.array(e.logits(ids)), reference.logits(ids)) < 0.04
 
@@ -116,10 +117,10 @@ def test_cards_that_do_not_reach_each_other_sum_and_gather_by_nccl(two, tmp_path
     assert played.enabled == [] and played.cuda.nccl.is_connected and e.ops.links.inbox.size == 0
     ids = np.random.default_rng(seed).integers(0, 161, 300).tolist()
     prompts, how = [ids[:9], ids[:5]], {"max_tokens": 3, "logprobs": 2}
-    want, run = reference.generate(prompts, **how), e.ops.run
+    noise, want, run = noise_of(reference, e, prompts[0]), reference.generate(prompts, **how), e.ops.run
     e.ops.run = lambda launch: (launched.append(launch), run(launch))
     answers = [e.generate(prompts, graph=graph, **how) for graph in (True, False)]
-    check_answers(want, answers[0])
+    check_answers(noise, want, answers[0])
     for graph, launches in zip(*answers, strict=True):
         assert graph.token_ids == launches.token_ids and graph.logprobs == launches.logprobs
     kinds = {type(launch) for launch in launched}
