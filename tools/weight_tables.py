@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 from benchmarks import presets, quantized
 from benchmarks.runs import POSITIONS
@@ -12,6 +13,7 @@ from minioscar.ops.cuda import OnPaper
 from minioscar.ops.launch import Card
 from minioscar.oscar import SCHEMES
 from minioscar.parallel.backend import Split
+from minioscar.parallel.collectives import NOTHING_PUSHED
 from minioscar.parallel.cuda import SplitCuda
 from minioscar.tables import markdown
 from tools.committed import load
@@ -29,12 +31,13 @@ LARGE = dict((*LARGE, ("llama-3.1-70b", "Llama-3.1-70B")))
 
 
 class OnSeveral(SplitCuda):
-    """Cards on which nothing runs."""
+    """Cards on which nothing runs, and which do not reach each other's memory, as most small ones do not."""
 
     on = Split.on
 
     def __init__(self, cards: int, config: Config):
         Split.__init__(self, [OnPaper(CARD)] * cards, config)
+        self.links = SimpleNamespace(pushed=NOTHING_PUSHED)
 
 
 def longest(preset: str, weights: str | None, kv: str, gib: int, cards: int = 1) -> int:
