@@ -116,9 +116,9 @@ def test_each_card_has_the_norms_of_the_whole_model(tmp_path, seed):
     for whole, split in zip(*found, strict=True):
         assert len({id(norms) for norms in split["norms"].values}) == 4
         for norms in split["norms"].values:
-            # Of keys in BF16: one that is rounded the other way is 2^-8 of itself away, and has less than a sixteenth
-            # of the squares.
-            np.testing.assert_allclose(norms.ravel()[:200], whole["norms"].ravel()[:200], rtol=2**-12)
+            # Of keys in BF16: one that is rounded the other way is up to 2^-7 of itself away, and four deviations have
+            # 16 of some 128 squares. Norms of the card's own heads are half as large.
+            np.testing.assert_allclose(norms.ravel()[:200], whole["norms"].ravel()[:200], rtol=2**-10)
         assert [keys.shape for keys in split["window_keys"].values] == [(1, 1, 128, 32)] * 4
 
 
