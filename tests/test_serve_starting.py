@@ -100,6 +100,7 @@ def test_a_server_answers_from_when_its_port_is_taken(tmp_path, monkeypatch):
             time.sleep(0.5)
         finally:
             ended.set()
+            thread.join()  # before it ends: from then on it says 503 again
             one.end()
     finally:
         ended.set()
