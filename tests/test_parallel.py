@@ -119,7 +119,7 @@ def test_each_card_has_the_norms_of_the_whole_model(tmp_path, seed):
             # Of keys in BF16: one that is rounded the other way is up to 2^-7 of itself away, and four deviations have
             # 16 of some 128 squares. Few tokens have such a key. Norms of the card's own heads are half as large.
             off = abs(norms.ravel()[:200] / whole["norms"].ravel()[:200] - 1)
-            print(f"{(off > 2**-20).mean():.3f} differ, {(off > 2**-12).mean():.3f} by more than 2^-12, {off.max():.1e}")
+            print(f"{(off > 2**-20).mean():.3f} off, {(off > 2**-12).mean():.3f} beyond 2^-12, {off.max():.1e}")
             assert off.max() < 2**-10 and (off > 2**-12).mean() <= 0.01 and np.median(off) < 2**-20
         assert [keys.shape for keys in split["window_keys"].values] == [(1, 1, 128, 32)] * 4
 
