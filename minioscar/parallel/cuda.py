@@ -125,12 +125,16 @@ class SplitCuda(Split, Cuda):
             self.recorded.append(launch)
 
     def spread(self, x: Array) -> Ranks:
+        """Through the host where cards do not reach each other's memory, or only say that they do."""
         import cupy
 
         with self.on(0):
             x = cupy.ascontiguousarray(x)  # another card would make it so, behind nothing
             cupy.cuda.Device().synchronize()  # others copy it on streams of their own
-        return super().spread(x)
+        if self.links.pushed != NOTHING_PUSHED:
+            return super().spread(x)
+        there = self.numpy(x)
+        return Ranks(self.each(lambda ops: x if ops is self.first else ops.xp.asarray(there)))
 
     @contextmanager
     def _together(self, launch: Launch) -> Iterator[None]:
