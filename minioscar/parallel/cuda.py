@@ -125,7 +125,6 @@ class SplitCuda(Split, Cuda):
             self.recorded.append(launch)
 
     def spread(self, x: Array) -> Ranks:
-        """Through the host where cards do not reach each other's memory, or only say that they do."""
         import cupy
 
         with self.on(0):
@@ -133,7 +132,7 @@ class SplitCuda(Split, Cuda):
             cupy.cuda.Device().synchronize()  # others copy it on streams of their own
         if self.links.pushed != NOTHING_PUSHED:
             return super().spread(x)
-        there = self.numpy(x)
+        there = self.numpy(x)  # cards may only say that they reach each other's memory
         return Ranks(self.each(lambda ops: x if ops is self.first else ops.xp.asarray(there)))
 
     @contextmanager
