@@ -59,8 +59,8 @@ class Rope:
 
     def tables_at(self, coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The same of tokens at these coordinates, int64 [axes, tokens]; float32 [tokens, head_dim / 2]."""
-        axes = list(self.axes or [0] * (self.head_dim // 2))
-        return self._tables(coordinates[axes].T * self.frequencies())
+        of_tokens = coordinates[list(self.axes or [0] * (self.head_dim // 2))].T  # in columns, as CuPy would keep it
+        return self._tables(np.ascontiguousarray(of_tokens) * self.frequencies())
 
     def _tables(self, angles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return (

@@ -60,6 +60,7 @@ def _on_one_card(count: int, config: Config):
 
     ops = SplitCuda([Cuda() for _ in range(count)], config, 1 << 16, devices=[0] * count)
     ops.links.sum, ops.links.sum_beside, ops.links.join = added, added, lambda: None
+    ops.first.xp.cuda.Device().synchronize()  # counters are 0 before another rank writes beside them
     return ops
 
 

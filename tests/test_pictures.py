@@ -96,6 +96,13 @@ def test_positions_are_those_of_transformers(name: str) -> None:
     assert inputs.shifts == (int(inputs.coordinates.max()) + 1 - len(ids),)
 
 
+def test_tables_of_rope_lie_row_by_row() -> None:
+    """CuPy's asarray keeps NumPy's order, and a kernel takes a token's angles for neighbours."""
+    ids, media = prompt("row")
+    coordinates = placed([ids], [0], [len(ids)], media).coordinates
+    assert all(table.flags.c_contiguous for table in engine().config.rope.tables_at(coordinates))
+
+
 @pytest.mark.parametrize(
     ("name", "kv"),
     [*((name, "bf16") for name in CASES), *(("two", kv) for kv, scheme in SCHEMES.items() if not scheme.calibrated)]

@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minioscar.cache import BF16
+from minioscar.ops import linear
+
 from . import simt
 from .kernel_device import on_each_device, on_simt
+from .simt.backend import Simt
 
 SOURCE = Path(__file__).parent / "simt" / "cases" / "faults.cu"
 ORDERS = range(6)
@@ -171,3 +175,13 @@ def test_without_checks_a_kernel_still_runs(device, seed):
     x, out = device.array(np.arange(64, dtype=np.float32)), device.empty(64, np.float32)
     device.compile(SOURCE, "rotate")(1, 64, [x, out, np.int32(64), np.int32(0)], shared=256, checks=False)
     assert np.array_equal(device.numpy(out, allow_unwritten=True), np.roll(np.arange(64), -1))
+
+
+@pytest.mark.skipif(simt.missing() is not None, reason=str(simt.missing()))
+def test_an_array_that_lies_column_by_column_is_refused_by_a_launch():
+    """It keeps its order on the way to a card, as CuPy's do."""
+    ops, columns = Simt(), np.zeros((64, 16), np.float32).T.astype(BF16)
+    x = ops.xp.asarray(columns)
+    assert x.strides == columns.strides
+    with pytest.raises(simt.Fault, match=r"silu_mul .* argument 0, bfloat16\[16, 64\], has strides \(2, 32\)"):
+        ops.run(linear.silu_mul(x, ops.xp.empty((16, 32), BF16)))

@@ -22,6 +22,7 @@ from minioscar.prompt_cache import PromptCache
 from minioscar.sampling import RowSampling, Sampling
 
 from . import simt
+from . import test_pictures as pictures
 from .test_parallel import FAMILIES
 from .test_parallel_kernels import check_answers, noise_of
 from .tiny import load, relative, write_model
@@ -33,11 +34,12 @@ pytestmark = pytest.mark.skipif(_no_simt is not None, reason=str(_no_simt))
 @pytest.fixture
 def two(monkeypatch):
     """Loads a model on two cards."""
-    from .simt.cards import Card, Cards, SplitCards
+    from .simt.cards import Card, Cards, Memory, SplitCards
 
     def made(folder: Path, kv: str, reach: bool = True) -> Engine:
         cards = Cards(2, reach)
-        monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cards.cuda))
+        played = SimpleNamespace(cuda=cards.cuda, ascontiguousarray=Memory(cards).ascontiguousarray)
+        monkeypatch.setitem(sys.modules, "cupy", played)
         monkeypatch.setitem(sys.modules, "cupy.cuda", cards.cuda)
         monkeypatch.setattr(one_card, "Cuda", lambda: Card(cards))
         config = Config.from_folder(folder)
@@ -87,6 +89,18 @@ def test_rows_that_join_and_a_cache_that_is_saved_on_two_cards(two, tmp_path, se
     saved = PromptCache.load(tmp_path / "a.kv", e)
     a, b = (e.generate([5], cache=of, max_tokens=2, logprobs=0) for of in (saved, e.prefill(ids.tolist())))
     assert a.logprobs == b.logprobs
+
+
+@pytest.mark.parametrize("reach", [True, False])
+def test_a_picture_is_read_on_the_first_card_and_goes_to_the_second(reach, two):
+    """Card to card, or through the host; its rows and DeepStack stand in the embeddings of both."""
+    model = two(pictures.FOLDER, "bf16", reach)
+    found = pictures.logits(model, *pictures.prompt("row"), every=False)[0]
+    assert relative(np.array(found), pictures.reference()["row_logits"][-1]) < 0.03
+    for features in model.model.encoder.kept.values():
+        for made in (features.embeddings, *features.deep):
+            assert [x.card for x in made.values] == [0, 1]
+            np.testing.assert_array_equal(*(x.view(np.ndarray) for x in made.values))
 
 
 def test_what_is_used_on_another_card_is_found(two, tmp_path, seed):

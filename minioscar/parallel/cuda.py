@@ -130,7 +130,10 @@ class SplitCuda(Split, Cuda):
         with self.on(0):
             x = cupy.ascontiguousarray(x)  # another card would make it so, behind nothing
             cupy.cuda.Device().synchronize()  # others copy it on streams of their own
-        return super().spread(x)
+        if self.links.pushed != NOTHING_PUSHED:
+            return super().spread(x)
+        there = self.numpy(x)  # cards may only say that they reach each other's memory
+        return Ranks(self.each(lambda ops: x if ops is self.first else ops.xp.asarray(there)))
 
     @contextmanager
     def _together(self, launch: Launch) -> Iterator[None]:

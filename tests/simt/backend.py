@@ -29,7 +29,7 @@ from minioscar.parallel.backend import Split
 from minioscar.parallel.collectives import Sum
 from minioscar.parallel.cuda import SplitCuda, launch_of
 
-from . import _arrays, _runtime, array, compile_kernel, empty, tensor_map
+from . import Fault, _arrays, _runtime, array, compile_kernel, empty, tensor_map
 
 ARCH = 80
 MULTIPROCESSORS = 3  # few, so that heads are shared between blocks even in small caches
@@ -48,11 +48,12 @@ class _Memory:
         return array(np.zeros(shape, dtype))
 
     def asarray(self, x: Any, dtype: Any = None) -> np.ndarray:
+        """In the order that x has, as CuPy's: what lies column by column stays so."""
         x = np.asarray(x, dtype)
-        return x if _simulated(x) else array(x)
+        return x if _simulated(x) else array(x.T).T if x.flags.fnc else array(x)
 
     def empty_like(self, x: np.ndarray) -> np.ndarray:
-        return empty(x.shape, x.dtype)
+        return empty(x.shape[::-1], x.dtype).T if x.flags.fnc else empty(x.shape, x.dtype)
 
 
 class Simt(Cuda):
@@ -68,6 +69,7 @@ class Simt(Cuda):
         self.products = Products(self.xp, self.card)
 
     def run(self, launch: Launch) -> None:
+        check_rows(launch)
         if self.recorded is not None:
             return self.recorded.append(launch)
         kernel = compile_kernel(KERNELS / launch.source, launch.name, launch.defines, self.card.capability)
@@ -108,6 +110,15 @@ class Simt(Cuda):
         """As cuBLAS does it: float32 sums, one rounding to BF16. (NumPy leaves a product of two BF16 matrices in
         float32.)"""
         return array((x.astype(np.float32) @ weight.astype(np.float32).T).astype(np.float32 if float32 else self.dtype))
+
+
+def check_rows(launch: Launch) -> None:
+    """Raises Fault for an array whose last axis is strided: a kernel gets an address and no strides of it."""
+    for i, a in enumerate(launch.args):
+        a = a.array if isinstance(a, TensorMap) else a
+        if isinstance(a, np.ndarray) and a.ndim and a.size and a.shape[-1] > 1 and a.strides[-1] != a.itemsize:
+            what = f"argument {i}, {a.dtype}{list(a.shape)}, has strides {a.strides}"
+            raise Fault(f"{launch.name} takes numbers of a row for neighbours, but {what}")
 
 
 class Immediate(Queue):

@@ -42,7 +42,7 @@ class Cards:
     """cuda: what stands for `cupy.cuda`. reach: whether cards say that they reach each other's memory."""
 
     def __init__(self, count: int, reach: bool = True):
-        self.here, self.lock = threading.local(), threading.RLock()
+        self.reach, self.here, self.lock = reach, threading.local(), threading.RLock()
         self.queues = [deque[Work]() for _ in range(count)]
         self.card_of, self.stream_at = dict[int, int](), dict[int, Stream]()  # by addresses of arrays; of streams
         self.enabled: list[tuple[int, int]] = []  # pairs of cards, the second of which the first may write to
@@ -52,13 +52,13 @@ class Cards:
             Device=lambda number=None: Device(self, self.current if number is None else number),
             Stream=lambda non_blocking=False: Stream(self), Event=lambda disable_timing=False: Event(self),
             get_current_stream=lambda number=None: self.streams_of(number)[-1],
-            runtime=self._runtime(error, reach), driver=SimpleNamespace(CUDADriverError=error), nccl=Nccl(self),
+            runtime=self._runtime(error), driver=SimpleNamespace(CUDADriverError=error), nccl=Nccl(self),
         )  # fmt: skip
 
-    def _runtime(self, error: type[Exception], reach: bool) -> SimpleNamespace:
+    def _runtime(self, error: type[Exception]) -> SimpleNamespace:
         return SimpleNamespace(
             CUDARuntimeError=error, getDeviceCount=lambda: len(self.queues), memcpy2DAsync=self._copy_2d,
-            getDeviceProperties=lambda card: {"name": b"a card"}, deviceCanAccessPeer=lambda card, other: reach,
+            getDeviceProperties=lambda card: {"name": b"a card"}, deviceCanAccessPeer=lambda card, other: self.reach,
             deviceEnablePeerAccess=lambda other: self.enabled.append((self.current, other)),
         )  # fmt: skip
 
@@ -247,6 +247,12 @@ class OnCard(np.ndarray):
     def __setitem__(self, key: Any, value: Any) -> None:
         self.plain()[plain(key)] = plain(value)
 
+    def copy(self, order: str = "C") -> OnCard:
+        """Onto the current card, where nothing waits for what another one still computes."""
+        assert self.card == self.cards.current or self.cards.reach, "copied between cards that do not reach each other"
+        self.cards.wait(self.card)
+        return on_card(self.cards, self.view(np.ndarray))
+
     @property
     def data(self) -> SimpleNamespace:
         return SimpleNamespace(ptr=self.ctypes.data)
@@ -309,8 +315,11 @@ class Memory(_Memory):
         return self.empty(x.shape, x.dtype)
 
     def asarray(self, x: Any, dtype: Any = None) -> OnCard:
-        same = isinstance(x, OnCard) and dtype in (None, x.dtype)
-        return x if same else on_card(self.cards, np.asarray(plain(x), dtype))
+        """In the order that x has, as CuPy's."""
+        if isinstance(x, OnCard) and dtype in (None, x.dtype):
+            return x
+        x = np.asarray(plain(x), dtype)
+        return on_card(self.cards, x.T).T if x.flags.fnc else on_card(self.cards, x)
 
 
 class Card(Simt):
