@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import TooLarge, UserError
+from .layers import Layers, Shape
 
 Array = Any
 Message = Mapping[str, Any]
@@ -130,9 +131,7 @@ class Backend(Protocol):
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array: ...
 
-    def full_attention(self, q: Array, keys: Array, values: Array) -> Array: ...
-
-    def full_attention_bytes(self, tokens: int, heads: int, dim: int) -> int: ...
+    def layers_for(self, shape: Shape) -> type[Layers]: ...
 
 
 class Cards(Backend, Protocol):
