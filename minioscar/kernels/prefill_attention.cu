@@ -5,8 +5,8 @@
 //
 // Sequence s has counts[s] new tokens, rows first_rows[s] ... of q, out [tokens][q_heads][D] and of the new keys and
 // values (BF16, rows q_stride, key_stride and value_stride numbers apart, [q_heads or kv_heads][D] in each: slices of
-// the qkv projection), and starts[s] older ones: BF16 [rows][kv_heads][capacity][D], row past_rows[s] (null: s). unpack.cu
-// brings a packed past into that form, a layer at a time.
+// the qkv projection), and starts[s] older ones: BF16 [rows][kv_heads][capacity][D], row past_rows[s] (null: s).
+// unpack.cu brings a packed past into that form, a layer at a time.
 //
 // grid (blocks of queries, kv_heads, sequences). A block's rows are (token, q head) pairs, head by head of token
 // after token, so keys are read once for all q heads; a warp has ROW_TILES * 16 of them. Keys and values are read in
@@ -18,7 +18,7 @@
 // With CHANNELS, a multiple of 8 less than D, a head has so many channels in memory, without a past; the rest, of
 // shared memory alone, are zeros, which change no sum: heads of 72 channels are computed as 80.
 //
-// Set by -D: HEAD_DIM (a multiple of 16), Q_PER_KV (any), BLOCK_WARPS, ROW_TILES (1, 2), TILE (a multiple of 16), BLOCKS_PER_SM.
+// Set by -D: HEAD_DIM and TILE (multiples of 16), Q_PER_KV (any), BLOCK_WARPS, ROW_TILES (1, 2), BLOCKS_PER_SM.
 #include "common.cuh"
 
 #ifndef CHANNELS

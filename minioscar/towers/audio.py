@@ -16,8 +16,8 @@ import numpy as np
 from ..errors import UserError, shown
 from ..fields import Fields
 from . import sound
-from .layers import Layers, Shape
-from .media import Backend, Features, Medium
+from .layers import Backend, Layers, Shape
+from .media import Features, Medium
 
 Array = Any
 PREFIX = "audio_tower."

@@ -16,8 +16,8 @@ import numpy as np
 from ..errors import UserError, shown
 from ..fields import Fields
 from . import pictures, tiles
-from .layers import Layers, Shape
-from .media import Backend, Features, Medium, check_tokens
+from .layers import Backend, Layers, Shape
+from .media import Features, Medium, check_tokens
 from .tiles import Size, best_grid, shown_rows
 
 Array = Any

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import TooLarge, UserError
-from .layers import Layers, Shape
+from .layers import Backend
 
 Array = Any
 Message = Mapping[str, Any]
@@ -115,23 +115,6 @@ class Features:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in (self.embeddings, *self.deep))
-
-
-class Backend(Protocol):
-    """What a tower asks of a back end (ops/reference.py says what each does)."""
-
-    xp: Any
-    dtype: np.dtype
-
-    def array(self, x: np.ndarray) -> Array: ...
-
-    def linear(self, x: Array, weight: Array, bias: Array | None = None, *, residual: Array | None = None) -> Array: ...
-
-    def sum(self, x: Array, y: Array) -> Array: ...
-
-    def rope(self, x: Array, cos: Array, sin: Array) -> Array: ...
-
-    def layers_for(self, shape: Shape) -> type[Layers]: ...
 
 
 class Cards(Backend, Protocol):

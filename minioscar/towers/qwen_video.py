@@ -22,7 +22,8 @@ import numpy as np
 from ..errors import TooLarge, UserError, shown
 from ..fields import Fields
 from . import video
-from .media import Backend, Features, Medium, check_tokens
+from .layers import Backend
+from .media import Features, Medium, check_tokens
 from .qwen_vision import MAX_ASPECT, QwenVision, preprocessing
 
 Array = Any

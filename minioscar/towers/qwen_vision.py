@@ -18,8 +18,8 @@ import numpy as np
 from ..errors import UserError, shown
 from ..fields import Fields
 from . import pictures
-from .layers import Layers, Places, Shape
-from .media import Backend, Features, Medium, check_tokens
+from .layers import Backend, Layers, Places, Shape
+from .media import Features, Medium, check_tokens
 
 Array = Any
 PREFIX = "model.visual."
