@@ -39,7 +39,7 @@ from minioscar.sampling import RowSampling, Sampling
 from minioscar.sm90 import linear_batch as wgmma
 from minioscar.sm90 import prefill_attention as sm90
 from minioscar.towers import on_card as towers
-from minioscar.towers.layers import ACTIVATIONS, Places
+from minioscar.towers.layers import ACTIVATIONS, Places, Shape
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install 'minioscar[nvrtc]'")
 
@@ -95,7 +95,9 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
             found[f"prefill_tiles d{dim}"] = sm90.fill_tiles(heads, new, None, 1, past)
     for dim in (72, *((64, 128) if everything else ())):
         x = np.empty((1, 2, dim), np.uint16)
-        found[f"full_attention d{dim}"] = towers.full_attention(x, x, x, x, (ints, ints, ints), 1, card)
+        shape = Shape(2 * dim, 8, 2, 0.0, "gelu", "", (), "", "", "", "")
+        *tiles, launch = towers.full_attention(x, x, x, x, towers.Segments.allocate(np, shape, 1, 1, card), card)
+        found |= {f"full_attention d{dim}": launch} | {f"full_attention_tiles d{dim}": launch for launch in tiles}
     for kv, dim in [("int2", 128)] + PACKED[1:] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
         to = sm90.Tiles(past, past, ints) if sm90.tiled(dim, card) else (past, past)

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from minioscar.cache import BF16
+from minioscar.ops.cuda import Cuda
+from minioscar.ops.reference import Reference
 from minioscar.towers import layers
 from minioscar.towers import on_card as towers
 from minioscar.towers.layers import Places
+from minioscar.towers.media import Medium
 from minioscar.towers.qwen_vision import QwenVision
 
 from .kernel_device import on_each_device
+from .simt.backend import Simt
 
 ROUNDING = 1.01 * 2.0**-8  # of one number to BF16, and a little for float32
 ROW = (1, 8), (9, 48), (17, 264), (3, 1152), (2, 4608)  # rows and numbers: lanes without a vector, some, many vectors
@@ -132,3 +136,17 @@ def test_places_of_patches_lie_between_four_of_the_table(device, seed, rows, col
     device.run(towers.placed(there, device.array(table), places, tower.side))
     expected = x.astype(np.float64) + layers.stretched(table, grid, tower.side, np)
     assert close(device.numpy(there), expected)
+
+
+@pytest.mark.parametrize("make", [lambda: Simt(80), lambda: Simt(90), pytest.param(Cuda, marks=pytest.mark.gpu)])
+def test_a_tower_of_heads_of_72_is_that_of_the_reference(make, seed):
+    """Of more patches than one tile of attention, and than go without cuBLAS."""
+    rng = np.random.default_rng(seed)
+    tower = QwenVision(1, 2, 144, 152, 2, 64, 6, (0,), patch=4)
+    weights = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in tower.expected().items()}
+    medium = Medium.of("image", rng.integers(0, 256, (64, 80, 3), np.uint8), 80, (1, 8, 10))
+    ops = make()
+    found = tower.encode(medium, {name: ops.array(x) for name, x in weights.items()}, ops)
+    expected = tower.encode(medium, weights, Reference())
+    for ours, theirs in zip((found.embeddings, *found.deep), (expected.embeddings, *expected.deep), strict=True):
+        assert np.abs(ops.numpy(ours).astype(np.float32) - theirs).max() < 0.02 * np.abs(theirs).max()

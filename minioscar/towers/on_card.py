@@ -1,6 +1,7 @@
 """A tower's layers by kernels (kernels/towers/, prefill_attention.cu without its mask) and cuBLAS, in BF16.
 
-Two arrays are all that layers need beside x: `normed`, as large, and `wide`, for q, k and v or the MLP's middle.
+Two arrays are what layers need beside x: `normed`, as large, and `wide`, for q, k and v or the MLP's middle; and on
+compute capability 9.0 keys and values in tiles.
 
   x --layer_norm--> normed --product--> wide: q, k, v --heads--> the same --attention--> normed --product--> wide
   x + wide --layer_norm--> x and normed --product--> wide --activation--> the same --product--> normed; x + normed -> x
@@ -9,7 +10,7 @@ Two arrays are all that layers need beside x: `normed`, as large, and `wide`, fo
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ from ..ops.attention import Heads, PrefillTokens
 from ..ops.launch import Card, Launch
 from ..ops.linear_batch import BATCH_TOKENS
 from ..ops.prefill import prefill_attention
+from ..sm90 import prefill_attention as sm90
 from .layers import Places, Shape, Weights
 
 Array = Any
 MAX_HEAD_DIM, MAX_HIDDEN = 128, 2048
+TILED = {64: 64, 72: 128, 80: 128, 128: 128}  # head_dim -> that of sm90/prefill_attention.cu
 OVERWRITE = np.zeros(1, np.float32)  # beta of a product
 POOL_BLOCK = 512  # bytes
 
@@ -43,15 +46,14 @@ class Layers:
         self.ops, self.shape, self.segment = ops, shape, min(segment, tokens)
         self.normed = ops.xp.empty(tokens * shape.hidden, BF16)
         self.wide = ops.xp.empty(wide_numbers(shape, tokens, wide), BF16)
-        first = np.arange(0, tokens, self.segment)
-        indices = first, np.zeros_like(first), np.minimum(self.segment, tokens - first)
-        self.sequences = tuple(ops.xp.asarray(np.stack(indices).astype(np.int32)))  # first rows, starts, counts
+        self.segments = Segments.allocate(ops.xp, shape, tokens, self.segment, ops.card)
 
     @staticmethod
     def nbytes(shape: Shape, tokens: int, segment: int, ops: Any, wide: int = 0) -> int:
         """Of its arrays and x."""
-        normed, wide, sequences = tokens * shape.hidden, wide_numbers(shape, tokens, wide), -(-tokens // segment)
-        return Layers.array_bytes(2 * normed, 2 * normed, 2 * wide, 12 * sequences)
+        normed, wide, segments = tokens * shape.hidden, wide_numbers(shape, tokens, wide), -(-tokens // segment)
+        of_tiles = 2 * math.prod(tiles_shape(shape, tokens, min(segment, tokens), ops.card))
+        return Layers.array_bytes(2 * normed, 2 * normed, 2 * wide, of_tiles, of_tiles, 4 * 4 * segments)
 
     @staticmethod
     def array_bytes(*sizes: int) -> int:
@@ -106,7 +108,8 @@ class Layers:
         s, run = self.shape, self.ops.run
         y = self.norm(x, w, f"{prefix}{s.norm1}")
         q, keys, values = self._heads(y, w, prefix, places)
-        run(full_attention(q, keys, values, y, self.sequences, self.segment, self.ops.card))
+        for launch in full_attention(q, keys, values, y, self.segments, self.ops.card):
+            run(launch)
         weight, bias = _pair(w, f"{prefix}{s.out}")
         more = self._view(self.wide, *x.shape)
         self._product(y, weight, more)
@@ -154,6 +157,35 @@ class Layers:
         return buffer[: math.prod(shape)].reshape(shape)
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Of tokens, which attend to each other within them."""
+
+    length: int  # the last one may be shorter
+    indices: tuple[Array, ...]  # int32 [segments]: first tokens, zeros, numbers of tokens, first tiles
+    tiles: tuple[Array, Array] | None  # room for keys and values where attention reads `sm90.Tiles`
+
+    @classmethod
+    def allocate(cls, xp: Any, shape: Shape, tokens: int, length: int, card: Card) -> Segments:
+        first, of_tiles = np.arange(0, tokens, length), tiles_shape(shape, tokens, length, card)
+        each = np.arange(len(first)) * -(-length // sm90.TILE_TOKENS)
+        indices = first, np.zeros_like(first), np.minimum(length, tokens - first), each
+        tiles = (xp.empty(of_tiles, BF16), xp.empty(of_tiles, BF16)) if of_tiles[0] else None
+        return cls(length, tuple(xp.asarray(np.stack(indices).astype(np.int32))), tiles)
+
+
+def tiles_shape(shape: Shape, tokens: int, segment: int, card: Card) -> tuple[int, int, int, int]:
+    size, count = computed(shape.head_dim, card), -(-tokens // segment) * -(-segment // sm90.TILE_TOKENS)
+    return count if sm90.tiled(size, card) else 0, shape.heads, sm90.TILE_TOKENS, size
+
+
+def computed(head_dim: int, card: Card) -> int:
+    """Channels of a head as attention has them in shared memory, zeros behind its own."""
+    if sm90.tiled(128, card) and head_dim in TILED:
+        return TILED[head_dim]
+    return -(-head_dim // 16) * 16
+
+
 def wide_numbers(shape: Shape, tokens: int, wide: int) -> int:
     return max(tokens * max(3 * shape.hidden, shape.inner), wide)
 
@@ -166,17 +198,21 @@ def _pair(w: Weights, name: str) -> tuple[Array, Array | None]:
 
 
 def full_attention(
-    q: Array, keys: Array, values: Array, out: Array, sequences: tuple[Array, Array, Array], segment: int, card: Card
-) -> Launch:
+    q: Array, keys: Array, values: Array, out: Array, segments: Segments, card: Card
+) -> list[Launch]:
     """Each of the tokens of a segment over all of them. q, keys, values: bf16 [tokens, heads, d], rows anywhere, d a
-    multiple of 8; out [tokens, heads * d]. sequences: int32 [segments] each, first rows, zeros and counts of tokens."""
+    multiple of 8; out [tokens, heads * d]."""
     tokens, heads, d = q.shape
-    count, size = -(-tokens // segment), -(-d // 16) * 16
-    first, starts, counts = (of[:count] for of in sequences)
+    count = -(-tokens // segments.length)
+    first, starts, counts, first_tiles = (of[:count] for of in segments.indices)
     strides = (x.strides[0] // BF16.itemsize for x in (keys, values))
-    new = PrefillTokens(keys, values, *strides, first, None, starts, counts, segment)
-    launch = prefill_attention(Heads(heads, heads, size), q, new, None, out, card, scale=d**-0.5)
-    return replace(launch, defines=(*launch.defines, f"CHANNELS={d}", "FULL=1"))
+    new = PrefillTokens(keys, values, *strides, first, None, starts, counts, segments.length)
+    shape, past, launches = Heads(heads, heads, computed(d, card)), None, []
+    if segments.tiles:
+        past = sm90.Tiles(*segments.tiles, first_tiles)
+        launches = [sm90.fill_tiles(shape, new, None, segments.length, past)]
+    launches.append(prefill_attention(shape, q, new, past, out, card, scale=d**-0.5))
+    return [replace(launch, defines=(*launch.defines, f"CHANNELS={d}", "FULL=1")) for launch in launches]
 
 
 def layer_norm(
