@@ -43,10 +43,10 @@ class Layers:
     on_host = False
 
     def __init__(self, ops: Any, shape: Shape, tokens: int, segment: int, wide: int = 0):
-        self.ops, self.shape, self.segment = ops, shape, min(segment, tokens)
+        self.ops, self.shape = ops, shape
         self.normed = ops.xp.empty(tokens * shape.hidden, BF16)
         self.wide = ops.xp.empty(wide_numbers(shape, tokens, wide), BF16)
-        self.segments = Segments.allocate(ops.xp, shape, tokens, self.segment, ops.card)
+        self.segments = Segments.allocate(ops.xp, shape, tokens, min(segment, tokens), ops.card)
 
     @staticmethod
     def nbytes(shape: Shape, tokens: int, segment: int, ops: Any, wide: int = 0) -> int:
