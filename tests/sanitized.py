@@ -12,7 +12,7 @@ import sys
 import pytest
 
 FILES = ("decode_attention", "decode_step", "elementwise", "experts", "linear", "linear_quantized", "pack_and_rotate")
-FILES += ("prefill_attention", "sample")
+FILES += ("prefill_attention", "sample", "tower_kernels")
 
 
 def main(argv: list[str]) -> int:

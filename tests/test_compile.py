@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from minioscar.sampling import RowSampling, Sampling
 from minioscar.sm90 import linear_batch as wgmma
 from minioscar.sm90 import prefill_attention as sm90
 from minioscar.towers import on_card as towers
+from minioscar.towers.layers import ACTIVATIONS, Places, Shape
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install 'minioscar[nvrtc]'")
 
@@ -58,6 +60,7 @@ def launches(arch: int) -> dict[str, Launch]:
     card = Card(MULTIPROCESSORS, arch)
     others = linear_launches(card, arch == 90) | quantized_launches(card, arch == 90)
     others |= expert_launches(card) | quantized_expert_launches(card, arch == 90)
+    others |= tower_launches(arch == 90)
     return attention_launches(card, arch == 90) | others | parallel_launches(arch == 90)
 
 
@@ -90,9 +93,11 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
         found[f"prefill_attention d{dim} {q_per_kv}:1"] = prefill.prefill_attention(heads, out, new, past, out, card)
         if past:
             found[f"prefill_tiles d{dim}"] = sm90.fill_tiles(heads, new, None, 1, past)
-    for dim in (96, *((64, 128) if everything else ())):
-        x = np.empty((4, 1, 2, dim), np.uint16)
-        found[f"full_attention d{dim}"] = towers.full_attention(x, ints, ints, card, 1.0)
+    for dim in (72, *((64, 128) if everything else ())):
+        x = np.empty((1, 2, dim), np.uint16)
+        shape = Shape(2 * dim, 8, 2, 0.0, "gelu", "", (), "", "", "", "")
+        *tiles, launch = towers.full_attention(x, x, x, x, towers.Segments.allocate(np, shape, 1, 1, card), card)
+        found |= {f"full_attention d{dim}": launch} | {f"full_attention_tiles d{dim}": launch for launch in tiles}
     for kv, dim in [("int2", 128)] + PACKED[1:] * everything:
         past = np.empty((1, 2, 1, dim), np.uint16)
         to = sm90.Tiles(past, past, ints) if sm90.tiled(dim, card) else (past, past)
@@ -108,6 +113,24 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
         for axis in (0, 1):
             launch = attention.rotate_heads(np.empty((dim, dim), np.uint16), dim, axis)
             found[f"{launch.name} d{dim}"] = launch
+    return found
+
+
+def tower_launches(everything: bool) -> dict[str, Launch]:
+    """Of Qwen3-VL's tower."""
+    found, out = {}, np.empty(1, np.uint16)
+    for hidden in (1152, 4608, *((1024, 1280, 2048) if everything else ())):
+        x = np.empty((1, hidden), np.uint16)
+        found[f"layer_norm of {hidden}"] = towers.layer_norm(x, (out, out), x, 0.0, (x, out))
+    for d, heads in ((72, 16), *(((64, 16), (64, 20)) if everything else ())):
+        x = np.empty((1, heads, d), np.uint16)
+        found[f"heads d{d} {heads}"] = towers.heads((x, x, x), (out, out, out), None)
+    for name in ACTIVATIONS:
+        found[name] = towers.activate(name, np.empty((1, 8), np.uint16), out)
+    places = Places(np.zeros((1, 2), np.int32), out, out, out)
+    found["places"] = towers.placed(x[0], out, places, 48)
+    vision = SimpleNamespace(patch=16, frames=2, merge=2, mean=(0.5,) * 3, deviation=(0.5,) * 3)
+    found["patches"] = towers.patches(np.empty((1, 32, 32, 3), np.uint8), out, vision, 1)
     return found
 
 

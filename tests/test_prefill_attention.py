@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from minioscar.ops import attention, prefill
 from minioscar.ops.launch import Card
 from minioscar.sm90 import prefill_attention as sm90
 from minioscar.towers import on_card as towers
+from minioscar.towers.layers import Shape
 
 from .kernel_device import on_each_device, on_each_device_over, on_the_card
 from .pairwise import scheme_traits
@@ -273,19 +275,28 @@ def plain(tiles: np.ndarray, d: int) -> np.ndarray:
 
 
 @on_each_device
-@pytest.mark.parametrize(("d", "tokens"), [(64, 1), (64, 100), (96, 131), (128, 64)])
-def test_full_attention_is_over_all_tokens_of_a_picture(device, seed, d, tokens):
-    """Heads of 96 with the last quarter zeros, as a padded head of 72 has them."""
+@pytest.mark.parametrize(("d", "tokens", "segment"), [
+    (64, 1, 1), (64, 300, 300), (72, 131, 131), (72, 400, 150), (8, 40, 17), (24, 70, 70), (96, 70, 70), (128, 64, 64),
+    (80, 129, 129),
+])  # fmt: skip
+def test_full_attention_is_over_all_tokens_of_a_segment(device, seed, d, tokens, segment):
+    """q, keys and values as slices of one product, whose biases and neighbours must not be read."""
     rng, heads = np.random.default_rng(seed), 3
-    arrays = np.full((4, tokens, heads, d), np.nan, BF16)
-    arrays[:3] = rng.normal(size=(3, tokens, heads, d)) * np.where(np.arange(d) < 72, 2, d != 96)
-    there = device.array(arrays)
-    zero, count = (device.array(np.array([n], np.int32)) for n in (0, tokens))
+    qkv = np.full((tokens, 4, heads, d), np.nan, BF16)
+    qkv[:, :3] = rng.normal(size=(tokens, 3, heads, d)) * 2
+    there, first = device.array(qkv), np.arange(0, tokens, segment)
+    xp = SimpleNamespace(empty=device.empty, asarray=device.array)
     for arch in (80, 90):
-        device.run(towers.full_attention(there, zero, count, Card(3, arch), 0.1), arch)
-        q, k, v = (x.astype(np.float64).swapaxes(0, 1) for x in arrays[:3])
-        x = q @ k.swapaxes(1, 2) * 0.1
-        p = np.exp(x - x.max(axis=-1, keepdims=True))
-        p /= p.sum(axis=-1, keepdims=True)
-        error = np.abs(device.numpy(there)[3].astype(np.float64).swapaxes(0, 1) - p @ v)
-        assert np.all(error <= 1.05 * BF16_ROUNDING * (p @ np.abs(v) + np.abs(p @ v)) + 1e-5)
+        card, shape = Card(3, arch), Shape(heads * d, 8, heads, 0.0, "gelu", "", (), "", "", "", "")
+        segments = towers.Segments.allocate(xp, shape, tokens, segment, card)
+        out, parts = device.empty((tokens, heads * d), BF16), (there[:, 0], there[:, 1], there[:, 2])
+        for launch in towers.full_attention(*parts, out, segments, card):
+            device.run(launch, arch)
+        found = device.numpy(out).astype(np.float64).reshape(tokens, heads, d)
+        for at in first:
+            q, k, v = qkv[at : at + segment, :3].astype(np.float64).transpose(1, 2, 0, 3)
+            x = q @ k.swapaxes(1, 2) * d**-0.5
+            p = np.exp(x - x.max(axis=-1, keepdims=True))
+            p /= p.sum(axis=-1, keepdims=True)
+            error = np.abs(found[at : at + segment].swapaxes(0, 1) - p @ v)
+            assert np.all(error <= 1.05 * BF16_ROUNDING * (p @ np.abs(v) + np.abs(p @ v)) + 1e-5)

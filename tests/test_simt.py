@@ -220,7 +220,7 @@ def test_wgmma_of_registers_and_columns_of_shared_memory_multiplies_like_numpy(d
 
 
 @on_each_device
-@pytest.mark.parametrize("n", [64, 128])
+@pytest.mark.parametrize("n", [64, 80, 128])
 def test_wgmma_of_registers_and_rows_of_shared_memory_multiplies_like_numpy(device, n, seed):
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(64, 16)).astype(TYPES["bfloat16"]), rng.normal(size=(16, n)).astype(TYPES["bfloat16"])

@@ -1,12 +1,12 @@
 // prefill_attention.cu: causal attention of many new tokens over their past and over each other, on the tensor cores.
 //
 //   out[t, h] = sum over s <= t of softmax_s(q[t, h] . k[s] * scale) v[s], for the q heads h of a kv head
-//   With FULL, of pictures: the sum is over all s of the sequence.
+//   With FULL, of pictures and sound: the sum is over all s of the sequence.
 //
 // Sequence s has counts[s] new tokens, rows first_rows[s] ... of q, out [tokens][q_heads][D] and of the new keys and
-// values (BF16, rows key_stride and value_stride numbers apart, [kv_heads][D] in each: v may be a slice of the qkv
-// projection), and starts[s] older ones: BF16 [rows][kv_heads][capacity][D], row past_rows[s] (null: s). unpack.cu
-// brings a packed past into that form, a layer at a time.
+// values (BF16, rows q_stride, key_stride and value_stride numbers apart, [q_heads or kv_heads][D] in each: slices of
+// the qkv projection), and starts[s] older ones: BF16 [rows][kv_heads][capacity][D], row past_rows[s] (null: s).
+// unpack.cu brings a packed past into that form, a layer at a time.
 //
 // grid (blocks of queries, kv_heads, sequences). A block's rows are (token, q head) pairs, head by head of token
 // after token, so keys are read once for all q heads; a warp has ROW_TILES * 16 of them. Keys and values are read in
@@ -15,16 +15,29 @@
 // the sums. p is rounded to BF16: an error of at most 2^-8 of it.
 // Operations: 4 D for each q head, query and key that it sees. reads q, k, v once a block of queries, mostly from L2.
 //
-// Set by -D: HEAD_DIM, Q_PER_KV (any), BLOCK_WARPS, ROW_TILES (1, 2), TILE (a multiple of 16), BLOCKS_PER_SM.
+// With CHANNELS, a multiple of 8 less than D, a head has so many channels in memory, without a past; the rest, of
+// shared memory alone, are zeros, which change no sum: heads of 72 channels are computed as 80.
+//
+// Set by -D: HEAD_DIM and TILE (multiples of 16), Q_PER_KV (any), BLOCK_WARPS, ROW_TILES (1, 2), BLOCKS_PER_SM.
 #include "common.cuh"
 
-constexpr int D = HEAD_DIM, VECTORS = D / 8, THREADS = BLOCK_WARPS * 32;
+#ifndef CHANNELS
+#define CHANNELS HEAD_DIM
+#endif
+constexpr int D = HEAD_DIM, VECTORS = CHANNELS / 8, THREADS = BLOCK_WARPS * 32;
 constexpr int WARP_ROWS = 16 * ROW_TILES, BLOCK_ROWS = BLOCK_WARPS * WARP_ROWS;
 constexpr int STRIDE = D * 2 + 16;  // bytes of a row of shared memory: eight rows of ldmatrix are in different banks
 constexpr int KEY_TILES = TILE / 8, CHANNEL_TILES = D / 8;
 constexpr int KEYS_OFFSET = BLOCK_ROWS * STRIDE,
               TILE_BYTES = TILE * STRIDE;  // q | keys, values of one stage | of the other
 constexpr float RESCALE_THRESHOLD = 8.f;
+
+// Zeros behind the channels of every row of shared memory, once.
+DEVICE void clear_padding(unsigned char* smem) {
+  constexpr int PADDING = D / 8 - VECTORS;
+  for (int i = threadIdx.x; i < (BLOCK_ROWS + 4 * TILE) * PADDING; i += THREADS)
+    *(uint4*)(smem + i / max(PADDING, 1) * STRIDE + (VECTORS + i % max(PADDING, 1)) * 16) = make_uint4(0, 0, 0, 0);
+}
 
 // Keys or values of one kv head of a sequence.
 struct Tokens {
@@ -145,8 +158,8 @@ DEVICE void multiply_values(State& state, const float (&p)[ROW_TILES][KEY_TILES]
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     prefill_attention(const bf16* q, const bf16* new_keys, const bf16* new_values, const bf16* past_keys,
                       const bf16* past_values, const int* first_rows, const int* past_rows, const int* starts,
-                      const int* counts, bf16* out, int key_stride, int value_stride, int kv_heads, int capacity,
-                      float scale_log2) {
+                      const int* counts, bf16* out, int q_stride, int key_stride, int value_stride, int kv_heads,
+                      int capacity, float scale_log2) {
   wait_then_allow_next();
   extern __shared__ __align__(128) unsigned char smem[];
   const int sequence = blockIdx.z, head = blockIdx.y, count = counts[sequence], start = starts[sequence];
@@ -155,15 +168,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const size_t row = first_rows[sequence];
   const size_t past = ((size_t)(past_rows ? past_rows[sequence] : sequence) * kv_heads + head) * capacity * D;
-  const Tokens keys = {past_keys + past, new_keys + row * key_stride + head * D, start, key_stride};
-  const Tokens values = {past_values + past, new_values + row * value_stride + head * D, start, value_stride};
-  const bf16* queries = q + (row * kv_heads + head) * Q_PER_KV * D;
-  const size_t token_stride = (size_t)kv_heads * Q_PER_KV * D;
+  const Tokens keys = {past_keys + past, new_keys + row * key_stride + head * CHANNELS, start, key_stride};
+  const Tokens values = {past_values + past, new_values + row * value_stride + head * CHANNELS, start, value_stride};
+  const bf16* queries = q + row * q_stride + head * Q_PER_KV * CHANNELS;
 
+  clear_padding(smem);
   for (int i = threadIdx.x; i < BLOCK_ROWS * VECTORS; i += THREADS) {
     const int n = first + i / VECTORS, vector = i % VECTORS;
     unsigned char* slot = smem + i / VECTORS * STRIDE + vector * 16;
-    if (n < count * Q_PER_KV) cp_async_16(slot, queries + n / Q_PER_KV * token_stride + n % Q_PER_KV * D + vector * 8);
+    const bf16* from = queries + (size_t)(n / Q_PER_KV) * q_stride + n % Q_PER_KV * CHANNELS + vector * 8;
+    if (n < count * Q_PER_KV) cp_async_16(slot, from);
     else *(uint4*)slot = make_uint4(0, 0, 0, 0);
   }
 #ifdef FULL
@@ -199,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   }
 
   // first_rows is loaded again, which saves a register.
-  bf16* result = out + ((size_t)first_rows[sequence] * kv_heads + head) * Q_PER_KV * D + 2 * c;
+  bf16* result = out + ((size_t)first_rows[sequence] * kv_heads + head) * Q_PER_KV * CHANNELS + 2 * c;
   const int rows = counts[sequence] * Q_PER_KV;
   UNROLL for (int i = 0; i < ROW_TILES; i++)
     UNROLL for (int j = 0; j < 2; j++) {
@@ -209,8 +223,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const float inverse = 1.f / l;
       const int n = first + warp * WARP_ROWS + 16 * i + 8 * j + r;
       if (n >= rows) continue;
-      bf16* to = result + (size_t)(n / Q_PER_KV) * kv_heads * Q_PER_KV * D + n % Q_PER_KV * D;
-      UNROLL for (int k = 0; k < CHANNEL_TILES; k++)
+      bf16* to = result + ((size_t)(n / Q_PER_KV) * kv_heads * Q_PER_KV + n % Q_PER_KV) * CHANNELS;
+      UNROLL for (int k = 0; k < VECTORS; k++)
         *(uint32_t*)(to + 8 * k) = pack_bf16x2(state.o[i][k][2 * j] * inverse, state.o[i][k][2 * j + 1] * inverse);
     }
 }

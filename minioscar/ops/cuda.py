@@ -30,6 +30,7 @@ from ..sm90.prefill_attention import split_plan
 from ..storage.checkpoint import Tensor
 from ..storage.upload import Buffers, Upload, pinned
 from ..towers import on_card as towers
+from ..towers.layers import Layers, Shape
 from ..weights import Layer, bytes_of
 from . import attention, linear, prefill
 from .attention import HEAD_DIMS, Heads
@@ -228,13 +229,8 @@ class Cuda(Reference):
             return layer_cache.rotate_scale(qkv, layer, tables, config, batch, rotate_values)
         return super().rotate_scale(qkv, layer, tables, layer_cache, config, batch, rotate_values)
 
-    def full_attention(self, q: Array, keys: Array, values: Array) -> Array:
-        has_kernel = towers.padded(q.shape[2]) is not None
-        return towers.attention(self, q, keys, values) if has_kernel else super().full_attention(q, keys, values)
-
-    def full_attention_bytes(self, tokens: int, heads: int, dim: int) -> int:
-        size = towers.padded(dim)
-        return super().full_attention_bytes(tokens, heads, dim) if size is None else 8 * tokens * heads * size
+    def layers_for(self, shape: Shape) -> type[Layers]:
+        return towers.Layers if towers.fits(shape) else super().layers_for(shape)
 
     def decoder(
         self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,

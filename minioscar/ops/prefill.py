@@ -40,7 +40,7 @@ def unpack(
     return Launch("unpack.cu", "unpack", defines, grid, 2 * heads.head_dim, args)
 
 
-# head_dim -> (warps, row tiles of 16 a warp, keys of a tile, blocks a multiprocessor), best first
+# head_dim, and smaller ones -> (warps, row tiles of 16 a warp, keys of a tile, blocks a multiprocessor), best first
 PREFILL_CONFIGS = {
     64: [(4, 2, 64, 2)], 96: [(4, 2, 64, 2)], 128: [(4, 2, 48, 2)], 256: [(8, 1, 64, 1), (8, 1, 32, 1), (4, 1, 16, 2)],
 }
@@ -65,13 +65,15 @@ def prefill_attention(
     def config_bytes(warps: int, row_tiles: int, tile: int, _blocks: int) -> int:
         return (warps * row_tiles * 16 + 4 * tile) * (2 * d + 16)
 
-    config = next(c for c in PREFILL_CONFIGS[d] if config_bytes(*c) <= card.max_shared_bytes)
+    configs = PREFILL_CONFIGS[min(size for size in PREFILL_CONFIGS if size >= d)]
+    config = next(c for c in configs if config_bytes(*c) <= card.max_shared_bytes)
     names = "BLOCK_WARPS", "ROW_TILES", "TILE", "BLOCKS_PER_SM"
     defines = f"HEAD_DIM={d}", f"Q_PER_KV={q_per_kv}", *(f"{name}={n}" for name, n in zip(names, config, strict=True))
     grid = -(-new.max_count * q_per_kv // (config[0] * config[1] * 16)), heads.kv_heads, new.starts.shape[0]
     keys, values = past if past else (None, None)
     indices = new.first_rows, new.slots, new.starts, new.counts
-    sizes = new.key_stride, new.value_stride, heads.kv_heads, keys.shape[2] if past else 0
+    q_stride = q.strides[0] // BF16.itemsize  # of a slice of the qkv projection more than its own numbers
+    sizes = q_stride, new.key_stride, new.value_stride, heads.kv_heads, keys.shape[2] if past else 0
     args = (q, new.keys, new.values, keys, values, *indices, out, *map(np.int32, sizes), scale_log2)
     threads, shared = 32 * config[0], config_bytes(*config)
     return Launch("prefill_attention.cu", "prefill_attention", defines, grid, threads, args, shared)

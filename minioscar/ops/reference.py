@@ -240,13 +240,9 @@ class Reference:
         layer_cache.append(new, batch)
         return y
 
-    def full_attention(self, q: Array, keys: Array, values: Array) -> Array:
-        """softmax(q . k / sqrt(d)) . v of every head, each query over all keys: [tokens, heads, d], in q's dtype."""
-        return layers.attention(q, keys, values, self.xp).astype(q.dtype)
-
-    def full_attention_bytes(self, tokens: int, heads: int, dim: int) -> int:
-        """Of its arrays."""
-        return 4 * tokens * heads * (4 * dim + 3 * min(tokens, layers.QUERIES))
+    def layers_for(self, shape: layers.Shape) -> type[layers.Layers]:
+        """What computes the layers of a tower of this shape."""
+        return layers.Layers
 
     def decoder(
         self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,

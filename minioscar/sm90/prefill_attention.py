@@ -111,7 +111,8 @@ def attend_to_tiles(
     heads_per_pass = next((n for n in range(heads.kv_heads, 1, -1) if heads.kv_heads % n == 0 and n <= fitting), 1)
     sizes = map(np.int32, (heads.kv_heads, heads_per_pass, sequences, blocks, plan.splits, plan.tiles))
     inputs = q, tiles.keys, tiles.values, tiles.first, new.first_rows, new.starts, new.counts
-    args = *inputs, out, splits.workspace, splits.split_counter, *sizes, scale_log2
+    q_stride = np.int32(q.strides[0] // BF16.itemsize)  # of a slice of the qkv projection more than its own numbers
+    args = *inputs, out, splits.workspace, splits.split_counter, q_stride, *sizes, scale_log2
     stages = WGMMA_STAGES[d]
     shared = (WGMMA_ROWS + 2 * stages * TILE_TOKENS) * 2 * d + 4 * stages * 8 + 8
     grid = (min(blocks * plan.splits * heads.kv_heads * sequences, card.multiprocessors),)

@@ -16,8 +16,8 @@ import numpy as np
 from ..errors import UserError, shown
 from ..fields import Fields
 from . import sound
-from .layers import gelu, layer_norm, linear
-from .media import Backend, Features, Medium
+from .layers import Backend, Layers, Shape
+from .media import Features, Medium
 
 Array = Any
 PREFIX = "audio_tower."
@@ -83,6 +83,13 @@ class AudioTower:
     def weights_of(self) -> str:
         return self.kind
 
+    @property
+    def shape(self) -> Shape:
+        """Of its layers."""
+        qkv = tuple(f"self_attn.{of}_proj" for of in "qkv")
+        names = "self_attn_layer_norm", qkv, "self_attn.out_proj", "final_layer_norm", "fc1", "fc2"
+        return Shape(self.hidden_size, self.intermediate_size, self.num_heads, EPS, "gelu", *names)
+
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Tensor name, as Hugging Face checkpoints spell it within the thinker, -> shape."""
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -133,51 +140,65 @@ class AudioTower:
 
     def encoded(self, mel: np.ndarray, w: Mapping[str, Array], ops: Backend) -> Array:
         """mel float32 [frames, bins] -> [tokens, output_size]."""
-        xp = ops.xp
-        x = self._convolved(mel, w, ops)  # [tokens, hidden]
+        tokens, window = self.tokens(len(mel)), rows(self.chunk) * self.chunks_per_window
+        layers = ops.layers_for(self.shape)(ops, self.shape, tokens, window)
+        x = self._convolved(mel, w, layers, ops)  # [tokens, hidden]
         for i in range(self.num_layers):
-            x = self._layer(x, w, f"layers.{i}.", ops)
-        x = layer_norm(x, w, "ln_post", EPS, xp)
-        return linear(gelu(linear(x, w, "proj1", ops), xp), w, "proj2", ops)
+            x = layers.layer(x, w, f"layers.{i}.")
+        return layers.mlp(layers.norm(x, w, "ln_post"), w, "proj1", "proj2")
 
-    def _layer(self, x: Array, w: Mapping[str, Array], name: str, ops: Backend) -> Array:
-        xp, window = ops.xp, rows(self.chunk) * self.chunks_per_window
-        y = layer_norm(x, w, f"{name}self_attn_layer_norm", EPS, xp)
-        q, k, v = (linear(y, w, f"{name}self_attn.{of}_proj", ops).reshape(len(x), self.num_heads, -1) for of in "qkv")
-        parts = [slice(at, at + window) for at in range(0, len(x), window)]
-        y = xp.concatenate([ops.full_attention(q[part], k[part], v[part]) for part in parts])
-        x = linear(y.reshape(x.shape), w, f"{name}self_attn.out_proj", ops, residual=x)
-        y = layer_norm(x, w, f"{name}final_layer_norm", EPS, xp)
-        return linear(gelu(linear(y, w, f"{name}fc1", ops), xp), w, f"{name}fc2", ops, residual=x)
-
-    def _convolved(self, mel: np.ndarray, w: Mapping[str, Array], ops: Backend) -> Array:
+    def _convolved(self, mel: np.ndarray, w: Mapping[str, Array], layers: Layers, ops: Backend) -> Array:
         """The rows of all chunks, [tokens, hidden]. A last chunk that is shorter is filled with zeros, unless it is the
         first, too, and its rows behind the end are left out."""
         xp, frames, count = ops.xp, min(len(mel), self.chunk), -(-len(mel) // self.chunk)
+        found = xp.zeros((count, rows(frames), self.hidden_size), ops.dtype)
         chunks = np.zeros((count, frames, self.mel_bins), np.float32)
         chunks.reshape(-1, self.mel_bins)[: len(mel)] = mel
         places = xp.asarray(sinusoids(rows(frames), self.hidden_size))
-        parts = []
         for i in range(0, count, CHUNKS):
-            x = ops.array(chunks[i : i + CHUNKS].swapaxes(1, 2)[..., None])  # [chunks, bins, frames, 1]
-            for name in CONVOLUTIONS:
-                x = gelu(convolution(x, w, name, ops), xp)
-            x = x.transpose(0, 2, 3, 1).reshape(len(x), x.shape[2], -1)  # [chunks, rows, channels * bands]
-            parts.append(ops.sum(linear(xp.ascontiguousarray(x), w, "conv_out", ops), places))
-        return xp.concatenate(parts).reshape(-1, self.hidden_size)[: self.tokens(len(mel))]
+            found[i : i + CHUNKS] = self._rows(chunks[i : i + CHUNKS], places, w, layers, ops)
+        return found.reshape(-1, self.hidden_size)[: self.tokens(len(mel))]
+
+    def _rows(self, chunks: np.ndarray, places: Array, w: Mapping[str, Array], layers: Layers, ops: Backend) -> Array:
+        """Of a few chunks, float32 [chunks, frames, bins]: [chunks, rows, hidden]."""
+        x = ops.array(chunks.swapaxes(1, 2)[..., None])  # [chunks, bins, frames, 1]
+        for name in CONVOLUTIONS:
+            x = convolution(x, w, name, layers, ops)
+        x = x.transpose(0, 2, 3, 1).reshape(len(x), x.shape[2], -1)  # [chunks, rows, channels * bands]
+        y = ops.linear(ops.xp.ascontiguousarray(x).reshape(-1, x.shape[-1]), w["conv_out.weight"])
+        return ops.sum(y.reshape(*x.shape[:2], -1), places)
 
     def work_bytes(self, tokens: int, ops: Backend) -> int:
-        """Of the widest moment of `encode`, a chunk's convolution or a layer, and of the features."""
-        hidden, heads, itemsize = self.hidden_size, self.num_heads, ops.dtype.itemsize
-        window = min(rows(self.chunk) * self.chunks_per_window, tokens)
-        frames = tokens * self.chunk // rows(self.chunk) + self.chunk
-        half = self.channels * (self.mel_bins // 2 + 1) * (self.chunk // 2 + 1)  # of the first convolution
-        patches = 9 * self.channels * (self.mel_bins // 4 + 1) * (self.chunk // 4 + 1)  # of the second
-        convolving = min(CHUNKS, -(-frames // self.chunk)) * (half * (2 * itemsize + 4 * 6) + 2 * itemsize * patches)
-        attending = itemsize * 7 * tokens * hidden + ops.full_attention_bytes(window, heads, hidden // heads)
-        mlp = itemsize * tokens * (2 * hidden + 2 * self.intermediate_size) + 4 * tokens * 4 * self.intermediate_size
-        in_tower = 8 * frames * self.mel_bins + max(convolving, attending, mlp) + itemsize * tokens * self.output_size
-        return max(sound.work_bytes(frames, self.mel_bins), in_tower)
+        """Of the arrays of `encode`: layers, the convolutions of a few chunks and the features, which on a card take
+        the place of the second convolution's patches where these are larger."""
+        kind, itemsize = ops.layers_for(self.shape), ops.dtype.itemsize
+        each, features = rows(self.chunk), itemsize * tokens * self.output_size
+        count = -(-tokens // each)
+        layers = kind.nbytes(self.shape, tokens, each * self.chunks_per_window, ops)
+        if kind.on_host:
+            frames = count * self.chunk
+            layers += 8 * frames * self.mel_bins + itemsize * (count * each * self.hidden_size) + features
+            return max(sound.work_bytes(frames, self.mel_bins), layers + self._convolution_on_host(count, itemsize))
+        sizes = [itemsize * size for size in self._convolution_sizes(min(count, CHUNKS))]
+        sizes += [itemsize * (count * each - tokens) * self.hidden_size, 4 * each * self.hidden_size]
+        return layers + kind.array_bytes(*sizes, features if features > max(sizes) else 0)
+
+    def _convolution_sizes(self, chunks: int) -> list[int]:
+        """Numbers of mel frames, and of patches, matrices and results of the first two convolutions of so many chunks:
+        the third has room where they were."""
+        height, width, channels = self.mel_bins, self.chunk, 1
+        found = [chunks * height * width]
+        for _ in range(2):
+            height, width = (height + 1) // 2, (width + 1) // 2
+            places = chunks * height * width
+            found += [9 * channels * places, 9 * channels * self.channels, self.channels * places]
+            channels = self.channels
+        return found
+
+    def _convolution_on_host(self, chunks: int, itemsize: int) -> int:
+        """Of the second convolution, or of the first one's GELU."""
+        sizes = self._convolution_sizes(min(chunks, CHUNKS))
+        return itemsize * sum(sizes[3:]) + 4 * 6 * sizes[3]
 
 
 def rows(frames: int) -> int:
@@ -187,15 +208,27 @@ def rows(frames: int) -> int:
     return frames
 
 
-def convolution(x: Array, w: Mapping[str, Array], name: str, ops: Backend) -> Array:
-    """x [n, height, width, in] -> [n, (height + 1) // 2, (width + 1) // 2, out], 3 x 3, stride 2, zeros around it."""
-    xp, (_, height, width, _) = ops.xp, x.shape
-    x = xp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    patches = [x[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
+def convolution(x: Array, w: Mapping[str, Array], name: str, layers: Layers, ops: Backend) -> Array:
+    """x [n, height, width, in] -> [n, (height + 1) // 2, (width + 1) // 2, out], 3 x 3, stride 2, zeros around it, and
+    a GELU."""
+    xp, (n, height, width, channels) = ops.xp, x.shape
+    patches = xp.zeros((n, (height + 1) // 2, (width + 1) // 2, 9, channels), ops.dtype)
+    for i, (to_rows, of_rows) in enumerate(taps(height)):
+        for j, (to_columns, of_columns) in enumerate(taps(width)):
+            patches[:, to_rows, to_columns, 3 * i + j] = x[:, of_rows, of_columns]
     weight = w[f"{name}.weight"].transpose(0, 2, 3, 1)
-    x = xp.concatenate(patches, axis=-1)
-    y = ops.linear(x.reshape(-1, x.shape[-1]), xp.ascontiguousarray(weight).reshape(len(weight), -1), w[f"{name}.bias"])
-    return y.reshape(*x.shape[:3], -1)
+    weight = xp.ascontiguousarray(weight).reshape(len(weight), -1)
+    y = layers.gelu_linear(patches.reshape(-1, weight.shape[1]), weight, w[f"{name}.bias"])
+    return y.reshape(*patches.shape[:3], -1)
+
+
+def taps(size: int) -> list[tuple[slice, slice]]:
+    """Of each of three neighbours: which of the (size + 1) // 2 places have it, and where they find it."""
+    count = (size + 1) // 2
+    return [
+        (slice(1, count), slice(1, 2 * count - 2, 2)), (slice(count), slice(0, size, 2)),
+        (slice(size // 2), slice(1, size, 2)),
+    ]  # fmt: skip
 
 
 def sinusoids(count: int, size: int) -> np.ndarray:

@@ -16,8 +16,8 @@ import numpy as np
 from ..errors import UserError, shown
 from ..fields import Fields
 from . import pictures, tiles
-from .layers import gelu, layer_norm, linear, quick_gelu
-from .media import Backend, Features, Medium, check_tokens
+from .layers import Backend, Layers, Shape
+from .media import Features, Medium, check_tokens
 from .tiles import Size, best_grid, shown_rows
 
 Array = Any
@@ -94,6 +94,13 @@ class Clip:
         """Patches along a tile."""
         return self.tile // self.patch
 
+    @property
+    def shape(self) -> Shape:
+        """Of its layers."""
+        qkv = tuple(f"self_attn.{of}_proj" for of in "qkv")
+        names = "layer_norm1", qkv, "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2"
+        return Shape(self.hidden_size, self.intermediate_size, self.num_heads, self.eps, "quick_gelu", *names)
+
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Tensor name, as Hugging Face checkpoints spell it, -> shape."""
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -150,53 +157,49 @@ class Clip:
         """embeddings [tokens, output_size]: of the whole picture, then of its grid, row by row."""
         xp, side, (size, cut) = ops.xp, self.side, medium.data
         w = {name.removeprefix(TOWER).removeprefix(PROJECTOR): array for name, array in weights.items()}
-        parts = (tiles.normalized(cut[i : i + TILES]) for i in range(0, len(cut), TILES))
-        x = xp.concatenate([self._features(part, w, ops) for part in parts])
-        x = linear(gelu(linear(x, w, "linear_1", ops), xp), w, "linear_2", ops)  # [tiles * side * side, output_size]
+        patches, tokens = side * side, min(len(cut), TILES) * (side * side + 1)
+        wide = len(cut) * patches * self.output_size
+        layers = ops.layers_for(self.shape)(ops, self.shape, tokens, patches + 1, wide)
+        parts = [self._features(cut[i : i + TILES], w, layers, ops) for i in range(0, len(cut), TILES)]
+        x = xp.concatenate(parts).reshape(-1, self.hidden_size)
+        del parts
+        x = layers.mlp(x, w, "linear_1", "linear_2")  # [tiles * patches, output_size]
         if self.grids is None:
             return Features(x)
-        whole, x = x[: side * side], x[side * side :]
+        out, grid = xp.empty((medium.tokens, self.output_size), x.dtype), x[patches:]
         height, width = (edge // self.tile for edge in best_grid(size, self.grids))
-        x = x.reshape(height, width, side, side, -1).swapaxes(1, 2).reshape(height * side, width * side, -1)
-        x = x[self._shown(size)]
-        newline = xp.broadcast_to(w[NEWLINE], (len(x), 1, x.shape[-1]))
-        return Features(xp.concatenate([whole, xp.concatenate([x, newline], axis=1).reshape(-1, x.shape[-1])]))
+        grid = grid.reshape(height, width, side, side, -1).swapaxes(1, 2)  # [height, side, width, side, output_size]
+        rows, columns = self._shown(size)
+        lines = out[patches:].reshape(rows.stop - rows.start, -1, self.output_size)
+        for row in range(rows.start, rows.stop):
+            of_row = grid[row // side, row % side].reshape(width * side, -1)
+            lines[row - rows.start, :-1] = of_row[columns]
+        out[:patches], lines[:, -1] = x[:patches], w[NEWLINE]
+        return Features(out)
 
-    def _features(self, pixels: np.ndarray, w: Mapping[str, Array], ops: Backend) -> Array:
-        """What the layers make of the patches of a few tiles, [tiles * patches, hidden], row by row. pixels: of
-        `tiles.normalized`."""
-        xp, (n, side, patch) = ops.xp, (len(pixels), self.side, self.patch)
-        cut = pixels[..., : side * patch, : side * patch].reshape(n, 3, side, patch, side, patch)
-        cut = cut.transpose(0, 2, 4, 1, 3, 5).reshape(n * side * side, -1)  # a row is a patch: colour, row, column
+    def _features(self, cut: np.ndarray, w: Mapping[str, Array], layers: Layers, ops: Backend) -> Array:
+        """What the layers make of the patches of a few tiles, [tiles, patches, hidden], row by row."""
+        n, side, patch, pixels = len(cut), self.side, self.patch, tiles.normalized(cut)
+        pixels = pixels[..., : side * patch, : side * patch].reshape(n, 3, side, patch, side, patch)
+        pixels = pixels.transpose(0, 2, 4, 1, 3, 5).reshape(n, side * side, -1)  # of a patch: colour, row, column
         kernel = w["embeddings.patch_embedding.weight"].reshape(self.hidden_size, -1)
-        x = ops.linear(ops.array(cut), kernel).reshape(n, side * side, -1)
-        first = xp.broadcast_to(w["embeddings.class_embedding"], (n, 1, self.hidden_size))
-        x = ops.sum(xp.concatenate([first, x], axis=1), w["embeddings.position_embedding.weight"])
-        x = layer_norm(x.reshape(-1, self.hidden_size), w, "pre_layrnorm", self.eps, xp)
+        first, places = w["embeddings.class_embedding"], w["embeddings.position_embedding.weight"]
+        x = layers.norm(layers.tiles(ops.array(pixels), kernel, first, places), w, "pre_layrnorm", in_place=True)
         for i in range(self.depth):
-            x = self._layer(x, n, w, f"encoder.layers.{i}.", ops)
-        return x.reshape(n, -1, self.hidden_size)[:, 1:].reshape(-1, self.hidden_size)
-
-    def _layer(self, x: Array, n: int, w: Mapping[str, Array], name: str, ops: Backend) -> Array:
-        xp = ops.xp
-        y = layer_norm(x, w, f"{name}layer_norm1", self.eps, xp)
-        parts = (linear(y, w, f"{name}self_attn.{of}_proj", ops) for of in "qkv")
-        q, k, v = (part.reshape(n, len(x) // n, self.num_heads, -1) for part in parts)
-        y = xp.stack([ops.full_attention(*of_tile) for of_tile in zip(q, k, v, strict=True)])
-        x = linear(y.reshape(x.shape), w, f"{name}self_attn.out_proj", ops, residual=x)
-        h = linear(layer_norm(x, w, f"{name}layer_norm2", self.eps, xp), w, f"{name}mlp.fc1", ops)
-        return linear(quick_gelu(h, xp), w, f"{name}mlp.fc2", ops, residual=x)
+            x = layers.layer(x, w, f"encoder.layers.{i}.")
+        return x.reshape(n, -1, self.hidden_size)[:, 1:]
 
     def work_bytes(self, tokens: int, ops: Backend) -> int:
-        """Of the widest moment of `encode`, in attention, in an MLP or in the projector, and of the features."""
-        hidden, heads, itemsize, patches = self.hidden_size, self.num_heads, ops.dtype.itemsize, self.side**2 + 1
-        n = TILES * patches
-        attending = itemsize * 6 * n * hidden + ops.full_attention_bytes(patches, heads, hidden // heads)
-        mlp = itemsize * n * (2 * hidden + 2 * self.intermediate_size) + 4 * n * 4 * self.intermediate_size
-        largest = max((height * width for height, width in self.grids or ()), default=0) // self.tile**2 + 1
-        pixels = 4 * 4 * 3 * self.tile**2 * TILES  # on the host, too, where that is another memory
-        projected = largest * self.side**2 * (hidden * itemsize + self.output_size * (3 * itemsize + 4 * 4))
-        return max(attending, mlp) + projected + pixels
+        """Of the arrays of `encode` for the largest of grids: layers and projector, x of all tiles twice, pixels of a
+        few, what the projector makes of all, and the features."""
+        kind, itemsize, hidden = ops.layers_for(self.shape), ops.dtype.itemsize, self.hidden_size
+        count = max((height * width for height, width in self.grids or ()), default=0) // self.tile**2 + 1
+        few, patches = min(count, TILES), self.side**2
+        layers = kind.nbytes(self.shape, few * (patches + 1), patches + 1, ops, count * patches * self.output_size)
+        sizes = [(count - few) * (patches + 1) * hidden, count * patches * hidden, few * patches * 3 * self.patch**2]
+        sizes += [count * patches * self.output_size, tokens * self.output_size if self.grids else 0]
+        others = kind.array_bytes(*(itemsize * size for size in sizes), 4 * few * (patches + 1))
+        return layers + others + (4 * 4 * 3 * self.tile**2 * TILES if kind.on_host else 0)
 
 
 def _grids(get: Fields, tile: int) -> tuple[Size, ...]:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import TooLarge, UserError
+from .layers import Backend
 
 Array = Any
 Message = Mapping[str, Any]
@@ -114,25 +115,6 @@ class Features:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in (self.embeddings, *self.deep))
-
-
-class Backend(Protocol):
-    """What a tower asks of a back end (ops/reference.py says what each does)."""
-
-    xp: Any
-    dtype: np.dtype
-
-    def array(self, x: np.ndarray) -> Array: ...
-
-    def linear(self, x: Array, weight: Array, bias: Array | None = None, *, residual: Array | None = None) -> Array: ...
-
-    def sum(self, x: Array, y: Array) -> Array: ...
-
-    def rope(self, x: Array, cos: Array, sin: Array) -> Array: ...
-
-    def full_attention(self, q: Array, keys: Array, values: Array) -> Array: ...
-
-    def full_attention_bytes(self, tokens: int, heads: int, dim: int) -> int: ...
 
 
 class Cards(Backend, Protocol):

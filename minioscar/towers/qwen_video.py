@@ -22,7 +22,8 @@ import numpy as np
 from ..errors import TooLarge, UserError, shown
 from ..fields import Fields
 from . import video
-from .media import Backend, Features, Medium, check_tokens
+from .layers import Backend
+from .media import Features, Medium, check_tokens
 from .qwen_vision import MAX_ASPECT, QwenVision, preprocessing
 
 Array = Any
@@ -194,7 +195,7 @@ class QwenVideo:
         if self.positions_a_second is not None:
             largest = min(tokens, self.vision.max_pixels // (self.vision.patch * self.vision.merge) ** 2)
         features = ops.dtype.itemsize * tokens * self.feature_width
-        return self.vision.work_bytes(largest, ops) + (2 * features if largest < tokens else 0)
+        return self.vision.work_bytes(largest, ops, self.vision.frames) + (2 * features if largest < tokens else 0)
 
 
 def resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -18,8 +18,8 @@ import numpy as np
 from ..errors import UserError, shown
 from ..fields import Fields
 from . import pictures
-from .layers import gelu, layer_norm, linear
-from .media import Backend, Features, Medium, check_tokens
+from .layers import Backend, Layers, Places, Shape
+from .media import Features, Medium, check_tokens
 
 Array = Any
 PREFIX = "model.visual."
@@ -92,6 +92,12 @@ class QwenVision:
     @property
     def feature_width(self) -> int:
         return self.output_size * (1 + len(self.deepstack))
+
+    @property
+    def shape(self) -> Shape:
+        """Of its blocks."""
+        names = "norm1", ("attn.qkv",), "attn.proj", "norm2", "mlp.linear_fc1", "mlp.linear_fc2"
+        return Shape(self.hidden_size, self.intermediate_size, self.num_heads, EPS, "gelu_tanh", *names)
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Tensor name, as Hugging Face checkpoints spell it, -> shape."""
@@ -176,63 +182,37 @@ class QwenVision:
         """The same of pixels that `patches` takes."""
         xp, w = ops.xp, {name.removeprefix(PREFIX): array for name, array in weights.items()}
         w["patch_embed.proj.weight"] = w["patch_embed.proj.weight"].reshape(self.hidden_size, -1)
-        places = self.places(*(size // (self.patch * self.merge) for size in pixels.shape[-3:-1]))
-        x = self.patches(xp.asarray(pixels), xp).astype(ops.dtype)
-        x = linear(x, w, "patch_embed.proj", ops)  # [patches, hidden]
-        x = ops.sum(x, self._positions(places, w["pos_embed.weight"], xp))
-        tables, deep = self._angles(places, xp), {}
+        grid = self.places(*(size // (self.patch * self.merge) for size in pixels.shape[-3:-1]))
+        half = self.hidden_size // self.num_heads // 2
+        places = Places.of(grid, THETA ** -(np.arange(0, half, 2) / half), xp)
+        layers = ops.layers_for(self.shape)(ops, self.shape, len(grid), len(grid), self._wide(len(grid)))
+        x = layers.linear(layers.patches(self, pixels), w, "patch_embed.proj")  # [patches, hidden]
+        x, deep = layers.placed(x, w["pos_embed.weight"], places, self.side), {}
         for i in range(self.depth):
-            x = self._block(x, w, f"blocks.{i}.", tables, ops)
+            x = layers.layer(x, w, f"blocks.{i}.", places)
             if i in self.deepstack:
                 j = self.deepstack.index(i)
-                deep[j] = self._merged(x, w, f"deepstack_merger_list.{j}", ops)
-        return Features(self._merged(x, w, "merger", ops), [deep[j] for j in range(len(self.deepstack))])
+                deep[j] = self._merged(x, w, f"deepstack_merger_list.{j}", layers)
+        return Features(self._merged(x, w, "merger", layers), [deep[j] for j in range(len(self.deepstack))])
 
-    def _positions(self, places: np.ndarray, table: Array, xp: Any) -> Array:
-        """The learned table, stretched over the picture (bilinear, corners on corners); float32 [patches, hidden]."""
-        sizes = np.maximum(places.max(axis=0), 1)
-        exact = places * ((self.side - 1) / sizes)
-        low = np.floor(exact).astype(np.int64)
-        part, high = exact - low, np.minimum(low + 1, self.side - 1)
-        y = 0
-        for row, of_row in ((low[:, 0], 1 - part[:, 0]), (high[:, 0], part[:, 0])):
-            for column, of_column in ((low[:, 1], 1 - part[:, 1]), (high[:, 1], part[:, 1])):
-                share = xp.asarray((of_row * of_column).astype(np.float32))[:, None]
-                y = y + table[xp.asarray(row * self.side + column)].astype(xp.float32) * share
-        return y
-
-    def _angles(self, places: np.ndarray, xp: Any) -> tuple[Array, Array]:
-        """cos and sin of the rotary angles: a half of the pairs by row, the other by column; float32 [patches, d/2]."""
-        half = self.hidden_size // self.num_heads // 2
-        frequencies = THETA ** -(np.arange(0, half, 2) / half)
-        angles = (places[:, :, None] * frequencies).reshape(len(places), half)
-        return xp.asarray(np.cos(angles).astype(np.float32)), xp.asarray(np.sin(angles).astype(np.float32))
-
-    def _block(
-        self, x: Array, w: Mapping[str, Array], name: str, tables: tuple[Array, Array], ops: Backend
-    ) -> Array:
-        xp = ops.xp
-        qkv = linear(layer_norm(x, w, f"{name}norm1", EPS, xp), w, f"{name}attn.qkv", ops)
-        q, k, v = qkv.reshape(len(x), 3, self.num_heads, -1).swapaxes(0, 1)  # [patches, heads, d]
-        y = ops.full_attention(ops.rope(q, *tables), ops.rope(k, *tables), v).reshape(len(x), -1)
-        x = linear(y, w, f"{name}attn.proj", ops, residual=x)
-        h = linear(layer_norm(x, w, f"{name}norm2", EPS, xp), w, f"{name}mlp.linear_fc1", ops)
-        return linear(gelu_tanh(h, xp), w, f"{name}mlp.linear_fc2", ops, residual=x)
-
-    def _merged(self, x: Array, w: Mapping[str, Array], name: str, ops: Backend) -> Array:
+    def _merged(self, x: Array, w: Mapping[str, Array], name: str, layers: Layers) -> Array:
         """Four patches -> a token: the norm is over each patch (the last merger), or over the four (DeepStack's)."""
         wide = len(w[f"{name}.linear_fc1.weight"])
-        x = x.reshape(-1, len(w[f"{name}.norm.weight"]))
-        x = layer_norm(x, w, f"{name}.norm", EPS, ops.xp).reshape(-1, wide)
-        return linear(gelu(linear(x, w, f"{name}.linear_fc1", ops), ops.xp), w, f"{name}.linear_fc2", ops)
+        x = layers.norm(x.reshape(-1, len(w[f"{name}.norm.weight"])), w, f"{name}.norm").reshape(-1, wide)
+        return layers.mlp(x, w, f"{name}.linear_fc1", f"{name}.linear_fc2")
 
-    def work_bytes(self, tokens: int, ops: Backend) -> int:
-        """Of the widest moment of `encode`, in attention or in an MLP, and of the features of so many tokens."""
-        n, hidden, itemsize = tokens * self.merge**2, self.hidden_size, ops.dtype.itemsize
-        attending = itemsize * 6 * n * hidden + ops.full_attention_bytes(n, self.num_heads, hidden // self.num_heads)
-        mlp = itemsize * n * (2 * hidden + 2 * self.intermediate_size) + 4 * n * 4 * self.intermediate_size
-        features = itemsize * tokens * self.feature_width
-        return max(attending, mlp) + features
+    def _wide(self, patches: int) -> int:
+        """Numbers of all patches before there are layers, or of a merger's middle."""
+        return patches * max(3 * self.frames * self.patch**2, self.hidden_size)
+
+    def work_bytes(self, tokens: int, ops: Backend, frames: int = 1) -> int:
+        """Of the arrays of `encode`: layers, the features of so many tokens, pixels of so many frames, places of
+        patches and tables of angles, which have a row for each patch of the longer side."""
+        n, itemsize = tokens * self.merge**2, ops.dtype.itemsize
+        kind, angles = ops.layers_for(self.shape), 2 * self.hidden_size // self.num_heads
+        sizes = 3 * frames * self.patch**2 * n, 8 * n, n // self.merge * angles
+        features = [itemsize * tokens * self.output_size] * (1 + len(self.deepstack))
+        return kind.nbytes(self.shape, n, n, ops, self._wide(n)) + kind.array_bytes(*sizes, *features)
 
 
 def preprocessing(raw: Mapping[str, Any], shape: QwenVision, source: str) -> dict[str, Any]:
@@ -259,10 +239,3 @@ def preprocessing(raw: Mapping[str, Any], shape: QwenVision, source: str) -> dic
             raise UserError(f"{get.source}: image_{name[:4]} {values} must be three numbers above 0")
     given = {name: tuple(map(float, values)) for name, values in colours.items() if values}
     return {"min_pixels": limits[0], "max_pixels": limits[1], **given}
-
-
-def gelu_tanh(x: Array, xp: Any) -> Array:
-    """GELU by tanh (arXiv 1606.08415, 2): x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
-    y = x.astype(xp.float32)
-    inner = xp.float32(math.sqrt(2 / math.pi)) * (y + xp.float32(0.044715) * y * y * y)
-    return (xp.float32(0.5) * y * (1 + xp.tanh(inner))).astype(x.dtype)

@@ -28,14 +28,18 @@
 // shared memory's 128 bytes a clock wgmma takes 64, operand b once for each warpgroup; copies take up to 32 more, and
 // q, were it there, half of 32.
 //
+// With FULL, of towers, every row sees all keys of its sequence. With CHANNELS, a multiple of 8 less than HEAD_DIM, a
+// head has so many channels in q and out; in tiles and shared memory zeros follow, which change no sum. As many of
+// them are multiplied as make whole steps of 16 channels: 80 for heads of 72.
+//
 // Set by -D: HEAD_DIM (64, 128), Q_PER_KV (any), STAGES.
 #include "../common.cuh"
 #include "tile.cuh"
 #include "wgmma.cuh"
 
-constexpr int D = HEAD_DIM, GROUPS = 2, GROUP_THREADS = 128, BLOCK_ROWS = 64 * GROUPS,
+constexpr int D = HEAD_DIM, STEPS = (CHANNELS + 15) / 16, GROUPS = 2, GROUP_THREADS = 128, BLOCK_ROWS = 64 * GROUPS,
               THREADS = (GROUPS + 1) * GROUP_THREADS;
-constexpr int KEY_TILES = TILE / 8, CHANNEL_TILES = D / 8, Q_BYTES = BLOCK_ROWS * D * 2, PATTERN = 1024;
+constexpr int KEY_TILES = TILE / 8, CHANNEL_TILES = 2 * STEPS, Q_BYTES = BLOCK_ROWS * D * 2, PATTERN = 1024;
 constexpr int VALUES_OFFSET = STAGES * TILE_BYTES, Q_OFFSET = VALUES_OFFSET + STAGES * TILE_BYTES,
               BARRIERS_OFFSET = Q_OFFSET + Q_BYTES;
 constexpr int IS_LAST_OFFSET = BARRIERS_OFFSET + 4 * STAGES * 8;
@@ -46,6 +50,15 @@ constexpr float MAX_SUM = 0x1p60f;
 // 128 rows of one kv head of a sequence, and the keys that they see, or a split of these.
 struct Item {
   int sequence, head, block, split, splits, rows, start, first, end, from, tiles;  // splits: of these rows
+
+  // Of those that a row sees.
+  DEVICE int last_key(int row) const {
+#ifdef FULL
+    return end - 1;
+#else
+    return start + row / Q_PER_KV;
+#endif
+  }
 };
 
 struct Items {
@@ -69,7 +82,11 @@ struct Items {
       x.rows = counts[x.sequence] * Q_PER_KV;
       x.start = starts[x.sequence];
       x.first = x.block * BLOCK_ROWS;
+#ifdef FULL
+      x.end = x.start + counts[x.sequence];
+#else
       x.end = x.start + (min(x.first + BLOCK_ROWS, x.rows) - 1) / Q_PER_KV + 1;  // of the keys that any row sees
+#endif
       const int all = (x.end + TILE - 1) / TILE;
       x.from = x.split * split_tiles;
       x.tiles = min(all - x.from, split_tiles);
@@ -103,9 +120,9 @@ struct Ring {  // of tiles of keys or of values
 };
 
 // x: q . k of 64 rows and the keys of a tile. Issued, not complete.
-DEVICE void multiply_keys(float (&x)[KEY_TILES][4], const uint32_t (&q)[D / 16][4], const unsigned char* keys) {
+DEVICE void multiply_keys(float (&x)[KEY_TILES][4], const uint32_t (&q)[STEPS][4], const unsigned char* keys) {
   const uint64_t b = wgmma_operand(keys, PATTERN, 0);
-  UNROLL for (int s = 0; s < D / 16; s++) {
+  UNROLL for (int s = 0; s < STEPS; s++) {
     const int at = (s / 4 * HALF_BYTES + s % 4 * 32) >> 4;  // the address is the descriptor's lowest field
     if (s == 0) wgmma_bf16_k_major<true>(x, q[s], b);
     else wgmma_bf16_k_major<false>(x, q[s], b + at);
@@ -119,11 +136,11 @@ DEVICE void multiply_values(float (&o)[CHANNEL_TILES][4], const uint32_t (&p)[TI
 }
 
 // The logits of a tile once more, of a warp's sixteen rows alone and without wgmma.
-DEVICE void multiply_keys_again(float (&x)[KEY_TILES][4], const uint32_t (&q)[D / 16][4], const unsigned char* keys) {
+DEVICE void multiply_keys_again(float (&x)[KEY_TILES][4], const uint32_t (&q)[STEPS][4], const unsigned char* keys) {
   const int lane = threadIdx.x % 32;
   clear(x);
   UNROLL for (int n = 0; n < KEY_TILES; n += 2)
-    UNROLL for (int s = 0; s < D / 16; s++) {
+    UNROLL for (int s = 0; s < STEPS; s++) {
       uint32_t k[4];
       ldmatrix_x4(k, keys + swizzled_offset(8 * n + lane / 16 * 8 + lane % 8, 2 * s + lane / 8 % 2));
       mma_m16n8k16_bf16(x[n], q[s][0], q[s][1], q[s][2], q[s][3], k[0], k[1]);
@@ -222,8 +239,8 @@ DEVICE bool merge_splits(
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefill_attention(const bf16* q, const unsigned char* key_tiles, const unsigned char* value_tiles,
                       const int* first_tiles, const int* first_rows, const int* starts, const int* counts, bf16* out,
-                      float* workspace, int* split_counter, int kv_heads, int heads_per_pass, int sequences, int blocks,
-                      int splits, int split_tiles, float scale_log2) {
+                      float* workspace, int* split_counter, int q_stride, int kv_heads, int heads_per_pass,
+                      int sequences, int blocks, int splits, int split_tiles, float scale_log2) {
   wait_then_allow_next();
   extern __shared__ __align__(1024) unsigned char smem[];
   uint64_t* barriers = (uint64_t*)(smem + BARRIERS_OFFSET);
@@ -262,46 +279,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   increase_registers<240>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const size_t token_stride = (size_t)kv_heads * Q_PER_KV * D;
-  auto head_at = [&](const Item& x) { return ((size_t)first_rows[x.sequence] * kv_heads + x.head) * Q_PER_KV * D; };
+  const size_t out_stride = (size_t)kv_heads * Q_PER_KV * CHANNELS;
+  auto head_at = [&](const Item& x, size_t stride) {
+    return first_rows[x.sequence] * stride + x.head * Q_PER_KV * CHANNELS;
+  };
   unsigned char* const own_q = smem + Q_OFFSET + warp * 16 * D * 2;  // the warp's sixteen rows
   auto q_vector = [&](int r, int vector) { return own_q + r * D * 2 + (vector ^ r % 8) * 16; };
   auto copy_q = [&](const Item& x) {
-    const bf16* from = q + head_at(x);
-    for (int i = lane; i < 16 * VECTORS; i += 32) {
-      const int r = i / VECTORS, n = min(x.first + warp * 16 + r, x.rows - 1);  // rows past the end repeat the last row
-      cp_async_16(q_vector(r, i % VECTORS), from + n / Q_PER_KV * token_stride + n % Q_PER_KV * D + i % VECTORS * 8);
+    const bf16* from = q + head_at(x, q_stride);
+    for (int i = lane; i < 16 * FILLED; i += 32) {
+      const int r = i / FILLED, n = min(x.first + warp * 16 + r, x.rows - 1);  // rows past the end repeat the last row
+      const bf16* token = from + (size_t)(n / Q_PER_KV) * q_stride;
+      cp_async_16(q_vector(r, i % FILLED), token + n % Q_PER_KV * CHANNELS + i % FILLED * 8);
     }
   };
   auto wait_pingpong = [&] { named_barrier_wait(PINGPONG_BARRIER + group, 2 * GROUP_THREADS); };
   auto pass_pingpong = [&] { named_barrier_arrive(PINGPONG_BARRIER + (group ^ 1), 2 * GROUP_THREADS); };
 
+  if (FILLED < 2 * STEPS && lane < 16) *(uint4*)q_vector(lane, FILLED) = make_uint4(0, 0, 0, 0);
   bool has_item = items.seek(number, item);
   if (has_item) copy_q(item);
   if (group == 1) pass_pingpong();  // warpgroup 0 goes first
   while (has_item) {
     const int warp_row = item.first + warp * 16, own_row = warp_row + lane / 4;
     float x[KEY_TILES][4], o[CHANNEL_TILES][4];
-    uint32_t p[TILE / 16][4], rows[D / 16][4];
+    uint32_t p[TILE / 16][4], rows[STEPS][4];
     Softmax state = {{INITIAL_MAX, INITIAL_MAX}, {0.f, 0.f}, {0.f, 0.f}};
     cp_async_commit();
     cp_async_wait<0>();
     __syncwarp();
-    UNROLL for (int s = 0; s < D / 16; s++) ldmatrix_x4(rows[s], q_vector(lane % 16, 2 * s + lane / 16));
+    UNROLL for (int s = 0; s < STEPS; s++) ldmatrix_x4(rows[s], q_vector(lane % 16, 2 * s + lane / 16));
     __syncwarp();
     clear(o);
     // Logits of tile j of the item to p; then waits for the operands of the next products. Returns whether the sums
     // are to be multiplied by state.factor.
     auto scores_to_p = [&](int j) {
-      const int last = item.start - (item.from + j) * TILE;
-      const bool sees_all = last + warp_row / Q_PER_KV >= TILE - 1;  // every row of the warp sees all keys of the tile
+      const int first = (item.from + j) * TILE;
+      const int last0 = item.last_key(own_row) - first, last1 = item.last_key(own_row + 8) - first;
+      const bool sees_all = item.last_key(warp_row) - first >= TILE - 1;  // every row of the warp, all keys of the tile
       const float before[2] = {state.l[0], state.l[1]};
       bool rescaled = j == 0;
-      if (!sees_all) state.apply_causal_mask(x, last + own_row / Q_PER_KV, last + (own_row + 8) / Q_PER_KV);
+      if (!sees_all) state.apply_causal_mask(x, last0, last1);
       if (rescaled) state.update_max(x, scale_log2);
       while (state.exp_scores(x, scale_log2)) {
         multiply_keys_again(x, rows, keys.tile(at));
-        if (!sees_all) state.apply_causal_mask(x, last + own_row / Q_PER_KV, last + (own_row + 8) / Q_PER_KV);
+        if (!sees_all) state.apply_causal_mask(x, last0, last1);
         state.l[0] = before[0];
         state.l[1] = before[1];
         rescaled = true;
@@ -372,13 +394,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       is_last =
           merge_splits(o, state, sums, split_counter + index, item.split, item.splits, (int*)(smem + IS_LAST_OFFSET));
     }
-    bf16* result = out + head_at(item) + 2 * (lane % 4);
+    bf16* result = out + head_at(item, out_stride) + 2 * (lane % 4);
     UNROLL for (int i = 0; i < 2; i++) {
       const float inverse = 1.f / state.l[i];
       const int row = own_row + 8 * i;
       if (row >= item.rows || !is_last) continue;
-      bf16* to = result + row / Q_PER_KV * token_stride + row % Q_PER_KV * D;
-      UNROLL for (int k = 0; k < CHANNEL_TILES; k++)
+      bf16* to = result + row / Q_PER_KV * out_stride + row % Q_PER_KV * CHANNELS;
+      UNROLL for (int k = 0; k < FILLED; k++)
         *(uint32_t*)(to + 8 * k) = pack_bf16x2(o[k][2 * i] * inverse, o[k][2 * i + 1] * inverse);
     }
     item = next;

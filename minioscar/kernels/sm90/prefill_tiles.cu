@@ -1,7 +1,7 @@
 // sm90/prefill_tiles.cu: keys and values of a prefill into the tiles of tile.cuh, which prefill_attention.cu copies
 // as they are.
 //
-// Sequence s: tokens starts[s] ... are rows first_rows[s] ... of new_keys, new_values, [rows][kv_heads][HEAD_DIM]
+// Sequence s: tokens starts[s] ... are rows first_rows[s] ... of new_keys, new_values, [rows][kv_heads][CHANNELS]
 // whose rows are key_stride, value_stride numbers apart; older ones, if they are plain BF16, [row
 // slots[s]][kv_heads][capacity][HEAD_DIM] of past_keys, past_values. If these are null, unpack.cu has put the older
 // tokens into the tiles. The tiles of sequence s begin at number first_tiles[s]; past its last token they are 0.
@@ -30,9 +30,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = threadIdx.x; i < TILE * VECTORS; i += THREADS) {
     const int r = i / VECTORS, vector = i % VECTORS, t = tile * TILE + r;
     uint4 key = make_uint4(0, 0, 0, 0), value = key;
-    if (t >= start && t < end) {
-      key = *(const uint4*)(new_keys + (row + t - start) * key_stride + head * HEAD_DIM + vector * 8);
-      value = *(const uint4*)(new_values + (row + t - start) * value_stride + head * HEAD_DIM + vector * 8);
+    if (t >= start && t < end && vector < FILLED) {
+      key = *(const uint4*)(new_keys + (row + t - start) * key_stride + head * CHANNELS + vector * 8);
+      value = *(const uint4*)(new_values + (row + t - start) * value_stride + head * CHANNELS + vector * 8);
     } else if (t < start) {
       if (!past_keys) continue;
       key = *(const uint4*)(past_keys + past + (size_t)t * HEAD_DIM + vector * 8);

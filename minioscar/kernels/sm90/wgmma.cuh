@@ -96,6 +96,12 @@ DEVICE void wgmma_bf16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
                : SUMS_16(d, 0), SUMS_16(d, 4)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+DEVICE void wgmma_bf16(float (&d)[10][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {" REGISTERS_40
+               "}, {%40,%41,%42,%43}, %44, 1, 1, 1, 1;"
+               : SUMS_32(d, 0), SUMS_8(d, 8)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
 // Both in shared memory, K-major; d += a . b. HALF: registers of d; NEXT: HALF + 1.
 #define WGMMA_SHARED(N, HALF, NEXT, ...)                                                       \
   DEVICE void wgmma_bf16_shared(float(&d)[N / 8][4], uint64_t a, uint64_t b) {                 \

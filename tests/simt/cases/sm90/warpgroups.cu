@@ -28,6 +28,9 @@ __device__ void multiply(const uint32_t* a, const uint4* b, const float* c, floa
 extern "C" __global__ void registers_shared_64(const uint32_t* a, const uint4* b, const float* c, float* out) {
   multiply<64>(a, b, c, out);
 }
+extern "C" __global__ void registers_shared_80(const uint32_t* a, const uint4* b, const float* c, float* out) {
+  multiply<80>(a, b, c, out);
+}
 extern "C" __global__ void registers_shared_128(const uint32_t* a, const uint4* b, const float* c, float* out) {
   multiply<128>(a, b, c, out);
 }

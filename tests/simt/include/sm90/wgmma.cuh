@@ -21,7 +21,7 @@ SIMT_INLINE void wgmma_bf16_k_major(float (&d)[N][4], const uint32_t (&a)[4], ui
   simt::wgmma(&d[0][0], 8 * N, OVERWRITE, a, 0, b, false, line);
 }
 template <int N> SIMT_INLINE void wgmma_bf16(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) {
-  static_assert(N == 8 || N == 16);
+  static_assert(N == 8 || N == 10 || N == 16);
   simt::wgmma(&d[0][0], 8 * N, false, a, 0, b, true, line);
 }
 template <int N> SIMT_INLINE void wgmma_bf16_shared(float (&d)[N][4], uint64_t a, uint64_t b, SIMT_LINE) {
