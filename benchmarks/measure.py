@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,23 @@ L2_BYTES = 64 << 20  # of the largest card so far, rounded up
 def copies_of(size: int) -> int:
     """How many sets of buffers of `size` bytes to rotate through, so that L2 holds none when it is used again."""
     return max(2, -(-4 * L2_BYTES // size))
+
+
+@contextmanager
+def most_bytes(xp: Any) -> Iterator[Callable[[], int]]:
+    """What arrays of CuPy's pool take at the most beside those that are there, asked for by a call."""
+    pool = xp.get_default_memory_pool()
+    before = most = pool.used_bytes()
+
+    class Peak(xp.cuda.memory_hook.MemoryHook):
+        name = "Peak"
+
+        def malloc_postprocess(self, **_: Any) -> None:
+            nonlocal most
+            most = max(most, pool.used_bytes())
+
+    with Peak():
+        yield lambda: most - before
 
 
 def median_and_spread(times: Sequence[float]) -> tuple[float, float]:

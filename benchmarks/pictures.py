@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import presets
+from benchmarks.measure import most_bytes
 from minioscar.app import cli
 from minioscar.cache import Cache
 from minioscar.config import Config
@@ -64,12 +65,10 @@ def measure(engine: Engine, asked: str) -> dict[str, Any]:
     first = timed(encode, xp)
     took = None
     if xp is not np:
-        pool = xp.get_default_memory_pool()
-        pool.free_all_blocks()
-        before = pool.total_bytes()
+        with most_bytes(xp) as most:
+            encode()
+        took = most()
     times = [timed(encode, xp) for _ in range(5)]
-    if xp is not np:
-        took = pool.total_bytes() - before
     tokens = sum(medium.tokens for medium in media)
     ids = [1, *(i for medium in media for i in medium.ids), 2]
     cache = Cache(config, engine.scheme, 1, len(ids), ops)

@@ -23,7 +23,9 @@ from minioscar.ops.cuda import OnPaper
 from minioscar.ops.launch import Card
 from minioscar.oscar import SCHEMES
 from minioscar.sampling import RowSampling, Sampling
+from minioscar.towers.media import Encoder
 
+from . import test_pictures as pictures
 from .patience import at_most
 from .test_cuda_backend import SIMULATED
 from .test_decode_step import of_backend
@@ -175,6 +177,24 @@ def test_what_a_run_launches_is_known_before(kv, lengths, sampling, arch, change
     ops.launched.clear(), ops.listed.clear()
     engine.generate([*prompts[0], 3, 4], cache=cache, max_tokens=3, temperature=1.0)
     assert ops.launched == ops.listed
+
+
+@SIMULATED
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_of_a_prompt_with_a_picture_are_listed_before_its_tower_has_run(arch, monkeypatch):
+    """What a tower made is on the card, and nothing can be put into arrays that have shapes alone."""
+    from .simt.backend import Simt
+
+    (_, engine, ops), (ids, media) = of_backend(Simt, pictures.FOLDER, "int2"), pictures.prompt("row")
+    engine.ops = engine.model.ops = ops
+    monkeypatch.setattr(Encoder, "_features", lambda *_: pytest.fail("a tower was asked"))
+    cache = Cache(engine.config, engine.scheme, 1, 512, ops)
+    batch = cache.batch_for([0], [len(ids)])
+    text, found = (
+        programs(OnPaper(Card(132, arch)), engine.model, cache, [each], ())
+        for each in (batch, batch.reading([ids], media))
+    )
+    assert found and set(found) == set(text)
 
 
 @pytest.mark.gpu

@@ -41,8 +41,9 @@ def programs(
     model = copy(model)
     model.config, model.ops, model.weights = config, paper, paper.weights(model.weights)
     model.tables = (np.broadcast_to(np.float32(0), (cache.context, config.head_dim // 2)),) * 2
+    # What a tower made is on the card and is not looked at: passes with media have blank ones.
     with_media = [replace(batch, inputs=Inputs.blank(batch.counts)) for batch in passes if config.towers]
-    for batch in (*passes, *with_media):
+    for batch in (*(replace(batch, inputs=None) for batch in passes), *with_media):
         model.forward(np.zeros(sum(batch.counts), np.int32), blank, batch)
     if rows is None or rows:
         whole = StepBatch(paper, config, blank, rows, model.weights.key_feedback)
