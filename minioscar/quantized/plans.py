@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..ops.launch import Card, Launch, TensorMap
+from ..ops.linear import normed
 from ..ops.linear_batch import BATCH_TOKENS, MAX_STAGES, BatchPlan, Scratch, share_slabs
 from ..sm90.linear_batch import MAX_WGMMA_STAGES
 from . import ROWS, RUN, Quantized
@@ -178,7 +179,18 @@ class WgmmaCodesPlan:
     tiles: int
     splits: int  # of k, each in another block; 1 where there are tiles enough
     max_slabs: int  # of a block
+    slabs: int  # of CHUNK k, of a row
+    folds: int  # groups of a slab
     slab_clocks: float
+
+    @property
+    def x_numbers(self) -> int:
+        """Of x as sm90/prepare_x.cu leaves it."""
+        return self.column_blocks * self.columns * self.slabs * CHUNK
+
+    @property
+    def x_sums(self) -> int:
+        return self.column_blocks * self.columns * self.slabs * self.folds
 
     @property
     def workspace_floats(self) -> int:
@@ -215,7 +227,7 @@ def wgmma_configs(tokens: int, weight: Quantized, silu: bool, card: Card) -> lis
             most = -(-tiles * splits // blocks) * -(-slabs // splits)
             shape = columns, column_blocks, stages, stages * stage_bytes + exchange
             clocks = max(codes * 1.06 * blocks * column_blocks / (132 * 17.8), (codes + x) / 64, 12 * columns + 500)
-            found.append(WgmmaCodesPlan(*shape, blocks, tiles, splits, most, clocks))
+            found.append(WgmmaCodesPlan(*shape, blocks, tiles, splits, most, slabs, folds, clocks))
     return found
 
 
@@ -253,23 +265,39 @@ def possible_plans(tokens: int, shapes: Sequence[tuple[int, int, bool]], card: C
 
 
 def linear_batch(
-    x: Array, weight: Quantized, out: Array, p: CodesBatchPlan, scratch: Scratch, *, bias: Array | None = None,
-    residual: Array | None = None, silu: bool = False,
-) -> Launch:
-    """As `linear`, for up to BATCH_TOKENS, already normed."""
+    x: Array, weight: Quantized, out: Array, p: CodesBatchPlan, scratch: Scratch, *,
+    norm: tuple[Array, float] | None = None, bias: Array | None = None, residual: Array | None = None,
+    silu: bool = False,
+) -> list[Launch]:
+    """As `linear`, for up to BATCH_TOKENS."""
     (tokens, size), rows = x.shape, weight.shape[0]
+    if isinstance(p, WgmmaCodesPlan):
+        before, x = _prepared(x, weight, p, norm, scratch)
+    else:
+        before, x = normed(x, norm, scratch)
     rest = *weight.arrays(), bias, residual, out, scratch.workspace, scratch.split_counter
     numbers, grid = tuple(map(np.int32, (tokens, size, rows, shift(weight)))), (p.blocks, p.column_blocks)
     to = f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
     if isinstance(p, WgmmaCodesPlan):
         defines = f"COLUMNS={p.columns}", f"STAGES={p.stages}", *_defines(weight), *to
-        args = (TensorMap(x, p.columns), *rest, *numbers, np.int32(p.splits))
-        return Launch("sm90/quantized_batch.cu", "linear_batch", defines, grid, 512, args, p.shared)
+        args = (TensorMap(x, p.columns), scratch.x_sums, *rest, *numbers, np.int32(p.splits))
+        return [*before, Launch("sm90/quantized_batch.cu", "linear_batch", defines, grid, 512, args, p.shared)]
     shape = f"COLUMNS={p.columns}", f"ROW_TILES={p.row_tiles}", f"K_GROUPS={p.k_groups}", f"SLAB_RUNS={p.slab_runs}"
     kind = f"KIND={weight.kind.upper()}", f"GROUP={_columns_at_once(weight, p.slab_runs)}"
     args = (x, *rest, *numbers, np.int32(p.granularity))
     defines = *shape, f"STAGES={p.stages}", *kind, *to
-    return Launch("quantized/linear_batch.cu", "linear_batch", defines, grid, 256, args, p.shared)
+    return [*before, Launch("quantized/linear_batch.cu", "linear_batch", defines, grid, 256, args, p.shared)]
+
+
+def _prepared(
+    x: Array, weight: Quantized, p: WgmmaCodesPlan, norm: tuple[Array, float] | None, scratch: Scratch
+) -> tuple[list[Launch], Array]:
+    """What makes the x that sm90/quantized_batch.cu reads, and that."""
+    (tokens, size), columns, (weights, eps) = x.shape, p.column_blocks * p.columns, norm or (None, 0.0)
+    to = scratch.x[: tokens * p.slabs * CHUNK].reshape(tokens, p.slabs * CHUNK)
+    args = (x, weights, to, scratch.x_sums, np.int32(tokens), np.int32(size), np.float32(eps))
+    defines = (*_defines(weight), f"NORM={norm is not None:d}", "SILU=0", "OUT_BF16=1")
+    return [Launch("sm90/prepare_x.cu", "prepare_x", defines, (columns,), 256, args)], to
 
 
 def dequantize(weight: Quantized, out: Array) -> Launch:

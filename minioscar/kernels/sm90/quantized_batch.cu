@@ -7,14 +7,11 @@
 //
 // A block has COLUMNS tokens and ROWS rows: a tile of 16 for each warp of three warpgroups (SILU: two warps of a
 // warpgroup have gate, two have up), which is operand a of wgmma, in registers. Each warp copies its own codes, lane by
-// lane, STAGES slabs of 128 k ahead, from before the previous launch has ended. x is operand b, in shared memory. The
-// warps of a fourth warpgroup feed it, in as many stages:
-//   full      one thread's copies of a slab of x have landed, two boxes of 64 k
-//   prepared  three warps have multiplied x by 2^100 (codes.cuh), put it into the order of k that codes have, and
-//             added up its groups
+// lane, STAGES slabs of 128 k ahead, from before the previous launch has ended. x, as prepare_x.cu leaves it, is operand
+// b, in shared memory; a thread of a fourth warpgroup copies it and the sums of its groups. Of a stage
+//   full      x has landed: two boxes of 64 k, and sums
 //   empty     all products of the stage are done
-// The order of k: of 32 columns a lane's codes have 8c + 4s + 2p + {0, 1} in register 2p + i of step s, where wgmma has
-// 16s + 8p + 2c + {0, 1}: the four words of four vectors of x are transposed.
+// A run of 64 k is decoded while the run before it is multiplied.
 //
 // Work items, splits of k and their sums as in sm90/linear_batch.cu; with SILU k is not split. grid (blocks, blocks of
 // columns), 512 threads; dynamic shared memory: STAGES stages, with SILU the sums of up. Reads the weights once for
@@ -36,7 +33,6 @@ constexpr int CODE_OFFSET = RUNS * RUN_BYTES, SUM_OFFSET = CODE_OFFSET + WARPS *
 constexpr int SCALE_OFFSET = SUM_OFFSET + FOLDS * COLUMNS * 4, SCALE_BYTES = HAS_ZERO ? 64 : 16;  // of a fold of a tile
 constexpr int STAGE_BYTES = (SCALE_OFFSET + WARPS * FOLDS * SCALE_BYTES + PATTERN - 1) / PATTERN * PATTERN;
 constexpr int UNROLLED = COLUMNS <= 48 ? 2 : 1;  // splits whose sums are loaded together, as registers allow
-constexpr int PREPARING = 3;                     // warps; the fourth one of their warpgroup copies
 static_assert(COLUMNS % 16 == 0 && COLUMNS <= 80 && GROUP >= 64, "sums and scales fit into registers");
 
 struct Product {
@@ -114,73 +110,69 @@ DEVICE void copy_codes(unsigned char* stage, const Slabs& next) {
   else
     cp_async_4_or_zero(own, next.p.scales + group, k < next.p.K);
 }
-DEVICE void copy_x(unsigned char* stage, const TensorMap& x, int slab, uint64_t* full) {
-  mbarrier_arrive_expect_tx(full, RUNS * RUN_BYTES);
+DEVICE void copy_x(unsigned char* stage, const TensorMap& x, const float* x_sums, int slab, uint64_t* full) {
+  constexpr int SUM_BYTES = COLUMNS * 4;
+#ifndef NO_X
+  mbarrier_arrive_expect_tx(full, RUNS * RUN_BYTES + (HAS_ZERO ? FOLDS * SUM_BYTES : 0));
+#endif
+#ifdef NO_X
+  mbarrier_arrive(full);
+  return;
+#endif
   UNROLL for (int run = 0; run < RUNS; run++)
     tma_load_2d(stage + run * RUN_BYTES, &x, (slab * RUNS + run) * 64, blockIdx.y * COLUMNS, full);
-}
-
-DEVICE float sum_of(uint32_t pair) { return low(pair) + high(pair); }
-DEVICE float sum_of(uint4 v) { return (sum_of(v.x) + sum_of(v.y)) + (sum_of(v.z) + sum_of(v.w)); }
-
-// x of a stage in place: times 2^100, transposed, and the sums of its groups as the sums of code 1 would be. A lane has
-// 32 k of a column at a time; 8 columns a warp, whose lines have their vectors in different banks.
-DEVICE void prepare_x(unsigned char* stage, int warp) {
-  const int lane = threadIdx.x % 32, block = lane / 8;  // block: of 32 k
-  float* x_sums = (float*)(stage + SUM_OFFSET);         // [fold][column]
-  for (int column = warp * 8 + lane % 8; column < COLUMNS; column += PREPARING * 8) {
-    unsigned char* line = stage + block / 2 * RUN_BYTES + column * LINE_BYTES;
-    uint4 v[4];
-    UNROLL for (int c = 0; c < 4; c++) v[c] = *(const uint4*)(line + ((block % 2 * 4 + c) ^ column % 8) * 16);
-    float sum = (sum_of(v[0]) + sum_of(v[1])) + (sum_of(v[2]) + sum_of(v[3]));
-    UNROLL for (int c = 0; c < 4; c++) v[c] = ScaledX()(v[c]);
-    UNROLL for (int j = 0; j < 4; j++)
-      *(uint4*)(line + ((block % 2 * 4 + j) ^ column % 8) * 16) =
-          make_uint4(word(v[0], j), word(v[1], j), word(v[2], j), word(v[3], j));
-    sum += __shfl_xor_sync(FULL_MASK, sum, 8);
-    if (GROUP > 64) sum += __shfl_xor_sync(FULL_MASK, sum, 16);
-    if (HAS_ZERO && block % (GROUP / 32) == 0) x_sums[block * 32 / GROUP * COLUMNS + column] = sum * unit<false>();
+  UNROLL for (int i = 0; i < FOLDS && HAS_ZERO; i++) {
+    const float* from = x_sums + ((size_t)(slab * FOLDS + i) * gridDim.y + blockIdx.y) * COLUMNS;
+    bulk_copy(stage + SUM_OFFSET + i * SUM_BYTES, from, SUM_BYTES, full);
   }
 }
 
-// y += this warp's rows of a slab times all columns.
-DEVICE void multiply(float (&y)[TILES][4], const unsigned char* stage, int warp) {
-  const int lane = threadIdx.x % 32, c = lane % 4;
-  const float* x_sums = (const float*)(stage + SUM_OFFSET) + 2 * c;
-  const unsigned char* scales = stage + SCALE_OFFSET + warp * FOLDS * SCALE_BYTES;
-  float sum[TILES][4];  // of a group
+// This warp's rows of slabs times all columns. A run is decoded while the one before it is multiplied.
+struct Products {
+  int warp;
+  float y[TILES][4], sum[TILES][4];  // sum: of a group
   uint32_t a[RUNS][4][4];
-  auto fold = [&](int i) {
-    RowScales of_rows;
-    of_rows.load(scales + i * SCALE_BYTES, 0, lane / 4);
-    wgmma_wait<0>();
-    compiler_fence(sum);
-    UNROLL for (int n = 0; n < TILES; n++)
-      of_rows.add(y[n], sum[n], HAS_ZERO ? *(const float2*)(x_sums + i * COLUMNS + 8 * n) : make_float2(0.f, 0.f));
-  };
-  UNROLL for (int run = 0; run < RUNS; run++) {
+
+  DEVICE void decode(uint32_t (&a)[4][4], const unsigned char* stage, int run) const {
     uint4 w[LOADS];
     UNROLL for (int i = 0; i < LOADS; i++) {
-      const int at = run * TILE_VECTORS + 32 * i + lane;
+      const int at = run * TILE_VECTORS + 32 * i + (int)threadIdx.x % 32;
       w[i] = *(const uint4*)(stage + CODE_OFFSET + warp * CODE_BYTES + at * 16);
     }
-    UNROLL for (int s = 0; s < 4; s++) operand(a[run][s], w, s);
+    UNROLL for (int s = 0; s < 4; s++) operand(a[s], w, s);
+  }
+  DEVICE void start(uint32_t (&a)[4][4], const unsigned char* stage, int run) {
     const uint64_t b = wgmma_operand(stage + run * RUN_BYTES, PATTERN, 0);
-    UNROLL for (int s = 0; s < 4; s++) {
-      const int k = run * 64 + s * 16;
-      if (s == 0 || k % GROUP == 0) {
-        compiler_fence(a[run]);
-        wgmma_fence();
-      }
-      if (k % GROUP == 0)
-        wgmma_bf16_k_major<true>(sum, a[run][s], b + 2 * s);  // 16 k are 32 bytes; addresses count 16
+    compiler_fence(a);
+    wgmma_fence();
+    UNROLL for (int s = 0; s < 4; s++) {  // 16 k are 32 bytes; addresses count 16
+      if ((run * 64 + s * 16) % GROUP == 0)
+        wgmma_bf16_k_major<true>(sum, a[s], b + 2 * s);
       else
-        wgmma_bf16_k_major<false>(sum, a[run][s], b + 2 * s);
-      if (s == 3 || (k + 16) % GROUP == 0) wgmma_commit();
-      if ((k + 16) % GROUP == 0) fold(k / GROUP);
+        wgmma_bf16_k_major<false>(sum, a[s], b + 2 * s);
+    }
+    wgmma_commit();
+  }
+  // y += the scaled sums of a group, the last whose products were started. stage: that of their slab.
+  DEVICE void fold(const unsigned char* stage, int group) {
+    wgmma_wait<0>();
+    compiler_fence(sum);
+    const int lane = threadIdx.x % 32;
+    const float* x_sums = (const float*)(stage + SUM_OFFSET) + group * COLUMNS + lane % 4 * 2;
+    RowScales of_rows;
+    of_rows.load(stage + SCALE_OFFSET + (warp * FOLDS + group) * SCALE_BYTES, 0, lane / 4);
+    UNROLL for (int n = 0; n < TILES; n++)
+      of_rows.add(y[n], sum[n], HAS_ZERO ? *(const float2*)(x_sums + 8 * n) : make_float2(0.f, 0.f));
+  }
+  // The products of a slab; of its run 0, a is there.
+  DEVICE void multiply(const unsigned char* stage) {
+    UNROLL for (int run = 0; run < RUNS; run++) {
+      if (run > 0) decode(a[run], stage, run);
+      if (run > 0 && GROUP == 64) fold(stage, run - 1);
+      start(a[run], stage, run);
     }
   }
-}
+};
 
 // What a lane stores: rows 2r and 2r + 1 of its warp's outputs, of each 8 columns two. Made before the products, used
 // behind them.
@@ -189,6 +181,7 @@ struct Result {
   int n;  // the first of the rows
   float scale[2];
   bf16 bias[2];
+  uint32_t added[TILES][2];  // residuals
 
   DEVICE Result(const Product& p, int tile, int warp) : p(p), n(Product::out_tile(tile, warp) * 16) {
     const bf16 zero = 0;
@@ -207,13 +200,17 @@ struct Result {
         y[j][e] = y[j][e] * to_result(scale[e / 2], e / 2) + to_float(bias[e / 2]);
   }
   DEVICE int token(int j, int e) const { return blockIdx.y * COLUMNS + 8 * j + threadIdx.x % 4 * 2 + e; }
-  DEVICE void store(const float (&y)[TILES][4]) const {
-    uint32_t added[TILES][2];  // loaded before the first store, which the compiler takes to change them
+  // Before sums of splits are added, which takes as long.
+  DEVICE void load_residuals() {
+    const bool loads = p.residual && p.rows % 2 == 0 && n < p.rows;
+    const bf16* from = p.residual + n;
     UNROLL for (int j = 0; j < TILES; j++)
       UNROLL for (int e = 0; e < 2; e++) {
-        const bool loads = p.residual && p.rows % 2 == 0 && n < p.rows && token(j, e) < p.tokens;
-        added[j][e] = loads ? *(const uint32_t*)(p.residual + (size_t)token(j, e) * p.rows + n) : 0;
+        const uint32_t m = opaque(token(j, e));
+        added[j][e] = loads && m < p.tokens ? *(const uint32_t*)(from + m * p.rows) : 0;
       }
+  }
+  DEVICE void store(const float (&y)[TILES][4]) const {
     UNROLL for (int j = 0; j < TILES; j++)
       UNROLL for (int e = 0; e < 2; e++) {
         const int m = opaque(token(j, e));
@@ -253,14 +250,15 @@ DEVICE bool activate(float (&y)[TILES][4], float4* exchange, int warp) {
   return true;
 }
 
-// workspace float32 [blocks of columns][items][ROWS * COLUMNS]; split_counter int [blocks of columns][tiles][WARPS],
-// zero before and after; both only if splits > 1, and then blocks = items.
+// x_sums: of groups, [K / GROUP][blocks of columns * COLUMNS]. workspace float32 [blocks of columns][items][ROWS *
+// COLUMNS]; split_counter int [blocks of columns][tiles][WARPS], zero before and after; both only if splits > 1, and
+// then blocks = items.
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
-    linear_batch(const __grid_constant__ TensorMap x, const uint4* codes, const uint32_t* scales,
+    linear_batch(const __grid_constant__ TensorMap x, const float* x_sums, const uint4* codes, const uint32_t* scales,
                  const float* row_scale, const bf16* bias, const bf16* residual, Output* out, float* workspace,
                  int* split_counter, int tokens, int K, int N, int shift, int splits) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  __shared__ uint64_t full[STAGES], prepared[STAGES], empty[STAGES];
+  __shared__ uint64_t full[STAGES], empty[STAGES];
   const int warp = __shfl_sync(FULL_MASK, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const Product p = {codes, scales, row_scale, bias, residual, out, tokens, K, N / BRANCHES, shift};
   const int tiles = (p.rows + OUT_TILES * 16 - 1) / (OUT_TILES * 16);
@@ -268,12 +266,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
   if (warp == WARPS && lane == 0) {
     for (int s = 0; s < STAGES; s++) {
       mbarrier_init(&full[s], 1);
-      mbarrier_init(&prepared[s], PREPARING);
       mbarrier_init(&empty[s], WARPS);
     }
     mbarrier_init_fence();
   }
-  Slabs next(items, p, warp);
+  Slabs next(items, p, warp % WARPS);
   for (int s = 0; s < STAGES && warp < WARPS; s++, next.advance()) {
     if (next.exist()) copy_codes(smem + s * STAGE_BYTES, next);
     cp_async_commit();
@@ -281,52 +278,70 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
   __syncthreads();
   Stage stage;
   if (warp >= WARPS) {
-    decrease_registers<56>();
+    decrease_registers<32>();
     wait_then_allow_next();
-    if (warp == WARPS && lane > 0) return;
+    if (warp > WARPS || lane > 0) return;
     bool first_round = true;
     for (Slabs slabs(items, p, 0); slabs.exist(); slabs.advance(), stage.advance()) {
       first_round &= stage.parity == 0;
-      if (warp == WARPS) {
-        if (!first_round) mbarrier_wait(&empty[stage.at], stage.parity ^ 1);
-        copy_x(stage.in(smem), x, slabs.slab, &full[stage.at]);
-        continue;
-      }
-      mbarrier_wait(&full[stage.at], stage.parity);
-      prepare_x(stage.in(smem), warp - WARPS - 1);
-      fence_async();
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(&prepared[stage.at]);
+      if (!first_round) mbarrier_wait(&empty[stage.at], stage.parity ^ 1);
+      copy_x(stage.in(smem), x, x_sums, slabs.slab, &full[stage.at]);
     }
     return;
   }
-  increase_registers<152>();
+  increase_registers<160>();
   wait_then_allow_next();
   for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
-    float sums[1][TILES][4], (&y)[TILES][4] = sums[0];
-    clear(y);
-    const Result result(p, items.tile(item), warp);  // loads wait behind all copies that are under way
-    for (int left = items.end(item) - items.begin(item); left > 0; left--, stage.advance()) {
-      cp_async_wait<STAGES - 1>();
-      __syncwarp();  // scales, which other lanes have copied
-      mbarrier_wait(&prepared[stage.at], stage.parity);
-      multiply(y, stage.in(smem), warp);
+    Result result(p, items.tile(item), warp);  // loads wait behind all copies that are under way
+    Products products;
+    products.warp = warp;
+    clear(products.y);
+    auto before = [&] { return stage.at == 0 ? STAGES - 1 : stage.at - 1; };
+    auto done = [&] {  // with the slab before
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(&empty[stage.at]);
-      if (next.exist()) copy_codes(stage.in(smem), next);
-      cp_async_commit();
+      if (lane == 0) mbarrier_arrive(&empty[before()]);
+      if (next.exist()) copy_codes(smem + before() * STAGE_BYTES, next);
       next.advance();
+    };
+    const int slabs = items.end(item) - items.begin(item);
+    for (int i = 0; i < slabs; i++) {
+      cp_async_wait<STAGES - 2>();
+      __syncwarp();  // scales, which other lanes have copied
+      wgmma_wait<1>();  // of run 0 of the slab before
+      products.decode(products.a[0], stage.in(smem), 0);
+      mbarrier_wait(&full[stage.at], stage.parity);
+      if (i > 0) {
+        products.fold(smem + before() * STAGE_BYTES, FOLDS - 1);
+        done();
+      }
+#ifndef NO_PRODUCTS
+      products.multiply(stage.in(smem));
+#endif
+      cp_async_commit();
+      stage.advance();
     }
+    products.fold(smem + before() * STAGE_BYTES, FOLDS - 1);
+    done();
+    cp_async_commit();
     const int own = opaque(item), tile = items.tile(own), split = items.split(own);
     const size_t floats = (size_t)ROWS * COLUMNS, column_block = blockIdx.y;
     auto partial = [&](int s) {
       return (float4*)(workspace + (column_block * items.count() + tile + s * items.tiles) * floats) + threadIdx.x;
     };
     int* counter = split_counter + (column_block * items.tiles + tile) * WARPS + warp;
+    if (COLUMNS <= 48) result.load_residuals();
+    float sums[1][TILES][4], (&y)[TILES][4] = sums[0];
+    UNROLL for (int j = 0; j < TILES; j++)
+      UNROLL for (int e = 0; e < 4; e++) y[j][e] = products.y[j][e];
+    #ifdef NO_MERGE
+    if (split > 0) continue;
+    if (false)
+#endif
     if (!SILU && splits > 1 && !merge_splits<THREADS, UNROLLED, TILES>(sums, partial, split, 0, splits - 1, counter))
       continue;
     result.scale_sums(y);
     if (SILU && !activate(y, (float4*)(smem + STAGES * STAGE_BYTES), warp)) continue;
+    if (COLUMNS > 48) result.load_residuals();
     result.store(y);
   }
 }
