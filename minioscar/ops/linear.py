@@ -103,9 +103,7 @@ class Kernels:
     possible_plans: Callable[[int, Sequence[tuple[int, int, bool]], Card], list[LinearPlan]]
 
 
-def normed(
-    x: Array, norm: tuple[Array, float] | None, scratch: Scratch
-) -> tuple[list[Launch], Array]:
+def normed(x: Array, norm: tuple[Array, float] | None, scratch: Scratch) -> tuple[list[Launch], Array]:
     """What must run before a product that does not norm by itself, and the x that it takes."""
     if norm is None:
         return [], x
@@ -156,8 +154,8 @@ class Products:
         return kernels.many(x, weight, out, plan, self.scratch, norm=norm, **rest)
 
     def reserve(self, plans: Sequence[LinearPlan], normed: int = 0) -> None:
-        """Scratch for all of these at once: recorded launches would keep each buffer that was too small. normed: numbers
-        of an x that is normed."""
+        """Scratch for all of these at once: recorded launches would keep each buffer that was too small. normed:
+        numbers of an x that is normed."""
         for name, needed in _scratch_sizes(plans, normed).items():
             old = getattr(self.scratch, name)
             if len(old) < needed:  # counters are 0 before a launch

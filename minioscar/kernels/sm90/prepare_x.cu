@@ -8,10 +8,11 @@
 // The order: of 32 columns a lane's codes have 8c + 4s + 2p + {0, 1} in register 2p + i of step s, where wgmma has
 // 16s + 8p + 2c + {0, 1}: the four words of four vectors of x are transposed.
 //
-// grid (columns), 256 threads; a thread has 32 columns at a time. Its time is latency. Reads and writes 2 B a number.
+// grid (columns, parts of a row; with NORM one), 128 threads; a thread has 32 k at a time. Its time is latency. Reads and
+// writes 2 B a number.
 //
 // Set by -D: GROUP (64 or 128), NORM, KIND, and the macros of linear.cuh.
-constexpr int WARPS = 8;
+constexpr int WARPS = 4;
 #include "../linear.cuh"
 #include "../quantized/codes.cuh"
 
@@ -46,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     factor = inverse_rms(squares, K, eps);
   }
   const int rounded = (blocks + 31) / 32 * 32;  // a warp adds up groups together
-  for (int i = threadIdx.x; i < rounded; i += THREADS) {
+  for (int i = blockIdx.y * THREADS + threadIdx.x; i < rounded; i += gridDim.y * THREADS) {
     load_block(v, row, i * 4, exists ? vectors : 0);
     if (NORM && i >= THREADS) load_block(weight, weights, i * 4, vectors);
     if (NORM) UNROLL for (int c = 0; c < 4; c++) v[c] = normalized(v[c], factor, weight[c]);
