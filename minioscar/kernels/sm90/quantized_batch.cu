@@ -104,7 +104,8 @@ template <class Copy> DEVICE void copy_all(const Items& items, uint64_t* empty, 
 }
 
 // With SILU warpgroups start products in rotation: while one multiplies, the others decode and scale. Left to themselves
-// all three do the same at the same time. A barrier for each, of the warps that begin their turn and of those that end theirs.
+// all three do the same at the same time. A barrier for each, of the warps that begin their turn and of those that end
+// theirs.
 struct Turn {
   static constexpr int FIRST = 4;  // number of a barrier; those before it: activate
   int warpgroup;
