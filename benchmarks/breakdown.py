@@ -109,7 +109,8 @@ def bytes_of(launch: Launch, cache: Cache, taken: float = 0.0) -> int:
     if launch.source.startswith(QUANTIZED):
         arrays = arrays_of(launch)
         codes = next(i for i, a in enumerate(arrays) if a.ndim > 3)
-        size = sum(a.nbytes for a in arrays[codes : codes + 3])  # and scales, and those of rows
+        once = {id(a): a for a in arrays[codes:]}  # some are there as boxes, too
+        size = sum(a.nbytes for a in list(once.values())[:3])  # and scales, and those of rows
         if launch.name != "experts":
             return size
         rows = [int(a) for a in launch.args if isinstance(a, np.int32)][2]  # of an expert

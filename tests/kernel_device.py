@@ -47,7 +47,7 @@ class SimtDevice(Device):
     name = "simt"
 
     def run(self, launch: Launch, arch: int = 80, seed: int = 0) -> None:
-        maps = (simt.tensor_map(a.array, a.box_rows) if isinstance(a, TensorMap) else a for a in launch.args)
+        maps = (simt.tensor_map(a) if isinstance(a, TensorMap) else a for a in launch.args)
         super().run(replace(launch, args=tuple(maps)), arch, seed)
 
     array, empty, numpy = staticmethod(simt.array), staticmethod(simt.empty), staticmethod(simt.numpy)

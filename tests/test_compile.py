@@ -244,9 +244,11 @@ def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
             found[f"quantized linear {kind} g{group} {label}"] = launch
             for tokens in (48, 128) if label in ("plain", "silu") else ():
                 plan = quantized.batch_plan(tokens, weight, label == "silu", card)
-                x, scratch = np.empty((tokens, size)), linear_batch.Scratch(out, out)
-                launch = quantized.linear_batch(x, weight, y, plan, scratch, silu=label == "silu")
+                x, numbers = np.empty((tokens, size)), np.empty(plan.x_numbers, np.uint16)
+                scratch = linear_batch.Scratch(out, out, numbers, out)
+                *before, launch = quantized.linear_batch(x, weight, y, plan, scratch, silu=label == "silu")
                 found[f"quantized linear_batch {kind} g{group} {label} of {tokens}"] = launch
+                found |= {f"{launch.name} g{group}": launch for launch in before}
         found[f"dequantize {kind}"] = quantized.dequantize(weight, out)
         found[f"repack {kind}"] = quantized.repack(kind, np.empty((16, 64), np.uint8), out)
     return found

@@ -11,7 +11,6 @@ import pytest
 from minioscar.cache import BF16
 from minioscar.formats.plain import BITS, E4M3, Plain
 from minioscar.ops.launch import Card
-from minioscar.ops.linear import rms_norm
 from minioscar.ops.linear_batch import Scratch
 from minioscar.quantized import Quantized, _halves, from_plain
 from minioscar.quantized import plans as quantized
@@ -97,14 +96,12 @@ class Product:
         if plan is None and quantized.fits(len(x), self.weight, norm is not None, given["silu"], card):
             device.run(quantized.linear(x_there, weight, out, card, norm=norm, **given), seed=order)
             return np.array(device.numpy(out))
-        if norm is not None:
-            x_there, before = device.empty(x.shape, BF16), x_there
-            device.run(rms_norm(before, *norm, x_there), seed=order)
         plan = plan or quantized.batch_plan(len(x), self.weight, given["silu"], card)
         counters = device.array(np.zeros(plan.counters, np.int32))
-        scratch = Scratch(device.empty(plan.workspace_floats, np.float32), counters)
-        launch = quantized.linear_batch(x_there, weight, out, plan, scratch, **given)
-        device.run(launch, arch=90 if launch.source.startswith("sm90/") else 80, seed=order)
+        prepared = device.empty(max(plan.x_numbers, x.size), BF16), device.empty(plan.x_sums, np.float32)
+        scratch = Scratch(device.empty(plan.workspace_floats, np.float32), counters, *prepared)
+        for launch in quantized.linear_batch(x_there, weight, out, plan, scratch, norm=norm, **given):
+            device.run(launch, arch=90 if launch.source.startswith("sm90/") else 80, seed=order)
         assert not device.numpy(counters).any()
         return np.array(device.numpy(out))
 

@@ -98,16 +98,33 @@ class Kernels:
     fits: Callable[[int, Array, bool, bool, Card], bool]  # whether `few` takes so many tokens
     few: Callable[..., Launch]
     plan: Callable[[int, Array, bool, Card], LinearPlan]  # of more tokens
-    many: Callable[..., Launch]
+    many: Callable[..., list[Launch]]
     # of matrices whose sizes alone are known: (in, out, silu)
     possible_plans: Callable[[int, Sequence[tuple[int, int, bool]], Card], list[LinearPlan]]
+
+
+def normed(x: Array, norm: tuple[Array, float] | None, scratch: Scratch) -> tuple[list[Launch], Array]:
+    """What must run before a product that does not norm by itself, and the x that it takes."""
+    if norm is None:
+        return [], x
+    to = scratch.x[: x.size].reshape(x.shape)
+    return [rms_norm(x, *norm, to)], to
+
+
+def many(
+    x: Array, weight: Array, out: Array, plan: LinearPlan, scratch: Scratch, *,
+    norm: tuple[Array, float] | None = None, **rest: Any,
+) -> list[Launch]:
+    """As `linear`, for up to BATCH_TOKENS."""
+    before, x = normed(x, norm, scratch)
+    return [*before, linear_batch(x, weight, out, plan, scratch, **rest)]
 
 
 ARRAYS = Kernels(
     fits=lambda tokens, weight, norm, silu, card: fits(tokens, weight.shape[1], norm, silu, card),
     few=linear,
     plan=lambda tokens, weight, silu, card: batch_plan(tokens, weight.shape[1], weight.shape[0], silu, card),
-    many=linear_batch,
+    many=many,
     possible_plans=lambda tokens, shapes, card: [batch_plan(tokens, *shape, card) for shape in shapes],
 )
 OTHERS: dict[type, Kernels] = {}  # type of a matrix that is no array -> what its package has put here
@@ -122,8 +139,8 @@ class Products:
     earlier launches keep a reference to the old ones."""
 
     def __init__(self, xp: Any, card: Card):
-        self.xp, self.card, self.scratch = xp, card, Scratch(xp.empty(0, np.float32), xp.zeros(0, np.int32))
-        self.normed = xp.empty((0, 0), BF16)
+        self.xp, self.card = xp, card
+        self.scratch = Scratch(*(xp.zeros(0, dtype) for dtype in (np.float32, np.int32, BF16, np.float32)))
 
     def launches(
         self, x: Array, weight: Array, out: Array, *, norm: tuple[Array, float] | None = None, **rest: Any
@@ -132,23 +149,24 @@ class Products:
         tokens, silu, kernels = len(x), rest.get("silu", False), kernels_of(weight)
         if kernels.fits(tokens, weight, norm is not None, silu, self.card):
             return [kernels.few(x, weight, out, self.card, norm=norm, **rest)]
-        before = []
-        if norm is not None:
-            if self.normed.shape != x.shape:
-                self.normed = self.xp.empty(x.shape, BF16)
-            before, x = [rms_norm(x, *norm, self.normed)], self.normed
         plan = kernels.plan(tokens, weight, silu, self.card)
-        if plan.workspace_floats > self.scratch.workspace.size or plan.counters > self.scratch.split_counter.size:
-            self.reserve([plan])
-        return [*before, kernels.many(x, weight, out, plan, self.scratch, **rest)]
+        self.reserve([plan], 0 if norm is None else x.size)
+        return kernels.many(x, weight, out, plan, self.scratch, norm=norm, **rest)
 
-    def reserve(self, plans: Sequence[LinearPlan]) -> None:
-        """Scratch for all of these at once: recorded launches would keep each buffer that was too small."""
-        floats, counters = (max((getattr(p, n) for p in plans), default=0) for n in ("workspace_floats", "counters"))
-        if len(self.scratch.workspace) < floats:
-            self.scratch = replace(self.scratch, workspace=self.xp.empty(floats, np.float32))
-        if len(self.scratch.split_counter) < counters:
-            self.scratch = replace(self.scratch, split_counter=self.xp.zeros(counters, np.int32))
+    def reserve(self, plans: Sequence[LinearPlan], normed: int = 0) -> None:
+        """Scratch for all of these at once: recorded launches would keep each buffer that was too small. normed:
+        numbers of an x that is normed."""
+        for name, needed in _scratch_sizes(plans, normed).items():
+            old = getattr(self.scratch, name)
+            if len(old) < needed:  # counters are 0 before a launch
+                self.scratch = replace(self.scratch, **{name: self.xp.zeros(needed, old.dtype)})
+
+
+def _scratch_sizes(plans: Sequence[LinearPlan], normed: int) -> dict[str, int]:
+    """Numbers of each array of `Scratch`."""
+    most = {n: max((getattr(p, n) for p in plans), default=0) for n in ("workspace_floats", "counters", "x_sums")}
+    x = max(normed, *(p.x_numbers for p in plans), 0)
+    return {"workspace": most["workspace_floats"], "split_counter": most["counters"], "x": x, "x_sums": most["x_sums"]}
 
 
 def step_plans(config: Config, tokens: int, card: Card) -> list[LinearPlan]:
@@ -170,8 +188,8 @@ def step_plans(config: Config, tokens: int, card: Card) -> list[LinearPlan]:
 def scratch_bytes(config: Config, tokens: int, card: Card) -> int:
     """Of `Products` for the matrices of a model and so many tokens."""
     plans = step_plans(config, min(tokens, BATCH_TOKENS), card)
-    normed = tokens * config.hidden_size * BF16.itemsize if plans else 0
-    return max((4 * (plan.workspace_floats + plan.counters) for plan in plans), default=0) + normed
+    sizes = _scratch_sizes(plans, tokens * config.hidden_size if plans else 0)
+    return sum(count * (BF16.itemsize if name == "x" else 4) for name, count in sizes.items())
 
 
 def add_product(y: Array, x: Array, weight: Array, beta: np.ndarray = ONE) -> None:

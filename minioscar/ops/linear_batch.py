@@ -32,6 +32,7 @@ class BatchPlan:
     granularity: int  # slabs that stay in one block: those of a tile, or 1
     max_slabs: int  # of a block
     partial_tiles: int  # of a block at most, whose sums it adds to those of other blocks
+    x_numbers = x_sums = 0  # x is taken as it is
 
     @property
     def shared(self) -> int:
@@ -104,6 +105,8 @@ class Scratch:
 
     workspace: Array  # float32 [at least plan.workspace_floats]
     split_counter: Array  # int32 [at least plan.counters], zero before and after a launch
+    x: Array = None  # bf16 [at least plan.x_numbers, or those of x]: x normed, or as a kernel wants it
+    x_sums: Array = None  # float32 [at least plan.x_sums]: of its groups
 
 
 @lru_cache(4096)  # a prompt of 17 to 256 tokens asks for the same few in every layer

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..ops.launch import Card, Launch, TensorMap
+from ..ops.linear import normed
 from ..ops.linear_batch import BATCH_TOKENS, MAX_STAGES, BatchPlan, Scratch, share_slabs
 from ..sm90.linear_batch import MAX_WGMMA_STAGES
 from . import ROWS, RUN, Quantized
@@ -22,6 +23,7 @@ CHUNK = 128  # columns that a warp of quantized/linear.cu has at a time
 FEW, MAX_SLOTS = 2, {"int4": 3, "int8": 6, "e4m3": 6}  # tokens; slots of a ring, more are slower
 MOST_COLUMNS = 128  # whose sum is scaled at once
 WGMMA_ROWS = 192  # of a block of sm90/quantized_batch.cu
+PREPARE_BYTES = 2048  # that it leaves for a block of sm90/prepare_x.cu
 ONE_GROUP = 31  # the shift of a column to its group where a row has one
 
 
@@ -178,7 +180,18 @@ class WgmmaCodesPlan:
     tiles: int
     splits: int  # of k, each in another block; 1 where there are tiles enough
     max_slabs: int  # of a block
+    slabs: int  # of CHUNK k, of a row
+    folds: int  # groups of a slab
     slab_clocks: float
+
+    @property
+    def x_numbers(self) -> int:
+        """Of x as sm90/prepare_x.cu leaves it."""
+        return self.column_blocks * self.columns * self.slabs * CHUNK
+
+    @property
+    def x_sums(self) -> int:
+        return self.column_blocks * self.columns * self.slabs * self.folds
 
     @property
     def workspace_floats(self) -> int:
@@ -208,14 +221,14 @@ def wgmma_configs(tokens: int, weight: Quantized, silu: bool, card: Card) -> lis
     folds, scales = CHUNK // _columns_at_once(weight, 2), 12 * (16 if weight.kind == "e4m3" else 64)
     stage_bytes = _up(codes + x + folds * (columns * 4 + scales), 1024)
     exchange = 6 * 64 * columns if silu else 0  # sums of up, on their way to gate
-    stages = min((card.max_shared_bytes - exchange) // stage_bytes, MAX_WGMMA_STAGES)
+    stages = min((card.max_shared_bytes - exchange - PREPARE_BYTES) // stage_bytes, MAX_WGMMA_STAGES)
     for splits in range(1, 2 if silu else min(slabs, 8) + 1):
         blocks = tiles * splits if splits > 1 else min(tiles, room)
         if blocks <= room:
             most = -(-tiles * splits // blocks) * -(-slabs // splits)
             shape = columns, column_blocks, stages, stages * stage_bytes + exchange
             clocks = max(codes * 1.06 * blocks * column_blocks / (132 * 17.8), (codes + x) / 64, 12 * columns + 500)
-            found.append(WgmmaCodesPlan(*shape, blocks, tiles, splits, most, clocks))
+            found.append(WgmmaCodesPlan(*shape, blocks, tiles, splits, most, slabs, folds, clocks))
     return found
 
 
@@ -253,23 +266,47 @@ def possible_plans(tokens: int, shapes: Sequence[tuple[int, int, bool]], card: C
 
 
 def linear_batch(
-    x: Array, weight: Quantized, out: Array, p: CodesBatchPlan, scratch: Scratch, *, bias: Array | None = None,
-    residual: Array | None = None, silu: bool = False,
-) -> Launch:
-    """As `linear`, for up to BATCH_TOKENS, already normed."""
+    x: Array, weight: Quantized, out: Array, p: CodesBatchPlan, scratch: Scratch, *,
+    norm: tuple[Array, float] | None = None, silu: bool = False, **added: Array | None,
+) -> list[Launch]:
+    """As `linear`, for up to BATCH_TOKENS. added: bias, residual."""
     (tokens, size), rows = x.shape, weight.shape[0]
-    rest = *weight.arrays(), bias, residual, out, scratch.workspace, scratch.split_counter
+    rest = added.get("bias"), added.get("residual"), out, scratch.workspace
     numbers, grid = tuple(map(np.int32, (tokens, size, rows, shift(weight)))), (p.blocks, p.column_blocks)
     to = f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
     if isinstance(p, WgmmaCodesPlan):
+        before, x = _prepared(x, weight, p, norm, scratch)
+        args = (TensorMap(x, p.columns), *_boxes(weight, p, silu), *weight.arrays()[1:], scratch.x_sums, *rest)
+        args += scratch.split_counter, *numbers, np.int32(p.splits)
         defines = f"COLUMNS={p.columns}", f"STAGES={p.stages}", *_defines(weight), *to
-        args = (TensorMap(x, p.columns), *rest, *numbers, np.int32(p.splits))
-        return Launch("sm90/quantized_batch.cu", "linear_batch", defines, grid, 512, args, p.shared)
+        threads = 448 if p.columns <= 64 else 512
+        return [*before, Launch("sm90/quantized_batch.cu", "linear_batch", defines, grid, threads, args, p.shared)]
+    before, x = normed(x, norm, scratch)
     shape = f"COLUMNS={p.columns}", f"ROW_TILES={p.row_tiles}", f"K_GROUPS={p.k_groups}", f"SLAB_RUNS={p.slab_runs}"
     kind = f"KIND={weight.kind.upper()}", f"GROUP={_columns_at_once(weight, p.slab_runs)}"
-    args = (x, *rest, *numbers, np.int32(p.granularity))
+    args = (x, *weight.arrays(), *rest, scratch.split_counter, *numbers, np.int32(p.granularity))
     defines = *shape, f"STAGES={p.stages}", *kind, *to
-    return Launch("quantized/linear_batch.cu", "linear_batch", defines, grid, 256, args, p.shared)
+    return [*before, Launch("quantized/linear_batch.cu", "linear_batch", defines, grid, 256, args, p.shared)]
+
+
+def _boxes(weight: Quantized, p: WgmmaCodesPlan, silu: bool) -> tuple[TensorMap, TensorMap]:
+    """A slab of the codes of a block's tiles, and of their scales where it copies them: of e4m3 it does not."""
+    codes, scales, _ = weight.arrays()
+    tiles = WGMMA_ROWS // ROWS // (2 if silu else 1)
+    of_codes = TensorMap(codes, tiles, CHUNK * ROWS // (2 if weight.kind == "int4" else 1), False)
+    return of_codes, of_codes if weight.kind == "e4m3" else TensorMap(scales, tiles, 64 * p.folds, False)
+
+
+def _prepared(
+    x: Array, weight: Quantized, p: WgmmaCodesPlan, norm: tuple[Array, float] | None, scratch: Scratch
+) -> tuple[list[Launch], Array]:
+    """What makes the x that sm90/quantized_batch.cu reads, and that."""
+    (tokens, size), columns, (weights, eps) = x.shape, p.column_blocks * p.columns, norm or (None, 0.0)
+    to = scratch.x[: tokens * p.slabs * CHUNK].reshape(tokens, p.slabs * CHUNK)
+    args = (x, weights, to, scratch.x_sums, np.int32(tokens), np.int32(size), np.float32(eps))
+    defines = (*_defines(weight), f"NORM={norm is not None:d}", "SILU=0", "OUT_BF16=1")
+    grid = columns, 1 if norm else -(-p.slabs // 32)  # a thread has a quarter of a slab
+    return [Launch("sm90/prepare_x.cu", "prepare_x", defines, grid, 128, args)], to
 
 
 def dequantize(weight: Quantized, out: Array) -> Launch:

@@ -16,15 +16,19 @@ import numpy as np
 
 Array = Any
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
-BFLOAT16, NOT_INTERLEAVED, SWIZZLE_128B, L2_256B, ZEROS = 9, 0, 3, 3, 0  # CUtensorMapDataType and so on
+UINT64, BFLOAT16, NOT_INTERLEAVED, L2_256B, ZEROS = 4, 9, 0, 3, 0  # CUtensorMapDataType and so on
+NOT_SWIZZLED, SWIZZLE_128B = 0, 3
 
 
 @dataclass(frozen=True)
 class TensorMap:
-    """An argument: a matrix of 16-bit numbers that the copy engine reads in boxes of 64 columns (tma_load_2d)."""
+    """An argument: a matrix that the copy engine reads in boxes (tma_load_2d): of 16-bit numbers, 64 columns at a time
+    and swizzled, or of any that make rows of multiples of 16 bytes."""
 
-    array: Array
+    array: Array  # [rows, ...]
     box_rows: int
+    row_bytes: int = 128  # of a box
+    swizzled: bool = True  # else columns are addressed by 8 bytes, not by numbers
 
 
 class _Attribute(ctypes.Structure):  # CUlaunchAttribute of cuda.h: the value is a union of 64 bytes
@@ -63,7 +67,9 @@ def launch_overlapping(function: int, launch: Any) -> None:
     pointers = EIGHT_BYTES(*range(first := ctypes.addressof(values), first + 8 * len(launch.args), 8))
     for i, a in enumerate(launch.args):
         if type(a) is TensorMap:
-            pointers[i] = _tensor_map(a.array.data.ptr, *a.array.shape, a.box_rows)[1]
+            pointers[i] = _tensor_map(
+                a.array.data.ptr, a.array.shape[0], a.array.nbytes, a.box_rows, a.row_bytes, a.swizzled
+            )[1]
     x, y, z = (*launch.grid, 1, 1)[:3]
     stream = cupy.cuda.get_current_stream().ptr
     config = _Config(int(x), int(y), int(z), launch.block, 1, 1, launch.shared, stream, OVERLAPPING, 1)
@@ -72,15 +78,19 @@ def launch_overlapping(function: int, launch: Any) -> None:
 
 
 @lru_cache(4096)
-def _tensor_map(address: int, rows: int, columns: int, box_rows: int) -> tuple[np.ndarray, int]:
-    """A CUtensorMap, at a multiple of 64 bytes (CUDA driver API, cuTensorMapEncodeTiled), and where it is."""
+def _tensor_map(
+    address: int, rows: int, size: int, box_rows: int, row_bytes: int, swizzled: bool
+) -> tuple[np.ndarray, int]:
+    """A CUtensorMap, at a multiple of 64 bytes (CUDA driver API, cuTensorMapEncodeTiled), and where it is. size: bytes
+    of all rows."""
     import cupy
 
+    (kind, unit), swizzle = ((BFLOAT16, 2), SWIZZLE_128B) if swizzled else ((UINT64, 8), NOT_SWIZZLED)
     memory = np.zeros(192, np.uint8)
     tensor_map = memory[-memory.ctypes.data % 64 :][:128]
-    sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns)
-    box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
-    matrix = ctypes.c_void_p(tensor_map.ctypes.data), BFLOAT16, 2, ctypes.c_void_p(address), sizes, strides, box, steps
-    if code := _driver("cuTensorMapEncodeTiled")(*matrix, NOT_INTERLEAVED, SWIZZLE_128B, L2_256B, ZEROS):
+    sizes, strides = (ctypes.c_uint64 * 2)(size // rows // unit, rows), (ctypes.c_uint64 * 1)(size // rows)
+    box, steps = (ctypes.c_uint32 * 2)(row_bytes // unit, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    matrix = ctypes.c_void_p(tensor_map.ctypes.data), kind, 2, ctypes.c_void_p(address), sizes, strides, box, steps
+    if code := _driver("cuTensorMapEncodeTiled")(*matrix, NOT_INTERLEAVED, swizzle, L2_256B, ZEROS):
         raise cupy.cuda.driver.CUDADriverError(code)
     return tensor_map, tensor_map.ctypes.data

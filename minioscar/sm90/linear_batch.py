@@ -26,6 +26,7 @@ class WgmmaPlan:
     tiles: int
     splits: int  # of k, each in another block; 1 where there are tiles enough
     max_runs: int  # of a block
+    x_numbers = x_sums = 0  # x is taken as it is
 
     @property
     def warpgroups(self) -> int:

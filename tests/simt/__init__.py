@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from minioscar.sm90.launch import TensorMap
+
 HERE = Path(__file__).parent
 BUILD = Path(os.environ.get("MINIOSCAR_SIMT_BUILD") or HERE / ".build")
 MAX_DYNAMIC_SHARED = 227 * 1024
@@ -142,17 +144,13 @@ def array(values: Any) -> np.ndarray:
     return out
 
 
-def tensor_map(matrix: np.ndarray, box_rows: int) -> np.void:
-    """The TensorMap of include/device.cuh: a matrix of 16-bit numbers from `array` or `empty`, in boxes of so many
-    rows and 64 columns."""
-    fields = [
-        ("base", np.uint64),
-        ("rows", np.uint64),
-        ("columns", np.uint64),
-        ("box_rows", np.uint32),
-        ("rest", "V100"),
-    ]
-    return np.array((matrix.ctypes.data, *matrix.shape, box_rows, b""), np.dtype(fields))[()]
+def tensor_map(given: TensorMap) -> np.void:
+    """The TensorMap of include/sm90/wgmma.cuh; its matrix is from `array` or `empty`."""
+    matrix = given.array
+    fields = [("base", np.uint64), ("rows", np.uint64), ("row_bytes", np.uint64)]
+    fields += [("box_rows", np.uint32), ("box_row_bytes", np.uint32), ("swizzled", np.uint64), ("rest", "V88")]
+    sizes = len(matrix), matrix.nbytes // len(matrix), given.box_rows, given.row_bytes, given.swizzled
+    return np.array((matrix.ctypes.data, *sizes, b""), np.dtype(fields))[()]
 
 
 def numpy(device_array: np.ndarray, allow_unwritten: bool = False) -> np.ndarray:

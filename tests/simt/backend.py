@@ -74,7 +74,7 @@ class Simt(Cuda):
             return self.recorded.append(launch)
         kernel = compile_kernel(KERNELS / launch.source, launch.name, launch.defines, self.card.capability)
         args = [_there(a) for a in launch.args]  # copies live as long as this list
-        maps = [tensor_map(a.array, a.box_rows) if isinstance(a, TensorMap) else a for a in args]
+        maps = [tensor_map(a) if isinstance(a, TensorMap) else a for a in args]
         kernel(launch.grid, launch.block, maps, shared=launch.shared)
 
     @contextmanager

@@ -106,19 +106,22 @@ void copy_bulk(void* to, const void* from, unsigned bytes, void* barrier) {
 }
 
 void copy_tensor_box(void* to, const Tensor& from, int column, int row, void* barrier) {
-  if ((uintptr_t)to % 1024)
-    fault(SIMT_PC, to, "box of a tensor to @: the pattern of swizzling begins at a multiple of 1024 bytes");
-  if ((uintptr_t)from.base % 16 || from.columns % 8)
+  const bool swizzled = from.swizzled;
+  if ((uintptr_t)to % (swizzled ? 1024 : 128))
+    fault(SIMT_PC, to, swizzled ? "box of a tensor to @: the pattern of swizzling begins at a multiple of 1024 bytes"
+                                : "box of a tensor to @, which is no multiple of 128 bytes");
+  if ((uintptr_t)from.base % 16 || from.row_bytes % 16 || from.box_row_bytes % 16)
     fault(SIMT_PC, from.base, "a tensor whose rows do not begin at multiples of 16 bytes");
   Mbarrier& b = find(barrier, SIMT_PC);
-  Copy c{(char*)to, std::vector<char>(from.box_rows * 128)};
+  const uint64_t vectors = from.box_row_bytes / 16, first = (uint64_t)column * (swizzled ? 2 : 8);
+  Copy c{(char*)to, std::vector<char>(from.box_rows * from.box_row_bytes)};
   for (uint64_t r = 0; r < from.box_rows; r++)
-    for (uint64_t vector = 0; vector < 8; vector++) {
-      const uint64_t y = row + r, x = column + 8 * vector;
-      if (y >= from.rows || x >= from.columns) continue;  // stays zero
-      const char* source = from.base + 2 * (y * from.columns + x);
+    for (uint64_t vector = 0; vector < vectors; vector++) {
+      const uint64_t y = row + r, x = first + 16 * vector;
+      if (y >= from.rows || x >= from.row_bytes) continue;  // stays zero
+      const char* source = from.base + y * from.row_bytes + x;
       access(source, 16, READ, SIMT_PC);
-      memcpy(&c.data[r * 128 + (vector ^ r % 8) * 16], source, 16);
+      memcpy(&c.data[(r * vectors + (swizzled ? vector ^ r % 8 : vector)) * 16], source, 16);
     }
   access(to, c.data.size(), WRITE, SIMT_PC);
   in_flight(to, c.data.size());

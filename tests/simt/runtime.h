@@ -46,13 +46,14 @@ void mbarrier_init(void* barrier, int count);
 void mbarrier_arrive(void* barrier, unsigned transfer_bytes);
 void mbarrier_wait(void* barrier, unsigned parity, int line);
 void copy_bulk(void* shared, const void* global, unsigned bytes, void* barrier);
-struct Tensor {  // what a tensor map says: a matrix of 16-bit numbers, and a box of so many rows, 64 numbers wide
+struct Tensor {  // what a tensor map says: a matrix, and a box of it
   const char* base;
-  uint64_t rows, columns;
-  uint32_t box_rows;
+  uint64_t rows, row_bytes;
+  uint32_t box_rows, box_row_bytes;
+  uint64_t swizzled;
 };
 void copy_tensor_box(void* shared, const Tensor& from, int column, int row,
-                     void* barrier);                        // in the order of 128-byte swizzling
+                     void* barrier);                        // column: of numbers of 2 bytes where rows are swizzled, else of 8
 uint32_t shared_address(const void* p);                     // the 32-bit address of PTX and back
 void* shared_pointer(uint32_t address);
 

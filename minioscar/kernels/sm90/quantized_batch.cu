@@ -6,19 +6,17 @@
 // inside, zeros and scales applied to the sums of groups; rounded once at the end.
 //
 // A block has COLUMNS tokens and ROWS rows: a tile of 16 for each warp of three warpgroups (SILU: two warps of a
-// warpgroup have gate, two have up), which is operand a of wgmma, in registers. Each warp copies its own codes, lane by
-// lane, STAGES slabs of 128 k ahead, from before the previous launch has ended. x is operand b, in shared memory. The
-// warps of a fourth warpgroup feed it, in as many stages:
-//   full      one thread's copies of a slab of x have landed, two boxes of 64 k
-//   prepared  three warps have multiplied x by 2^100 (codes.cuh), put it into the order of k that codes have, and
-//             added up its groups
+// warpgroup have gate, two have up), which is operand a of wgmma, in registers. x, as prepare_x.cu leaves it, is
+// operand b, in shared memory. A thread of one more warp copies slabs of codes and their scales, 128 k each and STAGES
+// ahead, from before the previous launch has ended, a thread of another x and the sums of its groups. Of a stage
+//   full      codes and x have landed
 //   empty     all products of the stage are done
-// The order of k: of 32 columns a lane's codes have 8c + 4s + 2p + {0, 1} in register 2p + i of step s, where wgmma has
-// 16s + 8p + 2c + {0, 1}: the four words of four vectors of x are transposed.
+// Of e4m3 a warp loads its scale by itself, a slab ahead: 32 of them are in a line of L1.
 //
 // Work items, splits of k and their sums as in sm90/linear_batch.cu; with SILU k is not split. grid (blocks, blocks of
-// columns), 512 threads; dynamic shared memory: STAGES stages, with SILU the sums of up. Reads the weights once for
-// each block of columns.
+// columns), 448 threads (512 for 80 columns); dynamic shared memory: STAGES stages, with SILU the sums of up. What is
+// left of a multiprocessor has room for a block of prepare_x.cu, which can run while this launch ends. Reads the
+// weights once for each block of columns.
 //
 // Set by -D: COLUMNS (16, 48, 64 or 80, as registers allow), STAGES, GROUP (k whose sum is scaled at once: 64
 // or 128), KIND, and the macros of linear.cuh.
@@ -32,15 +30,15 @@ constexpr int WARPS = 12;
 constexpr int RUNS = 2, FOLDS = RUNS * 64 / GROUP, TILES = COLUMNS / 8, LINE_BYTES = 128, PATTERN = 8 * LINE_BYTES;
 constexpr int ROWS = WARPS * 16, OUT_TILES = WARPS / BRANCHES;                          // OUT_TILES: of a block
 constexpr int RUN_BYTES = COLUMNS * LINE_BYTES, CODE_BYTES = RUNS * TILE_VECTORS * 16;  // of x; of a tile
-constexpr int CODE_OFFSET = RUNS * RUN_BYTES, SUM_OFFSET = CODE_OFFSET + WARPS * CODE_BYTES;
-constexpr int SCALE_OFFSET = SUM_OFFSET + FOLDS * COLUMNS * 4, SCALE_BYTES = HAS_ZERO ? 64 : 16;  // of a fold of a tile
-constexpr int STAGE_BYTES = (SCALE_OFFSET + WARPS * FOLDS * SCALE_BYTES + PATTERN - 1) / PATTERN * PATTERN;
-constexpr int UNROLLED = COLUMNS <= 48 ? 2 : 1;  // splits whose sums are loaded together, as registers allow
-constexpr int PREPARING = 3;                     // warps; the fourth one of their warpgroup copies
+constexpr int CODE_OFFSET = RUNS * RUN_BYTES, SCALE_OFFSET = CODE_OFFSET + WARPS * CODE_BYTES;
+constexpr int SCALE_BYTES = HAS_ZERO ? FOLDS * 64 : 0;  // of a tile
+constexpr int SUM_OFFSET = SCALE_OFFSET + WARPS * SCALE_BYTES, SUM_BYTES = HAS_ZERO ? COLUMNS * 4 : 0;  // of a fold
+constexpr int STAGE_BYTES = (SUM_OFFSET + FOLDS * SUM_BYTES + PATTERN - 1) / PATTERN * PATTERN;
+constexpr bool MOVES_REGISTERS = COLUMNS > 64;  // from the warps that copy, of which there are four then, to the others
+constexpr int UNROLLED = COLUMNS <= 48 ? 3 : 1;  // splits whose sums are loaded together, as registers allow
 static_assert(COLUMNS % 16 == 0 && COLUMNS <= 80 && GROUP >= 64, "sums and scales fit into registers");
 
 struct Product {
-  const uint4* codes;
   const uint32_t* scales;
   const float* row_scale;
   const bf16 *bias, *residual;
@@ -54,133 +52,149 @@ struct Product {
   DEVICE static int out_tile(int tile, int warp) {
     return tile * OUT_TILES + (SILU ? warp / 4 * 2 + warp % 2 : warp);
   }
-  // Its tile of the matrix; past the end the last one is repeated.
-  DEVICE int matrix_tile(int tile, int warp) const {
-    const int tiles = (rows + 15) / 16;
-    return branch(warp) * tiles + min(out_tile(tile, warp), tiles - 1);
-  }
+  // Where its tile is among those of a stage, and in the matrix; past the end another one, or none.
+  DEVICE static int slot(int warp) { return branch(warp) * OUT_TILES + out_tile(0, warp); }
+  DEVICE int first_tile(int tile, int branch) const { return branch * ((rows + 15) / 16) + tile * OUT_TILES; }
+  DEVICE int group(int slab, int fold) const { return (slab * RUNS * 64 + fold * GROUP) >> shift; }
 };
 
-// The slabs of this block in the order in which it takes them.
-struct Slabs {
-  const Items& items;
-  const Product& p;
-  int warp, item, slab, end;
-  uint32_t first, first_group;  // of this warp's tile: this lane's first vector of codes, and its groups
-
-  DEVICE Slabs(const Items& items, const Product& p, int warp) : items(items), p(p), warp(warp), item(blockIdx.x) {
-    begin();
-  }
-  DEVICE void begin() {
-    const uint32_t tile = p.matrix_tile(items.tile(item), warp);
-    first = tile * p.runs() * TILE_VECTORS + threadIdx.x % 32;
-    first_group = tile * p.groups();
-    slab = items.begin(item);
-    end = items.end(item);
-  }
-  DEVICE bool exist() const { return item < items.count(); }
-  DEVICE void advance() {
-    if (++slab < end) return;
-    item += gridDim.x;
-    begin();
-  }
-};
 // Which stage is next, and whose turn of its barriers.
 struct Stage {
   int at = 0;
   uint32_t parity = 0;
 
-  DEVICE unsigned char* in(unsigned char* smem) const { return smem + at * STAGE_BYTES; }
   DEVICE void advance() {
     at = at + 1 == STAGES ? 0 : at + 1;
     parity ^= at == 0;
   }
 };
 
-// This warp's codes and scales of a slab. A lane copies the codes that it reads itself.
-DEVICE void copy_codes(unsigned char* stage, const Slabs& next) {
-  const int left = next.p.runs() - next.slab * RUNS;  // runs from this slab on
-  const uint4* from = next.p.codes + (next.first + next.slab * (RUNS * TILE_VECTORS));
-  unsigned char* to = stage + CODE_OFFSET + next.warp * CODE_BYTES + threadIdx.x % 32 * 16;
-  UNROLL for (int i = 0; i < RUNS * LOADS; i++)
-    cp_async_16_or_zero<true>(to + i * 512, from + 32 * i, i / LOADS < left);
-  constexpr int VECTORS = SCALE_BYTES / 16;  // of a fold; e4m3: 4 bytes of one
-  const int lane = threadIdx.x % 32, k = next.slab * RUNS * 64 + lane / VECTORS * GROUP;
-  if (lane >= FOLDS * VECTORS) return;
-  const size_t group = next.first_group + (k >> next.p.shift);
-  unsigned char* own = stage + SCALE_OFFSET + next.warp * FOLDS * SCALE_BYTES + lane * 16;
-  if (HAS_ZERO)
-    cp_async_16_or_zero<false>(own, next.p.scales + group * 16 + lane % VECTORS * 4, k < next.p.K);
-  else
-    cp_async_4_or_zero(own, next.p.scales + group, k < next.p.K);
+// Copies of a slab, each by one thread.
+DEVICE void copy_codes(unsigned char* stage, const TensorMap& codes, const TensorMap& scales, const Product& p,
+                       int tile, int slab, uint64_t* full) {
+  mbarrier_arrive_expect_tx(full, WARPS * (CODE_BYTES + SCALE_BYTES));
+  UNROLL for (int t = 0; t < BRANCHES; t++) {
+    const int first = p.first_tile(tile, t);
+    tma_load_2d(stage + CODE_OFFSET + t * OUT_TILES * CODE_BYTES, &codes, slab * (CODE_BYTES / 8), first, full);
+    if (HAS_ZERO)
+      tma_load_2d(stage + SCALE_OFFSET + t * OUT_TILES * SCALE_BYTES, &scales, p.group(slab, 0) * 8, first, full);
+  }
 }
-DEVICE void copy_x(unsigned char* stage, const TensorMap& x, int slab, uint64_t* full) {
-  mbarrier_arrive_expect_tx(full, RUNS * RUN_BYTES);
+DEVICE void copy_x(unsigned char* stage, const TensorMap& x, const float* x_sums, int slab, uint64_t* full) {
+  mbarrier_arrive_expect_tx(full, RUNS * RUN_BYTES + FOLDS * SUM_BYTES);
   UNROLL for (int run = 0; run < RUNS; run++)
     tma_load_2d(stage + run * RUN_BYTES, &x, (slab * RUNS + run) * 64, blockIdx.y * COLUMNS, full);
+  UNROLL for (int i = 0; i < FOLDS && HAS_ZERO; i++) {
+    const float* from = x_sums + ((size_t)(slab * FOLDS + i) * gridDim.y + blockIdx.y) * COLUMNS;
+    bulk_copy(stage + SUM_OFFSET + i * SUM_BYTES, from, SUM_BYTES, full);
+  }
 }
-
-DEVICE float sum_of(uint32_t pair) { return low(pair) + high(pair); }
-DEVICE float sum_of(uint4 v) { return (sum_of(v.x) + sum_of(v.y)) + (sum_of(v.z) + sum_of(v.w)); }
-
-// x of a stage in place: times 2^100, transposed, and the sums of its groups as the sums of code 1 would be. A lane has
-// 32 k of a column at a time; 8 columns a warp, whose lines have their vectors in different banks.
-DEVICE void prepare_x(unsigned char* stage, int warp) {
-  const int lane = threadIdx.x % 32, block = lane / 8;  // block: of 32 k
-  float* x_sums = (float*)(stage + SUM_OFFSET);         // [fold][column]
-  for (int column = warp * 8 + lane % 8; column < COLUMNS; column += PREPARING * 8) {
-    unsigned char* line = stage + block / 2 * RUN_BYTES + column * LINE_BYTES;
-    uint4 v[4];
-    UNROLL for (int c = 0; c < 4; c++) v[c] = *(const uint4*)(line + ((block % 2 * 4 + c) ^ column % 8) * 16);
-    float sum = (sum_of(v[0]) + sum_of(v[1])) + (sum_of(v[2]) + sum_of(v[3]));
-    UNROLL for (int c = 0; c < 4; c++) v[c] = ScaledX()(v[c]);
-    UNROLL for (int j = 0; j < 4; j++)
-      *(uint4*)(line + ((block % 2 * 4 + j) ^ column % 8) * 16) =
-          make_uint4(word(v[0], j), word(v[1], j), word(v[2], j), word(v[3], j));
-    sum += __shfl_xor_sync(FULL_MASK, sum, 8);
-    if (GROUP > 64) sum += __shfl_xor_sync(FULL_MASK, sum, 16);
-    if (HAS_ZERO && block % (GROUP / 32) == 0) x_sums[block * 32 / GROUP * COLUMNS + column] = sum * unit<false>();
+// Calls copy(tile, slab, stage) for the slabs of this block in order, each when its stage is empty.
+template <class Copy> DEVICE void copy_all(const Items& items, uint64_t* empty, const Copy& copy) {
+  Stage stage;
+  bool first_round = true;
+  for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
+    const int tile = items.tile(item), end = items.end(item);
+    for (int slab = items.begin(item); slab < end; slab++, stage.advance()) {
+      first_round &= stage.parity == 0;
+      if (!first_round) mbarrier_wait(&empty[stage.at], stage.parity ^ 1);
+      copy(tile, slab, stage.at);
+    }
   }
 }
 
-// y += this warp's rows of a slab times all columns.
-DEVICE void multiply(float (&y)[TILES][4], const unsigned char* stage, int warp) {
-  const int lane = threadIdx.x % 32, c = lane % 4;
-  const float* x_sums = (const float*)(stage + SUM_OFFSET) + 2 * c;
-  const unsigned char* scales = stage + SCALE_OFFSET + warp * FOLDS * SCALE_BYTES;
-  float sum[TILES][4];  // of a group
+// With SILU warpgroups start products in rotation: while one multiplies, the others decode and scale. Left to themselves
+// all three do the same at the same time. A barrier for each, of the warps that begin their turn and of those that end
+// theirs.
+struct Turn {
+  static constexpr int FIRST = 4;  // number of a barrier; those before it: activate
+  int warpgroup;
+  bool is_last;  // nothing of this block comes after this slab
+
+  DEVICE static void first() { if (SILU && threadIdx.x / 128 == 2) named_barrier_arrive(FIRST, 256); }
+  DEVICE void begin() const {
+    if (SILU) named_barrier_wait(FIRST + warpgroup, 256);
+  }
+  DEVICE void end(bool of_slab) const {
+    if (SILU && (warpgroup < 2 || !is_last || !of_slab)) named_barrier_arrive(FIRST + (warpgroup + 1) % 3, 256);
+  }
+};
+
+// Of e4m3, this warp's scales of a slab, which it loads from memory; others are in the stage.
+struct OwnScales {
+  const uint32_t* of_tile;
+  int slab;
+  uint32_t words[FOLDS];
+
+  DEVICE OwnScales(const Product& p, int tile, int warp, int slab) : of_tile(p.scales), slab(slab) {
+    if (HAS_ZERO) return;
+    const int last = BRANCHES * ((p.rows + 15) / 16) - 1, own = Product::out_tile(0, warp);
+    of_tile += (size_t)min(p.first_tile(tile, Product::branch(warp)) + own, last) * p.groups();
+    load(p);
+  }
+  DEVICE void load(const Product& p) {
+    UNROLL for (int i = 0; i < FOLDS; i++) words[i] = __ldg(of_tile + min(p.group(slab, i), p.groups() - 1));
+  }
+  DEVICE void advance(const Product& p) {
+    slab++;
+    if (!HAS_ZERO) load(p);
+  }
+};
+
+// This warp's rows of slabs times all columns.
+struct Products {
+  const int slot;           // of this warp's tile in a stage
+  const uint64_t operand_b;  // of stage 0
+  float y[1][TILES][4], sum[TILES][4];  // sum: of a group
   uint32_t a[RUNS][4][4];
-  auto fold = [&](int i) {
-    RowScales of_rows;
-    of_rows.load(scales + i * SCALE_BYTES, 0, lane / 4);
-    wgmma_wait<0>();
-    compiler_fence(sum);
-    UNROLL for (int n = 0; n < TILES; n++)
-      of_rows.add(y[n], sum[n], HAS_ZERO ? *(const float2*)(x_sums + i * COLUMNS + 8 * n) : make_float2(0.f, 0.f));
-  };
-  UNROLL for (int run = 0; run < RUNS; run++) {
+
+  DEVICE Products(int warp, uint64_t operand_b) : slot(Product::slot(warp)), operand_b(operand_b) { clear(y[0]); }
+  // Operands of a run; a[run] is free.
+  DEVICE void decode(const unsigned char* stage, int run) {
     uint4 w[LOADS];
-    UNROLL for (int i = 0; i < LOADS; i++) {
-      const int at = run * TILE_VECTORS + 32 * i + lane;
-      w[i] = *(const uint4*)(stage + CODE_OFFSET + warp * CODE_BYTES + at * 16);
-    }
+    const unsigned char* own = stage + CODE_OFFSET + slot * CODE_BYTES + threadIdx.x % 32 * 16;
+    UNROLL for (int i = 0; i < LOADS; i++) w[i] = *(const uint4*)(own + (run * TILE_VECTORS + 32 * i) * 16);
     UNROLL for (int s = 0; s < 4; s++) operand(a[run][s], w, s);
-    const uint64_t b = wgmma_operand(stage + run * RUN_BYTES, PATTERN, 0);
-    UNROLL for (int s = 0; s < 4; s++) {
-      const int k = run * 64 + s * 16;
-      if (s == 0 || k % GROUP == 0) {
-        compiler_fence(a[run]);
-        wgmma_fence();
-      }
-      if (k % GROUP == 0)
-        wgmma_bf16_k_major<true>(sum, a[run][s], b + 2 * s);  // 16 k are 32 bytes; addresses count 16
+  }
+  DEVICE void start(int at, int run) {  // at: the stage
+    const uint32_t address = (uint32_t)operand_b + (at * STAGE_BYTES + run * RUN_BYTES) / 16;
+    const uint64_t b = operand_b >> 32 << 32 | address;
+    compiler_fence(a[run]);
+    wgmma_fence();
+    UNROLL for (int s = 0; s < 4; s++) {  // 16 k are 32 bytes; addresses count 16
+      if ((run * 64 + s * 16) % GROUP == 0)
+        wgmma_bf16_k_major<true>(sum, a[run][s], b + 2 * s);
       else
         wgmma_bf16_k_major<false>(sum, a[run][s], b + 2 * s);
-      if (s == 3 || (k + 16) % GROUP == 0) wgmma_commit();
-      if ((k + 16) % GROUP == 0) fold(k / GROUP);
+    }
+    wgmma_commit();
+  }
+  // y += the scaled sums of a group, whose products are done. stage: that of its slab; scales: of e4m3.
+  DEVICE void fold(const unsigned char* stage, int group, const OwnScales& scales) {
+    compiler_fence(sum);
+    const int lane = threadIdx.x % 32;
+    const float* x_sums = (const float*)(stage + SUM_OFFSET + group * SUM_BYTES) + lane % 4 * 2;
+    RowScales of_rows;
+    if (HAS_ZERO)
+      of_rows.set(*(const uint2*)(stage + SCALE_OFFSET + slot * SCALE_BYTES + group * 64 + lane / 4 * 8));
+    else
+      of_rows.set(make_uint2(scales.words[group], 0));
+    UNROLL for (int n = 0; n < TILES; n++)
+      of_rows.add(y[0][n], sum[n], HAS_ZERO ? *(const float2*)(x_sums + 8 * n) : make_float2(0.f, 0.f));
+  }
+  DEVICE void multiply(const unsigned char* smem, int at, const OwnScales& scales, const Turn& turn) {
+    const unsigned char* stage = smem + at * STAGE_BYTES;
+    constexpr int GROUP_RUNS = RUNS / FOLDS;
+    UNROLL for (int group = 0; group < FOLDS; group++) {
+      UNROLL for (int run = group * GROUP_RUNS; run < (group + 1) * GROUP_RUNS; run++) decode(stage, run);
+      turn.begin();
+      UNROLL for (int run = group * GROUP_RUNS; run < (group + 1) * GROUP_RUNS; run++) start(at, run);
+      turn.end(group == FOLDS - 1);
+      wgmma_wait<0>();
+      fold(stage, group, scales);
     }
   }
-}
+};
 
 // What a lane stores: rows 2r and 2r + 1 of its warp's outputs, of each 8 columns two. Made before the products, used
 // behind them.
@@ -189,6 +203,7 @@ struct Result {
   int n;  // the first of the rows
   float scale[2];
   bf16 bias[2];
+  uint32_t added[TILES][2];  // residuals
 
   DEVICE Result(const Product& p, int tile, int warp) : p(p), n(Product::out_tile(tile, warp) * 16) {
     const bf16 zero = 0;
@@ -207,13 +222,17 @@ struct Result {
         y[j][e] = y[j][e] * to_result(scale[e / 2], e / 2) + to_float(bias[e / 2]);
   }
   DEVICE int token(int j, int e) const { return blockIdx.y * COLUMNS + 8 * j + threadIdx.x % 4 * 2 + e; }
-  DEVICE void store(const float (&y)[TILES][4]) const {
-    uint32_t added[TILES][2];  // loaded before the first store, which the compiler takes to change them
+  // Before sums of splits are added, which takes as long.
+  DEVICE void load_residuals() {
+    const bool loads = p.residual && p.rows % 2 == 0 && n < p.rows;
+    const bf16* from = p.residual + n;
     UNROLL for (int j = 0; j < TILES; j++)
       UNROLL for (int e = 0; e < 2; e++) {
-        const bool loads = p.residual && p.rows % 2 == 0 && n < p.rows && token(j, e) < p.tokens;
-        added[j][e] = loads ? *(const uint32_t*)(p.residual + (size_t)token(j, e) * p.rows + n) : 0;
+        const uint32_t m = opaque(token(j, e));
+        added[j][e] = loads && m < p.tokens ? *(const uint32_t*)(from + m * p.rows) : 0;
       }
+  }
+  DEVICE void store(const float (&y)[TILES][4]) const {
     UNROLL for (int j = 0; j < TILES; j++)
       UNROLL for (int e = 0; e < 2; e++) {
         const int m = opaque(token(j, e));
@@ -253,69 +272,56 @@ DEVICE bool activate(float (&y)[TILES][4], float4* exchange, int warp) {
   return true;
 }
 
-// workspace float32 [blocks of columns][items][ROWS * COLUMNS]; split_counter int [blocks of columns][tiles][WARPS],
-// zero before and after; both only if splits > 1, and then blocks = items.
-extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
-    linear_batch(const __grid_constant__ TensorMap x, const uint4* codes, const uint32_t* scales,
-                 const float* row_scale, const bf16* bias, const bf16* residual, Output* out, float* workspace,
+// x_sums: of groups, [K / GROUP][blocks of columns * COLUMNS]. workspace float32 [blocks of columns][items][ROWS *
+// COLUMNS]; split_counter int [blocks of columns][tiles][WARPS], zero before and after; both only if splits > 1, and
+// then blocks = items.
+extern "C" __global__ void __launch_bounds__(THREADS + (MOVES_REGISTERS ? 128 : 64), 1)
+    linear_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap codes,
+                 const __grid_constant__ TensorMap scale_boxes, const uint32_t* scales, const float* row_scale,
+                 const float* x_sums, const bf16* bias, const bf16* residual, Output* out, float* workspace,
                  int* split_counter, int tokens, int K, int N, int shift, int splits) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  __shared__ uint64_t full[STAGES], prepared[STAGES], empty[STAGES];
+  __shared__ uint64_t full[STAGES], empty[STAGES];
   const int warp = __shfl_sync(FULL_MASK, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const Product p = {codes, scales, row_scale, bias, residual, out, tokens, K, N / BRANCHES, shift};
+  const Product p = {scales, row_scale, bias, residual, out, tokens, K, N / BRANCHES, shift};
   const int tiles = (p.rows + OUT_TILES * 16 - 1) / (OUT_TILES * 16);
   const Items items = {(p.runs() + RUNS - 1) / RUNS, splits, tiles};
   if (warp == WARPS && lane == 0) {
     for (int s = 0; s < STAGES; s++) {
-      mbarrier_init(&full[s], 1);
-      mbarrier_init(&prepared[s], PREPARING);
+      mbarrier_init(&full[s], 2);
       mbarrier_init(&empty[s], WARPS);
     }
     mbarrier_init_fence();
   }
-  Slabs next(items, p, warp);
-  for (int s = 0; s < STAGES && warp < WARPS; s++, next.advance()) {
-    if (next.exist()) copy_codes(smem + s * STAGE_BYTES, next);
-    cp_async_commit();
-  }
   __syncthreads();
-  Stage stage;
   if (warp >= WARPS) {
-    decrease_registers<56>();
-    wait_then_allow_next();
-    if (warp == WARPS && lane > 0) return;
-    bool first_round = true;
-    for (Slabs slabs(items, p, 0); slabs.exist(); slabs.advance(), stage.advance()) {
-      first_round &= stage.parity == 0;
-      if (warp == WARPS) {
-        if (!first_round) mbarrier_wait(&empty[stage.at], stage.parity ^ 1);
-        copy_x(stage.in(smem), x, slabs.slab, &full[stage.at]);
-        continue;
-      }
-      mbarrier_wait(&full[stage.at], stage.parity);
-      prepare_x(stage.in(smem), warp - WARPS - 1);
-      fence_async();
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(&prepared[stage.at]);
-    }
+    if (MOVES_REGISTERS) decrease_registers<56>();
+    if (warp > WARPS) wait_then_allow_next();
+    if (lane > 0 || warp > WARPS + 1) return;
+    copy_all(items, empty, [&](int tile, int slab, int at) {
+      if (warp == WARPS)
+        copy_codes(smem + at * STAGE_BYTES, codes, scale_boxes, p, tile, slab, &full[at]);
+      else
+        copy_x(smem + at * STAGE_BYTES, x, x_sums, slab, &full[at]);
+    });
     return;
   }
-  increase_registers<152>();
+  if (MOVES_REGISTERS) increase_registers<152>();
+  Turn::first();
   wait_then_allow_next();
+  Stage stage;
   for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
-    float sums[1][TILES][4], (&y)[TILES][4] = sums[0];
-    clear(y);
-    const Result result(p, items.tile(item), warp);  // loads wait behind all copies that are under way
+    Result result(p, items.tile(item), warp);
+    Products products(warp, wgmma_operand(smem, PATTERN, 0));
+    OwnScales scales(p, items.tile(item), warp, items.begin(item));
+    const bool last_item = item + gridDim.x >= items.count();
     for (int left = items.end(item) - items.begin(item); left > 0; left--, stage.advance()) {
-      cp_async_wait<STAGES - 1>();
-      __syncwarp();  // scales, which other lanes have copied
-      mbarrier_wait(&prepared[stage.at], stage.parity);
-      multiply(y, stage.in(smem), warp);
+      const OwnScales now = scales;
+      scales.advance(p);
+      mbarrier_wait(&full[stage.at], stage.parity);
+      products.multiply(smem, stage.at, now, Turn{warp / 4, last_item && left == 1});
       __syncwarp();
       if (lane == 0) mbarrier_arrive(&empty[stage.at]);
-      if (next.exist()) copy_codes(stage.in(smem), next);
-      cp_async_commit();
-      next.advance();
     }
     const int own = opaque(item), tile = items.tile(own), split = items.split(own);
     const size_t floats = (size_t)ROWS * COLUMNS, column_block = blockIdx.y;
@@ -323,10 +329,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
       return (float4*)(workspace + (column_block * items.count() + tile + s * items.tiles) * floats) + threadIdx.x;
     };
     int* counter = split_counter + (column_block * items.tiles + tile) * WARPS + warp;
-    if (!SILU && splits > 1 && !merge_splits<THREADS, UNROLLED, TILES>(sums, partial, split, 0, splits - 1, counter))
-      continue;
+    if (COLUMNS <= 48) result.load_residuals();
+    float (&y)[TILES][4] = products.y[0];
+    const bool merges = !SILU && splits > 1;
+    if (merges && !merge_splits<THREADS, UNROLLED, TILES>(products.y, partial, split, 0, splits - 1, counter)) continue;
     result.scale_sums(y);
     if (SILU && !activate(y, (float4*)(smem + STAGES * STAGE_BYTES), warp)) continue;
+    if (COLUMNS > 48) result.load_residuals();
     result.store(y);
   }
 }
