@@ -28,20 +28,11 @@ def copies_of(size: int) -> int:
 
 
 @contextmanager
-def most_bytes(xp: Any) -> Iterator[Callable[[], int]]:
-    """What arrays of CuPy's pool take at the most beside those that are there, asked for by a call."""
-    pool = xp.get_default_memory_pool()
-    before = most = pool.used_bytes()
-
-    class Peak(xp.cuda.memory_hook.MemoryHook):
-        name = "Peak"
-
-        def malloc_postprocess(self, **_: Any) -> None:
-            nonlocal most
-            most = max(most, pool.used_bytes())
-
-    with Peak():
-        yield lambda: most - before
+def own_pool(xp: Any) -> Iterator[Callable[[], int]]:
+    """Arrays come from a pool that is empty at first; what it has taken from the card is asked for by a call."""
+    pool = xp.cuda.MemoryPool()
+    with xp.cuda.using_allocator(pool.malloc):
+        yield pool.total_bytes
 
 
 def median_and_spread(times: Sequence[float]) -> tuple[float, float]:

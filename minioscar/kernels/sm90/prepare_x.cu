@@ -8,8 +8,8 @@
 // The order: of 32 columns a lane's codes have 8c + 4s + 2p + {0, 1} in register 2p + i of step s, where wgmma has
 // 16s + 8p + 2c + {0, 1}: the four words of four vectors of x are transposed.
 //
-// grid (columns, parts of a row; with NORM one), 128 threads; a thread has 32 k at a time. Its time is latency. Reads and
-// writes 2 B a number.
+// grid (columns, parts of a row; with NORM one), 128 threads; a thread has 32 k at a time. Its time is latency. Reads
+// and writes 2 B a number.
 //
 // Set by -D: GROUP (64 or 128), NORM, KIND, and the macros of linear.cuh.
 constexpr int WARPS = 4;
