@@ -32,7 +32,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   uint4* to = (uint4*)prepared + (size_t)m * blocks * 4;
   uint4 v[4], weight[4];
   if (NORM) load_block(weight, weights, threadIdx.x * 4, vectors);
-  wait_then_allow_next();
+  allow_next();  // it copies codes meanwhile, and waits for this launch before it touches x
+  wait_for_previous();
   const bool exists = m < tokens;
   float factor = 0.f;
   if (NORM) {

@@ -18,7 +18,7 @@
 // left of a multiprocessor has room for a block of prepare_x.cu, which can run while this launch ends. Reads the
 // weights once for each block of columns.
 //
-// Set by -D: COLUMNS (16, 48, 64 or 80, as registers allow), STAGES, GROUP (k whose sum is scaled at once: 64
+// Set by -D: COLUMNS (a multiple of 8 from 16 to 80, as registers allow), STAGES, GROUP (k whose sum is scaled at once: 64
 // or 128), KIND, and the macros of linear.cuh.
 constexpr int WARPS = 12;
 #include "../linear.cuh"
@@ -36,7 +36,7 @@ constexpr int SUM_OFFSET = SCALE_OFFSET + WARPS * SCALE_BYTES, SUM_BYTES = HAS_Z
 constexpr int STAGE_BYTES = (SUM_OFFSET + FOLDS * SUM_BYTES + PATTERN - 1) / PATTERN * PATTERN;
 constexpr bool MOVES_REGISTERS = COLUMNS > 64;  // from the warps that copy, of which there are four then, to the others
 constexpr int UNROLLED = COLUMNS <= 48 ? 3 : 1;  // splits whose sums are loaded together, as registers allow
-static_assert(COLUMNS % 16 == 0 && COLUMNS <= 80 && GROUP >= 64, "sums and scales fit into registers");
+static_assert(COLUMNS % 8 == 0 && COLUMNS <= 80 && GROUP >= 64, "sums and scales fit into registers");
 
 struct Product {
   const uint32_t* scales;

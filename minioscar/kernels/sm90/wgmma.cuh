@@ -52,9 +52,13 @@ DEVICE void compiler_fence(uint32_t (&d)[N][4]) {
 #define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 4)
 #define SUMS_64(d, i) SUMS_32(d, i), SUMS_32(d, i + 8)
 #define REGISTERS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define REGISTERS_12 REGISTERS_8 ",%8,%9,%10,%11"
 #define REGISTERS_16 REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define REGISTERS_20 REGISTERS_16 ",%16,%17,%18,%19"
 #define REGISTERS_24 REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define REGISTERS_28 REGISTERS_24 ",%24,%25,%26,%27"
 #define REGISTERS_32 REGISTERS_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define REGISTERS_36 REGISTERS_32 ",%32,%33,%34,%35"
 #define REGISTERS_40 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define REGISTERS_48 REGISTERS_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define REGISTERS_56 REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55"
@@ -78,9 +82,13 @@ DEVICE void compiler_fence(uint32_t (&d)[N][4]) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(OVERWRITE ? 0 : 1));                \
   }
 WGMMA_K_MAJOR(16, 8, 8, 9, 10, 11, 12, 13, SUMS_8(d, 0))
+WGMMA_K_MAJOR(24, 12, 12, 13, 14, 15, 16, 17, SUMS_8(d, 0), SUMS_4(d, 2))
 WGMMA_K_MAJOR(32, 16, 16, 17, 18, 19, 20, 21, SUMS_16(d, 0))
+WGMMA_K_MAJOR(40, 20, 20, 21, 22, 23, 24, 25, SUMS_16(d, 0), SUMS_4(d, 4))
 WGMMA_K_MAJOR(48, 24, 24, 25, 26, 27, 28, 29, SUMS_16(d, 0), SUMS_8(d, 4))
+WGMMA_K_MAJOR(56, 28, 28, 29, 30, 31, 32, 33, SUMS_16(d, 0), SUMS_8(d, 4), SUMS_4(d, 6))
 WGMMA_K_MAJOR(64, 32, 32, 33, 34, 35, 36, 37, SUMS_32(d, 0))
+WGMMA_K_MAJOR(72, 36, 36, 37, 38, 39, 40, 41, SUMS_32(d, 0), SUMS_4(d, 8))
 WGMMA_K_MAJOR(80, 40, 40, 41, 42, 43, 44, 45, SUMS_32(d, 0), SUMS_8(d, 8))
 WGMMA_K_MAJOR(128, 64, 64, 65, 66, 67, 68, 69, SUMS_64(d, 0))
 // a in registers, b N-major; d += a . b.

@@ -17,7 +17,7 @@ template <int N> SIMT_INLINE void wgmma_wait(SIMT_LINE) { simt::wgmma_wait(N, li
 template <class T> SIMT_INLINE void compiler_fence(T&) {}
 template <bool OVERWRITE, int N>
 SIMT_INLINE void wgmma_bf16_k_major(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) {
-  static_assert(N % 2 == 0 && (N <= 10 || N == 16));
+  static_assert((N >= 2 && N <= 10) || N == 16);
   simt::wgmma(&d[0][0], 8 * N, OVERWRITE, a, 0, b, false, line);
 }
 template <int N> SIMT_INLINE void wgmma_bf16(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, SIMT_LINE) {
