@@ -20,8 +20,15 @@
 #define MINIOSCAR_DECODE_MERGE_CUH
 #include "schedule.cuh"
 
-// Channels of all q heads, in quads: a lane merges one, a warp a slice of 16.
-constexpr int OUT = Q_PER_KV * D, QUADS = OUT / 4, SLICES = (QUADS + 15) / 16;
+// Channels of all q heads, in quads: a lane merges one, a warp a slice of 16, or of 32 where its warps would have to
+// merge more than one slice of a head.
+constexpr int OUT = Q_PER_KV * D, QUADS = OUT / 4;
+#ifdef SLICE
+constexpr int SLICE_QUADS = SLICE;
+#else
+constexpr int SLICE_QUADS = QUADS > 16 * BLOCK_WARPS ? 32 : 16;
+#endif
+constexpr int SLICES = (QUADS + SLICE_QUADS - 1) / SLICE_QUADS, LOADED_BLOCKS = SLICE_QUADS / 2;
 constexpr int SLOT_QUADS = QUADS + QUADS / 8;  // float4 of a workspace slot: its sums, then (m, l) of each 32 channels
 constexpr int MAX_TRIES = 8;                   // reads of partials before a NaN counts as one of q, keys or values
 constexpr float LN2 = 0.69314718f;
@@ -45,6 +52,12 @@ constexpr int LENGTHS_OFFSET = BARRIERS_OFFSET + BLOCK_WARPS * STAGES * 8;
 static_assert(RING_BYTES >= PARTIAL_BYTES && RING_BYTES % 16 == 0, "the last partial reuses the drained ring");
 static_assert(2 * BLOCK_WARPS <= 32, "a lane a partial");
 
+// Where quad `at` of the channels of all q heads is in a partial: the sums that store_sums stores at a time, of heads 2c
+// and 2c + 1, are in different banks.
+#ifndef SWIZZLED
+#define SWIZZLED 1
+#endif
+DEVICE int swizzled(int at) { return SWIZZLED ? at ^ (at / (D / 4) / 2 % 2) : at; }
 // Sums of partial 2w, the first of warp w, or 2w + 1, its last.
 DEVICE float* partial_sums(unsigned char* smem, int index) {
   return (float*)(index % 2 ? smem + index / 2 * RING_BYTES : smem + PARTIALS_OFFSET + index / 2 * PARTIAL_BYTES);
@@ -73,11 +86,11 @@ template <int N> DEVICE void add_partials(Partial& sum, const Partial (&partials
   sum = {o, make_float2(m, l)};
 }
 
-// Merges `count` partials, partial(k) the k-th, loading N at a time. The lower half of the warp merges the first half
-// of them and the upper half the others; the lower half returns the merge of all.
+// Merges `count` partials, partial(k) the k-th, loading N at a time. Slices of 16: the lower half of the warp merges
+// the first half of them and the upper half the others; the lower half returns the merge of all.
 template <int N, class Load> DEVICE Partial merge_partials(int count, const Load& partial) {
-  const bool upper = threadIdx.x % 32 >= 16;
-  const int middle = (count + 1) / 2, end = upper ? count : middle;
+  const bool upper = SLICE_QUADS == 16 && threadIdx.x % 32 >= 16;
+  const int middle = SLICE_QUADS == 16 ? (count + 1) / 2 : count, end = upper ? count : middle;
   Partial sum = {make_float4(0.f, 0.f, 0.f, 0.f), make_float2(INITIAL_MAX, 0.f)};
 #pragma unroll 1
   for (int k = 0; k < middle; k += N) {
@@ -89,6 +102,7 @@ template <int N, class Load> DEVICE Partial merge_partials(int count, const Load
     }
     add_partials(sum, batch);
   }
+  if (SLICE_QUADS > 16) return sum;
   auto above = [](float x) { return __shfl_down_sync(FULL_MASK, x, 16); };
   const float4 o = make_float4(above(sum.o.x), above(sum.o.y), above(sum.o.z), above(sum.o.w));
   const Partial others[1] = {{o, make_float2(above(sum.ml.x), above(sum.ml.y))}};
@@ -102,7 +116,7 @@ DEVICE Partial merge_warps(unsigned char* smem, unsigned first, unsigned last, i
   const float2* ml = (const float2*)(smem + ML_OFFSET) + at / (D / 4);
   return merge_partials<(BLOCK_WARPS + 1) / 2>(last / 2 - first / 2 + 1, [=](int k) -> Partial {
     const unsigned p = min((first | 1) + 2 * k, last);
-    return {((const float4*)partial_sums(smem, p))[at], ml[p * Q_PER_KV]};
+    return {((const float4*)partial_sums(smem, p))[swizzled(at)], ml[p * Q_PER_KV]};
   });
 }
 
@@ -141,7 +155,7 @@ DEVICE Partial merge_blocks(const Results& to, int from, int blocks, int at) {
 #pragma unroll 1
   for (int tries = 0;; tries++) {
     if (tries == MAX_TRIES) wait_for_partials(to, from, blocks, at);
-    const Partial sum = merge_partials<8>(blocks, [=](int k) { return load_partial(to, from, k, at); });
+    const Partial sum = merge_partials<LOADED_BLOCKS>(blocks, [=](int k) { return load_partial(to, from, k, at); });
     if (tries == MAX_TRIES || !__any_sync(FULL_MASK, is_nan(sum))) return sum;
   }
 }
@@ -169,8 +183,8 @@ DEVICE void merge_head(
   const int lane = threadIdx.x % 32, block = blockIdx.x;
 #pragma unroll 1
   for (; slice < SLICES; slice += BLOCK_WARPS) {
-    const int at = min(slice * 16 + lane % 16, QUADS - 1);
-    const bool own = lane < 16 && slice * 16 + lane < QUADS;  // this lane writes this quad
+    const int at = min(slice * SLICE_QUADS + lane % SLICE_QUADS, QUADS - 1);
+    const bool own = lane < SLICE_QUADS && slice * SLICE_QUADS + lane < QUADS;  // this lane writes this quad
     int* split_counter = to.split_counter + from * SLICES + slice;
     int before = 0;
     if (blocks && lane == 0) before = atomic_add_relaxed(split_counter, 1);
