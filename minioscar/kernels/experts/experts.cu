@@ -22,7 +22,10 @@
 // apart; then two rounds' sums; FEW: a `Few`.
 //
 // Set by -D: FEW, TEAM_WARPS, RUNS (even), COLUMN_TILES (FEW: 1), and the macros of route.cuh and linear.cuh.
-constexpr int WARPS = 16;
+#ifndef EXPERT_WARPS
+#define EXPERT_WARPS 16
+#endif
+constexpr int WARPS = EXPERT_WARPS;
 #include "items.cuh"
 
 constexpr int ROUND_K = RUNS * TEAM_WARPS * 32;  // the k of RUNS runs of a team
@@ -52,7 +55,7 @@ struct Prefetch {
 };
 
 // up: x, h; down: h, out, and the x that is added. FEW: logits and lengths; else what is in Many.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
     experts(const bf16* x, const bf16* norm, const bf16* weight, const bf16* residual, const float* logits,
             const int* lengths, const int* sorted, const int4* entries, const float* weights, Output* out,
             int tokens, int K, int N,
@@ -91,13 +94,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if FEW
   if (!SILU) stage_x(smem, stride, x, work.in_use, rows_of_x(tokens), K);
 #endif
-  float total = 0.f;  // SUMMED: of the output that this thread finishes
+  OwnSum own_sum;
   bool odd = false;
   const int num_rounds = rounds.count();
   for (int round = 0; round < num_rounds; round++, odd = !odd) {
     // Two buffers: a round's sums are read while the next ones are written; a barrier comes before the ones after that.
     float* sums = sum_buffers + odd * ROUND_SUMS;
     const Item item = rounds.at(round, team);
+    own_sum.begin(rounds, round, residual, tokens, rows);
     const unsigned char* own[COLUMN_TILES];  // the x of this lane's columns
     bool has_x[COLUMN_TILES];
     UNROLL for (int n = 0; n < COLUMN_TILES; n++) {
@@ -135,6 +139,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
     __syncthreads();
     auto column_of = [&](const Item& of, int, int column) { return find_column(work, of, column); };
-    finish_round(sums, column_of, rounds, round, residual, out, tokens, rows, total);
+    finish_round(sums, column_of, rounds, round, out, tokens, rows, own_sum);
   }
 }

@@ -45,6 +45,7 @@ struct Few {
     if (warp <= (EXPERTS - 1) / 32) {  // experts below, counted by each warp for itself
       int before = 0;
       bool taken = false;
+#ifdef SLOW_RANK
       for (int w = 0; w <= warp; w++) {
         const int e = 32 * w + lane;
         const int2 both = e < EXPERTS ? *(const int2*)slots[e] : make_int2(-1, -1);
@@ -52,6 +53,17 @@ struct Few {
         const unsigned of_warp = __ballot_sync(FULL_MASK, taken);
         before += __popc(w < warp ? of_warp : of_warp & ((1u << lane) - 1));
       }
+#else
+      UNROLL for (int w = 0; w <= (EXPERTS - 1) / 32; w++) {  // the loads are under way together
+        const int e = 32 * w + lane;
+        const int2 both = e < EXPERTS ? *(const int2*)slots[e] : make_int2(-1, -1);
+        const unsigned of_warp = __ballot_sync(FULL_MASK, (both.x & both.y) != -1);
+        if (w < warp) before += __popc(of_warp);
+        if (w != warp) continue;
+        before += __popc(of_warp & ((1u << lane) - 1));
+        taken = of_warp >> lane & 1;
+      }
+#endif
       if (taken) experts[before] = threadIdx.x;
       if (threadIdx.x == (EXPERTS - 1) / 32 * 32 + 31) entries = before + taken;
     }
@@ -126,19 +138,31 @@ template <class Work> DEVICE Column find_column(const Work& work, const Item& it
   return {pair, SILU && pair >= 0 ? work.weights[pair] : 1.f};
 }
 
+// SUMMED: of an output that this thread finishes, over the rounds of a tile, and the number that it is added to, which
+// is loaded before the products.
+struct OwnSum {
+  float sum;
+  bf16 residual;
+
+  DEVICE void begin(const Rounds& rounds, int round, const bf16* all, int tokens, int rows) {
+    if (!SUMMED || round % rounds.of_tile()) return;
+    const int m = threadIdx.x / 16, n = rounds.at(round, 0).tile * 16 + threadIdx.x % 16;
+    const bf16 zero = 0;
+    sum = 0.f;
+    residual = !ALONE && m < tokens && n < rows ? all[(size_t)m * rows + n] : zero;
+  }
+};
+
 // The outputs of a round, from the sums of its warps [WARPS][BRANCHES][16][ENTRY_PAIRS]. column_of(item, team, column).
-// total: SUMMED, of the output that this thread finishes, over the rounds of a tile; added to the residual then.
 template <class ColumnOf>
-DEVICE void finish_round(const float* sums, const ColumnOf& column_of, const Rounds& rounds, int round,
-                         const bf16* residual, Output* out, int tokens, int rows, float& total) {
+DEVICE void finish_round(const float* sums, const ColumnOf& column_of, const Rounds& rounds, int round, Output* out,
+                         int tokens, int rows, OwnSum& own) {
   if (SUMMED) {
     const int m = threadIdx.x / 16, n = rounds.at(round, 0).tile * 16 + threadIdx.x % 16;
     if (m >= tokens || n >= rows) return;
     // A token that does not take an expert gets zeros from it.
-    for (int v = 0; v < WARPS; v++) total += sums[(v * 16 + threadIdx.x % 16) * ENTRY_PAIRS + m];
-    if ((round + 1) % rounds.of_tile()) return;
-    out[(size_t)m * rows + n] = to_output(total + (ALONE ? 0.f : to_float(residual[(size_t)m * rows + n])));
-    total = 0.f;
+    for (int v = 0; v < WARPS; v++) own.sum += sums[(v * 16 + threadIdx.x % 16) * ENTRY_PAIRS + m];
+    if ((round + 1) % rounds.of_tile() == 0) out[(size_t)m * rows + n] = to_output(own.sum + to_float(own.residual));
     return;
   }
   for (int o = threadIdx.x; o < TEAMS * 16 * ENTRY_PAIRS; o += THREADS) {

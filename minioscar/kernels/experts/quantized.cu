@@ -152,13 +152,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
 #if FEW
   if (!SILU) stage_x(smem, stride, x, work.in_use, rows_of_x(tokens), K, ScaledX());
 #endif
-  float total = 0.f;  // SUMMED: of the output that this thread finishes
+  OwnSum own_sum;
   bool odd = false;
   const int num_rounds = rounds.count();
   for (int round = 0; round < num_rounds; round++, odd = !odd) {
     // Two buffers: a round's sums are read while the next ones are written; a barrier comes before the ones after that.
     float* sums = sum_buffers + odd * ROUND_SUMS;
     const Item item = rounds.at(round, team);
+    own_sum.begin(rounds, round, residual, tokens, rows);
     uint32_t own[COLUMN_TILES];  // where the x of this lane's columns begins
     bool has_x[COLUMN_TILES];
     UNROLL for (int n = 0; n < COLUMN_TILES; n++) {
@@ -221,6 +222,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
       return columns[odd][own_team * ENTRY_PAIRS + column];
 #endif
     };
-    finish_round(sums, column_of, rounds, round, residual, out, tokens, rows, total);
+    finish_round(sums, column_of, rounds, round, out, tokens, rows, own_sum);
   }
 }
