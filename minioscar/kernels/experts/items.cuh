@@ -12,8 +12,10 @@
 #include "../linear_vector.cuh"
 #include "route.cuh"
 
-constexpr int ENTRY_PAIRS = COLUMNS * COLUMN_TILES, TEAMS = WARPS / TEAM_WARPS;
-constexpr int ROUND_SUMS = WARPS * BRANCHES * 16 * ENTRY_PAIRS;
+// Sums of a team: a warp has those of FOLD of them, where the block has fewer warps than a team has sums.
+constexpr int FOLD = TEAM_WARPS > WARPS ? TEAM_WARPS / WARPS : 1, OWN_WARPS = TEAM_WARPS / FOLD;
+constexpr int ENTRY_PAIRS = COLUMNS * COLUMN_TILES, TEAMS = WARPS / OWN_WARPS, ALL_SUMS = TEAMS * TEAM_WARPS;
+constexpr int ROUND_SUMS = ALL_SUMS * BRANCHES * 16 * ENTRY_PAIRS;
 constexpr bool SUMMED = FEW && !SILU;  // a block adds the pairs of a token
 static_assert(EXPERTS <= THREADS, "a thread looks after an expert");
 
@@ -161,7 +163,7 @@ DEVICE void finish_round(const float* sums, const ColumnOf& column_of, const Rou
     const int m = threadIdx.x / 16, n = rounds.at(round, 0).tile * 16 + threadIdx.x % 16;
     if (m >= tokens || n >= rows) return;
     // A token that does not take an expert gets zeros from it.
-    for (int v = 0; v < WARPS; v++) own.sum += sums[(v * 16 + threadIdx.x % 16) * ENTRY_PAIRS + m];
+    for (int v = 0; v < ALL_SUMS; v++) own.sum += sums[(v * 16 + threadIdx.x % 16) * ENTRY_PAIRS + m];
     if ((round + 1) % rounds.of_tile() == 0) out[(size_t)m * rows + n] = to_output(own.sum + to_float(own.residual));
     return;
   }
