@@ -209,31 +209,28 @@ struct Ring {
   }
 };
 
-// Stores a warp's sums of a head: to the output if the warp has the whole head, else as partial `index`. The upper
-// lanes store rows 8..15 of a tile first: the 32 sums of a store are in 32 banks (decode_merge.cuh, swizzled).
-template <class Items>
-DEVICE void store_sums(const State& state, unsigned char* smem, const Results& to, int head, bool whole, int index) {
+// Stores a warp's sums of a head: to the output if the warp has the WHOLE head, else as partial `index`.
+template <bool WHOLE, class Items>
+DEVICE void store_sums(const State& state, unsigned char* smem, const Results& to, int head, int index) {
   constexpr int RUN = Items::HALF_TILES, BOTH = COLUMN_HALVES * RUN,
                 LANE_TILES = (CHANNEL_TILES + BOTH - 1) / BOTH * RUN;
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, first = 2 * c % COLUMNS;
-  const bool upper = c >= 2, second = COLUMN_HALVES == 2 && upper;  // second: the column half whose tiles it stores
-  const int row = value_channel(0, r) + (second ? value_channel(RUN, 0) : 0), flip = SWIZZLED && upper ? 2 : 0;
+  const bool second = COLUMN_HALVES == 2 && c >= 2;  // the column half whose tiles this lane stores
+  const int row = value_channel(0, r) + (second ? value_channel(RUN, 0) : 0);
   const float l[2] = {state.sums[2], state.sums[3]}, inverse[2] = {rcp_approx(l[0]), rcp_approx(l[1])};
-  float* sums = partial_sums(smem, index) + first * D;
-  Output* out = to.out + (size_t)head * OUT + first * D;
+  float* sums = partial_sums(smem, index) + first * D + row;
+  Output* out = to.out + (size_t)head * OUT + first * D + row;
   float2 offset;
   UNROLL for (int n = 0; n < LANE_TILES; n++) {
-    const int j = n / RUN * BOTH + n % RUN, above = min(j + RUN, CHANNEL_TILES - 1);
+    const int j = n / RUN * BOTH + n % RUN, above = min(j + RUN, CHANNEL_TILES - 1), channel = value_channel(j, 0);
     if (n % RUN == 0) offset = Items::offset_term(state, second ? above : j);
     if (second && j + RUN >= CHANNEL_TILES) continue;
     const float scale = second ? Items::output_scale(above) : Items::output_scale(j);
     UNROLL for (int i = 0; i < 4; i++) {
       if (first + i % 2 >= Q_PER_KV) continue;
-      const float sum = upper ? state.o[COLUMN_HALVES == 2 ? above : j][SWIZZLED ? i ^ 2 : i] : state.o[j][i];
-      const float y = fmaf(sum, scale, i % 2 ? offset.y : offset.x);
-      const int channel = row + value_channel(j, 0) + (i / 2 * 2 ^ flip);
-      if (whole) out[i % 2 * D + channel] = to_output(y * inverse[i % 2]);
-      else sums[i % 2 * D + 4 * swizzled((first * D + channel) / 4) % D + channel % 4] = y;
+      const float y = fmaf(second ? state.o[above][i] : state.o[j][i], scale, i % 2 ? offset.y : offset.x);
+      if (WHOLE) out[i % 2 * D + channel + i / 2 * 2] = to_output(y * inverse[i % 2]);
+      else sums[i % 2 * D + channel + i / 2 * 2] = y;
     }
   }
   if (r || c >= COLUMNS / 2) return;
@@ -241,7 +238,7 @@ DEVICE void store_sums(const State& state, unsigned char* smem, const Results& t
     const int q_head = 2 * c + i;
     const float m = i ? state.m1 : state.m0;
     if (q_head >= Q_PER_KV) continue;
-    if (whole) store_lse(to, head, q_head, m, l[i]);
+    if (WHOLE) store_lse(to, head, q_head, m, l[i]);
     else ((float2*)(smem + ML_OFFSET))[index * Q_PER_KV + q_head] = make_float2(m, l[i]);
   }
 }
@@ -344,7 +341,8 @@ DEVICE void attend(const Items& items, const bf16* q, const int* lengths, const 
     }
     const int head = at.row * heads + at.head, index = 2 * warp + !remaining;
     const bool whole = first == 0 && at.item == at.num_items;
-    store_sums<Items>(state, smem, to, head, whole, index);
+    if (whole) store_sums<true, Items>(state, smem, to, head, index);
+    else store_sums<false, Items>(state, smem, to, head, index);
     if (!whole && lane == index % 2) partial_head[index] = head;
     __syncwarp();
     if (remaining) {

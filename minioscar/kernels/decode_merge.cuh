@@ -28,7 +28,10 @@ constexpr int SLICE_QUADS = SLICE;
 #else
 constexpr int SLICE_QUADS = QUADS > 16 * BLOCK_WARPS ? 32 : 16;
 #endif
-constexpr int SLICES = (QUADS + SLICE_QUADS - 1) / SLICE_QUADS, LOADED_BLOCKS = SLICE_QUADS / 2;
+#ifndef LOADED_BLOCKS
+#define LOADED_BLOCKS (SLICE_QUADS / 2)
+#endif
+constexpr int SLICES = (QUADS + SLICE_QUADS - 1) / SLICE_QUADS;
 constexpr int SLOT_QUADS = QUADS + QUADS / 8;  // float4 of a workspace slot: its sums, then (m, l) of each 32 channels
 constexpr int MAX_TRIES = 8;                   // reads of partials before a NaN counts as one of q, keys or values
 constexpr float LN2 = 0.69314718f;
@@ -52,12 +55,6 @@ constexpr int LENGTHS_OFFSET = BARRIERS_OFFSET + BLOCK_WARPS * STAGES * 8;
 static_assert(RING_BYTES >= PARTIAL_BYTES && RING_BYTES % 16 == 0, "the last partial reuses the drained ring");
 static_assert(2 * BLOCK_WARPS <= 32, "a lane a partial");
 
-// Where quad `at` of the channels of all q heads is in a partial: the sums that store_sums stores at a time, of heads 2c
-// and 2c + 1, are in different banks.
-#ifndef SWIZZLED
-#define SWIZZLED 1
-#endif
-DEVICE int swizzled(int at) { return SWIZZLED ? at ^ (at / (D / 4) / 2 % 2) : at; }
 // Sums of partial 2w, the first of warp w, or 2w + 1, its last.
 DEVICE float* partial_sums(unsigned char* smem, int index) {
   return (float*)(index % 2 ? smem + index / 2 * RING_BYTES : smem + PARTIALS_OFFSET + index / 2 * PARTIAL_BYTES);
@@ -116,7 +113,7 @@ DEVICE Partial merge_warps(unsigned char* smem, unsigned first, unsigned last, i
   const float2* ml = (const float2*)(smem + ML_OFFSET) + at / (D / 4);
   return merge_partials<(BLOCK_WARPS + 1) / 2>(last / 2 - first / 2 + 1, [=](int k) -> Partial {
     const unsigned p = min((first | 1) + 2 * k, last);
-    return {((const float4*)partial_sums(smem, p))[swizzled(at)], ml[p * Q_PER_KV]};
+    return {((const float4*)partial_sums(smem, p))[at], ml[p * Q_PER_KV]};
   });
 }
 
