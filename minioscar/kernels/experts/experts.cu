@@ -30,7 +30,7 @@ constexpr int WARPS = EXPERT_WARPS;
 
 constexpr int ROUND_K = RUNS * OWN_WARPS * 32;  // the k of RUNS runs of a team
 // Runs whose x is loaded together: as many as registers allow.
-constexpr int AT_ONCE = COLUMN_TILES > 1 ? 2 / BRANCHES : RUNS % 4 == 0 ? 4 : RUNS;
+constexpr int AT_ONCE = COLUMN_TILES > 1 ? 2 / BRANCHES : SILU ? 2 : RUNS % 4 == 0 ? 4 : RUNS;
 static_assert(RUNS % (2 * FOLD) == 0, "two runs are a line");
 DEVICE constexpr int offset(int run) { return run / 2 * OWN_WARPS * 64 + run % 2 * 32; }
 
@@ -64,6 +64,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, team = warp / OWN_WARPS;
   const int rows = N / BRANCHES, lane_k = warp % OWN_WARPS * 64 + 8 * c, stride = (K * 2 + 127) / 128 * 128 + 64;
   float* sum_buffers = (float*)(smem + rows_of_x(tokens) * stride);  // [2][WARPS][BRANCHES][16][ENTRY_PAIRS]
+  Rounds rounds((rows + 15) / 16);
+  Position at = rounds.begin();
 #if FEW
   Few& work = *(Few*)(sum_buffers + 2 * ROUND_SUMS);
   work.clear();
@@ -73,35 +75,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
     norm_x(smem, stride, sum_buffers, x, norm, first, eps, tokens, K);
     wait_then_allow_next();
   }
-  work.fill(logits, lengths, tokens);
+  const Ranked ranked = work.fill(logits, lengths, tokens);
 #else
   if (SILU) wait_then_allow_next();
   const Many work = {sorted, entries, weights};
 #endif
-  const Rounds rounds = {work.count(), (rows + 15) / 16};
+  rounds.entries = work.count();
   Prefetch prefetch;
-  auto seek = [&](int round) {
-    const Item item = rounds.at(round, team);
+  auto seek = [&](const Position& at) {
+    const Item item = rounds.item(at, team);
     prefetch.seek(weight, item.exists ? work.expert(item.entry) : 0, item, rows, K, lane_k);
   };
   uint4 w[RUNS][BRANCHES][2];
-  seek(0);
+  seek(at);
   UNROLL for (int a = 0; a < RUNS; a++) {
     UNROLL for (int t = 0; t < BRANCHES; t++) w[a][t][0] = w[a][t][1] = make_uint4(0, 0, 0, 0);
     prefetch.load(w[a], a);
   }
   if (!SILU) wait_then_allow_next();
 #if FEW
+  if (SILU) work.weigh(ranked, tokens);
   if (!SILU) stage_x(smem, stride, x, work.in_use, rows_of_x(tokens), K);
 #endif
   OwnSum own_sum;
-  bool odd = false;
-  const int num_rounds = rounds.count();
-  for (int round = 0; round < num_rounds; round++, odd = !odd) {
+  for (bool odd = false; rounds.exists(at); odd = !odd) {
     // Two buffers: a round's sums are read while the next ones are written; a barrier comes before the ones after that.
     float* sums = sum_buffers + odd * ROUND_SUMS;
-    const Item item = rounds.at(round, team);
-    own_sum.begin(rounds, round, residual, tokens, rows);
+    const Item item = rounds.item(at, team);
+    const Position next = rounds.next(at);
+    own_sum.begin(at, residual, tokens, rows);
     const unsigned char* own[COLUMN_TILES];  // the x of this lane's columns
     bool has_x[COLUMN_TILES];
     UNROLL for (int n = 0; n < COLUMN_TILES; n++) {
@@ -114,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
       UNROLL for (int t = 0; t < BRANCHES; t++) clear(y[f][t]);
     for (int first = 0; first < K; first += ROUND_K) {
       prefetch.k += ROUND_K;
-      if (first + ROUND_K >= K) seek(round + 1);
+      if (first + ROUND_K >= K) seek(next);
       UNROLL for (int run = 0; run < RUNS; run += AT_ONCE) {
         uint4 b[AT_ONCE][COLUMN_TILES];
         UNROLL for (int a = 0; a < AT_ONCE; a++)
@@ -141,6 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
           }
     __syncthreads();
     auto column_of = [&](const Item& of, int, int column) { return find_column(work, of, column); };
-    finish_round(sums, column_of, rounds, round, out, tokens, rows, own_sum);
+    finish_round(sums, column_of, rounds, at, out, tokens, rows, own_sum);
+    at = next;
   }
 }

@@ -13,7 +13,7 @@
 #define ALONE 0
 #endif
 
-constexpr int PER_LANE = (EXPERTS + 31) / 32, TAKEN = 1 << 31;  // TAKEN: below the key of every number
+constexpr int PER_LANE = (EXPERTS + 31) / 32, TAKEN = 1 << 31;  // TAKEN: some keys from it on are of no number
 static_assert(TOP_K <= 32 && TOP_K <= EXPERTS, "a lane keeps one choice");
 
 struct Choice { int expert; float weight; };
@@ -34,13 +34,11 @@ struct Ranked {
 // Ranks the TOP_K largest keys. ONE_BY_ONE: of equal ones the first; else all of them take a rank together, and the
 // result is false. What a step waits for is then short: the maxima of a lane and of the warp, and a comparison.
 template <bool ONE_BY_ONE> DEVICE bool rank_keys(Ranked& ranked, const int (&all)[PER_LANE]) {
+  constexpr int RANKED = TAKEN + 1;  // + rank: the key of one that is taken
   const int lane = threadIdx.x % 32;
-  int keys[PER_LANE], taken = 0;
-  UNROLL for (int i = 0; i < PER_LANE; i++) {
-    keys[i] = all[i];
-    ranked.rank[i] = -1;
-  }
-  for (int s = 0; s < TOP_K; s++) {
+  int keys[PER_LANE], count = 0;
+  UNROLL for (int i = 0; i < PER_LANE; i++) keys[i] = all[i];
+  UNROLL for (int s = 0; s < TOP_K; s++) {
     int best = keys[0];
     UNROLL for (int i = 1; i < PER_LANE; i++) best = max(best, keys[i]);
     const int top = __reduce_max_sync(FULL_MASK, best);
@@ -48,13 +46,16 @@ template <bool ONE_BY_ONE> DEVICE bool rank_keys(Ranked& ranked, const int (&all
     bool open = !ONE_BY_ONE || (best == top && !(holders & ((1u << lane) - 1)));  // the first lane, then its first key
     UNROLL for (int i = 0; i < PER_LANE; i++) {
       const bool own = open && keys[i] == top;
-      ranked.rank[i] = own ? s : ranked.rank[i];
-      keys[i] = own ? TAKEN : keys[i];
-      taken += own;
+      keys[i] = own ? RANKED + s : keys[i];
       if (ONE_BY_ONE) open = open && !own;
     }
   }
-  return __reduce_add_sync(FULL_MASK, taken) == TOP_K;
+  UNROLL for (int i = 0; i < PER_LANE; i++) {
+    const bool taken = keys[i] >= RANKED && keys[i] < RANKED + TOP_K;
+    ranked.rank[i] = taken ? keys[i] - RANKED : -1;
+    count += taken;
+  }
+  return __reduce_add_sync(FULL_MASK, count) == TOP_K;
 }
 
 DEVICE Ranked rank_logits(const float* logits) {
@@ -65,11 +66,8 @@ DEVICE Ranked rank_logits(const float* logits) {
     ranked.x[i] = e < EXPERTS ? logits[e] : 0.f;
     keys[i] = e < EXPERTS ? ordered(ranked.x[i]) : TAKEN;
   }
-#ifdef SLOW_RANK
-  rank_keys<true>(ranked, keys);
-#else
-  if (!rank_keys<false>(ranked, keys)) rank_keys<true>(ranked, keys);
-#endif
+  // Where all experts are taken, as many are ranked even if some are equal.
+  if (TOP_K == EXPERTS || !rank_keys<false>(ranked, keys)) rank_keys<true>(ranked, keys);
   return ranked;
 }
 
