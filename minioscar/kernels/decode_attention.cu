@@ -24,11 +24,6 @@
 #define ITEM_BYTES (COPIED_BYTES + (SCALED ? 256 : 0))
 #include "attention.cuh"
 
-#ifdef HOLD_LANE
-#define HELD(x) opaque(x)
-#else
-#define HELD(x) (int)(x)
-#endif
 constexpr int K_STEPS = D / 16;
 constexpr float LIFT = SCALED ? 32.f : 0.125f;  // keeps q * key_step in the normal range of fp16
 constexpr float ZERO_POINT = SYMMETRIC ? -((1 << VALUE_BITS) - 1) / 2.f : 1.f;  // factor of sum p * parameter
@@ -52,8 +47,8 @@ DEVICE constexpr int group_of(int channel_tile) { return channel_tile * 16 / VAL
 template <int BITS, bool NESTED> struct Codes {
   static constexpr int TILES = tiles_of_load(BITS), BYTE_SLOTS = byte_slots(BITS);
   uint4 bits;
-  DEVICE void advance(const unsigned char* codes, int tile, int lane) {
-    if (tile % 8 == 0) words = load_codes<BITS>(codes, tile / 8, lane);
+  DEVICE void advance(const unsigned char* codes, int tile) {
+    if (tile % 8 == 0) words = load_codes<BITS>(codes, tile / 8);
     if (tile % BYTE_SLOTS) return;
     const uint32_t(&w)[4] = words.w[tile % 8 / TILES];
     const bool upper = tile % TILES;
@@ -91,7 +86,6 @@ struct PageItems {
   Table table;
   int kv_heads, sinks;
   float scale_log2;
-  int lane;
   struct Query { uint32_t b[K_STEPS][2]; };
   struct Tile { int first, valid; bool sink; };
 
@@ -170,7 +164,7 @@ struct PageItems {
   // r + 8, column 2c + i % 2. copied: what copy_page brought of page `page`.
   DEVICE void logits(float (&x)[LANE_TILES][4], const State& state, const Query& query, const unsigned char* copied,
                      int page) const {
-    const int r = lane / 4, c = lane % 4;
+    const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     const bool second = COLUMN_HALVES == 2 && c >= 2;  // the half whose logits this lane takes
     const unsigned char* data = copied + copied_offset(page);
     const unsigned char* steps = data + key_step(page) + c * 16 + (SPLIT_KEYS && r >= 4 ? 64 : 0);  // its column's half
@@ -192,7 +186,7 @@ struct PageItems {
       else mma_m16n8k16_f16_zero(minima[m], minimum.x, minimum.y, minimum.z, minimum.w, q0, q1);
       UNROLL for (int j = 0; j < 4; j++) {
         const int tile = key_tile(j, s), g = SPLIT_KEYS ? 0 : j * 16 / KEY_GROUP;
-        codes.advance(data, tile, lane);
+        codes.advance(data, tile);
         const uint4 a = codes.operands(tile);
         if (s) mma_m16n8k16_f16(sum[j], a.x, a.y, a.z, a.w, b[g][0], b[g][1]);
         else mma_m16n8k16_f16_zero(sum[j], a.x, a.y, a.z, a.w, b[g][0], b[g][1]);
@@ -259,7 +253,7 @@ struct PageItems {
   DEVICE void attend_page(State& state, const Query& query, const unsigned char* copied, int item) const {
     const int page = item + sinks / PAGE_TOKENS;
     const unsigned char* data = copied + copied_offset(page);
-    const int r = lane / 4, c = lane % 4;
+    const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     float x[LANE_TILES][4];
     logits(x, state, query, copied, page);
     const int skipped = sinks - page * PAGE_TOKENS;  // tokens that are read from the sinks
@@ -292,7 +286,7 @@ struct PageItems {
       }
       UNROLL for (int j = 0; j < CHANNEL_TILES; j++) {
         const int tile = value_tile(s, j), g = value_group_slot(group_of(j)) % LANE_GROUPS;
-        codes.advance(data + VALUE_CODES, tile, lane);
+        codes.advance(data + VALUE_CODES, tile);
         const uint4 a = codes.operands(tile);
         mma_m16n8k16_f16(state.o[j], a.x, a.y, a.z, a.w, b[g][0], b[g][1]);
       }
@@ -309,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1)
                      int* __restrict__ split_counter, int batch, int kv_heads, int table_stride, int sinks, int added,
                      int parity, float scale_log2) {
   const PageItems items = {pages, norms, sink_keys, sink_values, window_keys, window_values,
-                           {table, table_stride}, kv_heads, sinks, scale_log2, HELD(threadIdx.x % 32)};
+                           {table, table_stride}, kv_heads, sinks, scale_log2};
   attend(items, q, lengths, tasks, added, batch, kv_heads * Q_GROUPS, {out, lse, workspace, split_counter, parity});
 }
 

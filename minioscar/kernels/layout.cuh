@@ -77,8 +77,9 @@ template <int BITS> struct OctetWords { uint32_t w[8 / tiles_of_load(BITS)][4]; 
 DEVICE uint32_t low_pairs(uint32_t a, uint32_t b, uint32_t c) {
   return ((a << 2) & 0x0c0c0c0cu) | ((b << 4) & 0x30303030u) | ((c << 6) & 0xc0c0c0c0u);
 }
-template <int BITS> DEVICE OctetWords<BITS> load_codes(const unsigned char* codes, int octet, int lane) {
+template <int BITS> DEVICE OctetWords<BITS> load_codes(const unsigned char* codes, int octet) {
   constexpr int LOADS = 8 / tiles_of_load(BITS);
+  const int lane = threadIdx.x % 32;
   OctetWords<BITS> words;
   UNROLL for (int i = 0; i < LOADS; i++) {
     uint4 raw;

@@ -54,7 +54,7 @@ DEVICE int vector_offset(int token, int vector) {
 DEVICE void unpack_keys(const unsigned char* page, int index, int chunk, const float* norms, bf16* out) {
   constexpr int N = 8 / KEY_GROUPS;  // N of a lane's 8 tokens are of one group
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  const OctetWords<KEY_BITS> words = load_codes<KEY_BITS>(page, chunk, threadIdx.x % 32);
+  const OctetWords<KEY_BITS> words = load_codes<KEY_BITS>(page, chunk);
   const uint4 *steps = (const uint4*)(page + key_step(index)), *minima = (const uint4*)(page + key_min(index));
   float norm[8];
   if (SCALED) {
@@ -89,7 +89,7 @@ DEVICE void unpack_keys(const unsigned char* page, int index, int chunk, const f
 DEVICE void unpack_values(const unsigned char* page, int octet, bf16* out) {
   constexpr int LOADS = 8 / VALUE_TILES, LOAD_CHUNKS = VALUE_TILES / 2;
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  const OctetWords<VALUE_BITS> raw = load_codes<VALUE_BITS>(page + VALUE_CODES, octet, threadIdx.x % 32);
+  const OctetWords<VALUE_BITS> raw = load_codes<VALUE_BITS>(page + VALUE_CODES, octet);
   UNROLL for (int load = 0; load < LOADS; load++) {
     uint32_t words[4];  // to (token, channels)
     UNROLL for (int w = 0; w < 4; w++) words[w] = movmatrix(raw.w[load][w]);
