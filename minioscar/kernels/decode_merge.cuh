@@ -92,11 +92,8 @@ template <int N, class Load> DEVICE Partial merge_partials(int count, const Load
 #pragma unroll 1
   for (int k = 0; k < middle; k += N) {
     Partial batch[N];
-    UNROLL for (int u = 0; u < N; u++) {
-      const int at = k + u + (upper ? middle : 0);
-      batch[u] = partial(min(at, count - 1));  // past the end the last one again, without weight
-      if (at >= end) batch[u].ml.x = INITIAL_MAX;
-    }
+    const int from = k + (upper ? middle : 0);
+    UNROLL for (int u = 0; u < N; u++) batch[u] = partial(from, u, from + u < end);
     add_partials(sum, batch);
   }
   if (SLICE_QUADS > 16) return sum;
@@ -111,9 +108,11 @@ template <int N, class Load> DEVICE Partial merge_partials(int count, const Load
 // perhaps the last are the last ones of their warps.
 DEVICE Partial merge_warps(unsigned char* smem, unsigned first, unsigned last, int at) {
   const float2* ml = (const float2*)(smem + ML_OFFSET) + at / (D / 4);
-  return merge_partials<(BLOCK_WARPS + 1) / 2>(last / 2 - first / 2 + 1, [=](int k) -> Partial {
-    const unsigned p = min((first | 1) + 2 * k, last);
-    return {((const float4*)partial_sums(smem, p))[at], ml[p * Q_PER_KV]};
+  return merge_partials<(BLOCK_WARPS + 1) / 2>(last / 2 - first / 2 + 1, [=](int k, int u, bool exists) -> Partial {
+    const unsigned p = min((first | 1) + 2 * (k + u), last);  // past the end the last one again, without weight
+    Partial own = {((const float4*)partial_sums(smem, p))[at], ml[p * Q_PER_KV]};
+    if (!exists) own.ml.x = INITIAL_MAX;
+    return own;
   });
 }
 
@@ -130,9 +129,9 @@ DEVICE float4 empty_word() {
 DEVICE bool is_empty(float x) { return __float_as_uint(x) == FULL_MASK; }
 DEVICE bool is_nan(const Partial& sum) { return isnan(sum.o.x + sum.o.y + sum.o.z + sum.o.w + sum.ml.y); }
 
-// Partial k of a head that blocks from, from + 1 ... share, of quad `at` of its channels; words of it may be empty.
-DEVICE Partial load_partial(const Results& to, int from, int k, int at) {
-  const float4* slot = slot_of(to, to.parity, from + k, k == 0);
+// Partial k + u of a head that blocks from, from + 1 ... share, of quad `at` of its channels; words of it may be empty.
+DEVICE Partial load_partial(const Results& to, int from, int k, int u, int at) {
+  const float4* slot = slot_of(to, to.parity, from + k, u == 0 && k == 0) + 2 * u * SLOT_QUADS;
   return {load_relaxed(slot + at), load_relaxed((const float2*)(slot + QUADS) + at / 8)};
 }
 // Spins until no word of any of them is empty.
@@ -140,7 +139,7 @@ DEVICE void wait_for_partials(const Results& to, int from, int blocks, int at) {
 #pragma unroll 1
   for (int k = 0; k < blocks; k++) {
     Partial p;
-    do p = load_partial(to, from, k, at);
+    do p = load_partial(to, from, k, 0, at);
     while (is_empty(p.o.x) || is_empty(p.o.y) || is_empty(p.o.z) || is_empty(p.o.w) || is_empty(p.ml.x) ||
            is_empty(p.ml.y));
   }
@@ -152,7 +151,10 @@ DEVICE Partial merge_blocks(const Results& to, int from, int blocks, int at) {
 #pragma unroll 1
   for (int tries = 0;; tries++) {
     if (tries == MAX_TRIES) wait_for_partials(to, from, blocks, at);
-    const Partial sum = merge_partials<LOADED_BLOCKS>(blocks, [=](int k) { return load_partial(to, from, k, at); });
+    const Partial sum = merge_partials<LOADED_BLOCKS>(blocks, [=](int k, int u, bool exists) -> Partial {
+      if (!exists) return {make_float4(0.f, 0.f, 0.f, 0.f), make_float2(INITIAL_MAX, 0.f)};
+      return load_partial(to, from, k, u, at);
+    });
     if (tries == MAX_TRIES || !__any_sync(FULL_MASK, is_nan(sum))) return sum;
   }
 }
