@@ -43,9 +43,11 @@ struct Few {
       chooses = length >= 0;
       UNROLL for (int i = 0; i < PER_LANE; i++)
         if (chooses && ranked.rank[i] >= 0) slots[lane * PER_LANE + i][token] = ranked.rank[i];
+      if (tokens == 1) list(ranked, chooses);
     }
     if (token < 8 && lane == 0) in_use[token] = chooses;
     __syncthreads();
+    if (tokens == 1) return ranked;
     if (warp <= (EXPERTS - 1) / 32) {  // experts below, counted by each warp for itself
       int before = 0;
       bool taken = false;
@@ -63,6 +65,16 @@ struct Few {
     }
     __syncthreads();
     return ranked;
+  }
+  // The experts of a single token, by its warp: a barrier less.
+  DEVICE void list(const Ranked& ranked, bool chooses) {
+    const int lane = threadIdx.x % 32;
+    int before = 0;
+    UNROLL for (int i = 0; i < PER_LANE; i++)
+      before += __popc(__ballot_sync(FULL_MASK, ranked.rank[i] >= 0) & ((1u << lane) - 1));
+    UNROLL for (int i = 0; i < PER_LANE; i++)
+      if (chooses && ranked.rank[i] >= 0) experts[before++] = lane * PER_LANE + i;
+    if (lane == 0) entries = chooses ? TOP_K : 0;
   }
   // Weights of pairs, which are needed later: visible from the next barrier on.
   DEVICE void weigh(const Ranked& ranked, int tokens) {
