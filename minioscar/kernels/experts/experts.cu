@@ -102,7 +102,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
     // Two buffers: a round's sums are read while the next ones are written; a barrier comes before the ones after that.
     float* sums = sum_buffers + odd * ROUND_SUMS;
     const Item item = rounds.item(at, team);
-    const Position next = rounds.next(at);
     own_sum.begin(at, residual, tokens, rows);
     const unsigned char* own[COLUMN_TILES];  // the x of this lane's columns
     bool has_x[COLUMN_TILES];
@@ -116,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
       UNROLL for (int t = 0; t < BRANCHES; t++) clear(y[f][t]);
     for (int first = 0; first < K; first += ROUND_K) {
       prefetch.k += ROUND_K;
-      if (first + ROUND_K >= K) seek(next);
+      if (first + ROUND_K >= K) seek(rounds.next(at));
       UNROLL for (int run = 0; run < RUNS; run += AT_ONCE) {
         uint4 b[AT_ONCE][COLUMN_TILES];
         UNROLL for (int a = 0; a < AT_ONCE; a++)
@@ -144,6 +143,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
     __syncthreads();
     auto column_of = [&](const Item& of, int, int column) { return find_column(work, of, column); };
     finish_round(sums, column_of, rounds, at, out, tokens, rows, own_sum);
-    at = next;
+    at = rounds.next(at);
   }
 }

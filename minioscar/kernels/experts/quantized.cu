@@ -160,7 +160,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
     // Two buffers: a round's sums are read while the next ones are written; a barrier comes before the ones after that.
     float* sums = sum_buffers + odd * ROUND_SUMS;
     const Item item = rounds.item(at, team);
-    const Position next = rounds.next(at);
     own_sum.begin(at, residual, tokens, rows);
     uint32_t own[COLUMN_TILES];  // where the x of this lane's columns begins
     bool has_x[COLUMN_TILES];
@@ -188,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
     }
     for (int first = 0; first * 64 < K; first += ROUND_RUNS) {
       prefetch.run += ROUND_RUNS;
-      if ((first + ROUND_RUNS) * 64 >= K) seek(next);
+      if ((first + ROUND_RUNS) * 64 >= K) seek(rounds.next(at));
       UNROLL for (int ahead = 0; ahead < RUNS; ahead += AT_ONCE) {
         uint4 b[AT_ONCE][COLUMN_TILES][2];
         UNROLL for (int a = 0; a < AT_ONCE; a++)
@@ -225,6 +224,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
 #endif
     };
     finish_round(sums, column_of, rounds, at, out, tokens, rows, own_sum);
-    at = next;
+    at = rounds.next(at);
   }
 }
