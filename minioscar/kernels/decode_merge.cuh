@@ -3,8 +3,8 @@
 //   m = max m_i, l = sum 2^(m_i - m) l_i, o = sum 2^(m_i - m) o_i, output = o / l
 //
 // Partials are added in list order: equal inputs give equal bits. No float atomics. Warps' partials meet in shared
-// memory, blocks' in `workspace`, slice by slice of 64 channels: a warp counts its block's partial and writes it, and
-// the warp that counts last merges them. All of that follows a launch's last page, and nothing overlaps it, so it
+// memory, blocks' in `workspace`, slice by slice of 64 or 128 channels: a warp counts its block's partial and writes it,
+// and the warp that counts last merges them. All of that follows a launch's last page, and nothing overlaps it, so it
 // takes as few round trips to L2 as possible (an H200: 0.3 to 0.8 us each). That is why it does not use
 // split_merge.cuh, whose counter is ordered after the write and costs one more:
 // - The count is in flight while the warps' partials are merged. It announces that a partial is going to be written,

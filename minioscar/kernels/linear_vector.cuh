@@ -26,7 +26,7 @@ struct Unchanged {
 
 struct Nothing { DEVICE void operator()() const {} };
 
-// norm_x of one token: what all blocks wait for is then a fifth of the instructions, which come from L2, too. Equal
+// norm_x of one token: every block waits for a third of the instructions then, which come from L2, too. Equal
 // bits: a thread's columns and the order of sums are those of norm_x.
 template <class Then, class Meanwhile>
 DEVICE void norm_token(unsigned char* to, float* sums, const bf16* x, const bf16* norm, uint4 w, float eps, int K,
