@@ -96,15 +96,15 @@ class Routes:
     def launches(self, logits: Array, e: Experts, lengths: Array | None = None) -> list[Launch]:
         """logits float32 [tokens, experts]. lengths: int32 [tokens], below 0 where a row is not in use."""
         tokens, pairs, columns = (np.int32(n) for n in (len(logits), len(self.chosen), self.columns))
+        given, chosen, order = (logits, lengths), (self.chosen, self.weights), (self.sorted, self.entries)
+
+        def launch(name: str, blocks: int, threads: int, *args: Any) -> Launch:
+            return Launch("experts/route.cu", name, _defines(e), (blocks,), threads, args)
+
         if tokens <= TOGETHER:
-            args = logits, lengths, self.chosen, self.weights, self.sorted, self.entries, tokens, columns
-            return [Launch("experts/route.cu", "route", _defines(e), (1,), 1024, args)]
-        choose = logits, lengths, self.chosen, self.weights, tokens
-        sort = self.chosen, self.sorted, self.entries, pairs, columns
-        return [
-            Launch("experts/route.cu", "choose", _defines(e), (-(-len(logits) // 8),), 256, choose),
-            Launch("experts/route.cu", "sort", _defines(e), (1,), 512, sort),
-        ]
+            return [launch("route", 1, 1024, *given, *chosen, *order, tokens, columns)]
+        choose = launch("choose", -(-len(logits) // 8), 256, *given, *chosen, tokens)
+        return [choose, launch("sort", 1, 512, self.chosen, *order, pairs, columns)]
 
 
 def uses_wgmma(pairs: int, e: Experts, card: Card, coded: bool = False) -> bool:

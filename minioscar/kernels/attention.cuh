@@ -352,9 +352,7 @@ DEVICE void attend(const Items& items, const bf16* q, const int* lengths, const 
   }
   const Shared first_shared = ((const Shared*)shared_heads)[0], last_shared = ((const Shared*)shared_heads)[1];
   __syncthreads();
-#ifndef NO_MERGE
   merge(smem, to, first_shared, last_shared);
-#endif
 #pragma unroll 1
   for (int b = block; b < batch; b += blocks)
     if (tokens[b] <= 0)

@@ -3,9 +3,9 @@
 //   m = max m_i, l = sum 2^(m_i - m) l_i, o = sum 2^(m_i - m) o_i, output = o / l
 //
 // Partials are added in list order: equal inputs give equal bits. No float atomics. Warps' partials meet in shared
-// memory, blocks' in `workspace`, slice by slice of 64 or 128 channels: a warp counts its block's partial and writes it,
-// and the warp that counts last merges them. All of that follows a launch's last page, and nothing overlaps it, so it
-// takes as few round trips to L2 as possible (an H200: 0.3 to 0.8 us each). That is why it does not use
+// memory, blocks' in `workspace`, slice by slice of 64 or 128 channels: a warp counts its block's partial and writes
+// it, and the warp that counts last merges them. All of that follows a launch's last page, and nothing overlaps it, so
+// it takes as few round trips to L2 as possible (an H200: 0.3 to 0.8 us each). That is why it does not use
 // split_merge.cuh, whose counter is ordered after the write and costs one more:
 // - The count is in flight while the warps' partials are merged. It announces that a partial is going to be written,
 //   and no fence orders the two. Each word of the workspace says itself whether it has been written: an empty one is
@@ -23,15 +23,7 @@
 // Channels of all q heads, in quads: a lane merges one, a warp a slice of 16, or of 32 where its warps would have to
 // merge more than one slice of a head.
 constexpr int OUT = Q_PER_KV * D, QUADS = OUT / 4;
-#ifdef SLICE
-constexpr int SLICE_QUADS = SLICE;
-#else
-constexpr int SLICE_QUADS = QUADS > 16 * BLOCK_WARPS ? 32 : 16;
-#endif
-#ifndef LOADED_BLOCKS
-#define LOADED_BLOCKS (SLICE_QUADS / 2)
-#endif
-constexpr int SLICES = (QUADS + SLICE_QUADS - 1) / SLICE_QUADS;
+constexpr int SLICE_QUADS = QUADS > 16 * BLOCK_WARPS ? 32 : 16, SLICES = (QUADS + SLICE_QUADS - 1) / SLICE_QUADS;
 constexpr int SLOT_QUADS = QUADS + QUADS / 8;  // float4 of a workspace slot: its sums, then (m, l) of each 32 channels
 constexpr int MAX_TRIES = 8;                   // reads of partials before a NaN counts as one of q, keys or values
 constexpr float LN2 = 0.69314718f;
@@ -83,8 +75,9 @@ template <int N> DEVICE void add_partials(Partial& sum, const Partial (&partials
   sum = {o, make_float2(m, l)};
 }
 
-// Merges `count` partials, partial(k) the k-th, loading N at a time. Slices of 16: the lower half of the warp merges
-// the first half of them and the upper half the others; the lower half returns the merge of all.
+// Merges `count` partials, partial(k, u, exists) the one of number k + u, of no weight where there is none, loading N
+// at a time. Slices of 16: the lower half of the warp merges the first half of them and the upper half the others; the
+// lower half returns the merge of all.
 template <int N, class Load> DEVICE Partial merge_partials(int count, const Load& partial) {
   const bool upper = SLICE_QUADS == 16 && threadIdx.x % 32 >= 16;
   const int middle = SLICE_QUADS == 16 ? (count + 1) / 2 : count, end = upper ? count : middle;
@@ -151,7 +144,7 @@ DEVICE Partial merge_blocks(const Results& to, int from, int blocks, int at) {
 #pragma unroll 1
   for (int tries = 0;; tries++) {
     if (tries == MAX_TRIES) wait_for_partials(to, from, blocks, at);
-    const Partial sum = merge_partials<LOADED_BLOCKS>(blocks, [=](int k, int u, bool exists) -> Partial {
+    const Partial sum = merge_partials<SLICE_QUADS / 2>(blocks, [=](int k, int u, bool exists) -> Partial {
       if (!exists) return {make_float4(0.f, 0.f, 0.f, 0.f), make_float2(INITIAL_MAX, 0.f)};
       return load_partial(to, from, k, u, at);
     });

@@ -56,12 +56,7 @@ DEVICE void norm_token(unsigned char* to, float* sums, const bf16* x, const bf16
 template <class Then = Unchanged, class Meanwhile = Nothing>
 DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, const bf16* norm, uint4 w, float eps,
                    int tokens, int K, Then then = Then(), Meanwhile meanwhile = Meanwhile()) {
-#ifndef NORM_TOGETHER
-  if (tokens == 1) {
-    norm_token(to, sums, x, norm, w, eps, K, then, meanwhile);
-    return;
-  }
-#endif
+  if (tokens == 1) return norm_token(to, sums, x, norm, w, eps, K, then, meanwhile);
   float* factors = sums + COLUMNS * WARPS;
   float sum[COLUMNS];
   clear(sum);
