@@ -288,7 +288,7 @@ class DecodeState:
 
 def decode_plan(heads: Heads, scheme: Scheme, batch: int, card: Card) -> DecodePlan:
     """The most warps whose rings fit, 8 where items are large (notebook, version 13); of grids near the whole card one
-    where heads end with blocks, or else with every second one, and of multiples of 16 splits, which are read at once."""
+    where heads end with blocks, or with every second one, and of multiples of 16 splits, which are read at once."""
     q_per_kv = heads.q_heads // heads.kv_heads
     q_groups = next(n for n in range(1, q_per_kv + 1) if q_per_kv % n == 0 and q_per_kv // n <= 8)
     work, limit = batch * heads.kv_heads * q_groups, card.multiprocessors
