@@ -42,14 +42,16 @@ def timed_kinds(e: Engine, batch: int, context: int, copy_rate: float) -> Iterat
     lengths, taken = decoder.batch.lengths, experts_taken(e, batch)
     lengths.fill(context)
     decoder.batch.tokens[:] = e.ops.xp.asarray(step_tokens(e.config, batch), np.int32)
-    decoder.work.replay()  # fills every kernel's inputs
-    lengths.fill(context)
-    kinds: dict[str, list[Launch]] = defaultdict(list)
-    for launch in decoder.work.recorded.launches:
-        kinds[label(first_of(launch))].append(launch)
-    for kind, launches in kinds.items():
-        decoder.work.replay()  # activations share memory: what was timed before has written into this one's inputs
+    recorded = decoder.work.recorded.launches
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for i, launch in enumerate(recorded):
+        kinds[label(first_of(launch))].append(i)
+    for kind, numbers in kinds.items():
+        # Inputs as the step makes them: activations share memory, where later launches leave what may be no numbers.
         lengths.fill(context)
+        for launch in recorded[: numbers[0]]:
+            e.ops.run(launch)
+        launches = [recorded[i] for i in numbers]
         size = bytes_of(first_of(launches[0]), cache, taken)
         count = copies_of(size) if size > SMALL else 2
         timed = launches[: count + count % 2]  # attention alternates two workspaces and must find the next one empty
@@ -62,7 +64,6 @@ def timed_kinds(e: Engine, batch: int, context: int, copy_rate: float) -> Iterat
         row |= gpus_of(e)
         row |= {"us": us, "us_spread": spread, "us_a_step": us * len(launches)}
         yield row | {"bytes": size, "fraction_of_limit": size / (us * 1e-6) / copy_rate}
-        lengths.fill(context)
 
 
 def first_of(launch: Launch | Sum | Gather) -> Launch | Sum | Gather:

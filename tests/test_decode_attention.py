@@ -322,7 +322,7 @@ def test_decode_attention_over_fewer_units_than_blocks(device, seed, name):
 @on_each_device
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_a_head_of_more_blocks_than_a_round_takes_is_merged_in_rounds(device, seed, name):
-    tokens = 7000 if SCHEMES[name].quantized else 1800  # 18 blocks a head, of six items each
+    tokens = 7000 if SCHEMES[name].quantized else 1800  # more than 16 blocks a head, of five items each
     plan = attention.DecodePlan(3, 1, 2, 2, 61)
     assert len(blocks_with_items(device, SCHEMES[name], plan, 64, (tokens,))) > 2 * 16
     check(*run(device, SCHEMES[name], 64, plan, (tokens,), seed), (tokens,))
@@ -339,12 +339,12 @@ def blocks_with_items(device, scheme: Scheme, plan: attention.DecodePlan, d: int
 @on_each_device
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 @pytest.mark.parametrize("tokens", [1, 65, 300, 513, 900])
-def test_blocks_have_six_items_at_least_where_heads_would_be_split_over_many(device, seed, name, tokens):
+def test_blocks_have_five_items_at_least_where_heads_would_be_split_over_many(device, seed, name, tokens):
     """Two heads over 132 blocks; over 32 a block may have one, as may one of many heads."""
     scheme, plan = SCHEMES[name], attention.DecodePlan(4, 1, 4, 2, 132)
     items, few = (blocks_with_items(device, scheme, replace(plan, blocks=n), 128, (tokens,)) for n in (132, 32))
     total = items.sum()
-    assert len(items) == min(2 * max(total // 12, 1), total) and items.sum() == few.sum()
+    assert len(items) == min(2 * max(total // 10, 1), total) and items.sum() == few.sum()
     assert np.ptp(items) <= 1 and len(few) == min(total, 32)
     check(*run(device, scheme, 128, plan, (tokens,), seed), (tokens,))
 

@@ -209,9 +209,9 @@ struct Ring {
   }
 };
 
-// Stores a warp's sums of a head: to the output if the warp has the whole head, else as partial `index`.
-template <class Items>
-DEVICE void store_sums(const State& state, unsigned char* smem, const Results& to, int head, bool whole, int index) {
+// Stores a warp's sums of a head: to the output if the warp has the WHOLE head, else as partial `index`.
+template <bool WHOLE, class Items>
+DEVICE void store_sums(const State& state, unsigned char* smem, const Results& to, int head, int index) {
   constexpr int RUN = Items::HALF_TILES, BOTH = COLUMN_HALVES * RUN,
                 LANE_TILES = (CHANNEL_TILES + BOTH - 1) / BOTH * RUN;
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, first = 2 * c % COLUMNS;
@@ -229,7 +229,7 @@ DEVICE void store_sums(const State& state, unsigned char* smem, const Results& t
     UNROLL for (int i = 0; i < 4; i++) {
       if (first + i % 2 >= Q_PER_KV) continue;
       const float y = fmaf(second ? state.o[above][i] : state.o[j][i], scale, i % 2 ? offset.y : offset.x);
-      if (whole) out[i % 2 * D + channel + i / 2 * 2] = to_output(y * inverse[i % 2]);
+      if (WHOLE) out[i % 2 * D + channel + i / 2 * 2] = to_output(y * inverse[i % 2]);
       else sums[i % 2 * D + channel + i / 2 * 2] = y;
     }
   }
@@ -238,7 +238,7 @@ DEVICE void store_sums(const State& state, unsigned char* smem, const Results& t
     const int q_head = 2 * c + i;
     const float m = i ? state.m1 : state.m0;
     if (q_head >= Q_PER_KV) continue;
-    if (whole) store_lse(to, head, q_head, m, l[i]);
+    if (WHOLE) store_lse(to, head, q_head, m, l[i]);
     else ((float2*)(smem + ML_OFFSET))[index * Q_PER_KV + q_head] = make_float2(m, l[i]);
   }
 }
@@ -341,7 +341,8 @@ DEVICE void attend(const Items& items, const bf16* q, const int* lengths, const 
     }
     const int head = at.row * heads + at.head, index = 2 * warp + !remaining;
     const bool whole = first == 0 && at.item == at.num_items;
-    store_sums<Items>(state, smem, to, head, whole, index);
+    if (whole) store_sums<true, Items>(state, smem, to, head, index);
+    else store_sums<false, Items>(state, smem, to, head, index);
     if (!whole && lane == index % 2) partial_head[index] = head;
     __syncwarp();
     if (remaining) {

@@ -3,9 +3,9 @@
 //   m = max m_i, l = sum 2^(m_i - m) l_i, o = sum 2^(m_i - m) o_i, output = o / l
 //
 // Partials are added in list order: equal inputs give equal bits. No float atomics. Warps' partials meet in shared
-// memory, blocks' in `workspace`, slice by slice of 64 channels: a warp counts its block's partial and writes it, and
-// the warp that counts last merges them. All of that follows a launch's last page, and nothing overlaps it, so it
-// takes as few round trips to L2 as possible (an H200: 0.3 to 0.8 us each). That is why it does not use
+// memory, blocks' in `workspace`, slice by slice of 64 or 128 channels: a warp counts its block's partial and writes
+// it, and the warp that counts last merges them. All of that follows a launch's last page, and nothing overlaps it, so
+// it takes as few round trips to L2 as possible (an H200: 0.3 to 0.8 us each). That is why it does not use
 // split_merge.cuh, whose counter is ordered after the write and costs one more:
 // - The count is in flight while the warps' partials are merged. It announces that a partial is going to be written,
 //   and no fence orders the two. Each word of the workspace says itself whether it has been written: an empty one is
@@ -20,8 +20,10 @@
 #define MINIOSCAR_DECODE_MERGE_CUH
 #include "schedule.cuh"
 
-// Channels of all q heads, in quads: a lane merges one, a warp a slice of 16.
-constexpr int OUT = Q_PER_KV * D, QUADS = OUT / 4, SLICES = (QUADS + 15) / 16;
+// Channels of all q heads, in quads: a lane merges one, a warp a slice of 16, or of 32 where its warps would have to
+// merge more than one slice of a head.
+constexpr int OUT = Q_PER_KV * D, QUADS = OUT / 4;
+constexpr int SLICE_QUADS = QUADS > 16 * BLOCK_WARPS ? 32 : 16, SLICES = (QUADS + SLICE_QUADS - 1) / SLICE_QUADS;
 constexpr int SLOT_QUADS = QUADS + QUADS / 8;  // float4 of a workspace slot: its sums, then (m, l) of each 32 channels
 constexpr int MAX_TRIES = 8;                   // reads of partials before a NaN counts as one of q, keys or values
 constexpr float LN2 = 0.69314718f;
@@ -73,22 +75,21 @@ template <int N> DEVICE void add_partials(Partial& sum, const Partial (&partials
   sum = {o, make_float2(m, l)};
 }
 
-// Merges `count` partials, partial(k) the k-th, loading N at a time. The lower half of the warp merges the first half
-// of them and the upper half the others; the lower half returns the merge of all.
+// Merges `count` partials, partial(k, u, exists) the one of number k + u, of no weight where there is none, loading N
+// at a time. Slices of 16: the lower half of the warp merges the first half of them and the upper half the others; the
+// lower half returns the merge of all.
 template <int N, class Load> DEVICE Partial merge_partials(int count, const Load& partial) {
-  const bool upper = threadIdx.x % 32 >= 16;
-  const int middle = (count + 1) / 2, end = upper ? count : middle;
+  const bool upper = SLICE_QUADS == 16 && threadIdx.x % 32 >= 16;
+  const int middle = SLICE_QUADS == 16 ? (count + 1) / 2 : count, end = upper ? count : middle;
   Partial sum = {make_float4(0.f, 0.f, 0.f, 0.f), make_float2(INITIAL_MAX, 0.f)};
 #pragma unroll 1
   for (int k = 0; k < middle; k += N) {
     Partial batch[N];
-    UNROLL for (int u = 0; u < N; u++) {
-      const int at = k + u + (upper ? middle : 0);
-      batch[u] = partial(min(at, count - 1));  // past the end the last one again, without weight
-      if (at >= end) batch[u].ml.x = INITIAL_MAX;
-    }
+    const int from = k + (upper ? middle : 0);
+    UNROLL for (int u = 0; u < N; u++) batch[u] = partial(from, u, from + u < end);
     add_partials(sum, batch);
   }
+  if (SLICE_QUADS > 16) return sum;
   auto above = [](float x) { return __shfl_down_sync(FULL_MASK, x, 16); };
   const float4 o = make_float4(above(sum.o.x), above(sum.o.y), above(sum.o.z), above(sum.o.w));
   const Partial others[1] = {{o, make_float2(above(sum.ml.x), above(sum.ml.y))}};
@@ -100,9 +101,11 @@ template <int N, class Load> DEVICE Partial merge_partials(int count, const Load
 // perhaps the last are the last ones of their warps.
 DEVICE Partial merge_warps(unsigned char* smem, unsigned first, unsigned last, int at) {
   const float2* ml = (const float2*)(smem + ML_OFFSET) + at / (D / 4);
-  return merge_partials<(BLOCK_WARPS + 1) / 2>(last / 2 - first / 2 + 1, [=](int k) -> Partial {
-    const unsigned p = min((first | 1) + 2 * k, last);
-    return {((const float4*)partial_sums(smem, p))[at], ml[p * Q_PER_KV]};
+  return merge_partials<(BLOCK_WARPS + 1) / 2>(last / 2 - first / 2 + 1, [=](int k, int u, bool exists) -> Partial {
+    const unsigned p = min((first | 1) + 2 * (k + u), last);  // past the end the last one again, without weight
+    Partial own = {((const float4*)partial_sums(smem, p))[at], ml[p * Q_PER_KV]};
+    if (!exists) own.ml.x = INITIAL_MAX;
+    return own;
   });
 }
 
@@ -119,9 +122,9 @@ DEVICE float4 empty_word() {
 DEVICE bool is_empty(float x) { return __float_as_uint(x) == FULL_MASK; }
 DEVICE bool is_nan(const Partial& sum) { return isnan(sum.o.x + sum.o.y + sum.o.z + sum.o.w + sum.ml.y); }
 
-// Partial k of a head that blocks from, from + 1 ... share, of quad `at` of its channels; words of it may be empty.
-DEVICE Partial load_partial(const Results& to, int from, int k, int at) {
-  const float4* slot = slot_of(to, to.parity, from + k, k == 0);
+// Partial k + u of a head that blocks from, from + 1 ... share, of quad `at` of its channels; words of it may be empty.
+DEVICE Partial load_partial(const Results& to, int from, int k, int u, int at) {
+  const float4* slot = slot_of(to, to.parity, from + k, u == 0 && k == 0) + 2 * u * SLOT_QUADS;
   return {load_relaxed(slot + at), load_relaxed((const float2*)(slot + QUADS) + at / 8)};
 }
 // Spins until no word of any of them is empty.
@@ -129,7 +132,7 @@ DEVICE void wait_for_partials(const Results& to, int from, int blocks, int at) {
 #pragma unroll 1
   for (int k = 0; k < blocks; k++) {
     Partial p;
-    do p = load_partial(to, from, k, at);
+    do p = load_partial(to, from, k, 0, at);
     while (is_empty(p.o.x) || is_empty(p.o.y) || is_empty(p.o.z) || is_empty(p.o.w) || is_empty(p.ml.x) ||
            is_empty(p.ml.y));
   }
@@ -141,7 +144,10 @@ DEVICE Partial merge_blocks(const Results& to, int from, int blocks, int at) {
 #pragma unroll 1
   for (int tries = 0;; tries++) {
     if (tries == MAX_TRIES) wait_for_partials(to, from, blocks, at);
-    const Partial sum = merge_partials<8>(blocks, [=](int k) { return load_partial(to, from, k, at); });
+    const Partial sum = merge_partials<SLICE_QUADS / 2>(blocks, [=](int k, int u, bool exists) -> Partial {
+      if (!exists) return {make_float4(0.f, 0.f, 0.f, 0.f), make_float2(INITIAL_MAX, 0.f)};
+      return load_partial(to, from, k, u, at);
+    });
     if (tries == MAX_TRIES || !__any_sync(FULL_MASK, is_nan(sum))) return sum;
   }
 }
@@ -169,8 +175,8 @@ DEVICE void merge_head(
   const int lane = threadIdx.x % 32, block = blockIdx.x;
 #pragma unroll 1
   for (; slice < SLICES; slice += BLOCK_WARPS) {
-    const int at = min(slice * 16 + lane % 16, QUADS - 1);
-    const bool own = lane < 16 && slice * 16 + lane < QUADS;  // this lane writes this quad
+    const int at = min(slice * SLICE_QUADS + lane % SLICE_QUADS, QUADS - 1);
+    const bool own = lane < SLICE_QUADS && slice * SLICE_QUADS + lane < QUADS;  // this lane writes this quad
     int* split_counter = to.split_counter + from * SLICES + slice;
     int before = 0;
     if (blocks && lane == 0) before = atomic_add_relaxed(split_counter, 1);

@@ -23,6 +23,8 @@ constexpr int WARPS = BLOCK_WARPS;
 #include "linear_vector.cuh"
 
 constexpr int PREFETCH = 8 / BRANCHES, ROUND = PREFETCH * WARPS * 32;  // ROUND: the k of PREFETCH runs of all warps
+// Runs whose x is loaded together: all where that is a trip to L2.
+constexpr int AT_ONCE = NORM ? 4 : PREFETCH;
 constexpr int TILE_SUMS = WARPS * BRANCHES * 16 * COLUMNS;
 DEVICE constexpr int offset(int run) { return run / 2 * WARPS * 64 + run % 2 * 32; }
 
@@ -76,13 +78,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
     for (int round = 0; round < K; round += ROUND) {
       prefetch.k += ROUND;
       if (round + ROUND >= K) prefetch.seek(prefetch.tile + gridDim.x, weight, rows, K, lane_k);
-      UNROLL for (int run = 0; run < PREFETCH; run += 4) {
-        uint4 b[4];
-        UNROLL for (int a = 0; a < 4; a++) {
+      UNROLL for (int run = 0; run < PREFETCH; run += AT_ONCE) {
+        uint4 b[AT_ONCE];
+        UNROLL for (int a = 0; a < AT_ONCE; a++) {
           const int k = round + lane_k + offset(run + a);
           b[a] = r < tokens && k < K ? *(const uint4*)(own + 2 * k) : make_uint4(0, 0, 0, 0);
         }
-        UNROLL for (int a = 0; a < 4; a++) {
+        UNROLL for (int a = 0; a < AT_ONCE; a++) {
           uint4(&used)[BRANCHES][2] = w[run + a];
           UNROLL for (int t = 0; t < BRANCHES; t++)
             Operands(used[t][0], used[t][1], round + lane_k + offset(run + a) < K).multiply(y[t], b[a]);

@@ -26,12 +26,37 @@ struct Unchanged {
 
 struct Nothing { DEVICE void operator()() const {} };
 
+// norm_x of one token: every block waits for a third of the instructions then, which come from L2, too. Equal
+// bits: a thread's columns and the order of sums are those of norm_x.
+template <class Then, class Meanwhile>
+DEVICE void norm_token(unsigned char* to, float* sums, const bf16* x, const bf16* norm, uint4 w, float eps, int K,
+                       const Then& then, const Meanwhile& meanwhile) {
+  const int own = threadIdx.x, vectors = K / 8;
+  const uint4* from = (const uint4*)x;
+  uint4 a = make_uint4(0, 0, 0, 0);
+  if (own < vectors) a = from[own];
+  meanwhile();
+  float sum = sum_squares(a);
+#pragma unroll 1
+  for (int i = own + THREADS; i < vectors; i += THREADS) sum += sum_squares(from[i]);
+  sum = warp_sum(sum);
+  if (own % 32 == 0) sums[own / 32] = sum;
+  __syncthreads();
+  const float factor = inverse_rms(sums, K, eps);
+  if (own < vectors) *(uint4*)(to + 16 * own) = then(normalized(a, factor, w));
+#pragma unroll 1
+  for (int i = own + THREADS; i < vectors; i += THREADS)
+    *(uint4*)(to + 16 * i) = then(normalized(from[i], factor, ((const uint4*)norm)[i]));
+  __syncthreads();
+}
+
 // RMSNorm of x to shared memory, all tokens in one pass; a thread has the same columns of each. w: of the norm, this
 // thread's first eight. `sums`: (WARPS + 1) * COLUMNS numbers. then: what is stored of eight normed numbers.
 // meanwhile: copies that would delay the first loads of x, and are started behind them.
 template <class Then = Unchanged, class Meanwhile = Nothing>
 DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, const bf16* norm, uint4 w, float eps,
                    int tokens, int K, Then then = Then(), Meanwhile meanwhile = Meanwhile()) {
+  if (tokens == 1) return norm_token(to, sums, x, norm, w, eps, K, then, meanwhile);
   float* factors = sums + COLUMNS * WARPS;
   float sum[COLUMNS];
   clear(sum);

@@ -62,7 +62,7 @@ DEVICE void number_items(int* first, int* tokens, const Items& items, const int*
 // to L2 (MANY_SPLITS), a block has MIN_ITEMS at least, for as many warps; the others leave their multiprocessors to the
 // next launch, which loads its weights meanwhile. Heads of one size then end where blocks do.
 DEVICE int blocks_used(int total, int heads, int blocks) {
-  constexpr int MANY_SPLITS = 16, MIN_ITEMS = 6;
+  constexpr int MANY_SPLITS = 16, MIN_ITEMS = 5;
   int used = blocks;
   if (blocks > MANY_SPLITS * heads) used = min(blocks, max(total / (MIN_ITEMS * heads), 1) * heads);
   return min(total, used);

@@ -287,13 +287,13 @@ class DecodeState:
 
 
 def decode_plan(heads: Heads, scheme: Scheme, batch: int, card: Card) -> DecodePlan:
-    """The most warps whose rings fit, 8 where items are large (notebook, version 13); a grid that splits few heads, of
-    grids near the whole card one with a multiple of 16 splits a head if there is one."""
+    """The most warps whose rings fit, 8 where items are large (notebook, version 13); of grids near the whole card one
+    where heads end with blocks, or with every second one, and of multiples of 16 splits, which are read at once."""
     q_per_kv = heads.q_heads // heads.kv_heads
     q_groups = next(n for n in range(1, q_per_kv + 1) if q_per_kv % n == 0 and q_per_kv // n <= 8)
     work, limit = batch * heads.kv_heads * q_groups, card.multiprocessors
-    even = (n for n in range(limit * 15 // 16, limit + 1) if n % work == 0 or work % n == 0)
-    # Splits of a head are read 16 at a time (decode_merge.cuh).
+    near = range(limit * 15 // 16, limit + 1)
+    even = [n for n in near if n % work == 0 or work % n == 0] or [n for n in near if work > n and 2 * work % n == 0]
     blocks = max(even, key=lambda n: (n % (16 * work) == 0, n), default=limit)
     configs = WARP_CONFIGS if scheme.quantized else BF16_WARP_CONFIGS
     plans = [DecodePlan(q_per_kv // q_groups, q_groups, warps, stages, blocks) for warps, stages in configs]

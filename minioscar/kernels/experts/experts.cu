@@ -22,14 +22,17 @@
 // apart; then two rounds' sums; FEW: a `Few`.
 //
 // Set by -D: FEW, TEAM_WARPS, RUNS (even), COLUMN_TILES (FEW: 1), and the macros of route.cuh and linear.cuh.
-constexpr int WARPS = 16;
+#ifndef EXPERT_WARPS
+#define EXPERT_WARPS 16
+#endif
+constexpr int WARPS = EXPERT_WARPS;
 #include "items.cuh"
 
-constexpr int ROUND_K = RUNS * TEAM_WARPS * 32;  // the k of RUNS runs of a team
+constexpr int ROUND_K = RUNS * OWN_WARPS * 32;  // the k of RUNS runs of a team
 // Runs whose x is loaded together: as many as registers allow.
-constexpr int AT_ONCE = COLUMN_TILES > 1 ? 2 / BRANCHES : RUNS % 4 == 0 ? 4 : RUNS;
-static_assert(RUNS % 2 == 0, "two runs are a line");
-DEVICE constexpr int offset(int run) { return run / 2 * TEAM_WARPS * 64 + run % 2 * 32; }
+constexpr int AT_ONCE = COLUMN_TILES > 1 ? 2 / BRANCHES : SILU ? 2 : RUNS % 4 == 0 ? 4 : RUNS;
+static_assert(RUNS % (2 * FOLD) == 0, "two runs are a line");
+DEVICE constexpr int offset(int run) { return run / 2 * OWN_WARPS * 64 + run % 2 * 32; }
 
 // The next weights that a lane loads: rows r and r + 8 of 16 of each branch. Rows past the end repeat the last row;
 // their results are discarded.
@@ -52,15 +55,17 @@ struct Prefetch {
 };
 
 // up: x, h; down: h, out, and the x that is added. FEW: logits and lengths; else what is in Many.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
     experts(const bf16* x, const bf16* norm, const bf16* weight, const bf16* residual, const float* logits,
             const int* lengths, const int* sorted, const int4* entries, const float* weights, Output* out,
             int tokens, int K, int N,
             float eps) {
   extern __shared__ __align__(128) unsigned char smem[];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, team = warp / TEAM_WARPS;
-  const int rows = N / BRANCHES, lane_k = warp % TEAM_WARPS * 64 + 8 * c, stride = (K * 2 + 127) / 128 * 128 + 64;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, team = warp / OWN_WARPS;
+  const int rows = N / BRANCHES, lane_k = warp % OWN_WARPS * 64 + 8 * c, stride = (K * 2 + 127) / 128 * 128 + 64;
   float* sum_buffers = (float*)(smem + rows_of_x(tokens) * stride);  // [2][WARPS][BRANCHES][16][ENTRY_PAIRS]
+  Rounds rounds((rows + 15) / 16);
+  Position at = rounds.begin();
 #if FEW
   Few& work = *(Few*)(sum_buffers + 2 * ROUND_SUMS);
   work.clear();
@@ -70,34 +75,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     norm_x(smem, stride, sum_buffers, x, norm, first, eps, tokens, K);
     wait_then_allow_next();
   }
-  work.fill(logits, lengths, tokens);
+  const Ranked ranked = work.fill(logits, lengths, tokens);
 #else
   if (SILU) wait_then_allow_next();
   const Many work = {sorted, entries, weights};
 #endif
-  const Rounds rounds = {work.count(), (rows + 15) / 16};
+  rounds.entries = work.count();
   Prefetch prefetch;
-  auto seek = [&](int round) {
-    const Item item = rounds.at(round, team);
+  auto seek = [&](const Position& at) {
+    const Item item = rounds.item(at, team);
     prefetch.seek(weight, item.exists ? work.expert(item.entry) : 0, item, rows, K, lane_k);
   };
   uint4 w[RUNS][BRANCHES][2];
-  seek(0);
+  seek(at);
   UNROLL for (int a = 0; a < RUNS; a++) {
     UNROLL for (int t = 0; t < BRANCHES; t++) w[a][t][0] = w[a][t][1] = make_uint4(0, 0, 0, 0);
     prefetch.load(w[a], a);
   }
   if (!SILU) wait_then_allow_next();
 #if FEW
+  if (SILU) work.weigh(ranked, tokens);
   if (!SILU) stage_x(smem, stride, x, work.in_use, rows_of_x(tokens), K);
 #endif
-  float total = 0.f;  // SUMMED: of the output that this thread finishes
-  bool odd = false;
-  const int num_rounds = rounds.count();
-  for (int round = 0; round < num_rounds; round++, odd = !odd) {
+  OwnSum own_sum;
+  for (bool odd = false; rounds.exists(at); odd = !odd) {
     // Two buffers: a round's sums are read while the next ones are written; a barrier comes before the ones after that.
     float* sums = sum_buffers + odd * ROUND_SUMS;
-    const Item item = rounds.at(round, team);
+    const Item item = rounds.item(at, team);
+    own_sum.begin(at, residual, tokens, rows);
     const unsigned char* own[COLUMN_TILES];  // the x of this lane's columns
     bool has_x[COLUMN_TILES];
     UNROLL for (int n = 0; n < COLUMN_TILES; n++) {
@@ -105,11 +110,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       has_x[n] = pair >= 0;
       own[n] = FEW ? smem + max(from, 0) * stride : (const unsigned char*)(x + (size_t)max(from, 0) * K);
     }
-    float y[BRANCHES][COLUMN_TILES][4];
-    UNROLL for (int t = 0; t < BRANCHES; t++) clear(y[t]);
+    float y[FOLD][BRANCHES][COLUMN_TILES][4];
+    UNROLL for (int f = 0; f < FOLD; f++)
+      UNROLL for (int t = 0; t < BRANCHES; t++) clear(y[f][t]);
     for (int first = 0; first < K; first += ROUND_K) {
       prefetch.k += ROUND_K;
-      if (first + ROUND_K >= K) seek(round + 1);
+      if (first + ROUND_K >= K) seek(rounds.next(at));
       UNROLL for (int run = 0; run < RUNS; run += AT_ONCE) {
         uint4 b[AT_ONCE][COLUMN_TILES];
         UNROLL for (int a = 0; a < AT_ONCE; a++)
@@ -121,20 +127,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           uint4(&used)[BRANCHES][2] = w[run + a];
           UNROLL for (int t = 0; t < BRANCHES; t++) {
             const Operands rows16(used[t][0], used[t][1], first + lane_k + offset(run + a) < K);
-            UNROLL for (int n = 0; n < COLUMN_TILES; n++) rows16.multiply(y[t][n], b[a][n]);
+            UNROLL for (int n = 0; n < COLUMN_TILES; n++) rows16.multiply(y[(run + a) / 2 % FOLD][t][n], b[a][n]);
           }
           prefetch.load(used, run + a);
         }
       }
     }
-    UNROLL for (int t = 0; t < BRANCHES; t++)
-      UNROLL for (int n = 0; n < COLUMN_TILES; n++)
-        UNROLL for (int j = 0; j < 2; j++) {
-          float* two = sums + ((warp * BRANCHES + t) * 16 + r + 8 * j) * ENTRY_PAIRS + 8 * n + 2 * c;
-          *(float2*)two = make_float2(y[t][n][2 * j], y[t][n][2 * j + 1]);
-        }
+    UNROLL for (int f = 0; f < FOLD; f++)
+      UNROLL for (int t = 0; t < BRANCHES; t++)
+        UNROLL for (int n = 0; n < COLUMN_TILES; n++)
+          UNROLL for (int j = 0; j < 2; j++) {
+            const int of = ((f * WARPS + warp) * BRANCHES + t) * 16 + r + 8 * j;
+            *(float2*)(sums + of * ENTRY_PAIRS + 8 * n + 2 * c) = make_float2(y[f][t][n][2 * j], y[f][t][n][2 * j + 1]);
+          }
     __syncthreads();
     auto column_of = [&](const Item& of, int, int column) { return find_column(work, of, column); };
-    finish_round(sums, column_of, rounds, round, residual, out, tokens, rows, total);
+    finish_round(sums, column_of, rounds, at, out, tokens, rows, own_sum);
+    at = rounds.next(at);
   }
 }

@@ -12,8 +12,10 @@
 #include "../linear_vector.cuh"
 #include "route.cuh"
 
-constexpr int ENTRY_PAIRS = COLUMNS * COLUMN_TILES, TEAMS = WARPS / TEAM_WARPS;
-constexpr int ROUND_SUMS = WARPS * BRANCHES * 16 * ENTRY_PAIRS;
+// Sums of a team: a warp has those of FOLD of them, where the block has fewer warps than a team has sums.
+constexpr int FOLD = TEAM_WARPS > WARPS ? TEAM_WARPS / WARPS : 1, OWN_WARPS = TEAM_WARPS / FOLD;
+constexpr int ENTRY_PAIRS = COLUMNS * COLUMN_TILES, TEAMS = WARPS / OWN_WARPS, ALL_SUMS = TEAMS * TEAM_WARPS;
+constexpr int ROUND_SUMS = ALL_SUMS * BRANCHES * 16 * ENTRY_PAIRS;
 constexpr bool SUMMED = FEW && !SILU;  // a block adds the pairs of a token
 static_assert(EXPERTS <= THREADS, "a thread looks after an expert");
 
@@ -26,37 +28,58 @@ struct Few {
   bool in_use[8];  // the row of a token
 
   DEVICE void clear() {
-    for (int i = threadIdx.x; i < EXPERTS * 2; i += THREADS) ((int*)slots)[i] = -1;
+    UNROLL for (int first = 0; first < EXPERTS * 2; first += THREADS)
+      if (first + threadIdx.x < EXPERTS * 2) ((int*)slots)[first + threadIdx.x] = -1;
     __syncthreads();
   }
-  // Every block waits for this before it can ask for a weight: weights of pairs, which are needed later, come last, and
-  // are visible from the next barrier on. The last warps choose, the first ones make the list.
-  DEVICE void fill(const float* logits, const int* lengths, int tokens) {
+  // Every block waits for this before it can ask for a weight. The last warps choose, the first ones make the list.
+  DEVICE Ranked fill(const float* logits, const int* lengths, int tokens) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = WARPS - 1 - warp;
-    const bool chooses = token < tokens && !(lengths && lengths[token] < 0);
-    Ranked ranked;
-    if (token < 8 && lane == 0) in_use[token] = chooses;
-    if (chooses) {
+    bool chooses = token < tokens;
+    Ranked ranked = {};
+    if (chooses) {  // length and logits are one trip to L2
+      const int length = lengths ? lengths[token] : 0;
       ranked = rank_logits(logits + token * EXPERTS);
+      chooses = length >= 0;
       UNROLL for (int i = 0; i < PER_LANE; i++)
-        if (ranked.rank[i] >= 0) slots[lane * PER_LANE + i][token] = ranked.rank[i];
+        if (chooses && ranked.rank[i] >= 0) slots[lane * PER_LANE + i][token] = ranked.rank[i];
+      if (tokens == 1) list(ranked, chooses);
     }
+    if (token < 8 && lane == 0) in_use[token] = chooses;
     __syncthreads();
+    if (tokens == 1) return ranked;
     if (warp <= (EXPERTS - 1) / 32) {  // experts below, counted by each warp for itself
       int before = 0;
       bool taken = false;
-      for (int w = 0; w <= warp; w++) {
+      UNROLL for (int w = 0; w <= (EXPERTS - 1) / 32; w++) {  // the loads are under way together
         const int e = 32 * w + lane;
         const int2 both = e < EXPERTS ? *(const int2*)slots[e] : make_int2(-1, -1);
-        taken = (both.x & both.y) != -1;
-        const unsigned of_warp = __ballot_sync(FULL_MASK, taken);
-        before += __popc(w < warp ? of_warp : of_warp & ((1u << lane) - 1));
+        const unsigned of_warp = __ballot_sync(FULL_MASK, (both.x & both.y) != -1);
+        if (w < warp) before += __popc(of_warp);
+        if (w != warp) continue;
+        before += __popc(of_warp & ((1u << lane) - 1));
+        taken = of_warp >> lane & 1;
       }
       if (taken) experts[before] = threadIdx.x;
       if (threadIdx.x == (EXPERTS - 1) / 32 * 32 + 31) entries = before + taken;
     }
     __syncthreads();
-    if (!SILU || !chooses) return;
+    return ranked;
+  }
+  // The experts of a single token, by its warp: a barrier less.
+  DEVICE void list(const Ranked& ranked, bool chooses) {
+    const int lane = threadIdx.x % 32;
+    int before = 0;
+    UNROLL for (int i = 0; i < PER_LANE; i++)
+      before += __popc(__ballot_sync(FULL_MASK, ranked.rank[i] >= 0) & ((1u << lane) - 1));
+    UNROLL for (int i = 0; i < PER_LANE; i++)
+      if (chooses && ranked.rank[i] >= 0) experts[before++] = lane * PER_LANE + i;
+    if (lane == 0) entries = chooses ? TOP_K : 0;
+  }
+  // Weights of pairs, which are needed later: visible from the next barrier on.
+  DEVICE void weigh(const Ranked& ranked, int tokens) {
+    const int lane = threadIdx.x % 32, token = WARPS - 1 - (int)threadIdx.x / 32;
+    if (token >= tokens) return;
     const Choice own = choice_of(ranked);
     if (lane < TOP_K) weights[token * TOP_K + lane] = own.weight;
   }
@@ -83,25 +106,37 @@ struct Many {
 };
 
 struct Item { int entry, tile; bool exists; };
+// Where a block is in its items: the first of a round.
+struct Position { int entry, tile; };
 
 // Which items a block computes, round after round. SUMMED: all entries of a tile of outputs, then of the next one; else
-// the items of all blocks stand side by side, so that those of one expert are computed at about the same time.
+// the items of all blocks stand side by side, so that those of one expert are computed at about the same time. No
+// division is left for the time after the wait.
 struct Rounds {
-  int entries, tiles;
+  int tiles, entries, step_entries, step_tiles;  // entries: set when they are known; steps: from round to round
 
-  DEVICE int of_tile() const { return max((entries + TEAMS - 1) / TEAMS, 1); }
-  DEVICE int count() const {
-    if (SUMMED) return (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x * of_tile();
-    const int all = (entries * tiles + TEAMS - 1) / TEAMS;
-    return (all - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
+  DEVICE explicit Rounds(int tiles) : tiles(tiles), entries(0) {
+    step_entries = SUMMED ? TEAMS : opaque(gridDim.x * TEAMS / tiles);
+    step_tiles = SUMMED ? 0 : gridDim.x * TEAMS - step_entries * tiles;
   }
-  DEVICE Item at(int round, int team) const {
-    if (SUMMED) {
-      const int entry = round % of_tile() * TEAMS + team, tile = blockIdx.x + round / of_tile() * gridDim.x;
-      return {entry, tile, entry < entries && tile < tiles};
-    }
-    const int item = (round * gridDim.x + blockIdx.x) * TEAMS + team;
-    return {item / tiles, item % tiles, item < entries * tiles};
+  DEVICE Position begin() const {
+    if (SUMMED) return {0, (int)blockIdx.x};
+    const int entry = opaque(blockIdx.x * TEAMS / tiles);
+    return {entry, (int)blockIdx.x * TEAMS - entry * tiles};
+  }
+  DEVICE bool ends_tile(const Position& at) const { return at.entry + TEAMS >= entries; }  // SUMMED
+  DEVICE Position next(const Position& at) const {
+    if (SUMMED && ends_tile(at)) return {0, at.tile + (int)gridDim.x};
+    const Position to = {at.entry + step_entries, at.tile + step_tiles};
+    return SUMMED || to.tile < tiles ? to : Position{to.entry + 1, to.tile - tiles};
+  }
+  DEVICE bool exists(const Position& at) const { return SUMMED ? at.tile < tiles : at.entry < entries; }
+  DEVICE Item item(const Position& at, int team) const {
+    int entry = at.entry, tile = at.tile;
+    if (SUMMED) entry += team; else tile += team;
+    if (!SUMMED && TEAMS > 1)
+      for (; tile >= tiles; tile -= tiles) entry++;
+    return {entry, tile, entry < entries && tile < tiles};
   }
 };
 
@@ -111,9 +146,13 @@ DEVICE int rows_of_x(int tokens) { return !FEW ? 0 : SILU ? tokens : tokens * TO
 template <class Then = Unchanged>
 DEVICE void stage_x(unsigned char* to, int stride, const bf16* x, const bool* in_use, int pairs, int K,
                     Then then = Then()) {
-  for (int i = threadIdx.x; i < pairs * (K / 8); i += THREADS) {
-    const int pair = i / (K / 8), vector = i % (K / 8);
-    if (in_use[pair / TOP_K]) *(uint4*)(to + pair * stride + 16 * vector) = then(((const uint4*)x)[i]);
+  const int vectors = K / 8;
+  for (int half = threadIdx.x / 32; half < 2 * pairs; half += WARPS) {  // two warps a pair
+    const int pair = half / 2;
+    if (!in_use[pair / TOP_K]) continue;
+#pragma unroll 2
+    for (int i = half % 2 * 32 + threadIdx.x % 32; i < vectors; i += 64)
+      *(uint4*)(to + pair * stride + 16 * i) = then(((const uint4*)x)[pair * vectors + i]);
   }
   __syncthreads();
 }
@@ -126,24 +165,37 @@ template <class Work> DEVICE Column find_column(const Work& work, const Item& it
   return {pair, SILU && pair >= 0 ? work.weights[pair] : 1.f};
 }
 
-// The outputs of a round, from the sums of its warps [WARPS][BRANCHES][16][ENTRY_PAIRS]. column_of(item, team, column).
-// total: SUMMED, of the output that this thread finishes, over the rounds of a tile; added to the residual then.
+// SUMMED: of an output that this thread finishes, over the rounds of a tile, and the number that it is added to, which
+// is loaded before the products.
+struct OwnSum {
+  float sum;
+  bf16 residual;
+
+  DEVICE void begin(const Position& at, const bf16* all, int tokens, int rows) {
+    if (!SUMMED || at.entry) return;
+    const int m = threadIdx.x / 16, n = at.tile * 16 + threadIdx.x % 16;
+    const bf16 zero = 0;
+    sum = 0.f;
+    residual = !ALONE && m < tokens && n < rows ? all[(size_t)m * rows + n] : zero;
+  }
+};
+
+// The outputs of a round, from the sums of its warps [ALL_SUMS][BRANCHES][16][ENTRY_PAIRS]. column_of(item, team,
+// column).
 template <class ColumnOf>
-DEVICE void finish_round(const float* sums, const ColumnOf& column_of, const Rounds& rounds, int round,
-                         const bf16* residual, Output* out, int tokens, int rows, float& total) {
+DEVICE void finish_round(const float* sums, const ColumnOf& column_of, const Rounds& rounds, const Position& at,
+                         Output* out, int tokens, int rows, OwnSum& own) {
   if (SUMMED) {
-    const int m = threadIdx.x / 16, n = rounds.at(round, 0).tile * 16 + threadIdx.x % 16;
+    const int m = threadIdx.x / 16, n = at.tile * 16 + threadIdx.x % 16;
     if (m >= tokens || n >= rows) return;
     // A token that does not take an expert gets zeros from it.
-    for (int v = 0; v < WARPS; v++) total += sums[(v * 16 + threadIdx.x % 16) * ENTRY_PAIRS + m];
-    if ((round + 1) % rounds.of_tile()) return;
-    out[(size_t)m * rows + n] = to_output(total + (ALONE ? 0.f : to_float(residual[(size_t)m * rows + n])));
-    total = 0.f;
+    for (int v = 0; v < ALL_SUMS; v++) own.sum += sums[(v * 16 + threadIdx.x % 16) * ENTRY_PAIRS + m];
+    if (rounds.ends_tile(at)) out[(size_t)m * rows + n] = to_output(own.sum + to_float(own.residual));
     return;
   }
   for (int o = threadIdx.x; o < TEAMS * 16 * ENTRY_PAIRS; o += THREADS) {
     const int i = o % 16, column = o / 16 % ENTRY_PAIRS, of = o / (16 * ENTRY_PAIRS);
-    const Item finished = rounds.at(round, of);
+    const Item finished = rounds.item(at, of);
     const Column own = column_of(finished, of, column);
     const int n = finished.tile * 16 + i;
     if (own.pair < 0 || n >= rows) continue;

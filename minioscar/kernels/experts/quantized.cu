@@ -104,6 +104,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, team = warp / TEAM_WARPS;
   const int rows = N / BRANCHES, stride = (K * 2 + 127) / 128 * 128 + 64;
   float* sum_buffers = (float*)(smem + rows_of_x(tokens) * stride);  // [2][WARPS][BRANCHES][16][ENTRY_PAIRS]
+  Rounds rounds(rows / 16);
+  Position at = rounds.begin();
 #if FEW
   Few& work = *(Few*)(smem + opaque(rows_of_x(tokens) * stride + 8 * ROUND_SUMS));
   work.clear();
@@ -113,16 +115,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
     norm_x(smem, stride, sum_buffers, x, norm, first, eps, tokens, K, ScaledX());
     wait_then_allow_next();
   }
-  work.fill(logits, lengths, tokens);
+  const Ranked ranked = work.fill(logits, lengths, tokens);
 #else
   if (SILU) wait_then_allow_next();
   const Many work = {sorted, entries, weights};
 #endif
-  const Rounds rounds = {work.count(), rows / 16};
+  rounds.entries = work.count();
   Prefetch prefetch = {codes, scales, rows / 16, K, shift};
 #if FEW
-  auto seek = [&](int round) {
-    const Item item = rounds.at(round, team);
+  auto seek = [&](const Position& at) {
+    const Item item = rounds.item(at, team);
     prefetch.seek(item.exists ? work.expert(item.entry) : 0, item);
   };
 #else
@@ -130,35 +132,35 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
   __shared__ Column columns[2][TEAMS * ENTRY_PAIRS];
   int pairs[COLUMN_TILES];  // of this lane's columns
   int expert = 0, first_pair = 0, num_pairs = 0;
-  auto ask_for_entry = [&](int round) {
-    const Item item = rounds.at(round, team);
+  auto ask_for_entry = [&](const Position& at) {
+    const Item item = rounds.item(at, team);
     const int* entry = (const int*)(entries + 1 + item.entry);
     expert = item.exists ? entry[0] : 0;
     first_pair = item.exists ? entry[1] : 0;
     num_pairs = item.exists ? entry[2] : 0;
   };
-  ask_for_entry(0);
-  auto seek = [&](int round) {
-    prefetch.seek(expert, rounds.at(round, team));
+  ask_for_entry(at);
+  auto seek = [&](const Position& at) {
+    prefetch.seek(expert, rounds.item(at, team));
     UNROLL for (int n = 0; n < COLUMN_TILES; n++)
       pairs[n] = 8 * n + r < num_pairs ? sorted[first_pair + 8 * n + r] : -1;
-    ask_for_entry(round + 1);
+    ask_for_entry(rounds.next(at));
   };
 #endif
-  seek(0);
+  seek(at);
   Run loaded[RUNS] = {};
   UNROLL for (int a = 0; a < RUNS; a++) prefetch.load(loaded[a], a);
   if (!SILU) wait_then_allow_next();
 #if FEW
+  if (SILU) work.weigh(ranked, tokens);
   if (!SILU) stage_x(smem, stride, x, work.in_use, rows_of_x(tokens), K, ScaledX());
 #endif
-  float total = 0.f;  // SUMMED: of the output that this thread finishes
-  bool odd = false;
-  const int num_rounds = rounds.count();
-  for (int round = 0; round < num_rounds; round++, odd = !odd) {
+  OwnSum own_sum;
+  for (bool odd = false; rounds.exists(at); odd = !odd) {
     // Two buffers: a round's sums are read while the next ones are written; a barrier comes before the ones after that.
     float* sums = sum_buffers + odd * ROUND_SUMS;
-    const Item item = rounds.at(round, team);
+    const Item item = rounds.item(at, team);
+    own_sum.begin(at, residual, tokens, rows);
     uint32_t own[COLUMN_TILES];  // where the x of this lane's columns begins
     bool has_x[COLUMN_TILES];
     UNROLL for (int n = 0; n < COLUMN_TILES; n++) {
@@ -185,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
     }
     for (int first = 0; first * 64 < K; first += ROUND_RUNS) {
       prefetch.run += ROUND_RUNS;
-      if ((first + ROUND_RUNS) * 64 >= K) seek(round + 1);
+      if ((first + ROUND_RUNS) * 64 >= K) seek(rounds.next(at));
       UNROLL for (int ahead = 0; ahead < RUNS; ahead += AT_ONCE) {
         uint4 b[AT_ONCE][COLUMN_TILES][2];
         UNROLL for (int a = 0; a < AT_ONCE; a++)
@@ -221,6 +223,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_BOUNDS)
       return columns[odd][own_team * ENTRY_PAIRS + column];
 #endif
     };
-    finish_round(sums, column_of, rounds, round, residual, out, tokens, rows, total);
+    finish_round(sums, column_of, rounds, at, out, tokens, rows, own_sum);
+    at = rounds.next(at);
   }
 }
