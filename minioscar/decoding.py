@@ -25,6 +25,7 @@ class Stepper(Protocol):
     ops: Backend
     weights: Any
     tables: Any  # of RoPE
+    rotates_values: bool
 
     def step(self, ids: Array, cache: Cache, batch: Batch, draw: Draw | None = None) -> tuple[Array, Array]: ...
 

@@ -91,7 +91,7 @@ class Model:
         # QK-norm, RoPE, rotation, norms
         q, new = ops.rotate_scale(qkv, layer, tables, layer_cache, self.config, batch, self.rotates_values)
         y = ops.attention(q, new, layer_cache, batch).reshape(len(x), -1)  # [tokens, q_heads * head_dim]
-        if self.rotates_values:
+        if self.rotates_values and not batch.rotates_back:
             ops.rotate_heads(y, self.config.head_dim, 1)  # back: H.H = I
         return ops.linear(y, layer.o, layer.o_bias, residual=x)
 

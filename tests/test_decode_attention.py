@@ -11,6 +11,7 @@ import pytest
 
 from minioscar import oscar
 from minioscar.cache import BF16
+from minioscar.hadamard import hadamard
 from minioscar.ops import attention
 from minioscar.ops.attention import page_bytes
 from minioscar.ops.launch import Card
@@ -152,16 +153,17 @@ def run(
     arch: int = 80,
     order: int = 0,
     reference: bool = True,
+    rotated: bool = False,
 ):
     """Output and log-sum-exp, the kernel's and the reference's, each [batch, q_heads, ...]; lengths count the new
     token."""
     q, sequences = drawn(d, plan, lengths, seed, kind)
-    got = attended(device, scheme, plan, q, sequences, arch, order)
+    got = attended(device, scheme, plan, q, sequences, arch, order, rotated)
     expected = np.zeros(q.shape), np.zeros(q.shape[:2])
     for b, x in enumerate(sequences):
         if x.shape[2] and reference:
             expected[0][b], expected[1][b] = softmax_attention(q[b], *dequantized(x, cached_packed(scheme, x), scheme))
-    return got, expected
+    return got, (expected[0] @ hadamard(d).astype(np.float64), expected[1]) if rotated else expected
 
 
 def drawn(
@@ -184,12 +186,13 @@ def attended(
     sequences: Sequence[np.ndarray],
     arch: int = 80,
     order: int = 0,
+    rotated: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The kernel's output and log-sum-exp."""
     heads = attention.Heads(q.shape[1], KV_HEADS, q.shape[2])
     cache = filled(device, sequences, scheme, heads)
     out, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:2], np.float32)
-    state = state_of(device, heads, scheme, plan, [x.shape[2] for x in sequences])
+    state = replace(state_of(device, heads, scheme, plan, [x.shape[2] for x in sequences]), rotated=rotated)
     attend = attention.decode_attention(state, device.array(q), cache, out, lse=lse, parity=0)
     schedule = attention.schedule(state)
     device.run(replace(schedule, defines=attend.defines), arch, order)  # one compilation, as in the engine
@@ -286,6 +289,18 @@ def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(
     for blocks, lengths in ((1, RAGGED), (5, RAGGED), (23, (129, 0, 257, 64)), (9, (2, 385, 0, 0))):
         plan = attention.DecodePlan(q_per_kv, q_groups, 4, 2, blocks)
         check(*run(device, ALL[name], d, plan, lengths, seed, arch=arch), lengths)
+
+
+ROTATED = [case for case in CASES if case[1] in attention.ROTATED_DIMS and "64-" not in case[0]]
+
+
+@on_each_device
+@pytest.mark.parametrize(("name", "d", "q_per_kv", "q_groups", "arch"), ROTATED)
+def test_decode_attention_rotates_its_results(device, seed, name, d, q_per_kv, q_groups, arch):
+    """Of heads that one warp has whole, of those that warps share, and blocks."""
+    for blocks, lengths in ((1, RAGGED), (7, RAGGED), (23, (129, 0, 257, 64))):
+        plan = attention.DecodePlan(q_per_kv, q_groups, 4, 2, blocks)
+        check(*run(device, ALL[name], d, plan, lengths, seed, arch=arch, rotated=True), lengths)
 
 
 def test_kernels_are_for_pairs_of_2_3_and_4_bits():

@@ -46,7 +46,7 @@ def programs(
     for batch in (*(replace(batch, inputs=None) for batch in passes), *with_media):
         model.forward(np.zeros(sum(batch.counts), np.int32), blank, batch)
     if rows is None or rows:
-        whole = StepBatch(paper, config, blank, rows, model.weights.key_feedback)
+        whole = StepBatch(paper, config, blank, rows, model.weights.key_feedback, model.rotates_values)
         for step in (*whole.few.values(), whole):
             model.step(step.tokens, blank, step, partial(step.draw, ops=paper))
     return list(paper.launched)

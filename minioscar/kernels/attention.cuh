@@ -209,6 +209,33 @@ struct Ring {
   }
 };
 
+// y times H, of which each channel has a place: the bits of its number are those of n, of i / 2, of the lane's row and of
+// its column half, in some order, and H is a product over them.
+template <int N> DEVICE void rotate_sums(float (&y)[N][4]) {
+  static_assert((N & (N - 1)) == 0 && N * 2 * 8 * COLUMN_HALVES == D, "a power of two each");
+  UNROLL for (int n = 0; n < N; n++)
+    UNROLL for (int i = 0; i < 2; i++) {
+      const float a = y[n][i], b = y[n][i + 2];
+      y[n][i] = a + b;
+      y[n][i + 2] = a - b;
+    }
+  UNROLL for (int stride = 1; stride < N; stride *= 2)
+    UNROLL for (int n = 0; n < N; n++)
+      UNROLL for (int i = 0; i < 4; i++) {
+        if (n & stride) continue;
+        const float a = y[n][i], b = y[n + stride][i];
+        y[n][i] = a + b;
+        y[n + stride][i] = a - b;
+      }
+  UNROLL for (int other = COLUMN_HALVES == 2 ? 2 : 4; other < 32; other *= 2) {
+    const float sign = threadIdx.x & other ? -1.f : 1.f;
+    UNROLL for (int n = 0; n < N; n++)
+      UNROLL for (int i = 0; i < 4; i++) y[n][i] = fmaf(sign, y[n][i], __shfl_xor_sync(FULL_MASK, y[n][i], other));
+  }
+  UNROLL for (int n = 0; n < N; n++)
+    UNROLL for (int i = 0; i < 4; i++) y[n][i] *= rsqrtf((float)D);
+}
+
 // Stores a warp's sums of a head: to the output if the warp has the WHOLE head, else as partial `index`.
 template <bool WHOLE, class Items>
 DEVICE void store_sums(const State& state, unsigned char* smem, const Results& to, int head, int index) {
@@ -221,16 +248,26 @@ DEVICE void store_sums(const State& state, unsigned char* smem, const Results& t
   float* sums = partial_sums(smem, index) + first * D + row;
   Output* out = to.out + (size_t)head * OUT + first * D + row;
   float2 offset;
+  float y[LANE_TILES][4];
   UNROLL for (int n = 0; n < LANE_TILES; n++) {
-    const int j = n / RUN * BOTH + n % RUN, above = min(j + RUN, CHANNEL_TILES - 1), channel = value_channel(j, 0);
+    const int j = n / RUN * BOTH + n % RUN, above = min(j + RUN, CHANNEL_TILES - 1);
     if (n % RUN == 0) offset = Items::offset_term(state, second ? above : j);
-    if (second && j + RUN >= CHANNEL_TILES) continue;
     const float scale = second ? Items::output_scale(above) : Items::output_scale(j);
     UNROLL for (int i = 0; i < 4; i++) {
+      y[n][i] = fmaf(second ? state.o[above][i] : state.o[j][i], scale, i % 2 ? offset.y : offset.x);
+      if (WHOLE) y[n][i] *= inverse[i % 2];
+    }
+  }
+#if ROTATED
+  if (WHOLE) rotate_sums(y);
+#endif
+  UNROLL for (int n = 0; n < LANE_TILES; n++) {
+    const int j = n / RUN * BOTH + n % RUN, channel = value_channel(j, 0);
+    if (second && j + RUN >= CHANNEL_TILES) continue;
+    UNROLL for (int i = 0; i < 4; i++) {
       if (first + i % 2 >= Q_PER_KV) continue;
-      const float y = fmaf(second ? state.o[above][i] : state.o[j][i], scale, i % 2 ? offset.y : offset.x);
-      if (WHOLE) out[i % 2 * D + channel + i / 2 * 2] = to_output(y * inverse[i % 2]);
-      else sums[i % 2 * D + channel + i / 2 * 2] = y;
+      if (WHOLE) out[i % 2 * D + channel + i / 2 * 2] = to_output(y[n][i]);
+      else sums[i % 2 * D + channel + i / 2 * 2] = y[n][i];
     }
   }
   if (r || c >= COLUMNS / 2) return;

@@ -23,7 +23,12 @@
 // Channels of all q heads, in quads: a lane merges one, a warp a slice of 16, or of 32 where its warps would have to
 // merge more than one slice of a head.
 constexpr int OUT = Q_PER_KV * D, QUADS = OUT / 4;
-constexpr int SLICE_QUADS = QUADS > 16 * BLOCK_WARPS ? 32 : 16, SLICES = (QUADS + SLICE_QUADS - 1) / SLICE_QUADS;
+#ifndef ROTATED  // heads of the output times H, as rotate_heads would leave them; then a slice is of whole heads
+#define ROTATED 0
+#endif
+constexpr int SLICE_QUADS = QUADS > 16 * BLOCK_WARPS || ROTATED && D > 64 ? 32 : 16;
+static_assert(!ROTATED || D == 64 || D == 128, "heads that a slice holds");
+constexpr int SLICES = (QUADS + SLICE_QUADS - 1) / SLICE_QUADS;
 constexpr int SLOT_QUADS = QUADS + QUADS / 8;  // float4 of a workspace slot: its sums, then (m, l) of each 32 channels
 constexpr int MAX_TRIES = 8;                   // reads of partials before a NaN counts as one of q, keys or values
 constexpr float LN2 = 0.69314718f;
@@ -167,6 +172,18 @@ DEVICE void clear_other_half(const Results& to, const Shared* shared) {
   }
 }
 
+// o times H, the normalized Walsh-Hadamard matrix: a lane has four channels of a head, D / 4 neighbours all of them.
+DEVICE float4 rotated(float4 o) {
+  const float a = o.x + o.y, b = o.x - o.y, c = o.z + o.w, d = o.z - o.w;
+  float x[4] = {a + c, b + d, a - c, b - d};
+  UNROLL for (int other = 1; other < D / 4; other *= 2) {
+    const float sign = threadIdx.x & other ? -1.f : 1.f;
+    UNROLL for (int i = 0; i < 4; i++) x[i] = fmaf(sign, x[i], __shfl_xor_sync(FULL_MASK, x[i], other));
+  }
+  const float factor = rsqrtf((float)D);
+  return make_float4(x[0] * factor, x[1] * factor, x[2] * factor, x[3] * factor);
+}
+
 // Merges partials first ... last of this block, all of this head, which is split over blocks from ... from + blocks -
 // 1; blocks = 0: over this one alone. Slices go to the warps round-robin: `slice` is the next one of this warp. No
 // slice waits for another.
@@ -189,10 +206,11 @@ DEVICE void merge_head(
       if (lane == 0) store_relaxed(split_counter, 0);
       sum = merge_blocks(to, from, blocks, at);
     }
-    if (!own) continue;
     const float inverse = rcp_approx(sum.ml.y);
-    Output* out = to.out + (size_t)head * OUT + 4 * at;
-    store_output(out, sum.o.x * inverse, sum.o.y * inverse, sum.o.z * inverse, sum.o.w * inverse);
+    float4 o = make_float4(sum.o.x * inverse, sum.o.y * inverse, sum.o.z * inverse, sum.o.w * inverse);
+    if (ROTATED) o = rotated(o);
+    if (!own) continue;
+    store_output(to.out + (size_t)head * OUT + 4 * at, o.x, o.y, o.z, o.w);
     if (at % (D / 4) == 0) store_lse(to, head, at / (D / 4), sum.ml.x, sum.ml.y);
   }
   slice -= SLICES;

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Array = Any
 HEAD_DIMS = (64, 128, 256)
+ROTATED_DIMS = (64, 128)  # of heads that decode_merge.cuh rotates
 PAGE_TOKENS = 64
 HEADS_PER_BLOCK = 16  # of rotate_scale.cu
 
@@ -267,20 +268,24 @@ class DecodeState:
     split_counter: Array  # int32 [plan.counters(d)], zero between launches
     table: Array | None = None  # the cache's, if it is quantized
     added: int = 1
+    rotated: bool = False  # heads of the result times H
 
     @classmethod
     def allocate(
-        cls, xp: Any, heads: Heads, scheme: Scheme, plan: DecodePlan, lengths: Array, table: Array | None = None
+        cls, xp: Any, heads: Heads, scheme: Scheme, plan: DecodePlan, lengths: Array, table: Array | None = None,
+        rotated: bool = False,
     ) -> DecodeState:
         floats, counters = plan.workspace_floats(heads.head_dim), plan.counters(heads.head_dim)
         tasks, workspace = xp.empty(plan.task_shape, np.int32), xp.empty(floats, np.float32)
-        return cls(heads, scheme, plan, lengths, tasks, workspace, xp.zeros(counters, np.int32), table)
+        made = tasks, workspace, xp.zeros(counters, np.int32)
+        return cls(heads, scheme, plan, lengths, *made, table, rotated=rotated)
 
     def source(self, out_bf16: bool) -> tuple[str, tuple[str, ...]]:
         """File and macros of the kernels."""
         p, dim = self.plan, self.heads.head_dim
         config = f"Q_PER_KV={p.q_per_kv}", f"Q_GROUPS={p.q_groups}", f"BLOCK_WARPS={p.warps}", f"STAGES={p.stages}"
         config = *config, f"OUT_BF16={out_bf16:d}"
+        config = (*config, "ROTATED=1") if self.rotated else config
         if self.scheme.quantized:
             return "decode_attention.cu", (*layout_defines(self.scheme, dim), *config)
         return "decode_attention_bf16.cu", (f"HEAD_DIM={dim}", *config)

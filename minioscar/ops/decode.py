@@ -64,7 +64,7 @@ class StepBatch:
 
     def __init__(
         self, ops: Runner, config: Config, cache: Cache, rows: Sequence[RowSampling] | None,
-        feedback: Array | None = None,
+        feedback: Array | None = None, rotates_values: bool = False,
     ):
         size, xp, scheme, heads = len(cache.lengths), ops.xp, cache.scheme, Heads.of(config)
         if reason := unsupported(config, scheme, size):
@@ -76,7 +76,9 @@ class StepBatch:
         self.lengths = xp.asarray(np.full(size, -1, np.int32))
         self.shifts = xp.zeros(size, np.int32) if config.towers else None
         plan = attention.decode_plan(heads, scheme, size, ops.card)
-        self.state = DecodeState.allocate(xp, heads, scheme, plan, self.lengths, cache.arrays["table"])
+        self.rotates_back = rotates_values and heads.head_dim in attention.ROTATED_DIMS
+        of_cache = self.lengths, cache.arrays["table"], self.rotates_back
+        self.state = DecodeState.allocate(xp, heads, scheme, plan, *of_cache)
         self.all_lengths = self.lengths
         self.few = {n: self._first(n, ops) for n in step_sizes(size)[:-1]} if is_open else {}
 
@@ -87,7 +89,8 @@ class StepBatch:
         part.shifts = None if self.shifts is None else self.shifts[here]
         part.drawing = self.drawing.rows(here)
         plan = attention.decode_plan(heads, scheme, rows, ops.card)
-        part.state = DecodeState.allocate(ops.xp, heads, scheme, plan, part.lengths, self.state.table)
+        of_cache = part.lengths, self.state.table, self.rotates_back
+        part.state = DecodeState.allocate(ops.xp, heads, scheme, plan, *of_cache)
         return part
 
     @staticmethod
@@ -159,7 +162,7 @@ class StepDecoder(Decoder):
     ):
         super().__init__(model, cache, rows, logits)
         self.ahead, ops = 0 if logits else 1, model.ops
-        self.batch = StepBatch(ops, model.config, cache, rows, model.weights.key_feedback)
+        self.batch = StepBatch(ops, model.config, cache, rows, model.weights.key_feedback, model.rotates_values)
         self.running: deque[list[int]] = deque()  # the rows of the steps that are not read yet
         self.active: list[int] = []  # the rows that the device has as in use
         self.current: set[int] = set()  # the rows whose newest token and history the device has
