@@ -92,7 +92,7 @@ def test_experts_are_named_by_their_shape_and_count_the_matrices_that_are_taken(
     found = {label(launch): bytes_of(launch, cache, 2.5) for launch in recorded}
     expert = 256 * 24 * 2
     assert found["experts 256 to 48"] == 2.5 * 2 * expert and found["experts 24 to 256"] == 2.5 * expert
-    assert {"route", "combine"} & found.keys() == (set() if rows == 1 else {"route", "combine"})
+    assert {"choose", "sort", "combine"} & found.keys() == (set() if rows == 1 else {"choose", "sort", "combine"})
     assert any(name.endswith("256 to 6") for name in found)  # the router
 
 

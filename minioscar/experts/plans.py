@@ -21,7 +21,6 @@ ALONE = ("ALONE=1",)  # what the experts of a card of several make, without the 
 FEW = 8  # tokens whose experts every block of experts.cu finds by itself
 WARPS = 16  # of a block of experts.cu
 MOST_PER_TOKEN = 32  # a lane of route.cuh keeps one choice
-TOGETHER = 64  # tokens whose choice and order one block of route.cu makes
 WIDE_PAIRS = 4  # on average an expert has more pairs: up to 16 of them share a reading of its weights then, else 8
 EXPERT_TOKENS = 8192  # whose pairs are in memory at once
 WGMMA_PAIRS, WGMMA_ROWS = 128, 256  # of an item of sm90/experts.cu
@@ -96,15 +95,12 @@ class Routes:
     def launches(self, logits: Array, e: Experts, lengths: Array | None = None) -> list[Launch]:
         """logits float32 [tokens, experts]. lengths: int32 [tokens], below 0 where a row is not in use."""
         tokens, pairs, columns = (np.int32(n) for n in (len(logits), len(self.chosen), self.columns))
-        given, chosen, order = (logits, lengths), (self.chosen, self.weights), (self.sorted, self.entries)
-
-        def launch(name: str, blocks: int, threads: int, *args: Any) -> Launch:
-            return Launch("experts/route.cu", name, _defines(e), (blocks,), threads, args)
-
-        if tokens <= TOGETHER:
-            return [launch("route", 1, 1024, *given, *chosen, *order, tokens, columns)]
-        choose = launch("choose", -(-len(logits) // 8), 256, *given, *chosen, tokens)
-        return [choose, launch("sort", 1, 512, self.chosen, *order, pairs, columns)]
+        choose = logits, lengths, self.chosen, self.weights, tokens
+        sort = self.chosen, self.sorted, self.entries, pairs, columns
+        return [
+            Launch("experts/route.cu", "choose", _defines(e), (-(-len(logits) // 8),), 256, choose),
+            Launch("experts/route.cu", "sort", _defines(e), (1,), 512, sort),
+        ]
 
 
 def uses_wgmma(pairs: int, e: Experts, card: Card, coded: bool = False) -> bool:

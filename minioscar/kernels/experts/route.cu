@@ -7,7 +7,6 @@
 //   pairs, sorted[first] ..., at most `columns`, take one expert. sorted int [pairs]; entries int4: the number of
 //   entries in [0].x, then (expert, first, count, 0), at most EXPERTS + pairs / columns. Pairs of one expert stand in
 //   any order: every result is of one pair alone; -1 behind the last. grid (1), 512 threads.
-// route: both, of up to 64 tokens: a launch less. grid (1), 1024 threads.
 // gather: to[i] = x[sorted[i] / TOP_K], the tokens in the order of the pairs. x bf16 [tokens][K], to bf16 [pairs][K];
 //   where there is no pair, 0, and in h [pairs][N], too: sm90/experts.cu reads past the last. K, N multiples of 8.
 //   grid (pairs), 128 threads.
@@ -18,29 +17,26 @@
 // reads and writes a few bytes a pair, combine 4 B a number of parts: at 48 tokens all three are latency.
 #include "route.cuh"
 
-// By one warp.
-DEVICE void choose_token(const float* logits, const int* lengths, int* chosen, float* weights, int token) {
-  const int lane = threadIdx.x % 32, length = lengths ? lengths[token] : 0;
-  const Choice own = choice_of(rank_logits(logits + (size_t)token * EXPERTS));
-  if (lane >= TOP_K) return;
-  chosen[token * TOP_K + lane] = length < 0 ? -1 : own.expert;
-  weights[token * TOP_K + lane] = own.weight;
-}
-
 extern "C" __global__ void __launch_bounds__(256)
     choose(const float* logits, const int* lengths, int* chosen, float* weights, int tokens) {
   wait_then_allow_next();
-  const int token = blockIdx.x * 8 + threadIdx.x / 32;
-  if (token < tokens) choose_token(logits, lengths, chosen, weights, token);
+  const int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (token >= tokens) return;
+  const Choice own = choice_of(rank_logits(logits + (size_t)token * EXPERTS));
+  if (lane >= TOP_K) return;
+  chosen[token * TOP_K + lane] = lengths && lengths[token] < 0 ? -1 : own.expert;
+  weights[token * TOP_K + lane] = own.weight;
 }
 
-// next [EXPERTS]: zeros.
-template <int THREADS> DEVICE void sort_pairs(const int* chosen, int* sorted, int4* entries, int pairs, int columns,
-                                              int* next) {
-  __shared__ int warp_pairs[THREADS / 32], warp_entries[THREADS / 32];
+extern "C" __global__ void __launch_bounds__(512, 1)
+    sort(const int* chosen, int* sorted, int4* entries, int pairs, int columns) {
+  __shared__ int next[EXPERTS], warp_pairs[16], warp_entries[16];
   const int e = threadIdx.x, warp = e / 32, lane = e % 32;
+  if (e < EXPERTS) next[e] = 0;
+  wait_then_allow_next();
+  __syncthreads();
 #pragma unroll 4
-  for (int p = e; p < pairs; p += THREADS)
+  for (int p = e; p < pairs; p += 512)
     if (const int taken = chosen[p]; taken >= 0) atomicAdd(&next[taken], 1);
   __syncthreads();
   // Sums over the experts before this thread's.
@@ -67,35 +63,14 @@ template <int THREADS> DEVICE void sort_pairs(const int* chosen, int* sorted, in
   if (e < EXPERTS) next[e] = first;
   for (int i = 0; i < own_entries; i++)
     entries[1 + entry + i] = make_int4(e, first + i * columns, min(columns, count - i * columns), 0);
-  if (e == THREADS - 1) {
+  if (e == 511) {
     entries[0] = make_int4(entry + own_entries, 0, 0, 0);
     for (int p = first + count; p < pairs; p++) sorted[p] = -1;
   }
   __syncthreads();
 #pragma unroll 4
-  for (int p = e; p < pairs; p += THREADS)
+  for (int p = e; p < pairs; p += 512)
     if (const int taken = chosen[p]; taken >= 0) sorted[atomicAdd(&next[taken], 1)] = p;
-}
-
-extern "C" __global__ void __launch_bounds__(512, 1)
-    sort(const int* chosen, int* sorted, int4* entries, int pairs, int columns) {
-  __shared__ int next[EXPERTS];
-  if (threadIdx.x < EXPERTS) next[threadIdx.x] = 0;
-  wait_then_allow_next();
-  __syncthreads();
-  sort_pairs<512>(chosen, sorted, entries, pairs, columns, next);
-}
-
-extern "C" __global__ void __launch_bounds__(1024, 1)
-    route(const float* logits, const int* lengths, int* chosen, float* weights, int* sorted, int4* entries, int tokens,
-          int columns) {
-  __shared__ int next[EXPERTS];
-  if (threadIdx.x < EXPERTS) next[threadIdx.x] = 0;
-  wait_then_allow_next();
-  for (int token = threadIdx.x / 32; token < tokens; token += 32)
-    choose_token(logits, lengths, chosen, weights, token);
-  __syncthreads();
-  sort_pairs<1024>(chosen, sorted, entries, tokens * TOP_K, columns, next);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
