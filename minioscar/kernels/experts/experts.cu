@@ -22,17 +22,14 @@
 // apart; then two rounds' sums; FEW: a `Few`.
 //
 // Set by -D: FEW, TEAM_WARPS, RUNS (even), COLUMN_TILES (FEW: 1), and the macros of route.cuh and linear.cuh.
-#ifndef EXPERT_WARPS
-#define EXPERT_WARPS 16
-#endif
-constexpr int WARPS = EXPERT_WARPS;
+constexpr int WARPS = 16;
 #include "items.cuh"
 
-constexpr int ROUND_K = RUNS * OWN_WARPS * 32;  // the k of RUNS runs of a team
+constexpr int ROUND_K = RUNS * TEAM_WARPS * 32;  // the k of RUNS runs of a team
 // Runs whose x is loaded together: as many as registers allow.
 constexpr int AT_ONCE = COLUMN_TILES > 1 ? 2 / BRANCHES : SILU ? 2 : RUNS % 4 == 0 ? 4 : RUNS;
-static_assert(RUNS % (2 * FOLD) == 0, "two runs are a line");
-DEVICE constexpr int offset(int run) { return run / 2 * OWN_WARPS * 64 + run % 2 * 32; }
+static_assert(RUNS % 2 == 0, "two runs are a line");
+DEVICE constexpr int offset(int run) { return run / 2 * TEAM_WARPS * 64 + run % 2 * 32; }
 
 // The next weights that a lane loads: rows r and r + 8 of 16 of each branch. Rows past the end repeat the last row;
 // their results are discarded.
@@ -55,14 +52,14 @@ struct Prefetch {
 };
 
 // up: x, h; down: h, out, and the x that is added. FEW: logits and lengths; else what is in Many.
-extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     experts(const bf16* x, const bf16* norm, const bf16* weight, const bf16* residual, const float* logits,
             const int* lengths, const int* sorted, const int4* entries, const float* weights, Output* out,
             int tokens, int K, int N,
             float eps) {
   extern __shared__ __align__(128) unsigned char smem[];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, team = warp / OWN_WARPS;
-  const int rows = N / BRANCHES, lane_k = warp % OWN_WARPS * 64 + 8 * c, stride = (K * 2 + 127) / 128 * 128 + 64;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, team = warp / TEAM_WARPS;
+  const int rows = N / BRANCHES, lane_k = warp % TEAM_WARPS * 64 + 8 * c, stride = (K * 2 + 127) / 128 * 128 + 64;
   float* sum_buffers = (float*)(smem + rows_of_x(tokens) * stride);  // [2][WARPS][BRANCHES][16][ENTRY_PAIRS]
   Rounds rounds((rows + 15) / 16);
   Position at = rounds.begin();
@@ -110,9 +107,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
       has_x[n] = pair >= 0;
       own[n] = FEW ? smem + max(from, 0) * stride : (const unsigned char*)(x + (size_t)max(from, 0) * K);
     }
-    float y[FOLD][BRANCHES][COLUMN_TILES][4];
-    UNROLL for (int f = 0; f < FOLD; f++)
-      UNROLL for (int t = 0; t < BRANCHES; t++) clear(y[f][t]);
+    float y[BRANCHES][COLUMN_TILES][4];
+    UNROLL for (int t = 0; t < BRANCHES; t++) clear(y[t]);
     for (int first = 0; first < K; first += ROUND_K) {
       prefetch.k += ROUND_K;
       if (first + ROUND_K >= K) seek(rounds.next(at));
@@ -127,19 +123,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
           uint4(&used)[BRANCHES][2] = w[run + a];
           UNROLL for (int t = 0; t < BRANCHES; t++) {
             const Operands rows16(used[t][0], used[t][1], first + lane_k + offset(run + a) < K);
-            UNROLL for (int n = 0; n < COLUMN_TILES; n++) rows16.multiply(y[(run + a) / 2 % FOLD][t][n], b[a][n]);
+            UNROLL for (int n = 0; n < COLUMN_TILES; n++) rows16.multiply(y[t][n], b[a][n]);
           }
           prefetch.load(used, run + a);
         }
       }
     }
-    UNROLL for (int f = 0; f < FOLD; f++)
-      UNROLL for (int t = 0; t < BRANCHES; t++)
-        UNROLL for (int n = 0; n < COLUMN_TILES; n++)
-          UNROLL for (int j = 0; j < 2; j++) {
-            const int of = ((f * WARPS + warp) * BRANCHES + t) * 16 + r + 8 * j;
-            *(float2*)(sums + of * ENTRY_PAIRS + 8 * n + 2 * c) = make_float2(y[f][t][n][2 * j], y[f][t][n][2 * j + 1]);
-          }
+    UNROLL for (int t = 0; t < BRANCHES; t++)
+      UNROLL for (int n = 0; n < COLUMN_TILES; n++)
+        UNROLL for (int j = 0; j < 2; j++) {
+          const int of = (warp * BRANCHES + t) * 16 + r + 8 * j;
+          *(float2*)(sums + of * ENTRY_PAIRS + 8 * n + 2 * c) = make_float2(y[t][n][2 * j], y[t][n][2 * j + 1]);
+        }
     __syncthreads();
     auto column_of = [&](const Item& of, int, int column) { return find_column(work, of, column); };
     finish_round(sums, column_of, rounds, at, out, tokens, rows, own_sum);

@@ -12,10 +12,8 @@
 #include "../linear_vector.cuh"
 #include "route.cuh"
 
-// Sums of a team: a warp has those of FOLD of them, where the block has fewer warps than a team has sums.
-constexpr int FOLD = TEAM_WARPS > WARPS ? TEAM_WARPS / WARPS : 1, OWN_WARPS = TEAM_WARPS / FOLD;
-constexpr int ENTRY_PAIRS = COLUMNS * COLUMN_TILES, TEAMS = WARPS / OWN_WARPS, ALL_SUMS = TEAMS * TEAM_WARPS;
-constexpr int ROUND_SUMS = ALL_SUMS * BRANCHES * 16 * ENTRY_PAIRS;
+constexpr int ENTRY_PAIRS = COLUMNS * COLUMN_TILES, TEAMS = WARPS / TEAM_WARPS;
+constexpr int ROUND_SUMS = WARPS * BRANCHES * 16 * ENTRY_PAIRS;
 constexpr bool SUMMED = FEW && !SILU;  // a block adds the pairs of a token
 static_assert(EXPERTS <= THREADS, "a thread looks after an expert");
 
@@ -180,7 +178,7 @@ struct OwnSum {
   }
 };
 
-// The outputs of a round, from the sums of its warps [ALL_SUMS][BRANCHES][16][ENTRY_PAIRS]. column_of(item, team,
+// The outputs of a round, from the sums of its warps [WARPS][BRANCHES][16][ENTRY_PAIRS]. column_of(item, team,
 // column).
 template <class ColumnOf>
 DEVICE void finish_round(const float* sums, const ColumnOf& column_of, const Rounds& rounds, const Position& at,
@@ -189,7 +187,7 @@ DEVICE void finish_round(const float* sums, const ColumnOf& column_of, const Rou
     const int m = threadIdx.x / 16, n = at.tile * 16 + threadIdx.x % 16;
     if (m >= tokens || n >= rows) return;
     // A token that does not take an expert gets zeros from it.
-    for (int v = 0; v < ALL_SUMS; v++) own.sum += sums[(v * 16 + threadIdx.x % 16) * ENTRY_PAIRS + m];
+    for (int v = 0; v < WARPS; v++) own.sum += sums[(v * 16 + threadIdx.x % 16) * ENTRY_PAIRS + m];
     if (rounds.ends_tile(at)) out[(size_t)m * rows + n] = to_output(own.sum + to_float(own.residual));
     return;
   }
