@@ -246,7 +246,8 @@ def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
                 plan = quantized.batch_plan(tokens, weight, label == "silu", card)
                 x, numbers = np.empty((tokens, size)), np.empty(plan.x_numbers, np.uint16)
                 scratch = linear_batch.Scratch(out, out, numbers, out)
-                *before, launch = quantized.linear_batch(x, weight, y, plan, scratch, silu=label == "silu")
+                before, x = quantized.before_batch(x, weight, plan, None, scratch)
+                launch = quantized.linear_batch(x, weight, y, plan, scratch, silu=label == "silu")
                 found[f"quantized linear_batch {kind} g{group} {label} of {tokens}"] = launch
                 found |= {f"{launch.name} g{group}": launch for launch in before}
         found[f"dequantize {kind}"] = quantized.dequantize(weight, out)

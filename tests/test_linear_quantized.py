@@ -100,7 +100,8 @@ class Product:
         counters = device.array(np.zeros(plan.counters, np.int32))
         prepared = device.empty(max(plan.x_numbers, x.size), BF16), device.empty(plan.x_sums, np.float32)
         scratch = Scratch(device.empty(plan.workspace_floats, np.float32), counters, *prepared)
-        for launch in quantized.linear_batch(x_there, weight, out, plan, scratch, norm=norm, **given):
+        before, x_there = quantized.before_batch(x_there, weight, plan, norm, scratch)
+        for launch in (*before, quantized.linear_batch(x_there, weight, out, plan, scratch, **given)):
             device.run(launch, arch=90 if launch.source.startswith("sm90/") else 80, seed=order)
         assert not device.numpy(counters).any()
         return np.array(device.numpy(out))

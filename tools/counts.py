@@ -38,7 +38,7 @@ FLOORS = (
     ("config", "tokenizer", "model_files", "chat_template", "detokenizer", "sampling", "options", "experts"),
     ("oscar", "batch", "causal_attention", "dither", "error_feedback", "hadamard", "rope", "towers"),
     ("storage", "formats"),
-    ("errors", "checks", "fields", "tables", "machine", "version"),
+    ("errors", "checks", "fields", "tables", "machine", "version", "cublas"),
 )
 
 

@@ -18,6 +18,7 @@ from ..cache import BF16, Cache, LayerCache, NewTokens, blocks_of
 from ..compilation.ahead import Paper, programs
 from ..compilation.cubins import Program, compile_all
 from ..config import Config
+from ..cublas import add_product
 from ..decoding import Decoder, Stepper
 from ..experts import on_card as experts
 from ..experts.plans import work_bytes as experts_bytes
@@ -37,7 +38,7 @@ from .attention import HEAD_DIMS, Heads
 from .decode import Queue, StepBatch, StepDecoder, step_sizes, unsupported
 from .indices import Indices
 from .launch import Card, Launch, Recording, run
-from .linear import Products, add_product, scratch_bytes, step_plans
+from .linear import Products, scratch_bytes, step_plans
 from .linear_batch import BATCH_TOKENS
 from .paged import KernelCache, kernel_cache
 from .reference import Reference

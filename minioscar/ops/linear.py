@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Array = Any
 
 LINEAR_TOKENS = 8  # of linear.cu: the columns of an MMA
-ONE = np.ones(1, np.float32)  # where cuBLAS reads alpha and beta
+# Of `Scratch`, and what plans call how many numbers they need.
+SCRATCH = {"workspace": "workspace_floats", "split_counter": "counters", "x": "x_numbers", "x_sums": "x_sums"}
 
 
 def fits(tokens: int, size: int, norm: bool, silu: bool, card: Card) -> bool:
@@ -98,33 +99,27 @@ class Kernels:
     fits: Callable[[int, Array, bool, bool, Card], bool]  # whether `few` takes so many tokens
     few: Callable[..., Launch]
     plan: Callable[[int, Array, bool, Card], LinearPlan]  # of more tokens
-    many: Callable[..., list[Launch]]
+    # of more tokens, what makes the x that the product takes, and that; then the product
+    before: Callable[[Array, Array, LinearPlan, tuple[Array, float] | None, Scratch], tuple[list[Launch], Array]]
+    many: Callable[..., Launch]
     # of matrices whose sizes alone are known: (in, out, silu)
     possible_plans: Callable[[int, Sequence[tuple[int, int, bool]], Card], list[LinearPlan]]
 
 
 def normed(x: Array, norm: tuple[Array, float] | None, scratch: Scratch) -> tuple[list[Launch], Array]:
-    """What must run before a product that does not norm by itself, and the x that it takes."""
+    """Before products that do not norm by themselves."""
     if norm is None:
         return [], x
     to = scratch.x[: x.size].reshape(x.shape)
     return [rms_norm(x, *norm, to)], to
 
 
-def many(
-    x: Array, weight: Array, out: Array, plan: LinearPlan, scratch: Scratch, *,
-    norm: tuple[Array, float] | None = None, **rest: Any,
-) -> list[Launch]:
-    """As `linear`, for up to BATCH_TOKENS."""
-    before, x = normed(x, norm, scratch)
-    return [*before, linear_batch(x, weight, out, plan, scratch, **rest)]
-
-
 ARRAYS = Kernels(
     fits=lambda tokens, weight, norm, silu, card: fits(tokens, weight.shape[1], norm, silu, card),
     few=linear,
     plan=lambda tokens, weight, silu, card: batch_plan(tokens, weight.shape[1], weight.shape[0], silu, card),
-    many=many,
+    before=lambda x, weight, plan, norm, scratch: normed(x, norm, scratch),
+    many=linear_batch,
     possible_plans=lambda tokens, shapes, card: [batch_plan(tokens, *shape, card) for shape in shapes],
 )
 OTHERS: dict[type, Kernels] = {}  # type of a matrix that is no array -> what its package has put here
@@ -151,22 +146,21 @@ class Products:
             return [kernels.few(x, weight, out, self.card, norm=norm, **rest)]
         plan = kernels.plan(tokens, weight, silu, self.card)
         self.reserve([plan], 0 if norm is None else x.size)
-        return kernels.many(x, weight, out, plan, self.scratch, norm=norm, **rest)
+        before, x = kernels.before(x, weight, plan, norm, self.scratch)
+        return [*before, kernels.many(x, weight, out, plan, self.scratch, **rest)]
 
     def reserve(self, plans: Sequence[LinearPlan], normed: int = 0) -> None:
         """Scratch for all of these at once: recorded launches would keep each buffer that was too small. normed:
         numbers of an x that is normed."""
         for name, needed in _scratch_sizes(plans, normed).items():
-            old = getattr(self.scratch, name)
-            if len(old) < needed:  # counters are 0 before a launch
+            if len(old := getattr(self.scratch, name)) < needed:  # counters are 0 before a launch
                 self.scratch = replace(self.scratch, **{name: self.xp.zeros(needed, old.dtype)})
 
 
 def _scratch_sizes(plans: Sequence[LinearPlan], normed: int) -> dict[str, int]:
     """Numbers of each array of `Scratch`."""
-    most = {n: max((getattr(p, n) for p in plans), default=0) for n in ("workspace_floats", "counters", "x_sums")}
-    x = max(normed, *(p.x_numbers for p in plans), 0)
-    return {"workspace": most["workspace_floats"], "split_counter": most["counters"], "x": x, "x_sums": most["x_sums"]}
+    sizes = {name: max((getattr(p, of) for p in plans), default=0) for name, of in SCRATCH.items()}
+    return sizes | {"x": max(sizes["x"], normed)}
 
 
 def step_plans(config: Config, tokens: int, card: Card) -> list[LinearPlan]:
@@ -190,21 +184,3 @@ def scratch_bytes(config: Config, tokens: int, card: Card) -> int:
     plans = step_plans(config, min(tokens, BATCH_TOKENS), card)
     sizes = _scratch_sizes(plans, tokens * config.hidden_size if plans else 0)
     return sum(count * (BF16.itemsize if name == "x" else 4) for name, count in sizes.items())
-
-
-def add_product(y: Array, x: Array, weight: Array, beta: np.ndarray = ONE) -> None:
-    """y = beta y + x @ weight.T by cuBLAS: y [tokens, out] bf16 or float32, x [tokens, in], weight [out, in] bf16.
-
-    The product is rounded as y is, then the sum, in every math mode (CUDA 13, H200). CUBLAS_COMPUTE_32F_PEDANTIC rounds
-    once, without tensor cores, and takes 25 times as long. On CuPy's current stream. Raises cupy's CUBLASError.
-    """
-    from cupy.cuda.device import get_cublas_handle
-    from cupy.cuda.runtime import CUDA_R_16BF, CUDA_R_32F
-    from cupy_backends.cuda.libs import cublas
-
-    (tokens, size), rows, one = x.shape, len(weight), ONE.ctypes.data
-    sizes = rows, tokens, size  # cuBLAS counts column by column: y.T += weight @ x.T
-    a, b = (weight.data.ptr, CUDA_R_16BF, size), (x.data.ptr, CUDA_R_16BF, size)
-    c = y.data.ptr, CUDA_R_32F if y.dtype == np.float32 else CUDA_R_16BF, rows
-    how, handle = (cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP), get_cublas_handle()
-    cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, *sizes, one, *a, *b, beta.ctypes.data, *c, *how)

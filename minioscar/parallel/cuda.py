@@ -17,6 +17,7 @@ import numpy as np
 from ..batch import Batch
 from ..cache import Cache, LayerCache
 from ..config import Config
+from ..cublas import ONE
 from ..decoding import Decoder, Stepper
 from ..errors import Failure, one_line
 from ..ops import linear
@@ -210,7 +211,7 @@ class SplitCuda(Split, Cuda):
             for rank, ops in enumerate(self.ranks):
                 with self.on(rank):
                     y = part.values[rank]
-                    ops.add_product(y, x.values[rank][chunk], weight.values[rank], linear.ONE if rank == 0 else ZERO)
+                    ops.add_product(y, x.values[rank][chunk], weight.values[rank], ONE if rank == 0 else ZERO)
                     if rank == 0 and bias is not None:
                         ops.run(linear.add(bias.values[0], y))
             self.links.sum_beside(part)

@@ -11,7 +11,9 @@ from ..ops.linear import OTHERS, Kernels
 from . import Quantized, from_plain, plans
 
 Array = Any
-OTHERS[Quantized] = Kernels(plans.fits, plans.linear, plans.batch_plan, plans.linear_batch, plans.possible_plans)
+OTHERS[Quantized] = Kernels(
+    plans.fits, plans.linear, plans.batch_plan, plans.before_batch, plans.linear_batch, plans.possible_plans
+)
 
 
 def stored(ops: Any, plain: Plain) -> Quantized:

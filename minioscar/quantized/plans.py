@@ -266,27 +266,24 @@ def possible_plans(tokens: int, shapes: Sequence[tuple[int, int, bool]], card: C
 
 
 def linear_batch(
-    x: Array, weight: Quantized, out: Array, p: CodesBatchPlan, scratch: Scratch, *,
-    norm: tuple[Array, float] | None = None, silu: bool = False, **added: Array | None,
-) -> list[Launch]:
-    """As `linear`, for up to BATCH_TOKENS. added: bias, residual."""
-    (tokens, size), rows = x.shape, weight.shape[0]
-    rest = added.get("bias"), added.get("residual"), out, scratch.workspace
+    x: Array, weight: Quantized, out: Array, p: CodesBatchPlan, scratch: Scratch, *, bias: Array | None = None,
+    residual: Array | None = None, silu: bool = False,
+) -> Launch:
+    """As `linear`, for up to BATCH_TOKENS, with the x that `before_batch` has made."""
+    tokens, (rows, size), rest = len(x), weight.shape, (bias, residual, out, scratch.workspace)
     numbers, grid = tuple(map(np.int32, (tokens, size, rows, shift(weight)))), (p.blocks, p.column_blocks)
     to = f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
     if isinstance(p, WgmmaCodesPlan):
-        before, x = _prepared(x, weight, p, norm, scratch)
         args = (TensorMap(x, p.columns), *_boxes(weight, p, silu), *weight.arrays()[1:], scratch.x_sums, *rest)
         args += scratch.split_counter, *numbers, np.int32(p.splits)
         defines = f"COLUMNS={p.columns}", f"STAGES={p.stages}", *_defines(weight), *to
         threads = 448 if p.columns <= 64 else 512
-        return [*before, Launch("sm90/quantized_batch.cu", "linear_batch", defines, grid, threads, args, p.shared)]
-    before, x = normed(x, norm, scratch)
+        return Launch("sm90/quantized_batch.cu", "linear_batch", defines, grid, threads, args, p.shared)
     shape = f"COLUMNS={p.columns}", f"ROW_TILES={p.row_tiles}", f"K_GROUPS={p.k_groups}", f"SLAB_RUNS={p.slab_runs}"
     kind = f"KIND={weight.kind.upper()}", f"GROUP={_columns_at_once(weight, p.slab_runs)}"
     args = (x, *weight.arrays(), *rest, scratch.split_counter, *numbers, np.int32(p.granularity))
     defines = *shape, f"STAGES={p.stages}", *kind, *to
-    return [*before, Launch("quantized/linear_batch.cu", "linear_batch", defines, grid, 256, args, p.shared)]
+    return Launch("quantized/linear_batch.cu", "linear_batch", defines, grid, 256, args, p.shared)
 
 
 def _boxes(weight: Quantized, p: WgmmaCodesPlan, silu: bool) -> tuple[TensorMap, TensorMap]:
@@ -297,10 +294,12 @@ def _boxes(weight: Quantized, p: WgmmaCodesPlan, silu: bool) -> tuple[TensorMap,
     return of_codes, of_codes if weight.kind == "e4m3" else TensorMap(scales, tiles, 64 * p.folds, False)
 
 
-def _prepared(
-    x: Array, weight: Quantized, p: WgmmaCodesPlan, norm: tuple[Array, float] | None, scratch: Scratch
+def before_batch(
+    x: Array, weight: Quantized, p: CodesBatchPlan, norm: tuple[Array, float] | None, scratch: Scratch
 ) -> tuple[list[Launch], Array]:
-    """What makes the x that sm90/quantized_batch.cu reads, and that."""
+    """What makes the x that `linear_batch` takes, and that."""
+    if not isinstance(p, WgmmaCodesPlan):
+        return normed(x, norm, scratch)
     (tokens, size), columns, (weights, eps) = x.shape, p.column_blocks * p.columns, norm or (None, 0.0)
     to = scratch.x[: tokens * p.slabs * CHUNK].reshape(tokens, p.slabs * CHUNK)
     args = (x, weights, to, scratch.x_sums, np.int32(tokens), np.int32(size), np.float32(eps))

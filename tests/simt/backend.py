@@ -19,10 +19,11 @@ import numpy as np
 from minioscar.cache import LayerCache, NewTokens
 from minioscar.compilation.cubins import KERNELS
 from minioscar.config import Config
+from minioscar.cublas import ONE
 from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode import Queue, StepBatch
 from minioscar.ops.launch import Card, Launch, Recording, TensorMap
-from minioscar.ops.linear import ONE, Products
+from minioscar.ops.linear import Products
 from minioscar.ops.paged import KernelCache
 from minioscar.ops.reference import Reference
 from minioscar.parallel.backend import Split
