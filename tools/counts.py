@@ -59,8 +59,8 @@ def counts() -> list[Count]:
     general = [path for path in kernels if path.parent.name != "sm90"]
     return [
         Count("lines of the reading path", total(reading), f"{len(reading)} files", 5008, 3800),
-        Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 5600),
-        Count("lines of the package's Python", total(package), f"{len(package)} files", 24050),
+        Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 5765),
+        Count("lines of the package's Python", total(package), f"{len(package)} files", 24180),
         Count("longest file of the package", *longest(package), 400),
         Count("longest function of the package", *worst(package, length), 60),
         Count("most parameters in the package", *worst(package, parameters), 8),

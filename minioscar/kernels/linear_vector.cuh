@@ -6,6 +6,9 @@
 #include "linear.cuh"
 
 constexpr int COLUMNS = 8;  // tokens
+#ifndef SYNC_WARPS
+#define SYNC_WARPS() __syncthreads()  // of the warps that multiply
+#endif
 
 // Eight sums over a warp at once; lanes 4m ... 4m + 3 get that of token m. At every step a lane sends half of the
 // sums that it has.
@@ -41,13 +44,13 @@ DEVICE void norm_token(unsigned char* to, float* sums, const bf16* x, const bf16
   for (int i = own + THREADS; i < vectors; i += THREADS) sum += sum_squares(from[i]);
   sum = warp_sum(sum);
   if (own % 32 == 0) sums[own / 32] = sum;
-  __syncthreads();
+  SYNC_WARPS();
   const float factor = inverse_rms(sums, K, eps);
   if (own < vectors) *(uint4*)(to + 16 * own) = then(normalized(a, factor, w));
 #pragma unroll 1
   for (int i = own + THREADS; i < vectors; i += THREADS)
     *(uint4*)(to + 16 * i) = then(normalized(from[i], factor, ((const uint4*)norm)[i]));
-  __syncthreads();
+  SYNC_WARPS();
 }
 
 // RMSNorm of x to shared memory, all tokens in one pass; a thread has the same columns of each. w: of the norm, this
@@ -78,9 +81,9 @@ DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, co
     }
   const float token_sum = sums_of_warp(sum);
   if (threadIdx.x % 4 == 0) sums[threadIdx.x % 32 / 4 * WARPS + threadIdx.x / 32] = token_sum;
-  __syncthreads();
+  SYNC_WARPS();
   if (threadIdx.x < tokens) factors[threadIdx.x] = inverse_rms(sums + threadIdx.x * WARPS, K, eps);
-  __syncthreads();
+  SYNC_WARPS();
   for (int i = threadIdx.x; i < K / 8;) {
     for (int m = 0; m < tokens; m++) {
       uint4* vector = (uint4*)(to + m * stride + 16 * i);
@@ -88,7 +91,7 @@ DEVICE void norm_x(unsigned char* to, int stride, float* sums, const bf16* x, co
     }
     if ((i += THREADS) < K / 8) w = *(const uint4*)(norm + 8 * i);
   }
-  __syncthreads();
+  SYNC_WARPS();
 }
 
 // Operand A of two MMAs, from the 16 bytes that a lane has of rows r and r + 8; zeros where there is no such k.

@@ -77,9 +77,8 @@ class StepBatch:
         self.shifts = xp.zeros(size, np.int32) if config.towers else None
         plan = attention.decode_plan(heads, scheme, size, ops.card)
         self.rotates_back = rotates_values and heads.head_dim in attention.ROTATED_DIMS
-        of_cache = self.lengths, cache.arrays["table"], self.rotates_back
-        self.state = DecodeState.allocate(xp, heads, scheme, plan, *of_cache)
-        self.all_lengths = self.lengths
+        of_rows = heads, scheme, plan, self.lengths, cache.arrays["table"], self.rotates_back
+        self.state, self.all_lengths = DecodeState.allocate(xp, *of_rows), self.lengths
         self.few = {n: self._first(n, ops) for n in step_sizes(size)[:-1]} if is_open else {}
 
     def _first(self, rows: int, ops: Runner) -> StepBatch:
@@ -89,8 +88,8 @@ class StepBatch:
         part.shifts = None if self.shifts is None else self.shifts[here]
         part.drawing = self.drawing.rows(here)
         plan = attention.decode_plan(heads, scheme, rows, ops.card)
-        of_cache = part.lengths, self.state.table, self.rotates_back
-        part.state = DecodeState.allocate(ops.xp, heads, scheme, plan, *of_cache)
+        of_rows = heads, scheme, plan, part.lengths, self.state.table, self.rotates_back
+        part.state = DecodeState.allocate(ops.xp, *of_rows)
         return part
 
     @staticmethod

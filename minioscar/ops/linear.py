@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 Array = Any
 
 LINEAR_TOKENS = 8  # of linear.cu: the columns of an MMA
-# Of `Scratch`, and what plans call how many numbers they need.
-SCRATCH = {"workspace": "workspace_floats", "split_counter": "counters", "x": "x_numbers", "x_sums": "x_sums"}
+SIZES = {"workspace": "workspace_floats", "split_counter": "counters", "x": "x_numbers", "x_sums": "x_sums"}  # of plans
 
 
 def fits(tokens: int, size: int, norm: bool, silu: bool, card: Card) -> bool:
@@ -159,7 +158,7 @@ class Products:
 
 def _scratch_sizes(plans: Sequence[LinearPlan], normed: int) -> dict[str, int]:
     """Numbers of each array of `Scratch`."""
-    sizes = {name: max((getattr(p, of) for p in plans), default=0) for name, of in SCRATCH.items()}
+    sizes = {name: max((getattr(p, of) for p in plans), default=0) for name, of in SIZES.items()}
     return sizes | {"x": max(sizes["x"], normed)}
 
 

@@ -7,12 +7,26 @@ from typing import Any
 import numpy as np
 
 from ..formats import Plain
+from ..ops.launch import Card, Launch
 from ..ops.linear import OTHERS, Kernels
+from ..sm90 import quantized_vector as sm90
 from . import Quantized, from_plain, plans
 
 Array = Any
+
+
+def fits(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> bool:
+    return sm90.fits(tokens, weight, silu, card) or plans.fits(tokens, weight, norm, silu, card)
+
+
+def linear(x: Array, weight: Quantized, out: Array, card: Card, **given: Any) -> Launch:
+    """`plans.linear`, or on compute capability 9.0 what is faster."""
+    fits_sm90 = sm90.fits(len(x), weight, given.get("silu", False), card)
+    return (sm90 if fits_sm90 else plans).linear(x, weight, out, card, **given)
+
+
 OTHERS[Quantized] = Kernels(
-    plans.fits, plans.linear, plans.batch_plan, plans.before_batch, plans.linear_batch, plans.possible_plans
+    fits, linear, plans.batch_plan, plans.before_batch, plans.linear_batch, plans.possible_plans
 )
 
 
