@@ -40,7 +40,7 @@ def driver(monkeypatch) -> Driver:
 
 
 MAP = np.frombuffer(b"a tensor map in 128 bytes".ljust(128), np.uint8).copy()
-ARRAY = SimpleNamespace(data=SimpleNamespace(ptr=2**63 + 5), shape=(4, 4))
+ARRAY = SimpleNamespace(data=SimpleNamespace(ptr=2**63 + 5), shape=(4, 4), nbytes=32)
 ARGS = (
     ARRAY, None, np.int32(-5), np.int32(2**31 - 1), np.float32(0.1), np.uint64(2**64 - 1), TensorMap(ARRAY, 8),
     np.int64(-2), np.float64(1e300), launch.Address(9, (1,), 4),

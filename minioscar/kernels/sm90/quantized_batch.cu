@@ -14,12 +14,12 @@
 // Of e4m3 a warp loads its scale by itself, a slab ahead: 32 of them are in a line of L1.
 //
 // Work items, splits of k and their sums as in sm90/linear_batch.cu; with SILU k is not split. grid (blocks, blocks of
-// columns), 448 threads (512 for 80 columns); dynamic shared memory: STAGES stages, with SILU the sums of up. What is
-// left of a multiprocessor has room for a block of prepare_x.cu, which can run while this launch ends. Reads the
-// weights once for each block of columns.
+// columns), 448 threads (512 for more than 64 columns); dynamic shared memory: STAGES stages, with SILU the sums of up.
+// What is left of a multiprocessor has room for a block of prepare_x.cu, which can run while this launch ends. Reads
+// the weights once for each block of columns.
 //
-// Set by -D: COLUMNS (a multiple of 8 from 16 to 80, as registers allow), STAGES, GROUP (k whose sum is scaled at once: 64
-// or 128), KIND, and the macros of linear.cuh.
+// Set by -D: COLUMNS (a multiple of 8 from 16 to 80, as registers allow), STAGES, GROUP (k whose sum is scaled at once:
+// 64 or 128), KIND, and the macros of linear.cuh.
 constexpr int WARPS = 12;
 #include "../linear.cuh"
 #include "../split_merge.cuh"
@@ -103,8 +103,8 @@ template <class Copy> DEVICE void copy_all(const Items& items, uint64_t* empty, 
   }
 }
 
-// With SILU warpgroups start products in rotation: while one multiplies, the others decode and scale. Left to themselves
-// all three do the same at the same time. A barrier for each, of the warps that begin their turn and of those that end
+// With SILU warpgroups start products in rotation: while one multiplies, the others decode and scale. By themselves all
+// three do the same at the same time. A barrier for each, of the warps that begin their turn and of those that end
 // theirs.
 struct Turn {
   static constexpr int FIRST = 4;  // number of a barrier; those before it: activate
