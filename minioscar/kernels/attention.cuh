@@ -209,8 +209,8 @@ struct Ring {
   }
 };
 
-// y times H, of which each channel has a place: the bits of its number are those of n, of i / 2, of the lane's row and of
-// its column half, in some order, and H is a product over them.
+// y times H, of which each channel has a place: the bits of its number are those of n, of i / 2, of the lane's row and
+// of its column half, in some order, and H is a product over them.
 template <int N> DEVICE void rotate_sums(float (&y)[N][4]) {
   static_assert((N & (N - 1)) == 0 && N * 2 * 8 * COLUMN_HALVES == D, "a power of two each");
   UNROLL for (int n = 0; n < N; n++)
