@@ -158,8 +158,8 @@ class Values:
             before = np.concatenate([x[:, 1:2], x[:, :-1]], axis=1)  # the first is compared with the second
             distance, size = (((y * y).sum(axis=-1, keepdims=True)) for y in (x - before, x))
             equal = distance <= self.dithered**2 * size
-            shrink = np.where(equal & np.isfinite(self.dithered), np.float32(1), np.float32(self.scheme.shrink))
-            step = f16(abs(x).max(axis=-1, keepdims=True) * shrink / 1.5)
+            whole, shrunk = np.float32(1 / 1.5), np.float32(self.scheme.shrink / 1.5)  # as quantize_symmetric has them
+            step = f16(abs(x).max(axis=-1, keepdims=True) * np.where(equal & np.isfinite(self.dithered), whole, shrunk))
             offset = np.resize(OFFSETS, x.shape[1])[:, None, None]
             return (rounded(x + step * equal * offset, step) * step).reshape(values.shape)
         return oscar.dequantize_values(*oscar.quantize_values(values, self.scheme), self.scheme)
