@@ -25,7 +25,7 @@ class Batch:
     counts: tuple[int, ...]
     shifts: tuple[int, ...] | None = field(default=None, repr=False)  # None: all are 0
     inputs: Inputs | None = field(default=None, repr=False)  # of a pass over rows with media
-    rotates_back: ClassVar[bool] = False  # what attention makes of rotated values
+    rotates_back: ClassVar[bool] = False  # whether attention returns rotated values rotated back
 
     def reading(self, rows: Sequence[Sequence[int]], media: Sequence[Medium]) -> Batch:
         """The same with what the media of these rows make of it. rows: as in `placed`."""

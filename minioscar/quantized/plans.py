@@ -211,8 +211,8 @@ class WgmmaCodesPlan:
 
 def wgmma_configs(tokens: int, weight: Quantized, silu: bool, card: Card) -> list[WgmmaCodesPlan]:
     """The fewest blocks of columns, and splits of k, at most a block a multiprocessor; with SILU one split."""
-    most = 80 if _columns_at_once(weight, 2) == MOST_COLUMNS else 48  # as registers allow
-    column_blocks = -(-tokens // most)
+    limit = 80 if _columns_at_once(weight, 2) == MOST_COLUMNS else 48  # as registers allow
+    column_blocks = -(-tokens // limit)
     columns = max(_up(-(-tokens // column_blocks), 8), 16)
     room = max(card.multiprocessors // column_blocks, 1)
     rows, size = weight.shape
