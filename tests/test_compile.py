@@ -248,9 +248,10 @@ def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
                 found[f"quantized linear {kind} g{group} {label}, copied"] = launch
             for tokens in (48, 128) if label in ("plain", "silu") else ():
                 plan = quantized.batch_plan(tokens, weight, label == "silu", card)
-                x, numbers = np.empty((tokens, size)), np.empty(plan.x_numbers, np.uint16)
+                x = np.empty((tokens, size))
+                numbers = np.empty(max(plan.x_numbers, x.size), np.uint16)
                 scratch = linear_batch.Scratch(out, out, numbers, out)
-                before, x = quantized.before_batch(x, weight, plan, None, scratch)
+                before, x = quantized.before_batch(x, weight, plan, (out, 0.0) if label == "silu" else None, scratch)
                 launch = quantized.linear_batch(x, weight, y, plan, scratch, silu=label == "silu")
                 found[f"quantized linear_batch {kind} g{group} {label} of {tokens}"] = launch
                 found |= {f"{launch.name} g{group}": launch for launch in before}
@@ -262,8 +263,9 @@ def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
 def test_every_kernel_waits_for_the_launch_before_it():
     """Its start overlaps that launch's end. The simulator runs one after the other and would not see a missing wait.
 
-    What norms or prepares x alone lets the next launch start before its own wait: a product, which reads only weights
-    before it waits.
+    Three let the next launch start before their own wait: what norms or prepares x alone, before a product, which
+    reads only weights before it waits, and rotate_scale, before decode attention, which reads what is older than the
+    projection, or a launch of a prefill, which reads nothing.
     """
     found = [body for file in KERNELS.rglob("*.cu") for body in file.read_text().split("__global__")[1:]]
     attend = (KERNELS / "attention.cuh").read_text().split("DEVICE void attend(")[1]
@@ -271,7 +273,10 @@ def test_every_kernel_waits_for_the_launch_before_it():
     found = [body.replace("wait_then_allow_next()", "wait_for_previous(), allow_next()") for body in found]
     early = [body for body in found if body.index("wait_for_previous()") > body.index("allow_next()")]
     names = sorted(re.search(r"\)\s+(\w+)\(", body)[1] for body in early)
-    assert len(found) > 10 and names == ["prepare_x", "rms_norm"]
+    assert len(found) > 10 and names == ["prepare_x", "rms_norm", "rotate_scale"]
+    for file in ("pack.cu", "unpack.cu", "prefill_attention.cu", "sm90/prefill_attention.cu", "sm90/prefill_tiles.cu"):
+        for body in (KERNELS / file).read_text().split("__global__")[1:]:
+            assert re.search(r"\) \{\n  wait_then_allow_next\(\);", body), file
 
 
 def headers() -> Path:

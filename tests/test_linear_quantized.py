@@ -258,7 +258,7 @@ WARPGROUPS = [
 
 
 @on_each_device
-@pytest.mark.parametrize("parts", [{"float32": True}, {"silu": True, "bias": True}, {"residual": True, "bias": True}])
+@pytest.mark.parametrize("parts", [*EPILOGUES[1:], {"norm": True, "float32": True}, {"norm": True, "silu": True}])
 @pytest.mark.parametrize(("kind", "group", "tokens", "size", "rows"), WARPGROUPS)
 def test_warpgroups_multiply_with_every_plan(device, seed, kind, group, tokens, size, rows, parts):
     """Sums of splits, tiles and slabs that the matrix does not fill, several items of a block."""

@@ -182,7 +182,7 @@ DEVICE void wait_for_previous() {
 #endif
 }
 // Blocks of the next launch may start where this launch's blocks leave a multiprocessor. After wait_for_previous, so
-// that at most two launches overlap.
+// that at most two launches overlap; before it if all that the next one reads early is older than the launch before.
 DEVICE void allow_next() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

@@ -38,6 +38,7 @@ DEVICE void norm_token(unsigned char* to, float* sums, const bf16* x, const bf16
   const uint4* from = (const uint4*)x;
   uint4 a = make_uint4(0, 0, 0, 0);
   if (own < vectors) a = from[own];
+  __syncwarp();  // else the compiler moves the load behind the copies, for which x would wait: 6.1 us become 7.0
   meanwhile();
   float sum = sum_squares(a);
 #pragma unroll 1

@@ -20,12 +20,10 @@
 // reads and writes 2 B an element. A token at position < 0 is skipped.
 #include "common.cuh"
 
-constexpr int DIM = HEAD_DIM, PER_LANE = 16, HALF = PER_LANE / 2,
-              LANES = DIM / PER_LANE;  // numbers of a lane; lanes of a head
+constexpr int DIM = HEAD_DIM, PER_LANE = 16, HALF = PER_LANE / 2, LANES = DIM / PER_LANE;  // of a lane; of a head
 constexpr int BLOCK_TOKENS = 128;    // whose norms a block of the cache has
 constexpr int KEYS = 1, VALUES = 2;  // bits of `rotate`
-constexpr int HEADS_PER_BLOCK = 16, THREADS = HEADS_PER_BLOCK * LANES, HEADS_PER_WARP = 32 / LANES,
-              WORDS = PER_LANE / 2;
+constexpr int HEADS_PER_BLOCK = 16, THREADS = HEADS_PER_BLOCK * LANES, HEADS_PER_WARP = 32 / LANES, WORDS = HALF;
 #ifdef SHARED_KEYS
 #define KEYS_ARGUMENTS , int key_heads, int first_key
 #define QKV_HEADS (q_heads + key_heads + kv_heads)
@@ -107,6 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
   const int warp = __shfl_sync(FULL_MASK, threadIdx.x / 32, 0), lane = threadIdx.x % LANES,
             position = positions[blockIdx.x];
   const bool has_keys = blockIdx.y == 0;
+  allow_next();  // decode attention copies pages meanwhile, older than the projection; in a prefill the next one waits
   // Weights, angles, table, positions and slots are older than the previous launch and loaded while it ends. They are
   // not __restrict__: the compiler would move the loads after the wait.
   const bf16* weight = has_keys ? k_weight : q_weight;
@@ -120,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
   int norm_at = max(position, 0);
   if (has_keys && norms)
     norm_at = table[slot * table_stride + norm_at / BLOCK_TOKENS] * BLOCK_TOKENS + norm_at % BLOCK_TOKENS;
-  wait_then_allow_next();
+  wait_for_previous();
   if (position < 0) return;
   const bf16* in = qkv + token * QKV_HEADS * DIM;
   float sum = 0.f;

@@ -274,10 +274,12 @@ def linear_batch(
     numbers, grid = tuple(map(np.int32, (tokens, size, rows, shift(weight)))), (p.blocks, p.column_blocks)
     to = f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
     if isinstance(p, WgmmaCodesPlan):
+        prepares = x.ndim == 2
+        x = x if prepares else x.reshape(tokens, -1)
         args = (TensorMap(x, p.columns), *_boxes(weight, p, silu), *weight.arrays()[1:], scratch.x_sums, *rest)
         args += scratch.split_counter, *numbers, np.int32(p.splits)
-        defines = f"COLUMNS={p.columns}", f"STAGES={p.stages}", *_defines(weight), *to
-        threads = 448 if p.columns <= 64 else 512
+        shape = f"COLUMNS={p.columns}", f"STAGES={p.stages}", f"PREPARES={prepares:d}"
+        defines, threads = (*shape, *_defines(weight), *to), 512 if prepares or p.columns > 64 else 448
         return Launch("sm90/quantized_batch.cu", "linear_batch", defines, grid, threads, args, p.shared)
     shape = f"COLUMNS={p.columns}", f"ROW_TILES={p.row_tiles}", f"K_GROUPS={p.k_groups}", f"SLAB_RUNS={p.slab_runs}"
     kind = f"KIND={weight.kind.upper()}", f"GROUP={_columns_at_once(weight, p.slab_runs)}"
@@ -297,15 +299,14 @@ def _boxes(weight: Quantized, p: WgmmaCodesPlan, silu: bool) -> tuple[TensorMap,
 def before_batch(
     x: Array, weight: Quantized, p: CodesBatchPlan, norm: tuple[Array, float] | None, scratch: Scratch
 ) -> tuple[list[Launch], Array]:
-    """What makes the x that `linear_batch` takes, and that."""
-    if not isinstance(p, WgmmaCodesPlan):
+    """What makes the x that `linear_batch` takes, and that: x, or prepared [tokens, slabs, CHUNK]."""
+    if norm is None or not isinstance(p, WgmmaCodesPlan):
         return normed(x, norm, scratch)
-    (tokens, size), columns, (weights, eps) = x.shape, p.column_blocks * p.columns, norm or (None, 0.0)
-    to = scratch.x[: tokens * p.slabs * CHUNK].reshape(tokens, p.slabs * CHUNK)
-    args = (x, weights, to, scratch.x_sums, np.int32(tokens), np.int32(size), np.float32(eps))
-    defines = (*_defines(weight), f"NORM={norm is not None:d}", "SILU=0", "OUT_BF16=1")
-    grid = columns, 1 if norm else -(-p.slabs // 32)  # a thread has a quarter of a slab
-    return [Launch("sm90/prepare_x.cu", "prepare_x", defines, grid, 128, args)], to
+    (tokens, size), columns = x.shape, p.column_blocks * p.columns
+    to = scratch.x[: tokens * p.slabs * CHUNK].reshape(tokens, p.slabs, CHUNK)
+    args = (x, norm[0], to, scratch.x_sums, np.int32(tokens), np.int32(size), np.float32(norm[1]))
+    defines = (*_defines(weight), "SILU=0", "OUT_BF16=1")
+    return [Launch("sm90/prepare_x.cu", "prepare_x", defines, (columns,), 128, args)], to
 
 
 def dequantize(weight: Quantized, out: Array) -> Launch:

@@ -6,25 +6,31 @@
 // inside, zeros and scales applied to the sums of groups; rounded once at the end.
 //
 // A block has COLUMNS tokens and ROWS rows: a tile of 16 for each warp of three warpgroups (SILU: two warps of a
-// warpgroup have gate, two have up), which is operand a of wgmma, in registers. x, as prepare_x.cu leaves it, is
-// operand b, in shared memory. A thread of one more warp copies slabs of codes and their scales, 128 k each and STAGES
-// ahead, from before the previous launch has ended, a thread of another x and the sums of its groups. Of a stage
-//   full      codes and x have landed
-//   empty     all products of the stage are done
+// warpgroup have gate, two have up), which is operand a of wgmma, in registers. x is operand b, in shared memory. A
+// thread of one more warp copies slabs of codes and their scales, 128 k each and STAGES ahead, from before the previous
+// launch has ended, a thread of another x. That is as prepare_x.cu leaves it, with the sums of its groups, or, with
+// PREPARES, x itself, of which two warps make the same, slab by slab: no launch of 5 us stands before the product then.
+// Of a stage
+//   codes_full    they have landed
+//   landed        with PREPARES: x has landed
+//   x_full        x is as it should be
+//   empty         all products of the stage are done
+// At most IN_FLIGHT slabs of codes have been asked for and are not there: behind more, x and what the launch before
+// reads would wait.
 // Of e4m3 a warp loads its scale by itself, a slab ahead: 32 of them are in a line of L1.
 //
 // Work items, splits of k and their sums as in sm90/linear_batch.cu; with SILU k is not split. grid (blocks, blocks of
-// columns), 448 threads (512 for more than 64 columns); dynamic shared memory: STAGES stages, with SILU the sums of up.
-// What is left of a multiprocessor has room for a block of prepare_x.cu, which can run while this launch ends. Reads
-// the weights once for each block of columns.
+// columns), 448 threads (512 for more than 64 columns, and with PREPARES); dynamic shared memory: STAGES stages, with
+// SILU the sums of up. What is left of a multiprocessor has room for a block of prepare_x.cu, which can run while this
+// launch ends. Reads the weights once for each block of columns.
 //
 // Set by -D: COLUMNS (a multiple of 8 from 16 to 80, as registers allow), STAGES, GROUP (k whose sum is scaled at once:
-// 64 or 128), KIND, and the macros of linear.cuh.
-constexpr int WARPS = 12;
+// 64 or 128), KIND, PREPARES, and the macros of linear.cuh.
+constexpr int WARPS = 12, PREPARING = 2;
 #include "../linear.cuh"
 #include "../split_merge.cuh"
-#include "../quantized/codes.cuh"
 #include "items.cuh"
+#include "prepared_x.cuh"
 #include "wgmma.cuh"
 
 constexpr int RUNS = 2, FOLDS = RUNS * 64 / GROUP, TILES = COLUMNS / 8, LINE_BYTES = 128, PATTERN = 8 * LINE_BYTES;
@@ -34,7 +40,8 @@ constexpr int CODE_OFFSET = RUNS * RUN_BYTES, SCALE_OFFSET = CODE_OFFSET + WARPS
 constexpr int SCALE_BYTES = HAS_ZERO ? FOLDS * 64 : 0;  // of a tile
 constexpr int SUM_OFFSET = SCALE_OFFSET + WARPS * SCALE_BYTES, SUM_BYTES = HAS_ZERO ? COLUMNS * 4 : 0;  // of a fold
 constexpr int STAGE_BYTES = (SUM_OFFSET + FOLDS * SUM_BYTES + PATTERN - 1) / PATTERN * PATTERN;
-constexpr bool MOVES_REGISTERS = COLUMNS > 64;  // from the warps that copy, of which there are four then, to the others
+constexpr int IN_FLIGHT = 2;
+constexpr bool MOVES_REGISTERS = PREPARES || COLUMNS > 64;  // from the last four warps to those that multiply
 constexpr int UNROLLED = COLUMNS <= 48 ? 3 : 1;  // splits whose sums are loaded together, as registers allow
 static_assert(COLUMNS % 8 == 0 && COLUMNS <= 80 && GROUP >= 64, "sums and scales fit into registers");
 
@@ -81,23 +88,58 @@ DEVICE void copy_codes(unsigned char* stage, const TensorMap& codes, const Tenso
   }
 }
 DEVICE void copy_x(unsigned char* stage, const TensorMap& x, const float* x_sums, int slab, uint64_t* full) {
-  mbarrier_arrive_expect_tx(full, RUNS * RUN_BYTES + FOLDS * SUM_BYTES);
+  mbarrier_arrive_expect_tx(full, RUNS * RUN_BYTES + (PREPARES ? 0 : FOLDS * SUM_BYTES));
   UNROLL for (int run = 0; run < RUNS; run++)
     tma_load_2d(stage + run * RUN_BYTES, &x, (slab * RUNS + run) * 64, blockIdx.y * COLUMNS, full);
-  UNROLL for (int i = 0; i < FOLDS && HAS_ZERO; i++) {
+  UNROLL for (int i = 0; i < FOLDS && HAS_ZERO && !PREPARES; i++) {
     const float* from = x_sums + ((size_t)(slab * FOLDS + i) * gridDim.y + blockIdx.y) * COLUMNS;
     bulk_copy(stage + SUM_OFFSET + i * SUM_BYTES, from, SUM_BYTES, full);
   }
 }
-// Calls copy(tile, slab, stage) for the slabs of this block in order, each when its stage is empty.
-template <class Copy> DEVICE void copy_all(const Items& items, uint64_t* empty, const Copy& copy) {
+// What prepare_x.cu does, in place, by one of PREPARING warps. A lane has 32 k of a column at a time; 8 columns a warp,
+// whose lines have their vectors in different banks.
+DEVICE void prepare(unsigned char* stage, int warp) {
+  const int lane = threadIdx.x % 32, block = lane / 8;  // block: of 32 k
+  for (int column = warp * 8 + lane % 8; column < COLUMNS; column += PREPARING * 8) {
+    unsigned char* line = stage + block / 2 * RUN_BYTES + column * LINE_BYTES;
+    uint4 v[4];
+    UNROLL for (int c = 0; c < 4; c++) v[c] = *(const uint4*)(line + ((block % 2 * 4 + c) ^ column % 8) * 16);
+    float sum = prepare_block(v);
+    UNROLL for (int j = 0; j < 4; j++) *(uint4*)(line + ((block % 2 * 4 + j) ^ column % 8) * 16) = v[j];
+    UNROLL for (int other = 1; other < GROUP / 32; other *= 2) sum += __shfl_xor_sync(FULL_MASK, sum, 8 * other);
+    float* x_sums = (float*)(stage + SUM_OFFSET + block * 32 / GROUP * SUM_BYTES);
+    if (HAS_ZERO && block % (GROUP / 32) == 0) x_sums[column] = sum * unit<false>();
+  }
+}
+// The same for all slabs of this block, by a warp.
+DEVICE void prepare_all(const Items& items, unsigned char* smem, uint64_t* landed, uint64_t* full, int warp) {
   Stage stage;
+  for (int item = blockIdx.x; item < items.count(); item += gridDim.x)
+    for (int left = items.end(item) - items.begin(item); left > 0; left--, stage.advance()) {
+      mbarrier_wait(&landed[stage.at], stage.parity);
+      prepare(smem + stage.at * STAGE_BYTES, warp);
+      fence_async();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(&full[stage.at]);
+    }
+}
+
+// Calls copy(tile, slab, stage) for the slabs of this block in order, each when its stage is empty and the slab
+// AT_MOST before it has landed.
+template <int AT_MOST, class Copy>
+DEVICE void copy_all(const Items& items, uint64_t* full, uint64_t* empty, const Copy& copy) {
+  Stage stage, landing;
   bool first_round = true;
+  int before_landing = AT_MOST;
   for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
     const int tile = items.tile(item), end = items.end(item);
     for (int slab = items.begin(item); slab < end; slab++, stage.advance()) {
       first_round &= stage.parity == 0;
       if (!first_round) mbarrier_wait(&empty[stage.at], stage.parity ^ 1);
+      if (AT_MOST < STAGES && --before_landing < 0) {
+        mbarrier_wait(&full[landing.at], landing.parity);
+        landing.advance();
+      }
       copy(tile, slab, stage.at);
     }
   }
@@ -281,14 +323,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + (MOVES_REGISTERS ? 128 : 
                  const float* x_sums, const bf16* bias, const bf16* residual, Output* out, float* workspace,
                  int* split_counter, int tokens, int K, int N, int shift, int splits) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  __shared__ uint64_t full[STAGES], empty[STAGES];
+  __shared__ uint64_t codes_full[STAGES], landed[PREPARES ? STAGES : 1], x_full[STAGES], empty[STAGES];
   const int warp = __shfl_sync(FULL_MASK, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const Product p = {scales, row_scale, bias, residual, out, tokens, K, N / BRANCHES, shift};
   const int tiles = (p.rows + OUT_TILES * 16 - 1) / (OUT_TILES * 16);
   const Items items = {(p.runs() + RUNS - 1) / RUNS, splits, tiles};
   if (warp == WARPS && lane == 0) {
     for (int s = 0; s < STAGES; s++) {
-      mbarrier_init(&full[s], 2);
+      mbarrier_init(&codes_full[s], 1);
+      mbarrier_init(&x_full[s], PREPARES ? PREPARING : 1);
+      if (PREPARES) mbarrier_init(&landed[s], 1);
       mbarrier_init(&empty[s], WARPS);
     }
     mbarrier_init_fence();
@@ -297,13 +341,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + (MOVES_REGISTERS ? 128 : 
   if (warp >= WARPS) {
     if (MOVES_REGISTERS) decrease_registers<56>();
     if (warp > WARPS) wait_then_allow_next();
+    if (PREPARES && warp > WARPS + 1) prepare_all(items, smem, landed, x_full, warp - WARPS - 2);
     if (lane > 0 || warp > WARPS + 1) return;
-    copy_all(items, empty, [&](int tile, int slab, int at) {
-      if (warp == WARPS)
-        copy_codes(smem + at * STAGE_BYTES, codes, scale_boxes, p, tile, slab, &full[at]);
-      else
-        copy_x(smem + at * STAGE_BYTES, x, x_sums, slab, &full[at]);
-    });
+    if (warp == WARPS)
+      copy_all<IN_FLIGHT>(items, codes_full, empty, [&](int tile, int slab, int at) {
+        copy_codes(smem + at * STAGE_BYTES, codes, scale_boxes, p, tile, slab, &codes_full[at]);
+      });
+    else
+      copy_all<STAGES>(items, x_full, empty, [&](int tile, int slab, int at) {
+        copy_x(smem + at * STAGE_BYTES, x, x_sums, slab, PREPARES ? &landed[at] : &x_full[at]);
+      });
     return;
   }
   if (MOVES_REGISTERS) increase_registers<152>();
@@ -318,7 +365,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + (MOVES_REGISTERS ? 128 : 
     for (int left = items.end(item) - items.begin(item); left > 0; left--, stage.advance()) {
       const OwnScales now = scales;
       scales.advance(p);
-      mbarrier_wait(&full[stage.at], stage.parity);
+      mbarrier_wait(&codes_full[stage.at], stage.parity);
+      mbarrier_wait(&x_full[stage.at], stage.parity);
       products.multiply(smem, stage.at, now, Turn{warp / 4, last_item && left == 1});
       __syncwarp();
       if (lane == 0) mbarrier_arrive(&empty[stage.at]);
