@@ -54,7 +54,7 @@ class SimtDevice(Device):
 
     @staticmethod
     def compile(source: Path, name: str, defines: Sequence[str] = (), arch: int = 80) -> Callable[..., None]:
-        return simt.compile_kernel(source, name, defines, arch)
+        return simt.compile_kernel(source, name, tuple(defines), arch)
 
 
 class CudaDevice(Device):
