@@ -110,9 +110,11 @@ def test_a_row_that_was_cut_and_fed_again_is_one_that_never_was_longer(kv, lengt
     """Cut anywhere, fed again up to the cut and then with other tokens: pages, window, and what these attend to."""
     scheme = scheme_of(kv)
     text = Text(scheme, seed)
+    cache = text.cache()
+    text.feed(cache, {1: length}, text=0)
     for cut in some_cuts(length, seed):
-        cache, fresh = text.cache(), text.cache()
-        text.feed(cache, {0: length})
+        fresh = text.cache()
+        cache.copy(1, 0)
         left = cache.truncate(0, cut)
         assert left == cache.lengths[0] <= cut and cut - left < scheme.ring
         for row in (cache, fresh):
@@ -171,11 +173,13 @@ def test_a_row_is_whole_after_a_pass_that_was_interrupted(kv, seed):
     scheme = scheme_of(kv)
     text, lost = Text(scheme, seed), 0
     for length in LENGTHS:
+        cache, fresh = text.cache(), text.cache()
+        for row in (cache, fresh):
+            text.feed(row, {1: length}, text=0)
         for count in (1, 2, 60, 127):
             for advanced in (False, True):
-                cache, fresh = text.cache(), text.cache()
-                text.feed(cache, {0: length})
-                text.feed(fresh, {0: length})
+                cache.copy(1, 0)
+                fresh.copy(1, 0)
                 batch = cache.batch_for([0], [count])
                 text.feed(cache, {0: length + count}, text=1)
                 if not advanced:
