@@ -32,6 +32,7 @@ struct Region {
 };
 
 static Region global, shared;
+constexpr size_t KEPT = 4 << 20;              // so much global memory stays with its shadow (16 times as large)
 static uint32_t clocks[WARPS + 1];            // counts each warp's synchronizations in this epoch; [WARPS]: of ENGINE
 static uint32_t warp_synced[WARPS];           // the clock after the last __syncwarp
 static Clocks seen[MAX_THREADS];
@@ -353,9 +354,11 @@ extern "C" void simt_free(const void* p, size_t bytes,
                           int last) {  // addresses are used again only after the last array has gone
   mark(global, p, bytes, false, false);
   if (!last) return;
-  madvise(global.state, global.size / 4, MADV_DONTNEED);
-  madvise(global.cells, global.size / 4 * sizeof(Cell[4]), MADV_DONTNEED);
-  madvise((void*)global.base, global.size, MADV_DONTNEED);
+  if (global.used > KEPT) {
+    madvise(global.state, global.size / 4, MADV_DONTNEED);
+    madvise(global.cells, global.size / 4 * sizeof(Cell[4]), MADV_DONTNEED);
+    madvise((void*)global.base, global.size, MADV_DONTNEED);
+  }
   global.used = 0;
 }
 

@@ -3,7 +3,10 @@
 #pragma once
 #include <float.h>
 #include <limits.h>
+// C's own: C++'s would be half of the precompiled header, which every compilation reads. Kernels call sqrtf, not sqrt.
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 #include <math.h>
+#undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
