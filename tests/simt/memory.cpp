@@ -102,10 +102,7 @@ static bool reads(Kind kind) { return kind != WRITE && kind != RELAXED_WRITE; }
   if (c.thread == ENGINE) strcpy(who, "a bulk copy whose mbarrier it has not waited for");
   else {
     const unsigned t = c.thread, x = launch.block_dim.x, y = launch.block_dim.y;
-    int n = sprintf(who, "the %s by thread (%u,%u,%u)",
-                    verb(c.atomic  ? ATOMIC
-                         : c.write ? WRITE
-                                   : READ),
+    int n = sprintf(who, "the %s by thread (%u,%u,%u)", verb(c.atomic ? ATOMIC : c.write ? WRITE : READ),
                     t % x, t / x % y, t / x / y);
     if (c.epoch < launch.block_epoch) {
       auto it = std::upper_bound(blocks.begin(), blocks.end(), c.epoch,
@@ -201,9 +198,7 @@ void access(const void* address, size_t bytes, Kind kind, void* pc) {
   }
 }
 
-struct Variable {
-  size_t offset, bytes, guard;
-};  // guard: g++'s mark that an array has been constructed, which needs no work here
+struct Variable { size_t offset, bytes, guard; };  // guard: g++'s mark that an array has been constructed: no work here
 static std::vector<Variable> variables;            // what the block may use of the segment
 static void poison_shared() {
   memset(shared.state, 0, shared.size / 4 + 1);
@@ -243,9 +238,8 @@ static void take(Clocks& into, const Clocks& from) {
   }
 }
 
-void after_warp_sync(
-    int warp,
-    uint32_t mask) {  // a partial mask is taken to order the whole warp: a race may be missed, none is invented
+// A partial mask is taken to order the whole warp: a race may be missed, none is invented.
+void after_warp_sync(int warp, uint32_t mask) {
   warp_synced[warp] = ++clocks[warp];
   if (!any_seen) return;
   Clocks all{};
@@ -291,8 +285,8 @@ void landed(const void* address, size_t bytes, int writer) {
   const size_t begin = (uintptr_t)address - shared.base;
   for (size_t w = begin / 4; w < (begin + bytes) / 4; w++) {
     memset(shared.cells[w], 0, sizeof(Cell[4]));
-    shared.cells[w][0] = Cell{
-        launch.epoch, clocks[writer == ENGINE ? WARPS : warp_of(writer)], uint64_t(writer), 15, true, false, 0, nullptr};
+    const uint64_t clock = clocks[writer == ENGINE ? WARPS : warp_of(writer)];
+    shared.cells[w][0] = Cell{launch.epoch, clock, uint64_t(writer), 15, true, false, 0, nullptr};
   }
 }
 
@@ -304,8 +298,7 @@ void atomic(const void* address, size_t bytes, bool acquire_release) {
   if (current->fenced || acquire_release) {
     Block& b = blocks.back();
     const int own = warp_of(current->index);
-    for (int w = 0; w < WARPS;
-         w++) {  // its own accesses, and those that it has seen by barriers of less than the block
+    for (int w = 0; w < WARPS; w++) {  // its own accesses, and what it has seen by barriers of less than the block
       const uint32_t clock = w == own ? clocks[w]++ : any_seen ? seen[current->index].warp[w] - 1 : ~0u;
       if (clock == ~0u) continue;
       b.warp_clock[w] = b.warp_epoch[w] == launch.epoch ? std::max(b.warp_clock[w], clock) : clock,
@@ -350,8 +343,8 @@ extern "C" long simt_first_unwritten(const void* p, size_t bytes) {
   return -1;
 }
 
-extern "C" void simt_free(const void* p, size_t bytes,
-                          int last) {  // addresses are used again only after the last array has gone
+// Addresses are used again only after the last array has gone.
+extern "C" void simt_free(const void* p, size_t bytes, int last) {
   mark(global, p, bytes, false, false);
   if (!last) return;
   if (global.used > KEPT) {
@@ -402,16 +395,4 @@ extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
-
-// -fsanitize=alignment,bounds,shift-exponent: the rest of what C++ leaves undefined and a GPU does differently.
-struct TypeMismatch { void *file, *line_column, *type; unsigned char log_alignment; };
-extern "C" void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, void* p) {
-  if (current) fault(SIMT_PC, p, "misaligned: address @ is not a multiple of %d", 1 << data->log_alignment);
-}
-extern "C" void __ubsan_handle_out_of_bounds(void*, unsigned long index) {
-  if (current) fault(SIMT_PC, nullptr, "out of bounds: index %ld of an array of fixed size", long(index));
-}
-extern "C" void __ubsan_handle_shift_out_of_bounds(void*, unsigned long, unsigned long by) {
-  if (current) fault(SIMT_PC, nullptr, "shift by %ld, more than the width of the type", long(by));
-}
 }  // namespace simt
