@@ -14,7 +14,7 @@ capability: the one that is simulated, while a card compiles for its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -29,7 +29,7 @@ from minioscar.ops.launch import Launch, TensorMap, run
 from minioscar.ops.launch import kernel as compiled_kernel
 
 from . import simt
-from .pairwise import Traits, pairwise
+from .pairwise import Traits, covering, pairwise
 
 
 class Device:
@@ -54,7 +54,7 @@ class SimtDevice(Device):
 
     @staticmethod
     def compile(source: Path, name: str, defines: Sequence[str] = (), arch: int = 80) -> Callable[..., None]:
-        return simt.compile_kernel(source, name, defines, arch)
+        return simt.compile_kernel(source, name, tuple(defines), arch)
 
 
 class CudaDevice(Device):
@@ -160,13 +160,28 @@ def on_each_device_over(
     """
     grid = list(axes.values())
     some = pairwise(grid, [(traits or {}).get(name) for name in axes], possible)
-    every = [point for point in product(*grid) if possible(*point)]
+    return _parametrize(list(axes), some, [point for point in product(*grid) if possible(*point)])
+
+
+def on_each_device_of(
+    names: Sequence[str], points: Sequence[tuple], traits: Callable[..., Iterable[Hashable]]
+) -> pytest.MarkDecorator:
+    """As `on_each_device` over points of several parameters: simulated at those that show every trait (`covering`), on
+    the card at all of them.
+
+    traits: takes the values of a point.
+    """
+    return _parametrize(names, covering(points, lambda point: traits(*point)), points)
+
+
+def _parametrize(names: Sequence[str], some: Sequence[tuple], every: Sequence[tuple]) -> pytest.MarkDecorator:
+    """Over `some` simulated and over `every` on the card."""
     parameters = [
         pytest.param(*device.values, *point, id="-".join(map(_label, (device.id, *point))), marks=device.marks)
         for device, points in ((SIMT, some), (CUDA, every))
         for point in points
     ]
-    return pytest.mark.parametrize(("device", *axes), parameters)
+    return pytest.mark.parametrize(("device", *names), parameters)
 
 
 def _label(value: Any) -> str:

@@ -3,14 +3,15 @@ which takes the whole grid (`kernel_device.on_each_device_over`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import fields
 from itertools import combinations, product
-from typing import Any
+from typing import Any, TypeVar
 
 from minioscar.oscar import Scheme
 
 Traits = Callable[[Any], Sequence[Hashable]]
+Point = TypeVar("Point")
 
 
 def pairwise(
@@ -22,14 +23,19 @@ def pairwise(
     traits: of each axis, what a test may depend on of a value of it (None: the value itself is one trait).
     """
     points = [point for point in product(*(range(len(axis)) for axis in axes)) if possible(*values(axes, point))]
-    met = {point: _met(axes, traits, point) for point in points}
-    missing = set().union(*met.values())
+    return [values(axes, point) for point in covering(points, lambda point: _met(axes, traits, point))]
+
+
+def covering(points: Sequence[Point], traits: Callable[[Point], Iterable[Hashable]]) -> list[Point]:
+    """Some of the points, in their order, of which one at least has each trait that any of the points has."""
+    met = [set(traits(point)) for point in points]
+    missing = set().union(*met)
     chosen = []
     while missing:
-        best = max(points, key=lambda point: len(met[point] & missing))  # of equal ones the first
+        best = max(range(len(points)), key=lambda i: len(met[i] & missing))  # of equal ones the first
         chosen.append(best)
         missing -= met[best]
-    return [values(axes, point) for point in sorted(chosen)]
+    return [points[i] for i in sorted(chosen)]
 
 
 def values(axes: Sequence[Sequence[Any]], point: Sequence[int]) -> tuple:

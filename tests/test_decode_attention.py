@@ -17,7 +17,7 @@ from minioscar.ops.attention import page_bytes
 from minioscar.ops.launch import Card
 from minioscar.oscar import SCHEMES, Scheme
 
-from .kernel_device import in_blocks, on_each_device, on_the_card, some_table
+from .kernel_device import in_blocks, on_each_device, on_each_device_of, on_the_card, some_table
 from .tiny import WINDOWS, key_feedback
 
 KV_HEADS = 2
@@ -294,8 +294,13 @@ def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(
 ROTATED = [case for case in CASES if case[1] in attention.ROTATED_DIMS and "64-" not in case[0]]
 
 
-@on_each_device
-@pytest.mark.parametrize(("name", "d", "q_per_kv", "q_groups", "arch"), ROTATED)
+def rotation_traits(name: str, d: int, q_per_kv: int, q_groups: int, arch: int) -> list[tuple]:
+    """What the rotation of a result may depend on: how heads are shared, and how their values come."""
+    scheme = ALL[name]
+    return [("heads", d, q_per_kv, q_groups), ("values", d, scheme.value_bits), (scheme.quantized, scheme.rotate, arch)]
+
+
+@on_each_device_of(("name", "d", "q_per_kv", "q_groups", "arch"), ROTATED, rotation_traits)
 def test_decode_attention_rotates_its_results(device, seed, name, d, q_per_kv, q_groups, arch):
     """Of heads that one warp has whole, of those that warps share, and blocks."""
     for blocks, lengths in ((1, RAGGED), (7, RAGGED), (23, (129, 0, 257, 64))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +27,7 @@ from minioscar.sampling import RowSampling, Sampling, next_token, sample
 from minioscar.weights import Layer, Weights
 
 from .choices import Choices, gaps
+from .pairwise import pairwise
 from .test_cuda_backend import SIMULATED, _card, _simulated, _simulated_hopper, on_each_backend
 from .tiny import MOE, blank_weights, load, relative, write_model
 
@@ -122,13 +124,17 @@ def test_a_step_of_raw_kernels_is_the_model_s(make, family, kv, tmp_path, seed, 
     assert np.array_equal(np.array(ops.numpy(step.batch.lengths)), [129, 2, 41, -1])
 
 
-@on_each_backend
-@pytest.mark.parametrize("kind", BITS)
-@pytest.mark.parametrize("rows", [2, 11])
-@pytest.mark.parametrize("changes", [{}, MOE | {"moe_intermediate_size": 32}], ids=["dense", "experts"])
-def test_a_step_with_quantized_weights_is_that_of_the_dequantized(
-    make, kind, rows, changes, tmp_path, seed, monkeypatch
-):
+QUANTIZED = list(BITS), [2, 11], ["dense", "experts"]  # kind of the weights, rows of a step
+SOME_QUANTIZED = pairwise(QUANTIZED, [None] * 3, lambda *_: True)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "rows", "mlp"),
+    [pytest.param(_simulated, *point, marks=SIMULATED) for point in SOME_QUANTIZED]
+    + [pytest.param(_card, *point, marks=pytest.mark.gpu) for point in product(*QUANTIZED)],
+)
+def test_a_step_with_quantized_weights_is_that_of_the_dequantized(make, kind, rows, mlp, tmp_path, seed, monkeypatch):
+    changes = MOE | {"moe_intermediate_size": 32} if mlp == "experts" else {}
     folder = write_model(tmp_path / "m", seed, head_dim=64, num_hidden_layers=1, **changes)
     reference, engine, ops = of_backend(make, folder, "bf16")
     plain = {}

@@ -22,7 +22,7 @@ from minioscar.ops.reference import Reference
 from minioscar.quantized import Quantized, from_plain, mapped
 from minioscar.quantized import plans as quantized
 
-from .kernel_device import on_each_device, on_the_card
+from .kernel_device import on_each_device, on_each_device_over, on_the_card
 from .tiny import CONFIG, MOE
 
 EPS, CARD = 1e-5, Card(3, 80)
@@ -349,11 +349,14 @@ CODES = [  # experts, per token, normalized; hidden, intermediate; kind and grou
 ]
 
 
-@on_each_device
-@pytest.mark.parametrize("tokens", [1, 8, 9, 33])
-@pytest.mark.parametrize("load", ["random", "skewed"])
-@pytest.mark.parametrize(("e", "hidden", "inter", "form"), CODES)
-def test_quantized_experts_are_those_of_their_numbers_in_float64(device, seed, e, hidden, inter, form, load, tokens):
+def kind_of(codes: tuple) -> list[str]:
+    *_, (kind, _) = codes
+    return [kind]
+
+
+@on_each_device_over(codes=CODES, load=["random", "skewed"], tokens=[1, 8, 9, 33], traits={"codes": kind_of})
+def test_quantized_experts_are_those_of_their_numbers_in_float64(device, seed, codes, load, tokens):
+    e, hidden, inter, form = codes
     case = Case(e, tokens, hidden, inter, seed, load, form)
     check(case, run(device, case))
 

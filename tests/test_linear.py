@@ -181,10 +181,9 @@ CONFIGS = [
 ]
 
 
-@on_each_device
-@pytest.mark.parametrize("parts", [{}, {"silu": True}, {"residual": True, "bias": True, "float32": True}])
-@pytest.mark.parametrize(("tokens", "size", "rows", "multiprocessors", "configs"), CONFIGS)
-def test_every_way_to_share_the_slabs(device, seed, tokens, size, rows, multiprocessors, configs, parts):
+@on_each_device_over(case=CONFIGS, parts=EPILOGUES, traits={"parts": switches})
+def test_every_way_to_share_the_slabs(device, seed, case, parts):
+    tokens, size, rows, multiprocessors, configs = case
     plans = linear_batch.mma_configs(tokens, size, rows, parts.get("silu", False), Card(multiprocessors, 90))
     if "silu" not in parts:
         assert [(p.tiles, p.blocks, p.granularity, p.partial_tiles) for p in plans] == configs

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from .kernel_device import CUDA, SIMT, on_each_device_over
+from .kernel_device import CUDA, SIMT, on_each_device_of, on_each_device_over
 from .pairwise import pairwise, switches
 from .test_linear import GROUPS, PARTS, has_both
 
@@ -36,3 +36,13 @@ def test_a_card_takes_the_whole_grid(values):
     mark = on_each_device_over(a=range(values), b=range(values), c=range(values))
     devices = [parameter.values[0] for parameter in mark.args[1]]
     assert devices.count(CUDA.values[0]) == values**3 and values**2 <= devices.count(SIMT.values[0]) < values**3
+
+
+def test_of_listed_points_those_are_simulated_that_show_every_trait_and_a_card_takes_all():
+    points = [(1, "a"), (1, "b"), (2, "b"), (3, "a")]
+    mark = on_each_device_of(("number", "letter"), points, lambda number, letter: [number > 1, letter])
+    on_card, simulated = (
+        [p.values[1:] for p in mark.args[1] if p.values[0] is device.values[0]] for device in (CUDA, SIMT)
+    )
+    assert mark.args[0] == ("device", "number", "letter") and on_card == points
+    assert simulated == [(1, "a"), (2, "b")]

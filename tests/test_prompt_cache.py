@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import cache as cache_results
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,19 @@ def engine(folder):
     return talker(folder)
 
 
+@pytest.fixture(scope="module")
+def engine_of(folder):
+    """The talker by its scheme, loaded once: oscar-cov takes a second."""
+    return cache_results(lambda kv: talker(folder, kv))
+
+
 # --- rows
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("kv", [*SCHEMES, *WINDOWS])
-def test_a_row_goes_out_and_into_any_other_cache_bit_for_bit(folder, kv, length, seed, windows):
-    engine, rng = talker(folder, kv), np.random.default_rng(seed)
+def test_a_row_goes_out_and_into_any_other_cache_bit_for_bit(engine_of, kv, length, seed, windows):
+    engine, rng = engine_of(kv), np.random.default_rng(seed)
     ids = rng.integers(0, 320, length)
     cache = Cache(engine.config, engine.scheme, 2, 384, engine.ops)
     engine.model.forward(ids, cache, cache.batch_for([1], [length]))

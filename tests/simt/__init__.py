@@ -3,7 +3,7 @@ memory is checked.
 
 `compile_kernel` gives a `Kernel`; calling it runs a grid and raises `Fault`, with the block, the thread, the array and
 the source line, on an access out of bounds, a read of memory that nobody wrote or whose asynchronous copy is in
-flight, a race, or a divergent barrier. Needs g++ (10 or later) and binutils; Linux on x86-64 or aarch64.
+flight, a race, or a divergent barrier. Needs g++ (11 or later) and binutils; Linux on x86-64 or aarch64.
 """
 
 from __future__ import annotations
@@ -99,13 +99,14 @@ class _Report(ctypes.Structure):
 @functools.cache
 def _runtime() -> ctypes.CDLL:
     sources = [HERE / name for name in ("scheduler.cpp", "memory.cpp", "copies.cpp", "warpgroup.cpp")]
-    flags = ("-std=c++17", "-O3", "-fPIC", "-shared", "-Wl,-Bsymbolic")
+    flags = ("-std=c++17", "-O3", *_machine_flags(), "-fPIC", "-shared", "-Wl,-Bsymbolic")
     path = _built(f"runtime-{_version('.h', '.cpp')}", ".so", lambda out: _run("g++", *flags, *sources, "-o", out))
     lib = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     lib.simt_alloc.restype = ctypes.c_void_p
     lib.simt_alloc.argtypes = [ctypes.c_size_t]
     lib.simt_mark_written.argtypes = lib.simt_first_unwritten.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     lib.simt_first_unwritten.restype = ctypes.c_long
+    lib.simt_is_global.argtypes = [ctypes.c_void_p]
     lib.simt_free.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     lib.simt_shared.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int]
     lib.simt_launch.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
@@ -315,23 +316,16 @@ def _shared_definitions(assembly: str) -> str:
 
 
 def _flags(arch: int) -> list[str]:
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-g1",
-        "-gdwarf-4",
-        "-fPIC",
-        "-w",
-        "-fno-strict-aliasing",
-        "-fsigned-char",
-        *_machine_flags(),
-    ]
+    flags = ["-std=c++17", "-O1", "-g1", "-gdwarf-4", "-fPIC", "-w", "-fno-strict-aliasing", "-fsigned-char"]
+    flags += _machine_flags()
     flags += ["-fno-extern-tls-init", "-fno-section-anchors", "-fno-gnu-unique"]  # unique: one instance for all modules
     flags += ["-fno-tree-loop-im"]  # would read ahead of conditions
     # A sixth of the time of a compilation, for code that is as fast: calls of the checks are what takes time.
     flags += ["-fira-region=one", "-fno-ira-share-save-slots", "-fno-move-loop-invariants", "-fno-ivopts"]
     flags += ["-fno-tree-scev-cprop", "-fno-forward-propagate", "-fno-dse"]
     flags += ["-fno-var-tracking"]  # a fault wants lines, not variables; a fifth of the time of a compilation
+    flags += ["-fno-exceptions", "-fno-asynchronous-unwind-tables", "--param", "tsan-instrument-func-entry-exit=0"]
+    flags += ["-U_GNU_SOURCE", "-D_DEFAULT_SOURCE"]  # a smaller <math.h>
     flags += ["-fsanitize=thread,alignment,bounds,shift-exponent"]
     return [*flags, "-I", str(HERE / "include"), f"-D__CUDA_ARCH__={arch}0"]
 
@@ -392,7 +386,8 @@ def compile_module(source: str | Path, names: Sequence[str], defines: Sequence[s
     return _module(source, tuple(names), tuple(defines), arch, key)
 
 
-def compile_kernel(source: str | Path, name: str, defines: Sequence[str] = (), arch: int = 80) -> Kernel:
+@functools.cache  # sources stay what they are while a process runs, and launches are many
+def compile_kernel(source: str | Path, name: str, defines: tuple[str, ...] = (), arch: int = 80) -> Kernel:
     """One kernel of a .cu file, compiled with all its kernels that are no templates: other calls want those."""
     kernels = re.findall(
         r'^extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(', Path(source).read_text(), re.M

@@ -30,7 +30,7 @@ from minioscar.parallel.backend import Split
 from minioscar.parallel.collectives import Sum
 from minioscar.parallel.cuda import SplitCuda, launch_of
 
-from . import Fault, _arrays, _runtime, array, compile_kernel, empty, tensor_map
+from . import Fault, _runtime, array, compile_kernel, empty, tensor_map
 
 ARCH = 80
 MULTIPROCESSORS = 3  # few, so that heads are shared between blocks even in small caches
@@ -158,8 +158,7 @@ def _there(a: Any) -> Any:
 def _simulated(x: np.ndarray) -> bool:
     """Inputs that NumPy made (a temporary of array code) are copied in; outputs always are the back end's own
     arrays."""
-    arrays = _arrays.copy()  # some may die while they are looked through
-    return any(start <= x.ctypes.data < start + max(size, 1) for start, (size, _) in arrays.items())
+    return bool(_runtime().simt_is_global(x.ctypes.data))
 
 
 class SplitSimt(SplitCuda):

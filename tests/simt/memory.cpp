@@ -18,9 +18,10 @@
 namespace simt {
 
 struct Cell {  // one access
-  uint64_t epoch : 28, clock : 18, thread : 11, bytes : 4, write : 1, atomic : 1;
+  uint64_t epoch : 28, clock : 18, thread : 11, bytes : 4, write : 1, atomic : 1, unused : 1;
   void* pc;
 };
+static inline bool same(const Cell& a, const Cell& b) { return !memcmp(&a, &b, 8); }  // but for pc
 
 struct Region {
   uintptr_t base;
@@ -31,6 +32,7 @@ struct Region {
 };
 
 static Region global, shared;
+constexpr size_t KEPT = 4 << 20;              // so much global memory stays with its shadow (16 times as large)
 static uint32_t clocks[WARPS + 1];            // counts each warp's synchronizations in this epoch; [WARPS]: of ENGINE
 static uint32_t warp_synced[WARPS];           // the clock after the last __syncwarp
 static Clocks seen[MAX_THREADS];
@@ -57,7 +59,12 @@ static void create(Region& r, uintptr_t base, size_t size) {
 static void mark(Region& r, const void* address, size_t bytes, bool addressable, bool written) {
   const size_t begin = (uintptr_t)address - r.base, end = begin + bytes;
   for (size_t o = begin; o < end;) {
-    const size_t w = o / 4, stop = std::min(end, 4 * w + 4);
+    const size_t w = o / 4, stop = std::min(end, 4 * w + 4), words = (end - o) / 4;
+    if (o % 4 == 0 && words) {
+      memset(r.state + w, (addressable ? 0xF0 : 0) | (written ? 0x0F : 0), words);
+      o += 4 * words;
+      continue;
+    }
     const uint8_t m = ((1 << (stop - o)) - 1) << (o % 4);
     r.state[w] = (r.state[w] & ~(m | m << 4)) | (addressable ? m << 4 : 0) | (written ? m : 0);
     o = stop;
@@ -65,16 +72,16 @@ static void mark(Region& r, const void* address, size_t bytes, bool addressable,
 }
 
 // ---- Order.
-static bool ordered_across_blocks(const Cell& c) {
+[[gnu::noinline]] static bool ordered_across_blocks(const Cell& c) {
+  if (acquired_epoch >= launch.epoch && !(acquired_warps >> warp_of(current->index) & 1)) return false;
   auto it =
       std::upper_bound(blocks.begin(), blocks.end(), c.epoch, [](uint64_t e, const Block& b) { return e < b.start; }) -
       1;
   const int w = c.thread == ENGINE ? 0 : warp_of(c.thread);
-  const bool released = c.epoch < it->released || (c.epoch == it->warp_epoch[w] && c.clock <= it->warp_clock[w]);
-  return released && (acquired_epoch < launch.epoch || acquired_warps >> warp_of(current->index) & 1);
+  return c.epoch < it->released || (c.epoch == it->warp_epoch[w] && c.clock <= it->warp_clock[w]);
 }
 
-static bool ordered(const Cell& c) {
+[[gnu::always_inline]] static inline bool ordered(const Cell& c) {
   if (c.epoch < launch.block_epoch) return ordered_across_blocks(c);
   if (c.epoch < launch.epoch || c.thread == uint64_t(current->index)) return true;
   const int mine = warp_of(current->index), its = warp_of(c.thread);
@@ -95,10 +102,7 @@ static bool reads(Kind kind) { return kind != WRITE && kind != RELAXED_WRITE; }
   if (c.thread == ENGINE) strcpy(who, "a bulk copy whose mbarrier it has not waited for");
   else {
     const unsigned t = c.thread, x = launch.block_dim.x, y = launch.block_dim.y;
-    int n = sprintf(who, "the %s by thread (%u,%u,%u)",
-                    verb(c.atomic  ? ATOMIC
-                         : c.write ? WRITE
-                                   : READ),
+    int n = sprintf(who, "the %s by thread (%u,%u,%u)", verb(c.atomic ? ATOMIC : c.write ? WRITE : READ),
                     t % x, t / x % y, t / x / y);
     if (c.epoch < launch.block_epoch) {
       auto it = std::upper_bound(blocks.begin(), blocks.end(), c.epoch,
@@ -111,21 +115,33 @@ static bool reads(Kind kind) { return kind != WRITE && kind != RELAXED_WRITE; }
   fault(pc, address, "race: %s of %zu bytes at @ is not ordered after %s", verb(kind), bytes, who);
 }
 
-[[gnu::always_inline]] static inline void record(Region& r, size_t word, uint8_t bytes, Kind kind, size_t total,
-                                                 const void* address, void* pc) {
-  const bool write = writes(kind), atomic = kind >= ATOMIC;
+[[gnu::always_inline]] static inline Cell access_now(Kind kind, void* pc) {
+  const uint64_t index = current->index;
+  return Cell{launch.epoch, clocks[warp_of(index)], index, 15, writes(kind), kind >= ATOMIC, 0, pc};
+}
+
+[[gnu::always_inline]] static inline void record(Region& r, size_t word, const Cell& now, Kind kind, size_t total,
+                                                 const void* address) {
   Cell *cells = r.cells[word], *put = nullptr;
+  // An equal access has been compared with all before it, and all after it with that one, which stands for this too:
+  // nobody can have come after it in order without its warp's clock going on.
+  for (int i = 0; i < 4; i++)
+    if (same(cells[i], now)) return void(cells[i].pc = now.pc);
   for (int i = 0; i < 4; i++) {
     Cell& c = cells[i];
     if (c.epoch < r.live_epoch) { put = &c; continue; }
-    if (!(c.bytes & bytes)) continue;
-    const bool before = ordered(c);
-    if (!before && (c.write || write) && !(c.atomic && atomic)) race(c, kind, total, address, pc);
-    if (before && !(c.bytes & ~bytes) && (write || !c.write))
+    if (!(c.bytes & now.bytes)) continue;
+    const bool conflict = (c.write || now.write) && !(c.atomic && now.atomic);
+    const bool covered = !(c.bytes & ~now.bytes) && (now.write || !c.write);
+    if (!conflict && (put || !covered)) continue;
+    if (!ordered(c)) {
+      if (conflict) race(c, kind, total, address, now.pc);
+    } else if (covered) {
       put = &c;  // whoever must come after c must come after this one too
+    }
   }
   if (!put) put = &cells[random_below(4)];
-  *put = Cell{launch.epoch, clocks[warp_of(current->index)], uint64_t(current->index), bytes, write, atomic, pc};
+  *put = now;
 }
 
 [[noreturn]] static void bad(Region& r, const void* address, size_t bytes, Kind kind, void* pc) {
@@ -143,12 +159,12 @@ static bool reads(Kind kind) { return kind != WRITE && kind != RELAXED_WRITE; }
 
 static bool on_stack(const void* p) { return size_t((char*)p - stacks) < size_t(stacks_end - stacks); }
 
-// One word of an access: bytes says which of its four.
-[[gnu::always_inline]] static inline void access_word(Region& r, size_t word, uint8_t bytes, Kind kind, size_t total,
-                                                      const void* address, void* pc) {
-  const uint8_t need = reads(kind) ? bytes | bytes << 4 : bytes << 4;
-  if ((r.state[word] & need) != need) bad(r, address, total, kind, pc);
-  record(r, word, bytes, kind, total, address, pc);
+// One word of an access: now.bytes says which of its four.
+[[gnu::always_inline]] static inline void access_word(Region& r, size_t word, const Cell& now, Kind kind, size_t total,
+                                                      const void* address) {
+  const uint8_t bytes = now.bytes, need = reads(kind) ? bytes | bytes << 4 : bytes << 4;
+  if ((r.state[word] & need) != need) bad(r, address, total, kind, now.pc);
+  record(r, word, now, kind, total, address);
   if (writes(kind)) r.state[word] |= bytes;
 }
 
@@ -173,16 +189,16 @@ void access(const void* address, size_t bytes, Kind kind, void* pc) {
   Region* r = region(address, bytes, kind, pc);
   if (!r) return;
   const size_t begin = (uintptr_t)address - r->base, end = begin + bytes;
+  Cell now = access_now(kind, pc);
   for (size_t o = begin; o < end;) {
     const size_t w = o / 4, stop = std::min(end, 4 * w + 4);
-    access_word(*r, w, ((1 << (stop - o)) - 1) << (o % 4), kind, bytes, address, pc);
+    now.bytes = ((1 << (stop - o)) - 1) << (o % 4);
+    access_word(*r, w, now, kind, bytes, address);
     o = stop;
   }
 }
 
-struct Variable {
-  size_t offset, bytes, guard;
-};  // guard: g++'s mark that an array has been constructed, which needs no work here
+struct Variable { size_t offset, bytes, guard; };  // guard: g++'s mark that an array has been constructed: no work here
 static std::vector<Variable> variables;            // what the block may use of the segment
 static void poison_shared() {
   memset(shared.state, 0, shared.size / 4 + 1);
@@ -222,9 +238,8 @@ static void take(Clocks& into, const Clocks& from) {
   }
 }
 
-void after_warp_sync(
-    int warp,
-    uint32_t mask) {  // a partial mask is taken to order the whole warp: a race may be missed, none is invented
+// A partial mask is taken to order the whole warp: a race may be missed, none is invented.
+void after_warp_sync(int warp, uint32_t mask) {
   warp_synced[warp] = ++clocks[warp];
   if (!any_seen) return;
   Clocks all{};
@@ -270,8 +285,8 @@ void landed(const void* address, size_t bytes, int writer) {
   const size_t begin = (uintptr_t)address - shared.base;
   for (size_t w = begin / 4; w < (begin + bytes) / 4; w++) {
     memset(shared.cells[w], 0, sizeof(Cell[4]));
-    shared.cells[w][0] = Cell{
-        launch.epoch, clocks[writer == ENGINE ? WARPS : warp_of(writer)], uint64_t(writer), 15, true, false, nullptr};
+    const uint64_t clock = clocks[writer == ENGINE ? WARPS : warp_of(writer)];
+    shared.cells[w][0] = Cell{launch.epoch, clock, uint64_t(writer), 15, true, false, 0, nullptr};
   }
 }
 
@@ -283,8 +298,7 @@ void atomic(const void* address, size_t bytes, bool acquire_release) {
   if (current->fenced || acquire_release) {
     Block& b = blocks.back();
     const int own = warp_of(current->index);
-    for (int w = 0; w < WARPS;
-         w++) {  // its own accesses, and those that it has seen by barriers of less than the block
+    for (int w = 0; w < WARPS; w++) {  // its own accesses, and what it has seen by barriers of less than the block
       const uint32_t clock = w == own ? clocks[w]++ : any_seen ? seen[current->index].warp[w] - 1 : ~0u;
       if (clock == ~0u) continue;
       b.warp_clock[w] = b.warp_epoch[w] == launch.epoch ? std::max(b.warp_clock[w], clock) : clock,
@@ -316,21 +330,28 @@ extern "C" void* simt_alloc(size_t bytes) {  // contents 0xFF: NaN in every floa
   return p;
 }
 
+extern "C" int simt_is_global(const void* p) { return (uintptr_t)p - global.base < global.size; }
+
 extern "C" void simt_mark_written(const void* p, size_t bytes) { mark(global, p, bytes, true, true); }
 
 extern "C" long simt_first_unwritten(const void* p, size_t bytes) {
-  for (size_t o = (uintptr_t)p - global.base, i = 0; i < bytes; i++)
-    if (!(global.state[(o + i) / 4] >> ((o + i) % 4) & 1)) return long(i);
+  for (size_t o = (uintptr_t)p - global.base, end = o + bytes, first = o; o < end; o++) {
+    const uint8_t state = global.state[o / 4];
+    if (o % 4 == 0 && (state & 15) == 15) o += 3;  // a whole word
+    else if (!(state >> o % 4 & 1)) return long(o - first);
+  }
   return -1;
 }
 
-extern "C" void simt_free(const void* p, size_t bytes,
-                          int last) {  // addresses are used again only after the last array has gone
+// Addresses are used again only after the last array has gone.
+extern "C" void simt_free(const void* p, size_t bytes, int last) {
   mark(global, p, bytes, false, false);
   if (!last) return;
-  madvise(global.state, global.size / 4, MADV_DONTNEED);
-  madvise(global.cells, global.size / 4 * sizeof(Cell[4]), MADV_DONTNEED);
-  madvise((void*)global.base, global.size, MADV_DONTNEED);
+  if (global.used > KEPT) {
+    madvise(global.state, global.size / 4, MADV_DONTNEED);
+    madvise(global.cells, global.size / 4 * sizeof(Cell[4]), MADV_DONTNEED);
+    madvise((void*)global.base, global.size, MADV_DONTNEED);
+  }
   global.used = 0;
 }
 
@@ -345,21 +366,26 @@ extern "C" void simt_shared(char* base, size_t bytes, const Variable* usable, in
   fault(pc, p, "misaligned: access of %zu bytes at @", n);
 }
 template <size_t n, Kind kind>
-static inline void aligned(void* p, void* pc) {  // as `access`, in whole words
-  if (!current || on_stack(p)) return;  // g++ copies structs on the stack in chunks of any size
+[[gnu::noinline]] static void aligned(void* p, void* pc) {  // as `access`, in whole words
   if ((uintptr_t)p % n) misaligned(p, n, pc);
   Region* r = region(p, n, kind, pc);
   if (!r) return;
   const size_t o = (uintptr_t)p - r->base;
-  if (n < 4) access_word(*r, o / 4, ((1 << n) - 1) << (o % 4), kind, n, p, pc);
-  for (size_t i = 0; i < n / 4; i++) access_word(*r, o / 4 + i, 15, kind, n, p, pc);
+  Cell now = access_now(kind, pc);
+  if (n < 4) {
+    now.bytes = ((1 << n) - 1) << (o % 4);
+    access_word(*r, o / 4, now, kind, n, p);
+  }
+  for (size_t i = 0; i < n / 4; i++) access_word(*r, o / 4 + i, now, kind, n, p);
 }
 #define SIZES(F) F(1) F(2) F(4) F(8) F(16)
+// Out of line what is not on the stack: that is every other access. (g++ copies structs there in chunks of any size.)
+#define ALIGNED(n, kind) if (current && !on_stack(p)) aligned<n, kind>(p, SIMT_PC)
 #define HOOKS(n)                                                                                       \
-  extern "C" void __tsan_read##n(void* p) { aligned<n, READ>(p, SIMT_PC); }                             \
-  extern "C" void __tsan_write##n(void* p) { aligned<n, WRITE>(p, SIMT_PC); }                           \
-  extern "C" void __tsan_volatile_read##n(void* p) { aligned<n, READ>(p, SIMT_PC); }                    \
-  extern "C" void __tsan_volatile_write##n(void* p) { aligned<n, WRITE>(p, SIMT_PC); }                  \
+  extern "C" void __tsan_read##n(void* p) { ALIGNED(n, READ); }                             \
+  extern "C" void __tsan_write##n(void* p) { ALIGNED(n, WRITE); }                           \
+  extern "C" void __tsan_volatile_read##n(void* p) { ALIGNED(n, READ); }                    \
+  extern "C" void __tsan_volatile_write##n(void* p) { ALIGNED(n, WRITE); }                  \
   extern "C" void __tsan_unaligned_read##n(void* p) { access(p, n, READ, SIMT_PC); }                    \
   extern "C" void __tsan_unaligned_write##n(void* p) { access(p, n, WRITE, SIMT_PC); }
 SIZES(HOOKS)
@@ -369,16 +395,4 @@ extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
-
-// -fsanitize=alignment,bounds,shift-exponent: the rest of what C++ leaves undefined and a GPU does differently.
-struct TypeMismatch { void *file, *line_column, *type; unsigned char log_alignment; };
-extern "C" void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, void* p) {
-  if (current) fault(SIMT_PC, p, "misaligned: address @ is not a multiple of %d", 1 << data->log_alignment);
-}
-extern "C" void __ubsan_handle_out_of_bounds(void*, unsigned long index) {
-  if (current) fault(SIMT_PC, nullptr, "out of bounds: index %ld of an array of fixed size", long(index));
-}
-extern "C" void __ubsan_handle_shift_out_of_bounds(void*, unsigned long, unsigned long by) {
-  if (current) fault(SIMT_PC, nullptr, "shift by %ld, more than the width of the type", long(by));
-}
 }  // namespace simt

@@ -257,6 +257,18 @@ uint32_t ballot(uint32_t mask, bool value, int line) {
   return args.out;
 }
 
+// ---- -fsanitize=alignment,bounds,shift-exponent: the rest of what C++ leaves undefined and a GPU does differently.
+struct TypeMismatch { void *file, *line_column, *type; unsigned char log_alignment; };
+extern "C" void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, void* p) {
+  if (current) fault(SIMT_PC, p, "misaligned: address @ is not a multiple of %d", 1 << data->log_alignment);
+}
+extern "C" void __ubsan_handle_out_of_bounds(void*, unsigned long index) {
+  if (current) fault(SIMT_PC, nullptr, "out of bounds: index %ld of an array of fixed size", long(index));
+}
+extern "C" void __ubsan_handle_shift_out_of_bounds(void*, unsigned long, unsigned long by) {
+  if (current) fault(SIMT_PC, nullptr, "shift by %ld, more than the width of the type", long(by));
+}
+
 // ---- Matrix operations of a whole warp; fragments as in the PTX manual: g = lane / 4 and c = lane % 4.
 struct Mma { const uint32_t *a, *b; const float* c; float* d; bool bf16; };
 void mma_16816(float* d, const uint32_t* a, const uint32_t* b, const float* c, bool bf16, int line) {

@@ -36,11 +36,14 @@ void warp_operation(void* pc, uint32_t mask, const char* op, int line, Args& arg
 }
 
 inline float widen(uint16_t bits, bool bf16) {
-  uint32_t u = bf16 ? uint32_t(bits) << 16 : uint32_t(bits & 0x7FFF) << 13;
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = bits & 0x7FFF;
   float f;
-  if (bf16) return memcpy(&f, &u, 4), f;
-  memcpy(&f, &u, 4), f *= 0x1p112f;  // exact, subnormals too
-  if ((bits & 0x7C00) == 0x7C00) u |= 0x7F800000, memcpy(&f, &u, 4);
-  return bits & 0x8000 ? -f : f;
+  if (!bf16 && magnitude < 0x400) {
+    f = float(int(magnitude)) * 0x1p-24f;  // a subnormal: no slow arithmetic with subnormals of float
+    return sign ? -f : f;
+  }
+  const uint32_t half = (magnitude << 13) + ((magnitude < 0x7C00 ? 112u : 224u) << 23);  // exponents of bias 15; 31: NaN
+  const uint32_t u = bf16 ? uint32_t(bits) << 16 : sign | half;
+  return memcpy(&f, &u, 4), f;
 }
 }  // namespace simt
