@@ -1,39 +1,28 @@
 """The KV cache: the rows of a batch, their lengths and their blocks; what a layer keeps of them is in layer_cache.py.
 
-Here a row has blocks of its own for good; in pooled.py rows share a pool of them.
+Here a row has blocks of its own for good; in serve/pooled.py rows share a pool of them. Rows are cut, copied and saved
+by rows.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from .batch import Batch
 from .config import Config
-from .layer_cache import (
-    BF16,
-    SINK_ARRAYS,
-    Backend,
-    LayerCache,
-    Layout,
-    NewTokens,
-    PackedCache,
-    array_cache,
-    blocks_of,
-    row_layout,
-    widen,
-)
+from .layer_cache import BF16, SINK_ARRAYS, Backend, LayerCache, Layout, NewTokens, array_cache, blocks_of
 from .oscar import Scheme
+from .rows import KEPT, Rows
 
-__all__ = ["BF16", "Cache", "LayerCache", "NewTokens", "PackedCache", "row_layout", "widen"]
+__all__ = ["BF16", "Cache", "LayerCache", "NewTokens"]
 Array = Any
-KEPT = "kept_"  # before the names of sinks whose rows are gone
 
 
-class Cache:
+class Cache(Rows):
     """Keys and values of `batch` sequences of at most `context` tokens, in the given scheme.
 
     layers[i] is layer i's cache; its arrays are slices of `arrays`, which have one more axis in front: what is done for
@@ -88,101 +77,6 @@ class Cache:
         if batch.inputs is not None:
             self.shifts[list(batch.slots)] = batch.inputs.shifts
 
-    def rollback(self, batch: Batch) -> None:
-        """After a pass that ended midway: some layers have its tokens, others not."""
-        for slot, start, count in zip(batch.slots, batch.starts, batch.counts, strict=True):
-            self.restore(slot, start, count)
-
-    def restore(self, slot: int, start: int, count: int) -> None:
-        """A row of `start` tokens after up to `count` more were written: without its window if these overwrote it."""
-        self.lengths[slot] = start
-        self.cuts[slot], self.lengths[slot] = self.packed_tokens(slot), self._intact(slot, count)
-
-    def _intact(self, slot: int, unread: int) -> int:
-        """How many tokens of a row are left where up to `unread` more were written: those of a window whose oldest slot
-        was overwritten are not."""
-        packed, length = self.packed_tokens(slot), int(self.lengths[slot])
-        return packed if self.scheme.quantized and length + unread > packed + self.scheme.ring else length
-
-    def left_after_cut(self, slot: int, length: int, unread: int = 0) -> int:
-        """How many tokens of a row are left when it is cut to `length`; unread: more may be written behind them.
-
-        All, if the window has those after the first P(length). Else P(length) packed ones, so that the caller feeds up
-        to flush + keep - 1 tokens again: then the row is as if it had never been longer.
-        """
-        whole = self.scheme.packed_tokens(length)
-        return whole if whole < self.packed_tokens(slot) else min(length, self._intact(slot, unread))
-
-    def truncate(self, slot: int, length: int, unread: int = 0) -> int:
-        """Forgets the tokens of a row from `length` on; returns how many are left (`left_after_cut`). The caller feeds
-        the rest again, up to `length` at least, before the row is stepped or exported."""
-        left, packed = self.left_after_cut(slot, length, unread), self.packed_tokens(slot)
-        self.shifts[slot] = 0  # that of text; a pass over a row with media says what is true
-        self.lengths[slot], self.cuts[slot] = left, min(self.scheme.packed_tokens(length), packed)
-        return left
-
-    def check_whole(self, slot: int) -> None:
-        """Raises ValueError for a row whose tokens up to where it was cut were not fed again."""
-        if self.cuts[slot] > self.scheme.packed_tokens(int(self.lengths[slot])):
-            raise ValueError(f"row {slot} was cut to {self.lengths[slot]} tokens; feed those that followed first")
-
-    def export_row(self, slot: int) -> list[dict[str, np.ndarray]]:
-        """Each layer's part of a row, on the host (`LayerCache.export_row`). Raises ValueError as `check_whole`."""
-        self.check_whole(slot)
-        return [layer_cache.export_row(slot, int(self.lengths[slot]), self.config) for layer_cache in self.layers]
-
-    def import_row(self, slot: int, rows: Iterable[dict[str, np.ndarray]], tokens: int, length: int) -> None:
-        """What `export_row` gave for a row of `tokens`, cut to `length` as by `truncate`."""
-        self.lengths[slot], self.cuts[slot] = tokens, 0
-        self.truncate(slot, length)
-        shapes = row_layout(self.config, self.scheme, int(self.lengths[slot]), int(self.cuts[slot]))
-        for layer_cache, row in zip(self.layers, rows, strict=True):
-            parts = {name: row[name][tuple(map(slice, shape))] for name, (shape, _) in shapes.items()}
-            layer_cache.import_row(slot, parts, int(self.cuts[slot]))
-
-    def copy(self, source: int, target: int) -> None:
-        """Row `target` becomes what row `source` is."""
-        blocks = slice(blocks_of(int(self.lengths[source])))
-        self.copy_blocks(self.table[source, blocks], self.table[target, blocks])
-        self.copy_row(source, target)
-
-    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        for name in self.block_arrays:
-            for source, target in zip(sources, targets, strict=True):
-                self.arrays[name][:, target] = self.arrays[name][:, source]
-
-    def copy_row(self, source: int, target: int) -> None:
-        """All of a row but its blocks."""
-        for name in self.arrays.keys() & set(self.layers[0].row_arrays):
-            self.arrays[name][:, target] = self.arrays[name][:, source]
-        for of_rows in (self.lengths, self.cuts, self.shifts):
-            of_rows[target] = of_rows[source]
-
-    def swap(self, one: int, other: int) -> None:
-        """Two rows change places."""
-        if one == other:
-            return
-        for name in self.arrays.keys() & set(self.layers[0].row_arrays):
-            kept = self.arrays[name][:, one].copy()
-            self.arrays[name][:, one] = self.arrays[name][:, other]
-            self.arrays[name][:, other] = kept
-        both = [one, other]
-        for of_rows in (self.table, self.lengths, self.cuts, self.shifts):
-            of_rows[both] = of_rows[both[::-1]]
-        self.arrays["table"][both] = self.ops.xp.asarray(self.table[both])
-
-    @property
-    def block_arrays(self) -> list[str]:
-        others = *self.layers[0].row_arrays, *(KEPT + name for name in SINK_ARRAYS), "table"
-        return [name for name in self.arrays if name not in others]
-
-    def reset(self, slot: int) -> None:
-        """Row `slot` is empty again. What its arrays hold is never read: every read is bounded by the length."""
-        self.lengths[slot] = self.cuts[slot] = self.shifts[slot] = 0
-
-    def __iter__(self) -> Iterator[LayerCache]:
-        return iter(self.layers)
-
 
 def of_layer(arrays: dict[str, Array], index: int) -> dict[str, Array]:
     """One layer's arrays; the table is everybody's."""
@@ -191,12 +85,6 @@ def of_layer(arrays: dict[str, Array], index: int) -> dict[str, Array]:
 
 def blocks_of_row(scheme: Scheme, context: int) -> int:
     return blocks_of(context) if scheme.quantized else 0
-
-
-def row_bytes(config: Config, scheme: Scheme, length: int) -> int:
-    """Bytes of what all layers hold of a row of `length` tokens."""
-    arrays = row_layout(config, scheme, length).values()
-    return config.num_layers * sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
 
 def shapes_of(

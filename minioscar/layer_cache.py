@@ -70,12 +70,6 @@ class LayerCache:
         bytes)."""
         raise NotImplementedError
 
-    @classmethod
-    def row_layout(cls, config: Config, scheme: Scheme, length: int, packed: int) -> Layout:
-        """What one layer of a row of `length` tokens, `packed` of them packed, holds: what a saved cache consists of.
-        On every back end the same; nothing empty is in it."""
-        raise NotImplementedError
-
     def append(self, new: NewTokens, batch: Batch) -> None:
         """Writes new tokens after those of their rows. Everything passes through BF16 first."""
         raise NotImplementedError
@@ -106,18 +100,6 @@ class LayerCache:
                 out[queries] = causal_attention(x, keys[:, :seen], values[:, :seen], xp)
         return out
 
-    def export_row(self, slot: int, length: int, config: Config) -> dict[str, np.ndarray]:
-        """The first `length` tokens of a row as the cache has them, in the form of `row_layout`: copies on the host."""
-        return {
-            name: np.array(self.ops.numpy(self.arrays[name][(slot, *map(slice, shape))]), order="C")
-            for name, (shape, _) in row_layout(config, self.scheme, length).items()
-        }
-
-    def import_row(self, slot: int, row: dict[str, np.ndarray], packed: int) -> None:
-        """The inverse of `export_row`, bit for bit, into a row that has room for it. packed: its packed tokens."""
-        for name, array in row.items():
-            self.arrays[name][(slot, *map(slice, array.shape))] = self.xp.asarray(array)
-
 
 class PlainCache(LayerCache):
     """Keys and values in BF16: nothing is quantized, and nothing is in blocks."""
@@ -127,10 +109,6 @@ class PlainCache(LayerCache):
     @classmethod
     def layout(cls, config: Config, scheme: Scheme, batch: int, context: int, blocks: int) -> Layout:
         return dict.fromkeys(("keys", "values"), ((batch, config.num_kv_heads, context, config.head_dim), BF16))
-
-    @classmethod
-    def row_layout(cls, config: Config, scheme: Scheme, length: int, packed: int) -> Layout:
-        return {name: (shape[1:], dtype) for name, (shape, dtype) in cls.layout(config, scheme, 1, length, 0).items()}
 
     def append(self, new: NewTokens, batch: Batch) -> None:
         for slot, start, span in batch.spans():
@@ -165,18 +143,6 @@ class PackedCache(LayerCache):
         if scheme.sinks:
             arrays |= dict.fromkeys(SINK_ARRAYS, ((batch, heads, scheme.sinks, dim), BF16))
         return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
-
-    @classmethod
-    def row_layout(cls, config: Config, scheme: Scheme, length: int, packed: int) -> Layout:
-        heads, dim = config.num_kv_heads, config.head_dim
-        layout: dict[str, tuple[tuple[int, ...], Any]] = {
-            name: ((heads, *shape), dtype) for name, (shape, dtype) in scheme.packed_layout(packed, dim).items()
-        }
-        layout |= dict.fromkeys(WINDOW_ARRAYS, ((heads, length - packed, dim), BF16))
-        if scheme.scale:  # but those of a context's last tokens, which are never packed
-            layout["norms"] = (min(length, config.max_context // scheme.flush * scheme.flush),), np.float32
-        layout |= dict.fromkeys(SINK_ARRAYS, ((heads, min(packed, scheme.sinks), dim), BF16))
-        return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in layout.items() if math.prod(shape)}
 
     def append(self, new: NewTokens, batch: Batch) -> None:
         """Packs what is to be packed of the window and the new tokens; the rest of these goes into the window."""
@@ -265,29 +231,6 @@ class PackedCache(LayerCache):
             row[name] = of_blocks.reshape(len(of_blocks), -1, *of_blocks.shape[3:])[:, : shape[0]]
         return row
 
-    def export_row(self, slot: int, length: int, config: Config) -> dict[str, np.ndarray]:
-        """The window in the order of its tokens."""
-        packed = self.scheme.packed_tokens(length)
-        row = self.packed_row(slot, packed) if packed else {}
-        row |= {name: self[name][slot] for name in self.row_arrays if name in self.arrays}
-        row |= {name: row[name][:, self.slots(packed, length)] for name in WINDOW_ARRAYS}
-        if self.scheme.scale:
-            row["norms"] = self.norms(slot, length)
-        return {
-            name: np.array(self.ops.numpy(row[name][tuple(map(slice, shape))]), order="C")
-            for name, (shape, _) in row_layout(config, self.scheme, length).items()
-        }
-
-    def import_row(self, slot: int, row: dict[str, np.ndarray], packed: int) -> None:
-        if packed:
-            self.import_packed(slot, row, packed)
-        if "norms" in row:
-            self.put_norms(slot, 0, self.xp.asarray(row["norms"]))
-        for name in WINDOW_ARRAYS:
-            if name in row:
-                self[name][slot][:, self.slots(packed, packed + row[name].shape[1])] = self.xp.asarray(row[name])
-        super().import_row(slot, {name: row[name] for name in SINK_ARRAYS if name in row}, packed)
-
     def import_packed(self, slot: int, row: dict[str, np.ndarray], packed: int) -> None:
         """The inverse of `packed_row`."""
         for name, (shape, _) in self.scheme.packed_layout(BLOCK_TOKENS, self["window_keys"].shape[3]).items():
@@ -310,9 +253,3 @@ def blocks_of(tokens: int) -> int:
 def array_cache(scheme: Scheme) -> type[LayerCache]:
     """The kind of cache, in array code, that a scheme wants."""
     return PackedCache if scheme.quantized else PlainCache
-
-
-def row_layout(config: Config, scheme: Scheme, length: int, packed: int | None = None) -> Layout:
-    """What one layer of a row of `length` tokens holds, whatever the back end. packed: None: P(length) of them are."""
-    packed = scheme.packed_tokens(length) if packed is None else packed
-    return array_cache(scheme).row_layout(config, scheme, length, packed)

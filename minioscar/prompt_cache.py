@@ -1,7 +1,7 @@
 """A prompt that a model has read once and need not read again: its tokens, its row of the cache, on the host or in a
 file.
 
-A file is safetensors: `ids`, `prompt` (JSON in UTF-8), `logits`, and per layer the arrays of `cache.row_layout`, which
+A file is safetensors: `ids`, `prompt` (JSON in UTF-8), `logits`, and per layer the arrays of `rows.row_layout`, which
 do not depend on the back end. With media it is version 2: ids are int64, and `prompt` names the media, not their data.
 Its metadata binds it to format, config, scheme and weights; `contents` is a digest of
 the tensors.
@@ -19,12 +19,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .cache import Cache, row_layout
+from .cache import Cache
 from .chat_template import Message, as_parts, flat, malformed
 from .checks import as_path
 from .config import Config
 from .errors import Failure, UserError, one_line, shown
 from .oscar import SCHEMES, Scheme
+from .rows import row_layout
 from .storage import strict_json as json
 from .storage.files import check_seekable, reason, replacing
 from .towers.media import Medium, hidden, restored, shift_of
@@ -50,7 +51,7 @@ class PromptCache:
     """What `Engine.prefill` returns. messages or text say what the tokens are, so that a prompt can go on from there;
     neither: ids only.
 
-    rows: per layer, the arrays of `cache.row_layout`. logits: float32 [vocab], what the model says after the last
+    rows: per layer, the arrays of `rows.row_layout`. logits: float32 [vocab], what the model says after the last
     token, if known.
     """
 

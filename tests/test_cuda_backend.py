@@ -17,6 +17,7 @@ from minioscar.cache import BF16, Cache, cache_bytes
 from minioscar.config import Config
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
+from minioscar.rows import import_row
 
 from . import simt
 from .pairwise import covering, scheme_traits
@@ -202,7 +203,7 @@ def test_attention_over_the_cache_is_that_of_the_reference(make, family, dim, he
             differ += codes_that_differ(row, expected, scheme)
             stored = {name: array for name, array in row.items() if name.endswith("codes")}
             codes += sum(array.size * 8 // code_bits(scheme, name) for name, array in stored.items())
-            theirs.cache.layers[0].import_row(slot, row, theirs.cache.packed_tokens(slot))
+            import_row(theirs.cache.layers[0], slot, row, theirs.cache.packed_tokens(slot))
     most = 1e-5 * codes * (dim if scheme.shaped else 1)  # one in some millions is usual
     assert differ <= most, f"{differ} of {codes}"
     assert codes and cuts or not scheme.quantized

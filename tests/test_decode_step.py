@@ -23,6 +23,7 @@ from minioscar.ops.launch import Card
 from minioscar.ops.linear import Products, scratch_bytes, step_plans
 from minioscar.oscar import SCHEMES
 from minioscar.quantized import mapped as of_array
+from minioscar.rows import export_row, import_row
 from minioscar.sampling import RowSampling, Sampling, next_token, sample
 from minioscar.weights import Layer, Weights
 
@@ -195,7 +196,7 @@ def adopt(reference, cache: Cache, step: StepDecoder, slot: int) -> None:
     length, packed = int(cache.lengths[slot]), cache.packed_tokens(slot)
     for theirs, mine in zip(step.cache.layers, cache.layers, strict=True):
         before = mine.past(slot, length, packed)
-        mine.import_row(slot, theirs.export_row(slot, length, reference.config), packed)
+        import_row(mine, slot, export_row(theirs, slot, length, reference.config), packed)
         for own, adopted in zip(before, mine.past(slot, length, packed), strict=True):
             assert length == 0 or relative(adopted, own) < 0.15
 

@@ -149,7 +149,7 @@ def test_a_prompt_cache_that_is_killed_in_the_middle_of_its_bytes_is_not_there(t
 import os, signal, sys, threading, time
 import numpy as np
 from minioscar import engine
-from minioscar.cache import row_layout
+from minioscar.rows import row_layout
 from minioscar.prompt_cache import PromptCache
 e = engine.load({str(folder)!r}, "bf16", "cpu")
 rows = [{{name: np.ones(*of) for name, of in row_layout(e.config, e.scheme, 8000).items()}}] * 2

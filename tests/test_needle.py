@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from minioscar import engine
-from minioscar.cache import PackedCache
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.evaluation import fidelity, needle
+from minioscar.layer_cache import PackedCache
 from minioscar.oscar import SCHEMES, WINDOW
 
 from .tiny import CONFIG

@@ -17,13 +17,14 @@ from safetensors.numpy import load_file, save_file
 from minioscar import engine as module
 from minioscar import memory, pages
 from minioscar.app.cli import main
-from minioscar.cache import Cache, row_layout
+from minioscar.cache import Cache
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.generation import Options
 from minioscar.ops import attention
 from minioscar.oscar import SCHEMES
 from minioscar.prompt_cache import PromptCache, common, continued, digest
+from minioscar.rows import row_layout
 from minioscar.sampling import Sampling
 from minioscar.storage.identity import WeightFiles
 

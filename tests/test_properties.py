@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from minioscar.cache import Cache, cache_bytes, row_layout
+from minioscar.cache import Cache, cache_bytes
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.model import check_scheme
@@ -21,6 +21,7 @@ from minioscar.model_files.rope import read_rope
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, WINDOW
 from minioscar.prompt_cache import FORMAT, VERSION, File, _is_neutral, binding, common, continued
+from minioscar.rows import row_layout
 from minioscar.storage.checkpoint import INDEX, _files
 from minioscar.tokenizer import Tokenizer
 

@@ -15,11 +15,11 @@ from PIL import Image
 
 from minioscar import engine as engines
 from minioscar.app import cli
-from minioscar.cache import PackedCache
 from minioscar.engine import Engine
 from minioscar.errors import UserError
 from minioscar.evaluation import pages, reading
 from minioscar.evaluation.pages import Page
+from minioscar.layer_cache import PackedCache
 from minioscar.rope import Rope
 from minioscar.towers.media import Features
 from minioscar.towers.qwen_vision import QwenVision

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from minioscar import engine
-from minioscar.cache import PackedCache
 from minioscar.evaluation import fidelity, tool_calls
 from minioscar.evaluation.needle import plant
+from minioscar.layer_cache import PackedCache
 from minioscar.oscar import WINDOW
 from minioscar.storage import hub
 from minioscar.tokenizer import Tokenizer

@@ -33,7 +33,7 @@ FLOORS = (
     ("model", "memory"),
     ("ops", "pages", "sm90", "compilation", "experts.reference", "experts.plans", "experts.on_card")
     + ("quantized.plans", "quantized.on_card", "towers.on_card"),
-    ("cache", "layer_cache", "weights", "quantized.weights", "decoding"),
+    ("cache", "layer_cache", "rows", "weights", "quantized.weights", "decoding"),
     ("quantized", "staging"),
     ("config", "tokenizer", "model_files", "chat_template", "detokenizer", "sampling", "options", "experts"),
     ("oscar", "batch", "causal_attention", "dither", "error_feedback", "hadamard", "rope", "towers"),

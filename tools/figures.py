@@ -253,8 +253,8 @@ def measure() -> None:
     """From SmolLM2-135M (one layer's keys over real text), and from the arithmetic of the cache."""
     import numpy as np
 
-    from minioscar import load, oscar
-    from minioscar.cache import cache_bytes, row_layout
+    from minioscar import load, oscar, rows
+    from minioscar.cache import cache_bytes
     from minioscar.config import Config
     from minioscar.evaluation.fidelity import default_text
     from minioscar.oscar import SCHEMES
@@ -290,7 +290,7 @@ def measure() -> None:
     per_head = {**QWEN3_8B, "head_dim": 64, "num_key_value_heads": 1, "num_attention_heads": 1, "num_hidden_layers": 1}
     one = {}
     for name in ("bf16", "int2"):
-        arrays = row_layout(Config.from_dict(per_head), SCHEMES[name], 12800)
+        arrays = rows.row_layout(Config.from_dict(per_head), SCHEMES[name], 12800)
         arrays = {n: of for n, of in arrays.items() if not n.startswith(("sink", "norms"))}
         one[name] = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in arrays.values()) // 12800
     weights = 2 * (config.parameters() - config.vocab_size * config.hidden_size)  # of the embedding one row is read

@@ -18,12 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from minioscar import oscar
-from minioscar.cache import BF16, Cache, NewTokens, PackedCache
+from minioscar.cache import BF16, Cache, NewTokens
 from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.evaluation import fidelity
 from minioscar.evaluation.teacher_forcing import followed, log_softmax
 from minioscar.key_shaping import shape_keys
+from minioscar.layer_cache import PackedCache
 from minioscar.model import Model
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, Scheme

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .. import oscar
-from ..cache import BF16, widen
+from ..layer_cache import BF16, widen
 from ..oscar import SCHEMES, WINDOW, Scheme
 from . import own_samples
 

@@ -14,6 +14,7 @@ from ..batch import Batch
 from ..config import Config
 from ..layer_cache import LayerCache, Layout, NewTokens, PackedCache
 from ..oscar import Scheme
+from ..rows import export_row, import_row
 from .ranks import Ranks, of_rank
 from .shares import first_key, local
 
@@ -37,27 +38,31 @@ class SplitCache(LayerCache):
         arrays = of_rank(self.arrays, rank)
         return self.kind(arrays, self.scheme, self.ops.ranks[rank], self.table, self.index)
 
-    def export_row(self, slot: int, length: int, config: Config) -> dict[str, np.ndarray]:
-        own, parts = local(config, self.cards, 0), []
-        for rank in self._with_own_heads(config):
-            with self.ops.on(rank):
-                parts.append(self.of(rank).export_row(slot, length, own))
-        first, *_ = parts
-        return {name: array if name in WHOLE else np.concatenate([part[name] for part in parts])
-                for name, array in first.items()}  # fmt: skip
-
-    def import_row(self, slot: int, row: dict[str, np.ndarray], packed: int) -> None:
-        config = self.ops.config
-        for rank in range(self.cards):
-            first, count = first_key(config, self.cards, rank), max(config.num_kv_heads // self.cards, 1)
-            own = {name: array if name in WHOLE else array[first : first + count] for name, array in row.items()}
-            with self.ops.on(rank):
-                self.of(rank).import_row(slot, own, packed)
-
-    def _with_own_heads(self, config: Config) -> list[int]:
+    def with_own_heads(self, config: Config) -> list[int]:
         """The cards whose kv heads are, in order, those of the model: of cards with the same head the first."""
         firsts = [int(first_key(config, self.cards, rank)) for rank in range(self.cards)]
         return [firsts.index(first) for first in dict.fromkeys(firsts)]
+
+
+@export_row.register
+def _export_row(split: SplitCache, slot: int, length: int, config: Config) -> dict[str, np.ndarray]:
+    own, parts = local(config, split.cards, 0), []
+    for rank in split.with_own_heads(config):
+        with split.ops.on(rank):
+            parts.append(export_row(split.of(rank), slot, length, own))
+    first, *_ = parts
+    return {name: array if name in WHOLE else np.concatenate([part[name] for part in parts])
+            for name, array in first.items()}  # fmt: skip
+
+
+@import_row.register
+def _import_row(split: SplitCache, slot: int, row: dict[str, np.ndarray], packed: int) -> None:
+    config = split.ops.config
+    for rank in range(split.cards):
+        first, count = first_key(config, split.cards, rank), max(config.num_kv_heads // split.cards, 1)
+        own = {name: array if name in WHOLE else array[first : first + count] for name, array in row.items()}
+        with split.ops.on(rank):
+            import_row(split.of(rank), slot, own, packed)
 
 
 class SplitArrayCache(SplitCache):

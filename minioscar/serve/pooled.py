@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import KEPT, Cache, blocks_of, blocks_of_row
+from ..cache import Cache, blocks_of_row
 from ..config import Config
-from ..layer_cache import BLOCK_TOKENS, SINK_ARRAYS, Backend
+from ..layer_cache import BLOCK_TOKENS, SINK_ARRAYS, Backend, blocks_of
 from ..oscar import Scheme
+from ..rows import KEPT
 from .blocks import BlockPool, chained_keys
 from .host_store import HostStore
 

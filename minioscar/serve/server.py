@@ -17,13 +17,14 @@ from types import FrameType
 
 from .. import memory
 from ..arguments import context_of
-from ..cache import blocks_of_row, row_bytes
+from ..cache import blocks_of_row
 from ..engine import Engine
 from ..errors import Failure, UserError
 from ..layer_cache import BLOCK_TOKENS
 from ..machine import host_bytes
 from ..ops.linear_batch import BATCH_TOKENS
 from ..oscar import SCHEMES
+from ..rows import row_bytes
 from ..sampling import Sampling
 from ..towers.media import bytes_of_media
 from .app import App
