@@ -12,8 +12,8 @@ from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.memory import size
 from minioscar.ops import attention
-from minioscar.ops.attention import PAGE_TOKENS, page_bytes
 from minioscar.oscar import SCHEMES, Scheme
+from minioscar.pages import PAGE_TOKENS, page_bytes, unsupported
 
 CHUNK = 1 << 26  # random numbers that are drawn at once, in float32 first
 
@@ -52,7 +52,7 @@ OTHER_GROUP = {32: 64, 64: 32, 128: 64}
 def check_kernels(kvs: Sequence[str]) -> None:
     """Raises UserError for a scheme without kernels."""
     for kv in kvs:
-        if reason := attention.unsupported(SCHEMES[kv], 128):
+        if reason := unsupported(SCHEMES[kv], 128):
             raise UserError(f"{reason}: there is nothing to measure; leave it out of --kv")
 
 
@@ -86,7 +86,7 @@ def sweep(quick: bool, kvs: Sequence[str] | None = None) -> list[Case]:
     schemes, step = (kvs or SWEPT[:2], 4) if quick else (kvs or SWEPT, 1)
     contexts = [Case(kv, 1, 1024 << i) for kv in schemes for i in range(0, 9, step)]
     batches = [Case(kv, 1 << i, 4096) for kv in schemes for i in range(0, 9, step)]
-    packed = [kv for kv, s in SCHEMES.items() if s.quantized and attention.unsupported(s, 128) is None and not quick]
+    packed = [kv for kv, s in SCHEMES.items() if s.quantized and unsupported(s, 128) is None and not quick]
     packed = [kv for kv in packed if kv in (kvs or packed)]
     others = [Case(kv, 1, 131072) for kv in packed]
     groups = [Case(kv, 1, 131072, group=OTHER_GROUP[SCHEMES[kv].group]) for kv in packed]

@@ -21,6 +21,7 @@ from benchmarks.quantized import random_form
 from minioscar.layer_cache import BF16, BLOCK_TOKENS, blocks_of
 from minioscar.ops import attention, linear, prefill, sample
 from minioscar.ops.launch import Card, Launch, run
+from minioscar.quantized import Quantized, on_card
 from minioscar.sampling import RowSampling, Sampling
 from minioscar.sm90 import prefill_attention as sm90
 
@@ -93,7 +94,8 @@ def products(matrix: Matrix, weights: list[Any], tokens: int, rng: Any) -> list[
     out = cupy.empty((tokens, width), np.float32 if matrix.float32 else BF16)
     options = {"silu": matrix.silu, "residual": random_bf16((tokens, width), rng) if matrix.residual else None}
     options["norm"] = (norm, EPS) if matrix.norm else None
-    return [together(made.launches(x, weight, out, **options)) for weight in weights]
+    launches = on_card.launches if isinstance(weights[0], Quantized) else linear.Products.launches
+    return [together(launches(made, x, weight, out, **options)) for weight in weights]
 
 
 def quantized(copy_rate: float, quick: bool) -> Iterator[dict]:

@@ -19,7 +19,7 @@ from minioscar.experts import plans as experts
 from minioscar.experts.plans import FEW, Product, Routes
 from minioscar.experts.reference import route
 from minioscar.ops.launch import Card, Launch, run
-from minioscar.ops.linear_batch import BATCH_TOKENS
+from minioscar.plans import BATCH_TOKENS
 
 Array = Any
 SHAPE, HIDDEN, INTER = Experts(128, 8, True), 2048, 768

@@ -20,9 +20,10 @@ from benchmarks.measure import copies_of, graph_time
 from benchmarks.peers import peer_times
 from minioscar.layer_cache import BF16, BLOCK_TOKENS, blocks_of
 from minioscar.ops import attention
-from minioscar.ops.attention import PAGE_TOKENS, page_bytes
 from minioscar.ops.launch import Card, kernel, run
 from minioscar.oscar import SCHEMES
+from minioscar.pages import PAGE_TOKENS, page_bytes
+from minioscar.plans import decode_plan
 
 Array = Any
 
@@ -92,7 +93,7 @@ def attention_launches(case: Case, rng: Any) -> tuple[list[Callable[[], None]], 
 
 
 def decode_state(case: Case, table: Array | None) -> attention.DecodeState:
-    plan = attention.decode_plan(case.heads, case.scheme, case.batch, Card.current())
+    plan = decode_plan(case.heads, case.scheme, case.batch, Card.current())
     lengths = cupy.full(case.batch, case.context + case.window - 1, np.int32)
     return attention.DecodeState.allocate(cupy, case.heads, case.scheme, plan, lengths, table)
 

@@ -28,11 +28,11 @@ from .generation import Encoded, Generation, Prompts, Run
 from .key_shaping import prepared
 from .model import Model, check_scheme
 from .nan_check import Watch
-from .ops.linear_batch import BATCH_TOKENS
 from .ops.reference import Reference
 from .options import Options, first_answers, for_each
 from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
 from .parallel import cards
+from .plans import BATCH_TOKENS
 from .prompt_cache import File, PromptCache, common, continued
 from .storage.checkpoint import weight_files
 from .storage.hub import resolve

@@ -1,9 +1,14 @@
-"""What memory this machine has for a program."""
+"""What this machine has for a program: memory, and a card."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+# Compute capability -> KiB of shared memory that a block may use.
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 
 
 def host_bytes() -> int:
@@ -42,3 +47,25 @@ def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> int:
         except (OSError, ValueError):  # "max": no limit
             continue
     return 2**63
+
+
+@dataclass(frozen=True)
+class Card:
+    """What plans are made for."""
+
+    multiprocessors: int
+    capability: int  # 90: compute capability 9.0
+
+    @property
+    def max_shared_bytes(self) -> int:
+        """Dynamic shared memory that a block may use; one KiB is left for what a kernel declares statically."""
+        return SHARED_KIB.get(self.capability, 99) * 1024 - 1024
+
+    @classmethod
+    @cache
+    def current(cls) -> Card:
+        """CuPy's current device."""
+        import cupy
+
+        properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+        return cls(properties["multiProcessorCount"], 10 * properties["major"] + properties["minor"])

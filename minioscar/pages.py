@@ -1,4 +1,4 @@
-"""The packed layout of kernels/LAYOUT.md in array code: where each number of 64 tokens lies in a page.
+"""The packed layout of kernels/LAYOUT.md: which schemes have it, and where each number of 64 tokens lies in a page.
 
 One table, `positions`, serves both directions: whatever reads or writes pages outside the kernels goes through
 `from_pages` and `to_pages`, so a cache saved on one back end serves on the other, bit for bit. A page's bytes are those
@@ -7,18 +7,57 @@ of `Scheme.packed_layout` in another order.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from . import oscar
-from .ops.attention import PAGE_TOKENS, page_bytes
 from .oscar import Scheme
 
 Array = Any
+HEAD_DIMS = (64, 128, 256)
+PAGE_TOKENS = 64
 CODES = ("key_codes", "value_codes")
 NAMES = (*CODES, "key_step", "key_min", "value_step", "value_min")
+
+
+def unsupported(scheme: Scheme, head_dim: int) -> str | None:
+    """Why there are no kernels for this cache, or None."""
+    if type(scheme) is not Scheme:
+        return f"{scheme.name}: pack.cu does not know how to choose its codes"
+    if scheme.quantized and scheme.key_axis != "token":
+        return f"{scheme.name}: key groups run along the channels of a token; the packed layout wants them along tokens"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    if not scheme.quantized:
+        return None
+    bits, value_group = {scheme.key_bits, scheme.value_bits}, scheme.value_group(head_dim)
+    if not bits <= {2, 3, 4} or scheme.group not in (32, 64, 128) or value_group not in (32, 64):
+        keys = f"keys in {scheme.key_bits} bits and groups of {scheme.group}"
+        values = f"values in {scheme.value_bits} bits and groups of {value_group}"
+        return f"{scheme.name}: {keys}, {values}, have no packed layout"
+    if scheme.flush % PAGE_TOKENS or scheme.sinks > scheme.flush:
+        window = f"a window that packs {scheme.flush} tokens at a time"
+        return f"{scheme.name}: {window} needs pages of less than {PAGE_TOKENS} or first tokens (sinks) in two of them"
+    return None
+
+
+def layout_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
+    """Macros of layout.cuh. Raises ValueError where `unsupported` has a reason."""
+    if reason := unsupported(scheme, head_dim):
+        raise ValueError(reason)
+    group = scheme.value_group(head_dim)
+    keys = f"KEY_BITS={scheme.key_bits}", f"KEY_GROUP={scheme.group}", f"SCALED={scheme.scale:d}"
+    values = f"VALUE_BITS={scheme.value_bits}", f"VALUE_GROUP={group}", f"SYMMETRIC={scheme.symmetric_values:d}"
+    return f"HEAD_DIM={head_dim}", *keys, *values, f"FLUSH={scheme.flush}", f"KEEP={scheme.keep}"
+
+
+def page_bytes(scheme: Scheme, head_dim: int) -> int:
+    """Bytes of 64 tokens of one kv head, keys and values; half of what two pages share is in it."""
+    both = scheme.packed_layout(2 * PAGE_TOKENS, head_dim).values()
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in both) // 2
 
 
 def from_pages(pages: Array, scheme: Scheme, dim: int, xp: Any = np) -> dict[str, Array]:

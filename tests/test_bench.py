@@ -27,9 +27,9 @@ from minioscar import engine
 from minioscar.cache import blocks_of, cache_bytes
 from minioscar.config import Config
 from minioscar.errors import UserError
-from minioscar.ops import attention
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
+from minioscar.pages import unsupported
 
 from . import simt
 from .patience import PATIENCE
@@ -253,7 +253,7 @@ def test_moved_bytes_are_the_cache_without_half_of_its_window():
         blocks = case.batch * blocks_of(case.context)  # none of tokens in the window
         whole = cache_bytes(bench_cases.layer(h), scheme, case.batch, case.context, blocks)
         assert bench_cases.moved_bytes(case) == (whole - window if scheme.quantized else whole + window)
-        assert not scheme.quantized or attention.unsupported(scheme, h.head_dim) is None or h == bench_cases.SMALL
+        assert not scheme.quantized or unsupported(scheme, h.head_dim) is None or h == bench_cases.SMALL
 
 
 def test_schemes_that_are_asked_for_are_the_only_ones(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Every kernel compiles for every supported card without a GPU, in its budget of registers and without spills.
 
-NVRTC is what compiles them on a card too. The budget lets a block run as attention.decode_plan counts on: 65,536
+NVRTC is what compiles them on a card too. The budget lets a block run as decode_plan counts on: 65,536
 registers a multiprocessor over its threads. What a program takes is recorded in fixtures/programs.json by a digest of
 its text, its options and the compiler's version, so that only changed ones are compiled again.
 `python -m tests.test_compile` renews that, and what each kernel takes in docs/results/resources.json.
@@ -28,11 +28,13 @@ from minioscar.compilation.cubins import KERNELS, options
 from minioscar.compilation.cubins import source as text_of
 from minioscar.config import Experts
 from minioscar.experts import plans as experts
+from minioscar.machine import SHARED_KIB, Card
 from minioscar.ops import attention, linear, linear_batch, prefill, sample
-from minioscar.ops.launch import SHARED_KIB, Card, Launch
+from minioscar.ops.launch import Launch
 from minioscar.oscar import SCHEMES
 from minioscar.parallel.collectives import Links
 from minioscar.parallel.ranks import Namespace, Ranks
+from minioscar.plans import batch_plan, decode_plan
 from minioscar.quantized import Q4, Q8
 from minioscar.quantized import plans as quantized
 from minioscar.sampling import RowSampling, Sampling
@@ -74,7 +76,7 @@ def attention_launches(card: Card, everything: bool) -> dict[str, Launch]:
     cache["table"] = np.empty((1, 1), np.int32)
     for kv, dim, q_per_kv in SHAPES + MORE * everything:
         heads, scheme = attention.Heads(2 * q_per_kv, 2, dim), SCHEMES[kv]
-        plan = attention.decode_plan(heads, scheme, 1, card)
+        plan = decode_plan(heads, scheme, 1, card)
         state = attention.DecodeState(heads, scheme, plan, ints, ints, out, ints, cache["table"])
         launch = attention.decode_attention(state, out, cache, out, parity=0)
         found[f"{launch.name} {kv} d{dim} {q_per_kv}:1"] = launch
@@ -148,7 +150,7 @@ def linear_launches(card: Card, everything: bool) -> dict[str, Launch]:
         found[f"linear to {to}"] = linear.linear(x, weight, y, card, norm=norm, silu=silu)
     for tokens in (32, 48, 128, *((192, 256) if everything else ())):
         x, weight, y = np.empty((tokens, 4096)), np.empty((24576, 4096), np.uint8), np.empty((1, 1), np.uint16)
-        plan = linear_batch.batch_plan(tokens, 4096, 24576, True, card)
+        plan = batch_plan(tokens, 4096, 24576, True, card)
         found[f"linear_batch of {tokens}"] = linear_batch.linear_batch(x, weight, y, plan, scratch, silu=True)
     for warpgroups, tile in wgmma.MAX_TILE_ROWS.items() if everything else ():  # the largest sums
         x, weight, y = (

@@ -13,9 +13,10 @@ from minioscar import oscar
 from minioscar.cache import BF16
 from minioscar.hadamard import hadamard
 from minioscar.ops import attention
-from minioscar.ops.attention import page_bytes
 from minioscar.ops.launch import Card
 from minioscar.oscar import SCHEMES, Scheme
+from minioscar.pages import HEAD_DIMS, page_bytes, unsupported
+from minioscar.plans import DecodePlan, decode_plan
 
 from .kernel_device import in_blocks, on_each_device, on_each_device_of, on_the_card, some_table
 from .tiny import WINDOWS, key_feedback
@@ -145,7 +146,7 @@ def run(
     device,
     scheme: Scheme,
     d: int,
-    plan: attention.DecodePlan,
+    plan: DecodePlan,
     lengths: Sequence[int],
     seed: int,
     *,
@@ -167,7 +168,7 @@ def run(
 
 
 def drawn(
-    d: int, plan: attention.DecodePlan, lengths: Sequence[int], seed: int, kind: str
+    d: int, plan: DecodePlan, lengths: Sequence[int], seed: int, kind: str
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Queries, BF16 [batch, q_heads, d], and the `history` of each sequence."""
     rng, q_heads = np.random.default_rng(seed), KV_HEADS * plan.q_groups * plan.q_per_kv
@@ -181,7 +182,7 @@ def drawn(
 def attended(
     device,
     scheme: Scheme,
-    plan: attention.DecodePlan,
+    plan: DecodePlan,
     q: np.ndarray,
     sequences: Sequence[np.ndarray],
     arch: int = 80,
@@ -202,7 +203,7 @@ def attended(
 
 
 def state_of(
-    device, heads: attention.Heads, scheme: Scheme, plan: attention.DecodePlan, lengths: Sequence[int]
+    device, heads: attention.Heads, scheme: Scheme, plan: DecodePlan, lengths: Sequence[int]
 ) -> attention.DecodeState:
     """lengths count the new token."""
     before, d = device.array(np.array(lengths, np.int32) - 1), heads.head_dim
@@ -287,7 +288,7 @@ def test_decode_attention_over_unequal_lengths_and_any_number_of_blocks(
     device, seed, name, d, q_per_kv, q_groups, arch
 ):
     for blocks, lengths in ((1, RAGGED), (5, RAGGED), (23, (129, 0, 257, 64)), (9, (2, 385, 0, 0))):
-        plan = attention.DecodePlan(q_per_kv, q_groups, 4, 2, blocks)
+        plan = DecodePlan(q_per_kv, q_groups, 4, 2, blocks)
         check(*run(device, ALL[name], d, plan, lengths, seed, arch=arch), lengths)
 
 
@@ -304,7 +305,7 @@ def rotation_traits(name: str, d: int, q_per_kv: int, q_groups: int, arch: int) 
 def test_decode_attention_rotates_its_results(device, seed, name, d, q_per_kv, q_groups, arch):
     """Of heads that one warp has whole, of those that warps share, and blocks."""
     for blocks, lengths in ((1, RAGGED), (7, RAGGED), (23, (129, 0, 257, 64))):
-        plan = attention.DecodePlan(q_per_kv, q_groups, 4, 2, blocks)
+        plan = DecodePlan(q_per_kv, q_groups, 4, 2, blocks)
         check(*run(device, ALL[name], d, plan, lengths, seed, arch=arch, rotated=True), lengths)
 
 
@@ -312,7 +313,7 @@ def test_kernels_are_for_pairs_of_2_3_and_4_bits():
     for key_bits in range(1, 9):
         for value_bits in range(1, 9):
             scheme = replace(SCHEMES["oscar"], key_bits=key_bits, value_bits=value_bits)
-            reason = attention.unsupported(scheme, 128)
+            reason = unsupported(scheme, 128)
             assert (reason is None) == (2 <= key_bits <= 4 and 2 <= value_bits <= 4)
             what = f"keys in {key_bits} bits and groups of 32, values in {value_bits} bits and groups of 32"
             assert reason is None or what in reason
@@ -328,7 +329,7 @@ def test_keys_and_values_may_have_different_bits_and_groups(
     scheme = replace(
         SCHEMES[name], key_bits=key_bits, value_bits=value_bits, group=group, max_value_group=value_group
     )
-    plan = attention.DecodePlan(q_per_kv, 1, 4, 2, 5)
+    plan = DecodePlan(q_per_kv, 1, 4, 2, 5)
     check(*run(device, scheme, d, plan, RAGGED, seed, arch=90), RAGGED)
 
 
@@ -336,19 +337,19 @@ def test_keys_and_values_may_have_different_bits_and_groups(
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_decode_attention_over_fewer_units_than_blocks(device, seed, name):
     for lengths in ((2, 385, 0, 0), (0, 40, 0, 1), (0, 0, 0, 0)):
-        check(*run(device, SCHEMES[name], 128, attention.DecodePlan(4, 1, 4, 2, 132), lengths, seed), lengths)
+        check(*run(device, SCHEMES[name], 128, DecodePlan(4, 1, 4, 2, 132), lengths, seed), lengths)
 
 
 @on_each_device
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_a_head_of_more_blocks_than_a_round_takes_is_merged_in_rounds(device, seed, name):
     tokens = 7000 if SCHEMES[name].quantized else 1800  # more than 16 blocks a head, of five items each
-    plan = attention.DecodePlan(3, 1, 2, 2, 61)
+    plan = DecodePlan(3, 1, 2, 2, 61)
     assert len(blocks_with_items(device, SCHEMES[name], plan, 64, (tokens,))) > 2 * 16
     check(*run(device, SCHEMES[name], 64, plan, (tokens,), seed), (tokens,))
 
 
-def blocks_with_items(device, scheme: Scheme, plan: attention.DecodePlan, d: int, lengths: Sequence[int]) -> np.ndarray:
+def blocks_with_items(device, scheme: Scheme, plan: DecodePlan, d: int, lengths: Sequence[int]) -> np.ndarray:
     """How many items each block has, of those that have some."""
     state = state_of(device, attention.Heads(plan.q_per_kv * KV_HEADS, KV_HEADS, d), scheme, plan, lengths)
     device.run(attention.schedule(state))
@@ -361,7 +362,7 @@ def blocks_with_items(device, scheme: Scheme, plan: attention.DecodePlan, d: int
 @pytest.mark.parametrize("tokens", [1, 65, 300, 513, 900])
 def test_blocks_have_five_items_at_least_where_heads_would_be_split_over_many(device, seed, name, tokens):
     """Two heads over 132 blocks; over 32 a block may have one, as may one of many heads."""
-    scheme, plan = SCHEMES[name], attention.DecodePlan(4, 1, 4, 2, 132)
+    scheme, plan = SCHEMES[name], DecodePlan(4, 1, 4, 2, 132)
     items, few = (blocks_with_items(device, scheme, replace(plan, blocks=n), 128, (tokens,)) for n in (132, 32))
     total = items.sum()
     assert len(items) == min(2 * max(total // 10, 1), total) and items.sum() == few.sum()
@@ -373,14 +374,14 @@ def test_blocks_have_five_items_at_least_where_heads_would_be_split_over_many(de
 @pytest.mark.parametrize(("name", "d"), [("int2", 128), ("int2-compact", 64)])
 def test_a_block_may_have_as_many_parts_as_a_warp_has_lanes(device, seed, name, d):
     for lengths in (RAGGED, (1400,)):
-        check(*run(device, SCHEMES[name], d, attention.DecodePlan(4, 1, 16, 2, 3), lengths, seed, arch=90), lengths)
+        check(*run(device, SCHEMES[name], d, DecodePlan(4, 1, 16, 2, 3), lengths, seed, arch=90), lengths)
 
 
 @on_each_device
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 127, 128, 129, 130, 191, 192, 193, 256, 257])
 @pytest.mark.parametrize("name", ["int2", "k4v2", "bf16"])
 def test_decode_attention_around_every_boundary(device, seed, name, n):
-    check(*run(device, SCHEMES[name], 64, attention.DecodePlan(2, 1, 4, 2, 3), (n,), seed), (n,))
+    check(*run(device, SCHEMES[name], 64, DecodePlan(2, 1, 4, 2, 3), (n,), seed), (n,))
 
 
 @on_each_device
@@ -388,7 +389,7 @@ def test_decode_attention_around_every_boundary(device, seed, name, n):
 @pytest.mark.parametrize("name", ["plain-64-64", "plain-128-128", "oscar-64-0"])
 def test_decode_attention_around_every_boundary_of_a_window_that_is_not_emptied(device, seed, name, arch):
     """A tile goes round the ring's end where the window begins in its middle; two sequences of one warp may differ."""
-    plan = attention.DecodePlan(2, 1, 4, 2, 5)
+    plan = DecodePlan(2, 1, 4, 2, 5)
     lengths = tuple(n + i for n in (64, 128, 192, 256, 320, 384) for i in (0, 1))
     check(*run(device, ALL[name], 64, plan, lengths, seed, arch=arch), lengths)
     for first in range(193, 321, 32):
@@ -400,7 +401,7 @@ def test_decode_attention_around_every_boundary_of_a_window_that_is_not_emptied(
 @pytest.mark.parametrize("name", ["int2", "k4v2", "bf16"])
 @pytest.mark.parametrize("kind", ["zero", "equal", "ramp", "tail", "sink", "peak"])
 def test_decode_attention_over_difficult_caches(device, seed, kind, name):
-    check(*run(device, SCHEMES[name], 128, attention.DecodePlan(4, 1, 4, 2, 5), RAGGED, seed, kind=kind), RAGGED)
+    check(*run(device, SCHEMES[name], 128, DecodePlan(4, 1, 4, 2, 5), RAGGED, seed, kind=kind), RAGGED)
 
 
 @on_each_device
@@ -409,7 +410,7 @@ def test_decode_attention_over_difficult_caches(device, seed, kind, name):
 def test_steep_logits_are_off_by_the_rounding_of_q_times_step(device, seed, name, kind):
     """With it in the reference the log-sum-exp agrees as closely as that of easy caches; without it is off by up to
     2e-2."""
-    plan, n, scheme = attention.DecodePlan(4, 1, 4, 2, 5), 513, SCHEMES[name]
+    plan, n, scheme = DecodePlan(4, 1, 4, 2, 5), 513, SCHEMES[name]
     q, (x,) = drawn(128, plan, (n,), seed, kind)
     out, lse = (y[0] for y in attended(device, scheme, plan, q, (x,)))
     packed = cached_packed(scheme, x)
@@ -425,13 +426,13 @@ def test_steep_logits_are_off_by_the_rounding_of_q_times_step(device, seed, name
 @pytest.mark.parametrize("name", ["plain", "k4v2"])  # sinks come with one flush
 def test_decode_attention_with_any_number_of_sinks(device, seed, name, sinks):
     scheme = replace(ALL[name], sinks=sinks)
-    check(*run(device, scheme, 64, attention.DecodePlan(3, 1, 4, 2, 5), RAGGED, seed), RAGGED)
+    check(*run(device, scheme, 64, DecodePlan(3, 1, 4, 2, 5), RAGGED, seed), RAGGED)
 
 
 @on_each_device
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_decode_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(device, seed, name):
-    plan, kept = attention.DecodePlan(4, 1, 4, 2, 7), {"reference": False}
+    plan, kept = DecodePlan(4, 1, 4, 2, 7), {"reference": False}
     first, *others = [run(device, SCHEMES[name], 128, plan, RAGGED, seed, order=order, **kept)[0] for order in range(4)]
     assert all(np.array_equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
@@ -441,7 +442,7 @@ def test_decode_attention_gives_equal_bits_in_every_order_of_blocks_and_threads(
 def test_launches_that_alternate_halves_of_a_workspace_find_no_sums_of_each_other_in_it(device, seed, name):
     """Three launches after each of three schedules, so that parity 0 follows parity 0; caches, q and splits differ."""
     rng, scheme = np.random.default_rng(seed), SCHEMES[name]
-    plan, heads = attention.DecodePlan(4, 1, 4, 2, 7), attention.Heads(KV_HEADS * 4, KV_HEADS, 64)
+    plan, heads = DecodePlan(4, 1, 4, 2, 7), attention.Heads(KV_HEADS * 4, KV_HEADS, 64)
     workspace = device.array(np.zeros(plan.workspace_floats(64), np.float32))  # nothing of it is empty
     for lengths in ((300, 1, 128, 513), (700, 40, 0, 0), (129, 400, 400, 2)):
         state = replace(state_of(device, heads, scheme, plan, lengths), workspace=workspace)
@@ -464,7 +465,7 @@ def test_launches_that_alternate_halves_of_a_workspace_find_no_sums_of_each_othe
 @pytest.mark.parametrize("name", ["int2", "bf16"])
 def test_a_number_that_is_none_ends_in_its_own_heads(device, seed, name):
     """Parts that are NaN are taken for parts that are not there yet, and asked for again: once."""
-    plan, lengths = attention.DecodePlan(4, 1, 4, 2, 7), (1400, 300)
+    plan, lengths = DecodePlan(4, 1, 4, 2, 7), (1400, 300)
     good, bad = (
         run(device, SCHEMES[name], 64, plan, lengths, seed, kind=kind, reference=False)[0] for kind in ("", "nan")
     )
@@ -481,23 +482,23 @@ def test_a_number_that_is_none_ends_in_its_own_heads(device, seed, name):
 @pytest.mark.parametrize("warps", [1, 2, 4])
 def test_warps_with_many_units_ask_for_two_of_them_early(device, seed, warps, name):
     lengths = (1400, 0, 900)
-    check(*run(device, SCHEMES[name], 128, attention.DecodePlan(4, 1, warps, 2, 2), lengths, seed, arch=90), lengths)
+    check(*run(device, SCHEMES[name], 128, DecodePlan(4, 1, warps, 2, 2), lengths, seed, arch=90), lengths)
 
 
 # --- the whole grid, with the plans that the engine makes: on the card only
 
 
-def planned(scheme: Scheme, d: int, q_per_kv: int, batch: int) -> attention.DecodePlan:
-    return attention.decode_plan(attention.Heads(KV_HEADS * q_per_kv, KV_HEADS, d), scheme, batch, Card.current())
+def planned(scheme: Scheme, d: int, q_per_kv: int, batch: int) -> DecodePlan:
+    return decode_plan(attention.Heads(KV_HEADS * q_per_kv, KV_HEADS, d), scheme, batch, Card.current())
 
 
 OTHERS = [
     name
     for name, scheme in SCHEMES.items()
-    if name != "int2" and not (scheme.quantized and attention.unsupported(scheme, 128))
+    if name != "int2" and not (scheme.quantized and unsupported(scheme, 128))
 ]
-GRID = [("int2", d, q_per_kv) for d in attention.HEAD_DIMS for q_per_kv in (*range(1, 9), 16)]
-GRID += [(name, d, (2 * i + 3 * j) % 8 + 1) for i, name in enumerate(OTHERS) for j, d in enumerate(attention.HEAD_DIMS)]
+GRID = [("int2", d, q_per_kv) for d in HEAD_DIMS for q_per_kv in (*range(1, 9), 16)]
+GRID += [(name, d, (2 * i + 3 * j) % 8 + 1) for i, name in enumerate(OTHERS) for j, d in enumerate(HEAD_DIMS)]
 
 
 @on_the_card

@@ -20,12 +20,13 @@ from minioscar.model import Model
 from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode import StepBatch, StepDecoder, unsupported
 from minioscar.ops.launch import Card
-from minioscar.ops.linear import Products, scratch_bytes, step_plans
+from minioscar.ops.linear import Products
 from minioscar.oscar import SCHEMES
 from minioscar.quantized import mapped as of_array
 from minioscar.rows import export_row, import_row
 from minioscar.sampling import RowSampling, Sampling, next_token, sample
 from minioscar.weights import Layer, Weights
+from minioscar.work_bytes import scratch_bytes, step_plans
 
 from .choices import Choices, gaps
 from .pairwise import pairwise

@@ -9,6 +9,7 @@ from minioscar.cache import BF16
 from minioscar.ops import linear, linear_batch
 from minioscar.ops.launch import Card
 from minioscar.ops.linear_batch import Scratch
+from minioscar.plans import LINEAR_TOKENS, LinearPlan, batch_plan, fits, mma_configs
 from minioscar.sm90 import linear_batch as sm90
 from minioscar.sm90.linear_batch import WgmmaPlan
 
@@ -25,13 +26,13 @@ def rounded(x: np.ndarray) -> np.ndarray:
 SMALL = Card(2, 80)
 
 
-def scratch_for(device, plan: linear_batch.LinearPlan) -> Scratch:
+def scratch_for(device, plan: LinearPlan) -> Scratch:
     return Scratch(device.empty(plan.workspace_floats, np.float32), device.array(np.zeros(plan.counters, np.int32)))
 
 
 def check(
     device, seed: int, tokens: int, size: int, rows: int, *, order: int = 0, card: Card = SMALL,
-    plan: linear_batch.LinearPlan | None = None, **parts: bool,
+    plan: LinearPlan | None = None, **parts: bool,
 ) -> np.ndarray:
     """parts: norm, bias, residual, silu, float32. plan: of a batch (None: the one that it gets). Returns what the
     kernel computed."""
@@ -47,7 +48,7 @@ def check(
     given = {name: device.array(a) for name, a in (("bias", bias), ("residual", residual)) if a is not None}
     given |= {"silu": parts.get("silu", False)}
     x_there, weight_there = device.array(x), device.array(weight)
-    if tokens <= linear.LINEAR_TOKENS:
+    if tokens <= LINEAR_TOKENS:
         given |= {"norm": (device.array(norm), EPS)} if norm is not None else {}
         device.run(linear.linear(x_there, weight_there, out, card, **given), seed=order)
     else:
@@ -55,7 +56,7 @@ def check(
             normed = device.empty(x.shape, BF16)
             device.run(linear.rms_norm(x_there, device.array(norm), EPS, normed), seed=order)
             x_there = normed
-        plan = plan or linear_batch.batch_plan(tokens, size, rows, given["silu"], card)
+        plan = plan or batch_plan(tokens, size, rows, given["silu"], card)
         scratch = scratch_for(device, plan)
         launch = linear_batch.linear_batch(x_there, weight_there, out, plan, scratch, **given)
         device.run(launch, arch=90 if isinstance(plan, WgmmaPlan) else 80, seed=order)
@@ -150,7 +151,7 @@ def test_every_tile_config_and_split_of_warpgroups(device, seed, tokens, config,
 @pytest.mark.parametrize(("tokens", "size", "rows"), [(2, 4096, 80), (70, 400, 150)])
 def test_linear_with_the_least_shared_memory(device, seed, tokens, size, rows):
     """That of 8.6 and 8.9: slabs two by two, two blocks of columns."""
-    plan = linear_batch.batch_plan(70, 400, 150, True, Card(2, 89))
+    plan = batch_plan(70, 400, 150, True, Card(2, 89))
     assert (plan.stages, plan.column_blocks) == (2, 2)
     check(device, seed, tokens, size, rows, card=Card(2, 89), norm=True, silu=True)
 
@@ -162,7 +163,7 @@ def test_linear_gives_equal_bits_on_every_grid_and_in_every_order(device, seed):
     for order, multiprocessors in ((1, 1), (2, 2), (3, 40)):
         other = check(device, seed, 4, 288, 130, order=order, card=Card(multiprocessors, 80), **parts)
         assert np.array_equal(first, other)
-    plan = linear_batch.mma_configs(20, 640, 130, False, Card(3, 80))[0]
+    plan = mma_configs(20, 640, 130, False, Card(3, 80))[0]
     # Of five slabs each: the second block ends one tile and begins the other
     assert (plan.tiles, plan.blocks) == (2, 3)
     configs = sm90.wgmma_configs(20, 640, 130, False, Card(99, 90))
@@ -184,7 +185,7 @@ CONFIGS = [
 @on_each_device_over(case=CONFIGS, parts=EPILOGUES, traits={"parts": switches})
 def test_every_way_to_share_the_slabs(device, seed, case, parts):
     tokens, size, rows, multiprocessors, configs = case
-    plans = linear_batch.mma_configs(tokens, size, rows, parts.get("silu", False), Card(multiprocessors, 90))
+    plans = mma_configs(tokens, size, rows, parts.get("silu", False), Card(multiprocessors, 90))
     if "silu" not in parts:
         assert [(p.tiles, p.blocks, p.granularity, p.partial_tiles) for p in plans] == configs
     for plan in plans:
@@ -212,7 +213,7 @@ def test_a_token_gets_the_same_bits_in_batches_that_share_the_slabs_alike(device
     rng = np.random.default_rng(seed)
     x, weight = rng.normal(size=(60, 640)).astype(BF16), rng.normal(size=(132, 640)).astype(BF16)
     pairs = list(
-        zip(*(linear_batch.mma_configs(tokens, 640, 132, False, Card(4, 90)) for tokens in (9, 60)), strict=True)
+        zip(*(mma_configs(tokens, 640, 132, False, Card(4, 90)) for tokens in (9, 60)), strict=True)
     )
     for small, large in pairs:
         for name in ("row_tiles", "k_groups", "blocks", "granularity"):
@@ -246,15 +247,15 @@ def test_what_does_not_fit_is_refused():
     for tokens, capability, before in ((9, 90, None), (8, 89, norm), (0, 90, None)):
         with pytest.raises(ValueError, match="do not fit"):
             linear.linear(np.empty((tokens, 12288), np.uint16), weight, weight, Card(132, capability), norm=before)
-        assert not linear.fits(tokens, 12288, before is not None, False, Card(132, capability))
+        assert not fits(tokens, 12288, before is not None, False, Card(132, capability))
     for tokens, size, normed, silu, capability in (
         (8, 8192, True, False, 90),
         (2, 4096, True, True, 89),
         (8, 28672, False, False, 89),
     ):
-        assert linear.fits(tokens, size, normed, silu, Card(132, capability))
+        assert fits(tokens, size, normed, silu, Card(132, capability))
     with pytest.raises(ValueError, match="do not fit"):
-        linear_batch.batch_plan(257, 12288, 16, False, Card(132, 90))
+        batch_plan(257, 12288, 16, False, Card(132, 90))
 
 
 def test_the_weights_are_shared_equally():
@@ -268,7 +269,7 @@ def test_the_weights_are_shared_equally():
         (4096, 151936, False),
     ):
         for tokens in (9, 17, 32, 48, 64, 128, 192, 256):
-            plan = linear_batch.batch_plan(tokens, size, rows, silu, Card(132, 90))
+            plan = batch_plan(tokens, size, rows, silu, Card(132, 90))
             of_block = (
                 plan.max_runs * plan.rows * 64
                 if isinstance(plan, WgmmaPlan)

@@ -10,14 +10,13 @@ import pytest
 from minioscar import oscar
 from minioscar.cache import BF16
 from minioscar.ops import attention
-from minioscar.ops.attention import page_bytes
-from minioscar.pages import from_pages
+from minioscar.pages import HEAD_DIMS, from_pages, page_bytes, unsupported
 
 from .kernel_device import in_blocks, of_row, on_each_device, on_each_device_over, on_the_card, some_table
 from .pairwise import scheme_traits
 from .tiny import WINDOWS, key_feedback
 
-KERNEL_WINDOWS = [name for name, scheme in WINDOWS.items() if attention.unsupported(scheme, 64) is None]
+KERNEL_WINDOWS = [name for name, scheme in WINDOWS.items() if unsupported(scheme, 64) is None]
 
 
 def rope(x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
@@ -42,7 +41,7 @@ def near(got: np.ndarray, exact: np.ndarray) -> bool:
 @pytest.mark.parametrize("prefill", [False, True])
 @pytest.mark.parametrize(("rotate", "rotate_values"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "normed"), [(9, 3, False), (4, 1, True), (20, 18, True)])
-@pytest.mark.parametrize("d", attention.HEAD_DIMS)
+@pytest.mark.parametrize("d", HEAD_DIMS)
 def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
     device, seed, d, q_heads, kv_heads, normed, rotate, rotate_values, prefill
 ):
@@ -98,7 +97,7 @@ def test_rotate_scale_is_norm_rope_and_rotation_rounded_once(
 
 
 @on_each_device
-@pytest.mark.parametrize("d", attention.HEAD_DIMS)
+@pytest.mark.parametrize("d", HEAD_DIMS)
 def test_a_shift_takes_another_row_of_the_tables_and_changes_no_place(device, seed, d):
     """Equal bits to tables whose rows are moved, in every output; a row that is not in use reads none."""
     rng, tokens, heads = np.random.default_rng(seed), 4, attention.Heads(3, 1, d)
@@ -132,7 +131,7 @@ def check_rotate_heads(device, seed: int, shape: tuple[int, ...], d: int, axis: 
 
 @on_each_device
 @pytest.mark.parametrize("what", ["rows", "columns", "bias", "token"])
-@pytest.mark.parametrize("d", attention.HEAD_DIMS)
+@pytest.mark.parametrize("d", HEAD_DIMS)
 def test_rotate_heads_rotates_every_head_of_a_matrix(device, seed, d, what):
     shapes = {"rows": ((2 * d, 45), 0), "columns": ((15, 3 * d), 1), "bias": ((3 * d,), 0), "token": ((1, 19 * d), 1)}
     shape, axis = shapes[what]
@@ -166,7 +165,7 @@ def has_groups(step: str, d: int, scheme: oscar.Scheme) -> bool:
 SCHEMES = list(dict.fromkeys(PACKED + SHAPED))
 
 
-@on_each_device_over(has_groups, {"scheme": scheme_traits}, step=list(STEPS), d=attention.HEAD_DIMS, scheme=SCHEMES)
+@on_each_device_over(has_groups, {"scheme": scheme_traits}, step=list(STEPS), d=HEAD_DIMS, scheme=SCHEMES)
 def test_packed_pages_hold_oscar_s_codes_bit_for_bit(device, seed, step, d, scheme):
     rng = np.random.default_rng(seed)
     batch, kv_heads, norm_stride, sinks = 3, 2, 640, scheme.sinks

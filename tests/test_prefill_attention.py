@@ -12,6 +12,8 @@ import pytest
 from minioscar.cache import BF16
 from minioscar.ops import attention, prefill
 from minioscar.ops.launch import Card
+from minioscar.pages import HEAD_DIMS, unsupported
+from minioscar.plans import PREFILL_CONFIGS
 from minioscar.sm90 import prefill_attention as sm90
 from minioscar.towers import on_card as towers
 from minioscar.towers.layers import Shape
@@ -197,7 +199,7 @@ def test_keys_are_split_only_where_multiprocessors_would_be_idle():
 
 
 @on_the_card
-@pytest.mark.parametrize("d", prefill.PREFILL_CONFIGS)
+@pytest.mark.parametrize("d", PREFILL_CONFIGS)
 @pytest.mark.parametrize("group", [*range(1, 9), 16])
 def test_prefill_attention_over_the_grid_of_shapes(device, seed, d, group):
     import cupy
@@ -211,8 +213,8 @@ UNPACKED += ["plain-64-64", "plain-128-128", "plain-g64-64-64"]
 
 
 @on_each_device_over(
-    lambda d, scheme: not attention.unsupported(scheme, d), {"scheme": scheme_traits},
-    d=attention.HEAD_DIMS, scheme=[ALL[name] for name in UNPACKED],
+    lambda d, scheme: not unsupported(scheme, d), {"scheme": scheme_traits},
+    d=HEAD_DIMS, scheme=[ALL[name] for name in UNPACKED],
 )  # fmt: skip
 def test_unpack_gives_oscar_s_numbers_rounded_to_bf16(device, seed, d, scheme):
     rng, lengths = np.random.default_rng(seed), (300, 129, 40, 1)

@@ -21,8 +21,8 @@ from minioscar.cache import Cache
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.generation import Options
-from minioscar.ops import attention
 from minioscar.oscar import SCHEMES
+from minioscar.pages import HEAD_DIMS, page_bytes, unsupported
 from minioscar.prompt_cache import PromptCache, common, continued, digest
 from minioscar.rows import row_layout
 from minioscar.sampling import Sampling
@@ -90,13 +90,13 @@ def cache_of(engine, cache):
     return bigger
 
 
-@pytest.mark.parametrize("dim", attention.HEAD_DIMS)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize(
-    "kv", [name for name, s in SCHEMES.items() if s.quantized and attention.unsupported(s, 64) is None]
+    "kv", [name for name, s in SCHEMES.items() if s.quantized and unsupported(s, 64) is None]
 )
 def test_pages_to_plain_arrays_and_back_are_the_same_bytes(kv, dim, seed):
     scheme = SCHEMES[kv]
-    given = np.random.default_rng(seed).integers(0, 256, (3, 4, attention.page_bytes(scheme, dim)), dtype=np.uint8)
+    given = np.random.default_rng(seed).integers(0, 256, (3, 4, page_bytes(scheme, dim)), dtype=np.uint8)
     row = pages.from_pages(given, scheme, dim)
     config = Config.from_dict({**CONFIG, "head_dim": dim, "num_attention_heads": 3, "num_key_value_heads": 3})
     shapes = row_layout(config, scheme, 256 + scheme.keep)

@@ -13,6 +13,7 @@ import pytest
 from minioscar.cache import BF16
 from minioscar.ops import attention
 from minioscar.oscar import SCHEMES
+from minioscar.plans import DecodePlan
 
 from . import simt
 from .kernel_device import CudaDevice, SimtDevice, of_row
@@ -62,7 +63,7 @@ def test_rotated_heads_differ_by_one_rounding_at_most(seed):
 
 @pytest.mark.parametrize("name", ["int2", "int2-compact", "oscar", "int4", "bf16"])
 def test_decode_attention_differs_by_the_tensor_cores_truncation(seed, name):
-    lengths, plan = (300, 1, 128, 513), attention.DecodePlan(4, 1, 4, 2, 5)
+    lengths, plan = (300, 1, 128, 513), DecodePlan(4, 1, 4, 2, 5)
     (simulated, _), (real, _) = (
         run(device, SCHEMES[name], 128, plan, lengths, seed, arch=90, reference=False)[0] for device in DEVICES
     )
@@ -73,7 +74,7 @@ def test_decode_attention_differs_by_the_tensor_cores_truncation(seed, name):
 
 def test_the_schedule_is_equal_bit_for_bit(seed):
     lengths = np.random.default_rng(seed).integers(-1, 900, 70).astype(np.int32)
-    heads, plan = attention.Heads(8, 2, 128), attention.DecodePlan(4, 1, 4, 2, 13)
+    heads, plan = attention.Heads(8, 2, 128), DecodePlan(4, 1, 4, 2, 13)
     tasks = []
     for device in DEVICES:
         state = state_of(device, heads, SCHEMES["int2"], plan, lengths + 1)

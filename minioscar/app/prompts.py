@@ -21,8 +21,8 @@ from ..chat_template import Message, malformed
 from ..config import Config
 from ..errors import Failure, UserError, one_line, said, shown
 from ..generation import Generation
-from ..ops.linear_batch import BATCH_TOKENS
 from ..options import Options
+from ..plans import BATCH_TOKENS
 from ..prompt_cache import PromptCache, continued
 from ..sampling import Sampling
 from ..storage import strict_json

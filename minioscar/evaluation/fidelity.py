@@ -17,9 +17,9 @@ from ..errors import UserError
 from ..key_shaping import shape_keys
 from ..model import check_scheme
 from ..ops import backend
-from ..ops.attention import PAGE_TOKENS
 from ..ops.reference import Reference
 from ..oscar import Scheme
+from ..pages import PAGE_TOKENS
 from ..parallel.cards import over
 from ..parallel.loading import load_for_each
 from ..parallel.shares import check

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..ops import linear
-from ..ops.linear_batch import BATCH_TOKENS
+from ..plans import BATCH_TOKENS
 from ..quantized import Quantized
 from . import plans, reference
 from .plans import Product

@@ -1,4 +1,4 @@
-"""Plans and launches of rotation, packing and decode attention; those of a prefill are in prefill.py.
+"""Launches of rotation, packing and decode attention; those of a prefill are in prefill.py, plans in plans.py.
 
 Every function returns a `Launch`, whose arrays are contiguous, on the device, with shapes as the kernel's file says. A
 quantized cache is, per layer: pages uint8 [blocks, kv_heads, 2, page_bytes] · norms float32 [blocks, 128] ·
@@ -10,74 +10,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..oscar import Scheme
-from .launch import Card, Launch
-
-if TYPE_CHECKING:
-    from ..config import Config
+from ..pages import PAGE_TOKENS, layout_defines
+from ..plans import DecodePlan, Heads, feedback_bytes, shared_bytes
+from .launch import Launch
 
 Array = Any
-HEAD_DIMS = (64, 128, 256)
 ROTATED_DIMS = (64, 128)  # of heads that decode_merge.cuh rotates
-PAGE_TOKENS = 64
 HEADS_PER_BLOCK = 16  # of rotate_scale.cu
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Of one attention layer."""
-
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, config: Config) -> Heads:
-        return cls(config.num_heads, config.num_kv_heads, config.head_dim)
-
-
-# --- the packed layout
-
-
-def unsupported(scheme: Scheme, head_dim: int) -> str | None:
-    """Why there are no kernels for this cache, or None."""
-    if type(scheme) is not Scheme:
-        return f"{scheme.name}: pack.cu does not know how to choose its codes"
-    if scheme.quantized and scheme.key_axis != "token":
-        return f"{scheme.name}: key groups run along the channels of a token; the packed layout wants them along tokens"
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
-    if not scheme.quantized:
-        return None
-    bits, value_group = {scheme.key_bits, scheme.value_bits}, scheme.value_group(head_dim)
-    if not bits <= {2, 3, 4} or scheme.group not in (32, 64, 128) or value_group not in (32, 64):
-        keys = f"keys in {scheme.key_bits} bits and groups of {scheme.group}"
-        values = f"values in {scheme.value_bits} bits and groups of {value_group}"
-        return f"{scheme.name}: {keys}, {values}, have no packed layout"
-    if scheme.flush % PAGE_TOKENS or scheme.sinks > scheme.flush:
-        window = f"a window that packs {scheme.flush} tokens at a time"
-        return f"{scheme.name}: {window} needs pages of less than {PAGE_TOKENS} or first tokens (sinks) in two of them"
-    return None
-
-
-def layout_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
-    """Macros of layout.cuh. Raises ValueError where `unsupported` has a reason."""
-    if reason := unsupported(scheme, head_dim):
-        raise ValueError(reason)
-    group = scheme.value_group(head_dim)
-    keys = f"KEY_BITS={scheme.key_bits}", f"KEY_GROUP={scheme.group}", f"SCALED={scheme.scale:d}"
-    values = f"VALUE_BITS={scheme.value_bits}", f"VALUE_GROUP={group}", f"SYMMETRIC={scheme.symmetric_values:d}"
-    return f"HEAD_DIM={head_dim}", *keys, *values, f"FLUSH={scheme.flush}", f"KEEP={scheme.keep}"
-
-
-def page_bytes(scheme: Scheme, head_dim: int) -> int:
-    """Bytes of 64 tokens of one kv head, keys and values; half of what two pages share is in it."""
-    both = scheme.packed_layout(2 * PAGE_TOKENS, head_dim).values()
-    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in both) // 2
 
 
 # --- rotate, scale, append; pack
@@ -191,12 +135,6 @@ def pack_defines(scheme: Scheme, head_dim: int) -> tuple[str, ...]:
     return *layout_defines(scheme, head_dim), f"SHAPED={scheme.shaped:d}", f"DITHERED={scheme.dithered:d}"
 
 
-def feedback_bytes(scheme: Scheme, head_dim: int) -> int:
-    """Shared memory of error_feedback.cuh, FeedbackShared: errors twice and fed keys, params, a table for each warp."""
-    tile, params, table = 32 * PAGE_TOKENS + 24, 2 * 32 * max(PAGE_TOKENS // scheme.group, 1), 32 * head_dim
-    return 4 * (3 * tile + params + table)
-
-
 def _packed(cache: dict[str, Array]) -> tuple[Array | None, ...]:
     names = "window_keys", "window_values", "sink_keys", "sink_values", "norms", "pages", "table"
     return tuple(map(cache.get, names))
@@ -220,39 +158,6 @@ def fill_window(heads: Heads, scheme: Scheme, new: PrefillTokens, cache: dict[st
 
 
 # --- decode attention
-
-
-# (warps, stages), best first
-WARP_CONFIGS = (12, 2), (8, 2), (4, 2), (2, 2), (1, 2)
-BF16_WARP_CONFIGS = (8, 2), (4, 3), (4, 2), (2, 2), (1, 2)
-
-
-@dataclass(frozen=True)
-class DecodePlan:
-    """Shape of a decode kernel, for a model, a scheme, a batch and a card: the same for every step."""
-
-    q_per_kv: int  # q heads of one work item, at most 8; more that share a kv head are several groups
-    q_groups: int
-    warps: int
-    stages: int
-    blocks: int
-
-    def workspace_floats(self, head_dim: int) -> int:
-        """Per parity two slots a block, each with sums and four numbers for every 32 channels (decode_merge.cuh)."""
-        return 2 * 2 * self.blocks * self.q_per_kv * head_dim * 9 // 8
-
-    def counters(self, head_dim: int) -> int:
-        """Split counters: one for every 64 channels of the q heads of a block."""
-        return self.blocks * -(-self.q_per_kv * head_dim // 64)
-
-    @property
-    def task_shape(self) -> tuple[int, int, int]:
-        """Rows of four: two for each warp of a block, one for each of the two heads that it shares (schedule.cuh)."""
-        return self.blocks, 2 * self.warps + 2, 4
-
-    def nbytes(self, head_dim: int) -> int:
-        """Of the arrays of a `DecodeState`, but for the lengths."""
-        return 4 * (self.workspace_floats(head_dim) + self.counters(head_dim) + math.prod(self.task_shape))
 
 
 @dataclass(frozen=True)
@@ -289,39 +194,6 @@ class DecodeState:
         if self.scheme.quantized:
             return "decode_attention.cu", (*layout_defines(self.scheme, dim), *config)
         return "decode_attention_bf16.cu", (f"HEAD_DIM={dim}", *config)
-
-
-def decode_plan(heads: Heads, scheme: Scheme, batch: int, card: Card) -> DecodePlan:
-    """The most warps whose rings fit, 8 where items are large (notebook, version 13); of grids near the whole card one
-    where heads end with blocks, or with every second one, and of multiples of 16 splits, which are read at once."""
-    q_per_kv = heads.q_heads // heads.kv_heads
-    q_groups = next(n for n in range(1, q_per_kv + 1) if q_per_kv % n == 0 and q_per_kv // n <= 8)
-    work, limit = batch * heads.kv_heads * q_groups, card.multiprocessors
-    near = range(limit * 15 // 16, limit + 1)
-    even = [n for n in near if n % work == 0 or work % n == 0] or [n for n in near if work > n and 2 * work % n == 0]
-    blocks = max(even, key=lambda n: (n % (16 * work) == 0, n), default=limit)
-    configs = WARP_CONFIGS if scheme.quantized else BF16_WARP_CONFIGS
-    plans = [DecodePlan(q_per_kv // q_groups, q_groups, warps, stages, blocks) for warps, stages in configs]
-    # The sums of 256 channels leave registers for 8 warps.
-    if heads.head_dim > 128 or _item_bytes(heads.head_dim, scheme) >= 6 << 10:
-        plans = [p for p in plans if p.warps <= 8]
-    fitting = (p for p in plans if shared_bytes(heads.head_dim, scheme, p, batch) <= card.max_shared_bytes)
-    return next(fitting, plans[-1])
-
-
-def _item_bytes(head_dim: int, scheme: Scheme) -> int:
-    """Of a page, with all steps and minima that it shares with another one and with norms; or of 16 tokens in BF16."""
-    if not scheme.quantized:
-        return 16 * head_dim * 4
-    shared = 2 * head_dim if scheme.group > PAGE_TOKENS else 0
-    return page_bytes(scheme, head_dim) + shared + (256 if scheme.scale else 0)
-
-
-def shared_bytes(head_dim: int, scheme: Scheme, p: DecodePlan, batch: int) -> int:
-    """Dynamic shared memory of a decode kernel: decode_merge.cuh, LENGTHS_OFFSET and what follows."""
-    ring = p.stages * _item_bytes(head_dim, scheme)
-    heads = p.warps * (ring + p.q_per_kv * head_dim * 4 + 2 * p.q_per_kv * 8 + 8)
-    return -(-heads // 16) * 16 + p.warps * p.stages * 8 + 4 * batch
 
 
 def schedule(state: DecodeState) -> Launch:

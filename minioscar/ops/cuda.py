@@ -13,39 +13,38 @@ from typing import Any
 
 import numpy as np
 
+from .. import work_bytes
 from ..batch import Batch
-from ..cache import BF16, Cache, LayerCache, NewTokens, blocks_of
+from ..cache import BF16, Cache, LayerCache, NewTokens
 from ..compilation.ahead import Paper, programs
 from ..compilation.cubins import Program, compile_all
 from ..config import Config
 from ..cublas import add_product
 from ..decoding import Decoder, Stepper
 from ..experts import on_card as experts
-from ..experts.plans import work_bytes as experts_bytes
 from ..formats import Plain
+from ..machine import Card
 from ..oscar import Scheme
+from ..pages import HEAD_DIMS
+from ..plans import BATCH_TOKENS
 from ..quantized import Quantized
 from ..quantized import on_card as quantized
 from ..sampling import RowSampling
-from ..sm90.prefill_attention import split_plan
 from ..storage.checkpoint import Tensor
 from ..storage.upload import Buffers, Upload, pinned
 from ..towers import on_card as towers
 from ..towers.layers import Layers, Shape
 from ..weights import Layer, bytes_of
-from . import attention, linear, prefill
-from .attention import HEAD_DIMS, Heads
-from .decode import Queue, StepBatch, StepDecoder, step_sizes, unsupported
+from ..work_bytes import MLP_TOKENS, step_plans
+from . import attention, linear
+from .decode import Queue, StepBatch, StepDecoder, unsupported
 from .indices import Indices
-from .launch import Card, Launch, Recording, run
-from .linear import Products, scratch_bytes, step_plans
-from .linear_batch import BATCH_TOKENS
+from .launch import Launch, Recording, run
+from .linear import Products
 from .paged import KernelCache, kernel_cache
 from .reference import Reference
-from .sample import drawing_bytes
 
 Array = Any
-MLP_TOKENS = 8192  # whose gate and up projections are in memory at once
 
 
 class Cuda(Reference):
@@ -113,34 +112,7 @@ class Cuda(Reference):
     def work_bytes(
         self, config: Config, tokens: int, context: int, rows: int = 1, penalties: bool | None = False
     ) -> int:
-        """The arrays of model.py that are alive at once in a prefill, or, of many rows, in a decode step, which finds
-        the scratch of the prefill still there; and in both the logits, the tables of RoPE and that of blocks. Where
-        rows join, both are alive, and steps of several numbers of rows."""
-        tables = 4 * config.head_dim * max(1024, 1 << (context - 1).bit_length()) + 4 * rows * blocks_of(context)
-        if config.head_dim not in HEAD_DIMS:  # array code in float32
-            return 4 // self.dtype.itemsize * super().work_bytes(config, tokens, context, rows) + tables
-        batch = max(rows, tokens if tokens <= BATCH_TOKENS else 0)  # cuBLAS takes more
-        reading = self._prefill_bytes(config, tokens, context) + scratch_bytes(config, batch, self.card)
-        sizes, joins = (step_sizes(rows), True) if penalties is None else ([rows], False)
-        steps = sum(StepBatch.nbytes(config, n, self.card) + scratch_bytes(config, n, self.card) for n in sizes)
-        steps += drawing_bytes(config.vocab_size, rows, penalties is not False)
-        logits = 4 * config.vocab_size * (sum(sizes) + joins * rows)
-        together = reading + steps if joins else max(reading, steps + scratch_bytes(config, rows, self.card))
-        return together + logits + tables
-
-    def _prefill_bytes(self, c: Config, tokens: int, context: int) -> int:
-        """While attention reads keys and values in BF16, or while the MLP runs."""
-        heads, width = Heads.of(c), self.dtype.itemsize
-        split = split_plan(heads, tokens, 1, context - tokens, self.card)
-        attending = width * tokens * (c.hidden_size + 2 * c.q_size + c.qkv_size + c.kv_size)  # x, qkv, q, k, y
-        attending += prefill.past_bytes(heads, tokens, context, self.card) + (split.nbytes(c.head_dim) if split else 0)
-        if c.experts:
-            return max(attending, width * tokens * c.hidden_size + experts_bytes(c, tokens, self.card))
-        gate_up = min(tokens, MLP_TOKENS) * 2 * c.intermediate_size
-        if c.stored_bits(False) and tokens > BATCH_TOKENS:  # the matrix itself, dequantized
-            gate_up += 2 * c.intermediate_size * c.hidden_size
-            attending = max(attending, width * (tokens * (2 * c.hidden_size + c.qkv_size) + c.qkv_size * c.hidden_size))
-        return max(attending, width * (tokens * (2 * c.hidden_size + c.intermediate_size) + gate_up))
+        return work_bytes.on_card(config, tokens, context, rows, penalties, self.card)
 
     def say_if_slow(self, config: Config, scheme: Scheme) -> bool:
         reason = unsupported(config, scheme, 1)
@@ -170,10 +142,10 @@ class Cuda(Reference):
         if is_large:
             return self._large_linear(x, weight, bias, norm, silu, residual)
         out = self.xp.empty((tokens, rows), np.float32 if float32 else self.dtype)
-        of = x, out, residual
+        of, launches = (x, out, residual), quantized.launches if isinstance(weight, Quantized) else Products.launches
         for i in range(0, tokens, limit):
             given, to, sums = of if tokens <= limit else (None if a is None else a[i : i + limit] for a in of)
-            for launch in self.products.launches(given, weight, to, norm=norm, bias=bias, silu=silu, residual=sums):
+            for launch in launches(self.products, given, weight, to, norm=norm, bias=bias, silu=silu, residual=sums):
                 self.run(launch)
         return out
 

@@ -19,18 +19,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..cache import BF16, Cache, LayerCache
+from ..cache import Cache, LayerCache
 from ..config import Config
 from ..decoding import Decoder, Stepper
 from ..errors import Failure
 from ..experts import plans as experts
-from ..oscar import SCHEMES, Scheme
+from ..machine import Card
+from ..oscar import Scheme
+from ..pages import unsupported as has_no_pages
+from ..plans import BATCH_TOKENS, Heads, decode_plan, step_sizes
 from ..sampling import NOT_FINITE, RowSampling, history
 from ..storage.upload import pinned
 from . import attention
-from .attention import DecodeState, Heads
-from .launch import Card, Launch
-from .linear_batch import BATCH_TOKENS
+from .attention import DecodeState
+from .launch import Launch
 from .sample import SAMPLE_VOCAB, Drawing, advance, sample
 
 Array = Any
@@ -43,12 +45,6 @@ class Runner(Protocol):
     card: Card
 
     def run(self, launch: Launch) -> None: ...
-
-
-def step_sizes(rows: int) -> list[int]:
-    """How many rows the recorded steps of a cache have whose rows join and leave: a step is of the first so many that
-    have all that are in use, so that a few do not pay for all."""
-    return [*(1 << i for i in range((rows - 1).bit_length())), rows]
 
 
 class StepBatch:
@@ -75,7 +71,7 @@ class StepBatch:
         self.tokens, self.steps = (xp.zeros(size, np.int32) for _ in range(2))
         self.lengths = xp.asarray(np.full(size, -1, np.int32))
         self.shifts = xp.zeros(size, np.int32) if config.towers else None
-        plan = attention.decode_plan(heads, scheme, size, ops.card)
+        plan = decode_plan(heads, scheme, size, ops.card)
         self.rotates_back = rotates_values and heads.head_dim in attention.ROTATED_DIMS
         of_rows = heads, scheme, plan, self.lengths, cache.arrays["table"], self.rotates_back
         self.state, self.all_lengths = DecodeState.allocate(xp, *of_rows), self.lengths
@@ -87,20 +83,10 @@ class StepBatch:
         part.tokens, part.steps, part.lengths = self.tokens[here], self.steps[here], self.lengths[here]
         part.shifts = None if self.shifts is None else self.shifts[here]
         part.drawing = self.drawing.rows(here)
-        plan = attention.decode_plan(heads, scheme, rows, ops.card)
+        plan = decode_plan(heads, scheme, rows, ops.card)
         of_rows = heads, scheme, plan, part.lengths, self.state.table, self.rotates_back
         part.state = DecodeState.allocate(ops.xp, *of_rows)
         return part
-
-    @staticmethod
-    def nbytes(config: Config, rows: int, card: Card) -> int:
-        """Of these arrays, how rows draw aside, and of the activations of a step."""
-        c = config
-        plan = attention.decode_plan(Heads.of(c), SCHEMES["int2"], rows, card)  # no scheme has more tasks
-        widths = 2 * c.hidden_size, 2 * c.q_size + c.qkv_size, c.intermediate_size  # x twice; qkv, q, y; h
-        x, attending, h = (BF16.itemsize * rows * width for width in widths)
-        activations = x + (max(attending, experts.work_bytes(c, rows, card)) if c.experts else attending + h)
-        return activations + plan.nbytes(c.head_dim)
 
     def schedule(self, ops: Runner) -> None:
         """Shares the step's attention out to the warps of the card, for every layer."""
@@ -319,7 +305,7 @@ class Queue:
 
 def unsupported(config: Config, scheme: Scheme, rows: int) -> str | None:
     """Why a step of so many rows cannot be raw kernels alone, or None."""
-    if reason := attention.unsupported(scheme, config.head_dim):
+    if reason := has_no_pages(scheme, config.head_dim):
         return reason
     if config.hidden_size % 8 or config.intermediate_size % 8:
         return f"hidden and intermediate size {config.hidden_size}, {config.intermediate_size} are not multiples of 8"

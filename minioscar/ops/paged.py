@@ -14,10 +14,11 @@ from ..batch import Batch
 from ..config import Config
 from ..layer_cache import BLOCK_TOKENS, LayerCache, Layout, NewTokens, PackedCache, PlainCache
 from ..oscar import Scheme
-from ..pages import NAMES, from_pages, to_pages
+from ..pages import NAMES, PAGE_TOKENS, from_pages, page_bytes, to_pages, unsupported
+from ..plans import Heads
 from ..sm90 import prefill_attention as sm90
 from . import attention, prefill
-from .attention import PAGE_TOKENS, Heads, KeyOutputs, PrefillTokens, Rotation, page_bytes
+from .attention import KeyOutputs, PrefillTokens, Rotation
 from .decode import StepBatch
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ IN_CACHE = NewTokens()
 
 def kernel_cache(config: Config, scheme: Scheme) -> type[KernelCache] | None:
     """The kind of cache that has kernels for this scheme and head size; None: there are none."""
-    if attention.unsupported(scheme, config.head_dim):
+    if unsupported(scheme, config.head_dim):
         return None
     return PagedCache if scheme.quantized else KernelPlainCache
 

@@ -1,4 +1,4 @@
-"""Plans and launches of the attention of a prefill: a packed past back to BF16, and the attention itself."""
+"""Launches of the attention of a prefill: a packed past back to BF16, and the attention itself."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from typing import Any
 import numpy as np
 
 from ..cache import BF16
+from ..machine import Card
 from ..oscar import Scheme
+from ..pages import PAGE_TOKENS, layout_defines
+from ..plans import Heads, prefill_plan
 from ..sm90 import prefill_attention as sm90
 from ..sm90.prefill_attention import KeySplits, Tiles
-from .attention import PAGE_TOKENS, Heads, PrefillTokens, layout_defines, log2_scale
-from .launch import Card, Launch
+from .attention import PrefillTokens, log2_scale
+from .launch import Launch
 
 Array = Any
 Past = tuple[Array, Array] | Tiles
-
-
-def past_bytes(heads: Heads, tokens: int, context: int, card: Card) -> int:
-    """Of `Past` while the last `tokens` tokens of a context attend: all tokens in tiles, or the older ones unpacked."""
-    past = context if sm90.tiled(heads.head_dim, card) else context - tokens
-    return 2 * BF16.itemsize * past * heads.kv_heads * heads.head_dim
 
 
 def unpack(
@@ -40,12 +37,6 @@ def unpack(
     return Launch("unpack.cu", "unpack", defines, grid, 2 * heads.head_dim, args)
 
 
-# head_dim, and smaller ones -> (warps, row tiles of 16 a warp, keys of a tile, blocks a multiprocessor), best first
-PREFILL_CONFIGS = {
-    64: [(4, 2, 64, 2)], 96: [(4, 2, 64, 2)], 128: [(4, 2, 48, 2)], 256: [(8, 1, 64, 1), (8, 1, 32, 1), (4, 1, 16, 2)],
-}
-
-
 def prefill_attention(
     heads: Heads, q: Array, new: PrefillTokens, past: Past | None, out: Array, card: Card, *,
     scale: float | None = None, splits: KeySplits | None = None,
@@ -60,20 +51,13 @@ def prefill_attention(
     scale_log2 = log2_scale(scale, heads.head_dim)
     if isinstance(past, Tiles):
         return sm90.attend_to_tiles(heads, q, new, past, out, card, scale_log2, splits or sm90.WHOLE)
-    d, q_per_kv = heads.head_dim, heads.q_heads // heads.kv_heads
-
-    def config_bytes(warps: int, row_tiles: int, tile: int, _blocks: int) -> int:
-        return (warps * row_tiles * 16 + 4 * tile) * (2 * d + 16)
-
-    configs = PREFILL_CONFIGS[min(size for size in PREFILL_CONFIGS if size >= d)]
-    config = next(c for c in configs if config_bytes(*c) <= card.max_shared_bytes)
+    d, q_per_kv, plan = heads.head_dim, heads.q_heads // heads.kv_heads, prefill_plan(heads.head_dim, card)
     names = "BLOCK_WARPS", "ROW_TILES", "TILE", "BLOCKS_PER_SM"
-    defines = f"HEAD_DIM={d}", f"Q_PER_KV={q_per_kv}", *(f"{name}={n}" for name, n in zip(names, config, strict=True))
-    grid = -(-new.max_count * q_per_kv // (config[0] * config[1] * 16)), heads.kv_heads, new.starts.shape[0]
+    defines = f"HEAD_DIM={d}", f"Q_PER_KV={q_per_kv}", *(f"{name}={n}" for name, n in zip(names, plan, strict=True))
+    grid = -(-new.max_count * q_per_kv // (plan.warps * plan.row_tiles * 16)), heads.kv_heads, new.starts.shape[0]
     keys, values = past if past else (None, None)
     indices = new.first_rows, new.slots, new.starts, new.counts
     q_stride = q.strides[0] // BF16.itemsize  # of a slice of the qkv projection more than its own numbers
     sizes = q_stride, new.key_stride, new.value_stride, heads.kv_heads, keys.shape[2] if past else 0
     args = (q, new.keys, new.values, keys, values, *indices, out, *map(np.int32, sizes), scale_log2)
-    threads, shared = 32 * config[0], config_bytes(*config)
-    return Launch("prefill_attention.cu", "prefill_attention", defines, grid, threads, args, shared)
+    return Launch("prefill_attention.cu", "prefill_attention", defines, grid, 32 * plan.warps, args, plan.shared(d))

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import oscar
+from .. import oscar, work_bytes
 from ..batch import Batch
 from ..cache import BF16, Cache, LayerCache, NewTokens, array_cache, cache_bytes
-from ..causal_attention import QUERIES
 from ..decoding import Decoder, Stepper
 from ..experts import reference as experts
 from ..machine import host_bytes
@@ -109,19 +108,7 @@ class Reference:
     ) -> int:
         """The arrays of one forward pass of `tokens` tokens that ends at `context`, or of a later step of so many rows;
         weights and cache apart."""
-        hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
-
-        def attention(n: int) -> int:
-            chunk = min(QUERIES, n)
-            scores = config.num_heads * chunk * context
-            scores += chunk * (2 * chunk + 3 * q)  # the mask, q and y of a chunk
-            unpacked = 2 * kv * (context - n)  # the past, twice for a moment
-            return n * (hidden + 3 * q + 6 * kv) + 2 * kv * context + max(unpacked, scores)
-
-        mlp = tokens * (2 * hidden + 8 * config.intermediate_size)
-        if config.experts:  # the router's arrays, and all tokens at one expert
-            mlp += tokens * (3 * hidden + 5 * config.experts.count)
-        return self.dtype.itemsize * max(mlp, attention(tokens), attention(1), rows * config.vocab_size)
+        return work_bytes.of_array_code(config, tokens, context, rows, self.dtype.itemsize)
 
     def say_if_slow(self, config: Config, scheme: Scheme) -> bool:
         """Whether array code runs instead of kernels that this back end has; if so, says it on stderr."""

@@ -26,12 +26,6 @@ def sample_words(vocab: int) -> int:
     return 4 + 1024 + 17 * -(-vocab // 2048) + 8192
 
 
-def drawing_bytes(vocab: int, rows: int, adjusted: bool) -> int:
-    """Of the arrays of a `Drawing`; adjusted: of rows with penalties, or of any rows that join."""
-    of_any = 8 * vocab + 4 * mask_words(vocab) + 4 * MAX_ENDS + 8 * MAX_BIASES
-    return rows * (8 * sample_words(vocab) + SETTINGS.itemsize + (of_any if adjusted else 0))
-
-
 class Drawing:
     """How the rows of a batch draw, on the device; what no row asks for is not there, unless rows of any kind may join.
 

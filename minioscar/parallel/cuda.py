@@ -22,11 +22,11 @@ from ..decoding import Decoder, Stepper
 from ..errors import Failure, one_line
 from ..ops import linear
 from ..ops.cuda import Cuda
-from ..ops.decode import Queue, StepBatch, step_sizes
+from ..ops.decode import Queue, StepBatch
 from ..ops.launch import Launch, Recording, TensorMap, kernel
 from ..ops.linear import Products
-from ..ops.linear_batch import BATCH_TOKENS
 from ..oscar import Scheme
+from ..plans import BATCH_TOKENS, step_sizes
 from ..sampling import RowSampling
 from ..storage.upload import pinned
 from ..weights import Layer

@@ -7,27 +7,27 @@ from typing import Any
 import numpy as np
 
 from ..formats import Plain
-from ..ops.launch import Card, Launch
-from ..ops.linear import OTHERS, Kernels
+from ..ops.launch import Launch
+from ..ops.linear import Products
 from ..sm90 import quantized_vector as sm90
 from . import Quantized, from_plain, plans
 
 Array = Any
 
 
-def fits(tokens: int, weight: Quantized, norm: bool, silu: bool, card: Card) -> bool:
-    return sm90.fits(tokens, weight, silu, card) or plans.fits(tokens, weight, norm, silu, card)
-
-
-def linear(x: Array, weight: Quantized, out: Array, card: Card, **given: Any) -> Launch:
-    """`plans.linear`, or on compute capability 9.0 what is faster."""
-    fits_sm90 = sm90.fits(len(x), weight, given.get("silu", False), card)
-    return (sm90 if fits_sm90 else plans).linear(x, weight, out, card, **given)
-
-
-OTHERS[Quantized] = Kernels(
-    fits, linear, plans.batch_plan, plans.before_batch, plans.linear_batch, plans.possible_plans
-)
+def launches(
+    products: Products, x: Array, weight: Quantized, out: Array, *, norm: tuple[Array, float] | None = None, **rest: Any
+) -> list[Launch]:
+    """`Products.launches` with a quantized matrix; on compute capability 9.0 by what is faster there."""
+    tokens, silu, card = len(x), rest.get("silu", False), products.card
+    if sm90.fits(tokens, weight, silu, card):
+        return [sm90.linear(x, weight, out, card, norm=norm, **rest)]
+    if plans.fits(tokens, weight, norm is not None, silu, card):
+        return [plans.linear(x, weight, out, card, norm=norm, **rest)]
+    plan = plans.batch_plan(tokens, weight, silu, card)
+    products.reserve([plan], 0 if norm is None else x.size)
+    before, x = plans.before_batch(x, weight, plan, norm, products.scratch)
+    return [*before, plans.linear_batch(x, weight, out, plan, products.scratch, **rest)]
 
 
 def stored(ops: Any, plain: Plain) -> Quantized:

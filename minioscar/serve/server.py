@@ -22,8 +22,8 @@ from ..engine import Engine
 from ..errors import Failure, UserError
 from ..layer_cache import BLOCK_TOKENS
 from ..machine import host_bytes
-from ..ops.linear_batch import BATCH_TOKENS
 from ..oscar import SCHEMES
+from ..plans import BATCH_TOKENS
 from ..rows import row_bytes
 from ..sampling import Sampling
 from ..towers.media import bytes_of_media

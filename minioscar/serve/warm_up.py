@@ -7,7 +7,7 @@ import numpy as np
 from ..batch import Batch
 from ..decoding import Decoder
 from ..model import Model
-from ..ops.linear_batch import BATCH_TOKENS
+from ..plans import BATCH_TOKENS
 from ..sampling import RowSampling, Sampling
 from .pooled import PooledCache
 

@@ -19,8 +19,8 @@ from ..cache import BF16
 from ..ops import linear
 from ..ops.attention import Heads, PrefillTokens
 from ..ops.launch import Card, Launch
-from ..ops.linear_batch import BATCH_TOKENS
 from ..ops.prefill import prefill_attention
+from ..plans import BATCH_TOKENS
 from ..sm90 import prefill_attention as sm90
 from .layers import Places, Shape, Weights
 
