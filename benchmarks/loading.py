@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from benchmarks import presets, quantized
 from benchmarks.measure import host_copy_bandwidth, median_and_spread
-from minioscar import memory, weights
+from minioscar import tables, weights
 from minioscar.app import cli
 from minioscar.cache import BF16
 from minioscar.config import Config
@@ -46,8 +46,8 @@ def loading(config: Config, name: str, ops: Reference, repeats: int) -> dict:
     size, free = file_bytes(config), shutil.disk_usage(tempfile.gettempdir()).free
     if size > free:
         raise UserError(
-            f"memory writes a checkpoint of {memory.size(size)} to {tempfile.gettempdir()}, which has "
-            f"{memory.size(free)} free"
+            f"memory writes a checkpoint of {tables.size(size)} to {tempfile.gettempdir()}, which has "
+            f"{tables.size(free)} free"
         )
     with tempfile.TemporaryDirectory() as folder:
         written = write(Path(folder), config)

@@ -17,6 +17,7 @@ from minioscar.ops.reference import Reference
 from minioscar.oscar import WINDOW, Scheme
 from minioscar.parallel import cards
 from minioscar.storage.hub import resolve
+from minioscar.tables import size
 
 USUAL = {"decode": (512, 2048), "throughput": (4096,), "memory": (4096,)}  # contexts
 USUAL_CPU = USUAL | {"throughput": (1024,)}
@@ -114,12 +115,12 @@ def budgets_of(args: argparse.Namespace, ops: Reference, weights: int) -> list[i
     for budget in found:
         if budget <= weights:
             raise UserError(
-                f"--budget {memory.size(budget)} does not even hold the weights, {memory.size(weights)}; give a "
+                f"--budget {size(budget)} does not even hold the weights, {size(weights)}; give a "
                 "larger one"
             )
         if budget > free:
             raise UserError(
-                f"--budget {memory.size(budget)} is more than the {memory.size(free)} of {ops.name} memory that "
+                f"--budget {size(budget)} is more than the {size(free)} of {ops.name} memory that "
                 "are free"
             )
     return found

@@ -52,13 +52,13 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .answers import Generation as Generation
+    from .answers import Logprob as Logprob
     from .app.conversation import Conversation as Conversation
     from .engine import Engine as Engine
     from .engine import load as load
     from .errors import Failure as Failure
     from .errors import UserError as UserError
-    from .generation import Generation as Generation
-    from .generation import Logprob as Logprob
     from .options import Options as Options
     from .oscar import SCHEMES as SCHEMES
     from .prompt_cache import PromptCache as PromptCache
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
 _FROM = {
     "load": "engine", "Engine": "engine", "Conversation": "app.conversation", "PromptCache": "prompt_cache",
-    "Generation": "generation", "Logprob": "generation", "Options": "options", "Sampling": "sampling",
+    "Generation": "answers", "Logprob": "answers", "Options": "options", "Sampling": "sampling",
     "SCHEMES": "oscar",
     "UserError": "errors", "Failure": "errors",
 }  # fmt: skip

@@ -1,4 +1,5 @@
-"""What a Python program gives to `generate` and its like: prompts of one kind, options by name; else a UserError."""
+"""What a Python program gives to `generate` and its like: prompts of one kind, options by name, no more than there is
+room for; else a UserError."""
 
 from __future__ import annotations
 
@@ -9,12 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from . import memory
 from .chat_template import Message, malformed
 from .checks import TEXT, whole
 from .config import Config
 from .errors import UserError, shown
-from .options import Options
+from .model import Model
+from .options import Options, for_each
+from .plans import BATCH_TOKENS
+from .prompt_cache import PromptCache, common
 from .sampling import Sampling
+from .tokenizer import Tokenizer
+from .towers.media import Medium, check_room
 
 Prompt = str | Sequence[int] | Sequence[Message]
 KINDS = 'a prompt is text, a list of token ids, or a list of messages {"role", "content"}'
@@ -104,6 +111,35 @@ def context_of(ctx: Any, config: Config) -> int | None:
     if not 1 <= tokens <= config.max_context:
         raise UserError(f"--ctx {shown(ctx)} is out of range; {config.limit}")
     return tokens
+
+
+def capacity(
+    model: Model, tokenizer: Tokenizer | None, ids: list[list[int]], options: Options | Sequence[Options],
+    ctx: int | None, cache: PromptCache | None = None, media: Sequence[Medium] = (),
+) -> int:
+    """`Engine.capacity`."""
+    config, scheme, ops = model.config, model.scheme, model.ops
+    if not ids:
+        raise UserError("there is no prompt; give at least one")
+    wanted, longest, limit = for_each(options, len(ids)), max(map(len, ids)), config.max_context
+    rows, adjusts = sum(one.n for one in wanted), any(one.adjusts for one in wanted)
+    for one in wanted:
+        one.ends(tokenizer, config.vocab_size)
+    if rows > BATCH_TOKENS:
+        way_out = "give fewer prompts at once (--batch) or a smaller --n"
+        raise UserError(f"{rows} answers at a time are more than {BATCH_TOKENS}; {way_out}")
+    ctx = context_of(ctx, config)
+    if longest > (ctx or limit):
+        way_out = "shorten it or raise --ctx" if ctx and ctx < limit else f"shorten it: {config.limit}"
+        raise UserError(f"the prompt has {longest} tokens, but the context holds {ctx or limit}; {way_out}")
+    context = ctx or min(max(len(prompt) + one.max_tokens for prompt, one in zip(ids, wanted, strict=True)), limit)
+    fed = max(sum(len(prompt) - (common(prompt, cache.ids) if cache else 0) for prompt in ids), 1)
+    if ctx is None and rows == 1:
+        context = memory.as_far_as_it_fits(config, scheme, ops, context, longest, fed, adjusts)
+    else:
+        memory.check(config, scheme, ops, rows, context, fed, penalties=adjusts)
+    check_room(media, config.towers, ops, ops.cache_bytes(config, scheme, rows, context))
+    return context
 
 
 def sequences_of(sequences: Any, answers: int) -> list[int]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from copy import copy
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .cache import Cache, NewTokens
+from .batch import Batch
+from .cache import Cache, LayerCache, NewTokens
 from .config import Config
 from .model import Model
 from .ops.reference import Reference
 from .oscar import SCHEMES
 from .towers.media import Medium
 from .weights import Weights
+
+Array = Any
 
 
 class AttentionInputs(NamedTuple):
@@ -39,4 +43,26 @@ def record_attention_inputs(
     model, cache = Model(config, weights, SCHEMES["bf16"], ops), Cache(config, SCHEMES["bf16"], 1, len(ids), ops)
     batch = cache.batch_for([0], [len(ids)]).reading([ids.tolist()], media)
     ops.prepare(model, cache, [batch], (), progress)
-    model.observed(on_host).forward(np.asarray(ids), cache, batch)
+    observed(model, on_host).forward(np.asarray(ids), cache, batch)
+
+
+def observed(model: Model, seen: Callable[[Array, NewTokens], object]) -> Model:
+    """The same model, which shows what attention is given, queries and new tokens, to `seen`, a layer after the
+    other."""
+    other = copy(model)
+    other.ops = Observed(model.ops, seen)
+    return other
+
+
+class Observed:
+    """A back end that shows what attention is given to `seen` before it attends."""
+
+    def __init__(self, ops: Reference, seen: Callable[[Array, NewTokens], object]):
+        self.ops, self.seen = ops, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ops, name)
+
+    def attention(self, q: Array, new: NewTokens, layer_cache: LayerCache, batch: Batch) -> Array:
+        self.seen(q, new)
+        return self.ops.attention(q, new, layer_cache, batch)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import ChatTemplateError, UserError, one_line, shown
 from .storage import foreign
 from .storage import strict_json as json
 from .storage.files import decoded
@@ -78,6 +78,28 @@ def flat(content: Any) -> Any:
     """Parts as one text, as vLLM joins them; anything else, and parts that are not all text, as it is."""
     is_text = isinstance(content, list | tuple) and all(part["type"] == "text" for part in content)
     return "\n".join(part["text"] for part in content) if is_text else content
+
+
+def chosen(
+    folder: Path, templates: Mapping[str, str], messages: Sequence[Message], variables: Mapping[str, Any],
+    extra: dict[str, Any],
+) -> str:
+    """`Tokenizer.chat`: by the template that extra's chat_template names (the usual one), of those in the folder."""
+    if not (isinstance(messages, list | tuple) and not messages) and (why := malformed(messages)):
+        raise UserError(f"messages cannot be rendered: {why}")
+    name = extra.pop("chat_template", "default")
+    if not isinstance(name, str) or name not in templates:
+        if isinstance(name, str) and name == "default":
+            raise ChatTemplateError(f"{folder}: the model has no chat template")
+        names = ", ".join(sorted(templates)) or "none"
+        raise UserError(f"{folder}: there is no chat template {shown(name)}; it has: {names}")
+    try:
+        return render(templates[name], messages, variables, extra)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    except Exception as error:  # a template is a program: it may end in any exception
+        reason = one_line(error)
+        raise ChatTemplateError(f"{folder}: the chat template failed ({reason})") from error
 
 
 def render(template: str, messages: Sequence[Message], variables: Mapping[str, Any], extra: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os.path import commonprefix
 from typing import Any
 
@@ -22,6 +22,23 @@ from .storage import strict_json as json
 
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 TAIL = 64  # tokens of a prompt that can matter to the text behind it: a character's bytes, a run of byte tokens
+
+
+def complete(stream: Callable[[], Detokenizer], text: str, ids: Sequence[int]) -> str:
+    """The text of an answer, without a last character whose bytes are not all among its ids. stream:
+    `Tokenizer.stream`."""
+    if not text.endswith("\ufffd"):
+        return text
+    cut = []
+    for n in range(4):  # a run of byte tokens is spoilt by its last bytes: it may be whole without them
+        detokenizer = stream()
+        cut.append("".join(map(detokenizer.add, ids[: len(ids) - n])))
+        rest = detokenizer.flush()
+        if n == 0 and cut[0] + rest != text:
+            return text  # a stop string ended it
+        if "\ufffd" not in rest:
+            return cut[n] + rest
+    return cut[0]
 
 
 class Detokenizer:

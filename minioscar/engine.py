@@ -17,6 +17,7 @@ import numpy as np
 
 from . import arguments, memory
 from . import ops as back_ends
+from .answers import Generation
 from .arguments import Prompt
 from .cache import Cache
 from .chat_template import Message
@@ -24,16 +25,16 @@ from .checks import as_path, flag
 from .config import Config
 from .errors import UserError, shown
 from .formats.rounding import MODES
-from .generation import Encoded, Generation, Prompts, Run
+from .generation import Encoded, Prompts, Run
 from .key_shaping import prepared
 from .model import Model, check_scheme
 from .nan_check import Watch
 from .ops.reference import Reference
 from .options import Options, first_answers, for_each
-from .oscar import DEFAULT_SCHEME, SCHEMES, WINDOW, Scheme
+from .oscar import DEFAULT_SCHEME, SCHEMES, Scheme
 from .parallel import cards
-from .plans import BATCH_TOKENS
-from .prompt_cache import File, PromptCache, common, continued
+from .prompt_cache import File, PromptCache, check_owner, common, continued
+from .rows import whole_blocks
 from .storage.checkpoint import weight_files
 from .storage.hub import resolve
 from .tokenizer import Tokenizer
@@ -183,7 +184,7 @@ class Engine:
     def _encode(self, prompt: Prompt, chat: Any, cache: PromptCache | None, template: Any) -> Encoded:
         prompt, chat = arguments.one_prompt(prompt), flag("chat", chat)
         if cache is not None:
-            self.check_owner(cache)
+            check_owner(cache, self)
         full = self._full_prompt(prompt, chat, cache) if isinstance(prompt, str) else prompt
         if arguments.is_chat(full):
             if full is prompt and chat is False:
@@ -245,27 +246,7 @@ class Engine:
         Without ctx it is what prompts and max_tokens need, as far as the model's context goes; for one answer, as far
         as memory has room, too: it ends there. Several at a time are refused instead, since fewer need less.
         """
-        if not ids:
-            raise UserError("there is no prompt; give at least one")
-        wanted, longest, limit = for_each(options, len(ids)), max(map(len, ids)), self.config.max_context
-        rows, adjusts = sum(one.n for one in wanted), any(one.adjusts for one in wanted)
-        for one in wanted:
-            one.ends(self._tokenizer, self.config.vocab_size)
-        if rows > BATCH_TOKENS:
-            way_out = "give fewer prompts at once (--batch) or a smaller --n"
-            raise UserError(f"{rows} answers at a time are more than {BATCH_TOKENS}; {way_out}")
-        ctx = arguments.context_of(ctx, self.config)
-        if longest > (ctx or limit):
-            way_out = "shorten it or raise --ctx" if ctx and ctx < limit else f"shorten it: {self.config.limit}"
-            raise UserError(f"the prompt has {longest} tokens, but the context holds {ctx or limit}; {way_out}")
-        context = ctx or min(max(len(prompt) + one.max_tokens for prompt, one in zip(ids, wanted, strict=True)), limit)
-        fed = max(sum(len(prompt) - (common(prompt, cache.ids) if cache else 0) for prompt in ids), 1)
-        if ctx is None and rows == 1:
-            context = memory.as_far_as_it_fits(self.config, self.scheme, self.ops, context, longest, fed, adjusts)
-        else:
-            memory.check(self.config, self.scheme, self.ops, rows, context, fed, penalties=adjusts)
-        memory.check_media(self.config, self.ops, media, self.ops.cache_bytes(self.config, self.scheme, rows, context))
-        return context
+        return arguments.capacity(self.model, self._tokenizer, ids, options, ctx, cache, media)
 
     # --- prompt caches
 
@@ -287,7 +268,7 @@ class Engine:
             ids = self.render(continued(messages, "a"), template)
             ids = ids[: common(ids, self.render(continued(messages, "1"), template))]
             self._checked(words(ids))
-        context = self.round_up(self.capacity([ids], Options(max_tokens=1), None, media=media))
+        context = whole_blocks(self.capacity([ids], Options(max_tokens=1), None, media=media), self.config)
         run = self.run(Prompts([ids], media=media), self.new_cache(1, context), Options(max_tokens=1))
         logits = run.prefill()[0]
         text = full if isinstance(full, str) else None
@@ -297,18 +278,6 @@ class Engine:
         """A prompt cache that `PromptCache.save` wrote. Raises UserError where it was not made with this model and
         scheme."""
         return PromptCache.load(as_path("a prompt cache", path), self)
-
-    def check_owner(self, cache: PromptCache) -> None:
-        """Raises UserError for what is no prompt cache, or one of another engine."""
-        if not isinstance(cache, PromptCache):
-            raise UserError(f"cache {shown(cache)} must be what prefill or load_cache returned, which reads a file")
-        if cache.engine is not self:
-            raise UserError("this prompt cache belongs to another loaded model; save it and load it with this one")
-
-    def round_up(self, context: int) -> int:
-        """A capacity of whole blocks, if the model has such a context: a row of it can be saved and go on in any
-        other."""
-        return min(-(-context // WINDOW) * WINDOW, self.config.max_context)
 
     # --- logits
 

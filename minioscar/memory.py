@@ -5,14 +5,13 @@ need = weights + cache (exact, cache.py) + work, the arrays of one forward pass 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import Config
 from .errors import Failure, UserError
 from .ops.reference import Reference
 from .oscar import SCHEMES, WINDOW, Scheme
-from .towers.media import Medium
+from .tables import size
 
 NONE_FIT = f"not even {WINDOW} tokens fit"
 
@@ -62,16 +61,6 @@ def check(
         if batch > 1:
             ways.append("fewer sequences at once need less")
         raise UserError(f"{what} {_exceeds(need, free, scheme, ops)}; {', '.join(ways)}")
-
-
-def check_media(config: Config, ops: Reference, media: Sequence[Medium], cache: int) -> None:
-    """Raises UserError where the tower has no room for the largest of these beside so many bytes of cache."""
-    sizes = [(config.towers[medium.kind].work_bytes(medium.tokens, ops), medium) for medium in media]
-    need, medium = max(sizes, key=lambda of: of[0], default=(0, None))
-    if need and need + (cache := cache // ops.cards) > (free := ops.free_bytes() // ops.cards):
-        what = f"{medium.name or medium.kind} becomes {medium.tokens} tokens and needs {size(need)}"
-        beside = f"beside a cache of {size(cache)}, but {size(free)} of {ops.name} memory are free"
-        raise UserError(f"{what} {beside}; make it smaller")
 
 
 def as_far_as_it_fits(
@@ -129,8 +118,3 @@ def out_of_memory(config: Config, scheme: Scheme, ops: Reference, reason: str) -
     fits = longest_context(config, scheme, ops, 1, ops.free_bytes())
     way_out = f"by its arithmetic --ctx {fits} fits now, a shorter prompt surely"
     return Failure(f"out of {ops.name} memory ({reason}); {way_out}")
-
-
-def size(count: int) -> str:
-    """Bytes, for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -8,13 +8,12 @@ The array code does not know which back end runs it, nor what a token costs in t
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .batch import Batch
-from .cache import Cache, LayerCache, NewTokens
+from .cache import Cache, LayerCache
 from .config import Config
 from .errors import UserError
 from .hadamard import hadamard
@@ -39,13 +38,6 @@ class Model:
         self.weights, self.rotates_values = weights, weights.rotation == "online"
         self.encoder = Encoder(config.towers, weights.towers, ops)
         self.tables: tuple[Array, Array] | None = None  # cos and sin of RoPE for the positions seen so far
-
-    def observed(self, seen: Callable[[Array, NewTokens], object]) -> Model:
-        """The same model, which shows what attention is given, queries and new tokens, to `seen`, a layer after the
-        other."""
-        other = copy(self)
-        other.ops = Observed(self.ops, seen)
-        return other
 
     def step(
         self, ids: Array, cache: Cache, batch: Batch, draw: Callable[[Array], Array] | None = None
@@ -111,20 +103,6 @@ class Model:
             size = max(1024, 1 << (positions - 1).bit_length())  # grows by doubling
             self.tables = tuple(self.ops.xp.asarray(table) for table in self.config.rope.tables(size))
         return self.tables
-
-
-class Observed:
-    """A back end that shows what attention is given to `seen` before it attends."""
-
-    def __init__(self, ops: Reference, seen: Callable[[Array, NewTokens], object]):
-        self.ops, self.seen = ops, seen
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.ops, name)
-
-    def attention(self, q: Array, new: NewTokens, layer_cache: LayerCache, batch: Batch) -> Array:
-        self.seen(q, new)
-        return self.ops.attention(q, new, layer_cache, batch)
 
 
 def check_scheme(config: Config, scheme: Scheme) -> None:

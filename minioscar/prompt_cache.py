@@ -162,6 +162,14 @@ def _goes_on(content: Any, held: Any) -> bool:
     return content == held or isinstance(content, str) and isinstance(held, str) and content.startswith(held)
 
 
+def check_owner(cache: Any, engine: Source) -> None:
+    """Raises UserError for what is no prompt cache, or one of another engine."""
+    if not isinstance(cache, PromptCache):
+        raise UserError(f"cache {shown(cache)} must be what prefill or load_cache returned, which reads a file")
+    if cache.engine is not engine:
+        raise UserError("this prompt cache belongs to another loaded model; save it and load it with this one")
+
+
 def check_storable(scheme: Scheme) -> None:
     """Raises UserError where what a row holds means nothing to another run."""
     if scheme.calibrated:

@@ -17,7 +17,7 @@ import numpy as np
 from .batch import Batch
 from .config import Config
 from .layer_cache import BF16, SINK_ARRAYS, WINDOW_ARRAYS, Backend, LayerCache, Layout, blocks_of
-from .oscar import Scheme
+from .oscar import WINDOW, Scheme
 
 Array = Any
 KEPT = "kept_"  # before the names of sinks whose rows are gone
@@ -129,6 +129,11 @@ class Rows:
     def reset(self, slot: int) -> None:
         """Row `slot` is empty again. What its arrays hold is never read: every read is bounded by the length."""
         self.lengths[slot] = self.cuts[slot] = self.shifts[slot] = 0
+
+
+def whole_blocks(context: int, config: Config) -> int:
+    """A capacity of whole blocks, if the model has such a context: a row of it can be saved and go on in any other."""
+    return min(-(-context // WINDOW) * WINDOW, config.max_context)
 
 
 def row_layout(config: Config, scheme: Scheme, length: int, packed: int | None = None) -> Layout:

@@ -179,15 +179,3 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.min_p > 0:
         p[p < sampling.min_p * p.max()] = 0
     return p
-
-
-def likeliest(logits: np.ndarray, token: int, k: int) -> list[tuple[int, float]]:
-    """(id, log-probability) of `token`, then of the k likeliest tokens in order; logits float32 [vocab], natural
-    logarithms."""
-    x = logits.astype(np.float64)
-    x -= x.max()
-    x -= np.log(np.exp(x).sum())
-    k = min(k, len(x))
-    top = np.argpartition(-x, k - 1)[:k] if k else np.empty(0, int)
-    top = top[np.lexsort((top, -x[top]))]
-    return [(i, max(float(x[i]), -9999.0)) for i in (token, *top.tolist())]  # JSON has no infinity

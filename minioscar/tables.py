@@ -1,4 +1,4 @@
-"""Tables of text: in Markdown for a page, or in columns of equal width for a terminal."""
+"""Tables of text, in Markdown for a page or in columns of equal width for a terminal, and numbers in them."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def aligned(cells: Iterable[tuple[str, int]]) -> str:
     """A line of cells, each with its width; a negative one keeps the text to the left."""
     return " ".join(cell.ljust(-width) if width < 0 else cell.rjust(width) for cell, width in cells).rstrip()
+
+
+def size(count: int) -> str:
+    """Bytes, for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

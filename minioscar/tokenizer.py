@@ -15,7 +15,7 @@ from . import chat_template
 from .chat_template import Message
 from .checks import TEXT, whole
 from .detokenizer import Detokenizer
-from .errors import ChatTemplateError, UserError, one_line, shown
+from .errors import UserError, one_line, shown
 from .model_files.tokenizer import read_folder
 
 
@@ -34,13 +34,10 @@ class Tokenizer:
         except ValueError as error:
             raise UserError(f"{self.folder / 'tokenizer.json'}: {error}; use a newer minioscar") from None
 
-    def _id(self, token: str | None) -> int | None:
-        return None if token is None else self._tokenizer.token_to_id(token)
-
     def special_id(self, text: str) -> int | None:
         """The id of the special token whose text is exactly this; None if there is none."""
         try:
-            found = self._id(text)
+            found = self.token_id(text)
         except (TypeError, UnicodeEncodeError):
             return None
         return found if found in self._special else None
@@ -82,7 +79,7 @@ class Tokenizer:
 
     def token_id(self, text: str) -> int | None:
         """The id of the token of exactly this text, special or added; None if there is none."""
-        return self._id(text)
+        return self._tokenizer.token_to_id(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token is of a text, half a character if it is one; of a special token none."""
@@ -95,21 +92,6 @@ class Tokenizer:
             "token id", token_id, lambda i: 0 <= i < 2**32, "a number from 0 on"
         )
         return stream.add(token_id) + stream.flush()
-
-    def complete(self, text: str, ids: Sequence[int]) -> str:
-        """The text of an answer, without a last character whose bytes are not all among its ids."""
-        if not text.endswith("\ufffd"):
-            return text
-        cut = []
-        for n in range(4):  # a run of byte tokens is spoilt by its last bytes: it may be whole without them
-            stream = self.stream()
-            cut.append("".join(map(stream.add, ids[: len(ids) - n])))
-            rest = stream.flush()
-            if n == 0 and cut[0] + rest != text:
-                return text  # a stop string ended it
-            if "\ufffd" not in rest:
-                return cut[n] + rest
-        return cut[0]
 
     @property
     def has_chat_template(self) -> bool:
@@ -130,25 +112,10 @@ class Tokenizer:
         template: more variables for it (enable_thinking=False); chat_template is the name of one of several. tools:
         what the model may call, as OpenAI's API describes it.
         """
-        if not (isinstance(messages, list | tuple) and not messages) and (why := chat_template.malformed(messages)):
-            raise UserError(f"messages cannot be rendered: {why}")
-        extra = dict(template or {})
-        name = extra.pop("chat_template", "default")
-        if not isinstance(name, str) or name not in self._templates:
-            if isinstance(name, str) and name == "default":
-                raise ChatTemplateError(f"{self.folder}: the model has no chat template")
-            names = ", ".join(sorted(self._templates)) or "none"
-            raise UserError(f"{self.folder}: there is no chat template {shown(name)}; it has: {names}")
         variables = {**self._named, "add_generation_prompt": add_generation_prompt}
         if tools:
             variables["tools"] = tools
-        try:
-            return chat_template.render(self._templates[name], messages, variables, extra)
-        except UserError as error:
-            raise UserError(f"{self.folder}: {error}") from None
-        except Exception as error:  # a template is a program: it may end in any exception
-            reason = one_line(error)
-            raise ChatTemplateError(f"{self.folder}: the chat template failed ({reason})") from error
+        return chat_template.chosen(self.folder, self._templates, messages, variables, dict(template or {}))
 
     def prompt_ids(self, text: str, chat: bool, template: Mapping[str, Any] | None = None) -> list[int]:
         """chat: the text as a user's message, through the template, which writes BOS itself.

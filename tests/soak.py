@@ -34,8 +34,8 @@ from typing import Any
 import numpy as np
 
 from minioscar import Conversation, Engine, Failure, Options, Sampling, UserError, load
+from minioscar.answers import Generation
 from minioscar.evaluation.fidelity import default_text
-from minioscar.generation import Generation
 
 from .fuzz import fuzz
 

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minioscar import engine as engine_module
+from minioscar.answers import StopText, likeliest
 from minioscar.cache import Cache
 from minioscar.errors import Failure, UserError
-from minioscar.generation import Options, StopText
-from minioscar.sampling import Sampling, likeliest, sample
+from minioscar.generation import Options
+from minioscar.sampling import Sampling, sample
 
 from .tiny import load, talker, write_model, write_talker
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from benchmarks.cards import Looped
+from minioscar.answers import Generation
 from minioscar.cache import BF16
 from minioscar.config import Config
 from minioscar.engine import Engine
-from minioscar.generation import Generation
 from minioscar.ops import cuda_missing
 from minioscar.options import Options
 from minioscar.oscar import SCHEMES

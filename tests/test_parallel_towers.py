@@ -8,7 +8,6 @@ from functools import cache
 import numpy as np
 import pytest
 
-from minioscar import memory
 from minioscar.app import cli
 from minioscar.engine import Engine, load
 from minioscar.errors import Failure, UserError
@@ -16,7 +15,7 @@ from minioscar.parallel import loading
 from minioscar.parallel.ranks import Ranks
 from minioscar.serve import server
 from minioscar.storage import hub
-from minioscar.towers.media import bytes_of_media
+from minioscar.towers.media import bytes_of_media, check_room
 
 from . import test_llava_and_omni as others
 from . import test_pictures as pictures
@@ -83,10 +82,10 @@ def test_room_for_a_tower_is_left_on_each_card(monkeypatch):
     for free, fits in ((2 * need + held, True), (2 * need + held - 2, False)):
         monkeypatch.setattr(type(model.ops), "free_bytes", lambda self, free=free: free)
         if fits:
-            memory.check_media(model.config, model.ops, media, held)
+            check_room(media, model.config.towers, model.ops, held)
         else:
             with pytest.raises(UserError, match="becomes .* tokens and needs"):
-                memory.check_media(model.config, model.ops, media, held)
+                check_room(media, model.config.towers, model.ops, held)
     plan = server.Plan(1, 256, 128, None, "m", media_tokens=64)
     one = bytes_of_media(model.config.towers, model.ops, 64, 128)
     assert server.media_bytes(model, plan, 256) == 2 * one

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer as Library
 
 from minioscar import engine as engines
+from minioscar.answers import Generation
 from minioscar.app import cli
 from minioscar.app.chat import command, summary
 from minioscar.app.conversation import Conversation
@@ -25,7 +26,6 @@ from minioscar.app.prompts import with_media
 from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.errors import UserError
-from minioscar.generation import Generation
 from minioscar.sampling import Sampling
 from minioscar.serve import bodies, prefixes
 from minioscar.serve.errors import ApiError

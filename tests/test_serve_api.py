@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from minioscar.answers import Logprob
 from minioscar.errors import Failure
-from minioscar.generation import Logprob
 from minioscar.sampling import Sampling
 from minioscar.serve.app import App
 from minioscar.serve.bodies import Service
@@ -628,7 +628,7 @@ def test_a_server_that_ends_takes_nothing_more(app, engine, client):
 
 
 def test_numbers_of_events_are_what_json_has(client, engine):
-    """-inf is clipped before it gets here (`sampling.likeliest`); a stream has no NaN either way."""
+    """-inf is clipped before it gets here (`answers.likeliest`); a stream has no NaN either way."""
     body = {"messages": HELLO, "logprobs": True, "top_logprobs": 2, "stream": True}
     for chunk in client.post("/v1/chat/completions", body).events():
         for choice in chunk["choices"]:

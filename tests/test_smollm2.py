@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from minioscar import engine, oscar, weights
+from minioscar.attention_inputs import observed
 from minioscar.cache import Cache
 from minioscar.config import Config
 from minioscar.evaluation import fidelity
@@ -100,7 +101,7 @@ def test_quantized_cache_of_the_whole_model_is_oscar_bit_for_bit_after_prefill_a
     quantized = engine.load(model, "oscar", "cpu")
     ids = np.array(quantized.tokenizer.encode(fidelity.default_text())[:320])
     scheme, seen = quantized.scheme, []
-    model = quantized.model.observed(lambda q, new: seen.append(new[:3]))
+    model = observed(quantized.model, lambda q, new: seen.append(new[:3]))
     cache = Cache(quantized.config, scheme, 1, 320, quantized.ops)
     for piece in (ids[:200], *(ids[i : i + 1] for i in range(200, 320))):
         model.forward(piece, cache, cache.batch_for([0], [len(piece)]))

@@ -35,7 +35,8 @@ FLOORS = (
     + ("experts.on_card", "quantized.plans", "quantized.on_card", "towers.on_card"),
     ("cache", "layer_cache", "rows", "weights", "quantized.weights", "decoding"),
     ("quantized", "staging"),
-    ("config", "tokenizer", "model_files", "chat_template", "detokenizer", "sampling", "options", "experts"),
+    ("config", "tokenizer", "model_files", "chat_template", "detokenizer", "sampling", "options", "answers")
+    + ("experts",),
     ("oscar", "batch", "causal_attention", "dither", "error_feedback", "hadamard", "rope", "towers"),
     ("storage", "formats"),
     ("errors", "checks", "fields", "tables", "machine", "version", "cublas"),

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minioscar import oscar
+from minioscar.attention_inputs import observed
 from minioscar.cache import BF16, Cache, NewTokens
 from minioscar.config import Config
 from minioscar.engine import Engine
@@ -352,7 +353,7 @@ def prefilled(engine: Engine, ids: list[int]) -> list[tuple[Array, Array]]:
         Model(engine.config, engine.model.weights, EXACT, Reference()),
         Cache(engine.config, EXACT, 1, len(ids), Reference()),
     )
-    model = model.observed(lambda q, new: seen.append((new.k, new.v)))
+    model = observed(model, lambda q, new: seen.append((new.k, new.v)))
     model.forward(np.array(ids), cache, cache.batch_for([0], [len(ids)]))
     return seen
 

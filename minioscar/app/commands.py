@@ -18,8 +18,8 @@ from .wake import wake
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..answers import Generation
     from ..engine import Engine
-    from ..generation import Generation
     from ..options import Options
     from ..oscar import Scheme
     from ..prompt_cache import Message, PromptCache

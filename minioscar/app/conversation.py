@@ -17,15 +17,18 @@ from typing import Any
 import numpy as np
 
 from .. import memory
+from ..answers import Generation
 from ..arguments import context_of, options_of, variables_of
 from ..cache import Cache
 from ..chat_template import Message
+from ..detokenizer import complete
 from ..engine import Engine
 from ..errors import ChatTemplateError, UserError, shown
-from ..generation import Generation, Prompts
+from ..generation import Prompts
 from ..options import Options
 from ..oscar import WINDOW
-from ..prompt_cache import PromptCache, common, continued
+from ..prompt_cache import PromptCache, check_owner, common, continued
+from ..rows import whole_blocks
 from ..towers.media import Medium, media_of, opened
 
 Turn = tuple[list[Message], list[Message]]  # the messages before it, and those that its answer follows
@@ -53,7 +56,7 @@ class Conversation:
         if system is not None and not isinstance(system, str):
             raise UserError(f"system {shown(system)} must be text")
         if cache is not None:
-            engine.check_owner(cache)
+            check_owner(cache, engine)
         if cache is not None and (system is not None or cache.messages is None):
             kind = "token ids" if cache.text is None else "plain text, it was made with --raw"
             why = "its messages are the first, a system message cannot be" if cache.messages else f"it holds {kind}"
@@ -88,7 +91,7 @@ class Conversation:
             ) or min(WINDOW, config.max_context)
         ctx = context_of(ctx, config)
         memory.check(config, scheme, ops, 1, ctx, 1)
-        return self.engine.round_up(ctx)  # whole blocks, so that the row can be saved
+        return whole_blocks(ctx, config)  # so that the row can be saved
 
     def show(self, source: Any, kind: str = "image") -> tuple[Medium, ...]:
         """A picture, an "audio" or a "video" in front of the next message: a file's name, or what else a message's part
@@ -156,13 +159,13 @@ class Conversation:
             more = f"the conversation would have {len(ids)} tokens, the context holds {self.context}"
             raise UserError(f"{more}; begin anew{self._more(' or raise --ctx')}")
         cache = self._cut(ids)
-        prompts, complete, text = Prompts([ids], media=media_of(messages)), self.engine.tokenizer.complete, ""
+        prompts, text = Prompts([ids], media=media_of(messages)), ""
         run = self.engine.run(prompts, cache, options)
         try:
             for _, piece in run:
                 last = run.results[0]
                 if last.finish_reason:  # half a character is no part of a conversation
-                    last.text = complete(last.text, last.token_ids)
+                    last.text = complete(self.engine.tokenizer.stream, last.text, last.token_ids)
                     piece = last.text[len(text) :]
                 text += piece
                 yield piece

@@ -16,11 +16,11 @@ from difflib import get_close_matches
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ..answers import Generation
 from ..arguments import is_chat
 from ..chat_template import Message, malformed
 from ..config import Config
 from ..errors import Failure, UserError, one_line, said, shown
-from ..generation import Generation
 from ..options import Options
 from ..plans import BATCH_TOKENS
 from ..prompt_cache import PromptCache, continued

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ..answers import Answer, Generation, Logprob, logprob
 from ..errors import Failure
-from ..generation import Answer, Generation, Logprob, logprob
 from ..options import Options
 from ..sampling import RowSampling
 from ..tokenizer import Tokenizer

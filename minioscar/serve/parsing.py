@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from json import JSONDecoder
 from typing import Any
 
-from ..generation import begun
+from ..answers import begun
 from ..storage import strict_json as json
 
 Part = tuple[str, Any]

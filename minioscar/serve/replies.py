@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ..generation import Logprob
+from ..answers import Logprob
 from ..version import __version__
 from .bodies import Asked, Service
 from .jobs import Event, Job

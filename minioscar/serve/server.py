@@ -26,6 +26,7 @@ from ..oscar import SCHEMES
 from ..plans import BATCH_TOKENS
 from ..rows import row_bytes
 from ..sampling import Sampling
+from ..tables import size
 from ..towers.media import bytes_of_media
 from .app import App
 from .bodies import Service
@@ -76,7 +77,7 @@ class Plan:
         if self.queue is not None and self.queue < 0:
             raise UserError(f"--queue {self.queue} is out of range; it must be 0 or more")
         if not 0 <= self.host_cache * 1e9 <= host_bytes():  # NaN is not, either
-            room = f"this machine has {memory.size(host_bytes())} free"
+            room = f"this machine has {size(host_bytes())} free"
             raise UserError(f"--host-cache {self.host_cache:g} is out of range: in GB, from 0 on, and {room}")
         if self.deadline is not None and not self.deadline > 0:
             raise UserError(f"--deadline {self.deadline:g} is out of range; it must be a positive number of seconds")
@@ -166,7 +167,7 @@ def check_media(engine: Engine, plan: Plan, context: int) -> None:
     if media and need + media > free:
         kinds, tokens = " and ".join(f"{kind}s" for kind in config.towers), min(plan.media_tokens, max(context, 1))
         what = f"{kinds} of {tokens} tokens need"
-        beside = f"{memory.size(media)} beside {memory.size(need)}, but {memory.size(free)} of {ops.name} memory"
+        beside = f"{size(media)} beside {size(need)}, but {size(free)} of {ops.name} memory"
         raise UserError(f"{what} {beside} are free; a smaller --media-tokens, --slots or --ctx needs less")
 
 

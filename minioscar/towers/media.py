@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import TooLarge, UserError
+from ..tables import size
 from .layers import Backend
 
 Array = Any
@@ -120,10 +121,13 @@ class Features:
 class Cards(Backend, Protocol):
     """A back end that may be of several cards, of which the first runs towers."""
 
+    name: str
     cards: int
     first: Backend
 
     def spread(self, x: Array) -> Array: ...
+
+    def free_bytes(self) -> int: ...
 
 
 class Tower(Protocol):
@@ -377,3 +381,13 @@ def bytes_of_media(towers: Mapping[str, Tower], ops: Backend, most: int, chunk: 
         return tower.work_bytes(tokens, ops) + KEPT_BYTES + read
 
     return max(map(of, towers.values()), default=0)
+
+
+def check_room(media: Sequence[Medium], towers: Mapping[str, Tower], ops: Cards, cache: int) -> None:
+    """Raises UserError where the tower has no room for the largest of these beside so many bytes of cache."""
+    sizes = [(towers[medium.kind].work_bytes(medium.tokens, ops), medium) for medium in media]
+    need, medium = max(sizes, key=lambda of: of[0], default=(0, None))
+    if need and need + (cache := cache // ops.cards) > (free := ops.free_bytes() // ops.cards):
+        what = f"{medium.name or medium.kind} becomes {medium.tokens} tokens and needs {size(need)}"
+        beside = f"beside a cache of {size(cache)}, but {size(free)} of {ops.name} memory are free"
+        raise UserError(f"{what} {beside}; make it smaller")
