@@ -16,6 +16,7 @@ from minioscar.cache import BF16, Cache
 from minioscar.experts import plans as experts
 from minioscar.formats import rounding
 from minioscar.formats.plain import BITS, Plain
+from minioscar.joining import JoiningDecoder
 from minioscar.model import Model
 from minioscar.ops.cuda import Cuda
 from minioscar.ops.decode import StepBatch, StepDecoder, unsupported
@@ -271,7 +272,7 @@ def test_an_answer_does_not_depend_on_how_many_rows_its_step_has(make, tmp_path,
     ids, found = np.random.default_rng(seed).integers(0, 160, 126), []
     for slots, left in (([0], [0]), ([0, 4], [0, 4]), ([0, 4], [4])):
         cache = Cache(engine.config, engine.scheme, 5, 140, ops)
-        decoder = StepDecoder(engine.model, cache, None, replay="launches")
+        decoder = JoiningDecoder(engine.model, cache, None, replay="launches")
         assert list(decoder.works) == [1, 2, 4, 5] and [decoder.rows_with(slot) for slot in range(5)] == [1, 2, 4, 4, 5]
         for slot in slots:
             batch = cache.batch_for([slot], [126])
@@ -397,7 +398,7 @@ def test_what_the_steps_of_rows_that_join_allocate_is_predicted(rows):
     model = Model(config, blank_weights(config, SCHEMES["int2"]), SCHEMES["int2"], ops)
     model.tables_for(cache.batch_for([0], [cache.context]))
     before = ops.xp.alive
-    decoder = StepDecoder(model, cache, None)
+    decoder = JoiningDecoder(model, cache, None)
     made, (alone, joining) = ops.xp.alive - before, (
         ops.work_bytes(config, 4096, 4096, rows, penalties) for penalties in (False, None)
     )

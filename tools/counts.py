@@ -31,7 +31,7 @@ FLOORS = (
     ("parallel",),
     ("generation", "prompt_cache", "arguments", "key_shaping", "attention_inputs", "nan_check"),
     ("model", "memory"),
-    ("ops", "pages", "plans", "work_bytes", "sm90", "compilation", "experts.reference", "experts.plans")
+    ("ops", "pages", "plans", "work_bytes", "joining", "sm90", "compilation", "experts.reference", "experts.plans")
     + ("experts.on_card", "quantized.plans", "quantized.on_card", "towers.on_card"),
     ("cache", "layer_cache", "rows", "weights", "quantized.weights", "decoding"),
     ("quantized", "staging"),

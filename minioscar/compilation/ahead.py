@@ -13,6 +13,7 @@ import numpy as np
 from ..batch import Batch
 from ..cache import Cache, LayerCache, NewTokens, of_layer
 from ..decoding import Stepper
+from ..joining import JoiningBatch
 from ..ops.decode import StepBatch, unsupported
 from ..ops.launch import Launch
 from ..quantized import mapped
@@ -46,8 +47,9 @@ def programs(
     for batch in (*(replace(batch, inputs=None) for batch in passes), *with_media):
         model.forward(np.zeros(sum(batch.counts), np.int32), blank, batch)
     if rows is None or rows:
-        whole = StepBatch(paper, config, blank, rows, model.weights.key_feedback, model.rotates_values)
-        for step in (*whole.few.values(), whole):
+        kind = JoiningBatch if rows is None else StepBatch
+        whole = kind(paper, config, blank, rows, model.weights.key_feedback, model.rotates_values)
+        for step in whole.by_rows(paper).values():
             model.step(step.tokens, blank, step, partial(step.draw, ops=paper))
     return list(paper.launched)
 

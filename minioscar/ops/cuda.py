@@ -23,6 +23,7 @@ from ..cublas import add_product
 from ..decoding import Decoder, Stepper
 from ..experts import on_card as experts
 from ..formats import Plain
+from ..joining import JoiningDecoder
 from ..machine import Card
 from ..oscar import Scheme
 from ..pages import HEAD_DIMS
@@ -212,7 +213,8 @@ class Cuda(Reference):
         """Array code, step by step, where `decode.unsupported` has a reason."""
         if unsupported(model.config, cache.scheme, len(cache.lengths)):
             return super().decoder(model, cache, rows, logits=logits)
-        return StepDecoder(model, cache, rows, logits=logits, replay=replay)
+        kind = JoiningDecoder if rows is None else StepDecoder
+        return kind(model, cache, rows, logits=logits, replay=replay)
 
     def prepare(
         self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling] | None, progress: bool

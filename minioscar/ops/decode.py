@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from copy import copy
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,7 +26,7 @@ from ..experts import plans as experts
 from ..machine import Card
 from ..oscar import Scheme
 from ..pages import unsupported as has_no_pages
-from ..plans import BATCH_TOKENS, Heads, decode_plan, step_sizes
+from ..plans import BATCH_TOKENS, Heads, decode_plan
 from ..sampling import NOT_FINITE, RowSampling, history
 from ..storage.upload import pinned
 from . import attention
@@ -52,22 +51,21 @@ class StepBatch:
 
     int32 [rows] arrays on the device: `tokens` stand at positions `lengths` (-1: the row is not in use), `steps` counts
     what the rows have drawn. A step leaves in all three what the next one takes. shifts: `Cache.shifts`, of a model
-    that reads pictures. feedback: `Weights.key_feedback`. few: of rows that join and leave, the batches of the first
-    few, by their number, smallest first. Raises ValueError without kernels.
+    that reads pictures. feedback: `Weights.key_feedback`. Raises ValueError without kernels.
     """
 
+    drawing_type = Drawing
     last = inputs = None  # every token is the last of its sequence, and none is of a picture
 
     def __init__(
-        self, ops: Runner, config: Config, cache: Cache, rows: Sequence[RowSampling] | None,
-        feedback: Array | None = None, rotates_values: bool = False,
+        self, ops: Runner, config: Config, cache: Cache, rows: Sequence[RowSampling], feedback: Array | None = None,
+        rotates_values: bool = False,
     ):
         size, xp, scheme, heads = len(cache.lengths), ops.xp, cache.scheme, Heads.of(config)
         if reason := unsupported(config, scheme, size):
             raise ValueError(reason)
-        rows, is_open = ([RowSampling()] * size, True) if rows is None else (rows, False)
         self.feedback = feedback
-        self.end, self.drawing = cache.context, Drawing(xp, rows, config.vocab_size, is_open)
+        self.end, self.drawing = cache.context, self.drawing_type(xp, rows, config.vocab_size)
         self.tokens, self.steps = (xp.zeros(size, np.int32) for _ in range(2))
         self.lengths = xp.asarray(np.full(size, -1, np.int32))
         self.shifts = xp.zeros(size, np.int32) if config.towers else None
@@ -75,18 +73,10 @@ class StepBatch:
         self.rotates_back = rotates_values and heads.head_dim in attention.ROTATED_DIMS
         of_rows = heads, scheme, plan, self.lengths, cache.arrays["table"], self.rotates_back
         self.state, self.all_lengths = DecodeState.allocate(xp, *of_rows), self.lengths
-        self.few = {n: self._first(n, ops) for n in step_sizes(size)[:-1]} if is_open else {}
 
-    def _first(self, rows: int, ops: Runner) -> StepBatch:
-        """Of the first rows, in the same arrays."""
-        part, here, heads, scheme = copy(self), slice(rows), self.state.heads, self.state.scheme
-        part.tokens, part.steps, part.lengths = self.tokens[here], self.steps[here], self.lengths[here]
-        part.shifts = None if self.shifts is None else self.shifts[here]
-        part.drawing = self.drawing.rows(here)
-        plan = decode_plan(heads, scheme, rows, ops.card)
-        of_rows = heads, scheme, plan, part.lengths, self.state.table, self.rotates_back
-        part.state = DecodeState.allocate(ops.xp, *of_rows)
-        return part
+    def by_rows(self, ops: Runner) -> dict[int, StepBatch]:
+        """The steps that are recorded, by how many of the first rows they are of."""
+        return {len(self.tokens): self}
 
     def schedule(self, ops: Runner) -> None:
         """Shares the step's attention out to the warps of the card, for every layer."""
@@ -139,7 +129,10 @@ class Step:
 
 class StepDecoder(Decoder):
     """A `Decoder` whose steps are queued. replay: "graph", a step is one CUDA graph; "launches", its launches one by
-    one (equal bits); "eager", `model.step` itself, for a back end that looks at what every operation computes."""
+    one (equal bits); "eager", `model.step` itself, for a back end that looks at what every operation computes. Of rows
+    that join and leave: joining.py."""
+
+    batch_type = StepBatch
 
     def __init__(
         self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,
@@ -147,12 +140,12 @@ class StepDecoder(Decoder):
     ):
         super().__init__(model, cache, rows, logits)
         self.ahead, ops = 0 if logits else 1, model.ops
-        self.batch = StepBatch(ops, model.config, cache, rows, model.weights.key_feedback, model.rotates_values)
+        of_model = model.weights.key_feedback, model.rotates_values
+        self.batch = self.batch_type(ops, model.config, cache, self.rows, *of_model)
         self.running: deque[list[int]] = deque()  # the rows of the steps that are not read yet
         self.active: list[int] = []  # the rows that the device has as in use
         self.current: set[int] = set()  # the rows whose newest token and history the device has
-        batches = {**self.batch.few, len(cache.lengths): self.batch}
-        self.works = {rows: Step(model, cache, batch) for rows, batch in batches.items()}
+        self.works = {rows: Step(model, cache, batch) for rows, batch in self.batch.by_rows(ops).items()}
         self.work = self.works[len(cache.lengths)]  # of the newest step
         if replay != "eager":
             for work in self.works.values():
@@ -171,32 +164,6 @@ class StepDecoder(Decoder):
         self.queue.put(self.batch.tokens, newest)
         self.queue.put(self.batch.steps, np.full(len(newest), step, np.int32))
         self.active, self.current = [], set(slots)
-
-    def _first(self, slot: int, row: RowSampling, logits: Array, allowed: np.ndarray | None) -> int:
-        """By the launches of a step, of this row alone."""
-        drawing, here = self.batch.drawing, slice(slot, slot + 1)
-        tokens, steps = self.batch.tokens[here], self.batch.steps[here]
-        nothing, zero, one = (np.array([value], np.int32) for value in (-1, 0, 1))
-        for array, values in (*drawing.of_row(slot, row), (tokens, nothing), (steps, zero)):
-            self.queue.put(array, values)
-        if allowed is not None:
-            self.allow(slot, allowed)
-        with self.queue.current():
-            for launch in sample(logits[None], drawing.rows(here), steps, tokens):
-                self.model.ops.run(launch)
-        self.queue.put(steps, one)
-        self.active = []
-        self.current.add(slot)
-        token = int(self.queue.get(tokens)[0])
-        if token < 0:
-            raise Failure(NOT_FINITE)
-        return token
-
-    def allow(self, slot: int, allowed: np.ndarray) -> None:
-        self.queue.put(self.batch.drawing.allowed[slot], allowed)
-
-    def ordered(self) -> AbstractContextManager:
-        return self.queue.current()
 
     def rows_with(self, slot: int) -> int:
         return next(rows for rows in self.works if rows > slot)
@@ -234,9 +201,6 @@ class StepDecoder(Decoder):
             raise Failure(NOT_FINITE)
         self._add(slots, tokens)
         return tokens, self.queue.get(self.work.logits)[slots] if self.with_logits else None
-
-    def logits_of(self, slot: int) -> np.ndarray:
-        return self.queue.get(self.work.logits[slot])
 
     def drain(self) -> None:
         self.queue.drain()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from copy import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..sampling import RowSampling, Sampling, history, mask_words
+from ..sampling import RowSampling, Sampling
 from .launch import Launch
 
 Array = Any
@@ -27,63 +26,31 @@ def sample_words(vocab: int) -> int:
 
 
 class Drawing:
-    """How the rows of a batch draw, on the device; what no row asks for is not there, unless rows of any kind may join.
+    """How the rows of a batch draw, on the device; what no row asks for is not there.
 
     settings: SETTINGS as uint64 [rows, 6]. workspace: uint64 [rows, sample_words(vocab)], zero between launches.
     adjusted: float32 [rows, vocab], logits after penalties and without end tokens. history: int32 [rows, vocab],
-    `sampling.history`, which the launch that adjusts updates. ends: int32 [rows, end tokens], padded with -1. Of rows
-    that join: allowed, int32 [rows, mask_words(vocab)]; biased, int32 [rows, MAX_BIASES] token ids padded with -1, and
-    biases, float32, what is added to their logits. bins: of the launch that sums for top-p (0: there is none); draws:
+    `sampling.history`, which the launch that adjusts updates. ends: int32 [rows, end tokens], padded with -1. allowed,
+    biased, biases: of rows that join (joining.py). bins: of the launch that sums for top-p (0: there is none); draws:
     whether not all rows are greedy. Raises ValueError for a vocabulary above SAMPLE_VOCAB.
     """
 
     allowed = biased = biases = None
 
-    def __init__(self, xp: Any, rows: Sequence[RowSampling], vocab: int, is_open: bool = False):
+    def __init__(self, xp: Any, rows: Sequence[RowSampling], vocab: int):
         if vocab > SAMPLE_VOCAB:
             raise ValueError(f"a vocabulary of {vocab} does not fit sample.cu, which has room for {SAMPLE_VOCAB}")
         self.vocab, size = vocab, len(rows)
-        self.settings = xp.asarray(np.stack([_settings(row, vocab) for row in rows]))
+        self.settings = xp.asarray(np.stack([settings_of(row, vocab) for row in rows]))
         self.workspace = xp.zeros((size, sample_words(vocab)), np.uint64)
-        penalizes, masks = is_open or any(r.sampling.penalizes for r in rows), is_open or any(r.masks for r in rows)
+        penalizes, masks = any(row.sampling.penalizes for row in rows), any(row.masks for row in rows)
         self.adjusted = xp.empty((size, vocab), np.float32) if penalizes or masks else None
         self.history = xp.zeros((size, vocab), np.int32) if penalizes else None
-        width = MAX_ENDS if is_open else max((len(row.ends) for row in rows if row.masks), default=0)
-        self.ends = xp.asarray(np.stack([_ends(row, width) for row in rows])) if masks else None
-        if is_open:
-            self.allowed = xp.asarray(np.full((size, mask_words(vocab)), -1, np.int32))
-            self.biased = xp.asarray(np.full((size, MAX_BIASES), -1, np.int32))
-            self.biases = xp.zeros((size, MAX_BIASES), np.float32)
+        width = max((len(row.ends) for row in rows if row.masks), default=0)
+        self.ends = xp.asarray(np.stack([ends_of(row, width) for row in rows])) if masks else None
         drawn = [row.sampling for row in rows if row.sampling.temperature > 0]
         nucleus = [s.top_p for s in drawn if s.top_p < 1 and not _top_k(s, vocab)]
-        self.draws = is_open or bool(drawn)
-        self.bins = BINS if is_open else _bins(max(nucleus), vocab) if nucleus else 0
-
-    def rows(self, some: slice) -> Drawing:
-        """The same arrays of some rows."""
-        part = copy(self)
-        for name, array in vars(self).items():
-            if getattr(array, "shape", None):
-                setattr(part, name, array[some])
-        return part
-
-    def of_row(self, slot: int, row: RowSampling) -> Iterator[tuple[Array, np.ndarray]]:
-        """Parts of the arrays, and what is to be in them when this row joins, nothing drawn yet but the token that its
-        first step is fed with. Raises ValueError for more ends or biases than there is room for."""
-        if row.masks and len(row.ends) > MAX_ENDS or len(row.bias) > MAX_BIASES:
-            raise ValueError(f"a row that joins has room for {MAX_ENDS} ends and {MAX_BIASES} biases")
-        yield self.settings[slot], _settings(row, self.vocab)
-        if row.sampling.penalizes:
-            yield self.history[slot], history(row, [], self.vocab)
-        yield self.ends[slot], _ends(row, MAX_ENDS)
-        yield self.allowed[slot], np.full(mask_words(self.vocab), -1, np.int32)
-        ids = np.full(MAX_BIASES, -1, np.int32)
-        ids[: len(row.bias)] = [token for token, _ in row.bias]
-        biases = np.zeros(MAX_BIASES, np.float32)
-        biases[: len(row.bias)] = [bias for _, bias in row.bias]
-        yield self.biased[slot], ids
-        yield self.biases[slot], biases
-
+        self.draws, self.bins = bool(drawn), _bins(max(nucleus), vocab) if nucleus else 0
 
 def _bins(top_p: float, vocab: int) -> int:
     """Of sample_mass: tokens below (1 - top_p) / vocab of the largest p are less than what top-p leaves out, all
@@ -92,11 +59,11 @@ def _bins(top_p: float, vocab: int) -> int:
     return min(math.ceil(24 * (3 + math.log2(vocab / (1 - top_p)))), BINS)
 
 
-def _ends(row: RowSampling, width: int) -> np.ndarray:
+def ends_of(row: RowSampling, width: int) -> np.ndarray:
     return np.array([*(row.ends if row.masks else ()), *[-1] * width][:width], np.int32)
 
 
-def _settings(row: RowSampling, vocab: int) -> np.ndarray:
+def settings_of(row: RowSampling, vocab: int) -> np.ndarray:
     """SETTINGS as uint64 [6]."""
     s = row.sampling
     # Next to 0, the likeliest alone is left
