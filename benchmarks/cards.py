@@ -23,8 +23,9 @@ from benchmarks import models, presets, quantized
 from benchmarks.measure import LAUNCHES, ceilings, median_and_spread, replayed
 from benchmarks.runs import POSITIONS, numbers
 from minioscar.app import cli
+from minioscar.arguments import scheme_named
 from minioscar.config import Config
-from minioscar.engine import Engine, scheme_named
+from minioscar.engine import Engine
 from minioscar.ops import backend
 from minioscar.ops.cuda import Cuda
 from minioscar.oscar import Scheme

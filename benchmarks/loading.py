@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from benchmarks import presets, quantized
 from benchmarks.measure import host_copy_bandwidth, median_and_spread
-from minioscar import tables, weights
+from minioscar import tables, weights, work_bytes
 from minioscar.app import cli
 from minioscar.cache import BF16
 from minioscar.config import Config
@@ -60,7 +60,7 @@ def loading(config: Config, name: str, ops: Reference, repeats: int) -> dict:
 
 def file_bytes(config: Config) -> int:
     """Of the numbers of a checkpoint, about: without the tensors of a format that are small."""
-    return weights.bytes_of(replace(config, weights=None), 2)
+    return work_bytes.of_weights(replace(config, weights=None), 2)
 
 
 def shortened(config: Config, most: int) -> Config:

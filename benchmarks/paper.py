@@ -16,7 +16,8 @@ from typing import Any
 
 import minioscar.evaluation.baselines  # noqa: F401  registers its schemes
 from minioscar.app import cli
-from minioscar.engine import load, scheme_named
+from minioscar.arguments import scheme_named
+from minioscar.engine import load
 from minioscar.errors import UserError
 from minioscar.storage.files import replacing
 from minioscar.tables import markdown

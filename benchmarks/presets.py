@@ -13,14 +13,15 @@ import numpy as np
 
 from benchmarks import quantized
 from minioscar import ops as back_ends
+from minioscar.arguments import scheme_named
 from minioscar.config import Config
-from minioscar.engine import Engine, scheme_named
+from minioscar.engine import Engine
 from minioscar.errors import UserError
 from minioscar.evaluation import baselines  # noqa: F401  registers its schemes
 from minioscar.key_shaping import prepared
 from minioscar.memory import size
-from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference
+from minioscar.pages import check_scheme
 from minioscar.parallel import cards, loading, shares
 from minioscar.parallel.backend import Split
 from minioscar.staging import by_expert

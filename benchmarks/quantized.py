@@ -13,9 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from minioscar.arguments import with_weights
 from minioscar.cache import BF16
 from minioscar.config import Config
-from minioscar.engine import with_weights
 from minioscar.errors import UserError
 from minioscar.formats import Format, Linear, Plain, read_config
 from minioscar.formats.plain import E4M3

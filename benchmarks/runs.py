@@ -12,9 +12,9 @@ from minioscar import arguments, engine, memory
 from minioscar.config import Config
 from minioscar.engine import Engine
 from minioscar.errors import UserError
-from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference
 from minioscar.oscar import WINDOW, Scheme
+from minioscar.pages import check_scheme
 from minioscar.parallel import cards
 from minioscar.storage.hub import resolve
 from minioscar.tables import size
@@ -64,7 +64,7 @@ def parse_runs(args: argparse.Namespace, commands: tuple[str, ...], ops: Referen
 
 def asked_schemes(names: str) -> list[Scheme]:
     """Raises UserError for a name that is none."""
-    return [engine.scheme_named(name.strip()) for name in names.split(",")]
+    return [arguments.scheme_named(name.strip()) for name in names.split(",")]
 
 
 def numbers(option: str, text: str | None, multiple_of: int = 1) -> list[int]:

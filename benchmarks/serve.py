@@ -34,9 +34,9 @@ from benchmarks.serve_target import Target
 from benchmarks.start import environment
 from minioscar import memory
 from minioscar.errors import Failure, UserError
-from minioscar.model import check_scheme
 from minioscar.ops.reference import Reference
 from minioscar.oscar import WINDOW
+from minioscar.pages import check_scheme
 from minioscar.serve import server
 
 T = TypeVar("T")

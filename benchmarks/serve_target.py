@@ -24,9 +24,10 @@ import numpy as np
 
 from benchmarks.runs import model_of
 from minioscar.app import cli
+from minioscar.arguments import scheme_named
 from minioscar.cache import blocks_of_row
 from minioscar.decoding import Decoder
-from minioscar.engine import Engine, scheme_named
+from minioscar.engine import Engine
 from minioscar.sampling import RowSampling, Sampling
 from minioscar.serve import server
 from minioscar.serve.pooled import PooledCache

@@ -1,8 +1,9 @@
-"""What attention is given: queries, keys and values of every layer of an unquantized run."""
+"""What attention is given, queries, keys and values of every layer: shown, counted, or recorded of a run in BF16."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from .towers.media import Medium
 from .weights import Weights
 
 Array = Any
+SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
 
 
 class AttentionInputs(NamedTuple):
@@ -52,6 +54,20 @@ def observed(model: Model, seen: Callable[[Array, NewTokens], object]) -> Model:
     other = copy(model)
     other.ops = Observed(model.ops, seen)
     return other
+
+
+@contextmanager
+def with_progress(model: Model, tokens: int, is_shown: bool) -> Iterator[Model]:
+    """The model for one forward pass of so many tokens, whose layers count on stderr where it is long and that is
+    asked for."""
+    if not is_shown or tokens < SHOW_PREFILL:
+        yield model
+        return
+    from tqdm import tqdm
+
+    title = f"prefill {tokens} tokens"
+    with tqdm(total=model.config.num_layers, desc=title, unit="layer", leave=False) as bar:
+        yield observed(model, lambda *_: bar.update())
 
 
 class Observed:

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from .backend import Backend
 from .batch import Batch
 from .config import Config
-from .layer_cache import BF16, SINK_ARRAYS, Backend, LayerCache, Layout, NewTokens, array_cache, blocks_of
+from .layer_cache import BF16, SINK_ARRAYS, LayerCache, Layout, NewTokens, array_cache, blocks_of
 from .oscar import Scheme
 from .rows import KEPT, Rows
 

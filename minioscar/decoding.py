@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .backend import Backend
 from .batch import Batch
-from .cache import Backend, Cache
+from .cache import Cache
 from .config import Config
 from .sampling import RowSampling, next_token
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,31 +19,28 @@ from . import ops as back_ends
 from .answers import Generation
 from .arguments import Prompt
 from .cache import Cache
-from .chat_template import Message
 from .checks import as_path, flag
 from .config import Config
-from .errors import UserError, shown
-from .formats.rounding import MODES
-from .generation import Encoded, Prompts, Run
+from .errors import UserError
+from .generation import Prompts, Run
 from .key_shaping import prepared
-from .model import Model, check_scheme
+from .model import Model
 from .nan_check import Watch
 from .ops.reference import Reference
 from .options import Options, first_answers, for_each
-from .oscar import DEFAULT_SCHEME, SCHEMES, Scheme
+from .oscar import DEFAULT_SCHEME, Scheme
+from .pages import check_scheme
 from .parallel import cards
-from .prompt_cache import File, PromptCache, check_owner, common, continued
-from .rows import whole_blocks
+from .prompt_cache import File, PromptCache, common
 from .storage.checkpoint import weight_files
 from .storage.hub import resolve
 from .tokenizer import Tokenizer
-from .towers.media import Medium, expanded, hidden, media_of, opened, words
 from .weights import Weights
 from .weights import load as load_weights
 
 
-class Engine:
-    """A model on a back end, bound to a KV scheme, its weights prepared for it by `for_scheme`. `load` makes one."""
+class Engine(arguments.Prompting):
+    """A model on a back end, bound to a KV scheme, its weights `prepared` for it. `load` makes one."""
 
     def __init__(
         self, config: Config, weights: Weights, tokenizer: Tokenizer | None, scheme: Scheme, ops: Reference,
@@ -63,20 +59,6 @@ class Engine:
         if self._tokenizer is None:
             raise UserError("this model was loaded without a tokenizer; give token ids instead of text")
         return self._tokenizer
-
-    @property
-    def weights_sha256(self) -> str:
-        """Of the weight files, hashed when a prompt cache is first saved or loaded. Raises UserError if they have
-        changed."""
-        if self.files is None:
-            why = "this model was not loaded from a folder, so a prompt cache cannot be bound to it"
-            raise UserError(f"{why}; use minioscar.load")
-        return self.files.sha256
-
-    @property
-    def model_files(self) -> list[Path]:
-        """What the model was read from; nothing that is saved may replace it."""
-        return [*(self.files.stamps if self.files else ()), *(self.folder.glob("*.json") if self.folder else ())]
 
     # --- text
 
@@ -168,117 +150,6 @@ class Engine:
         """A run over a cache of the caller's."""
         return Run(self.model, self._tokenizer, prompts, cache, options, sequences, self.progress)
 
-    def encode(
-        self, prompt: Prompt, chat: bool | None = None, cache: PromptCache | None = None,
-        template: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of a whole prompt; parameters as in `generate`. Raises UserError for an empty one, for ids that the
-        model does not have, and where cache, chat and template do not go with this kind of prompt."""
-        return self._encode(prompt, chat, cache, template).ids
-
-    def opened(self, prompt: Prompt) -> str | list[int] | list[Message]:
-        """The prompt, in messages each picture and video read (`media.opened`): calls with it do not read it again."""
-        prompt = arguments.one_prompt(prompt)
-        return opened(prompt, self.config.towers) if arguments.is_chat(prompt) else prompt
-
-    def _encode(self, prompt: Prompt, chat: Any, cache: PromptCache | None, template: Any) -> Encoded:
-        prompt, chat = arguments.one_prompt(prompt), flag("chat", chat)
-        if cache is not None:
-            check_owner(cache, self)
-        full = self._full_prompt(prompt, chat, cache) if isinstance(prompt, str) else prompt
-        if arguments.is_chat(full):
-            if full is prompt and chat is False:
-                raise UserError(f"messages go through the chat template; {arguments.RAW}")
-            messages = self.opened(full)
-            ids = self.render(messages, template)
-            if full is prompt and cache is not None and not cache.begins(messages, ids):
-                way_out = "repeat these, or give the next one as text"
-                raise UserError(f"the messages do not begin with those of the prompt cache; {way_out}")
-            return Encoded(ids, True, media_of(messages))
-        if template:
-            raise UserError("template is for the chat template, but this prompt does not go through it; leave it out")
-        if isinstance(full, str):
-            return Encoded(self._checked(self.tokenizer.prompt_ids(full, chat=False)), False)
-        if chat:
-            raise UserError("token ids are taken as they are; chat=True needs text or messages")
-        held, media = ((), ()) if cache is None else (cache.ids, cache.media)
-        self._checked([*words(held), *full])
-        return Encoded([*held, *full], False, media)
-
-    def _full_prompt(self, text: str, chat: bool | None, cache: PromptCache | None) -> str | list[Message]:
-        """The prompt that a text makes: behind what the cache holds, as a message where the chat template is for it."""
-        if cache is not None:
-            if chat is not None and cache.chat is (not chat):
-                raise UserError("a prompt cache is of a chat or of plain text already; leave chat= (--chat, --raw) out")
-            return cache.followed_by(text)
-        if not text:
-            raise UserError("the prompt is empty; give it some text")
-        chat = self.tokenizer.has_chat_template if chat is None else chat
-        return [{"role": "user", "content": text}] if chat else text
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        if not ids:
-            raise UserError("the prompt is empty, or becomes no tokens; give it some text")
-        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
-            raise UserError(
-                f"the prompt has token ids outside 0 ... {self.config.vocab_size - 1}; the tokenizer is not this "
-                "model's"
-            )
-        return ids
-
-    def render(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids of a chat, by the model's template with these variables more, and the beginning of the answer."""
-        messages = arguments.one_prompt(messages)
-        if not arguments.is_chat(messages):
-            raise UserError('messages must be objects {"role": text, "content": text}')
-        messages = self.opened(messages)
-        text = self.tokenizer.chat(hidden(messages), template=arguments.variables_of(template))
-        ids = self.tokenizer.rendered_ids(text, adds_bos=bool(self.config.towers))
-        return expanded(self._checked(ids), media_of(messages), self.config.towers)
-
-    def capacity(
-        self, ids: list[list[int]], options: Options | Sequence[Options], ctx: int | None,
-        cache: PromptCache | None = None, media: Sequence[Medium] = (),
-    ) -> int:
-        """The capacity of the cache, every limit checked before anything is computed. cache: holds the beginning of the
-        prompts. media: that are in them.
-
-        Without ctx it is what prompts and max_tokens need, as far as the model's context goes; for one answer, as far
-        as memory has room, too: it ends there. Several at a time are refused instead, since fewer need less.
-        """
-        return arguments.capacity(self.model, self._tokenizer, ids, options, ctx, cache, media)
-
-    # --- prompt caches
-
-    def prefill(
-        self, prompt: Prompt, chat: bool | None = None, template: Mapping[str, Any] | None = None
-    ) -> PromptCache:
-        """Reads a prompt now, for `generate(..., cache=...)` and `PromptCache.save` later; parameters as in `generate`.
-
-        A text that the chat template is for becomes a user's message that the prompt of later calls goes on with. They
-        give the same template again: what another one renders differently is read again.
-        """
-        prompt, chat, messages, media = arguments.one_prompt(prompt), flag("chat", chat), None, ()
-        full = self._full_prompt(prompt, chat, None) if isinstance(prompt, str) else prompt
-        if not arguments.is_chat(full) or full is prompt and chat is False:
-            ids = self.encode(prompt, chat, template=template)
-        else:  # only what does not depend on how it goes on: two ways to go on agree on it
-            messages = self.opened(full)
-            media = media_of(messages)
-            ids = self.render(continued(messages, "a"), template)
-            ids = ids[: common(ids, self.render(continued(messages, "1"), template))]
-            self._checked(words(ids))
-        context = whole_blocks(self.capacity([ids], Options(max_tokens=1), None, media=media), self.config)
-        run = self.run(Prompts([ids], media=media), self.new_cache(1, context), Options(max_tokens=1))
-        logits = run.prefill()[0]
-        text = full if isinstance(full, str) else None
-        return PromptCache.of(self, run.cache, ids, messages=messages, text=text, logits=logits, media=media)
-
-    def load_cache(self, path: str | Path) -> PromptCache:
-        """A prompt cache that `PromptCache.save` wrote. Raises UserError where it was not made with this model and
-        scheme."""
-        return PromptCache.load(as_path("a prompt cache", path), self)
-
     # --- logits
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
@@ -325,10 +196,10 @@ def load(
     tokenizer, gpus = flag("tokenizer", tokenizer), arguments.gpus_of(more.get("gpus"))
     progress, debug = (flag(name, more.get(name, False)) for name in ("progress", "debug"))
     with File(as_path("cache", cache)) if cache is not None else nullcontext() as saved:
-        scheme = scheme_named((saved.scheme if saved else DEFAULT_SCHEME) if kv is None else kv)
+        scheme = arguments.scheme_named((saved.scheme if saved else DEFAULT_SCHEME) if kv is None else kv)
         ops = back_ends.backend(device)
         folder = resolve(str(model))
-        config = with_weights(Config.from_folder(folder), weights)
+        config = arguments.with_weights(Config.from_folder(folder), weights)
         check_scheme(config, scheme)
         ops = cards.over(gpus, ops, config, scheme)
         files = weight_files(folder) if saved else None
@@ -349,16 +220,3 @@ def load(
             raise UserError(f"{folder}: the weight files have changed while the model was loaded; load it again")
         engine.files = files  # hashed already
     return engine
-
-
-def with_weights(config: Config, mode: str | None) -> Config:
-    """The config of a model whose matrices are quantized when it is loaded. Raises UserError for an unknown mode."""
-    if mode is not None and mode not in MODES:
-        raise UserError(f"--weights {shown(mode)} is not known; choose from {', '.join(MODES)}, or leave it out")
-    return replace(config, weights=mode)
-
-
-def scheme_named(name: str) -> Scheme:
-    if not isinstance(name, str) or name not in SCHEMES:
-        raise UserError(f"--kv {shown(name)} is not a scheme; choose from {', '.join(SCHEMES)}")
-    return SCHEMES[name]

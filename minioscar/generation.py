@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from . import memory
 from .answers import Answer, Generation
-from .attention_inputs import observed
+from .attention_inputs import with_progress
 from .batch import Batch
 from .cache import Cache
 from .decoding import Decoder
@@ -27,15 +26,6 @@ from .tokenizer import Tokenizer
 from .towers.media import Medium, words
 
 T = TypeVar("T")
-SHOW_PREFILL = 1024  # a prompt this long takes seconds on a CPU: progress is shown
-
-
-class Encoded(NamedTuple):
-    """A prompt as token ids. is_chat: the chat template wrote it."""
-
-    ids: list[int]
-    is_chat: bool
-    media: tuple[Medium, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,25 +161,13 @@ class Run:
         passes = [] if batch is None else [batch]
         self.model.ops.prepare(self.model, self.cache, passes, self.rows if steps else (), self.progress)
         if feeds:
-            with self._progress(sum(map(len, inputs))) as model:
+            with with_progress(self.model, sum(map(len, inputs)), self.progress) as model:
                 logits = self._pass(slots, inputs, lambda ids, batch: model.forward(ids, self.cache, batch))
             logits_of |= zip(slots, logits, strict=True)
         for slot in logits_of:
             for other in range(slot + 1, slot + self.options[slot].n):
                 self.cache.copy(slot, other)
         return np.repeat(np.stack(list(logits_of.values())), [self.options[slot].n for slot in logits_of], axis=0)
-
-    @contextmanager
-    def _progress(self, tokens: int) -> Iterator[Model]:
-        """The model for one long forward pass, whose layers count on stderr where progress is shown."""
-        if not self.progress or tokens < SHOW_PREFILL:
-            yield self.model
-            return
-        from tqdm import tqdm
-
-        title = f"prefill {tokens} tokens"
-        with tqdm(total=self.model.config.num_layers, desc=title, unit="layer", leave=False) as bar:
-            yield observed(self.model, lambda *_: bar.update())
 
     def _pass(self, slots: list[int], inputs: list[list[int]], forward: Callable[[np.ndarray, Batch], T]) -> T:
         """One forward pass. Broken off, it leaves a cache that is whole again; out of memory, it leaves none."""

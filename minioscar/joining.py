@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from .backend import Runner
 from .cache import Cache
 from .config import Config
 from .errors import Failure
 from .ops.attention import DecodeState
-from .ops.decode import Runner, StepBatch, StepDecoder
+from .ops.decode import StepBatch, StepDecoder
 from .ops.sample import BINS, MAX_BIASES, MAX_ENDS, Drawing, ends_of, sample, settings_of
 from .plans import decode_plan, step_sizes
 from .sampling import NOT_FINITE, RowSampling, history, mask_words

@@ -17,7 +17,7 @@ from .error_feedback import feedback_matrix
 from .ops.reference import Reference
 from .oscar import Scheme
 from .quantized import Quantized
-from .weights import Layer, Weights, for_scheme
+from .weights import Layer, Weights, rotate_values
 
 Matrix = Any  # an array, or a Quantized
 TOKENS = 256  # twice or half as many measure the same to within the noise: docs/fidelity.md
@@ -118,8 +118,9 @@ def scale_keys(weights: Weights, config: Config, scales: np.ndarray, ops: Refere
 
 
 def prepared(weights: Weights, config: Config, scheme: Scheme, ops: Reference, progress: bool = False) -> Weights:
-    """Loaded weights as a model with this scheme wants them, in their arrays, which are the caller's no more."""
-    weights = for_scheme(weights, config, scheme, ops)
+    """Loaded weights as a model with this scheme wants them, in their arrays, which are the caller's no more: copies
+    beside them would leave holes in a card's memory that no cache fits into (3 GB of a Qwen3-8B)."""
+    weights = rotate_values(weights, config, ops, in_place=True) if scheme.rotate else weights
     weights = shape_keys(weights, config, scheme, ops, in_place=True, progress=progress)
     return scheme.prepare(weights, config, ops)
 

@@ -12,11 +12,12 @@ table[row, t // 128].
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from .backend import Backend
 from .batch import Batch
 from .causal_attention import QUERIES, causal_attention
 from .config import Config
@@ -28,18 +29,6 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 BLOCK_TOKENS = 128
 WINDOW_ARRAYS = "window_keys", "window_values"
 SINK_ARRAYS = "sink_keys", "sink_values"
-
-
-class Backend(Protocol):
-    """What a cache asks of a back end."""
-
-    xp: Any  # NumPy or CuPy
-
-    def numpy(self, x: Array) -> np.ndarray: ...
-
-    def on_host(self, x: Array) -> np.ndarray: ...
-
-    def cache_type(self, config: Config, scheme: Scheme) -> type[LayerCache]: ...
 
 
 class NewTokens(NamedTuple):

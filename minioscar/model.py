@@ -15,9 +15,8 @@ import numpy as np
 from .batch import Batch
 from .cache import Cache, LayerCache
 from .config import Config
-from .errors import UserError
-from .hadamard import hadamard
 from .oscar import Scheme
+from .pages import check_scheme
 from .towers.media import Encoder
 from .weights import Layer, Weights
 
@@ -103,17 +102,3 @@ class Model:
             size = max(1024, 1 << (positions - 1).bit_length())  # grows by doubling
             self.tables = tuple(self.ops.xp.asarray(table) for table in self.config.rope.tables(size))
         return self.tables
-
-
-def check_scheme(config: Config, scheme: Scheme) -> None:
-    """Raises UserError where the model's head_dim does not fit the scheme's groups or has no Hadamard matrix."""
-    if scheme.quantized and config.head_dim % 16:
-        raise UserError(
-            f"head_dim {config.head_dim} is not a multiple of 16, so --kv {scheme.name} has no groups for it; use "
-            "--kv bf16"
-        )
-    if scheme.rotate:
-        try:
-            hadamard(config.head_dim)
-        except ValueError as error:
-            raise UserError(f"--kv {scheme.name}: {error}; use --kv bf16 or kivi") from None

@@ -135,19 +135,14 @@ def _round(x: Array, step: Array, top: int, xp: Any) -> Array:
 def pack(codes: Array, bits: int, xp: Any = np) -> Array:
     """uint8 codes [..., n] -> bytes [..., n * bits / 8]; the first code stands in the lowest bits. bits: 1, 2, 3, 4, 6
     or 8."""
-    size = math.lcm(bits, 8)  # bits of so many codes that they fill bytes
-    word = xp.uint8 if size == 8 else xp.uint32
-    codes = codes.reshape(*codes.shape[:-1], -1, size // bits).astype(word)
-    words = (codes << xp.arange(0, size, bits, dtype=word)).sum(axis=-1, dtype=word)
-    if size == 8:
-        return words
-    return (words[..., None] >> xp.arange(0, size, 8, dtype=word)).astype(xp.uint8).reshape(*words.shape[:-1], -1)
+    ones = xp.unpackbits(codes.ravel(), bitorder="little").reshape(*codes.shape, 8)[..., :bits]
+    return xp.packbits(ones.ravel(), bitorder="little").reshape(*codes.shape[:-1], -1)
 
 
 def unpack(packed: Array, bits: int, xp: Any = np) -> Array:
     """The inverse of `pack`: uint8 bytes [..., m] -> uint8 codes [..., m * 8 / bits]."""
     if 8 % bits:
-        size = math.lcm(bits, 8)
+        size = math.lcm(bits, 8)  # bits of so many codes that they fill bytes
         words = packed.reshape(*packed.shape[:-1], -1, size // 8).astype(xp.uint32)
         words = (words << xp.arange(0, size, 8, dtype=xp.uint32)).sum(axis=-1, dtype=xp.uint32)
         codes = (words[..., None] >> xp.arange(0, size, bits, dtype=xp.uint32)) & xp.uint32(2**bits - 1)

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 
 from . import oscar
+from .config import Config
+from .errors import UserError
+from .hadamard import hadamard
 from .oscar import Scheme
 
 Array = Any
@@ -21,6 +24,20 @@ HEAD_DIMS = (64, 128, 256)
 PAGE_TOKENS = 64
 CODES = ("key_codes", "value_codes")
 NAMES = (*CODES, "key_step", "key_min", "value_step", "value_min")
+
+
+def check_scheme(config: Config, scheme: Scheme) -> None:
+    """Raises UserError where the model's head_dim does not fit the scheme's groups or has no Hadamard matrix."""
+    if scheme.quantized and config.head_dim % 16:
+        raise UserError(
+            f"head_dim {config.head_dim} is not a multiple of 16, so --kv {scheme.name} has no groups for it; use "
+            "--kv bf16"
+        )
+    if scheme.rotate:
+        try:
+            hadamard(config.head_dim)
+        except ValueError as error:
+            raise UserError(f"--kv {scheme.name}: {error}; use --kv bf16 or kivi") from None
 
 
 def unsupported(scheme: Scheme, head_dim: int) -> str | None:

@@ -8,7 +8,7 @@ depend on the back end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from .batch import Batch
 from .config import Config
-from .layer_cache import BF16, SINK_ARRAYS, WINDOW_ARRAYS, Backend, LayerCache, Layout, blocks_of
+from .layer_cache import BF16, SINK_ARRAYS, WINDOW_ARRAYS, LayerCache, Layout, blocks_of
 from .oscar import WINDOW, Scheme
 
 Array = Any
@@ -25,17 +25,6 @@ KEPT = "kept_"  # before the names of sinks whose rows are gone
 
 class Rows:
     """What `Cache`, which says what these are, can do with its rows."""
-
-    config: Config
-    scheme: Scheme
-    ops: Backend
-    arrays: dict[str, Array]
-    table: np.ndarray
-    layers: list[LayerCache]
-    lengths: np.ndarray
-    cuts: np.ndarray
-    shifts: np.ndarray
-    packed_tokens: Callable[[int], int]
 
     def rollback(self, batch: Batch) -> None:
         """After a pass that ended midway: some layers have its tokens, others not."""

@@ -9,12 +9,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .backend import Backend
 from .config import Config
 from .errors import UserError
 from .formats import Linear, Plain, joined, rounding
@@ -26,19 +27,6 @@ Matrix = Any  # an array, or a quantized.Quantized
 SIBLINGS = ("q", "k", "v"), ("gate", "up"), ("down",)  # projections that stand in one matrix, with those of experts
 PROJECTION = re.compile(r"(.*\.)([a-z]+)(_proj\.weight)$")
 MLP = "gate_up", "down"  # fields of a layer that has them of each expert, if it has experts
-
-
-class Loader(Protocol):
-    """What staging asks of a back end (ops/reference.py says what each does)."""
-
-    xp: Any
-    dtype: np.dtype
-
-    def loading(
-        self, advance: Callable[[int], object], tensors: Sequence[Tensor], dtype: np.dtype | None = None
-    ) -> AbstractContextManager[Callable[[Sequence[Tensor]], Array]]: ...
-
-    def quantized(self, plain: Plain) -> Matrix: ...
 
 
 class Whole:
@@ -64,7 +52,7 @@ class Staging:
     are cut as soon as they are read; columns at last, since what is cut are groups of them."""
 
     def __init__(
-        self, tensors: Checkpoint, config: Config, ops: Loader, matrices: Sequence[str], share: Whole | None = None
+        self, tensors: Checkpoint, config: Config, ops: Backend, matrices: Sequence[str], share: Whole | None = None
     ):
         self.tensors, self.config, self.ops, self.share = tensors, config, ops, share or Whole()
         self.finite = dict[str, Array]()  # whether the codes and scales of a matrix are numbers

@@ -117,17 +117,12 @@ class Tokenizer:
             variables["tools"] = tools
         return chat_template.chosen(self.folder, self._templates, messages, variables, dict(template or {}))
 
-    def prompt_ids(self, text: str, chat: bool, template: Mapping[str, Any] | None = None) -> list[int]:
-        """chat: the text as a user's message, through the template, which writes BOS itself.
-
-        Else the text with BOS as the tokenizer adds it, but not twice where the text begins with it.
-        """
-        if chat:
-            return self.encode(self.chat([{"role": "user", "content": text}], template=template))
+    def prompt_ids(self, text: str) -> list[int]:
+        """Of a plain text, with BOS as the tokenizer adds it, but not twice where the text begins with it."""
         ids = self.encode(text, add_special_tokens=True)
         return ids[1:] if self.bos_id is not None and ids[:2] == [self.bos_id] * 2 else ids
 
     def rendered_ids(self, text: str, adds_bos: bool) -> list[int]:
         """Of what a chat template wrote. adds_bos: with BOS where the text does not begin with it, as the processors of
         models with towers do: LLaVA's templates write none."""
-        return self.prompt_ids(text, chat=False) if adds_bos else self.encode(text)
+        return self.prompt_ids(text) if adds_bos else self.encode(text)

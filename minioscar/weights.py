@@ -8,32 +8,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from . import oscar
+from .backend import Backend
 from .config import Config
 from .errors import UserError
 from .formats import rounding
-from .quantized import RUN, Quantized
-from .staging import Group, Loader, Staging, by_expert
+from .quantized import Quantized
+from .staging import Group, Staging, by_expert
 from .storage.checkpoint import Checkpoint
 from .storage.identity import WeightFiles
 
 Array = Any
 Matrix = Any  # an array, or a quantized.Quantized
 ROUTER = "mlp.gate.weight"
-
-
-class Backend(Loader, Protocol):
-    """What weights ask of a back end (ops/reference.py says what each does)."""
-
-    name: str
-
-    def free_bytes(self) -> int: ...
-
-    def weight_bytes(self, config: Config) -> int: ...
-
-    def rotate_heads(self, x: Array, head_dim: int, axis: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -169,17 +157,6 @@ def opened(folder: Path, config: Config, ops: Backend, stack: ExitStack, cards: 
     return tensors
 
 
-def bytes_of(config: Config, itemsize: int) -> int:
-    """Of all weights, where quantized matrices are kept in 4 or 8 bits and numbers take `itemsize` bytes."""
-    total, shapes = config.parameters() * itemsize, expected(config)
-    for name in matrices(config):
-        rows, columns = shapes[name]
-        bits = config.stored_bits(name == "lm_head.weight", columns if config.shared_keys else 0)
-        if bits is not None:  # of whole runs, and a number for each row
-            total += round(rows * (-(-columns // RUN) * RUN * bits / 8 - columns * itemsize)) + 4 * rows
-    return total
-
-
 def matrices(config: Config) -> list[str]:
     """The names of those that `Config.weights` is about: all but the embedding and routers."""
     shapes = _of_text(config).items()
@@ -242,12 +219,6 @@ def fold_values(layer: Layer, config: Config, ops: Backend) -> Layer:
         ops.rotate_heads(layer.qkv_bias[v:], config.head_dim, 0)
     ops.rotate_heads(layer.o, config.head_dim, 1)
     return layer
-
-
-def for_scheme(weights: Weights, config: Config, scheme: oscar.Scheme, ops: Backend) -> Weights:
-    """The weights as a model with this KV scheme wants them, in the arrays of `weights`, which are the caller's no
-    more: copies beside them would leave holes in a card's memory that no cache fits into (3 GB of a Qwen3-8B)."""
-    return rotate_values(weights, config, ops, in_place=True) if scheme.rotate else weights
 
 
 def arrays(weights: Weights) -> Iterator[Array]:

@@ -1,6 +1,6 @@
-"""Bytes of the arrays of one forward pass, and of the steps behind it: what memory.py asks a back end for.
+"""Bytes of weights, of the arrays of one forward pass and of the steps behind it: what memory.py asks a back end for.
 
-Weights and cache are apart. Each plan says what its launches take; here they are added up, over what is alive at once.
+Each plan says what its launches take; here they are added up, over what is alive at once.
 """
 
 from __future__ import annotations
@@ -15,11 +15,24 @@ from .ops.sample import MAX_BIASES, MAX_ENDS, SETTINGS, sample_words
 from .oscar import SCHEMES
 from .pages import HEAD_DIMS
 from .plans import BATCH_TOKENS, LINEAR_TOKENS, Heads, LinearPlan, batch_plan, decode_plan, step_sizes
+from .quantized import RUN
 from .quantized import plans as quantized
 from .sampling import mask_words
 from .sm90 import prefill_attention as sm90
+from .weights import expected, matrices
 
 MLP_TOKENS = 8192  # whose gate and up projections are in memory at once
+
+
+def of_weights(config: Config, itemsize: int) -> int:
+    """Of all weights, where quantized matrices are kept in 4 or 8 bits and numbers take `itemsize` bytes."""
+    total, shapes = config.parameters() * itemsize, expected(config)
+    for name in matrices(config):
+        rows, columns = shapes[name]
+        bits = config.stored_bits(name == "lm_head.weight", columns if config.shared_keys else 0)
+        if bits is not None:  # of whole runs, and a number for each row
+            total += round(rows * (-(-columns // RUN) * RUN * bits / 8 - columns * itemsize)) + 4 * rows
+    return total
 
 
 def of_array_code(config: Config, tokens: int, context: int, rows: int, itemsize: int) -> int:

@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 from minioscar import quantized
 from minioscar.config import Config
 from minioscar.ops.reference import Reference
-from minioscar.weights import bytes_of, expected, matrices
+from minioscar.weights import expected, matrices
+from minioscar.work_bytes import of_weights
 
 from .tiny import CONFIG, random_weights
 
@@ -277,4 +278,4 @@ class HostOps(Reference):
         return quantized.from_plain(plain)
 
     def weight_bytes(self, config):
-        return bytes_of(config, 2)
+        return of_weights(config, 2)

@@ -10,8 +10,8 @@ import pytest
 
 from minioscar import engine
 from minioscar.app import cli
+from minioscar.arguments import with_weights
 from minioscar.config import Config
-from minioscar.engine import with_weights
 from minioscar.errors import Failure, UserError
 from minioscar.evaluation import fidelity
 from minioscar.formats.plain import BITS
@@ -25,7 +25,8 @@ from minioscar.parallel.shares import Slices
 from minioscar.prompt_cache import PromptCache
 from minioscar.quantized import Quantized, from_plain, has_form
 from minioscar.weights import arrays as arrays_of
-from minioscar.weights import bytes_of, load, matrices
+from minioscar.weights import load, matrices
+from minioscar.work_bytes import of_weights
 
 from .quantized_files import KINDS, HostOps, write_quantized
 from .test_parallel import over
@@ -208,7 +209,7 @@ def test_the_bytes_that_are_announced_are_those_that_cards_keep(name, changes, m
     kept = sum(array.nbytes for array in arrays_of(weights)) - tied * weights.head.nbytes
     padding = 4 * 16 * ops.cards  # the row scales of a last tile that is not full
     assert kept - padding <= ops.weight_bytes(config) <= 1.08 * kept
-    assert ops.weight_bytes(config) < 2 * bytes_of(config, 2)
+    assert ops.weight_bytes(config) < 2 * of_weights(config, 2)
 
 
 @pytest.mark.parametrize(

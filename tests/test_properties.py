@@ -16,10 +16,10 @@ from safetensors.numpy import save_file
 from minioscar.cache import Cache, cache_bytes
 from minioscar.config import Config
 from minioscar.errors import UserError
-from minioscar.model import check_scheme
 from minioscar.model_files.rope import read_rope
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES, WINDOW
+from minioscar.pages import check_scheme
 from minioscar.prompt_cache import FORMAT, VERSION, File, _is_neutral, binding, common, continued
 from minioscar.rows import row_layout
 from minioscar.storage.checkpoint import INDEX, _files
@@ -148,7 +148,8 @@ def test_any_tokenizer_config_encodes_or_is_refused(folder, extra, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(extra))
     try:
         tokenizer = Tokenizer(tmp_path)
-        ids = tokenizer.prompt_ids("the cat", tokenizer.has_chat_template)
+        chat = tokenizer.has_chat_template
+        ids = tokenizer.prompt_ids(tokenizer.chat([{"role": "user", "content": "the cat"}]) if chat else "the cat")
     except UserError as error:
         assert one_line(error)
         return

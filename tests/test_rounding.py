@@ -7,9 +7,9 @@ import pytest
 
 from minioscar.app import cli
 from minioscar.app.flags import FLAGS
+from minioscar.arguments import with_weights
 from minioscar.config import Config
 from minioscar.engine import load as load_engine
-from minioscar.engine import with_weights
 from minioscar.errors import UserError
 from minioscar.formats import rounding
 from minioscar.ops.reference import Reference

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minioscar import engine, oscar, weights
+from minioscar import arguments, engine, oscar, weights
 from minioscar.attention_inputs import observed
 from minioscar.cache import Cache
 from minioscar.config import Config
@@ -171,7 +171,7 @@ def test_its_weights_of_4_bits_are_held_by_int4_in_groups_of_32_and_8_bits_cost_
     engines = [engine.Engine(config, plain, None, SCHEMES["bf16"], ops)]
     for mode, group in (("int8", 64), ("int4", 32)):
         monkeypatch.setattr(rounding, "GROUP", group)
-        own = engine.with_weights(config, mode)
+        own = arguments.with_weights(config, mode)
         engines.append(engine.Engine(own, quantize(plain, own, ops), None, SCHEMES["bf16"], ops))
     _, int8, int4 = fidelity.fidelity(engines, [ids], 256, lambda _: None)
     print(int8["kl"], int4["kl"])

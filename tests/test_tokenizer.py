@@ -200,7 +200,7 @@ def test_a_token_costs_the_same_however_long_the_text_before_it_is(tiny):
 
 def test_encode_adds_special_tokens_only_when_asked(tiny):
     plain = tiny.encode("two")
-    assert tiny.encode("two", add_special_tokens=True) == tiny.prompt_ids("two", chat=False) == [1, *plain]
+    assert tiny.encode("two", add_special_tokens=True) == tiny.prompt_ids("two") == [1, *plain]
 
 
 def test_text_that_cannot_be_encoded_is_one_line(tmp_path):
@@ -459,18 +459,18 @@ def test_bos_and_eos_are_added_as_transformers_does_for_the_class(tmp_path, kind
     if not in_file:
         library.post_processor = processors.ByteLevel()
     one = Tokenizer(save(tmp_path, library, tokenizer_config=config))
-    assert one.prompt_ids("two", chat=False) == [*before, *one.encode("two"), *after]
+    assert one.prompt_ids("two") == [*before, *one.encode("two"), *after]
 
 
 def test_the_class_of_a_model_is_known_where_no_file_names_it(tmp_path):
     config = {"bos_token": "<s>", "add_bos_token": False}
     one = Tokenizer(save(tmp_path, byte_level(), tokenizer_config=config, config={"model_type": "llama"}))
-    assert one.prompt_ids("two", chat=False) == one.encode("two")
+    assert one.prompt_ids("two") == one.encode("two")
 
 
 def test_a_text_that_begins_with_bos_gets_no_second_one(tmp_path):
     one = Tokenizer(save(tmp_path, byte_level(), tokenizer_config={"bos_token": "<s>"}))
-    assert one.prompt_ids("<s>two", chat=False) == one.prompt_ids("two", chat=False)
+    assert one.prompt_ids("<s>two") == one.prompt_ids("two")
 
 
 def test_byte_order_marks_and_line_ends_of_files_are_no_content(tmp_path):
@@ -516,7 +516,7 @@ def test_the_template_sees_messages_special_tokens_and_the_generation_prompt(tmp
 
 def test_chat_prompts_get_no_second_bos(tmp_path):
     one = with_template(tmp_path, "{{ bos_token }}{{ messages[0].content }}", bos_token="<s>")
-    assert one.prompt_ids("two", chat=True) == one.prompt_ids("two", chat=False)
+    assert one.encode(one.chat([{"role": "user", "content": "two"}])) == one.prompt_ids("two")
 
 
 def test_what_templates_use_beyond_plain_jinja_is_there(tmp_path):
@@ -547,7 +547,7 @@ def test_without_a_template_the_way_out_is_one_that_the_caller_has(tmp_path, tem
     with pytest.raises(
         ChatTemplateError, match=r"no chat template; use --raw \(in Python: generate\(..., chat=False\)\)"
     ) as caught:
-        one.prompt_ids("x", chat=True)
+        one.chat([{"role": "user", "content": "x"}])
     for command in ("generate", "cache"):
         assert said(caught.value, command).endswith("no chat template; use --raw")
     assert said(caught.value, "chat").endswith("no chat template; use generate --raw")
@@ -787,7 +787,8 @@ def test_smollm2_encodes_as_transformers_does(smollm2):
     chat = [
         1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2, 198
     ]
-    assert smollm2.prompt_ids("Hi there", chat=True) == [*chat, 1, 4093, 198, 26843, 665, 2, 198, 1, 520, 9531, 198]
+    there = smollm2.encode(smollm2.chat([{"role": "user", "content": "Hi there"}]))
+    assert there == [*chat, 1, 4093, 198, 26843, 665, 2, 198, 1, 520, 9531, 198]
 
 
 def test_smollm2_stops_at_im_end_and_chats_in_chatml(smollm2):
@@ -795,7 +796,7 @@ def test_smollm2_stops_at_im_end_and_chats_in_chatml(smollm2):
     assert smollm2.chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
-    ids = smollm2.prompt_ids("Hi", chat=True)
+    ids = smollm2.encode(smollm2.chat([{"role": "user", "content": "Hi"}]))
     assert ids[:1] == [1] and ids.count(2) == 2
 
 

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from minioscar.arguments import scheme_named
 from minioscar.cache import Cache
 from minioscar.config import Config
-from minioscar.engine import Engine, scheme_named
+from minioscar.engine import Engine
 from minioscar.evaluation.fidelity import BASELINE, compare, default_text, engines_for, standard_error
 from minioscar.evaluation.teacher_forcing import followed, log_softmax
 from minioscar.layer_cache import BLOCK_TOKENS

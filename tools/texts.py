@@ -16,8 +16,8 @@ from dataclasses import replace
 import numpy as np
 
 from minioscar.app.commands import known_schemes
+from minioscar.arguments import scheme_named
 from minioscar.config import Config
-from minioscar.engine import scheme_named
 from minioscar.evaluation import fidelity
 from minioscar.ops import backend
 from minioscar.oscar import SCHEMES

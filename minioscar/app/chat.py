@@ -11,16 +11,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..cache import cache_bytes
 from ..errors import Failure, UserError, said
-from ..memory import size
 from ..oscar import SCHEMES
 from ..storage import strict_json as json
 from ..storage.files import ZEROS, expand, replacing, stdin, stdin_as_text
-from ..towers.media import Medium, hidden
+from ..tables import size
+from ..towers.media import KINDS, Medium, hidden
 from .conversation import Conversation
 
 PROMPT, MORE = ">>> ", "... "
@@ -221,9 +222,7 @@ def command(conversation: Conversation, line: str, options: dict[str, Any]) -> b
     """Runs a /command; False if it is the one that leaves. Raises UserError for one that is not there."""
     name, _, argument = line.strip().partition(" ")
     commands: dict[str, Callable[[], None]] = {
-        "/image": lambda: show(conversation, "image", argument.strip()),
-        "/audio": lambda: show(conversation, "audio", argument.strip()),
-        "/video": lambda: show(conversation, "video", argument.strip()),
+        **{f"/{kind}": partial(show, conversation, kind, argument.strip()) for kind in KINDS},
         "/retry": lambda: retry(conversation, options),
         "/undo": lambda: undo(conversation),
         "/reset": lambda: reset(conversation),

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
-from ..arguments import gpus_of
+from ..arguments import gpus_of, with_weights
 from ..config import Config
-from ..engine import with_weights
 from ..errors import UserError
 from ..memory import longest_context, size
 from ..memory import weight_bytes as bytes_with_tables
-from ..model import check_scheme
 from ..ops import backend
 from ..ops.reference import Reference
 from ..oscar import SCHEMES, WINDOW, Scheme
+from ..pages import check_scheme
 from ..parallel.cards import over
 from ..storage.hub import resolve
 from ..tables import aligned

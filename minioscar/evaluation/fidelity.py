@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import gpus_of
+from ..arguments import gpus_of, scheme_named, with_weights
 from ..config import Config
-from ..engine import Engine, scheme_named, with_weights
+from ..engine import Engine
 from ..errors import UserError
 from ..key_shaping import shape_keys
-from ..model import check_scheme
 from ..ops import backend
 from ..ops.reference import Reference
 from ..oscar import Scheme
-from ..pages import PAGE_TOKENS
+from ..pages import PAGE_TOKENS, check_scheme
 from ..parallel.cards import over
 from ..parallel.loading import load_for_each
 from ..parallel.shares import check

@@ -43,7 +43,13 @@ def drawn(draw: Callable[[Figure, dict], None], report: dict) -> Figure:
 
 
 def sinks(fig: Figure, report: dict) -> None:
-    """Norms of keys and attention received along the text."""
+    """Attention sinks have small keys
+
+    Left: a row is a layer, a column one of the first tokens, red is a key much shorter than the others of its layer
+    (the norm is over all kv heads). Right: every token of the text. The few tokens that nearly every query looks at,
+    the attention sinks, are usually those with the shortest keys: the opposite of an outlier one would look for. A
+    token is listed as a sink of a layer if it gets more than {share} of the attention of queries at least 128 tokens
+    behind it."""
     norms, shares = (np.array([layer[name] for layer in report["layers"]]) for name in ("token_norms", "attention"))
     left, right = fig.subplots(1, 2, width_ratios=(1.25, 1))
     shown = np.arange(min(64, norms.shape[1]))
@@ -72,7 +78,11 @@ def sinks(fig: Figure, report: dict) -> None:
 
 
 def norms(fig: Figure, report: dict) -> None:
-    """Median and 5-95 % of the norms of q, k and v, by layer."""
+    """How long queries, keys and values are
+
+    Median norm per layer and kv head (line), 5 to 95 % of the tokens (band), and the shortest of all (dotted). Rotation
+    by an orthogonal matrix does not change any of these norms; dividing a key by its norm over all kv heads (omni-token
+    scaling) makes all tokens of a layer equally long, and the norm is kept aside as one number per token and layer."""
     x = np.arange(len(report["layers"]))
     for axes, name in zip(fig.subplots(1, 3), "qkv", strict=True):
         q = np.array([layer["norms"][name]["raw"] for layer in report["layers"]])  # [layers, kv_heads, quantiles]
@@ -90,7 +100,12 @@ def norms(fig: Figure, report: dict) -> None:
 
 
 def forms(fig: Figure, report: dict) -> None:
-    """The four forms of the same keys, side by side."""
+    """Why rotate before scaling: the four forms of the same keys
+
+    The first keys of one head, where the effect is largest: rows are tokens, columns are channels, dark is large. Raw
+    keys have outlier channels, and a first token that is nearly empty. Scaling alone blows that token up to the norm of
+    the others, and with it whatever channels its little energy sits in: new outliers. Rotation spreads the energy of
+    each token evenly over all channels first, so that scaling afterwards only equalizes rows."""
     example = report["example"]
     for axes, step in zip(fig.subplots(1, 4, sharey=True), STEPS, strict=True):
         image = axes.imshow(
@@ -103,7 +118,11 @@ def forms(fig: Figure, report: dict) -> None:
 
 
 def artifact(fig: Figure, report: dict) -> None:
-    """How far the token of lowest norm stretches the range of its group."""
+    """The Scaling-Induced Outlier Artifact, measured
+
+    For the token of lowest norm in the first group: how much wider it makes the range of each channel than the other
+    tokens alone would (1 means it fits in). Without rotation, dividing by the norm makes it worse, not better: a few
+    channels get several times their range, and every other token of the group pays for it with coarser steps."""
     left, right = fig.subplots(1, 2)
     x = np.arange(len(report["layers"]))
     for step in STEPS:
@@ -122,7 +141,13 @@ def artifact(fig: Figure, report: dict) -> None:
 
 
 def spread(fig: Figure, report: dict) -> None:
-    """Norm spread of the groups, and the mean range of a channel in a group."""
+    """Token Norm Imbalance
+
+    Left: keys are quantized in groups of consecutive tokens that share a step in every channel. The longer the longest
+    key of a group is compared with the shortest, the coarser the step is for the shortest. Right: the range of a
+    channel inside a group (largest minus smallest), which the four levels must cover, for the four forms of keys: as
+    they are, divided by their norms, rotated, and both. Rotation makes the average channel a little wider; what it
+    takes away are the extremes."""
     left, right = fig.subplots(1, 2)
     spreads = [layer["norm_spread"] for layer in report["layers"]]
     x = np.arange(len(spreads))
@@ -142,7 +167,13 @@ def spread(fig: Figure, report: dict) -> None:
 
 
 def kinds(fig: Figure, report: dict) -> None:
-    """Norms along the tokens of the layer where groups spread most, and spreads by layer, by what tokens are of."""
+    """Token Norm Imbalance by what tokens are of
+
+    Left: the norm of every key, over all kv heads, in the layer where it differs most inside groups. Right: the largest
+    norm of a group over the smallest, median over the groups of text, of pictures, videos and sounds, and over those
+    where kinds meet; dotted: the same in a single kv head once its keys are divided by the norms over all heads, which
+    is what a norm for each head would take away. In text a few sinks are short; the paper's figures of Qwen3-VL show
+    visual tokens of many times the usual norm, and other levels beside text."""
     left, right = fig.subplots(1, 2, width_ratios=(1.6, 1))
     layers = [layer["kinds"] for layer in report["layers"]]
     seen = [kind for kind in KIND_COLORS if any("spread" in of.get(kind, ()) for of in layers)]
@@ -167,7 +198,13 @@ def kinds(fig: Figure, report: dict) -> None:
 
 
 def bound(fig: Figure, report: dict) -> None:
-    """Error against norm spread, with the bound."""
+    """The error grows with the imbalance, as it must
+
+    A code is at most half a step off, and a step is a third of the range of its channel. So without scaling the error
+    of a key, relative to its norm, is at most the dashed line, which rises with the largest norm of the group over the
+    token's own. The measured error of <i>rotation</i> and <i>kivi</i> follows it; dividing by the norm before
+    quantizing (<i>scaling</i>, <i>oscar</i>) makes it flat. The few tokens at the right are the sinks, which matter
+    most; <i>int2</i> keeps the first tokens in BF16 besides."""
     data, shown = report["imbalance"], [
         name for name in ("kivi", "rotation", "scaling", "oscar", "int2") if name in report["schemes"]
     ]
@@ -186,7 +223,10 @@ def bound(fig: Figure, report: dict) -> None:
 
 
 def along(fig: Figure, report: dict) -> None:
-    """Error of keys, token by token, at the beginning and in groups."""
+    """Who pays
+
+    The error of keys along the text, as attention reads them from the cache. Without scaling the first tokens, the
+    sinks, pay for the longer keys of their group. Schemes that keep the first tokens in BF16 have no error there."""
     left, right = fig.subplots(1, 2)
     first = report["group"]
     for name in report["schemes"]:
@@ -203,7 +243,11 @@ def along(fig: Figure, report: dict) -> None:
 
 
 def errors(fig: Figure, report: dict) -> None:
-    """Errors of keys, of values and of what attention returns, by layer."""
+    """What is left of it in the output
+
+    Relative error of keys, of values, and of what attention makes of both for the last queries, by layer. A smaller
+    error of keys is not always a smaller error of the output: a shaped scheme makes larger errors than its plain twin,
+    in directions that queries do not look."""
     x = np.arange(len(report["layers"]))
     for axes, kind in zip(fig.subplots(1, 3), ("keys", "values", "attention"), strict=True):
         for name in report["schemes"]:
@@ -216,7 +260,13 @@ def errors(fig: Figure, report: dict) -> None:
 
 
 def windows(fig: Figure, report: dict) -> None:
-    """Error of attention since the last flush, for one scheme, and its mean for all of them, with several windows."""
+    """What the window is worth
+
+    Left: the error of what attention returns to the last 128 queries, by how long ago the number of tokens was a
+    multiple of 128. Where all 128 tokens of the window are packed at once (128/0), the next queries read even their
+    nearest neighbours from codes, and the error is largest just then; where the oldest 64 or 32 are packed and the
+    others stay (64/64, 32/96), it is nearly even. The codes are the same. Right: the mean of that, for every scheme;
+    its own window is one of them."""
     left, right = fig.subplots(1, 2)
     found, width = report["windows"]["errors"], report["windows"]["bin"]
     name = next((name for name in reversed(found) if len(found[name]) > 1), next(iter(found), None))
@@ -236,7 +286,12 @@ def windows(fig: Figure, report: dict) -> None:
 
 
 def feedback(fig: Figure, report: dict) -> None:
-    """Error of keys by RoPE pair and of logits, with and without shaped rounding."""
+    """What the feedback is worth
+
+    Left: the error of keys in each RoPE pair, mean over layers and heads, relative to that without feedback over all
+    pairs, beside how much queries weigh the pair. Plain rounding makes errors of about the same size in all pairs;
+    shaped rounding makes smaller ones where queries look and larger ones where they do not. Right: what is left of it
+    in the logits (gray: without feedback)."""
     left, right = fig.subplots(1, 2, width_ratios=(1.6, 1))
     left.set(title="Error of keys by RoPE pair, of the mean", xlabel="pair, the one that queries weigh most first")
     right.set(title="Error of logits, nats")
@@ -255,97 +310,11 @@ def feedback(fig: Figure, report: dict) -> None:
     right.set_xticks(range(len(report["feedback"])), report["feedback"])
 
 
-FIGURES: list[tuple[str, str, Callable[[Any, dict], None]]] = [
-    (
-        "Attention sinks have small keys",
-        "Left: a row is a layer, a column one of the first tokens, red is a key much shorter than the others of its "
-        "layer (the norm is over all kv heads). Right: every token of the text. The few tokens that nearly every "
-        "query looks at, the attention sinks, are usually those with the shortest keys: the opposite of an outlier "
-        f"one would look for. A token is listed as a sink of a layer if it gets more than {SINK_SHARE:.0%} of the "
-        "attention of queries at least 128 tokens behind it.",
-        sinks,
-    ),
-    (
-        "How long queries, keys and values are",
-        "Median norm per layer and kv head (line), 5 to 95 % of the tokens (band), and the shortest of all (dotted). "
-        "Rotation by an orthogonal matrix does not change any of these norms; dividing a key by its norm over all kv "
-        "heads (omni-token scaling) makes all tokens of a layer equally long, and the norm is kept aside as one "
-        "number per token and layer.",
-        norms,
-    ),
-    (
-        "Token Norm Imbalance",
-        "Left: keys are quantized in groups of consecutive tokens that share a step in every channel. The longer the "
-        "longest key of a group is compared with the shortest, the coarser the step is for the shortest. Right: the "
-        "range of a channel inside a group (largest minus smallest), which the four levels must cover, for the four "
-        "forms of keys: as they are, divided by their norms, rotated, and both. Rotation makes the average channel a "
-        "little wider; what it takes away are the extremes.",
-        spread,
-    ),
-    (
-        "Token Norm Imbalance by what tokens are of",
-        "Left: the norm of every key, over all kv heads, in the layer where it differs most inside groups. Right: the "
-        "largest norm of a group over the smallest, median over the groups of text, of pictures, videos and sounds, "
-        "and over those where kinds meet; dotted: the same in a single kv head once its keys are divided by the norms "
-        "over all heads, which is what a norm for each head would take away. In text a few sinks are short; the "
-        "paper's figures of Qwen3-VL show visual tokens of many times the usual norm, and other levels beside text.",
-        kinds,
-    ),
-    (
-        "The error grows with the imbalance, as it must",
-        "A code is at most half a step off, and a step is a third of the range of its channel. So without scaling the "
-        "error of a key, relative to its norm, is at most the dashed line, which rises with the largest norm of the "
-        "group over the token's own. The measured error of <i>rotation</i> and <i>kivi</i> follows it; dividing by "
-        "the norm before quantizing (<i>scaling</i>, <i>oscar</i>) makes it flat. The few tokens at the right are the "
-        "sinks, which matter most; <i>int2</i> keeps the first tokens in BF16 besides.",
-        bound,
-    ),
-    (
-        "Why rotate before scaling: the four forms of the same keys",
-        "The first keys of one head, where the effect is largest: rows are tokens, columns are channels, dark is "
-        "large. Raw keys have outlier channels, and a first token that is nearly empty. Scaling alone blows that "
-        "token up to the norm of the others, and with it whatever channels its little energy sits in: new outliers. "
-        "Rotation spreads the energy of each token evenly over all channels first, so that scaling afterwards only "
-        "equalizes rows.",
-        forms,
-    ),
-    (
-        "The Scaling-Induced Outlier Artifact, measured",
-        "For the token of lowest norm in the first group: how much wider it makes the range of each channel than the "
-        "other tokens alone would (1 means it fits in). Without rotation, dividing by the norm makes it worse, not "
-        "better: a few channels get several times their range, and every other token of the group pays for it with "
-        "coarser steps.",
-        artifact,
-    ),
-    (
-        "Who pays",
-        "The error of keys along the text, as attention reads them from the cache. Without scaling the first tokens, "
-        "the sinks, pay for the longer keys of their group. Schemes that keep the first tokens in BF16 have no error "
-        "there.",
-        along,
-    ),
-    (
-        "What is left of it in the output",
-        "Relative error of keys, of values, and of what attention makes of both for the last queries, by layer. A "
-        "smaller error of keys is not always a smaller error of the output: a shaped scheme makes larger errors than "
-        "its plain twin, in directions that queries do not look.",
-        errors,
-    ),
-    (
-        "What the window is worth",
-        "Left: the error of what attention returns to the last 128 queries, by how long ago the number of tokens was "
-        "a multiple of 128. Where all 128 tokens of the window are packed at once (128/0), the next queries read even "
-        "their nearest neighbours from codes, and the error is largest just then; where the oldest 64 or 32 are "
-        "packed and the others stay (64/64, 32/96), it is nearly even. The codes are the same. Right: the mean of "
-        "that, for every scheme; its own window is one of them.",
-        windows,
-    ),
-    (
-        "What the feedback is worth",
-        "Left: the error of keys in each RoPE pair, mean over layers and heads, relative to that without feedback "
-        "over all pairs, beside how much queries weigh the pair. Plain rounding makes errors of about the same size in "
-        "all pairs; shaped rounding makes smaller ones where queries look and larger ones where they do not. Right: "
-        "what is left of it in the logits (gray: without feedback).",
-        feedback,
-    ),
-]
+def captioned(draw: Callable[[Any, dict], None]) -> tuple[str, str, Callable[[Any, dict], None]]:
+    """Title and text of a figure, which its docstring is, and what draws it."""
+    title, _, text = draw.__doc__.partition("\n\n")
+    return title, " ".join(text.split()).format(share=f"{SINK_SHARE:.0%}"), draw
+
+
+DRAWN = sinks, norms, spread, kinds, bound, forms, artifact, along, errors, windows, feedback
+FIGURES = [captioned(draw) for draw in DRAWN]

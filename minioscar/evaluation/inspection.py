@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 
 from .. import oscar
+from ..arguments import scheme_named
 from ..attention_inputs import AttentionInputs, record_attention_inputs
 from ..cache import BF16, Cache, NewTokens
 from ..config import Config
-from ..engine import scheme_named
 from ..errors import UserError
 from ..hadamard import hadamard
 from ..key_shaping import Shaping, key_statistics, shaping
-from ..model import check_scheme
 from ..ops import backend
 from ..ops.reference import Reference
 from ..oscar import SCHEMES, WINDOW, Scheme
+from ..pages import check_scheme
 from ..storage.hub import resolve
 from ..tokenizer import Tokenizer
 from ..weights import load as load_weights

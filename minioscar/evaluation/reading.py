@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import gpus_of
+from ..arguments import gpus_of, scheme_named
 from ..cache import Cache
 from ..config import Config
-from ..engine import Engine, scheme_named
+from ..engine import Engine
 from ..errors import UserError
-from ..model import check_scheme
 from ..ops import backend
 from ..oscar import Scheme
+from ..pages import check_scheme
 from ..parallel import shares
 from ..parallel.cards import over
 from ..storage.hub import resolve

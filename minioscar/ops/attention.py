@@ -206,16 +206,14 @@ def schedule(state: DecodeState) -> Launch:
 
 
 def decode_attention(
-    state: DecodeState, q: Array, cache: dict[str, Array], out: Array, *, parity: int, lse: Array | None = None,
-    scale: float | None = None,
+    state: DecodeState, q: Array, cache: dict[str, Array], out: Array, *, parity: int, lse: Array | None = None
 ) -> Launch:
     """q [batch, q_heads, d] bf16 -> out, bf16 or float32, over lengths[b] + added tokens of each row, split as
     `schedule` says.
 
     The launch directly before may write q and the newest token of each row; all else must come from launches before
     that one. parity: 0 for the first launch with this workspace after `schedule`, then 1, 0, 1 ...; with another one
-    the results are wrong. lse: float32 [batch, q_heads] or None, not written for a row without tokens. scale: of the
-    logits, 1 / sqrt(d) unless given.
+    the results are wrong. lse: float32 [batch, q_heads] or None, not written for a row without tokens.
     """
     s, batch = state, state.lengths.shape[0]
     results = s.lengths, s.tasks, out, lse, s.workspace, s.split_counter
@@ -225,7 +223,7 @@ def decode_attention(
     else:
         names = "keys", "values"
         sizes = batch, s.heads.kv_heads, cache["keys"].shape[-2], s.added, parity
-    args = q, *map(cache.get, names), *_table(s), *results, *map(np.int32, sizes), log2_scale(scale, s.heads.head_dim)
+    args = q, *map(cache.get, names), *_table(s), *results, *map(np.int32, sizes), log2_scale(s.heads.head_dim)
     file, defines = s.source(out.dtype.itemsize == 2)
     shared = shared_bytes(s.heads.head_dim, s.scheme, s.plan, batch)
     return Launch(file, file.removesuffix(".cu"), defines, (s.plan.blocks,), s.plan.warps * 32, args, shared)
@@ -239,6 +237,6 @@ def _blocks_of_row(state: DecodeState) -> tuple[int, ...]:
     return tuple(table.shape[1] for table in _table(state))
 
 
-def log2_scale(scale: float | None, head_dim: int) -> np.float32:
-    """Of the logits as the kernels take it, whose exponential is 2^x."""
+def log2_scale(head_dim: int, scale: float | None = None) -> np.float32:
+    """Of the logits (None: 1 / sqrt(d)) as the kernels take it, whose exponential is 2^x."""
     return np.float32((scale or 1 / math.sqrt(head_dim)) * math.log2(math.e))

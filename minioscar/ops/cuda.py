@@ -35,14 +35,13 @@ from ..storage.checkpoint import Tensor
 from ..storage.upload import Buffers, Upload, pinned
 from ..towers import on_card as towers
 from ..towers.layers import Layers, Shape
-from ..weights import Layer, bytes_of
+from ..weights import Layer
 from ..work_bytes import MLP_TOKENS, step_plans
 from . import attention, linear
 from .decode import Queue, StepBatch, StepDecoder, unsupported
-from .indices import Indices
 from .launch import Launch, Recording, run
 from .linear import Products
-from .paged import KernelCache, kernel_cache
+from .paged import Indices, KernelCache, kernel_cache
 from .reference import Reference
 
 Array = Any
@@ -94,7 +93,7 @@ class Cuda(Reference):
         return quantized.stored(self, plain)
 
     def weight_bytes(self, config: Config) -> int:
-        return bytes_of(config, self.dtype.itemsize)
+        return work_bytes.of_weights(config, self.dtype.itemsize)
 
     def numpy(self, x: Array) -> np.ndarray:
         return self.xp.asnumpy(x)
@@ -196,12 +195,11 @@ class Cuda(Reference):
         return x
 
     def rotate_scale(
-        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, config: Config,
-        batch: Batch | StepBatch, rotate_values: bool = False,
+        self, qkv: Array, layer: Layer, tables: tuple[Array, Array], layer_cache: LayerCache, *rest: Any
     ) -> tuple[Array, NewTokens]:
         if isinstance(layer_cache, KernelCache):
-            return layer_cache.rotate_scale(qkv, layer, tables, config, batch, rotate_values)
-        return super().rotate_scale(qkv, layer, tables, layer_cache, config, batch, rotate_values)
+            return layer_cache.rotate_scale(qkv, layer, tables, *rest)
+        return super().rotate_scale(qkv, layer, tables, layer_cache, *rest)
 
     def layers_for(self, shape: Shape) -> type[Layers]:
         return towers.Layers if towers.fits(shape) else super().layers_for(shape)

@@ -14,16 +14,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from ..backend import Runner
 from ..cache import Cache, LayerCache
 from ..config import Config
 from ..decoding import Decoder, Stepper
 from ..errors import Failure
 from ..experts import plans as experts
-from ..machine import Card
 from ..oscar import Scheme
 from ..pages import unsupported as has_no_pages
 from ..plans import BATCH_TOKENS, Heads, decode_plan
@@ -31,19 +31,9 @@ from ..sampling import NOT_FINITE, RowSampling, history
 from ..storage.upload import pinned
 from . import attention
 from .attention import DecodeState
-from .launch import Launch
 from .sample import SAMPLE_VOCAB, Drawing, advance, sample
 
 Array = Any
-
-
-class Runner(Protocol):
-    """The back end, as a step needs it (cuda.py)."""
-
-    xp: Any
-    card: Card
-
-    def run(self, launch: Launch) -> None: ...
 
 
 class StepBatch:

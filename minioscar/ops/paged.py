@@ -6,6 +6,7 @@ row (a `StepBatch`) is a decode step: rotation puts it into its slot, one launch
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..oscar import Scheme
 from ..pages import NAMES, PAGE_TOKENS, from_pages, page_bytes, to_pages, unsupported
 from ..plans import Heads
 from ..sm90 import prefill_attention as sm90
+from ..sm90.prefill_attention import TILE_TOKENS
 from . import attention, prefill
 from .attention import KeyOutputs, PrefillTokens, Rotation
 from .decode import StepBatch
@@ -33,6 +35,34 @@ def kernel_cache(config: Config, scheme: Scheme) -> type[KernelCache] | None:
     if unsupported(scheme, config.head_dim):
         return None
     return PagedCache if scheme.quantized else KernelPlainCache
+
+
+@dataclass(frozen=True)
+class Indices:
+    """A batch of new tokens as the kernels of a prefill take it: int32 arrays on the device."""
+
+    batch: Batch
+    positions: Array  # [tokens]
+    rows: Array  # [tokens]: the cache row of each
+    slots: Array  # [sequences]
+    starts: Array
+    counts: Array
+    packed: Array
+    firsts: Array  # [sequences]: index of each sequence's first token
+    first_tiles: Array  # [sequences]: of sm90's Tiles
+    tiles: int  # of sm90's Tiles, of all sequences
+    shifts: Array | None  # [tokens]: what a token's row of the tables of RoPE is more than its position; None: all 0
+
+    @classmethod
+    def of(cls, batch: Batch, xp: Any) -> Indices:
+        rows, firsts = np.repeat(batch.slots, batch.counts), np.cumsum(batch.counts) - batch.counts
+        tiles = -(-np.add(batch.starts, batch.counts) // TILE_TOKENS)
+        fields = batch.positions, rows, batch.slots, batch.starts, batch.counts, batch.packed, firsts
+        fields = *fields, np.cumsum(tiles) - tiles
+        arrays = (xp.asarray(np.asarray(x, np.int32)) for x in fields)
+        shifts = batch.table_rows - batch.positions
+        shifts = xp.asarray(shifts.astype(np.int32)) if batch.inputs is not None or shifts.any() else None
+        return cls(batch, *arrays, int(tiles.sum()), shifts)
 
 
 class KernelCache(LayerCache):

@@ -41,14 +41,14 @@ def prefill_attention(
     heads: Heads, q: Array, new: PrefillTokens, past: Past | None, out: Array, card: Card, *,
     scale: float | None = None, splits: KeySplits | None = None,
 ) -> Launch:
-    """q [tokens, q_heads, d] -> out, both bf16: each new token over those before it and itself. scale: as in
-    `decode_attention`.
+    """q [tokens, q_heads, d] -> out, both bf16: each new token over those before it and itself. scale: as
+    `log2_scale` has it.
 
     past: keys and values of the older tokens, bf16 [rows, kv_heads, capacity, d], row new.slots[s] (None: s) of
     sequence s; None where new.starts are all 0. Where `sm90.tiled` says so, the tiles of all tokens instead, and
     splits of keys by `sm90.split_plan`.
     """
-    scale_log2 = log2_scale(scale, heads.head_dim)
+    scale_log2 = log2_scale(heads.head_dim, scale)
     if isinstance(past, Tiles):
         return sm90.attend_to_tiles(heads, q, new, past, out, card, scale_log2, splits or sm90.WHOLE)
     d, q_per_kv, plan = heads.head_dim, heads.q_heads // heads.kv_heads, prefill_plan(heads.head_dim, card)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ..backend import Backend
 from ..config import Config
 from ..staging import MLP, by_expert, quantized
-from ..weights import Backend, Layer, Weights
+from ..weights import Layer, Weights
 
 Matrix = Any  # an array, or a Quantized
 

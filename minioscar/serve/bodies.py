@@ -185,7 +185,7 @@ def prompts_of(body: fields.Body, service: Service) -> list[list[int]]:
     for one in given if several else [given]:
         if isinstance(one, str):
             with of_field("prompt"):
-                ids = tokenizer.prompt_ids(one, chat=False)
+                ids = tokenizer.prompt_ids(one)
             if not ids:
                 raise wrong("prompt", "the prompt is empty, or becomes no tokens; give it some text")
             prompts.append(ids)

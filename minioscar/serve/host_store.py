@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..layer_cache import Backend
+from ..backend import Backend
 from ..parallel.ranks import Ranks
 
 Array = Any

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import Backend
 from ..cache import Cache, blocks_of_row
 from ..config import Config
-from ..layer_cache import BLOCK_TOKENS, SINK_ARRAYS, Backend, blocks_of
+from ..layer_cache import BLOCK_TOKENS, SINK_ARRAYS, blocks_of
 from ..oscar import Scheme
 from ..rows import KEPT
 from .blocks import BlockPool, chained_keys

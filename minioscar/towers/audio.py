@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from ..backend import Backend
 from ..errors import UserError, shown
 from ..fields import Fields
 from . import sound
-from .layers import Backend, Layers, Shape
+from .layers import Layers, Shape
 from .media import Features, Medium
 
 Array = Any
@@ -34,6 +35,8 @@ DEFAULTS = {  # what a missing key means: transformers 5.24, configuration_qwen3
 class AudioTower:
     """Its shape, as `audio_config` of a config.json has it."""
 
+    kind: ClassVar[str] = "audio"
+    weights_of: ClassVar[str] = kind
     token: int  # <|audio_pad|>
     mel_bins: int
     hidden_size: int
@@ -74,14 +77,6 @@ class AudioTower:
             top.count("audio_token_id"), bins, size, depth, heads, get.count("encoder_ffn_dim"),
             get.count("downsample_hidden_size"), hidden, 2 * half, window // (2 * half), max_tokens,
         )  # fmt: skip
-
-    @property
-    def kind(self) -> str:
-        return "audio"
-
-    @property
-    def weights_of(self) -> str:
-        return self.kind
 
     @property
     def shape(self) -> Shape:

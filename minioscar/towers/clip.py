@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from ..backend import Backend
 from ..errors import UserError, shown
 from ..fields import Fields
 from . import pictures, tiles
-from .layers import Backend, Layers, Shape
+from .layers import Layers, Shape
 from .media import Features, Medium, check_tokens
 from .tiles import Size, best_grid, shown_rows
 
@@ -31,6 +32,8 @@ GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 class Clip:
     """Its shape, as `vision_config` and the top of a config.json have it."""
 
+    kind: ClassVar[str] = "image"
+    weights_of: ClassVar[str] = kind
     token: int  # <image>
     tile: int  # height and width of a tile, pixels
     patch: int
@@ -71,14 +74,6 @@ class Clip:
             token, tile, patch, size, used, get.count("intermediate_size"), heads, get.positive("layer_norm_eps", 1e-5),
             hidden, grids,
         )  # fmt: skip
-
-    @property
-    def kind(self) -> str:
-        return "image"
-
-    @property
-    def weights_of(self) -> str:
-        return self.kind
 
     @property
     def max_tokens(self) -> int:

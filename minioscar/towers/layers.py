@@ -7,30 +7,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+
+from ..backend import Backend
 
 Array = Any
 Weights = Mapping[str, Array]
 QUERIES = 512  # whose scores are in memory at once
-
-
-class Backend(Protocol):
-    """What a tower asks of a back end (ops/reference.py says what each does)."""
-
-    xp: Any
-    dtype: np.dtype
-
-    def array(self, x: np.ndarray) -> Array: ...
-
-    def linear(self, x: Array, weight: Array, bias: Array | None = None, *, residual: Array | None = None) -> Array: ...
-
-    def sum(self, x: Array, y: Array) -> Array: ...
-
-    def rope(self, x: Array, cos: Array, sin: Array) -> Array: ...
-
-    def layers_for(self, shape: Shape) -> type[Layers]: ...
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..backend import Backend
 from ..errors import TooLarge, UserError
 from ..tables import size
-from .layers import Backend
 
 Array = Any
 Message = Mapping[str, Any]
@@ -116,18 +116,6 @@ class Features:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in (self.embeddings, *self.deep))
-
-
-class Cards(Backend, Protocol):
-    """A back end that may be of several cards, of which the first runs towers."""
-
-    name: str
-    cards: int
-    first: Backend
-
-    def spread(self, x: Array) -> Array: ...
-
-    def free_bytes(self) -> int: ...
 
 
 class Tower(Protocol):
@@ -343,7 +331,7 @@ class Encoder:
     weights: of each kind, by the names of `Tower.expected`.
     """
 
-    def __init__(self, towers: Mapping[str, Tower], weights: Mapping[str, Mapping[str, Array]], ops: Cards):
+    def __init__(self, towers: Mapping[str, Tower], weights: Mapping[str, Mapping[str, Array]], ops: Backend):
         self.towers, self.weights, self.ops = towers, weights, ops
         self.kept: OrderedDict[Medium, Features] = OrderedDict()
 
@@ -383,7 +371,7 @@ def bytes_of_media(towers: Mapping[str, Tower], ops: Backend, most: int, chunk: 
     return max(map(of, towers.values()), default=0)
 
 
-def check_room(media: Sequence[Medium], towers: Mapping[str, Tower], ops: Cards, cache: int) -> None:
+def check_room(media: Sequence[Medium], towers: Mapping[str, Tower], ops: Backend, cache: int) -> None:
     """Raises UserError where the tower has no room for the largest of these beside so many bytes of cache."""
     sizes = [(towers[medium.kind].work_bytes(medium.tokens, ops), medium) for medium in media]
     need, medium = max(sizes, key=lambda of: of[0], default=(0, None))

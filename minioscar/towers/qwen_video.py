@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from ..backend import Backend
 from ..errors import TooLarge, UserError, shown
 from ..fields import Fields
 from . import video
-from .layers import Backend
 from .media import Features, Medium, check_tokens
 from .qwen_vision import MAX_ASPECT, QwenVision, preprocessing
 
@@ -37,6 +37,7 @@ LIMITS = {True: (4096, 25_165_824), False: (128 << 10, 768 << 10)}
 class QwenVideo:
     """How videos are read, as video_preprocessor_config.json has it, and the tower of pictures, with their limits."""
 
+    kind: ClassVar[str] = "video"
     token: int  # <|video_pad|>
     vision: QwenVision
     positions: int  # that the language model has
@@ -63,10 +64,6 @@ class QwenVideo:
         made = cls(top.count("video_token_id", 151656), vision, positions, rate, seconds, *frames)
         made.step(rate, f"{FILE}: fps")
         return made
-
-    @property
-    def kind(self) -> str:
-        return "video"
 
     @property
     def weights_of(self) -> str:

@@ -11,14 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from ..backend import Backend
 from ..errors import UserError, shown
 from ..fields import Fields
 from . import pictures
-from .layers import Backend, Layers, Places, Shape
+from .layers import Layers, Places, Shape
 from .media import Features, Medium, check_tokens
 
 Array = Any
@@ -36,6 +37,8 @@ DEFAULTS = {  # what a missing key means: transformers 5.24, configuration_qwen3
 class QwenVision:
     """Its shape, as `vision_config` of a config.json and preprocessor_config.json have it."""
 
+    kind: ClassVar[str] = "image"
+    weights_of: ClassVar[str] = kind
     token: int  # <|image_pad|>
     depth: int
     hidden_size: int
@@ -76,14 +79,6 @@ class QwenVision:
         shape = cls(top.count("image_token_id"), depth, size, inner, heads, hidden, math.isqrt(places), tuple(deep),
                     patch, frames, merge)  # fmt: skip
         return replace(shape, **preprocessing(pictures, shape, "preprocessor_config.json"))
-
-    @property
-    def kind(self) -> str:
-        return "image"
-
-    @property
-    def weights_of(self) -> str:
-        return self.kind
 
     @property
     def max_tokens(self) -> int:
