@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.cases import Case, entry, layer, moved_bytes
 from benchmarks.measure import copies_of, timed
+from benchmarks.presets import arrays
 from minioscar import oscar
 from minioscar.cache import Batch, Cache, NewTokens
 from minioscar.config import Config
@@ -24,7 +25,7 @@ from minioscar.parallel.backend import Split
 from minioscar.parallel.caches import SplitCache
 from minioscar.parallel.ranks import of_rank
 from minioscar.sampling import RowSampling
-from minioscar.weights import Layer, Weights, arrays
+from minioscar.weights import Layer, Weights
 
 Array = Any
 

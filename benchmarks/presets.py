@@ -5,6 +5,7 @@ engine = load(config_of("qwen3-8b"), "int2", "cuda")      it has no tokenizer: t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from minioscar.ops.reference import Reference
 from minioscar.pages import check_scheme
 from minioscar.parallel import cards, loading, shares
 from minioscar.parallel.backend import Split
+from minioscar.quantized import Quantized
 from minioscar.staging import by_expert
 from minioscar.storage.files import expand
 from minioscar.storage.strict_json import read_object
@@ -227,3 +229,12 @@ def random_weights(
         towers={kind: of_tower(tower.expected()) for kind, tower in config.towers.items()},
     )
     return quantized.of_model(weights, config, rotates, ops)
+
+
+def arrays(weights: Weights) -> Iterator[Array]:
+    """Every array once (a tied head is the embedding); of a quantized matrix those that it consists of."""
+    outer = [weights.embed, weights.norm, *([] if weights.head is weights.embed else [weights.head])]
+    of_layers = (array for layer in weights.layers for array in vars(layer).values() if array is not None)
+    of_towers = (array for tower in weights.towers.values() for array in tower.values())
+    for array in (*outer, *of_layers, *of_towers):
+        yield from array.arrays() if isinstance(array, Quantized) else (array,)

@@ -180,6 +180,10 @@ class Prompting:
     folder: Path | None
 
     @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    @property
     def weights_sha256(self) -> str:
         """Of the weight files, hashed when a prompt cache is first saved or loaded. Raises UserError if they have
         changed."""

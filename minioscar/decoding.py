@@ -71,7 +71,7 @@ class Decoder:
         return next_token(self.model.ops.numpy(logits), row, 0, (), allowed)
 
     def allow(self, slot: int, allowed: np.ndarray) -> None:
-        """The tokens that a row may draw from its next step on, a mask as `sampling.adjusted` takes it."""
+        """The tokens that a row may draw from its next step on, a mask as `penalties.adjusted` takes it."""
         self.allowed[slot] = allowed
 
     def ordered(self) -> AbstractContextManager:

@@ -51,10 +51,6 @@ class Engine(arguments.Prompting):
         self.model = Model(config, weights, scheme, ops)
 
     @property
-    def has_tokenizer(self) -> bool:
-        return self._tokenizer is not None
-
-    @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
             raise UserError("this model was loaded without a tokenizer; give token ids instead of text")

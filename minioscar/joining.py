@@ -19,8 +19,9 @@ from .errors import Failure
 from .ops.attention import DecodeState
 from .ops.decode import StepBatch, StepDecoder
 from .ops.sample import BINS, MAX_BIASES, MAX_ENDS, Drawing, ends_of, sample, settings_of
+from .penalties import history, mask_words
 from .plans import decode_plan, step_sizes
-from .sampling import NOT_FINITE, RowSampling, history, mask_words
+from .sampling import NOT_FINITE, RowSampling
 
 Array = Any
 

@@ -17,6 +17,7 @@ from . import oscar
 from .config import Config
 from .errors import UserError
 from .hadamard import hadamard
+from .layer_cache import BLOCK_TOKENS, PackedCache
 from .oscar import Scheme
 
 Array = Any
@@ -107,6 +108,22 @@ def to_pages(arrays: dict[str, Array], scheme: Scheme, xp: Any = np) -> Array:
         parts[name] = iter(section.swapaxes(0, 2).swapaxes(1, 2))  # [heads, blocks, bytes] of each page that has one
     sections = [next(parts[name]) for name, _ in _sections(scheme, dim)]
     return xp.concatenate(sections, axis=-1).reshape(heads, tokens // PAGE_TOKENS, -1)
+
+
+def packed_row(layer_cache: PackedCache, slot: int, tokens: int) -> dict[str, Array]:
+    """`PackedCache.packed_row` of a cache that keeps pages."""
+    of_blocks = layer_cache["pages"][layer_cache.block_ids(slot, tokens)].swapaxes(0, 1)  # [kv_heads, blocks, 2, bytes]
+    pages = of_blocks.reshape(len(of_blocks), -1, of_blocks.shape[3])[:, : tokens // PAGE_TOKENS]
+    return from_pages(pages, layer_cache.scheme, layer_cache["window_keys"].shape[3], layer_cache.xp)
+
+
+def import_packed(layer_cache: PackedCache, slot: int, row: dict[str, np.ndarray], packed: int) -> None:
+    """The inverse of `packed_row`."""
+    xp, halves = layer_cache.xp, BLOCK_TOKENS // PAGE_TOKENS
+    pages = to_pages({name: xp.asarray(x) for name, x in row.items() if name in NAMES}, layer_cache.scheme, xp)
+    for half in range(halves):
+        part = pages[:, half::halves].swapaxes(0, 1)
+        layer_cache["pages"][:, :, half][layer_cache.block_ids(slot, packed)[: len(part)]] = part
 
 
 def _pages_of_block(scheme: Scheme) -> int:

@@ -63,6 +63,5 @@ class Rope:
         return self._tables(np.ascontiguousarray(of_tokens) * self.frequencies())
 
     def _tables(self, angles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return (
-            np.cos(angles) * self.attention_factor
-        ).astype(np.float32), (np.sin(angles) * self.attention_factor).astype(np.float32)
+        cos, sin = ((turned * self.attention_factor).astype(np.float32) for turned in (np.cos(angles), np.sin(angles)))
+        return cos, sin

@@ -19,7 +19,6 @@ from .config import Config
 from .layer_cache import BF16, SINK_ARRAYS, WINDOW_ARRAYS, LayerCache, Layout, blocks_of
 from .oscar import WINDOW, Scheme
 
-Array = Any
 KEPT = "kept_"  # before the names of sinks whose rows are gone
 
 

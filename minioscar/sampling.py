@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from . import penalties
 from .checks import number, whole
 from .errors import Failure
 
@@ -41,9 +42,8 @@ class Sampling:
         for field in fields(self):
             check, good, want = CHECKS[field.name]
             value = getattr(self, field.name)
-            object.__setattr__(
-                self, field.name, check(field.name, field.default if value is None else value, good, want)
-            )
+            value = field.default if value is None else value
+            object.__setattr__(self, field.name, check(field.name, value, good, want))
 
     @property
     def penalizes(self) -> bool:
@@ -87,47 +87,9 @@ def next_token(
     logits: np.ndarray, row: RowSampling, step: int, drawn: Sequence[int] = (), allowed: np.ndarray | None = None
 ) -> int:
     """The token that a sequence draws at `step` after those that it has drawn: logits float32 [vocab]. allowed: as in
-    `adjusted`. Raises Failure as `sample`."""
-    seen = history(row, drawn, len(logits)) if row.sampling.penalizes else None
-    return sample(adjusted(logits, row, step, seen, allowed), row.sampling, row.sequence, step)
-
-
-def history(row: RowSampling, drawn: Sequence[int], vocab: int) -> np.ndarray:
-    """What penalties look back at, int32 [vocab]: twice how often a token was drawn, and 1 more if the prompt has
-    it."""
-    seen = 2 * np.bincount(np.asarray(drawn, np.int64), minlength=vocab).astype(np.int32)
-    seen[np.asarray(row.prompt, np.int64)] += 1
-    return seen
-
-
-def mask_words(vocab: int) -> int:
-    """Of a mask of allowed tokens, in numbers of 32 bits."""
-    return -(-vocab // 32)
-
-
-def adjusted(
-    logits: np.ndarray, row: RowSampling, step: int, seen: np.ndarray | None, allowed: np.ndarray | None = None
-) -> np.ndarray:
-    """Logits after the penalties of `seen` (`history`), a mask, the row's bias, and without end tokens where it is too
-    early for them; float32 [vocab].
-
-    allowed: int32 [mask_words(vocab)], bit i % 32 of word i // 32 is token i; None: all are.
-    """
-    if seen is None and not row.masks and not row.bias and allowed is None:
-        return logits
-    x, s = logits.astype(np.float32), row.sampling
-    if seen is not None:
-        at = np.flatnonzero(seen)
-        times, factor = (seen[at] >> 1).astype(np.float32), np.float32(s.repetition_penalty)
-        x[at] = np.where(x[at] > 0, x[at] / factor, x[at] * factor)
-        x[at] -= np.float32(s.frequency_penalty) * times + np.float32(s.presence_penalty) * (times > 0)
-    if allowed is not None:
-        x[np.unpackbits(allowed.view(np.uint8), count=len(x), bitorder="little") == 0] = -np.inf
-    for token, bias in row.bias:
-        x[token] += np.float32(bias)
-    if step < row.min_tokens:
-        x[list(row.ends)] = -np.inf
-    return x
+    `penalties.adjusted`. Raises Failure as `sample`."""
+    seen = penalties.history(row, drawn, len(logits)) if row.sampling.penalizes else None
+    return sample(penalties.adjusted(logits, row, step, seen, allowed), row.sampling, row.sequence, step)
 
 
 def sample(logits: np.ndarray, sampling: Sampling, sequence: int, step: int) -> int:

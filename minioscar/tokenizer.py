@@ -18,6 +18,8 @@ from .detokenizer import Detokenizer
 from .errors import UserError, one_line, shown
 from .model_files.tokenizer import read_folder
 
+ID = range(2**32)  # what the library takes
+
 
 class Tokenizer:
     """The tokenizer of a model folder. Raises UserError for files that are missing, damaged, or contradict one
@@ -66,7 +68,7 @@ class Tokenizer:
         nothing."""
         if isinstance(ids, TEXT | Mapping) or not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ():
             raise UserError(f"token ids must be a list of whole numbers, not {shown(ids)}")
-        ids = [whole("token id", i, lambda i: 0 <= i < 2**32, "a number from 0 on") for i in ids]
+        ids = [whole("token id", i, ID.__contains__, "a number from 0 on") for i in ids]
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def stream(self, before: Sequence[int] = (), first: bool = True) -> Detokenizer:
@@ -88,9 +90,7 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """What the token is in the middle of a text: " Paris", where `decode` of a text that begins with it has
         "Paris"."""
-        stream, token_id = self.stream(first=False), whole(
-            "token id", token_id, lambda i: 0 <= i < 2**32, "a number from 0 on"
-        )
+        token_id, stream = whole("token id", token_id, ID.__contains__, "a number from 0 on"), self.stream(first=False)
         return stream.add(token_id) + stream.flush()
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +14,6 @@ from .backend import Backend
 from .config import Config
 from .errors import UserError
 from .formats import rounding
-from .quantized import Quantized
 from .staging import Group, Staging, by_expert
 from .storage.checkpoint import Checkpoint
 from .storage.identity import WeightFiles
@@ -219,12 +218,3 @@ def fold_values(layer: Layer, config: Config, ops: Backend) -> Layer:
         ops.rotate_heads(layer.qkv_bias[v:], config.head_dim, 0)
     ops.rotate_heads(layer.o, config.head_dim, 1)
     return layer
-
-
-def arrays(weights: Weights) -> Iterator[Array]:
-    """Every array once (a tied head is the embedding); of a quantized matrix those that it consists of."""
-    outer = [weights.embed, weights.norm, *([] if weights.head is weights.embed else [weights.head])]
-    of_layers = (array for layer in weights.layers for array in vars(layer).values() if array is not None)
-    of_towers = (array for tower in weights.towers.values() for array in tower.values())
-    for array in (*outer, *of_layers, *of_towers):
-        yield from array.arrays() if isinstance(array, Quantized) else (array,)

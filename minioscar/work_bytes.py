@@ -14,10 +14,10 @@ from .ops.linear import scratch_sizes
 from .ops.sample import MAX_BIASES, MAX_ENDS, SETTINGS, sample_words
 from .oscar import SCHEMES
 from .pages import HEAD_DIMS
+from .penalties import mask_words
 from .plans import BATCH_TOKENS, LINEAR_TOKENS, Heads, LinearPlan, batch_plan, decode_plan, step_sizes
 from .quantized import RUN
 from .quantized import plans as quantized
-from .sampling import mask_words
 from .sm90 import prefill_attention as sm90
 from .weights import expected, matrices
 

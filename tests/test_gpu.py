@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from benchmarks import presets
+from benchmarks.presets import arrays
 from minioscar import engine as engine_module
 from minioscar import memory
 from minioscar import ops as back_ends
@@ -24,7 +25,6 @@ from minioscar.sampling import RowSampling
 from minioscar.storage import hub, upload
 from minioscar.storage.checkpoint import _tensors
 from minioscar.towers.files import WITH_TOWERS
-from minioscar.weights import arrays
 
 from .choices import Choices
 from .tiny import MOE, load, relative, write_model

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.presets import arrays
 from minioscar.attention_inputs import record_attention_inputs
 from minioscar.cache import Cache
 from minioscar.config import Config
@@ -19,7 +20,7 @@ from minioscar.model import Model
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
 from minioscar.quantized import from_plain
-from minioscar.weights import arrays, load
+from minioscar.weights import load
 
 from . import simt
 from .tiny import relative, write_model

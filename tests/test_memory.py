@@ -11,6 +11,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from benchmarks.presets import arrays
 from minioscar import machine, memory
 from minioscar.batch import Batch
 from minioscar.cache import Cache
@@ -18,7 +19,6 @@ from minioscar.errors import UserError
 from minioscar.generation import Options
 from minioscar.ops.reference import Reference
 from minioscar.oscar import SCHEMES
-from minioscar.weights import arrays
 
 from .patience import PATIENCE
 from .tiny import MOE, load, write_model

@@ -15,6 +15,7 @@ import pytest
 
 import bench
 from benchmarks.models import step_bytes
+from benchmarks.presets import arrays
 from minioscar import engine
 from minioscar.app import cli
 from minioscar.cache import Cache
@@ -31,7 +32,7 @@ from minioscar.serve.blocks import chained_keys
 from minioscar.serve.pooled import PooledCache
 from minioscar.storage import hub
 from minioscar.storage.checkpoint import Tensor
-from minioscar.weights import arrays, expected
+from minioscar.weights import expected
 
 from .test_serve_scheduler import Asked, alone, close, prompt, running, submit
 from .tiny import MOE, load, relative, write_model, write_talker

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from benchmarks.presets import arrays as arrays_of
 from minioscar import engine
 from minioscar.app import cli
 from minioscar.arguments import with_weights
@@ -24,7 +25,6 @@ from minioscar.parallel.ranks import Ranks
 from minioscar.parallel.shares import Slices
 from minioscar.prompt_cache import PromptCache
 from minioscar.quantized import Quantized, from_plain, has_form
-from minioscar.weights import arrays as arrays_of
 from minioscar.weights import load, matrices
 from minioscar.work_bytes import of_weights
 

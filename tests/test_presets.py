@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from benchmarks import loading, presets, quantized
+from benchmarks.presets import arrays
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.ops.reference import Reference
 from minioscar.quantized import Quantized
-from minioscar.weights import arrays, load
+from minioscar.weights import load
 
 from .quantized_files import HostOps
 from .tiny import CONFIG, MOE

@@ -7,7 +7,7 @@ import pytest
 
 from minioscar.cache import BF16
 from minioscar.formats.plain import BITS, E4M3, Plain
-from minioscar.quantized import from_plain, joined
+from minioscar.quantized import from_plain
 
 F16 = np.dtype(np.float16)
 # rows, columns, columns of a group
@@ -79,19 +79,6 @@ def test_the_word_of_a_lane_is_the_operand_of_its_products(kind, seed):
             assert value == E4M3[plain.codes[row, column]]
         else:
             assert found == plain.codes[row, column]
-
-
-@pytest.mark.parametrize("kind", BITS)
-def test_rows_joined_are_the_rows_of_each(kind, seed):
-    rng = np.random.default_rng(seed)
-    parts = [from_plain(random_plain(rng, kind, rows, 256, 128)) for rows in (32, 16, 13)]
-    whole = joined(parts)
-    assert whole.shape == (61, 256) and whole.nbytes == sum(part.nbytes for part in parts)
-    assert np.array_equal(whole.dequantize(), np.concatenate([part.dequantize() for part in parts]))
-    with pytest.raises(ValueError, match="do not stand in one"):
-        joined([parts[2], parts[0]])
-    with pytest.raises(ValueError, match="do not stand in one"):
-        joined([parts[0], from_plain(random_plain(rng, kind, 16, 256, 64))])
 
 
 def test_what_has_no_form_is_refused(seed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.presets import arrays
 from minioscar.app import cli
 from minioscar.app.flags import FLAGS
 from minioscar.arguments import with_weights
@@ -15,7 +16,7 @@ from minioscar.formats import rounding
 from minioscar.ops.reference import Reference
 from minioscar.quantized import Quantized, of_expert
 from minioscar.quantized.weights import quantize
-from minioscar.weights import arrays, load, rotate_values
+from minioscar.weights import load, rotate_values
 
 from .quantized_files import BF16, SHAPE, HostOps, write_quantized
 from .tiny import MOE, talker, write_model, write_talker

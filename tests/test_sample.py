@@ -11,7 +11,8 @@ import pytest
 
 from minioscar.errors import Failure
 from minioscar.ops import sample as launches
-from minioscar.sampling import RowSampling, Sampling, adjusted, exponentials, history, next_token, probabilities, sample
+from minioscar.penalties import adjusted, history
+from minioscar.sampling import RowSampling, Sampling, exponentials, next_token, probabilities, sample
 
 from .kernel_device import on_each_device, on_the_card
 

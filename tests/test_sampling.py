@@ -7,7 +7,8 @@ import pytest
 
 from minioscar.errors import UserError
 from minioscar.generation import Options
-from minioscar.sampling import RowSampling, Sampling, adjusted, exponentials, history, next_token, probabilities, sample
+from minioscar.penalties import adjusted, history
+from minioscar.sampling import RowSampling, Sampling, exponentials, next_token, probabilities, sample
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
 

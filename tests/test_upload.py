@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from benchmarks.presets import arrays
 from minioscar import weights
 from minioscar.arguments import with_weights
 from minioscar.cache import BF16
@@ -206,14 +207,14 @@ def test_a_model_in_one_allocation_is_the_reference_s_and_is_rotated_in_place(tm
     plain.dtype = BF16
     config = Config.from_folder(folder)
     ours, wanted = (weights.load(folder, config, ops) for ops in (HostOps(), plain))
-    before = [array.__array_interface__["data"] for array in weights.arrays(ours)]
+    before = [array.__array_interface__["data"] for array in arrays(ours)]
     both = (ours, HostOps()), (wanted, plain)
     if SCHEMES[kv].rotate:
         rotated = [weights.rotate_values(loaded, config, ops, in_place=True) for loaded, ops in both]
     else:
         rotated = [ours, wanted]
-    assert [array.__array_interface__["data"] for array in weights.arrays(rotated[0])] == before
-    for x, y in zip(*map(weights.arrays, rotated), strict=True):
+    assert [array.__array_interface__["data"] for array in arrays(rotated[0])] == before
+    for x, y in zip(*map(arrays, rotated), strict=True):
         assert x.shape == y.shape and x.tobytes() == y.tobytes()
 
 
@@ -229,7 +230,7 @@ def test_quantized_matrices_come_layer_by_layer_through_buffers_that_all_layers_
     config, plain, ops = with_weights(Config.from_folder(tmp_path), mode), Reference(), HostOps()
     plain.dtype = BF16
     wanted, ours = (weights.load(tmp_path, config, which) for which in (plain, ops))
-    for x, y in zip(*map(weights.arrays, (ours, wanted)), strict=True):
+    for x, y in zip(*map(arrays, (ours, wanted)), strict=True):
         assert x.shape == y.shape and x.tobytes() == y.tobytes()
     assert 0 < len(ops.buffers.buffers) <= upload.BUFFERS and ops.buffers.nbytes > 1000 * upload.BUFFERS
     with pytest.raises(KeyboardInterrupt):  # while a layer is unpacked, whose next one is being read

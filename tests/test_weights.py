@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.presets import arrays
 from minioscar.config import Config
 from minioscar.errors import UserError
 from minioscar.ops.reference import Reference
 from minioscar.storage.hub import resolve
 from minioscar.tokenizer import Tokenizer
-from minioscar.weights import arrays, load, rotate_values
+from minioscar.weights import load, rotate_values
 
 from .tiny import write_model, write_talker
 

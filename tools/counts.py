@@ -39,7 +39,7 @@ FLOORS = (
     + ("experts",),
     ("oscar", "batch", "causal_attention", "dither", "error_feedback", "hadamard", "rope", "towers"),
     ("storage", "formats"),
-    ("errors", "checks", "fields", "backend", "tables", "machine", "version", "cublas"),
+    ("errors", "checks", "fields", "backend", "penalties", "tables", "machine", "version", "cublas"),
 )
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from .base import FLOATS, Format, Linear, Tensor, Unfit, kinds, named, plain, unpack, unpack_down
 from .plain import Plain
 
-Array = Any
 ONES = {4: 0x11111111, 8: 0x01010101}
 
 

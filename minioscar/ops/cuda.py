@@ -204,15 +204,11 @@ class Cuda(Reference):
     def layers_for(self, shape: Shape) -> type[Layers]:
         return towers.Layers if towers.fits(shape) else super().layers_for(shape)
 
-    def decoder(
-        self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,
-        replay: str = "graph",
-    ) -> Decoder:
+    def decoder(self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, **how: Any) -> Decoder:
         """Array code, step by step, where `decode.unsupported` has a reason."""
         if unsupported(model.config, cache.scheme, len(cache.lengths)):
-            return super().decoder(model, cache, rows, logits=logits)
-        kind = JoiningDecoder if rows is None else StepDecoder
-        return kind(model, cache, rows, logits=logits, replay=replay)
+            return super().decoder(model, cache, rows, **how)
+        return (JoiningDecoder if rows is None else StepDecoder)(model, cache, rows, **how)
 
     def prepare(
         self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling] | None, progress: bool

@@ -26,8 +26,9 @@ from ..errors import Failure
 from ..experts import plans as experts
 from ..oscar import Scheme
 from ..pages import unsupported as has_no_pages
+from ..penalties import history
 from ..plans import BATCH_TOKENS, Heads, decode_plan
-from ..sampling import NOT_FINITE, RowSampling, history
+from ..sampling import NOT_FINITE, RowSampling
 from ..storage.upload import pinned
 from . import attention
 from .attention import DecodeState

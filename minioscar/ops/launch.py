@@ -17,7 +17,7 @@ from ..compilation.cubins import compiled
 from ..machine import Card
 from ..sm90.launch import TensorMap, launch_overlapping
 
-Array = Any
+
 @dataclass(frozen=True)
 class Launch:
     source: str

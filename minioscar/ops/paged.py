@@ -15,7 +15,7 @@ from ..batch import Batch
 from ..config import Config
 from ..layer_cache import BLOCK_TOKENS, LayerCache, Layout, NewTokens, PackedCache, PlainCache
 from ..oscar import Scheme
-from ..pages import NAMES, PAGE_TOKENS, from_pages, page_bytes, to_pages, unsupported
+from ..pages import NAMES, PAGE_TOKENS, import_packed, packed_row, page_bytes, unsupported
 from ..plans import Heads
 from ..sm90 import prefill_attention as sm90
 from ..sm90.prefill_attention import TILE_TOKENS
@@ -171,15 +171,4 @@ class PagedCache(KernelCache, PackedCache):
         self.ops.run(attention.pack_bulk(heads, self.scheme, tokens, self.arrays, new.feedback))
         self.ops.run(attention.fill_window(heads, self.scheme, tokens, self.arrays))
 
-    def packed_row(self, slot: int, tokens: int) -> dict[str, Array]:
-        of_blocks = self["pages"][self.block_ids(slot, tokens)].swapaxes(0, 1)  # [kv_heads, blocks, 2, page_bytes]
-        pages = of_blocks.reshape(len(of_blocks), -1, of_blocks.shape[3])[:, : tokens // PAGE_TOKENS]
-        return from_pages(pages, self.scheme, self["window_keys"].shape[3], self.xp)
-
-    def import_packed(self, slot: int, row: dict[str, np.ndarray], packed: int) -> None:
-        arrays = {name: self.xp.asarray(array) for name, array in row.items() if name in NAMES}
-        pages = to_pages(arrays, self.scheme, self.xp)
-        halves = BLOCK_TOKENS // PAGE_TOKENS
-        for half in range(halves):
-            part = pages[:, half::halves].swapaxes(0, 1)
-            self["pages"][:, :, half][self.block_ids(slot, packed)[: len(part)]] = part
+    packed_row, import_packed = packed_row, import_packed

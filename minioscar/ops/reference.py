@@ -6,8 +6,9 @@ of all sequences of a batch lie one after another, `[tokens, ...]`, without padd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,27 +47,25 @@ class Reference:
         """A weight or table on this back end, floats in its dtype; a copy, since x may be a mapped file."""
         return np.array(x, self.dtype)
 
-    @contextmanager
     def loading(
         self, advance: Callable[[int], object], tensors: Sequence[Tensor], dtype: np.dtype | None = None
-    ) -> Iterator[Callable[[Sequence[Tensor]], Array]]:
+    ) -> AbstractContextManager[Callable[[Sequence[Tensor]], Array]]:
         """Gives what makes one array of tensors of files (`checkpoint.Tensor`), in rows.
 
         dtype: of the array (None: this back end's).
         The arrays hold their numbers when the context has ended. advance: is told of the bytes of the files that were
         read. tensors: all that will be asked for, once each: a card allocates them together.
         """
+        return nullcontext(partial(self._read, advance, dtype))
 
-        def put(tensors: Sequence[Tensor]) -> Array:
-            arrays = [tensor.array for tensor in tensors]
-            if len({array.dtype for array in arrays}) > 1:  # float32 represents F16 and BF16 exactly
-                arrays = [array.astype(np.float32) for array in arrays]
-            joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-            joined = self.array(joined) if dtype is None else np.array(joined, dtype)
-            advance(sum(array.nbytes for array in arrays))
-            return joined
-
-        yield put
+    def _read(self, advance: Callable[[int], object], dtype: np.dtype | None, tensors: Sequence[Tensor]) -> Array:
+        arrays = [tensor.array for tensor in tensors]
+        if len({array.dtype for array in arrays}) > 1:  # float32 represents F16 and BF16 exactly
+            arrays = [array.astype(np.float32) for array in arrays]
+        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        joined = self.array(joined) if dtype is None else np.array(joined, dtype)
+        advance(sum(array.nbytes for array in arrays))
+        return joined
 
     def quantized(self, plain: Plain) -> Array:
         """What stands in the place of a quantized matrix: here its numbers, since NumPy multiplies nothing else."""

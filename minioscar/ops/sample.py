@@ -30,7 +30,7 @@ class Drawing:
 
     settings: SETTINGS as uint64 [rows, 6]. workspace: uint64 [rows, sample_words(vocab)], zero between launches.
     adjusted: float32 [rows, vocab], logits after penalties and without end tokens. history: int32 [rows, vocab],
-    `sampling.history`, which the launch that adjusts updates. ends: int32 [rows, end tokens], padded with -1. allowed,
+    `penalties.history`, which the launch that adjusts updates. ends: int32 [rows, end tokens], padded with -1. allowed,
     biased, biases: of rows that join (joining.py). bins: of the launch that sums for top-p (0: there is none); draws:
     whether not all rows are greedy. Raises ValueError for a vocabulary above SAMPLE_VOCAB.
     """

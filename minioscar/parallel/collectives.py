@@ -20,7 +20,6 @@ from ..ops.launch import Launch
 from .ranks import Ranks
 from .together import undivided
 
-Array = Any
 PUSHED = 1 << 20  # numbers of a sum that a kernel pushes at most; more go through NCCL
 NOTHING_PUSHED = 0  # of cards that do not reach each other's memory
 MAX_CARDS, MAX_BLOCKS, MAX_SUM_BLOCKS = 8, 128, 64  # kernels/parallel/peers.cuh

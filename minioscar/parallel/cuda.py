@@ -252,11 +252,8 @@ class SplitCuda(Split, Cuda):
     ) -> tuple[Array, Any]:  # fmt: skip
         return super().rotate_scale(qkv, layer, tables, layer_cache, self.local, *rest)
 
-    def decoder(
-        self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, *, logits: bool = False,
-        replay: str = "graph",
-    ) -> Decoder:  # fmt: skip
-        return super().decoder(self._localized(model), cache, rows, logits=logits, replay=replay)
+    def decoder(self, model: Stepper, cache: Cache, rows: Sequence[RowSampling] | None, **how: Any) -> Decoder:
+        return super().decoder(self._localized(model), cache, rows, **how)
 
     def prepare(
         self, model: Stepper, cache: Cache, passes: Sequence[Batch], rows: Sequence[RowSampling] | None, progress: bool

@@ -18,7 +18,7 @@ scales  int4, int8: uint32 [tiles][groups][16], the float16 scale in the low hal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -166,21 +166,6 @@ def of_expert(weight: Array | Quantized, expert: int, count: int) -> Array | Qua
 def from_plain(plain: Plain, xp: Any = np, repack: Repack | None = None) -> Quantized:
     """The internal form of a matrix; as `Quantized.from_plain`."""
     return (Q4 if plain.kind == "int4" else Q8).from_plain(plain, xp, repack)
-
-
-def joined(parts: Sequence[Quantized], xp: Any = np) -> Quantized:
-    """Their rows one below the other.
-
-    Raises ValueError where kind, group or columns differ, or where a matrix that is not the last has rows that are no
-    multiple of 16.
-    """
-    first, rows = parts[0], [part.shape[0] for part in parts]
-    keys = {(part.kind, part.group, part.shape[1]) for part in parts}
-    if len(keys) > 1 or any(n % ROWS for n in rows[:-1]):
-        raise ValueError(f"matrices of {rows} rows, kinds and groups {keys} do not stand in one")
-    arrays = zip(*(part.arrays() for part in parts), strict=True)
-    codes, scales, row_scale = (xp.concatenate(of_parts) for of_parts in arrays)
-    return replace(first, shape=(sum(rows), first.shape[1]), codes=codes, scales=scales, row_scale=row_scale)
 
 
 def _halves(words: Array) -> tuple[Array, Array]:

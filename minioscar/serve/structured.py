@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import one_line
-from ..sampling import mask_words
+from ..penalties import mask_words
 from ..storage import strict_json as json
 from ..tokenizer import Tokenizer
 from .errors import ApiError, wrong
