@@ -10,10 +10,10 @@ from benchmarks.measure import copies_of, line
 from minioscar.cache import cache_bytes
 from minioscar.config import Config
 from minioscar.errors import UserError
-from minioscar.memory import size
 from minioscar.ops import attention
 from minioscar.oscar import SCHEMES, Scheme
 from minioscar.pages import PAGE_TOKENS, page_bytes, unsupported
+from minioscar.tables import size
 
 CHUNK = 1 << 26  # random numbers that are drawn at once, in float32 first
 

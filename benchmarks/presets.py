@@ -20,7 +20,6 @@ from minioscar.engine import Engine
 from minioscar.errors import UserError
 from minioscar.evaluation import baselines  # noqa: F401  registers its schemes
 from minioscar.key_shaping import prepared
-from minioscar.memory import size
 from minioscar.ops.reference import Reference
 from minioscar.pages import check_scheme
 from minioscar.parallel import cards, loading, shares
@@ -29,6 +28,7 @@ from minioscar.quantized import Quantized
 from minioscar.staging import by_expert
 from minioscar.storage.files import expand
 from minioscar.storage.strict_json import read_object
+from minioscar.tables import size
 from minioscar.weights import Layer, Weights
 
 Array = Any

@@ -82,11 +82,8 @@ class Run:
             )
             for i in asked
         ]
-        self.answers = [
-            Answer(*of, self.tokenizer, before) for *of, before in zip(
-                self.options, ends, self.results, before, strict=True
-            )
-        ]
+        of_each = zip(self.options, ends, self.results, before, strict=True)
+        self.answers = [Answer(*of, self.tokenizer, before) for *of, before in of_each]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         if self.begun:

@@ -30,7 +30,6 @@ class Tokenizer:
         found = read_folder(self.folder)
         self._tokenizer, self._templates, self._named, self._special = found[:4]
         self.bos_id, self.eos_ids = found.bos_id, found.eos_ids
-        self.bos_token, self.eos_token = self._named.get("bos_token"), self._named.get("eos_token")
         try:
             self.stream()
         except ValueError as error:

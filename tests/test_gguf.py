@@ -219,7 +219,7 @@ def test_ends_of_turns_bos_eos_and_named_templates_are_those_of_the_file(tmp_pat
     assert one.eos_ids == {2, 3}
     assert one.prompt_ids("the") == [1, *one.encode("the"), 2]
     messages = [{"role": "user", "content": "a"}]
-    assert one.chat(messages, template={"chat_template": "tool_use"}) == f"tools {one.bos_token}"
+    assert one.chat(messages, template={"chat_template": "tool_use"}) == f"tools {one._named['bos_token']}"
     assert one.chat(messages) != one.chat(messages, template={"chat_template": "tool_use"})
 
 

@@ -253,8 +253,7 @@ def measure() -> None:
     """From SmolLM2-135M (one layer's keys over real text), and from the arithmetic of the cache."""
     import numpy as np
 
-    from minioscar import load, oscar, rows
-    from minioscar.attention_inputs import observed
+    from minioscar import attention_inputs, load, oscar, rows
     from minioscar.cache import cache_bytes
     from minioscar.config import Config
     from minioscar.evaluation.fidelity import default_text
@@ -263,7 +262,7 @@ def measure() -> None:
     layer, head, tokens, channel, first = 15, 0, 256, 12, 64
     engine = load("smollm2-135m", "kivi", "cpu")  # keys as they are, not rotated
     found: list[np.ndarray] = []
-    engine.model = observed(engine.model, lambda q, new: found.append(np.array(new.k)))
+    engine.model = attention_inputs.observed(engine.model, lambda q, new: found.append(np.array(new.k)))
     engine.logits(engine.encode(default_text()[:4000], chat=False)[:tokens])
     keys = found[layer]  # [tokens, kv_heads, d]
     rotated, norm = oscar.rotate(keys), oscar.token_norms(oscar.rotate(keys))

@@ -42,7 +42,8 @@ class Batch:
 def glyphs(path: Path, device: Any) -> Tensor:
     """float32 [sizes, symbols, GLYPH, GLYPH] from 0 to 1; drawn and kept in the file if it is not there."""
     if not path.exists():
-        np.save(path, pages.atlas())
+        symbols = (*pages.SYMBOLS, ":")
+        np.save(path, np.stack([[pages.glyph(symbol, size) for symbol in symbols] for size in pages.SIZES]))
     return torch.from_numpy(np.load(path)).to(device).float() / 255
 
 

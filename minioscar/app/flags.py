@@ -140,10 +140,8 @@ def answering(max_tokens: int, ctx: str) -> list[Flag]:
         number("--min-tokens", "no end before so many new tokens (0)", "N", 0),
         switch("--ignore-eos", "go on behind the model's end tokens, as far as --max-tokens"),
         number("--ctx", f"capacity of the cache in tokens ({ctx})", "N"),
-        DEVICE,
-        GPUS,
-        TEMPLATE,
-    ]
+        DEVICE, GPUS, TEMPLATE,
+    ]  # fmt: skip
 
 
 FLAGS: dict[str, tuple[str, list[Flag]]] = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
-from ..arguments import gpus_of, with_weights
+from ..arguments import context_of, gpus_of, with_weights
 from ..config import Config
 from ..errors import UserError
-from ..memory import longest_context, size
+from ..memory import longest_context
 from ..memory import weight_bytes as bytes_with_tables
 from ..ops import backend
 from ..ops.reference import Reference
@@ -16,7 +16,7 @@ from ..oscar import SCHEMES, WINDOW, Scheme
 from ..pages import check_scheme
 from ..parallel.cards import over
 from ..storage.hub import resolve
-from ..tables import aligned
+from ..tables import aligned, size
 from ..towers.media import Tower
 
 
@@ -28,41 +28,24 @@ def describe(
     folder, gpus = resolve(model, weights=False), gpus_of(gpus)
     config = with_weights(Config.from_folder(folder), weights)
     ops = over(gpus, backend(device), config, SCHEMES["bf16"])
-    context = config.max_context if ctx is None else ctx
-    if not 1 <= context <= config.max_context:
-        raise UserError(f"--ctx {ctx} is out of range; {config.limit}")
+    context = context_of(ctx, config) or config.max_context
     if batch < 1:
         raise UserError(f"--batch {batch} is out of range; it must be at least 1")
     weight_bytes, free = ops.weight_bytes(config), ops.free_bytes()
     fitting = [scheme for scheme in SCHEMES.values() if _fits(config, scheme)]
     schemes = [_scheme(config, scheme, ops, (batch, context), free) for scheme in fitting]
     return {
-        "model": model,
-        "folder": str(folder),
-        "model_type": config.model_type,
-        "parameters": config.parameters(),
-        "active_parameters": config.parameters(active=True),
+        "model": model, "folder": str(folder), "model_type": config.model_type,
+        "parameters": config.parameters(), "active_parameters": config.parameters(active=True),
         "experts": None if config.experts is None else asdict(config.experts),
         "towers": {kind: _tower(tower) for kind, tower in config.towers.items()},
-        "layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "q_heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "rope": config.rope.type,
-        "max_positions": config.max_positions,
-        "sliding_window": config.window,
-        "device": ops.name,
-        "gpus": gpus,
-        "weights": kept_as(config),
-        "weight_bytes": weight_bytes,
-        "work_bytes": ops.work_bytes(config, context, context),
-        "free_bytes": free,
-        "context": context,
-        "batch": batch,
-        "schemes": schemes,
+        "layers": config.num_layers, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
+        "q_heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size, "rope": config.rope.type,
+        "max_positions": config.max_positions, "sliding_window": config.window,
+        "device": ops.name, "gpus": gpus, "weights": kept_as(config), "weight_bytes": weight_bytes,
+        "work_bytes": ops.work_bytes(config, context, context), "free_bytes": free,
+        "context": context, "batch": batch, "schemes": schemes,
     }
 
 
@@ -81,11 +64,8 @@ def _scheme(config: Config, scheme: Scheme, ops: Reference, size: tuple[int, int
     held, bf16 = (ops.cache_bytes(config, one, *size) for one in (scheme, SCHEMES["bf16"]))
     (batch, _), left = size, free - bytes_with_tables(config, scheme, ops)
     return {
-        "kv": scheme.name,
-        "bits_per_element": scheme.bits_per_element(config.head_dim),
-        "bytes_per_token": per_token,
-        "cache_bytes": held,
-        "ratio_to_bf16": bf16 / held,
+        "kv": scheme.name, "bits_per_element": scheme.bits_per_element(config.head_dim), "bytes_per_token": per_token,
+        "cache_bytes": held, "ratio_to_bf16": bf16 / held,
         "longest_context": longest_context(config, scheme, ops, batch, left),
     }
 

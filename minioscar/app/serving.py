@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import Failure, UserError, one_line
-from ..memory import size
 from ..sampling import Sampling
 from ..serve import server
 from ..serve.app import App
@@ -21,6 +20,7 @@ from ..serve.scheduler import Scheduler
 from ..serve.starting import Starting
 from ..storage import strict_json as json
 from ..storage.hub import resolve
+from ..tables import size
 from ..tokenizer import Tokenizer
 from . import commands
 from .recommended import recommended

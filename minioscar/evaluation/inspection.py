@@ -88,18 +88,15 @@ def inspect(
         record_attention_inputs(weights, config, ops, np.array(ids), record, media=shown)
     return {
         "model": str(model), "device": ops.name, "tokens": tokens, "kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "group": SCHEMES["oscar"].group, "schemes": [scheme.name for scheme in wanted], "quantiles": QUANTILES,
-        "runs": modalities.runs_of(kinds),
+        "head_dim": config.head_dim, "group": SCHEMES["oscar"].group, "schemes": [scheme.name for scheme in wanted],
+        "quantiles": QUANTILES, "runs": modalities.runs_of(kinds),
         "sinks": sinks(layers, modalities.texts_of(ids, kinds, tokenizer)),
         "imbalance": imbalance(layers),
         "errors_by_token": by_token(layers),
         "example": example(layers),
         "windows": {"bin": BIN, "errors": mean_of([layer["windows"] for layer in layers])},
         "feedback": mean_of([layer["feedback"] for layer in layers]),
-        "layers": [
-            {name: value for name, value in layer.items() if name not in OVER_LAYERS} for layer in layers
-        ],
+        "layers": [{name: value for name, value in layer.items() if name not in OVER_LAYERS} for layer in layers],
     }
 
 

@@ -8,7 +8,6 @@ line of text is within a row of tokens, while its symbols are cut by tokens and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -110,8 +109,3 @@ def drawn(page: Page) -> Any:
 def shaded(ink: Any, paper: int, dark: int) -> np.ndarray:
     """Ink from 0 to 255 on paper; uint8."""
     return np.rint(paper + (dark - paper) * (ink.astype(np.float32) / 255)).astype(np.uint8)
-
-
-def atlas(symbols: Sequence[str] = (*SYMBOLS, ":")) -> np.ndarray:
-    """All glyphs; uint8 [sizes, symbols, GLYPH, GLYPH]."""
-    return np.stack([[glyph(symbol, size) for symbol in symbols] for size in SIZES])

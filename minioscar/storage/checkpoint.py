@@ -18,7 +18,6 @@ from ..errors import UserError
 from ..formats.base import Format, Linear, Unfit
 from . import foreign
 from .identity import Stamp, WeightFiles, stamp
-from .names import plain
 from .strict_json import read_object
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -32,6 +31,21 @@ IGNORED = re.compile(rf"{KV_SCALES.pattern}|\.(q_scale|input_scale|activation_sc
 # of tensors that must all be known; of LLaVA's vision_tower. the last layers are not used
 PLACES = "model.", "lm_head.", "audio_tower.", "multi_modal_projector."
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Tensors' names in files of models with towers -> those of text models. In turn: of Qwen3-Omni, of Qwen3-VL, of LLaVA,
+# and of LLaVA as transformers 5 writes it.
+SPELLINGS = [
+    (re.compile(pattern), plain) for pattern, plain in (
+        (r"^thinker\.visual\.", "model.visual."),
+        (r"^thinker\.", ""),
+        (r"^model\.visual\.merger_list\.", "model.visual.deepstack_merger_list."),
+        (r"^(model\.visual\..*merger.*)\.ln_q\.", r"\1.norm."),
+        (r"^(model\.visual\..*merger.*)\.mlp\.0\.", r"\1.linear_fc1."),
+        (r"^(model\.visual\..*merger.*)\.mlp\.2\.", r"\1.linear_fc2."),
+        (r"^model\.language_model\.", "model."),
+        (r"^language_model\.(?=model\.|lm_head\.)", ""),
+        (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+    )
+]
 
 
 @dataclass
@@ -229,3 +243,10 @@ def _files(folder: Path, index: dict[str, str] | None = None) -> list[str]:
 def weight_files(folder: Path) -> WeightFiles:
     """The files that `load` would read now."""
     return WeightFiles.of([folder / name for name in _files(folder)])
+
+
+def plain(name: str) -> str:
+    """What minioscar calls a tensor that a file calls `name`."""
+    for pattern, replacement in SPELLINGS:
+        name = pattern.sub(replacement, name)
+    return name

@@ -114,24 +114,14 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> dict
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path}: tensor token_embd.weight is missing; the file is not a complete model")
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": "bfloat16",
-        "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
-        "hidden_size": hidden,
-        "intermediate_size": number("feed_forward_length"),
-        "num_hidden_layers": number("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": number("context_length"),
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+        "vocab_size": int(tensors["token_embd.weight"].shape[-1]), "hidden_size": hidden,
+        "intermediate_size": number("feed_forward_length"), "num_hidden_layers": number("block_count"),
+        "num_attention_heads": heads, "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": head_dim, "hidden_act": "silu", "max_position_embeddings": number("context_length"),
         "rms_norm_eps": _shortest(need("llama.attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(fields.get("llama.rope.freq_base", 10000.0)),
-        "rope_scaling": None,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_theta": _shortest(fields.get("llama.rope.freq_base", 10000.0)), "rope_scaling": None,
+        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": "output.weight" not in tensors,
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (token := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
