@@ -1,4 +1,4 @@
-"""One batch of prompts being answered: prefill, then step by step, text as it comes."""
+"""One batch of prompts being answered: prefill, then step by step. What becomes of the tokens is in answers.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a run needs in memory, worked out before anything is allocated, and what this machine has.
 
-need = weights + cache (exact, cache.py) + work, the arrays of one forward pass (`ops.work_bytes`).
+need = weights + cache (exact, cache.py) + work, the arrays of one forward pass (`ops.work_bytes`: work_bytes.py).
 """
 
 from __future__ import annotations
