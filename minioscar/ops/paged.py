@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import pages
 from ..batch import Batch
 from ..config import Config
 from ..layer_cache import BLOCK_TOKENS, LayerCache, Layout, NewTokens, PackedCache, PlainCache
 from ..oscar import Scheme
-from ..pages import NAMES, PAGE_TOKENS, import_packed, packed_row, page_bytes, unsupported
+from ..pages import NAMES, PAGE_TOKENS, page_bytes, unsupported
 from ..plans import Heads
 from ..sm90 import prefill_attention as sm90
 from ..sm90.prefill_attention import TILE_TOKENS
@@ -146,9 +147,9 @@ class PagedCache(KernelCache, PackedCache):
     @classmethod
     def layout(cls, config: Config, scheme: Scheme, batch: int, context: int, blocks: int) -> Layout:
         arrays = super().layout(config, scheme, batch, context, blocks)
-        pages = blocks, config.num_kv_heads, BLOCK_TOKENS // PAGE_TOKENS, page_bytes(scheme, config.head_dim)
+        shape = blocks, config.num_kv_heads, BLOCK_TOKENS // PAGE_TOKENS, page_bytes(scheme, config.head_dim)
         others = {name: of for name, of in arrays.items() if name not in NAMES}
-        return {"pages": (pages, np.dtype(np.uint8)), **others}
+        return {"pages": (shape, np.dtype(np.uint8)), **others}
 
     @property
     def ring(self) -> tuple[Array, Array]:
@@ -171,4 +172,4 @@ class PagedCache(KernelCache, PackedCache):
         self.ops.run(attention.pack_bulk(heads, self.scheme, tokens, self.arrays, new.feedback))
         self.ops.run(attention.fill_window(heads, self.scheme, tokens, self.arrays))
 
-    packed_row, import_packed = packed_row, import_packed
+    packed_row, import_packed = pages.packed_row, pages.import_packed
