@@ -59,7 +59,7 @@ def counts() -> list[Count]:
     return [
         Count("lines of the reading path", total(reading), f"{len(reading)} files", 3793),
         Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 5765),
-        Count("lines of the package's Python", total(package), f"{len(package)} files", 24175),
+        Count("lines of the package's Python", total(package), f"{len(package)} files", 24176),
         Count("longest file of the package", *longest(package), 400),
         Count("longest function of the package", *worst(package, length), 60),
         Count("most parameters in the package", *worst(package, parameters), 8),
