@@ -7,7 +7,8 @@ import pytest
 
 from minioscar.cache import BF16
 from minioscar.ops.launch import Card
-from minioscar.quantized import on_card
+from minioscar.ops.linear import Products
+from minioscar.quantized import on_card, plans
 from minioscar.sm90 import quantized_vector
 
 from .kernel_device import on_each_device_over
@@ -49,8 +50,9 @@ def test_what_does_not_fit_is_left_to_the_general_kernel(capability):
         weight, card = matrix(np.random.default_rng(0), kind, rows, size, group), Card(132, capability)
         found = quantized_vector.fits(tokens, weight, silu, card)
         x, out = np.empty((tokens, size), BF16), np.empty((tokens, rows // 2 if silu else rows), BF16)
-        if on_card.fits(tokens, weight, False, silu, card):
-            assert on_card.linear(x, weight, out, card, silu=silu).source.startswith("sm90/") == found
+        if found or plans.fits(tokens, weight, False, silu, card):
+            (launch,) = on_card.launches(Products(np, card), x, weight, out, silu=silu)
+            assert launch.source.startswith("sm90/") == found
         return found
 
     hopper = capability == 90
