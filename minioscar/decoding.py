@@ -57,7 +57,7 @@ class Decoder:
 
     def join(self, slot: int, row: RowSampling, logits: Array, allowed: np.ndarray | None = None) -> int:
         """A row begins between two steps; the first token that it draws, from the logits behind what its cache holds,
-        float32 [vocab] on the back end. allowed: as `allow` has it.
+        float32 [vocab] on the back end, made within `ordered`. allowed: as `allow` has it.
 
         Steps of other rows may be running, one of this row may not. It leaves by not being launched any more. Raises
         Failure where the logits are not finite.

@@ -256,7 +256,7 @@ def quantized_launches(card: Card, everything: bool) -> dict[str, Launch]:
                 before, x = quantized.before_batch(x, weight, plan, (out, 0.0) if label == "silu" else None, scratch)
                 launch = quantized.linear_batch(x, weight, y, plan, scratch, silu=label == "silu")
                 found[f"quantized linear_batch {kind} g{group} {label} of {tokens}"] = launch
-                found |= {f"{launch.name} g{group}": launch for launch in before}
+                found |= {f"{one.name} g{group}{' normed' * (label == 'silu')}": one for one in before}
         found[f"dequantize {kind}"] = quantized.dequantize(weight, out)
         found[f"repack {kind}"] = quantized.repack(kind, np.empty((16, 64), np.uint8), out)
     return found

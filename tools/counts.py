@@ -57,7 +57,7 @@ def counts() -> list[Count]:
     kernels = [path for path in (PACKAGE / "kernels").rglob("*") if path.suffix in (".cu", ".cuh")]
     general = [path for path in kernels if path.parent.name != "sm90"]
     return [
-        Count("lines of the reading path", total(reading), f"{len(reading)} files", 3793),
+        Count("lines of the reading path", total(reading), f"{len(reading)} files", 3792),
         Count("lines of kernels outside sm90/", total(general), f"{len(general)} files", 5765),
         Count("lines of the package's Python", total(package), f"{len(package)} files", 24176),
         Count("longest file of the package", *longest(package), 400),

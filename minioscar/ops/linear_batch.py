@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..plans import BATCH_TOKENS, MAX_STAGES, BatchPlan, LinearPlan, share_slabs
+from ..plans import LinearPlan
 from ..sm90 import linear_batch as sm90
 from ..sm90.linear_batch import WgmmaPlan
 from .launch import Launch
 
-__all__ = ["BATCH_TOKENS", "MAX_STAGES", "BatchPlan", "Scratch", "linear_batch", "share_slabs"]
 Array = Any
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..ops.launch import Card, Launch, TensorMap
 from ..ops.linear import normed
-from ..ops.linear_batch import BATCH_TOKENS, MAX_STAGES, BatchPlan, Scratch, share_slabs
+from ..ops.linear_batch import Scratch
+from ..plans import BATCH_TOKENS, MAX_STAGES, BatchPlan, share_slabs
 from ..sm90.linear_batch import MAX_WGMMA_STAGES
 from . import ROWS, RUN, Quantized
 
@@ -23,6 +24,7 @@ CHUNK = 128  # columns that a warp of quantized/linear.cu has at a time
 FEW, MAX_SLOTS = 2, {"int4": 3, "int8": 6, "e4m3": 6}  # tokens; slots of a ring, more are slower
 MOST_COLUMNS = 128  # whose sum is scaled at once
 WGMMA_ROWS = 192  # of a block of sm90/quantized_batch.cu
+PREPARED_COLUMNS = 48  # that its blocks prepare by themselves where there is no norm; a launch is faster for more
 PREPARE_BYTES = 2048  # that it leaves for a block of sm90/prepare_x.cu
 ONE_GROUP = 31  # the shift of a column to its group where a row has one
 
@@ -274,17 +276,15 @@ def linear_batch(
     numbers, grid = tuple(map(np.int32, (tokens, size, rows, shift(weight)))), (p.blocks, p.column_blocks)
     to = f"SILU={silu:d}", f"OUT_BF16={out.dtype.itemsize == 2:d}"
     if isinstance(p, WgmmaCodesPlan):
-        prepares = x.ndim == 2
-        x = x if prepares else x.reshape(tokens, -1)
+        prepares, x = x.ndim == 2, x.reshape(tokens, -1)
         args = (TensorMap(x, p.columns), *_boxes(weight, p, silu), *weight.arrays()[1:], scratch.x_sums, *rest)
         args += scratch.split_counter, *numbers, np.int32(p.splits)
         shape = f"COLUMNS={p.columns}", f"STAGES={p.stages}", f"PREPARES={prepares:d}"
         defines, threads = (*shape, *_defines(weight), *to), 512 if prepares or p.columns > 64 else 448
         return Launch("sm90/quantized_batch.cu", "linear_batch", defines, grid, threads, args, p.shared)
     shape = f"COLUMNS={p.columns}", f"ROW_TILES={p.row_tiles}", f"K_GROUPS={p.k_groups}", f"SLAB_RUNS={p.slab_runs}"
-    kind = f"KIND={weight.kind.upper()}", f"GROUP={_columns_at_once(weight, p.slab_runs)}"
     args = (x, *weight.arrays(), *rest, scratch.split_counter, *numbers, np.int32(p.granularity))
-    defines = *shape, f"STAGES={p.stages}", *kind, *to
+    defines = *shape, f"STAGES={p.stages}", *_defines(weight, p.slab_runs), *to
     return Launch("quantized/linear_batch.cu", "linear_batch", defines, grid, 256, args, p.shared)
 
 
@@ -300,13 +300,14 @@ def before_batch(
     x: Array, weight: Quantized, p: CodesBatchPlan, norm: tuple[Array, float] | None, scratch: Scratch
 ) -> tuple[list[Launch], Array]:
     """What makes the x that `linear_batch` takes, and that: x, or prepared [tokens, slabs, CHUNK]."""
-    if norm is None or not isinstance(p, WgmmaCodesPlan):
+    if not isinstance(p, WgmmaCodesPlan) or norm is None and p.columns <= PREPARED_COLUMNS:
         return normed(x, norm, scratch)
-    (tokens, size), columns = x.shape, p.column_blocks * p.columns
+    (tokens, size), columns, (weights, eps) = x.shape, p.column_blocks * p.columns, norm or (None, 0.0)
     to = scratch.x[: tokens * p.slabs * CHUNK].reshape(tokens, p.slabs, CHUNK)
-    args = (x, norm[0], to, scratch.x_sums, np.int32(tokens), np.int32(size), np.float32(norm[1]))
-    defines = (*_defines(weight), "SILU=0", "OUT_BF16=1")
-    return [Launch("sm90/prepare_x.cu", "prepare_x", defines, (columns,), 128, args)], to
+    args = (x, weights, to, scratch.x_sums, np.int32(tokens), np.int32(size), np.float32(eps))
+    defines = (*_defines(weight), f"NORM={norm is not None:d}", "SILU=0", "OUT_BF16=1")
+    grid = columns, 1 if norm else -(-p.slabs // 32)  # a thread has a quarter of a slab
+    return [Launch("sm90/prepare_x.cu", "prepare_x", defines, grid, 128, args)], to
 
 
 def dequantize(weight: Quantized, out: Array) -> Launch:
@@ -340,5 +341,5 @@ def _columns_at_once(weight: Quantized, runs: int) -> int:
     return min(1 << shift(weight), MOST_COLUMNS, RUN * runs)
 
 
-def _defines(weight: Quantized) -> tuple[str, str]:
-    return f"KIND={weight.kind.upper()}", f"GROUP={_columns_at_once(weight, 2)}"
+def _defines(weight: Quantized, runs: int = 2) -> tuple[str, str]:
+    return f"KIND={weight.kind.upper()}", f"GROUP={_columns_at_once(weight, runs)}"

@@ -9,8 +9,8 @@
 // warpgroup have gate, two have up), which is operand a of wgmma, in registers. x is operand b, in shared memory. A
 // thread of one more warp copies slabs of codes and their scales, 128 k each and STAGES ahead, from before the previous
 // launch has ended, a thread of another x. That is as prepare_x.cu leaves it, with the sums of its groups, or, with
-// PREPARES, x itself, of which two warps make the same, slab by slab: no launch of 5 us stands before the product then.
-// Of a stage
+// PREPARES, x itself, of which two warps make the same, slab by slab: no launch stands before the product then. Of a
+// stage
 //   codes_full    they have landed
 //   landed        with PREPARES: x has landed
 //   x_full        x is as it should be
@@ -40,7 +40,7 @@ constexpr int CODE_OFFSET = RUNS * RUN_BYTES, SCALE_OFFSET = CODE_OFFSET + WARPS
 constexpr int SCALE_BYTES = HAS_ZERO ? FOLDS * 64 : 0;  // of a tile
 constexpr int SUM_OFFSET = SCALE_OFFSET + WARPS * SCALE_BYTES, SUM_BYTES = HAS_ZERO ? COLUMNS * 4 : 0;  // of a fold
 constexpr int STAGE_BYTES = (SUM_OFFSET + FOLDS * SUM_BYTES + PATTERN - 1) / PATTERN * PATTERN;
-constexpr int IN_FLIGHT = 2;
+constexpr int IN_FLIGHT = COLUMNS <= 48 ? 2 : STAGES;  // of more columns, not measured
 constexpr bool MOVES_REGISTERS = PREPARES || COLUMNS > 64;  // from the last four warps to those that multiply
 constexpr int UNROLLED = COLUMNS <= 48 ? 3 : 1;  // splits whose sums are loaded together, as registers allow
 static_assert(COLUMNS % 8 == 0 && COLUMNS <= 80 && GROUP >= 64, "sums and scales fit into registers");
@@ -333,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + (MOVES_REGISTERS ? 128 : 
       mbarrier_init(&codes_full[s], 1);
       mbarrier_init(&x_full[s], PREPARES ? PREPARING : 1);
       if (PREPARES) mbarrier_init(&landed[s], 1);
-      mbarrier_init(&empty[s], WARPS);
+      mbarrier_init(&empty[s], PREPARES ? THREADS : WARPS);
     }
     mbarrier_init_fence();
   }
@@ -369,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + (MOVES_REGISTERS ? 128 : 
       mbarrier_wait(&x_full[stage.at], stage.parity);
       products.multiply(smem, stage.at, now, Turn{warp / 4, last_item && left == 1});
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(&empty[stage.at]);
+      if (PREPARES || lane == 0) mbarrier_arrive(&empty[stage.at]);  // racecheck wants to see each reader of sums
     }
     const int own = opaque(item), tile = items.tile(own), split = items.split(own);
     const size_t floats = (size_t)ROWS * COLUMNS, column_block = blockIdx.y;
