@@ -71,7 +71,7 @@ def test_windows_follow_each_other_and_their_mean_is_reported():
 def test_schemes_of_several_windows_are_compared_position_by_position(windows):
     """In one table with others and alone, a scheme has the same KL, whose baseline is read in other chunks
     than it; a window as an option is one in the scheme."""
-    how = {"prefill": 200, "decode": 60, "device": "cpu"}
+    how = {"prefill": 150, "decode": 50, "device": "cpu"}
     names = ["oscar", "plain-64-64", "plain-32-96"]
     rows = {row["kv"]: row["kl"] for row in fidelity.evaluate("smollm2-135m", names, **how)["results"]}
     alone = fidelity.evaluate("smollm2-135m", ["plain-64-64"], **how)["results"][1]
@@ -83,7 +83,7 @@ def test_schemes_of_several_windows_are_compared_position_by_position(windows):
 
 @pytest.mark.long
 def test_kl_with_an_emptied_window_is_that_of_the_same_scheme_without_kept_tokens(windows):
-    how = {"prefill": 200, "decode": 60, "device": "cpu"}
+    how = {"prefill": 150, "decode": 50, "device": "cpu"}
     rows = fidelity.evaluate("smollm2-135m", ["plain-64-64", "kvarn-2"], emptied=True, **how)
     _, ours, theirs = rows["results"]
     (_, *small), (_, *large) = (
