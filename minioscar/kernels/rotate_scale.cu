@@ -21,9 +21,9 @@
 #include "common.cuh"
 
 constexpr int DIM = HEAD_DIM, PER_LANE = 16, HALF = PER_LANE / 2, LANES = DIM / PER_LANE;  // of a lane; of a head
-constexpr int BLOCK_TOKENS = 128;    // whose norms a block of the cache has
+constexpr int WORDS = PER_LANE / 2, BLOCK_TOKENS = 128;  // of a lane; whose norms a block of the cache has
 constexpr int KEYS = 1, VALUES = 2;  // bits of `rotate`
-constexpr int HEADS_PER_BLOCK = 16, THREADS = HEADS_PER_BLOCK * LANES, HEADS_PER_WARP = 32 / LANES, WORDS = HALF;
+constexpr int HEADS_PER_BLOCK = 16, THREADS = HEADS_PER_BLOCK * LANES, HEADS_PER_WARP = 32 / LANES;
 #ifdef SHARED_KEYS
 #define KEYS_ARGUMENTS , int key_heads, int first_key
 #define QKV_HEADS (q_heads + key_heads + kv_heads)

@@ -40,7 +40,7 @@ constexpr int CODE_OFFSET = RUNS * RUN_BYTES, SCALE_OFFSET = CODE_OFFSET + WARPS
 constexpr int SCALE_BYTES = HAS_ZERO ? FOLDS * 64 : 0;  // of a tile
 constexpr int SUM_OFFSET = SCALE_OFFSET + WARPS * SCALE_BYTES, SUM_BYTES = HAS_ZERO ? COLUMNS * 4 : 0;  // of a fold
 constexpr int STAGE_BYTES = (SUM_OFFSET + FOLDS * SUM_BYTES + PATTERN - 1) / PATTERN * PATTERN;
-constexpr int IN_FLIGHT = COLUMNS <= 48 ? 2 : STAGES;  // of more columns, not measured
+constexpr int IN_FLIGHT = COLUMNS <= 48 ? 2 : STAGES;  // fewer of more columns were not timed alone
 constexpr bool MOVES_REGISTERS = PREPARES || COLUMNS > 64;  // from the last four warps to those that multiply
 constexpr int UNROLLED = COLUMNS <= 48 ? 3 : 1;  // splits whose sums are loaded together, as registers allow
 static_assert(COLUMNS % 8 == 0 && COLUMNS <= 80 && GROUP >= 64, "sums and scales fit into registers");
@@ -96,6 +96,7 @@ DEVICE void copy_x(unsigned char* stage, const TensorMap& x, const float* x_sums
     bulk_copy(stage + SUM_OFFSET + i * SUM_BYTES, from, SUM_BYTES, full);
   }
 }
+
 // What prepare_x.cu does, in place, by one of PREPARING warps. A lane has 32 k of a column at a time; 8 columns a warp,
 // whose lines have their vectors in different banks.
 DEVICE void prepare(unsigned char* stage, int warp) {
@@ -369,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + (MOVES_REGISTERS ? 128 : 
       mbarrier_wait(&x_full[stage.at], stage.parity);
       products.multiply(smem, stage.at, now, Turn{warp / 4, last_item && left == 1});
       __syncwarp();
-      if (PREPARES || lane == 0) mbarrier_arrive(&empty[stage.at]);  // racecheck wants to see each reader of sums
+      if (PREPARES || lane == 0) mbarrier_arrive(&empty[stage.at]);  // sums of x are written anew: each reader arrives
     }
     const int own = opaque(item), tile = items.tile(own), split = items.split(own);
     const size_t floats = (size_t)ROWS * COLUMNS, column_block = blockIdx.y;
